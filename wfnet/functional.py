@@ -1,0 +1,340 @@
+"""Functional forms of the masked layers: argument checks, autocast, choice of the backend.
+
+Behind them stand the ``torch.library`` operators of :mod:`wfnet.operators`, so they trace under
+``torch.compile(fullgraph=True)`` and run in CUDA graphs. Weights are frozen: no weight gradient is
+ever computed. ``torch.func`` transforms and forward-mode differentiation raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.autograd.forward_ad
+import torch.nn.functional as F
+from torch import Tensor
+
+from wfnet import backends, operators, reference
+from wfnet.backends import ConvGeometry
+from wfnet.labels import ForgetLabels, Selection, select
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def wf_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: ForgetLabels | Selection,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    gate_scale: float = 1.0,
+    source: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """2-D convolution whose output channels are scaled, per sample, by the gates of a forget label.
+
+    Equivalent, for one sample ``b`` with the single forget label ``l``, to::
+
+        F.conv2d(x[b:b+1], weight * (gate_scale * alpha_weight[l].sigmoid())[:, None, None, None],
+                 bias * gate_scale * alpha_bias[l].sigmoid(), stride, padding, dilation, groups)
+
+    (paper, "Weight Filtering"; design identity ``y = gate_weight * (W * x) + gate_bias * bias``),
+    computed for the whole batch at once without a masked copy of the weights.
+
+    Args:
+        x: ``[N, C, H, W]`` or unbatched ``[C, H, W]``, contiguous or channels-last,
+            fp16/bf16/fp32/fp64.
+        weight: ``[O, C / groups, R, S]``, frozen (``requires_grad=False``).
+        bias: ``[O]`` or None, frozen.
+        alpha_weight: ``[K, O]`` filter matrix of the weight.
+        alpha_bias: ``[K, O]`` filter matrix of the bias; None exactly where ``bias`` is None.
+        forget: forget labels: int, LongTensor ``[B]`` or ``[B, J]`` (product of gates), -1 for
+            "no row", or None for the unmasked layer.
+        stride, padding, dilation, groups: as in :func:`torch.nn.functional.conv2d`, string
+            padding included.
+        gate_scale: factor in front of the sigmoid; 1 is the paper's.
+        source: LongTensor ``[B]``: sample ``b`` reads ``x[source[b]]``; None if ``B == N``.
+        backend: "auto", "reference" or the name of a backend.
+
+    Returns:
+        ``[B, O, P, Q]``, dtype of ``x`` (the autocast dtype under autocast).
+
+    Raises:
+        TypeError, ValueError: for labels, shapes or dtypes that do not fit.
+        RuntimeError: if the named backend cannot run the call, under ``torch.func`` transforms.
+    """
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+        return wf_conv2d(
+            x, weight, bias, alpha_weight, alpha_bias, forget, stride, padding, dilation, groups,
+            gate_scale, source, backend,
+        ).squeeze(0)  # fmt: skip
+    if x.dim() != 4:
+        raise ValueError(f"x must be [N, C, H, W] or [C, H, W]; got {list(x.shape)}")
+    if x.shape[1] != weight.shape[1] * groups:
+        raise ValueError(
+            f"x has {x.shape[1]} channels, the weight {list(weight.shape)} with groups={groups} "
+            f"takes {weight.shape[1] * groups}"
+        )
+    x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
+    selection = select(forget)
+    if selection.rows is None:
+        return F.conv2d(
+            _gather(x, source), weight, bias, geometry.stride, geometry.padding,
+            geometry.dilation, groups,
+        )  # fmt: skip
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_call(x, weight, bias, alpha_weight, alpha_bias)
+    rows, source = _resolve_rows(selection, source, x, x.shape[0], alpha_weight.shape[0])
+    name = _choose(backend, lambda engine: engine.refuse_conv2d(x, weight, geometry))
+    if name == "reference":
+        return reference.wf_conv2d(
+            x, weight, bias, alpha_weight, alpha_bias, rows, geometry.stride, geometry.padding,
+            geometry.dilation, groups, gate_scale, source,
+        )  # fmt: skip
+    if not torch.compiler.is_compiling():
+        _check_transforms(x, alpha_weight, alpha_bias)
+    return operators.conv2d(
+        x, weight, bias, alpha_weight, alpha_bias, rows, source, list(geometry.stride),
+        list(geometry.padding), list(geometry.dilation), groups, gate_scale, name,
+        _saves(alpha_weight),
+    )[0]  # fmt: skip
+
+
+def wf_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: ForgetLabels | Selection,
+    gate_scale: float = 1.0,
+    source: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Linear map whose output features are scaled, per sample, by the gates of a forget label.
+
+    Equivalent, for one sample ``b`` with the single forget label ``l``, to::
+
+        F.linear(x[b:b+1], weight * (gate_scale * alpha_weight[l].sigmoid())[:, None],
+                 bias * gate_scale * alpha_bias[l].sigmoid())
+
+    Args:
+        x: ``[N, C]``, ``[N, ..., C]``, or window-batched ``[N * windows, T, C]`` with the windows
+            of one image side by side (as Swin makes them; not together with ``source``).
+            Unbatched ``[C]`` needs an int label.
+        weight: ``[O, C]``, frozen.
+        bias: ``[O]`` or None, frozen.
+        alpha_weight, alpha_bias, forget, gate_scale, source, backend: as in :func:`wf_conv2d`.
+
+    Returns:
+        ``[B, ..., O]`` (``[B * windows, T, O]``), dtype of ``x``, or the autocast dtype.
+
+    Raises:
+        As :func:`wf_conv2d`.
+    """
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {list(x.shape)} does not fit the weight {list(weight.shape)}")
+    selection = select(forget)
+    if selection.rows is None:
+        return F.linear(_gather(x, source), weight, bias)
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_call(x, weight, bias, alpha_weight, alpha_bias)
+    if x.dim() == 1:
+        return wf_linear(
+            x.unsqueeze(0), weight, bias, alpha_weight, alpha_bias, selection, gate_scale, source,
+            backend,
+        ).squeeze(0)  # fmt: skip
+    images, windows = _images_and_windows(x, selection, source)
+    rows, source = _resolve_rows(selection, source, x, images, alpha_weight.shape[0])
+    tokens = x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
+    name = _choose(backend, lambda engine: engine.refuse_linear(tokens, weight))
+    if name == "reference":
+        y = reference.wf_linear(
+            tokens, weight, bias, alpha_weight, alpha_bias, rows, gate_scale, source
+        )
+    else:
+        if not torch.compiler.is_compiling():
+            _check_transforms(x, alpha_weight, alpha_bias)
+        y = operators.linear(
+            tokens, weight, bias, alpha_weight, alpha_bias, rows, source, gate_scale, name,
+            _saves(alpha_weight),
+        )[0]  # fmt: skip
+    return y.reshape(rows.shape[0] * windows, *x.shape[1:-1], weight.shape[0])
+
+
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    backend: str = "auto",
+) -> str:
+    """Which backend a call would take, and why each other one would not run or was not chosen.
+
+    Args:
+        x: ``[N, C, H, W]`` for a convolution (4-D ``weight``), ``[N, ..., C]`` for a linear map.
+        weight: ``[O, C / groups, R, S]`` or ``[O, C]``.
+
+    Returns:
+        One line per backend.
+    """
+    if weight.dim() == 4:
+        x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
+
+        def refuse(engine: backends.Backend) -> str | None:
+            return engine.refuse_conv2d(x, weight, geometry)
+    else:
+        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+
+        def refuse(engine: backends.Backend) -> str | None:
+            return engine.refuse_linear(tokens, weight)
+
+    chosen = _choose(backend, refuse)
+    lines = [f"{chosen}: chosen ({'asked for by name' if backend != 'auto' else 'auto'})"]
+    for name in backends.NAMES:
+        if name in ("auto", "reference", chosen):
+            continue
+        reason = refuse(backends.get(name))
+        lines.append(f"{name}: {'can run, not chosen' if reason is None else reason}")
+    return "\n".join(lines)
+
+
+def _choose(backend: str, refuse) -> str:
+    """The backend's name; raises if one asked for by name cannot run the call."""
+    name = backends.requested(backend)
+    if name == "auto":
+        return "eager"
+    if name != "reference" and (reason := refuse(backends.get(name))) is not None:
+        raise RuntimeError(
+            f"backend {name!r} cannot run this call: {reason}; choose another backend, or 'auto'"
+        )
+    return name
+
+
+def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2:
+        raise ValueError(f"{what} must be one integer or two; got {value!r}")
+    return pair
+
+
+def _resolve_geometry(x, weight, stride, padding, dilation, groups) -> tuple[Tensor, ConvGeometry]:
+    """Geometry with numeric padding; ``x`` is padded here where 'same' padding is lopsided."""
+    stride, dilation = _pair(stride, "stride"), _pair(dilation, "dilation")
+    if padding == "valid":
+        padding = 0
+    elif padding == "same":
+        if stride != (1, 1):
+            raise ValueError(f"padding='same' needs stride 1; got {stride}")
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if any(t % 2 for t in total):
+            x = F.pad(x, [0, total[1] % 2, 0, total[0] % 2])
+        padding = [t // 2 for t in total]
+    elif isinstance(padding, str):
+        raise ValueError(f"padding must be numbers, 'same' or 'valid'; got {padding!r}")
+    return x, ConvGeometry(stride, _pair(padding, "padding"), dilation, groups)
+
+
+def _gather(x: Tensor, source: Tensor | None) -> Tensor:
+    return x if source is None else x.index_select(0, source.to(x.device))
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Data and frozen weights in the autocast dtype, as PyTorch's own layers; filters stay fp32."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [None if t is None else t.to(dtype) for t in tensors]
+
+
+def _check_call(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+) -> None:
+    if x.dtype not in _FLOATS or weight.dtype != x.dtype:
+        raise TypeError(
+            f"x ({x.dtype}) and weight ({weight.dtype}) must have the same floating-point dtype; "
+            "convert one, or run under torch.autocast"
+        )
+    if (bias is None) != (alpha_bias is None):
+        present, absent = ("bias", "alpha_bias") if alpha_bias is None else ("alpha_bias", "bias")
+        raise ValueError(f"{present} was given without {absent}; give both or neither")
+    for name, alpha in (("alpha_weight", alpha_weight), ("alpha_bias", alpha_bias)):
+        if alpha is not None and (alpha.dim() != 2 or alpha.shape[1] != weight.shape[0]):
+            raise ValueError(
+                f"{name} must be [num_classes, {weight.shape[0]}]; got {list(alpha.shape)}"
+            )
+    if alpha_bias is not None and alpha_bias.shape != alpha_weight.shape:
+        raise ValueError(
+            f"alpha_bias {list(alpha_bias.shape)} must have the shape of alpha_weight "
+            f"{list(alpha_weight.shape)}"
+        )
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError(
+            "weight or bias requires grad, but untraining keeps them frozen and computes no weight "
+            "gradient; call .requires_grad_(False) on it, or bake the network to fine-tune it"
+        )
+
+
+def _check_transforms(*tensors: Tensor | None) -> None:
+    """Refuses what would silently differentiate to zero through a custom operator."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0 and any(
+        t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None
+        for t in tensors
+    )
+    if forward_mode or torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func transforms and forward-mode differentiation do not reach through wfnet's "
+            "operators; use torch.autograd, or backend='reference', which is plain PyTorch"
+        )
+
+
+def _resolve_rows(
+    selection: Selection, source: Tensor | None, x: Tensor, images: int, num_classes: int
+) -> tuple[Tensor, Tensor | None]:
+    """Labels ``[B, J]`` and ``source`` ``[B]`` on the device of ``x``."""
+    if source is None:
+        return selection.expand(images, x.device, num_classes), None
+    if source.dim() != 1 or source.dtype != torch.int64:
+        raise ValueError(
+            f"source must be a LongTensor [B]; got {source.dtype} {list(source.shape)}"
+        )
+    if source.device.type == "cpu" and source.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(source))
+        if low < 0 or high >= images:
+            raise ValueError(
+                f"source must lie in 0 .. {images - 1} (positions in the batch of {images}); "
+                f"got {low if low < 0 else high}"
+            )
+    return (
+        selection.expand(source.shape[0], x.device, num_classes),
+        source.to(x.device, non_blocking=True),
+    )
+
+
+def _images_and_windows(x: Tensor, selection: Selection, source: Tensor | None) -> tuple[int, int]:
+    """Images in ``x`` and windows per image: one label serves all windows of its image."""
+    batch = x.shape[0]
+    if selection.uniform or source is not None or x.dim() == 2:
+        return batch, 1
+    labels = selection.rows.shape[0]
+    if labels == 0 or batch % labels:
+        return batch, 1  # the mismatch is reported with the labels
+    return labels, batch // labels
+
+
+def _saves(alpha_weight: Tensor) -> bool:
+    """Whether backward will sum T1, for which forward keeps a private tensor."""
+    return torch.is_grad_enabled() and alpha_weight.requires_grad

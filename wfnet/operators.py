@@ -1,0 +1,333 @@
+"""The ``torch.library`` operators ``wfnet::conv2d`` and ``wfnet::linear`` and their backward.
+
+An operator turns filter matrices and forget labels into tables (gates), lets a backend compute
+``scale * u + shift``, and in backward folds the backend's column sums back into filter gradients:
+
+    dalpha_weight[l] = (1 - sigmoid(alpha_weight[l])) * sum over b with label l of T1[b]
+    dalpha_bias[l]   = (1 - sigmoid(alpha_bias[l])) * the same sum of gate_bias * bias * T0[b]
+
+Weights and biases are frozen and get no gradient. Operators return ``(out, saved, scale, shift)``;
+the last three are private to backward (empty where backward will not need them). Arguments are
+checked in :mod:`wfnet.functional`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wfnet import backends
+from wfnet.backends import Backend, ConvGeometry
+
+
+def memory_format_of(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The layout of the output: channels-last if the input or the weight clearly is."""
+    for t in (x, weight):
+        if t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
+            return torch.channels_last
+    return torch.contiguous_format
+
+
+def _laid_out(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """``t`` with the strides of a fresh tensor; a copy only where they differ.
+
+    A dimension of size 1 leaves strides ambiguous, and a view would forbid in-place activations.
+    """
+    fresh = torch.empty(t.shape, device="meta", memory_format=memory_format).stride()
+    if t.stride() == fresh:
+        return t
+    return torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=memory_format).copy_(
+        t
+    )
+
+
+def _tables(
+    backend: Backend,
+    bias: Tensor | None,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: Tensor,
+    gate_scale: float,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale ``[B, O]`` and shift ``[B, O]`` (None without a bias)."""
+    scale = backend.gate_rows(alpha_weight, forget, gate_scale)
+    if bias is None:
+        return scale, None
+    return scale, backend.gate_rows(alpha_bias, forget, gate_scale) * bias.to(scale.dtype)
+
+
+def _filter_gradients(
+    backend: Backend,
+    t1: Tensor | None,
+    t0: Tensor | None,
+    shift: Tensor,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """dalpha_weight and dalpha_bias ``[K, O]``, empty where not needed."""
+    empty = alpha_weight.new_empty(0)
+    return (
+        empty if t1 is None else backend.gate_rows_backward(t1, alpha_weight, forget),
+        empty if t0 is None else backend.gate_rows_backward(t0 * shift, alpha_bias, forget),
+    )
+
+
+def _geometry(
+    stride: list[int], padding: list[int], dilation: list[int], groups: int
+) -> ConvGeometry:
+    return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+@torch.library.custom_op("wfnet::conv2d", mutates_args=())
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: Tensor,
+    source: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    gate_scale: float,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masked convolution; ``x`` [N,C,H,W], ``forget`` [B,J], ``out`` [B,O,P,Q]."""
+    engine = backends.get(backend)
+    memory_format = memory_format_of(x, weight)
+    scale, shift = _tables(engine, bias, alpha_weight, alpha_bias, forget, gate_scale)
+    geometry = _geometry(stride, padding, dilation, groups)
+    out, saved = engine.conv2d(
+        x.contiguous(memory_format=memory_format), weight, scale, shift, source, geometry, save
+    )
+    return (
+        _laid_out(out, memory_format),
+        x.new_empty(0) if saved is None else _laid_out(saved, memory_format),
+        scale,
+        scale.new_empty(0) if shift is None else shift,
+    )
+
+
+@conv2d.register_fake
+def _(
+    x, weight, bias, alpha_weight, alpha_bias, forget, source,
+    stride, padding, dilation, groups, gate_scale, backend, save,
+):  # fmt: skip
+    memory_format = memory_format_of(x, weight)
+    size = _geometry(stride, padding, dilation, groups).output_size(
+        x.shape[2], x.shape[3], (weight.shape[2], weight.shape[3])
+    )
+    out = x.new_empty((forget.shape[0], weight.shape[0], *size)).to(memory_format=memory_format)
+    saved = out.new_empty(0)
+    if save:
+        rows = backends.get(backend).saved_batch(x.shape[0], out.shape[0])
+        saved = x.new_empty((rows, *out.shape[1:])).to(memory_format=memory_format)
+    scale = _fake_table(alpha_weight, forget)
+    return out, saved, scale, torch.empty_like(scale) if bias is not None else scale.new_empty(0)
+
+
+def _fake_table(alpha: Tensor, forget: Tensor) -> Tensor:
+    dtype = torch.promote_types(alpha.dtype, torch.float32)
+    return alpha.new_empty((forget.shape[0], alpha.shape[1]), dtype=dtype)
+
+
+@torch.library.custom_op("wfnet::conv2d_backward", mutates_args=())
+def conv2d_backward(
+    dout: Tensor,
+    saved: Tensor,
+    weight: Tensor,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: Tensor,
+    source: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    input_shape: list[int],
+    channels_last: bool,
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    backend: str,
+    need_dx: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx`` [N,C,H,W], ``dalpha_weight`` and ``dalpha_bias`` [K,O]; empty where not needed."""
+    engine = backends.get(backend)
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    dx, t1, t0 = engine.conv2d_backward(
+        dout.contiguous(memory_format=memory_format),
+        saved,
+        weight,
+        scale,
+        source,
+        tuple(input_shape),
+        _geometry(stride, padding, dilation, groups),
+        need_dx,
+        need_weight,
+        need_bias,
+    )
+    dx = dout.new_empty(0) if dx is None else _laid_out(dx, memory_format)
+    return dx, *_filter_gradients(engine, t1, t0, shift, alpha_weight, alpha_bias, forget)
+
+
+@conv2d_backward.register_fake
+def _(
+    dout, saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift, input_shape,
+    channels_last, stride, padding, dilation, groups, backend, need_dx, need_weight, need_bias,
+):  # fmt: skip
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    dx = dout.new_empty(input_shape).to(memory_format=memory_format)
+    return (dx if need_dx else dout.new_empty(0)), *_fake_filter_gradients(
+        alpha_weight, alpha_bias, need_weight, need_bias
+    )
+
+
+def _fake_filter_gradients(
+    alpha_weight: Tensor, alpha_bias: Tensor | None, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor]:
+    empty = alpha_weight.new_empty(0)
+    return (
+        alpha_weight.new_empty(alpha_weight.shape) if need_weight else empty,
+        alpha_bias.new_empty(alpha_bias.shape) if need_bias else alpha_weight.new_empty(0),
+    )
+
+
+def _conv2d_setup(ctx, inputs, output):
+    (x, weight, _, alpha_weight, alpha_bias, forget, source,
+     stride, padding, dilation, groups, _, backend, save) = inputs  # fmt: skip
+    _, saved, scale, shift = output
+    ctx.mark_non_differentiable(saved, scale, shift)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift)
+    ctx.input_shape = x.shape
+    ctx.channels_last = memory_format_of(x, weight) is torch.channels_last
+    ctx.geometry = (stride, padding, dilation, groups)
+    ctx.backend, ctx.save = backend, save
+
+
+def _conv2d_grad(ctx, dout, *_):
+    gradients = [None] * 14
+    if dout is None:
+        return tuple(gradients)
+    need_dx, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    dx, dalpha_weight, dalpha_bias = conv2d_backward(
+        dout, *ctx.saved_tensors, list(ctx.input_shape), ctx.channels_last,
+        *ctx.geometry, ctx.backend,
+        need_dx, need_weight, need_bias,
+    )  # fmt: skip
+    gradients[0] = dx if need_dx else None
+    gradients[3] = dalpha_weight if need_weight else None
+    gradients[4] = dalpha_bias if need_bias else None
+    return tuple(gradients)
+
+
+conv2d.register_autograd(_conv2d_grad, setup_context=_conv2d_setup)
+
+
+@torch.library.custom_op("wfnet::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: Tensor,
+    source: Tensor | None,
+    gate_scale: float,
+    backend: str,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Masked linear map; ``x`` [N,T,C], ``forget`` [B,J], ``out`` [B,T,O]."""
+    engine = backends.get(backend)
+    scale, shift = _tables(engine, bias, alpha_weight, alpha_bias, forget, gate_scale)
+    out, saved = engine.linear(x.contiguous(), weight, scale, shift, source, save)
+    return (
+        _laid_out(out, torch.contiguous_format),
+        x.new_empty(0) if saved is None else _laid_out(saved, torch.contiguous_format),
+        scale,
+        scale.new_empty(0) if shift is None else shift,
+    )
+
+
+@linear.register_fake
+def _(
+    x, weight, bias, alpha_weight, alpha_bias, forget, source, gate_scale, backend, save,
+):  # fmt: skip
+    out = x.new_empty((forget.shape[0], x.shape[1], weight.shape[0]))
+    saved = out.new_empty(0)
+    if save:
+        rows = backends.get(backend).saved_batch(x.shape[0], out.shape[0])
+        saved = x.new_empty((rows, *out.shape[1:]))
+    scale = _fake_table(alpha_weight, forget)
+    return out, saved, scale, torch.empty_like(scale) if bias is not None else scale.new_empty(0)
+
+
+@torch.library.custom_op("wfnet::linear_backward", mutates_args=())
+def linear_backward(
+    dout: Tensor,
+    saved: Tensor,
+    weight: Tensor,
+    alpha_weight: Tensor,
+    alpha_bias: Tensor | None,
+    forget: Tensor,
+    source: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    input_shape: list[int],
+    backend: str,
+    need_dx: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx`` [N,T,C], ``dalpha_weight`` and ``dalpha_bias`` [K,O]; empty where not needed."""
+    engine = backends.get(backend)
+    dx, t1, t0 = engine.linear_backward(
+        dout.contiguous(), saved, weight, scale, source, tuple(input_shape),
+        need_dx, need_weight, need_bias,
+    )  # fmt: skip
+    dx = dout.new_empty(0) if dx is None else _laid_out(dx, torch.contiguous_format)
+    return dx, *_filter_gradients(engine, t1, t0, shift, alpha_weight, alpha_bias, forget)
+
+
+@linear_backward.register_fake
+def _(
+    dout, saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift, input_shape,
+    backend, need_dx, need_weight, need_bias,
+):  # fmt: skip
+    return (dout.new_empty(input_shape if need_dx else 0)), *_fake_filter_gradients(
+        alpha_weight, alpha_bias, need_weight, need_bias
+    )
+
+
+def _linear_setup(ctx, inputs, output):
+    x, weight, _, alpha_weight, alpha_bias, forget, source, _, backend, _ = inputs
+    _, saved, scale, shift = output
+    ctx.mark_non_differentiable(saved, scale, shift)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift)
+    ctx.input_shape = x.shape
+    ctx.backend = backend
+
+
+def _linear_grad(ctx, dout, *_):
+    gradients = [None] * 10
+    if dout is None:
+        return tuple(gradients)
+    need_dx, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+    dx, dalpha_weight, dalpha_bias = linear_backward(
+        dout, *ctx.saved_tensors, list(ctx.input_shape), ctx.backend,
+        need_dx, need_weight, need_bias,
+    )  # fmt: skip
+    gradients[0] = dx if need_dx else None
+    gradients[3] = dalpha_weight if need_weight else None
+    gradients[4] = dalpha_bias if need_bias else None
+    return tuple(gradients)
+
+
+linear.register_autograd(_linear_grad, setup_context=_linear_setup)
