@@ -1,0 +1,457 @@
+"""WFNet: a frozen classifier whose convolutions or qkv projections are masked layers."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import inspect
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from wfnet import pretrained
+from wfnet.labels import (
+    DeferredLabelCheck,
+    ForgetLabels,
+    Selection,
+    check_range,
+    forgetting,
+    labels_in_checkpoints,
+    select,
+)
+from wfnet.layers import MaskedLayer, masked_type, refuse_layer
+
+Targets = str | type | Sequence[str | type] | None
+
+# Last part of the name of a query, key or value projection in the transformers of timm,
+# torchvision and transformers.
+_QKV_NAME = re.compile(r"(to_)?(qkv|kv|q|k|v)(_proj)?|query|key|value")
+# Never masked by default: patch embeddings, and what prepares features for the head (timm's VGG).
+_NOT_BY_DEFAULT = {"patch_embed", "conv_proj", "pre_logits"}
+
+
+class WFNet(nn.Module):
+    """A frozen classifier with filter matrices: one network that can forget any class on demand.
+
+    The model is copied, frozen and kept in evaluation mode; only filter matrices can be trained.
+    Module tree and state-dict keys of the model stay as they are, below ``model.``.
+
+    Args:
+        model: any classifier. If it already contains WF layers, they are used as they are.
+        num_classes: classes of the classifier, and rows of every filter matrix.
+        targets: layers to mask: module names, shell-style patterns or layer types (or a list of
+            them). By default the qkv projections if the model has any, else all convolutions;
+            never the head, ``pre_logits`` or the patch embedding.
+        alpha_init, normalize_gate, filter_dtype: see :class:`wfnet.WFConv2d`.
+        backend: backend of all masked layers.
+
+    Raises:
+        ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
+            correctly, or ``num_classes`` does not match the head. The message names the layer.
+
+    Example::
+
+        net = wfnet.WFNet(timm.create_model("resnet18", pretrained=True), num_classes=1000)
+        logits = net(images, forget=labels)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        num_classes: int,
+        targets: Targets = None,
+        alpha_init: float = 3.0,
+        normalize_gate: bool = True,
+        backend: str = "auto",
+        filter_dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if isinstance(model, WFNet):
+            raise ValueError("model is a WFNet already; pass the original classifier")
+        _check_head(model, num_classes)
+        self.num_classes = num_classes
+        self.alpha_init = float(alpha_init)
+        self.normalize_gate = normalize_gate
+        chosen = _choose_targets(model, targets)
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        for name in chosen:
+            layer = self.model.get_submodule(name)
+            try:
+                masked = masked_type(layer).adopt(
+                    layer,
+                    num_classes,
+                    alpha_init=alpha_init,
+                    normalize_gate=normalize_gate,
+                    backend=backend,
+                    filter_dtype=filter_dtype,
+                )
+            except ValueError as error:
+                raise ValueError(f"layer {name!r} cannot be masked: {error}") from error
+            _replace(self.model, name, masked)
+        self.masked_layers: dict[str, MaskedLayer] = {}
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, MaskedLayer):
+                layer.layer_name = name
+                self.masked_layers[name] = layer
+                for parameter in self._filters_of(layer).values():
+                    parameter.requires_grad_(True)
+                if layer.num_classes != num_classes:
+                    raise ValueError(
+                        f"layer {name!r} has filters for {layer.num_classes} classes, but "
+                        f"num_classes={num_classes}"
+                    )
+        self._all_called = False
+        self._label_check = DeferredLabelCheck()
+        self.train()
+
+    # -- running ----------------------------------------------------------------------------------
+
+    def forward(
+        self, images: Tensor, forget: ForgetLabels | Selection = None, source: Tensor | None = None
+    ) -> Tensor:
+        """Logits of the network as if it had never known the classes in ``forget``.
+
+        Args:
+            images: ``[N, C, H, W]``.
+            forget: int (all samples), LongTensor ``[B]`` or ``[B, J]`` (several classes at once,
+                padded with -1), or None for the original network. -1 selects no row.
+            source: LongTensor ``[B]``: sample ``b`` is ``images[source[b]]`` under ``forget[b]``,
+                for batches in which an image occurs under several labels.
+
+        Returns:
+            ``[B, num_classes]``.
+
+        Raises:
+            TypeError, ValueError: for labels that do not fit. Labels on a device are checked
+                without a synchronisation: a wrong one gives NaN, and an error at a later call or
+                at :meth:`check_labels`.
+        """
+        if getattr(self, "_is_replica", False):
+            raise RuntimeError(
+                "torch.nn.DataParallel splits neither forget labels nor filters correctly; "
+                "use DistributedDataParallel"
+            )
+        selection = select(forget)
+        if source is not None:
+            images = images.index_select(0, source.to(images.device))
+        if torch.compiler.is_compiling():
+            with forgetting(selection):
+                return self.model(images)
+        self._check(selection, images)
+        checkpoints = labels_in_checkpoints() if torch.is_grad_enabled() else nullcontext()
+        first = nullcontext() if self._all_called else self._watching_calls()
+        with forgetting(selection), checkpoints, first:
+            return self.model(images)
+
+    def check_labels(self) -> None:
+        """Waits for the range checks of labels that were given on a device.
+
+        Raises:
+            ValueError: if one of them was out of range.
+        """
+        self._label_check.wait()
+
+    def _check(self, selection: Selection, images: Tensor) -> None:
+        if selection.rows is None:
+            return
+        check_range(selection.low, selection.high, self.num_classes)
+        if not selection.uniform and selection.rows.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"{selection.rows.shape[0]} forget labels were given for a batch of "
+                f"{images.shape[0]} samples; give one label per sample, or one integer for all"
+            )
+        self._label_check.poll()
+        self._label_check.submit(selection.rows, self.num_classes)
+
+    @contextmanager
+    def _watching_calls(self) -> Iterator[None]:
+        """On the first forward pass, finds masked layers whose parent ran without calling them.
+
+        A parent that uses ``layer.weight`` directly would bypass the mask in silence.
+        """
+        parents = {
+            name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.masked_layers
+        }
+        ran: set[nn.Module] = set()
+        hooks = [
+            module.register_forward_hook(lambda module, *_: ran.add(module))
+            for module in {*self.masked_layers.values(), *parents.values()}
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for name, layer in self.masked_layers.items():
+            if parents[name] in ran and parents[name] is not self.model and layer not in ran:
+                raise ValueError(_bypass_message(name, parents[name]))
+        self._all_called = True
+
+    def train(self, mode: bool = True) -> WFNet:
+        """Sets training mode of the filters; the frozen base always stays in evaluation mode."""
+        super().train(mode)
+        self.model.eval()
+        return self
+
+    # -- filters ----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _filters_of(layer: MaskedLayer) -> dict[str, nn.Parameter]:
+        return {
+            name: parameter
+            for name, parameter in layer._parameters.items()
+            if name.startswith("alpha_") and parameter is not None
+        }
+
+    def named_filters(self) -> dict[str, nn.Parameter]:
+        """Filter matrices ``[num_classes, out_channels]`` by name, in the order of the network."""
+        return {
+            f"{name}.{kind}": parameter
+            for name, layer in self.masked_layers.items()
+            for kind, parameter in self._filters_of(layer).items()
+        }
+
+    def filter_parameters(self) -> list[nn.Parameter]:
+        """The trainable parameters, for any optimiser."""
+        return list(self.named_filters().values())
+
+    def gates(self) -> dict[str, Tensor]:
+        """Gates ``[num_classes, out_channels]`` per filter matrix, in the order of the network."""
+        return {
+            f"{name}.{kind}": layer.gates(kind.removeprefix("alpha_"))
+            for name, layer in self.masked_layers.items()
+            for kind in self._filters_of(layer)
+        }
+
+    # -- export and storage -----------------------------------------------------------------------
+
+    def bake(self, forget: int | Sequence[int] | None) -> nn.Module:
+        """A plain model of the original class with the gates of ``forget`` multiplied in.
+
+        Args:
+            forget: one label, several (their gates are multiplied), or None for the original.
+
+        Returns:
+            A copy in evaluation mode, without filters, equal to the filtered network within
+            rounding; all its parameters can be trained again.
+        """
+        labels = _label_list(forget)
+        if labels:
+            check_range(min(labels), max(labels), self.num_classes)
+        plain = _copy_without_filters(self.model)
+        for name, layer in self.masked_layers.items():
+            baked = layer.bake([label for label in labels if label != -1])
+            if name:
+                _replace(plain, name, baked)
+            else:
+                plain = baked
+        return plain.requires_grad_(True).eval()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Writes ``wf_config.json`` and ``wf_model.safetensors``: the filters, not the base.
+
+        Files are written beside their place and moved in, so that an interrupted save loses
+        nothing that was there.
+        """
+        pretrained.save_filters(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike, base_model: nn.Module, backend: str = "auto"
+    ) -> WFNet:
+        """Wraps ``base_model`` and loads the filters that :meth:`save_pretrained` wrote.
+
+        Raises:
+            FileNotFoundError: if ``folder`` holds no such files.
+            ValueError: if the files are damaged or of another format, or ``base_model`` is not
+                the one that the filters were trained on.
+        """
+        return pretrained.load_filters(cls, folder, base_model, backend)
+
+
+def _label_list(forget: int | Sequence[int] | Tensor | None) -> list[int]:
+    if forget is None:
+        return []
+    if isinstance(forget, Tensor):
+        forget = forget.tolist()
+    labels = [forget] if isinstance(forget, int) else list(forget)
+    for label in labels:
+        if isinstance(label, bool) or not isinstance(label, int):
+            raise TypeError(f"forget must be one integer label or several; got {label!r}")
+    return labels
+
+
+def _copy_without_filters(model: nn.Module) -> nn.Module:
+    """A deep copy in which masked layers are left shared: they are about to be replaced."""
+    memo = {id(m): m for m in model.modules() if isinstance(m, MaskedLayer)}
+    return copy.deepcopy(model, memo)
+
+
+def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+# -- choice of layers -----------------------------------------------------------------------------
+
+
+def find_head(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of the classifier's last linear map or convolution; None if there is none.
+
+    timm models say which it is; elsewhere it is the last such module in registration order.
+    """
+    modules = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear | nn.Conv2d) and not isinstance(m, MaskedLayer)
+    }
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        classifier = get_classifier()
+        heads = classifier if isinstance(classifier, tuple | list) else [classifier]
+        for head in heads:
+            inside = set(head.modules()) if isinstance(head, nn.Module) else set()
+            for name, m in reversed(modules.items()):
+                if m in inside:
+                    return name, m
+    return next(reversed(modules.items()), None)
+
+
+def _head_modules(model: nn.Module) -> set[nn.Module]:
+    """Every module that is part of the classifier's head."""
+    found = find_head(model)
+    heads = set() if found is None else {found[1]}
+    get_classifier = getattr(model, "get_classifier", None)
+    if callable(get_classifier):
+        classifier = get_classifier()
+        for head in classifier if isinstance(classifier, tuple | list) else [classifier]:
+            heads |= set(head.modules()) if isinstance(head, nn.Module) else set()
+    return heads
+
+
+def _check_head(model: nn.Module, num_classes: int) -> None:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(
+            f"num_classes must be an integer of at least 2 (one class to forget, one to retain); "
+            f"got {num_classes!r}"
+        )
+    found = find_head(model)
+    if found is None:
+        return
+    name, head = found
+    size = head.weight.shape[0]
+    if size != num_classes:
+        raise ValueError(
+            f"num_classes={num_classes} does not match the model's head {name!r}, which has "
+            f"{size} outputs; pass num_classes={size}"
+        )
+
+
+def _choose_targets(model: nn.Module, targets: Targets) -> list[str]:
+    """Names of the layers to mask, in the order of the network."""
+    if targets is None:
+        return _default_targets(model)
+    wanted = [targets] if isinstance(targets, str | type) else list(targets)
+    names: set[str] = set()
+    for target in wanted:
+        found = [
+            name
+            for name, m in model.named_modules()
+            if name
+            and (isinstance(m, target) if isinstance(target, type) else _matches(name, target))
+        ]
+        if isinstance(target, str) and any(c in target for c in "*?["):
+            found = [n for n in found if masked_type(model.get_submodule(n)) is not None]
+        if not found:
+            raise ValueError(
+                f"target {target!r} matches no layer of {type(model).__name__}; its maskable "
+                f"layers are: {_some(_maskable_names(model))}"
+            )
+        names.update(found)
+    ordered = [name for name, _ in model.named_modules() if name in names]
+    for name in ordered:
+        _check_target(model, name)
+    return ordered
+
+
+def _matches(name: str, target: str) -> bool:
+    """A full name, a suffix of whole parts (as PEFT's target_modules), or a shell-style pattern."""
+    return name == target or name.endswith(f".{target}") or fnmatch.fnmatchcase(name, target)
+
+
+def _default_targets(model: nn.Module) -> list[str]:
+    if any(isinstance(m, MaskedLayer) for m in model.modules()):
+        return []
+    heads = _head_modules(model)
+    candidates = {
+        name: m
+        for name, m in model.named_modules()
+        if name and m not in heads and not _NOT_BY_DEFAULT & set(name.split("."))
+    }
+    for name, m in model.named_modules():  # a patch embedding by another name (MLP-Mixer's stem)
+        if "PatchEmbed" in type(m).__name__:
+            candidates = {n: c for n, c in candidates.items() if not n.startswith(f"{name}.")}
+    qkv = [
+        name
+        for name, m in candidates.items()
+        if isinstance(m, nn.Linear) and _QKV_NAME.fullmatch(name.rpartition(".")[2])
+    ]
+    attention = [n for n, m in candidates.items() if isinstance(m, nn.MultiheadAttention)]
+    if not qkv and attention:
+        raise ValueError(
+            f"the qkv projection of {attention[0]!r} (nn.MultiheadAttention) is not a module of "
+            "its own, so it cannot be masked; use an implementation with a qkv linear layer "
+            "(timm's, for example), or name other layers in targets="
+        )
+    chosen = qkv or [name for name, m in candidates.items() if isinstance(m, nn.Conv2d)]
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution and no qkv projection that could be "
+            f"masked; name layers in targets=, for example one of: {_some(_maskable_names(model))}"
+        )
+    for name in chosen:
+        _check_target(model, name)
+    return chosen
+
+
+def _check_target(model: nn.Module, name: str) -> None:
+    layer = model.get_submodule(name)
+    if isinstance(layer, MaskedLayer):
+        raise ValueError(f"layer {name!r} is masked already; leave it out of targets")
+    if masked_type(layer) is None:
+        raise ValueError(refuse_layer(layer, name))
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if _uses_weight_directly(parent, name.rpartition(".")[2]):
+        raise ValueError(_bypass_message(name, parent))
+
+
+def _uses_weight_directly(parent: nn.Module, child: str) -> bool:
+    """Whether the parent's forward reads ``self.<child>.weight`` instead of calling the child."""
+    try:
+        source = inspect.getsource(type(parent).forward)
+    except (OSError, TypeError):
+        return False
+    return re.search(rf"\bself\.{re.escape(child)}\.weight\b", source) is not None
+
+
+def _bypass_message(name: str, parent: nn.Module) -> str:
+    return (
+        f"layer {name!r} cannot be masked: its parent {type(parent).__name__} uses the layer's "
+        "weight without calling the layer (a fused F.linear, for example), which would bypass the "
+        "mask; use an implementation that calls the layer, or leave it out of targets="
+    )
+
+
+def _maskable_names(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if name and masked_type(m) is not None]
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    if not names:
+        return "none"
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

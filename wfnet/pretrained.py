@@ -1,0 +1,191 @@
+"""Filter checkpoints: safetensors and JSON, atomic writes, a fingerprint of the base weights."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import safetensors
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from wfnet.version import __version__
+
+if TYPE_CHECKING:
+    from wfnet.network import WFNet
+
+CONFIG_NAME = "wf_config.json"
+FILTERS_NAME = "wf_model.safetensors"
+FORMAT = 1
+
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Calls ``write`` with a temporary path beside ``path`` and moves the result into place.
+
+    An interruption or a full disk at any moment leaves the old file as it was.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def write_json(path: str | os.PathLike, content: object) -> None:
+    """Writes ``content`` as indented JSON, atomically."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def write_tensors(
+    path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Writes ``tensors`` as safetensors, atomically."""
+    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is missing, truncated or something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        return load_file(path)
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or not a safetensors file ({error}); restore it from a copy or "
+            "write it again"
+        ) from error
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of the base weights and floating buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if name.rpartition(".")[2].startswith("alpha_") or not tensor.is_floating_point():
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
+    """Writes the filters of ``net`` and what is needed to wrap the same base again."""
+    folder = Path(folder)
+    config = {
+        "format": FORMAT,
+        "wfnet_version": __version__,
+        "model": type(net.model).__name__,
+        "num_classes": net.num_classes,
+        "targets": list(net.masked_layers),
+        "alpha_init": net.alpha_init,
+        "normalize_gate": net.normalize_gate,
+        "filter_dtype": str(net.filter_parameters()[0].dtype).removeprefix("torch."),
+        "base_fingerprint": fingerprint(net.model),
+    }
+    write_tensors(folder / FILTERS_NAME, net.named_filters(), {"format": "pt"})
+    write_json(folder / CONFIG_NAME, config)
+
+
+def read_config(folder: str | os.PathLike) -> dict:
+    """The checkpoint's configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is missing, damaged or of an unknown format.
+    """
+    path = Path(folder) / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; {Path(folder)} holds no wfnet checkpoint (save_pretrained "
+            f"writes {CONFIG_NAME} and {FILTERS_NAME})"
+        )
+    try:
+        config = json.loads(path.read_text())
+        known = {"format", "num_classes", "targets", "alpha_init", "base_fingerprint"}
+        missing = sorted(known - set(config))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or not a wfnet configuration ({error})") from error
+    if missing:
+        raise ValueError(f"{path} is not a wfnet configuration: it lacks {', '.join(missing)}")
+    if config["format"] != FORMAT:
+        raise ValueError(
+            f"{path} has format {config['format']}, this version of wfnet reads {FORMAT}; "
+            "install the version that wrote it"
+        )
+    return config
+
+
+def load_filters(
+    cls: type[WFNet], folder: str | os.PathLike, base_model: nn.Module, backend: str
+) -> WFNet:
+    """Wraps ``base_model`` as recorded in ``folder`` and loads the filters."""
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder / FILTERS_NAME)
+    found = fingerprint(base_model)
+    if found != config["base_fingerprint"]:
+        raise ValueError(
+            f"the base model is not the one these filters were trained on: its fingerprint is "
+            f"{found[:12]}..., {folder / CONFIG_NAME} expects {config['base_fingerprint'][:12]}... "
+            f"(a {config.get('model', 'model')}); load the original weights, in their original dtype"
+        )
+    net = cls(
+        base_model,
+        config["num_classes"],
+        targets=config["targets"],
+        alpha_init=config["alpha_init"],
+        normalize_gate=config.get("normalize_gate", True),
+        backend=backend,
+        filter_dtype=getattr(torch, config.get("filter_dtype", "float32")),
+    )
+    assign_filters(net, tensors, folder / FILTERS_NAME)
+    return net
+
+
+def assign_filters(net: WFNet, tensors: dict[str, Tensor], origin: object) -> None:
+    """Copies ``tensors`` into the filters of ``net``.
+
+    Raises:
+        ValueError: if names or shapes differ from those of ``net``.
+    """
+    filters = net.named_filters()
+    odd = sorted(set(filters) ^ set(tensors))
+    if odd:
+        raise ValueError(
+            f"{origin} does not fit this network: filter matrix {odd[0]!r} is only in one of them "
+            f"({len(odd)} differ); was it written for other targets?"
+        )
+    for name, parameter in filters.items():
+        if tensors[name].shape != parameter.shape:
+            raise ValueError(
+                f"{origin} does not fit this network: {name!r} is {list(tensors[name].shape)}, "
+                f"expected {list(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in filters.items():
+            parameter.copy_(tensors[name])
