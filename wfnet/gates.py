@@ -13,7 +13,7 @@ _ULPS_OF_ONE = 4
 
 
 def gate_scale(alpha_init: float, normalize_gate: bool) -> float:
-    """The factor in front of the sigmoid: 1 as in the paper, or the one that makes a fresh gate 1."""
+    """Factor in front of the sigmoid: 1 as in the paper, or the one that makes a fresh gate 1."""
     if not normalize_gate:
         return 1.0
     return 1.0 / torch.sigmoid(torch.tensor(alpha_init, dtype=torch.float64)).item()
@@ -26,8 +26,8 @@ def gate(alpha: Tensor, scale: float) -> Tensor:
     to device, and a freshly wrapped network must compute the original function exactly.
     """
     value = torch.sigmoid(alpha.to(torch.promote_types(alpha.dtype, torch.float32))) * scale
-    near_one = (value - 1).abs() <= _ULPS_OF_ONE * torch.finfo(value.dtype).eps
-    return torch.where(near_one, 1.0, value)
+    near_one = (value - 1).abs_() <= _ULPS_OF_ONE * torch.finfo(value.dtype).eps
+    return value.masked_fill_(near_one, 1.0)
 
 
 def distinct_labels(forget: Tensor) -> Tensor:
@@ -54,12 +54,33 @@ def gate_rows(alpha: Tensor, forget: Tensor, scale: float) -> Tensor:
     """
     classes = alpha.shape[0]
     labels = distinct_labels(forget)
-    index = labels.clamp(0, classes - 1)
-    # The sigmoid is taken on the smaller side: the selected rows, or the whole matrix.
-    rows = gate(alpha[index], scale) if index.numel() < classes else gate(alpha, scale)[index]
-    rows = torch.where((labels == -1).unsqueeze(-1), 1.0, rows)
-    rows = torch.where((labels != index).logical_and(labels != -1).unsqueeze(-1), torch.nan, rows)
+    if _all_inside(labels, classes):
+        rows = _selected_gates(alpha, labels, scale)
+        return rows.squeeze(1) if labels.shape[1] == 1 else rows.prod(1)
+    inside = (labels >= 0) & (labels < classes)
+    no_row = labels == -1
+    rows = _selected_gates(alpha, labels.clamp(0, classes - 1), scale)
+    rows = rows.masked_fill(~inside.unsqueeze(-1), torch.nan)
+    rows = rows.masked_fill(no_row.unsqueeze(-1), 1.0)
     return rows.squeeze(1) if labels.shape[1] == 1 else rows.prod(1)
+
+
+def _all_inside(labels: Tensor, classes: int) -> bool:
+    """Whether labels are known to need no special row: only the host can look without waiting."""
+    if labels.device.type != "cpu" or labels.numel() == 0:
+        return False
+    low, high = torch.aminmax(labels)
+    return low.item() >= 0 and high.item() < classes
+
+
+def _selected_gates(alpha: Tensor, labels: Tensor, scale: float) -> Tensor:
+    """``[B, J, O]``; the sigmoid is taken on the smaller side, the rows or the whole matrix."""
+    index = labels.flatten()
+    if index.numel() < alpha.shape[0]:
+        rows = gate(alpha.index_select(0, index), scale)
+    else:
+        rows = gate(alpha, scale).index_select(0, index)
+    return rows.unflatten(0, labels.shape)
 
 
 def gate_rows_backward(t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
@@ -94,8 +115,10 @@ def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     Returns:
         ``[num_segments, ...]``.
     """
+    if _all_inside(segment, num_segments):
+        return values.new_zeros((num_segments, *values.shape[1:])).index_add_(0, segment, values)
     outside = (segment < 0) | (segment >= num_segments)
-    index = torch.where(outside, num_segments, segment)
+    index = segment.masked_fill(outside, num_segments)
     total = values.new_zeros((num_segments + 1, *values.shape[1:]))
     if values.device.type == "cpu":
         total.index_add_(0, index, values)

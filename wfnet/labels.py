@@ -23,7 +23,7 @@ class Selection:
     """Forget labels in the one form that layers and operators understand.
 
     Attributes:
-        rows: ``[B, J]`` int64, padded with -1; ``[1, J]`` if ``uniform``; None for the original model.
+        rows: ``[B, J]`` int64, padded with -1; ``[1, J]`` if ``uniform``; None: original model.
         uniform: one label for every sample of whatever batch comes (given as an integer).
         low, high: smallest and largest label where the values are known on the host, else None.
     """

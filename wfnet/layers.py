@@ -304,7 +304,7 @@ class WFLinear(MaskedLayer, nn.Linear):
 
 
 def masked_type(layer: nn.Module) -> type[MaskedLayer] | None:
-    """The masked layer class for ``layer``: for its exact type, or for a base whose forward it keeps.
+    """The masked class for ``layer``: of its exact type, or of a base whose forward it keeps.
 
     None if there is none: a subclass that overrides forward computes something else (standardised
     weights, say), and wrapping it as its base would be silently wrong.

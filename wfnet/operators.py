@@ -19,6 +19,32 @@ from torch import Tensor
 from wfnet import backends
 from wfnet.backends import Backend, ConvGeometry
 
+# Registered on the dispatcher directly: the wrapper layers of torch.library.custom_op would cost
+# several times the launch of a small convolution for operators with this many arguments.
+_library = torch.library.Library("wfnet", "DEF")
+
+_FILTERS = "Tensor alpha_weight, Tensor? alpha_bias, Tensor forget, Tensor? source"
+_GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
+_NEEDED = "bool need_dx, bool need_weight, bool need_bias"
+_library.define(
+    f"conv2d(Tensor x, Tensor weight, Tensor? bias, {_FILTERS}, {_GEOMETRY}, float gate_scale, "
+    "str backend, bool save) -> (Tensor out, Tensor saved, Tensor scale, Tensor shift)"
+)
+_library.define(
+    f"conv2d_backward(Tensor dout, Tensor saved, Tensor weight, {_FILTERS}, Tensor scale, "
+    f"Tensor shift, SymInt[] input_shape, bool channels_last, {_GEOMETRY}, str backend, {_NEEDED})"
+    " -> (Tensor dx, Tensor dalpha_weight, Tensor dalpha_bias)"
+)
+_library.define(
+    f"linear(Tensor x, Tensor weight, Tensor? bias, {_FILTERS}, float gate_scale, str backend, "
+    "bool save) -> (Tensor out, Tensor saved, Tensor scale, Tensor shift)"
+)
+_library.define(
+    f"linear_backward(Tensor dout, Tensor saved, Tensor weight, {_FILTERS}, Tensor scale, "
+    f"Tensor shift, SymInt[] input_shape, str backend, {_NEEDED})"
+    " -> (Tensor dx, Tensor dalpha_weight, Tensor dalpha_bias)"
+)
+
 
 def memory_format_of(x: Tensor, weight: Tensor) -> torch.memory_format:
     """The layout of the output: channels-last if the input or the weight clearly is."""
@@ -79,8 +105,8 @@ def _geometry(
     return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
 
 
-@torch.library.custom_op("wfnet::conv2d", mutates_args=())
-def conv2d(
+@torch.library.impl(_library, "conv2d", "CompositeExplicitAutograd")
+def _conv2d(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -112,7 +138,7 @@ def conv2d(
     )
 
 
-@conv2d.register_fake
+@torch.library.register_fake("wfnet::conv2d", lib=_library)
 def _(
     x, weight, bias, alpha_weight, alpha_bias, forget, source,
     stride, padding, dilation, groups, gate_scale, backend, save,
@@ -135,8 +161,8 @@ def _fake_table(alpha: Tensor, forget: Tensor) -> Tensor:
     return alpha.new_empty((forget.shape[0], alpha.shape[1]), dtype=dtype)
 
 
-@torch.library.custom_op("wfnet::conv2d_backward", mutates_args=())
-def conv2d_backward(
+@torch.library.impl(_library, "conv2d_backward", "CompositeExplicitAutograd")
+def _conv2d_backward(
     dout: Tensor,
     saved: Tensor,
     weight: Tensor,
@@ -176,7 +202,7 @@ def conv2d_backward(
     return dx, *_filter_gradients(engine, t1, t0, shift, alpha_weight, alpha_bias, forget)
 
 
-@conv2d_backward.register_fake
+@torch.library.register_fake("wfnet::conv2d_backward", lib=_library)
 def _(
     dout, saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift, input_shape,
     channels_last, stride, padding, dilation, groups, backend, need_dx, need_weight, need_bias,
@@ -198,40 +224,28 @@ def _fake_filter_gradients(
     )
 
 
-def _conv2d_setup(ctx, inputs, output):
-    (x, weight, _, alpha_weight, alpha_bias, forget, source,
-     stride, padding, dilation, groups, _, backend, save) = inputs  # fmt: skip
-    _, saved, scale, shift = output
-    ctx.mark_non_differentiable(saved, scale, shift)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift)
-    ctx.input_shape = x.shape
-    ctx.channels_last = memory_format_of(x, weight) is torch.channels_last
-    ctx.geometry = (stride, padding, dilation, groups)
-    ctx.backend, ctx.save = backend, save
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, alpha_weight, alpha_bias, forget, source, *options):
+        out, saved, scale, shift = _below_autograd(
+            conv2d, x, weight, bias, alpha_weight, alpha_bias, forget, source, *options
+        )
+        ctx.save_for_backward(saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift)
+        ctx.mark_non_differentiable(saved, scale, shift)
+        ctx.set_materialize_grads(False)
+        *geometry, _, backend, _ = options
+        channels_last = memory_format_of(x, weight) is torch.channels_last
+        ctx.options = (list(x.shape), channels_last, *geometry, backend)
+        ctx.arguments = 7 + len(options)
+        return out, saved, scale, shift
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        return _input_gradients(ctx, conv2d_backward, dout)
 
 
-def _conv2d_grad(ctx, dout, *_):
-    gradients = [None] * 14
-    if dout is None:
-        return tuple(gradients)
-    need_dx, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-    dx, dalpha_weight, dalpha_bias = conv2d_backward(
-        dout, *ctx.saved_tensors, list(ctx.input_shape), ctx.channels_last,
-        *ctx.geometry, ctx.backend,
-        need_dx, need_weight, need_bias,
-    )  # fmt: skip
-    gradients[0] = dx if need_dx else None
-    gradients[3] = dalpha_weight if need_weight else None
-    gradients[4] = dalpha_bias if need_bias else None
-    return tuple(gradients)
-
-
-conv2d.register_autograd(_conv2d_grad, setup_context=_conv2d_setup)
-
-
-@torch.library.custom_op("wfnet::linear", mutates_args=())
-def linear(
+@torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
+def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -255,7 +269,7 @@ def linear(
     )
 
 
-@linear.register_fake
+@torch.library.register_fake("wfnet::linear", lib=_library)
 def _(
     x, weight, bias, alpha_weight, alpha_bias, forget, source, gate_scale, backend, save,
 ):  # fmt: skip
@@ -268,8 +282,8 @@ def _(
     return out, saved, scale, torch.empty_like(scale) if bias is not None else scale.new_empty(0)
 
 
-@torch.library.custom_op("wfnet::linear_backward", mutates_args=())
-def linear_backward(
+@torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
+def _linear_backward(
     dout: Tensor,
     saved: Tensor,
     weight: Tensor,
@@ -295,7 +309,7 @@ def linear_backward(
     return dx, *_filter_gradients(engine, t1, t0, shift, alpha_weight, alpha_bias, forget)
 
 
-@linear_backward.register_fake
+@torch.library.register_fake("wfnet::linear_backward", lib=_library)
 def _(
     dout, saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift, input_shape,
     backend, need_dx, need_weight, need_bias,
@@ -305,29 +319,63 @@ def _(
     )
 
 
-def _linear_setup(ctx, inputs, output):
-    x, weight, _, alpha_weight, alpha_bias, forget, source, _, backend, _ = inputs
-    _, saved, scale, shift = output
-    ctx.mark_non_differentiable(saved, scale, shift)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift)
-    ctx.input_shape = x.shape
-    ctx.backend = backend
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, alpha_weight, alpha_bias, forget, source, *options):
+        out, saved, scale, shift = _below_autograd(
+            linear, x, weight, bias, alpha_weight, alpha_bias, forget, source, *options
+        )
+        ctx.save_for_backward(saved, weight, alpha_weight, alpha_bias, forget, source, scale, shift)
+        ctx.mark_non_differentiable(saved, scale, shift)
+        ctx.set_materialize_grads(False)
+        _, backend, _ = options
+        ctx.options = (list(x.shape), backend)
+        ctx.arguments = 7 + len(options)
+        return out, saved, scale, shift
+
+    @staticmethod
+    def backward(ctx, dout, *_):
+        return _input_gradients(ctx, linear_backward, dout)
 
 
-def _linear_grad(ctx, dout, *_):
-    gradients = [None] * 10
-    if dout is None:
-        return tuple(gradients)
-    need_dx, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-    dx, dalpha_weight, dalpha_bias = linear_backward(
-        dout, *ctx.saved_tensors, list(ctx.input_shape), ctx.backend,
-        need_dx, need_weight, need_bias,
-    )  # fmt: skip
-    gradients[0] = dx if need_dx else None
-    gradients[3] = dalpha_weight if need_weight else None
-    gradients[4] = dalpha_bias if need_bias else None
+def _below_autograd(operator, *arguments):
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator(*arguments)
+
+
+def _input_gradients(ctx, operator, dout: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Runs a backward operator; None for every input that is frozen or needs no gradient."""
+    if torch.is_grad_enabled():  # create_graph=True; gradients of gradients would be wrong
+        raise RuntimeError(
+            "double backward through wfnet's operators is not supported; use backend='reference', "
+            "which is plain PyTorch"
+        )
+    gradients = [None] * ctx.arguments
+    needed = [ctx.needs_input_grad[i] for i in (0, 3, 4)]
+    if dout is not None:
+        found = operator(dout, *ctx.saved_tensors, *ctx.options, *needed)
+        for position, gradient, need in zip((0, 3, 4), found, needed, strict=True):
+            gradients[position] = gradient if need else None
     return tuple(gradients)
 
 
-linear.register_autograd(_linear_grad, setup_context=_linear_setup)
+def _register_autograd(name: str, function: type[torch.autograd.Function], operator) -> None:
+    def autograd(*arguments):
+        x, alpha_weight, alpha_bias = arguments[0], arguments[3], arguments[4]
+        if torch.is_grad_enabled() and (
+            x.requires_grad
+            or alpha_weight.requires_grad
+            or (alpha_bias is not None and alpha_bias.requires_grad)
+        ):
+            return function.apply(*arguments)
+        return _below_autograd(operator, *arguments)
+
+    _library.impl(name, autograd, "Autograd")
+
+
+conv2d = torch.ops.wfnet.conv2d.default
+conv2d_backward = torch.ops.wfnet.conv2d_backward.default
+linear = torch.ops.wfnet.linear.default
+linear_backward = torch.ops.wfnet.linear_backward.default
+_register_autograd("conv2d", _Conv2d, conv2d)
+_register_autograd("linear", _Linear, linear)

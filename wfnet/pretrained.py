@@ -152,7 +152,7 @@ def load_filters(
         raise ValueError(
             f"the base model is not the one these filters were trained on: its fingerprint is "
             f"{found[:12]}..., {folder / CONFIG_NAME} expects {config['base_fingerprint'][:12]}... "
-            f"(a {config.get('model', 'model')}); load the original weights, in their original dtype"
+            f"(a {config.get('model', 'model')}); load the original weights in their original dtype"
         )
     net = cls(
         base_model,

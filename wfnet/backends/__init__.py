@@ -47,7 +47,7 @@ class Backend(ABC):
         weight: ``[O, C / groups, R, S]``.
         scale, shift: ``[B, O]``, fp32 (fp64 for fp64 ``x``); ``shift`` may be None.
         source: ``[B]`` int64, positions in ``x``, or None (then ``B == N``).
-        out: ``[B, O, P, Q]``, dtype of ``x``, fresh memory that aliases neither ``x`` nor ``saved``.
+        out: ``[B, O, P, Q]``, dtype of ``x``, fresh memory, no alias of ``x`` or ``saved``.
         t1: ``[B, O]``, ``sum_p dout * scale * u``: derivative by the *log* of the scale.
         t0: ``[B, O]``, ``sum_p dout``.
     """
@@ -63,7 +63,7 @@ class Backend(ABC):
         return None
 
     def saved_batch(self, sources: int, batch: int) -> int:
-        """Samples that ``saved`` holds: ``batch`` for the scaled branch, fewer for unscaled ``u``."""
+        """Samples in ``saved``: ``batch`` for the scaled branch, ``sources`` for unscaled ``u``."""
         return batch
 
     @abstractmethod
@@ -93,7 +93,7 @@ class Backend(ABC):
         need_t1: bool,
         need_t0: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Returns ``dx`` (shape ``input_shape``), ``t1`` and ``t0``; None for what is not needed."""
+        """Returns ``dx`` (``input_shape``), ``t1`` and ``t0``; None for what is not needed."""
 
     @abstractmethod
     def linear(

@@ -29,7 +29,7 @@ def _column_sums(
     need_t1: bool,
     need_t0: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """``t1`` and ``t0`` in the dtype of ``scale``, and a scratch tensor of the shape of ``dout``."""
+    """A scratch tensor shaped like ``dout``, and ``t1`` and ``t0`` in the dtype of ``scale``."""
     scratch = torch.empty_like(dout)
     t1 = t0 = None
     if need_t1:
@@ -95,13 +95,15 @@ class EagerBackend(Backend):
         du = torch.mul(dout, scale[:, :, None, None], out=scratch)
         if source is not None:  # the convolution is linear: sum the variants of an image first
             du = segment_sum(du, source, input_shape[0])
+        channels_last = du.is_contiguous(memory_format=torch.channels_last)
         dx, _, _ = torch.ops.aten.convolution_backward(
             du,
-            # Only the shape and the memory format of the input are read; its pages are never touched.
-            torch.empty(input_shape, dtype=du.dtype, device=du.device).to(
-                memory_format=torch.channels_last
-                if du.is_contiguous(memory_format=torch.channels_last)
-                else torch.contiguous_format
+            # Only shape and memory format of the input are read; its pages are never touched.
+            torch.empty(
+                input_shape,
+                dtype=du.dtype,
+                device=du.device,
+                memory_format=torch.channels_last if channels_last else torch.contiguous_format,
             ),
             weight,
             None,
