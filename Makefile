@@ -1,0 +1,38 @@
+# `make demo` and `make test` do everything on a fresh machine, environment included.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint format test-gpu clean help
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(READY): pyproject.toml setup.py
+	$(PYTHON) -c 'import sys; sys.exit("wfnet needs Python 3.10 or newer; run make PYTHON=...") if sys.version_info < (3, 10) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(READY) ## untrain every class of a small network on real digits, evaluate, draw (2 minutes)
+	$(BIN)/wfnet demo --output demo $(ARGS)
+
+test: $(READY) ## the test suite, no GPU needed
+	$(BIN)/pytest $(ARGS)
+
+lint: $(READY) ## ruff: style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY) ## ruff: mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-gpu: ## the tests that need a CUDA device; installs this checkout offline, without dependencies
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest -m gpu tests/gpu $(ARGS)
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info demo .pytest_cache .ruff_cache
