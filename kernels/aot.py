@@ -1,0 +1,380 @@
+"""Compiles every default config ahead of time, without a device, and reads what the compiler made.
+
+    python -m wfnet.kernels.aot                 one line per representative kernel and target
+    python -m wfnet.kernels.aot --all           the complete matrix
+    python -m wfnet.kernels.aot --all --arch 90 --json report.json
+
+Exits with 1 if a kernel spills, uses a stack, lacks its tensor-core instruction, or needs more
+shared memory than the device has (the compiler accepts that silently). The launches are those that
+the launchers would run: the same planning functions, with tensors that have no memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+from wfnet.kernels import gate as gates
+from wfnet.kernels.config import (
+    TARGETS,
+    ConvShape,
+    Device,
+    LinearShape,
+    conv_choice,
+    full_precision,
+    linear_choice,
+)
+from wfnet.kernels.conv_dgrad import plan_conv_dgrad, tiles_per_sample
+from wfnet.kernels.conv_fprop import plan_conv_fprop
+from wfnet.kernels.epilogue_bwd import (
+    Gradient,
+    LayerBelow,
+    plan_column_sums,
+    plan_epilogue_bwd,
+)
+from wfnet.kernels.launch import Launch
+from wfnet.kernels.linear import plan_linear_dgrad, plan_linear_fprop
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
+
+# Samples, pixels, channels in and out, filter, stride: one of each kind of layer.
+CONVS = {
+    "resnet18.layer1 3x3": (512, 56, 64, 64, 3, 1),
+    "resnet18.layer2 3x3": (512, 28, 128, 128, 3, 1),
+    "resnet18.layer2.0 3x3/2": (512, 56, 64, 128, 3, 2),
+    "resnet18.layer2.0 1x1/2": (512, 56, 64, 128, 1, 2),
+    "resnet18.layer4 3x3": (512, 7, 512, 512, 3, 1),
+    "resnet50.layer3 3x3": (512, 14, 256, 256, 3, 1),
+    "resnet50.layer3.0 3x3/2": (512, 28, 256, 256, 3, 2),
+    "vgg16.conv1_2 3x3": (512, 224, 64, 64, 3, 1),
+    "vgg16.conv4 3x3": (512, 28, 512, 512, 3, 1),
+    "resnet18.conv1 7x7/2": (512, 224, 3, 64, 7, 2),
+    "vgg16.conv1_1 3x3": (512, 224, 3, 64, 3, 1),
+    "odd channels 3x3": (512, 28, 36, 20, 3, 1),
+    "odd size 3x3/2": (512, 15, 64, 64, 3, 2),
+}
+# Samples, tokens, features in and out.
+LINEARS = {
+    "vit_tiny.qkv": (512, 197, 192, 576),
+    "vit_small.qkv": (512, 197, 384, 1152),
+    "resnet50.layer1 1x1 expand": (512, 56 * 56, 64, 256),
+    "resnet50.layer4 1x1 reduce": (512, 49, 2048, 512),
+    "features without tokens": (512, 1, 512, 512),
+}
+# The part that the test suite compiles: every default config at least once.
+REPRESENTATIVE = {
+    "resnet18.layer1 3x3",
+    "resnet18.layer2.0 3x3/2",
+    "resnet50.layer3 3x3",
+    "resnet18.conv1 7x7/2",
+    "odd channels 3x3",
+    "vit_tiny.qkv",
+    "resnet50.layer4 1x1 reduce",
+    "features without tokens",
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch to compile; ``tensor_cores`` says whether its products must run on them."""
+
+    name: str
+    launch: Launch
+    tensor_cores: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the compiler made of a case; ``problems`` is empty for a good kernel."""
+
+    name: str
+    arch: int
+    kernel: str
+    config: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    instruction: str
+    problems: tuple[str, ...]
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _table(*shape: int) -> Tensor:
+    return _meta(torch.float32, *shape)
+
+
+def _below(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> tuple[LayerBelow, tuple]:
+    """The layer below a dgrad: ``plain``, ``branch`` (no residual) or ``residual``."""
+    tables = {"scale": _table(shape[0], shape[-1]), "shift": _table(shape[0], shape[-1])}
+    branch = _meta(dtype, *shape)
+    if kind == "plain":
+        return LayerBelow(), ("grad",)
+    if kind == "branch":
+        return LayerBelow(branch, **tables, relu=True), ("scaled_grad", "t0", "t1")
+    below = LayerBelow(
+        branch, **tables, activation=_meta(dtype, *shape), skip=_meta(dtype, *shape), relu=True
+    )
+    return below, ("grad", "scaled_grad", "t0", "t1")
+
+
+def conv_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) -> Iterator[Case]:
+    """Forward and input gradient of one of ``CONVS``; ``kinds`` of epilogues for each."""
+    batch, size, channels, columns, kernel, stride = CONVS[name]
+    pad = kernel // 2
+    shape = ConvShape(
+        batch, size, size, channels, columns, (kernel,) * 2, (stride,) * 2, (pad,) * 2, (1, 1)
+    )
+    p = shape.out_height
+    x = _meta(dtype, batch, size, size, channels)
+    weight = _meta(dtype, columns, kernel, kernel, channels)
+    out = _meta(dtype, batch, p, p, columns)
+    rows = (channels * dtype.itemsize) % 16 == 0 and (columns * dtype.itemsize) % 16 == 0
+    cores = not full_precision(dtype, "conv")
+    for kind in kinds:
+        expanded = kind == "source"
+        config = conv_choice(
+            "fprop", shape, dtype, device, describable=rows, single_sample=expanded
+        ).config
+        launch = plan_conv_fprop(
+            x,
+            weight,
+            _table(batch, columns),
+            _table(batch, columns),
+            _meta(torch.int64, batch) if expanded else None,
+            _meta(dtype, *out.shape) if kind == "residual" else None,
+            None if kind == "plain" else _meta(dtype, *out.shape),
+            out,
+            shape,
+            kind in ("branch", "residual"),
+            config,
+        )
+        yield Case(f"{name} fprop {kind} {config}", launch, cores)
+        if expanded or channels == 3:
+            continue
+        below, want = _below(tuple(x.shape), dtype, kind)
+        config = conv_choice(
+            "dgrad", shape, dtype, device, describable=rows, column_sums="t0" in want
+        ).config
+        into = Gradient.empty(x, tuple(x.shape), want)
+        slots = 1 if config.path == "gather" else tiles_per_sample(shape, config)
+        launch = plan_conv_dgrad(
+            out, weight, below, into, into.partials(slots * batch, x), shape, config
+        )
+        yield Case(f"{name} dgrad {kind} {config}", launch, cores)
+
+
+def linear_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) -> Iterator[Case]:
+    """Forward and input gradient of one of ``LINEARS``; ``kinds`` of epilogues for each."""
+    batch, tokens, features, columns = LINEARS[name]
+    shape = LinearShape(batch, tokens, features, columns)
+    op = "conv" if "1x1" in name else "linear"
+    x, weight = _meta(dtype, batch, tokens, features), _meta(dtype, columns, features)
+    out = _meta(dtype, batch, tokens, columns)
+    tokenless = tokens == 1
+    for kind in kinds:
+        if kind == "source":
+            continue
+        config = linear_choice(
+            shape, dtype, device, columns=columns, describable=True, op=op
+        ).config
+        launch = plan_linear_fprop(
+            x,
+            weight,
+            _table(batch, columns),
+            _table(batch, columns),
+            _meta(dtype, *out.shape) if kind == "residual" else None,
+            None if kind == "plain" else _meta(dtype, *out.shape),
+            out,
+            shape,
+            kind == "residual",
+            config,
+            device,
+            op,
+        )
+        cores = not full_precision(dtype, op)
+        yield Case(f"{name} fprop {kind} {config}", launch, cores)
+        below, want = _below(tuple(x.shape), dtype, "plain" if tokenless else kind)
+        config = linear_choice(
+            shape,
+            dtype,
+            device,
+            columns=features,
+            describable=True,
+            column_sums="t0" in want,
+            op=op,
+        ).config
+        into = Gradient.empty(x, tuple(x.shape), want)
+        launch = plan_linear_dgrad(
+            out, weight, below, into, into.partials(4, x), shape, config, device, op
+        )
+        yield Case(f"{name} dgrad {kind} {config}", launch, cores)
+
+
+def elementwise_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """The kernels without a matrix product."""
+    shape = (512, 56 * 56, 64)
+    dout = _meta(dtype, *shape)
+    for kind in ("branch", "residual"):
+        below, want = _below(shape, dtype, kind)
+        into = Gradient.empty(dout, shape, want)
+        for grouping in (None, (_meta(torch.int64, 512), _meta(torch.int64, 257))):
+            launch = plan_epilogue_bwd(
+                dout, below, into, into.partials(512 * 49, dout), grouping, 512
+            )
+            yield Case(f"epilogue_bwd {kind} source={grouping is not None}", launch, False)
+    for block_m in (0, 128):
+        launch = plan_column_sums(
+            _table(49 * 512, 64), _table(512, 64), 3136, 49, block_m, 2 if block_m else 0
+        )
+        yield Case(f"column_sums {'flat' if block_m else 'grouped'}", launch, False)
+    for launch in gates.example_launches(_meta):
+        yield Case(launch.kernel.fn.__name__, launch, False)
+
+
+def cases(device: Device, complete: bool) -> Iterator[Case]:
+    """Every case, or the representative ones, for one target."""
+    dtypes = [torch.bfloat16, torch.float16, torch.float32] if complete else [torch.bfloat16]
+    for dtype in dtypes:
+        for name in CONVS:
+            if complete or name in REPRESENTATIVE:
+                kinds = ("plain", "branch", "residual", "source") if complete else ("residual",)
+                yield from conv_cases(name, dtype, device, kinds)
+        for name in LINEARS:
+            if complete or name in REPRESENTATIVE:
+                kinds = ("plain", "branch", "residual") if complete else ("residual",)
+                yield from linear_cases(name, dtype, device, kinds)
+        yield from elementwise_cases(dtype)
+    if not complete:
+        yield from conv_cases("resnet50.layer3 3x3", torch.float32, device, ("branch",))
+        yield from linear_cases("vit_tiny.qkv", torch.float32, device, ("plain",))
+
+
+def source_of(launch: Launch) -> ASTSource:
+    """The compiler's view of a launch: types, constants, alignment, as in a real call."""
+    kernel = launch.kernel
+    signature, constants, attributes = {}, {}, {}
+    for position, parameter in enumerate(kernel.params):
+        name = parameter.name
+        value = launch.arguments[name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, TensorDescriptor):
+            block = ", ".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{block}]>"
+        elif isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32" if value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def compile_case(case: Case, device: Device) -> Report:
+    """Compiles one case for one target and judges the result."""
+    launch = case.launch
+    compiled = triton.compile(
+        source_of(launch),
+        target=GPUTarget("cuda", device.arch, 32),
+        options={"num_warps": launch.warps, "num_stages": launch.stages},
+    )
+    registers, stack = _resources(compiled.asm["cubin"])
+    instruction = _tensor_core_instruction(compiled.asm["ptx"])
+    shared = compiled.metadata.shared
+    problems = []
+    if stack:
+        problems.append(f"{stack} bytes of stack (spills)")
+    if shared > device.shared_memory:
+        problems.append(f"{shared} bytes of shared memory, {device.shared_memory} available")
+    if case.tensor_cores and instruction == "none":
+        problems.append("no tensor-core instruction")
+    return Report(
+        case.name,
+        device.arch,
+        launch.kernel.fn.__name__,
+        f"{launch.warps} warps, {launch.stages} stages",
+        registers,
+        stack,
+        shared,
+        instruction,
+        tuple(problems),
+    )
+
+
+def _tensor_core_instruction(ptx: str) -> str:
+    for instruction in ("tcgen05.mma", "wgmma.mma_async", "mma.sync"):
+        if instruction in ptx:
+            return instruction
+    return "none"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack, read by the cuobjdump that ships with Triton."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compiles and prints a table; the exit status counts as a test."""
+    parser = argparse.ArgumentParser(prog="python -m wfnet.kernels.aot", description=__doc__)
+    parser.add_argument("--all", action="store_true", help="the complete matrix")
+    parser.add_argument("--arch", type=int, action="append", choices=sorted(TARGETS))
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--json", type=Path, help="write the table here too")
+    arguments = parser.parse_args(argv)
+    reports = []
+    for arch in arguments.arch or sorted(TARGETS):
+        device = TARGETS[arch]
+        for case in cases(device, arguments.all):
+            if arguments.only not in case.name:
+                continue
+            report = compile_case(case, device)
+            reports.append(report)
+            print(
+                f"sm_{arch} {report.registers:3d} regs {report.stack_bytes:4d} stack "
+                f"{report.shared_bytes / 1024:5.1f} KB {report.instruction:16s} {report.name}"
+                + "".join(f"  !! {problem}" for problem in report.problems),
+                flush=True,
+            )
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
+    return 1 if any(report.problems for report in reports) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

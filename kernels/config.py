@@ -1,0 +1,349 @@
+"""Tile configs: one frozen dataclass, defaults that are good unsearched, and why each was taken.
+
+The defaults follow from counting, not from a search (no measurement is behind them):
+
+- Hopper, 16-bit: 128 x 128 x 64 tiles, 8 warps, 3 stages. The accumulator takes 64 registers a
+  thread and the kernels stay below 128, so that two thread blocks share a multiprocessor (2 x 82
+  KB of shared memory): one block's epilogue, which moves up to four tiles, runs under the other's
+  matrix multiplication. Narrow outputs take 128 x 64.
+- Linear maps have few steps of K (192 / 64 = 3), so their fill and drain dominate: the kernel is
+  persistent and prefetches the next tile's operands during the epilogue.
+- Ampere has no tensor memory accelerator: pointer tiles, cp.async, 32-wide K steps.
+- fp32 with TF32 off multiplies in full precision on the ordinary units: small tiles.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice of a config depends on."""
+
+    name: str
+    arch: int  # compute capability: 80, 90, 100, ...
+    shared_memory: int  # bytes that one thread block can have
+    processors: int
+
+    @property
+    def has_tma(self) -> bool:
+        """Whether tensor descriptors are worth using (Hopper, data-center Blackwell)."""
+        return 90 <= self.arch < 120
+
+
+# Limits of compute capabilities, for compiling without a device.
+TARGETS = {
+    80: Device("sm_80", 80, 163 * 1024, 108),
+    90: Device("sm_90", 90, 227 * 1024, 132),
+    100: Device("sm_100", 100, 227 * 1024, 148),
+}
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    arch = properties.major * 10 + properties.minor
+    shared = getattr(properties, "shared_memory_per_block_optin", 0) or 99 * 1024
+    return Device(properties.name, arch, shared, properties.multi_processor_count)
+
+
+def device_of(tensor: torch.Tensor) -> Device:
+    """The device a launch on ``tensor`` is configured for; CPU tensors are interpreted as sm_90."""
+    if tensor.is_cuda:
+        index = tensor.device.index
+        return _cuda_device(torch.cuda.current_device() if index is None else index)
+    return TARGETS[90]
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """Tile sizes of one GEMM-like kernel.
+
+    ``path``: ``box`` (descriptor boxes of pixels), ``flat`` (descriptor rows, persistent) or
+    ``gather`` (pointers). ``box``: (samples, rows, columns) of pixels in a tile; their product is
+    ``block_m``.
+    """
+
+    path: str
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    box: tuple[int, int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.path not in ("box", "flat", "gather"):
+            raise ValueError(f"path is 'box', 'flat' or 'gather', not {self.path!r}")
+        if (self.path == "box") != (self.box is not None):
+            raise ValueError(f"path {self.path!r} and box={self.box} do not go together")
+        if self.box is not None and self.box[0] * self.box[1] * self.box[2] != self.block_m:
+            raise ValueError(f"box {self.box} does not hold block_m={self.block_m} pixels")
+
+    def operand_memory(self, itemsize: int) -> int:
+        """Bytes of shared memory for the pipelined operand tiles."""
+        return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+    def __str__(self) -> str:
+        where = f" {'x'.join(map(str, self.box))}" if self.box else ""
+        return (
+            f"{self.path}{where} {self.block_m}x{self.block_n}x{self.block_k}, "
+            f"{self.warps} warps, {self.stages} stages"
+        )
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """What the config of a convolution depends on; also its key in stored searches."""
+
+    batch: int  # samples of the output (expanded)
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+    @property
+    def out_height(self) -> int:
+        return self._out(self.height, 0)
+
+    @property
+    def out_width(self) -> int:
+        return self._out(self.width, 1)
+
+    def _out(self, size: int, axis: int) -> int:
+        reach = self.dilation[axis] * (self.kernel[axis] - 1)
+        return (size + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
+
+    @property
+    def pointwise(self) -> bool:
+        """1x1, stride 1, no padding: a linear map over pixels."""
+        return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
+
+    def key(self) -> str:
+        """``n512_56x56_64-64_3x3_s1x1_p1x1_d1x1``."""
+        pair = "{0[0]}x{0[1]}".format
+        return (
+            f"n{self.batch}_{self.height}x{self.width}_{self.in_channels}-{self.out_channels}"
+            f"_{pair(self.kernel)}_s{pair(self.stride)}_p{pair(self.padding)}_d{pair(self.dilation)}"
+        )
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """``batch`` samples of ``tokens`` rows: ``[batch, tokens, in_features]``."""
+
+    batch: int
+    tokens: int
+    in_features: int
+    out_features: int
+
+    def key(self) -> str:
+        """``b512_t197_384-1152``."""
+        return f"b{self.batch}_t{self.tokens}_{self.in_features}-{self.out_features}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config and the reason for it, in words for ``explain``."""
+
+    config: GemmConfig
+    reason: str
+
+
+def full_precision(dtype: torch.dtype, op: str) -> bool:
+    """Whether PyTorch's settings ask for fp32 products: what eager would do, kernels do.
+
+    ``op`` is ``conv`` (``torch.backends.cudnn.allow_tf32``) or ``linear``
+    (``torch.backends.cuda.matmul.allow_tf32``).
+    """
+    if dtype != torch.float32:
+        return False
+    flags = torch.backends.cudnn if op == "conv" else torch.backends.cuda.matmul
+    return not flags.allow_tf32
+
+
+def span(block_m: int, tokens: int) -> int:
+    """How many samples a flat tile of ``block_m`` rows can touch; 0: too many for vectors."""
+    if tokens % block_m == 0:
+        return 1
+    most = block_m // tokens if block_m % tokens == 0 else -(-(block_m - 1) // tokens) + 1
+    return most if most <= 4 else 0
+
+
+def _powers(limit: int) -> Iterator[int]:
+    size = 1
+    while size <= limit:
+        yield size
+        size *= 2
+
+
+def best_box(
+    samples: int, rows: int, cols: int, pixels: int, most_samples: int, least_pixels: int
+) -> tuple[tuple[int, int, int], float]:
+    """The box of ``pixels`` that wastes least on a ``samples x rows x cols`` grid, and its cover.
+
+    28 x 28 is covered to 77% by (1, 8, 16) and fully by (8, 4, 4): which box a tile has changes
+    nothing about its shared-memory traffic, so cover decides. Several samples may share a tile up
+    to ``most_samples``, while each keeps ``least_pixels`` (column sums cost 8 bytes per channel
+    and sample of a tile). Ties go to fewer samples, then to the squarest (its halo stays in L2).
+    """
+    best = None
+    for depth in _powers(min(most_samples, pixels)):
+        if depth > 1 and (pixels // depth < least_pixels or depth > samples):
+            continue
+        for height in _powers(pixels // depth):
+            width = pixels // depth // height
+            tiles = -(-samples // depth) * -(-rows // height) * -(-cols // width)
+            cover = samples * rows * cols / (tiles * pixels)
+            rank = (round(cover, 6), -depth, -max(height, width))
+            if best is None or rank > best[0]:
+                best = (rank, (depth, height, width), cover)
+    return best[1], best[2]
+
+
+def _block_n(columns: int) -> int:
+    return 128 if columns > 64 else 64
+
+
+def conv_choice(
+    direction: str,
+    shape: ConvShape,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    describable: bool,
+    single_sample: bool = False,
+    column_sums: bool = False,
+) -> Choice:
+    """The default config of ``conv_fprop`` or ``conv_dgrad`` for a shape.
+
+    Args:
+        direction: ``fprop`` or ``dgrad``.
+        describable: whether bases and rows of all tensors are aligned to 16 bytes.
+        single_sample: tiles must not pack samples (``source`` indices scatter them).
+        column_sums: the epilogue takes T0 or T1.
+    """
+    forward = direction == "fprop"
+    columns = shape.out_channels if forward else shape.in_channels
+    depth = shape.in_channels if forward else shape.out_channels
+    grid = (shape.out_height, shape.out_width) if forward else (shape.height, shape.width)
+    exact = full_precision(dtype, "conv")
+    step = shape.stride[0]
+    wide = dtype == torch.float32
+    block_k = 32 if wide or device.arch < 90 else 64
+
+    obstacle = None
+    if not device.has_tma:
+        obstacle = f"{device.name} has no tensor memory accelerator"
+    elif not describable:
+        obstacle = "channel rows or bases are not multiples of 16 bytes"
+    elif shape.stride[0] != shape.stride[1] or step not in (1, 2):
+        obstacle = f"stride {shape.stride} is neither 1 nor 2"
+    elif step == 2 and (shape.height % 2 or shape.width % 2):
+        obstacle = f"stride 2 over an odd {shape.height}x{shape.width} input has uneven phases"
+    elif step == 2 and shape.in_channels % 16:
+        obstacle = f"stride 2 needs input channels in multiples of 16, not {shape.in_channels}"
+    elif step == 2 and not forward and shape.dilation != (1, 1):
+        obstacle = "the input gradient of a strided, dilated convolution has no phases"
+
+    if obstacle is not None:
+        config = GemmConfig("gather", 128, _block_n(columns), 32 if wide else block_k, 8, 3)
+        if device.arch < 90:
+            config = replace(config, stages=4)
+        if column_sums:
+            # Addresses and two column sums leave room for 32 accumulators a thread.
+            config = replace(config, block_n=64)
+            if depth % config.block_k:
+                config = replace(config, block_m=64)
+        if depth < block_k:
+            # Too few channels for one K step per filter tap: taps and channels share K steps.
+            config = replace(config, block_k=32)
+        if exact:
+            config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
+        while config.block_m > 16 and span(config.block_m, grid[0] * grid[1]) == 0:
+            config = replace(config, block_m=config.block_m // 2, warps=4)
+        return Choice(config, f"pointer path: {obstacle}")
+
+    block_n = _block_n(columns)
+    if step == 2:
+        # A descriptor of one parity class cannot stop at the end of its channels.
+        while forward and shape.in_channels % block_k:
+            block_k //= 2
+        while not forward and shape.in_channels % block_n:
+            block_n //= 2
+        if not forward:
+            grid = (grid[0] // 2, grid[1] // 2)
+    block_m, warps, stages = 128, 8, 3
+    if exact:
+        block_m, block_n, block_k, warps, stages = 64, min(64, block_n), 16, 4, 2
+    most = 1 if single_sample else 8
+    least = 32 if column_sums else 16
+    while True:
+        box, cover = best_box(shape.batch, *grid, block_m, most, least)
+        tiles = -(-shape.batch // box[0]) * -(-grid[0] // box[1]) * -(-grid[1] // box[2])
+        tiles *= -(-columns // block_n) * (1 if forward else step * step)
+        if tiles >= device.processors or block_m <= 64:
+            break
+        block_m, warps = block_m // 2, 4
+    config = GemmConfig("box", block_m, block_n, block_k, warps, stages, box)
+    phases = "" if step == 1 else ", one phase per parity" if not forward else ", parity views"
+    return Choice(config, f"descriptor boxes cover {cover:.0%} of {grid[0]}x{grid[1]}{phases}")
+
+
+def linear_choice(
+    shape: LinearShape,
+    dtype: torch.dtype,
+    device: Device,
+    *,
+    columns: int,
+    describable: bool,
+    column_sums: bool = False,
+    op: str = "linear",
+) -> Choice:
+    """The default config of a linear map or a 1x1 convolution (``op="conv"``), either direction."""
+    exact = full_precision(dtype, op)
+    wide = dtype == torch.float32
+    block_n = _block_n(columns)
+    obstacle = None
+    if not device.has_tma:
+        obstacle = f"{device.name} has no tensor memory accelerator"
+    elif not describable:
+        obstacle = "feature rows or bases are not multiples of 16 bytes"
+    if obstacle is not None:
+        config = GemmConfig("gather", 128, block_n, 32, 8, 3)
+        if device.arch < 90:
+            config = replace(config, stages=4)
+        if column_sums:
+            config = replace(config, block_n=64)
+        if exact:
+            config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
+        reason = f"pointer path: {obstacle}"
+    else:
+        config = GemmConfig("flat", 128, block_n, 32 if wide else 64, 8, 3)
+        rows = shape.batch * shape.tokens
+        if exact:
+            config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
+        elif -(-rows // 128) * -(-columns // block_n) < device.processors:
+            config = replace(config, block_m=64, warps=4)
+        elif column_sums and span(config.block_m, shape.tokens) != 1:
+            # Sums per sample of a tile need registers, the more the more samples it meets.
+            config = replace(config, block_n=64)
+            if span(config.block_m, shape.tokens) != 2:
+                config = replace(config, block_m=64, warps=4)
+        reason = "descriptor rows, persistent"
+    touched = span(config.block_m, shape.tokens)
+    if touched == 0:
+        # One gathered table row per tile row needs registers: smaller tiles.
+        config = replace(config, block_m=64, block_n=64, warps=4)
+        touched = span(64, shape.tokens)
+    rows = "gathered table rows" if touched == 0 else f"at most {touched} samples a tile"
+    return Choice(config, f"{reason}; {rows}")

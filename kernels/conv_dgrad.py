@@ -1,0 +1,488 @@
+"""Masked convolution, input gradient: one GEMM, then the layer below's elementwise backward.
+
+    dx[b, h, w, c] = sum_{r, s, o} ag[b, p, q, o] * weight[o, r, s, c]
+    where p * stride = h + pad - r * dilation, and likewise q
+
+``ag = A * g`` already carries this layer's masks. Because weights are frozen, dx is not the end but
+the gradient that reaches the layer below: the epilogue adds a skip gradient, applies that layer's
+ReLU mask, takes its column sums T0 and T1 and writes its ``ag`` (and ``g``, where a skip needs it).
+
+- ``conv_dgrad_kernel``: descriptor boxes. With stride 2 the pixels of one parity class (h % 2,
+  w % 2) see a fixed subset of the taps: each class is a dense stride-1 convolution of ``ag`` with a
+  sub-filter, written through a view [B, H/2, 2, W/2, 2*C] of the output. The four classes are
+  neighbours in the grid, so that they share ``ag`` in L2; classes without taps write zeros.
+- ``conv_dgrad_gather_kernel``: addresses. Every pixel visits every tap and masks those that do not
+  divide by the stride (stride 2: three quarters of the products are with zeros).
+
+The weight is read as [O, R*S, C] in boxes [BK, 1, BN]: no flipped or transposed copy of it exists.
+"""
+
+# ruff: noqa: E741 (O is the number of output channels here, as in every equation)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from wfnet.kernels import autotune
+from wfnet.kernels.config import (
+    Choice,
+    ConvShape,
+    Device,
+    GemmConfig,
+    conv_choice,
+    device_of,
+    full_precision,
+    span,
+)
+from wfnet.kernels.epilogue import backward_epilogue
+from wfnet.kernels.epilogue_bwd import Gradient, LayerBelow, add_column_sums
+from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor
+
+
+@triton.jit
+def conv_dgrad_kernel(
+    ag,  # [B, P, Q, O] in boxes
+    w,  # [O, R*S, C] in boxes [BK, 1, BN]
+    skip,  # [B, H, W, C] in boxes or None; with STEP 2 all of these are [B, H/2, 2, W/2, 2*C]
+    branch,
+    activation,
+    scale,  # [B, C] fp32 or None: tables of the layer below
+    shift,  # [B, C] fp32 or None
+    grad,
+    scaled_grad,
+    partial0,  # [tiles per sample, B, C] fp32 or None
+    partial1,
+    B,
+    H,  # of one parity class: H / STEP
+    W,
+    C,
+    LD,  # stride between rows of the tables
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STEP: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    O: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BS: tl.constexpr,
+    BH: tl.constexpr,
+    BW: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    BM: tl.constexpr = BS * BH * BW
+    CHANNEL_STEPS: tl.constexpr = (O + BK - 1) // BK
+    PHASES: tl.constexpr = STEP * STEP
+    tile = tl.program_id(0)
+    tiles_n = tl.cdiv(C, BN)
+    tiles_w = tl.cdiv(W, BW)
+    tiles_h = tl.cdiv(H, BH)
+    n0 = tile % tiles_n * BN
+    tile = tile // tiles_n
+    tiles_per_sample = tiles_h * tiles_w * PHASES
+    tile_in_sample = tile % tiles_per_sample
+    b0 = tile // tiles_per_sample * BS
+    phase = tile_in_sample % PHASES
+    w0 = tile_in_sample // PHASES % tiles_w * BW
+    h0 = tile_in_sample // PHASES // tiles_w * BH
+    odd_h = phase // STEP
+    odd_w = phase % STEP
+
+    # Taps of this class: r = first_r + i * STEP, and p = h + (odd_h + pad) // STEP - i * dilation.
+    if STEP == 1:
+        first_r = 0
+        first_s = 0
+        count_r = R
+        count_s = S
+        p0 = h0 + PAD_H
+        q0 = w0 + PAD_W
+    else:
+        first_r = (odd_h + PAD_H) % STEP
+        first_s = (odd_w + PAD_W) % STEP
+        count_r = (R - first_r + STEP - 1) // STEP
+        count_s = (S - first_s + STEP - 1) // STEP
+        p0 = h0 + (odd_h + PAD_H) // STEP
+        q0 = w0 + (odd_w + PAD_W) // STEP
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, count_r * count_s * CHANNEL_STEPS):
+        tap = k // CHANNEL_STEPS
+        o0 = k % CHANNEL_STEPS * BK
+        if STEP == 1:
+            i = tap // S
+            j = tap % S
+        else:
+            i = tap // tl.maximum(count_s, 1)
+            j = tap % tl.maximum(count_s, 1)
+        a = ag.load([b0, p0 - i * DIL_H, q0 - j * DIL_W, o0]).reshape(BM, BK)
+        tap_in_filter = (first_r + i * STEP) * S + first_s + j * STEP
+        weights = w.load([o0, tap_in_filter, n0]).reshape(BK, BN)
+        acc = tl.dot(a, weights, acc, input_precision=PRECISION)
+
+    if STEP == 1:  # noqa: SIM108 (the tuples differ in length)
+        at = (b0, h0, w0, n0)
+    else:
+        at = (b0, h0, odd_h, w0, odd_w * C + n0)
+    row = tl.arange(0, BM)
+    row_sample = b0 + row // (BH * BW)
+    inside = (h0 + row // BW % BH < H) & (w0 + row % BW < W)
+    backward_epilogue(
+        acc,
+        skip,
+        branch,
+        activation,
+        scale,
+        shift,
+        grad,
+        scaled_grad,
+        partial0,
+        partial1,
+        at,
+        tile_in_sample * B + b0,
+        b0,
+        row_sample,
+        n0 + tl.arange(0, BN),
+        inside & (row_sample < B),
+        B,
+        C,
+        LD,
+        RELU,
+        True,
+        BS,
+        True,
+        BM,
+        BN,
+    )
+
+
+@triton.jit
+def conv_dgrad_gather_kernel(
+    ag,  # [B, P, Q, O]
+    w,  # [O, R, S, C]
+    skip,  # [B, H, W, C] or None, like the four below
+    branch,
+    activation,
+    scale,  # [B, C] fp32 or None: tables of the layer below
+    shift,  # [B, C] fp32 or None
+    grad,
+    scaled_grad,
+    partial0,  # [tiles, SPAN, C] fp32 or None
+    partial1,
+    B,
+    H,
+    W,
+    P,
+    Q,
+    C,
+    LD,  # stride between rows of the tables
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    O: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPAN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    CHANNEL_STEPS: tl.constexpr = (O + BK - 1) // BK
+    tile = tl.program_id(0)
+    tiles_n = tl.cdiv(C, BN)
+    cols = tile % tiles_n * BN + tl.arange(0, BN)
+    tile_m = tile // tiles_n
+    m0 = tile_m * BM
+    rows = m0 + tl.arange(0, BM)
+    pixels = H * W
+    row_ok = rows < B * pixels
+    row_sample = rows // pixels
+    pixel = rows % pixels
+    h0 = pixel // W + PAD_H
+    w0 = pixel % W + PAD_W
+    image = ag + row_sample.to(tl.int64) * (P * Q * O)  # [BM] pointers
+    lane = tl.arange(0, BK)
+    col_ok = cols < C
+
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, R * S * CHANNEL_STEPS):
+        tap = k // CHANNEL_STEPS
+        o = k % CHANNEL_STEPS * BK + lane
+        hh = h0 - tap // S * DIL_H
+        ww = w0 - tap % S * DIL_W
+        p = hh // STRIDE_H
+        q = ww // STRIDE_W
+        inside = (hh >= 0) & (hh % STRIDE_H == 0) & (p < P) & (ww >= 0) & (ww % STRIDE_W == 0)
+        inside = inside & (q < Q) & row_ok
+        offset = (p * Q + q) * O
+        if O % BK == 0:
+            a = tl.load(
+                image[:, None] + (offset[:, None] + o[None, :]), mask=inside[:, None], other=0.0
+            )
+            weights = tl.load(
+                w + (o * (R * S * C) + tap * C)[:, None] + cols[None, :],
+                mask=col_ok[None, :],
+                other=0.0,
+            )
+        else:
+            o_ok = o < O
+            a = tl.load(
+                image[:, None] + (offset[:, None] + o[None, :]),
+                mask=inside[:, None] & o_ok[None, :],
+                other=0.0,
+            )
+            weights = tl.load(
+                w + (o * (R * S * C) + tap * C)[:, None] + cols[None, :],
+                mask=o_ok[:, None] & col_ok[None, :],
+                other=0.0,
+            )
+        acc = tl.dot(a, weights, acc, input_precision=PRECISION)
+
+    backward_epilogue(
+        acc,
+        skip,
+        branch,
+        activation,
+        scale,
+        shift,
+        grad,
+        scaled_grad,
+        partial0,
+        partial1,
+        (m0.to(tl.int64) * C, tl.arange(0, BM) * C, cols),
+        tile_m * SPAN,
+        m0 // pixels,
+        row_sample,
+        cols,
+        row_ok,
+        B,
+        C,
+        LD,
+        RELU,
+        False,
+        SPAN,
+        False,
+        BM,
+        BN,
+    )
+
+
+def plan_conv_dgrad(
+    ag: Tensor,
+    weight: Tensor,
+    below: LayerBelow,
+    into: Gradient,
+    partials: tuple[Tensor | None, Tensor | None],
+    shape: ConvShape,
+    config: GemmConfig,
+) -> Launch:
+    """The launch of ``conv_dgrad`` for a config; ``partials`` from ``sum_slots``."""
+    batch, height, width, channels = shape.batch, shape.height, shape.width, shape.in_channels
+    p, q, depth = shape.out_height, shape.out_width, shape.out_channels
+    tiles_n = triton.cdiv(channels, config.block_n)
+    flags = {
+        "scale": below.scale,
+        "shift": below.shift,
+        "partial0": partials[0],
+        "partial1": partials[1],
+        "B": batch,
+        "C": channels,
+        "LD": below.row_stride,
+        "R": shape.kernel[0],
+        "S": shape.kernel[1],
+        "PAD_H": shape.padding[0],
+        "PAD_W": shape.padding[1],
+        "DIL_H": shape.dilation[0],
+        "DIL_W": shape.dilation[1],
+        "O": depth,
+        "RELU": below.relu,
+        "PRECISION": "ieee" if full_precision(ag.dtype, "conv") else "tf32",
+        "BN": config.block_n,
+        "BK": config.block_k,
+    }
+    pixelwise = {
+        "skip": below.skip,
+        "branch": below.branch,
+        "activation": below.activation,
+        "grad": into.grad,
+        "scaled_grad": into.scaled_grad,
+    }
+    if config.path == "gather":
+        arguments = dict(
+            ag=ag,
+            w=weight,
+            **pixelwise,
+            **flags,
+            H=height,
+            W=width,
+            P=p,
+            Q=q,
+            STRIDE_H=shape.stride[0],
+            STRIDE_W=shape.stride[1],
+            SPAN=span(config.block_m, height * width),
+            BM=config.block_m,
+        )
+        grid = (triton.cdiv(batch * height * width, config.block_m) * tiles_n,)
+        return Launch(conv_dgrad_gather_kernel, grid, arguments, config.warps, config.stages)
+    samples, rows, cols = config.box
+    step = shape.stride[0]
+    if step == 2 and channels % config.block_n:
+        raise ValueError(
+            f"stride 2 needs block_n={config.block_n} to divide {channels} input channels"
+        )
+
+    def boxes(tensor: Tensor | None):
+        if tensor is None:
+            return None
+        if step == 1:
+            return descriptor(
+                tensor, (batch, height, width, channels), (samples, rows, cols, config.block_n)
+            )
+        return descriptor(
+            tensor,
+            (batch, height // 2, 2, width // 2, 2 * channels),
+            (samples, rows, 1, cols, config.block_n),
+        )
+
+    taps = shape.kernel[0] * shape.kernel[1]
+    arguments = dict(
+        ag=descriptor(ag, (batch, p, q, depth), (samples, rows, cols, config.block_k)),
+        w=descriptor(weight, (depth, taps, channels), (config.block_k, 1, config.block_n)),
+        **{name: boxes(tensor) for name, tensor in pixelwise.items()},
+        **flags,
+        H=height // step,
+        W=width // step,
+        STEP=step,
+        BS=samples,
+        BH=rows,
+        BW=cols,
+    )
+    tiles = triton.cdiv(batch, samples) * tiles_per_sample(shape, config) * tiles_n
+    return Launch(conv_dgrad_kernel, (tiles,), arguments, config.warps, config.stages)
+
+
+def tiles_per_sample(shape: ConvShape, config: GemmConfig) -> int:
+    """Tiles (over pixels and parity classes) that hold pixels of one sample; ``box`` only."""
+    step = shape.stride[0]
+    _, rows, cols = config.box
+    return (
+        triton.cdiv(shape.height // step, rows) * triton.cdiv(shape.width // step, cols) * step**2
+    )
+
+
+def choose_conv_dgrad(
+    shape: ConvShape, dtype: torch.dtype, device: Device, *, aligned: bool, column_sums: bool
+) -> Choice:
+    """Default config of an input gradient; ``column_sums`` where the epilogue takes T0 or T1."""
+    return conv_choice("dgrad", shape, dtype, device, describable=aligned, column_sums=column_sums)
+
+
+def config_conv_dgrad(ag, weight, shape, tensors=(), column_sums=False, plan=None) -> Choice:
+    """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
+    size = ag.element_size()
+    aligned = describable(ag, shape.out_channels) and describable(weight, shape.in_channels)
+    aligned = aligned and shape.in_channels * size % 16 == 0
+    aligned = aligned and all(describable(t, shape.in_channels) for t in tensors if t is not None)
+    device = device_of(ag)
+    default = choose_conv_dgrad(shape, ag.dtype, device, aligned=aligned, column_sums=column_sums)
+    key = shape.key() + ("_sums" if column_sums else "")
+    return autotune.choose("conv_dgrad", key, ag.dtype, device, default, plan)
+
+
+def conv_dgrad(
+    ag: Tensor,
+    weight: Tensor,
+    input_size: tuple[int, int],
+    below: LayerBelow | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    want: tuple[str, ...] = ("grad",),
+    config: GemmConfig | None = None,
+) -> Gradient:
+    """Input gradient of a convolution, and the elementwise backward of the layer below it.
+
+    Equivalent to (NCHW for brevity)::
+
+        g  = torch.nn.grad.conv2d_input(x.shape, weight, ag, stride, padding, dilation) + skip
+        g  = g * (activation > 0), or g * (branch + shift > 0), if below.relu
+        t0 = g.sum((2, 3));  t1 = (g * branch).sum((2, 3));  scaled_grad = scale * g
+
+    Args:
+        ag: ``[B, P, Q, O]`` contiguous, ``A * g`` of this layer.
+        weight: ``[O, R, S, C]`` contiguous.
+        input_size: ``(H, W)``.
+        below: what the epilogue needs to know of the layer below; None: the plain gradient.
+        want: any of ``grad``, ``scaled_grad``, ``t0``, ``t1``.
+        config: tile sizes; None takes the default or a stored search result.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a result without the tensor it is made from.
+    """
+    below = below or LayerBelow()
+    below.check(want)
+    check_tables_and_layout(ag, weight, below.scale, below.shift)
+    batch = ag.shape[0]
+    shape = ConvShape(
+        batch,
+        *input_size,
+        weight.shape[3],
+        weight.shape[0],
+        (weight.shape[1], weight.shape[2]),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+    )
+    expected = (batch, shape.out_height, shape.out_width, shape.out_channels)
+    if tuple(ag.shape) != expected or ag.dtype != weight.dtype:
+        raise ValueError(
+            f"ag is {tuple(ag.shape)} {ag.dtype}, but the output is {expected} {weight.dtype}"
+        )
+    into = Gradient.empty(ag, (batch, *input_size, shape.in_channels), want)
+    if into.size == 0:
+        return into
+    sums = "t0" in want or "t1" in want
+
+    def plan(candidate: GemmConfig) -> Launch:
+        partials = _partials(into, shape, candidate, ag)
+        return plan_conv_dgrad(ag, weight, below, into, partials, shape, candidate)
+
+    if config is None:
+        tensors = (below.skip, below.branch, below.activation)
+        config = config_conv_dgrad(ag, weight, shape, tensors, sums, plan).config
+    partials = _partials(into, shape, config, ag)
+    plan_conv_dgrad(ag, weight, below, into, partials, shape, config).run()
+    tokens = shape.height * shape.width
+    if config.path == "gather":
+        add_column_sums(partials, into, batch, tokens, block_m=config.block_m)
+    else:
+        add_column_sums(partials, into, batch, tokens, slots=tiles_per_sample(shape, config))
+    return into
+
+
+def _partials(
+    into: Gradient, shape: ConvShape, config: GemmConfig, like: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    if config.path == "gather":
+        tokens = shape.height * shape.width
+        touched = span(config.block_m, tokens)
+        if touched == 0 and not (into.t0 is None and into.t1 is None):
+            raise ValueError(
+                f"column sums over {tokens} pixels do not fit tiles of {config.block_m} rows; "
+                "use epilogue_bwd"
+            )
+        slots = triton.cdiv(shape.batch * tokens, config.block_m) * touched
+    else:
+        slots = tiles_per_sample(shape, config) * shape.batch
+        if slots == shape.batch:  # one tile per sample: its sums are the sums
+            return into.t0, into.t1
+    return into.partials(slots, like)

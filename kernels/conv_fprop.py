@@ -1,0 +1,457 @@
+"""Masked convolution, forward: one implicit GEMM whose epilogue is the whole rest of the layer.
+
+    u[b, o, p] = sum_{r, s, c} x[source[b], p * stride + (r, s) * dilation - pad, c] * w[o, r, s, c]
+    out        = act(A[b, o] * u + C[b, o] + residual),   branch v = A * u   (design: section 2)
+
+The GEMM has rows (b, p), columns o and depth (r, s, c). Activations are channels-last, so that a
+filter tap is a shifted box of the input whose rows of channels are contiguous.
+
+- ``conv_fprop_kernel`` reads the shifted boxes by tensor descriptor; out of bounds, which is the
+  zero padding, reads as 0 for free. Stride 2 views the input as [N, H/2, 2, W/2, 2*C]: a tap lies
+  in one parity class and is again a dense box. No addresses, no masks in the main loop.
+- ``conv_fprop_gather_kernel`` computes addresses: 3-channel stems, odd channel counts, other
+  strides, devices without a tensor memory accelerator. Its tiles are flat in (b, p).
+
+Weights stay in L2 (at most a few MB), so tiles run column-first: the thread blocks that share an
+input tile run together.
+"""
+
+# ruff: noqa: E741 (O is the number of output channels here, as in every equation)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from wfnet.kernels import autotune
+from wfnet.kernels.config import (
+    Choice,
+    ConvShape,
+    Device,
+    GemmConfig,
+    conv_choice,
+    device_of,
+    full_precision,
+    span,
+)
+from wfnet.kernels.epilogue import forward_epilogue
+from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor
+
+
+@triton.jit
+def conv_fprop_kernel(
+    x,  # [N, H, W, C] in boxes; with STEP 2 [N, H/2, 2, W/2, 2*C]
+    w,  # [O, R*S, C] in boxes [BN, 1, BK]
+    source,  # [B] int64 or None
+    scale,  # [B, O] fp32
+    shift,  # [B, O] fp32 or None
+    residual,  # [B, P, Q, O] in boxes or None
+    branch,  # [B, P, Q, O] in boxes or None
+    out,  # [B, P, Q, O] in boxes
+    B,
+    P,
+    Q,
+    O,
+    LD,  # stride between rows of the tables
+    TAPS: tl.constexpr,
+    S: tl.constexpr,
+    STEP: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BS: tl.constexpr,
+    BP: tl.constexpr,
+    BQ: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    BM: tl.constexpr = BS * BP * BQ
+    CHANNEL_STEPS: tl.constexpr = (C + BK - 1) // BK
+    tile = tl.program_id(0)
+    tiles_n = tl.cdiv(O, BN)
+    tiles_q = tl.cdiv(Q, BQ)
+    tiles_p = tl.cdiv(P, BP)
+    n0 = tile % tiles_n * BN
+    tile = tile // tiles_n
+    q0 = tile % tiles_q * BQ
+    tile = tile // tiles_q
+    p0 = tile % tiles_p * BP
+    b0 = tile // tiles_p * BS
+    image = b0
+    if source is not None:
+        image = tl.load(source + b0).to(tl.int32)
+
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    for k in range(0, TAPS * CHANNEL_STEPS):
+        tap = k // CHANNEL_STEPS
+        c0 = k % CHANNEL_STEPS * BK
+        dh = tap // S * DIL_H - PAD_H
+        dw = tap % S * DIL_W - PAD_W
+        if STEP == 1:
+            a = x.load([image, p0 + dh, q0 + dw, c0])
+        else:
+            # floor division and modulus of a number that may be negative: shift it up first
+            h = p0 + (dh + PAD_H * STEP) // STEP - PAD_H
+            v = q0 + (dw + PAD_W * STEP) // STEP - PAD_W
+            odd_h = (dh + PAD_H * STEP) % STEP
+            odd_w = (dw + PAD_W * STEP) % STEP
+            a = x.load([image, h, odd_h, v, odd_w * C + c0])
+        weights = w.load([n0, tap, c0]).reshape(BN, BK)
+        acc = tl.dot(a.reshape(BM, BK), weights.T, acc, input_precision=PRECISION)
+
+    cols = n0 + tl.arange(0, BN)
+    row_sample = b0 + tl.arange(0, BM) // (BP * BQ)
+    forward_epilogue(
+        acc,
+        scale,
+        shift,
+        residual,
+        branch,
+        out,
+        (b0, p0, q0, n0),
+        b0,
+        row_sample,
+        cols,
+        row_sample < B,
+        B,
+        O,
+        LD,
+        RELU,
+        True,
+        BS,
+        True,
+        BM,
+        BN,
+    )
+
+
+@triton.jit
+def conv_fprop_gather_kernel(
+    x,  # [N, H, W, C]
+    w,  # [O, R, S, C]
+    source,  # [B] int64 or None
+    scale,  # [B, O] fp32
+    shift,  # [B, O] fp32 or None
+    residual,  # [B, P, Q, O] or None
+    branch,  # [B, P, Q, O] or None
+    out,  # [B, P, Q, O]
+    N,
+    B,
+    H,
+    W,
+    P,
+    Q,
+    O,
+    LD,  # stride between rows of the tables
+    R: tl.constexpr,
+    S: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DIL_H: tl.constexpr,
+    DIL_W: tl.constexpr,
+    C: tl.constexpr,
+    RELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPAN: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    tiles_n = tl.cdiv(O, BN)
+    cols = tile % tiles_n * BN + tl.arange(0, BN)
+    m0 = tile // tiles_n * BM
+    rows = m0 + tl.arange(0, BM)
+    pixels = P * Q
+    row_ok = rows < B * pixels
+    row_sample = rows // pixels
+    pixel = rows % pixels
+    read_ok = row_ok
+    h0 = pixel // Q * STRIDE_H - PAD_H
+    w0 = pixel % Q * STRIDE_W - PAD_W
+    image = row_sample.to(tl.int64)
+    if source is not None:
+        image = tl.load(source + row_sample, mask=row_ok, other=0)
+        read_ok = row_ok & (image >= 0) & (image < N)
+    corner = x + (image * H * W + (h0 * W + w0)) * C  # [BM] pointers; may lie in the padding
+    lane = tl.arange(0, BK)
+    filters = w + cols * (R * S * C)
+    col_ok = cols < O
+
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if C % BK == 0:
+        CHANNEL_STEPS: tl.constexpr = C // BK
+        for k in range(0, R * S * CHANNEL_STEPS):
+            tap = k // CHANNEL_STEPS
+            dh = tap // S * DIL_H
+            dw = tap % S * DIL_W
+            inside = (h0 + dh >= 0) & (h0 + dh < H) & (w0 + dw >= 0) & (w0 + dw < W) & read_ok
+            offset = (dh * W + dw) * C + k % CHANNEL_STEPS * BK
+            a = tl.load(corner[:, None] + (offset + lane)[None, :], mask=inside[:, None], other=0.0)
+            weights = tl.load(
+                filters[None, :] + (k * BK + lane)[:, None], mask=col_ok[None, :], other=0.0
+            )
+            acc = tl.dot(a, weights, acc, input_precision=PRECISION)
+    else:
+        DEPTH: tl.constexpr = R * S * C
+        for k0 in range(0, DEPTH, BK):
+            k = k0 + lane  # [BK] flat (r, s, c)
+            dh = k // (S * C) * DIL_H
+            dw = k // C % S * DIL_W
+            offset = (dh * W + dw) * C + k % C
+            hh = h0[:, None] + dh[None, :]
+            ww = w0[:, None] + dw[None, :]
+            inside = (hh >= 0) & (hh < H) & (ww >= 0) & (ww < W)
+            inside = inside & read_ok[:, None] & (k < DEPTH)[None, :]
+            a = tl.load(corner[:, None] + offset[None, :], mask=inside, other=0.0)
+            weights = tl.load(
+                filters[None, :] + k[:, None],
+                mask=col_ok[None, :] & (k < DEPTH)[:, None],
+                other=0.0,
+            )
+            acc = tl.dot(a, weights, acc, input_precision=PRECISION)
+
+    forward_epilogue(
+        acc,
+        scale,
+        shift,
+        residual,
+        branch,
+        out,
+        (m0.to(tl.int64) * O, tl.arange(0, BM) * O, cols),
+        m0 // pixels,
+        row_sample,
+        cols,
+        row_ok,
+        B,
+        O,
+        LD,
+        RELU,
+        False,
+        SPAN,
+        False,
+        BM,
+        BN,
+    )
+
+
+def plan_conv_fprop(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    source: Tensor | None,
+    residual: Tensor | None,
+    branch: Tensor | None,
+    out: Tensor,
+    shape: ConvShape,
+    relu: bool,
+    config: GemmConfig,
+) -> Launch:
+    """The launch of ``conv_fprop`` for a config; arguments as there, all contiguous."""
+    tensors = {"source": source, "scale": scale, "shift": shift}
+    flags = {
+        "PAD_H": shape.padding[0],
+        "PAD_W": shape.padding[1],
+        "DIL_H": shape.dilation[0],
+        "DIL_W": shape.dilation[1],
+        "C": shape.in_channels,
+        "LD": scale.stride(0),
+        "RELU": relu,
+        "PRECISION": "ieee" if full_precision(x.dtype, "conv") else "tf32",
+        "BN": config.block_n,
+        "BK": config.block_k,
+    }
+    batch, p, q, columns = shape.batch, shape.out_height, shape.out_width, shape.out_channels
+    tiles_n = triton.cdiv(columns, config.block_n)
+    taps = shape.kernel[0] * shape.kernel[1]
+    if config.path == "gather":
+        arguments = dict(
+            x=x,
+            w=weight,
+            **tensors,
+            residual=residual,
+            branch=branch,
+            out=out,
+            N=x.shape[0],
+            B=batch,
+            H=shape.height,
+            W=shape.width,
+            P=p,
+            Q=q,
+            O=columns,
+            R=shape.kernel[0],
+            S=shape.kernel[1],
+            STRIDE_H=shape.stride[0],
+            STRIDE_W=shape.stride[1],
+            **flags,
+            SPAN=span(config.block_m, p * q),
+            BM=config.block_m,
+        )
+        grid = (triton.cdiv(batch * p * q, config.block_m) * tiles_n,)
+        return Launch(conv_fprop_gather_kernel, grid, arguments, config.warps, config.stages)
+    samples, rows, cols = config.box
+    if source is not None and samples > 1:
+        raise ValueError(
+            f"tiles of {samples} samples cannot follow source indices; use box (1, ...)"
+        )
+    step = shape.stride[0]
+    images, height, width, channels = x.shape[0], shape.height, shape.width, shape.in_channels
+    if step == 1:
+        view = descriptor(
+            x, (images, height, width, channels), (samples, rows, cols, config.block_k)
+        )
+    else:
+        if channels % config.block_k:
+            raise ValueError(
+                f"stride 2 needs block_k={config.block_k} to divide {channels} input channels"
+            )
+        view = descriptor(
+            x,
+            (images, height // 2, 2, width // 2, 2 * channels),
+            (samples, rows, 1, cols, config.block_k),
+        )
+    tile = (samples, rows, cols, config.block_n)
+
+    def boxes(tensor: Tensor | None):
+        return None if tensor is None else descriptor(tensor, (batch, p, q, columns), tile)
+
+    arguments = dict(
+        x=view,
+        w=descriptor(weight, (columns, taps, channels), (config.block_n, 1, config.block_k)),
+        **tensors,
+        residual=boxes(residual),
+        branch=boxes(branch),
+        out=boxes(out),
+        B=batch,
+        P=p,
+        Q=q,
+        O=columns,
+        TAPS=taps,
+        S=shape.kernel[1],
+        STEP=step,
+        **flags,
+        BS=samples,
+        BP=rows,
+        BQ=cols,
+    )
+    pixels = triton.cdiv(batch, samples) * triton.cdiv(p, rows) * triton.cdiv(q, cols)
+    return Launch(conv_fprop_kernel, (pixels * tiles_n,), arguments, config.warps, config.stages)
+
+
+def choose_conv_fprop(
+    shape: ConvShape, dtype: torch.dtype, device: Device, *, aligned: bool, expanded: bool
+) -> Choice:
+    """Default config of a forward convolution; ``expanded`` where ``source`` indices are given."""
+    return conv_choice("fprop", shape, dtype, device, describable=aligned, single_sample=expanded)
+
+
+def conv_fprop(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    source: Tensor | None = None,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    save_branch: bool = False,
+    config: GemmConfig | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Convolution with scale, shift, residual and activation in its epilogue, one launch.
+
+    Equivalent to (NCHW for brevity)::
+
+        v = scale[:, :, None, None] * F.conv2d(x[source], weight, None, stride, padding, dilation)
+        out = act(v + shift[:, :, None, None] + residual)
+
+    Args:
+        x: ``[N, H, W, C]`` contiguous; fp16, bf16 or fp32.
+        weight: ``[O, R, S, C]`` contiguous, dtype of ``x``.
+        scale: ``[B, O]`` fp32, the table ``A``.
+        shift: ``[B, O]`` fp32, the table ``C``, or None.
+        source: ``[B]`` int64 positions in ``x``, or None (then ``B == N``).
+        residual: ``[B, P, Q, O]`` dtype of ``x``, or None.
+        save_branch: also write ``v``, which backward needs.
+        config: tile sizes; None takes the default or a stored search result.
+
+    Returns:
+        ``out`` ``[B, P, Q, O]`` and ``v`` of the same shape, or None.
+
+    Raises:
+        ValueError: for shapes, dtypes or layouts that do not fit.
+    """
+    batch, columns = scale.shape
+    shape = ConvShape(
+        batch,
+        x.shape[1],
+        x.shape[2],
+        x.shape[3],
+        weight.shape[0],
+        (weight.shape[1], weight.shape[2]),
+        tuple(stride),
+        tuple(padding),
+        tuple(dilation),
+    )
+    _check(x, weight, scale, shift, source, shape)
+    out = x.new_empty((batch, shape.out_height, shape.out_width, columns))
+    branch = torch.empty_like(out) if save_branch else None
+    if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
+        raise ValueError(
+            f"residual must be contiguous {tuple(out.shape)}, not {tuple(residual.shape)}"
+        )
+    if out.numel() == 0:
+        return out, branch
+
+    def plan(candidate: GemmConfig) -> Launch:
+        return plan_conv_fprop(
+            x, weight, scale, shift, source, residual, branch, out, shape, relu, candidate
+        )
+
+    if config is None:
+        config = config_conv_fprop(x, weight, shape, source is not None, residual, plan).config
+    plan(config).run()
+    return out, branch
+
+
+def config_conv_fprop(x, weight, shape, expanded, residual=None, plan=None) -> Choice:
+    """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
+    aligned = describable(x, shape.in_channels) and describable(weight, shape.in_channels)
+    aligned = aligned and shape.out_channels * x.element_size() % 16 == 0
+    aligned = aligned and (residual is None or describable(residual, shape.out_channels))
+    device = device_of(x)
+    default = choose_conv_fprop(shape, x.dtype, device, aligned=aligned, expanded=expanded)
+    key = shape.key() + ("_source" if expanded else "")
+    return autotune.choose("conv_fprop", key, x.dtype, device, default, plan)
+
+
+def _check(x, weight, scale, shift, source, shape: ConvShape) -> None:
+    if weight.shape[3] != x.shape[3] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
+        )
+    if scale.shape[1] != weight.shape[0]:
+        raise ValueError(
+            f"scale has {scale.shape[1]} columns for {weight.shape[0]} output channels"
+        )
+    if source is None and scale.shape[0] != x.shape[0]:
+        raise ValueError(f"scale has {scale.shape[0]} rows for {x.shape[0]} samples without source")
+    if shift is not None and shift.shape != scale.shape:
+        raise ValueError(f"shift {tuple(shift.shape)} must have the shape {tuple(scale.shape)}")
+    if source is not None and source.shape != scale.shape[:1]:
+        raise ValueError(f"source {tuple(source.shape)} must have {scale.shape[0]} entries")
+    if shape.out_height < 1 or shape.out_width < 1:
+        raise ValueError(
+            f"a {shape.kernel} filter does not fit into {shape.height}x{shape.width} pixels"
+        )
+    check_tables_and_layout(x, weight, scale, shift)

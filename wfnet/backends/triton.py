@@ -1,0 +1,400 @@
+"""Backend ``triton``: one kernel launch per layer and direction; the masks live in GEMM epilogues.
+
+Forward is one GEMM that writes ``out`` and, where backward needs it, the branch ``v = scale * u``.
+Backward is one elementwise pass (``dout``, ``v`` to ``scale * dout`` and both column sums) and one
+input-gradient GEMM. Kernels: :mod:`wfnet.kernels`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from wfnet.backends import Backend, ConvGeometry, gates
+
+try:
+    import triton
+except ImportError:  # no wheels for this platform; every call is refused with that reason
+    triton = None
+else:
+    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, linear
+    from wfnet.kernels.config import ConvShape, LinearShape
+    from wfnet.kernels.launch import interpreted
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_INTERPRETED = triton is not None and interpreted(gate.gate_rows_kernel)
+_MOST_LABELS = 16
+_MOST_ROWS = 2**31
+
+
+def _refuse_tensor(x: Tensor) -> str | None:
+    """What both operations refuse; device, dtype and platform only, so that it can be traced."""
+    if triton is None:
+        return "the package 'triton' is not installed"
+    if x.dtype not in _DTYPES:
+        return f"the Triton kernels take float16, bfloat16 and float32, not {x.dtype}"
+    if _INTERPRETED:
+        if x.dtype == torch.bfloat16:
+            return "Triton's interpreter (TRITON_INTERPRET=1) multiplies bfloat16 wrongly"
+        return None
+    if x.device.type != "cuda":
+        return f"the Triton kernels need a CUDA tensor, and x is on {x.device}"
+    if torch.version.hip is not None:
+        return "the Triton kernels are written and checked for NVIDIA devices only"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the Triton kernels need compute capability 8.0 or later"
+    return None
+
+
+class TritonBackend(Backend):
+    """Implicit GEMM with the per-sample scale and shift in its epilogue.
+
+    ``saved`` is the branch ``v = scale * u`` of the expanded batch, in the dtype of ``x``.
+    """
+
+    name = "triton"
+
+    def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
+        reason = _refuse_tensor(x)
+        if reason is not None:
+            return reason
+        if geometry.groups != 1:
+            return f"the Triton kernels have no grouped convolution (groups={geometry.groups})"
+        height, width = geometry.output_size(x.shape[2], x.shape[3], tuple(weight.shape[2:]))
+        if height < 1 or width < 1:
+            return f"the filter {list(weight.shape)} does not fit into {list(x.shape)}"
+        if x.shape[0] * max(height * width, x.shape[2] * x.shape[3]) >= _MOST_ROWS:
+            return f"{list(x.shape)} has more than 2**31 pixels"
+        return None
+
+    def refuse_linear(self, x: Tensor, weight: Tensor) -> str | None:
+        reason = _refuse_tensor(x)
+        if reason is None and x.shape[0] * x.shape[1] >= _MOST_ROWS:
+            reason = f"{list(x.shape)} has more than 2**31 tokens"
+        return reason
+
+    def explain_conv2d(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, source: Tensor | None = None
+    ) -> str:
+        """Configs of forward and input gradient and the reasons for them, or the refusal."""
+        refusal = self.refuse_conv2d(x, weight, geometry)
+        if refusal is not None:
+            return f"refused: {refusal}"
+        images, filters = _channels_last(x), _channels_last(weight)
+        batch = x.shape[0] if source is None else source.shape[0]
+        shape = _conv_shape(images, filters, batch, geometry)
+        gradient_shape = _conv_shape(images, filters, x.shape[0], geometry)
+        ag = images.new_empty((x.shape[0], shape.out_height, shape.out_width, shape.out_channels))
+        if shape.pointwise and source is None:
+            pixels = _pixels(shape)
+            forward = linear.config_linear_fprop(images, filters, pixels, op="conv")
+        else:
+            forward = conv_fprop.config_conv_fprop(images, filters, shape, source is not None)
+        if shape.pointwise:
+            backward = linear.config_linear_dgrad(ag, filters, _pixels(gradient_shape), op="conv")
+        else:
+            backward = conv_dgrad.config_conv_dgrad(ag, filters, gradient_shape)
+        return _explained(forward, backward)
+
+    def explain_linear(self, x: Tensor, weight: Tensor, source: Tensor | None = None) -> str:
+        """Configs of forward and input gradient and the reasons for them, or the refusal."""
+        refusal = self.refuse_linear(x, weight)
+        if refusal is not None:
+            return f"refused: {refusal}"
+        x, weight = x.contiguous(), weight.contiguous()
+        batch = x.shape[0] if source is None else source.shape[0]
+        shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
+        own = LinearShape(x.shape[0], x.shape[1], x.shape[2], weight.shape[0])
+        ag = x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
+        if source is None:
+            forward = linear.config_linear_fprop(x, weight, shape)
+        else:
+            pixels = ConvShape(
+                batch, x.shape[1], 1, x.shape[2], weight.shape[0], (1, 1), (1, 1), (0, 0), (1, 1)
+            )
+            forward = conv_fprop.config_conv_fprop(x, weight, pixels, True)
+        return _explained(forward, linear.config_linear_dgrad(ag, weight, own))
+
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        source: Tensor | None,
+        geometry: ConvGeometry,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        return _forward(x, weight, scale, shift, None, False, source, geometry, save)
+
+    def conv2d_backward(
+        self,
+        dout: Tensor,
+        saved: Tensor | None,
+        weight: Tensor,
+        scale: Tensor,
+        source: Tensor | None,
+        input_shape: tuple[int, ...],
+        geometry: ConvGeometry,
+        need_dx: bool,
+        need_t1: bool,
+        need_t0: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gradient = _elementwise_backward(
+            _channels_last(dout).flatten(1, 2),
+            _channels_last(saved).flatten(1, 2) if need_t1 else None,
+            scale,
+            source,
+            input_shape[0],
+            need_dx,
+            need_t1,
+            need_t0,
+        )
+        dx = None
+        if need_dx:
+            dx = _input_gradient(
+                gradient.scaled_grad, weight, tuple(dout.shape[2:]), input_shape, geometry
+            )
+        return dx, gradient.t1, gradient.t0
+
+    fuses = True
+
+    def fused_conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        source: Tensor | None,
+        geometry: ConvGeometry,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        if residual is not None:
+            residual = _channels_last(residual)
+        out, branch = _forward(x, weight, scale, shift, residual, relu, source, geometry, save)
+        return out, branch, out if save and relu and residual is not None else None
+
+    def fused_conv2d_backward(
+        self,
+        dout: Tensor,
+        branch: Tensor,
+        kept: Tensor | None,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        source: Tensor | None,
+        input_shape: tuple[int, ...],
+        relu: bool,
+        geometry: ConvGeometry,
+        need_dx: bool,
+        need_t0: bool,
+        may_overwrite: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """As the base class; without a residual nobody reads ``g``, and ``dout`` is returned."""
+        below = epilogue_bwd.LayerBelow(
+            branch=_channels_last(branch).flatten(1, 2),
+            scale=scale,
+            shift=shift,
+            activation=None if kept is None else _channels_last(kept).flatten(1, 2),
+            relu=relu,
+        )
+        wanted = (
+            ("scaled_grad", need_dx),
+            ("grad", kept is not None),
+            ("t1", True),
+            ("t0", need_t0),
+        )
+        gradient = epilogue_bwd.epilogue_bwd(
+            _channels_last(dout).flatten(1, 2),
+            below,
+            want=tuple(name for name, needed in wanted if needed),
+        )
+        g = dout
+        if gradient.grad is not None:
+            g = _channels_first(gradient.grad.unflatten(1, tuple(dout.shape[2:])))
+        dx = None
+        if need_dx:
+            dx = _input_gradient(
+                gradient.scaled_grad, weight, tuple(dout.shape[2:]), input_shape, geometry
+            )
+        return dx, g, gradient.t1, gradient.t0
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        source: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        return linear.linear_fprop(
+            x.contiguous(), weight.contiguous(), scale, shift, source=source, save_branch=save
+        )
+
+    def linear_backward(
+        self,
+        dout: Tensor,
+        saved: Tensor | None,
+        weight: Tensor,
+        scale: Tensor,
+        source: Tensor | None,
+        input_shape: tuple[int, ...],
+        need_dx: bool,
+        need_t1: bool,
+        need_t0: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        gradient = _elementwise_backward(
+            dout.contiguous(),
+            saved.contiguous() if need_t1 else None,
+            scale,
+            source,
+            input_shape[0],
+            need_dx,
+            need_t1,
+            need_t0,
+        )
+        dx = None
+        if need_dx:
+            dx = linear.linear_dgrad(gradient.scaled_grad, weight.contiguous()).grad
+        return dx, gradient.t1, gradient.t0
+
+    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
+        if alpha.dtype == torch.float64 or forget.shape[1] not in range(1, _MOST_LABELS + 1):
+            return gates.gate_rows(alpha, forget, gate_scale)
+        return gate.gate_rows(alpha, forget, gate_scale)
+
+    def gate_rows_backward(self, t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
+        if alpha.dtype == torch.float64 or forget.shape[1] not in range(1, _MOST_LABELS + 1):
+            return gates.gate_rows_backward(t, alpha, forget)
+        return gate.gate_rows_bwd(t, alpha, forget)
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """``[N, C, H, W]`` as contiguous ``[N, H, W, C]``: a view of channels-last memory."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _channels_first(x: Tensor) -> Tensor:
+    """``[N, H, W, C]`` as a ``[N, C, H, W]`` view, channels-last in memory."""
+    return x.permute(0, 3, 1, 2)
+
+
+def _conv_shape(images: Tensor, filters: Tensor, batch: int, geometry: ConvGeometry) -> ConvShape:
+    return ConvShape(
+        batch,
+        *images.shape[1:],
+        filters.shape[0],
+        tuple(filters.shape[1:3]),
+        geometry.stride,
+        geometry.padding,
+        geometry.dilation,
+    )
+
+
+def _pixels(shape: ConvShape) -> LinearShape:
+    return LinearShape(
+        shape.batch, shape.height * shape.width, shape.in_channels, shape.out_channels
+    )
+
+
+def _explained(forward, backward) -> str:
+    return (
+        f"forward {forward.config} ({forward.reason}); "
+        f"input gradient {backward.config} ({backward.reason})"
+    )
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    source: Tensor | None,
+    geometry: ConvGeometry,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``act(scale * u + shift + residual)`` and ``scale * u``; ``residual`` is channels last."""
+    images, filters = _channels_last(x), _channels_last(weight)
+    shape = _conv_shape(images, filters, scale.shape[0], geometry)
+    size = (shape.out_height, shape.out_width)
+    if shape.pointwise and source is None:
+        out, branch = linear.linear_fprop(
+            images.flatten(1, 2),
+            filters.flatten(1),
+            scale,
+            shift,
+            residual=None if residual is None else residual.flatten(1, 2),
+            relu=relu,
+            save_branch=save,
+            op="conv",
+        )
+        out = out.unflatten(1, size)
+        branch = None if branch is None else branch.unflatten(1, size)
+    else:
+        out, branch = conv_fprop.conv_fprop(
+            images,
+            filters,
+            scale,
+            shift,
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+            source=source,
+            residual=residual,
+            relu=relu,
+            save_branch=save,
+        )
+    return _channels_first(out), None if branch is None else _channels_first(branch)
+
+
+def _input_gradient(
+    ag: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    input_shape: tuple[int, ...],
+    geometry: ConvGeometry,
+) -> Tensor:
+    """``dx`` ``[N, C, H, W]`` from ``ag`` ``[N, P*Q, O]`` over ``size`` = (P, Q) pixels."""
+    filters = _channels_last(weight)
+    if weight.shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0):
+        dx = linear.linear_dgrad(ag, filters.flatten(1), op="conv").grad
+        dx = dx.unflatten(1, tuple(input_shape[2:]))
+    else:
+        dx = conv_dgrad.conv_dgrad(
+            ag.unflatten(1, size),
+            filters,
+            tuple(input_shape[2:]),
+            stride=geometry.stride,
+            padding=geometry.padding,
+            dilation=geometry.dilation,
+        ).grad
+    return _channels_first(dx)
+
+
+def _elementwise_backward(
+    dout: Tensor,
+    branch: Tensor | None,
+    scale: Tensor,
+    source: Tensor | None,
+    sources: int,
+    need_dx: bool,
+    need_t1: bool,
+    need_t0: bool,
+) -> epilogue_bwd.Gradient:
+    """``scale * dout`` (summed over equal sources), T1 and T0 of ``dout`` ``[B, T, O]``."""
+    wanted = (("scaled_grad", need_dx), ("t1", need_t1), ("t0", need_t0))
+    want = tuple(name for name, needed in wanted if needed)
+    if not want:
+        return epilogue_bwd.Gradient(None, None, None, None)
+    below = epilogue_bwd.LayerBelow(branch=branch, scale=scale)
+    return epilogue_bwd.epilogue_bwd(
+        dout, below, want=want, source=source if need_dx else None, sources=sources
+    )
+
+
+backend = TritonBackend()
