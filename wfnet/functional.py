@@ -76,12 +76,15 @@ def wf_conv2d(
         ).squeeze(0)  # fmt: skip
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W] or [C, H, W]; got {list(x.shape)}")
+    if weight.dim() != 4:
+        raise ValueError(f"weight must be [O, C / groups, R, S]; got {list(weight.shape)}")
     if x.shape[1] != weight.shape[1] * groups:
         raise ValueError(
             f"x has {x.shape[1]} channels, the weight {list(weight.shape)} with groups={groups} "
             f"takes {weight.shape[1] * groups}"
         )
     x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
+    _check_frozen(weight, bias)
     selection = select(forget)
     if selection.rows is None:
         return F.conv2d(
@@ -97,8 +100,7 @@ def wf_conv2d(
             x, weight, bias, alpha_weight, alpha_bias, rows, geometry.stride, geometry.padding,
             geometry.dilation, groups, gate_scale, source,
         )  # fmt: skip
-    if not torch.compiler.is_compiling():
-        _check_transforms(x, alpha_weight, alpha_bias)
+    _check_transforms(x, weight, bias, alpha_weight, alpha_bias)
     return operators.conv2d(
         x, weight, bias, alpha_weight, alpha_bias, rows, source, list(geometry.stride),
         list(geometry.padding), list(geometry.dilation), groups, gate_scale, name,
@@ -138,8 +140,9 @@ def wf_linear(
     Raises:
         As :func:`wf_conv2d`.
     """
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {list(x.shape)} does not fit the weight {list(weight.shape)}")
+    _check_frozen(weight, bias)
     selection = select(forget)
     if selection.rows is None:
         return F.linear(_gather(x, source), weight, bias)
@@ -159,8 +162,7 @@ def wf_linear(
             tokens, weight, bias, alpha_weight, alpha_bias, rows, gate_scale, source
         )
     else:
-        if not torch.compiler.is_compiling():
-            _check_transforms(x, alpha_weight, alpha_bias)
+        _check_transforms(x, weight, bias, alpha_weight, alpha_bias)
         y = operators.linear(
             tokens, weight, bias, alpha_weight, alpha_bias, rows, source, gate_scale, name,
             _saves(alpha_weight),
@@ -192,7 +194,7 @@ def explain(
         def refuse(engine: backends.Backend) -> str | None:
             return engine.refuse_conv2d(x, weight, geometry)
     else:
-        tokens = x.reshape(x.shape[0], -1, x.shape[-1])
+        tokens = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
 
         def refuse(engine: backends.Backend) -> str | None:
             return engine.refuse_linear(tokens, weight)
@@ -281,6 +283,11 @@ def _check_call(
             f"alpha_bias {list(alpha_bias.shape)} must have the shape of alpha_weight "
             f"{list(alpha_weight.shape)}"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}]; got {list(bias.shape)}")
+
+
+def _check_frozen(weight: Tensor, bias: Tensor | None) -> None:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError(
             "weight or bias requires grad, but untraining keeps them frozen and computes no weight "

@@ -26,7 +26,10 @@ def gate(alpha: Tensor, scale: float) -> Tensor:
     to device, and a freshly wrapped network must compute the original function exactly.
     """
     value = torch.sigmoid(alpha.to(torch.promote_types(alpha.dtype, torch.float32))) * scale
-    near_one = (value - 1).abs_() <= _ULPS_OF_ONE * torch.finfo(value.dtype).eps
+    excess = value.detach() - 1
+    near_one = excess.abs() <= _ULPS_OF_ONE * torch.finfo(value.dtype).eps
+    if value.requires_grad:  # subtracting keeps the gradient, which overwriting would set to zero
+        return value - excess.masked_fill_(~near_one, 0.0)
     return value.masked_fill_(near_one, 1.0)
 
 

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -35,7 +36,8 @@ class Selection:
 
     def expand(self, batch: int, device: torch.device, num_classes: int) -> Tensor:
         """``[batch, J]`` labels on ``device``, or an error that says what does not fit."""
-        check_range(self.low, self.high, num_classes)
+        if not torch.compiler.is_compiling():  # compiled code would be specialised on the values
+            check_range(self.low, self.high, num_classes)
         rows = self.rows if self.rows.device == device else self.rows.to(device, non_blocking=True)
         if self.uniform:
             return rows.expand(batch, -1)
@@ -62,6 +64,8 @@ def select(forget: ForgetLabels | Selection) -> Selection:
         return forget
     if forget is None:
         return Selection(None)
+    if isinstance(forget, Integral) and not isinstance(forget, bool | int):
+        forget = int(forget)  # numpy's integers
     if isinstance(forget, bool) or not isinstance(forget, int | Tensor):
         raise TypeError(
             "forget must be an int, an integer tensor [B] or [B, J], or None (the original "
@@ -96,9 +100,10 @@ def check_range(low: int | None, high: int | None, num_classes: int) -> None:
 
 
 class _Active(threading.local):
-    """The selection bound in this thread; None where no labels are bound."""
+    """The selection bound in this thread (None where no labels are bound), and the outer ones."""
 
     selection: Selection | None = None
+    outer: tuple | None = None  # (selection, outer): a chain, so that a context may nest in itself
 
 
 _active = _Active()
@@ -135,14 +140,13 @@ class forgetting:
 
     def __init__(self, labels: ForgetLabels | Selection):
         self.selection = select(labels)
-        self.outer: Selection | None = None
 
     def __enter__(self) -> None:
-        self.outer = _active.selection
+        _active.outer = (_active.selection, _active.outer)
         _active.selection = self.selection
 
     def __exit__(self, *exc: object) -> None:
-        _active.selection = self.outer
+        _active.selection, _active.outer = _active.outer
 
 
 def checkpoint_context() -> tuple[AbstractContextManager, AbstractContextManager]:
@@ -197,16 +201,18 @@ class DeferredLabelCheck:
         self._pending: list[tuple[torch.cuda.Event | None, Tensor, int]] = []
 
     def submit(self, rows: Tensor, num_classes: int) -> None:
-        if rows.device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if rows.device.type != "cuda" or not rows.numel() or _capturing():
             return
-        low, high = torch.aminmax(rows) if rows.numel() else (rows.new_zeros(()),) * 2
-        found = torch.empty(2, dtype=torch.int64, pin_memory=True)
-        found.copy_(torch.stack((low, high)), non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
+        with torch.cuda.device(rows.device):  # the event belongs behind the copy, on its device
+            found = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            found.copy_(torch.stack(torch.aminmax(rows)), non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
         self._pending.append((done, found, num_classes))
 
     def poll(self) -> None:
+        if self._pending and _capturing():  # asking an event would end the capture
+            return
         while self._pending and (self._pending[0][0] is None or self._pending[0][0].query()):
             _, found, num_classes = self._pending.pop(0)
             check_range(int(found[0]), int(found[1]), num_classes)
@@ -216,3 +222,11 @@ class DeferredLabelCheck:
             if done is not None:
                 done.synchronize()
         self.poll()
+
+    def __reduce__(self) -> tuple:
+        """A copy, or a pickled network, starts without pending checks: events cannot travel."""
+        return DeferredLabelCheck, ()
+
+
+def _capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -7,15 +7,17 @@ class here with :func:`register_maskable` in front.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from wfnet import functional, gates
+from wfnet import backends, functional, gates
 from wfnet.labels import active_selection, check_range
 
 # Base layer type, or its qualified name for types of packages that are not imported here.
@@ -60,18 +62,30 @@ class MaskedLayer(nn.Module):
         backend: str,
         filter_dtype: torch.dtype | None,
     ) -> None:
-        if not isinstance(num_classes, int) or num_classes < 1:
+        if (
+            isinstance(num_classes, bool)
+            or not isinstance(num_classes, Integral)
+            or num_classes < 1
+        ):
             raise ValueError(f"num_classes must be a positive integer; got {num_classes!r}")
         if not math.isfinite(alpha_init):
             raise ValueError(f"alpha_init must be finite; got {alpha_init}")
-        self.num_classes = num_classes
-        self.alpha_init = float(alpha_init)
-        self.normalize_gate = normalize_gate
-        self.gate_scale = gates.gate_scale(alpha_init, normalize_gate)
-        self.backend = backend
         if filter_dtype is None:
             filter_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        shape = (num_classes, self.weight.shape[0])
+        gate_scale = gates.gate_scale(alpha_init, normalize_gate)
+        start = gates.gate(torch.tensor(alpha_init, dtype=filter_dtype), gate_scale)
+        if normalize_gate and start.item() != 1:
+            raise ValueError(
+                f"alpha_init={alpha_init} in {filter_dtype} does not give a fresh gate of exactly "
+                "1; choose a value that this dtype holds (near 3), or normalize_gate=False"
+            )
+        backends.requested(backend)  # an unknown name is an error now, not at the first call
+        self.num_classes = int(num_classes)
+        self.alpha_init = float(alpha_init)
+        self.normalize_gate = normalize_gate
+        self.gate_scale = gate_scale
+        self.backend = backend
+        shape = (self.num_classes, self.weight.shape[0])
 
         def matrix() -> nn.Parameter:
             return nn.Parameter(
@@ -119,14 +133,18 @@ class MaskedLayer(nn.Module):
         """
         plain = self._base_type.__new__(self._base_type)
         plain.__dict__ = {
-            key: value for key, value in self.__dict__.items() if key not in _FILTER_STATE
+            key: copy.copy(value) if isinstance(value, dict | set) else value  # hooks, for one
+            for key, value in self.__dict__.items()
+            if key not in _FILTER_STATE
         }
         plain._parameters = {
             name: None if p is None else nn.Parameter(self._baked(name, p, forget))
             for name, p in self._parameters.items()
             if not name.startswith("alpha_")
         }
-        plain._buffers = {name: b.clone() for name, b in self._buffers.items()}
+        plain._buffers = {
+            name: None if b is None else b.clone() for name, b in self._buffers.items()
+        }
         return plain
 
     def _baked(self, name: str, parameter: Tensor, forget: Sequence[int]) -> Tensor:
@@ -310,6 +328,8 @@ def masked_type(layer: nn.Module) -> type[MaskedLayer] | None:
     weights, say), and wrapping it as its base would be silently wrong.
     """
     kind = type(layer)
+    if not {"forward", "_conv_forward"}.isdisjoint(vars(layer)):  # replaced on the instance
+        return None
     if parametrize.is_parametrized(layer):  # a generated subclass of the original type
         kind = kind.__mro__[1]
     found = _MASKABLE.get(kind) or _MASKABLE.get(f"{kind.__module__}.{kind.__qualname__}")
@@ -325,14 +345,18 @@ def masked_type(layer: nn.Module) -> type[MaskedLayer] | None:
     return None
 
 
+class LayerNames(tuple):
+    """Targets that are full names of layers, as in a checkpoint: no suffixes, no patterns."""
+
+
 def refuse_layer(layer: nn.Module, name: str = "") -> str:
     """Why ``layer`` cannot be masked, and what to do."""
     kind = type(layer)
     title = f"layer {name!r}, a " if name else "a "
     return (
         f"{title}{kind.__module__}.{kind.__qualname__}, overrides the forward of its base class "
-        "or is no convolution or linear layer, so it cannot be masked as one; leave it out of "
-        "targets, or teach wfnet about it with wfnet.layers.register_maskable"
+        "(or had it replaced) or is no convolution or linear layer, so it cannot be masked as one; "
+        "leave it out of targets, or teach wfnet about it with wfnet.layers.register_maskable"
     )
 
 
@@ -348,9 +372,8 @@ def _copy_of(
     found = masked_type(layer)
     if found is None or not issubclass(found, wanted):
         raise TypeError(refuse_layer(layer))
-    copy = _detached_copy(layer)
     return found.adopt(
-        copy,
+        _detached_copy(layer),
         num_classes,
         alpha_init=alpha_init,
         normalize_gate=normalize_gate,
@@ -360,13 +383,14 @@ def _copy_of(
 
 
 def _detached_copy(layer: nn.Module) -> nn.Module:
-    copy = type(layer).__new__(type(layer))
-    copy.__dict__ = {
-        key: dict(value) if isinstance(value, dict) else value
+    twin = type(layer).__new__(type(layer))
+    twin.__dict__ = {
+        key: copy.copy(value) if isinstance(value, dict | set) else value
         for key, value in layer.__dict__.items()
     }
-    copy._parameters = {
-        name: None if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
-        for name, p in layer._parameters.items()
-    }
-    return copy
+    for name, parameter in layer._parameters.items():
+        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
+            own = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            twin._parameters[name] = own
+    twin._buffers = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
+    return twin

@@ -7,11 +7,15 @@ import fnmatch
 import inspect
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from wfnet import pretrained
 from wfnet.labels import (
@@ -23,7 +27,7 @@ from wfnet.labels import (
     labels_in_checkpoints,
     select,
 )
-from wfnet.layers import MaskedLayer, masked_type, refuse_layer
+from wfnet.layers import LayerNames, MaskedLayer, masked_type, refuse_layer
 
 Targets = str | type | Sequence[str | type] | None
 
@@ -72,12 +76,14 @@ class WFNet(nn.Module):
         super().__init__()
         if isinstance(model, WFNet):
             raise ValueError("model is a WFNet already; pass the original classifier")
+        _check_initialized(model)
         _check_head(model, num_classes)
-        self.num_classes = num_classes
+        self.num_classes = num_classes = int(num_classes)
         self.alpha_init = float(alpha_init)
         self.normalize_gate = normalize_gate
         chosen = _choose_targets(model, targets)
         self.model = copy.deepcopy(model).requires_grad_(False)
+        self._check_masked_before()
         for name in chosen:
             layer = self.model.get_submodule(name)
             try:
@@ -91,7 +97,7 @@ class WFNet(nn.Module):
                 )
             except ValueError as error:
                 raise ValueError(f"layer {name!r} cannot be masked: {error}") from error
-            _replace(self.model, name, masked)
+            _replace(self.model, layer, masked)
         self.masked_layers: dict[str, MaskedLayer] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, MaskedLayer):
@@ -139,6 +145,8 @@ class WFNet(nn.Module):
         if source is not None:
             images = images.index_select(0, source.to(images.device))
         if torch.compiler.is_compiling():
+            if isinstance(forget, int):
+                check_range(forget, forget, self.num_classes)
             with forgetting(selection):
                 return self.model(images)
         self._check(selection, images)
@@ -169,27 +177,27 @@ class WFNet(nn.Module):
 
     @contextmanager
     def _watching_calls(self) -> Iterator[None]:
-        """On the first forward pass, finds masked layers whose parent ran without calling them.
+        """On the first forward pass, refuses whoever computes with a masked layer's weight itself.
 
-        A parent that uses ``layer.weight`` directly would bypass the mask in silence.
+        ``F.linear(x, self.qkv.weight)`` in a parent, for example, would bypass the mask in silence.
         """
-        parents = {
-            name: self.model.get_submodule(name.rpartition(".")[0]) for name in self.masked_layers
-        }
-        ran: set[nn.Module] = set()
-        hooks = [
-            module.register_forward_hook(lambda module, *_: ran.add(module))
-            for module in {*self.masked_layers.values(), *parents.values()}
-        ]
-        try:
+        dynamo = sys.modules.get("torch._dynamo")  # compiled parts run eagerly while watched
+        stance = nullcontext() if dynamo is None else torch.compiler.set_stance("force_eager")
+        with stance, _WeightWatch(self.model, self.masked_layers):
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for name, layer in self.masked_layers.items():
-            if parents[name] in ran and parents[name] is not self.model and layer not in ran:
-                raise ValueError(_bypass_message(name, parents[name]))
         self._all_called = True
+
+    def _check_masked_before(self) -> None:
+        """WF layers that came with the model must have the settings that a checkpoint records."""
+        for name, layer in self.model.named_modules():
+            if isinstance(layer, MaskedLayer) and (
+                layer.alpha_init != self.alpha_init or layer.normalize_gate != self.normalize_gate
+            ):
+                raise ValueError(
+                    f"layer {name!r} was made with alpha_init={layer.alpha_init}, "
+                    f"normalize_gate={layer.normalize_gate}, but the network with alpha_init="
+                    f"{self.alpha_init}, normalize_gate={self.normalize_gate}; give WFNet the same"
+                )
 
     def train(self, mode: bool = True) -> WFNet:
         """Sets training mode of the filters; the frozen base always stays in evaluation mode."""
@@ -246,7 +254,7 @@ class WFNet(nn.Module):
         for name, layer in self.masked_layers.items():
             baked = layer.bake([label for label in labels if label != -1])
             if name:
-                _replace(plain, name, baked)
+                _replace(plain, layer, baked)
             else:
                 plain = baked
         return plain.requires_grad_(True).eval()
@@ -278,11 +286,11 @@ def _label_list(forget: int | Sequence[int] | Tensor | None) -> list[int]:
         return []
     if isinstance(forget, Tensor):
         forget = forget.tolist()
-    labels = [forget] if isinstance(forget, int) else list(forget)
+    labels = list(forget) if isinstance(forget, Sequence) else [forget]
     for label in labels:
-        if isinstance(label, bool) or not isinstance(label, int):
+        if isinstance(label, bool) or not isinstance(label, Integral):
             raise TypeError(f"forget must be one integer label or several; got {label!r}")
-    return labels
+    return [int(label) for label in labels]
 
 
 def _copy_without_filters(model: nn.Module) -> nn.Module:
@@ -291,9 +299,58 @@ def _copy_without_filters(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+def _replace(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Puts ``new`` under every name that ``old`` has in ``model``: a layer may be used twice."""
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            if module is old:
+                parent._modules[child] = new
+
+
+class _WeightWatch(TorchFunctionMode):
+    """Raises if a masked layer's weight or bias enters a computation outside its own forward."""
+
+    # Take only dtype, device or shape from a tensor argument.
+    _NO_VALUES = frozenset(
+        ("empty_like", "full_like", "ones_like", "zeros_like", "type_as")
+        + ("new_empty", "new_full", "new_ones", "new_zeros", "new_tensor")
+    )
+
+    def __init__(self, model: nn.Module, masked_layers: dict[str, MaskedLayer]):
+        super().__init__()
+        self.model = model
+        self.owners = {
+            id(parameter): (name, layer)
+            for name, layer in masked_layers.items()
+            for parameter in (layer.weight, layer.bias)
+            if parameter is not None
+        }
+        for module in model.modules():  # tied weights have an unmasked use of their own
+            if not isinstance(module, MaskedLayer):
+                for parameter in module._parameters.values():
+                    self.owners.pop(id(parameter), None)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        kind = getattr(func, "__name__", "")
+        if kind not in self._NO_VALUES and any(isinstance(r, Tensor) for r in tree_leaves(result)):
+            used = args[:1] if kind == "to" else tree_leaves((args, kwargs))
+            for value in used:
+                name, layer = self.owners.get(id(value), (None, None))
+                if layer is not None and not _called_by_forward_of(layer):
+                    raise ValueError(
+                        _bypass_message(name, self.model.get_submodule(name.rpartition(".")[0]))
+                    )
+        return result
+
+
+def _called_by_forward_of(layer: nn.Module) -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is layer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 # -- choice of layers -----------------------------------------------------------------------------
@@ -333,8 +390,17 @@ def _head_modules(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
+def _check_initialized(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(
+                f"parameter {name!r} is lazy and has no shape yet; run the model once before "
+                "wrapping it"
+            )
+
+
 def _check_head(model: nn.Module, num_classes: int) -> None:
-    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
+    if isinstance(num_classes, bool) or not isinstance(num_classes, Integral) or num_classes < 2:
         raise ValueError(
             f"num_classes must be an integer of at least 2 (one class to forget, one to retain); "
             f"got {num_classes!r}"
@@ -356,16 +422,31 @@ def _choose_targets(model: nn.Module, targets: Targets) -> list[str]:
     if targets is None:
         return _default_targets(model)
     wanted = [targets] if isinstance(targets, str | type) else list(targets)
+    if not wanted:
+        raise ValueError(
+            f"targets is empty, so nothing would be masked; maskable layers of "
+            f"{type(model).__name__} are: {_some(_maskable_names(model))}"
+        )
+    exact = isinstance(targets, LayerNames)
+    if exact:  # a checkpoint also names the WF layers that its model came with
+        wanted = [n for n in wanted if not isinstance(_find(model, n), MaskedLayer)]
     names: set[str] = set()
     for target in wanted:
+        if not isinstance(target, str | type):
+            raise TypeError(f"a target is a name, a pattern or a layer type; got {target!r}")
         found = [
             name
             for name, m in model.named_modules()
             if name
-            and (isinstance(m, target) if isinstance(target, type) else _matches(name, target))
+            and (
+                isinstance(m, target)
+                if isinstance(target, type)
+                else name == target or (not exact and _matches(name, target))
+            )
         ]
         if isinstance(target, str) and any(c in target for c in "*?["):
-            found = [n for n in found if masked_type(model.get_submodule(n)) is not None]
+            # what is no layer to mask is passed over, a convolution that cannot be masked is not
+            found = [n for n in found if _is_layer(model.get_submodule(n))]
         if not found:
             raise ValueError(
                 f"target {target!r} matches no layer of {type(model).__name__}; its maskable "
@@ -376,6 +457,16 @@ def _choose_targets(model: nn.Module, targets: Targets) -> list[str]:
     for name in ordered:
         _check_target(model, name)
     return ordered
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(name)
+
+
+def _is_layer(m: nn.Module) -> bool:
+    if isinstance(m, MaskedLayer):
+        return False
+    return isinstance(m, nn.Conv2d | nn.Linear) or masked_type(m) is not None
 
 
 def _matches(name: str, target: str) -> bool:
@@ -430,19 +521,33 @@ def _check_target(model: nn.Module, name: str) -> None:
 
 
 def _uses_weight_directly(parent: nn.Module, child: str) -> bool:
-    """Whether the parent's forward reads ``self.<child>.weight`` instead of calling the child."""
-    try:
-        source = inspect.getsource(type(parent).forward)
-    except (OSError, TypeError):
-        return False
-    return re.search(rf"\bself\.{re.escape(child)}\.weight\b", source) is not None
+    """Whether the parent's forward, or a method it calls, computes with ``self.<child>.weight``."""
+    harmless = r"(?!\.(dtype|device|shape|size|ndim|dim|requires_grad)\b)"
+    use = re.compile(rf"\bself\.{re.escape(child)}\.weight\b{harmless}")
+    pending, seen = ["forward"], set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        try:
+            source = inspect.getsource(getattr(type(parent), name))
+        except (OSError, TypeError):
+            continue
+        if use.search(source):
+            return True
+        pending += {
+            called
+            for called in re.findall(r"\bself\.(\w+)\(", source)
+            if inspect.isfunction(getattr(type(parent), called, None))
+        } - seen
+    return False
 
 
 def _bypass_message(name: str, parent: nn.Module) -> str:
     return (
-        f"layer {name!r} cannot be masked: its parent {type(parent).__name__} uses the layer's "
-        "weight without calling the layer (a fused F.linear, for example), which would bypass the "
-        "mask; use an implementation that calls the layer, or leave it out of targets="
+        f"layer {name!r} cannot be masked: the model (its parent is a {type(parent).__name__}) "
+        "computes with the layer's weight without calling the layer (a fused F.linear, for "
+        "example), which would bypass the mask; use an implementation that calls the layer, or "
+        "leave it out of targets="
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from wfnet.layers import LayerNames
 from wfnet.version import __version__
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of the base weights and floating buffers."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if name.rpartition(".")[2].startswith("alpha_") or not tensor.is_floating_point():
+        if name.rpartition(".")[2].startswith("alpha_") or not isinstance(tensor, Tensor):
+            continue
+        if not tensor.is_floating_point():
             continue
         tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -108,7 +111,9 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
         "filter_dtype": str(net.filter_parameters()[0].dtype).removeprefix("torch."),
         "base_fingerprint": fingerprint(net.model),
     }
-    write_tensors(folder / FILTERS_NAME, net.named_filters(), {"format": "pt"})
+    # The filters carry a copy, so that a save interrupted between the two files is noticed.
+    metadata = {"format": "pt", "wf_config": json.dumps(config)}
+    write_tensors(folder / FILTERS_NAME, net.named_filters(), metadata)
     write_json(folder / CONFIG_NAME, config)
 
 
@@ -127,7 +132,7 @@ def read_config(folder: str | os.PathLike) -> dict:
     try:
         config = json.loads(path.read_text())
         known = {"format", "num_classes", "targets", "alpha_init", "base_fingerprint"}
-        missing = sorted(known - set(config))
+        missing = sorted(known - set(config if isinstance(config, dict) else ()))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged or not a wfnet configuration ({error})") from error
     if missing:
@@ -137,7 +142,24 @@ def read_config(folder: str | os.PathLike) -> dict:
             f"{path} has format {config['format']}, this version of wfnet reads {FORMAT}; "
             "install the version that wrote it"
         )
+    targets, dtype = config["targets"], config.get("filter_dtype", "float32")
+    if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
+        raise ValueError(f"{path} is damaged: targets must be a list of names; got {targets!r}")
+    if dtype not in ("float16", "bfloat16", "float32", "float64"):
+        raise ValueError(f"{path} is damaged: filter_dtype is {dtype!r}")
     return config
+
+
+def _check_belongs_together(folder: Path, config: dict) -> None:
+    """Filters under another configuration's gate_scale would be wrong in silence."""
+    with safetensors.safe_open(folder / FILTERS_NAME, "pt") as file:
+        written = (file.metadata() or {}).get("wf_config")
+    if written is not None and json.loads(written) != config:
+        raise ValueError(
+            f"{folder / CONFIG_NAME} was not written together with {FILTERS_NAME} (was a save "
+            "interrupted, or the file edited?); save again, or restore it from the entry "
+            "wf_config in the metadata of the safetensors file"
+        )
 
 
 def load_filters(
@@ -147,6 +169,7 @@ def load_filters(
     folder = Path(folder)
     config = read_config(folder)
     tensors = read_tensors(folder / FILTERS_NAME)
+    _check_belongs_together(folder, config)
     found = fingerprint(base_model)
     if found != config["base_fingerprint"]:
         raise ValueError(
@@ -157,7 +180,7 @@ def load_filters(
     net = cls(
         base_model,
         config["num_classes"],
-        targets=config["targets"],
+        targets=LayerNames(config["targets"]),
         alpha_init=config["alpha_init"],
         normalize_gate=config.get("normalize_gate", True),
         backend=backend,

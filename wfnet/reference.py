@@ -20,6 +20,8 @@ def masked(parameter: Tensor, alpha: Tensor, labels: list[int], gate_scale: floa
         labels: the forget labels of one sample; -1 selects none, and repetitions count once.
     """
     for label in sorted(set(labels) - {-1}):
+        if not 0 <= label < len(alpha):
+            raise IndexError(f"forget label {label} is out of range for {len(alpha)} classes")
         gate = gate_scale * torch.sigmoid(alpha[label])
         parameter = parameter * gate.reshape(-1, *[1] * (parameter.dim() - 1))
     return parameter

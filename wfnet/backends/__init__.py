@@ -159,7 +159,7 @@ def requested(name: str) -> str:
         ValueError: if there is no backend of that name.
     """
     if name == "auto":
-        name = os.environ.get("WFNET_BACKEND", "auto")
+        name = os.environ.get("WFNET_BACKEND") or "auto"
     if name not in NAMES:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(NAMES)}")
     return name
