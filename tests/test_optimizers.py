@@ -1,0 +1,168 @@
+"""RowAdam against torch.optim.Adam, and rows that must not move."""
+
+import pytest
+import torch
+from torch import nn
+
+from wfnet.optimizers import RowAdam, clip_filters
+
+
+def make_params(rows=5, widths=(3, 4), dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        nn.Parameter(torch.randn(rows, width, dtype=dtype, generator=generator)) for width in widths
+    ]
+
+
+def set_grads(params, seed, rows=None):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        grad = torch.randn(p.shape, dtype=p.dtype, generator=generator)
+        if rows is not None:
+            keep = torch.zeros(p.shape[0], 1, dtype=p.dtype)
+            keep[rows] = 1
+            grad = grad * keep
+        p.grad = grad
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_equals_adam_where_all_rows_occur(named):
+    params, twin = make_params(), make_params()
+    ours = RowAdam(params, lr=0.1, betas=(0.9, 0.99))
+    theirs = torch.optim.Adam(twin, lr=0.1, betas=(0.9, 0.99))
+    for step in range(20):
+        set_grads(params, step)
+        set_grads(twin, step)
+        ours.step(rows=torch.arange(5) if named else None)
+        theirs.step()
+    for a, b in zip(params, twin, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_each_row_is_adam_over_the_steps_in_which_it_occurred(named):
+    params = make_params()
+    ours = RowAdam(params, lr=0.1)
+    alone = {}  # row -> a parameter of its own under dense Adam
+    for row in range(5):
+        own = [nn.Parameter(p[row : row + 1].detach().clone()) for p in params]
+        alone[row] = own, torch.optim.Adam(own, lr=0.1, betas=(0.9, 0.99))
+    for step in range(12):
+        occurring = torch.randperm(5, generator=torch.Generator().manual_seed(step))[: 1 + step % 3]
+        set_grads(params, step, occurring)
+        for row in occurring.tolist():
+            own, adam = alone[row]
+            for p, q in zip(params, own, strict=True):
+                q.grad = p.grad[row : row + 1].clone()
+            adam.step()
+        ours.step(rows=occurring if named else None)
+    for row, (own, _) in alone.items():
+        for p, q in zip(params, own, strict=True):
+            torch.testing.assert_close(p[row : row + 1], q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_absent_rows_keep_every_bit(named):
+    params = make_params(dtype=torch.float32)
+    optimizer = RowAdam(params, lr=1.0)
+    set_grads(params, 0)
+    optimizer.step()
+    before = [p.detach().clone() for p in params]
+    rows = torch.tensor([1, 3])
+    set_grads(params, 1, rows)
+    optimizer.step(rows=rows if named else None)
+    for p, old in zip(params, before, strict=True):
+        assert torch.equal(p[[0, 2, 4]], old[[0, 2, 4]])
+        assert (p[[1, 3]] != old[[1, 3]]).all()
+
+
+def test_both_ways_of_naming_rows_agree_bitwise():
+    params, twin = make_params(dtype=torch.float32), make_params(dtype=torch.float32)
+    first, second = RowAdam(params), RowAdam(twin)
+    for step in range(6):
+        rows = torch.tensor([step % 5, (step + 2) % 5])
+        set_grads(params, step, rows)
+        set_grads(twin, step, rows)
+        first.step(rows=rows)
+        second.step()
+    for a, b in zip(params, twin, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_state_goes_through_state_dict():
+    params, twin = make_params(), make_params()
+    first = RowAdam(params, lr=0.1)
+    for step in range(3):
+        set_grads(params, step, torch.tensor([0, step]))
+        first.step()
+    second = RowAdam(twin, lr=0.5)
+    second.load_state_dict(first.state_dict())
+    for p, q in zip(params, twin, strict=True):
+        q.data.copy_(p.data)
+    for optimizer, some in ((first, params), (second, twin)):
+        set_grads(some, 9)
+        optimizer.step()
+    assert second.param_groups[0]["lr"] == 0.1
+    for a, b in zip(params, twin, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_learning_rate_schedule_of_torch_works():
+    params = make_params()
+    optimizer = RowAdam(params, lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    set_grads(params, 0)
+    optimizer.step()
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_a_closure_is_evaluated():
+    params = make_params()
+    optimizer = RowAdam(params)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = sum((p**2).sum() for p in params)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    assert optimizer.step(closure) < first
+
+
+def test_a_parameter_without_gradient_stays():
+    params = make_params()
+    optimizer = RowAdam(params)
+    set_grads(params, 0)
+    params[1].grad = None
+    before = params[1].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[1], before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"params": [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3, 3))]}, "same K"),
+        ({"params": [nn.Parameter(torch.zeros(4))]}, "must be \\[K, O\\]"),
+        ({"params": make_params(), "lr": -1.0}, "lr=-1.0"),
+        ({"params": make_params(), "betas": (1.0, 0.9)}, "out of range"),
+        ({"params": [{"params": make_params()}, {"params": make_params()}]}, "parameter groups"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RowAdam(**arguments)
+
+
+def test_foreign_state_is_refused():
+    optimizer = RowAdam(make_params(rows=5))
+    with pytest.raises(ValueError, match="does not fit: expected"):
+        optimizer.load_moments(RowAdam(make_params(rows=6)).moments())
+
+
+def test_clipping():
+    params = [nn.Parameter(torch.tensor([[-5.0, 0.5, 9.0]]))]
+    clip_filters(params, 3)
+    assert params[0].tolist() == [[-3.0, 0.5, 3.0]]

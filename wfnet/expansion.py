@@ -1,0 +1,247 @@
+"""Label expansion: which rows of the filter matrices each image of a minibatch goes through.
+
+Paper, "Multi-class unlearning": half of a minibatch unlearns under the row of its own label, the
+other half is retained under random rows of other classes, each image ``M`` times. Samplers say
+which images make up minibatch number ``step``. Everything here is a function of a seed and a step
+alone, so an interrupted run continues with exactly the batches that it would have seen.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+_MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class ExpandedBatch:
+    """A minibatch of ``n`` images as the ``B`` samples that go through the network.
+
+    The first ``forget_size`` samples are the forget half, the others the retain half.
+
+    Attributes:
+        forget: ``[B]`` int64, the row of each sample (its forget label).
+        source: ``[B]`` int64, position in the minibatch of the image of each sample.
+        target: ``[B]`` int64, ground-truth label of each sample.
+        forget_size: number of samples in the forget half.
+    """
+
+    forget: Tensor
+    source: Tensor
+    target: Tensor
+    forget_size: int
+
+    @property
+    def forget_half(self) -> slice:
+        """Samples that unlearn their own label."""
+        return slice(0, self.forget_size)
+
+    @property
+    def retain_half(self) -> slice:
+        """Samples that keep their label under rows of other classes."""
+        return slice(self.forget_size, None)
+
+    def __len__(self) -> int:
+        return self.forget.shape[0]
+
+    def to(self, device: torch.device | str) -> ExpandedBatch:
+        """The same batch on ``device``; copies do not wait for the device."""
+        return ExpandedBatch(
+            self.forget.to(device, non_blocking=True),
+            self.source.to(device, non_blocking=True),
+            self.target.to(device, non_blocking=True),
+            self.forget_size,
+        )
+
+
+def random_other_rows(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
+    """One row per entry of ``labels``, uniform over the ``K - 1`` other classes, independent.
+
+    Args:
+        labels: int64 of any shape, in ``0 .. K-1``.
+
+    Raises:
+        ValueError: if ``num_classes`` is below 2: there is no other class.
+    """
+    if num_classes < 2:
+        raise ValueError(
+            f"label expansion needs at least 2 classes, got {num_classes}: a retained image goes "
+            "through rows of classes other than its own"
+        )
+    rows = torch.randint(num_classes - 1, labels.shape, generator=generator)
+    return rows + (rows >= labels)
+
+
+def expand(
+    labels: Tensor,
+    num_classes: int,
+    label_expansion: int,
+    generator: torch.Generator,
+    share_images: bool = False,
+    forget_size: int | None = None,
+) -> ExpandedBatch:
+    """Expands a minibatch (paper, "label expansion").
+
+    Args:
+        labels: ``[n]`` int64 on the host, ground truth of the images.
+        num_classes: K, at least 2.
+        label_expansion: M, how many rows each retained image goes through; rows are drawn
+            uniformly over the other K-1 classes, independently, with replacement.
+        generator: source of the rows; it alone decides them.
+        share_images: the same images serve both halves, instead of half of them each.
+        forget_size: number of leading images in the forget half if images are not shared; half of
+            them, rounded down, by default.
+
+    Returns:
+        ``n + n * M`` samples with shared images, else ``forget_size + (n - forget_size) * M``.
+
+    Raises:
+        ValueError: for fewer than 2 classes, M below 1, or labels of the wrong shape.
+    """
+    if label_expansion < 1:
+        raise ValueError(f"label_expansion must be 1 or more, got {label_expansion}")
+    if labels.dim() != 1:
+        raise ValueError(f"labels must be [n], got {list(labels.shape)}")
+    n = len(labels)
+    if share_images:
+        forgetting, retaining = torch.arange(n), torch.arange(n)
+    else:
+        cut = n // 2 if forget_size is None else forget_size
+        forgetting, retaining = torch.arange(cut), torch.arange(cut, n)
+    retained = retaining.repeat_interleave(label_expansion)
+    rows = random_other_rows(labels[retained], num_classes, generator)
+    source = torch.cat((forgetting, retained))
+    return ExpandedBatch(
+        forget=torch.cat((labels[forgetting], rows)),
+        source=source,
+        target=labels[source],
+        forget_size=len(forgetting),
+    )
+
+
+def generator_for(*key: int) -> torch.Generator:
+    """A generator of its own for every key, for example ``(seed, stream, step)``."""
+    state = 0
+    for part in key:
+        state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
+        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
+        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK64
+        state ^= state >> 31
+    # The generator uses 32 bits of its seed.
+    return torch.Generator().manual_seed((state ^ (state >> 32)) & 0xFFFFFFFF)
+
+
+class Sampler(ABC):
+    """Minibatches by number: ``batch(step)`` is always the same for the same step.
+
+    There is no state to save: to resume, go on with the next step.
+    """
+
+    @abstractmethod
+    def batch(self, step: int) -> Tensor:
+        """``[n]`` int64 positions in the data set, in the order of the minibatch."""
+
+    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
+        """Minibatches ``start .. stop - 1``."""
+        return (self.batch(step) for step in range(start, stop))
+
+
+class ShuffledSampler(Sampler):
+    """Passes over the data set in random order, cut into batches of ``n`` images.
+
+    A batch may span two passes, so all batches have ``n`` images.
+
+    Args:
+        size: images in the data set.
+        batch_size: n.
+        seed: seed of the order.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int):
+        if size < 1 or batch_size < 1:
+            raise ValueError(f"size and batch_size must be 1 or more, got {size}, {batch_size}")
+        self.size = size
+        self.batch_size = batch_size
+        self._order = lru_cache(2)(
+            lambda epoch: torch.randperm(size, generator=generator_for(seed, 1, epoch))
+        )
+
+    def batch(self, step: int) -> Tensor:
+        position = step * self.batch_size + torch.arange(self.batch_size)
+        epochs = position // self.size
+        return torch.cat(
+            [
+                self._order(epoch)[position[epochs == epoch] % self.size]
+                for epoch in epochs.unique().tolist()
+            ]
+        )
+
+
+class RoundRobinSampler(Sampler):
+    """Classes in turn, in an order shuffled anew every round: all rows are trained equally often.
+
+    Over any number of batches two classes differ by at most one occurrence, whatever their sizes;
+    within a class, images come in shuffled passes.
+
+    Args:
+        labels: ``[N]`` int64.
+        batch_size: n, below or above the number of classes.
+        seed: seed of both orders.
+        stream: samplers with different streams are independent of each other.
+
+    Raises:
+        ValueError: if there are no images or ``batch_size`` is below 1.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, seed: int, stream: int = 0):
+        if batch_size < 1 or len(labels) == 0:
+            raise ValueError(
+                f"batch_size and images must be 1 or more, got {batch_size}, {len(labels)}"
+            )
+        self.batch_size = batch_size
+        order = labels.argsort(stable=True)
+        sizes = labels.bincount()
+        present = sizes.nonzero().flatten()
+        members = dict(zip(present.tolist(), order.split(sizes[present].tolist()), strict=True))
+        self.classes = len(present)
+        self._round = lru_cache(batch_size // self.classes + 2)(
+            lambda number: present[
+                torch.randperm(len(present), generator=generator_for(seed, 2, stream, number))
+            ].tolist()
+        )
+
+        def shuffled(label: int, visit: int) -> Tensor:
+            key = (seed, 3, stream, label, visit)
+            return members[label][
+                torch.randperm(len(members[label]), generator=generator_for(*key))
+            ]
+
+        self._members = members
+        self._shuffled = lru_cache(2 * self.classes)(shuffled)
+
+    def batch(self, step: int) -> Tensor:
+        first = step * self.batch_size
+        chosen = []
+        for position in range(first, first + self.batch_size):
+            number, place = divmod(position, self.classes)
+            label = self._round(number)[place]
+            visit, within = divmod(number, len(self._members[label]))
+            chosen.append(int(self._shuffled(label, visit)[within]))
+        return torch.tensor(chosen)
+
+
+class HalvesSampler(Sampler):
+    """Joins two samplers: the first gives the forget half, the second the retain half."""
+
+    def __init__(self, forgetting: Sampler, retaining: Sampler):
+        self.forgetting = forgetting
+        self.retaining = retaining
+
+    def batch(self, step: int) -> Tensor:
+        return torch.cat((self.forgetting.batch(step), self.retaining.batch(step)))

@@ -1,0 +1,170 @@
+"""Objectives of untraining: what the forget half and the retain half are trained towards.
+
+An objective says what one forget sample costs, what one retained sample costs, and how the two
+means make the loss. The same three methods give the training loss and the validation loss. A new
+objective is one subclass of :class:`Objective`, passed as ``untrain(..., objective=...)``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wfnet.expansion import ExpandedBatch
+from wfnet.network import WFNet
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of a batch and what it is made of.
+
+    Attributes:
+        total: scalar, to be differentiated.
+        terms: scalars by name, detached, for logs.
+    """
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+
+class Objective(ABC):
+    """What untraining minimises.
+
+    Attributes:
+        needs_original: whether :meth:`retain` reads the original network's logits.
+    """
+
+    needs_original: bool = False
+
+    @abstractmethod
+    def forget(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``[m]``: cost of forget samples, logits ``[m, K]`` under the rows of ``target [m]``."""
+
+    @abstractmethod
+    def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
+        """``[m]``: cost of retained samples, logits ``[m, K]`` under rows of other classes.
+
+        ``original [m, K]`` are the original network's logits if ``needs_original``, else None.
+        """
+
+    @abstractmethod
+    def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
+        """The loss from the means (scalars) of :meth:`forget` and :meth:`retain`."""
+
+    def __call__(
+        self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
+    ) -> Losses:
+        """Loss of an expanded batch; logits and loss are taken to fp32 if they are less.
+
+        Args:
+            logits: ``[B, K]`` of the filtered network.
+            batch: rows, sources and labels of the ``B`` samples, on the device of ``logits``.
+            original: ``[n, K]`` logits of the original network for the un-expanded images (they
+                are gathered by ``batch.source``), or None if the objective needs none.
+            net: the filtered network, for terms that read its gates.
+        """
+        half = batch.retain_half
+        if original is not None:
+            original = full_precision(original).index_select(0, batch.source[half])
+        logits = full_precision(logits)
+        forget = self.forget(logits[batch.forget_half], batch.target[batch.forget_half])
+        retain = self.retain(logits[half], batch.target[half], original)
+        return self.total(_mean(forget), _mean(retain), net)
+
+
+def full_precision(logits: Tensor) -> Tensor:
+    """``logits`` in fp32, or fp64 where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _mean(values: Tensor) -> Tensor:
+    """Mean that is 0 for an empty half (all its images were corrupt), not NaN."""
+    return values.sum() / max(values.numel(), 1)
+
+
+def not_label(logits: Tensor, target: Tensor) -> Tensor:
+    """``-log(1 - p(target))`` per sample, exact at any margin (design section 2, "Objectives").
+
+    Equal to ``logsumexp(z) - logsumexp(z without z_target)``, written as the softplus of the
+    margin ``z_target - logsumexp(z without z_target)``: no cancellation where p is small, and where
+    p is 1 to all digits the gradient with respect to the margin is 1, not 0 as of a clamped log.
+
+    Args:
+        logits: ``[m, K]`` in fp32 or fp64, K >= 2.
+        target: ``[m]`` int64.
+    """
+    index = target.unsqueeze(1)
+    others = logits.scatter(1, index, -torch.inf).logsumexp(1)
+    return F.softplus(logits.gather(1, index).squeeze(1) - others)
+
+
+def distillation(logits: Tensor, original: Tensor) -> Tensor:
+    """``KL(softmax(original) || softmax(logits))`` per sample, ``[m, K]`` each -> ``[m]``."""
+    return F.kl_div(
+        F.log_softmax(logits, 1), F.log_softmax(original, 1), reduction="none", log_target=True
+    ).sum(1)
+
+
+@dataclass(frozen=True)
+class BalancedObjective(Objective):
+    """Recipe ``balanced`` (design section 2, "Objectives")::
+
+        L = mean_retain KL(original || filtered) + lambda1 * mean_i [-log(1 - p_i(label_i))]
+
+    Args:
+        lambda1: weight of the forget term.
+        distil: retain by distillation from the original network; False: by cross entropy.
+    """
+
+    lambda1: float = 0.3
+    distil: bool = True
+
+    @property
+    def needs_original(self) -> bool:
+        return self.distil
+
+    def forget(self, logits: Tensor, target: Tensor) -> Tensor:
+        return not_label(logits, target)
+
+    def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
+        if self.distil:
+            return distillation(logits, original)
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
+        total = retain + self.lambda1 * forget
+        return Losses(total, {"retain": retain.detach(), "forget": forget.detach()})
+
+
+@dataclass(frozen=True)
+class PaperObjective(Objective):
+    """Recipe ``paper`` (paper eq. 3 in the authors' published form; design section 2)::
+
+        L = (lambda0 * L_retain)^2 + lambda1 / mean_i L_i + lambda2 * mean_layers mean(1 - gate)
+
+    with cross entropies ``L_retain`` (mean over the expanded retain half) and ``L_i`` (forget
+    sample i under its own row). The regulariser is differentiated, over all filter matrices.
+
+    Args:
+        lambda0, lambda1, lambda2: weights of the three terms.
+    """
+
+    lambda0: float = 1.0
+    lambda1: float = 1.0
+    lambda2: float = 1.0
+
+    def forget(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
+        return F.cross_entropy(logits, target, reduction="none")
+
+    def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
+        closed = torch.stack([(1 - gate).mean() for gate in net.gates().values()]).mean()
+        total = (self.lambda0 * retain) ** 2 + self.lambda1 / forget + self.lambda2 * closed
+        terms = {"retain": retain.detach(), "forget": forget.detach(), "closed": closed.detach()}
+        return Losses(total, terms)

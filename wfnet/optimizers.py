@@ -1,0 +1,166 @@
+"""Optimisers for filter matrices: Adam that leaves alone the rows that did not occur in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam (Kingma & Ba, algorithm 1) over matrices ``[K, O_i]`` that share their rows.
+
+    A step moves only the rows that occurred in it; their moments and their step counts are their
+    own. Dense Adam keeps pushing absent rows along old gradients, which costs retained accuracy as
+    soon as classes outnumber the batch. Where all rows occur in every step it is ordinary Adam.
+
+    All matrices are updated together in one ``[K, sum O_i]`` buffer: a dozen tensor operations for
+    any number of layers, none of which waits for a device.
+
+    Args:
+        params: matrices with the same number of rows, dtype and device.
+        lr, betas, eps: as in ``torch.optim.Adam``.
+
+    Raises:
+        ValueError: for values out of range, or parameters of different rows, dtype or device.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+    ):
+        if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"lr={lr}, betas={betas} or eps={eps} is out of range")
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
+        if len(self.param_groups) != 1:
+            raise ValueError("RowAdam takes one list of parameters, not parameter groups")
+        self._params: list[nn.Parameter] = self.param_groups[0]["params"]
+        kinds = {(p.shape[0], p.dtype, p.device) for p in self._params if p.dim() == 2}
+        if len(kinds) != 1 or any(p.dim() != 2 for p in self._params):
+            shapes = sorted({str(list(p.shape)) for p in self._params})
+            raise ValueError(
+                "filter matrices must be [K, O] with the same K, dtype and device; got "
+                f"{', '.join(shapes)}"
+            )
+        self._widths = [p.shape[1] for p in self._params]
+        rows, (first, width) = self._params[0].shape[0], (self._params[0], sum(self._widths))
+        self._exp_avg = first.new_zeros((rows, width), requires_grad=False)
+        self._exp_avg_sq = torch.zeros_like(self._exp_avg)
+        self._steps = first.new_zeros((rows, 1), requires_grad=False)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None, rows: Tensor | None = None) -> None:
+        """Moves the rows that occurred.
+
+        Args:
+            closure: re-evaluates the loss, as in every torch optimiser.
+            rows: ``[R]`` int64, distinct rows that occurred in the batch, on the host or the
+                device; pass them where labels are on the host, and only these rows are read. By
+                default the rows with a gradient other than 0, found without waiting for a device.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad = torch.cat(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params], 1
+        )
+        if rows is None:
+            self._step_masked(grad, (grad != 0).any(1, keepdim=True))
+        elif rows.numel() == grad.shape[0]:
+            self._step_masked(grad, None)
+        else:
+            self._step_rows(grad, rows.to(grad.device, non_blocking=True))
+        return loss
+
+    def _step_masked(self, grad: Tensor, occurred: Tensor | None) -> None:
+        value = torch.cat(self._params, 1)
+        update = self._advance(grad, self._exp_avg, self._exp_avg_sq, self._steps, occurred)
+        if occurred is not None:
+            update = torch.where(occurred, update, 0)
+        torch._foreach_copy_(self._params, list((value - update).split(self._widths, 1)))
+
+    def _step_rows(self, grad: Tensor, rows: Tensor) -> None:
+        exp_avg, exp_avg_sq = self._exp_avg[rows], self._exp_avg_sq[rows]
+        steps = self._steps[rows]
+        update = self._advance(grad[rows], exp_avg, exp_avg_sq, steps, None)
+        self._exp_avg[rows] = exp_avg
+        self._exp_avg_sq[rows] = exp_avg_sq
+        self._steps[rows] = steps
+        for parameter, part in zip(self._params, update.split(self._widths, 1), strict=True):
+            parameter.index_add_(0, rows, part, alpha=-1)  # distinct rows: a plain subtraction
+
+    def _advance(
+        self,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        steps: Tensor,
+        occurred: Tensor | None,
+    ) -> Tensor:
+        """Advances moments and step counts in place; what to subtract from the rows."""
+        group = self.param_groups[0]
+        beta1, beta2 = group["betas"]
+        weight1, weight2 = 1 - beta1, 1 - beta2
+        if occurred is None:
+            steps.add_(1)
+            exp_avg.lerp_(grad, weight1)
+            exp_avg_sq.lerp_(grad * grad, weight2)
+        else:
+            occurred = occurred.to(grad.dtype)
+            steps.add_(occurred)
+            exp_avg.lerp_(grad, weight1 * occurred)
+            exp_avg_sq.lerp_(grad * grad, weight2 * occurred)
+        # A row that never occurred has 0 steps: its correction is 0 and its update is masked.
+        correction1 = 1 - beta1**steps
+        correction2 = 1 - beta2**steps
+        denominator = (exp_avg_sq / correction2).sqrt_().add_(group["eps"])
+        return exp_avg.div(correction1).div_(denominator).mul_(group["lr"])
+
+    def moments(self) -> dict[str, Tensor]:
+        """The state by name: ``exp_avg``, ``exp_avg_sq`` ``[K, sum O_i]``, ``steps`` ``[K, 1]``."""
+        return {
+            "exp_avg": self._exp_avg,
+            "exp_avg_sq": self._exp_avg_sq,
+            "steps": self._steps,
+        }
+
+    @torch.no_grad()
+    def load_moments(self, moments: dict[str, Tensor]) -> None:
+        """Restores :meth:`moments`.
+
+        Raises:
+            ValueError: if names or shapes differ.
+        """
+        for name, own in self.moments().items():
+            given = moments.get(name)
+            if given is None or given.shape != own.shape:
+                found = "nothing" if given is None else list(given.shape)
+                raise ValueError(
+                    f"optimiser state {name!r} does not fit: expected {list(own.shape)}, got "
+                    f"{found}"
+                )
+            own.copy_(given)
+
+    def state_dict(self) -> dict:
+        return {
+            **super().state_dict(),
+            "moments": {k: v.clone() for k, v in self.moments().items()},
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state_dict = dict(state_dict)
+        self.load_moments(state_dict.pop("moments"))
+        super().load_state_dict(state_dict)
+
+
+@torch.no_grad()
+def clip_filters(params: Iterable[nn.Parameter], bound: float) -> None:
+    """Clips all entries to ``[-bound, bound]`` (recipe ``paper`` after every SGD step: 3)."""
+    params = list(params)
+    torch._foreach_clamp_min_(params, -bound)
+    torch._foreach_clamp_max_(params, bound)

@@ -1,0 +1,981 @@
+"""Untraining: learning filter matrices for all classes in one round, every weight frozen.
+
+Paper, "Multi-class unlearning". A run is a function of its configuration, its data and the base
+network alone: every random choice comes from ``(seed, step)``, so runs repeat bit by bit and an
+interrupted run ends where an uninterrupted one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import importlib
+import io
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.expansion import (
+    ExpandedBatch,
+    HalvesSampler,
+    RoundRobinSampler,
+    Sampler,
+    ShuffledSampler,
+    expand,
+    generator_for,
+)
+from wfnet.network import WFNet
+from wfnet.objectives import (
+    BalancedObjective,
+    Losses,
+    Objective,
+    PaperObjective,
+    full_precision,
+)
+from wfnet.optimizers import RowAdam, clip_filters
+from wfnet.pretrained import (
+    assign_filters,
+    fingerprint,
+    read_tensors,
+    write_atomically,
+    write_json,
+    write_tensors,
+)
+
+logger = logging.getLogger("wfnet")
+
+CHECKPOINT_NAME = "untraining.safetensors"
+FORMAT = 1
+# On a device, losses are looked at this often: every look waits for it.
+_LOOK_EVERY = 25
+_VALIDATION_PAIRS = 512  # (image, row) pairs per forward pass
+
+
+# -- configuration --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class UntrainConfig:
+    """Settings of :func:`untrain`; :meth:`recipe` gives the shipped ones.
+
+    Attributes:
+        objective: "balanced" or "paper" (see :mod:`wfnet.objectives`).
+        steps, epochs: length of the run, one of the two. An epoch is one pass over as many images
+            as the training set has.
+        batch_size: images n of a minibatch, even: one half unlearns, one half is retained.
+        label_expansion: M, rows that each retained image goes through.
+        share_images: the same n / 2 images serve both halves.
+        sampler: "round_robin" (every class unlearns equally often) or "shuffled".
+        optimizer: "row_adam" or "sgd".
+        lr, schedule, lr_final: learning rate; "cosine" takes it to ``lr * lr_final``, "constant"
+            leaves it.
+        clip: bound on the absolute value of filter entries after each step; None for none.
+        lambda0, lambda1, lambda2: weights of the objective's terms.
+        distil: balanced: retain by distillation from the original network, else cross entropy.
+        seed: decides everything random.
+        patience: validations without improvement after which the run stops.
+        validations_per_epoch: how often the validation split is looked at.
+        stop_on: "accuracy", ``0.5 * ((1 - Acc_f) + Acc_r)``, or "loss", the objective on the
+            validation split. Equal accuracies are decided by the loss.
+        validation_rows: other rows that each validation image is retained under; with more
+            classes than that, Acc_r is an estimate over rows drawn once.
+        amp: autocast dtype, "bfloat16" or None.
+        channels_last: images and weights in channels-last layout.
+        workers, max_corrupt: as in :func:`wfnet.data.batches`.
+        checkpoint_every: steps between checkpoints; None: at every validation.
+
+    Raises:
+        ValueError: for values out of range, before any work starts.
+    """
+
+    objective: str = "balanced"
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 32
+    label_expansion: int = 5
+    share_images: bool = True
+    sampler: str = "round_robin"
+    optimizer: str = "row_adam"
+    lr: float = 0.3
+    schedule: str = "cosine"
+    lr_final: float = 0.01
+    clip: float | None = None
+    lambda0: float = 1.0
+    lambda1: float = 0.3
+    lambda2: float = 1.0
+    distil: bool = True
+    seed: int = 0
+    patience: int = 10
+    validations_per_epoch: float = 5
+    stop_on: str = "accuracy"
+    validation_rows: int = 4
+    amp: str | None = None
+    channels_last: bool = False
+    workers: int = 0
+    max_corrupt: int | None = None
+    checkpoint_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is not one of "
+                    f"{', '.join(repr(choice) for choice in allowed)}"
+                )
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give the length of the run as steps or as epochs, one of them; got "
+                f"steps={self.steps}, epochs={self.epochs}"
+            )
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value < least):
+                raise ValueError(f"{name} must be a number of at least {least}, got {value!r}")
+        for name in _ABOVE_ZERO:
+            value = getattr(self, name)
+            if value is not None and (not _is_number(value) or value <= 0):
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if value is not None and value != int(value):
+                raise ValueError(f"{name} must be a whole number, got {value!r}")
+        if self.batch_size % 2:
+            raise ValueError(
+                f"batch_size must be even, for two halves of a minibatch; got {self.batch_size}"
+            )
+
+    @classmethod
+    def recipe(cls, name: str = "balanced", num_classes: int = 10, **changes: Any) -> UntrainConfig:
+        """A shipped recipe for a number of classes, with ``changes`` to single settings.
+
+        "balanced" (the default of the package): see :class:`wfnet.objectives.BalancedObjective`.
+        "paper": the authors' settings, for a ``WFNet(..., normalize_gate=False)``.
+
+        Raises:
+            ValueError: for an unknown name or values out of range.
+            TypeError: for changes that are no settings.
+        """
+        if name == "balanced":
+            settings = _balanced_settings(num_classes)
+        elif name == "paper":
+            settings = dict(_PAPER_SETTINGS)
+        else:
+            raise ValueError(f"there is no recipe {name!r}; recipes are 'balanced' and 'paper'")
+        if changes.get("epochs") is not None and "steps" not in changes:
+            settings["steps"] = None
+        if changes.get("steps") is not None and "epochs" not in changes:
+            settings["epochs"] = None
+        return cls(**{**settings, **changes})
+
+
+_CHOICES = {
+    "objective": ("balanced", "paper"),
+    "sampler": ("round_robin", "shuffled"),
+    "optimizer": ("row_adam", "sgd"),
+    "schedule": ("cosine", "constant"),
+    "stop_on": ("accuracy", "loss"),
+    "amp": (None, "bfloat16"),
+}
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 2,
+    "label_expansion": 1,
+    "lr_final": 0,
+    "lambda0": 0,
+    "lambda1": 0,
+    "lambda2": 0,
+    "patience": 1,
+    "validation_rows": 1,
+    "workers": 0,
+    "max_corrupt": 0,
+    "checkpoint_every": 1,
+}
+_WHOLE = (
+    "steps", "batch_size", "label_expansion", "patience", "validation_rows", "workers",
+    "max_corrupt", "checkpoint_every", "seed",
+)  # fmt: skip
+_ABOVE_ZERO = ("epochs", "lr", "clip", "validations_per_epoch")
+# Settings that change neither the result nor the order of anything.
+_FREE_TO_CHANGE = {"workers", "max_corrupt", "checkpoint_every"}
+
+_PAPER_SETTINGS = {
+    "objective": "paper",
+    "epochs": 20,
+    "share_images": False,
+    "sampler": "shuffled",
+    "optimizer": "sgd",
+    "lr": 100.0,
+    "schedule": "constant",
+    "clip": 3.0,
+    "lambda1": 1.0,
+}
+
+
+def _balanced_settings(num_classes: int) -> dict[str, Any]:
+    return {"steps": 30 * max(num_classes, 10), "lr": 0.3 if num_classes <= 30 else 0.1}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+# -- results --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Quick scores on a validation split.
+
+    Attributes:
+        acc_r, acc_f: means over rows that occur in the split (fractions).
+        acc_r_per_class, acc_f_per_class: ``[K]`` lists, NaN for rows that do not occur.
+        loss: the objective, from means over all pairs.
+    """
+
+    acc_r: float
+    acc_f: float
+    acc_r_per_class: list[float]
+    acc_f_per_class: list[float]
+    loss: float
+
+    @property
+    def score(self) -> float:
+        """``0.5 * ((1 - Acc_f) + Acc_r)``."""
+        return 0.5 * ((1 - self.acc_f) + self.acc_r)
+
+
+@dataclass(frozen=True)
+class UntrainResult:
+    """What a run of :func:`untrain` came to. The best filters are on the network.
+
+    Attributes:
+        score: ``0.5 * ((1 - Acc_f) + Acc_r)`` of the best filters; None without validation.
+        best: validation of the best filters; None without validation.
+        best_step: step after which they were taken.
+        steps: steps that were run, all sessions of a resumed run together.
+        stopped_early: whether patience ended the run.
+        history: one record per validation (per checkpoint without validation).
+        seconds: duration, all sessions together.
+        filters: the folder with the saved filters; None without output.
+        corrupt_images: names of images left out, with reasons.
+        config: the settings.
+    """
+
+    score: float | None
+    best: Validation | None
+    best_step: int
+    steps: int
+    stopped_early: bool
+    history: list[dict[str, float]]
+    seconds: float
+    filters: Path | None
+    config: UntrainConfig
+    corrupt_images: dict[str, str] = field(default_factory=dict)
+
+
+# -- validation -----------------------------------------------------------------------------------
+
+
+class Validator:
+    """Quick Acc_r, Acc_f and loss on a validation split, in batches that mix rows.
+
+    Every image runs under its own row (Acc_f) and under ``rows`` other rows (Acc_r), chosen once by
+    seed: all other rows where there are no more than that.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_classes: int,
+        rows: int,
+        seed: int,
+        objective: Objective,
+        amp: torch.dtype | None = None,
+        channels_last: bool = False,
+        workers: int = 0,
+        corrupt: CorruptImages | None = None,
+    ):
+        self.dataset = dataset
+        self.labels = labels_of(dataset)
+        self.num_classes = num_classes
+        self.rows = min(rows, num_classes - 1)
+        self.objective = objective
+        self.amp = amp
+        self.channels_last = channels_last
+        self.workers = workers
+        self.corrupt = corrupt
+        # Image i is retained under the rows that follow its own at these distances (modulo K):
+        # distinct, and every distance equally often.
+        generator = generator_for(seed, 5)
+        start = torch.randint(num_classes - 1, (len(self.labels), 1), generator=generator)
+        self.distances = 1 + (start + torch.arange(self.rows)) % (num_classes - 1)
+
+    def pairs(self, labels: Tensor, indices: Tensor) -> ExpandedBatch:
+        """All (image, row) pairs of some images: labels ``[n]``, positions in the split ``[n]``."""
+        n = len(labels)
+        others = (labels.unsqueeze(1) + self.distances[indices]) % self.num_classes
+        source = torch.cat((torch.arange(n), torch.arange(n).repeat_interleave(self.rows)))
+        return ExpandedBatch(torch.cat((labels, others.flatten())), source, labels[source], n)
+
+    @torch.no_grad()
+    def __call__(self, net: WFNet) -> Validation:
+        device = net.filter_parameters()[0].device
+        per_batch = max(1, _VALIDATION_PAIRS // (self.rows + 1))
+        order = torch.arange(len(self.labels)).split(per_batch)
+        hits, forgotten, retained = [], [], []
+        for batch in batches(self.dataset, order, self.workers, self.corrupt):
+            pairs = self.pairs(batch.labels, batch.indices)
+            moved = pairs.to(device)
+            logits, original = _run(
+                net, batch.images, moved, self.objective, self.amp, self.channels_last
+            )
+            half = moved.retain_half
+            forgotten.append(
+                self.objective.forget(logits[moved.forget_half], moved.target[moved.forget_half])
+            )
+            if original is not None:
+                original = original[moved.source[half]]
+            retained.append(self.objective.retain(logits[half], moved.target[half], original))
+            correct = logits.argmax(1) == moved.target
+            hits.append(torch.stack((pairs.forget, pairs.target, correct.cpu().long())))
+        row, target, correct = torch.cat(hits, 1)
+        own = row == target
+        losses = self.objective.total(torch.cat(forgotten).mean(), torch.cat(retained).mean(), net)
+        acc_f = self._per_row(row[own], correct[own])
+        acc_r = self._per_row(row[~own], correct[~own])
+        return Validation(
+            acc_r=float(acc_r.nanmean()),
+            acc_f=float(acc_f.nanmean()),
+            acc_r_per_class=acc_r.tolist(),
+            acc_f_per_class=acc_f.tolist(),
+            loss=float(losses.total),
+        )
+
+    def _per_row(self, row: Tensor, correct: Tensor) -> Tensor:
+        seen = row.bincount(minlength=self.num_classes)
+        return row.bincount(correct.double(), self.num_classes) / seen
+
+
+def _run(
+    net: WFNet,
+    images: Tensor,
+    batch: ExpandedBatch,
+    objective: Objective,
+    amp: torch.dtype | None,
+    channels_last: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Logits ``[B, K]`` of an expanded batch, and the original network's for its images ``[n, K]``.
+
+    Both in at least fp32; ``batch`` is on the network's device.
+    """
+    device = batch.forget.device
+    images = images.to(device, non_blocking=True)
+    if channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, amp, enabled=amp is not None):
+        original = None
+        if objective.needs_original:
+            with torch.no_grad():
+                original = net(images, forget=None)
+        logits = net(images, forget=batch.forget, source=batch.source)
+    return full_precision(logits), None if original is None else full_precision(original)
+
+
+# -- untraining -----------------------------------------------------------------------------------
+
+
+def untrain(
+    net: WFNet,
+    train: Dataset,
+    validation: Dataset | None = None,
+    config: UntrainConfig | None = None,
+    output: str | os.PathLike | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    objective: Objective | None = None,
+) -> UntrainResult:
+    """Learns the filters of all classes in one round; the best ones end up on ``net``.
+
+    Args:
+        net: a wrapped classifier on any device; training starts from its present filters.
+        train, validation: data sets (see :mod:`wfnet.data`; anything torchvision-like will do).
+            Without ``validation`` there is no early stopping, and the last filters are kept.
+        config: settings; ``UntrainConfig.recipe("balanced", net.num_classes)`` by default.
+        output: folder for filters (``net.save_pretrained``), ``history.csv`` and ``history.json``,
+            checkpoints, and TensorBoard events where it is installed.
+        resume: continue the interrupted run in ``output``; the result is bitwise that of an
+            uninterrupted run. Starts anew if there is none; a finished run is only loaded.
+        progress: show losses, Acc_r, Acc_f and samples/s on stderr, if tqdm is installed.
+        objective: an objective of your own instead of the configured one.
+
+    Raises:
+        ValueError: before work starts, for data that do not fit the network; for a resumed run
+            with other settings, data or base network; for a damaged checkpoint.
+        FileExistsError: if ``output`` holds an unfinished run and ``resume`` is False.
+        FloatingPointError: if the loss is NaN or infinite; the last good filters are on ``net``
+            and saved.
+        RuntimeError: for more corrupt images than ``config.max_corrupt``.
+    """
+    if config is None:
+        config = UntrainConfig.recipe("balanced", net.num_classes)
+    run = _Untraining(net, train, validation, config, output, progress, objective)
+    if output is not None and run.checkpoint.exists():
+        if resume:
+            run.load_checkpoint()
+        else:
+            run.refuse_to_overwrite()
+    return run.run()
+
+
+class _Untraining:
+    """One run: everything that :func:`untrain` holds between steps."""
+
+    def __init__(
+        self,
+        net: WFNet,
+        train: Dataset,
+        validation: Dataset | None,
+        config: UntrainConfig,
+        output: str | os.PathLike | None,
+        progress: bool,
+        objective: Objective | None,
+    ):
+        self.net = net
+        self.train = train
+        self.validation = validation
+        self.config = config
+        self.output = None if output is None else Path(output)
+        self.show_progress = progress
+        self.labels = _checked_labels(train, net.num_classes, "training")
+        _check_every_class(self.labels, train, net.num_classes, config)
+        self.objective = objective or _configured_objective(config)
+        self.amp = None if config.amp is None else getattr(torch, config.amp)
+        self.device = net.filter_parameters()[0].device
+        if config.channels_last:
+            net.to(memory_format=torch.channels_last)
+        limit = corrupt_limit(train) if config.max_corrupt is None else config.max_corrupt
+        self.corrupt = CorruptImages(limit)
+        self.validator = None
+        if validation is not None:
+            _checked_labels(validation, net.num_classes, "validation")
+            self.validator = Validator(
+                validation, net.num_classes, config.validation_rows, config.seed, self.objective,
+                self.amp, config.channels_last, config.workers, self.corrupt,
+            )  # fmt: skip
+        self.sampler = _configured_sampler(config, self.labels)
+        images = config.batch_size // 2 if config.share_images else config.batch_size
+        per_epoch = len(self.labels) / images
+        self.steps_per_epoch = per_epoch
+        self.steps = config.steps or max(1, round(config.epochs * per_epoch))
+        self.validate_every = max(1, round(per_epoch / config.validations_per_epoch))
+        self.params = net.filter_parameters()
+        if config.optimizer == "sgd":
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.params, lr=config.lr)
+        else:
+            self.optimizer = RowAdam(self.params, lr=config.lr)
+        if config.objective == "paper" and objective is None and net.normalize_gate:
+            logger.warning(
+                "recipe 'paper' is defined for plain sigmoid gates; wrap the network with "
+                "WFNet(..., normalize_gate=False) to reproduce it"
+            )
+
+        # What a checkpoint holds.
+        self.step = 0  # steps that are done
+        self.position = 0  # minibatches that were drawn; more than steps if one was all corrupt
+        self.best: Validation | None = None
+        self.best_filters: list[Tensor] | None = None
+        self.best_step = 0
+        self.stale = 0  # validations since the best one
+        self.history: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.samples = 0
+        self.finished = False
+        self.stopped_early = False
+        self.sums: dict[str, float] = {}  # of losses since the last record
+        self.summed = 0
+
+        # Filters that last gave a finite loss.
+        self.good = [p.detach().clone() for p in self.params]
+        self.latest: dict[str, float] = {}  # losses of the step that was last looked at
+        self.pending: list[tuple[dict[str, Tensor], int]] = []  # losses not looked at yet
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def run(self) -> UntrainResult:
+        training = self.net.training
+        self.net.train()
+        self.started = time.perf_counter() - self.seconds
+        self.writer = self._open_tensorboard()
+        bar = _Bar(self.steps, self.step, self.show_progress)
+        try:
+            if not self.finished:
+                with contextlib.closing(self._read()) as stream:
+                    self._go_through(stream, bar)
+        finally:
+            bar.close()
+            if self.writer is not None:
+                self.writer.close()
+            self.net.train(training)
+        return self._result()
+
+    def _go_through(self, stream: Iterator[Batch], bar: _Bar) -> None:
+        for batch in stream:
+            self._one_step(batch)
+            self._after_step(bar)
+            if self.finished:
+                return
+        raise RuntimeError(
+            f"too few minibatches had a readable image: {self.step} of {self.steps} steps were "
+            "done; repair the images that the log names"
+        )
+
+    def _read(self) -> Iterator[Batch]:
+        # A minibatch without any readable image never comes, so there are some to spare.
+        stop = self.position + 2 * (self.steps - self.step) + 100
+        return batches(
+            self.train,
+            self.sampler.batches(self.position, stop),
+            self.config.workers,
+            self.corrupt,
+            pin_memory=self.device.type == "cuda",
+            seed=self.config.seed,
+            start=self.position,
+        )
+
+    def _one_step(self, batch: Batch) -> None:
+        config = self.config
+        chosen = self._locate(batch)
+        # A minibatch that lost images to corruption is halved anew.
+        whole = len(batch.indices) == len(chosen)
+        expanded = expand(
+            batch.labels,
+            self.net.num_classes,
+            config.label_expansion,
+            generator_for(config.seed, 4, self.position),
+            config.share_images,
+            config.batch_size // 2 if whole and not config.share_images else None,
+        )
+        rows = expanded.forget.unique()
+        moved = expanded.to(self.device)
+        logits, original = _run(
+            self.net, batch.images, moved, self.objective, self.amp, config.channels_last
+        )
+        losses = self.objective(logits, moved, original, self.net)
+        self._watch(losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.total.backward()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        if isinstance(self.optimizer, RowAdam):
+            self.optimizer.step(rows=rows)
+        else:
+            self.optimizer.step()
+        if config.clip is not None:
+            clip_filters(self.params, config.clip)
+        self.samples += len(expanded)
+        self.position += 1
+        self.step += 1
+
+    def _locate(self, batch: Batch) -> Tensor:
+        """The minibatch that ``batch`` was read from: one in which all was corrupt never comes."""
+        while True:
+            chosen = self.sampler.batch(self.position)
+            if torch.isin(batch.indices, chosen).all():
+                return chosen
+            self.position += 1
+
+    def _learning_rate(self) -> float:
+        config = self.config
+        if config.schedule == "constant":
+            return config.lr
+        wave = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        return config.lr * (config.lr_final + (1 - config.lr_final) * wave)
+
+    def _after_step(self, bar: _Bar) -> None:
+        last = self.step == self.steps
+        validated = False
+        if self.step % self.validate_every == 0 or last:
+            self._look()
+            self._validate()
+            validated = True
+            self.stopped_early = not last and self.stale >= self.config.patience
+        self.finished = last or self.stopped_early
+        every = self.config.checkpoint_every or self.validate_every
+        if self.finished:
+            self._keep_best()
+        if self.output is not None and (self.step % every == 0 or self.finished):
+            self._look()
+            self.save_checkpoint()
+        bar.update(self, validated)
+
+    def _validate(self) -> None:
+        config = self.config
+        record: dict[str, float] = {
+            "step": self.step,
+            "epoch": self.step / self.steps_per_epoch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **{name: value / self.summed for name, value in self.sums.items()},
+        }
+        self.sums, self.summed = {}, 0
+        if self.validator is not None:
+            scores = self.validator(self.net)
+            record |= {
+                "acc_r": scores.acc_r,
+                "acc_f": scores.acc_f,
+                "score": scores.score,
+                "validation_loss": scores.loss,
+            }
+            if self.best is None or _rank(scores, config) > _rank(self.best, config):
+                self.best, self.best_step, self.stale = scores, self.step, 0
+                self.best_filters = [p.detach().clone() for p in self.params]
+            else:
+                self.stale += 1
+        self.seconds = time.perf_counter() - self.started
+        record |= {"samples_per_second": self.samples / self.seconds, "seconds": self.seconds}
+        self.history.append(record)
+        if self.writer is not None:
+            for name, value in record.items():
+                if name not in ("step", "epoch", "seconds"):
+                    self.writer.add_scalar(f"untrain/{name}", value, self.step)
+
+    def _keep_best(self) -> None:
+        if self.best_filters is not None:
+            _copy(self.best_filters, self.params)
+        else:
+            self.best_step = self.step
+
+    # -- losses that are not finite ---------------------------------------------------------------
+
+    def _watch(self, losses: Losses) -> None:
+        """Remembers losses; looks at them now, or on a device every few steps."""
+        terms = {"loss": losses.total.detach(), **losses.terms}
+        self.pending.append((terms, self.step + 1))
+        if self.device.type == "cpu" or len(self.pending) >= _LOOK_EVERY:
+            self._look()
+            self.good = [p.detach().clone() for p in self.params]
+
+    def _look(self) -> None:
+        """Adds pending losses to the sums; stops the run if one of them is not finite."""
+        for terms, step in self.pending:
+            values = {name: float(value) for name, value in terms.items()}
+            if not math.isfinite(values["loss"]):
+                self._give_up(values, step)
+            for name, value in values.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.summed += 1
+            self.latest = values
+        self.pending.clear()
+
+    def _give_up(self, values: dict[str, float], step: int) -> None:
+        _copy(self.best_filters or self.good, self.params)
+        kept = "on the network"
+        if self.output is not None:
+            self.net.save_pretrained(self.output)
+            kept = f"saved in {self.output}"
+        shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
+        raise FloatingPointError(
+            f"the loss of step {step} is not finite ({shown}); the last good filters are "
+            f"{kept}; lower lr (now {self.config.lr:g}), check the images for NaN, or leave out amp"
+        )
+
+    # -- storage ----------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.output / CHECKPOINT_NAME
+
+    def save_checkpoint(self) -> None:
+        """One file holds all that the run needs to go on, so that it is never half a state."""
+        names = list(self.net.named_filters())
+        tensors = {f"filters.{n}": p for n, p in zip(names, self.params, strict=True)}
+        if self.best_filters is not None:
+            tensors |= {f"best.{n}": p for n, p in zip(names, self.best_filters, strict=True)}
+        if isinstance(self.optimizer, RowAdam):
+            tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.moments().items()}
+        self.seconds = time.perf_counter() - self.started
+        state = {
+            "format": FORMAT,
+            "config": asdict(self.config),
+            "identity": self._identity(),
+            "step": self.step,
+            "position": self.position,
+            "best": None if self.best is None else asdict(self.best),
+            "best_step": self.best_step,
+            "stale": self.stale,
+            "history": self.history,
+            "seconds": self.seconds,
+            "samples": self.samples,
+            "finished": self.finished,
+            "stopped_early": self.stopped_early,
+            "sums": self.sums,
+            "summed": self.summed,
+        }
+        if self.finished:
+            self.net.save_pretrained(self.output)
+        _write_history(self.output, self.config, self.history)
+        write_tensors(self.checkpoint, tensors, {"state": json.dumps(state)})
+
+    def load_checkpoint(self) -> None:
+        """Continues the run in ``output``.
+
+        Raises:
+            ValueError: if the file is damaged, or of another configuration, data set or network.
+        """
+        tensors, state = _read_checkpoint(self.checkpoint)
+        _check_same_run(state, self.config, self._identity(), self.checkpoint)
+        part = {
+            prefix: {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+            for prefix in ("filters.", "best.", "optimizer.")
+        }
+        if state["best"] is not None:  # through the network, which checks names and shapes
+            assign_filters(self.net, part["best."], self.checkpoint)
+            self.best = Validation(**state["best"])
+            self.best_filters = [p.detach().clone() for p in self.params]
+        assign_filters(self.net, part["filters."], self.checkpoint)
+        self.good = [p.detach().clone() for p in self.params]
+        if isinstance(self.optimizer, RowAdam):
+            self.optimizer.load_moments(part["optimizer."])
+        for name in _STATE:
+            setattr(self, name, state[name])
+        logger.info("resumed %s at step %d of %d", self.checkpoint, self.step, self.steps)
+
+    def refuse_to_overwrite(self) -> None:
+        """Raises FileExistsError if the run in ``output`` is unfinished."""
+        try:
+            _, state = _read_checkpoint(self.checkpoint)
+        except ValueError as error:
+            raise FileExistsError(
+                f"{error}; it is in the way of a new run: move it away or choose another output"
+            ) from error
+        if not state["finished"]:
+            raise FileExistsError(
+                f"{self.output} holds an unfinished run (step {state['step']}): pass resume=True "
+                f"to continue it, choose another output, or delete {self.checkpoint.name} there"
+            )
+
+    def _identity(self) -> dict[str, str]:
+        """What a resumed run must have in common with the interrupted one, as digests."""
+        filters = {name: list(p.shape) for name, p in self.net.named_filters().items()}
+        gate = [self.net.alpha_init, self.net.normalize_gate]
+        return {
+            "base network": fingerprint(self.net.model),
+            "filters": _digest(json.dumps([filters, gate])),
+            "training data": _data_digest(self.train),
+            "validation data": "none" if self.validation is None else _data_digest(self.validation),
+            "objective": repr(self.objective),
+        }
+
+    def _open_tensorboard(self) -> Any:
+        if self.output is None or self.finished:
+            return None
+        try:
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+        except ImportError:
+            return None
+        return tensorboard.SummaryWriter(str(self.output / "tensorboard"), purge_step=self.step + 1)
+
+    def _result(self) -> UntrainResult:
+        return UntrainResult(
+            score=None if self.best is None else self.best.score,
+            best=self.best,
+            best_step=self.best_step,
+            steps=self.step,
+            stopped_early=self.stopped_early,
+            history=self.history,
+            seconds=self.seconds,
+            filters=self.output,
+            config=self.config,
+            corrupt_images=dict(self.corrupt.found),
+        )
+
+
+# Plain attributes of a run that a checkpoint holds by name.
+_STATE = (
+    "step", "position", "best_step", "stale", "history", "seconds", "samples", "finished",
+    "stopped_early", "sums", "summed",
+)  # fmt: skip
+
+
+def _rank(scores: Validation, config: UntrainConfig) -> tuple[float, ...]:
+    """Larger is better. Accuracies of a small split are often equal; then the loss decides."""
+    loss = -scores.loss if math.isfinite(scores.loss) else -math.inf
+    return (loss,) if config.stop_on == "loss" else (round(scores.score, 9), loss)
+
+
+@torch.no_grad()
+def _copy(values: list[Tensor], params: list[torch.nn.Parameter]) -> None:
+    torch._foreach_copy_(params, values)
+
+
+# -- checks and choices ---------------------------------------------------------------------------
+
+
+def _configured_objective(config: UntrainConfig) -> Objective:
+    if config.objective == "paper":
+        return PaperObjective(config.lambda0, config.lambda1, config.lambda2)
+    return BalancedObjective(config.lambda1, config.distil)
+
+
+def _configured_sampler(config: UntrainConfig, labels: Tensor) -> Sampler:
+    half, seed = config.batch_size // 2, config.seed
+    if config.sampler == "shuffled":
+        images = half if config.share_images else config.batch_size
+        return ShuffledSampler(len(labels), images, seed)
+    forgetting = RoundRobinSampler(labels, half, seed)
+    if config.share_images:
+        return forgetting
+    return HalvesSampler(forgetting, RoundRobinSampler(labels, half, seed, stream=1))
+
+
+def _checked_labels(dataset: Dataset, num_classes: int, what: str) -> Tensor:
+    labels = labels_of(dataset)
+    if len(labels) == 0:
+        raise ValueError(f"the {what} data have no images")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"the {what} data have label {low if low < 0 else high}, but the network has "
+            f"{num_classes} classes (0 to {num_classes - 1}); use the data set that it classifies"
+        )
+    known = len(classes_of(dataset))
+    if getattr(dataset, "classes", None) is not None and known != num_classes:
+        raise ValueError(
+            f"the {what} data have {known} classes, the network has {num_classes}; use the data "
+            "set that it classifies"
+        )
+    return labels
+
+
+def _check_every_class(
+    labels: Tensor, dataset: Dataset, num_classes: int, config: UntrainConfig
+) -> None:
+    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if missing:
+        names = classes_of(dataset)
+        name = names[missing[0]] if missing[0] < len(names) else str(missing[0])
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"class {name!r}{more} has no training image, so its row could not learn to forget it; "
+            "add images of every class that the network knows"
+        )
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _write_history(folder: Path, config: UntrainConfig, history: list[dict[str, float]]) -> None:
+    write_json(folder / "history.json", {"config": asdict(config), "history": history})
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for record in history for name in record))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    write_atomically(folder / "history.csv", lambda path: path.write_text(text.getvalue()))
+
+
+def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint.
+
+    Raises:
+        ValueError: if the file is damaged or something else.
+    """
+    tensors = read_tensors(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        state = json.loads(metadata["state"])
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
+        missing = {"config", "identity", "best", *_STATE} - set(state)
+        if missing:
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged or not a checkpoint of untraining ({error}); delete it to start "
+            "anew, or restore it from a copy"
+        ) from error
+    return tensors, state
+
+
+def _check_same_run(
+    state: dict[str, Any], config: UntrainConfig, identity: dict[str, str], path: Path
+) -> None:
+    for name, value in asdict(config).items():
+        before = state["config"].get(name)
+        if name not in _FREE_TO_CHANGE and before != value:
+            raise ValueError(
+                f"{path} was written with {name}={before!r}, now it is {value!r}; resume with the "
+                "same settings, or start anew in another folder"
+            )
+    for name, value in identity.items():
+        if state["identity"].get(name) != value:
+            raise ValueError(
+                f"{path} was written with another {name}; resume with the same one, or start anew "
+                "in another folder"
+            )
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def _data_digest(dataset: Dataset) -> str:
+    """Labels and class names; of in-memory images also the first, the middle and the last one.
+
+    Images in files may be transformed at random, so their content is no mark of the data set.
+    """
+    labels = labels_of(dataset)
+    content = b""
+    if hasattr(dataset, "batch"):
+        images = dataset.batch(torch.tensor([0, len(labels) // 2, len(labels) - 1])).images
+        content = images.float().contiguous().numpy().tobytes()
+    return _digest(json.dumps(classes_of(dataset)), labels.numpy().tobytes(), content)
+
+
+# -- progress -------------------------------------------------------------------------------------
+
+
+class _Bar:
+    """Steps on stderr with losses, accuracies and samples per second; nothing without tqdm."""
+
+    def __init__(self, steps: int, done: int, enabled: bool):
+        self.bar = None
+        if enabled:
+            with contextlib.suppress(ImportError):
+                tqdm = importlib.import_module("tqdm").tqdm
+                self.bar = tqdm(total=steps, initial=done, desc="untraining", unit="step")
+
+    def update(self, run: _Untraining, validated: bool) -> None:
+        if self.bar is None:
+            return
+        shown = {name: f"{value:.3f}" for name, value in run.latest.items()}
+        if run.history and "acc_r" in run.history[-1]:
+            shown["Acc_r"] = f"{100 * run.history[-1]['acc_r']:.1f}"
+            shown["Acc_f"] = f"{100 * run.history[-1]['acc_f']:.1f}"
+        seconds = time.perf_counter() - run.started
+        shown["samples/s"] = f"{run.samples / seconds:,.0f}"
+        self.bar.set_postfix(shown, refresh=validated)
+        self.bar.update()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
