@@ -103,7 +103,7 @@ def _choose(op, key, dtype, device, default, plan) -> Choice:
     if wanted == "defaults":
         return default
     path = store_path(device)
-    name = f"{op} {key} {str(dtype).removeprefix('torch.')} {default.config.path}"
+    name = f"{op} {key} {str(dtype).removeprefix('torch.')} default {default.config}"
     entry = _load(path).get(name)
     if entry is not None:
         return Choice(_parse(entry), f"searched on {device.name}: {entry['ms']:.4f} ms")

@@ -223,6 +223,7 @@ def conv_choice(
     describable: bool,
     single_sample: bool = False,
     column_sums: bool = False,
+    op: str = "conv",
 ) -> Choice:
     """The default config of ``conv_fprop`` or ``conv_dgrad`` for a shape.
 
@@ -231,12 +232,13 @@ def conv_choice(
         describable: whether bases and rows of all tensors are aligned to 16 bytes.
         single_sample: tiles must not pack samples (``source`` indices scatter them).
         column_sums: the epilogue takes T0 or T1.
+        op: whose TF32 setting holds, ``conv`` or ``linear`` (1x1 filters over tokens).
     """
     forward = direction == "fprop"
     columns = shape.out_channels if forward else shape.in_channels
     depth = shape.in_channels if forward else shape.out_channels
     grid = (shape.out_height, shape.out_width) if forward else (shape.height, shape.width)
-    exact = full_precision(dtype, "conv")
+    exact = full_precision(dtype, op)
     step = shape.stride[0]
     wide = dtype == torch.float32
     block_k = 32 if wide or device.arch < 90 else 64

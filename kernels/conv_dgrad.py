@@ -21,7 +21,6 @@ The weight is read as [O, R*S, C] in boxes [BK, 1, BN]: no flipped or transposed
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +28,6 @@ from wfnet.kernels import autotune
 from wfnet.kernels.config import (
     Choice,
     ConvShape,
-    Device,
     GemmConfig,
     conv_choice,
     device_of,
@@ -283,6 +281,7 @@ def plan_conv_dgrad(
     partials: tuple[Tensor | None, Tensor | None],
     shape: ConvShape,
     config: GemmConfig,
+    op: str = "conv",
 ) -> Launch:
     """The launch of ``conv_dgrad`` for a config; ``partials`` from ``sum_slots``."""
     batch, height, width, channels = shape.batch, shape.height, shape.width, shape.in_channels
@@ -304,7 +303,7 @@ def plan_conv_dgrad(
         "DIL_W": shape.dilation[1],
         "O": depth,
         "RELU": below.relu,
-        "PRECISION": "ieee" if full_precision(ag.dtype, "conv") else "tf32",
+        "PRECISION": "ieee" if full_precision(ag.dtype, op) else "tf32",
         "BN": config.block_n,
         "BK": config.block_k,
     }
@@ -378,13 +377,6 @@ def tiles_per_sample(shape: ConvShape, config: GemmConfig) -> int:
     )
 
 
-def choose_conv_dgrad(
-    shape: ConvShape, dtype: torch.dtype, device: Device, *, aligned: bool, column_sums: bool
-) -> Choice:
-    """Default config of an input gradient; ``column_sums`` where the epilogue takes T0 or T1."""
-    return conv_choice("dgrad", shape, dtype, device, describable=aligned, column_sums=column_sums)
-
-
 def config_conv_dgrad(ag, weight, shape, tensors=(), column_sums=False, plan=None) -> Choice:
     """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
     size = ag.element_size()
@@ -392,7 +384,9 @@ def config_conv_dgrad(ag, weight, shape, tensors=(), column_sums=False, plan=Non
     aligned = aligned and shape.in_channels * size % 16 == 0
     aligned = aligned and all(describable(t, shape.in_channels) for t in tensors if t is not None)
     device = device_of(ag)
-    default = choose_conv_dgrad(shape, ag.dtype, device, aligned=aligned, column_sums=column_sums)
+    default = conv_choice(
+        "dgrad", shape, ag.dtype, device, describable=aligned, column_sums=column_sums
+    )
     key = shape.key() + ("_sums" if column_sums else "")
     return autotune.choose("conv_dgrad", key, ag.dtype, device, default, plan)
 

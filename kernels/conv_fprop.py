@@ -28,7 +28,6 @@ from wfnet.kernels import autotune
 from wfnet.kernels.config import (
     Choice,
     ConvShape,
-    Device,
     GemmConfig,
     conv_choice,
     device_of,
@@ -254,6 +253,7 @@ def plan_conv_fprop(
     shape: ConvShape,
     relu: bool,
     config: GemmConfig,
+    op: str = "conv",
 ) -> Launch:
     """The launch of ``conv_fprop`` for a config; arguments as there, all contiguous."""
     tensors = {"source": source, "scale": scale, "shift": shift}
@@ -265,7 +265,7 @@ def plan_conv_fprop(
         "C": shape.in_channels,
         "LD": scale.stride(0),
         "RELU": relu,
-        "PRECISION": "ieee" if full_precision(x.dtype, "conv") else "tf32",
+        "PRECISION": "ieee" if full_precision(x.dtype, op) else "tf32",
         "BN": config.block_n,
         "BK": config.block_k,
     }
@@ -346,13 +346,6 @@ def plan_conv_fprop(
     return Launch(conv_fprop_kernel, (pixels * tiles_n,), arguments, config.warps, config.stages)
 
 
-def choose_conv_fprop(
-    shape: ConvShape, dtype: torch.dtype, device: Device, *, aligned: bool, expanded: bool
-) -> Choice:
-    """Default config of a forward convolution; ``expanded`` where ``source`` indices are given."""
-    return conv_choice("fprop", shape, dtype, device, describable=aligned, single_sample=expanded)
-
-
 def conv_fprop(
     x: Tensor,
     weight: Tensor,
@@ -367,6 +360,7 @@ def conv_fprop(
     relu: bool = False,
     save_branch: bool = False,
     config: GemmConfig | None = None,
+    op: str = "conv",
 ) -> tuple[Tensor, Tensor | None]:
     """Convolution with scale, shift, residual and activation in its epilogue, one launch.
 
@@ -384,6 +378,7 @@ def conv_fprop(
         residual: ``[B, P, Q, O]`` dtype of ``x``, or None.
         save_branch: also write ``v``, which backward needs.
         config: tile sizes; None takes the default or a stored search result.
+        op: whose TF32 setting holds for fp32, ``conv`` or ``linear``.
 
     Returns:
         ``out`` ``[B, P, Q, O]`` and ``v`` of the same shape, or None.
@@ -415,22 +410,27 @@ def conv_fprop(
 
     def plan(candidate: GemmConfig) -> Launch:
         return plan_conv_fprop(
-            x, weight, scale, shift, source, residual, branch, out, shape, relu, candidate
+            x, weight, scale, shift, source, residual, branch, out, shape, relu, candidate, op
         )
 
     if config is None:
-        config = config_conv_fprop(x, weight, shape, source is not None, residual, plan).config
+        config = config_conv_fprop(x, weight, shape, source is not None, residual, op, plan).config
     plan(config).run()
     return out, branch
 
 
-def config_conv_fprop(x, weight, shape, expanded, residual=None, plan=None) -> Choice:
-    """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
+def config_conv_fprop(x, weight, shape, expanded, residual=None, op="conv", plan=None) -> Choice:
+    """Default or stored config for these tensors; ``plan`` allows a search where asked for.
+
+    ``expanded`` where ``source`` indices are given: a tile then holds pixels of one sample.
+    """
     aligned = describable(x, shape.in_channels) and describable(weight, shape.in_channels)
     aligned = aligned and shape.out_channels * x.element_size() % 16 == 0
     aligned = aligned and (residual is None or describable(residual, shape.out_channels))
     device = device_of(x)
-    default = choose_conv_fprop(shape, x.dtype, device, aligned=aligned, expanded=expanded)
+    default = conv_choice(
+        "fprop", shape, x.dtype, device, describable=aligned, single_sample=expanded, op=op
+    )
     key = shape.key() + ("_source" if expanded else "")
     return autotune.choose("conv_fprop", key, x.dtype, device, default, plan)
 

@@ -197,7 +197,18 @@ def plan_linear_fprop(
     """The launch of ``linear_fprop`` for a config; arguments as there, all contiguous."""
     if config.path == "gather":
         return plan_conv_fprop(
-            x, weight, scale, shift, None, residual, branch, out, _as_pixels(shape), relu, config
+            x,
+            weight,
+            scale,
+            shift,
+            None,
+            residual,
+            branch,
+            out,
+            _as_pixels(shape),
+            relu,
+            config,
+            op,
         )
     rows, depth, columns = shape.batch * shape.tokens, shape.in_features, shape.out_features
     programs, several = _programs(rows, columns, config, device)
@@ -245,7 +256,7 @@ def plan_linear_dgrad(
 ) -> Launch:
     """The launch of ``linear_dgrad`` for a config."""
     if config.path == "gather":
-        return plan_conv_dgrad(ag, weight, below, into, partials, _as_pixels(shape), config)
+        return plan_conv_dgrad(ag, weight, below, into, partials, _as_pixels(shape), config, op)
     rows, depth, columns = shape.batch * shape.tokens, shape.out_features, shape.in_features
     programs, several = _programs(rows, columns, config, device)
 
@@ -370,6 +381,7 @@ def linear_fprop(
             relu=relu,
             save_branch=save_branch,
             config=config,
+            op=op,
         )
         return out.squeeze(2), None if branch is None else branch.squeeze(2)
     if batch != x.shape[0]:

@@ -112,7 +112,7 @@ class TritonBackend(Backend):
             pixels = ConvShape(
                 batch, x.shape[1], 1, x.shape[2], weight.shape[0], (1, 1), (1, 1), (0, 0), (1, 1)
             )
-            forward = conv_fprop.config_conv_fprop(x, weight, pixels, True)
+            forward = conv_fprop.config_conv_fprop(x, weight, pixels, True, op="linear")
         return _explained(forward, linear.config_linear_dgrad(ag, weight, own))
 
     def conv2d(
