@@ -509,6 +509,27 @@ def test_fused_conv2d(kernel, residual):
     check(mine[3], dc)
 
 
+def test_traces_as_one_graph():
+    """torch.compile(fullgraph=True): refusals and operators trace; new labels do not recompile."""
+    x, weight = torch.randn(2, 8, 4, 4), torch.randn(16, 8, 3, 3)
+    alpha = torch.randn(5, 16, requires_grad=True)
+    traces = []
+
+    def counting(graph, inputs):
+        traces.append(graph)
+        return graph.forward
+
+    def call(forget):
+        return wf.wf_conv2d(x, weight, None, alpha, None, forget, 1, 1, backend="triton")
+
+    call(torch.tensor([0, 0]))
+    compiled = torch.compile(call, fullgraph=True, backend=counting)
+    for labels in ([0, 1], [4, -1]):
+        forget = torch.tensor(labels)
+        assert torch.equal(compiled(forget), call(forget))
+    assert len(traces) == 1
+
+
 def test_bf16_is_refused_here():
     x = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="interpreter"):

@@ -41,7 +41,7 @@ def _refuse_tensor(x: Tensor) -> str | None:
         return f"the Triton kernels need a CUDA tensor, and x is on {x.device}"
     if torch.version.hip is not None:
         return "the Triton kernels are written and checked for NVIDIA devices only"
-    if torch.cuda.get_device_capability(x.device) < (8, 0):
+    if torch.cuda.get_device_properties(x.device).major < 8:
         return "the Triton kernels need compute capability 8.0 or later"
     return None
 
