@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wfnet import backends, operators, reference
 from wfnet.backends import ConvGeometry
+from wfnet.gates import gather_samples
 from wfnet.labels import ForgetLabels, Selection, select
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -246,13 +247,15 @@ def _resolve_geometry(x, weight, stride, padding, dilation, groups) -> tuple[Ten
 
 
 def _gather(x: Tensor, source: Tensor | None) -> Tensor:
-    return x if source is None else x.index_select(0, source.to(x.device))
+    return gather_samples(x, None if source is None else source.to(x.device))
 
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Data and frozen weights in the autocast dtype, as PyTorch's own layers; filters stay fp32."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device) or tensors[0].dtype == torch.float64:
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return list(tensors)
+    if tensors[0].dtype == torch.float64:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [None if t is None else t.to(dtype) for t in tensors]

@@ -16,7 +16,9 @@ def gate_scale(alpha_init: float, normalize_gate: bool) -> float:
     """Factor in front of the sigmoid: 1 as in the paper, or the one that makes a fresh gate 1."""
     if not normalize_gate:
         return 1.0
-    return 1.0 / torch.sigmoid(torch.tensor(alpha_init, dtype=torch.float64)).item()
+    # On the CPU even under `with torch.device("meta")`.
+    start = torch.tensor(alpha_init, dtype=torch.float64, device="cpu")
+    return 1.0 / torch.sigmoid(start).item()
 
 
 def gate(alpha: Tensor, scale: float) -> Tensor:
@@ -128,3 +130,18 @@ def segment_sum(values: Tensor, segment: Tensor, num_segments: int) -> Tensor:
     else:  # index_add_ uses atomics there; accumulating index_put_ sorts first
         total.index_put_((index,), values, accumulate=True)
     return total[:num_segments]
+
+
+def gather_samples(x: Tensor, source: Tensor | None) -> Tensor:
+    """``x[source]`` along the batch in the memory format of ``x``; the adjoint of segment_sum.
+
+    Args:
+        x: ``[N, ...]``.
+        source: ``[B]`` int64, or None for ``x`` itself.
+    """
+    if source is None:
+        return x
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        # index_select would answer in contiguous format, and every later layer convert it back.
+        return x.permute(0, 2, 3, 1).index_select(0, source).permute(0, 3, 1, 2)
+    return x.index_select(0, source)

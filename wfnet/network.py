@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import fnmatch
 import inspect
+import logging
 import os
 import re
 import sys
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from wfnet import pretrained
+from wfnet import fusion, pretrained
+from wfnet.gates import gather_samples
 from wfnet.labels import (
     DeferredLabelCheck,
     ForgetLabels,
@@ -28,6 +30,8 @@ from wfnet.labels import (
     select,
 )
 from wfnet.layers import LayerNames, MaskedLayer, masked_type, refuse_layer
+
+logger = logging.getLogger("wfnet")
 
 Targets = str | type | Sequence[str | type] | None
 
@@ -52,6 +56,9 @@ class WFNet(nn.Module):
             never the head, ``pre_logits`` or the patch embedding.
         alpha_init, normalize_gate, filter_dtype: see :class:`wfnet.WFConv2d`.
         backend: backend of all masked layers.
+        fuse: fold each convolution with its BatchNorm, residual sum and ReLU and run the network
+            as one autograd node (:mod:`wfnet.fusion`); where that is not possible, the network
+            runs unfused, with a line in the log. Can be set later: ``net.fuse = True``.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
@@ -72,6 +79,7 @@ class WFNet(nn.Module):
         normalize_gate: bool = True,
         backend: str = "auto",
         filter_dtype: torch.dtype | None = None,
+        fuse: bool = False,
     ):
         super().__init__()
         if isinstance(model, WFNet):
@@ -111,6 +119,9 @@ class WFNet(nn.Module):
                         f"num_classes={num_classes}"
                     )
         self._all_called = False
+        self.fuse = fuse
+        # (what it was made for, the fused network or None); a plan holds references, not weights
+        self._fusion: tuple[object, fusion.FusedNetwork | None] | None = None
         self._label_check = DeferredLabelCheck()
         self.train()
 
@@ -142,18 +153,52 @@ class WFNet(nn.Module):
                 "use DistributedDataParallel"
             )
         selection = select(forget)
-        if source is not None:
-            images = images.index_select(0, source.to(images.device))
         if torch.compiler.is_compiling():
             if isinstance(forget, int):
                 check_range(forget, forget, self.num_classes)
             with forgetting(selection):
-                return self.model(images)
-        self._check(selection, images)
+                return self.model(_expand(images, source))
+        self._check(selection, images.shape[0] if source is None else source.shape[0])
+        if self.fuse and selection.rows is not None and not images.requires_grad:
+            network = self._fused(images)
+            if network is not None:
+                batch = images.shape[0] if source is None else source.shape[0]
+                rows = selection.expand(batch, images.device, self.num_classes)
+                return network(images, rows, source if source is None else source.to(images.device))
+        return self._unfused(images, selection, source)
+
+    def _unfused(
+        self, images: Tensor, selection: Selection, source: Tensor | None = None
+    ) -> Tensor:
         checkpoints = labels_in_checkpoints() if torch.is_grad_enabled() else nullcontext()
         first = nullcontext() if self._all_called else self._watching_calls()
         with forgetting(selection), checkpoints, first:
-            return self.model(images)
+            return self.model(_expand(images, source))
+
+    def _fused(self, images: Tensor) -> fusion.FusedNetwork | None:
+        """The fused network, made and checked on first use; None where it cannot be made."""
+        key = tuple(layer.backend for layer in self.masked_layers.values())
+        if self._fusion is None or self._fusion[0] != key:
+            network = None
+            try:
+                backend = fusion.backend_for(self.masked_layers.values())
+                network = fusion.FusedNetwork(fusion.make_plan(self.model), backend)
+                fusion.check_plan(
+                    network, lambda few, rows: self._unfused(few, select(rows)), images
+                )
+                logger.info("%s: %s", type(self.model).__name__, network.plan.describe())
+            except fusion.NotFusable as reason:
+                network = None
+                logger.warning("%s runs unfused: %s", type(self.model).__name__, reason)
+            self._fusion = (key, network)
+        return self._fusion[1]
+
+    def __deepcopy__(self, memo: dict) -> WFNet:
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        state = {key: value for key, value in self.__dict__.items() if key != "_fusion"}
+        copied.__dict__ = {**copy.deepcopy(state, memo), "_fusion": None}
+        return copied
 
     def check_labels(self) -> None:
         """Waits for the range checks of labels that were given on a device.
@@ -163,14 +208,14 @@ class WFNet(nn.Module):
         """
         self._label_check.wait()
 
-    def _check(self, selection: Selection, images: Tensor) -> None:
+    def _check(self, selection: Selection, batch: int) -> None:
         if selection.rows is None:
             return
         check_range(selection.low, selection.high, self.num_classes)
-        if not selection.uniform and selection.rows.shape[0] != images.shape[0]:
+        if not selection.uniform and selection.rows.shape[0] != batch:
             raise ValueError(
                 f"{selection.rows.shape[0]} forget labels were given for a batch of "
-                f"{images.shape[0]} samples; give one label per sample, or one integer for all"
+                f"{batch} samples; give one label per sample, or one integer for all"
             )
         self._label_check.poll()
         self._label_check.submit(selection.rows, self.num_classes)
@@ -281,6 +326,10 @@ class WFNet(nn.Module):
         return pretrained.load_filters(cls, folder, base_model, backend)
 
 
+def _expand(images: Tensor, source: Tensor | None) -> Tensor:
+    return images if source is None else gather_samples(images, source.to(images.device))
+
+
 def _label_list(forget: int | Sequence[int] | Tensor | None) -> list[int]:
     if forget is None:
         return []
@@ -319,12 +368,12 @@ class _WeightWatch(TorchFunctionMode):
     def __init__(self, model: nn.Module, masked_layers: dict[str, MaskedLayer]):
         super().__init__()
         self.model = model
-        self.owners = {
-            id(parameter): (name, layer)
-            for name, layer in masked_layers.items()
-            for parameter in (layer.weight, layer.bias)
-            if parameter is not None
-        }
+        self.names = {layer: name for name, layer in masked_layers.items()}
+        self.owners: dict[int, list[MaskedLayer]] = {}
+        for layer in self.names:
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(layer)
         for module in model.modules():  # tied weights have an unmasked use of their own
             if not isinstance(module, MaskedLayer):
                 for parameter in module._parameters.values():
@@ -336,18 +385,19 @@ class _WeightWatch(TorchFunctionMode):
         if kind not in self._NO_VALUES and any(isinstance(r, Tensor) for r in tree_leaves(result)):
             used = args[:1] if kind == "to" else tree_leaves((args, kwargs))
             for value in used:
-                name, layer = self.owners.get(id(value), (None, None))
-                if layer is not None and not _called_by_forward_of(layer):
-                    raise ValueError(
-                        _bypass_message(name, self.model.get_submodule(name.rpartition(".")[0]))
-                    )
+                layers = self.owners.get(id(value))
+                if layers and not _called_by_forward_of(layers):
+                    name = self.names[layers[0]]
+                    parent = self.model.get_submodule(name.rpartition(".")[0])
+                    raise ValueError(_bypass_message(name, parent))
         return result
 
 
-def _called_by_forward_of(layer: nn.Module) -> bool:
+def _called_by_forward_of(layers: list[MaskedLayer]) -> bool:
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is layer:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if any(caller is layer for layer in layers):
             return True
         frame = frame.f_back
     return False
@@ -523,7 +573,7 @@ def _check_target(model: nn.Module, name: str) -> None:
 def _uses_weight_directly(parent: nn.Module, child: str) -> bool:
     """Whether the parent's forward, or a method it calls, computes with ``self.<child>.weight``."""
     harmless = r"(?!\.(dtype|device|shape|size|ndim|dim|requires_grad)\b)"
-    use = re.compile(rf"\bself\.{re.escape(child)}\.weight\b{harmless}")
+    use = re.compile(rf"(?<!_like\()(?<!type_as\()\bself\.{re.escape(child)}\.weight\b{harmless}")
     pending, seen = ["forward"], set()
     while pending:
         name = pending.pop()

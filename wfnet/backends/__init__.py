@@ -122,6 +122,54 @@ class Backend(ABC):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As :meth:`conv2d_backward`."""
 
+    # Whether the two methods below exist: convolutions of a frozen network with all that follows.
+    fuses = False
+
+    def fused_conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        source: Tensor | None,
+        geometry: ConvGeometry,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``out = act(scale * u + shift + residual)`` with ``u = conv(x[source], weight)``.
+
+        Shapes as in the class; ``residual`` is ``[B, O, P, Q]``; ``act`` is ReLU or identity.
+
+        Returns:
+            ``out``; if ``save``, the branch that ``t1`` is summed from, and what else backward
+            needs for the ReLU mask (None where branch, scale and shift suffice).
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
+    def fused_conv2d_backward(
+        self,
+        dout: Tensor,
+        branch: Tensor,
+        kept: Tensor | None,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        source: Tensor | None,
+        input_shape: tuple[int, ...],
+        relu: bool,
+        geometry: ConvGeometry,
+        need_dx: bool,
+        need_t0: bool,
+        may_overwrite: bool,
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
+        """Returns ``dx``, ``g = dout * act'(out)`` (the residual's gradient), ``t1`` and ``t0``.
+
+        ``may_overwrite``: ``dout`` is not needed afterwards and may become ``g``. ``source`` is
+        given only for the first masked layer, which needs no ``dx``.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
         """``[B, O]`` scales from ``alpha`` ``[K, O]`` and labels ``[B, J]``; see wfnet.gates."""
         return gates.gate_rows(alpha, forget, gate_scale)
@@ -133,7 +181,7 @@ class Backend(ABC):
 
 # Name -> module that defines `backend`, loaded on first use. `reference` has no Backend object: it
 # is plain PyTorch in wfnet/reference.py and shares no code with what it is the truth for.
-_MODULES = {"eager": "wfnet.backends.eager"}
+_MODULES = {"eager": "wfnet.backends.eager", "triton": "wfnet.backends.triton"}
 _loaded: dict[str, Backend] = {}
 
 NAMES = ("auto", "reference", *_MODULES)
