@@ -72,7 +72,9 @@ def select(forget: ForgetLabels | Selection) -> Selection:
             f"model); got {type(forget).__name__}; wrap sequences in torch.tensor(...)"
         )
     if isinstance(forget, int):
-        return Selection(torch.tensor([[forget]]), uniform=True, low=forget, high=forget)
+        return Selection(
+            torch.tensor([[forget]], device="cpu"), uniform=True, low=forget, high=forget
+        )
     if forget.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8):
         raise TypeError(f"forget labels must be integers (torch.int64); got {forget.dtype}")
     if forget.dim() > 2 or (forget.dim() == 2 and forget.shape[1] == 0):

@@ -73,7 +73,7 @@ class MaskedLayer(nn.Module):
         if filter_dtype is None:
             filter_dtype = torch.promote_types(self.weight.dtype, torch.float32)
         gate_scale = gates.gate_scale(alpha_init, normalize_gate)
-        start = gates.gate(torch.tensor(alpha_init, dtype=filter_dtype), gate_scale)
+        start = gates.gate(torch.tensor(alpha_init, dtype=filter_dtype, device="cpu"), gate_scale)
         if normalize_gate and start.item() != 1:
             raise ValueError(
                 f"alpha_init={alpha_init} in {filter_dtype} does not give a fresh gate of exactly "

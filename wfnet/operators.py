@@ -92,10 +92,13 @@ def _filter_gradients(
     forget: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dalpha_weight and dalpha_bias ``[K, O]``, empty where not needed."""
-    empty = alpha_weight.new_empty(0)
     return (
-        empty if t1 is None else backend.gate_rows_backward(t1, alpha_weight, forget),
-        empty if t0 is None else backend.gate_rows_backward(t0 * shift, alpha_bias, forget),
+        alpha_weight.new_empty(0)
+        if t1 is None
+        else backend.gate_rows_backward(t1, alpha_weight, forget),
+        alpha_weight.new_empty(0)
+        if t0 is None
+        else backend.gate_rows_backward(t0 * shift, alpha_bias, forget),
     )
 
 
@@ -217,9 +220,8 @@ def _(
 def _fake_filter_gradients(
     alpha_weight: Tensor, alpha_bias: Tensor | None, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor]:
-    empty = alpha_weight.new_empty(0)
     return (
-        alpha_weight.new_empty(alpha_weight.shape) if need_weight else empty,
+        alpha_weight.new_empty(alpha_weight.shape if need_weight else 0),
         alpha_bias.new_empty(alpha_bias.shape) if need_bias else alpha_weight.new_empty(0),
     )
 

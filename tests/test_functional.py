@@ -1,0 +1,496 @@
+"""wf_conv2d and wf_linear: every backend-independent promise, `eager` against the truth."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+import wfnet
+from wfnet.functional import explain, wf_conv2d, wf_linear
+
+K = 5
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def tensors(out, inside, kernel, bias=True, dtype=torch.float64):
+    """weight, bias, alpha_weight, alpha_bias"""
+    weight = torch.randn(out, *inside, *kernel, dtype=dtype)
+    alphas = [torch.randn(K, out, dtype=dtype, requires_grad=True) for _ in range(2)]
+    if not bias:
+        return weight, None, alphas[0], None
+    return weight, torch.randn(out, dtype=dtype), *alphas
+
+
+def labels_for(batch, form):
+    if form == "int":
+        return 2
+    shape = (batch,) if form == "vector" else (batch, 3)
+    return torch.randint(-1, K, shape)
+
+
+def compare(function, x, alphas, bound=1e-10):
+    """Outputs and all gradients of eager against reference; returns nothing, asserts all."""
+    found = {}
+    for backend in ("reference", "eager"):
+        y = function(backend)
+        dout = torch.linspace(-1, 1, max(y.numel(), 1), dtype=y.dtype)[: y.numel()].view(y.shape)
+        inputs = [t for t in (x, *alphas) if t is not None]
+        found[backend] = (
+            y.detach(),
+            *torch.autograd.grad(y, inputs, dout, allow_unused=True, materialize_grads=True),
+        )
+    for truth, value in zip(*found.values(), strict=True):
+        assert truth.shape == value.shape
+        assert value.dtype == truth.dtype
+        torch.testing.assert_close(value, truth, rtol=0, atol=bound)
+
+
+GEOMETRIES = [
+    # in, out, kernel, stride, padding, dilation, groups
+    (4, 6, (3, 3), 1, 1, 1, 1),
+    (4, 6, (3, 3), 2, 0, 1, 2),
+    (4, 8, (3, 3), (2, 1), (0, 1), 1, 4),  # depthwise with a multiplier
+    (4, 4, (5, 3), 1, (2, 1), (1, 2), 4),  # depthwise, lopsided
+    (3, 5, (1, 1), 2, 0, 1, 1),
+    (3, 5, (7, 7), 2, 3, 1, 1),
+    (4, 6, (3, 3), 1, "same", 2, 1),
+    (4, 6, (4, 2), 1, "same", 1, 2),  # even kernels pad one side more
+    (4, 6, (2, 3), 1, "same", (3, 1), 1),
+    (4, 6, (3, 3), 2, "valid", 1, 1),
+    (1, 1, (9, 9), 1, 0, 1, 1),  # one output pixel
+]
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("form", ["int", "vector", "matrix"])
+@pytest.mark.parametrize("batch", [0, 1, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_conv2d_equals_the_reference(geometry, form, batch, bias):
+    inside, out, kernel, stride, padding, dilation, groups = geometry
+    x = torch.randn(batch, inside, 9, 9, dtype=torch.float64, requires_grad=True)
+    weight, b, aw, ab = tensors(out, (inside // groups,), kernel, bias)
+    forget = labels_for(batch, form)
+    compare(
+        lambda backend: wf_conv2d(
+            x, weight, b, aw, ab, forget, stride, padding, dilation, groups, 1.3, None, backend
+        ),
+        x, (aw, ab),
+    )  # fmt: skip
+
+
+def layouts(n, c, h, w):
+    make = {"dtype": torch.float64}
+    return {
+        "contiguous": torch.randn(n, c, h, w, **make),
+        "channels_last": torch.randn(n, c, h, w, **make).to(memory_format=torch.channels_last),
+        "sliced": torch.randn(n, c, h + 3, 2 * w, **make)[:, :, 1:-2, ::2],
+        "channel_slice": torch.randn(n, 2 * c, h, w, **make)[:, c:],
+        "transposed": torch.randn(n, c, w, h, **make).transpose(2, 3),
+        "expanded": torch.randn(1, c, 1, w, **make).expand(n, c, h, w),
+        "batch_last": torch.randn(c, h, w, n, **make).permute(3, 0, 1, 2),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts(1, 1, 1, 1))
+@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("channels_last_weight", [False, True])
+def test_conv2d_takes_any_strides(layout, source, groups, channels_last_weight):
+    x = layouts(3, 4, 6, 7)[layout].requires_grad_()
+    weight, b, aw, ab = tensors(8, (4 // groups,), (3, 3))
+    if channels_last_weight:
+        weight = weight.to(memory_format=torch.channels_last)
+    src = torch.tensor([2, 0, 0, 2, 2]) if source else None
+    forget = labels_for(5 if source else 3, "matrix")
+    compare(
+        lambda backend: wf_conv2d(
+            x, weight, b, aw, ab, forget, 1, 1, 1, groups, source=src, backend=backend
+        ),
+        x, (aw, ab),
+    )  # fmt: skip
+
+
+def test_channels_last_stays_channels_last():
+    weight, b, aw, ab = tensors(8, (4,), (3, 3), dtype=torch.float32)
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    y = wf_conv2d(x, weight, b, aw, ab, 1, padding=1)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y).contiguous())
+    assert dx.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6), (0, 3, 6), (0, 6), (1, 1, 6)])
+@pytest.mark.parametrize("form", ["int", "vector", "matrix"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("source", [False, True])
+def test_linear_equals_the_reference(shape, form, bias, source):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    weight, b, aw, ab = tensors(7, (6,), (), bias)
+    src = torch.randint(0, shape[0], (6,)) if source and shape[0] else None
+    forget = labels_for(shape[0] if src is None else 6, form)
+    compare(
+        lambda backend: wf_linear(
+            x, weight, b, aw, ab, forget, 0.9, source=src, backend=backend
+        ),
+        x, (aw, ab),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strided", ["transposed", "expanded", "sliced"])
+def test_linear_takes_any_strides(strided):
+    make = {"dtype": torch.float64}
+    x = {
+        "transposed": torch.randn(6, 5, 4, **make).permute(2, 1, 0),
+        "expanded": torch.randn(4, 1, 6, **make).expand(4, 5, 6),
+        "sliced": torch.randn(4, 5, 12, **make)[..., ::2],
+    }[strided].requires_grad_()
+    weight, b, aw, ab = tensors(7, (6,), ())
+    forget = labels_for(4, "matrix")
+    compare(
+        lambda backend: wf_linear(x, weight, b, aw, ab, forget, backend=backend), x, (aw, ab)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["vector", "matrix"])
+def test_windows_of_an_image_share_its_labels(form):
+    x = torch.randn(3 * 4, 5, 6, dtype=torch.float64, requires_grad=True)
+    weight, b, aw, ab = tensors(7, (6,), ())
+    forget = labels_for(3, form)
+    windows = wf_linear(x, weight, b, aw, ab, forget)
+    repeated = wf_linear(x, weight, b, aw, ab, forget.repeat_interleave(4, 0), backend="reference")
+    torch.testing.assert_close(windows, repeated, rtol=0, atol=1e-10)
+    compare(lambda backend: wf_linear(x, weight, b, aw, ab, forget, backend=backend), x, (aw, ab))
+
+
+def test_unbatched_inputs():
+    weight, b, aw, ab = tensors(6, (3,), (3, 3))
+    x = torch.randn(3, 7, 7, dtype=torch.float64, requires_grad=True)
+    for forget in (2, None):
+        y = wf_conv2d(x, weight, b, aw, ab, forget)
+        batched = wf_conv2d(x[None], weight, b, aw, ab, forget)
+        assert torch.equal(y, batched[0])
+    weight, b, aw, ab = tensors(6, (3,), ())
+    v = torch.randn(3, dtype=torch.float64)
+    for forget in (2, torch.tensor([2])):
+        assert torch.equal(
+            wf_linear(v, weight, b, aw, ab, forget), wf_linear(v[None], weight, b, aw, ab, 2)[0]
+        )
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_no_labels_is_the_plain_layer(bias):
+    weight, b, aw, ab = tensors(6, (4,), (3, 3), bias, torch.float32)
+    x = torch.randn(3, 4, 8, 8)
+    plain = F.conv2d(x, weight, b, padding=1)
+    assert torch.equal(wf_conv2d(x, weight, b, aw, ab, None, padding=1), plain)
+    mixed = wf_conv2d(x, weight, b, aw, ab, torch.tensor([-1, 2, -1]), padding=1)
+    if bias:
+        torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]])
+    else:
+        assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
+    assert not torch.equal(mixed[1], plain[1])
+    src = torch.tensor([1, 1, 0, 2])
+    assert torch.equal(
+        wf_conv2d(x, weight, b, aw, ab, None, padding=1, source=src),
+        F.conv2d(x[src], weight, b, padding=1),
+    )
+
+
+def test_minus_one_rows_have_no_filter_gradient():
+    weight, b, aw, ab = tensors(6, (4,), (3, 3))
+    x = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    wf_conv2d(x, weight, b, aw, ab, torch.tensor([-1, -1, -1])).sum().backward()
+    assert not aw.grad.any()
+    assert not ab.grad.any()
+
+
+# -- accuracy -------------------------------------------------------------------------------------
+
+
+def by_hand(x, weight, bias, aw, ab, forget, scale, linear):
+    """Hand-written eager PyTorch in the dtype of x: one product, then two broadcast multiplies."""
+    shape = (-1, 1, weight.shape[0]) if linear else (-1, weight.shape[0], 1, 1)
+    gate = (scale * aw.sigmoid())[forget].to(x.dtype).view(shape)
+    gate_bias = (scale * ab.sigmoid())[forget].to(x.dtype).view(shape)
+    u = F.linear(x, weight) if linear else F.conv2d(x, weight, padding=1)
+    return u * gate + gate_bias * bias.view(1, *shape[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("linear", [False, True], ids=["conv2d", "linear"])
+def test_error_is_at_most_twice_that_of_eager_pytorch(dtype, gate, linear):
+    torch.manual_seed(int(1 / gate))
+    shape = (8, 16, 16) if linear else (8, 16, 9, 9)
+    x = torch.randn(shape, dtype=torch.float64).to(dtype)
+    weight = (torch.randn(24, 16, *(() if linear else (3, 3))) / 8).to(dtype)
+    bias = torch.randn(24).to(dtype)
+    spread = torch.rand(2, K, 24) * 0.5 + 0.5
+    aw, ab = torch.logit(spread * gate * 0.999)
+    forget = torch.randint(0, K, (8,))
+    call, options = (wf_linear, {}) if linear else (wf_conv2d, {"padding": 1})
+
+    def run(kind):
+        high = kind == "truth"
+        to = torch.float64 if high else dtype
+        xs = x.to(to).requires_grad_()
+        ws, bs = weight.to(to), bias.to(to)
+        alphas = [t.double() if high else t.clone() for t in (aw, ab)]
+        alphas = [a.requires_grad_() for a in alphas]
+        if kind == "ours":
+            y = call(xs, ws, bs, *alphas, forget, backend="eager", **options)
+        else:
+            y = by_hand(xs, ws, bs, *alphas, forget, 1.0, linear)
+        torch.manual_seed(1)
+        dout = torch.randn(y.shape, dtype=torch.float64).to(dtype).to(y.dtype)
+        return y, *torch.autograd.grad(y, (xs, *alphas), dout)
+
+    def error(a, truth):
+        return ((a.double() - truth).norm() / truth.norm()).item()
+
+    truth, ours, hand = run("truth"), run("ours"), run("hand")
+    for name, t, o, h in zip(("out", "dx", "daw", "dab"), truth, ours, hand, strict=True):
+        assert error(o, t) <= 2 * error(h, t) + 1e-7, name
+
+
+def test_bitwise_repeatable():
+    weight, b, aw, ab = tensors(16, (8,), (3, 3), dtype=torch.float32)
+    x = torch.randn(8, 8, 12, 12, requires_grad=True)
+    src, forget = torch.randint(0, 8, (32,)), torch.randint(-1, K, (32, 2))
+
+    def run():
+        y = wf_conv2d(x, weight, b, aw, ab, forget, padding=1, source=src)
+        return y, *torch.autograd.grad(y.square().sum(), (x, aw, ab))
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+# -- autograd -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("columns", [1, 2])
+def test_gradcheck(linear, columns):
+    shape = (3, 2, 4) if linear else (3, 4, 4, 4)
+    weight, b, aw, ab = tensors(3, (4,), () if linear else (2, 2))
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    forget = torch.randint(-1, K, (3, columns))
+    call = wf_linear if linear else wf_conv2d
+    assert torch.autograd.gradcheck(lambda *t: call(t[0], weight, b, *t[1:], forget), (x, aw, ab))
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:])
+@pytest.mark.parametrize("linear", [False, True])
+def test_any_subset_of_gradients(needed, linear):
+    weight, b, aw, ab = tensors(3, (4,), () if linear else (2, 2))
+    x = torch.randn((3, 2, 4) if linear else (3, 4, 4, 4), dtype=torch.float64)
+    call, forget = wf_linear if linear else wf_conv2d, torch.tensor([0, 2, 2])
+    inputs = [t.detach().requires_grad_(n) for t, n in zip((x, aw, ab), needed, strict=True)]
+    truth = call(inputs[0], weight, b, *inputs[1:], forget, backend="reference").square().sum()
+    found = call(inputs[0], weight, b, *inputs[1:], forget).square().sum()
+    wanted = [t for t in inputs if t.requires_grad]
+    for a, c in zip(
+        torch.autograd.grad(found, wanted), torch.autograd.grad(truth, wanted), strict=True
+    ):
+        torch.testing.assert_close(a, c, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("source", [None, torch.tensor([1, 0, 1])])
+@pytest.mark.parametrize("linear", [False, True])
+def test_in_place_relu_right_after(source, linear):
+    weight, b, aw, ab = tensors(6, (4,), () if linear else (3, 3))
+    x = torch.randn((3, 5, 4) if linear else (3, 4, 6, 6), dtype=torch.float64, requires_grad=True)
+    call, forget = wf_linear if linear else wf_conv2d, torch.tensor([0, 3, 3])
+    compare(
+        lambda backend: F.relu_(
+            call(x, weight, b, aw, ab, forget, source=source, backend=backend)
+        ),
+        x, (aw, ab),
+    )  # fmt: skip
+
+
+def test_weights_never_get_a_gradient():
+    weight, b, aw, ab = tensors(6, (4,), (3, 3))
+    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    for forget, frozen in itertools.product((1, None), ("weight", "bias")):
+        w2, b2 = weight.clone(), b.clone()
+        (w2 if frozen == "weight" else b2).requires_grad_()
+        with pytest.raises(ValueError, match=r"requires grad.*requires_grad_\(False\)"):
+            wf_conv2d(x, w2, b2, aw, ab, forget)
+    w, b, aw, ab = tensors(6, (4,), ())
+    with pytest.raises(ValueError, match="requires grad"):
+        wf_linear(torch.randn(2, 4).double(), w.requires_grad_(), b, aw, ab, None)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_unsupported_derivatives_raise(linear):
+    weight, b, aw, ab = tensors(6, (4,), () if linear else (3, 3))
+    x = torch.randn((2, 3, 4) if linear else (2, 4, 6, 6), dtype=torch.float64)
+    call = wf_linear if linear else wf_conv2d
+
+    def loss(alpha, inputs=x, w=weight, bb=b):
+        return call(inputs, w, bb, alpha, ab, torch.tensor([0, 1])).square().sum()
+
+    message = "torch.func transforms and forward-mode"
+    plain = aw.detach()
+    for transform in (
+        lambda: torch.func.grad(loss)(plain),
+        lambda: torch.func.vmap(lambda a: loss(a))(torch.stack([plain] * 2)),
+        lambda: torch.func.jvp(loss, (plain,), (plain,)),
+        lambda: torch.func.jvp(lambda w: loss(plain, x, w), (weight,), (weight,)),
+        lambda: torch.func.jvp(lambda v: loss(plain, v), (x,), (x,)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            transform()
+    for moved in range(3):
+        with forward_ad.dual_level():
+            given = [plain, x, weight]
+            given[moved] = forward_ad.make_dual(given[moved], torch.ones_like(given[moved]))
+            with pytest.raises(RuntimeError, match=message):
+                loss(*given)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss(aw), aw, create_graph=True)
+
+
+def test_reference_differentiates_twice():
+    weight, b, aw, ab = tensors(3, (2,), (1, 1))
+    x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
+    assert torch.autograd.gradgradcheck(
+        lambda a: wf_conv2d(x, weight, b, a, ab, 1, backend="reference"), (aw,)
+    )
+
+
+def test_batched_gradients():
+    weight, b, aw, ab = tensors(3, (2,), (1, 1))
+    y = wf_conv2d(torch.randn(2, 2, 2, 2, dtype=torch.float64), weight, b, aw, ab, 1)
+    dout = torch.randn(3, *y.shape, dtype=torch.float64)
+    (found,) = torch.autograd.grad(y, aw, dout, is_grads_batched=True, retain_graph=True)
+    for one, row in zip(dout, found, strict=True):
+        assert torch.equal(torch.autograd.grad(y, aw, one, retain_graph=True)[0], row)
+
+
+def test_inference_mode():
+    weight, b, aw, ab = tensors(3, (2,), (1, 1))
+    with torch.inference_mode():
+        y = wf_conv2d(torch.randn(2, 2, 2, 2, dtype=torch.float64), weight, b, aw, ab, 1)
+    assert not y.requires_grad
+
+
+# -- autocast -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_autocast(linear):
+    weight, b, aw, ab = tensors(6, (4,), () if linear else (3, 3), dtype=torch.float32)
+    x = torch.randn((3, 5, 4) if linear else (3, 4, 6, 6), requires_grad=True)
+    call, forget = wf_linear if linear else wf_conv2d, torch.tensor([0, 1, -1])
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(x, weight, b, aw, ab, forget)
+        plain = call(x, weight, b, aw, ab, None)
+    assert y.dtype == plain.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert x.grad.dtype == aw.grad.dtype == ab.grad.dtype == torch.float32
+    exact = call(x, weight, b, aw, ab, forget)
+    torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
+
+
+def test_autocast_leaves_fp64_alone():
+    weight, b, aw, ab = tensors(6, (4,), (3, 3))
+    with torch.autocast("cpu", torch.bfloat16):
+        y = wf_conv2d(torch.randn(1, 4, 6, 6, dtype=torch.float64), weight, b, aw, ab, 1)
+    assert y.dtype == torch.float64
+
+
+# -- bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"x": torch.randn(2, 3, 6, 6)}, ValueError, "x has 3 channels.*takes 4"),
+        ({"x": torch.randn(4, 6)}, ValueError, r"must be \[N, C, H, W\]"),
+        ({"x": torch.randn(2, 4, 6, 6).double()}, TypeError, "float64.*float32.*autocast"),
+        ({"x": torch.ones(2, 4, 6, 6, dtype=torch.int64)}, TypeError, "int64"),
+        ({"weight": torch.randn(6, 4)}, ValueError, r"weight must be \[O, C / groups, R, S\]"),
+        ({"bias": None}, ValueError, "alpha_bias was given without bias"),
+        ({"alpha_bias": None}, ValueError, "bias was given without alpha_bias"),
+        ({"bias": torch.randn(1)}, ValueError, r"bias must be \[6\]; got \[1\]"),
+        ({"alpha_weight": torch.randn(K, 5)}, ValueError, r"\[num_classes, 6\]; got \[5, 5\]"),
+        ({"alpha_weight": torch.randn(6)}, ValueError, r"got \[6\]"),
+        ({"alpha_bias": torch.randn(K + 1, 6)}, ValueError, "shape of alpha_weight"),
+        ({"padding": "full"}, ValueError, "'same' or 'valid'; got 'full'"),
+        ({"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
+        ({"stride": (1, 1, 1)}, ValueError, "stride must be one integer or two"),
+        ({"source": torch.tensor([0, 2])}, ValueError, r"0 \.\. 1.*got 2"),
+        ({"source": torch.tensor([0, -1])}, ValueError, "got -1"),
+        ({"source": torch.tensor([0.0, 1])}, ValueError, "LongTensor"),
+        ({"source": torch.tensor([[0, 1]])}, ValueError, r"\[B\]"),
+        ({"source": torch.tensor([0, 1, 1])}, ValueError, "2 forget labels.*batch of 3"),
+        ({"forget": torch.tensor([0, K])}, ValueError, f"label {K} is out of range"),
+        ({"backend": "cuda12"}, ValueError, "unknown backend 'cuda12'; choose one of auto"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(change, error, says):
+    weight, b, aw, ab = tensors(6, (4,), (3, 3), dtype=torch.float32)
+    good = {
+        "x": torch.randn(2, 4, 6, 6),
+        "weight": weight,
+        "bias": b,
+        "alpha_weight": aw,
+        "alpha_bias": ab,
+    }
+    good |= {"forget": torch.tensor([0, 1])}
+    wf_conv2d(**good)
+    with pytest.raises(error, match=says):
+        wf_conv2d(**(good | change))
+
+
+def test_bad_linear_input_is_named():
+    weight, b, aw, ab = tensors(6, (4,), (), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"x \[2, 3\] does not fit the weight \[6, 4\]"):
+        wf_linear(torch.randn(2, 3), weight, b, aw, ab, 1)
+    with pytest.raises(ValueError, match=r"3 forget labels.*batch of 4"):
+        wf_linear(torch.randn(4, 2, 4), weight, b, aw, ab, torch.arange(3))
+    with pytest.raises(ValueError, match=r"2 forget labels.*batch of 4"):
+        wf_linear(torch.randn(4, 4), weight, b, aw, ab, torch.arange(2))
+
+
+# -- choice of the backend ------------------------------------------------------------------------
+
+
+def test_explain_says_what_would_run_and_why():
+    weight, *_ = tensors(6, (4,), (3, 3), dtype=torch.float32)
+    x = torch.randn(2, 4, 6, 6)
+    lines = explain(x, weight, padding="same").splitlines()
+    assert lines[0].endswith("chosen (auto)")
+    assert any(line.startswith("triton: ") for line in lines)
+    assert explain(x, weight, backend="eager").startswith("eager: chosen (asked for by name)")
+    for tokens in (torch.randn(2, 4), torch.randn(2, 3, 4), torch.randn(0, 3, 4)):
+        assert "chosen" in explain(tokens, torch.randn(6, 4))
+
+
+def test_environment_chooses_the_backend(monkeypatch):
+    weight, b, aw, ab = tensors(6, (4,), (3, 3), dtype=torch.float32)
+    call = lambda: wf_conv2d(torch.randn(1, 4, 6, 6), weight, b, aw, ab, 1)  # noqa: E731
+    monkeypatch.setenv("WFNET_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
+        call()
+    monkeypatch.setenv("WFNET_BACKEND", "")
+    call()
+    monkeypatch.setenv("WFNET_BACKEND", "reference")
+    assert "wfnet" not in call().grad_fn.name().lower()
+
+
+def test_a_named_backend_never_falls_back(monkeypatch):
+    engine = wfnet.backends.get("eager")
+    monkeypatch.setattr(engine, "refuse_conv2d", lambda *_: "it is Monday", raising=False)
+    weight, b, aw, ab = tensors(6, (4,), (3, 3), dtype=torch.float32)
+    with pytest.raises(RuntimeError, match="'eager' cannot run this call: it is Monday"):
+        wf_conv2d(torch.randn(1, 4, 6, 6), weight, b, aw, ab, 1, backend="eager")

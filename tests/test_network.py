@@ -1,0 +1,634 @@
+"""WFNet on real architectures (small, random weights): coverage, refusals, targets, bake."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import wfnet
+from wfnet import WFConv2d, WFNet
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+from timm.models.mlp_mixer import MlpMixer  # noqa: E402
+from timm.models.swin_transformer_v2 import SwinTransformerV2  # noqa: E402
+
+CLASSES = 10
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def tv(name, **options):
+    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
+
+
+def tm(name, **options):
+    return timm.create_model(name, num_classes=CLASSES, **options)
+
+
+def tv_vgg(batch_norm):
+    make = torchvision.models.vgg
+    features = make.make_layers([8, "M", 16, "M", 16], batch_norm=batch_norm)
+    with torch.device("meta"):  # its own classifier has a hundred million weights
+        model = make.VGG(nn.Sequential(), num_classes=CLASSES, init_weights=False)
+    model.features = features
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    return model
+
+
+def spread(model):
+    """Random weights whose logits depend on the input: no statistic is at its trivial start."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_var.uniform_(0.5, 2)
+                module.running_mean.normal_(0, 0.1)
+                module.weight.uniform_(0.5, 1.5)
+        for name, parameter in model.named_parameters():
+            if name.endswith("gamma") or "layer_scale" in name:  # ConvNeXt starts at 1e-6
+                parameter.uniform_(0.5, 1)
+    return model.eval()
+
+
+def randomize(net):
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, 2, 1)
+    return net
+
+
+COVERED = {
+    # name: (model, image size, masked layers, a bias where it is masked)
+    "torchvision resnet18": (lambda: tv("resnet18"), 32, 20, False),
+    "torchvision vgg": (lambda: tv_vgg(False), 32, 3, True),
+    "torchvision vgg_bn": (lambda: tv_vgg(True), 32, 3, True),
+    "torchvision mobilenet_v2": (lambda: tv("mobilenet_v2", width_mult=0.25), 32, 52, False),
+    "torchvision mobilenet_v3": (lambda: tv("mobilenet_v3_small"), 32, 52, True),
+    "torchvision squeezenet": (lambda: tv("squeezenet1_1"), 64, 25, True),
+    "torchvision googlenet": (
+        lambda: tv("googlenet", aux_logits=False, init_weights=False), 64, 57, False,
+    ),
+    "timm resnet10t": (lambda: tm("resnet10t"), 32, 14, False),
+    "timm resnet26": (lambda: tm("resnet26"), 32, 29, False),
+    "timm efficientnet": (lambda: tm("efficientnet_b0"), 32, 81, True),
+    "timm tf_efficientnet": (lambda: tm("tf_mobilenetv3_small_minimal_100"), 33, None, True),
+    "timm convnext": (lambda: tm("convnext_atto", depths=(1, 1, 2, 1)), 32, None, True),
+    "timm vit": (
+        lambda: tm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2), 32, 2, True,
+    ),
+    "timm deit": (
+        lambda: tm("deit_tiny_distilled_patch16_224", img_size=32, depth=2), 32, 2, True,
+    ),
+    "timm swin": (
+        lambda: tm("swin_tiny_patch4_window7_224", img_size=56, window_size=7, embed_dim=24,
+                   depths=(2, 2), num_heads=(2, 4)), 56, 4, True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_coverage(name):
+    make, size, count, bias = COVERED[name]
+    model = spread(make())
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    net = WFNet(model, CLASSES)
+    assert count is None or len(net.masked_layers) == count
+    x, forget = torch.randn(3, 3, size, size), torch.tensor([1, -1, 2])
+    with torch.no_grad():
+        original = model(x)
+        assert torch.equal(net(x), original)
+        fresh = net(x, forget)
+        if bias:
+            torch.testing.assert_close(fresh, original, rtol=1e-4, atol=1e-5)
+        else:
+            assert torch.equal(fresh, original)
+
+        randomize(net)
+        found = net(x, forget)
+        for layer in net.masked_layers.values():
+            layer.backend = "reference"
+        truth = net(x, forget)
+        torch.testing.assert_close(found, truth, rtol=1e-3, atol=1e-4)
+        assert not torch.allclose(found[0], original[0], rtol=1e-2)
+
+        baked = net.bake(1)
+        torch.testing.assert_close(baked(x[:1]), found[:1], rtol=1e-3, atol=1e-4)
+        assert type(baked) is type(model)
+        assert list(baked.state_dict()) == list(state)
+        assert torch.equal(net.bake(None)(x), original)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["timm resnet10t", "timm swin", "timm tf_efficientnet"])
+def test_gradients_equal_the_reference(name):
+    make, size, *_ = COVERED[name]
+    net = randomize(WFNet(spread(make()).double(), CLASSES))
+    x, forget = torch.randn(2, 3, size, size).double(), torch.tensor([[1, 4], [2, -1]])
+    source = torch.tensor([1, 0])
+    found = torch.autograd.grad(net(x, forget, source).square().sum(), net.filter_parameters())
+    for layer in net.masked_layers.values():
+        layer.backend = "reference"
+    truth = torch.autograd.grad(net(x[source], forget).square().sum(), net.filter_parameters())
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: tm("resnetv2_50x1_bit"), r"stem\.conv.*StdConv2d"),
+        (lambda: tm("beit_base_patch16_224", embed_dim=24, depth=1, num_heads=2), r"attn\.qkv"),
+        (
+            lambda: SwinTransformerV2(
+                64, num_classes=CLASSES, embed_dim=24, depths=(1,), num_heads=(2,), window_size=8
+            ),
+            r"layers\.0\.blocks\.0\.attn\.qkv.*leave it out",
+        ),
+        (
+            lambda: torchvision.models.SwinTransformer(
+                [4, 4], 24, [1, 1], [2, 2], [7, 7], num_classes=CLASSES
+            ),
+            r"attn\.qkv",
+        ),
+        (lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 24, 48, num_classes=CLASSES),
+         r"self_attention.*MultiheadAttention.*timm"),
+        (lambda: MlpMixer(CLASSES, 32, patch_size=8, num_blocks=1, embed_dim=16), "no convolution"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(CLASSES)), "lazy"),
+        (lambda: small(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), "'0'.*param"),
+    ],
+)  # fmt: skip
+def test_refused_by_name(make, says):
+    with pytest.raises(ValueError, match=says):
+        WFNet(make(), CLASSES)
+
+
+def small(*layers, channels=4):
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)
+    ).eval()
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+# -- the mask cannot be bypassed in silence -------------------------------------------------------
+
+
+class Bypass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+
+    def forward(self, x):
+        return self.convs[0](self.conv(x))
+
+
+class Helper(Bypass):
+    def forward(self, x):
+        return self.convs[0](self.first(x))
+
+    def first(self, x):
+        return self.second(x)
+
+    def second(self, x):
+        return F.conv2d(x, self.conv.weight, self.conv.bias)
+
+
+class Alias(Bypass):
+    def forward(self, x):
+        conv = self.conv
+        return self.convs[0](F.conv2d(x, conv.weight))
+
+
+class InAList(Bypass):
+    def forward(self, x):
+        return F.conv2d(self.conv(x), self.convs[0].weight)
+
+
+class Inner(Bypass):
+    def forward(self, x):
+        return self.convs[0](self.conv._conv_forward(x, self.conv._parameters["weight"], None))
+
+
+class Harmless(Bypass):
+    """Uses the weight's dtype, an unused layer, and a layer's forward directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = x.to(self.conv.weight.dtype).type_as(self.conv.weight).to(self.conv.weight.device)
+        x = x + torch.zeros_like(self.conv.weight).sum()
+        return self.convs[0](self.conv.forward(x))
+
+
+def test_a_bypass_in_a_helper_method_is_found_before_work_starts():
+    with pytest.raises(ValueError, match=r"layer '0\.conv' cannot be masked.*Helper"):
+        WFNet(small(Helper()), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Alias, "conv"), (InAList, r"convs\.0"), (Inner, "conv")]
+)
+def test_a_hidden_bypass_is_found_on_the_first_forward(kind, name):
+    net = WFNet(small(kind()), CLASSES)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"layer '0\.{name}' cannot be masked"):
+            net(X, 1)
+
+
+def test_a_bypass_at_the_root_is_found():
+    class Root(Alias):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            return self.head(super().forward(x).mean((2, 3)))
+
+    with pytest.raises(ValueError, match="layer 'conv' cannot be masked"):
+        WFNet(Root().eval(), CLASSES)(X, 1)
+
+
+def test_what_bypasses_nothing_is_not_refused():
+    net = WFNet(small(Harmless()), CLASSES)
+    net(X, 1)
+    net(X, 2)
+
+
+def test_a_replaced_forward_is_refused():
+    model = small(nn.Conv2d(3, 4, 3))
+    model[0].forward = lambda x: F.conv2d(x, model[0].weight)
+    with pytest.raises(ValueError, match=r"layer '0'.*replaced"):
+        WFNet(model, CLASSES)
+
+
+# -- shared layers --------------------------------------------------------------------------------
+
+
+class Shared(nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        conv = nn.Conv2d(3, 3, 3, padding=1)
+        self.a = conv
+        if names == 2:
+            self.b = conv
+        self.head = nn.Linear(3, CLASSES)
+
+    def forward(self, x):
+        return self.head(getattr(self, "b", self.a)(self.a(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("names", [1, 2])
+def test_a_layer_that_is_used_twice(names):
+    net = randomize(WFNet(Shared(names).double().eval(), CLASSES))
+    assert list(net.masked_layers) == ["a"]
+    if names == 2:
+        assert net.model.a is net.model.b
+    x, forget = X.double(), torch.tensor([3, 7])
+    found = net(x, forget)
+    gradients = torch.autograd.grad(found.square().sum(), net.filter_parameters())
+    net.masked_layers["a"].backend = "reference"
+    truth = net(x, forget)
+    wanted = torch.autograd.grad(truth.square().sum(), net.filter_parameters())
+    torch.testing.assert_close(found, truth, rtol=0, atol=1e-10)
+    for a, b in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    baked = net.bake(3)
+    assert not any(isinstance(m, WFConv2d) for m in baked.modules())
+    torch.testing.assert_close(baked(x[:1]), found[:1], rtol=0, atol=1e-10)
+    torch.testing.assert_close(copy.deepcopy(net)(x, forget), found, rtol=0, atol=1e-10)
+
+
+def test_two_layers_that_share_a_weight():
+    model = small(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), channels=3)
+    model[2].weight = model[0].weight
+    net = randomize(WFNet(model, CLASSES))
+    torch.testing.assert_close(net.bake(4)(X), net(X, 4))
+
+
+def test_a_weight_tied_to_a_layer_that_is_not_masked():
+    model = small(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), channels=3)
+    model[2].weight = model[0].weight
+    net = randomize(WFNet(model, CLASSES, targets="0"))
+    torch.testing.assert_close(net.bake(4)(X), net(X, 4))
+
+
+# -- targets --------------------------------------------------------------------------------------
+
+
+def names(model, targets):
+    return list(WFNet(model, CLASSES, targets=targets).masked_layers)
+
+
+def test_targets_by_name_suffix_pattern_and_type():
+    model = tm("resnet10t")
+    assert names(model, "layer1.0.conv1") == ["layer1.0.conv1"]
+    assert names(model, ["layer2.0.conv1", "layer1.0.conv2"]) == [
+        "layer1.0.conv2", "layer2.0.conv1",
+    ]  # fmt: skip
+    assert names(model, "conv2") == [f"layer{i}.0.conv2" for i in (1, 2, 3, 4)]
+    assert names(model, "layer1.*") == ["layer1.0.conv1", "layer1.0.conv2"]
+    assert len(names(model, nn.Conv2d)) == 14
+    assert names(model, nn.Linear) == ["fc"]
+    assert len(names(model, [nn.Conv2d, "fc"])) == 15
+
+
+@pytest.mark.parametrize("wrong", ["conv9", "layer9.*", nn.Conv3d, ["conv1", "blocks.0"]])
+def test_unknown_targets_are_named(wrong):
+    with pytest.raises(ValueError, match=r"matches no layer of ResNet; its maskable layers are"):
+        WFNet(tm("resnet10t"), CLASSES, targets=wrong)
+
+
+def test_odd_targets():
+    with pytest.raises(ValueError, match="targets is empty"):
+        WFNet(tm("resnet10t"), CLASSES, targets=[])
+    with pytest.raises(TypeError, match="got 3"):
+        WFNet(tm("resnet10t"), CLASSES, targets=[3])
+    with pytest.raises(ValueError, match=r"'bn1'.*no convolution or linear"):
+        WFNet(tm("resnet10t"), CLASSES, targets="bn1")
+
+
+def test_a_pattern_does_not_skip_what_cannot_be_masked():
+    model = tm("resnetv2_50x1_bit")
+    with pytest.raises(ValueError, match="StdConv2d"):
+        WFNet(model, CLASSES, targets="stages.*")
+
+
+def test_default_targets_leave_head_and_stem_of_transformers_alone():
+    with torch.device("meta"):
+        vgg = tm("vgg11")
+    assert not any("pre_logits" in n or "head" in n for n in wfnet.network._default_targets(vgg))
+    squeeze = wfnet.network._default_targets(tv("squeezenet1_1"))
+    assert "classifier.1" not in squeeze
+    vit = wfnet.network._default_targets(tm("vit_tiny_patch16_224", img_size=32, depth=1))
+    assert vit == ["blocks.0.attn.qkv"]
+
+
+# -- construction ---------------------------------------------------------------------------------
+
+
+def test_num_classes_must_fit_the_head():
+    with pytest.raises(ValueError, match=r"num_classes=7 does not match.*'fc'.*10 outputs"):
+        WFNet(tm("resnet10t"), 7)
+    for wrong in (1, 0, True, 10.0, "10", None):
+        with pytest.raises(ValueError, match="at least 2"):
+            WFNet(tm("resnet10t"), wrong)
+    assert type(WFNet(tm("resnet10t"), np.int64(CLASSES)).num_classes) is int
+
+
+def test_wrapping_copies_and_freezes():
+    model = small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
+    net = WFNet(model, CLASSES)
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+    assert type(model[0]) is nn.Conv2d
+    wanted = {f"model.{name}" for name in net.named_filters()}
+    assert {n for n, p in net.named_parameters() if p.requires_grad} == wanted
+    assert list(net.named_filters()) == ["0.alpha_weight", "0.alpha_bias"]
+    assert [p.shape for p in net.filter_parameters()] == [(CLASSES, 4)] * 2
+    with pytest.raises(ValueError, match="is a WFNet already"):
+        WFNet(net, CLASSES)
+    with pytest.raises(ValueError, match="unknown backend 'x'"):
+        WFNet(model, CLASSES, backend="x")
+
+
+def test_models_that_already_have_masked_layers():
+    model = small(WFConv2d(3, 4, 3, num_classes=CLASSES), nn.Conv2d(4, 4, 1))
+    assert list(WFNet(model, CLASSES).masked_layers) == ["0"]
+    assert list(WFNet(model, CLASSES, targets="1").masked_layers) == ["0", "1"]
+    with pytest.raises(ValueError, match="masked already"):
+        WFNet(model, CLASSES, targets="0")
+    with pytest.raises(ValueError, match="filters for 5 classes"):
+        WFNet(small(WFConv2d(3, 4, 3, num_classes=5)), CLASSES)
+    with pytest.raises(ValueError, match=r"layer '0'.*alpha_init=2\.0.*alpha_init=3\.0"):
+        WFNet(small(WFConv2d(3, 4, 3, num_classes=CLASSES, alpha_init=2)), CLASSES)
+
+
+def test_gates_by_name():
+    net = WFNet(small(nn.Conv2d(3, 4, 3)), CLASSES)
+    gates = net.gates()
+    assert list(gates) == list(net.named_filters())
+    assert all(torch.equal(g, torch.ones(CLASSES, 4)) for g in gates.values())
+
+
+# -- use ------------------------------------------------------------------------------------------
+
+
+def trainable():
+    return randomize(
+        WFNet(spread(small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))), CLASSES)
+    )
+
+
+@pytest.mark.parametrize(
+    ("forget", "error", "says"),
+    [
+        (CLASSES, ValueError, "label 10 is out of range"),
+        (torch.tensor([0, 10]), ValueError, "label 10 is out of range"),
+        (torch.tensor([[0, 1], [2, -2]]), ValueError, "label -2"),
+        (torch.tensor([0]), ValueError, "1 forget labels.*batch of 2"),
+        (torch.tensor([0.0, 1.0]), TypeError, "float32"),
+        (torch.tensor([True, False]), TypeError, "bool"),
+        ([0, 1], TypeError, r"torch\.tensor"),
+        (True, TypeError, "bool"),
+    ],
+)
+def test_wrong_labels(forget, error, says):
+    with pytest.raises(error, match=says):
+        trainable()(X, forget)
+
+
+def test_wrong_labels_are_found_before_work_starts():
+    net = trainable()
+    net.model[0].register_forward_pre_hook(lambda *_: pytest.fail("work started"))
+    with pytest.raises(ValueError, match="out of range"):
+        net(X, torch.tensor([0, 10]))
+
+
+def test_kinds_of_labels_agree():
+    net = trainable()
+    y = net(X, 3)
+    for same in (torch.tensor([3, 3]), torch.tensor(3), torch.tensor([[3, -1]] * 2), np.int64(3)):
+        assert torch.equal(net(X, same), y)
+    assert torch.equal(net(X, torch.tensor([[3, 3]] * 2)), y)
+    mixed = net(X, torch.tensor([3, -1]))
+    torch.testing.assert_close(mixed[0], y[0])
+    torch.testing.assert_close(mixed[1], net(X)[1])
+    assert torch.equal(net(X, torch.tensor([3, 3, 4]), torch.tensor([0, 0, 1]))[0], y[0])
+
+
+def test_an_empty_batch():
+    net = trainable()
+    assert net(X[:0], torch.empty(0, dtype=torch.int64)).shape == (0, CLASSES)
+    assert net(X[:0], 3).shape == (0, CLASSES)
+
+
+def test_training_moves_filters_and_nothing_else():
+    net = trainable()
+    net.train()
+    assert net.training
+    assert not any(m.training for m in net.model.modules())
+    holder = nn.Sequential(net).train()
+    assert not any(m.training for m in holder[0].model.modules())
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    optimizer = torch.optim.Adam(net.filter_parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        net(X, torch.tensor([step, step + 1])).square().sum().backward()
+        optimizer.step()
+    moved = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved == {f"model.{name}" for name in net.named_filters()}
+    assert all(p.grad is None for n, p in net.named_parameters() if "alpha" not in n)
+    untouched = net.filter_parameters()[0][4:]
+    assert torch.equal(untouched, before["model.0.alpha_weight"][4:])
+
+
+def test_thawed_base_weights_are_an_error():
+    net = trainable().requires_grad_(True)
+    for forget in (1, None):
+        with pytest.raises(ValueError, match="requires grad"):
+            net(X, forget)
+
+
+def test_copies_and_pickles():
+    net = trainable()
+    net(X, 1)
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert twin.masked_layers["0"] is twin.model[0]
+        assert torch.equal(twin(X, 1), net(X, 1))
+        twin.filter_parameters()[0].data.zero_()
+        assert not torch.equal(twin(X, 1), net(X, 1))
+
+
+def test_state_dict_round_trip():
+    net = trainable()
+    other = WFNet(net.bake(None), CLASSES)
+    other.load_state_dict(net.state_dict())
+    assert torch.equal(other(X, 5), net(X, 5))
+    other.load_state_dict(net.state_dict(), assign=True)
+    assert all(p.requires_grad for p in other.filter_parameters())
+
+
+def test_functional_call():
+    net, other = trainable(), trainable()
+    parameters = {**dict(other.named_parameters()), **dict(other.named_buffers())}
+    y = torch.func.functional_call(net, parameters, (X, 1))
+    torch.testing.assert_close(y, other(X, 1))
+    y.sum().backward()
+    assert other.filter_parameters()[0].grad.any()
+    assert net.filter_parameters()[0].grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_whole_networks_in_other_dtypes(dtype):
+    model = spread(small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
+    x = X.to(dtype)
+    before = WFNet(copy.deepcopy(model).to(dtype), CLASSES)
+    after = WFNet(model, CLASSES).to(dtype)
+    plain = copy.deepcopy(model).to(dtype)(x)
+    for net in (before, after):
+        assert torch.equal(net(x), plain)
+        torch.testing.assert_close(net(x, 3), plain, rtol=0.02, atol=0.01)
+        net(x, 3).sum().backward()
+        assert all(p.grad.isfinite().all() for p in net.filter_parameters())
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    assert before.filter_parameters()[0].dtype == wanted
+
+
+def test_autocast_training_step():
+    net = trainable()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = net(X, torch.tensor([1, 2]))
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad.dtype == torch.float32 for p in net.filter_parameters())
+
+
+def test_channels_last_network():
+    net = randomize(WFNet(spread(tm("resnet10t")), CLASSES))
+    x, forget = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
+    expected = net(x, forget)
+    layout = []
+    net.to(memory_format=torch.channels_last)
+    for layer in net.masked_layers.values():
+        layer.register_forward_hook(
+            lambda m, a, y: layout.append(y.is_contiguous(memory_format=torch.channels_last))
+        )
+    found = net(x.to(memory_format=torch.channels_last), forget)
+    assert all(layout)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        model = tm("resnet10t")
+        net = WFNet(model, CLASSES)
+        assert net(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape == (2, CLASSES)
+    assert all(p.is_meta for p in net.filter_parameters())
+
+
+def test_sync_batchnorm_conversion():
+    net = trainable()
+    y = net(X, 1)
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    net.train()
+    torch.testing.assert_close(net(X, 1), y)
+
+
+def test_data_parallel_is_refused():
+    replica = trainable()._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(X, 1)
+
+
+# -- bake -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forget", [None, -1, 3, [3], [3, 5], torch.tensor([5, 3]), np.int64(3)])
+def test_bake(forget):
+    net = trainable()
+    baked = net.bake(forget)
+    assert not baked.training
+    assert all(p.requires_grad for p in baked.parameters())
+    labels = torch.as_tensor(-1 if forget is None else forget).reshape(1, -1).expand(2, -1)
+    torch.testing.assert_close(baked(X), net(X, labels))
+    if not isinstance(forget, list | torch.Tensor) and forget in (None, -1):
+        assert torch.equal(baked(X), net(X))
+    baked[0].weight.data.zero_()
+    assert net.model[0].weight.any()
+
+
+@pytest.mark.parametrize(
+    ("forget", "error"),
+    [(10, ValueError), ([1, 99], ValueError)]
+    + [(wrong, TypeError) for wrong in (True, "1", 1.0, [1, 2.0])],
+)
+def test_bake_refuses_wrong_labels(forget, error):
+    with pytest.raises(error, match="forget"):
+        trainable().bake(forget)
+
+
+def test_a_baked_network_exports():
+    baked = trainable().bake(3)
+    exported = torch.export.export(baked, (X,)).module()
+    torch.testing.assert_close(exported(X), baked(X))
+
+
+def test_a_baked_network_shares_no_hooks():
+    net = trainable()
+    calls = []
+    net.bake(3)[0].register_forward_hook(lambda *_: calls.append(1))
+    net(X, 1)
+    assert not calls
