@@ -1,0 +1,492 @@
+"""One masked layer against its peers: forward and backward at the shapes of real networks.
+
+    python benchmarks/bench_ops.py                                  every layer, every provider
+    python benchmarks/bench_ops.py --layers resnet18 vit_tiny --dtype float16
+    python benchmarks/bench_ops.py --winners wfnet/backends/winners.json    also store who won
+
+Providers, measured in one run, interleaved, medians:
+
+    loop       one masked weight copy and one call per sample (what the authors' code does)
+    eager      the ordinary call, then one pass for scale and shift
+    compile    torch.compile(mode="max-autotune-no-cudagraphs") of "convolve, then multiply"
+    unmasked   the same call without any mask, forward and input gradient: "masks are free" at a tie
+    triton     the kernels of this package; "not run" without a CUDA device
+
+Forward and backward of one untraining step: gradients by the input (not for stems) and by both
+filter matrices, never by the weight. TFLOP/s count the products of forward and input gradient; GB/s
+count what must move at least: x, out, the branch v, dout, v, dx. The floor is the longer of both at
+the device's measured rates (known for the H200; give --tflops and --gbs for another).
+
+Without a CUDA device shapes shrink (--scale) so that the run takes minutes; such numbers say
+nothing about a GPU. Writes CSV, JSON and a plot with device, versions, commit and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from wfnet.kernels.config import ConvShape, LinearShape
+
+import wfnet
+import wfnet.functional as wf
+from wfnet import reference
+
+PROVIDERS = ("loop", "eager", "compile", "unmasked", "triton")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Measured rates in TFLOP/s (bf16) and GB/s.
+RATES = {"NVIDIA H200": (790.0, 4300.0)}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A masked layer: pixels a side (or tokens), channels in and out; kernel 0: a linear map."""
+
+    name: str
+    size: int
+    channels: int
+    columns: int
+    kernel: int
+    stride: int = 1
+    bias: bool = False
+
+    @property
+    def stem(self) -> bool:
+        """Reads images, which need no gradient."""
+        return self.channels == 3
+
+
+LAYERS = [
+    Layer("resnet18.conv1", 224, 3, 64, 7, 2),
+    Layer("resnet18.layer1.conv", 56, 64, 64, 3),
+    Layer("resnet18.layer2.0.conv1", 56, 64, 128, 3, 2),
+    Layer("resnet18.layer2.0.downsample", 56, 64, 128, 1, 2),
+    Layer("resnet18.layer2.conv", 28, 128, 128, 3),
+    Layer("resnet18.layer3.0.conv1", 28, 128, 256, 3, 2),
+    Layer("resnet18.layer3.conv", 14, 256, 256, 3),
+    Layer("resnet18.layer4.0.conv1", 14, 256, 512, 3, 2),
+    Layer("resnet18.layer4.conv", 7, 512, 512, 3),
+    Layer("resnet50.layer1.conv1", 56, 256, 64, 1),
+    Layer("resnet50.layer1.conv3", 56, 64, 256, 1),
+    Layer("resnet50.layer2.0.conv2", 56, 128, 128, 3, 2),
+    Layer("resnet50.layer2.conv1", 28, 512, 128, 1),
+    Layer("resnet50.layer2.conv3", 28, 128, 512, 1),
+    Layer("resnet50.layer3.conv1", 14, 1024, 256, 1),
+    Layer("resnet50.layer3.conv3", 14, 256, 1024, 1),
+    Layer("resnet50.layer4.conv1", 7, 2048, 512, 1),
+    Layer("resnet50.layer4.conv3", 7, 512, 2048, 1),
+    Layer("vgg16.conv1_1", 224, 3, 64, 3, bias=True),
+    Layer("vgg16.conv1_2", 224, 64, 64, 3, bias=True),
+    Layer("vgg16.conv2_2", 112, 128, 128, 3, bias=True),
+    Layer("vgg16.conv3_2", 56, 256, 256, 3, bias=True),
+    Layer("vgg16.conv4_2", 28, 512, 512, 3, bias=True),
+    Layer("vgg16.conv5_1", 14, 512, 512, 3, bias=True),
+    Layer("vit_tiny.qkv", 197, 192, 576, 0, bias=True),
+    Layer("vit_small.qkv", 197, 384, 1152, 0, bias=True),
+]
+
+
+@dataclass
+class Problem:
+    """The tensors of one layer's step."""
+
+    layer: Layer
+    x: Tensor  # [B, C, H, W] channels-last, or [B, T, C]
+    weight: Tensor
+    bias: Tensor | None
+    alpha_weight: Tensor
+    alpha_bias: Tensor | None
+    forget: Tensor  # [B, 1]
+    dout: Tensor
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        return {"stride": self.layer.stride, "padding": self.layer.kernel // 2}
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What gradients are taken by."""
+        found = [] if self.layer.stem else [self.x]
+        return found + [a for a in (self.alpha_weight, self.alpha_bias) if a is not None]
+
+    def flops(self) -> float:
+        """Of forward and, but for stems, the input gradient."""
+        per_output = 2 * self.weight[0].numel()
+        return self.dout.numel() * per_output * (1 if self.layer.stem else 2)
+
+    def bytes(self) -> float:
+        """x, out and v in forward; dout, v and dx in backward; the weight both times."""
+        images = self.x.numel() * (1 if self.layer.stem else 2)
+        return (images + 4 * self.dout.numel() + 2 * self.weight.numel()) * self.x.element_size()
+
+    def shape_key(self) -> tuple[str, str]:
+        """Operation and shape as in the table of winners."""
+        layer = self.layer
+        if layer.kernel == 0:
+            return "linear", LinearShape(*self.x.shape, layer.columns).key()
+        pad = layer.kernel // 2
+        batch, channels, height, width = self.x.shape
+        shape = ConvShape(
+            batch, height, width, channels, layer.columns, (layer.kernel,) * 2,
+            (layer.stride,) * 2, (pad,) * 2, (1, 1),
+        )  # fmt: skip
+        return "conv2d", shape.key()
+
+
+def make_problem(
+    layer: Layer, batch: int, scale: int, dtype: torch.dtype, device: str, classes: int
+) -> Problem:
+    """Random operands; ``scale`` divides sizes and channels (for machines without a device)."""
+    torch.manual_seed(0)
+    size = max(layer.size // scale, layer.kernel + layer.stride)
+    channels = layer.channels if layer.stem else max(layer.channels // scale, 8)
+    columns = max(layer.columns // scale, 8)
+    layer = Layer(layer.name, size, channels, columns, layer.kernel, layer.stride, layer.bias)
+    like = {"device": device, "dtype": dtype}
+    if layer.kernel == 0:
+        x = torch.randn(batch, size, channels, **like)
+        weight = torch.randn(columns, channels, **like) / channels**0.5
+        dout = torch.randn(batch, size, columns, **like)
+    else:
+        layout = {"memory_format": torch.channels_last}
+        depth = channels * layer.kernel**2
+        x = torch.randn(batch, channels, size, size, **like).contiguous(**layout)
+        weight = torch.randn(columns, channels, layer.kernel, layer.kernel, **like) / depth**0.5
+        weight = weight.contiguous(**layout)
+        out = F.conv2d(x[:1], weight, stride=layer.stride, padding=layer.kernel // 2)
+        dout = torch.randn(batch, *out.shape[1:], **like).contiguous(**layout)
+    alphas = [torch.randn(classes, columns, device=device, requires_grad=True) for _ in range(2)]
+    bias = torch.randn(columns, **like) if layer.bias else None
+    return Problem(
+        layer,
+        x if layer.stem else x.requires_grad_(),
+        weight,
+        bias,
+        alphas[0],
+        alphas[1] if layer.bias else None,
+        torch.randint(0, classes, (batch, 1), device=device),
+        dout,
+    )
+
+
+def _multiply(problem: Problem) -> Tensor:
+    """What a user would write: the layer, then a broadcast product with the gates."""
+    x, weight, forget = problem.x, problem.weight, problem.forget[:, 0]
+    gate = torch.sigmoid(problem.alpha_weight)[forget].to(x.dtype)
+    shift = None
+    if problem.bias is not None:
+        shift = torch.sigmoid(problem.alpha_bias)[forget].to(x.dtype) * problem.bias
+    if problem.layer.kernel == 0:
+        y = F.linear(x, weight) * gate[:, None]
+        return y if shift is None else y + shift[:, None]
+    y = F.conv2d(x, weight, None, **problem.geometry) * gate[:, :, None, None]
+    return y if shift is None else y + shift[:, :, None, None]
+
+
+def _masked(problem: Problem, backend: str) -> Tensor:
+    arguments = (
+        problem.x, problem.weight, problem.bias, problem.alpha_weight, problem.alpha_bias,
+        problem.forget,
+    )  # fmt: skip
+    if problem.layer.kernel == 0:
+        return wf.wf_linear(*arguments, backend=backend)
+    return wf.wf_conv2d(*arguments, **problem.geometry, backend=backend)
+
+
+def _loop(problem: Problem) -> Tensor:
+    arguments = (
+        problem.x, problem.weight, problem.bias, problem.alpha_weight, problem.alpha_bias,
+        problem.forget,
+    )  # fmt: skip
+    if problem.layer.kernel == 0:
+        return reference.wf_linear(*arguments)
+    return reference.wf_conv2d(*arguments, **problem.geometry)
+
+
+def _unmasked(problem: Problem) -> Tensor:
+    if problem.layer.kernel == 0:
+        return F.linear(problem.x, problem.weight, problem.bias)
+    return F.conv2d(problem.x, problem.weight, problem.bias, **problem.geometry)
+
+
+def forward_of(provider: str, problem: Problem) -> Callable[[], Tensor] | None:
+    """The provider's forward pass as a function of nothing; None if it cannot run here."""
+    if provider == "triton":
+        if problem.x.device.type != "cuda":
+            return None
+        return lambda: _masked(problem, "triton")
+    if provider == "compile":
+        return torch.compile(
+            lambda: _multiply(problem), mode="max-autotune-no-cudagraphs", dynamic=False
+        )
+    return {
+        "loop": lambda: _loop(problem),
+        "eager": lambda: _masked(problem, "eager"),
+        "unmasked": lambda: _unmasked(problem),
+    }[provider]
+
+
+def step_of(provider: str, problem: Problem) -> tuple[Callable, Callable] | None:
+    """Forward as a function of nothing, backward as a function of its result."""
+    forward = forward_of(provider, problem)
+    if forward is None:
+        return None
+    inputs = problem.inputs if provider != "unmasked" else problem.inputs[: -1 - problem.layer.bias]
+
+    def backward(y: Tensor) -> None:
+        if inputs:
+            torch.autograd.grad(y, inputs, problem.dout)
+
+    return forward, backward
+
+
+class Clock:
+    """Milliseconds of forward and backward: CUDA events after flushing L2, or the wall clock."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        if self.cuda:
+            self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
+
+    def __call__(self, forward: Callable, backward: Callable) -> tuple[float, float]:
+        if not self.cuda:
+            start = time.perf_counter()
+            y = forward()
+            middle = time.perf_counter()
+            backward(y)
+            return (middle - start) * 1e3, (time.perf_counter() - middle) * 1e3
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
+        self.flush.zero_()
+        marks[0].record()
+        y = forward()
+        marks[1].record()
+        self.flush.zero_()
+        marks[2].record()
+        backward(y)
+        marks[3].record()
+        marks[3].synchronize()
+        return marks[0].elapsed_time(marks[1]), marks[2].elapsed_time(marks[3])
+
+
+def measure(
+    problem: Problem, providers: list[str], repeats: int, clock: Clock
+) -> list[dict[str, object]]:
+    """One row per provider: medians of interleaved repeats."""
+    steps = {name: step_of(name, problem) for name in providers}
+    times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in providers}
+    for repeat in range(-2, repeats):  # two rounds to warm up, compile and tune
+        for name, step in steps.items():
+            if step is None:
+                continue
+            for series, value in zip(times[name], clock(*step), strict=True):
+                if repeat >= 0:
+                    series.append(value)
+    op, key = problem.shape_key()
+    rows = []
+    for name in providers:
+        row = {"layer": problem.layer.name, "op": op, "shape": key, "provider": name}
+        if steps[name] is None:
+            rows.append({**row, "status": "not run"})
+            continue
+        forward, backward = (statistics.median(series) for series in times[name])
+        step_ms = forward + backward
+        rows.append(
+            {
+                **row,
+                "status": "ok",
+                "forward_ms": forward,
+                "backward_ms": backward,
+                "step_ms": step_ms,
+                "tflops": problem.flops() / step_ms / 1e9,
+                "gbs": problem.bytes() / step_ms / 1e6,
+            }
+        )
+    return rows
+
+
+def floor_ms(problem: Problem, rates: tuple[float, float] | None) -> float | None:
+    """The longer of products and bytes at the device's rates."""
+    if rates is None:
+        return None
+    return max(problem.flops() / rates[0] / 1e9, problem.bytes() / rates[1] / 1e6)
+
+
+def provenance(arguments: argparse.Namespace, device: str) -> dict[str, object]:
+    """Device, versions, commit and command that belong to every number."""
+
+    def git(*words: str) -> str:
+        here = Path(__file__).parent
+        run = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
+        return run.stdout.strip()
+
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = None
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "triton": triton_version,
+        "cuda": torch.version.cuda,
+        "wfnet": wfnet.__version__,
+        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
+        "command": " ".join(["python", *sys.argv]),
+        "dtype": arguments.dtype,
+        "batch": arguments.batch,
+        "scale": arguments.scale,
+        "repeats": arguments.repeats,
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    """One line per layer and provider."""
+    fields = (
+        "layer", "op", "shape", "provider", "status", "forward_ms", "backward_ms", "step_ms",
+        "tflops", "gbs", "floor_ms",
+    )  # fmt: skip
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields, restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_plot(path: Path, rows: list[dict[str, object]], about: dict[str, object]) -> None:
+    """Step time of every provider relative to the unmasked layer, one group of bars per layer."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install 'wfnet[viz]')")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    timed = {(row["layer"], row["provider"]): row.get("step_ms") for row in rows}
+    shown = [p for p in PROVIDERS if any(timed.get((layer, p)) for layer in layers)]
+    figure, axes = plt.subplots(figsize=(2 + 0.6 * len(layers), 4), layout="constrained")
+    for i, provider in enumerate(shown):
+        heights = []
+        for layer in layers:
+            own, base = timed.get((layer, provider)), timed.get((layer, "unmasked"))
+            heights.append(own / base if own and base else float("nan"))
+        places = [n + (i - len(shown) / 2) * 0.8 / len(shown) for n in range(len(layers))]
+        axes.bar(places, heights, 0.8 / len(shown), label=provider, align="edge")
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_ylabel("step time / unmasked")
+    axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
+    axes.set_title(f"{about['device']}, {about['dtype']}, batch {about['batch']}", fontsize=9)
+    axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def write_winners(path: Path, rows: list[dict[str, object]], about: dict[str, object]) -> None:
+    """Merges this run's winners among the backends into the table that ``auto`` reads."""
+    if about["device"] == "cpu":
+        raise SystemExit("--winners records measurements of a CUDA device; this run has none")
+    if str(about["commit"]).endswith("-dirty"):
+        raise SystemExit("--winners needs a committed checkout, so that its commit can be named")
+    entries = {
+        (e["op"], e["shape"], e["dtype"], e["device"]): e for e in json.loads(path.read_text())
+    }
+    by_shape: dict[tuple[str, str], dict[str, float]] = {}
+    for row in rows:
+        if row["status"] == "ok" and row["provider"] in ("eager", "triton"):
+            by_shape.setdefault((row["op"], row["shape"]), {})[row["provider"]] = row["step_ms"]
+    for (op, shape), ms in by_shape.items():
+        if len(ms) == 2:
+            entries[op, shape, about["dtype"], about["device"]] = {
+                "op": op,
+                "shape": shape,
+                "dtype": about["dtype"],
+                "device": about["device"],
+                "winner": min(ms, key=ms.__getitem__),
+                "ms": ms,
+                **{name: about[name] for name in ("torch", "triton", "commit")},
+            }
+    path.write_text(json.dumps([entries[key] for key in sorted(entries)], indent=1) + "\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Command line; sizes default to what the device can do."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--layers", nargs="+", default=[""], help="name prefixes")
+    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=DTYPES)
+    parser.add_argument("-b", "--batch", type=int, default=512 if cuda else 4)
+    parser.add_argument("--scale", type=int, default=1 if cuda else 4, help="divides all sizes")
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
+    parser.add_argument("--tflops", type=float, help="the device's rate, for the floor")
+    parser.add_argument("--gbs", type=float, help="the device's memory rate, for the floor")
+    parser.add_argument("--output", type=Path, default=Path("runs/bench_ops"))
+    parser.add_argument("--winners", type=Path, help="the table of winners to update")
+    arguments = parser.parse_args(argv)
+    if (arguments.tflops is None) != (arguments.gbs is None):
+        parser.error("--tflops and --gbs come together")
+    if min(arguments.batch, arguments.scale, arguments.repeats, arguments.classes) < 1:
+        parser.error("--batch, --scale, --repeats and --classes must be positive")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measures, prints a table and writes the results."""
+    arguments = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about = provenance(arguments, device)
+    rates = RATES.get(about["device"])
+    if arguments.tflops is not None:
+        rates = (arguments.tflops, arguments.gbs)
+    layers = [layer for layer in LAYERS if layer.name.startswith(tuple(arguments.layers))]
+    if not layers:
+        raise SystemExit(f"no layer starts with {' or '.join(arguments.layers)}")
+    clock, rows = Clock(device), []
+    print(f"{about['device']}, {about['dtype']}, batch {about['batch']}, scale {about['scale']}")
+    for layer in layers:
+        problem = make_problem(
+            layer, arguments.batch, arguments.scale, DTYPES[arguments.dtype], device,
+            arguments.classes,
+        )  # fmt: skip
+        torch.compiler.reset()
+        floor = floor_ms(problem, rates)
+        for row in measure(problem, arguments.providers, arguments.repeats, clock):
+            rows.append({**row, "floor_ms": floor})
+            timing = row["status"]
+            if timing == "ok":
+                timing = (
+                    f"{row['forward_ms']:9.3f} + {row['backward_ms']:9.3f} ms "
+                    f"{row['tflops']:8.2f} TFLOP/s {row['gbs']:8.1f} GB/s"
+                    + ("" if floor is None else f"  floor {floor:.3f} ms")
+                )
+            print(f"{layer.name:30s} {row['provider']:9s} {timing}", flush=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    write_csv(arguments.output / "bench_ops.csv", rows)
+    layers_used = [asdict(layer) for layer in layers]
+    text = json.dumps({"about": about, "layers": layers_used, "rows": rows}, indent=1)
+    (arguments.output / "bench_ops.json").write_text(text + "\n")
+    write_plot(arguments.output / "bench_ops.png", rows, about)
+    if arguments.winners:
+        write_winners(arguments.winners, rows, about)
+    print(f"written to {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,88 @@
+"""benchmarks/bench_ops.py at a size that takes seconds: its files, and what it refuses."""
+
+import csv
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from wfnet.backends import winners
+
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_ops.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("bench_ops", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["bench_ops"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["bench_ops"]
+
+
+@pytest.fixture
+def no_device(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def test_small_run_writes_its_results(bench, no_device, tmp_path):
+    arguments = ["--layers", "resnet18.conv1", "resnet18.layer2.0.conv1", "vit_tiny"]
+    arguments += ["--providers", "loop", "eager", "unmasked", "triton", "--scale", "16"]
+    arguments += ["--batch", "2", "--repeats", "1", "--classes", "5", "--output", str(tmp_path)]
+    arguments += ["--tflops", "1", "--gbs", "10"]
+    assert bench.main(arguments) == 0
+    with (tmp_path / "bench_ops.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3 * 4
+    for row in rows:
+        if row["provider"] == "triton":
+            assert row["status"] == "not run"
+            assert row["step_ms"] == ""
+        else:
+            assert float(row["step_ms"]) > 0
+            assert float(row["tflops"]) > 0
+        assert float(row["floor_ms"]) > 0
+    about = json.loads((tmp_path / "bench_ops.json").read_text())["about"]
+    assert about["device"] == "cpu"
+    assert about["commit"]
+    assert (tmp_path / "bench_ops.png").stat().st_size > 1000
+
+
+def test_winners_come_from_a_committed_checkout_on_a_device(bench, tmp_path):
+    table = tmp_path / "winners.json"
+    table.write_text("[]")
+    about = {"device": "cpu", "dtype": "bfloat16", "commit": "c", "torch": "2", "triton": "3"}
+    rows = [
+        {"op": "linear", "shape": "s", "provider": p, "status": "ok", "step_ms": ms}
+        for p, ms in (("eager", 2.0), ("triton", 1.0), ("unmasked", 0.5))
+    ]
+    with pytest.raises(SystemExit, match="CUDA device"):
+        bench.write_winners(table, rows, about)
+    with pytest.raises(SystemExit, match="committed"):
+        bench.write_winners(table, rows, {**about, "device": "D", "commit": "c-dirty"})
+    bench.write_winners(table, rows, {**about, "device": "D"})
+    (entry,) = json.loads(table.read_text())
+    assert entry["winner"] == "triton"
+    assert entry["ms"] == {"eager": 2.0, "triton": 1.0}
+    assert winners.load(table) == {("linear", "s", "bfloat16", "D"): "triton"}
+
+
+def test_counts(bench):
+    layer = bench.Layer("l", 8, 16, 32, 3)
+    problem = bench.make_problem(layer, 2, 1, torch.float32, "cpu", 5)
+    assert problem.flops() == 2 * (2 * 32 * 8 * 8) * (2 * 16 * 9)
+    assert problem.shape_key() == ("conv2d", "n2_8x8_16-32_3x3_s1x1_p1x1_d1x1")
+    stem = bench.make_problem(bench.Layer("s", 8, 3, 32, 3), 2, 1, torch.float32, "cpu", 5)
+    assert stem.flops() == (2 * 32 * 8 * 8) * (2 * 3 * 9)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--tflops", "1"], ["--batch", "0"], ["--providers", "magic"]]
+)
+def test_bad_arguments(bench, arguments):
+    with pytest.raises(SystemExit):
+        bench.parse(arguments)
