@@ -336,10 +336,12 @@ def linear_choice(
             config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
         elif -(-rows // 128) * -(-columns // block_n) < device.processors:
             config = replace(config, block_m=64, warps=4)
-        elif column_sums and span(config.block_m, shape.tokens) != 1:
-            # Sums per sample of a tile need registers, the more the more samples it meets.
+        elif span(config.block_m, shape.tokens) > 2 or (
+            column_sums and span(config.block_m, shape.tokens) == 2
+        ):
+            # Table rows and column sums per sample of a tile need registers.
             config = replace(config, block_n=64)
-            if span(config.block_m, shape.tokens) != 2:
+            if column_sums and span(config.block_m, shape.tokens) > 2:
                 config = replace(config, block_m=64, warps=4)
         reason = "descriptor rows, persistent"
     touched = span(config.block_m, shape.tokens)
