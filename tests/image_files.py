@@ -1,0 +1,67 @@
+"""Writes small image files in the formats that data sets come in."""
+
+import gzip
+import io
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASS_NAMES = ("ant", "bee", "cat")
+
+
+def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 36), mode: str = "RGB") -> Path:
+    """A random smooth image; the file name's suffix chooses the format."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(small).resize(size, Image.Resampling.BILINEAR).convert(mode).save(path)
+    return path
+
+
+def truncate(path: Path, keep: float = 0.5) -> Path:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    return path
+
+
+def write_idx(path: Path, values: np.ndarray) -> None:
+    content = bytes([0, 0, 8, values.ndim])
+    content += np.array(values.shape, dtype=">i4").tobytes() + values.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+
+
+def cifar10_batch(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """images [20, 3072] uint8, labels [20]; number 0 is the test batch."""
+    rng = np.random.default_rng(number)
+    return rng.integers(0, 256, (20, 3072), dtype=np.uint8), np.arange(20) % 10
+
+
+def cifar10_names() -> dict[int, str]:
+    return {0: "test_batch", **{number: f"data_batch_{number}" for number in range(1, 6)}}
+
+
+def cifar10_binary(number: int) -> bytes:
+    images, labels = cifar10_batch(number)
+    return np.concatenate([labels[:, None].astype(np.uint8), images], axis=1).tobytes()
+
+
+def cifar10_pickle(number: int, byte_keys: bool = False) -> bytes:
+    images, labels = cifar10_batch(number)
+    table = {"data": images, "labels": labels.tolist(), "batch_label": "x", "filenames": ["a.png"]}
+    if byte_keys:
+        table = {key.encode(): value for key, value in table.items()}
+    return pickle.dumps(table, protocol=2)
+
+
+def write_archive(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return path

@@ -1,0 +1,40 @@
+"""Data sets: labelled images in memory or in files, split in parts, read in a given order."""
+
+from wfnet.data.dataset import (
+    Batch,
+    CorruptImage,
+    Dataset,
+    Selection,
+    classes_of,
+    labels_of,
+    select,
+)
+from wfnet.data.folder import ImageFiles
+from wfnet.data.loading import CorruptImages, batches, corrupt_limit
+from wfnet.data.open import open_data
+from wfnet.data.splits import Splits, limit_per_class, split_dataset, stratified_split
+from wfnet.data.tensor_images import TensorImages
+from wfnet.data.transforms import evaluation_transform, model_data_config, training_transform
+
+__all__ = [
+    "Batch",
+    "CorruptImage",
+    "CorruptImages",
+    "Dataset",
+    "ImageFiles",
+    "Selection",
+    "Splits",
+    "TensorImages",
+    "batches",
+    "classes_of",
+    "corrupt_limit",
+    "evaluation_transform",
+    "labels_of",
+    "limit_per_class",
+    "model_data_config",
+    "open_data",
+    "select",
+    "split_dataset",
+    "stratified_split",
+    "training_transform",
+]

@@ -1,0 +1,150 @@
+"""Image files in class folders: `train/<class>/*.jpg`, `val/<class>/*.jpg`."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wfnet.data.dataset import CorruptImage
+from wfnet.data.loading import is_decoding_error
+from wfnet.data.transforms import Transform
+from wfnet.extras import require
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+class ImageFiles(torch.utils.data.Dataset):
+    """The images under `root/<class>/`, decoded when asked for.
+
+    root:      a folder with one sub-folder for each class; images may lie deeper.
+    transform: PIL image -> float32 tensor [C, H, W] (`evaluation_transform`, timm's
+               `create_transform`, torchvision's `weights.transforms()`).
+    channels:  1 decodes to grey, 3 to RGB.
+    classes:   the class folders that must be there and no others; None takes those found, sorted.
+
+    Raises FileNotFoundError for a missing root, ValueError for a class folder without images or a
+    class list that differs. An item that cannot be decoded raises `CorruptImage`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Transform,
+        channels: int = 3,
+        classes: Sequence[str] | None = None,
+    ):
+        require("PIL.Image", "train")
+        if channels not in (1, 3):
+            raise ValueError(f"image files are read as 1 or 3 channels, got {channels}")
+        self.root = Path(root)
+        self.transform = transform
+        self.mode = "L" if channels == 1 else "RGB"
+        found = class_folders(self.root)
+        if classes is not None and list(classes) != found:
+            raise ValueError(_difference(self.root, list(classes), found))
+        self.classes = found
+        files, labels, empty = [], [], []
+        for label, name in enumerate(found):
+            images = _image_files(self.root / name)
+            if not images:
+                empty.append(name)
+            files += [os.fsencode(os.path.relpath(path, self.root)) for path in images]
+            labels += [label] * len(images)
+        if empty:
+            raise ValueError(
+                f"{_listed(empty)} in {self.root} {'has' if len(empty) == 1 else 'have'} no images "
+                f"({', '.join(EXTENSIONS)}): add some or remove the folder"
+            )
+        # One array of bytes: millions of Python strings would be copied by every worker, because
+        # touching their reference counts writes to shared pages.
+        self._files = np.array(files)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self._files[index]))
+
+    def name_of(self, index: int) -> str:
+        return str(self.path(index))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        path = self.path(index)
+        image_module = require("PIL.Image", "train")
+        try:
+            with warnings.catch_warnings():
+                # Pillow warns of odd metadata in files that decode well.
+                warnings.simplefilter("ignore")
+                with open(path, "rb") as file, image_module.open(file) as opened:
+                    image = opened.convert(self.mode)
+        except Exception as error:
+            if is_decoding_error(error) or isinstance(error, (ValueError, EOFError)):
+                raise CorruptImage(str(path), str(error) or type(error).__name__) from error
+            raise
+        return self.transform(image), int(self.labels[index])
+
+    def select(self, indices: Tensor) -> "ImageFiles":
+        """The chosen files as a data set of their own."""
+        chosen = object.__new__(ImageFiles)
+        chosen.__dict__.update(self.__dict__)
+        chosen._files = self._files[indices.numpy()]
+        chosen.labels = self.labels[indices]
+        return chosen
+
+    def with_transform(self, transform: Transform) -> "ImageFiles":
+        """The same files through another transform."""
+        other = object.__new__(ImageFiles)
+        other.__dict__.update(self.__dict__)
+        other.transform = transform
+        return other
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the class folders under `root`, sorted. Hidden folders are no classes."""
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is not a folder: it should hold one folder for each class")
+    names = sorted(
+        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
+    )
+    if not names:
+        raise ValueError(f"{root} has no class folders: images belong in {root / '<class>'}")
+    return names
+
+
+def _image_files(folder: Path) -> list[str]:
+    files = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        files += [
+            os.path.join(parent, name)
+            for name in sorted(names)
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        ]
+    return files
+
+
+def _difference(root: Path, expected: list[str], found: list[str]) -> str:
+    missing = sorted(set(expected) - set(found))
+    extra = sorted(set(found) - set(expected))
+    parts = []
+    if missing:
+        parts.append(f"lacks {_listed(missing)}")
+    if extra:
+        parts.append(f"has {_listed(extra)} besides")
+    if not parts:
+        parts.append(f"is read in the order {found} and not {expected}")
+    return (
+        f"{root} {' and '.join(parts)}: its class folders must be those of the other parts, "
+        f"{len(expected)} in number"
+    )
+
+
+def _listed(names: list[str], most: int = 5) -> str:
+    listed = ", ".join(repr(name) for name in names[:most])
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"class folder{'s' if len(names) > 1 else ''} {listed}{more}"
