@@ -36,7 +36,7 @@ from wfnet.kernels.config import (
 )
 from wfnet.kernels.epilogue import backward_epilogue
 from wfnet.kernels.epilogue_bwd import Gradient, LayerBelow, add_column_sums
-from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor
+from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
 @triton.jit
@@ -331,6 +331,7 @@ def plan_conv_dgrad(
         )
         grid = (triton.cdiv(batch * height * width, config.block_m) * tiles_n,)
         return Launch(conv_dgrad_gather_kernel, grid, arguments, config.warps, config.stages)
+    tiled = operand if flags["PRECISION"] == "tf32" else descriptor
     samples, rows, cols = config.box
     step = shape.stride[0]
     if step == 2 and channels % config.block_n:
@@ -353,8 +354,8 @@ def plan_conv_dgrad(
 
     taps = shape.kernel[0] * shape.kernel[1]
     arguments = dict(
-        ag=descriptor(ag, (batch, p, q, depth), (samples, rows, cols, config.block_k)),
-        w=descriptor(weight, (depth, taps, channels), (config.block_k, 1, config.block_n)),
+        ag=tiled(ag, (batch, p, q, depth), (samples, rows, cols, config.block_k)),
+        w=tiled(weight, (depth, taps, channels), (config.block_k, 1, config.block_n)),
         **{name: boxes(tensor) for name, tensor in pixelwise.items()},
         **flags,
         H=height // step,

@@ -35,7 +35,7 @@ from wfnet.kernels.config import (
     span,
 )
 from wfnet.kernels.epilogue import forward_epilogue
-from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor
+from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
 @triton.jit
@@ -297,6 +297,7 @@ def plan_conv_fprop(
         )
         grid = (triton.cdiv(batch * p * q, config.block_m) * tiles_n,)
         return Launch(conv_fprop_gather_kernel, grid, arguments, config.warps, config.stages)
+    tiled = operand if flags["PRECISION"] == "tf32" else descriptor
     samples, rows, cols = config.box
     if source is not None and samples > 1:
         raise ValueError(
@@ -305,15 +306,13 @@ def plan_conv_fprop(
     step = shape.stride[0]
     images, height, width, channels = x.shape[0], shape.height, shape.width, shape.in_channels
     if step == 1:
-        view = descriptor(
-            x, (images, height, width, channels), (samples, rows, cols, config.block_k)
-        )
+        view = tiled(x, (images, height, width, channels), (samples, rows, cols, config.block_k))
     else:
         if channels % config.block_k:
             raise ValueError(
                 f"stride 2 needs block_k={config.block_k} to divide {channels} input channels"
             )
-        view = descriptor(
+        view = tiled(
             x,
             (images, height // 2, 2, width // 2, 2 * channels),
             (samples, rows, 1, cols, config.block_k),
@@ -325,7 +324,7 @@ def plan_conv_fprop(
 
     arguments = dict(
         x=view,
-        w=descriptor(weight, (columns, taps, channels), (config.block_n, 1, config.block_k)),
+        w=tiled(weight, (columns, taps, channels), (config.block_n, 1, config.block_k)),
         **tensors,
         residual=boxes(residual),
         branch=boxes(branch),

@@ -52,6 +52,21 @@ def interpreted(kernel: Any) -> bool:
     return not isinstance(kernel, triton.JITFunction)
 
 
+# Later than Triton 3.6: fp32 operands are rounded to TF32 as they are read, not truncated.
+_CAN_ROUND = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
+
+
+def operand(base: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+    """A :func:`descriptor` whose boxes are multiplied: fp32 is rounded to TF32 where possible.
+
+    Only for products that run in TF32: full precision takes a plain descriptor.
+    """
+    view = descriptor(base, shape, block)
+    if base.dtype == torch.float32 and _CAN_ROUND:
+        view.round_f32_to_tf32 = True
+    return view
+
+
 def descriptor(base: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
     """A tiled view of a contiguous tensor: ``shape`` in row-major order, read in boxes ``block``.
 

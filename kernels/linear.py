@@ -35,7 +35,7 @@ from wfnet.kernels.conv_dgrad import plan_conv_dgrad
 from wfnet.kernels.conv_fprop import conv_fprop, plan_conv_fprop
 from wfnet.kernels.epilogue import backward_epilogue, forward_epilogue
 from wfnet.kernels.epilogue_bwd import Gradient, LayerBelow, add_column_sums, epilogue_bwd
-from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor
+from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
 @triton.jit
@@ -212,6 +212,8 @@ def plan_linear_fprop(
         )
     rows, depth, columns = shape.batch * shape.tokens, shape.in_features, shape.out_features
     programs, several = _programs(rows, columns, config, device)
+    precision = "ieee" if full_precision(x.dtype, op) else "tf32"
+    tiled = operand if precision == "tf32" else descriptor
 
     def tile(tensor: Tensor | None):
         if tensor is None:
@@ -219,8 +221,8 @@ def plan_linear_fprop(
         return descriptor(tensor, (rows, columns), (config.block_m, config.block_n))
 
     arguments = {
-        "x": descriptor(x, (rows, depth), (config.block_m, config.block_k)),
-        "w": descriptor(weight, (columns, depth), (config.block_n, config.block_k)),
+        "x": tiled(x, (rows, depth), (config.block_m, config.block_k)),
+        "w": tiled(weight, (columns, depth), (config.block_n, config.block_k)),
         "scale": scale,
         "shift": shift,
         "residual": tile(residual),
@@ -233,7 +235,7 @@ def plan_linear_fprop(
         "LD": scale.stride(0),
         "K": depth,
         "RELU": relu,
-        "PRECISION": "ieee" if full_precision(x.dtype, op) else "tf32",
+        "PRECISION": precision,
         "FLATTEN": several,
         "SPAN": span(config.block_m, shape.tokens),
         "BM": config.block_m,
@@ -259,6 +261,8 @@ def plan_linear_dgrad(
         return plan_conv_dgrad(ag, weight, below, into, partials, _as_pixels(shape), config, op)
     rows, depth, columns = shape.batch * shape.tokens, shape.out_features, shape.in_features
     programs, several = _programs(rows, columns, config, device)
+    precision = "ieee" if full_precision(ag.dtype, op) else "tf32"
+    tiled = operand if precision == "tf32" else descriptor
 
     def tile(tensor: Tensor | None):
         if tensor is None:
@@ -266,8 +270,8 @@ def plan_linear_dgrad(
         return descriptor(tensor, (rows, columns), (config.block_m, config.block_n))
 
     arguments = {
-        "ag": descriptor(ag, (rows, depth), (config.block_m, config.block_k)),
-        "w": descriptor(weight, (depth, columns), (config.block_k, config.block_n)),
+        "ag": tiled(ag, (rows, depth), (config.block_m, config.block_k)),
+        "w": tiled(weight, (depth, columns), (config.block_k, config.block_n)),
         "skip": tile(below.skip),
         "branch": tile(below.branch),
         "activation": tile(below.activation),
@@ -284,7 +288,7 @@ def plan_linear_dgrad(
         "LD": below.row_stride,
         "K": depth,
         "RELU": below.relu,
-        "PRECISION": "ieee" if full_precision(ag.dtype, op) else "tf32",
+        "PRECISION": precision,
         "FLATTEN": several,
         "SPAN": span(config.block_m, shape.tokens),
         "BM": config.block_m,

@@ -96,13 +96,12 @@ def conv_operands(name, dtype):
     return x, weight, scale, shift, ConvGeometry((stride,) * 2, (pad,) * 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", CONVS)
-@pytest.mark.parametrize("tf32", [True, False], ids=["tf32", "full"])
+@pytest.mark.parametrize(
+    ("dtype", "tf32"), [*((dtype, True) for dtype in DTYPES), (torch.float32, False)], ids=str
+)
 def test_conv2d_error(name, dtype, tf32, monkeypatch):
     """Forward and backward of the backend contract at the sizes of real layers."""
-    if tf32 and dtype != torch.float32:
-        pytest.skip("TF32 is a question of fp32")
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
     x, weight, scale, shift, geometry = conv_operands(name, dtype)
