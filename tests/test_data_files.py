@@ -395,7 +395,7 @@ def test_cifar10_versions(tmp_path, version):
 def test_damaged_cifar10_files_are_named(tmp_path, version):
     write_cifar10(tmp_path, version)
     path = next(tmp_path.rglob("data_batch_3*"))
-    truncate(path)
+    truncate(path, keep=0.49)
     with pytest.raises(ValueError, match=r"data_batch_3.* fetch it again"):
         open_data("cifar10", tmp_path)
     path.unlink()
@@ -431,7 +431,7 @@ class AsksForCodec:
     [
         (RunsCode(), r"eval, which is refused"),
         (AsksForCodec(), "'rot13', which is refused"),
-        (Foreign := torch.Size([1]), "torch.Size, which is refused"),
+        (torch.Size([1]), r"torch\.Size, which is refused"),
         ({"data": np.zeros((2, 3), np.uint8), "labels": [0, 1]}, "it lacks `data`"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "it lacks `data`"),
         ({"data": np.zeros((1, 3072), np.uint8), "labels": ["a"]}, "labels are not integers"),
@@ -454,7 +454,7 @@ def test_labels_outside_cifar10(tmp_path):
 def test_importing_data_needs_no_extra():
     code = (
         "import sys, wfnet.data, wfnet.models, wfnet.training; "
-        "print([m for m in ('torchvision', 'timm', 'sklearn', 'PIL', 'matplotlib', 'tqdm') "
+        "print([m for m in ('torchvision', 'timm', 'sklearn', 'PIL', 'matplotlib') "
         "if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -262,7 +262,7 @@ def test_noise_and_colour():
 
 @pytest.mark.parametrize("arguments", [{"num_classes": 101}, {"channels": 2}, {"noise": -1.0}])
 def test_bad_glyphs_are_refused(arguments):
-    with pytest.raises(ValueError, match="glyphs|noise"):
+    with pytest.raises(ValueError, match=r"glyphs|noise"):
         glyphs(**arguments)
     assert characters_of(12) == HUNDRED[:12]
 

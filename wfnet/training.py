@@ -62,8 +62,8 @@ def fit_classifier(
     progress:  a tqdm bar, if tqdm is installed and the terminal is one.
 
     Deterministic given `seed`, the number of threads and the device; the caller's random state is
-    left as it is. Raises ValueError for settings that make no sense and FloatingPointError as soon
-    as the loss is not finite.
+    left as it is. Raises ValueError for settings that make no sense and FloatingPointError at the
+    end of the first epoch whose loss is not finite.
     """
     if optimizer not in LEARNING_RATES:
         raise ValueError(f"optimizer {optimizer!r} is unknown: choose adam or sgd")

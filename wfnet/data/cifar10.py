@@ -143,7 +143,7 @@ def decode_pickle(where: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """
     try:
         table = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
-    except pickle.UnpicklingError as error:
+    except _RefusedPickle as error:
         raise ValueError(f"{where} is not a CIFAR-10 batch: {error}") from error
     except Exception as error:  # a damaged pickle can raise nearly anything
         raise ValueError(f"{where} is truncated or damaged ({error}): fetch it again") from error
@@ -165,10 +165,14 @@ def decode_pickle(where: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
+class _RefusedPickle(Exception):
+    """A pickle that asks for something other than arrays and plain values."""
+
+
 def _encode_latin1(text: str, encoding: str) -> bytes:
     """How Python 3 pickles bytes in protocol 2; no other codec is let through."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the codec {encoding!r}, which is refused")
+        raise _RefusedPickle(f"it asks for the codec {encoding!r}, which is refused")
     return text.encode("latin1")
 
 
@@ -185,11 +189,11 @@ class _ArrayUnpickler(pickle.Unpickler):
             return np.dtype
         elif (module, name) == ("_codecs", "encode"):
             return _encode_latin1
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is refused")
+        raise _RefusedPickle(f"it refers to {module}.{name}, which is refused")
 
 
 def _reconstruct_array(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
     """numpy's `_reconstruct`, for plain arrays: an empty array that its state then fills."""
     if kind is not np.ndarray:
-        raise pickle.UnpicklingError(f"it builds a {kind!r}, which is refused")
+        raise _RefusedPickle(f"it builds a {kind!r}, which is refused")
     return np.ndarray.__new__(np.ndarray, (0,), "b")
