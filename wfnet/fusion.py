@@ -332,7 +332,7 @@ class FusedNetwork:
         ]
 
     def __call__(self, images: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
-        """Logits ``[B, K]`` for ``images`` ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
+        """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
 
         Gradients reach the filters only; double backward raises.
         """
@@ -342,7 +342,7 @@ class FusedNetwork:
         return _Run(self, images, rows, source, filters, save=False).forward()
 
     def folded(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """gamma', beta' and bias of all layers side by side, ``[sum of channels]``, fp32 or more."""
+        """gamma', beta' and bias of all layers side by side, ``[sum of channels]``, fp32 or up."""
         key = tuple(
             (t.data_ptr(), t._version, t.device, t.dtype)
             for step in self.convs
