@@ -20,7 +20,8 @@ demo: $(READY) ## untrain every class of a small network on real digits, evaluat
 	$(BIN)/wfnet demo --output demo $(ARGS)
 
 test: $(READY) ## the test suite, no GPU needed
-	$(BIN)/pytest $(ARGS)
+	# One thread a process: the tests' shapes are small, and the processes run side by side.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(ARGS)
 
 lint: $(READY) ## ruff: style and formatting
 	$(BIN)/ruff check .
