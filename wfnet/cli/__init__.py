@@ -1,0 +1,125 @@
+"""The command line: `wfnet COMMAND`, one file per command.
+
+A command is a module with ``add_parser(commands)``, which sets the defaults ``run`` (a function of
+the parsed options) and may set ``saved`` (a function of the options that says, after Ctrl-C, what
+is on disk). Heavy packages (timm, torchvision, matplotlib) are imported by ``run`` alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from wfnet.cli import bake, demo, evaluate, untrain
+from wfnet.cli.options import HelpFormatter, add_help_options, fill_from_files
+from wfnet.version import __version__
+
+logger = logging.getLogger("wfnet")
+
+COMMANDS = (demo, untrain, evaluate, bake)
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="wfnet",
+        description="One checkpoint that can forget any class on demand: learn filters for all "
+        "classes of a frozen classifier in one round, choose the class to forget at run time.",
+        epilog="start here:  wfnet demo            (about a minute, no download)\n"
+        "then:        wfnet COMMAND --help  (every command has an example)",
+        formatter_class=HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"wfnet {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in COMMANDS:
+        add_help_options(module.add_parser(commands))
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status.
+
+    0: done; 2: something the user can mend, in one sentence on stderr; 130: interrupted; 1: an
+    error in the program itself, with its traceback.
+    """
+    options = argparse.Namespace(command=None, debug=False)
+    try:
+        parser = build_parser()
+        options = fill_from_files(parser, sys.argv[1:] if arguments is None else list(arguments))
+        _log_to_stderr(options.debug, options.quiet)
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        saved = getattr(options, "saved", None)
+        print(f"\ninterrupted; {saved(options) if saved else 'nothing was saved'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output (a pager, head) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        sentence = None if options.debug else _sentence(error)
+        if sentence is None:
+            traceback.print_exc()
+            return 2 if _sentence(error) else 1
+        name = " ".join(filter(None, ("wfnet", options.command)))
+        print(f"{name}: error: {sentence}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell the user of an error; None for one that nobody foresaw."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "the device has too little memory: lower -b/--batch-size or -M/--label-expansion, or "
+            "use --amp"
+        )
+    text = str(error)
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return f"the disk is full ({error}): free some space; what was saved before is intact"
+    if isinstance(error, OSError):
+        return text
+    expected = ValueError, TypeError, RuntimeError, ImportError, IndexError, ArithmeticError
+    return text if isinstance(error, expected) and _raised_here(error) else None
+
+
+def _raised_here(error: Exception) -> bool:
+    """Whether this package raised the error: its messages are written for users."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and _PACKAGE in Path(frames[-1].filename).resolve().parents
+
+
+class _AboveBars(logging.StreamHandler):
+    """Writes lines above a tqdm bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None or not self.stream.isatty():
+            super().emit(record)
+        else:
+            tqdm.tqdm.write(self.format(record), file=self.stream)
+
+
+class _Lines(logging.Formatter):
+    """The message; its level only where that is news."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        level = record.levelname.lower()
+        return text if record.levelno == logging.INFO else f"{level}: {text}"
+
+
+def _log_to_stderr(debug: bool, quiet: bool) -> None:
+    for old in [h for h in logger.handlers if isinstance(h, _AboveBars)]:
+        logger.removeHandler(old)
+    handler = _AboveBars(sys.stderr)
+    handler.setFormatter(_Lines("%(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)

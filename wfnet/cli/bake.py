@@ -1,0 +1,226 @@
+"""`wfnet bake`: one class's plain model, without filters."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib
+import importlib.util
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from wfnet.cli.classifier import data_settings, load_weights
+from wfnet.cli.inputs import check_run_folder, class_indices, load_network, open_images
+from wfnet.cli.options import (
+    HelpFormatter,
+    add_compute_options,
+    add_data_options,
+    add_model_options,
+    whole,
+)
+from wfnet.cli.runs import RUN_FILE, check_writable, read_run
+from wfnet.data import batches
+from wfnet.network import WFNet
+from wfnet.pretrained import write_atomically, write_tensors
+
+logger = logging.getLogger("wfnet")
+
+EXAMPLE = """example:
+  wfnet bake runs/r50 --forget 281 --verify
+  wfnet bake runs/r50 --forget tabby 285 --output cats.safetensors --onnx cats.onnx
+
+The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE))"""
+_ONNX = ("onnx", "onnxscript")
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "bake",
+        help="export the plain model that has forgotten a class",
+        description="Multiply the gates of one row (or several) into the weights: a plain model of "
+        "the original class that carries neither filters nor the original weights.",
+        usage="wfnet bake RUN --forget CLASS [CLASS ...] [options]",
+        epilog=EXAMPLE,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run, saved=lambda options: "no file was left half written")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
+    group = parser.add_argument_group("export")
+    group.add_argument(
+        "--forget", nargs="+", required=True, metavar="CLASS",
+        help="the class to forget, by number or name; several are forgotten together",
+    )  # fmt: skip
+    group.add_argument(
+        "--output", metavar="FILE", help="safetensors file (default: RUN/forget_CLASS.safetensors)"
+    )
+    group.add_argument("--onnx", metavar="FILE", help="also export as ONNX, for any batch size")
+    group.add_argument(
+        "--verify", action="store_true",
+        help="load the file again and compare its outputs with the filtered network's",
+    )  # fmt: skip
+    group.add_argument(
+        "--images", type=whole(1), default=256, metavar="N",
+        help="for --verify: test images if the run knows its data, else random ones",
+    )  # fmt: skip
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of splits and draws")
+    add_model_options(parser)
+    add_data_options(parser)
+    add_compute_options(parser, workers=0)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = check_run_folder(folder)
+    names = read_run(folder).get("classes") if (folder / RUN_FILE).is_file() else None
+    forget = class_indices(options.forget, names, config["num_classes"])
+    path = Path(options.output or folder / baked_name(forget))
+    if path.suffix != ".safetensors":
+        raise ValueError(f"{path} must end in .safetensors (for ONNX there is --onnx)")
+    check_writable(path.absolute().parent)
+    if options.onnx:
+        _check_onnx(Path(options.onnx))
+    net, classifier = load_network(options, folder)
+    save_baked(net, forget, path)
+    print(f"{path}: {type(classifier).__name__} that has forgotten {_listed(forget, names)}")
+    if options.verify:
+        images, what = _images(options, classifier)
+        print(f"verified on {what}: {verify(net, classifier, forget, path, images)}")
+    if options.onnx:
+        images, _ = _images(options, classifier, few=2)
+        _export_onnx(net.bake(forget).cpu(), images, Path(options.onnx))
+        size = ", ".join(map(str, images.shape[1:]))
+        print(f"{options.onnx}: the same as ONNX, input [batch, {size}]")
+    return 0
+
+
+def baked_name(forget: Sequence[int]) -> str:
+    return f"forget_{'_'.join(map(str, forget))}.safetensors"
+
+
+def save_baked(net: WFNet, forget: Sequence[int], path: Path) -> None:
+    """Writes the weights of ``net.bake(forget)`` as safetensors."""
+    state = net.bake(list(forget)).state_dict()
+    record = {"model": type(net.model).__name__, "num_classes": net.num_classes,
+              "forget": list(forget)}  # fmt: skip
+    # Clones: a tensor under two names is written under both.
+    write_tensors(
+        path,
+        {k: v.clone() for k, v in state.items()},
+        {"format": "pt", "wfnet": json.dumps(record)},
+    )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two networks' outputs ``[N, K]`` are apart, and how far rounding may take them.
+
+    Attributes:
+        difference: largest absolute difference.
+        span: largest absolute output.
+        limit: bound on ``difference / span``.
+        predictions: images with equal predictions, of ``images``.
+    """
+
+    difference: float
+    span: float
+    limit: float
+    predictions: int
+    images: int
+
+    @property
+    def within_rounding(self) -> bool:
+        return self.difference <= self.limit * self.span  # False for NaN
+
+    def __str__(self) -> str:
+        return (
+            f"equal to the filtered network within rounding: outputs up to {self.span:.1f} differ by "
+            f"at most {self.difference:.1e} ({self.predictions} of {self.images} predictions equal)"
+        )
+
+
+@torch.inference_mode()
+def verify(
+    net: WFNet, classifier: nn.Module, forget: Sequence[int], path: Path, images: Tensor
+) -> Agreement:
+    """Loads ``path`` into a copy of ``classifier`` and compares it with the filtered network.
+
+    Raises:
+        RuntimeError: if they differ by more than rounding.
+    """
+    plain = copy.deepcopy(classifier).cpu()
+    load_weights(plain, path)
+    weight = next(iter(net.masked_layers.values())).weight
+    plain = plain.to(weight.device).eval()
+    images = images.to(weight.device, weight.dtype)
+    labels = torch.tensor(forget, device=weight.device)
+    expected, found = [], []
+    for part in images.split(64):
+        expected.append(net(part, forget=labels.expand(len(part), -1)))
+        found.append(plain(part))
+    expected, found = torch.cat(expected).double(), torch.cat(found).double()
+    agreement = Agreement(
+        difference=(found - expected).abs().max().item(),
+        span=expected.abs().max().item(),
+        # Rounding errors of the layers add up like a random walk.
+        limit=64 * torch.finfo(weight.dtype).eps * len(net.masked_layers) ** 0.5,
+        predictions=int((found.argmax(1) == expected.argmax(1)).sum()),
+        images=len(images),
+    )
+    if not agreement.within_rounding:
+        raise RuntimeError(
+            f"{path} does not compute what the filtered network does: outputs differ by "
+            f"{agreement.difference:.2e} at outputs up to {agreement.span:.2e}, more than rounding "
+            f"({agreement.limit * agreement.span:.1e}); do not use it, and please report this"
+        )
+    return agreement
+
+
+def _images(
+    options: argparse.Namespace, classifier: nn.Module, few: int | None = None
+) -> tuple[Tensor, str]:
+    """Test images of the run's data, or random ones of the size that the network takes."""
+    count = few or options.images
+    if options.data or options.data_dir:
+        images = open_images(options, classifier).test
+        order = torch.arange(min(count, len(images))).split(64)
+        read = [batch.images for batch in batches(images, order, options.workers)]
+        if read:
+            images = torch.cat(read)
+            return images, f"{len(images)} test images"
+    settings = data_settings(classifier, options.model)
+    size = options.img_size or settings.get("image_size", 224)
+    channels = options.in_chans or next(p for p in classifier.parameters() if p.dim() == 4).shape[1]
+    generator = torch.Generator().manual_seed(options.seed)
+    return torch.randn(count, channels, size, size, generator=generator), f"{count} random images"
+
+
+def _listed(forget: Sequence[int], names: Sequence[str] | None) -> str:
+    shown = [str(i) if not names or names[i] == str(i) else f"{i} ({names[i]})" for i in forget]
+    return f"class {shown[0]}" if len(shown) == 1 else f"classes {', '.join(shown)}"
+
+
+def _check_onnx(path: Path) -> None:
+    missing = [name for name in _ONNX if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(
+            f"--onnx needs {' and '.join(missing)}: install with `pip install {' '.join(_ONNX)}`"
+        )
+    check_writable(path.absolute().parent)
+
+
+def _export_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
+    batch = torch.export.Dim("batch")
+    program = torch.onnx.export(
+        model.eval(), (images,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False,
+        input_names=["images"], output_names=["logits"],
+    )  # fmt: skip
+    write_atomically(path, lambda temporary: program.save(str(temporary)))

@@ -1,0 +1,312 @@
+"""Classifiers by name, with weights: timm, torchvision, and the small networks of this package."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from wfnet import models
+from wfnet.data import model_data_config
+from wfnet.extras import require
+from wfnet.network import find_head
+from wfnet.pretrained import read_tensors
+
+SMALL_IMAGE_SIZE = 32
+_TORCHVISION = ("torchvision/", "tv.")
+# Under these names training scripts put the weights into their checkpoints; averaged ones first.
+_INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
+# Wrappers prefix every name: DataParallel, torch.compile, Lightning, torchvision's averaging.
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+
+
+def create_classifier(
+    name: str,
+    num_classes: int | None = None,
+    *,
+    pretrained: bool = False,
+    checkpoint: str | Path | None = None,
+    in_channels: int | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A classifier in evaluation mode, ``[N, C, H, W] -> [N, num_classes]``.
+
+    Args:
+        name: ``resnet50`` (timm), ``torchvision/resnet50`` or ``tv.resnet50``, ``small/resnet``.
+        num_classes: by default what the pretrained weights have, else the library's default.
+        pretrained: weights of timm or torchvision.
+        checkpoint: a file with weights, read by :func:`load_weights`.
+        in_channels, image_size: passed to models that have such an argument, if given.
+        seed: draws the weights that no file replaces; the caller's random state stays as it is.
+        options: more arguments of the model's constructor.
+
+    Raises:
+        ValueError: for an unknown name, or arguments that the model does not take.
+        RuntimeError: if pretrained weights cannot be had.
+        ImportError: if the library is not installed.
+    """
+    if pretrained and checkpoint:
+        raise ValueError("give --pretrained or --checkpoint, one of them: both bring all weights")
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"the weights {checkpoint} do not exist")
+    arguments = dict(options or {})
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed)
+        if name.startswith("small/"):
+            model = _small(name, num_classes, pretrained, in_channels, image_size, arguments)
+        elif name.startswith(_TORCHVISION):
+            model = _torchvision(name, num_classes, pretrained, in_channels, arguments)
+        else:
+            model = _timm(name, num_classes, pretrained, in_channels, arguments)
+    if checkpoint is not None:
+        load_weights(model, checkpoint)
+    return model.eval()
+
+
+def is_small(name: str) -> bool:
+    return name.startswith("small/")
+
+
+def data_settings(model: nn.Module, name: str) -> dict[str, Any]:
+    """What a classifier expects of its images, as arguments of :func:`wfnet.data.open_data`."""
+    if is_small(name):
+        return {"image_size": SMALL_IMAGE_SIZE}
+    if not name.startswith(_TORCHVISION):
+        return model_data_config(model)
+    torchvision = require("torchvision.models", "train")
+    weights = torchvision.get_model_weights(_torchvision_name(name))
+    preset = weights.DEFAULT.transforms()
+    return {
+        "image_size": preset.crop_size[0],
+        "channels": 3,
+        "mean": tuple(preset.mean),
+        "std": tuple(preset.std),
+        "interpolation": preset.interpolation.value,
+        "crop_pct": preset.crop_size[0] / preset.resize_size[0],
+    }
+
+
+def check_head(model: nn.Module, name: str, num_classes: int, data: str) -> None:
+    """Raises ValueError unless the classifier has as many classes as the data."""
+    head = find_head(model)
+    if head is None or head[1].weight.shape[0] == num_classes:
+        return
+    raise ValueError(
+        f"{data} has {num_classes} classes, but {name} classifies {head[1].weight.shape[0]} (its "
+        f"head is {head[0]!r}); use the data that it was trained on, or give --checkpoint with "
+        "weights for these classes"
+    )
+
+
+# -- libraries ------------------------------------------------------------------------------------
+
+
+def _small(
+    name: str,
+    num_classes: int | None,
+    pretrained: bool,
+    in_channels: int | None,
+    image_size: int | None,
+    arguments: dict[str, Any],
+) -> nn.Module:
+    if pretrained:
+        raise ValueError(
+            f"{name} has no pretrained weights: `wfnet demo` trains one and saves its weights for "
+            "--checkpoint"
+        )
+    kind = name.removeprefix("small/")
+    if kind == "vit" and image_size is not None:
+        arguments.setdefault("image_size", image_size)
+    if num_classes is None:
+        raise ValueError(f"give --num-classes for {name}")
+    try:
+        return models.create(kind, num_classes, in_channels or 1, **arguments)
+    except TypeError as error:
+        raise ValueError(_bad_arguments(name, arguments, error)) from error
+
+
+def _torchvision_name(name: str) -> str:
+    for prefix in _TORCHVISION:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _torchvision(
+    name: str,
+    num_classes: int | None,
+    pretrained: bool,
+    in_channels: int | None,
+    arguments: dict[str, Any],
+) -> nn.Module:
+    torchvision = require("torchvision.models", "train")
+    plain = _torchvision_name(name)
+    known = torchvision.list_models(module=torchvision)
+    if plain not in known:
+        raise ValueError(f"torchvision has no classifier {plain!r}{_near(plain, known)}")
+    if in_channels not in (None, 3):
+        raise ValueError(f"{name} takes images of 3 channels, not {in_channels}: leave --in-chans")
+    if pretrained:
+        weights = torchvision.get_model_weights(plain).DEFAULT
+        _check_pretrained_classes(name, num_classes, len(weights.meta["categories"]))
+        arguments["weights"] = weights
+    elif num_classes is not None:
+        arguments["num_classes"] = num_classes
+    return _construct(
+        lambda: torchvision.get_model(plain, **arguments), name, arguments, pretrained
+    )
+
+
+def _timm(
+    name: str,
+    num_classes: int | None,
+    pretrained: bool,
+    in_channels: int | None,
+    arguments: dict[str, Any],
+) -> nn.Module:
+    timm = require("timm", "train")
+    elsewhere = ":" in name or name.startswith("hf_hub/")  # hf-hub:, local-dir:
+    if not elsewhere and not timm.is_model(name.partition(".")[0]):
+        raise ValueError(
+            f"timm has no model {name!r}{_near(name, timm.list_models())}; torchvision's are "
+            "called torchvision/NAME, the small networks of this package small/NAME"
+        )
+    if in_channels is not None:
+        arguments["in_chans"] = in_channels
+    if num_classes is not None:
+        if pretrained and not elsewhere:
+            config = timm.get_pretrained_cfg(name)
+            if config is not None:
+                _check_pretrained_classes(name, num_classes, config.num_classes)
+        arguments["num_classes"] = num_classes
+    return _construct(
+        lambda: timm.create_model(name, pretrained=pretrained, **arguments),
+        name,
+        arguments,
+        pretrained,
+    )
+
+
+def _construct(make, name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # libraries warn of names that they renamed
+        try:
+            return make()
+        except TypeError as error:
+            raise ValueError(_bad_arguments(name, arguments, error)) from error
+        except Exception as error:  # networks and hubs fail in many ways
+            if not pretrained:
+                raise ValueError(f"{name} cannot be made: {_first_line(error)}") from error
+            raise RuntimeError(
+                f"the pretrained weights of {name} cannot be had ({_first_line(error)}); load them "
+                "where there is a connection, and pass the file as --checkpoint"
+            ) from error
+
+
+def _check_pretrained_classes(name: str, wanted: int | None, found: int) -> None:
+    if wanted is not None and wanted != found:
+        raise ValueError(
+            f"the pretrained weights of {name} have {found} classes, not {wanted}: a new head "
+            "would know none of them; leave out --num-classes, or train it and pass --checkpoint"
+        )
+
+
+def _bad_arguments(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
+    return f"{name} does not take {dict(arguments)}: {_first_line(error)}"
+
+
+def _near(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 3)
+    return f"; near it are {', '.join(near)}" if near else ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fills ``model`` from a safetensors file, or a ``.pth`` that holds tensors only.
+
+    Checkpoints of training scripts are looked into (``state_dict``, ``model``, averaged weights
+    first), and prefixes of wrappers (``module.``) are removed.
+
+    Raises:
+        FileNotFoundError, ValueError: for a file that is missing, damaged, not loadable without
+            running code, or does not fit the model.
+    """
+    path = Path(path)
+    tensors = read_weights(path)
+    wanted = model.state_dict()
+    tensors = _without_prefix(tensors, wanted)
+    missing = [name for name in wanted if name not in tensors and not _is_counter(name)]
+    extra = [name for name in tensors if name not in wanted and not _is_counter(name)]
+    wrong = [n for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape]
+    kind = type(model).__name__
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"{path} does not fit this {kind}: {name!r} is {list(tensors[name].shape)} in the file "
+            f"and {list(wanted[name].shape)} in the model; check --model, --num-classes and "
+            "--in-chans"
+        )
+    if missing or extra:
+        names, what = (missing, "lacks") if missing else (extra, "has, unknown to the model,")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise ValueError(
+            f"{path} does not fit this {kind}: it {what} {names[0]!r}{more}; is --model the "
+            "network that was trained?"
+        )
+    model.load_state_dict(tensors, strict=False)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Tensors by name; see :func:`load_weights`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights {path} do not exist")
+    if path.suffix == ".safetensors":
+        return read_tensors(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, or is no checkpoint of PyTorch; it is not unpickled, "
+            "because that can run any code: save model.state_dict() alone, or as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}") from error
+    for name in _INSIDE:
+        inner = content.get(name) if isinstance(content, dict) else None
+        if isinstance(inner, dict) and inner:
+            content = inner
+            break
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
+    odd = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise ValueError(f"{path} holds {odd[0]!r}, which is no tensor: save model.state_dict()")
+    return dict(content)
+
+
+def _without_prefix(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    for _ in _PREFIXES:
+        for prefix in _PREFIXES:
+            if set(tensors) & set(wanted) or not all(n.startswith(prefix) for n in tensors):
+                continue
+            tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
+    return tensors
+
+
+def _is_counter(name: str) -> bool:
+    """BatchNorm's count of batches: of no use in a frozen network, and often left out."""
+    return name.endswith("num_batches_tracked")

@@ -1,0 +1,422 @@
+"""`wfnet demo`: the whole method on real digits, from training to figures, in about a minute."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wfnet import models
+from wfnet.cli.bake import baked_name, save_baked, verify
+from wfnet.cli.classifier import load_weights
+from wfnet.cli.evaluate import draw
+from wfnet.cli.options import HelpFormatter, add_threads_option, whole
+from wfnet.cli.runs import FIGURES, RUN_FILE, check_writable, read_run, versions, write_run
+from wfnet.data import Splits, open_data
+from wfnet.evaluation import EvaluationResult, evaluate
+from wfnet.network import WFNet
+from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_tensors
+from wfnet.training import accuracy, fit_classifier
+from wfnet.untraining import CHECKPOINT_NAME, UntrainConfig, untrain
+
+logger = logging.getLogger("wfnet")
+
+EXAMPLE = """example:
+  wfnet demo
+  wfnet demo --model vit --output demo-vit
+  wfnet demo --recipe paper --output demo-paper     (the authors' settings, to compare)"""
+BASE_NAME = "base.safetensors"
+DATA, CLASSES = "digits", 10
+# Epochs in which each network learns the digits.
+_EPOCHS = {"resnet": 8, "vgg": 8, "vit": 20}
+_SHIFT = 1  # pixels by which training images are moved at random
+_MAX_THREADS = 4  # more only wait for each other in networks this small
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "demo",
+        help="the whole method on real images, in about a minute, without a download",
+        description="Train a small network on scikit-learn's 1,797 handwritten digits, untrain all "
+        "ten classes, evaluate, bake one class and draw figures. Finished stages are reused when "
+        "it runs again with the same options.",
+        epilog=EXAMPLE,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run, saved=saved)
+    group = parser.add_argument_group("demo")
+    group.add_argument("--model", choices=tuple(_EPOCHS), default="resnet", help="network")
+    group.add_argument(
+        "--recipe", choices=("balanced", "paper"), default="balanced",
+        help="balanced forgets evenly; paper has the authors' settings",
+    )  # fmt: skip
+    group.add_argument("--output", metavar="DIR", default="demo", help="folder for everything")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    group.add_argument(
+        "--forget", type=int, choices=range(CLASSES), default=3, metavar="DIGIT",
+        help="class that is baked into a plain model",
+    )  # fmt: skip
+    group.add_argument(
+        "--steps", type=whole(1), metavar="N", help="of untraining (default: the recipe's)"
+    )
+    group.add_argument(
+        "--train-epochs", type=whole(1), metavar="N",
+        help=f"of training the network (default: {_EPOCHS['resnet']}, vit {_EPOCHS['vit']})",
+    )  # fmt: skip
+    group.add_argument("--force", action="store_true", help="do every stage again")
+    add_threads_option(group)
+    return parser
+
+
+def saved(options: argparse.Namespace) -> str:
+    """What is on disk when the demo was interrupted."""
+    return f"finished stages are in {options.output}: the same command goes on from there"
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads or min(_MAX_THREADS, torch.get_num_threads()))
+    if not options.debug:
+        logger.setLevel(logging.WARNING)  # the demo tells its own story
+    started = time.perf_counter()
+    demo = _Demo(options)
+    print(
+        f"wfnet demo: small {options.model} on scikit-learn's handwritten digits, recipe "
+        f"{options.recipe}, seed {options.seed}\n",
+        flush=True,
+    )
+    data = open_data(DATA, seed=options.seed)
+    base = demo.train(data)
+    net = demo.untrain(base, data)
+    result = demo.evaluate(net, data)
+    demo.bake(net, base, data)
+    demo.draw(net, result, data)
+    _say(f"done in {time.perf_counter() - started:.0f} s\n")
+    print(demo.closing(data))
+    return 0
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+# -- stages ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What the folder's record says of a stage.
+
+    Attributes:
+        key: the options that its files depend on, those of earlier stages included.
+        finished: whether it came to its end.
+        seconds: its duration.
+        result: what it reports.
+        files: SHA-256 of its files by name.
+    """
+
+    key: dict[str, Any]
+    finished: bool
+    seconds: float
+    result: dict[str, Any]
+    files: dict[str, str]
+
+
+class _Demo:
+    """The stages in order; each is reused from the folder if it was finished with these options."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.folder = Path(options.output)
+        check_writable(self.folder)
+        self.epochs = options.train_epochs or _EPOCHS[options.model]
+        self.recorded = self._read()  # emptied by the first stage that is done again
+        self.stages: dict[str, _Stage] = {}
+        self.key: dict[str, Any] = {
+            name: value for name, value in versions().items() if name in ("wfnet", "torch")
+        }
+        self.progress = sys.stderr.isatty() and not options.quiet
+
+    def _read(self) -> dict[str, _Stage]:
+        if not (self.folder / RUN_FILE).is_file():
+            if (self.folder / CONFIG_NAME).is_file():
+                raise FileExistsError(self._in_the_way("filters of something else"))
+            return {}
+        run = read_run(self.folder)
+        if run["command"] != "demo":
+            raise FileExistsError(self._in_the_way(f"a run of `wfnet {run['command']}`"))
+        try:
+            return {name: _Stage(**stage) for name, stage in run["stages"].items()}
+        except (KeyError, TypeError, AttributeError):
+            return {}  # of another version: every stage is done again
+
+    def _in_the_way(self, what: str) -> str:
+        return f"{self.folder} holds {what}; choose another --output for the demo"
+
+    def stage(
+        self,
+        number: int,
+        title: str,
+        name: str,
+        options: dict[str, Any],
+        files: tuple[str, ...],
+        work: Callable[[bool], dict[str, Any]],
+    ) -> dict[str, Any] | None:
+        """Runs ``work(resume)`` and records what it reports, unless that was done before.
+
+        Returns:
+            The report of work that was done now; None if the stage is reused.
+        """
+        self.key = json.loads(json.dumps({**self.key, **options}))
+        _say(f"[{number}/5] {title}")
+        before = self.recorded.get(name)
+        same = before is not None and before.key == self.key and not self.options.force
+        if same and before.finished and self._unchanged(before):
+            self.stages[name] = before
+            return None
+        if before is not None and before.key != self.key:
+            old, new = _first_difference(before.key, self.key)
+            _say(f"      replaces what {self.folder} holds: {old} before, {new} now")
+        interrupted = same and not before.finished
+        self._remove_what_changes(() if interrupted else files)
+        self.stages[name] = _Stage(self.key, False, 0.0, {}, {})
+        self._write()
+        started = time.perf_counter()
+        report = work(interrupted)
+        seconds = time.perf_counter() - started
+        digests = {file: _digest(self.folder / file) for file in files}
+        self.stages[name] = _Stage(self.key, True, round(seconds, 2), report, digests)
+        self._write()
+        return report
+
+    def _unchanged(self, stage: _Stage) -> bool:
+        return all(
+            (self.folder / name).is_file() and _digest(self.folder / name) == digest
+            for name, digest in stage.files.items()
+        )
+
+    def _remove_what_changes(self, files: tuple[str, ...]) -> None:
+        """Removes ``files``, and all that was made from them: what later stages recorded."""
+        later = [stage for name, stage in self.recorded.items() if name not in self.stages]
+        for name in {*files, *(name for stage in later for name in stage.files)}:
+            (self.folder / name).unlink(missing_ok=True)
+        self.recorded = {}
+
+    def _write(self) -> None:
+        options = self.options
+        stages = {**self.recorded, **self.stages}
+        write_run(
+            self.folder,
+            "demo",
+            {
+                "model": f"small/{options.model}",
+                "checkpoint": str(self.folder / BASE_NAME),
+                "data": DATA,
+                "num_classes": CLASSES,
+                "seed": options.seed,
+                "recipe": options.recipe,
+                "steps": options.steps,
+                "train_epochs": self.epochs,
+                "forget": options.forget,
+                "threads": torch.get_num_threads(),
+            },
+            classes=[str(digit) for digit in range(CLASSES)],
+            seconds={name: stage.seconds for name, stage in stages.items()},
+            stages={
+                name: asdict(stage) for name, stage in {**self.recorded, **self.stages}.items()
+            },
+        )
+
+    def _tell(self, name: str, text: str, reused: bool) -> None:
+        seconds = self.stages[name].seconds
+        how = f"reused, took {seconds:.1f} s then" if reused else f"{seconds:.1f} s"
+        _say(f"      {text}  ({how})\n")
+
+    def train(self, data: Splits) -> nn.Module:
+        model = models.create(self.options.model, CLASSES, seed=self.options.seed)
+        path = self.folder / BASE_NAME
+
+        def work(resume: bool) -> dict[str, Any]:
+            fit_classifier(
+                model, data.train, self.epochs, seed=self.options.seed, shift=_SHIFT,
+                progress=self.progress,
+            )  # fmt: skip
+            write_tensors(path, model.state_dict(), {"format": "pt"})
+            return {"test_accuracy": accuracy(model, data.test)}
+
+        chosen = {
+            "model": self.options.model, "seed": self.options.seed, "train_epochs": self.epochs,
+            "shift": _SHIFT, "images": len(data.train),
+        }  # fmt: skip
+        title = f"training the network on {len(data.train):,} images, {self.epochs} epochs"
+        done = self.stage(1, title, "train", chosen, (BASE_NAME,), work)
+        load_weights(model, path)
+        share = self.stages["train"].result["test_accuracy"]
+        text = f"it reads {share:.1%} of {len(data.test)} test images correctly"
+        self._tell("train", text, done is None)
+        return model.eval()
+
+    def untrain(self, base: nn.Module, data: Splits) -> WFNet:
+        options = self.options
+        changes = {} if options.steps is None else {"steps": options.steps}
+        if "fuse" in {field.name for field in fields(UntrainConfig)}:
+            changes["fuse"] = _fuses(options.model)
+        config = UntrainConfig.recipe(options.recipe, CLASSES, seed=options.seed, **changes)
+        net = WFNet(
+            base, CLASSES, normalize_gate=options.recipe != "paper", fuse=_fuses(options.model)
+        )
+
+        def work(resume: bool) -> dict[str, Any]:
+            if not resume:
+                shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+            result = untrain(
+                net, data.train, data.validation, config, self.folder, resume=resume,
+                progress=self.progress,
+            )  # fmt: skip
+            return {
+                "steps": result.steps, "best_step": result.best_step,
+                "acc_r": result.best.acc_r, "acc_f": result.best.acc_f,
+            }  # fmt: skip
+
+        files = (CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv", CHECKPOINT_NAME)
+        gates = sum(p.shape[1] for p in net.filter_parameters())
+        title = (
+            f"untraining all {CLASSES} classes: {gates:,} gates for each, in "
+            f"{len(net.masked_layers)} layers"
+        )
+        chosen = {"recipe": options.recipe, "untraining": asdict(config)}
+        done = self.stage(2, title, "untrain", chosen, files, work)
+        if done is None:
+            net = WFNet.from_pretrained(self.folder, base)
+            net.fuse = _fuses(options.model)
+        report = self.stages["untrain"].result
+        text = (
+            f"{report['steps']} steps; on {len(data.validation)} validation images Acc_r "
+            f"{report['acc_r']:.1%}, Acc_f {report['acc_f']:.1%}"
+        )
+        self._tell("untrain", text, done is None)
+        return net
+
+    def evaluate(self, net: WFNet, data: Splits) -> EvaluationResult:
+        path = self.folder / "evaluation.json"
+
+        def work(resume: bool) -> dict[str, Any]:
+            result = evaluate(net, data.test, seed=self.options.seed, progress=self.progress)
+            result.settings["split"] = "test"
+            result.to_json(path)
+            result.to_csv(path.with_suffix(".csv"))
+            return asdict(result.mean)
+
+        title = f"evaluating: {len(data.test)} test images under all {CLASSES} rows"
+        done = self.stage(3, title, "evaluate", {}, (path.name, "evaluation.csv"), work)
+        result = EvaluationResult.from_json(path)
+        _say("\n" + "\n".join(f"      {line}" for line in result.table().splitlines()))
+        _say(
+            "      Acc_f: accuracy on the forgotten class (low is good); Acc_r: on all others (high "
+            "is good)"
+        )
+        text = (
+            f"accuracy on the forgotten class {result.original.acc_f:.1%} -> "
+            f"{result.mean.acc_f:.1%}, on all others {result.original.acc_r:.1%} -> "
+            f"{result.mean.acc_r:.1%}"
+        )
+        self._tell("evaluate", text, done is None)
+        return result
+
+    def bake(self, net: WFNet, base: nn.Module, data: Splits) -> None:
+        forget = self.options.forget
+        path = self.folder / baked_name([forget])
+
+        def work(resume: bool) -> dict[str, Any]:
+            save_baked(net, [forget], path)
+            images = data.test.batch(torch.arange(len(data.test))).images
+            agreement = verify(net, base, [forget], path, images)
+            return {"text": str(agreement), **asdict(agreement)}
+
+        title = f"baking class {forget} into a plain {type(net.model).__name__} without filters"
+        done = self.stage(4, title, "bake", {"forget": forget}, (path.name,), work)
+        self._tell("bake", self.stages["bake"].result["text"], done is None)
+
+    def draw(self, net: WFNet, result: EvaluationResult, data: Splits) -> None:
+        def work(resume: bool) -> dict[str, Any]:
+            drawn = draw(result, net, data.classes, self.folder)
+            if drawn:
+                from wfnet import figures
+
+                history = json.loads((self.folder / "history.json").read_text())["history"]
+                figures.training_curves(history, self.folder / "training_curves.png")
+            return {"drawn": len(drawn)}
+
+        files = (*FIGURES, "training_curves.png")
+        done = self.stage(5, "drawing figures", "draw", {}, files, work)
+        self._tell("draw", f"{self.folder / FIGURES[0]} shows it all", done is None)
+
+    def closing(self, data: Splits) -> str:
+        """Where everything is, and how to use it."""
+        folder, forget = self.folder, self.options.forget
+        places = {
+            "overview.png": "the result in one picture; more figures beside it",
+            "evaluation.csv, .json": "every number of the table",
+            "wf_model.safetensors": "the filters of all classes (with wf_config.json)",
+            BASE_NAME: "the network they belong to",
+            baked_name([forget]): f"a plain network that has forgotten class {forget}",
+            "history.csv": "the course of untraining",
+            RUN_FILE: "all options, versions, seconds of each stage",
+        }
+        width = max(map(len, places))
+        lines = [f"Everything is in {folder}/:"]
+        lines += [f"  {name:<{width}}  {what}" for name, what in places.items()]
+        lines += ["", "Use it in Python:"]
+        lines += [f"  {line}" for line in self.snippet().splitlines()]
+        lines += [
+            "",
+            "Next:",
+            f"  wfnet bake {folder} --forget 7 --verify",
+            "  wfnet untrain --help        (a network and images of your own)",
+            "",
+            "Filters suppress a class at run time: whoever holds them and the base weights can",
+            "undo it. The baked file carries neither, but can be taught the class again.",
+        ]
+        return "\n".join(lines)
+
+    def snippet(self) -> str:
+        """Python that uses the filters; ``images`` are ``[N, 1, 32, 32]``."""
+        folder = self.folder.as_posix()
+        return (
+            "import wfnet, wfnet.models, safetensors.torch\n"
+            f'base = wfnet.models.create("{self.options.model}", num_classes={CLASSES})\n'
+            f'base.load_state_dict(safetensors.torch.load_file("{folder}/{BASE_NAME}"))\n'
+            f'net = wfnet.WFNet.from_pretrained("{folder}", base)\n'
+            f"logits = net(images, forget={self.options.forget})"
+            "    # images [N, 1, 32, 32]; one label, or one for each"
+        )
+
+
+def _fuses(model: str) -> bool:
+    return model != "vit"
+
+
+def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
+    for name in (*now, *before):
+        old, new = before.get(name), now.get(name)
+        if old != new:
+            if isinstance(old, dict) and isinstance(new, dict):
+                return _first_difference(old, new)
+            return f"{name} {old}", f"{name} {new}"
+    return "other options", "these"
+
+
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

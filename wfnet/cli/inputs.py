@@ -1,0 +1,195 @@
+"""What a command works on: classifier, images and filtered network, made from its options."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
+from wfnet.data import Splits, open_data
+from wfnet.data.folder import class_folders
+from wfnet.network import WFNet
+from wfnet.pretrained import read_config
+
+logger = logging.getLogger("wfnet")
+
+_GREY = ("digits", "mnist", "glyphs10", "glyphs26", "glyphs100")
+
+
+def data_name(options: argparse.Namespace) -> str:
+    """The data set by name, or the image folder.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if not options.data and not options.data_dir:
+        raise ValueError(
+            "there are no images: give --data-dir DIR (a folder with train/<class>/ and "
+            "val/<class>/), or a data set by name, --data digits"
+        )
+    return options.data or options.data_dir
+
+
+def count_classes(options: argparse.Namespace) -> int:
+    """Classes of the data, without reading an image.
+
+    Raises:
+        FileNotFoundError, ValueError: if the data are not there.
+    """
+    name = data_name(options)
+    if options.data is None:
+        root = Path(name)
+        if not root.is_dir():
+            raise FileNotFoundError(f"the image folder {root} does not exist")
+        if not (root / "train").is_dir():
+            raise FileNotFoundError(
+                f"{root / 'train'} does not exist: an image folder has "
+                f"{root / 'train' / '<class>'} and {root / 'val' / '<class>'}"
+            )
+        return len(class_folders(root / "train"))
+    if name in ("mnist", "cifar10") and not options.data_dir:
+        raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
+    return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
+
+
+def make_classifier(options: argparse.Namespace, num_classes: int, origin: str) -> nn.Module:
+    """The classifier of ``--model`` for the ``num_classes`` classes of ``origin``, a data set or a
+    folder with filters.
+
+    Raises:
+        ValueError: if its head has another number of classes; see :func:`create_classifier`.
+    """
+    if not options.model:
+        raise ValueError("there is no network: give --model NAME, for example --model resnet50")
+    if options.num_classes not in (None, num_classes):
+        raise ValueError(
+            f"--num-classes {options.num_classes} does not match {origin}, which has {num_classes} "
+            "classes; leave it out"
+        )
+    small = is_small(options.model)
+    in_channels = options.in_chans
+    if small and in_channels is None:
+        in_channels = 1 if options.data in _GREY else 3
+    model = create_classifier(
+        options.model,
+        options.num_classes if options.pretrained else num_classes,
+        pretrained=options.pretrained,
+        checkpoint=options.checkpoint,
+        in_channels=in_channels,
+        image_size=options.img_size,
+        seed=options.seed,
+        options=dict(options.model_kwargs or ()),
+    )
+    check_head(model, options.model, num_classes, origin)
+    if not options.pretrained and not options.checkpoint:
+        logger.warning(
+            "%s has random weights: nothing it knows can be forgotten; give --pretrained or "
+            "--checkpoint FILE",
+            options.model,
+        )
+    return model
+
+
+def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = False) -> Splits:
+    """Training, validation and test images as the classifier expects them."""
+    settings = data_settings(model, options.model)
+    if is_small(options.model):
+        settings["channels"] = _input_channels(model)
+    chosen = {
+        "image_size": options.img_size,
+        "channels": options.in_chans,
+        "mean": options.mean,
+        "std": options.std,
+        "interpolation": options.interpolation,
+        "crop_pct": options.crop_pct,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen:
+        settings.pop("transform", None)  # it was made for the settings that are replaced
+    folder = options.data is None
+    return open_data(
+        options.data_dir if folder else options.data,
+        None if folder else options.data_dir,
+        **{**settings, **chosen},
+        augment=augment,
+        validation_fraction=options.val_split,
+        seed=options.seed,
+    )
+
+
+def _input_channels(model: nn.Module) -> int:
+    return next(p for p in model.parameters() if p.dim() == 4).shape[1]
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the first CUDA device, or the CPU.
+
+    Raises:
+        ValueError: for a device that PyTorch does not know or has not.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); try auto or cpu") from error
+    return device
+
+
+def load_network(options: argparse.Namespace, folder: Path) -> tuple[WFNet, nn.Module]:
+    """The filtered network in ``folder`` on its device, and its classifier on the CPU.
+
+    Raises:
+        FileNotFoundError, ValueError: for missing, damaged or foreign files.
+    """
+    device = choose_device(options.device)
+    config = check_run_folder(folder)
+    if not options.model:
+        raise ValueError(
+            f"{folder} does not say which network its filters belong to: give --model NAME and "
+            "--pretrained or --checkpoint FILE"
+        )
+    classifier = make_classifier(options, config["num_classes"], str(folder))
+    net = WFNet.from_pretrained(folder, classifier, backend=options.backend)
+    net.fuse = options.fuse
+    return net.to(device), classifier
+
+
+def check_run_folder(folder: Path) -> dict[str, Any]:
+    """The filters' configuration in ``folder``.
+
+    Raises:
+        FileNotFoundError, ValueError: if there are no filters.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: give that of a run, for example demo")
+    return read_config(folder)
+
+
+def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int) -> list[int]:
+    """Class numbers from numbers or names.
+
+    Raises:
+        ValueError: for one that does not exist.
+    """
+    found = []
+    for label in labels:
+        if names and label in names:
+            found.append(list(names).index(label))
+        elif label.isdigit() and int(label) < count:
+            found.append(int(label))
+        else:
+            known = f" ({', '.join(names[:5])}, ...)" if names else ""
+            raise ValueError(
+                f"there is no class {label!r}: classes are numbered 0 to {count - 1}, or called by "
+                f"their names{known}"
+            )
+    return found

@@ -1,0 +1,406 @@
+"""Options that several commands share, and options that come from files.
+
+Names are those of timm's train.py and validate.py where timm has the option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wfnet import backends
+from wfnet.cli.runs import RUN_FILE, read_run
+from wfnet.data.open import NAMES as DATA_NAMES
+
+# Of each set, an option on the command line takes the place of the others' recorded values.
+_ALTERNATIVES = (
+    {"steps", "epochs"},
+    {"data", "data_dir"},
+    {"pretrained", "checkpoint"},
+)
+# Say what the command does this time; never taken from a file.
+_OF_THIS_CALL = {"command", "run", "saved", "config", "resume", "folder", "force", "dry_run",
+                 "debug", "quiet", "help"}  # fmt: skip
+# What evaluate and bake take over from the run that they work on.
+DESCRIPTION = frozenset(
+    ("model", "pretrained", "checkpoint", "num_classes", "model_kwargs", "in_chans", "img_size")
+    + ("data", "data_dir", "mean", "std", "interpolation", "crop_pct", "val_split", "seed")
+)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples, fills descriptions, shows defaults that say something."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=32, width=100)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        silent = action.default is None or action.default is False or action.nargs == 0
+        text = action.help
+        if text is None or silent or "default" in text or not action.option_strings:
+            return text
+        return f"{text} (default: %(default)s)"
+
+
+# -- groups ---------------------------------------------------------------------------------------
+
+
+def add_help_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("messages")
+    group.add_argument("--quiet", action="store_true", help="only warnings and results")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The classifier, before any filters."""
+    group = parser.add_argument_group("classifier")
+    group.add_argument(
+        "--model",
+        metavar="NAME",
+        help="a name of timm (resnet50), of torchvision (torchvision/resnet50), or one of the "
+        "small networks small/resnet, small/vgg, small/vit",
+    )
+    group.add_argument(
+        "--pretrained", action="store_true", help="weights of timm or torchvision (may download)"
+    )
+    group.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="weights of your own: safetensors, or .pth with tensors only (nothing is unpickled)",
+    )
+    group.add_argument(
+        "--num-classes",
+        type=whole(2),
+        metavar="N",
+        help="classes of the classifier; known from the data and from pretrained weights",
+    )
+    group.add_argument(
+        "--in-chans",
+        type=whole(1),
+        metavar="N",
+        help="image channels; known from the model, and from the data for small networks",
+    )
+    group.add_argument(
+        "--model-kwargs",
+        nargs="*",
+        type=key_value,
+        metavar="KEY=VALUE",
+        help="arguments of the model's constructor, for example width=16",
+    )
+
+
+def add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Images, and how they become the network's input."""
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        help="image folder with train/<class>/*.jpg and val/<class>/*.jpg; with --data mnist or "
+        "cifar10 the folder of their files",
+    )
+    group.add_argument("--data", choices=DATA_NAMES, help="a data set by name")
+    group.add_argument(
+        "--img-size", type=whole(8), metavar="PIXELS", help="image size; known from the model"
+    )
+    group.add_argument(
+        "--mean", nargs="+", type=float, metavar="X", help="normalisation; known from the model"
+    )
+    group.add_argument("--std", nargs="+", type=above_zero, metavar="X")
+    group.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic, ...")
+    group.add_argument(
+        "--crop-pct", type=fraction, metavar="X", help="part kept by the centre crop"
+    )
+    group.add_argument(
+        "--val-split",
+        type=fraction,
+        default=0.1,
+        metavar="X",
+        help="part of the training images on which settings are judged (a folder with test/ has "
+        "its own: val/)",
+    )
+
+
+def add_compute_options(parser: argparse.ArgumentParser, workers: int = 4) -> None:
+    """Where and how it runs; none of them changes what is computed."""
+    group = parser.add_argument_group("computing")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    group.add_argument("--amp", action="store_true", help="compute in bfloat16 where it is safe")
+    group.add_argument("--channels-last", action="store_true", help="channels-last memory layout")
+    group.add_argument(
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold BatchNorm, residual and ReLU into the convolutions (default: yes)",
+    )
+    group.add_argument(
+        "--backend",
+        choices=backends.NAMES,
+        default="auto",
+        help="who computes masked layers; auto picks what measured fastest",
+    )
+    group.add_argument(
+        "-j",
+        "--workers",
+        type=whole(0),
+        default=workers,
+        metavar="N",
+        help="processes that decode images",
+    )
+    add_threads_option(group)
+
+
+def add_threads_option(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads of PyTorch")
+
+
+# -- types ----------------------------------------------------------------------------------------
+
+
+def whole(least: int):
+    """An integer of at least ``least``."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        if value is None or value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+        return value
+
+    return convert
+
+
+def above_zero(text: str) -> float:
+    value = _number(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
+def not_negative(text: str) -> float:
+    value = _number(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = _number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
+    return value
+
+
+def log_base(text: str) -> float:
+    """Base of a logarithm: a number above 1, or e."""
+    value = math.e if text == "e" else _number(text)
+    if not value > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not e or a number above 1")
+    return value
+
+
+def _number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return value
+
+
+def key_value(text: str) -> tuple[str, Any]:
+    """``width=16`` -> ("width", 16); values are Python literals, else text."""
+    key, equals, value = text.partition("=")
+    if not key.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+# -- options from files ---------------------------------------------------------------------------
+
+
+def fill_from_files(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """Parses the command line over the options of ``--config FILE`` or of a recorded run.
+
+    ``untrain --resume RUN`` and ``--config FILE`` take all recorded options; ``evaluate RUN`` and
+    ``bake RUN`` those that describe classifier and data. What stands on the command line wins.
+
+    Raises:
+        FileNotFoundError, ValueError: for a file that is missing, damaged, or has an option that
+            the command does not know or a value that does not fit.
+    """
+    options = parser.parse_args(arguments)
+    recorded: dict[str, Any] = {}
+    origin: Path | None = None
+    if getattr(options, "config", None):
+        origin = Path(options.config)
+        recorded = read_options(origin)
+    elif options.command == "untrain" and options.resume in (None, "auto"):
+        return options
+    elif options.command == "untrain":
+        folder, origin, run = _run(options.resume)
+        if run.get("command") != "untrain":
+            raise ValueError(
+                f"{folder} holds a run of `wfnet {run.get('command')}`, not of `wfnet untrain`; "
+                "run that command again to continue it"
+            )
+        recorded = run["options"]
+    elif (named := _named_run(options)) and Path(named, RUN_FILE).is_file():
+        _, origin, run = _run(named)
+        recorded = {k: v for k, v in run["options"].items() if k in DESCRIPTION}
+    if not recorded:
+        return options
+    chosen = _command_parser(parser, options.command)
+    given = _given(parser, chosen, arguments)
+    dropped = {name for names in _ALTERNATIVES if names & given for name in names}
+    defaults = _checked(chosen, recorded, origin)
+    chosen.set_defaults(**{k: v for k, v in defaults.items() if k not in dropped})
+    return parser.parse_args(arguments)
+
+
+def _named_run(options: argparse.Namespace) -> str | None:
+    """The run that evaluate or bake works on."""
+    return getattr(options, "folder", None) or getattr(options, "resume", None)
+
+
+def _run(folder: str) -> tuple[Path, Path, dict[str, Any]]:
+    path = Path(folder)
+    return path, path / RUN_FILE, read_run(path)
+
+
+def read_options(path: Path) -> dict[str, Any]:
+    """Options from a JSON or YAML file, or from the ``config.json`` of a run."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; --config takes a JSON or YAML file")
+    if path.name == RUN_FILE:
+        return read_run(path.parent)["options"]
+    text = path.read_text()
+    try:
+        content = json.loads(text) if path.suffix == ".json" else _yaml(path).safe_load(text)
+    except ImportError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable options file: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold options by name (lr: 0.3), not a {_kind(content)}")
+    return content
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return importlib.import_module("yaml")
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is read as YAML, which needs pyyaml (`pip install pyyaml`); or write it as "
+            "JSON in a file that ends in .json"
+        ) from error
+
+
+def _kind(content: object) -> str:
+    return "nothing" if content is None else type(content).__name__
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _command_parser(parser: argparse.ArgumentParser, command: str) -> argparse.ArgumentParser:
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return subparsers.choices[command]
+
+
+def _given(
+    parser: argparse.ArgumentParser, chosen: argparse.ArgumentParser, arguments: Sequence[str]
+) -> set[str]:
+    """Names of the options that stand on the command line."""
+    defaults = {action: action.default for action in chosen._actions}
+    for action in chosen._actions:
+        action.default = argparse.SUPPRESS
+    try:
+        return set(vars(parser.parse_args(arguments)))
+    finally:
+        for action, default in defaults.items():
+            action.default = default
+
+
+def _checked(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], origin: Path
+) -> dict[str, Any]:
+    """``values`` by the names of the parsed options, converted and checked as on the line."""
+    actions = {
+        name.lstrip("-").replace("-", "_"): action
+        for action in parser._actions
+        for name in (*action.option_strings, action.dest)
+        if not name.startswith("--no-")
+    }
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        key = str(name).lstrip("-").replace("-", "_")
+        if key in _OF_THIS_CALL or value is None:
+            continue
+        action = actions.get(key)
+        if action is None:
+            near = difflib.get_close_matches(key, actions, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{origin}: `{parser.prog}` has no option {name!r}{hint}")
+        checked[action.dest] = _value(action, value, f"{origin}: {name}")
+    return checked
+
+
+def _value(action: argparse.Action, value: Any, where: str) -> Any:
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise ValueError(f"{where} must be true or false, not {value!r}")
+        return value
+    if action.nargs in ("*", "+"):
+        if not isinstance(value, list | tuple | dict):
+            value = [value]
+        if isinstance(value, dict):
+            value = [f"{k}={v!r}" for k, v in value.items()]
+        return [_scalar(action, item, where) for item in value]
+    if isinstance(value, list | dict):
+        raise ValueError(f"{where} must be a single value, not {value!r}")
+    return _scalar(action, value, where)
+
+
+def _scalar(action: argparse.Action, value: Any, where: str) -> Any:
+    if action.type is key_value and isinstance(value, list | tuple):
+        return tuple(value)
+    if isinstance(value, bool):
+        raise ValueError(f"{where} must be a value, not {value!r}")
+    try:
+        converted = str(value) if action.type is None else action.type(str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if action.choices is not None and converted not in action.choices:
+        raise ValueError(
+            f"{where}: {value!r} is not one of {', '.join(str(c) for c in action.choices)}"
+        )
+    return converted
+
+
+def recorded(options: argparse.Namespace) -> dict[str, Any]:
+    """The options as they go into ``config.json``."""
+    values = {k: v for k, v in vars(options).items() if k not in _OF_THIS_CALL}
+    if values.get("model_kwargs"):
+        values["model_kwargs"] = dict(values["model_kwargs"])
+    return values

@@ -1,0 +1,104 @@
+"""The folder of a run: ``config.json`` with every option, so that no later command repeats them."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_json
+from wfnet.untraining import CHECKPOINT_NAME
+from wfnet.version import __version__
+
+RUN_FILE = "config.json"
+FIGURES = ("overview.png", "accuracy_per_class.png", "gates.png")
+# What belongs to one run, in the order in which it is made; a new run replaces all of it.
+RUN_FILES = (
+    RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv",
+    "training_curves.png", "evaluation.json", "evaluation.csv", *FIGURES,
+)  # fmt: skip
+_PATHS = ("data_dir", "checkpoint")
+_PACKAGES = ("torch", "numpy", "safetensors", "timm", "torchvision", "triton", "scikit-learn",
+             "matplotlib")  # fmt: skip
+
+
+def check_writable(folder: Path) -> None:
+    """Makes ``folder`` and writes a file there, so that a long run does not end at its output.
+
+    Raises:
+        OSError: if it cannot be written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0")
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the output folder cannot be written to ({error.strerror}); choose another --output",
+            str(folder),
+        ) from error
+
+
+def write_run(folder: Path, command: str, options: dict[str, Any], **more: Any) -> None:
+    """Writes ``config.json``: command, options, versions, and whatever else is known of the run.
+
+    Files inside the folder are recorded relative to it, so that it can be moved; others in full.
+    """
+    values = dict(options)
+    for name in _PATHS:
+        if values.get(name):
+            path = Path(values[name])
+            path = path if path.is_absolute() else Path.cwd() / path
+            inside = path.is_relative_to(folder.absolute())
+            values[name] = str(path.relative_to(folder.absolute()) if inside else path)
+    content = {"command": command, "options": values, **more, "versions": versions()}
+    write_json(folder / RUN_FILE, content)
+
+
+def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+    """What :func:`write_run` wrote, with paths that can be opened from here.
+
+    Raises:
+        FileNotFoundError, ValueError: if it is missing or damaged.
+    """
+    path = Path(folder) / RUN_FILE
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist, so {Path(folder)} is no run of wfnet; `wfnet untrain` and "
+            "`wfnet demo` make such folders"
+        )
+    try:
+        content = json.loads(path.read_text())
+        options = content["options"]
+        if not isinstance(options, dict) or not isinstance(content["command"], str):
+            raise ValueError("its options are not a table")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged or no record of a run ({error}); restore it, or give the options "
+            "on the command line for a folder without it"
+        ) from error
+    for name in _PATHS:
+        if options.get(name):
+            options[name] = str(Path(folder) / options[name])  # an absolute one stays as it is
+    return content
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes; packages are not imported for it."""
+    found = {"wfnet": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if torch.cuda.is_available():
+        found["cuda"] = str(torch.version.cuda)
+        found["device"] = torch.cuda.get_device_name()
+    return found

@@ -1,0 +1,360 @@
+"""`wfnet untrain`: learn filters for all classes of a classifier."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import math
+import os
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wfnet.cli.inputs import (
+    choose_device,
+    count_classes,
+    data_name,
+    make_classifier,
+    open_images,
+)
+from wfnet.cli.options import (
+    HelpFormatter,
+    above_zero,
+    add_compute_options,
+    add_data_options,
+    add_model_options,
+    not_negative,
+    recorded,
+    whole,
+)
+from wfnet.cli.runs import RUN_FILES, check_writable, write_run
+from wfnet.data import Dataset, Splits, limit_per_class, select
+from wfnet.network import WFNet
+from wfnet.training import accuracy
+from wfnet.untraining import CHECKPOINT_NAME, UntrainConfig, UntrainResult, untrain
+
+logger = logging.getLogger("wfnet")
+
+EXAMPLE = """example:
+  wfnet untrain --data-dir /data/imagenet --model resnet50 --pretrained -b 256 --output runs/r50
+  wfnet untrain --resume runs/r50           (goes on where an interrupted run stopped)
+  wfnet evaluate runs/r50
+  wfnet bake runs/r50 --forget 281"""
+# Images that the original network classifies before untraining starts, at most.
+_LOOK_AT = 1000
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "untrain",
+        help="learn filters for all classes of a timm or torchvision classifier",
+        description="Learn filters for all classes of a classifier in one round. Its weights stay "
+        "as they are; the output folder gets filters, history, checkpoints and every option.",
+        usage="wfnet untrain --data-dir DIR --model NAME [options]",
+        epilog=EXAMPLE,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run, saved=saved)
+    add_data_options(parser)
+    add_model_options(parser)
+    _add_method_options(parser)
+    group = parser.add_argument_group("output")
+    group.add_argument(
+        "--output", metavar="DIR", help="folder of the run (default: runs/MODEL-DATA)"
+    )
+    group.add_argument("--experiment", metavar="NAME", help="a folder of that name in --output")
+    group.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="RUN",
+        help="go on with the run in folder RUN and its options; without a name, with the one in "
+        "the output folder, if there is one",
+    )
+    group.add_argument(
+        "--force", action="store_true", help="replace a run that is in the output folder"
+    )
+    group.add_argument(
+        "--config", metavar="FILE", help="options from a YAML or JSON file, or a run's config.json"
+    )
+    group.add_argument(
+        "--checkpoint-every", type=whole(1), metavar="N",
+        help="steps between checkpoints (default: five an epoch)",
+    )  # fmt: skip
+    group.add_argument(
+        "--log-interval",
+        type=above_zero,
+        default=30.0,
+        metavar="SECONDS",
+        help="time between lines of progress where the output is no terminal",
+    )
+    group.add_argument("--dry-run", action="store_true", help="check everything, show the plan")
+    add_compute_options(parser)
+    return parser
+
+
+def _add_method_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "untraining", "Options without a default here have that of the recipe."
+    )
+    group.add_argument(
+        "--recipe",
+        choices=("balanced", "paper"),
+        default="balanced",
+        help="balanced forgets evenly and retains by distillation; paper has the authors' settings",
+    )
+    group.add_argument(
+        "--targets", nargs="+", metavar="NAME",
+        help="layers to mask: names or patterns (default: qkv projections, else convolutions)",
+    )  # fmt: skip
+    group.add_argument("--steps", type=whole(1), metavar="N", help="length of the run in steps ...")
+    group.add_argument("--epochs", type=above_zero, metavar="N", help="... or in epochs")
+    group.add_argument(
+        "-b", "--batch-size", type=whole(2), metavar="N", help="images of a minibatch, even"
+    )
+    group.add_argument(
+        "-M", "--label-expansion", type=whole(1), metavar="M",
+        help="rows that each retained image goes through",
+    )  # fmt: skip
+    group.add_argument("--lr", type=above_zero, metavar="X", help="learning rate")
+    group.add_argument("--opt", choices=("row_adam", "sgd"), help="optimiser")
+    group.add_argument("--sched", choices=("cosine", "constant"), help="learning-rate schedule")
+    for number, meaning in enumerate(("retaining", "forgetting", "open gates")):
+        also = "" if number == 1 else " (recipe paper)"
+        group.add_argument(
+            f"--lambda{number}", type=not_negative, metavar="X", help=f"weight of {meaning}{also}"
+        )
+    group.add_argument(
+        "--distil", action=argparse.BooleanOptionalAction,
+        help="retain by distillation, or by cross entropy",
+    )  # fmt: skip
+    group.add_argument(
+        "--share-images", action=argparse.BooleanOptionalAction,
+        help="the same images serve the forget and the retain half",
+    )  # fmt: skip
+    group.add_argument("--sampler", choices=("round_robin", "shuffled"), help="order of images")
+    group.add_argument("--clip", type=above_zero, metavar="X", help="bound on filter entries")
+    group.add_argument(
+        "--alpha-init", type=float, default=3.0, metavar="X", help="first value of filter entries"
+    )
+    group.add_argument(
+        "--augment", action="store_true", help="crop and mirror training images at random"
+    )
+    group.add_argument(
+        "--patience", type=whole(1), metavar="N",
+        help="stop after so many validations without improvement",
+    )  # fmt: skip
+    group.add_argument(
+        "--validations-per-epoch", type=above_zero, metavar="N", help="looks at validation images"
+    )
+    group.add_argument(
+        "--stop-on", choices=("accuracy", "loss"), help="what validations are compared by"
+    )
+    group.add_argument(
+        "--max-corrupt", type=whole(0), metavar="N", help="corrupt images that are left out"
+    )
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+
+
+# Options of UntrainConfig that have the same name on the command line, and those that have timm's.
+_SAME_NAME = (
+    "steps", "epochs", "batch_size", "label_expansion", "lr", "lambda0", "lambda1", "lambda2",
+    "distil", "share_images", "sampler", "clip", "patience", "validations_per_epoch", "stop_on",
+    "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every",
+)  # fmt: skip
+_TIMM_NAME = {"optimizer": "opt", "schedule": "sched"}
+
+
+def make_config(options: argparse.Namespace, num_classes: int) -> UntrainConfig:
+    """The recipe with what the command line changes."""
+    changes = {name: getattr(options, name) for name in _SAME_NAME}
+    changes |= {name: getattr(options, theirs) for name, theirs in _TIMM_NAME.items()}
+    changes["amp"] = "bfloat16" if options.amp else None
+    if "fuse" in {field.name for field in fields(UntrainConfig)}:
+        changes["fuse"] = options.fuse
+    changes = {name: value for name, value in changes.items() if value is not None}
+    return UntrainConfig.recipe(options.recipe, num_classes, **changes)
+
+
+def run_folder(options: argparse.Namespace) -> Path:
+    """The folder of the run."""
+    if options.resume not in (None, "auto"):
+        return Path(options.resume)
+    if options.output is None:
+        model = (options.model or "network").replace("/", "-").replace(":", "-")
+        data = Path(options.data or options.data_dir or "data").resolve().name
+        folder = Path("runs", f"{model}-{data}")
+    else:
+        folder = Path(options.output)
+    return folder / options.experiment if options.experiment else folder
+
+
+def saved(options: argparse.Namespace) -> str:
+    """What is on disk when the run was interrupted."""
+    folder = run_folder(options)
+    if not (folder / CHECKPOINT_NAME).is_file():
+        return "no checkpoint was written yet"
+    return (
+        f"the last checkpoint is in {folder}: `wfnet untrain --resume {folder}` goes on from "
+        "there and ends as if nothing had happened"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    _space_out_progress(options.log_interval)
+    folder = run_folder(options)
+    device = choose_device(options.device)
+    num_classes = count_classes(options)
+    config = make_config(options, num_classes)
+    if not options.dry_run:
+        _check_folder(folder, options)
+    classifier = make_classifier(options, num_classes, data_name(options))
+    data = open_images(options, classifier, options.augment)
+    net = WFNet(
+        classifier,
+        num_classes,
+        targets=options.targets,
+        alpha_init=options.alpha_init,
+        normalize_gate=options.recipe != "paper",
+        backend=options.backend,
+        fuse=options.fuse,
+    ).to(device)
+    _show_plan(options, net, data, config, folder)
+    if options.dry_run:
+        return 0
+    _check_original(classifier.to(device), data.validation, options)
+    if not (folder / CHECKPOINT_NAME).exists():
+        write_run(folder, "untrain", recorded(options), classes=data.classes)
+    result = untrain(
+        net,
+        data.train,
+        data.validation,
+        config,
+        folder,
+        resume=options.resume is not None,
+        progress=not options.quiet,
+    )
+    write_run(folder, "untrain", recorded(options), classes=data.classes, result=summary(result))
+    _draw_curves(result, folder)
+    _show_result(result, folder)
+    return 0
+
+
+def summary(result: UntrainResult) -> dict[str, Any]:
+    """What a run came to, for ``config.json``."""
+    return {
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "stopped_early": result.stopped_early,
+        "seconds": round(result.seconds, 2),
+        "corrupt_images": len(result.corrupt_images),
+        **(
+            {}
+            if result.best is None
+            else {"validation_acc_r": result.best.acc_r, "validation_acc_f": result.best.acc_f}
+        ),
+    }
+
+
+def _check_folder(folder: Path, options: argparse.Namespace) -> None:
+    check_writable(folder)
+    if options.resume is not None:
+        return
+    found = [name for name in RUN_FILES if (folder / name).exists()]
+    if not found:
+        return
+    if not options.force:
+        raise FileExistsError(
+            f"{folder} holds a run already: --resume goes on with it, --force replaces it, and "
+            "another --output or --experiment leaves it alone"
+        )
+    for name in found:
+        (folder / name).unlink()
+
+
+def _show_plan(
+    options: argparse.Namespace,
+    net: WFNet,
+    data: Splits,
+    config: UntrainConfig,
+    folder: Path,
+) -> None:
+    weights = sum(p.numel() for p in net.model.parameters())
+    filters = sum(p.numel() for p in net.filter_parameters())
+    images = config.batch_size // 2 if config.share_images else config.batch_size
+    steps = config.steps or max(1, round(config.epochs * len(data.train) / images))
+    samples = config.batch_size // 2 * (1 + config.label_expansion)
+    moments = 3 if config.optimizer == "row_adam" else 1
+    lines = [
+        f"data        {data}",
+        f"network     {options.model}, {weights - filters:,} frozen weights",
+        f"filters     {len(net.masked_layers)} layers, {filters // net.num_classes:,} gates for "
+        f"each of {net.num_classes} classes: {_megabytes(4 * filters)}, with the optimiser's state "
+        f"{_megabytes(4 * moments * filters)}",
+        f"untraining  recipe {options.recipe}: up to {steps:,} steps of {images} images, "
+        f"{samples} samples each under its row; lr {config.lr:g}, seed {config.seed}",
+        f"output      {folder}",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _check_original(classifier: torch.nn.Module, images: Dataset, options: argparse.Namespace):
+    """A network that cannot classify its images has the wrong weights, classes or normalisation."""
+    few = select(images, limit_per_class(images.labels, _per_class(images), options.seed))
+    share = accuracy(classifier, few, workers=options.workers)
+    chance = 1 / len(images.classes)
+    print(
+        f"before      the original network classifies {share:.2%} of {len(few):,} validation "
+        "images correctly",
+        flush=True,
+    )
+    if share < max(2 * chance, chance + 0.05):
+        logger.warning(
+            "this is hardly better than guessing (%.2f%%): check the weights, the order of the "
+            "classes, and the normalisation (--mean, --std)",
+            100 * chance,
+        )
+
+
+def _per_class(images: Dataset) -> int:
+    return max(1, math.ceil(_LOOK_AT / max(len(images.classes), 1)))
+
+
+def _space_out_progress(seconds: float) -> None:
+    """Where stderr is a file, tqdm is to write a line every so often, not ten a second."""
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", f"{seconds:g}")  # read when tqdm is imported
+
+
+def _draw_curves(result: UntrainResult, folder: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    figures = importlib.import_module("wfnet.figures")
+    figures.training_curves(result.history, folder / "training_curves.png")
+
+
+def _show_result(result: UntrainResult, folder: Path) -> None:
+    how = ", stopped early" if result.stopped_early else ""
+    print(f"\ndone        {result.steps:,} steps in {result.seconds:,.1f} s{how}")
+    if result.best is not None:
+        print(
+            f"validation  Acc_r {result.best.acc_r:.2%}, Acc_f {result.best.acc_f:.2%} "
+            f"(filters of step {result.best_step:,})"
+        )
+    if result.corrupt_images:
+        print(f"left out    {len(result.corrupt_images)} corrupt images, named above")
+    print(
+        f"filters     {folder}\n\nnext:\n"
+        f"  wfnet evaluate {folder}\n"
+        f"  wfnet bake {folder} --forget 0"
+    )
