@@ -52,8 +52,8 @@ FONTS = (
 )
 # Computer Modern's encodings hold other characters at code points beyond these.
 COMPUTER_MODERN = frozenset(DIGITS + LETTERS + LETTERS.lower())
-# Strengths of noise. `create("resnet", 100)` reaches 99.4% of a hundred classes at EASY and 87.9% at
-# HARD (test images; 200 images of each class in all, 6 epochs, distortion 0.7).
+# Strengths of noise. `create("resnet", 100)` reaches 99.4% of a hundred classes at EASY and
+# 87.9% at HARD (test images; 200 images of each class in all, 6 epochs, distortion 0.7).
 EASY, HARD = 0.05, 0.3
 DISTORTION = 0.7
 MEAN, STD = (0.5,), (0.25,)
