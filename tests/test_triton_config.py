@@ -373,9 +373,8 @@ def test_explain_names_config_and_reason(monkeypatch):
     )
     assert "pointer path" in text
     assert "persistent" in backend.explain_linear(torch.zeros(2, 7, 16), torch.zeros(8, 16))
-    source = torch.tensor([0, 1, 1])
-    assert "box" in backend.explain_linear(torch.zeros(2, 7, 16), torch.zeros(8, 16), source)
-    assert "box" in backend.explain_conv2d(X, W, ConvGeometry(), torch.tensor([0, 0]))
+    assert "box" in backend.explain_linear(torch.zeros(2, 7, 16), torch.zeros(8, 16), batch=3)
+    assert "box" in backend.explain_conv2d(X, W, ConvGeometry(), batch=2)
 
 
 def test_launchers_check_their_tensors():

@@ -7,7 +7,7 @@ ever computed. ``torch.func`` transforms and forward-mode differentiation raise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.autograd.forward_ad
@@ -95,7 +95,8 @@ def wf_conv2d(
     x, weight, bias = _autocast(x, weight, bias)
     _check_call(x, weight, bias, alpha_weight, alpha_bias)
     rows, source = _resolve_rows(selection, source, x, x.shape[0], alpha_weight.shape[0])
-    name = _choose(backend, lambda engine: engine.refuse_conv2d(x, weight, geometry))
+    batch = rows.shape[0]
+    name = _choose(backend, x, lambda b: b.measured_fastest_conv2d(x, weight, geometry, batch))
     if name == "reference":
         return reference.wf_conv2d(
             x, weight, bias, alpha_weight, alpha_bias, rows, geometry.stride, geometry.padding,
@@ -157,7 +158,8 @@ def wf_linear(
     images, windows = _images_and_windows(x, selection, source)
     rows, source = _resolve_rows(selection, source, x, images, alpha_weight.shape[0])
     tokens = x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
-    name = _choose(backend, lambda engine: engine.refuse_linear(tokens, weight))
+    batch = rows.shape[0]
+    name = _choose(backend, x, lambda b: b.measured_fastest_linear(tokens, weight, batch))
     if name == "reference":
         y = reference.wf_linear(
             tokens, weight, bias, alpha_weight, alpha_bias, rows, gate_scale, source
@@ -179,47 +181,55 @@ def explain(
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
     backend: str = "auto",
+    batch: int | None = None,
 ) -> str:
     """Which backend a call would take, and why each other one would not run or was not chosen.
 
     Args:
         x: ``[N, C, H, W]`` for a convolution (4-D ``weight``), ``[N, ..., C]`` for a linear map.
         weight: ``[O, C / groups, R, S]`` or ``[O, C]``.
+        batch: samples that ``source`` expands ``x`` to; None without ``source``.
 
     Returns:
-        One line per backend.
+        The choice and its reason, then one line per backend.
     """
+    samples = x.shape[0] if batch is None else batch
     if weight.dim() == 4:
         x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
-
-        def refuse(engine: backends.Backend) -> str | None:
-            return engine.refuse_conv2d(x, weight, geometry)
+        chosen = _choose(
+            backend, x, lambda b: b.measured_fastest_conv2d(x, weight, geometry, samples)
+        )
+        says = {
+            name: backends.get(name).explain_conv2d(x, weight, geometry, batch)
+            for name in backends.KERNELS
+        }
     else:
         tokens = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
+        chosen = _choose(backend, x, lambda b: b.measured_fastest_linear(tokens, weight, samples))
+        says = {
+            name: backends.get(name).explain_linear(tokens, weight, batch)
+            for name in backends.KERNELS
+        }
+    if backends.requested(backend) != "auto":
+        why = "asked for by name"
+    elif chosen == "eager":
+        why = "auto, and no measurement on this device says that another backend is faster"
+    else:
+        why = "auto, measured fastest on this device"
+    lines = [f"{chosen}: chosen ({why})"]
+    return "\n".join(lines + [f"{name}: {text}" for name, text in says.items()])
 
-        def refuse(engine: backends.Backend) -> str | None:
-            return engine.refuse_linear(tokens, weight)
 
-    chosen = _choose(backend, refuse)
-    lines = [f"{chosen}: chosen ({'asked for by name' if backend != 'auto' else 'auto'})"]
-    for name in backends.NAMES:
-        if name in ("auto", "reference", chosen):
-            continue
-        reason = refuse(backends.get(name))
-        lines.append(f"{name}: {'can run, not chosen' if reason is None else reason}")
-    return "\n".join(lines)
-
-
-def _choose(backend: str, refuse) -> str:
-    """The backend's name; raises if one asked for by name cannot run the call."""
+def _choose(backend: str, x: Tensor, fastest: Callable[[backends.Backend], bool]) -> str:
+    """The backend's name. ``auto`` leaves eager only where a measurement on this device says so."""
     name = backends.requested(backend)
-    if name == "auto":
-        return "eager"
-    if name != "reference" and (reason := refuse(backends.get(name))) is not None:
-        raise RuntimeError(
-            f"backend {name!r} cannot run this call: {reason}; choose another backend, or 'auto'"
-        )
-    return name
+    if name != "auto":
+        return name
+    if x.device.type == "cuda" and not torch.compiler.is_compiling():
+        for other in backends.KERNELS:
+            if other != "eager" and fastest(backends.get(other)):
+                return other
+    return "eager"
 
 
 def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:

@@ -13,6 +13,8 @@ checked in :mod:`wfnet.functional`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -102,6 +104,25 @@ def _filter_gradients(
     )
 
 
+def _conv2d_backend(name: str, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Backend:
+    return _willing(name, lambda backend: backend.refuse_conv2d(x, weight, geometry))
+
+
+def _linear_backend(name: str, x: Tensor, weight: Tensor) -> Backend:
+    return _willing(name, lambda backend: backend.refuse_linear(x, weight))
+
+
+def _willing(name: str, refuse: Callable[[Backend], str | None]) -> Backend:
+    """The backend called ``name``; a clear error if it cannot run the call, never another one."""
+    backend = backends.get(name)
+    reason = refuse(backend)
+    if reason is not None:
+        raise RuntimeError(
+            f"backend {name!r} cannot run this call: {reason}; choose another backend, or 'auto'"
+        )
+    return backend
+
+
 def _geometry(
     stride: list[int], padding: list[int], dilation: list[int], groups: int
 ) -> ConvGeometry:
@@ -126,10 +147,10 @@ def _conv2d(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masked convolution; ``x`` [N,C,H,W], ``forget`` [B,J], ``out`` [B,O,P,Q]."""
-    engine = backends.get(backend)
+    geometry = _geometry(stride, padding, dilation, groups)
+    engine = _conv2d_backend(backend, x, weight, geometry)
     memory_format = memory_format_of(x, weight)
     scale, shift = _tables(engine, bias, alpha_weight, alpha_bias, forget, gate_scale)
-    geometry = _geometry(stride, padding, dilation, groups)
     out, saved = engine.conv2d(
         x.contiguous(memory_format=memory_format), weight, scale, shift, source, geometry, save
     )
@@ -146,14 +167,14 @@ def _(
     x, weight, bias, alpha_weight, alpha_bias, forget, source,
     stride, padding, dilation, groups, gate_scale, backend, save,
 ):  # fmt: skip
+    geometry = _geometry(stride, padding, dilation, groups)
+    engine = _conv2d_backend(backend, x, weight, geometry)
     memory_format = memory_format_of(x, weight)
-    size = _geometry(stride, padding, dilation, groups).output_size(
-        x.shape[2], x.shape[3], (weight.shape[2], weight.shape[3])
-    )
+    size = geometry.output_size(x.shape[2], x.shape[3], (weight.shape[2], weight.shape[3]))
     out = x.new_empty((forget.shape[0], weight.shape[0], *size)).to(memory_format=memory_format)
     saved = out.new_empty(0)
     if save:
-        rows = backends.get(backend).saved_batch(x.shape[0], out.shape[0])
+        rows = engine.saved_batch(x.shape[0], out.shape[0])
         saved = x.new_empty((rows, *out.shape[1:])).to(memory_format=memory_format)
     scale = _fake_table(alpha_weight, forget)
     return out, saved, scale, torch.empty_like(scale) if bias is not None else scale.new_empty(0)
@@ -260,7 +281,7 @@ def _linear(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masked linear map; ``x`` [N,T,C], ``forget`` [B,J], ``out`` [B,T,O]."""
-    engine = backends.get(backend)
+    engine = _linear_backend(backend, x, weight)
     scale, shift = _tables(engine, bias, alpha_weight, alpha_bias, forget, gate_scale)
     out, saved = engine.linear(x.contiguous(), weight, scale, shift, source, save)
     return (
@@ -275,10 +296,11 @@ def _linear(
 def _(
     x, weight, bias, alpha_weight, alpha_bias, forget, source, gate_scale, backend, save,
 ):  # fmt: skip
+    engine = _linear_backend(backend, x, weight)
     out = x.new_empty((forget.shape[0], x.shape[1], weight.shape[0]))
     saved = out.new_empty(0)
     if save:
-        rows = backends.get(backend).saved_batch(x.shape[0], out.shape[0])
+        rows = engine.saved_batch(x.shape[0], out.shape[0])
         saved = x.new_empty((rows, *out.shape[1:]))
     scale = _fake_table(alpha_weight, forget)
     return out, saved, scale, torch.empty_like(scale) if bias is not None else scale.new_empty(0)

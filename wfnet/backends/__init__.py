@@ -62,6 +62,26 @@ class Backend(ABC):
         """Why this backend cannot run the call, in one sentence; None if it can."""
         return None
 
+    def explain_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int) -> str:
+        """How this backend would run the call, or why it would not."""
+        reason = self.refuse_conv2d(x, weight, geometry)
+        return "can run" if reason is None else f"refused: {reason}"
+
+    def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
+        """As :meth:`explain_conv2d`."""
+        reason = self.refuse_linear(x, weight)
+        return "can run" if reason is None else f"refused: {reason}"
+
+    def measured_fastest_conv2d(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int
+    ) -> bool:
+        """Whether a committed measurement on this device says that this backend is the fastest."""
+        return False
+
+    def measured_fastest_linear(self, x: Tensor, weight: Tensor, batch: int) -> bool:
+        """As :meth:`measured_fastest_conv2d`."""
+        return False
+
     def saved_batch(self, sources: int, batch: int) -> int:
         """Samples in ``saved``: ``batch`` for the scaled branch, ``sources`` for unscaled ``u``."""
         return batch
@@ -184,7 +204,8 @@ class Backend(ABC):
 _MODULES = {"eager": "wfnet.backends.eager", "triton": "wfnet.backends.triton"}
 _loaded: dict[str, Backend] = {}
 
-NAMES = ("auto", "reference", *_MODULES)
+KERNELS = tuple(_MODULES)
+NAMES = ("auto", "reference", *KERNELS)
 
 
 def get(name: str) -> Backend:

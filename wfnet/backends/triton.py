@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wfnet.backends import Backend, ConvGeometry, gates
+from wfnet.backends.winners import winner
 
 try:
     import triton
@@ -46,6 +47,12 @@ def _refuse_tensor(x: Tensor) -> str | None:
     return None
 
 
+def _measured_fastest(op: str, shape: ConvShape | LinearShape, x: Tensor) -> bool:
+    device = torch.cuda.get_device_name(x.device)
+    dtype = str(x.dtype).removeprefix("torch.")
+    return winner(op, shape.key(), dtype, device) == "triton"
+
+
 class TritonBackend(Backend):
     """Implicit GEMM with the per-sample scale and shift in its epilogue.
 
@@ -74,39 +81,41 @@ class TritonBackend(Backend):
         return reason
 
     def explain_conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, source: Tensor | None = None
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None = None
     ) -> str:
         """Configs of forward and input gradient and the reasons for them, or the refusal."""
         refusal = self.refuse_conv2d(x, weight, geometry)
         if refusal is not None:
             return f"refused: {refusal}"
         images, filters = _channels_last(x), _channels_last(weight)
-        batch = x.shape[0] if source is None else source.shape[0]
+        gathers = batch is not None
+        batch = batch if gathers else x.shape[0]
         shape = _conv_shape(images, filters, batch, geometry)
         gradient_shape = _conv_shape(images, filters, x.shape[0], geometry)
         ag = images.new_empty((x.shape[0], shape.out_height, shape.out_width, shape.out_channels))
-        if shape.pointwise and source is None:
+        if shape.pointwise and not gathers:
             pixels = _pixels(shape)
             forward = linear.config_linear_fprop(images, filters, pixels, op="conv")
         else:
-            forward = conv_fprop.config_conv_fprop(images, filters, shape, source is not None)
+            forward = conv_fprop.config_conv_fprop(images, filters, shape, gathers)
         if shape.pointwise:
             backward = linear.config_linear_dgrad(ag, filters, _pixels(gradient_shape), op="conv")
         else:
             backward = conv_dgrad.config_conv_dgrad(ag, filters, gradient_shape)
         return _explained(forward, backward)
 
-    def explain_linear(self, x: Tensor, weight: Tensor, source: Tensor | None = None) -> str:
+    def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
         """Configs of forward and input gradient and the reasons for them, or the refusal."""
         refusal = self.refuse_linear(x, weight)
         if refusal is not None:
             return f"refused: {refusal}"
         x, weight = x.contiguous(), weight.contiguous()
-        batch = x.shape[0] if source is None else source.shape[0]
+        gathers = batch is not None
+        batch = batch if gathers else x.shape[0]
         shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
         own = LinearShape(x.shape[0], x.shape[1], x.shape[2], weight.shape[0])
         ag = x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
-        if source is None:
+        if not gathers:
             forward = linear.config_linear_fprop(x, weight, shape)
         else:
             pixels = ConvShape(
@@ -114,6 +123,23 @@ class TritonBackend(Backend):
             )
             forward = conv_fprop.config_conv_fprop(x, weight, pixels, True, op="linear")
         return _explained(forward, linear.config_linear_dgrad(ag, weight, own))
+
+    def measured_fastest_conv2d(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int
+    ) -> bool:
+        if triton is None or geometry.groups != 1:
+            return False
+        shape = ConvShape(
+            batch, x.shape[2], x.shape[3], x.shape[1], weight.shape[0], tuple(weight.shape[2:]),
+            geometry.stride, geometry.padding, geometry.dilation,
+        )  # fmt: skip
+        return _measured_fastest("conv2d", shape, x)
+
+    def measured_fastest_linear(self, x: Tensor, weight: Tensor, batch: int) -> bool:
+        if triton is None:
+            return False
+        shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
+        return _measured_fastest("linear", shape, x)
 
     def conv2d(
         self,
