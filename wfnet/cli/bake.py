@@ -142,8 +142,9 @@ class Agreement:
 
     def __str__(self) -> str:
         return (
-            f"equal to the filtered network within rounding: outputs up to {self.span:.1f} differ by "
-            f"at most {self.difference:.1e} ({self.predictions} of {self.images} predictions equal)"
+            f"equal to the filtered network within rounding: outputs up to {self.span:.1f} differ "
+            f"by at most {self.difference:.1e} ({self.predictions} of {self.images} predictions "
+            "equal)"
         )
 
 

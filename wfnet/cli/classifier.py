@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -253,6 +252,13 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     extra = [name for name in tensors if name not in wanted and not _is_counter(name)]
     wrong = [n for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape]
     kind = type(model).__name__
+    head = find_head(model)
+    if head is not None and wrong and set(wrong) <= {f"{head[0]}.weight", f"{head[0]}.bias"}:
+        raise ValueError(
+            f"{path} has weights for {len(tensors[wrong[0]])} classes, not for "
+            f"{len(wanted[wrong[0]])}; use it with the data that it was trained on (is a class "
+            "folder missing, or one too many?)"
+        )
     if wrong:
         name = wrong[0]
         raise ValueError(
@@ -283,7 +289,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, or is no checkpoint of PyTorch; it is not unpickled, "
             "because that can run any code: save model.state_dict() alone, or as safetensors"
         ) from error
-    except (RuntimeError, EOFError, safetensors.SafetensorError) as error:
+    except (RuntimeError, EOFError, OSError) as error:
         raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}") from error
     for name in _INSIDE:
         inner = content.get(name) if isinstance(content, dict) else None

@@ -20,14 +20,15 @@ from torch import nn
 from wfnet import models
 from wfnet.cli.bake import baked_name, save_baked, verify
 from wfnet.cli.classifier import load_weights
-from wfnet.cli.evaluate import draw
+from wfnet.cli.drawing import draw_evaluation, draw_training
+from wfnet.cli.inputs import wrap
 from wfnet.cli.options import HelpFormatter, add_threads_option, whole
-from wfnet.cli.runs import FIGURES, RUN_FILE, check_writable, read_run, versions, write_run
+from wfnet.cli.runs import CURVES, FIGURES, RUN_FILE, check_writable, read_run, versions, write_run
 from wfnet.data import Splits, open_data
 from wfnet.evaluation import EvaluationResult, evaluate
 from wfnet.network import WFNet
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_tensors
-from wfnet.training import accuracy, fit_classifier
+from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.untraining import CHECKPOINT_NAME, UntrainConfig, untrain
 
 logger = logging.getLogger("wfnet")
@@ -38,9 +39,6 @@ EXAMPLE = """example:
   wfnet demo --recipe paper --output demo-paper     (the authors' settings, to compare)"""
 BASE_NAME = "base.safetensors"
 DATA, CLASSES = "digits", 10
-# Epochs in which each network learns the digits.
-_EPOCHS = {"resnet": 8, "vgg": 8, "vit": 20}
-_SHIFT = 1  # pixels by which training images are moved at random
 _MAX_THREADS = 4  # more only wait for each other in networks this small
 
 
@@ -56,7 +54,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     parser.set_defaults(run=run, saved=saved)
     group = parser.add_argument_group("demo")
-    group.add_argument("--model", choices=tuple(_EPOCHS), default="resnet", help="network")
+    group.add_argument(
+        "--model", choices=tuple(SMALL_MODEL_SETTINGS), default="resnet", help="network"
+    )
     group.add_argument(
         "--recipe", choices=("balanced", "paper"), default="balanced",
         help="balanced forgets evenly; paper has the authors' settings",
@@ -72,7 +72,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--train-epochs", type=whole(1), metavar="N",
-        help=f"of training the network (default: {_EPOCHS['resnet']}, vit {_EPOCHS['vit']})",
+        help="of training the network (default: "
+        + ", ".join(f"{name} {given['epochs']}" for name, given in SMALL_MODEL_SETTINGS.items())
+        + ")",
     )  # fmt: skip
     group.add_argument("--force", action="store_true", help="do every stage again")
     add_threads_option(group)
@@ -139,7 +141,9 @@ class _Demo:
         self.options = options
         self.folder = Path(options.output)
         check_writable(self.folder)
-        self.epochs = options.train_epochs or _EPOCHS[options.model]
+        self.training = dict(SMALL_MODEL_SETTINGS[options.model])
+        if options.train_epochs:
+            self.training["epochs"] = options.train_epochs
         self.recorded = self._read()  # emptied by the first stage that is done again
         self.stages: dict[str, _Stage] = {}
         self.key: dict[str, Any] = {
@@ -226,7 +230,7 @@ class _Demo:
                 "seed": options.seed,
                 "recipe": options.recipe,
                 "steps": options.steps,
-                "train_epochs": self.epochs,
+                "train_epochs": options.train_epochs,
                 "forget": options.forget,
                 "threads": torch.get_num_threads(),
             },
@@ -248,33 +252,33 @@ class _Demo:
 
         def work(resume: bool) -> dict[str, Any]:
             fit_classifier(
-                model, data.train, self.epochs, seed=self.options.seed, shift=_SHIFT,
-                progress=self.progress,
-            )  # fmt: skip
+                model, data.train, seed=self.options.seed, progress=self.progress, **self.training
+            )
             write_tensors(path, model.state_dict(), {"format": "pt"})
             return {"test_accuracy": accuracy(model, data.test)}
 
-        chosen = {
-            "model": self.options.model, "seed": self.options.seed, "train_epochs": self.epochs,
-            "shift": _SHIFT, "images": len(data.train),
-        }  # fmt: skip
-        title = f"training the network on {len(data.train):,} images, {self.epochs} epochs"
+        chosen = {"model": self.options.model, "seed": self.options.seed, "training": self.training}
+        epochs = self.training["epochs"]
+        title = f"training the network on {len(data.train):,} images, {epochs} epochs"
         done = self.stage(1, title, "train", chosen, (BASE_NAME,), work)
-        load_weights(model, path)
+        # A new one: what is read from the file is what every later command has.
+        base = models.create(self.options.model, CLASSES)
+        load_weights(base, path)
+        base.to(memory_format=torch.channels_last)
         share = self.stages["train"].result["test_accuracy"]
         text = f"it reads {share:.1%} of {len(data.test)} test images correctly"
         self._tell("train", text, done is None)
-        return model.eval()
+        return base.eval()
 
     def untrain(self, base: nn.Module, data: Splits) -> WFNet:
         options = self.options
-        changes = {} if options.steps is None else {"steps": options.steps}
+        changes: dict[str, Any] = {"seed": options.seed, "channels_last": True}
+        if options.steps is not None:
+            changes["steps"] = options.steps
         if "fuse" in {field.name for field in fields(UntrainConfig)}:
             changes["fuse"] = _fuses(options.model)
-        config = UntrainConfig.recipe(options.recipe, CLASSES, seed=options.seed, **changes)
-        net = WFNet(
-            base, CLASSES, normalize_gate=options.recipe != "paper", fuse=_fuses(options.model)
-        )
+        config = UntrainConfig.recipe(options.recipe, CLASSES, **changes)
+        net = wrap(base, CLASSES, options.recipe, fuse=_fuses(options.model))
 
         def work(resume: bool) -> dict[str, Any]:
             if not resume:
@@ -294,7 +298,9 @@ class _Demo:
             f"untraining all {CLASSES} classes: {gates:,} gates for each, in "
             f"{len(net.masked_layers)} layers"
         )
-        chosen = {"recipe": options.recipe, "untraining": asdict(config)}
+        chosen = {
+            "recipe": options.recipe, "alpha_init": net.alpha_init, "untraining": asdict(config)
+        }  # fmt: skip
         done = self.stage(2, title, "untrain", chosen, files, work)
         if done is None:
             net = WFNet.from_pretrained(self.folder, base)
@@ -311,7 +317,9 @@ class _Demo:
         path = self.folder / "evaluation.json"
 
         def work(resume: bool) -> dict[str, Any]:
-            result = evaluate(net, data.test, seed=self.options.seed, progress=self.progress)
+            result = evaluate(
+                net, data.test, seed=self.options.seed, progress=self.progress, channels_last=True
+            )
             result.settings["split"] = "test"
             result.to_json(path)
             result.to_csv(path.with_suffix(".csv"))
@@ -322,8 +330,8 @@ class _Demo:
         result = EvaluationResult.from_json(path)
         _say("\n" + "\n".join(f"      {line}" for line in result.table().splitlines()))
         _say(
-            "      Acc_f: accuracy on the forgotten class (low is good); Acc_r: on all others (high "
-            "is good)"
+            "      Acc_f: accuracy on the forgotten class (low is good); Acc_r: on all others "
+            "(high is good)\n"
         )
         text = (
             f"accuracy on the forgotten class {result.original.acc_f:.1%} -> "
@@ -349,15 +357,11 @@ class _Demo:
 
     def draw(self, net: WFNet, result: EvaluationResult, data: Splits) -> None:
         def work(resume: bool) -> dict[str, Any]:
-            drawn = draw(result, net, data.classes, self.folder)
-            if drawn:
-                from wfnet import figures
+            history = json.loads((self.folder / "history.json").read_text())["history"]
+            drawn = draw_evaluation(result, net, data.classes, self.folder)
+            return {"drawn": drawn + draw_training(history, self.folder)}
 
-                history = json.loads((self.folder / "history.json").read_text())["history"]
-                figures.training_curves(history, self.folder / "training_curves.png")
-            return {"drawn": len(drawn)}
-
-        files = (*FIGURES, "training_curves.png")
+        files = (*FIGURES, CURVES)
         done = self.stage(5, "drawing figures", "draw", {}, files, work)
         self._tell("draw", f"{self.folder / FIGURES[0]} shows it all", done is None)
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import logging
 from pathlib import Path
 
 import torch
 
+from wfnet.cli.drawing import draw_evaluation
 from wfnet.cli.inputs import (
     check_run_folder,
     class_indices,
@@ -25,12 +23,10 @@ from wfnet.cli.options import (
     log_base,
     whole,
 )
-from wfnet.cli.runs import FIGURES, check_writable
+from wfnet.cli.runs import check_writable
 from wfnet.data import Dataset
 from wfnet.evaluation import EvaluationResult, evaluate
 from wfnet.network import WFNet
-
-logger = logging.getLogger("wfnet")
 
 EXAMPLE = """example:
   wfnet evaluate runs/r50                   (network and data as `wfnet untrain` recorded them)
@@ -130,18 +126,4 @@ def write_results(
     result.to_json(folder / "evaluation.json")
     result.to_csv(folder / "evaluation.csv")
     written = ["evaluation.json", "evaluation.csv"]
-    return written + (draw(result, net, images.classes, folder) if figures else [])
-
-
-def draw(result: EvaluationResult, net: WFNet, names: list[str], folder: Path) -> list[str]:
-    """Draws the figures of an evaluation; returns their names, none without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
-        logger.warning("no figures: matplotlib is not installed (`pip install wfnet[viz]`)")
-        return []
-    figures = importlib.import_module("wfnet.figures")
-    overview, accuracies, gates = FIGURES
-    figures.overview(result, net, folder / overview)
-    figures.accuracy_per_class(result, folder / accuracies)
-    rows = [record.index for record in result.records]
-    figures.gate_heatmap(net, folder / gates, classes=rows, names=names)
-    return list(FIGURES)
+    return written + (draw_evaluation(result, net, images.classes, folder) if figures else [])

@@ -12,13 +12,17 @@ import torch
 from torch import nn
 
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
-from wfnet.data import Splits, open_data
+from wfnet.data import Splits, mnist, open_data
 from wfnet.data.folder import class_folders
+from wfnet.layers import WFLinear
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 
 logger = logging.getLogger("wfnet")
 
+# Where qkv projections alone are masked, patches also reach the head past them. Gates that range up
+# to 1 / sigmoid(-1) = 3.7 can amplify instead of only attenuate, and forget far better.
+QKV_ALPHA_INIT = -1.0
 _GREY = ("digits", "mnist", "glyphs10", "glyphs26", "glyphs100")
 
 
@@ -55,6 +59,8 @@ def count_classes(options: argparse.Namespace) -> int:
         return len(class_folders(root / "train"))
     if name in ("mnist", "cifar10") and not options.data_dir:
         raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
+    if name == "mnist":
+        mnist.find_idx(options.data_dir, mnist.NAMES["train images"])
     return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
 
 
@@ -144,6 +150,31 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def wrap(
+    classifier: nn.Module,
+    num_classes: int,
+    recipe: str,
+    alpha_init: float | None = None,
+    **arguments: Any,
+) -> WFNet:
+    """The classifier with fresh filters as a recipe wants them.
+
+    Recipe ``paper`` has plain sigmoid gates. Recipe ``balanced`` has normalised ones; where only
+    qkv projections are masked they start low, at ``QKV_ALPHA_INIT``.
+
+    Args:
+        alpha_init: first value of the filters instead of the recipe's.
+        arguments: of :class:`wfnet.WFNet`.
+    """
+    arguments["normalize_gate"] = recipe != "paper"
+    start = 3.0 if alpha_init is None else alpha_init
+    net = WFNet(classifier, num_classes, alpha_init=start, **arguments)
+    only_linear = all(isinstance(layer, WFLinear) for layer in net.masked_layers.values())
+    if recipe == "balanced" and alpha_init is None and only_linear:
+        return WFNet(classifier, num_classes, alpha_init=QKV_ALPHA_INIT, **arguments)
+    return net
+
+
 def load_network(options: argparse.Namespace, folder: Path) -> tuple[WFNet, nn.Module]:
     """The filtered network in ``folder`` on its device, and its classifier on the CPU.
 
@@ -160,7 +191,10 @@ def load_network(options: argparse.Namespace, folder: Path) -> tuple[WFNet, nn.M
     classifier = make_classifier(options, config["num_classes"], str(folder))
     net = WFNet.from_pretrained(folder, classifier, backend=options.backend)
     net.fuse = options.fuse
-    return net.to(device), classifier
+    net.to(device)
+    if options.channels_last:
+        net.to(memory_format=torch.channels_last)
+    return net, classifier
 
 
 def check_run_folder(folder: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import difflib
 import importlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,12 +133,18 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_compute_options(parser: argparse.ArgumentParser, workers: int = 4) -> None:
+def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
     """Where and how it runs; none of them changes what is computed."""
+    workers = min(4, os.cpu_count() or 1) if workers is None else workers
     group = parser.add_argument_group("computing")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     group.add_argument("--amp", action="store_true", help="compute in bfloat16 where it is safe")
-    group.add_argument("--channels-last", action="store_true", help="channels-last memory layout")
+    group.add_argument(
+        "--channels-last",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="memory layout in which convolutions are faster (default: yes)",
+    )
     group.add_argument(
         "--fuse",
         action=argparse.BooleanOptionalAction,

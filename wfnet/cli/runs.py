@@ -18,10 +18,11 @@ from wfnet.version import __version__
 
 RUN_FILE = "config.json"
 FIGURES = ("overview.png", "accuracy_per_class.png", "gates.png")
+CURVES = "training_curves.png"
 # What belongs to one run, in the order in which it is made; a new run replaces all of it.
 RUN_FILES = (
     RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv",
-    "training_curves.png", "evaluation.json", "evaluation.csv", *FIGURES,
+    CURVES, "evaluation.json", "evaluation.csv", *FIGURES,
 )  # fmt: skip
 _PATHS = ("data_dir", "checkpoint")
 _PACKAGES = ("torch", "numpy", "safetensors", "timm", "torchvision", "triton", "scikit-learn",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import math
 import os
@@ -14,12 +13,15 @@ from typing import Any
 
 import torch
 
+from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
+    QKV_ALPHA_INIT,
     choose_device,
     count_classes,
     data_name,
     make_classifier,
     open_images,
+    wrap,
 )
 from wfnet.cli.options import (
     HelpFormatter,
@@ -32,9 +34,8 @@ from wfnet.cli.options import (
     whole,
 )
 from wfnet.cli.runs import RUN_FILES, check_writable, write_run
-from wfnet.data import Dataset, Splits, limit_per_class, select
+from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
 from wfnet.network import WFNet
-from wfnet.training import accuracy
 from wfnet.untraining import CHECKPOINT_NAME, UntrainConfig, UntrainResult, untrain
 
 logger = logging.getLogger("wfnet")
@@ -139,8 +140,10 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--sampler", choices=("round_robin", "shuffled"), help="order of images")
     group.add_argument("--clip", type=above_zero, metavar="X", help="bound on filter entries")
     group.add_argument(
-        "--alpha-init", type=float, default=3.0, metavar="X", help="first value of filter entries"
-    )
+        "--alpha-init", type=float, metavar="X",
+        help=f"first value of filter entries (default: 3; {QKV_ALPHA_INIT:g} where recipe balanced "
+        "masks qkv projections)",
+    )  # fmt: skip
     group.add_argument(
         "--augment", action="store_true", help="crop and mirror training images at random"
     )
@@ -216,20 +219,22 @@ def run(options: argparse.Namespace) -> int:
         _check_folder(folder, options)
     classifier = make_classifier(options, num_classes, data_name(options))
     data = open_images(options, classifier, options.augment)
-    net = WFNet(
+    net = wrap(
         classifier,
         num_classes,
+        options.recipe,
+        options.alpha_init,
         targets=options.targets,
-        alpha_init=options.alpha_init,
-        normalize_gate=options.recipe != "paper",
         backend=options.backend,
         fuse=options.fuse,
     ).to(device)
+    if config.channels_last:
+        net.to(memory_format=torch.channels_last)
     _show_plan(options, net, data, config, folder)
     if options.dry_run:
         return 0
-    _check_original(classifier.to(device), data.validation, options)
     if not (folder / CHECKPOINT_NAME).exists():
+        _check_before(net, data.validation, options, config)
         write_run(folder, "untrain", recorded(options), classes=data.classes)
     result = untrain(
         net,
@@ -241,7 +246,7 @@ def run(options: argparse.Namespace) -> int:
         progress=not options.quiet,
     )
     write_run(folder, "untrain", recorded(options), classes=data.classes, result=summary(result))
-    _draw_curves(result, folder)
+    draw_training(result.history, folder)
     _show_result(result, folder)
     return 0
 
@@ -308,14 +313,32 @@ def _megabytes(size: int) -> str:
     return f"{size / 2**20:.1f} MiB"
 
 
-def _check_original(classifier: torch.nn.Module, images: Dataset, options: argparse.Namespace):
-    """A network that cannot classify its images has the wrong weights, classes or normalisation."""
-    few = select(images, limit_per_class(images.labels, _per_class(images), options.seed))
-    share = accuracy(classifier, few, workers=options.workers)
-    chance = 1 / len(images.classes)
+@torch.no_grad()
+def _check_before(
+    net: WFNet, images: Dataset, options: argparse.Namespace, config: UntrainConfig
+) -> None:
+    """Runs the network, so that a long run does not start with what cannot work.
+
+    A network that cannot classify its images has wrong weights, classes or normalisation.
+    """
+    per_class = max(1, math.ceil(_LOOK_AT / len(images.classes)))
+    few = select(images, limit_per_class(images.labels, per_class, options.seed))
+    device = net.filter_parameters()[0].device
+    correct = seen = 0
+    corrupt = CorruptImages(len(few))  # untraining counts them against the limit
+    order = torch.arange(len(few)).split(config.batch_size)
+    for batch in batches(few, order, config.workers, corrupt):
+        part = batch.images.to(device)
+        if not seen:
+            net(part[:2], forget=0)  # refuses a backend that cannot run here
+        correct += int((net(part, forget=None).argmax(1).cpu() == batch.labels).sum())
+        seen += len(batch.labels)
+    if not seen:
+        return
+    share, chance = correct / seen, 1 / len(images.classes)
     print(
-        f"before      the original network classifies {share:.2%} of {len(few):,} validation "
-        "images correctly",
+        f"before      the original network classifies {share:.2%} of {seen:,} validation images "
+        "correctly",
         flush=True,
     )
     if share < max(2 * chance, chance + 0.05):
@@ -326,21 +349,10 @@ def _check_original(classifier: torch.nn.Module, images: Dataset, options: argpa
         )
 
 
-def _per_class(images: Dataset) -> int:
-    return max(1, math.ceil(_LOOK_AT / max(len(images.classes), 1)))
-
-
 def _space_out_progress(seconds: float) -> None:
     """Where stderr is a file, tqdm is to write a line every so often, not ten a second."""
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", f"{seconds:g}")  # read when tqdm is imported
-
-
-def _draw_curves(result: UntrainResult, folder: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    figures = importlib.import_module("wfnet.figures")
-    figures.training_curves(result.history, folder / "training_curves.png")
 
 
 def _show_result(result: UntrainResult, folder: Path) -> None:
