@@ -428,8 +428,8 @@ def test_an_unfinished_run_is_not_overwritten(base, interrupted):
 
 
 def test_resuming_with_other_settings(base, interrupted):
-    with pytest.raises(ValueError, match=r"lr=0.3, now it is 0.2"):
-        untrain(WFNet(base, CLASSES), make_data(), None, config(lr=0.2), interrupted, True, False)
+    with pytest.raises(ValueError, match=r"lr=0.2, now it is 0.1"):
+        untrain(WFNet(base, CLASSES), make_data(), None, config(lr=0.1), interrupted, True, False)
 
 
 def test_resuming_may_change_what_does_not_matter(base, interrupted):
@@ -637,7 +637,8 @@ def test_recipes():
     ten, hundred = (UntrainConfig.recipe(num_classes=k) for k in (10, 100))
     assert ten.objective == hundred.objective == "balanced"
     assert hundred.steps > ten.steps
-    assert hundred.lr <= ten.lr
+    assert hundred.lr < ten.lr
+    assert UntrainConfig.recipe(num_classes=100, batch_size=64).steps == hundred.steps // 2
     paper = UntrainConfig.recipe("paper")
     assert (paper.lr, paper.clip, paper.optimizer, paper.batch_size) == (100, 3, "sgd", 32)
     assert (paper.lambda0, paper.lambda1, paper.lambda2, paper.label_expansion) == (1, 1, 1, 5)
