@@ -128,7 +128,21 @@ def test_it_forgets_every_class_and_retains_the_others(base):
     assert result.best.acc_f < 0.05
     assert result.best.acc_r > before.acc_r - 0.05
     assert result.score == pytest.approx(0.5 * (1 - result.best.acc_f + result.best.acc_r))
-    assert Validator(validation, CLASSES, 3, 0, BalancedObjective())(net) == result.best
+    net.fuse = True  # as `untrain` ran it: equal in every bit
+    assert (
+        Validator(validation, CLASSES, 3, 0, BalancedObjective(), channels_last=True)(net)
+        == result.best
+    )
+
+
+def test_fused_and_unfused_runs_learn_the_same_filters(base):
+    data, filters = make_data(), []
+    for fuse in (False, True):
+        net = WFNet(base, CLASSES)
+        untrain(net, data, None, config(steps=3, fuse=fuse), progress=False)
+        assert net.fuse is False
+        filters.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
+    torch.testing.assert_close(*filters, rtol=1e-3, atol=1e-3)
 
 
 def test_the_base_does_not_change(base):
@@ -297,7 +311,8 @@ def test_patience_ends_the_run_and_the_best_filters_are_kept(base, tmp_path):
     result = untrain(net, make_data(), validation, settings, tmp_path, progress=False)
     assert result.stopped_early
     assert result.steps == result.best_step + 2 < 500
-    again = Validator(validation, CLASSES, 4, 0, BalancedObjective())(net)
+    net.fuse = True
+    again = Validator(validation, CLASSES, 4, 0, BalancedObjective(), channels_last=True)(net)
     assert again == result.best
     assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
 
