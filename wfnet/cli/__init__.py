@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         name = " ".join(filter(None, ("wfnet", options.command)))
         print(f"{name}: error: {sentence}", file=sys.stderr)
         return 2
+    finally:
+        _stop_logging()
 
 
 def _sentence(error: Exception) -> str | None:
@@ -116,9 +118,13 @@ class _Lines(logging.Formatter):
         return text if record.levelno == logging.INFO else f"{level}: {text}"
 
 
+def _stop_logging() -> None:
+    """Takes our handler off again: `main` may be called in a process that goes on."""
+    for handler in [h for h in logger.handlers if isinstance(h, _AboveBars)]:
+        logger.removeHandler(handler)
+
+
 def _log_to_stderr(debug: bool, quiet: bool) -> None:
-    for old in [h for h in logger.handlers if isinstance(h, _AboveBars)]:
-        logger.removeHandler(old)
     handler = _AboveBars(sys.stderr)
     handler.setFormatter(_Lines("%(message)s"))
     logger.addHandler(handler)
