@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py                              digits: resnet, vgg, vit; 3 seeds
     python benchmarks/quality.py --recipe paper               the paper's recipe beside it
-    python benchmarks/quality.py --data glyphs100 --noise 0.25 --networks resnet --seeds 0
+    python benchmarks/quality.py --data glyphs100 --noise 0.6 --networks resnet --seeds 0
     python benchmarks/quality.py --data /images --networks resnet   an image folder, at 32 pixels
 
 For every network and seed: trains a base classifier, untrains all classes at once, evaluates all
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import os
 import platform
 import statistics
@@ -47,9 +48,11 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     output = arguments.output or default_output(arguments)
     report: dict[str, Any] = {"provenance": provenance(), "runs": [], "summary": []}
+    report["runs"] = earlier_runs(output, report["provenance"]["commit"], arguments)
     for network in arguments.networks:
         for seed in arguments.seeds:
             report["runs"].append(one_run(network, seed, arguments))
+            report["runs"].sort(key=lambda run: (run["network"], run["seed"]))
             report["summary"] = summarise(report["runs"])
             write_json(output, report)
     print(table(report["summary"]))
@@ -90,6 +93,20 @@ def parse_arguments() -> argparse.Namespace:
 def default_output(arguments: argparse.Namespace) -> Path:
     suffix = "" if arguments.recipe == "balanced" else f"_{arguments.recipe}"
     return RESULTS / f"quality_{Path(arguments.data).name}{suffix}.json"
+
+
+def earlier_runs(output: Path, commit: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Runs of other networks and seeds that the same commit wrote to the same file."""
+    if not output.exists():
+        return []
+    earlier = json.loads(output.read_text())
+    if earlier["provenance"]["commit"] != commit:
+        return []
+    return [
+        run
+        for run in earlier["runs"]
+        if run["network"] not in arguments.networks or run["seed"] not in arguments.seeds
+    ]
 
 
 def read_data(seed: int, arguments: argparse.Namespace) -> Splits:

@@ -229,7 +229,7 @@ _PAPER_SETTINGS = {
 def _balanced_settings(num_classes: int, batch_size: int | None) -> dict[str, Any]:
     """Settings of recipe "balanced", chosen on validation images of 10 and 100 classes.
 
-    What a class costs is about constant (some 2,000 samples), so steps grow with classes. More
+    What a class costs is about constant (some 2,500 samples), so steps grow with classes. More
     classes crowd the same gates: rows move more carefully, and each forget sample counts for more
     because a row meets it more rarely. Three other rows an image retain as well as five. The best
     filters are those of the least validation loss: on a small split accuracies jump by whole
@@ -237,7 +237,7 @@ def _balanced_settings(num_classes: int, batch_size: int | None) -> dict[str, An
     """
     if batch_size is None:
         batch_size = 32 if num_classes <= 200 else 256
-    steps = max(600, 30 * num_classes)
+    steps = max(600, 40 * num_classes)
     return {
         "steps": max(300, math.ceil(steps * 32 / batch_size)),
         "batch_size": batch_size,
