@@ -107,6 +107,7 @@ def test_untrain_evaluate_bake(arguments, tmp_path, base, capsys):
     assert run["command"] == "untrain"
     assert run["classes"] == ["ant", "bee", "cat"]
     assert run["options"]["label_expansion"] == 2
+    assert run["untraining"]["objective"] == "balanced"  # what the recipe sets is recorded, too
     assert run["options"]["checkpoint"] == str(base)
     assert run["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert run["result"]["steps"] == 3
@@ -173,6 +174,23 @@ def test_filters_saved_from_python_need_the_options_once(base, tmp_path, image_f
     assert main(call) == 0
     assert "verified on 3 random images" in capsys.readouterr().out
     assert (tmp_path / "filters" / "forget_0_2.safetensors").is_file()
+
+
+def test_onnx(finished, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "model.onnx"
+    call = ["bake", str(finished), "--forget", "1", "--onnx", str(path)]
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        fails(capsys, call, "--onnx needs onnx and onnxscript: install")
+    assert not (finished / "forget_1.safetensors").exists()  # before work starts
+    pytest.importorskip("onnxscript")
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    assert main(call) == 0
+    plain = models.create("resnet", 3, 3, width=8).eval()
+    plain.load_state_dict(load_file(finished / "forget_1.safetensors"))
+    images = torch.randn(5, 3, 32, 32)
+    (logits,) = evaluator(str(path)).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), plain(images), rtol=1e-4, atol=1e-4)
 
 
 def test_verify_fails_loudly(finished, base):
@@ -263,6 +281,15 @@ def test_force_replaces_a_run(arguments, finished):
     assert main(call) == 0
     assert not (finished / "evaluation.json").exists()
     assert json.loads((finished / "config.json").read_text())["result"]["steps"] == 1
+
+
+def test_progress_where_there_is_no_terminal(arguments, tmp_path, capsys):
+    call = ["untrain", *arguments, "--steps", "6", "--output", str(tmp_path / "run")]
+    assert main([*call, "--checkpoint-every", "1", "--log-interval", "0.001"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    assert lines
+    assert "Acc_r" in lines[-1]
+    assert "samples/s" in lines[-1]
 
 
 def test_interrupted_before_anything_was_saved(arguments, tmp_path, monkeypatch, capsys):

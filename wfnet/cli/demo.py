@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 import time
@@ -39,7 +40,7 @@ EXAMPLE = """example:
   wfnet demo --recipe paper --output demo-paper     (the authors' settings, to compare)"""
 BASE_NAME = "base.safetensors"
 DATA, CLASSES = "digits", 10
-_MAX_THREADS = 4  # more only wait for each other in networks this small
+_MAX_THREADS = 4
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -77,7 +78,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         + ")",
     )  # fmt: skip
     group.add_argument("--force", action="store_true", help="do every stage again")
-    add_threads_option(group)
+    add_threads_option(group, "one for each idle core, up to 4")
     return parser
 
 
@@ -87,7 +88,7 @@ def saved(options: argparse.Namespace) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    torch.set_num_threads(options.threads or min(_MAX_THREADS, torch.get_num_threads()))
+    torch.set_num_threads(options.threads or _idle_cores())
     if not options.debug:
         logger.setLevel(logging.WARNING)  # the demo tells its own story
     started = time.perf_counter()
@@ -106,6 +107,16 @@ def run(options: argparse.Namespace) -> int:
     _say(f"done in {time.perf_counter() - started:.0f} s\n")
     print(demo.closing(data))
     return 0
+
+
+def _idle_cores() -> int:
+    """Threads for networks this small: one for each idle core, up to a few.
+
+    Threads that share a core spin at their barriers: on a busy machine two are many times slower
+    than one.
+    """
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    return max(1, min(_MAX_THREADS, torch.get_num_threads() - round(busy)))
 
 
 def _say(text: str) -> None:

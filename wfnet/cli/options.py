@@ -168,8 +168,9 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
     add_threads_option(group)
 
 
-def add_threads_option(group: argparse._ActionsContainer) -> None:
-    group.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads of PyTorch")
+def add_threads_option(group: argparse._ActionsContainer, default: str = "PyTorch's") -> None:
+    text = f"CPU threads (default: {default})"
+    group.add_argument("--threads", type=whole(1), metavar="N", help=text)
 
 
 # -- types ----------------------------------------------------------------------------------------

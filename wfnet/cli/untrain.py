@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import logging
 import math
-import os
 import sys
-from dataclasses import fields
+import threading
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +91,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     group.add_argument(
         "--log-interval",
         type=above_zero,
-        default=30.0,
+        default=60.0,
         metavar="SECONDS",
-        help="time between lines of progress where the output is no terminal",
+        help="least time between lines of progress, where no terminal shows a bar",
     )
     group.add_argument("--dry-run", action="store_true", help="check everything, show the plan")
     add_compute_options(parser)
@@ -210,7 +212,6 @@ def saved(options: argparse.Namespace) -> str:
 def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
-    _space_out_progress(options.log_interval)
     folder = run_folder(options)
     device = choose_device(options.device)
     num_classes = count_classes(options)
@@ -233,19 +234,23 @@ def run(options: argparse.Namespace) -> int:
     _show_plan(options, net, data, config, folder)
     if options.dry_run:
         return 0
+    about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
     if not (folder / CHECKPOINT_NAME).exists():
         _check_before(net, data.validation, options, config)
-        write_run(folder, "untrain", recorded(options), classes=data.classes)
-    result = untrain(
-        net,
-        data.train,
-        data.validation,
-        config,
-        folder,
-        resume=options.resume is not None,
-        progress=not options.quiet,
-    )
-    write_run(folder, "untrain", recorded(options), classes=data.classes, result=summary(result))
+        write_run(folder, "untrain", recorded(options), **about)
+    bar = sys.stderr.isatty()
+    lines = contextlib.nullcontext() if bar else _Lines(folder, options.log_interval)
+    with lines:
+        result = untrain(
+            net,
+            data.train,
+            data.validation,
+            config,
+            folder,
+            resume=options.resume is not None,
+            progress=bar and not options.quiet,
+        )
+    write_run(folder, "untrain", recorded(options), **about, result=summary(result))
     draw_training(result.history, folder)
     _show_result(result, folder)
     return 0
@@ -300,8 +305,8 @@ def _show_plan(
         f"data        {data}",
         f"network     {options.model}, {weights - filters:,} frozen weights",
         f"filters     {len(net.masked_layers)} layers, {filters // net.num_classes:,} gates for "
-        f"each of {net.num_classes} classes: {_megabytes(4 * filters)}, with the optimiser's state "
-        f"{_megabytes(4 * moments * filters)}",
+        f"each of {net.num_classes} classes: {_size(4 * filters)}, with the optimiser's state "
+        f"{_size(4 * moments * filters)}",
         f"untraining  recipe {options.recipe}: up to {steps:,} steps of {images} images, "
         f"{samples} samples each under its row; lr {config.lr:g}, seed {config.seed}",
         f"output      {folder}",
@@ -309,8 +314,13 @@ def _show_plan(
     print("\n".join(lines), flush=True)
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB"
+def _size(count: int) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
 
 
 @torch.no_grad()
@@ -349,10 +359,43 @@ def _check_before(
         )
 
 
-def _space_out_progress(seconds: float) -> None:
-    """Where stderr is a file, tqdm is to write a line every so often, not ten a second."""
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_MININTERVAL", f"{seconds:g}")  # read when tqdm is imported
+class _Lines(threading.Thread):
+    """A line of progress every so often, where there is no terminal to draw a bar on.
+
+    Reads the history that the run writes at every checkpoint; it is replaced atomically.
+    """
+
+    def __init__(self, folder: Path, seconds: float):
+        super().__init__(daemon=True)
+        self.path = folder / "history.json"
+        self.seconds = seconds
+        self.done = threading.Event()
+        self.shown = self._last().get("step")
+
+    def __enter__(self) -> _Lines:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.done.set()
+        self.join()
+
+    def run(self) -> None:
+        while not self.done.wait(self.seconds):
+            record = self._last()
+            if record.get("step") == self.shown:
+                continue
+            self.shown = record["step"]
+            text = f"step {record['step']:,}: loss {record.get('loss', math.nan):.4f}"
+            if "acc_r" in record:
+                text += f", Acc_r {record['acc_r']:.2%}, Acc_f {record['acc_f']:.2%}"
+            logger.info("%s, %s samples/s", text, f"{record['samples_per_second']:,.0f}")
+
+    def _last(self) -> dict[str, Any]:
+        """The latest record; nothing before the first one."""
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            return json.loads(self.path.read_text())["history"][-1]
+        return {}
 
 
 def _show_result(result: UntrainResult, folder: Path) -> None:
