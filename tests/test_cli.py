@@ -47,6 +47,10 @@ def finished(arguments, tmp_path):
     return folder
 
 
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def fails(capsys, arguments, *parts):
     """The command ends with status 2 and one sentence that has ``parts``."""
     assert main([str(argument) for argument in arguments]) == 2
@@ -293,9 +297,6 @@ def test_progress_where_there_is_no_terminal(arguments, tmp_path, capsys):
 
 
 def test_interrupted_before_anything_was_saved(arguments, tmp_path, monkeypatch, capsys):
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(RowAdam, "step", interrupt)
     assert main(["untrain", *arguments, "--steps", "2", "--output", str(tmp_path / "run")]) == 130
     assert "interrupted; no checkpoint was written yet" in capsys.readouterr().err

@@ -51,6 +51,10 @@ def assert_equal(first, second):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
 def stage_lines(text, word):
     return [line for line in text.splitlines() if word in line]
 
@@ -86,10 +90,6 @@ def test_another_class_to_bake_redoes_only_what_depends_on_it(demo):
 
 def test_other_filters_leave_nothing_of_the_old_ones(demo, monkeypatch):
     folder, again = demo
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr("wfnet.cli.demo.untrain", interrupt)
     shown = again("--steps", "3", status=130)
     assert "steps 4 before, steps 3 now" in shown.out
@@ -109,7 +109,9 @@ def test_a_changed_file_is_made_again(demo):
 def test_force_does_everything_again(demo):
     folder, again = demo
     before = load_file(folder / "wf_model.safetensors")
-    assert not stage_lines(again("--force").out, "(reused, took")
+    shown = again("--force").out
+    assert not stage_lines(shown, "(reused, took")
+    assert not stage_lines(shown, "replaces")
     assert_equal(load_file(folder / "wf_model.safetensors"), before)  # the same options and seed
 
 
@@ -132,12 +134,13 @@ def test_an_interrupted_demo_goes_on(demo, monkeypatch):
         taken.append(None)
         return step(self, *args, **kwargs)
 
+    monkeypatch.setattr("wfnet.cli.demo.evaluate", interrupt)  # what follows is of no interest
     with monkeypatch.context() as patch:
         patch.setattr(RowAdam, "step", counted_step)
-        again("--steps", "20")
+        again("--steps", "20", status=130)
     assert len(taken) == 4
     resumed = load_file(folder / "wf_model.safetensors")
-    again("--steps", "20", "--force")
+    again("--steps", "20", "--force", status=130)
     assert_equal(load_file(folder / "wf_model.safetensors"), resumed)
 
 
