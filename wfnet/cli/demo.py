@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -283,11 +283,9 @@ class _Demo:
 
     def untrain(self, base: nn.Module, data: Splits) -> WFNet:
         options = self.options
-        changes: dict[str, Any] = {"seed": options.seed, "channels_last": True}
+        changes: dict[str, Any] = {"seed": options.seed, "fuse": _fuses(options.model)}
         if options.steps is not None:
             changes["steps"] = options.steps
-        if "fuse" in {field.name for field in fields(UntrainConfig)}:
-            changes["fuse"] = _fuses(options.model)
         config = UntrainConfig.recipe(options.recipe, CLASSES, **changes)
         net = wrap(base, CLASSES, options.recipe, fuse=_fuses(options.model))
 
@@ -418,6 +416,7 @@ class _Demo:
 
 
 def _fuses(model: str) -> bool:
+    """Whether the fused plan is asked for: it is made of convolutions, which the ViT has not."""
     return model != "vit"
 
 

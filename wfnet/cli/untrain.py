@@ -9,7 +9,7 @@ import logging
 import math
 import sys
 import threading
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 _SAME_NAME = (
     "steps", "epochs", "batch_size", "label_expansion", "lr", "lambda0", "lambda1", "lambda2",
     "distil", "share_images", "sampler", "clip", "patience", "validations_per_epoch", "stop_on",
-    "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every",
+    "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every", "fuse",
 )  # fmt: skip
 _TIMM_NAME = {"optimizer": "opt", "schedule": "sched"}
 
@@ -179,8 +179,6 @@ def make_config(options: argparse.Namespace, num_classes: int) -> UntrainConfig:
     changes = {name: getattr(options, name) for name in _SAME_NAME}
     changes |= {name: getattr(options, theirs) for name, theirs in _TIMM_NAME.items()}
     changes["amp"] = "bfloat16" if options.amp else None
-    if "fuse" in {field.name for field in fields(UntrainConfig)}:
-        changes["fuse"] = options.fuse
     changes = {name: value for name, value in changes.items() if value is not None}
     return UntrainConfig.recipe(options.recipe, num_classes, **changes)
 
