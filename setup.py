@@ -1,4 +1,4 @@
-"""Everything static is in pyproject.toml; this file maps the top-level kernels/ to wfnet.kernels."""
+"""Maps the top-level kernels/ to wfnet.kernels; everything static is in pyproject.toml."""
 
 import re
 from pathlib import Path

@@ -269,9 +269,7 @@ def main(argv: list[str] | None = None) -> dict:
     memory = {name: peak_mebibytes(step, device) for name, step in steps.items()}
     base = medians.get("by_hand")
     print(f"{args.model}, {args.image_size} px, {samples} expanded samples, {device_name(device)}")
-    print(
-        f"{'column':10} {'ms':>9} {'min':>9} {'max':>9} {'samples/s':>10} {'x by_hand':>9} {'MiB':>7}"
-    )
+    print("column            ms       min       max  samples/s x by_hand     MiB")
     for name, ms in medians.items():
         ratio = f"{base / ms:9.2f}" if base else " " * 9
         print(
