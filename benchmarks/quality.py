@@ -2,7 +2,7 @@
 
     python benchmarks/quality.py                              digits: resnet, vgg, vit; 3 seeds
     python benchmarks/quality.py --recipe paper               the paper's recipe beside it
-    python benchmarks/quality.py --data glyphs100 --noise 0.6 --networks resnet --seeds 0
+    python benchmarks/quality.py --data glyphs100 --noise 0.3 --networks resnet --seeds 0
     python benchmarks/quality.py --data /images --networks resnet   an image folder, at 32 pixels
 
 For every network and seed: trains a base classifier, untrains all classes at once, evaluates all
