@@ -58,7 +58,7 @@ def test_folder_order_and_items(image_folder):
     part = data.select(torch.tensor([7, 0]))
     assert torch.equal(part[0][0], image)
     assert part.labels.tolist() == [1, 0]
-    assert files(image_folder / "train", channels=1, classes=CLASS_NAMES).mode == "L"
+    assert files(image_folder / "train", channels=1, classes=CLASS_NAMES).channels == 1
 
 
 def test_open_folder(image_folder):

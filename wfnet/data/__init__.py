@@ -1,5 +1,6 @@
 """Data sets: labelled images in memory or in files, split in parts, read in a given order."""
 
+from wfnet.data.cache import CachedImages
 from wfnet.data.dataset import (
     Batch,
     CorruptImage,
@@ -11,17 +12,20 @@ from wfnet.data.dataset import (
 )
 from wfnet.data.folder import ImageFiles
 from wfnet.data.loading import CorruptImages, batches, corrupt_limit
-from wfnet.data.open import open_data
+from wfnet.data.open import folder_classes, open_data
+from wfnet.data.shards import ImageShards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset, stratified_split
 from wfnet.data.tensor_images import TensorImages
 from wfnet.data.transforms import evaluation_transform, model_data_config, training_transform
 
 __all__ = [
     "Batch",
+    "CachedImages",
     "CorruptImage",
     "CorruptImages",
     "Dataset",
     "ImageFiles",
+    "ImageShards",
     "Selection",
     "Splits",
     "TensorImages",
@@ -29,6 +33,7 @@ __all__ = [
     "classes_of",
     "corrupt_limit",
     "evaluation_transform",
+    "folder_classes",
     "labels_of",
     "limit_per_class",
     "model_data_config",

@@ -1,23 +1,18 @@
 """Image files in class folders: `train/<class>/*.jpg`, `val/<class>/*.jpg`."""
 
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from wfnet.data.dataset import CorruptImage
-from wfnet.data.loading import is_decoding_error
+from wfnet.data.encoded import EXTENSIONS, EncodedImages
 from wfnet.data.transforms import Transform
-from wfnet.extras import require
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 
-class ImageFiles(torch.utils.data.Dataset):
+class ImageFiles(EncodedImages):
     """The images under `root/<class>/`, decoded when asked for.
 
     root:      a folder with one sub-folder for each class; images may lie deeper.
@@ -30,6 +25,8 @@ class ImageFiles(torch.utils.data.Dataset):
     class list that differs. An item that cannot be decoded raises `CorruptImage`.
     """
 
+    _per_image = ("labels", "_files")
+
     def __init__(
         self,
         root: str | Path,
@@ -37,16 +34,10 @@ class ImageFiles(torch.utils.data.Dataset):
         channels: int = 3,
         classes: Sequence[str] | None = None,
     ):
-        require("PIL.Image", "train")
-        if channels not in (1, 3):
-            raise ValueError(f"image files are read as 1 or 3 channels, got {channels}")
         self.root = Path(root)
-        self.transform = transform
-        self.mode = "L" if channels == 1 else "RGB"
         found = class_folders(self.root)
         if classes is not None and list(classes) != found:
             raise ValueError(_difference(self.root, list(classes), found))
-        self.classes = found
         files, labels, empty = [], [], []
         for label, name in enumerate(found):
             images = _image_files(self.root / name)
@@ -59,13 +50,10 @@ class ImageFiles(torch.utils.data.Dataset):
                 f"{_listed(empty)} in {self.root} {'has' if len(empty) == 1 else 'have'} no images "
                 f"({', '.join(EXTENSIONS)}): add some or remove the folder"
             )
+        super().__init__(torch.tensor(labels, dtype=torch.int64), found, transform, channels)
         # One array of bytes: millions of Python strings would be copied by every worker, because
         # touching their reference counts writes to shared pages.
         self._files = np.array(files)
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(bytes(self._files[index]))
@@ -73,35 +61,16 @@ class ImageFiles(torch.utils.data.Dataset):
     def name_of(self, index: int) -> str:
         return str(self.path(index))
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = self.path(index)
-        image_module = require("PIL.Image", "train")
-        try:
-            with warnings.catch_warnings():
-                # Pillow warns of odd metadata in files that decode well.
-                warnings.simplefilter("ignore")
-                with open(path, "rb") as file, image_module.open(file) as opened:
-                    image = opened.convert(self.mode)
-        except Exception as error:
-            if is_decoding_error(error) or isinstance(error, (ValueError, EOFError)):
-                raise CorruptImage(str(path), str(error) or type(error).__name__) from error
-            raise
-        return self.transform(image), int(self.labels[index])
+    def open(self, index: int) -> BinaryIO:
+        return open(self.path(index), "rb")
 
-    def select(self, indices: Tensor) -> "ImageFiles":
-        """The chosen files as a data set of their own."""
-        chosen = object.__new__(ImageFiles)
-        chosen.__dict__.update(self.__dict__)
-        chosen._files = self._files[indices.numpy()]
-        chosen.labels = self.labels[indices]
-        return chosen
-
-    def with_transform(self, transform: Transform) -> "ImageFiles":
-        """The same files through another transform."""
-        other = object.__new__(ImageFiles)
-        other.__dict__.update(self.__dict__)
-        other.transform = transform
-        return other
+    def versions(self) -> list[str]:
+        found = []
+        for index in range(len(self)):
+            path = self.path(index)
+            state = os.stat(path)
+            found.append(f"{path.absolute()} {state.st_size} {state.st_mtime_ns}")
+        return found
 
 
 def class_folders(root: Path) -> list[str]:

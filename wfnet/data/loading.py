@@ -4,6 +4,7 @@ import logging
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,8 @@ def batches(
     index_batches: LongTensor [n] (or lists of int) for each batch; may be endless. It is read a few
                    batches ahead when there are workers.
     workers:       processes that read files; 0 reads in this one. In-memory data sets (those with
-                   `batch(indices)`) are indexed directly and need none.
+                   `batch(indices)`) are indexed directly and need none; cached ones (those with
+                   `stream`) need them for what is not in the cache yet.
     max_corrupt:   how many distinct images may be corrupt; None: `corrupt_limit(dataset)`.
                    A `CorruptImages` object counts over several calls.
     pin_memory:    page-locked batches, for copies to a GPU that overlap with its work.
@@ -103,6 +105,25 @@ def _batches(
             batch = dataset.batch(torch.tensor(indices, dtype=torch.int64))
             yield Batch(*(part.pin_memory() for part in batch)) if pin_memory else batch
         return
+    if hasattr(dataset, "stream"):
+        read = partial(_read, workers=workers, pin_memory=False, seed=seed)
+        yield from dataset.stream(requests, read, corrupt.add, seed, pin_memory)
+        return
+    for batch, left_out in _read(dataset, requests, workers, pin_memory, seed):
+        for name, reason in left_out:
+            corrupt.add(name, reason)
+        if batch is not None:
+            yield Batch(*batch)
+
+
+def _read(
+    dataset: Any,
+    requests: Iterator[tuple[int, list[int]]],
+    workers: int,
+    pin_memory: bool,
+    seed: int,
+) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor] | None, list[tuple[str, str]]]]:
+    """For each request images, labels and indices (None: none remained), and corrupt images."""
     loader = torch.utils.data.DataLoader(
         _Reader(dataset, seed),
         batch_size=None,
@@ -114,11 +135,7 @@ def _batches(
         generator=torch.Generator().manual_seed(seed),
     )
     try:
-        for batch, left_out in loader:
-            for name, reason in left_out:
-                corrupt.add(name, reason)
-            if batch is not None:
-                yield Batch(*batch)
+        yield from loader
     except RuntimeError as error:
         if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
             raise RuntimeError(

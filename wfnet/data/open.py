@@ -1,10 +1,18 @@
-"""One door to every data set: by name, or an image folder."""
+"""One door to every data set: by name, an image folder, or a folder of shards."""
 
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from wfnet.data import cifar10, digits, glyphs, mnist
-from wfnet.data.folder import ImageFiles, class_folders
+from wfnet.data.cache import CachedImages
+from wfnet.data.dataset import Dataset
+from wfnet.data.encoded import EncodedImages
+from wfnet.data.folder import ImageFiles
+from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
 from wfnet.data.transforms import (
     IMAGENET_MEAN,
@@ -13,6 +21,8 @@ from wfnet.data.transforms import (
     evaluation_transform,
     training_transform,
 )
+
+logger = logging.getLogger("wfnet")
 
 NAMES = ("digits", "mnist", "cifar10", "glyphs10", "glyphs26", "glyphs100")
 
@@ -33,12 +43,16 @@ def open_data(
     test_per_class: int | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
+    cache: str | None = None,
+    cache_dir: str | Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> Splits:
     """Open a data set as training, validation and test parts.
 
     name_or_dir: `digits` (ships with scikit-learn), `mnist` or `cifar10` (files in `data_dir`),
                  `glyphs10`, `glyphs26`, `glyphs100` (rendered), else a folder with `train/<class>/`
-                 and `val/<class>/`; a relative folder is looked for in `data_dir` first.
+                 and `val/<class>/`, or with WebDataset shards (`train/*.tar` or `*train*.tar`, and
+                 `val`); a relative folder is looked for in `data_dir` first.
     image_size, channels: of the tensors; default 32 pixels for the named sets, 224 for folders.
     mean, std:   per channel, on a scale of 0 to 1; default: the data set's own, ImageNet's for
                  folders.
@@ -46,6 +60,8 @@ def open_data(
                  cropped and mirrored at random, and a transform that replaces all of it.
     train_per_class, test_per_class: at most that many images of each class, drawn by seed.
     validation_fraction: the part of the training images, drawn by seed, that `train` does not have.
+    cache, cache_dir, device: for folders: keep decoded pixels ("device", "host" or "disk"), and
+                 where batches are wanted (`CachedImages`).
 
     `test` is the data set's own test part (for folders `val/`; with a folder `test/` beside it,
     `test/` is the test part and `val/` the validation part). Settings are chosen on `validation`.
@@ -63,6 +79,8 @@ def open_data(
         if value is not None
     }
     validation = None
+    if cache is not None and name in NAMES:
+        logger.info("%s is in memory as it is: no cache is made", name)
     if name == "digits":
         train, test = digits.read_digits(**given, seed=seed)
     elif name in ("mnist", "cifar10"):
@@ -74,10 +92,21 @@ def open_data(
         train, test = glyphs.read_glyphs(int(name.removeprefix("glyphs")), **given, seed=seed)
     else:
         root = _folder(name, data_dir)
-        given = {"image_size": 224, "channels": 3, **given}
-        train, validation, test = _open_folder(
-            root, given, interpolation, crop_pct, augment, transform, validation_fraction, seed
+        channels = given.get("channels", 3)
+        reading = _Reading(
+            size=given.get("image_size", 224),
+            channels=channels,
+            mean=_as_many(given.get("mean", IMAGENET_MEAN), channels),
+            std=_as_many(given.get("std", IMAGENET_STD), channels),
+            interpolation=interpolation,
+            crop_pct=crop_pct,
+            augment=augment,
+            transform=transform,
+            cache=cache,
+            cache_dir=cache_dir,
+            device=device,
         )
+        train, validation, test = _open_folder(root, reading, validation_fraction, seed)
         name = root.name
     if validation is None:
         train, validation = split_dataset(train, validation_fraction, seed)
@@ -102,39 +131,87 @@ def _folder(name: str, data_dir: str | Path | None) -> Path:
     )
 
 
-def _open_folder(
-    root: Path,
-    given: dict,
-    interpolation: str,
-    crop_pct: float,
-    augment: bool,
-    transform: Transform | None,
-    validation_fraction: float,
-    seed: int,
-) -> tuple[ImageFiles, ImageFiles, ImageFiles]:
-    for part in ("train", "val"):
-        if not (root / part).is_dir():
-            raise FileNotFoundError(
-                f"{root / part} does not exist: an image folder has {root / 'train' / '<class>'} "
-                f"and {root / 'val' / '<class>'}"
+@dataclass(frozen=True)
+class _Reading:
+    """How images of a folder become the network's input; see `open_data`."""
+
+    size: int
+    channels: int
+    mean: list[float]
+    std: list[float]
+    interpolation: str
+    crop_pct: float
+    augment: bool
+    transform: Transform | None
+    cache: str | None
+    cache_dir: str | Path | None
+    device: torch.device | str
+
+    def __post_init__(self) -> None:
+        if self.transform is not None and (self.augment or self.cache):
+            option = "augment=True" if self.augment else f"cache={self.cache!r}"
+            raise ValueError(f"{option} and a transform of one's own exclude each other")
+
+    def plain(self) -> Transform:
+        """Without augmentation."""
+        return self.transform or evaluation_transform(
+            self.size, self.mean, self.std, self.interpolation, self.crop_pct
+        )
+
+    def finish(self, images: EncodedImages, augment: bool) -> Dataset:
+        """`images` with augmentation and cache as they were asked for."""
+        if self.cache is not None:
+            return CachedImages(
+                images, self.cache, self.size, self.mean, self.std, self.interpolation,
+                self.crop_pct, augment, self.device, self.cache_dir,
+            )  # fmt: skip
+        if augment:
+            return images.with_transform(
+                training_transform(self.size, self.mean, self.std, self.interpolation)
             )
-    size, channels = given["image_size"], given["channels"]
-    mean = _as_many(given.get("mean", IMAGENET_MEAN), channels)
-    std = _as_many(given.get("std", IMAGENET_STD), channels)
-    plain = transform or evaluation_transform(size, mean, std, interpolation, crop_pct)
-    classes = class_folders(root / "train")
-    train = ImageFiles(root / "train", plain, channels, classes)
-    val = ImageFiles(root / "val", plain, channels, classes)
-    if (root / "test").is_dir():
-        validation, test = val, ImageFiles(root / "test", plain, channels, classes)
+        return images
+
+
+def folder_classes(root: Path) -> list[str]:
+    """Class names of a folder with `train/<class>/` or with shards, without decoding an image.
+
+    Raises FileNotFoundError or ValueError if it is neither.
+    """
+    return _part(root, "train", lambda image: image, 3, None).classes
+
+
+def _open_folder(
+    root: Path, reading: _Reading, validation_fraction: float, seed: int
+) -> tuple[Dataset, Dataset, Dataset]:
+    train = _part(root, "train", reading.plain(), reading.channels, None)
+    val = _part(root, "val", reading.plain(), reading.channels, train.classes)
+    if (root / "test").is_dir() or find_shards(root, "test"):
+        test = _part(root, "test", reading.plain(), reading.channels, train.classes)
+        validation = val
     else:
         train, validation = split_dataset(train, validation_fraction, seed)
         test = val
-    if augment:
-        if transform is not None:
-            raise ValueError("augment=True and a transform of one's own exclude each other")
-        train = train.with_transform(training_transform(size, mean, std, interpolation))
-    return train, validation, test
+    return (
+        reading.finish(train, reading.augment),
+        reading.finish(validation, False),
+        reading.finish(test, False),
+    )
+
+
+def _part(
+    root: Path, part: str, transform: Transform, channels: int, classes: Sequence[str] | None
+) -> EncodedImages:
+    """The images of one part, from shards or from class folders."""
+    shards = find_shards(root, part)
+    if shards:
+        return ImageShards(shards, transform, channels, classes)
+    if not (root / part).is_dir():
+        raise FileNotFoundError(
+            f"{root / part} does not exist: an image folder has {root / 'train' / '<class>'} "
+            f"and {root / 'val' / '<class>'}, or shards {root / 'train' / '*.tar'} and "
+            f"{root / 'val' / '*.tar'}"
+        )
+    return ImageFiles(root / part, transform, channels, classes)
 
 
 def _as_many(values: float | Sequence[float], channels: int) -> list[float]:

@@ -1,0 +1,377 @@
+"""Decoded images kept as uint8, so that no image is decoded twice.
+
+Decoding JPEG files is what starves a GPU. A run draws its images again and again, so the first time
+an image is drawn its resized pixels are stored - on the device, on the host or on disk - and from
+then on batches are gathered from there. Normalisation and augmentation run on the device, on whole
+batches; a byte per value crosses the bus instead of four.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from wfnet.data.dataset import Batch, name_of
+from wfnet.data.encoded import EncodedImages
+from wfnet.data.transforms import evaluation_transform
+from wfnet.extras import require
+
+logger = logging.getLogger("wfnet")
+
+PLACES = ("device", "host", "disk")
+# Part of the free space that a cache may take: the network, batches and everybody else need some.
+_SHARE = 0.8
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """From stored pixels to the network's input, on the device, a batch at a time.
+
+    size:      of the result; a smaller one than the stored size is cropped from the centre.
+    mean, std: per channel, on a scale of 0 to 1.
+    scale:     for augmentation: range of the area that a random crop covers (aspect ratio 3/4 to
+               4/3, resized to `size`); None for none.
+    flip:      probability of mirroring; used with `scale`.
+    """
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    scale: tuple[float, float] | None = None
+    flip: float = 0.5
+
+    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+        """Images [n, C, size, size] float32 from pixels [n, C, S, S] uint8.
+
+        Random numbers come from `generator` (on the CPU), the same for every device.
+        """
+        functional = require("torchvision.transforms.v2.functional", "train")
+        if self.scale is None:
+            pixels = functional.center_crop(pixels, [self.size, self.size])
+            images = functional.to_dtype(pixels, torch.float32, scale=True)
+        else:
+            images = self._random_crops(pixels.float() / 255, generator)
+        return functional.normalize(images, list(self.mean), list(self.std))
+
+    def _random_crops(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        n = len(images)
+        draw = torch.rand(n, 5, generator=generator)
+        area = self.scale[0] + (self.scale[1] - self.scale[0]) * draw[:, 0]
+        ratio = torch.exp((2 * draw[:, 1] - 1) * math.log(4 / 3))
+        # Extent of the crop as a part of the (square) image: never more than all of it.
+        across = torch.sqrt(area * ratio).clamp_max(1.0)
+        down = torch.sqrt(area / ratio).clamp_max(1.0)
+        mirrored = torch.where(draw[:, 2] < self.flip, -1.0, 1.0)
+        theta = torch.zeros(n, 2, 3)
+        theta[:, 0, 0] = across * mirrored
+        theta[:, 1, 1] = down
+        theta[:, 0, 2] = (1 - across) * (2 * draw[:, 3] - 1)
+        theta[:, 1, 2] = (1 - down) * (2 * draw[:, 4] - 1)
+        grid = F.affine_grid(
+            theta.to(images.device, non_blocking=True), [n, 1, self.size, self.size], False
+        )
+        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+class CachedImages(torch.utils.data.Dataset):
+    """An image data set whose decoded pixels are kept after the first time.
+
+    dataset:  `ImageFiles` or `ImageShards`.
+    place:    "device" (memory of `device`), "host" (main memory) or "disk" (a file that later runs
+              find again).
+    size:     of the images that the network gets.
+    mean, std, interpolation, crop_pct: as for `evaluation_transform`, whose values the cache
+              reproduces exactly.
+    augment:  random crops and mirroring, drawn anew for every batch from (seed, position).
+    device:   where batches are wanted; pixels are normalised there.
+    folder:   of the disk cache.
+
+    The size is logged first. Raises ValueError for a place that is none of these, or too small for
+    the cache.
+    """
+
+    def __init__(
+        self,
+        dataset: EncodedImages,
+        place: str,
+        size: int,
+        mean: Iterable[float],
+        std: Iterable[float],
+        interpolation: str = "bicubic",
+        crop_pct: float = 0.875,
+        augment: bool = False,
+        device: torch.device | str = "cpu",
+        folder: str | Path | None = None,
+    ):
+        if place not in PLACES:
+            raise ValueError(f"a cache is on {', '.join(PLACES)}, not on {place!r}")
+        self.device = torch.device(device)
+        # With augmentation all of the resized square is kept, otherwise what the crop leaves of it.
+        if augment:
+            decode = _PixelTransform(math.floor(size / crop_pct), interpolation, 1.0)
+        else:
+            decode = _PixelTransform(size, interpolation, crop_pct)
+        self.dataset = dataset.with_transform(decode)
+        self.labels = dataset.labels
+        self.classes = dataset.classes
+        self.place = place
+        self.prepare = Preparation(
+            size, tuple(mean), tuple(std), scale=(0.25, 1.0) if augment else None
+        )
+        shape = (len(dataset), dataset.channels, decode.size, decode.size)
+        if place == "disk":
+            if folder is None:
+                raise ValueError("a cache on disk needs a folder: give --cache-dir")
+            marks = "\n".join([*dataset.versions(), repr(decode), repr(shape)])
+            digest = hashlib.sha256(marks.encode()).hexdigest()[:32]
+            _check_room(place, shape, _free_on_disk(Path(folder), digest))
+            self.store: _Store = _DiskStore(Path(folder), digest, shape)
+        else:
+            on_gpu = place == "device" and self.device.type == "cuda"
+            free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
+            _check_room(place, shape, free)
+            self.store = _MemoryStore(shape, self.device if place == "device" else "cpu")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One image without augmentation."""
+        position = torch.tensor([index])
+        if not self.store.has(position):
+            self.store.put(position, self.dataset[index][0].unsqueeze(0))
+        pixels = self.store.get(position).to(self.device)
+        plain = Preparation(self.prepare.size, self.prepare.mean, self.prepare.std)
+        return plain(pixels, torch.Generator())[0], int(self.labels[index])
+
+    def name_of(self, index: int) -> str:
+        return name_of(self.dataset, index)
+
+    @property
+    def filled(self) -> int:
+        """How many images need no decoding any more."""
+        return int(self.store.has(torch.arange(len(self))).sum())
+
+    def stream(
+        self,
+        requests: Iterator[tuple[int, list[int]]],
+        read: Callable[[Any, Iterator[tuple[int, list[int]]]], Iterator[tuple[Any, list]]],
+        report: Callable[[str, str], None],
+        seed: int,
+        pin_memory: bool,
+    ) -> Iterator[Batch]:
+        """Batches on `device`, in the order of `requests`; called by `wfnet.data.batches`.
+
+        requests: (position, indices) of each batch.
+        read:     reads (position, indices) of a data set in worker processes, in order.
+        report:   takes name and reason of a corrupt image.
+        """
+        waiting: deque[tuple[int, Tensor]] = deque()
+
+        def missing() -> Iterator[tuple[int, list[int]]]:
+            for position, indices in requests:
+                wanted = torch.tensor(indices, dtype=torch.int64)
+                waiting.append((position, wanted))
+                yield position, wanted[~self.store.has(wanted)].tolist()
+
+        if self.filled == len(self):  # no worker has to be started
+            decoded = ((None, []) for _ in missing())
+        else:
+            decoded = read(self.dataset, missing())
+        for batch, corrupt in decoded:
+            if batch is not None:
+                pixels, _, indices = batch
+                self.store.put(indices, pixels)
+            for name, reason in corrupt:
+                report(name, reason)
+            position, indices = waiting.popleft()
+            indices = indices[self.store.has(indices)]
+            if len(indices):
+                yield self._batch(indices, seed, position, pin_memory)
+
+    def _batch(self, indices: Tensor, seed: int, position: int, pin_memory: bool) -> Batch:
+        pixels = self.store.get(indices)
+        if pin_memory and pixels.device.type == "cpu":
+            pixels = pixels.pin_memory()
+        pixels = pixels.to(self.device, non_blocking=True)
+        mixed = np.random.SeedSequence([seed % (1 << 63), position]).generate_state(1)[0]
+        generator = torch.Generator().manual_seed(int(mixed))
+        return Batch(self.prepare(pixels, generator), self.labels[indices], indices)
+
+    def select(self, indices: Tensor) -> "CachedImages":
+        """The chosen images as a data set of their own, with the same store."""
+        chosen = object.__new__(CachedImages)
+        chosen.__dict__.update(self.__dict__)
+        chosen.dataset = self.dataset.select(indices)
+        chosen.labels = self.labels[indices]
+        chosen.store = _PartOfStore(self.store, indices)
+        return chosen
+
+
+class _PixelTransform:
+    """PIL image -> uint8 [C, S, S]: `evaluation_transform` before its conversion to float."""
+
+    def __init__(self, size: int, interpolation: str, crop_pct: float):
+        self.size = size
+        self.settings = (size, interpolation, crop_pct)
+        compose = evaluation_transform(size, interpolation=interpolation, crop_pct=crop_pct)
+        self.steps = compose.transforms[:3]  # resize, centre crop, to tensor
+
+    def __call__(self, image: Any) -> Tensor:
+        for step in self.steps:
+            image = step(image)
+        return image
+
+    def __repr__(self) -> str:
+        return f"pixels{self.settings}"
+
+
+# -- where pixels lie -----------------------------------------------------------------------------
+
+
+class _Store(ABC):
+    """Pixels [N, C, S, S] uint8 of the images that were put there."""
+
+    @abstractmethod
+    def has(self, indices: Tensor) -> Tensor:
+        """[n] bool: which of the images are there."""
+
+    @abstractmethod
+    def put(self, indices: Tensor, pixels: Tensor) -> None:
+        """Keeps pixels [n, C, S, S]."""
+
+    @abstractmethod
+    def get(self, indices: Tensor) -> Tensor:
+        """Pixels [n, C, S, S], a copy."""
+
+
+class _MemoryStore(_Store):
+    def __init__(self, shape: tuple[int, ...], device: torch.device | str):
+        # Pages that are never written to take no memory on the host.
+        self.pixels = torch.empty(shape, dtype=torch.uint8, device=device)
+        self.filled = torch.zeros(shape[0], dtype=torch.bool)
+
+    def has(self, indices: Tensor) -> Tensor:
+        return self.filled[indices]
+
+    def put(self, indices: Tensor, pixels: Tensor) -> None:
+        self.pixels[indices.to(self.pixels.device)] = pixels.to(self.pixels.device)
+        self.filled[indices] = True
+
+    def get(self, indices: Tensor) -> Tensor:
+        return self.pixels[indices.to(self.pixels.device)]
+
+
+class _DiskStore(_Store):
+    """A file of pixels and a file of marks, named by a digest of what they hold.
+
+    Pixels are written before their mark, so that an interrupted run leaves no half image that
+    counts. Several processes may fill one cache: they write the same bytes.
+    """
+
+    def __init__(self, folder: Path, digest: str, shape: tuple[int, ...]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.pixels = _mapped(_pixel_file(folder, digest), shape)
+        self.filled = _mapped(folder / f"images-{digest}.filled", shape[:1])
+        there = int(self.filled.sum())
+        if there:
+            logger.info("cache: %d of %d images are there from an earlier run", there, shape[0])
+
+    def has(self, indices: Tensor) -> Tensor:
+        return torch.from_numpy(self.filled[indices.numpy()] != 0)
+
+    def put(self, indices: Tensor, pixels: Tensor) -> None:
+        self.pixels[indices.numpy()] = pixels.numpy()
+        self.filled[indices.numpy()] = 1
+
+    def get(self, indices: Tensor) -> Tensor:
+        return torch.from_numpy(self.pixels[indices.numpy()])
+
+
+class _PartOfStore(_Store):
+    """Some images of a store."""
+
+    def __init__(self, store: _Store, chosen: Tensor):
+        self.store = store
+        self.chosen = chosen
+
+    def has(self, indices: Tensor) -> Tensor:
+        return self.store.has(self.chosen[indices])
+
+    def put(self, indices: Tensor, pixels: Tensor) -> None:
+        self.store.put(self.chosen[indices], pixels)
+
+    def get(self, indices: Tensor) -> Tensor:
+        return self.store.get(self.chosen[indices])
+
+
+def _pixel_file(folder: Path, digest: str) -> Path:
+    return folder / f"images-{digest}.uint8"
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    size = math.prod(shape)
+    with open(path, "ab") as file:
+        if file.tell() != size:
+            file.truncate(size)  # zeros that take no space until they are written to
+    return np.memmap(path, np.uint8, "r+", shape=shape)
+
+
+# -- room -----------------------------------------------------------------------------------------
+
+
+def _check_room(place: str, shape: tuple[int, ...], free: int) -> None:
+    """Logs how large the cache becomes.
+
+    Raises ValueError if it does not fit into `free` bytes.
+    """
+    needed = math.prod(shape)
+    images = f"{shape[0]:,} images of {shape[1]} x {shape[2]} x {shape[3]} bytes"
+    text = f"{images} = {needed / 2**30:.2f} GiB on {place}, {free / 2**30:.2f} GiB are free there"
+    if needed > _SHARE * free:
+        others = [other for other in PLACES if other != place]
+        raise ValueError(
+            f"the cache does not fit: {text} and {_SHARE:.0%} of that may be used; put it on "
+            f"{' or '.join(others)}, or do without"
+        )
+    logger.info("cache: %s", text)
+
+
+def _free_on_disk(folder: Path, digest: str) -> int:
+    """Free bytes, with those that this cache takes already."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    pixels = _pixel_file(folder, digest)
+    return free + (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be had, under the limit of the container if there is one."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = (
+            next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+        )
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = (group / "memory.max").read_text().strip()
+        used = int((group / "memory.current").read_text())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
