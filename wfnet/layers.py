@@ -125,11 +125,12 @@ class MaskedLayer(nn.Module):
             raise ValueError(f"{self._title()} has no bias, so there are no bias gates")
         return gates.gate(alpha, self.gate_scale)
 
-    def bake(self, forget: Sequence[int]) -> nn.Module:
+    def bake(self, forget: Sequence[int], prune_below: float = 0.0) -> nn.Module:
         """A plain layer of the base type with the gates of ``forget`` multiplied into its weights.
 
         Args:
             forget: labels; their gates are multiplied. Empty for the original layer.
+            prune_below: products of gates below this are taken as exactly 0.
         """
         plain = self._base_type.__new__(self._base_type)
         plain.__dict__ = {
@@ -138,7 +139,7 @@ class MaskedLayer(nn.Module):
             if key not in _FILTER_STATE
         }
         plain._parameters = {
-            name: None if p is None else nn.Parameter(self._baked(name, p, forget))
+            name: None if p is None else nn.Parameter(self._baked(name, p, forget, prune_below))
             for name, p in self._parameters.items()
             if not name.startswith("alpha_")
         }
@@ -147,13 +148,16 @@ class MaskedLayer(nn.Module):
         }
         return plain
 
-    def _baked(self, name: str, parameter: Tensor, forget: Sequence[int]) -> Tensor:
+    def _baked(
+        self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
+    ) -> Tensor:
         if not forget:
             return parameter.detach().clone()
         alpha = getattr(self, f"alpha_{name}").detach()
         check_range(min(forget), max(forget), self.num_classes)
         labels = torch.tensor([list(forget)], device=alpha.device)
         gate = gates.gate_rows(alpha, labels, self.gate_scale)[0]
+        gate = gate.masked_fill(gate < prune_below, 0.0)
         scaled = parameter.to(gate.dtype) * gate.reshape(-1, *[1] * (parameter.dim() - 1))
         return scaled.detach().to(parameter.dtype)
 

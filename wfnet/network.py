@@ -6,6 +6,7 @@ import copy
 import fnmatch
 import inspect
 import logging
+import math
 import os
 import re
 import sys
@@ -282,22 +283,33 @@ class WFNet(nn.Module):
 
     # -- export and storage -----------------------------------------------------------------------
 
-    def bake(self, forget: int | Sequence[int] | None) -> nn.Module:
+    def bake(self, forget: int | Sequence[int] | None, prune_below: float = 0.0) -> nn.Module:
         """A plain model of the original class with the gates of ``forget`` multiplied in.
 
         Args:
             forget: one label, several (their gates are multiplied), or None for the original.
+            prune_below: gates below this become exactly 0, so that what they scaled cannot be
+                read out of the export by scaling it back; nothing is pruned by default.
 
         Returns:
-            A copy in evaluation mode, without filters, equal to the filtered network within
-            rounding; all its parameters can be trained again.
+            A copy in evaluation mode, without filters; all its parameters can be trained again.
+            Without pruning it equals the filtered network within rounding.
+
+        Raises:
+            TypeError, ValueError: for labels that do not fit, or a threshold that is negative or
+                not finite.
         """
+        if not 0 <= prune_below < math.inf:
+            raise ValueError(
+                f"prune_below={prune_below} must be a finite number of at least 0: gates below it "
+                "become 0 (0.05, for example; 0 prunes nothing)"
+            )
         labels = _label_list(forget)
         if labels:
             check_range(min(labels), max(labels), self.num_classes)
         plain = _copy_without_filters(self.model)
         for name, layer in self.masked_layers.items():
-            baked = layer.bake([label for label in labels if label != -1])
+            baked = layer.bake([label for label in labels if label != -1], prune_below)
             if name:
                 _replace(plain, layer, baked)
             else:
