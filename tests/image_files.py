@@ -65,3 +65,29 @@ def write_archive(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
     return path
+
+
+def write_shard(path: Path, members: dict[str, bytes], compression: str = "") -> Path:
+    """A WebDataset shard; `compression` is tarfile's."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, f"w:{compression}") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def pack_folder(root: Path, packed: Path) -> Path:
+    """The images of `root/<part>/<class>/` as shards `packed/<part>/0.tar`, in the same order."""
+    for part in sorted(path for path in root.iterdir() if path.is_dir()):
+        members = {}
+        for label, folder in enumerate(sorted(part.iterdir())):
+            for image in sorted(folder.iterdir()):
+                key = f"{folder.name}-{image.stem}-{image.suffix[1:].swapcase()}"
+                members[f"{key}{image.suffix}"] = image.read_bytes()
+                members[f"{key}.cls"] = str(label).encode()
+        write_shard(packed / part.name / "0.tar", members)
+        names = "\n".join(sorted(path.name for path in part.iterdir()))
+        (packed / "classes.txt").write_text(names + "\n")
+    return packed

@@ -163,12 +163,15 @@ def test_the_size_is_logged_and_checked(image_folder, tmp_path, monkeypatch, cap
     assert not (tmp_path / "not").exists()
 
 
-@pytest.mark.parametrize(
-    ("place", "message"), [("ram", "device, host, disk, not on 'ram'"), ("disk", "needs a folder")]
-)
-def test_bad_places(image_folder, place, message):
-    with pytest.raises(ValueError, match=message):
-        cached(image_folder, place)
+def test_bad_places(image_folder):
+    with pytest.raises(ValueError, match="device, host, disk, not on 'ram'"):
+        cached(image_folder, "ram")
+
+
+def test_default_folder(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cached(image_folder, "disk")
+    assert len(list((tmp_path / "wfnet").glob("images-*"))) == 2
 
 
 def test_open_data(image_folder, tmp_path, caplog):

@@ -3,12 +3,11 @@
 import io
 import logging
 import pickle
-import tarfile
 
 import numpy as np
 import pytest
 import torch
-from image_files import write_image
+from image_files import write_image, write_shard
 from PIL import Image
 
 from wfnet.data import CorruptImage, ImageShards, batches, evaluation_transform, open_data
@@ -27,16 +26,6 @@ def jpeg(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).resize((36, 40)).save(file, "JPEG", quality=95)
     return file.getvalue()
-
-
-def write_shard(path, members, compression=""):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, f"w:{compression}") as tar:
-        for name, content in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def samples(first, labels):

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
-from wfnet.data import Splits, mnist, open_data
-from wfnet.data.folder import class_folders
+from wfnet.data import Splits, folder_classes, mnist, open_data
 from wfnet.layers import WFLinear
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
@@ -51,12 +50,7 @@ def count_classes(options: argparse.Namespace) -> int:
         root = Path(name)
         if not root.is_dir():
             raise FileNotFoundError(f"the image folder {root} does not exist")
-        if not (root / "train").is_dir():
-            raise FileNotFoundError(
-                f"{root / 'train'} does not exist: an image folder has "
-                f"{root / 'train' / '<class>'} and {root / 'val' / '<class>'}"
-            )
-        return len(class_folders(root / "train"))
+        return len(folder_classes(root))
     if name in ("mnist", "cifar10") and not options.data_dir:
         raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
     if name == "mnist":
@@ -126,6 +120,9 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
         augment=augment,
         validation_fraction=options.val_split,
         seed=options.seed,
+        cache=options.cache,
+        cache_dir=options.cache_dir,
+        device=choose_device(options.device),
     )
 
 

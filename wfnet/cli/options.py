@@ -18,6 +18,7 @@ from typing import Any
 
 from wfnet import backends
 from wfnet.cli.runs import RUN_FILE, read_run
+from wfnet.data.cache import PLACES
 from wfnet.data.open import NAMES as DATA_NAMES
 
 # Of each set, an option on the command line takes the place of the others' recorded values.
@@ -108,8 +109,8 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir",
         metavar="DIR",
-        help="image folder with train/<class>/*.jpg and val/<class>/*.jpg; with --data mnist or "
-        "cifar10 the folder of their files",
+        help="image folder with train/<class>/*.jpg and val/<class>/*.jpg, or with WebDataset "
+        "shards (train/*.tar, val/*.tar); with --data mnist or cifar10 the folder of their files",
     )
     group.add_argument("--data", choices=DATA_NAMES, help="a data set by name")
     group.add_argument(
@@ -164,6 +165,15 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
         default=workers,
         metavar="N",
         help="processes that decode images",
+    )
+    group.add_argument(
+        "--cache",
+        choices=PLACES,
+        help="keep decoded images, so that none is decoded twice: on the device, on the host or "
+        "on disk (there later runs find them again)",
+    )
+    group.add_argument(
+        "--cache-dir", metavar="DIR", help="folder of --cache disk (default: ~/.cache/wfnet)"
     )
     add_threads_option(group)
 

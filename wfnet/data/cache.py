@@ -35,6 +35,11 @@ PLACES = ("device", "host", "disk")
 _SHARE = 0.8
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/wfnet`, or `~/.cache/wfnet`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
+
+
 @dataclass(frozen=True)
 class Preparation:
     """From stored pixels to the network's input, on the device, a batch at a time.
@@ -96,7 +101,7 @@ class CachedImages(torch.utils.data.Dataset):
               reproduces exactly.
     augment:  random crops and mirroring, drawn anew for every batch from (seed, position).
     device:   where batches are wanted; pixels are normalised there.
-    folder:   of the disk cache.
+    folder:   of the disk cache; default: `cache_folder()`.
 
     The size is logged first. Raises ValueError for a place that is none of these, or too small for
     the cache.
@@ -132,12 +137,11 @@ class CachedImages(torch.utils.data.Dataset):
         )
         shape = (len(dataset), dataset.channels, decode.size, decode.size)
         if place == "disk":
-            if folder is None:
-                raise ValueError("a cache on disk needs a folder: give --cache-dir")
+            folder = cache_folder() if folder is None else Path(folder)
             marks = "\n".join([*dataset.versions(), repr(decode), repr(shape)])
             digest = hashlib.sha256(marks.encode()).hexdigest()[:32]
-            _check_room(place, shape, _free_on_disk(Path(folder), digest))
-            self.store: _Store = _DiskStore(Path(folder), digest, shape)
+            _check_room(place, shape, _free_on_disk(folder, digest))
+            self.store: _Store = _DiskStore(folder, digest, shape)
         else:
             on_gpu = place == "device" and self.device.type == "cuda"
             free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()

@@ -150,7 +150,10 @@ class _Reading:
     def __post_init__(self) -> None:
         if self.transform is not None and (self.augment or self.cache):
             option = "augment=True" if self.augment else f"cache={self.cache!r}"
-            raise ValueError(f"{option} and a transform of one's own exclude each other")
+            raise ValueError(
+                f"{option} and a transform of one's own exclude each other: describe the transform "
+                "by image_size, interpolation and crop_pct, or leave it out"
+            )
 
     def plain(self) -> Transform:
         """Without augmentation."""

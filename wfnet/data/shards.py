@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
+from wfnet.data.cache import cache_folder
 from wfnet.data.encoded import EXTENSIONS, EncodedImages
 from wfnet.data.transforms import Transform
 from wfnet.pretrained import read_tensors, write_tensors
@@ -156,7 +157,7 @@ def _read_index(shards: list[Path], limit: int) -> dict[str, torch.Tensor]:
             )
     versions = "\n".join(_version(shard) for shard in shards)
     digest = hashlib.sha256(f"{_INDEX_FORMAT}\n{limit}\n{versions}".encode()).hexdigest()
-    kept = _cache_folder() / f"shards-{digest[:32]}.safetensors"
+    kept = cache_folder() / f"shards-{digest[:32]}.safetensors"
     try:
         return read_tensors(kept)
     except (FileNotFoundError, ValueError):
@@ -247,10 +248,6 @@ def _class_index(file: BinaryIO, member: tarfile.TarInfo, shard: Path) -> int:
 def _version(shard: Path) -> str:
     state = shard.stat()
     return f"{shard.absolute()} {state.st_size} {state.st_mtime_ns}"
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
 
 
 def _class_names(shard: Path) -> list[str] | None:

@@ -1,0 +1,254 @@
+"""How many images a second reach the network, from where, beside the loaders people know.
+
+    python benchmarks/bench_data.py --images 512 --workers 0 2
+
+Makes a folder of JPEG files of ImageNet's average size (500 x 375, about 110 KB; --data-dir takes a
+real one), packs the same files into shards, and reads batches at --image-size in random order:
+
+    torchvision   ImageFolder and DataLoader, the transforms that people write
+    timm          timm's data set and loader (without its CUDA prefetcher)
+    folder        wfnet, image files
+    shards        wfnet, WebDataset shards
+    first epoch   wfnet with --cache host, while the cache fills
+    host, disk, device   wfnet, later epochs from that cache
+
+Prints a table and writes JSON with the raw timings, a picture beside it. A column whose package is
+missing says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_step import commit, device_name
+from PIL import Image
+
+import wfnet
+from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
+from wfnet.data.shards import find_shards
+from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+CLASSES = 8
+Epoch = Callable[[int], Iterator[int]]  # number of the epoch -> sizes of batches
+
+
+def write_images(root: Path, count: int, seed: int = 0) -> None:
+    """JPEG files with the spectrum of photographs: noise whose amplitude falls with frequency."""
+    rng = np.random.default_rng(seed)
+    height, width = 375, 500
+    down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
+    amplitude = 1 / np.maximum(np.hypot(down, across), 1 / width)
+    for number in range(count):
+        spectrum = amplitude * np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
+        pixels = np.fft.irfft2(spectrum, (height, width))
+        pixels = 128 + 50 * pixels / pixels.std() + rng.normal(0, 8, pixels.shape)
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+        path = root / f"class{number % CLASSES}" / f"{number:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, quality=90)
+
+
+def pack(root: Path, packed: Path, per_shard: int = 128) -> None:
+    """The files of `root/<class>/` as shards."""
+    files = sorted(root.glob("*/*"))
+    classes = sorted({path.parent.name for path in files})
+    packed.mkdir(parents=True, exist_ok=True)
+    for start in range(0, len(files), per_shard):
+        with tarfile.open(packed / f"{start // per_shard:05d}.tar", "w") as tar:
+            for path in files[start : start + per_shard]:
+                key = f"{path.parent.name}-{path.stem}"
+                label = str(classes.index(path.parent.name)).encode()
+                for name, content in ((f"{key}.jpg", path.read_bytes()), (f"{key}.cls", label)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+
+
+def ours(dataset: object, args: argparse.Namespace, workers: int) -> Epoch:
+    def epoch(number: int) -> Iterator[int]:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(number))
+        for batch in batches(dataset, order.split(args.batch_size), workers):
+            yield len(batch.images.to(args.device))
+
+    return epoch
+
+
+def torchvision_epoch(root: Path, args: argparse.Namespace, workers: int) -> Epoch:
+    from torchvision import datasets, transforms
+
+    transform = transforms.Compose(
+        [
+            transforms.Resize(int(args.image_size / 0.875), transforms.InterpolationMode.BICUBIC),
+            transforms.CenterCrop(args.image_size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD),
+        ]
+    )
+    loader = torch.utils.data.DataLoader(
+        datasets.ImageFolder(root, transform), args.batch_size, shuffle=True, num_workers=workers
+    )
+    return lambda number: (len(images.to(args.device)) for images, _ in loader)
+
+
+def timm_epoch(root: Path, args: argparse.Namespace, workers: int) -> Epoch:
+    import timm.data
+
+    loader = timm.data.create_loader(
+        timm.data.create_dataset("", root=str(root)),
+        (3, args.image_size, args.image_size),
+        args.batch_size,
+        use_prefetcher=False,
+        interpolation="bicubic",
+        crop_pct=0.875,
+        num_workers=workers,
+        persistent_workers=False,
+        device=torch.device(args.device),
+    )
+    return lambda number: (len(images.to(args.device)) for images, _ in loader)
+
+
+def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) -> dict[str, Epoch]:
+    """One epoch per column; those of a missing package are left out."""
+    transform = evaluation_transform(args.image_size)
+    files = ImageFiles(root, transform)
+    shards = ImageShards(find_shards(folder, "shards"), transform)
+
+    def cached(place: str) -> CachedImages:
+        return CachedImages(
+            files, place, args.image_size, IMAGENET_MEAN, IMAGENET_STD, device=args.device,
+            folder=folder / "cache",
+        )  # fmt: skip
+
+    def filled(place: str) -> Epoch:
+        epoch = ours(cached(place), args, workers)
+        for _ in epoch(0):
+            pass
+        return epoch
+
+    made: dict[str, Epoch] = {}
+    for name, make in (("torchvision", torchvision_epoch), ("timm", timm_epoch)):
+        try:
+            made[name] = make(root, args, workers)
+        except ImportError as error:
+            print(f"{name}: not run ({error})", file=sys.stderr)
+    made["folder"] = ours(files, args, workers)
+    made["shards"] = ours(shards, args, workers)
+    made["first epoch"] = lambda number: ours(cached("host"), args, workers)(number)
+    for place in ("host", "disk", "device"):
+        made[place] = filled(place)
+    return made
+
+
+def rate(epoch: Epoch, number: int) -> float:
+    """Images per second of one epoch, the start of workers included."""
+    start = time.perf_counter()
+    images = sum(epoch(number))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return images / (time.perf_counter() - start)
+
+
+def draw(results: dict[str, dict[str, list[float]]], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(next(iter(results.values())))
+    figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) * len(results) / 2 + 1.6))
+    height = 0.8 / len(results)
+    for position, (workers, rates) in enumerate(results.items()):
+        medians = [statistics.median(rates[name]) for name in names]
+        places = [index + position * height for index in range(len(names))]
+        bars = axes.barh(places, medians, height, label=f"{workers} workers")
+        axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=3, fontsize=8)
+    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlabel("images per second")
+    axes.margins(x=0.15)
+    axes.set_title(title, fontsize=10)
+    axes.legend(fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", type=Path, help="folder <class>/*.jpg instead of made files")
+    parser.add_argument("--images", type=int, default=512, help="made files")
+    parser.add_argument("--image-size", type=int, default=224)
+    parser.add_argument("-b", "--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    results: dict[str, dict[str, list[float]]] = {}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        root = args.data_dir or folder / "files"
+        if args.data_dir is None:
+            write_images(root, args.images)
+        pack(root, folder / "shards")
+        size = statistics.mean(path.stat().st_size for path in root.glob("*/*"))
+        count = len(list(root.glob("*/*")))
+        for workers in args.workers:
+            epochs = columns(root, folder, args, workers)
+            rates: dict[str, list[float]] = {name: [] for name in epochs}
+            for number in range(args.repeats):
+                for name, epoch in epochs.items():
+                    rates[name].append(rate(epoch, number))
+            results[str(workers)] = rates
+    where = device_name(torch.device(args.device))
+    title = f"{count} JPEG files of {size / 1024:.0f} KiB at {args.image_size} px; {where}"
+    print(title)
+    for workers, rates in results.items():
+        base = statistics.median(rates["folder"])
+        print(f"\n{workers} workers    images/s       min       max   x folder")
+        for name, values in rates.items():
+            median = statistics.median(values)
+            print(
+                f"{name:12} {median:10,.0f} {min(values):9,.0f} {max(values):9,.0f} "
+                f"{median / base:10.2f}"
+            )
+    result = {
+        "benchmark": "data",
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "files": count,
+        "mean_bytes": size,
+        "device": where,
+        "torch": torch.__version__,
+        "wfnet": wfnet.__version__,
+        "commit": commit(),
+        "command": " ".join(["python", *(argv if argv is not None else sys.argv)]),
+        "images_per_second": results,
+    }
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        draw(results, args.output.with_suffix(".png"), title)
+    return result
+
+
+if __name__ == "__main__":
+    main()
