@@ -1,0 +1,204 @@
+"""Builds what is in this folder: the extension ``wfnet._C`` (nvcc) and its emulation (g++).
+
+``setup.py`` calls :func:`build_extension`; tests call :func:`build_emulated`. Both write a
+``build.ninja`` and run ninja, so a second build compiles what changed.
+
+    python csrc/build.py               wfnet/_C*.so in place, for the targets in WFNET_CUDA_ARCHS
+    python csrc/build.py --all         the same for every target that nvcc knows, from sm_80
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+DEFAULT_ARCHS = "8.0 9.0a 10.0"
+# Also fast floating point where it is exact enough: no kernel divides in its main loop.
+_HOST_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+
+
+class BuildError(RuntimeError):
+    """The extension cannot be built here; the message says what is missing."""
+
+
+def includes() -> list[str]:
+    """Header folders of Python and pybind11."""
+    if importlib.util.find_spec("pybind11") is None:
+        raise BuildError("pybind11 is not installed (pip install pybind11)")
+    import pybind11
+
+    return [sysconfig.get_path("include"), pybind11.get_include(), str(HERE)]
+
+
+def ninja() -> str:
+    """Path of ninja, from its Python package or PATH."""
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja as package
+
+        found = Path(package.BIN_DIR) / "ninja"
+        if found.exists():
+            return str(found)
+    found = shutil.which("ninja")
+    if found is None:
+        raise BuildError("ninja is not installed (pip install ninja)")
+    return found
+
+
+def nvcc() -> str:
+    """Path of nvcc: CUDA_HOME, then PATH, then /usr/local/cuda."""
+    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    for candidate in [f"{root}/bin/nvcc" for root in roots] + [
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]:
+        if candidate and Path(candidate).exists():
+            return candidate
+    raise BuildError(
+        "nvcc was not found (install the CUDA toolkit 13.0 or newer, or set CUDA_HOME)"
+    )
+
+
+def known_archs(compiler: str) -> list[str]:
+    """Targets from sm_80 on that this nvcc compiles, as ``8.0`` or ``9.0a``."""
+    listed = subprocess.run(
+        [compiler, "--list-gpu-code"], check=True, capture_output=True, text=True
+    ).stdout
+    codes = re.findall(r"sm_(\d+)(\d)([a-z]?)", listed)
+    return [f"{major}.{minor}{kind}" for major, minor, kind in codes if int(major) >= 8]
+
+
+def chosen_archs(compiler: str, every: bool = False) -> list[str]:
+    """Targets of this build: WFNET_CUDA_ARCHS, else the defaults that nvcc knows.
+
+    Raises:
+        BuildError: for a target that nvcc does not know.
+    """
+    known = known_archs(compiler)
+    if every:
+        return [arch for arch in known if arch[-1].isdigit()] + ["9.0a"]
+    asked = os.environ.get("WFNET_CUDA_ARCHS")
+    if not asked:
+        return [arch for arch in DEFAULT_ARCHS.split() if arch in known or arch == "9.0a"]
+    archs = re.split(r"[\s,;]+", asked.strip())
+    for arch in archs:
+        if arch not in known and arch.rstrip("af") not in known:
+            raise BuildError(
+                f"WFNET_CUDA_ARCHS has {arch!r}, which {compiler} does not know; "
+                f"choose among {' '.join(known)}"
+            )
+    return archs
+
+
+def gencode(archs: Sequence[str]) -> list[str]:
+    """nvcc's flags for these targets; the newest without a suffix also as PTX, for later devices."""
+    numbers = [arch.replace(".", "") for arch in archs]
+    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
+    portable = [n for n in numbers if n.isdigit()]
+    if portable:
+        newest = max(portable, key=int)
+        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+    return flags
+
+
+def _write_ninja(folder: Path, rules: dict[str, str], edges: list[tuple[str, str, list[Path]]]):
+    """``edges``: (output, rule, inputs). Header dependencies come from the compilers."""
+    lines = ["ninja_required_version = 1.8"]
+    for name, command in rules.items():
+        lines += [f"rule {name}", f"  command = {command}", f"  description = {name} $out"]
+        if name != "link":
+            lines += ["  depfile = $out.d", "  deps = gcc"]
+    for output, rule, inputs in edges:
+        lines.append(f"build {output}: {rule} " + " ".join(str(path) for path in inputs))
+    text = "\n".join(lines) + "\n"
+    path = folder / "build.ninja"
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _run_ninja(folder: Path) -> None:
+    done = subprocess.run([ninja(), "-C", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        raise BuildError(f"ninja failed in {folder}:\n{done.stdout}{done.stderr}")
+
+
+def build_extension(folder: Path, every: bool = False) -> Path:
+    """Compiles ``_C`` with nvcc into ``folder`` and returns the shared library.
+
+    Raises:
+        BuildError: if a tool is missing or a source does not compile.
+    """
+    compiler = nvcc()
+    folder.mkdir(parents=True, exist_ok=True)
+    include = " ".join(f"-I{path}" for path in includes())
+    host = " ".join(_HOST_FLAGS)
+    arch = " ".join(gencode(chosen_archs(compiler, every)))
+    flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --cudart=static"
+    rules = {
+        "nvcc": f"{compiler} -MD -MF $out.d {flags} {arch} -I{HERE} -c $in -o $out",
+        "cxx": f"{os.environ.get('CXX', 'g++')} -MD -MF $out.d {host} {include} -c $in -o $out",
+        "link": f"{compiler} -shared --cudart=static {arch} $in -o $out",
+    }
+    sources = sorted(HERE.glob("*.cu")) + sorted(HERE.glob("*.cpp"))
+    edges = [(f"{s.name}.o", "nvcc" if s.suffix == ".cu" else "cxx", [s]) for s in sources]
+    edges.append((f"_C{SUFFIX}", "link", [Path(edge[0]) for edge in edges]))
+    _write_ninja(folder, rules, edges)
+    _run_ninja(folder)
+    return folder / f"_C{SUFFIX}"
+
+
+def build_emulated(name: str, sources: Sequence[Path], root: Path) -> Path:
+    """Compiles ``sources`` with g++, kernels on the emulated device, into a Python module ``name``.
+
+    Cached by the hash of all sources; processes that build at once wait for each other.
+
+    Raises:
+        BuildError: if there is no C++ compiler, or a source does not compile.
+    """
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        raise BuildError("no C++ compiler (g++) was found")
+    flags = [*_HOST_FLAGS, "-U_FORTIFY_SOURCE", "-g1", "-Wno-unused-parameter"]
+    include = " ".join(f"-I{path}" for path in includes())
+    digest = hashlib.sha256(" ".join([compiler, *flags, include, SUFFIX]).encode())
+    for path in sorted({*sources, *HERE.glob("*.h"), *HERE.glob("*.cuh")}):
+        digest.update(path.read_bytes())
+    folder = root / f"{name}-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / f"{name}{SUFFIX}"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            command = f"{compiler} -MD -MF $out.d {' '.join(flags)} {include} -x c++ -c $in -o $out"
+            edges = [(f"{path.name}.o", "cxx", [path]) for path in sources]
+            link = f"{compiler} -shared $in -o $out"
+            edges.append((library.name, "link", [Path(edge[0]) for edge in edges]))
+            _write_ninja(folder, {"cxx": command, "link": link}, edges)
+            _run_ninja(folder)
+    return library
+
+
+def main() -> None:
+    """Builds ``wfnet/_C`` of this checkout in place."""
+    every = "--all" in sys.argv[1:]
+    root = HERE.parent
+    library = build_extension(root / "build" / ("cuda-all" if every else "cuda"), every)
+    shutil.copy2(library, root / "wfnet" / library.name)
+    print(f"wrote wfnet/{library.name}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BuildError as error:
+        sys.exit(f"error: {error}")

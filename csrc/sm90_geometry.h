@@ -1,0 +1,287 @@
+// What a Hopper kernel computes and in which order: convolutions as implicit GEMMs, their tiles, and
+// the schedule of the persistent thread blocks. Plain integers, the same on host and device; tested
+// exhaustively on the host (tests/test_cuda_sm90_host.py).
+//
+// One GEMM for everything: out[m, n] = sum over taps and depth of A[pixel(m) + tap, k] * B[tap, k, n].
+//
+//              A            rows m               taps         depth k        columns n
+//   fprop      x            samples x P x Q      R x S        in channels    out channels
+//   dgrad      A * g        samples x H x W      R x S        out channels   in channels
+//   linear     x or A * g   samples x tokens     1            in / out       out / in
+//
+// The pixels of dgrad with stride s fall into s x s phases (h % s, w % s). A pixel of one phase sees
+// a fixed subset of the taps, and within a phase
+//
+//   dx[f + s*i] = sum over taps r with (f + pad - r*dilation) % s == 0 of ag[i + (f + pad - r*dilation) / s] * w[r]
+//
+// is a convolution with stride 1: no product with a zero is ever computed, and all phases are tiles
+// of one launch.
+#pragma once
+
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define WF_SM90_BOTH __host__ __device__ inline
+#else
+#define WF_SM90_BOTH inline
+#endif
+
+namespace wf::sm90 {
+
+// One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work on
+// different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up to
+// five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128 fp32
+// accumulators take 128 of a thread's 232 registers. Per 64-deep slice such a tile reads 32 KB from
+// L2 for 512 cycles of tensor-core time.
+constexpr int kBlockM = 128;
+constexpr int kBlockK = 64;  // 128 bytes: one swizzle row
+constexpr int kMostPhases = 4;
+
+// A cross-correlation of [batch, height, width, in_channels] with [out_channels, filter_h, filter_w,
+// in_channels]; all memory dense, channels last.
+struct Convolution {
+  int batch, height, width, in_channels, out_channels;
+  int filter_h, filter_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+
+  WF_SM90_BOTH int out_height() const {
+    return (height + 2 * pad_h - dilation_h * (filter_h - 1) - 1) / stride_h + 1;
+  }
+  WF_SM90_BOTH int out_width() const {
+    return (width + 2 * pad_w - dilation_w * (filter_w - 1) - 1) / stride_w + 1;
+  }
+};
+
+// One spatial axis of one phase.
+struct Axis {
+  int size;                       // pixels of the output in this phase
+  int out_first, out_step;        // position of pixel i in the output: out_first + i * out_step
+  int base, base_step;            // filter base of pixel i in A: base + i * base_step
+  int taps;                       // taps that this phase sees
+  int tap_first, tap_step;        // filter index of the k-th of them
+  int offset_first, offset_step;  // its distance from the filter base in A, never negative
+
+  WF_SM90_BOTH int tap(int k) const { return tap_first + k * tap_step; }
+  WF_SM90_BOTH int offset(int k) const { return offset_first + k * offset_step; }
+};
+
+WF_SM90_BOTH Axis fprop_axis(int out_size, int filter, int stride, int pad, int dilation) {
+  return Axis{out_size, 0, 1, -pad, stride, filter, 0, 1, 0, dilation};
+}
+
+WF_SM90_BOTH Axis dgrad_axis(int phase, int in_size, int filter, int stride, int pad,
+                             int dilation) {
+  Axis axis{};
+  axis.size = in_size > phase ? (in_size - phase + stride - 1) / stride : 0;
+  axis.out_first = phase;
+  axis.out_step = stride;
+  axis.base_step = 1;
+  axis.tap_step = 1;
+  // Taps r0, r0 + tap_step, ... divide: r * dilation runs through the residues of stride.
+  while (axis.tap_step * dilation % stride != 0) ++axis.tap_step;
+  int first = 0;
+  while (first < axis.tap_step && (phase + pad - first * dilation) % stride != 0) ++first;
+  if (first == axis.tap_step || first >= filter) return axis;  // no taps: this phase gets zeros
+  axis.taps = (filter - 1 - first) / axis.tap_step + 1;
+  axis.tap_first = first;
+  const int step = axis.tap_step * dilation / stride;
+  axis.offset_first = (axis.taps - 1) * step;
+  axis.offset_step = -step;
+  axis.base = (phase + pad - first * dilation) / stride - axis.offset_first;
+  return axis;
+}
+
+struct Phase {
+  Axis h, w;
+  int rows;              // batch * h.size * w.size
+  int pixels;            // h.size * w.size
+  int m_tiles;           // ceil(rows / kBlockM)
+  int slices;            // 64-deep slices of one tile's sum: taps * ceil(depth / 64)
+  int samples_per_tile;  // most samples that the rows of one tile belong to
+  int first_partial;     // row of this phase's first tile in the partial column sums
+};
+
+struct Problem {
+  Phase phases[kMostPhases];
+  int num_phases;
+  int batch, out_height, out_width;  // of the tensor that is written
+  int a_height, a_width;             // of the tensor that A is
+  int depth, columns;
+  int filter_h, filter_w;
+  int depth_slices;
+  int block_n, n_tiles;
+  int m_tiles;     // most of any phase
+  int tiled;       // A is read as the matrix [rows, depth], without im2col
+  int tile_slots;  // m_tiles * num_phases * n_tiles; a few of them may be empty
+  int partial_rows;
+};
+
+WF_SM90_BOTH void finish_problem(Problem& problem, int block_n) {
+  problem.block_n = block_n;
+  problem.n_tiles = (problem.columns + block_n - 1) / block_n;
+  problem.depth_slices = (problem.depth + kBlockK - 1) / kBlockK;
+  problem.m_tiles = 0;
+  problem.partial_rows = 0;
+  for (int i = 0; i < problem.num_phases; ++i) {
+    Phase& phase = problem.phases[i];
+    phase.pixels = phase.h.size * phase.w.size;
+    phase.rows = problem.batch * phase.pixels;
+    phase.m_tiles = (phase.rows + kBlockM - 1) / kBlockM;
+    phase.slices = phase.h.taps * phase.w.taps * problem.depth_slices;
+    const int most = phase.pixels > 0 ? (kBlockM - 2) / phase.pixels + 2 : 0;
+    phase.samples_per_tile = most < problem.batch ? most : problem.batch;
+    phase.first_partial = problem.partial_rows;
+    problem.partial_rows += phase.m_tiles * phase.samples_per_tile;
+    if (phase.m_tiles > problem.m_tiles) problem.m_tiles = phase.m_tiles;
+  }
+  problem.tile_slots = problem.m_tiles * problem.num_phases * problem.n_tiles;
+}
+
+// 128 columns, unless that computes more than a quarter too many: 64, 192 and 320 channels.
+WF_SM90_BOTH int choose_block_n(int columns) {
+  const int wide = (columns + 127) / 128 * 128;
+  const int narrow = (columns + 63) / 64 * 64;
+  return 4 * wide > 5 * narrow ? 64 : 128;
+}
+
+WF_SM90_BOTH bool is_matrix(const Convolution& conv) {
+  return conv.filter_h * conv.filter_w * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
+         conv.pad_w == 0;
+}
+
+WF_SM90_BOTH Problem fprop_problem(const Convolution& conv) {
+  Problem problem{};
+  problem.num_phases = 1;
+  problem.phases[0].h = fprop_axis(conv.out_height(), conv.filter_h, conv.stride_h, conv.pad_h,
+                                   conv.dilation_h);
+  problem.phases[0].w = fprop_axis(conv.out_width(), conv.filter_w, conv.stride_w, conv.pad_w,
+                                   conv.dilation_w);
+  problem.batch = conv.batch;
+  problem.out_height = conv.out_height();
+  problem.out_width = conv.out_width();
+  problem.a_height = conv.height;
+  problem.a_width = conv.width;
+  problem.depth = conv.in_channels;
+  problem.columns = conv.out_channels;
+  problem.filter_h = conv.filter_h;
+  problem.filter_w = conv.filter_w;
+  problem.tiled = is_matrix(conv);
+  finish_problem(problem, choose_block_n(problem.columns));
+  return problem;
+}
+
+WF_SM90_BOTH Problem dgrad_problem(const Convolution& conv) {
+  Problem problem{};
+  problem.num_phases = conv.stride_h * conv.stride_w;
+  for (int i = 0; i < problem.num_phases && i < kMostPhases; ++i) {
+    problem.phases[i].h = dgrad_axis(i / conv.stride_w, conv.height, conv.filter_h, conv.stride_h,
+                                     conv.pad_h, conv.dilation_h);
+    problem.phases[i].w = dgrad_axis(i % conv.stride_w, conv.width, conv.filter_w, conv.stride_w,
+                                     conv.pad_w, conv.dilation_w);
+  }
+  problem.batch = conv.batch;
+  problem.out_height = conv.height;
+  problem.out_width = conv.width;
+  problem.a_height = conv.out_height();
+  problem.a_width = conv.out_width();
+  problem.depth = conv.out_channels;
+  problem.columns = conv.in_channels;
+  problem.filter_h = conv.filter_h;
+  problem.filter_w = conv.filter_w;
+  problem.tiled = is_matrix(conv);
+  finish_problem(problem, choose_block_n(problem.columns));
+  return problem;
+}
+
+// ---- schedule -------------------------------------------------------------------------------------
+
+// One tile of work of a thread block.
+struct Tile {
+  int slot;  // position in the order of all tiles; problem.tile_slots or more: no more tiles
+  int phase, m, n;
+};
+
+// Column tiles are neighbours: they run at the same time and share their rows of A in L2 (A is read
+// from memory once, the filter stays in L2). Then come the phases of the same rows, which share A
+// too. They have 1, 2, 2 and 4 taps for a 3x3 filter: the order rotates with m, so that no thread
+// block meets the same phase again and again.
+WF_SM90_BOTH Tile tile_at(const Problem& problem, int slot) {
+  Tile tile{slot, 0, 0, 0};
+  const int row = slot / problem.n_tiles;
+  tile.n = slot - row * problem.n_tiles;
+  tile.m = row / problem.num_phases;
+  tile.phase = (row + tile.m) % problem.num_phases;
+  return tile;
+}
+
+// The first tile that exists at `slot` or `step`, 2*step, ... behind it.
+WF_SM90_BOTH Tile next_tile(const Problem& problem, int slot, int step) {
+  while (slot < problem.tile_slots) {
+    const Tile tile = tile_at(problem, slot);
+    if (tile.m < problem.phases[tile.phase].m_tiles) return tile;
+    slot += step;
+  }
+  return Tile{slot, 0, 0, 0};
+}
+
+// A slice of a tile's sum: which tap of the filter, which 64 channels.
+struct Slice {
+  int tap;                 // index into the filter, r * S + s
+  int offset_h, offset_w;  // im2col offsets
+  int channel;             // first channel
+};
+
+WF_SM90_BOTH Slice slice_at(const Problem& problem, const Phase& phase, int index) {
+  const int tap = index / problem.depth_slices;
+  const int i = tap / phase.w.taps;
+  const int j = tap - i * phase.w.taps;
+  return Slice{phase.h.tap(i) * problem.filter_w + phase.w.tap(j), phase.h.offset(i),
+               phase.w.offset(j), (index - tap * problem.depth_slices) * kBlockK};
+}
+
+// A row of a tile: its sample and its pixel in the tensor that is written.
+struct Row {
+  int sample;
+  int64_t pixel;
+};
+
+WF_SM90_BOTH Row row_at(const Problem& problem, const Phase& phase, int row) {
+  const int sample = row / phase.pixels;
+  const int pixel = row - sample * phase.pixels;
+  const int i = pixel / phase.w.size;
+  const int h = phase.h.out_first + i * phase.h.out_step;
+  const int w = phase.w.out_first + (pixel - i * phase.w.size) * phase.w.out_step;
+  return Row{sample, (static_cast<int64_t>(sample) * problem.out_height + h) * problem.out_width + w};
+}
+
+// Filter base of the first row of a tile, as im2col loads want it.
+struct Base {
+  int sample, h, w;
+};
+
+WF_SM90_BOTH Base base_at(const Phase& phase, int row) {
+  const int sample = row / phase.pixels;
+  const int pixel = row - sample * phase.pixels;
+  const int i = pixel / phase.w.size;
+  const int j = pixel - i * phase.w.size;
+  return Base{sample, phase.h.base + i * phase.h.base_step, phase.w.base + j * phase.w.base_step};
+}
+
+// ---- column sums ----------------------------------------------------------------------------------
+
+// Partial sums are kept per tile and sample: row first_partial + m * samples_per_tile + j holds the
+// sum over the rows of tile m that belong to the j-th sample of that tile. The second stage adds a
+// sample's rows phase by phase, tile by tile: always in the same order, whichever block computed them.
+WF_SM90_BOTH int partial_row(const Phase& phase, int m, int sample) {
+  return phase.first_partial + m * phase.samples_per_tile + sample -
+         m * kBlockM / phase.pixels;
+}
+
+struct TileRange {
+  int first, last;  // inclusive
+};
+
+WF_SM90_BOTH TileRange tiles_of_sample(const Phase& phase, int sample) {
+  return TileRange{sample * phase.pixels / kBlockM, ((sample + 1) * phase.pixels - 1) / kBlockM};
+}
+
+}  // namespace wf::sm90
