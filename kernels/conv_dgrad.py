@@ -35,7 +35,7 @@ from wfnet.kernels.config import (
     span,
 )
 from wfnet.kernels.epilogue import backward_epilogue
-from wfnet.kernels.epilogue_bwd import Gradient, LayerBelow, add_column_sums
+from wfnet.kernels.epilogue_bwd import Gradient, LayerBelow, add_column_sums, epilogue_bwd
 from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
@@ -402,6 +402,7 @@ def conv_dgrad(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     want: tuple[str, ...] = ("grad",),
+    sums: tuple[Tensor | None, Tensor | None] = (None, None),
     config: GemmConfig | None = None,
 ) -> Gradient:
     """Input gradient of a convolution, and the elementwise backward of the layer below it.
@@ -418,6 +419,7 @@ def conv_dgrad(
         input_size: ``(H, W)``.
         below: what the epilogue needs to know of the layer below; None: the plain gradient.
         want: any of ``grad``, ``scaled_grad``, ``t0``, ``t1``.
+        sums: ``[B, C]`` fp32 to write T0 and T1 to; fresh memory where None.
         config: tile sizes; None takes the default or a stored search result.
 
     Raises:
@@ -442,10 +444,10 @@ def conv_dgrad(
         raise ValueError(
             f"ag is {tuple(ag.shape)} {ag.dtype}, but the output is {expected} {weight.dtype}"
         )
-    into = Gradient.empty(ag, (batch, *input_size, shape.in_channels), want)
+    into = Gradient.empty(ag, (batch, *input_size, shape.in_channels), want, sums)
     if into.size == 0:
         return into
-    sums = "t0" in want or "t1" in want
+    summing = "t0" in want or "t1" in want
 
     def plan(candidate: GemmConfig) -> Launch:
         partials = _partials(into, shape, candidate, ag)
@@ -453,10 +455,19 @@ def conv_dgrad(
 
     if config is None:
         tensors = (below.skip, below.branch, below.activation)
-        config = config_conv_dgrad(ag, weight, shape, tensors, sums, plan).config
+        config = config_conv_dgrad(ag, weight, shape, tensors, summing, plan).config
+    tokens = shape.height * shape.width
+    if summing and config.path == "gather" and span(config.block_m, tokens) == 0:
+        # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
+        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
+        plain = conv_dgrad(ag, weight, input_size, config=config, **geometry).grad
+        flat = epilogue_bwd(plain.flatten(1, 2), below.as_tokens(), want=want, sums=sums)
+        pixels = (
+            None if t is None else t.unflatten(1, input_size) for t in (flat.grad, flat.scaled_grad)
+        )
+        return Gradient(*pixels, flat.t0, flat.t1, flat.size)
     partials = _partials(into, shape, config, ag)
     plan_conv_dgrad(ag, weight, below, into, partials, shape, config).run()
-    tokens = shape.height * shape.width
     if config.path == "gather":
         add_column_sums(partials, into, batch, tokens, block_m=config.block_m)
     else:
@@ -470,11 +481,6 @@ def _partials(
     if config.path == "gather":
         tokens = shape.height * shape.width
         touched = span(config.block_m, tokens)
-        if touched == 0 and not (into.t0 is None and into.t1 is None):
-            raise ValueError(
-                f"column sums over {tokens} pixels do not fit tiles of {config.block_m} rows; "
-                "use epilogue_bwd"
-            )
         slots = triton.cdiv(shape.batch * tokens, config.block_m) * touched
     else:
         slots = tiles_per_sample(shape, config) * shape.batch

@@ -12,7 +12,7 @@ Column sums never use atomics. Every tile writes its sums to its own slot, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -43,6 +43,13 @@ class LayerBelow:
         table = self.shift if self.scale is None else self.scale
         return 0 if table is None else table.stride(0)
 
+    def as_tokens(self) -> LayerBelow:
+        """The same layer with pixel tensors ``[B, H * W, C]``."""
+        pixels = {name: getattr(self, name) for name in ("branch", "activation", "skip")}
+        return replace(
+            self, **{n: None if t is None else t.flatten(1, 2) for n, t in pixels.items()}
+        )
+
     def check(self, want: tuple[str, ...]) -> None:
         """Raises ValueError if a wanted result lacks the tensor that it is made from."""
         unknown = set(want) - {"grad", "scaled_grad", "t0", "t1"}
@@ -71,8 +78,17 @@ class Gradient:
     size: int = 0
 
     @classmethod
-    def empty(cls, like: Tensor, shape: tuple[int, ...], want: tuple[str, ...]) -> Gradient:
-        """Fresh results for an output of ``shape`` ``[B, ..., C]`` in the dtype of ``like``."""
+    def empty(
+        cls,
+        like: Tensor,
+        shape: tuple[int, ...],
+        want: tuple[str, ...],
+        sums: tuple[Tensor | None, Tensor | None] = (None, None),
+    ) -> Gradient:
+        """Results for an output of ``shape`` ``[B, ..., C]`` in the dtype of ``like``.
+
+        ``sums``: where T0 and T1 go, ``[B, C]`` fp32 contiguous; fresh memory where None.
+        """
 
         def pixels(name: str) -> Tensor | None:
             return like.new_empty(shape) if name in want else None
@@ -81,13 +97,23 @@ class Gradient:
         for length in shape:
             size *= length
 
-        def sums(name: str) -> Tensor | None:
+        def column_sums(name: str, given: Tensor | None) -> Tensor | None:
             if name not in want:
                 return None
-            make = torch.empty if size else torch.zeros
-            return make((shape[0], shape[-1]), dtype=torch.float32, device=like.device)
+            expected = (shape[0], shape[-1])
+            if given is None:
+                make = torch.empty if size else torch.zeros
+                return make(expected, dtype=torch.float32, device=like.device)
+            fits = tuple(given.shape) == expected and given.dtype == torch.float32
+            if not (fits and given.is_contiguous()):
+                raise ValueError(
+                    f"{name} must be contiguous float32 {expected}, not {given.dtype} "
+                    f"{tuple(given.shape)}"
+                )
+            return given if size else given.zero_()
 
-        return cls(pixels("grad"), pixels("scaled_grad"), sums("t0"), sums("t1"), size)
+        t0, t1 = column_sums("t0", sums[0]), column_sums("t1", sums[1])
+        return cls(pixels("grad"), pixels("scaled_grad"), t0, t1, size)
 
     def partials(self, slots: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Workspaces ``[slots, C]`` for the column sums that were asked for."""
@@ -338,6 +364,7 @@ def epilogue_bwd(
     below: LayerBelow,
     *,
     want: tuple[str, ...] = ("scaled_grad", "t1"),
+    sums: tuple[Tensor | None, Tensor | None] = (None, None),
     source: Tensor | None = None,
     sources: int | None = None,
 ) -> Gradient:
@@ -353,6 +380,7 @@ def epilogue_bwd(
         dout: ``[B, T, C]`` contiguous; fp16, bf16 or fp32.
         below: branch, tables, mask and skip gradient of the layer.
         want: any of ``grad``, ``scaled_grad``, ``t0``, ``t1``.
+        sums: ``[B, C]`` fp32 to write T0 and T1 to; fresh memory where None.
         source: ``[B]`` int64: sums ``scaled_grad`` over samples of the same image, in fp32.
         sources: number of images, with ``source``.
 
@@ -361,7 +389,7 @@ def epilogue_bwd(
     """
     below.check(want)
     check_tables_and_layout(dout, dout, below.scale, below.shift)
-    into = Gradient.empty(dout, tuple(dout.shape), want)
+    into = Gradient.empty(dout, tuple(dout.shape), want, sums)
     batch, tokens, columns = dout.shape
     grouping = None
     if source is not None:

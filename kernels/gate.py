@@ -27,13 +27,14 @@ network in one launch each way: the kernel finds its layer in a table of address
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from wfnet.kernels.launch import Launch
+
+from wfnet.tables import GatedLayer, check_layers
 
 _SAMPLES = 16
 _COLUMNS = 128
@@ -48,11 +49,13 @@ _FIELDS = (
     "beta",
     "mean",
     "var",
-    "dalpha_weight",  # element offset into the flat gradient
+    "dalpha_weight",  # first column in the gradient of all filter matrices
     "dalpha_bias",  # the same, -1 without a bias
     "column",  # first channel of this row
     "columns",  # channels of the layer
     "before",  # channels of all layers before
+    "stride_weight",  # elements from one row of alpha_weight to the next
+    "stride_bias",
 )
 
 
@@ -66,7 +69,7 @@ def gate_product(
     cols,  # [BN]
     col_ok,  # [BN]
     K,
-    O,
+    LD,  # stride between rows of alpha
     J: tl.constexpr,
     NEAR_ONE: tl.constexpr,
 ):
@@ -80,7 +83,7 @@ def gate_product(
         inside = (label >= 0) & (label < K)
         row = tl.where(inside, label, 0)
         value = tl.load(
-            alpha + (row[:, None] * O + cols[None, :]),
+            alpha + (row[:, None] * LD + cols[None, :]),
             mask=(inside & ~skip)[:, None] & col_ok[None, :],
             other=0.0,
         ).to(tl.float32)
@@ -203,16 +206,18 @@ def gate_tables_kernel(
     at = tl.load(row + 11) * B + samples[:, None] * O + cols[None, :]
     ok = samples_ok[:, None] & col_ok[None, :]
     weight = tl.load(row).to(tl.pointer_type(tl.float32))
+    stride = tl.load(row + 12)
     gates = gate_product(
-        weight, forget, gate_scale, samples, samples_ok, cols, col_ok, K, O, J, NEAR_ONE
+        weight, forget, gate_scale, samples, samples_ok, cols, col_ok, K, stride, J, NEAR_ONE
     )
     tl.store(scale + at, gates * gamma[None, :], mask=ok)
     offset = tl.zeros((BS, BN), dtype=tl.float32)
     if tl.load(row + 1) != 0:
         bias = load_vector(tl.load(row + 2), cols, col_ok, 0.0)
         filters = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+        stride = tl.load(row + 13)
         gates = gate_product(
-            filters, forget, gate_scale, samples, samples_ok, cols, col_ok, K, O, J, NEAR_ONE
+            filters, forget, gate_scale, samples, samples_ok, cols, col_ok, K, stride, J, NEAR_ONE
         )
         offset = gates * (gamma * bias)[None, :]
     tl.store(shift + at, offset + beta[None, :], mask=ok)
@@ -225,9 +230,10 @@ def gate_tables_bwd_kernel(
     forget,  # [B, J] int64
     t1,  # flat fp32, as scale
     t0,  # flat fp32, as shift
-    dalpha,  # flat fp32: [K, O] of every filter matrix
+    dalpha,  # [K, LD] fp32: the gradients of all filter matrices side by side
     B,
     K,
+    LD,
     FIELDS: tl.constexpr,
     J: tl.constexpr,
     NEAR_ONE: tl.constexpr,
@@ -244,6 +250,7 @@ def gate_tables_bwd_kernel(
     base = tl.load(row + 11) * B
     biased = tl.load(row + 1) != 0
     filters = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+    stride = tl.load(row + 13)
     weight_total = tl.zeros((BS, BN), dtype=tl.float32)
     bias_total = tl.zeros((BS, BN), dtype=tl.float32)
     for start in range(0, B, BS):
@@ -254,18 +261,19 @@ def gate_tables_bwd_kernel(
         weight_total += tl.load(t1 + at, mask=ok, other=0.0)
         if biased:
             gates = gate_product(
-                filters, forget, gate_scale, samples, mine, cols, col_ok, K, O, J, NEAR_ONE
+                filters, forget, gate_scale, samples, mine, cols, col_ok, K, stride, J, NEAR_ONE
             )
             bias_total += gates * tl.load(t0 + at, mask=ok, other=0.0)
-    at = label * O + cols
-    weight = tl.load(row).to(tl.pointer_type(tl.float32))
-    slope = tl.sigmoid(-tl.load(weight + at, mask=col_ok, other=0.0))
-    tl.store(dalpha + tl.load(row + 7) + at, slope * tl.sum(weight_total, axis=0), mask=col_ok)
+    weight = tl.load(row).to(tl.pointer_type(tl.float32)) + label * tl.load(row + 12)
+    slope = tl.sigmoid(-tl.load(weight + cols, mask=col_ok, other=0.0))
+    dalpha += label.to(tl.int64) * LD
+    tl.store(dalpha + tl.load(row + 7) + cols, slope * tl.sum(weight_total, axis=0), mask=col_ok)
     if biased:
         gamma, _ = folded_norm(row, cols, col_ok, eps)
         bias = load_vector(tl.load(row + 2), cols, col_ok, 0.0)
-        slope = tl.sigmoid(-tl.load(filters + at, mask=col_ok, other=0.0)) * gamma * bias
-        tl.store(dalpha + tl.load(row + 8) + at, slope * tl.sum(bias_total, axis=0), mask=col_ok)
+        slope = tl.sigmoid(-tl.load(filters + label * stride + cols, mask=col_ok, other=0.0))
+        slope *= gamma * bias
+        tl.store(dalpha + tl.load(row + 8) + cols, slope * tl.sum(bias_total, axis=0), mask=col_ok)
 
 
 def _check_labels(forget: Tensor) -> None:
@@ -346,36 +354,16 @@ def gate_rows_bwd(t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
     return dalpha
 
 
-@dataclass(frozen=True)
-class GatedLayer:
-    """One masked layer of a network, as the tables see it. Vectors are ``[O]`` fp32 or None."""
-
-    alpha_weight: Tensor  # [K, O] fp32
-    alpha_bias: Tensor | None = None  # [K, O] fp32, with bias
-    bias: Tensor | None = None
-    gamma: Tensor | None = None  # BatchNorm weight
-    beta: Tensor | None = None  # BatchNorm bias
-    mean: Tensor | None = None  # running_mean
-    var: Tensor | None = None  # running_var; None: no BatchNorm
-    eps: float = 1e-5
-    gate_scale: float = 1.0
-
-    def check(self, classes: int, device: torch.device) -> None:
-        """Raises ValueError unless tensors fit each other and are contiguous fp32 on one device."""
-        columns = self.alpha_weight.shape[1]
-        if (self.alpha_bias is None) != (self.bias is None):
-            raise ValueError("alpha_bias and bias come together: a layer has both or neither")
-        for name in _FIELDS[:7]:
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            expected = (classes, columns) if name.startswith("alpha") else (columns,)
-            if tuple(tensor.shape) != expected:
-                raise ValueError(f"{name} is {tuple(tensor.shape)}, expected {expected}")
-            if tensor.dtype != torch.float32 or not tensor.is_contiguous():
-                raise ValueError(f"{name} must be contiguous float32, not {tensor.dtype}")
-            if tensor.device != device:
-                raise ValueError(f"{name} is on {tensor.device}, the filters are on {device}")
+def _check_layer(layer: GatedLayer, device: torch.device) -> None:
+    """Raises ValueError unless tensors are fp32 with contiguous rows, on one device."""
+    for name in _FIELDS[:7]:
+        tensor = getattr(layer, name)
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32 or tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be rows of contiguous float32, not {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the filters are on {device}")
 
 
 class GateTables:
@@ -393,27 +381,26 @@ class GateTables:
     """
 
     def __init__(self, layers: Sequence[GatedLayer]):
-        if not layers:
-            raise ValueError("a network without masked layers has no tables")
+        check_layers(layers)
         first = layers[0].alpha_weight
         self.layers = tuple(layers)
         self.classes = first.shape[0]
         self.device = first.device
         rows, numbers, before, gradient = [], [], 0, 0
         for layer in self.layers:
-            layer.check(self.classes, self.device)
+            _check_layer(layer, self.device)
             columns = layer.alpha_weight.shape[1]
             fixed = self._layer_addresses(layer)
-            size = self.classes * columns
-            matrices = 1 if layer.alpha_bias is None else 2
-            offsets = [gradient, gradient + size if matrices == 2 else -1]
+            biased = layer.alpha_bias is not None
+            offsets = [gradient, gradient + columns if biased else -1]
+            strides = [layer.alpha_weight.stride(0), layer.alpha_bias.stride(0) if biased else 0]
             for column in range(0, columns, _COLUMNS):
-                rows.append([*fixed, *offsets, column, columns, before])
+                rows.append([*fixed, *offsets, column, columns, before, *strides])
                 numbers.append([layer.gate_scale, layer.eps])
             before += columns
-            gradient += size * matrices
+            gradient += columns * len(layer.filters)
         self._columns = before
-        self._gradient_size = gradient
+        self._gradient_columns = gradient
         self._known = [self._layer_addresses(layer) for layer in self.layers]
         self._addresses = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self._numbers = torch.tensor(numbers, dtype=torch.float32, device=self.device)
@@ -437,7 +424,7 @@ class GateTables:
         """A flat fp32 buffer with room for ``[B, O]`` of every layer."""
         return torch.empty(self._columns * batch, dtype=torch.float32, device=self.device)
 
-    def _plan(self, kernel, grid, forget: Tensor, **buffers: Tensor) -> Launch:
+    def _plan(self, kernel, grid, forget: Tensor, **buffers: Tensor | int) -> Launch:
         arguments = dict(
             addresses=self._addresses,
             numbers=self._numbers,
@@ -473,31 +460,29 @@ class GateTables:
         return list(zip(self.views(scale, batch), self.views(shift, batch), strict=True))
 
     def backward(
-        self, forget: Tensor, t1: Tensor, t0: Tensor
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """``dalpha_weight`` and ``dalpha_bias`` (or None) ``[K, O]`` fp32 of every layer.
+        self, forget: Tensor, t1: Tensor, t0: Tensor, into: Tensor | None = None
+    ) -> list[Tensor]:
+        """Gradients ``[K, O]`` fp32 of all filter matrices, layer by layer, weight before bias.
 
         Args:
             forget: the labels of the forward pass.
             t1, t0: flat buffers (:meth:`empty`, filled through :meth:`views`).
+            into: ``[K, total]`` fp32 contiguous, written instead of fresh memory.
         """
         _check_labels(forget)
-        dalpha = torch.empty(self._gradient_size, dtype=torch.float32, device=self.device)
+        shape = (self.classes, self._gradient_columns)
+        if into is None:
+            into = torch.empty(shape, dtype=torch.float32, device=self.device)
+        fits = tuple(into.shape) == shape and into.dtype == torch.float32
+        if not (fits and into.is_contiguous()):
+            raise ValueError(f"into must be contiguous float32 {shape}, not {tuple(into.shape)}")
         grid = (self._addresses.shape[0], self.classes)
         forget = forget.contiguous()
-        self._plan(gate_tables_bwd_kernel, grid, forget, t1=t1, t0=t0, dalpha=dalpha).run()
-        found, offset = [], 0
-        for layer in self.layers:
-            shape = layer.alpha_weight.shape
-            pieces = []
-            for matrix in (layer.alpha_weight, layer.alpha_bias):
-                if matrix is None:
-                    pieces.append(None)
-                    continue
-                pieces.append(dalpha[offset : offset + matrix.numel()].view(shape))
-                offset += matrix.numel()
-            found.append(tuple(pieces))
-        return found
+        self._plan(
+            gate_tables_bwd_kernel, grid, forget, t1=t1, t0=t0, dalpha=into, LD=shape[1]
+        ).run()
+        matrices = [matrix for layer in self.layers for matrix in layer.filters]
+        return list(into.split([matrix.shape[1] for matrix in matrices], 1))
 
 
 def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
@@ -518,7 +503,7 @@ def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
     }
     flat = meta(torch.float32, 512 * 4800)
     tables = {"scale": flat, "shift": flat}
-    sums = {"t1": flat, "t0": flat, "dalpha": meta(torch.float32, 1000 * 4800)}
+    sums = {"t1": flat, "t0": flat, "dalpha": meta(torch.float32, 1000, 4800), "LD": 4800}
     return [
         plan_gate_rows(alpha, forget, rows, 1.0),
         plan_gate_rows_bwd(rows, alpha, forget, alpha),

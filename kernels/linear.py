@@ -421,6 +421,7 @@ def linear_dgrad(
     below: LayerBelow | None = None,
     *,
     want: tuple[str, ...] = ("grad",),
+    sums: tuple[Tensor | None, Tensor | None] = (None, None),
     config: GemmConfig | None = None,
     op: str = "linear",
 ) -> Gradient:
@@ -437,6 +438,7 @@ def linear_dgrad(
         weight: ``[O, C]`` contiguous.
         below: what the epilogue needs to know of the layer below; None: the plain gradient.
         want: any of ``grad``, ``scaled_grad``, ``t0``, ``t1``.
+        sums: ``[B, C]`` fp32 to write T0 and T1 to; fresh memory where None.
 
     Raises:
         ValueError: for shapes that do not fit, or a result without the tensor it is made from.
@@ -451,11 +453,11 @@ def linear_dgrad(
     check_tables_and_layout(ag, weight, below.scale, below.shift)
     batch, tokens, _ = ag.shape
     shape = LinearShape(batch, tokens, weight.shape[1], weight.shape[0])
-    into = Gradient.empty(ag, (batch, tokens, shape.in_features), want)
+    into = Gradient.empty(ag, (batch, tokens, shape.in_features), want, sums)
     if into.size == 0:
         return into
     device = device_of(ag)
-    sums = into.t0 is not None or into.t1 is not None
+    summing = into.t0 is not None or into.t1 is not None
 
     def partials_of(candidate: GemmConfig) -> tuple[Tensor | None, Tensor | None]:
         touched = span(candidate.block_m, tokens)
@@ -467,11 +469,11 @@ def linear_dgrad(
 
     if config is None:
         tensors = (below.skip, below.branch, below.activation)
-        config = config_linear_dgrad(ag, weight, shape, tensors, sums, op, plan).config
-    if sums and span(config.block_m, tokens) == 0:
+        config = config_linear_dgrad(ag, weight, shape, tensors, summing, op, plan).config
+    if summing and span(config.block_m, tokens) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
         plain = linear_dgrad(ag, weight, config=config, op=op)
-        return epilogue_bwd(plain.grad, below, want=want)
+        return epilogue_bwd(plain.grad, below, want=want, sums=sums)
     partials = partials_of(config)
     plan_linear_dgrad(ag, weight, below, into, partials, shape, config, device, op).run()
     add_column_sums(partials, into, batch, tokens, block_m=config.block_m)

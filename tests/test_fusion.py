@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import wfnet
-from wfnet import fusion
+from wfnet import fusion, tables
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -147,6 +147,22 @@ def test_what_is_folded():
         "shortcut": (False, False, False),
         "conv3": (False, True, True),  # the sum belongs to the first of its two convolutions
     }
+
+
+def test_who_finishes_whom():
+    """The chain of a bottleneck network: only what a pooling or the head sends down is finished by
+    a pass of its own."""
+    with torch.device("meta"):
+        model = torchvision.models.resnet50(num_classes=CLASSES)
+        convs = plan_of(wfnet.WFNet(model, CLASSES)).convolutions
+    finished = {step.finishes.name for step in convs if step.finishes is not None}
+    shortcuts = {step.shortcut.name for step in convs if step.shortcut is not None}
+    assert shortcuts == {f"layer{i}.0.downsample.0" for i in range(1, 5)}
+    assert {step.name for step in convs} - finished - shortcuts == {"conv1", "layer4.2.conv3"}
+    by_name = {step.name: step for step in convs}
+    assert by_name["layer2.0.conv1"].finishes is by_name["layer1.2.conv3"]
+    assert by_name["layer2.0.downsample.0"].finishes is None  # its gradient is not the last one
+    assert [step.name for step in convs if step.at_source] == ["conv1"]
 
 
 @pytest.mark.parametrize("make", ["resnet18", "resnet34", "resnet50"])
@@ -330,13 +346,13 @@ def test_runs_unfused_with_a_line_in_the_log(make, reason: str, caplog):
 
 def test_a_wrong_plan_is_never_used(monkeypatch, caplog):
     net, fused = pair_of(Toy())
-    fold = fusion._fold
+    fold = tables.GatedLayer.folded
 
-    def wrong(step):
-        gamma, beta, bias = fold(step)
-        return gamma * 1.01, beta, bias
+    def wrong(layer):
+        gamma, beta = fold(layer)
+        return gamma * 1.01, beta
 
-    monkeypatch.setattr(fusion, "_fold", wrong)
+    monkeypatch.setattr(tables.GatedLayer, "folded", wrong)
     images = torch.randn(2, 3, 8, 8, dtype=torch.float64)
     with caplog.at_level(logging.WARNING, logger="wfnet"):
         torch.testing.assert_close(fused(images, 1), net(images, 1))

@@ -9,11 +9,13 @@ from __future__ import annotations
 import importlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
-from wfnet import gates
+from wfnet import gates, tables
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,50 @@ class ConvGeometry:
                 (height, width), self.padding, self.dilation, kernel, self.stride, strict=True
             )
         )
+
+
+@dataclass(frozen=True)
+class Below:
+    """A layer whose output a gradient reaches: what its elementwise backward reads and writes.
+
+    The four tables are ``[B, O]``, fp32 (fp64 for fp64 activations), columns contiguous.
+
+    Attributes:
+        branch: what ``t1`` is summed from, as :meth:`Backend.fused_conv2d` returned it.
+        mask: where the ReLU is open, as returned there; None: ``scale * u + shift > 0``.
+        scale, shift: the layer's tables ``A`` and ``C``.
+        relu: whether its activation is a ReLU (else identity).
+        t1: written: ``sum_p g * v`` with ``v = scale * u``.
+        t0: written: ``sum_p g``; None where the layer has no bias.
+        source: ``[B]``, the sources of the forward pass, only for a first masked layer.
+        need_grad: whether ``g`` itself is wanted (its residual reads it).
+        need_scaled_grad: whether ``scale * g`` is wanted (the layer is no first masked layer).
+        shortcut: the layer whose output is this one's residual and read by nobody else (a
+            projection shortcut: identity activation, no residual); it receives the same ``g``.
+    """
+
+    branch: Tensor
+    mask: Tensor | None
+    scale: Tensor
+    shift: Tensor
+    relu: bool
+    t1: Tensor
+    t0: Tensor | None
+    source: Tensor | None = None
+    need_grad: bool = False
+    need_scaled_grad: bool = True
+    shortcut: Below | None = None
+
+
+class Finished(NamedTuple):
+    """Results of :meth:`Backend.finish`, ``[B, O, P, Q]`` each; None for what is not wanted.
+
+    The column sums are in ``below.t1`` and ``below.t0`` (and in those of ``below.shortcut``).
+    """
+
+    grad: Tensor | None  # g
+    scaled_grad: Tensor | None  # scale * g
+    shortcut: Tensor | None = None  # scale * g with the scale of below.shortcut
 
 
 class Backend(ABC):
@@ -142,7 +188,9 @@ class Backend(ABC):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As :meth:`conv2d_backward`."""
 
-    # Whether the two methods below exist: convolutions of a frozen network with all that follows.
+    # -- convolutions of a frozen network with all that follows, and the backward chain ----------
+
+    # Whether the three methods below exist.
     fuses = False
 
     def fused_conv2d(
@@ -162,33 +210,58 @@ class Backend(ABC):
         Shapes as in the class; ``residual`` is ``[B, O, P, Q]``; ``act`` is ReLU or identity.
 
         Returns:
-            ``out``; if ``save``, the branch that ``t1`` is summed from, and what else backward
-            needs for the ReLU mask (None where branch, scale and shift suffice).
+            ``out``; if ``save``, the branch that ``t1`` is summed from and the mask of the ReLU
+            (None where branch, scale and shift tell it): :attr:`Below.branch`, :attr:`Below.mask`.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
 
-    def fused_conv2d_backward(
+    def finish(
+        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
+    ) -> Finished:
+        """The elementwise backward of one layer, at the top of a chain (after a pooling, say)::
+
+            g  = (dout + skip) * act'(out)
+            t1 = sum_p g * v                    t0 = sum_p g            into below.t1, below.t0
+            scaled_grad = scale * g             the input of the layer's own dgrad
+
+        and the same ``g`` through ``below.shortcut`` if there is one.
+
+        Args:
+            dout: ``[B, O, P, Q]``, any strides (a pooling's gradient may be an expanded view).
+            below: the layer that ``dout`` reaches, and what is wanted of it.
+            skip: gradient that reaches the same output another way, or None.
+            may_overwrite: ``dout`` is not needed afterwards and may become a result.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
+    def conv2d_dgrad(
         self,
-        dout: Tensor,
-        branch: Tensor,
-        kept: Tensor | None,
+        scaled_grad: Tensor,
         weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        source: Tensor | None,
         input_shape: tuple[int, ...],
-        relu: bool,
         geometry: ConvGeometry,
-        need_dx: bool,
-        need_t0: bool,
-        may_overwrite: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """Returns ``dx``, ``g = dout * act'(out)`` (the residual's gradient), ``t1`` and ``t0``.
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        """One input-gradient GEMM whose epilogue finishes the layer below: a link of the chain.
 
-        ``may_overwrite``: ``dout`` is not needed afterwards and may become ``g``. ``source`` is
-        given only for the first masked layer, which needs no ``dx``.
+        Equal to ``finish(dx, below, skip)`` with ``dx = conv_transpose(scaled_grad, weight)``.
+
+        Args:
+            scaled_grad: ``[B, O, P, Q]`` of this layer, as :meth:`finish` or the link above
+                returned it; it is not needed afterwards.
+            weight: ``[O, C / groups, R, S]``.
+            input_shape: ``(B, C, H, W)`` of ``dx``.
+            skip: ``[B, C, H, W]``, gradient that reaches the same input another way, or None.
+            below: the layer whose output is this layer's input and whose gradients have all
+                arrived with this one; None where something else comes before: the result then is
+                ``grad = dx + skip`` alone.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
+    def gate_tables(self, layers: Sequence[tables.GatedLayer]) -> tables.GateTables:
+        """What makes scale and shift of all ``layers``, and filter gradients of their sums."""
+        return tables.GateTables(layers)
 
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
         """``[B, O]`` scales from ``alpha`` ``[K, O]`` and labels ``[B, J]``; see wfnet.gates."""

@@ -6,11 +6,13 @@ PyTorch's own convolution takes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wfnet.backends import Backend, ConvGeometry
+from wfnet.backends import Backend, Below, ConvGeometry, Finished
 from wfnet.gates import gather_samples, segment_sum
 
 
@@ -65,6 +67,56 @@ def _conv2d_input_gradient(
         geometry.groups,
         (True, False, False),
     )[0]
+
+
+def _empty_batch(x: Tensor, batch: int) -> Tensor:
+    """Fresh memory like ``x``, layout included, for ``batch`` samples."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty(
+        (batch, *x.shape[1:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
+    )
+
+
+# Elements that a processor core keeps in its own cache between elementwise passes.
+_CACHED_ELEMENTS = 2**16
+
+
+def _cache_sized(x: Tensor) -> Iterator[slice]:
+    """Slices of the batch: as many samples as stay in the cache; on a device all at once."""
+    batch, each = x.shape[0], max(1, x[:1].numel())
+    step = max(1, batch)
+    if x.device.type == "cpu":
+        step = max(1, _CACHED_ELEMENTS * torch.get_num_threads() // each)
+    return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+
+
+def _rows(x: Tensor, part: slice, source: Tensor | None) -> Tensor:
+    """Samples ``part`` of a tensor that has one row per source image, or per sample."""
+    return x[part] if source is None else gather_samples(x, source[part])
+
+
+def _through_relu(
+    g: Tensor, below: Below, u: Tensor, part: slice, scratch: Tensor, into: Tensor
+) -> Tensor:
+    """``g * (out > 0)`` in ``into``, for samples ``part``."""
+    if below.mask is not None:
+        return torch.mul(g, below.mask[part], out=into)
+    # A second look at scale * u + shift is cheaper than keeping its sign.
+    scale, shift = below.scale[part, :, None, None], below.shift[part, :, None, None]
+    alive = torch.addcmul(shift, u, scale, out=scratch)
+    return torch.ops.aten.threshold_backward.grad_input(g, alive, 0, grad_input=into)
+
+
+def _write_sums(g: Tensor, u: Tensor, below: Below, part: slice, scratch: Tensor) -> None:
+    """``t1`` and ``t0`` of samples ``part``."""
+    torch.mul(g, u, out=scratch)
+    t1 = torch.sum(scratch, (2, 3), dtype=below.t1.dtype, out=below.t1[part])
+    t1.mul_(below.scale[part])
+    if below.t0 is not None:
+        torch.sum(g, (2, 3), dtype=below.t0.dtype, out=below.t0[part])
 
 
 class EagerBackend(Backend):
@@ -138,52 +190,80 @@ class EagerBackend(Backend):
         geometry: ConvGeometry,
         save: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The branch is ``u`` itself (one row per source image where ``source`` is given)."""
         u = F.conv2d(
             x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
-        expanded = gather_samples(u, source)
-        out = torch.empty_like(expanded) if source is None and save else expanded
-        torch.addcmul(shift[:, :, None, None], expanded, scale[:, :, None, None], out=out)
-        if residual is not None:
-            out.add_(residual)
-        if relu:
-            out.relu_()
-        if not save:
-            return out, None, None
-        return out, u, out if relu and residual is not None else None
+        out = u
+        if source is not None:
+            out = _empty_batch(u, scale.shape[0])
+        elif save:
+            out = torch.empty_like(u)
+        mask = None
+        if save and relu and residual is not None:
+            mask = torch.empty_like(out, dtype=torch.bool)
+        for part in _cache_sized(out):
+            y = out[part]
+            torch.addcmul(
+                shift[part, :, None, None],
+                _rows(u, part, source),
+                scale[part, :, None, None],
+                out=y,
+            )
+            if residual is not None:
+                y.add_(residual[part])
+            if relu:
+                y.relu_()
+            if mask is not None:
+                torch.gt(y, 0, out=mask[part])
+        return out, u if save else None, mask
 
-    def fused_conv2d_backward(
+    def finish(
+        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
+    ) -> Finished:
+        """All passes run over a few samples at a time, which stay in the cache between them."""
+        shortcut, samples = below.shortcut, dout.shape[0]
+        passes = not below.relu and skip is None  # g is dout
+        grad = scaled = shortcut_scaled = None
+        if below.need_grad:
+            grad = dout if passes else _empty_batch(below.branch, samples)
+        if below.need_scaled_grad:
+            free = may_overwrite and grad is not dout
+            scaled = dout if free else _empty_batch(below.branch, samples)
+        if shortcut is not None and shortcut.need_scaled_grad:
+            shortcut_scaled = _empty_batch(shortcut.branch, samples)
+        for part in _cache_sized(dout):
+            g, u = dout[part], _rows(below.branch, part, below.source)
+            scratch = torch.empty_like(u)
+            if not passes:
+                own = torch.empty_like(u) if grad is None else grad[part]
+                if skip is not None:
+                    g = torch.add(g, skip[part], out=own)
+                if below.relu:
+                    g = _through_relu(g, below, u, part, scratch, own)
+            _write_sums(g, u, below, part, scratch)
+            if shortcut is not None:
+                v = _rows(shortcut.branch, part, shortcut.source)
+                _write_sums(g, v, shortcut, part, scratch)
+            if shortcut_scaled is not None:
+                torch.mul(g, shortcut.scale[part, :, None, None], out=shortcut_scaled[part])
+            if scaled is not None:
+                torch.mul(g, below.scale[part, :, None, None], out=scaled[part])
+        return Finished(grad, scaled, shortcut_scaled)
+
+    def conv2d_dgrad(
         self,
-        dout: Tensor,
-        branch: Tensor,
-        kept: Tensor | None,
+        scaled_grad: Tensor,
         weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        source: Tensor | None,
         input_shape: tuple[int, ...],
-        relu: bool,
         geometry: ConvGeometry,
-        need_dx: bool,
-        need_t0: bool,
-        may_overwrite: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        u = gather_samples(branch, source)
-        scale4 = scale[:, :, None, None]
-        scratch = torch.empty_like(u)
-        g = dout
-        if relu:
-            if kept is None:  # a second look at scale * u + shift is cheaper than keeping it
-                kept = torch.addcmul(shift[:, :, None, None], u, scale4, out=scratch)
-            g = dout if may_overwrite else torch.empty_like(dout)
-            torch.ops.aten.threshold_backward.grad_input(dout, kept, 0, grad_input=g)
-        t1 = torch.mul(g, u, out=scratch).sum((2, 3), dtype=scale.dtype) * scale
-        t0 = g.sum((2, 3), dtype=scale.dtype) if need_t0 else None
-        dx = None
-        if need_dx:
-            du = torch.mul(g, scale4, out=scratch)
-            dx = _conv2d_input_gradient(du, weight, input_shape, geometry)
-        return dx, g, t1, t0
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        dx = _conv2d_input_gradient(scaled_grad, weight, input_shape, geometry)
+        if below is not None:
+            return self.finish(dx, below, skip, may_overwrite=True)
+        return Finished(dx if skip is None else dx.add_(skip), None)
 
     def linear(
         self,

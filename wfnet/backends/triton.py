@@ -7,11 +7,15 @@ input-gradient GEMM. Kernels: :mod:`wfnet.kernels`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from wfnet.backends import Backend, ConvGeometry, gates
+from wfnet.backends import Backend, Below, ConvGeometry, Finished, gates
 from wfnet.backends.winners import winner
+from wfnet.tables import GatedLayer, GateTables, StepTables
 
 try:
     import triton
@@ -199,53 +203,56 @@ class TritonBackend(Backend):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         if residual is not None:
             residual = _channels_last(residual)
+        scale, shift = scale.contiguous(), shift.contiguous()
         out, branch = _forward(x, weight, scale, shift, residual, relu, source, geometry, save)
         return out, branch, out if save and relu and residual is not None else None
 
-    def fused_conv2d_backward(
+    def finish(
+        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
+    ) -> Finished:
+        """One pass over ``dout``; a projection shortcut takes a second one over ``g``."""
+        layer, want, sums = _layer_below(below, skip)
+        tokens = _channels_last(dout).flatten(1, 2)
+        gradient = epilogue_bwd.epilogue_bwd(tokens, layer.as_tokens(), want=want, sums=sums)
+        return _finished(gradient, below, tuple(below.branch.shape[2:]))
+
+    def conv2d_dgrad(
         self,
-        dout: Tensor,
-        branch: Tensor,
-        kept: Tensor | None,
+        scaled_grad: Tensor,
         weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        source: Tensor | None,
         input_shape: tuple[int, ...],
-        relu: bool,
         geometry: ConvGeometry,
-        need_dx: bool,
-        need_t0: bool,
-        may_overwrite: bool,
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor | None]:
-        """As the base class; without a residual nobody reads ``g``, and ``dout`` is returned."""
-        below = epilogue_bwd.LayerBelow(
-            branch=_channels_last(branch).flatten(1, 2),
-            scale=scale,
-            shift=shift,
-            activation=None if kept is None else _channels_last(kept).flatten(1, 2),
-            relu=relu,
-        )
-        wanted = (
-            ("scaled_grad", need_dx),
-            ("grad", kept is not None),
-            ("t1", True),
-            ("t0", need_t0),
-        )
-        gradient = epilogue_bwd.epilogue_bwd(
-            _channels_last(dout).flatten(1, 2),
-            below,
-            want=tuple(name for name, needed in wanted if needed),
-        )
-        g = dout
-        if gradient.grad is not None:
-            g = _channels_first(gradient.grad.unflatten(1, tuple(dout.shape[2:])))
-        dx = None
-        if need_dx:
-            dx = _input_gradient(
-                gradient.scaled_grad, weight, tuple(dout.shape[2:]), input_shape, geometry
-            )
-        return dx, g, gradient.t1, gradient.t0
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        """One GEMM; its epilogue is the elementwise backward of the layer below."""
+        ag, filters = _channels_last(scaled_grad), _channels_last(weight)
+        if below is None:
+            layer = epilogue_bwd.LayerBelow(skip=None if skip is None else _channels_last(skip))
+            want, sums = ("grad",), (None, None)
+        else:
+            layer, want, sums = _layer_below(below, skip)
+        size = tuple(input_shape[2:])
+        if _is_linear(weight, geometry):
+            gradient = linear.linear_dgrad(
+                ag.flatten(1, 2), filters.flatten(1), layer.as_tokens(), want=want, sums=sums,
+                op="conv",
+            )  # fmt: skip
+        else:
+            gradient = conv_dgrad.conv_dgrad(
+                ag, filters, size, layer, want=want, sums=sums, stride=geometry.stride,
+                padding=geometry.padding, dilation=geometry.dilation,
+            )  # fmt: skip
+        if below is None:
+            return Finished(_pixels_of(gradient.grad, size), None)
+        return _finished(gradient, below, size)
+
+    def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
+        """One launch each way where all filters and constants are fp32."""
+        tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
+        if all(t.dtype == torch.float32 for t in tensors):
+            return _Tables(layers)
+        return super().gate_tables(layers)
 
     def linear(
         self,
@@ -378,6 +385,15 @@ def _forward(
     return _channels_first(out), None if branch is None else _channels_first(branch)
 
 
+def _is_linear(weight: Tensor, geometry: ConvGeometry) -> bool:
+    """Whether a convolution is a linear map of every pixel."""
+    return (
+        tuple(weight.shape[2:]) == (1, 1)
+        and geometry.stride == (1, 1)
+        and geometry.padding == (0, 0)
+    )
+
+
 def _input_gradient(
     ag: Tensor,
     weight: Tensor,
@@ -386,20 +402,85 @@ def _input_gradient(
     geometry: ConvGeometry,
 ) -> Tensor:
     """``dx`` ``[N, C, H, W]`` from ``ag`` ``[N, P*Q, O]`` over ``size`` = (P, Q) pixels."""
-    filters = _channels_last(weight)
-    if weight.shape[2:] == (1, 1) and geometry.stride == (1, 1) and geometry.padding == (0, 0):
-        dx = linear.linear_dgrad(ag, filters.flatten(1), op="conv").grad
-        dx = dx.unflatten(1, tuple(input_shape[2:]))
-    else:
-        dx = conv_dgrad.conv_dgrad(
-            ag.unflatten(1, size),
-            filters,
-            tuple(input_shape[2:]),
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
-        ).grad
-    return _channels_first(dx)
+    ag = _channels_first(ag.unflatten(1, size))
+    return backend.conv2d_dgrad(ag, weight, input_shape, geometry).grad
+
+
+def _layer_below(
+    below: Below, skip: Tensor | None
+) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], tuple[Tensor | None, Tensor | None]]:
+    """The layer as the kernels take it, what they are to write, and where the sums go."""
+    layer = epilogue_bwd.LayerBelow(
+        branch=_channels_last(below.branch),
+        scale=below.scale.contiguous(),
+        shift=below.shift.contiguous(),
+        activation=None if below.mask is None else _channels_last(below.mask),
+        skip=None if skip is None else _channels_last(skip),
+        relu=below.relu,
+    )
+    wanted = (
+        ("grad", below.need_grad or below.shortcut is not None),
+        ("scaled_grad", below.need_scaled_grad),
+        ("t0", below.t0 is not None),
+        ("t1", True),
+    )
+    # Sums of tables that are columns of wider ones are copied there by _finished.
+    sums = (t if t is not None and t.is_contiguous() else None for t in (below.t0, below.t1))
+    return layer, tuple(name for name, needed in wanted if needed), tuple(sums)
+
+
+def _pixels_of(tensor: Tensor | None, size: tuple[int, int]) -> Tensor | None:
+    """``[B, C, H, W]`` from ``[B, H, W, C]`` or ``[B, H*W, C]``."""
+    if tensor is None:
+        return None
+    return _channels_first(tensor if tensor.dim() == 4 else tensor.unflatten(1, size))
+
+
+def _finished(gradient: epilogue_bwd.Gradient, below: Below, size: tuple[int, int]) -> Finished:
+    for sums, place in ((gradient.t0, below.t0), (gradient.t1, below.t1)):
+        if place is not None and sums is not place:
+            place.copy_(sums)
+    grad, scaled = _pixels_of(gradient.grad, size), _pixels_of(gradient.scaled_grad, size)
+    if below.shortcut is None:
+        return Finished(grad, scaled)
+    shortcut = backend.finish(grad, below.shortcut)
+    return Finished(grad if below.need_grad else None, scaled, shortcut.scaled_grad)
+
+
+class _Tables(GateTables):
+    """All layers in one launch each way (:class:`wfnet.kernels.gate.GateTables`)."""
+
+    def __init__(self, layers: Sequence[GatedLayer]):
+        self.kernels = gate.GateTables([replace(layer, **_detached(layer)) for layer in layers])
+
+    def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
+        if forget.shape[1] > _MOST_LABELS:
+            return GateTables(self.kernels.layers)(forget, save)
+        return _StepTables(self.kernels, forget, save)
+
+
+def _detached(layer: GatedLayer) -> dict[str, Tensor]:
+    return {n: t.detach() for n, t in vars(layer).items() if isinstance(t, Tensor)}
+
+
+class _StepTables(StepTables):
+    def __init__(self, kernels: gate.GateTables, forget: Tensor, save: bool):
+        self.kernels, self.forget = kernels, forget
+        tables = kernels.scale_and_shift(forget)
+        self.scales, self.shifts = [list(part) for part in zip(*tables, strict=True)]
+        self.t1, self.t0 = [], []
+        if save:
+            self.sums1 = kernels.empty(forget.shape[0]).zero_()
+            self.sums0 = torch.zeros_like(self.sums1)
+            self.t1 = kernels.views(self.sums1, forget.shape[0])
+            sums = kernels.views(self.sums0, forget.shape[0])
+            self.t0 = [
+                None if layer.alpha_bias is None else part
+                for layer, part in zip(kernels.layers, sums, strict=True)
+            ]
+
+    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
+        return self.kernels.backward(self.forget, self.sums1, self.sums0, into)
 
 
 def _elementwise_backward(

@@ -1,0 +1,26 @@
+"""A fused plan for a frozen, masked network: one autograd node, one pass per convolution.
+
+Everything that follows a convolution in a frozen network folds into two tables per sample and
+channel (design: ``out = act(A * u + C + residual)``; :mod:`wfnet.tables`). :func:`make_plan` finds
+what folds, :class:`FusedNetwork` executes it. Its backward needs no layer input: one branch per
+convolution is kept, and a mask where a residual decides about the ReLU. Every input-gradient GEMM
+finishes the layer below it (:meth:`wfnet.backends.Backend.conv2d_dgrad`), so that between two GEMMs
+nothing remains. What comes before the first mask is computed once per source image and not
+differentiated; tensors that cross that cut are expanded to the samples there.
+
+The plan changes nothing in the module: tree, hooks and state-dict keys stay as they are.
+"""
+
+from wfnet.fusion.execution import FusedNetwork, backend_for, check_plan
+from wfnet.fusion.plan import CallStep, ConvStep, NotFusable, Plan, make_plan
+
+__all__ = [
+    "CallStep",
+    "ConvStep",
+    "FusedNetwork",
+    "NotFusable",
+    "Plan",
+    "backend_for",
+    "check_plan",
+    "make_plan",
+]

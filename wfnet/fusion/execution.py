@@ -1,0 +1,379 @@
+"""Running a plan: forward with the branches kept, backward as a chain of input gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
+
+from wfnet import backends, gates
+from wfnet.backends import Backend, Below, Finished
+from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
+from wfnet.layers import MaskedLayer
+from wfnet.tables import GatedLayer, GateTables, StepTables
+
+
+class FusedNetwork:
+    """Executes a :class:`Plan`; the filters of all layers become tables at once.
+
+    Args:
+        plan: from :func:`make_plan`.
+        backend: who runs the fused convolutions (:meth:`Backend.fused_conv2d`).
+    """
+
+    def __init__(self, plan: Plan, backend: Backend):
+        self.plan = plan
+        self.backend = backend
+        self.convs = plan.convolutions
+        self._tables: tuple[object, GateTables] | None = None
+        self._weights: dict[tuple[int, torch.dtype], tuple[object, Tensor]] = {}
+
+    def filters(self) -> list[Tensor]:
+        """Filter matrices, layer by layer, weight before bias: the order of the gradients."""
+        return [
+            matrix
+            for step in self.convs
+            for matrix in (step.layer.alpha_weight, step.layer.alpha_bias)
+            if matrix is not None
+        ]
+
+    def __call__(self, images: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
+        """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
+
+        Gradients reach the filters only; double backward raises.
+        """
+        filters = self.filters()
+        if torch.is_grad_enabled() and any(f.requires_grad for f in filters):
+            return _FusedFunction.apply(self, images, rows, source, *filters)
+        return Run(self, images, rows, source, save=False).forward()
+
+    def tables(self) -> GateTables:
+        """Tables over the present filters and frozen constants; made anew when these change."""
+        key = tuple(
+            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
+            for step in self.convs
+            for t in _constants_of(step)
+        ) + tuple(f.data_ptr() for f in self.filters())
+        if self._tables is None or self._tables[0] != key:
+            layers = [_gated(step) for step in self.convs]
+            self._tables = (key, self.backend.gate_tables(layers))
+        return self._tables[1]
+
+    def weight(self, step: ConvStep, dtype: torch.dtype) -> Tensor:
+        """The frozen weight in ``dtype``, converted once."""
+        weight = step.layer.weight
+        if weight.dtype == dtype:
+            return weight
+        version = 0 if weight.is_inference() else weight._version
+        key = (weight.data_ptr(), version, weight.device)
+        cached = self._weights.get((step.index, dtype))
+        if cached is None or cached[0] != key:
+            cached = (key, weight.detach().to(dtype))
+            self._weights[step.index, dtype] = cached
+        return cached[1]
+
+
+def _constants_of(step: ConvStep) -> Iterable[Tensor]:
+    norm = step.norm
+    tensors = [step.layer.bias]
+    if norm is not None:
+        tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
+    return (t for t in tensors if t is not None)
+
+
+def _gated(step: ConvStep) -> GatedLayer:
+    conv, norm = step.layer, step.norm
+    of_norm = {}
+    if norm is not None:
+        of_norm = {
+            "gamma": norm.weight,
+            "beta": norm.bias,
+            "mean": norm.running_mean,
+            "var": norm.running_var,
+            "eps": norm.eps,
+        }
+    return GatedLayer(
+        conv.alpha_weight, conv.alpha_bias, conv.bias, gate_scale=conv.gate_scale, **of_norm
+    )
+
+
+@dataclass
+class _Kept:
+    """What a convolution keeps from forward to backward."""
+
+    branch: Tensor
+    mask: Tensor | None
+    input_shape: tuple[int, ...]
+
+
+class Run:
+    """One forward pass of a :class:`FusedNetwork`, and the backward pass that belongs to it.
+
+    Args:
+        images, rows, source: as in :meth:`FusedNetwork.__call__`.
+        save: keep what :meth:`backward` needs.
+    """
+
+    def __init__(
+        self,
+        network: FusedNetwork,
+        images: Tensor,
+        rows: Tensor,
+        source: Tensor | None,
+        save: bool,
+    ):
+        self.network = network
+        self.images = images
+        self.rows = rows
+        self.source = source
+        self.save = save
+        device = images.device.type
+        autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64
+        self.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
+        self.values: dict[fx.Node, object] = {}
+        self.kept: dict[ConvStep | CallStep, object] = {}
+
+    # -- forward ----------------------------------------------------------------------------------
+
+    def forward(self) -> Tensor:
+        """Logits ``[B, K]``."""
+        plan = self.network.plan
+        self.tables: StepTables = self.network.tables()(self.rows, self.save)
+        self.values[plan.image] = self.images
+        for step, dead in zip(plan.steps, plan.dead_after, strict=True):
+            if isinstance(step, ConvStep):
+                self._convolve(step)
+            else:
+                self._call(step)
+            for node in dead:
+                self.values.pop(node, None)
+        result = self._expanded(plan.result)
+        self.values.clear()
+        return result
+
+    def _expanded(self, node: fx.Node) -> object:
+        """The value of ``node`` with one row per sample."""
+        value = self.values[node]
+        level = self.network.plan.level[node]
+        if self.source is None or level != SOURCE or not isinstance(value, Tensor):
+            return value
+        return gates.gather_samples(value, self.source)
+
+    def _convolve(self, step: ConvStep) -> None:
+        x = self.values[step.input]
+        residual = None if step.residual is None else self._expanded(step.residual)
+        out, branch, mask = self.network.backend.fused_conv2d(
+            x.to(self.dtype),
+            self.network.weight(step, self.dtype),
+            self.tables.scales[step.index],
+            self.tables.shifts[step.index],
+            None if residual is None else residual.to(self.dtype),
+            step.relu,
+            self.source if step.at_source else None,
+            step.geometry,
+            self.save,
+        )
+        self.values[step.output] = out
+        if self.save:
+            self.kept[step] = _Kept(branch, mask, tuple(x.shape))
+
+    def _call(self, step: CallStep) -> None:
+        plan = self.network.plan
+        expanded = step.level == EXPANDED
+        record = self.save and expanded
+        leaves: dict[fx.Node, Tensor] = {}
+
+        def value_of(argument: object) -> object:
+            if not isinstance(argument, fx.Node):
+                return argument
+            value = self._expanded(argument) if expanded else self.values[argument]
+            if not isinstance(value, Tensor):
+                return value
+            if record and plan.level[argument] == EXPANDED and value.is_floating_point():
+                value = leaves.setdefault(argument, value.detach().requires_grad_())
+            return value.clone() if step.in_place else value
+
+        with torch.set_grad_enabled(record):
+            args, kwargs = fx.node.map_aggregate(step.arguments, value_of)
+            result = step.call(*args, **kwargs)
+        if isinstance(result, Tensor):
+            if record and result.requires_grad:
+                self.kept[step] = (leaves, result)
+                result = result.detach()
+        elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
+            raise NotFusable(f"{step.output.name!r} returns several tensors")
+        self.values[step.output] = result
+
+    # -- backward ---------------------------------------------------------------------------------
+
+    def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
+        """Gradients of the filters, in the order of :meth:`FusedNetwork.filters`.
+
+        Args:
+            dout: ``[B, K]``, gradient of the logits.
+            into: ``[K, total]``, written instead of fresh memory (:meth:`StepTables.gradients`).
+        """
+        if not self.kept:
+            raise RuntimeError(
+                "backward through a fused network a second time; its branches are freed by the "
+                "first (retain_graph is not supported with fuse=True)"
+            )
+        plan = self.network.plan
+        self.gradients: dict[fx.Node, Tensor] = {plan.result: dout}
+        self.owned: set[fx.Node] = set()  # whose gradient is ours to overwrite
+        self.scaled: dict[ConvStep, Tensor | None] = {}  # of layers that are finished
+        for step in reversed(plan.steps):
+            if isinstance(step, CallStep):
+                self._call_backward(step)
+            else:
+                self._convolve_backward(step)
+        self.kept.clear()
+        return self.tables.gradients(into)
+
+    def _add(self, node: fx.Node, gradient: Tensor, own: bool) -> None:
+        if node not in self.gradients:
+            self.gradients[node] = gradient
+            self.owned.update([node] if own else [])
+        elif node in self.owned:
+            self.gradients[node].add_(gradient)
+        else:
+            self.gradients[node] = self.gradients[node] + gradient
+            self.owned.add(node)
+
+    def _call_backward(self, step: CallStep) -> None:
+        kept = self.kept.pop(step, None)
+        gradient = self.gradients.pop(step.output, None)
+        self.owned.discard(step.output)
+        if kept is None or gradient is None:
+            return
+        leaves, result = kept
+        found = torch.autograd.grad(
+            result, list(leaves.values()), gradient.to(result.dtype), allow_unused=True
+        )
+        for node, leaf in zip(leaves, found, strict=True):
+            if leaf is not None:
+                self._add(node, leaf, own=False)
+
+    def _convolve_backward(self, step: ConvStep) -> None:
+        if step not in self.scaled:  # no link above finished it
+            dout = self.gradients.pop(step.output, None)
+            if dout is None:
+                self.kept.pop(step)
+                return
+            own = step.output in self.owned
+            self.owned.discard(step.output)
+            below = self._below(step)
+            self._finished(
+                step, self.network.backend.finish(dout.to(self.dtype), below, may_overwrite=own)
+            )
+            del dout, below
+        scaled = self.scaled.pop(step)
+        kept = self.kept.pop(step)
+        if step.at_source:
+            return
+        skip = self.gradients.pop(step.input, None)
+        self.owned.discard(step.input)
+        finished = self.network.backend.conv2d_dgrad(
+            scaled,
+            self.network.weight(step, self.dtype),
+            kept.input_shape,
+            step.geometry,
+            None if skip is None else skip.to(self.dtype),
+            None if step.finishes is None else self._below(step.finishes),
+        )
+        if step.finishes is None:
+            self._add(step.input, finished.grad, own=True)
+        else:
+            self._finished(step.finishes, finished)
+
+    def _below(self, step: ConvStep) -> Below:
+        kept, tables = self.kept[step], self.tables
+        return Below(
+            branch=kept.branch,
+            mask=kept.mask,
+            scale=tables.scales[step.index],
+            shift=tables.shifts[step.index],
+            relu=step.relu,
+            t1=tables.t1[step.index],
+            t0=tables.t0[step.index],
+            source=self.source if step.at_source else None,
+            need_grad=step.residual_learns and step.shortcut is None,
+            need_scaled_grad=not step.at_source,
+            shortcut=None if step.shortcut is None else self._below(step.shortcut),
+        )
+
+    def _finished(self, step: ConvStep, finished: Finished) -> None:
+        self.scaled[step] = finished.scaled_grad
+        if step.shortcut is not None:
+            self.scaled[step.shortcut] = finished.shortcut
+        elif step.residual_learns:
+            self._add(step.residual, finished.grad, own=step.relu)
+        for done in (step, step.shortcut):
+            if done is not None:  # only its input shape is still of use
+                self.kept[done].branch = self.kept[done].mask = None
+
+
+class _FusedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, network, images, rows, source, *filters):
+        ctx.run = Run(network, images, rows, source, save=True)
+        ctx.save_for_backward(*filters)  # autograd notices filters that change before backward
+        return ctx.run.forward()
+
+    @staticmethod
+    def backward(ctx, dout):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "double backward through a fused network is not supported; use fuse=False and "
+                "backend='reference', which is plain PyTorch"
+            )
+        _ = ctx.saved_tensors
+        return None, None, None, None, *ctx.run.backward(dout)
+
+
+def check_plan(
+    network: FusedNetwork, unfused: Callable[[Tensor, Tensor], Tensor], images: Tensor
+) -> None:
+    """Compares the fused with the unfused network on a few images under mixed rows.
+
+    Raises:
+        NotFusable: if they differ by more than rounding.
+    """
+    classes = network.convs[0].layer.num_classes
+    few = images[:2]
+    source = torch.tensor([0, few.shape[0] - 1, 0], device=images.device)
+    rows = torch.tensor([[0], [classes - 1], [-1]], device=images.device)
+    with torch.no_grad():
+        try:
+            fused = network(few, rows, source)
+        except NotFusable:
+            raise
+        except Exception as error:
+            raise NotFusable(f"running the plan failed ({error})") from error
+        expected = unfused(gates.gather_samples(few, source), rows)
+    span = expected.abs().max().clamp_min(1e-6)
+    error = ((fused - expected).abs().max() / span).item()
+    limit = 64 * torch.finfo(fused.dtype).eps * len(network.convs) ** 0.5
+    if not error <= limit:
+        raise NotFusable(f"fused and unfused outputs differ by {error:.1e} (limit {limit:.1e})")
+
+
+def backend_for(layers: Iterable[MaskedLayer]) -> Backend:
+    """The one backend of ``layers`` that runs fused convolutions.
+
+    Raises:
+        NotFusable: if they ask for different backends, or for one without fused convolutions.
+    """
+    names = {backends.requested(layer.backend) for layer in layers}
+    name = names.pop() if len(names) == 1 else None
+    if name is None:
+        raise NotFusable("its layers ask for different backends")
+    if name == "reference":
+        raise NotFusable("the reference backend is never fused")
+    backend = backends.get("eager" if name == "auto" else name)
+    if not backend.fuses:
+        raise NotFusable(f"backend {name!r} has no fused convolutions")
+    return backend

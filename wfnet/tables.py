@@ -1,0 +1,232 @@
+"""Tables of all masked layers at once: filters to scale and shift, column sums to gradients.
+
+With frozen BatchNorm folded, ``gamma' = gamma / sqrt(var + eps)`` (design: section 2)::
+
+    A[b, o] = gamma'[o] * gate_weight[l, o]                                           l = forget[b]
+    C[b, o] = gamma'[o] * gate_bias[l, o] * bias[o] + beta[o] - mean[o] * gamma'[o]
+
+    dalpha_weight[l, o] = (1 - sigmoid(alpha_weight[l, o])) * sum over b with label l of T1[b, o]
+    dalpha_bias[l, o]   = (1 - sigmoid(alpha_bias[l, o]))
+                          * sum over the same b of gamma'[o] * gate_bias[b, o] * bias[o] * T0[b, o]
+
+The filter matrices of all layers stand side by side in one ``[K, total]`` matrix, so that a step
+gathers, squashes and reduces once for any number of layers. :func:`flatten_filters` makes the
+parameters themselves views of such a matrix; then nothing is copied either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from wfnet import gates
+
+
+@dataclass(frozen=True)
+class GatedLayer:
+    """One masked layer of a network, as the tables see it. Vectors are ``[O]``."""
+
+    alpha_weight: Tensor  # [K, O]
+    alpha_bias: Tensor | None = None  # [K, O], with bias
+    bias: Tensor | None = None
+    gamma: Tensor | None = None  # BatchNorm weight
+    beta: Tensor | None = None  # BatchNorm bias
+    mean: Tensor | None = None  # running_mean
+    var: Tensor | None = None  # running_var; None: no BatchNorm
+    eps: float = 1e-5
+    gate_scale: float = 1.0
+
+    @property
+    def filters(self) -> list[Tensor]:
+        """``alpha_weight``, and ``alpha_bias`` where there is one."""
+        return (
+            [self.alpha_weight] if self.alpha_bias is None else [self.alpha_weight, self.alpha_bias]
+        )
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """``gamma'`` and ``beta - mean * gamma'`` ``[O]``, fp32 or up; 1 and 0 without a norm."""
+        dtype = torch.promote_types(self.alpha_weight.dtype, torch.float32)
+        if self.var is not None:
+            dtype = torch.promote_types(self.var.dtype, dtype)
+        columns, device = self.alpha_weight.shape[1], self.alpha_weight.device
+        ones = torch.ones(columns, dtype=dtype, device=device)
+        gamma = ones if self.gamma is None else self.gamma.detach().to(dtype)
+        beta = torch.zeros_like(ones) if self.beta is None else self.beta.detach().to(dtype)
+        if self.var is None:
+            return gamma, beta
+        gamma = gamma / torch.sqrt(self.var.to(dtype) + self.eps)
+        return gamma, beta - self.mean.to(dtype) * gamma
+
+
+class StepTables:
+    """Tables of one forward pass, and the column sums that its backward pass writes.
+
+    Attributes:
+        scales, shifts: ``A`` and ``C`` ``[B, O]`` of every layer.
+        t1, t0: ``[B, O]`` of every layer, to be written by the backward pass (``t0`` is None where
+            the layer has no bias); empty lists if nothing is saved. They start at 0.
+    """
+
+    scales: list[Tensor]
+    shifts: list[Tensor]
+    t1: list[Tensor]
+    t0: list[Tensor | None]
+
+    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
+        """Gradients ``[K, O]`` of all filter matrices, layer by layer, weight before bias.
+
+        Args:
+            into: ``[K, total]``, written instead of fresh memory; the results are its columns.
+        """
+        raise NotImplementedError
+
+
+class GateTables:
+    """The definition in PyTorch, for any device and dtype; backends have faster ones.
+
+    Args:
+        layers: in network order, all with the same number of classes.
+
+    Raises:
+        ValueError: without layers, or for layers of different class counts.
+    """
+
+    def __init__(self, layers: Sequence[GatedLayer]):
+        check_layers(layers)
+        self.layers = tuple(layers)
+        self.filters = [matrix.detach() for layer in layers for matrix in layer.filters]
+        self.columns = list(_columns_of(self.filters))
+        self.flat = flat_matrix(self.filters)
+        folded = [layer.folded() for layer in layers]
+        self.beta = torch.cat([beta for _, beta in folded])
+        self.of_weight, self.of_bias, self.of_layer = [], [], []
+        factors, scales, columns, start = [], [], iter(self.columns), 0
+        for layer, (gamma, _) in zip(layers, folded, strict=True):
+            self.of_weight.append(next(columns))
+            self.of_bias.append(None if layer.alpha_bias is None else next(columns))
+            self.of_layer.append(slice(start, start + len(gamma)))
+            start += len(gamma)
+            factors.append(gamma)
+            if layer.alpha_bias is not None:
+                factors.append(gamma * layer.bias.detach().to(gamma.dtype))
+            scales += [layer.gate_scale] * len(layer.filters)
+        self.factor = torch.cat(factors)  # [total]: gamma', or gamma' * bias
+        self.gate_scale: float | Tensor = scales[0]
+        if len(set(scales)) > 1:
+            widths = torch.tensor([matrix.shape[1] for matrix in self.filters])
+            self.gate_scale = (
+                torch.tensor(scales, dtype=self.factor.dtype)
+                .repeat_interleave(widths)
+                .to(self.factor.device)
+            )
+
+    def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
+        """Tables for labels ``forget`` ``[B, J]`` int64; ``save``: with room for column sums."""
+        flat = torch.cat(self.filters, 1) if self.flat is None else self.flat
+        return _StepTables(self, flat, forget, save)
+
+
+class _StepTables(StepTables):
+    def __init__(self, tables: GateTables, flat: Tensor, forget: Tensor, save: bool):
+        self.tables, self.flat, self.forget = tables, flat, forget
+        products = gates.gate_rows(flat, forget, tables.gate_scale) * tables.factor  # [B, total]
+        self.scales = [products[:, part] for part in tables.of_weight]
+        self.products = products
+        self.with_bias = any(part is not None for part in tables.of_bias)
+        shift = tables.beta.expand(products.shape[0], -1)
+        if self.with_bias:
+            shift = shift.clone()
+            for bias, layer in zip(tables.of_bias, tables.of_layer, strict=True):
+                if bias is not None:
+                    shift[:, layer] += products[:, bias]
+        self.shifts = [shift[:, part] for part in tables.of_layer]
+        self.t1, self.t0 = [], []
+        if save:
+            self.sums = torch.zeros_like(products)
+            self.t1 = [self.sums[:, part] for part in tables.of_weight]
+            self.t0 = [None if part is None else self.sums[:, part] for part in tables.of_bias]
+
+    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
+        total = self.sums
+        for sums, bias in zip(self.t0, self.tables.of_bias, strict=True):
+            if bias is not None:
+                sums.mul_(self.products[:, bias])
+        gradient = gates.gate_rows_backward(total, self.flat, self.forget)
+        if into is not None:
+            gradient = into.copy_(gradient)
+        return [gradient[:, part] for part in self.tables.columns]
+
+
+def check_layers(layers: Sequence[GatedLayer]) -> None:
+    """Raises ValueError unless there are layers and their tensors fit each other."""
+    if not layers:
+        raise ValueError("a network without masked layers has no tables")
+    classes = layers[0].alpha_weight.shape[0]
+    for layer in layers:
+        if (layer.alpha_bias is None) != (layer.bias is None):
+            raise ValueError("alpha_bias and bias come together: a layer has both or neither")
+        columns = layer.alpha_weight.shape[1]
+        for matrix in layer.filters:
+            if tuple(matrix.shape) != (classes, columns):
+                raise ValueError(
+                    f"a filter matrix is {tuple(matrix.shape)}, expected {(classes, columns)}"
+                )
+        for name in ("bias", "gamma", "beta", "mean", "var"):
+            vector = getattr(layer, name)
+            if vector is not None and tuple(vector.shape) != (columns,):
+                raise ValueError(f"{name} is {tuple(vector.shape)}, expected {(columns,)}")
+
+
+def _columns_of(matrices: Sequence[Tensor]) -> Iterator[slice]:
+    start = 0
+    for matrix in matrices:
+        yield slice(start, start + matrix.shape[1])
+        start += matrix.shape[1]
+
+
+# -- filter matrices as views of one matrix --------------------------------------------------------
+
+
+def flat_matrix(matrices: Sequence[Tensor]) -> Tensor | None:
+    """The ``[K, total]`` matrix whose columns ``matrices`` are, in order; None if they are not.
+
+    Nothing is copied and no memory is read.
+    """
+    first = matrices[0].detach()
+    total = sum(matrix.shape[1] for matrix in matrices)
+    start = first.storage_offset()
+    for matrix in matrices:
+        same = (
+            matrix.dtype == first.dtype
+            and matrix.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and matrix.storage_offset() == start
+            and matrix.stride() == (total, 1)
+        )
+        if not same:
+            return None
+        start += matrix.shape[1]
+    return first.as_strided((first.shape[0], total), (total, 1))
+
+
+@contextmanager
+def flatten_filters(params: Sequence[nn.Parameter]) -> Iterator[Tensor]:
+    """Inside, all ``params`` ``[K, O_i]`` are columns of one ``[K, total]`` matrix; yields it.
+
+    Values, names, state-dict keys and the parameter objects stay; only their memory moves, so that
+    tables, gradients and the optimiser work on one buffer. Afterwards every parameter has memory of
+    its own again, with the values that it then has.
+    """
+    flat = torch.cat([parameter.detach() for parameter in params], 1)
+    for parameter, part in zip(params, _columns_of(params), strict=True):
+        parameter.data = flat[:, part]
+    try:
+        yield flat
+    finally:
+        for parameter in params:
+            parameter.data = parameter.detach().clone(memory_format=torch.contiguous_format)
+            if parameter.grad is not None:
+                parameter.grad = None
