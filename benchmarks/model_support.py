@@ -1,0 +1,240 @@
+"""Which networks of timm and torchvision can be wrapped, fused, untrained and baked.
+
+    python benchmarks/model_support.py            (some 60 networks, random weights, CPU, minutes)
+
+For each network: WFNet with its default targets computes what the base computes; the fused plan
+is made, or the reason why not; one step of `wfnet.untrain` moves every filter matrix and no weight;
+a baked class equals the filtered network. Writes `benchmarks/results/model_support.json` and the
+table `docs/models.md`. `--models NAME ...` tries others, without writing anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from bench_step import commit
+from torch import nn
+
+import wfnet
+from wfnet.data import TensorImages
+from wfnet.pretrained import fingerprint
+
+ROOT = Path(__file__).resolve().parent.parent
+CLASSES = 10
+# timm names, and torchvision's after a slash; arguments where 64 pixels do not do.
+MODELS: dict[str, dict[str, Any]] = {
+    "resnet18": {}, "resnet34": {}, "resnet50": {}, "resnet101": {}, "resnet50d": {},
+    "wide_resnet50_2": {}, "resnext50_32x4d": {}, "seresnet50": {}, "ecaresnet50t": {},
+    "skresnet18": {}, "resnet50_gn": {}, "resnetv2_50": {}, "res2net50_26w_4s": {},
+    "vgg11": {}, "vgg16": {}, "vgg16_bn": {}, "densenet121": {}, "dla34": {}, "dpn68": {},
+    "darknet53": {}, "cspresnet50": {}, "hrnet_w18_small": {}, "selecsls42b": {},
+    "ese_vovnet19b_dw": {}, "repvgg_a0": {}, "regnetx_002": {}, "regnety_002": {},
+    "inception_v3": {"px": 96}, "xception41": {}, "nfnet_l0": {},
+    "mobilenetv2_100": {}, "mobilenetv3_large_100": {}, "mnasnet_100": {}, "ghostnet_100": {},
+    "lcnet_050": {}, "mixnet_s": {}, "rexnet_100": {}, "efficientnet_b0": {},
+    "tf_efficientnet_b0": {}, "efficientnetv2_rw_t": {}, "convnext_atto": {},
+    "convnextv2_atto": {}, "poolformer_s12": {}, "mobilevit_xxs": {"px": 128},
+    "vit_tiny_patch16_224": {"img_size": 64}, "vit_small_patch16_224": {"img_size": 64},
+    "deit_tiny_patch16_224": {"img_size": 64}, "deit3_small_patch16_224": {"img_size": 64},
+    "beit_base_patch16_224": {"img_size": 64}, "eva02_tiny_patch14_224": {"img_size": 56},
+    "cait_xxs24_224": {"img_size": 64}, "xcit_nano_12_p16_224": {"px": 64},
+    "swin_tiny_patch4_window7_224": {"img_size": 112}, "pvt_v2_b0": {},
+    "mixer_s16_224": {"px": 224},
+    "torchvision/resnet18": {}, "torchvision/resnet50": {}, "torchvision/vgg11_bn": {},
+    "torchvision/vgg16": {}, "torchvision/alexnet": {}, "torchvision/squeezenet1_1": {},
+    "torchvision/googlenet": {"px": 96}, "torchvision/shufflenet_v2_x1_0": {},
+    "torchvision/mobilenet_v2": {}, "torchvision/efficientnet_b0": {},
+    "torchvision/convnext_tiny": {}, "torchvision/densenet121": {},
+    "torchvision/swin_t": {"px": 64}, "torchvision/vit_b_16": {"image_size": 64},
+}  # fmt: skip
+
+
+def create(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, int]:
+    """The network with seeded random weights in evaluation mode, and its image size."""
+    arguments = dict(arguments)
+    size = arguments.pop("px", None) or arguments.get("img_size") or arguments.get("image_size", 64)
+    torch.manual_seed(0)
+    if name.startswith("torchvision/"):
+        if name.endswith("googlenet"):
+            arguments |= {"aux_logits": False, "init_weights": True}
+        model = torchvision.models.get_model(
+            name.partition("/")[2], num_classes=CLASSES, **arguments
+        )
+    else:
+        model = timm.create_model(name, num_classes=CLASSES, **arguments)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # zeros would hide what lies behind them
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        for norm in norms:  # statistics of real activations, or gradients vanish in deep networks
+            norm.train()
+            norm.momentum = 1.0
+        if norms:
+            model(torch.rand(8, 3, size, size))
+        for norm in norms:
+            norm.momentum = 0.1
+    return model.eval(), size
+
+
+class _Lines(logging.Handler):
+    """What the package logs about fusion."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def examine(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What works for one network, and why not what does not."""
+    model, size = create(name, arguments)
+    found: dict[str, Any] = {"model": name, "px": size, "wrap": False, "fuse": "", "untrain": False,
+                             "bake": False, "masked": 0, "gates": 0, "note": ""}  # fmt: skip
+    images = torch.rand(4, 3, size, size)
+    try:
+        net = wfnet.WFNet(model, CLASSES)
+        original = net(images, None)
+        opened = net(images, torch.arange(4))
+    except (ValueError, RuntimeError, TypeError) as error:
+        found["note"] = _first_line(error)
+        return found
+    with torch.no_grad():
+        expected = model(images)
+    if not torch.equal(original, expected) or _error(opened, expected) > 1e-4:
+        found["note"] = "a fresh wrapper does not compute what the base computes"
+        return found
+    found["wrap"] = True
+    found["masked"] = len(net.masked_layers)
+    found["gates"] = sum(p.shape[1] for p in net.filter_parameters())
+    found["fuse"], reason = _fusion(net, images)
+    found["note"] = reason
+    try:
+        with torch.no_grad():
+            for parameter in net.filter_parameters():
+                parameter.normal_(1.0, 2.0)
+            baked = net.bake(3)(images)
+            found["bake"] = _error(net(images, 3), baked) < 1e-3
+            found["bake"] &= torch.equal(net.bake(None)(images), expected)
+        found["untrain"] = _untrain_once(net, images)
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
+        found["note"] = _first_line(error)
+    return found
+
+
+def _fusion(net: wfnet.WFNet, images: torch.Tensor) -> tuple[str, str]:
+    """ "all", "part" or "no", and the reason."""
+    lines = _Lines()
+    logger = logging.getLogger("wfnet")
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    net.fuse = True
+    try:
+        net(images, torch.arange(4))
+    finally:
+        logger.removeHandler(lines)
+        net.fuse = False
+    text = " ".join(lines.lines)
+    _, unfused, reason = text.partition("runs unfused: ")
+    if unfused:
+        return "no", reason
+    left = [m for m in net.model.modules() if isinstance(m, nn.BatchNorm2d | nn.ReLU)]
+    return text.partition(": ")[2] or ("yes" if not left else "part"), ""
+
+
+def _untrain_once(net: wfnet.WFNet, images: torch.Tensor) -> bool:
+    """Whether one step moves every filter matrix and nothing else."""
+    before = {name: p.detach().clone() for name, p in net.named_filters().items()}
+    weights = fingerprint(net.model)
+    count = CLASSES
+    data = TensorImages(
+        torch.rand(count, 3, *images.shape[2:]), torch.arange(count), list(map(str, range(count)))
+    )
+    config = wfnet.UntrainConfig.recipe(
+        "balanced", CLASSES, steps=1, batch_size=4, label_expansion=2
+    )
+    wfnet.untrain(net, data, None, config, progress=False)
+    moved = [not torch.equal(p, before[name]) for name, p in net.named_filters().items()]
+    return all(moved) and fingerprint(net.model) == weights
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def table(records: list[dict[str, Any]], about: str) -> str:
+    """The records as Markdown."""
+    mark = {True: "yes", False: "no"}
+    lines = [
+        "# Networks that were tried",
+        "",
+        "Made by `python benchmarks/model_support.py`: random weights, default targets, CPU. "
+        "*fuse* tells what the fused plan covers, or that the network runs unfused; *untrain*: one "
+        "step moves every filter matrix and no weight; *bake*: an exported class equals the "
+        "filtered network.",
+        "",
+        f"{sum(r['wrap'] for r in records)} of {len(records)} wrap, "
+        f"{sum(r['untrain'] and r['bake'] for r in records)} untrain and bake. {about}",
+        "",
+        "| network | px | masked layers | gates a class | fuse | untrain | bake | remark |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in records:
+        cells = [r["model"], r["px"], r["masked"], f"{r['gates']:,}", r["fuse"] or "-"]
+        cells += [mark[r["untrain"]], mark[r["bake"]], r["note"].replace("|", "\\|")]
+        if not r["wrap"]:
+            cells = [r["model"], r["px"], *["-"] * 5, r["note"].replace("|", "\\|")]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", help="names instead of the list; writes no files")
+    args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    chosen = {name: MODELS.get(name, {}) for name in args.models} if args.models else MODELS
+    records = []
+    for name, arguments in chosen.items():
+        start = time.perf_counter()
+        records.append(examine(name, arguments))
+        r = records[-1]
+        print(
+            f"{name:34} wrap {r['wrap']!s:5} untrain {r['untrain']!s:5} bake {r['bake']!s:5} "
+            f"fuse {r['fuse']} {r['note']} ({time.perf_counter() - start:.1f} s)",
+            flush=True,
+        )
+    if args.models is None:
+        versions = {
+            "torch": torch.__version__, "timm": timm.__version__,
+            "torchvision": torchvision.__version__, "wfnet": wfnet.__version__, "commit": commit(),
+        }  # fmt: skip
+        content = {"command": " ".join(["python", *sys.argv]), **versions, "models": records}
+        results = ROOT / "benchmarks" / "results" / "model_support.json"
+        results.write_text(json.dumps(content, indent=1) + "\n")
+        about = ", ".join(f"{key} {value}" for key, value in versions.items() if key != "wfnet")
+        (ROOT / "docs" / "models.md").write_text(table(records, f"({about})"))
+    return records
+
+
+if __name__ == "__main__":
+    main()
