@@ -322,7 +322,7 @@ def test_initialised_must_be_plain():
 
 def test_progress_goes_to_stderr_and_can_be_silent(dataset, capsys, monkeypatch):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr("wfnet.evaluation.time.perf_counter", iter(range(1000)).__next__)
+    monkeypatch.setattr("time.perf_counter", iter(range(1000)).__next__)
     evaluate(make_net(), dataset, batch_size=8)
     output = capsys.readouterr()
     assert "left" in output.err

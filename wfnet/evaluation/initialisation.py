@@ -1,0 +1,105 @@
+"""The same network newly initialised: what ZRF compares with."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from wfnet.network import WFNet
+
+logger = logging.getLogger("wfnet")
+
+# Raw parameters (owned by a module that has no way to reset them) by the last part of their name,
+# as timm and torchvision initialise them.
+_TOKENS = {
+    "cls_token", "class_token", "dist_token", "reg_token", "mask_token", "pos_embed",
+    "pos_embedding", "position_embedding", "relative_position_bias_table",
+}  # fmt: skip
+_TOKEN_STD = 0.02
+_LAYER_SCALES = {"gamma", "gamma1", "gamma2", "gamma_1", "gamma_2", "layer_scale", "ls1", "ls2"}
+_LAYER_SCALE = 1e-6
+
+
+def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The same network newly initialised: a copy without filters, in evaluation mode.
+
+    Every parameter is drawn anew by ``reset_parameters`` of its module and by the initialisation
+    of the modules above it where they have one (``init_weights`` in timm). Tokens, position
+    embeddings and layer scales that nothing resets get the distributions of timm; any other raw
+    parameter keeps its values in random order, and the log says so. Running statistics start again.
+    The result depends on the architecture and the seed, never on the learned weights (but for those
+    raw parameters). The caller's random state is left as it is.
+
+    Args:
+        model: a classifier or a :class:`wfnet.WFNet`; not changed.
+        seed: of the initialisation.
+
+    Returns:
+        A frozen module on the same device.
+    """
+    new = model.bake(None) if isinstance(model, WFNet) else copy.deepcopy(model)
+    new.requires_grad_(False).eval()
+    old = {name: p.detach().clone() for name, p in new.named_parameters()}
+    devices = sorted({p.device.index for p in new.parameters() if p.device.type == "cuda"})
+    with torch.no_grad(), torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        # What nothing initialises is recognised by the NaN it keeps.
+        for parameter in new.parameters():
+            if parameter.is_floating_point():
+                parameter.fill_(torch.nan)
+        for module in reversed(list(new.modules())):  # a parent's own initialisation comes last
+            for method in ("reset_parameters", "_reset_parameters", "init_weights",
+                           "_initialize_weights"):  # fmt: skip
+                _call_without_arguments(module, method)
+            _reset_running_statistics(module)
+        _initialise_raw(new, old)
+    return new.requires_grad_(False).eval()
+
+
+def _call_without_arguments(module: nn.Module, method: str) -> None:
+    """Calls ``module.<method>()`` if it exists and needs no argument."""
+    function = getattr(module, method, None)
+    if not callable(function):
+        return
+    try:
+        inspect.signature(function).bind()
+    except TypeError:
+        return
+    function()
+
+
+def _reset_running_statistics(module: nn.Module) -> None:
+    for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
+        buffer = module._buffers.get(name)
+        if buffer is not None:
+            buffer.fill_(value)
+
+
+def _initialise_raw(model: nn.Module, old: Mapping[str, Tensor]) -> None:
+    unknown = []
+    for name, parameter in model.named_parameters():
+        if not parameter.isnan().any():
+            continue
+        last = name.rpartition(".")[2]
+        if last in _TOKENS:
+            nn.init.trunc_normal_(parameter, std=_TOKEN_STD)
+        elif last in _LAYER_SCALES:
+            parameter.fill_(_LAYER_SCALE)
+        else:
+            values = old[name].flatten()
+            order = torch.randperm(values.numel()).to(values.device)
+            parameter.copy_(values[order].view_as(parameter))
+            unknown.append(name)
+    if unknown:
+        logger.warning(
+            "%s cannot initialise %s%s anew; for ZRF its values were put in random order (pass a "
+            "newly built network as `initialised` to avoid this)",
+            type(model).__name__,
+            unknown[0],
+            f" and {len(unknown) - 1} more parameters" if len(unknown) > 1 else "",
+        )

@@ -1,0 +1,248 @@
+"""Results of an evaluation: one record per class, their means, files and the terminal's table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from wfnet import metrics
+from wfnet.pretrained import write_atomically, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The measures of one row, or their means over rows; all are fractions in [0, 1].
+
+    Attributes:
+        acc_r, acc_f: :func:`wfnet.metrics.accuracy_retain` and ``accuracy_forget``.
+        acc_r_top5, acc_f_top5: the same with the true class among the five largest logits.
+        zrf: :func:`wfnet.metrics.zrf`, in the log base that stands in the result.
+    """
+
+    acc_r: float
+    acc_f: float
+    acc_r_top5: float
+    acc_f_top5: float
+    zrf: float
+
+
+@dataclass(frozen=True)
+class ClassRecord(Scores):
+    """What forgetting one class does: the measures of its row, and of the original network.
+
+    Attributes:
+        index, name: the class.
+        n_forget: images of the class that were evaluated.
+        n_retain: images of other classes that were evaluated under this row.
+        original_acc_f, original_acc_r, ...: the same measures of the original network, over the
+            same class and all images of other classes.
+    """
+
+    index: int
+    name: str
+    n_forget: int
+    n_retain: int
+    original_acc_r: float
+    original_acc_f: float
+    original_acc_r_top5: float
+    original_acc_f_top5: float
+    original_zrf: float
+
+
+@dataclass(frozen=True)
+class PairCounts:
+    """How often each class was right under each row: what the accuracies are made of.
+
+    Attributes:
+        classes: ``[R]`` int64, the class that each row forgets.
+        seen, top1, top5: ``[R, K]`` int64: samples of class k under row r, and hits among them.
+        original_seen, original_top1, original_top5: ``[K]``, the same for the original network.
+    """
+
+    classes: Tensor
+    seen: Tensor
+    top1: Tensor
+    top5: Tensor
+    original_seen: Tensor
+    original_top1: Tensor
+    original_top5: Tensor
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Records per class, their means, and the original network beside them.
+
+    Attributes:
+        records: one per evaluated class, in the order of ``classes``.
+        mean: means over ``records``.
+        original: means over the same classes of the original network's measures (no row).
+        zrf_base: base of the logarithm in every ``zrf``.
+        settings: what was evaluated and how (classes, images, rows, seed, versions).
+        seconds: duration.
+        counts: counts behind the accuracies; None for a result read from a file.
+    """
+
+    records: list[ClassRecord]
+    mean: Scores
+    original: Scores
+    zrf_base: float
+    settings: dict
+    seconds: float
+    counts: PairCounts | None = field(default=None, compare=False, repr=False)
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Writes everything but ``counts``, atomically; :meth:`from_json` reads it again."""
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "units": "acc_* and zrf are fractions in [0, 1]; seconds",
+                "zrf_base": self.zrf_base,
+                "mean": asdict(self.mean),
+                "original": asdict(self.original),
+                "settings": self.settings,
+                "seconds": self.seconds,
+                "classes": [asdict(record) for record in self.records],
+            },
+        )
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> EvaluationResult:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: if the file is missing, damaged or something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; `wfnet evaluate` writes such a file")
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
+            return cls(
+                records=[ClassRecord(**record) for record in content["classes"]],
+                mean=Scores(**content["mean"]),
+                original=Scores(**content["original"]),
+                zrf_base=content["zrf_base"],
+                settings=content["settings"],
+                seconds=content["seconds"],
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged or not a result of wfnet's evaluation ({error}); run the "
+                "evaluation again"
+            ) from error
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """Writes one line per class, then the lines ``mean`` and ``original``, atomically.
+
+        Column ``kind`` is class, mean or original; values are fractions; ``zrf_base`` stands
+        beside every ``zrf``.
+        """
+        columns = [f.name for f in fields(ClassRecord)]
+        columns = ["kind", "index", "name", "n_forget", "n_retain"] + [
+            c for c in columns if c not in ("index", "name", "n_forget", "n_retain")
+        ]
+        columns.insert(columns.index("zrf") + 1, "zrf_base")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        for record in self.records:
+            writer.writerow({"kind": "class", "zrf_base": self.zrf_base, **asdict(record)})
+        for kind, scores in (("mean", self.mean), ("original", self.original)):
+            writer.writerow({"kind": kind, "zrf_base": self.zrf_base, **asdict(scores)})
+        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+    def table(self, max_rows: int = 40) -> str:
+        """An aligned table in % for the terminal: classes, mean, original network.
+
+        Args:
+            max_rows: with more classes than that, the middle is left out and the classes that
+                came out worst and best are listed below.
+        """
+        return _table(self, max_rows)
+
+
+def _table(result: EvaluationResult, max_rows: int) -> str:
+    records = result.records
+    top5 = result.settings["num_classes"] > metrics.TOP_K
+    columns = ["Acc_r", "Acc_f", *(["Acc_r@5", "Acc_f@5"] if top5 else []), "ZRF"]
+    header = ["class", "images", *columns, "Acc_r before", "Acc_f before"]
+    width = min(28, max([len("original network"), *(len(_label(r)) for r in records)]))
+
+    def line(label: str, images: str, scores: Scores, before: tuple[str, str]) -> list[str]:
+        shown = [scores.acc_r, scores.acc_f]
+        shown += [scores.acc_r_top5, scores.acc_f_top5] if top5 else []
+        cells = [f"{100 * value:.2f}" for value in (*shown, scores.zrf)]
+        return [_shorten(label, width), images, *cells, *before]
+
+    def class_line(record: ClassRecord) -> list[str]:
+        before = (f"{100 * record.original_acc_r:.2f}", f"{100 * record.original_acc_f:.2f}")
+        return line(_label(record), str(record.n_forget), record, before)
+
+    def gap(record: ClassRecord) -> float:
+        return record.acc_r - record.original_acc_r
+
+    elided = len(records) > max_rows
+    shown = max(1, max_rows // 4)
+    sections: list[list[str] | str] = [header, "-"]
+    if not elided:
+        sections += [class_line(record) for record in records]
+    else:
+        sections += [class_line(record) for record in records[:shown]]
+        sections.append(f"... {len(records) - 2 * shown:,} more classes (all are in the CSV) ...")
+        sections += [class_line(record) for record in records[-shown:]]
+        listed = max(1, shown // 2)
+        by_gap = sorted(records, key=gap)
+        by_forget = sorted(records, key=lambda r: (-r.acc_f, gap(r)))
+        sections += ["-", "forgotten worst (highest Acc_f):"]
+        sections += [class_line(record) for record in by_forget[:listed]]
+        sections.append("retained worst (largest drop of Acc_r):")
+        sections += [class_line(record) for record in by_gap[:listed]]
+        sections.append("best (lowest Acc_f, then least drop of Acc_r):")
+        best = sorted(records, key=lambda r: (r.acc_f, -gap(r)))
+        sections += [class_line(record) for record in best[:listed]]
+    images = str(sum(record.n_forget for record in records))
+    before = (f"{100 * result.original.acc_r:.2f}", f"{100 * result.original.acc_f:.2f}")
+    sections += ["-", line("mean of rows", images, result.mean, before)]
+    sections.append(line("original network", images, result.original, ("", "")))
+
+    rows = [section for section in sections if isinstance(section, list)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    lines = []
+    for section in sections:
+        if section == "-":
+            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
+        elif isinstance(section, str):
+            lines.append(section)
+        else:
+            cells = [section[0].ljust(widths[0])]
+            cells += [cell.rjust(w) for cell, w in zip(section[1:], widths[1:], strict=True)]
+            lines.append("  ".join(cells).rstrip())
+    lines.append(
+        f"in %; each line is the network that forgets that class; ZRF with log base "
+        f"{base_name(result.zrf_base)}"
+    )
+    return "\n".join(lines)
+
+
+def _label(record: ClassRecord) -> str:
+    return record.name if record.name == str(record.index) else f"{record.index} {record.name}"
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def base_name(base: float) -> str:
+    return "e" if base == math.e else f"{base:g}"

@@ -1,0 +1,258 @@
+"""Evaluation of a filtered network: every class in mixed batches, one record per class.
+
+A batch holds (image, row) pairs: the same images under many rows of the filter matrices. The
+measures themselves are defined in :mod:`wfnet.metrics`.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from wfnet import metrics
+from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation.initialisation import reinitialise
+from wfnet.evaluation.pairs import (
+    Hits,
+    Pairing,
+    accuracies,
+    check_classes,
+    check_settings,
+    zrf_per_class,
+)
+from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts, Scores
+from wfnet.evaluation.running import Progress, evaluation_mode
+from wfnet.network import WFNet
+from wfnet.version import __version__
+
+
+def evaluate(
+    net: WFNet,
+    dataset: Dataset,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 256,
+    zrf_base: float = math.e,
+    initialised: nn.Module | None = None,
+    seed: int = 0,
+    retained_rows: int | None = None,
+    progress: bool = True,
+    workers: int = 0,
+    max_corrupt: int | CorruptImages | None = None,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> EvaluationResult:
+    """Acc_r, Acc_f, top-5 variants and ZRF of every class, and the same of the original network.
+
+    Each image is read once and run under all rows: ``len(dataset) * len(classes)`` forward passes
+    of one image, in batches that mix rows, plus one pass each through the original network and a
+    newly initialised one. The model under evaluation is not changed, and neither is the caller's
+    random state.
+
+    Args:
+        net: the filtered network, on any device.
+        dataset: images and labels (see :mod:`wfnet.data`); normally a test set.
+        classes: rows to evaluate; all classes by default. Images of every class serve as
+            retained images in any case.
+        batch_size: (image, row) pairs per forward pass.
+        zrf_base: base of the logarithm in ZRF.
+        initialised: the same network newly initialised, a plain classifier on the same device;
+            by default :func:`reinitialise` makes it from ``net``.
+        seed: seeds the initialisation and the draw of ``retained_rows``.
+        retained_rows: for many classes: run each image under its own row and this many random
+            other rows instead of all. Acc_f and ZRF stay exact, Acc_r becomes an estimate from
+            about ``len(dataset) * retained_rows / len(classes)`` images per row.
+        progress: show progress and time left on stderr.
+        workers, max_corrupt: as in :func:`wfnet.data.batches`; corrupt images are left out and
+            counted in ``settings["corrupt_images"]``.
+        amp_dtype: autocast dtype, for example torch.bfloat16; None for none.
+        channels_last: send images in channels-last layout.
+
+    Raises:
+        ValueError: before work starts for arguments or labels that do not fit, a class without
+            images, or a row without retained images.
+        FloatingPointError: if logits are NaN or infinite.
+    """
+    labels = labels_of(dataset)
+    rows = check_classes(classes, labels, net.num_classes)
+    check_settings(batch_size, zrf_base, retained_rows, len(rows))
+    if initialised is not None and isinstance(initialised, WFNet):
+        raise ValueError("initialised must be a plain classifier; pass its .bake(None)")
+    corrupt = max_corrupt
+    if not isinstance(corrupt, CorruptImages):
+        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
+    pairing = Pairing(rows, labels, retained_rows, seed)
+    initial = reinitialise(net, seed) if initialised is None else initialised
+    start = time.perf_counter()
+    run = Run(net, initial, pairing, batch_size, zrf_base, amp_dtype, channels_last)
+    bar = Progress(pairing.pairs, enabled=progress)
+    chunks = torch.arange(len(labels)).split(batch_size)
+    with evaluation_mode(net, initial), torch.inference_mode():
+        for batch in batches(dataset, chunks, workers, corrupt, pin_memory=run.on_gpu):
+            bar.advance(run.chunk(batch))
+    bar.close()
+    net.check_labels()
+    seconds = time.perf_counter() - start
+    settings = {
+        "wfnet_version": __version__,
+        "model": type(net.model).__name__,
+        "num_classes": net.num_classes,
+        "classes": "all" if classes is None else rows.tolist(),
+        "images": int(run.original.seen.sum()),
+        "corrupt_images": len(corrupt.found),
+        "pairs": int(run.filtered.seen.sum()),
+        "retained_rows": "all" if retained_rows is None else retained_rows,
+        "seed": seed,
+        "initialised": "reinitialise(net, seed)" if initialised is None else "given by the caller",
+        "batch_size": batch_size,
+        "dtype": str(amp_dtype or run.dtype).removeprefix("torch."),
+        "device": str(run.device),
+    }
+    return _summarise(run, classes_of(dataset), zrf_base, settings, seconds)
+
+
+class Run:
+    """One evaluation in progress."""
+
+    def __init__(
+        self,
+        net: WFNet,
+        initial: nn.Module,
+        pairing: Pairing,
+        batch_size: int,
+        zrf_base: float,
+        amp_dtype: torch.dtype | None,
+        channels_last: bool,
+    ):
+        weight = next(iter(net.masked_layers.values())).weight
+        self.device, self.dtype = weight.device, weight.dtype
+        self.on_gpu = self.device.type == "cuda"
+        found = next((p.device for p in initial.parameters()), self.device)
+        if found != self.device:
+            raise ValueError(
+                f"initialised is on {found}, the network on {self.device}; move one to the other"
+            )
+        self.net, self.initial, self.pairing = net, initial, pairing
+        self.batch_size, self.zrf_base = batch_size, zrf_base
+        self.amp_dtype, self.channels_last = amp_dtype, channels_last
+        classes = len(pairing.classes)
+        self.filtered = Hits(classes, net.num_classes, self.device)
+        self.original = Hits(1, net.num_classes, self.device)
+        # Divergences of own rows from the new network, in the order of the images: parts of [n].
+        self.own_class: list[Tensor] = []
+        self.divergence: list[Tensor] = []
+        self.original_divergence: list[Tensor] = []
+
+    def chunk(self, batch: Batch) -> int:
+        """Runs some images under all their rows; returns the number of pairs."""
+        memory_format = torch.channels_last if self.channels_last else torch.preserve_format
+        images = batch.images.to(
+            self.device, self.dtype, non_blocking=True, memory_format=memory_format
+        )
+        labels = batch.labels.to(self.device, non_blocking=True)
+        autocast = nullcontext()
+        if self.amp_dtype is not None:
+            autocast = torch.autocast(self.device.type, self.amp_dtype)
+        image, row = self.pairing.of(batch.indices)
+        with autocast:
+            plain = self.net(images, forget=None)
+            new = self.initial(images)
+            self._check_shape(plain, "the network")
+            self._check_shape(new, "initialised")
+            broken = torch.stack((broken_logits(plain), broken_logits(new)))
+            self.original.add(plain, labels, torch.zeros_like(labels))
+            own = torch.full_like(plain, torch.nan)  # logits of each image under its own row
+            for pairs in torch.arange(len(image)).split(self.batch_size):
+                part, part_row = image[pairs], row[pairs]
+                first, last = int(part[0]), int(part[-1])
+                position = part_row.to(self.device)
+                forget = self.pairing.classes[part_row].to(self.device)
+                source = (part - first).to(self.device)
+                logits = self.net(images[first : last + 1], forget=forget, source=source)
+                label = labels[first : last + 1][source]
+                broken = torch.cat((broken, broken_logits(logits).reshape(1)))
+                self.filtered.add(logits, label, position)
+                # Found on the host, where the labels are: a device would have to be waited for.
+                is_own = self.pairing.classes[part_row] == batch.labels[part]
+                at = is_own.nonzero().squeeze(1)
+                own[part[at].to(self.device)] = logits[at.to(self.device)].to(own.dtype)
+        if bool(broken.any()):
+            which = ["the original network", "the newly initialised network"]
+            which += ["the filtered network"] * (len(broken) - 2)
+            raise FloatingPointError(
+                f"logits of {which[int(broken.int().argmax())]} are NaN or infinite for images "
+                f"{int(batch.indices[0])} to {int(batch.indices[-1])}; check the images and the "
+                "filters, or evaluate without 16-bit autocast"
+            )
+        has_row = self.pairing.position[batch.labels] >= 0
+        chosen = has_row.to(self.device)
+        self.own_class.append(batch.labels[has_row])
+        for kept, logits in ((self.divergence, own), (self.original_divergence, plain)):
+            divergence = metrics.jensen_shannon(logits[chosen], new[chosen], self.zrf_base)
+            kept.append(divergence.cpu())
+        return len(image)
+
+    def _check_shape(self, logits: Tensor, what: str) -> None:
+        if logits.dim() != 2 or logits.shape[1] != self.net.num_classes:
+            raise ValueError(
+                f"{what} gave outputs of shape {list(logits.shape)}; expected "
+                f"[{len(logits)}, {self.net.num_classes}]"
+            )
+
+
+def broken_logits(logits: Tensor) -> Tensor:
+    """Whether a sample has NaN or +inf among its logits, or nothing but -inf: scalar bool."""
+    return ~logits.amax(1).isfinite().all()
+
+
+def _summarise(
+    run: Run, names: list[str], zrf_base: float, settings: dict, seconds: float
+) -> EvaluationResult:
+    classes = run.pairing.classes
+    filtered = [t.cpu() for t in (run.filtered.seen, run.filtered.top1, run.filtered.top5)]
+    original = [t.cpu() for t in (run.original.seen, run.original.top1, run.original.top5)]
+    own_class = torch.cat(run.own_class)
+    counts = PairCounts(classes, *filtered, *(t[0] for t in original))
+    # The original network has the same counts under every row.
+    before = [t.expand(len(classes), -1) for t in original]
+    columns = {
+        **accuracies(*filtered, classes),
+        "zrf": zrf_per_class(run.divergence, own_class, classes),
+        **{f"original_{k}": v for k, v in accuracies(*before, classes).items()},
+        "original_zrf": zrf_per_class(run.original_divergence, own_class, classes),
+    }
+    lost = columns["acc_f"].isnan() | columns["acc_r"].isnan()
+    if lost.any():
+        raise ValueError(
+            f"class {int(classes[lost][0])} has no readable image, or no readable retained image; "
+            "repair the images, or leave it out of classes="
+        )
+    n_forget = filtered[0].gather(1, classes.unsqueeze(1)).squeeze(1)
+    n_retain = filtered[0].sum(1) - n_forget
+    values = {name: column.tolist() for name, column in columns.items()}
+    records = [
+        ClassRecord(
+            index=index,
+            name=names[index] if index < len(names) else str(index),
+            n_forget=int(n_forget[i]),
+            n_retain=int(n_retain[i]),
+            **{name: column[i] for name, column in values.items()},
+        )
+        for i, index in enumerate(classes.tolist())
+    ]
+    means = {name: column.mean().item() for name, column in columns.items()}
+    scores = [f.name for f in fields(Scores)]
+    return EvaluationResult(
+        records=records,
+        mean=Scores(**{name: means[name] for name in scores}),
+        original=Scores(**{name: means[f"original_{name}"] for name in scores}),
+        zrf_base=zrf_base,
+        settings=settings,
+        seconds=seconds,
+        counts=counts,
+    )
