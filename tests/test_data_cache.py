@@ -187,3 +187,14 @@ def test_open_data(image_folder, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "wfnet"):
         open_data("digits", cache="host")
     assert "digits is in memory as it is" in caplog.text
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_without_a_place_nothing_is_kept(image_folder, workers):
+    data = cached(image_folder, None)
+    plain = files(image_folder)
+    for _ in range(2):
+        (batch,) = batches(data, [torch.tensor([2, 2, 7])], workers)
+        assert torch.equal(batch.images, torch.stack([plain[i][0] for i in (2, 2, 7)]))
+    assert data.filled == 0
+    assert torch.equal(data.select(torch.tensor([7]))[0][0], plain[7][0])

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wfnet.data.dataset import Batch, name_of
+from wfnet.data.dali import DaliReader
+from wfnet.data.dataset import Batch, CorruptImage, name_of
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.transforms import evaluation_transform
 from wfnet.extras import require
@@ -31,6 +32,7 @@ from wfnet.extras import require
 logger = logging.getLogger("wfnet")
 
 PLACES = ("device", "host", "disk")
+DECODERS = ("pil", "dali")
 # Part of the free space that a cache may take: the network, batches and everybody else need some.
 _SHARE = 0.8
 
@@ -95,13 +97,14 @@ class CachedImages(torch.utils.data.Dataset):
 
     dataset:  `ImageFiles` or `ImageShards`.
     place:    "device" (memory of `device`), "host" (main memory) or "disk" (a file that later runs
-              find again).
+              find again); None keeps nothing, and only normalises on the device.
     size:     of the images that the network gets.
     mean, std, interpolation, crop_pct: as for `evaluation_transform`, whose values the cache
               reproduces exactly.
     augment:  random crops and mirroring, drawn anew for every batch from (seed, position).
     device:   where batches are wanted; pixels are normalised there.
     folder:   of the disk cache; default: `cache_folder()`.
+    decoder:  "pil", or "dali" (`wfnet.data.dali`).
 
     The size is logged first. Raises ValueError for a place that is none of these, or too small for
     the cache.
@@ -110,7 +113,7 @@ class CachedImages(torch.utils.data.Dataset):
     def __init__(
         self,
         dataset: EncodedImages,
-        place: str,
+        place: str | None,
         size: int,
         mean: Iterable[float],
         std: Iterable[float],
@@ -119,9 +122,12 @@ class CachedImages(torch.utils.data.Dataset):
         augment: bool = False,
         device: torch.device | str = "cpu",
         folder: str | Path | None = None,
+        decoder: str = "pil",
     ):
-        if place not in PLACES:
+        if place not in (None, *PLACES):
             raise ValueError(f"a cache is on {', '.join(PLACES)}, not on {place!r}")
+        if decoder not in DECODERS:
+            raise ValueError(f"a decoder is one of {', '.join(DECODERS)}, not {decoder!r}")
         self.device = torch.device(device)
         # With augmentation all of the resized square is kept, otherwise what the crop leaves of it.
         if augment:
@@ -135,14 +141,18 @@ class CachedImages(torch.utils.data.Dataset):
         self.prepare = Preparation(
             size, tuple(mean), tuple(std), scale=(0.25, 1.0) if augment else None
         )
+        self.dali = None
+        if decoder == "dali":
+            self.dali = DaliReader(*decode.settings, self.device)
         shape = (len(dataset), dataset.channels, decode.size, decode.size)
+        self.store: _Store | None = None
         if place == "disk":
             folder = cache_folder() if folder is None else Path(folder)
-            marks = "\n".join([*dataset.versions(), repr(decode), repr(shape)])
+            marks = "\n".join([*dataset.versions(), repr(decode), repr(shape), decoder])
             digest = hashlib.sha256(marks.encode()).hexdigest()[:32]
             _check_room(place, shape, _free_on_disk(folder, digest))
-            self.store: _Store = _DiskStore(folder, digest, shape)
-        else:
+            self.store = _DiskStore(folder, digest, shape)
+        elif place is not None:
             on_gpu = place == "device" and self.device.type == "cuda"
             free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
             _check_room(place, shape, free)
@@ -154,11 +164,24 @@ class CachedImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image without augmentation."""
         position = torch.tensor([index])
-        if not self.store.has(position):
-            self.store.put(position, self.dataset[index][0].unsqueeze(0))
-        pixels = self.store.get(position).to(self.device)
+        if self.store is not None and self.store.has(position):
+            pixels = self.store.get(position)
+        else:
+            pixels = self._decoded(index).unsqueeze(0)
+            if self.store is not None:
+                self.store.put(position, pixels)
         plain = Preparation(self.prepare.size, self.prepare.mean, self.prepare.std)
-        return plain(pixels, torch.Generator())[0], int(self.labels[index])
+        images = plain(pixels.to(self.device), torch.Generator())
+        return images[0], int(self.labels[index])
+
+    def _decoded(self, index: int) -> Tensor:
+        """Pixels [C, S, S] of one image."""
+        if self.dali is None:
+            return self.dataset[index][0]
+        ((batch, corrupt),) = self.dali.read(self.dataset, iter([(0, [index])]), workers=1)
+        if batch is None:
+            raise CorruptImage(*corrupt[0])
+        return batch[0][0]
 
     def name_of(self, index: int) -> str:
         return name_of(self.dataset, index)
@@ -166,13 +189,14 @@ class CachedImages(torch.utils.data.Dataset):
     @property
     def filled(self) -> int:
         """How many images need no decoding any more."""
-        return int(self.store.has(torch.arange(len(self))).sum())
+        return 0 if self.store is None else int(self.store.has(torch.arange(len(self))).sum())
 
     def stream(
         self,
         requests: Iterator[tuple[int, list[int]]],
         read: Callable[[Any, Iterator[tuple[int, list[int]]]], Iterator[tuple[Any, list]]],
         report: Callable[[str, str], None],
+        workers: int,
         seed: int,
         pin_memory: bool,
     ) -> Iterator[Batch]:
@@ -181,6 +205,7 @@ class CachedImages(torch.utils.data.Dataset):
         requests: (position, indices) of each batch.
         read:     reads (position, indices) of a data set in worker processes, in order.
         report:   takes name and reason of a corrupt image.
+        workers:  threads that read files for DALI.
         """
         waiting: deque[tuple[int, Tensor]] = deque()
 
@@ -188,25 +213,32 @@ class CachedImages(torch.utils.data.Dataset):
             for position, indices in requests:
                 wanted = torch.tensor(indices, dtype=torch.int64)
                 waiting.append((position, wanted))
-                yield position, wanted[~self.store.has(wanted)].tolist()
+                there = False if self.store is None else self.store.has(wanted)
+                yield position, wanted[~torch.as_tensor(there).expand(len(wanted))].tolist()
 
         if self.filled == len(self):  # no worker has to be started
             decoded = ((None, []) for _ in missing())
+        elif self.dali is not None:
+            decoded = self.dali.read(self.dataset, missing(), workers)
         else:
             decoded = read(self.dataset, missing())
         for batch, corrupt in decoded:
-            if batch is not None:
-                pixels, _, indices = batch
-                self.store.put(indices, pixels)
             for name, reason in corrupt:
                 report(name, reason)
             position, indices = waiting.popleft()
-            indices = indices[self.store.has(indices)]
+            if self.store is None:
+                pixels, _, indices = batch or (None, None, indices[:0])
+            else:
+                if batch is not None:
+                    self.store.put(batch[2], batch[0])
+                indices = indices[self.store.has(indices)]
+                pixels = self.store.get(indices)
             if len(indices):
-                yield self._batch(indices, seed, position, pin_memory)
+                yield self._batch(pixels, indices, seed, position, pin_memory)
 
-    def _batch(self, indices: Tensor, seed: int, position: int, pin_memory: bool) -> Batch:
-        pixels = self.store.get(indices)
+    def _batch(
+        self, pixels: Tensor, indices: Tensor, seed: int, position: int, pin_memory: bool
+    ) -> Batch:
         if pin_memory and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True)
@@ -220,7 +252,7 @@ class CachedImages(torch.utils.data.Dataset):
         chosen.__dict__.update(self.__dict__)
         chosen.dataset = self.dataset.select(indices)
         chosen.labels = self.labels[indices]
-        chosen.store = _PartOfStore(self.store, indices)
+        chosen.store = None if self.store is None else _PartOfStore(self.store, indices)
         return chosen
 
 
@@ -297,7 +329,7 @@ class _DiskStore(_Store):
         return torch.from_numpy(self.filled[indices.numpy()] != 0)
 
     def put(self, indices: Tensor, pixels: Tensor) -> None:
-        self.pixels[indices.numpy()] = pixels.numpy()
+        self.pixels[indices.numpy()] = pixels.cpu().numpy()
         self.filled[indices.numpy()] = 1
 
     def get(self, indices: Tensor) -> Tensor:

@@ -107,7 +107,7 @@ def _batches(
         return
     if hasattr(dataset, "stream"):
         read = partial(_read, workers=workers, pin_memory=False, seed=seed)
-        yield from dataset.stream(requests, read, corrupt.add, seed, pin_memory)
+        yield from dataset.stream(requests, read, corrupt.add, workers, seed, pin_memory)
         return
     for batch, left_out in _read(dataset, requests, workers, pin_memory, seed):
         for name, reason in left_out:

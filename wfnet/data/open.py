@@ -46,6 +46,7 @@ def open_data(
     cache: str | None = None,
     cache_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
+    decoder: str = "pil",
 ) -> Splits:
     """Open a data set as training, validation and test parts.
 
@@ -60,8 +61,9 @@ def open_data(
                  cropped and mirrored at random, and a transform that replaces all of it.
     train_per_class, test_per_class: at most that many images of each class, drawn by seed.
     validation_fraction: the part of the training images, drawn by seed, that `train` does not have.
-    cache, cache_dir, device: for folders: keep decoded pixels ("device", "host" or "disk"), and
-                 where batches are wanted (`CachedImages`).
+    cache, cache_dir, device, decoder: for folders: keep decoded pixels ("device", "host" or
+                 "disk"), where batches are wanted, and who decodes ("pil" or "dali"); see
+                 `CachedImages`.
 
     `test` is the data set's own test part (for folders `val/`; with a folder `test/` beside it,
     `test/` is the test part and `val/` the validation part). Settings are chosen on `validation`.
@@ -105,6 +107,7 @@ def open_data(
             cache=cache,
             cache_dir=cache_dir,
             device=device,
+            decoder=decoder,
         )
         train, validation, test = _open_folder(root, reading, validation_fraction, seed)
         name = root.name
@@ -146,10 +149,13 @@ class _Reading:
     cache: str | None
     cache_dir: str | Path | None
     device: torch.device | str
+    decoder: str
 
     def __post_init__(self) -> None:
-        if self.transform is not None and (self.augment or self.cache):
+        on_device = self.cache is not None or self.decoder != "pil"
+        if self.transform is not None and (self.augment or on_device):
             option = "augment=True" if self.augment else f"cache={self.cache!r}"
+            option = f"decoder={self.decoder!r}" if self.decoder != "pil" else option
             raise ValueError(
                 f"{option} and a transform of one's own exclude each other: describe the transform "
                 "by image_size, interpolation and crop_pct, or leave it out"
@@ -163,10 +169,10 @@ class _Reading:
 
     def finish(self, images: EncodedImages, augment: bool) -> Dataset:
         """`images` with augmentation and cache as they were asked for."""
-        if self.cache is not None:
+        if self.cache is not None or self.decoder != "pil":
             return CachedImages(
                 images, self.cache, self.size, self.mean, self.std, self.interpolation,
-                self.crop_pct, augment, self.device, self.cache_dir,
+                self.crop_pct, augment, self.device, self.cache_dir, self.decoder,
             )  # fmt: skip
         if augment:
             return images.with_transform(
