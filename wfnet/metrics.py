@@ -7,6 +7,7 @@ Unlearning for Image Classification via Weight Filtering" (arXiv 2304.02049), se
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -111,7 +112,18 @@ def _divergence(log_p: Tensor, log_m: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_m), 0).sum(-1)
 
 
-def zrf(logits: Tensor, initial_logits: Tensor, base: float = math.e) -> Tensor:
+# How published code departs from the definition of ZRF: (arguments swapped, divided by classes).
+ZRF_MODES: dict[str, tuple[bool, bool]] = {
+    "definition": (False, False),
+    "elementwise_mean": (False, True),
+    "swapped": (True, False),
+    "swapped_elementwise_mean": (True, True),
+}
+
+
+def zrf(
+    logits: Tensor, initial_logits: Tensor, base: float = math.e, mode: str = "definition"
+) -> Tensor:
     """Zero Retrain Forgetting: 1 - mean JS divergence from a network that knows nothing.
 
     ``ZRF = 1 - 1/n * sum_i JS(softmax(logits_i), softmax(initial_logits_i))`` over the forget
@@ -122,18 +134,102 @@ def zrf(logits: Tensor, initial_logits: Tensor, base: float = math.e) -> Tensor:
     for original models (confident against uniform gives 0.474 for 10 classes and 0.311 for 1,000),
     so it is the default; write the base beside every value.
 
+    Modes other than ``definition`` exist to compare with numbers of other code, which differ:
+    ``elementwise_mean`` divides by ``n * K`` instead of ``n`` (a mean over the elements of
+    :func:`torch.nn.functional.kl_div`), ``swapped`` takes ``KL(m || p)`` and ``KL(m || q)`` for
+    ``KL(p || m)`` and ``KL(q || m)``, ``swapped_elementwise_mean`` does both.
+
     Args:
         logits: ``[n, K]`` of the unlearned network on samples of the forgotten class.
         initial_logits: ``[n, K]`` of the newly initialised network on the same samples.
         base: base of the logarithm.
+        mode: one of ``ZRF_MODES``.
 
     Returns:
         Scalar, fp64; NaN for no samples.
 
     Raises:
-        As :func:`jensen_shannon`.
+        As :func:`jensen_shannon`; ValueError for an unknown mode.
     """
-    return 1 - jensen_shannon(logits, initial_logits, base).mean()
+    return 1 - zrf_divergence(logits, initial_logits, base, mode).mean()
+
+
+def zrf_divergence(
+    logits: Tensor, initial_logits: Tensor, base: float = math.e, mode: str = "definition"
+) -> Tensor:
+    """``[n]`` fp64: what :func:`zrf` averages over samples."""
+    if mode not in ZRF_MODES:
+        raise ValueError(f"zrf mode {mode!r} is not one of {', '.join(ZRF_MODES)}")
+    swapped, by_classes = ZRF_MODES[mode]
+    if swapped:
+        check_base(base)
+        log_p = torch.log_softmax(logits.double(), -1)
+        log_q = torch.log_softmax(initial_logits.double(), -1)
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        divergence = (_divergence(log_m, log_p) + _divergence(log_m, log_q)) / 2
+        divergence = (divergence / math.log(base)).clamp_min(0)
+    else:
+        divergence = jensen_shannon(logits, initial_logits, base)
+    return divergence / logits.shape[-1] if by_classes else divergence
+
+
+def relearn_time(epochs: Sequence[int | None], cap: int) -> tuple[float, int]:
+    """RT: mean over classes of the epochs until the original accuracy is regained (paper).
+
+    A class that never regained it within ``cap`` epochs counts as ``cap``: so do the published
+    values, which read ``100 (10)`` where none of ten classes did.
+
+    Args:
+        epochs: per class, or None where it was never regained.
+        cap: epochs after which relearning was given up.
+
+    Returns:
+        Mean epochs, and how many classes never regained it.
+
+    Raises:
+        ValueError: for no classes.
+    """
+    if not epochs:
+        raise ValueError("relearn time needs at least one class")
+    never = sum(count is None for count in epochs)
+    return sum(cap if count is None else count for count in epochs) / len(epochs), never
+
+
+def area_under_curve(shares: Tensor, values: Tensor) -> Tensor:
+    """Area by trapezoids, the insertion and deletion score of a curve (paper; Petsiuk et al.,
+    "RISE", BMVC 2018).
+
+    Args:
+        shares: ``[S]``, increasing from 0 to 1.
+        values: ``[..., S]``.
+
+    Returns:
+        ``[...]`` fp64.
+
+    Raises:
+        ValueError: for fewer than two points, or points that do not run from 0 to 1.
+    """
+    shares = shares.double()
+    if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or not bool((shares.diff() > 0).all()):
+        raise ValueError(f"shares must increase from 0 to 1; got {shares.tolist()}")
+    return torch.trapezoid(values.double(), shares, dim=-1)
+
+
+def confidence_kept(logits: Tensor, original_logits: Tensor, labels: Tensor) -> Tensor:
+    """Confidence in the true class divided by the original network's, capped at 1 (paper).
+
+    Args:
+        logits, original_logits: ``[n, K]``.
+        labels: ``[n]`` int64.
+
+    Returns:
+        ``[n]`` fp64 in [0, 1]; 1 where the original confidence underflows to 0.
+    """
+    index = labels.unsqueeze(1)
+    own = torch.log_softmax(logits.double(), 1).gather(1, index)
+    before = torch.log_softmax(original_logits.double(), 1).gather(1, index)
+    ratio = (own - before).clamp_max(0).exp().squeeze(1)
+    return torch.where(before.squeeze(1).exp() > 0, ratio, 1.0)
 
 
 def check_base(base: float) -> None:

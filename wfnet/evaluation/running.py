@@ -29,8 +29,8 @@ class Progress:
     A terminal's line is rewritten; a log file gets a line every half minute.
     """
 
-    def __init__(self, total: int, enabled: bool):
-        self.total, self.done, self.enabled = total, 0, enabled
+    def __init__(self, total: int, enabled: bool, what: str = "evaluating"):
+        self.total, self.done, self.enabled, self.what = total, 0, enabled, what
         self.live = sys.stderr.isatty()
         self.interval = 0.2 if self.live else 30.0
         self.start = self.shown = time.perf_counter()
@@ -43,7 +43,7 @@ class Progress:
             rate = self.done / (now - self.start)
             left = max(0, round((self.total - self.done) / rate))
             text = (
-                f"evaluating {self.done / self.total:4.0%}  {self.done:,}/{self.total:,} samples  "
+                f"{self.what} {self.done / self.total:4.0%}  {self.done:,}/{self.total:,} samples  "
                 f"{rate:,.0f}/s  {left // 60}:{left % 60:02d} left"
             )
             print(f"\r{text:<78}" if self.live else text, end="" if self.live else "\n",

@@ -1,0 +1,155 @@
+import copy
+import math
+
+import pytest
+import torch
+from evaluated_networks import K, make_dataset, make_model, make_net, uneven_dataset
+
+import wfnet
+from wfnet import metrics
+from wfnet.attribution import CURVES, attribution, network_with_filters
+
+
+@pytest.fixture
+def dataset():
+    return uneven_dataset()
+
+
+def curve_by_hand(net, dataset, label, steps, closing, order_of):
+    """One class, one curve: a baked network for every step, its weights masked by hand."""
+    images, labels, _ = dataset.batch((dataset.labels == label).nonzero().flatten())
+    with torch.no_grad():
+        original = net.bake(None)(images)
+        values = []
+        for step in range(steps + 1):
+            plain = net.bake(None)
+            for number, (name, gates) in enumerate(net.gates().items()):
+                gate = gates[label].detach().clone()
+                count = round(step / steps * len(gate))
+                first = order_of(number, gate)[:count]
+                if closing:
+                    gate = torch.ones_like(gate)
+                    gate[first] = 0.0
+                else:
+                    gate[first] = 1.0
+                module, _, kind = name.rpartition(".alpha_")
+                weight = getattr(plain.get_submodule(module), kind)
+                weight.mul_(gate.reshape(-1, *[1] * (weight.dim() - 1)))
+            kept = metrics.confidence_kept(plain(images), original, labels)
+            values.append(kept.mean().item())
+    return values
+
+
+def lowest_first(number, gate):
+    return gate.argsort(stable=True)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("fuse", [True, False])
+def test_equals_baked_networks_masked_by_hand(dataset, normalize, fuse):
+    net = make_net() if normalize else plain_gates()
+    net.fuse = fuse
+    result = attribution(net, dataset, steps=5, batch_size=37, classes_together=3, progress=False)
+    assert [record.index for record in result.records] == list(range(K))
+    for record in result.records:
+        for name in ("insertion", "deletion"):
+            expected = curve_by_hand(
+                net, dataset, record.index, 5, name == "deletion", lowest_first
+            )
+            assert record.curves[name] == pytest.approx(expected, abs=2e-5), name
+            area = (sum(expected) - (expected[0] + expected[-1]) / 2) / 5
+            assert getattr(record, name) == pytest.approx(area, abs=2e-5)
+    # Curves differ between classes and orders, or the comparison would prove nothing.
+    assert len({round(record.insertion, 4) for record in result.records}) > 3
+    assert result.mean["deletion"] != result.mean["deletion_random"]
+
+
+def plain_gates():
+    net = wfnet.WFNet(make_model(), K, normalize_gate=False)
+    with torch.no_grad():
+        for alpha in net.filter_parameters():
+            alpha.copy_(3 * torch.randn(alpha.shape, generator=torch.Generator().manual_seed(5)))
+    return net
+
+
+def test_ends_of_the_curves_are_exact(dataset):
+    net = make_net()
+    result = attribution(net, dataset, steps=3, progress=False)
+    for name in ("insertion", "insertion_random"):
+        assert (result.curve(name)[:, -1] - 1).abs().max() < 1e-6  # all gates 1: the original
+    for name in ("deletion", "deletion_random"):
+        assert (result.curve(name)[:, 0] - 1).abs().max() < 1e-6
+    # At share 0 insertion is the learned row, whatever the order; at share 1 deletion is nothing.
+    assert torch.equal(result.curve("insertion")[:, 0], result.curve("insertion_random")[:, 0])
+    assert torch.equal(result.curve("deletion")[:, -1], result.curve("deletion_random")[:, -1])
+    assert result.shares == [0, 1 / 3, 2 / 3, 1]
+
+
+def test_gates_of_zero_and_one_are_exact():
+    net = make_net()
+    for start in (3.0, -1.0):
+        net = wfnet.WFNet(make_model(), K, alpha_init=start)
+        rows = torch.tensor([[-math.inf], [start]])
+        tables = {n: rows.expand(2, p.shape[1]) for n, p in net.named_filters().items()}
+        changed = network_with_filters(net, tables)
+        for gates in changed.gates().values():
+            assert torch.equal(gates[0], torch.zeros_like(gates[0]))
+            assert torch.equal(gates[1], torch.ones_like(gates[1]))
+        assert changed.num_classes == 2
+        assert net.num_classes == K
+        # Weights are shared, not copied.
+        for name, layer in net.masked_layers.items():
+            assert changed.masked_layers[name].weight is layer.weight
+    with pytest.raises(ValueError, match="names of"):
+        network_with_filters(net, {})
+
+
+def test_network_and_random_state_stay_as_they_are(dataset):
+    net = make_net().train()
+    before = copy.deepcopy(net.state_dict())
+    state, torch_state = net.training, torch.get_rng_state()
+    attribution(net, dataset, steps=2, progress=False)
+    assert net.training == state
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert before.keys() == net.state_dict().keys()
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_an_interrupted_call_goes_on_and_foreign_records_are_refused(
+    dataset,
+    tmp_path,
+    monkeypatch,
+):
+    net, path = make_net(), tmp_path / "attribution.json"
+    whole = attribution(net, dataset, steps=2, progress=False)
+    calls = []
+    inner = wfnet.attribution._changed_rows
+
+    def interrupt(*arguments):
+        calls.append(arguments[1].tolist())
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return inner(*arguments)
+
+    monkeypatch.setattr("wfnet.attribution._changed_rows", interrupt)
+    options = {"steps": 2, "classes_together": 2, "records": path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        attribution(net, dataset, **options)
+    resumed = attribution(net, dataset, **options)
+    assert calls == [[0, 1], [2, 3], [4, 5], [4, 5], [6]]
+    for name in CURVES:
+        assert torch.allclose(resumed.curve(name), whole.curve(name), atol=1e-6)
+    with pytest.raises(ValueError, match="records of another settings"):
+        attribution(net, dataset, **{**options, "steps": 3})
+    with pytest.raises(ValueError, match="records of another filters"):
+        attribution(make_net(seed=9), dataset, **options)
+    with pytest.raises(ValueError, match="records of another data"):
+        attribution(net, make_dataset(list(range(K))), **options)
+
+
+def test_bad_arguments_are_refused(dataset):
+    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+        attribution(make_net(), dataset, steps=0)
+    with pytest.raises(ValueError, match="class 9"):
+        attribution(make_net(), dataset, classes=[9])

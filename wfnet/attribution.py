@@ -1,0 +1,300 @@
+"""Insertion and deletion: do the gates that a class's row has closed hold what the class needs?
+
+Paper, section "Measures". *Insertion* starts from the learned row of class c and, step by step,
+sets the most relevant gates (lowest learned values first, in every matrix the same share) back to
+1. *Deletion* starts from all gates at 1 and sets the same gates to 0. At each step: confidence in
+the true class on samples of c, divided by the original network's and capped at 1
+(:func:`wfnet.metrics.confidence_kept`). The score is the area under that curve; good is near 1 for
+insertion and near 0 for deletion. A random order is shown beside it.
+
+All steps of several classes go through the network at once, in mixed batches: every (class, curve,
+step) is a row of temporary filter matrices, which hold exactly the learned entry, the entry whose
+gate is exactly 1, or minus infinity, whose gate is exactly 0.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wfnet import metrics
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation.pairs import check_classes
+from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.evaluation.running import Progress, evaluation_mode
+from wfnet.expansion import generator_for
+from wfnet.network import WFNet
+
+CURVES = ("insertion", "deletion", "insertion_random", "deletion_random")
+
+
+@dataclass(frozen=True)
+class AttributionRecord:
+    """Curves of one class, and their areas.
+
+    Attributes:
+        index, name: the class.
+        images: samples of the class.
+        insertion, deletion: areas under the curves, lowest learned gates first.
+        insertion_random, deletion_random: the same in a random order.
+        curves: by the same names, the mean over samples at each share of changed gates.
+    """
+
+    index: int
+    name: str
+    images: int
+    insertion: float
+    deletion: float
+    insertion_random: float
+    deletion_random: float
+    curves: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class AttributionResult:
+    """Records of all classes.
+
+    Attributes:
+        shares: ``[S + 1]``, shares of changed gates from 0 to 1: the abscissa of every curve.
+        records: one per class.
+        settings: steps, seed, images.
+        seconds: duration.
+    """
+
+    shares: list[float]
+    records: list[AttributionRecord]
+    settings: dict[str, Any]
+    seconds: float
+
+    @property
+    def mean(self) -> dict[str, float]:
+        """Areas by the names of ``CURVES``, means over classes."""
+        count = len(self.records)
+        return {name: sum(getattr(r, name) for r in self.records) / count for name in CURVES}
+
+    def curve(self, name: str) -> Tensor:
+        """``[classes, S + 1]`` fp64: the curve ``name`` (of ``CURVES``) of every class."""
+        return torch.tensor([r.curves[name] for r in self.records], dtype=torch.float64)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "units": "areas and curves are fractions in [0, 1]",
+            "mean": self.mean,
+            "shares": self.shares,
+            "settings": self.settings,
+            "seconds": self.seconds,
+            "classes": [asdict(record) for record in self.records],
+        }
+
+
+def attribution(
+    net: WFNet,
+    dataset: Dataset,
+    classes: Sequence[int] | None = None,
+    steps: int = 20,
+    seed: int = 0,
+    batch_size: int = 256,
+    classes_together: int = 16,
+    records: str | os.PathLike | None = None,
+    progress: bool = True,
+    workers: int = 0,
+    max_corrupt: int | CorruptImages | None = None,
+    amp_dtype: torch.dtype | None = None,
+    channels_last: bool = False,
+) -> AttributionResult:
+    """Insertion and deletion curves and areas of every class; the network is not changed.
+
+    Args:
+        net: the filtered network, on any device.
+        dataset: images; of each class only its own are used.
+        classes: to be attributed; all by default.
+        steps: S; at step s the share s / S of every filter matrix is changed.
+        seed: of the random orders.
+        batch_size: (image, row) pairs per forward pass.
+        classes_together: classes whose rows are in memory at once: each needs ``4 (S + 1)`` rows
+            of the filter matrices.
+        records: JSON file in which finished classes are kept: an interrupted call goes on there.
+        progress: show progress and time left on stderr.
+        workers, max_corrupt, amp_dtype, channels_last: as in :func:`wfnet.evaluate`.
+
+    Raises:
+        ValueError: before work starts, for arguments or labels that do not fit, or a file of
+            something else in ``records``.
+        FloatingPointError: if confidences are not finite.
+    """
+    for name, value in (("steps", steps), ("batch_size", batch_size),
+                        ("classes_together", classes_together)):  # fmt: skip
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
+    labels = labels_of(dataset)
+    rows = check_classes(classes, labels, net.num_classes)
+    names = classes_of(dataset)
+    corrupt = max_corrupt
+    if not isinstance(corrupt, CorruptImages):
+        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
+    settings = {"steps": steps, "seed": seed}
+    identity = {**network_identity(net), **data_identity(dataset), "settings": settings}
+    kept = PartialResults(records, identity if records else {})
+    started = time.perf_counter()
+    left = torch.tensor([row for row in rows.tolist() if row not in kept], dtype=torch.int64)
+    bar = Progress(int(torch.isin(labels, left).sum()) * 4 * (steps + 1), progress, "attributing")
+    memory_format = torch.channels_last if channels_last else torch.preserve_format
+    weight = next(iter(net.masked_layers.values())).weight
+    for part in left.split(classes_together):
+        changed = _changed_rows(net, part, steps, seed)
+        total = torch.zeros(len(part), 4 * (steps + 1), dtype=torch.float64)
+        seen = torch.zeros(len(part), dtype=torch.int64)
+        place = torch.full((net.num_classes,), -1).scatter_(0, part, torch.arange(len(part)))
+        chosen = torch.isin(labels, part).nonzero().flatten()
+        with evaluation_mode(net, changed), torch.inference_mode():
+            for batch in batches(dataset, chosen.split(batch_size), workers, corrupt):
+                images = batch.images.to(weight.device, weight.dtype, memory_format=memory_format)
+                kept_share = _confidences(
+                    net, changed, images, batch.labels, place[batch.labels], 4 * (steps + 1),
+                    batch_size, amp_dtype,
+                )  # fmt: skip
+                if not bool(kept_share.isfinite().all()):
+                    raise FloatingPointError(
+                        "confidences are not finite; check the images and the filters, or "
+                        "evaluate without 16-bit autocast"
+                    )
+                total.index_add_(0, place[batch.labels], kept_share)
+                seen += torch.bincount(place[batch.labels], minlength=len(part))
+                bar.advance(kept_share.numel())
+        if not seen.all():
+            raise ValueError(
+                f"class {int(part[seen.argmin()])} has no readable image; repair the images, or "
+                "leave it out of classes="
+            )
+        curves = (total / seen.unsqueeze(1)).unflatten(1, (4, steps + 1))
+        for index, label in enumerate(part.tolist()):
+            record = _record(label, names[label], int(seen[index]), curves[index])
+            kept.add(label, asdict(record))
+    bar.close()
+    return AttributionResult(
+        shares=_shares(steps).tolist(),
+        records=[AttributionRecord(**kept[label]) for label in rows.tolist()],
+        settings=settings,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _shares(steps: int) -> Tensor:
+    return torch.arange(steps + 1, dtype=torch.float64) / steps
+
+
+def _record(label: int, name: str, images: int, curves: Tensor) -> AttributionRecord:
+    areas = metrics.area_under_curve(_shares(curves.shape[1] - 1), curves).tolist()
+    return AttributionRecord(
+        index=label,
+        name=name,
+        images=images,
+        **dict(zip(CURVES, areas, strict=True)),
+        curves=dict(zip(CURVES, curves.tolist(), strict=True)),
+    )
+
+
+def _confidences(
+    net: WFNet,
+    changed: WFNet,
+    images: Tensor,
+    labels: Tensor,
+    place: Tensor,
+    rows: int,
+    batch_size: int,
+    amp_dtype: torch.dtype | None,
+) -> Tensor:
+    """``[n, rows]`` fp64: confidence kept by each image under each of the rows of its class.
+
+    ``place [n]``: class of each image as a position among the classes of ``changed``.
+    """
+    device = images.device
+    source = torch.arange(len(images)).repeat_interleave(rows)
+    row = (place.unsqueeze(1) * rows + torch.arange(rows)).flatten()
+    found = []
+    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+        original = net(images, forget=None)
+        for pairs in torch.arange(len(row)).split(batch_size):
+            first, last = int(source[pairs[0]]), int(source[pairs[-1]])
+            local = (source[pairs] - first).to(device)
+            logits = changed(images[first : last + 1], row[pairs].to(device), local)
+            label = labels[source[pairs]].to(device)
+            before = original[first : last + 1][local]
+            found.append(metrics.confidence_kept(logits, before, label).cpu())
+    return torch.cat(found).unflatten(0, (len(images), rows))
+
+
+def _changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int) -> WFNet:
+    """``net`` with ``4 (S + 1)`` rows for each of ``classes``: curve by curve, step by step."""
+    tables = {}
+    for number, (name, alpha) in enumerate(net.named_filters().items()):
+        layer = net.masked_layers[name.rpartition(".")[0]]
+        learned = alpha.detach()[classes.to(alpha.device)]  # [C, O]
+        shuffled = torch.stack(
+            [
+                torch.randperm(alpha.shape[1], generator=generator_for(seed, 8, label, number))
+                for label in classes.tolist()
+            ]
+        ).to(alpha.device)
+        # Entries, not gates, are sorted: sigmoid keeps their order, rounding could make ties.
+        lowest_first = learned.argsort(dim=1, stable=True)
+        counts = (_shares(steps) * alpha.shape[1]).round().long().to(alpha.device)
+        closed = torch.full_like(learned, -math.inf)
+        opened = torch.full_like(learned, layer.alpha_init if layer.normalize_gate else math.inf)
+        curves = [
+            _replaced(start, end, order, counts)
+            for order in (lowest_first, shuffled)
+            for start, end in ((learned, opened), (opened, closed))
+        ]
+        tables[name] = torch.stack(curves, 1).flatten(0, 2)  # [C * 4 * (S + 1), O]
+    return network_with_filters(net, tables)
+
+
+def _replaced(start: Tensor, end: Tensor, order: Tensor, counts: Tensor) -> Tensor:
+    """``[C, S + 1, O]``: ``start [C, O]`` with the first ``counts[s]`` entries of ``end``."""
+    rank = order.argsort(dim=1)  # [C, O], position of each entry in the order
+    return torch.where(rank.unsqueeze(1) < counts.reshape(1, -1, 1), end[:, None], start[:, None])
+
+
+def network_with_filters(net: WFNet, filters: dict[str, Tensor]) -> WFNet:
+    """The same network with other filter matrices, of any number of rows; weights are shared.
+
+    Args:
+        net: not changed.
+        filters: ``[R, out_channels]`` by the names of ``net.named_filters()``. An entry of minus
+            infinity is a gate of exactly 0; plus infinity is the largest gate, ``gate_scale``.
+
+    Returns:
+        A network for evaluation whose forget labels are the rows ``0 .. R-1``.
+
+    Raises:
+        ValueError: if names or shapes do not fit.
+    """
+    rows = {table.shape[0] for table in filters.values()}
+    if set(filters) != set(net.named_filters()) or len(rows) != 1:
+        raise ValueError("filters must have the names of net.named_filters() and equal rows")
+    shared = (*net.model.parameters(), *net.model.buffers())
+    changed = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
+    changed.num_classes = rows.pop()
+    for name, layer in changed.masked_layers.items():
+        layer.num_classes = changed.num_classes
+        for kind in ("alpha_weight", "alpha_bias"):
+            before = layer._parameters[kind]
+            if before is None:
+                continue
+            table = filters[f"{name}.{kind}"]
+            if table.shape[1:] != before.shape[1:]:
+                raise ValueError(
+                    f"{name}.{kind} must be [R, {before.shape[1]}]; got {list(table.shape)}"
+                )
+            layer._parameters[kind] = nn.Parameter(table.to(before), requires_grad=False)
+    return changed

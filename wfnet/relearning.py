@@ -1,0 +1,341 @@
+"""Relearn time RT: how soon ordinary fine-tuning brings a forgotten class back.
+
+Paper, section "Measures": the unlearned model (baked, all weights trainable) is fine-tuned on 500
+random training samples an epoch until it regains the original network's accuracy on the class, at
+most 100 epochs. The mean over classes is reported, and how many classes never regained it
+(:func:`wfnet.metrics.relearn_time`). The paper names no optimiser: ours stands in every result.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from wfnet import metrics
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation.pairs import check_classes
+from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.evaluation.running import evaluation_mode
+from wfnet.expansion import generator_for
+from wfnet.network import WFNet
+from wfnet.training import progress_bar
+
+logger = logging.getLogger("wfnet")
+
+_EVALUATED_TOGETHER = 256
+
+
+@dataclass(frozen=True)
+class RelearnConfig:
+    """How the forgotten class is relearned.
+
+    Attributes:
+        samples: training images drawn for each epoch, uniformly, without replacement.
+        max_epochs: epochs after which it is given up.
+        tolerance: for the second figure: the original accuracy less this counts as regained. With
+            few test images, one stubborn image decides the exact figure.
+        optimizer: "sgd" (with ``momentum``) or "adam".
+        lr, momentum, weight_decay, batch_size: of the optimiser.
+        batch_norm: "train" updates running statistics as ordinary fine-tuning does, "frozen" leaves
+            them (and dropout) in evaluation mode.
+        seed: decides the images of each epoch, and dropout.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    samples: int = 500
+    max_epochs: int = 100
+    tolerance: float = 0.03
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch_size: int = 50
+    batch_norm: str = "train"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("optimizer", ("sgd", "adam")), ("batch_norm", ("train", "frozen"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
+        for name, least in (("samples", 2), ("max_epochs", 1), ("batch_size", 2)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr must be a number above 0; got {self.lr}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance must lie in [0, 1); got {self.tolerance}")
+
+
+@dataclass(frozen=True)
+class RelearnRecord:
+    """One class relearned.
+
+    Attributes:
+        index, name: the class.
+        original: accuracy of the original network on the class (fraction).
+        epochs: epochs until that was regained exactly; 0 if it was never lost, None if it was not
+            regained within the cap.
+        epochs_tolerant: the same for ``original - tolerance``.
+        accuracy: accuracy on the class before relearning and after each epoch that was run.
+    """
+
+    index: int
+    name: str
+    original: float
+    epochs: int | None
+    epochs_tolerant: int | None
+    accuracy: list[float]
+
+
+@dataclass(frozen=True)
+class RelearnResult:
+    """Records of all relearned classes.
+
+    Attributes:
+        records: one per class.
+        config: how they were relearned.
+        seconds: duration.
+    """
+
+    records: list[RelearnRecord]
+    config: RelearnConfig
+    seconds: float
+
+    @property
+    def mean(self) -> tuple[float, int]:
+        """RT: mean epochs (the cap where never), and how many classes never regained."""
+        epochs = [record.epochs for record in self.records]
+        return metrics.relearn_time(epochs, self.config.max_epochs)
+
+    @property
+    def mean_tolerant(self) -> tuple[float, int]:
+        """RT within the tolerance."""
+        epochs = [record.epochs_tolerant for record in self.records]
+        return metrics.relearn_time(epochs, self.config.max_epochs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        (exact, never), (tolerant, never_tolerant) = self.mean, self.mean_tolerant
+        return {
+            "units": "epochs; accuracies are fractions",
+            "mean": {"epochs": exact, "never": never},
+            "mean_tolerant": {"epochs": tolerant, "never": never_tolerant},
+            "config": asdict(self.config),
+            "seconds": self.seconds,
+            "classes": [asdict(record) for record in self.records],
+        }
+
+
+def relearn_times(
+    models: WFNet | Callable[[int], nn.Module],
+    train: Dataset,
+    test: Dataset,
+    original: nn.Module | None = None,
+    classes: Sequence[int] | None = None,
+    config: RelearnConfig | None = None,
+    pool: Callable[[int], Tensor] | None = None,
+    records: str | os.PathLike | None = None,
+    identity: dict[str, str] | None = None,
+    progress: bool = True,
+    workers: int = 0,
+    max_corrupt: int | CorruptImages | None = None,
+) -> RelearnResult:
+    """Relearns every class, each from its own unlearned model.
+
+    The network, the models and the caller's random state stay as they are; models are copied.
+
+    Args:
+        models: a filtered network (it is baked for each class), or a function that gives the plain
+            model that has unlearned a class.
+        train: images to relearn from.
+        test: images on which the accuracy on the class is measured.
+        original: the original network, a plain classifier; known from a filtered network.
+        classes: to be relearned; all by default.
+        config: settings.
+        pool: positions in ``train`` from which a class may be relearned, as a function of the class
+            (retained images only, a few of the forgotten class, ...); all images by default.
+        records: JSON file in which finished classes are kept: an interrupted call goes on there.
+        identity: what ``records`` depends on besides data and settings; known for a filtered
+            network.
+        progress: show a bar on a terminal.
+        workers, max_corrupt: as in :func:`wfnet.data.batches`.
+
+    Raises:
+        ValueError: before work starts, for data or classes that do not fit, or a file of something
+            else in ``records``.
+    """
+    config = config or RelearnConfig()
+    if isinstance(models, WFNet):
+        num_classes = models.num_classes
+        identity = identity or (network_identity(models) if records else {})
+        original = original or models.bake(None)
+        unlearned: Callable[[int], nn.Module] = models.bake
+    else:
+        if original is None:
+            raise ValueError(
+                "relearning needs the original network, whose accuracy is to be regained: pass "
+                "original="
+            )
+        num_classes = len(classes_of(test))
+        unlearned = models
+    labels = labels_of(test)
+    rows = check_classes(classes, labels, num_classes).tolist()
+    names = classes_of(test)
+    check_classes(rows, labels_of(train), num_classes)
+    corrupt = max_corrupt
+    if not isinstance(corrupt, CorruptImages):
+        corrupt = CorruptImages(corrupt_limit(train) if corrupt is None else corrupt)
+    kept = PartialResults(
+        records,
+        {
+            **(identity or {}),
+            **data_identity(train, "training data"),
+            **data_identity(test, "test data"),
+            "settings": asdict(config),
+        }
+        if records
+        else {},
+    )
+    started = time.perf_counter()
+    bar = progress_bar(len(rows), "relearning", progress)
+    for label in rows:
+        if label not in kept:
+            images = _images_of(test, (labels == label).nonzero().flatten(), workers, corrupt)
+            record = relearn(
+                unlearned(label),
+                train,
+                images,
+                label,
+                _accuracy(original, images, label),
+                config,
+                None if pool is None else pool(label),
+                name=names[label],
+                workers=workers,
+                max_corrupt=corrupt,
+            )
+            kept.add(label, asdict(record))
+        bar.update(1)
+    bar.close()
+    known = {field.name for field in fields(RelearnRecord)}
+    found = [RelearnRecord(**{name: kept[label][name] for name in known}) for label in rows]
+    return RelearnResult(found, config, time.perf_counter() - started)
+
+
+def relearn(
+    model: nn.Module,
+    train: Dataset,
+    images: Tensor,
+    label: int,
+    original: float,
+    config: RelearnConfig,
+    pool: Tensor | None = None,
+    name: str = "",
+    workers: int = 0,
+    max_corrupt: int | CorruptImages | None = None,
+) -> RelearnRecord:
+    """Fine-tunes a copy of ``model`` until it knows class ``label`` as well as before.
+
+    Args:
+        model: a plain classifier that has unlearned the class; not changed.
+        train: images to relearn from.
+        images: ``[n, C, H, W]``, test images of the class.
+        label: the class.
+        original: accuracy on ``images`` that is to be regained.
+        config: settings.
+        pool: positions in ``train`` that may be drawn; all by default.
+        name: of the class, for the record.
+        workers, max_corrupt: as in :func:`wfnet.data.batches`.
+
+    Raises:
+        ValueError: for an empty pool, or no test images.
+    """
+    pool = torch.arange(len(train)) if pool is None else pool
+    if len(pool) < 2 or len(images) == 0:
+        raise ValueError(
+            f"relearning class {label} needs at least 2 training images and 1 test image; got "
+            f"{len(pool)} and {len(images)}"
+        )
+    model = copy.deepcopy(model).requires_grad_(True)
+    device = next(model.parameters()).device
+    optimizer = _optimizer(model, config)
+    accuracy = [_accuracy(model, images, label)]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        while accuracy[-1] < original and len(accuracy) <= config.max_epochs:
+            generator = generator_for(config.seed, 7, label, len(accuracy))
+            drawn = pool[torch.randperm(len(pool), generator=generator)[: config.samples]]
+            model.train(config.batch_norm == "train")
+            order = [part for part in drawn.split(config.batch_size) if len(part) > 1]
+            start = (len(accuracy) - 1) * len(order)
+            stream = batches(
+                train, order, workers, max_corrupt, device.type == "cuda", config.seed, start
+            )
+            for batch in stream:
+                if len(batch.labels) < 2:
+                    continue  # corrupt images left too few for BatchNorm
+                logits = model(batch.images.to(device))
+                loss = F.cross_entropy(logits, batch.labels.to(device))
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+            accuracy.append(_accuracy(model, images, label))
+    # Accuracies are fractions of whole images: rounding must not cost one.
+    close = original - config.tolerance - 1e-9
+    return RelearnRecord(
+        index=label,
+        name=name or str(label),
+        original=original,
+        epochs=_first(accuracy, original),
+        epochs_tolerant=_first(accuracy, close),
+        accuracy=accuracy,
+    )
+
+
+def _first(accuracy: list[float], wanted: float) -> int | None:
+    return next((epoch for epoch, value in enumerate(accuracy) if value >= wanted), None)
+
+
+def _optimizer(model: nn.Module, config: RelearnConfig) -> torch.optim.Optimizer:
+    if config.optimizer == "adam":
+        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(
+        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+    )
+
+
+@torch.no_grad()
+def _accuracy(model: nn.Module, images: Tensor, label: int) -> float:
+    """The fraction of ``images``, all of class ``label``, that ``model`` classifies so."""
+    device = next(model.parameters()).device
+    with evaluation_mode(model):
+        hits = sum(
+            int((model(part.to(device)).argmax(1) == label).sum())
+            for part in images.split(_EVALUATED_TOGETHER)
+        )
+    return hits / len(images)
+
+
+def _images_of(dataset: Dataset, positions: Tensor, workers: int, corrupt: CorruptImages) -> Tensor:
+    """``[n, C, H, W]``: the readable images at ``positions``."""
+    parts = [
+        batch.images
+        for batch in batches(dataset, positions.split(_EVALUATED_TOGETHER), workers, corrupt)
+    ]
+    if not parts:
+        raise ValueError(
+            f"class {int(labels_of(dataset)[positions[0]])} has no readable test image; repair "
+            "the images, or leave it out of classes="
+        )
+    return torch.cat(parts)
