@@ -1,0 +1,12 @@
+// Python functions of the Hopper kernels: pointers, sizes and a stream, as integers.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+namespace wf::sm90 {
+
+// Adds Convolution, refuse_fprop, refuse_dgrad, partial_rows, fprop, dgrad, add_partials to `module`.
+void bind(pybind11::module_& module);
+
+}  // namespace wf::sm90

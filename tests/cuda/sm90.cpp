@@ -1,0 +1,135 @@
+// The Hopper kernels on the emulated device, and their host-side arithmetic, for Python tests.
+#include "sm90_bindings.h"
+#include "sm90_ops.h"
+
+namespace py = pybind11;
+using namespace wf::sm90;
+
+namespace {
+
+py::dict axis_fields(const Axis& axis) {
+  py::dict fields;
+  fields["size"] = axis.size;
+  fields["out"] = py::make_tuple(axis.out_first, axis.out_step);
+  fields["base"] = py::make_tuple(axis.base, axis.base_step);
+  py::list taps, offsets;
+  for (int k = 0; k < axis.taps; ++k) taps.append(axis.tap(k)), offsets.append(axis.offset(k));
+  fields["taps"] = taps;
+  fields["offsets"] = offsets;
+  return fields;
+}
+
+Problem problem_of(const Convolution& conv, bool backward) {
+  return backward ? dgrad_problem(conv) : fprop_problem(conv);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(sm90, module) {
+  bind(module);
+
+  module.def("clear_memory", [] { wf::emulation::device().memory.clear(); });
+  module.def("add_memory", [](uintptr_t begin, size_t bytes, bool writable, std::string name) {
+    wf::emulation::device().memory.add(begin, bytes, writable, std::move(name));
+  });
+  module.def("schedule", [](uint64_t seed, int completion) {
+    wf::emulation::device().seed = seed;
+    wf::emulation::device().completion = static_cast<wf::emulation::Completion>(completion);
+  });
+  module.def("break_primitive", [](const std::string& name) {
+    emulated::Broken broken;
+    broken.full_wait = name == "full wait";
+    broken.empty_wait = name == "empty wait";
+    broken.wgmma_wait = name == "wgmma wait";
+    broken.sums_barrier = name == "sums barrier";
+    emulated::broken() = broken;
+  });
+
+  module.def("problem", [](const Convolution& conv, bool backward) {
+    const Problem problem = problem_of(conv, backward);
+    py::dict fields;
+    py::list phases;
+    for (int i = 0; i < problem.num_phases; ++i) {
+      const Phase& phase = problem.phases[i];
+      py::dict p;
+      p["h"] = axis_fields(phase.h);
+      p["w"] = axis_fields(phase.w);
+      p["rows"] = phase.rows;
+      p["m_tiles"] = phase.m_tiles;
+      p["slices"] = phase.slices;
+      phases.append(p);
+    }
+    fields["phases"] = phases;
+    fields["block_n"] = problem.block_n;
+    fields["n_tiles"] = problem.n_tiles;
+    fields["tiled"] = problem.tiled;
+    fields["partial_rows"] = problem.partial_rows;
+    return fields;
+  });
+  // Tiles of every thread block in their order: [(phase, m, n), ...] per block.
+  module.def("schedule_of", [](const Convolution& conv, bool backward, int grid) {
+    const Problem problem = problem_of(conv, backward);
+    std::vector<std::vector<std::tuple<int, int, int>>> blocks(grid);
+    for (int block = 0; block < grid; ++block)
+      for (Tile tile = next_tile(problem, block, grid); tile.slot < problem.tile_slots;
+           tile = next_tile(problem, tile.slot + grid, grid))
+        blocks[block].emplace_back(tile.phase, tile.m, tile.n);
+    return blocks;
+  });
+  // (sample, pixel) of the tensor that is written, for every row of a phase.
+  module.def("rows_of", [](const Convolution& conv, bool backward, int phase) {
+    const Problem problem = problem_of(conv, backward);
+    std::vector<std::pair<int, int64_t>> rows;
+    for (int m = 0; m < problem.phases[phase].rows; ++m) {
+      const Row row = row_at(problem, problem.phases[phase], m);
+      rows.emplace_back(row.sample, row.pixel);
+    }
+    return rows;
+  });
+  // (tap, offset_h, offset_w, channel) of every slice of a phase's sum.
+  module.def("slices_of", [](const Convolution& conv, bool backward, int phase) {
+    const Problem problem = problem_of(conv, backward);
+    std::vector<std::tuple<int, int, int, int>> slices;
+    for (int i = 0; i < problem.phases[phase].slices; ++i) {
+      const Slice slice = slice_at(problem, problem.phases[phase], i);
+      slices.emplace_back(slice.tap, slice.offset_h, slice.offset_w, slice.channel);
+    }
+    return slices;
+  });
+  // (sample, h, w) of the filter base of a row.
+  module.def("base_of", [](const Convolution& conv, bool backward, int phase, int row) {
+    const Base base = base_at(problem_of(conv, backward).phases[phase], row);
+    return std::make_tuple(base.sample, base.h, base.w);
+  });
+  // Row of the partial sums for (phase, m, sample), and the tiles that hold a sample.
+  module.def("partial_row", [](const Convolution& conv, bool backward, int phase, int m,
+                               int sample) {
+    return partial_row(problem_of(conv, backward).phases[phase], m, sample);
+  });
+  module.def("tiles_of_sample", [](const Convolution& conv, bool backward, int phase, int sample) {
+    const TileRange tiles = tiles_of_sample(problem_of(conv, backward).phases[phase], sample);
+    return std::make_pair(tiles.first, tiles.last);
+  });
+  module.def("tensor_map", [](const Convolution& conv, bool backward, int phase) {
+    const Problem problem = problem_of(conv, backward);
+    const TensorMapParameters map = im2col_map(nullptr, true, problem, problem.phases[phase]);
+    py::dict fields;
+    const auto four = [](const auto& values) {
+      return py::make_tuple(values[0], values[1], values[2], values[3]);
+    };
+    fields["size"] = four(map.size);
+    fields["stride"] = four(map.stride);
+    fields["element_step"] = four(map.element_step);
+    fields["lower"] = py::make_tuple(map.lower[0], map.lower[1]);
+    fields["upper"] = py::make_tuple(map.upper[0], map.upper[1]);
+    fields["channels"] = map.channels;
+    fields["pixels"] = map.pixels;
+    return fields;
+  });
+  module.def("descriptor", [](uint32_t address, uint32_t leading, uint32_t stride) {
+    return wgmma_descriptor(address, leading, stride);
+  });
+  module.def("shared_bytes", [](int block_n) {
+    return block_n == 64 ? Layout<64>::kBytes : Layout<128>::kBytes;
+  });
+}
