@@ -1,0 +1,116 @@
+// wfnet._C: kernels by address, size and stream. The Python side owns all memory.
+//
+// Tensor arguments are addresses (0: none). The same file makes the emulated module of the tests,
+// which has, beyond this, the controls at its end.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "conv.h"
+
+namespace py = pybind11;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T = void>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+wf::Type type_of(const std::string& name) {
+  if (name == "bfloat16") return wf::Type::kBf16;
+  if (name == "float16") return wf::Type::kFp16;
+  throw std::invalid_argument("the CUDA kernels take bfloat16 and float16, not " + name);
+}
+
+// (input, output, kernel, stride, padding, dilation)
+wf::Axis axis_of(const py::tuple& t) {
+  if (t.size() != 6) throw std::invalid_argument("an axis has 6 numbers");
+  return {t[0].cast<int>(), t[1].cast<int>(), t[2].cast<int>(),
+          t[3].cast<int>(), t[4].cast<int>(), t[5].cast<int>()};
+}
+
+void conv_fprop(Address x, Address weight, Address source, int images, int batch, int in_channels,
+                int out_channels, const py::tuple& height, const py::tuple& width, Address scale,
+                Address shift, int table_stride, Address residual, Address branch, Address out,
+                bool relu, const std::string& dtype, int device, Address stream) {
+  wf::ConvParams p;
+  p.input = pointer(x), p.filter = pointer(weight), p.source = pointer<int64_t>(source);
+  p.images = images, p.batch = batch, p.depth = in_channels, p.columns = out_channels;
+  p.height = axis_of(height), p.width = axis_of(width);
+  p.forward = {pointer<float>(scale), pointer<float>(shift), pointer(residual), pointer(branch),
+               pointer(out),          table_stride,          relu};
+  wf::launch_conv_fprop(p, type_of(dtype), {device, stream});
+}
+
+// Partial sums and totals come together, per sum.
+void conv_dgrad(Address ag, Address weight, int batch, int in_channels, int out_channels,
+                const py::tuple& height, const py::tuple& width, Address skip, Address branch,
+                Address activation, Address scale, Address shift, int table_stride, bool relu,
+                Address grad, Address scaled_grad, Address partial0, Address partial1, Address t0,
+                Address t1, const std::string& dtype, int device, Address stream) {
+  if ((partial0 == 0) != (t0 == 0) || (partial1 == 0) != (t1 == 0))
+    throw std::invalid_argument("a column sum needs its partial sums as workspace");
+  wf::ConvParams p;
+  p.input = pointer(ag), p.filter = pointer(weight);
+  p.images = p.batch = batch, p.depth = out_channels, p.columns = in_channels;
+  p.height = axis_of(height), p.width = axis_of(width);
+  wf::BackwardEpilogue& e = p.backward;
+  e.skip = pointer(skip), e.branch = pointer(branch), e.activation = pointer(activation);
+  e.scale = pointer<float>(scale), e.shift = pointer<float>(shift), e.table_stride = table_stride;
+  e.relu = relu, e.grad = pointer(grad), e.scaled_grad = pointer(scaled_grad);
+  e.partial0 = pointer<float>(partial0), e.partial1 = pointer<float>(partial1);
+  wf::launch_conv_dgrad(p, type_of(dtype), {device, stream});
+  if (t0 != 0 || t1 != 0)
+    wf::launch_conv_dgrad_sums(p, pointer<float>(t0), pointer<float>(t1), {device, stream});
+}
+
+int64_t conv_dgrad_slots(int batch, int in_channels, const py::tuple& height,
+                         const py::tuple& width) {
+  wf::ConvParams p;
+  p.batch = batch, p.columns = in_channels;
+  p.height = axis_of(height), p.width = axis_of(width);
+  return wf::conv_dgrad_slots(p);
+}
+
+}  // namespace
+
+#if !defined(WF_MODULE)
+#define WF_MODULE _C
+#endif
+
+PYBIND11_MODULE(WF_MODULE, module) {
+  module.doc() = "Compiled kernels of wfnet; see wfnet/backends/cuda.py.";
+  using py::arg;
+  module.def("conv_fprop", &conv_fprop, py::kw_only(), arg("x"), arg("weight"), arg("source"),
+             arg("images"), arg("batch"), arg("in_channels"), arg("out_channels"), arg("height"),
+             arg("width"), arg("scale"), arg("shift"), arg("table_stride"), arg("residual"),
+             arg("branch"), arg("out"), arg("relu"), arg("dtype"), arg("device"), arg("stream"));
+  module.def("conv_dgrad", &conv_dgrad, py::kw_only(), arg("ag"), arg("weight"), arg("batch"),
+             arg("in_channels"), arg("out_channels"), arg("height"), arg("width"), arg("skip"),
+             arg("branch"), arg("activation"), arg("scale"), arg("shift"), arg("table_stride"),
+             arg("relu"), arg("grad"), arg("scaled_grad"), arg("partial0"), arg("partial1"),
+             arg("t0"), arg("t1"), arg("dtype"), arg("device"), arg("stream"));
+  module.def("conv_dgrad_slots", &conv_dgrad_slots, py::kw_only(), arg("batch"),
+             arg("in_channels"), arg("height"), arg("width"));
+#if !defined(WF_EMULATED)
+  module.attr("emulated") = false;
+#else
+  module.attr("emulated") = true;
+  module.def("register_memory", [](Address address, size_t bytes, bool writable, std::string name) {
+    wf::emulation::device().memory.add(address, bytes, writable, std::move(name));
+  });
+  module.def("clear_memory", [] { wf::emulation::device().memory.clear(); });
+  module.def("set_schedule", [](uint64_t seed, int completion, bool count_conflicts) {
+    wf::emulation::Device& device = wf::emulation::device();
+    device.seed = seed, device.count_conflicts = count_conflicts;
+    device.completion = static_cast<wf::emulation::Completion>(completion);
+    device.conflicts = {};
+  });
+  module.def("conflicts", [] {
+    const wf::emulation::Conflicts& conflicts = wf::emulation::device().conflicts;
+    return std::make_pair(conflicts.ideal, conflicts.passes);
+  });
+#endif
+}

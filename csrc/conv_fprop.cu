@@ -1,0 +1,28 @@
+// Instances of the portable forward convolution.
+#include "implicit_gemm.cuh"
+
+namespace wf {
+namespace {
+
+template <class T>
+void launch_typed(const ConvParams& p, Place place) {
+  const int64_t rows = int64_t{p.batch} * p.height.output * p.width.output;
+  const auto run = [&](auto kernel) {
+    using Kernel = decltype(kernel);
+    launch<Kernel>(p, ceil_div<int64_t>(rows, Kernel::kBlockM) * ceil_div(p.columns, Kernel::kBlockN),
+                   place);
+  };
+  if (narrow_tiles(p.columns))
+    run(ImplicitGemm<T, Direction::kForward, 128, 64, 3>{});
+  else
+    run(ImplicitGemm<T, Direction::kForward, 128, 128, 2>{});
+}
+
+}  // namespace
+
+void launch_conv_fprop(const ConvParams& params, Type type, Place place) {
+  check_conv_fprop(params);
+  type == Type::kBf16 ? launch_typed<Bf16>(params, place) : launch_typed<Fp16>(params, place);
+}
+
+}  // namespace wf

@@ -1,0 +1,422 @@
+// Portable tensor-core convolution (sm_80 and later): implicit GEMM, forward and input gradient.
+//
+//     C[m, n] = sum_k A[m, k] * B[k, n]      m = (sample, pixel), n = channel, k = (tap, channel)
+//
+// A block of 4 warps computes kBlockM x kBlockN in steps of 32 along k. cp.async copies 16 bytes at
+// a time into a ring of kStages stages; what lies outside of image, filter or channels arrives as
+// zeros and is not read. 64-byte rows of a stage are swizzled so that neither the copies nor
+// ldmatrix meet a bank twice. A 1x1 filter makes this a plain GEMM, which is what linear maps use.
+//
+// The epilogue goes through shared memory: fragments become rows, each lane gets 8 channels of a
+// pixel, and residual, branch, masks and results are read and written 16 bytes at a time, 128
+// contiguous bytes for 8 lanes. Each warp handles its own 64 columns without block barriers.
+#pragma once
+
+#include "conv.h"
+#include "device.h"
+#include "epilogue.h"
+#include "geometry.h"
+#include "launch.h"
+
+namespace wf {
+
+enum class Direction { kForward, kInputGradient };
+
+// Address of 16-byte piece `chunk` (0 to 3) of row `row` in a tile of 64-byte rows.
+WF_HOST_DEVICE uint32_t swizzle_64(int row, int chunk) {
+  return static_cast<uint32_t>(row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4));
+}
+
+// The same in a tile of rows of 128 bytes or a multiple of it.
+WF_HOST_DEVICE uint32_t swizzle_wide(int row, int chunk, int row_bytes) {
+  return static_cast<uint32_t>(row * row_bytes + ((chunk ^ (row & 7)) << 4));
+}
+
+// A warp's fp32 accumulators on their way to rows of 64 columns: pieces of 4 columns (0 to 15).
+WF_HOST_DEVICE uint32_t swizzle_staging(int row, int piece) {
+  return static_cast<uint32_t>(row * 256 + ((piece ^ ((row & 3) << 1)) << 4));
+}
+
+template <class T, Direction kDirection, int kBlockM_, int kBlockN_, int kMinBlocks_>
+struct ImplicitGemm {
+  using Params = ConvParams;
+  static constexpr bool kForward = kDirection == Direction::kForward;
+  static constexpr int kBlockM = kBlockM_, kBlockN = kBlockN_, kBlockK = 32, kStages = 4;
+  static constexpr int kWarps = 4, kThreads = kWarps * 32, kMinBlocks = kMinBlocks_;
+  static constexpr int kWarpN = 64, kWarpsN = kBlockN / kWarpN, kWarpsM = kWarps / kWarpsN;
+  static constexpr int kWarpM = kBlockM / kWarpsM;
+  static constexpr int kTilesM = kWarpM / 16, kTilesN = kWarpN / 8;
+  static constexpr uint32_t kBytesA = kBlockM * kBlockK * 2, kBytesB = kBlockN * kBlockK * 2;
+  static constexpr uint32_t kStageBytes = kBytesA + kBytesB;
+  static constexpr uint32_t kStagingBytes = kBlockM * kBlockN * 4;
+  static constexpr uint32_t kSharedBytes =
+      kStages * kStageBytes > kStagingBytes ? kStages * kStageBytes : kStagingBytes;
+  static constexpr bool kBlockBarriersOnly = true;
+  static_assert(kWarpsN * kWarpN == kBlockN && kWarpM % 16 == 0, "whole warp tiles");
+
+  // 16-byte copies per thread and step.
+  static constexpr int kCopiesA = kBlockM * 4 / kThreads, kCopiesB = kBlockN * 4 / kThreads;
+  static constexpr int kRowChunksB = kBlockN / 8;  // of a row of B, gradient only
+
+  // --- where this block works --------------------------------------------------------------------
+
+  struct Tile {
+    Phase phase;     // forward: the whole output
+    int row;         // first row (sample, pixel) of the phase
+    int rows;        // of the phase
+    int column;      // first channel
+    int64_t strip;   // first strip of this tile, over all phases
+    Taps taps_h, taps_w;
+    int step_h, step_w;
+  };
+
+  WF_DEVICE static Tile locate(const Params& p) {
+    const uint32_t columns = ceil_div<uint32_t>(p.columns, kBlockN);
+    const uint32_t row_tile = block_index() / columns;
+    Tile tile;
+    tile.column = static_cast<int>(block_index() - row_tile * columns) * kBlockN;
+    tile.strip = int64_t{row_tile} * kWarpsM;
+    if constexpr (kForward) {
+      tile.phase.rows_h = p.height.output, tile.phase.rows_w = p.width.output;
+      tile.taps_h = forward_taps(p.height), tile.taps_w = forward_taps(p.width);
+      tile.step_h = p.height.stride, tile.step_w = p.width.stride;
+    } else {
+      for_each_phase(p.height, p.width, p.batch, kBlockM, [&](const Phase& phase, int64_t tiles) {
+        tile.phase = phase;
+        return row_tile >= phase.first_tile + tiles;
+      });
+      tile.taps_h = gradient_taps(p.height, tile.phase.h);
+      tile.taps_w = gradient_taps(p.width, tile.phase.w);
+      tile.step_h = tile.step_w = 1;
+    }
+    tile.row = static_cast<int>(row_tile - tile.phase.first_tile) * kBlockM;
+    tile.rows = p.batch * tile.phase.pixels();
+    return tile;
+  }
+
+  // --- copies from global to shared memory -------------------------------------------------------
+
+  // Rows of A that this thread copies (row thread / 4 + 32 * i, piece thread % 4), and where it is
+  // along k.
+  struct CopyA {
+    uint32_t image[kCopiesA];
+    int h[kCopiesA], w[kCopiesA];  // pixel of tap offset 0; far outside where the row is none
+    int tap_h = 0, tap_w = 0;
+    int channel;
+    int offset[kCopiesA];  // of the tap's pixel from the image's first element
+    uint32_t inside;       // bit i: that pixel of row i exists
+  };
+
+  WF_DEVICE static CopyA start_a(const Params& p, const Tile& tile) {
+    CopyA a;
+    const int thread = thread_index();
+    const Divider by_pixels(tile.phase.pixels()), by_width(tile.phase.rows_w);
+    WF_UNROLL
+    for (int i = 0; i < kCopiesA; ++i) {
+      const int row = tile.row + thread / 4 + i * (kThreads / 4);
+      a.image[i] = 0;
+      a.h[i] = a.w[i] = -(1 << 29);
+      if (row >= tile.rows) continue;
+      const int sample = static_cast<int>(by_pixels(row));
+      const int pixel = row - sample * tile.phase.pixels();
+      const int y = static_cast<int>(by_width(pixel)), x = pixel - y * tile.phase.rows_w;
+      int64_t image = sample;
+      if (kForward && p.source != nullptr) image = load_global<int64_t>(p.source + sample);
+      if (image < 0 || image >= p.images) continue;
+      a.image[i] = static_cast<uint32_t>(image);
+      a.h[i] = y * tile.step_h, a.w[i] = x * tile.step_w;
+    }
+    a.channel = thread % 4 * 8;
+    if (kForward)
+      while (a.channel >= p.depth) a.channel -= p.depth, next_tap(a, tile);
+    place_a(p, tile, a);
+    return a;
+  }
+
+  WF_DEVICE static void next_tap(CopyA& a, const Tile& tile) {
+    if (++a.tap_w == tile.taps_w.count) a.tap_w = 0, ++a.tap_h;
+  }
+
+  // Where the current tap lies for each row.
+  WF_DEVICE static void place_a(const Params& p, const Tile& tile, CopyA& a) {
+    const int in_height = kForward ? p.height.input : p.height.output;
+    const int in_width = kForward ? p.width.input : p.width.output;
+    const bool exists = a.tap_h < tile.taps_h.count;
+    a.inside = 0;
+    const int dh = tile.taps_h.offset + a.tap_h * tile.taps_h.offset_step;
+    const int dw = tile.taps_w.offset + a.tap_w * tile.taps_w.offset_step;
+    WF_UNROLL
+    for (int i = 0; i < kCopiesA; ++i) {
+      const int h = a.h[i] + dh, w = a.w[i] + dw;
+      const bool inside = exists && static_cast<uint32_t>(h) < static_cast<uint32_t>(in_height) &&
+                          static_cast<uint32_t>(w) < static_cast<uint32_t>(in_width);
+      a.inside |= uint32_t{inside} << i;
+      a.offset[i] = inside ? (h * in_width + w) * p.depth : 0;
+    }
+  }
+
+  WF_DEVICE static void copy_a(const Params& p, const CopyA& a, uint32_t stage) {
+    const int thread = thread_index();
+    const bool channel_ok = kForward || a.channel < p.depth;
+    const int channel = channel_ok ? a.channel : 0;
+    const uint32_t image_size = kForward ? p.height.input * p.width.input * p.depth
+                                         : p.height.output * p.width.output * p.depth;
+    WF_UNROLL
+    for (int i = 0; i < kCopiesA; ++i) {
+      const int row = thread / 4 + i * (kThreads / 4);
+      const T* image = static_cast<const T*>(p.input) + uint64_t{a.image[i]} * image_size;
+      cp_async_16(stage + swizzle_64(row, thread % 4), image + (a.offset[i] + channel),
+                  (a.inside >> i & 1) && channel_ok);
+    }
+  }
+
+  // Forward runs through (tap, channel) without a gap; a gradient starts each tap on a new step, so
+  // that its rows of B belong to one tap.
+  WF_DEVICE static void advance_a(const Params& p, const Tile& tile, CopyA& a) {
+    a.channel += kBlockK;
+    if constexpr (kForward) {
+      if (a.channel < p.depth) return;
+      while (a.channel >= p.depth) a.channel -= p.depth, next_tap(a, tile);
+    } else {
+      if (a.channel - thread_index() % 4 * 8 < p.depth) return;
+      a.channel = thread_index() % 4 * 8;
+      next_tap(a, tile);
+    }
+    place_a(p, tile, a);
+  }
+
+  // B, forward: rows are columns n of the result, k contiguous. Gradient: rows are k, n contiguous.
+  WF_DEVICE static void copy_b(const Params& p, const Tile& tile, const CopyA& a, int step,
+                               uint32_t stage) {
+    const int thread = thread_index();
+    const T* filter = static_cast<const T*>(p.filter);
+    if constexpr (kForward) {
+      const int depth = p.height.kernel * p.width.kernel * p.depth;
+      const int k = step * kBlockK + thread % 4 * 8;
+      WF_UNROLL
+      for (int i = 0; i < kCopiesB; ++i) {
+        const int row = thread / 4 + i * (kThreads / 4), n = tile.column + row;
+        const bool ok = n < p.columns && k < depth;
+        cp_async_16(stage + swizzle_64(row, thread % 4), filter + (ok ? int64_t{n} * depth + k : 0),
+                    ok);
+      }
+    } else {
+      const int tap = (tile.taps_h.first + a.tap_h * tile.taps_h.step) * p.width.kernel +
+                      tile.taps_w.first + a.tap_w * tile.taps_w.step;
+      const int taps = p.height.kernel * p.width.kernel;
+      const int k0 = a.channel - thread % 4 * 8;
+      WF_UNROLL
+      for (int i = 0; i < kCopiesB; ++i) {
+        const int row = thread / kRowChunksB + i * (kThreads / kRowChunksB), k = k0 + row;
+        const int chunk = thread % kRowChunksB, n = tile.column + chunk * 8;
+        const bool ok = n < p.columns && k < p.depth;
+        cp_async_16(stage + swizzle_wide(row, chunk, kBlockN * 2),
+                    filter + (ok ? (int64_t{k} * taps + tap) * p.columns + n : 0), ok);
+      }
+    }
+  }
+
+  WF_DEVICE static int count_steps(const Params& p, const Tile& tile) {
+    const int taps = tile.taps_h.count * tile.taps_w.count;
+    return kForward ? ceil_div(taps * p.depth, kBlockK) : taps * ceil_div(p.depth, kBlockK);
+  }
+
+  // --- the product -------------------------------------------------------------------------------
+
+  struct Fragments {
+    uint32_t a[kTilesM][4];
+    uint32_t b[kTilesN / 2][4];  // two tiles of 8 columns each
+  };
+
+  // Operands of half a step (k = 16 * half ...) from a stage.
+  WF_DEVICE static void load_fragments(Fragments& fragments, uint32_t stage, int half) {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const int warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
+    WF_UNROLL
+    for (int i = 0; i < kTilesM; ++i)
+      ldmatrix_x4(fragments.a[i], stage + swizzle_64(warp_m * kWarpM + i * 16 + lane % 16,
+                                                     half * 2 + lane / 16));
+    const uint32_t stage_b = stage + kBytesA;
+    WF_UNROLL
+    for (int j = 0; j < kTilesN / 2; ++j) {
+      if constexpr (kForward) {
+        const int row = warp_n * kWarpN + j * 16 + lane % 8 + lane / 16 * 8;
+        ldmatrix_x4(fragments.b[j], stage_b + swizzle_64(row, half * 2 + lane / 8 % 2));
+      } else {
+        const int chunk = warp_n * (kWarpN / 8) + j * 2 + lane / 16;
+        ldmatrix_x4_trans(fragments.b[j],
+                          stage_b + swizzle_wide(half * 16 + lane % 16, chunk, kBlockN * 2));
+      }
+    }
+  }
+
+  using Accumulators = float[kTilesM][kTilesN][4];
+
+  WF_DEVICE static void multiply(Accumulators& sums, const Fragments& fragments) {
+    WF_UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      WF_UNROLL
+      for (int j = 0; j < kTilesN; ++j)
+        mma_16x8x16<T>(sums[i][j], fragments.a[i], fragments.b[j / 2][j % 2 * 2],
+                       fragments.b[j / 2][j % 2 * 2 + 1]);
+    }
+  }
+
+  WF_DEVICE static void product(const Params& p, const Tile& tile, Accumulators& sums) {
+    const uint32_t base = shared_base();
+    const int steps = count_steps(p, tile);
+    CopyA a = start_a(p, tile);
+    int copied = 0;
+    auto copy_step = [&](int slot) {
+      if (copied < steps) {
+        const uint32_t stage = base + slot * kStageBytes;
+        copy_a(p, a, stage);
+        copy_b(p, tile, a, copied, stage + kBytesA);
+        advance_a(p, tile, a);
+        ++copied;
+      }
+      cp_async_commit();  // an empty group keeps the count of the waits
+    };
+    WF_UNROLL
+    for (int slot = 0; slot < kStages - 1; ++slot) copy_step(slot);
+    int slot = 0;
+    for (int step = 0; step < steps; ++step) {
+      cp_async_wait<kStages - 2>();
+      sync_block();  // everybody's copies have landed, and the slot below is no longer read
+      const uint32_t stage = base + slot * kStageBytes;
+      Fragments first;
+      load_fragments(first, stage, 0);
+      copy_step(slot == 0 ? kStages - 1 : slot - 1);
+      Fragments second;
+      load_fragments(second, stage, 1);
+      multiply(sums, first);
+      multiply(sums, second);
+      slot = slot == kStages - 1 ? 0 : slot + 1;
+    }
+    cp_async_wait<0>();
+    sync_block();
+  }
+
+  // --- from accumulators to rows -----------------------------------------------------------------
+
+  WF_DEVICE static uint32_t staging() {
+    return shared_base() + thread_index() / 32 * (kWarpM * kWarpN * 4);
+  }
+
+  WF_DEVICE static void stage_sums(const Accumulators& sums) {
+    const int lane = thread_index() % 32;
+    WF_UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      WF_UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
+        WF_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int row = i * 16 + half * 8 + lane / 4;
+          const uint32_t at = staging() + swizzle_staging(row, j * 2 + lane % 4 / 2);
+          store_shared(at + lane % 2 * 8, Vec8{bits_of_float(sums[i][j][half * 2]),
+                                               bits_of_float(sums[i][j][half * 2 + 1])});
+        }
+      }
+    }
+    sync_warp();
+  }
+
+  // 8 columns of a row of this warp's tile. Half of the lanes read their upper piece first, so that
+  // 8 lanes meet 8 different groups of banks.
+  WF_DEVICE static Channels staged(int row, int chunk) {
+    const int swap = chunk >> 2;
+    const Vec16 first = load_shared<Vec16>(staging() + swizzle_staging(row, chunk * 2 + swap));
+    const Vec16 second =
+        load_shared<Vec16>(staging() + swizzle_staging(row, chunk * 2 + (swap ^ 1)));
+    Channels channels;
+    WF_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      channels.value[i] = float_of_bits(swap ? second.word[i] : first.word[i]);
+      channels.value[4 + i] = float_of_bits(swap ? first.word[i] : second.word[i]);
+    }
+    return channels;
+  }
+
+  // Offset of a pixel's channels in the result tensor.
+  WF_DEVICE static int64_t result_offset(const Params& p, const Tile& tile, const Divider& by_width,
+                                         int row, int sample, int column) {
+    if (kForward || (p.height.stride == 1 && p.width.stride == 1))
+      return int64_t{row} * p.columns + column;
+    const int pixel = row - sample * tile.phase.pixels();
+    const int y = static_cast<int>(by_width(pixel)), x = pixel - y * tile.phase.rows_w;
+    const int h = y * p.height.stride + tile.phase.h, w = x * p.width.stride + tile.phase.w;
+    return ((int64_t{sample} * p.height.input + h) * p.width.input + w) * p.columns + column;
+  }
+
+  WF_DEVICE static void finish(const Params& p, const Tile& tile) {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    const int warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
+    const int first_row = tile.row + warp_m * kWarpM;
+    if (first_row >= tile.rows) return;
+    const int chunk = lane % 8, column = tile.column + warp_n * kWarpN + chunk * 8;
+    const bool column_ok = column < p.columns;
+    const Divider by_pixels(tile.phase.pixels()), by_width(tile.phase.rows_w);
+    const float* scale = kForward ? p.forward.scale : p.backward.scale;
+    const float* shift = kForward ? p.forward.shift : p.backward.shift;
+    const int table_stride = kForward ? p.forward.table_stride : p.backward.table_stride;
+    const int first_sample = static_cast<int>(by_pixels(first_row));
+    ColumnSums sums(p.backward, (tile.strip + warp_m) * p.backward.span, first_sample, p.columns,
+                    column, column_ok);
+    const bool summed = !kForward && (p.backward.partial0 != nullptr ||
+                                      p.backward.partial1 != nullptr);
+    Channels a{}, c{};
+    int loaded = -1;  // sample whose table rows are in a and c
+    for (int visit = 0; visit < kWarpM / 4; ++visit) {
+      const int low_row = first_row + visit * 4;
+      if (low_row >= tile.rows) break;
+      const int row = low_row + lane / 8;
+      const bool row_ok = row < tile.rows;
+      const int sample = row_ok ? static_cast<int>(by_pixels(row)) : -1;
+      Channels value = staged(visit * 4 + lane / 8, chunk), branch{};
+      if (row_ok && column_ok) {
+        if (sample != loaded) {
+          if (scale != nullptr) a = load_table(scale + int64_t{sample} * table_stride + column);
+          if (shift != nullptr) c = load_table(shift + int64_t{sample} * table_stride + column);
+          loaded = sample;
+        }
+        const int64_t at = result_offset(p, tile, by_width, row, sample, column);
+        if constexpr (kForward) {
+          forward_channels<T>(p.forward, value, a, c, at);
+        } else {
+          backward_mask<T>(p.backward, value, branch, c, at);
+          if (p.backward.grad != nullptr) store_channels<T>(p.backward.grad, at, value);
+          if (p.backward.scaled_grad != nullptr) {
+            Channels scaled;
+            WF_UNROLL
+            for (int i = 0; i < kVector; ++i) scaled.value[i] = a.value[i] * value.value[i];
+            store_channels<T>(p.backward.scaled_grad, at, scaled);
+          }
+        }
+      }
+      if (summed) {
+        const int last_row = low_row + 3 < tile.rows ? low_row + 3 : tile.rows - 1;
+        sums.add(value, branch, column_ok ? sample : -1, static_cast<int>(by_pixels(low_row)),
+                 static_cast<int>(by_pixels(last_row)));
+      }
+    }
+    if (summed) sums.flush();
+  }
+
+  WF_DEVICE static void run(const Params& p) {
+    const Tile tile = locate(p);
+    Accumulators sums;
+    WF_UNROLL
+    for (int i = 0; i < kTilesM; ++i) {
+      WF_UNROLL
+      for (int j = 0; j < kTilesN; ++j) {
+        WF_UNROLL
+        for (int k = 0; k < 4; ++k) sums[i][j][k] = 0.0f;
+      }
+    }
+    product(p, tile, sums);
+    stage_sums(sums);
+    finish(p, tile);
+  }
+};
+
+}  // namespace wf
