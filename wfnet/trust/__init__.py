@@ -1,0 +1,35 @@
+"""Trust checks: how well a class is forgotten, measured against models that never knew it.
+
+Each check is a module with ``measure(model, subject, others)``, a function of one plain model; the
+runner applies it to the model under test, to the original, and to every retrained model, so that
+each number stands beside the two levels that give it meaning. What the checks say is a lower bound
+of what an attacker can do: a stronger attack may exist.
+
+    membership    can one tell that images of the class were trained on?
+    relearning    how soon does fine-tuning bring the class back?
+    probing       how much of the class do the features of each layer hold?
+    removal       what can the holder of the baked file do without labelled images?
+    collateral    do the classes that resemble it pay?
+    closeness     how far are the outputs from those of retrained models?
+"""
+
+from wfnet.trust.running import (
+    CHECKS,
+    TrustRecord,
+    TrustResult,
+    missing_retrained,
+    run_checks,
+)
+from wfnet.trust.subject import ImageReader, Sample, Subject, TrustSettings
+
+__all__ = [
+    "CHECKS",
+    "ImageReader",
+    "Sample",
+    "Subject",
+    "TrustRecord",
+    "TrustResult",
+    "TrustSettings",
+    "missing_retrained",
+    "run_checks",
+]

@@ -1,0 +1,134 @@
+"""Membership inference on the forgotten class: can one tell that its images were trained on?
+
+The score of an image ``x`` of class ``y`` is the logit of its confidence (Carlini et al.,
+"Membership Inference Attacks From First Principles", IEEE S&P 2022)::
+
+    phi(x) = log(p_y / (1 - p_y)) = z_y - logsumexp(z without z_y)
+
+a monotone function of the cross entropy that is close to normal over models. Three attacks, each
+scored per image:
+
+- ``auc_confidence``, ``auc_entropy``: area under the ROC of members (images of the class that the
+  original was trained on) against non-members (test images of the class), by ``phi`` and by the
+  negative entropy, which needs no label (Yeom et al., CSF 2018; Salem et al., NDSS 2019);
+  ``tpr_confidence`` is the true positive rate at a false positive rate of at most 10%.
+- ``auc_calibrated``: the same by ``phi(x) - mean over retrained models of phi(x)``, which takes out
+  how hard an image is (Watson et al., "On the Importance of Difficulty Calibration in Membership
+  Inference Attacks", ICLR 2022).
+- ``lira_auc``: the attack on unlearning of Hayes et al., "Inexact Unlearning Needs More Careful
+  Evaluations to Avoid a False Sense of Privacy" (SaTML 2025), with an offline LiRA of one variance:
+  ``t(x) = phi(x) - mean over the other retrained models of phi(x)`` for the members, of this model
+  against those of retrained models. It asks whether the model can be told from one that never saw
+  the class.
+
+A retrained model has no members, so the first three are near 0.5 for it, give or take the standard
+error (Hanley and McNeil, Radiology 1982) in the details; ``lira_auc`` is 0.5 for it. What counts is
+the distance to the retrained models' level, in either direction: a model that is far *less*
+confident than one that never saw the class gives itself away, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wfnet.trust.subject import Subject
+
+TITLE = "Membership inference"
+QUESTION = "Can one tell that images of the forgotten class were trained on?"
+NEEDS = "two models retrained without the class, for lira_auc; one, for auc_calibrated"
+REFERENCES = ("original", "retrained")
+RETRAINED = 2
+MEASURES = {
+    "auc_confidence": "area under the ROC, members against test images, by log(p/(1-p))",
+    "auc_entropy": "the same by the negative entropy of the outputs",
+    "tpr_confidence": "true positives at no more than 10% false ones, by log(p/(1-p))",
+    "auc_calibrated": "as auc_confidence, less the mean of the retrained models on the same image",
+    "lira_auc": "members under this model against the same under retrained models; 0.5: no "
+    "difference",
+}
+HEADLINE = "auc_confidence"
+FALSE_POSITIVES = 0.1
+
+
+def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
+    """The measures of one model; ``others`` are retrained models that it is not one of."""
+    member_logits = subject.logits(model, "train_forget")
+    other_logits = subject.logits(model, "test_forget")
+    members, strangers = (
+        confidence(logits, subject.label) for logits in (member_logits, other_logits)
+    )
+    auc = roc_auc(members, strangers)
+    values = {
+        "auc_confidence": auc,
+        "auc_entropy": roc_auc(-_entropy(member_logits), -_entropy(other_logits)),
+        "tpr_confidence": true_positives(members, strangers, FALSE_POSITIVES),
+    }
+    if others:
+        shadow = torch.stack([_phi(other, subject, "train_forget") for other in others])
+        hardness = torch.stack([_phi(other, subject, "test_forget") for other in others]).mean(0)
+        members_less = members - shadow.mean(0)
+        values["auc_calibrated"] = roc_auc(members_less, strangers - hardness)
+        if len(others) >= 2:
+            values["lira_auc"] = roc_auc(members_less, _left_out(shadow).flatten())
+    return {
+        "values": values,
+        "details": {
+            "members": len(members),
+            "non_members": len(strangers),
+            "standard_error": auc_error(auc, len(members), len(strangers)),
+        },
+    }
+
+
+def confidence(logits: Tensor, label: int) -> Tensor:
+    """``log(p / (1 - p))`` of the class ``label`` for ``logits [n, K]``: ``[n]`` fp64, finite."""
+    logits = logits.double()
+    rest = torch.cat((logits[:, :label], logits[:, label + 1 :]), 1)
+    return logits[:, label] - rest.logsumexp(1)
+
+
+def _phi(model: nn.Module, subject: Subject, part: str) -> Tensor:
+    return confidence(subject.logits(model, part), subject.label)
+
+
+def _left_out(shadow: Tensor) -> Tensor:
+    """Each model's score less the mean of the other models': ``[m, n]`` for ``[m, n]``, m > 1."""
+    count = len(shadow)
+    return shadow - (shadow.sum(0) - shadow) / (count - 1)
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    log_p = torch.log_softmax(logits, 1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def roc_auc(positive: Tensor, negative: Tensor) -> float:
+    """Probability that a positive scores above a negative, ties counted half (Mann-Whitney).
+
+    Args:
+        positive, negative: scores ``[n]`` and ``[m]``.
+    """
+    order, positive = negative.sort().values, positive.contiguous()
+    below = torch.searchsorted(order, positive, right=False)
+    not_above = torch.searchsorted(order, positive, right=True)
+    return ((below + not_above).double().mean() / (2 * len(negative))).item()
+
+
+def auc_error(auc: float, positives: int, negatives: int) -> float:
+    """Standard error of an area under the ROC (Hanley and McNeil, 1982, eq. 2)."""
+    q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
+    variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
+    return math.sqrt(max(variance, 0.0) / (positives * negatives))
+
+
+def true_positives(positive: Tensor, negative: Tensor, false_positives: float) -> float:
+    """Largest share of positives above a threshold that at most ``false_positives`` of the
+    negatives exceed."""
+    allowed = int(false_positives * len(negative))
+    threshold = negative.sort(descending=True).values[allowed]
+    return (positive > threshold).double().mean().item()

@@ -1,0 +1,79 @@
+"""Relearning: how soon does fine-tuning bring the class back?
+
+All weights of a copy are fine-tuned (:func:`wfnet.relearning.relearn`: SGD as for the relearn time,
+BatchNorm as in ordinary training) for a number of steps on training images that an attacker may
+have:
+
+- ``retain_only``: images of the other classes alone. Vision classifiers that were unlearned may
+  regain forgotten images without seeing one of them, while retrained ones do not (Siddiqui et al.,
+  "From Dormant to Deleted: Tamper-Resistant Unlearning Through Weight-Space Regularization",
+  NeurIPS 2025).
+- ``from_n``: ``n`` images of the forgotten class among nine times as many others, after Ha et al.,
+  "Unlearning's Blind Spots: Over-Unlearning and Prototypical Relearning Attack" (2025).
+
+Reported is the highest accuracy on test images of the class before any step or after any epoch (an
+attacker stops when it is best), and the course in the details. A retrained model learns the class
+from images of it, too: how much further the model under test gets is what it still knew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from wfnet.data.tensor_images import TensorImages
+from wfnet.relearning import RelearnConfig, relearn
+from wfnet.trust.subject import Sample, Subject
+
+TITLE = "Relearning"
+QUESTION = "How soon does fine-tuning bring the class back?"
+NEEDS = "a model retrained without the class, for the level to compare with"
+REFERENCES = ("retrained",)
+RETRAINED = 1
+MEASURES = {
+    "acc_f_retain_only": "best accuracy on the class while fine-tuning on other classes alone",
+}
+HEADLINE = "acc_f_retain_only"
+OTHERS = 9
+
+
+def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
+    """Best accuracy on the class of every attack; ``details["course"]`` has it epoch by epoch."""
+    settings = subject.settings
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(subject.train_forget), generator=generator)
+    rest = torch.randperm(len(subject.train_retain), generator=generator)
+    course = {"retain_only": _attack(model, subject, subject.train_retain)}
+    for count in settings.relearn_images:
+        few = order[:count]
+        if len(few) < count:
+            break  # the class has fewer images
+        images = subject.train_forget.only(few)
+        images = images.with_others(subject.train_retain.only(rest[: OTHERS * count]))
+        course[f"from_{count}"] = _attack(model, subject, images)
+    values = {f"acc_f_{name}": max(accuracy) for name, accuracy in course.items()}
+    return {"values": values, "details": {"course": course, "steps": settings.relearn_steps}}
+
+
+def describe(name: str) -> str:
+    """What a measure of this check is: their number depends on the settings."""
+    if name in MEASURES:
+        return MEASURES[name]
+    count = name.rpartition("_")[2]
+    return f"best accuracy on the class while fine-tuning with {count} of its images"
+
+
+def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:
+    """Accuracy on the class before the first epoch and after each."""
+    config = RelearnConfig(seed=subject.settings.seed)
+    drawn = min(len(images), config.samples)
+    epochs = math.ceil(subject.settings.relearn_steps / math.ceil(drawn / config.batch_size))
+    config = RelearnConfig(seed=subject.settings.seed, max_epochs=epochs)
+    names = [str(label) for label in range(subject.num_classes)]
+    data = TensorImages(images.images, images.labels, names)
+    found = relearn(model, data, subject.test_forget.images, subject.label, 1.0, config)
+    return found.accuracy

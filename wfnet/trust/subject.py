@@ -1,0 +1,192 @@
+"""What the trust checks look at: a model that should not know one class, beside its references."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from wfnet.data import Dataset, batches, labels_of
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class TrustSettings:
+    """What may change a check's numbers.
+
+    Attributes:
+        samples: the most images of each kind (forgotten and other, of training and test part).
+        seed: of samples and attacks.
+        relearn_steps: steps of each relearning attack, at least.
+        relearn_images: images of the forgotten class that each attack with some of them has.
+    """
+
+    samples: int = 1000
+    seed: int = 0
+    relearn_steps: int = 50
+    relearn_images: tuple[int, ...] = (1, 10)
+
+    def __post_init__(self) -> None:
+        if self.samples < 2:
+            raise ValueError(f"samples must be at least 2; got {self.samples}")
+        if self.relearn_steps < 1:
+            raise ValueError(f"relearn_steps must be at least 1; got {self.relearn_steps}")
+        if not self.relearn_images or min(self.relearn_images) < 1:
+            raise ValueError(
+                f"relearn_images must be numbers of images of at least 1; got {self.relearn_images}"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Images held in memory: ``images [n, C, H, W]`` float32, normalised, and ``labels [n]``."""
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def only(self, chosen: Tensor) -> Sample:
+        """The images where ``chosen`` ``[n]`` bool is true, or at positions ``chosen`` int64."""
+        return Sample(self.images[chosen], self.labels[chosen])
+
+    def with_others(self, others: Sample) -> Sample:
+        """These images, then ``others``."""
+        return Sample(
+            torch.cat((self.images, others.images)), torch.cat((self.labels, others.labels))
+        )
+
+
+@dataclass
+class Subject:
+    """One class that a plain model is said to have forgotten, and all that a check may need.
+
+    Attributes:
+        label: the forgotten class.
+        num_classes: outputs of every model.
+        forgetful: the plain model under test.
+        original: the model that knew the class.
+        retrained: models trained in the same way on the same images without those of the class;
+            may be empty.
+        train_forget, test_forget: images of the class, of the part that the original was trained
+            on and of a part that it never saw.
+        train_retain, test_retain: the same of all other classes.
+        layers: names of the masked layers, in the order in which they run.
+        reader: gives test images of other classes by label, at most ``samples`` of them.
+        settings: of the checks.
+    """
+
+    label: int
+    num_classes: int
+    forgetful: nn.Module
+    original: nn.Module
+    retrained: Sequence[nn.Module]
+    train_forget: Sample
+    train_retain: Sample
+    test_forget: Sample
+    test_retain: Sample
+    layers: Sequence[str]
+    reader: ImageReader | None = None
+    settings: TrustSettings = field(default_factory=TrustSettings)
+    # Of models that are still in use: an id alone would be given to the next one.
+    _logits: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = field(
+        default_factory=WeakKeyDictionary, repr=False
+    )
+
+    def logits(self, model: nn.Module, part: str) -> Tensor:
+        """``[n, K]`` fp64 of ``model`` on the images ``part`` (``"test_forget"``, ...), kept."""
+        kept = self._logits.setdefault(model, {})
+        if part not in kept:
+            kept[part] = predict(model, getattr(self, part).images)
+        return kept[part]
+
+
+class ImageReader:
+    """Reads bounded random samples of a data set, each drawn by the seed alone.
+
+    Args:
+        dataset: images and labels.
+        samples: the most images that one sample has.
+        seed: of the draws.
+        workers: processes that read files.
+    """
+
+    def __init__(self, dataset: Dataset, samples: int, seed: int = 0, workers: int = 0):
+        if samples < 1:
+            raise ValueError(f"samples must be at least 1, got {samples}")
+        self.dataset, self.samples, self.seed, self.workers = dataset, samples, seed, workers
+        self.labels = labels_of(dataset)
+        self._everything: Sample | None = None
+
+    def of(self, *classes: int) -> Sample:
+        """At most ``samples`` images of ``classes``.
+
+        Raises:
+            ValueError: if there are none.
+        """
+        positions = torch.isin(self.labels, torch.tensor(classes)).nonzero().squeeze(1)
+        if not len(positions):
+            raise ValueError(f"there is no image of class {', '.join(map(str, classes))}")
+        return self._read(positions)
+
+    def without(self, *classes: int) -> Sample:
+        """At most ``samples`` images of all classes but ``classes``; the draw is made once.
+
+        Raises:
+            ValueError: if the draw has no image of another class.
+        """
+        if self._everything is None:
+            self._everything = self._read(torch.arange(len(self.labels)))
+        rest = self._everything.only(~torch.isin(self._everything.labels, torch.tensor(classes)))
+        if not len(rest):
+            raise ValueError("there is no image of other classes; draw more samples")
+        return rest
+
+    def _read(self, positions: Tensor) -> Sample:
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(positions), generator=generator)[: self.samples]
+        chosen = positions[order].sort().values
+        read = list(batches(self.dataset, chosen.split(BATCH), self.workers))
+        if not read:
+            raise ValueError("none of the images could be read")
+        return Sample(torch.cat([b.images for b in read]), torch.cat([b.labels for b in read]))
+
+
+def predict(model: nn.Module, images: Tensor, batch_size: int = BATCH) -> Tensor:
+    """Logits ``[n, K]`` fp64 on the CPU, in evaluation mode; the model is left as it was.
+
+    Raises:
+        FloatingPointError: if a logit is NaN.
+    """
+    weight = next(model.parameters())
+    parts = []
+    with evaluating(model), torch.inference_mode():
+        for part in images.split(batch_size):
+            parts.append(model(part.to(weight.device, weight.dtype)).double().cpu())
+    logits = torch.cat(parts).clone()
+    if logits.isnan().any():
+        raise FloatingPointError("the model gives NaN on the images of the check")
+    return logits
+
+
+def share_correct(logits: Tensor, labels: Tensor) -> float:
+    """Fraction of samples whose largest logit ``[n, K]`` is the label ``[n]``."""
+    return (logits.argmax(1) == labels).double().mean().item()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
