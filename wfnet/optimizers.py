@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from wfnet.tables import flat_matrix, side_by_side
+
 
 class RowAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba, algorithm 1) over matrices ``[K, O_i]`` that share their rows.
@@ -15,12 +17,14 @@ class RowAdam(torch.optim.Optimizer):
     own. Dense Adam keeps pushing absent rows along old gradients, which costs retained accuracy as
     soon as classes outnumber the batch. Where all rows occur in every step it is ordinary Adam.
 
-    All matrices are updated together in one ``[K, sum O_i]`` buffer: a dozen tensor operations for
-    any number of layers, none of which waits for a device.
+    All matrices are updated together as one ``[K, sum O_i]`` matrix: a dozen tensor operations for
+    any number of layers, none of which waits for a device. Nothing is copied for it where they are
+    views of such a matrix (:func:`wfnet.tables.flatten_filters`).
 
     Args:
         params: matrices with the same number of rows, dtype and device.
-        lr, betas, eps: as in ``torch.optim.Adam``.
+        lr, betas, eps: as in ``torch.optim.Adam``; ``lr`` may be a scalar tensor, which a captured
+            CUDA graph reads anew at every replay.
 
     Raises:
         ValueError: for values out of range, or parameters of different rows, dtype or device.
@@ -53,23 +57,29 @@ class RowAdam(torch.optim.Optimizer):
         self._steps = first.new_zeros((rows, 1), requires_grad=False)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None, rows: Tensor | None = None) -> None:
+    def step(
+        self,
+        closure: Callable[[], Tensor] | None = None,
+        rows: Tensor | None = None,
+        occurred: Tensor | None = None,
+    ) -> None:
         """Moves the rows that occurred.
 
         Args:
             closure: re-evaluates the loss, as in every torch optimiser.
             rows: ``[R]`` int64, distinct rows that occurred in the batch, on the host or the
                 device; pass them where labels are on the host, and only these rows are read. By
-                default the rows with a gradient other than 0, found without waiting for a device.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad = torch.cat(
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params], 1
+        grad = side_by_side(
+            [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         )
-        if rows is None:
+        if occurred is not None:
+            self._step_masked(grad, occurred.view(-1, 1))
+        elif rows is None:
             self._step_masked(grad, (grad != 0).any(1, keepdim=True))
         elif rows.numel() == grad.shape[0]:
             self._step_masked(grad, None)
@@ -78,11 +88,14 @@ class RowAdam(torch.optim.Optimizer):
         return loss
 
     def _step_masked(self, grad: Tensor, occurred: Tensor | None) -> None:
-        value = torch.cat(self._params, 1)
         update = self._advance(grad, self._exp_avg, self._exp_avg_sq, self._steps, occurred)
         if occurred is not None:
             update = torch.where(occurred, update, 0)
-        torch._foreach_copy_(self._params, list((value - update).split(self._widths, 1)))
+        flat = flat_matrix(self._params)
+        if flat is not None:
+            flat.sub_(update)
+        else:
+            torch._foreach_sub_(self._params, list(update.split(self._widths, 1)))
 
     def _step_rows(self, grad: Tensor, rows: Tensor) -> None:
         exp_avg, exp_avg_sq = self._exp_avg[rows], self._exp_avg_sq[rows]
@@ -91,8 +104,12 @@ class RowAdam(torch.optim.Optimizer):
         self._exp_avg[rows] = exp_avg
         self._exp_avg_sq[rows] = exp_avg_sq
         self._steps[rows] = steps
+        flat = flat_matrix(self._params)
+        if flat is not None:
+            flat.index_add_(0, rows, update, alpha=-1)  # distinct rows: a plain subtraction
+            return
         for parameter, part in zip(self._params, update.split(self._widths, 1), strict=True):
-            parameter.index_add_(0, rows, part, alpha=-1)  # distinct rows: a plain subtraction
+            parameter.index_add_(0, rows, part, alpha=-1)
 
     def _advance(
         self,

@@ -100,7 +100,6 @@ class GateTables:
         self.layers = tuple(layers)
         self.filters = [matrix.detach() for layer in layers for matrix in layer.filters]
         self.columns = list(_columns_of(self.filters))
-        self.flat = flat_matrix(self.filters)
         folded = [layer.folded() for layer in layers]
         self.beta = torch.cat([beta for _, beta in folded])
         self.of_weight, self.of_bias, self.of_layer = [], [], []
@@ -126,8 +125,7 @@ class GateTables:
 
     def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
         """Tables for labels ``forget`` ``[B, J]`` int64; ``save``: with room for column sums."""
-        flat = torch.cat(self.filters, 1) if self.flat is None else self.flat
-        return _StepTables(self, flat, forget, save)
+        return _StepTables(self, side_by_side(self.filters), forget, save)
 
 
 class _StepTables(StepTables):
@@ -210,6 +208,12 @@ def flat_matrix(matrices: Sequence[Tensor]) -> Tensor | None:
             return None
         start += matrix.shape[1]
     return first.as_strided((first.shape[0], total), (total, 1))
+
+
+def side_by_side(matrices: Sequence[Tensor]) -> Tensor:
+    """``[K, total]``: the matrices' own memory where they lie side by side already, else a copy."""
+    flat = flat_matrix(matrices)
+    return torch.cat([matrix.detach() for matrix in matrices], 1) if flat is None else flat
 
 
 @contextmanager

@@ -6,8 +6,6 @@ PyTorch's own convolution takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -80,17 +78,16 @@ def _empty_batch(x: Tensor, batch: int) -> Tensor:
     )
 
 
-# Elements that a processor core keeps in its own cache between elementwise passes.
-_CACHED_ELEMENTS = 2**16
+# Elements of a tensor that a processor core still finds in a cache on the next elementwise pass.
+_CACHED_ELEMENTS = 2**18
 
 
-def _cache_sized(x: Tensor) -> Iterator[slice]:
+def _cache_sized(x: Tensor) -> list[slice]:
     """Slices of the batch: as many samples as stay in the cache; on a device all at once."""
-    batch, each = x.shape[0], max(1, x[:1].numel())
-    step = max(1, batch)
-    if x.device.type == "cpu":
-        step = max(1, _CACHED_ELEMENTS * torch.get_num_threads() // each)
-    return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+    batch, step = x.shape[0], x.shape[0]
+    if x.device.type == "cpu" and x.numel():
+        step = max(1, _CACHED_ELEMENTS * torch.get_num_threads() * batch // x.numel())
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, max(1, step))]
 
 
 def _rows(x: Tensor, part: slice, source: Tensor | None) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
 from wfnet import backends, gates
@@ -109,6 +109,23 @@ class _Kept:
     input_shape: tuple[int, ...]
 
 
+@dataclass
+class _Pooled:
+    """What a maximum pooling keeps from forward to backward."""
+
+    positions: Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    window: list
+
+    def backward(self, gradient: Tensor) -> Tensor:
+        # Only shape and layout of the input are read; its pages are never touched.
+        x = gradient.new_empty_strided(self.shape, self.strides)
+        return torch.ops.aten.max_pool2d_with_indices_backward(
+            gradient, x, *self.window, self.positions
+        )
+
+
 class Run:
     """One forward pass of a :class:`FusedNetwork`, and the backward pass that belongs to it.
 
@@ -196,6 +213,9 @@ class Run:
                 value = leaves.setdefault(argument, value.detach().requires_grad_())
             return value.clone() if step.in_place else value
 
+        if record and type(step.call) is nn.MaxPool2d and not step.call.return_indices:
+            self._pool(step)
+            return
         with torch.set_grad_enabled(record):
             args, kwargs = fx.node.map_aggregate(step.arguments, value_of)
             result = step.call(*args, **kwargs)
@@ -206,6 +226,18 @@ class Run:
         elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise NotFusable(f"{step.output.name!r} returns several tensors")
         self.values[step.output] = result
+
+    def _pool(self, step: CallStep) -> None:
+        """A maximum pooling keeps the positions of its maxima, where autograd keeps its input."""
+        x, pool = self._expanded(step.reads[0]), step.call
+        # In the order of the operators: an empty stride stands for the size of the window.
+        window = [
+            [value, value] if isinstance(value, int) else list(value)
+            for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+        ]
+        window.append(pool.ceil_mode)
+        self.values[step.output], positions = torch.ops.aten.max_pool2d_with_indices(x, *window)
+        self.kept[step] = _Pooled(positions, tuple(x.shape), x.stride(), window)
 
     # -- backward ---------------------------------------------------------------------------------
 
@@ -248,6 +280,9 @@ class Run:
         gradient = self.gradients.pop(step.output, None)
         self.owned.discard(step.output)
         if kept is None or gradient is None:
+            return
+        if isinstance(kept, _Pooled):
+            self._add(step.reads[0], kept.backward(gradient), own=True)
             return
         leaves, result = kept
         found = torch.autograd.grad(
