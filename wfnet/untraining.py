@@ -17,15 +17,15 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 
+from wfnet.checkpoints import Checkpoints
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
 from wfnet.expansion import (
     ExpandedBatch,
@@ -45,19 +45,12 @@ from wfnet.objectives import (
     full_precision,
 )
 from wfnet.optimizers import RowAdam, clip_filters
-from wfnet.pretrained import (
-    assign_filters,
-    fingerprint,
-    read_tensors,
-    write_atomically,
-    write_json,
-    write_tensors,
-)
+from wfnet.pretrained import assign_filters, fingerprint, write_atomically, write_json
+from wfnet.stopping import Stopped, StopSignals, lost_workers_wait
+from wfnet.throughput import Throughput
 
 logger = logging.getLogger("wfnet")
 
-CHECKPOINT_NAME = "untraining.safetensors"
-FORMAT = 1
 # On a device, losses are looked at this often: every look waits for it.
 _LOOK_EVERY = 25
 _VALIDATION_PAIRS = 512  # (image, row) pairs per forward pass
@@ -96,6 +89,7 @@ class UntrainConfig:
         fuse: run the network as one fused plan where it can be (:mod:`wfnet.fusion`).
         workers, max_corrupt: as in :func:`wfnet.data.batches`.
         checkpoint_every: steps between checkpoints; None: at every validation.
+        keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
 
     Raises:
         ValueError: for values out of range, before any work starts.
@@ -128,6 +122,7 @@ class UntrainConfig:
     workers: int = 0
     max_corrupt: int | None = None
     checkpoint_every: int | None = None
+    keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -203,14 +198,15 @@ _AT_LEAST = {
     "workers": 0,
     "max_corrupt": 0,
     "checkpoint_every": 1,
+    "keep_checkpoints": 1,
 }
 _WHOLE = (
     "steps", "batch_size", "label_expansion", "patience", "validation_rows", "workers",
-    "max_corrupt", "checkpoint_every", "seed",
+    "max_corrupt", "checkpoint_every", "keep_checkpoints", "seed",
 )  # fmt: skip
 _ABOVE_ZERO = ("epochs", "lr", "clip", "validations_per_epoch")
 # Settings that change neither the result nor the order of anything.
-_FREE_TO_CHANGE = {"workers", "max_corrupt", "checkpoint_every"}
+_FREE_TO_CHANGE = {"workers", "max_corrupt", "checkpoint_every", "keep_checkpoints"}
 
 _PAPER_SETTINGS = {
     "objective": "paper",
@@ -352,7 +348,10 @@ class Validator:
         return ExpandedBatch(torch.cat((labels, others.flatten())), source, labels[source], n)
 
     @torch.no_grad()
-    def __call__(self, net: WFNet) -> Validation:
+    def __call__(
+        self, net: WFNet, interrupted: Callable[[], bool] = lambda: False
+    ) -> Validation | None:
+        """Scores of ``net``; None if ``interrupted`` said so between two batches."""
         device = net.filter_parameters()[0].device
         per_batch = max(1, _VALIDATION_PAIRS // (self.rows + 1))
         order = torch.arange(len(self.labels)).split(per_batch)
@@ -360,6 +359,8 @@ class Validator:
         for batch in batches(self.dataset, order, self.workers, self.corrupt):
             pairs = self.pairs(batch.labels, batch.indices)
             moved = pairs.to(device)
+            if interrupted():
+                return None
             logits, original = _run(
                 net, batch.images, moved, self.objective, self.amp, self.channels_last
             )
@@ -448,12 +449,15 @@ def untrain(
         FileExistsError: if ``output`` holds an unfinished run and ``resume`` is False.
         FloatingPointError: if the loss is NaN or infinite; the last good filters are on ``net``
             and saved.
+        Stopped: with ``output``, after SIGTERM or SIGINT: a checkpoint of the last whole step is
+            written (:mod:`wfnet.stopping`).
+        OSError: if checkpoints cannot be written (on a full disk: several in a row).
         RuntimeError: for more corrupt images than ``config.max_corrupt``.
     """
     if config is None:
         config = UntrainConfig.recipe("balanced", net.num_classes)
     run = _Untraining(net, train, validation, config, output, progress, objective)
-    if output is not None and run.checkpoint.exists():
+    if output is not None and run.checkpoints.exist():
         if resume:
             run.load_checkpoint()
         else:
@@ -479,6 +483,8 @@ class _Untraining:
         self.validation = validation
         self.config = config
         self.output = None if output is None else Path(output)
+        if output is not None:
+            self.checkpoints = Checkpoints(output, config.keep_checkpoints)
         self.show_progress = progress
         self.labels = _checked_labels(train, net.num_classes, "training")
         _check_every_class(self.labels, train, net.num_classes, config)
@@ -528,6 +534,8 @@ class _Untraining:
         self.sums: dict[str, float] = {}  # of losses since the last record
         self.summed = 0
 
+        self.signals = StopSignals(output is not None)
+        self.throughput = Throughput()
         # Filters that last gave a finite loss.
         self.good = [p.detach().clone() for p in self.params]
         self.latest: dict[str, float] = {}  # losses of the step that was last looked at
@@ -544,7 +552,9 @@ class _Untraining:
         bar = _Bar(self.steps, self.step, self.show_progress)
         try:
             if not self.finished:
-                with contextlib.closing(self._read()) as stream:
+                if self.output is not None:
+                    self.checkpoints.clear_leftovers()
+                with self.signals, contextlib.closing(self._read()) as stream:
                     self._go_through(stream, bar)
         finally:
             bar.close()
@@ -555,14 +565,55 @@ class _Untraining:
         return self._result()
 
     def _go_through(self, stream: Iterator[Batch], bar: _Bar) -> None:
-        for batch in stream:
-            self._one_step(batch)
+        if self._validation_is_due():  # the run was stopped before it
             self._after_step(bar)
             if self.finished:
                 return
+        self.throughput.restart()
+        with contextlib.ExitStack() as inside:
+            for number, batch in enumerate(self._stoppable(stream)):
+                if number == 0:
+                    inside.enter_context(lost_workers_wait())
+                self._one_step(batch)
+                self.throughput.images += len(batch.labels)
+                self._after_step(bar)
+                if self.finished:
+                    return
         raise RuntimeError(
             f"too few minibatches had a readable image: {self.step} of {self.steps} steps were "
             "done; repair the images that the log names"
+        )
+
+    def _stoppable(self, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """The minibatches of ``stream``, until a signal came or there are no more.
+
+        If reading fails, what was done so far is saved first.
+        """
+        stream = self.throughput.timed(stream)
+        while True:
+            if self.signals.received:
+                self._stop()
+            try:
+                batch = next(stream)
+            except StopIteration:
+                return
+            except Exception:
+                if self.signals.received:  # it may have reached the data workers, too
+                    self._stop()
+                if self.output is not None and self.step:
+                    self._look()
+                    with contextlib.suppress(OSError):
+                        self.save_checkpoint()
+                raise
+            yield batch
+
+    def _stop(self) -> None:
+        self._look()
+        self.save_checkpoint()
+        raise Stopped(
+            self.signals.received,
+            f"stopped after step {self.step} of {self.steps}; resume goes on from "
+            f"{self.checkpoints.newest}",
         )
 
     def _read(self) -> Iterator[Batch]:
@@ -601,7 +652,7 @@ class _Untraining:
         self.optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self._learning_rate(self.step)
         if isinstance(self.optimizer, RowAdam):
             self.optimizer.step(rows=rows)
         else:
@@ -620,19 +671,24 @@ class _Untraining:
                 return chosen
             self.position += 1
 
-    def _learning_rate(self) -> float:
+    def _learning_rate(self, step: int) -> float:
         config = self.config
         if config.schedule == "constant":
             return config.lr
-        wave = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        wave = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return config.lr * (config.lr_final + (1 - config.lr_final) * wave)
+
+    def _validation_is_due(self) -> bool:
+        due = self.step > 0 and (self.step % self.validate_every == 0 or self.step == self.steps)
+        return due and not (self.history and self.history[-1]["step"] == self.step)
 
     def _after_step(self, bar: _Bar) -> None:
         last = self.step == self.steps
         validated = False
-        if self.step % self.validate_every == 0 or last:
+        if self._validation_is_due():
             self._look()
-            self._validate()
+            if not self._validate():
+                return  # the run is to stop; the validation comes first when it goes on
             validated = True
             self.stopped_early = not last and self.stale >= self.config.patience
         self.finished = last or self.stopped_early
@@ -644,17 +700,23 @@ class _Untraining:
             self.save_checkpoint()
         bar.update(self, validated)
 
-    def _validate(self) -> None:
+    def _validate(self) -> bool:
+        """Appends a record to the history; False if a signal broke it off, with nothing changed."""
         config = self.config
+        rates = self.throughput.record()
+        scores = None
+        if self.validator is not None:
+            scores = self.validator(self.net, lambda: self.signals.received != 0)
+            if scores is None:
+                return False
         record: dict[str, float] = {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            "lr": self.optimizer.param_groups[0]["lr"],
+            "lr": self._learning_rate(self.step - 1),
             **{name: value / self.summed for name, value in self.sums.items()},
         }
         self.sums, self.summed = {}, 0
-        if self.validator is not None:
-            scores = self.validator(self.net)
+        if scores is not None:
             record |= {
                 "acc_r": scores.acc_r,
                 "acc_f": scores.acc_f,
@@ -668,11 +730,14 @@ class _Untraining:
                 self.stale += 1
         self.seconds = time.perf_counter() - self.started
         record |= {"samples_per_second": self.samples / self.seconds, "seconds": self.seconds}
+        record |= rates
         self.history.append(record)
         if self.writer is not None:
             for name, value in record.items():
                 if name not in ("step", "epoch", "seconds"):
                     self.writer.add_scalar(f"untrain/{name}", value, self.step)
+        self.throughput.restart()
+        return True
 
     def _keep_best(self) -> None:
         if self.best_filters is not None:
@@ -716,10 +781,6 @@ class _Untraining:
 
     # -- storage ----------------------------------------------------------------------------------
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.output / CHECKPOINT_NAME
-
     def save_checkpoint(self) -> None:
         """One file holds all that the run needs to go on, so that it is never half a state."""
         names = list(self.net.named_filters())
@@ -730,7 +791,6 @@ class _Untraining:
             tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.moments().items()}
         self.seconds = time.perf_counter() - self.started
         state = {
-            "format": FORMAT,
             "config": asdict(self.config),
             "identity": self._identity(),
             "step": self.step,
@@ -749,16 +809,16 @@ class _Untraining:
         if self.finished:
             self.net.save_pretrained(self.output)
         _write_history(self.output, self.config, self.history)
-        write_tensors(self.checkpoint, tensors, {"state": json.dumps(state)})
+        self.checkpoints.save(tensors, state, must=self.finished or self.signals.received != 0)
 
     def load_checkpoint(self) -> None:
-        """Continues the run in ``output``.
+        """Continues the run in ``output`` from its newest whole checkpoint.
 
         Raises:
-            ValueError: if the file is damaged, or of another configuration, data set or network.
+            ValueError: if none is whole, or for another configuration, data set or network.
         """
-        tensors, state = _read_checkpoint(self.checkpoint)
-        _check_same_run(state, self.config, self._identity(), self.checkpoint)
+        tensors, state, path = self.checkpoints.load()
+        _check_same_run(state, self.config, self._identity(), path)
         part = {
             prefix: {
                 name.removeprefix(prefix): tensor
@@ -768,21 +828,21 @@ class _Untraining:
             for prefix in ("filters.", "best.", "optimizer.")
         }
         if state["best"] is not None:  # through the network, which checks names and shapes
-            assign_filters(self.net, part["best."], self.checkpoint)
+            assign_filters(self.net, part["best."], path)
             self.best = Validation(**state["best"])
             self.best_filters = [p.detach().clone() for p in self.params]
-        assign_filters(self.net, part["filters."], self.checkpoint)
+        assign_filters(self.net, part["filters."], path)
         self.good = [p.detach().clone() for p in self.params]
         if isinstance(self.optimizer, RowAdam):
             self.optimizer.load_moments(part["optimizer."])
         for name in _STATE:
             setattr(self, name, state[name])
-        logger.info("resumed %s at step %d of %d", self.checkpoint, self.step, self.steps)
+        logger.info("resumed %s at step %d of %d", path, self.step, self.steps)
 
     def refuse_to_overwrite(self) -> None:
         """Raises FileExistsError if the run in ``output`` is unfinished."""
         try:
-            _, state = _read_checkpoint(self.checkpoint)
+            _, state, _ = self.checkpoints.load()
         except ValueError as error:
             raise FileExistsError(
                 f"{error}; it is in the way of a new run: move it away or choose another output"
@@ -790,7 +850,7 @@ class _Untraining:
         if not state["finished"]:
             raise FileExistsError(
                 f"{self.output} holds an unfinished run (step {state['step']}): pass resume=True "
-                f"to continue it, choose another output, or delete {self.checkpoint.name} there"
+                "to continue it, choose another output, or delete untraining*.safetensors there"
             )
 
     def _identity(self) -> dict[str, str]:
@@ -911,30 +971,6 @@ def _write_history(folder: Path, config: UntrainConfig, history: list[dict[str, 
     writer.writeheader()
     writer.writerows(history)
     write_atomically(folder / "history.csv", lambda path: path.write_text(text.getvalue()))
-
-
-def _read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint.
-
-    Raises:
-        ValueError: if the file is damaged or something else.
-    """
-    tensors = read_tensors(path)
-    with safetensors.safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
-    try:
-        state = json.loads(metadata["state"])
-        if state["format"] != FORMAT:
-            raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
-        missing = {"config", "identity", "best", *_STATE} - set(state)
-        if missing:
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is damaged or not a checkpoint of untraining ({error}); delete it to start "
-            "anew, or restore it from a copy"
-        ) from error
-    return tensors, state
 
 
 def _check_same_run(

@@ -11,6 +11,7 @@ import argparse
 import errno
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -48,8 +49,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit status.
 
-    0: done; 2: something the user can mend, in one sentence on stderr; 130: interrupted; 1: an
-    error in the program itself, with its traceback.
+    0: done; 2: something the user can mend, in one sentence on stderr; 128 + signal: stopped by
+    SIGINT (130) or SIGTERM (143); 1: an error in the program itself, with its traceback.
     """
     options = argparse.Namespace(command=None, debug=False)
     try:
@@ -57,10 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = fill_from_files(parser, sys.argv[1:] if arguments is None else list(arguments))
         _log_to_stderr(options.debug, options.quiet)
         return options.run(options) or 0
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         saved = getattr(options, "saved", None)
         print(f"\ninterrupted; {saved(options) if saved else 'nothing was saved'}", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:  # the reader of our output (a pager, head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

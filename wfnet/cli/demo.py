@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from wfnet import models
+from wfnet.checkpoints import CHECKPOINT_NAME
 from wfnet.cli.bake import baked_name, save_baked, verify
 from wfnet.cli.classifier import load_weights
 from wfnet.cli.drawing import draw_evaluation, draw_training
@@ -30,7 +31,7 @@ from wfnet.evaluation import EvaluationResult, evaluate
 from wfnet.network import WFNet
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_tensors
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
-from wfnet.untraining import CHECKPOINT_NAME, UntrainConfig, untrain
+from wfnet.untraining import UntrainConfig, untrain
 
 logger = logging.getLogger("wfnet")
 

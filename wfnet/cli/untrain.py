@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from wfnet.checkpoints import Checkpoints
 from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
     QKV_ALPHA_INIT,
@@ -38,7 +39,7 @@ from wfnet.cli.options import (
 from wfnet.cli.runs import RUN_FILES, check_writable, write_run
 from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
 from wfnet.network import WFNet
-from wfnet.untraining import CHECKPOINT_NAME, UntrainConfig, UntrainResult, untrain
+from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 
 logger = logging.getLogger("wfnet")
 
@@ -87,6 +88,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     group.add_argument(
         "--checkpoint-every", type=whole(1), metavar="N",
         help="steps between checkpoints (default: five an epoch)",
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-checkpoints", type=whole(1), metavar="K",
+        help="checkpoints that stay: a damaged newest one falls back to the one before "
+        "(default: 2)",
     )  # fmt: skip
     group.add_argument(
         "--log-interval",
@@ -169,7 +175,8 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 _SAME_NAME = (
     "steps", "epochs", "batch_size", "label_expansion", "lr", "lambda0", "lambda1", "lambda2",
     "distil", "share_images", "sampler", "clip", "patience", "validations_per_epoch", "stop_on",
-    "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every", "fuse",
+    "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every", "keep_checkpoints",
+    "fuse",
 )  # fmt: skip
 _TIMM_NAME = {"optimizer": "opt", "schedule": "sched"}
 
@@ -199,7 +206,7 @@ def run_folder(options: argparse.Namespace) -> Path:
 def saved(options: argparse.Namespace) -> str:
     """What is on disk when the run was interrupted."""
     folder = run_folder(options)
-    if not (folder / CHECKPOINT_NAME).is_file():
+    if not Checkpoints(folder).exist():
         return "no checkpoint was written yet"
     return (
         f"the last checkpoint is in {folder}: `wfnet untrain --resume {folder}` goes on from "
@@ -233,7 +240,7 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         return 0
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
-    if not (folder / CHECKPOINT_NAME).exists():
+    if not Checkpoints(folder).exist():
         _check_before(net, data.validation, options, config)
         write_run(folder, "untrain", recorded(options), **about)
     bar = sys.stderr.isatty()
@@ -275,7 +282,8 @@ def _check_folder(folder: Path, options: argparse.Namespace) -> None:
     if options.resume is not None:
         return
     found = [name for name in RUN_FILES if (folder / name).exists()]
-    if not found:
+    checkpoints = Checkpoints(folder)
+    if not found and not checkpoints.exist():
         return
     if not options.force:
         raise FileExistsError(
@@ -284,6 +292,7 @@ def _check_folder(folder: Path, options: argparse.Namespace) -> None:
         )
     for name in found:
         (folder / name).unlink()
+    checkpoints.remove()
 
 
 def _show_plan(

@@ -1,0 +1,94 @@
+"""Stopping a long run: a signal asks for it, the run answers at its next step boundary.
+
+Batch systems end a job with SIGTERM (and SIGKILL some seconds later), people with Ctrl-C. The first
+signal lets the step in progress end, a checkpoint is written, and the process leaves with status
+128 + signal, as shells and torchrun expect. A second signal ends it at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger("wfnet")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that ended at a step boundary because a signal asked for it.
+
+    A ``KeyboardInterrupt``, so that no ``except Exception`` takes it for a failure.
+
+    Attributes:
+        signal: number of the signal; the exit status is ``128 + signal``.
+    """
+
+    def __init__(self, number: int, message: str):
+        super().__init__(message)
+        self.signal = number
+
+
+class StopSignals:
+    """Remembers the first SIGTERM or SIGINT while it is entered; lets the second one kill.
+
+    Signals reach the main thread of a process alone; elsewhere, and when not ``enabled``, this does
+    nothing.
+
+    Attributes:
+        received: number of the signal that came, or 0.
+    """
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled and threading.current_thread() is threading.main_thread()
+        self.received = 0
+        self._process = os.getpid()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if self.enabled:
+            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            # None: a handler that was not set from Python and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a forked worker: its parent tells it when to leave
+            return
+        if self.received:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(self._process, number)
+            return
+        self.received = number
+        logger.warning(
+            "%s: a checkpoint is written after this step; once more ends the run at once",
+            signal.Signals(number).name,
+        )
+
+
+@contextlib.contextmanager
+def lost_workers_wait() -> Iterator[None]:
+    """Inside, a data worker that dies is noticed when the next batch is asked for.
+
+    PyTorch's handler of SIGCHLD raises wherever the main thread happens to be, for example between
+    the update of the moments and that of the filters. A reader that waits looks for dead workers
+    every few seconds anyway.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
