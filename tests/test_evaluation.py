@@ -497,3 +497,54 @@ def test_reinitialise_torchvision_networks(name, caplog):
     models = pytest.importorskip("torchvision.models")
     assert_independent_of_weights(models.get_model(name, weights=None, num_classes=5))
     assert caplog.text == ""
+
+
+def test_an_interrupted_evaluation_goes_on(dataset, tmp_path, monkeypatch):
+    net, path = make_net(), tmp_path / "counts.safetensors"
+    whole = run(net, dataset, batch_size=5)
+    monkeypatch.setattr("wfnet.evaluation.rows._SAVE_EVERY", 0.0)
+    read = []
+    inner = TensorImages.batch
+
+    def interrupt(self, indices):
+        read.append(indices.tolist())
+        if len(read) == 5:  # two for the digest of the data, then chunks of five images
+            raise KeyboardInterrupt
+        return inner(self, indices)
+
+    monkeypatch.setattr(TensorImages, "batch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(net, dataset, batch_size=5, records=path)
+    first = len(read)
+    resumed = run(net, dataset, batch_size=4, records=path)
+    seen = [index for part in read[first + 1 :] for index in part]
+    assert seen[0] == read[first - 1][0]  # the chunk that was interrupted, none before it
+    assert seen[-1] == len(dataset) - 1
+    for left, right in zip(resumed.records, whole.records, strict=True):
+        assert left.acc_r == right.acc_r
+        assert left.acc_f == right.acc_f
+        assert left.zrf == pytest.approx(right.zrf, abs=1e-6)
+    # What is finished is read again, not computed.
+    before = len(read)
+    assert run(net, dataset, records=path).records == resumed.records
+    assert len(read) == before + 1
+    with pytest.raises(ValueError, match="records of another filters"):
+        run(make_net(seed=8), dataset, records=path)
+    with pytest.raises(ValueError, match="records of another settings"):
+        run(net, dataset, records=path, zrf_base=2)
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(ValueError, match="truncated"):
+        run(net, dataset, records=path)
+
+
+def test_zrf_modes_of_other_code(dataset):
+    net = make_net()
+    values = {}
+    for mode in metrics.ZRF_MODES:
+        result = run(net, dataset, zrf_mode=mode)
+        assert result.settings["zrf_mode"] == mode
+        values[mode] = result.mean.zrf
+    assert 1 - values["elementwise_mean"] == pytest.approx((1 - values["definition"]) / K)
+    assert len(set(values.values())) == 4
+    with pytest.raises(ValueError, match="zrf_mode='other'"):
+        run(net, dataset, zrf_mode="other")

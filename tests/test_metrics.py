@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from wfnet import metrics
 
@@ -137,3 +138,30 @@ def test_zrf_is_one_for_equal_networks_and_averages_samples():
 def test_base_must_be_above_one(base):
     with pytest.raises(ValueError, match="zrf_base"):
         metrics.zrf(torch.zeros(1, 2), torch.zeros(1, 2), base)
+
+
+@pytest.mark.parametrize("mode", ["swapped", "swapped_elementwise_mean"])
+def test_zrf_modes_are_the_published_expressions(mode):
+    p, q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double().softmax(-1)
+    m = (p + q) / 2
+    reduction = "mean" if mode == "swapped_elementwise_mean" else "batchmean"
+    published = 1 - 0.5 * (
+        F.kl_div(p.log(), m, reduction=reduction) + F.kl_div(q.log(), m, reduction=reduction)
+    )
+    assert metrics.zrf(p.log(), q.log(), mode=mode).item() == pytest.approx(published.item())
+    assert metrics.zrf(p.log(), q.log()).item() != pytest.approx(published.item(), abs=1e-3)
+
+
+def test_area_under_curve_is_that_of_trapezoids():
+    shares = torch.tensor([0.0, 0.25, 1.0])
+    values = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.5]])
+    assert metrics.area_under_curve(shares, values).tolist() == [0.875, 0.3125]
+    with pytest.raises(ValueError, match="0 to 1"):
+        metrics.area_under_curve(torch.tensor([0.0, 0.5]), values[:, :2])
+
+
+def test_confidence_kept_is_a_capped_ratio_of_probabilities():
+    before = torch.tensor([[2.0, 0.0], [2.0, 0.0], [-2000.0, 0.0]])
+    after = torch.tensor([[0.0, 0.0], [5.0, 0.0], [-2000.0, 0.0]])
+    kept = metrics.confidence_kept(after, before, torch.tensor([0, 0, 0]))
+    assert kept.tolist() == pytest.approx([0.5 / before[0].softmax(0)[0].item(), 1.0, 1.0])

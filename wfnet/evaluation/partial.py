@@ -50,13 +50,7 @@ class PartialResults:
             raise ValueError(
                 f"{self.path} is damaged ({error}); delete it to evaluate anew"
             ) from error
-        for name in {**identity, **self.identity}:
-            if identity.get(name) != self.identity.get(name):
-                raise ValueError(
-                    f"{self.path} holds records of another {name} "
-                    f"({_shown(identity.get(name))}, now {_shown(self.identity.get(name))}); "
-                    "delete it to evaluate anew, or choose another output"
-                )
+        check_identity(self.path, identity, self.identity)
         return records
 
     def __contains__(self, key: object) -> bool:
@@ -71,6 +65,16 @@ class PartialResults:
         if self.path is not None:
             content = {"format": FORMAT, "identity": self.identity, "records": self.records}
             write_json(self.path, content)
+
+
+def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the records in ``path`` are of what is evaluated now."""
+    for name in {**found, **wanted}:
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{path} holds records of another {name} ({_shown(found.get(name))}, now "
+                f"{_shown(wanted.get(name))}); delete it to evaluate anew, or choose another output"
+            )
 
 
 def _shown(value: Any) -> str:

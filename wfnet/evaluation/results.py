@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import statistics
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -99,21 +100,47 @@ class EvaluationResult:
     seconds: float
     counts: PairCounts | None = field(default=None, compare=False, repr=False)
 
+    @classmethod
+    def from_records(
+        cls,
+        records: list[ClassRecord],
+        zrf_base: float,
+        settings: dict,
+        seconds: float,
+        counts: PairCounts | None = None,
+    ) -> EvaluationResult:
+        """The result whose means are those of ``records``.
+
+        Raises:
+            ValueError: for no records.
+        """
+        if not records:
+            raise ValueError("an evaluation has at least one class")
+        names = [f.name for f in fields(Scores)]
+
+        def mean(prefix: str) -> Scores:
+            return Scores(
+                **{n: statistics.fmean(getattr(r, prefix + n) for r in records) for n in names}
+            )
+
+        return cls(records, mean(""), mean("original_"), zrf_base, settings, seconds, counts)
+
+    def as_dict(self) -> dict:
+        """Everything but ``counts``, for JSON."""
+        return {
+            "format": FORMAT,
+            "units": "acc_* and zrf are fractions in [0, 1]; seconds",
+            "zrf_base": self.zrf_base,
+            "mean": asdict(self.mean),
+            "original": asdict(self.original),
+            "settings": self.settings,
+            "seconds": self.seconds,
+            "classes": [asdict(record) for record in self.records],
+        }
+
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes everything but ``counts``, atomically; :meth:`from_json` reads it again."""
-        write_json(
-            path,
-            {
-                "format": FORMAT,
-                "units": "acc_* and zrf are fractions in [0, 1]; seconds",
-                "zrf_base": self.zrf_base,
-                "mean": asdict(self.mean),
-                "original": asdict(self.original),
-                "settings": self.settings,
-                "seconds": self.seconds,
-                "classes": [asdict(record) for record in self.records],
-            },
-        )
+        write_json(path, self.as_dict())
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> EvaluationResult:
@@ -126,22 +153,30 @@ class EvaluationResult:
         if not path.is_file():
             raise FileNotFoundError(f"{path} does not exist; `wfnet evaluate` writes such a file")
         try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
-            return cls(
-                records=[ClassRecord(**record) for record in content["classes"]],
-                mean=Scores(**content["mean"]),
-                original=Scores(**content["original"]),
-                zrf_base=content["zrf_base"],
-                settings=content["settings"],
-                seconds=content["seconds"],
-            )
+            return cls.from_dict(json.loads(path.read_text()))
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
                 f"{path} is damaged or not a result of wfnet's evaluation ({error}); run the "
                 "evaluation again"
             ) from error
+
+    @classmethod
+    def from_dict(cls, content: dict) -> EvaluationResult:
+        """Reads what :meth:`as_dict` gave.
+
+        Raises:
+            ValueError, TypeError, KeyError: if it is something else.
+        """
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
+        return cls(
+            records=[ClassRecord(**record) for record in content["classes"]],
+            mean=Scores(**content["mean"]),
+            original=Scores(**content["original"]),
+            zrf_base=content["zrf_base"],
+            settings=content["settings"],
+            seconds=content["seconds"],
+        )
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per class, then the lines ``mean`` and ``original``, atomically.

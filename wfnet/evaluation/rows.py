@@ -6,12 +6,15 @@ measures themselves are defined in :mod:`wfnet.metrics`.
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import fields
+from pathlib import Path
 
+import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -26,10 +29,16 @@ from wfnet.evaluation.pairs import (
     check_settings,
     zrf_per_class,
 )
-from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts, Scores
+from wfnet.evaluation.partial import check_identity, data_identity, network_identity
+from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
 from wfnet.evaluation.running import Progress, evaluation_mode
 from wfnet.network import WFNet
+from wfnet.pretrained import fingerprint, read_tensors, write_tensors
 from wfnet.version import __version__
+
+# Lists of a run that grow by one tensor per chunk of images.
+_PER_IMAGE = ("own_class", "divergence", "original_divergence")
+_SAVE_EVERY = 30.0  # seconds between two files of counts
 
 
 def evaluate(
@@ -46,6 +55,8 @@ def evaluate(
     max_corrupt: int | CorruptImages | None = None,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    zrf_mode: str = "definition",
+    records: str | os.PathLike | None = None,
 ) -> EvaluationResult:
     """Acc_r, Acc_f, top-5 variants and ZRF of every class, and the same of the original network.
 
@@ -72,15 +83,21 @@ def evaluate(
             counted in ``settings["corrupt_images"]``.
         amp_dtype: autocast dtype, for example torch.bfloat16; None for none.
         channels_last: send images in channels-last layout.
+        zrf_mode: one of :data:`wfnet.metrics.ZRF_MODES`: how other code departs from ZRF's
+            definition, to compare with its numbers.
+        records: safetensors file in which the counts so far are kept: an interrupted call goes on
+            there, and one that was finished gives its result again.
 
     Raises:
         ValueError: before work starts for arguments or labels that do not fit, a class without
-            images, or a row without retained images.
+            images, a row without retained images, or a file of something else in ``records``.
         FloatingPointError: if logits are NaN or infinite.
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
     check_settings(batch_size, zrf_base, retained_rows, len(rows))
+    if zrf_mode not in metrics.ZRF_MODES:
+        raise ValueError(f"zrf_mode={zrf_mode!r} is not one of {', '.join(metrics.ZRF_MODES)}")
     if initialised is not None and isinstance(initialised, WFNet):
         raise ValueError("initialised must be a plain classifier; pass its .bake(None)")
     corrupt = max_corrupt
@@ -89,13 +106,30 @@ def evaluate(
     pairing = Pairing(rows, labels, retained_rows, seed)
     initial = reinitialise(net, seed) if initialised is None else initialised
     start = time.perf_counter()
-    run = Run(net, initial, pairing, batch_size, zrf_base, amp_dtype, channels_last)
-    bar = Progress(pairing.pairs, enabled=progress)
-    chunks = torch.arange(len(labels)).split(batch_size)
+    run = Run(net, initial, pairing, batch_size, zrf_base, amp_dtype, channels_last, zrf_mode)
+    kept = None
+    if records is not None:
+        identity = {
+            **network_identity(net),
+            **data_identity(dataset),
+            "settings": {
+                "classes": rows.tolist(), "zrf_base": zrf_base, "zrf_mode": zrf_mode,
+                "seed": seed, "retained_rows": retained_rows, "amp": str(amp_dtype),
+                "initialised": "own" if initialised is None else fingerprint(initialised),
+            },
+        }  # fmt: skip
+        kept = Counted(records, identity, run, corrupt)
+    position = 0 if kept is None else kept.load()
+    bar = Progress(pairing.pairs - int(run.filtered.seen.sum()), enabled=progress)
+    chunks = [part for part in torch.arange(position, len(labels)).split(batch_size) if len(part)]
     with evaluation_mode(net, initial), torch.inference_mode():
         for batch in batches(dataset, chunks, workers, corrupt, pin_memory=run.on_gpu):
             bar.advance(run.chunk(batch))
+            if kept is not None:
+                kept.save_now_and_then(int(batch.indices[-1]) + 1)
     bar.close()
+    if kept is not None:
+        kept.save(len(labels))
     net.check_labels()
     seconds = time.perf_counter() - start
     settings = {
@@ -110,6 +144,7 @@ def evaluate(
         "seed": seed,
         "initialised": "reinitialise(net, seed)" if initialised is None else "given by the caller",
         "batch_size": batch_size,
+        "zrf_mode": zrf_mode,
         "dtype": str(amp_dtype or run.dtype).removeprefix("torch."),
         "device": str(run.device),
     }
@@ -128,6 +163,7 @@ class Run:
         zrf_base: float,
         amp_dtype: torch.dtype | None,
         channels_last: bool,
+        zrf_mode: str,
     ):
         weight = next(iter(net.masked_layers.values())).weight
         self.device, self.dtype = weight.device, weight.dtype
@@ -139,7 +175,7 @@ class Run:
             )
         self.net, self.initial, self.pairing = net, initial, pairing
         self.batch_size, self.zrf_base = batch_size, zrf_base
-        self.amp_dtype, self.channels_last = amp_dtype, channels_last
+        self.amp_dtype, self.channels_last, self.zrf_mode = amp_dtype, channels_last, zrf_mode
         classes = len(pairing.classes)
         self.filtered = Hits(classes, net.num_classes, self.device)
         self.original = Hits(1, net.num_classes, self.device)
@@ -193,7 +229,9 @@ class Run:
         chosen = has_row.to(self.device)
         self.own_class.append(batch.labels[has_row])
         for kept, logits in ((self.divergence, own), (self.original_divergence, plain)):
-            divergence = metrics.jensen_shannon(logits[chosen], new[chosen], self.zrf_base)
+            divergence = metrics.zrf_divergence(
+                logits[chosen], new[chosen], self.zrf_base, self.zrf_mode
+            )
             kept.append(divergence.cpu())
         return len(image)
 
@@ -203,6 +241,69 @@ class Run:
                 f"{what} gave outputs of shape {list(logits.shape)}; expected "
                 f"[{len(logits)}, {self.net.num_classes}]"
             )
+
+
+class Counted:
+    """The counts of an unfinished evaluation, in one file that is replaced atomically.
+
+    Args:
+        path: the file.
+        identity: what the counts depend on; a file of another identity is refused.
+        run: the evaluation that is filled and saved.
+        corrupt: images that were left out, saved with the counts.
+    """
+
+    def __init__(self, path: str | os.PathLike, identity: dict, run: Run, corrupt: CorruptImages):
+        self.path, self.run, self.corrupt = Path(path), run, corrupt
+        self.identity = json.loads(json.dumps(identity))
+        self.saved = time.perf_counter()
+
+    def load(self) -> int:
+        """Fills the run; returns the position of the first image that it has not seen.
+
+        Raises:
+            ValueError: if the file is damaged or of something else.
+        """
+        if not self.path.is_file():
+            return 0
+        tensors = read_tensors(self.path)
+        with safetensors.safe_open(self.path, "pt") as file:
+            metadata = file.metadata() or {}
+        try:
+            state = json.loads(metadata["state"])
+            position, found = int(state["position"]), dict(state["corrupt"])
+            check_identity(self.path, dict(state["identity"]), self.identity)
+            run = self.run
+            for prefix, hits in (("filtered", run.filtered), ("original", run.original)):
+                for name in ("seen", "top1", "top5"):
+                    getattr(hits, name).copy_(tensors[f"{prefix}.{name}"])
+            for name in _PER_IMAGE:
+                setattr(run, name, [tensors[name]])
+        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}); delete it to evaluate anew"
+            ) from error
+        self.corrupt.found.update(found)
+        return position
+
+    def save_now_and_then(self, position: int) -> None:
+        if time.perf_counter() - self.saved >= _SAVE_EVERY:
+            self.save(position)
+
+    def save(self, position: int) -> None:
+        """Writes the counts of the images before ``position``."""
+        run = self.run
+        tensors = {name: torch.cat(getattr(run, name)) for name in _PER_IMAGE if run.own_class}
+        for prefix, hits in (("filtered", run.filtered), ("original", run.original)):
+            for name in ("seen", "top1", "top5"):
+                tensors[f"{prefix}.{name}"] = getattr(hits, name)
+        state = {
+            "identity": self.identity,
+            "position": position,
+            "corrupt": self.corrupt.found,
+        }
+        write_tensors(self.path, tensors, {"state": json.dumps(state)})
+        self.saved = time.perf_counter()
 
 
 def broken_logits(logits: Tensor) -> Tensor:
@@ -245,14 +346,4 @@ def _summarise(
         )
         for i, index in enumerate(classes.tolist())
     ]
-    means = {name: column.mean().item() for name, column in columns.items()}
-    scores = [f.name for f in fields(Scores)]
-    return EvaluationResult(
-        records=records,
-        mean=Scores(**{name: means[name] for name in scores}),
-        original=Scores(**{name: means[f"original_{name}"] for name in scores}),
-        zrf_base=zrf_base,
-        settings=settings,
-        seconds=seconds,
-        counts=counts,
-    )
+    return EvaluationResult.from_records(records, zrf_base, settings, seconds, counts)
