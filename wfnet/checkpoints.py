@@ -48,6 +48,7 @@ class Checkpoints:
         self.keep = keep
         self.failed = 0  # saves in a row
         self._newest_step: int | None = None
+        self._damaged: set[Path] = set()  # as `load` found them
 
     @property
     def newest(self) -> Path:
@@ -115,6 +116,8 @@ class Checkpoints:
             self._remove(removable)
             write_tensors(self.newest, tensors, metadata)
         self._newest_step = json.loads(metadata["state"])["step"]
+        self._damaged.discard(self.newest)
+        self._remove(path for path in self.older() if path in self._damaged)
         _sync_folder(self.folder)
         self._remove(self.older()[self.keep - 1 :])
 
@@ -123,7 +126,7 @@ class Checkpoints:
 
         A hard link: at no moment is there a time without a newest checkpoint, and no copy.
         """
-        if self.keep == 1 or not self.newest.is_file():
+        if self.keep == 1 or not self.newest.is_file() or self.newest in self._damaged:
             return None
         step = self._newest_step
         if step is None:
@@ -158,6 +161,7 @@ class Checkpoints:
                 tensors, state = read_checkpoint(path)
             except ValueError as error:
                 logger.warning("%s", error)
+                self._damaged.add(path)
                 first = first or error
                 continue
             if first is not None:

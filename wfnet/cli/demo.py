@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from wfnet import models
-from wfnet.checkpoints import CHECKPOINT_NAME
+from wfnet.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.cli.bake import baked_name, save_baked, verify
 from wfnet.cli.classifier import load_weights
 from wfnet.cli.drawing import draw_evaluation, draw_training
@@ -293,6 +293,7 @@ class _Demo:
         def work(resume: bool) -> dict[str, Any]:
             if not resume:
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
+                Checkpoints(self.folder).remove()
             result = untrain(
                 net, data.train, data.validation, config, self.folder, resume=resume,
                 progress=self.progress,
