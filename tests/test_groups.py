@@ -1,0 +1,93 @@
+import copy
+
+import pytest
+import torch
+from evaluated_networks import K, make_net, uneven_dataset
+
+from wfnet.evaluation import choose_groups, evaluate_groups
+
+
+@pytest.fixture
+def dataset():
+    return uneven_dataset()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("batch_size", [3, 64])
+def test_equals_networks_baked_for_the_group(dataset, size, batch_size):
+    net = make_net()
+    groups = choose_groups(K, size, 6, seed=1)
+    result = evaluate_groups(net, dataset, groups, batch_size=batch_size, progress=False)
+    images, labels, _ = dataset.batch(torch.arange(len(dataset)))
+    for group, record in zip(groups, result.records, strict=True):
+        with torch.no_grad():
+            right = net.bake(list(group))(images).argmax(1) == labels
+            before = net.bake(None)(images).argmax(1) == labels
+        inside = torch.isin(labels, torch.tensor(group))
+        each = [right[labels == label].double().mean().item() for label in group]
+        assert record.classes == list(group)
+        assert record.acc_f == pytest.approx(sum(each) / size, abs=1e-6)
+        assert record.acc_f_worst == pytest.approx(max(each), abs=1e-6)
+        assert record.acc_r == pytest.approx(right[~inside].double().mean().item(), abs=1e-6)
+        assert record.original_acc_r == pytest.approx(
+            before[~inside].double().mean().item(), abs=1e-6
+        )
+        assert record.n_forget == int(inside.sum())
+    assert len({record.acc_r for record in result.records}) > 2
+    assert result.mean["acc_f_worst"] == max(r.acc_f_worst for r in result.records)
+
+
+def test_groups_are_all_or_drawn_once_each():
+    assert len(choose_groups(7, 2)) == 21
+    drawn = choose_groups(7, 3, 10, seed=4)
+    assert len(set(drawn)) == 10
+    assert all(len(set(group)) == 3 for group in drawn)
+    assert drawn == choose_groups(7, 3, 10, seed=4)
+    assert drawn != choose_groups(7, 3, 10, seed=5)
+    assert len(choose_groups(7, 2, 500)) == 21
+    with pytest.raises(ValueError, match="2 to 6 of the 7"):
+        choose_groups(7, 7)
+    with pytest.raises(ValueError, match="say how many"):
+        choose_groups(1000, 3)
+
+
+def test_an_interrupted_call_goes_on_and_nothing_changes(dataset, tmp_path, monkeypatch):
+    net, path = make_net().train(), tmp_path / "groups.json"
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    groups = choose_groups(K, 2)
+    whole = evaluate_groups(net, dataset, groups, progress=False)
+    monkeypatch.setattr("wfnet.evaluation.groups._GROUPS_TOGETHER", 8)
+    forward, calls = type(net).forward, []
+
+    def interrupt(self, images, forget=None, source=None):
+        calls.append(forget)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return forward(self, images, forget, source)
+
+    monkeypatch.setattr(type(net), "forward", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_groups(net, dataset, groups, records=path, progress=False)
+    assert path.is_file()
+    resumed = evaluate_groups(net, dataset, groups, records=path, progress=False)
+    assert resumed.records == whole.records
+    assert net.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
+    with pytest.raises(ValueError, match="another filters"):
+        evaluate_groups(make_net(seed=7), dataset, groups, records=path)
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([(0, 1), (2, 3, 4)], "same number of classes"),
+        ([(0,)], "at least 2"),
+        ([(0, 9)], "class 9"),
+        ([(1, 1)], "twice"),
+        ([tuple(range(K))], "to retain"),
+    ],
+)
+def test_bad_groups_are_refused(dataset, groups, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_groups(make_net(), dataset, groups)

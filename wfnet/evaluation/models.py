@@ -1,0 +1,142 @@
+"""Evaluation of plain models, one per forgotten class: baselines beside the filtered network."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wfnet import metrics
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation.initialisation import reinitialise
+from wfnet.evaluation.pairs import Hits, accuracies, check_classes
+from wfnet.evaluation.partial import PartialResults, data_identity
+from wfnet.evaluation.results import ClassRecord, EvaluationResult
+from wfnet.evaluation.rows import broken_logits
+from wfnet.evaluation.running import evaluation_mode
+from wfnet.pretrained import fingerprint
+from wfnet.training import progress_bar
+from wfnet.version import __version__
+
+
+def evaluate_models(
+    models: Callable[[int], nn.Module],
+    original: nn.Module,
+    dataset: Dataset,
+    classes: Sequence[int] | None = None,
+    batch_size: int = 256,
+    zrf_base: float = math.e,
+    initialised: nn.Module | None = None,
+    seed: int = 0,
+    records: str | os.PathLike | None = None,
+    identity: dict[str, Any] | None = None,
+    progress: bool = True,
+    workers: int = 0,
+    max_corrupt: int | CorruptImages | None = None,
+    amp_dtype: torch.dtype | None = None,
+) -> EvaluationResult:
+    """The measures of :func:`wfnet.evaluate` for one plain model per class; none is changed.
+
+    Args:
+        models: gives the plain model that has unlearned a class; asked once for each class.
+        original: the plain classifier before unlearning.
+        dataset, classes, batch_size, zrf_base, seed, progress, workers, max_corrupt, amp_dtype: as
+            in :func:`wfnet.evaluate`.
+        initialised: the same network newly initialised; by default :func:`reinitialise` makes it
+            from ``original``.
+        records: JSON file in which finished classes are kept: an interrupted call goes on there.
+        identity: what ``records`` depends on besides data and settings: how ``models`` were made.
+
+    Raises:
+        ValueError: before work starts, for arguments or labels that do not fit, or a file of
+            something else in ``records``.
+        FloatingPointError: if logits are NaN or infinite.
+    """
+    labels = labels_of(dataset)
+    names = classes_of(dataset)
+    rows = check_classes(classes, labels, len(names)).tolist()
+    metrics.check_base(zrf_base)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    corrupt = max_corrupt
+    if not isinstance(corrupt, CorruptImages):
+        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
+    kept = PartialResults(records, {
+        **(identity or {}), **data_identity(dataset), "original": fingerprint(original),
+        "settings": {"zrf_base": zrf_base, "seed": seed, "amp": str(amp_dtype)},
+    } if records else {})  # fmt: skip
+    started = time.perf_counter()
+
+    def run(model: nn.Module) -> tuple[Tensor, Tensor]:
+        """Logits ``[n, K]`` and labels ``[n]`` of all readable images, on the CPU."""
+        device = next(model.parameters()).device
+        found, seen = [], []
+        with (
+            evaluation_mode(model),
+            torch.inference_mode(),
+            torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
+        ):
+            for batch in batches(
+                dataset, torch.arange(len(labels)).split(batch_size), workers, corrupt
+            ):
+                logits = model(batch.images.to(device))
+                if bool(broken_logits(logits)):
+                    raise FloatingPointError(
+                        f"logits are NaN or infinite for images {int(batch.indices[0])} to "
+                        f"{int(batch.indices[-1])}; lower the learning rate of this baseline"
+                    )
+                found.append(logits.float().cpu())
+                seen.append(batch.labels)
+        return torch.cat(found), torch.cat(seen)
+
+    left = [label for label in rows if label not in kept]
+    if left:
+        before, seen = run(original)
+        new, _ = run(reinitialise(original, seed) if initialised is None else initialised)
+    bar = progress_bar(len(rows), "evaluating", progress)
+    bar.update(len(rows) - len(left))
+    for label in left:
+        after, _ = run(models(label))
+        scores = _scores(after, new, seen, label, zrf_base)
+        scores |= {
+            f"original_{name}": value
+            for name, value in _scores(before, new, seen, label, zrf_base).items()
+        }
+        count = int((seen == label).sum())
+        record = ClassRecord(
+            index=label, name=names[label], n_forget=count, n_retain=len(seen) - count, **scores
+        )
+        kept.add(label, asdict(record))
+        bar.update(1)
+    bar.close()
+    settings = {
+        "wfnet_version": __version__,
+        "model": type(original).__name__,
+        "num_classes": len(names),
+        "classes": "all" if classes is None else rows,
+        "images": len(labels),
+        "corrupt_images": len(corrupt.found),
+        "seed": seed,
+        "initialised": "reinitialise(original, seed)" if initialised is None else "given",
+    }
+    found = [ClassRecord(**kept[label]) for label in rows]
+    return EvaluationResult.from_records(found, zrf_base, settings, time.perf_counter() - started)
+
+
+def _scores(
+    logits: Tensor, new: Tensor, labels: Tensor, label: int, zrf_base: float
+) -> dict[str, float]:
+    hits = Hits(1, logits.shape[1], logits.device)
+    hits.add(logits, labels, torch.zeros_like(labels))
+    row = torch.tensor([label])
+    own = labels == label
+    return {
+        **{k: v.item() for k, v in accuracies(hits.seen, hits.top1, hits.top5, row).items()},
+        "zrf": metrics.zrf(logits[own], new[own], zrf_base).item(),
+    }
