@@ -7,6 +7,9 @@
 #include <string>
 
 #include "conv.h"
+#include "epilogue_bwd.h"
+#include "gate.h"
+#include "sm90_bindings.h"
 
 namespace py = pybind11;
 using Address = uintptr_t;
@@ -49,7 +52,8 @@ void conv_dgrad(Address ag, Address weight, int batch, int in_channels, int out_
                 const py::tuple& height, const py::tuple& width, Address skip, Address branch,
                 Address activation, Address scale, Address shift, int table_stride, bool relu,
                 Address grad, Address scaled_grad, Address partial0, Address partial1, Address t0,
-                Address t1, const std::string& dtype, int device, Address stream) {
+                Address t1, int total_stride, const std::string& dtype, int device,
+                Address stream) {
   if ((partial0 == 0) != (t0 == 0) || (partial1 == 0) != (t1 == 0))
     throw std::invalid_argument("a column sum needs its partial sums as workspace");
   wf::ConvParams p;
@@ -63,7 +67,8 @@ void conv_dgrad(Address ag, Address weight, int batch, int in_channels, int out_
   e.partial0 = pointer<float>(partial0), e.partial1 = pointer<float>(partial1);
   wf::launch_conv_dgrad(p, type_of(dtype), {device, stream});
   if (t0 != 0 || t1 != 0)
-    wf::launch_conv_dgrad_sums(p, pointer<float>(t0), pointer<float>(t1), {device, stream});
+    wf::launch_conv_dgrad_sums(p, pointer<float>(t0), pointer<float>(t1), total_stride,
+                               {device, stream});
 }
 
 int64_t conv_dgrad_slots(int batch, int in_channels, const py::tuple& height,
@@ -72,6 +77,56 @@ int64_t conv_dgrad_slots(int batch, int in_channels, const py::tuple& height,
   p.batch = batch, p.columns = in_channels;
   p.height = axis_of(height), p.width = axis_of(width);
   return wf::conv_dgrad_slots(p);
+}
+
+void epilogue_bwd(Address dout, int64_t sample_stride, int64_t pixel_stride, int batch, int pixels,
+                  int columns, Address skip, Address branch, Address activation, Address scale,
+                  Address shift, int table_stride, bool relu, Address grad, Address scaled_grad,
+                  Address partial0, Address partial1, Address t0, Address t1, int total_stride,
+                  const std::string& dtype, int device, Address stream) {
+  if ((partial0 == 0) != (t0 == 0) || (partial1 == 0) != (t1 == 0))
+    throw std::invalid_argument("a column sum needs its partial sums as workspace");
+  wf::EpilogueBackwardParams p;
+  p.dout = pointer(dout), p.sample_stride = sample_stride, p.pixel_stride = pixel_stride;
+  p.batch = batch, p.pixels = pixels, p.columns = columns;
+  wf::BackwardEpilogue& e = p.epilogue;
+  e.skip = pointer(skip), e.branch = pointer(branch), e.activation = pointer(activation);
+  e.scale = pointer<float>(scale), e.shift = pointer<float>(shift), e.table_stride = table_stride;
+  e.relu = relu, e.grad = pointer(grad), e.scaled_grad = pointer(scaled_grad);
+  e.partial0 = pointer<float>(partial0), e.partial1 = pointer<float>(partial1);
+  wf::launch_epilogue_bwd(p, type_of(dtype), {device, stream});
+  if (t0 != 0 || t1 != 0)
+    wf::launch_epilogue_bwd_sums(p, pointer<float>(t0), pointer<float>(t1), total_stride,
+                                 {device, stream});
+}
+
+void sum_by_source(Address dout, Address scale, int table_stride, Address order, Address first_of,
+                   Address scaled, int images, int pixels, int columns, const std::string& dtype,
+                   int device, Address stream) {
+  wf::launch_sum_by_source({pointer(dout), pointer<float>(scale), pointer<int64_t>(order),
+                            pointer<int64_t>(first_of), pointer(scaled), images, pixels, columns,
+                            table_stride},
+                           type_of(dtype), {device, stream});
+}
+
+void gate_rows(Address alpha, Address forget, float gate_scale, Address scales, Address factor,
+               Address rows, int batch, int labels, int classes, int columns, int alpha_stride,
+               int row_stride, int device, Address stream) {
+  wf::launch_gate_rows({pointer<float>(alpha), pointer<int64_t>(forget), gate_scale,
+                        pointer<float>(scales), pointer<float>(factor), pointer<float>(rows), batch,
+                        labels, classes, columns, alpha_stride, row_stride},
+                       {device, stream});
+}
+
+void gate_rows_bwd(Address t, Address products, Address chosen, Address alpha, Address forget,
+                   Address dalpha, int batch, int labels, int classes, int columns,
+                   int alpha_stride, int row_stride, int gradient_stride, int device,
+                   Address stream) {
+  wf::launch_gate_rows_bwd({pointer<float>(t), pointer<float>(products), pointer<float>(chosen),
+                            pointer<float>(alpha), pointer<int64_t>(forget), pointer<float>(dalpha),
+                            batch, labels, classes, columns, alpha_stride, row_stride,
+                            gradient_stride},
+                           {device, stream});
 }
 
 }  // namespace
@@ -91,9 +146,31 @@ PYBIND11_MODULE(WF_MODULE, module) {
              arg("in_channels"), arg("out_channels"), arg("height"), arg("width"), arg("skip"),
              arg("branch"), arg("activation"), arg("scale"), arg("shift"), arg("table_stride"),
              arg("relu"), arg("grad"), arg("scaled_grad"), arg("partial0"), arg("partial1"),
-             arg("t0"), arg("t1"), arg("dtype"), arg("device"), arg("stream"));
+             arg("t0"), arg("t1"), arg("total_stride"), arg("dtype"), arg("device"),
+             arg("stream"));
   module.def("conv_dgrad_slots", &conv_dgrad_slots, py::kw_only(), arg("batch"),
              arg("in_channels"), arg("height"), arg("width"));
+  module.def("epilogue_bwd", &epilogue_bwd, py::kw_only(), arg("dout"), arg("sample_stride"),
+             arg("pixel_stride"), arg("batch"), arg("pixels"), arg("columns"), arg("skip"),
+             arg("branch"), arg("activation"), arg("scale"), arg("shift"), arg("table_stride"),
+             arg("relu"), arg("grad"), arg("scaled_grad"), arg("partial0"), arg("partial1"),
+             arg("t0"), arg("t1"), arg("total_stride"), arg("dtype"), arg("device"),
+             arg("stream"));
+  module.def("epilogue_bwd_slots", &wf::epilogue_bwd_slots, py::kw_only(), arg("batch"),
+             arg("pixels"));
+  module.def("sum_by_source", &sum_by_source, py::kw_only(), arg("dout"), arg("scale"),
+             arg("table_stride"), arg("order"), arg("first_of"), arg("scaled"), arg("images"),
+             arg("pixels"), arg("columns"), arg("dtype"), arg("device"), arg("stream"));
+  module.def("gate_rows", &gate_rows, py::kw_only(), arg("alpha"), arg("forget"),
+             arg("gate_scale"), arg("scales"), arg("factor"), arg("rows"), arg("batch"),
+             arg("labels"), arg("classes"), arg("columns"), arg("alpha_stride"),
+             arg("row_stride"), arg("device"), arg("stream"));
+  module.def("gate_rows_bwd", &gate_rows_bwd, py::kw_only(), arg("t"), arg("products"),
+             arg("chosen"), arg("alpha"), arg("forget"), arg("dalpha"), arg("batch"),
+             arg("labels"), arg("classes"), arg("columns"), arg("alpha_stride"),
+             arg("row_stride"), arg("gradient_stride"), arg("device"), arg("stream"));
+  py::module_ sm90 = module.def_submodule("sm90", "Hopper kernels (sm_90a).");
+  wf::sm90::bind(sm90);
 #if !defined(WF_EMULATED)
   module.attr("emulated") = false;
 #else

@@ -11,6 +11,7 @@ struct ColumnSumsParams {
   const float* partial[2] = {};  // [slots, columns]
   float* total[2] = {};          // [batch, columns]; null where not wanted
   int batch = 0, columns = 0;
+  int total_stride = 0;  // between rows of the totals
   int strip_rows = 0, span = 1;
   int block_rows = 0;      // of the tiles that a phase begins with
   Axis height{}, width{};  // phases; strides of 1 for one phase of height.input * width.input rows
@@ -53,7 +54,7 @@ struct SumColumns {
       if (slice == 0) {
         for (int other = 1; other < kSlices; ++other)
           sum += load_shared<float>(shared_base() + (other * kColumns + lane) * 4);
-        if (column_ok) store_global(p.total[which] + int64_t{sample} * p.columns + column, sum);
+        if (column_ok) store_global(p.total[which] + int64_t{sample} * p.total_stride + column, sum);
       }
       sync_block();
     }

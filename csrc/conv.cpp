@@ -71,8 +71,11 @@ void check_conv_fprop(const ConvParams& p) {
 
 void check_conv_dgrad(const ConvParams& p) {
   check_common(p);
-  const BackwardEpilogue& e = p.backward;
   require(p.source == nullptr && p.images == p.batch, "an input gradient takes no sources");
+  check_backward_epilogue(p.backward, p.columns, p.batch);
+}
+
+void check_backward_epilogue(const BackwardEpilogue& e, int columns, int batch) {
   check_pointer(e.skip, "skip", false);
   check_pointer(e.branch, "branch", e.needs_branch());
   check_pointer(e.activation, "activation", false);
@@ -82,7 +85,8 @@ void check_conv_dgrad(const ConvParams& p) {
   check_pointer(e.scaled_grad, "scaled_grad", false);
   check_pointer(e.partial0, "partial0", false);
   check_pointer(e.partial1, "partial1", false);
-  if (e.scale != nullptr || e.shift != nullptr) check_table_stride(e.table_stride, p.columns, p.batch);
+  if (e.scale != nullptr || e.shift != nullptr)
+    check_table_stride(e.table_stride, columns, batch);
   require(e.grad || e.scaled_grad || e.partial0 || e.partial1, "no result is asked for");
 }
 

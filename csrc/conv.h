@@ -28,6 +28,7 @@ struct ConvParams {
 // Throws std::invalid_argument with one sentence for what the kernels cannot take.
 void check_conv_fprop(const ConvParams& params);
 void check_conv_dgrad(const ConvParams& params);
+void check_backward_epilogue(const BackwardEpilogue& epilogue, int columns, int batch);
 
 // Whether tiles of 64 columns waste less than tiles of 128.
 WF_HOST_DEVICE bool narrow_tiles(int columns) {
@@ -44,7 +45,9 @@ int64_t conv_dgrad_slots(const ConvParams& params);
 void launch_conv_fprop(const ConvParams& params, Type type, Place place);
 void launch_conv_dgrad(const ConvParams& params, Type type, Place place);
 
-// t0, t1 [B, columns] from the partial sums that launch_conv_dgrad left; either may be null.
-void launch_conv_dgrad_sums(const ConvParams& params, float* t0, float* t1, Place place);
+// t0, t1 [B, columns], rows total_stride apart, from the partial sums that launch_conv_dgrad left;
+// either may be null.
+void launch_conv_dgrad_sums(const ConvParams& params, float* t0, float* t1, int total_stride,
+                            Place place);
 
 }  // namespace wf

@@ -50,10 +50,11 @@ void launch_conv_dgrad(const ConvParams& params, Type type, Place place) {
   type == Type::kBf16 ? launch_typed<Bf16>(p, place) : launch_typed<Fp16>(p, place);
 }
 
-void launch_conv_dgrad_sums(const ConvParams& p, float* t0, float* t1, Place place) {
+void launch_conv_dgrad_sums(const ConvParams& p, float* t0, float* t1, int total_stride,
+                            Place place) {
   ColumnSumsParams sums;
   sums.partial[0] = p.backward.partial0, sums.partial[1] = p.backward.partial1;
-  sums.total[0] = t0, sums.total[1] = t1;
+  sums.total[0] = t0, sums.total[1] = t1, sums.total_stride = total_stride;
   sums.batch = p.batch, sums.columns = p.columns;
   sums.strip_rows = conv_dgrad_strip_rows(p.columns), sums.span = conv_dgrad_span(p);
   sums.block_rows = Wide<Bf16>::kBlockM;

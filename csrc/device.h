@@ -260,6 +260,37 @@ WF_DEVICE int shuffle(int value, int from) {
 #endif
 }
 
+// Bit l: `vote` of lane l.
+WF_DEVICE uint32_t ballot(bool vote) {
+#if defined(__CUDACC__)
+  return __ballot_sync(0xFFFFFFFFu, vote);
+#else
+  struct Arguments {
+    bool vote;
+    uint32_t result;
+  } mine{vote, 0};
+  emulation::Fiber& self = *emulation::current_fiber();
+  emulation::block().meet(self.warp().rendezvous, "ballot", 32, self.lane(), &mine,
+                          [](void* const* all) {
+                            uint32_t votes = 0;
+                            for (int lane = 0; lane < 32; ++lane)
+                              votes |= uint32_t{static_cast<Arguments*>(all[lane])->vote} << lane;
+                            for (int lane = 0; lane < 32; ++lane)
+                              static_cast<Arguments*>(all[lane])->result = votes;
+                          });
+  return mine.result;
+#endif
+}
+
+// Position of the lowest set bit of a number that is not 0.
+WF_HOST_DEVICE int lowest_bit(uint32_t bits) {
+#if defined(__CUDA_ARCH__)
+  return __ffs(static_cast<int>(bits)) - 1;
+#else
+  return __builtin_ctz(bits);
+#endif
+}
+
 // --- global memory -------------------------------------------------------------------------------
 
 // V: any type of 1, 2, 4, 8 or 16 bytes that is aligned to its size.

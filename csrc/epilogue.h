@@ -63,6 +63,13 @@ WF_DEVICE void store_floats(float* row, const Channels& channels) {
   store_global(row + 4, high);
 }
 
+WF_HOST_DEVICE Channels scaled(const Channels& factor, const Channels& channels) {
+  Channels product;
+  WF_UNROLL
+  for (int i = 0; i < kVector; ++i) product.value[i] = factor.value[i] * channels.value[i];
+  return product;
+}
+
 // Tensors are [B, P, Q, columns] of T; tables [B, columns] fp32 with rows table_stride apart.
 struct ForwardEpilogue {
   const float* scale = nullptr;    // A
@@ -100,9 +107,7 @@ WF_HOST_DEVICE float rectified(float value) { return value < 0.0f ? 0.0f : value
 template <class T>
 WF_DEVICE void forward_channels(const ForwardEpilogue& epilogue, const Channels& u,
                                 const Channels& scale, const Channels& shift, int64_t at) {
-  Channels value;
-  WF_UNROLL
-  for (int i = 0; i < kVector; ++i) value.value[i] = scale.value[i] * u.value[i];
+  Channels value = scaled(scale, u);
   if (epilogue.branch != nullptr) {
     // Backward takes the ReLU mask from the stored branch: forward sees the same number.
     const Vec16 stored = pack<T>(value);

@@ -385,12 +385,8 @@ struct ImplicitGemm {
         } else {
           backward_mask<T>(p.backward, value, branch, c, at);
           if (p.backward.grad != nullptr) store_channels<T>(p.backward.grad, at, value);
-          if (p.backward.scaled_grad != nullptr) {
-            Channels scaled;
-            WF_UNROLL
-            for (int i = 0; i < kVector; ++i) scaled.value[i] = a.value[i] * value.value[i];
-            store_channels<T>(p.backward.scaled_grad, at, scaled);
-          }
+          if (p.backward.scaled_grad != nullptr)
+            store_channels<T>(p.backward.scaled_grad, at, scaled(a, value));
         }
       }
       if (summed) {
