@@ -168,9 +168,11 @@ struct Accumulators {
   float half[2][kBlockN / 2];
 };
 
+// Issues the wgmma of a tile; all but those of the last slice are complete. Returns its stage, which
+// finish_multiply() waits for and frees.
 template <class T, int kBlockN, bool kTransposedB>
-WF_DEVICE void multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>::kStages>& ring,
-                        int slices) {
+WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>::kStages>& ring,
+                       int slices) {
   using L = Layout<kBlockN>;
   const bool signals = thread_index() % 32 == 0;
   int previous = 0;
@@ -200,10 +202,15 @@ WF_DEVICE void multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>
     previous = ring.stage;
     ring.advance();
   }
+  return previous;
+}
+
+template <int kBlockN>
+WF_DEVICE void finish_multiply(Accumulators<kBlockN>& acc, int last_stage, int slices) {
   wgmma_wait<0>();
   pin_registers(acc.half[0]);
   pin_registers(acc.half[1]);
-  if (slices > 0 && signals) mbarrier_arrive(L::empty(previous));
+  if (slices > 0 && thread_index() % 32 == 0) mbarrier_arrive(Layout<kBlockN>::empty(last_stage));
 }
 
 // ---- epilogues ------------------------------------------------------------------------------------
@@ -507,8 +514,11 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
         WF_UNROLL
         for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
       if (i > 0) wait_for_turn(consumer);
-      multiply<T, kBlockN, kDirection == Direction::kBackward>(acc, ring, slices);
+      const int last =
+          multiply<T, kBlockN, kDirection == Direction::kBackward>(acc, ring, slices);
+      // The other consumer issues its first wgmma while the last ones of this tile are at work.
       if (next.slot < problem.tile_slots) give_turn(consumer);
+      finish_multiply<kBlockN>(acc, last, slices);
       finish_tile<T, kBlockN>(acc, problem, params.epilogue, tile, consumer);
     } else {
       ring.skip(slices);

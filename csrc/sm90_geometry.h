@@ -136,7 +136,7 @@ WF_SM90_BOTH void finish_problem(Problem& problem, int block_n) {
   problem.tile_slots = problem.m_tiles * problem.num_phases * problem.n_tiles;
 }
 
-// 128 columns, unless that computes more than a quarter too many: 64, 192 and 320 channels.
+// 128 columns, unless that computes more than a quarter too many: for 64 and 192 channels.
 WF_SM90_BOTH int choose_block_n(int columns) {
   const int wide = (columns + 127) / 128 * 128;
   const int narrow = (columns + 63) / 64 * 64;

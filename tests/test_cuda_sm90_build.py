@@ -1,0 +1,149 @@
+"""Machine code of the Hopper kernels: wgmma, TMA and mbarriers are there; no spills; it fits.
+
+Compiled with nvcc for sm_90a alone (about ten seconds), cached by the hash of the sources.
+"""
+
+import functools
+import hashlib
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import cuda_modules
+import pytest
+
+CSRC = cuda_modules.ROOT / "csrc"
+SOURCES = sorted([*CSRC.glob("*.h"), CSRC / "sm90_gemm.cu"])
+TEMPLATES = [
+    (element, block_n, direction)
+    for element in ("Bf16", "Fp16")
+    for block_n in (64, 128)
+    for direction in ("forward", "backward")
+]
+
+
+def cuobjdump() -> Path:
+    """The disassembler that comes with Triton's package."""
+    triton = pytest.importorskip("triton")
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not tool.exists():
+        pytest.skip("this Triton carries no cuobjdump")
+    return tool
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What ptxas reported of one kernel, and its instructions."""
+
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+    code: str
+
+    def count(self, instruction: str) -> int:
+        return len(re.findall(rf"\b{instruction}", self.code))
+
+
+@functools.cache
+def compiled() -> tuple[str, str]:
+    """What nvcc printed, and the disassembly."""
+    build = cuda_modules.build()
+    try:
+        compiler = build.nvcc()
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    command = [compiler, "-std=c++17", "-O3", *build.gencode(["9.0a"]), f"-I{CSRC}"]
+    command += ["-gencode=arch=compute_80,code=sm_80", "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in SOURCES:
+        digest.update(path.read_bytes())
+    folder = cuda_modules.ROOT / "build/sm90" / digest.hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    log, code = folder / "log.txt", folder / "code.sass"
+    if not code.exists():
+        target = folder / "sm90_gemm.o"
+        done = subprocess.run(
+            [*command, "-c", str(CSRC / "sm90_gemm.cu"), "-o", str(target)],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        log.write_text(done.stdout + done.stderr)
+        dump = subprocess.run(
+            [cuobjdump(), "-sass", str(target)], check=True, capture_output=True, text=True
+        )
+        code.write_text(dump.stdout)
+    return log.read_text(), code.read_text()
+
+
+def mangled(element: str, block_n: int, direction: str) -> str:
+    number = ("forward", "backward").index(direction)
+    return f"GemmKernelINS_4{element}ELi{block_n}ELNS1_9DirectionE{number}EE"
+
+
+def functions(code: str, arch: str) -> list[str]:
+    """Disassembled functions of one target, each beginning with its mangled name."""
+    parts = re.split(r"\n\s*code for (sm_\w+)", code)
+    sections = [
+        text for target, text in zip(parts[1::2], parts[2::2], strict=True) if target == arch
+    ]
+    return [part for text in sections for part in re.split(r"\n\s*Function : ", text)[1:]]
+
+
+def kernel(name: str) -> Kernel:
+    """The one kernel on sm_90a whose mangled name has ``name`` in it."""
+    log, code = compiled()
+    reports = log.split("Compiling entry function")[1:]
+    [report] = [part for part in reports if name in part and "for 'sm_90a'" in part]
+    [body] = [part for part in functions(code, "sm_90a") if name in part.split("\n", 1)[0]]
+    stack, stores, loads = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
+    ).groups()
+    registers = re.search(r"Used (\d+) registers", report).group(1)
+    return Kernel(int(registers), int(stack), int(stores) + int(loads), body)
+
+
+@pytest.mark.parametrize(("element", "block_n", "direction"), TEMPLATES)
+def test_machine_code(element, block_n, direction):
+    code = kernel(mangled(element, block_n, direction))
+    # 384 threads with 168 registers at entry are the whole register file: 65,536.
+    assert code.registers == 168
+    assert code.stack_bytes == 0
+    assert code.spill_bytes == 0
+    assert code.count("LDL") == code.count("STL") == 0
+    # Four 16-deep steps by two halves of 64 rows, in one unrolled slice.
+    suffix = ".BF16" if element == "Bf16" else " "
+    assert code.count(rf"HGMMA\.64x{block_n}x16\.F32{re.escape(suffix)}") == 8
+    assert code.count("HGMMA") == 8
+    assert code.count("UTMALDG.4D.IM2COL") >= 1
+    assert code.count("UTMALDG.2D") >= 1
+    assert code.count("UTMALDG.3D") >= (2 if direction == "backward" and block_n == 128 else 1)
+    assert code.count("SYNCS.PHASECHK.TRANS64.TRYWAIT") >= 2
+    assert code.count("USETMAXREG.DEALLOC") == code.count("USETMAXREG.TRY_ALLOC") == 1
+    # 16 bytes per lane in the epilogue, nothing narrower.
+    assert code.count(r"STG\.E\.128") >= block_n // 32 * 4
+    assert len(re.findall(r"STG\.E(?!\.128)", code.code)) <= (
+        0 if direction == "forward" else block_n // 32
+    )
+
+
+def test_compiler_does_not_serialise_wgmma():
+    log, _ = compiled()
+    assert "C75" not in log, log  # C7508: setmaxnreg ignored; C7510, C7514: wgmma serialised
+    assert "error" not in log
+
+
+def test_column_sums_kernel():
+    code = kernel("SumKernel")
+    assert code.registers <= 64
+    assert code.spill_bytes == 0
+
+
+def test_other_targets_have_no_hopper_code():
+    """A build for several targets has these kernels on sm_90a only, and compiles for the others."""
+    log, code = compiled()
+    assert log.count("for 'sm_90a'") == log.count("for 'sm_80'") == len(TEMPLATES) + 1
+    for name in TEMPLATES:
+        [body] = [part for part in functions(code, "sm_80") if mangled(*name) in part]
+        assert body.count(";") < 40

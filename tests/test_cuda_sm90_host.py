@@ -1,0 +1,235 @@
+"""Host arithmetic of the Hopper kernels: tiles, rows, taps, tensor maps, descriptors, column sums.
+
+Each is compared with the plain definition of a convolution (or of its input gradient) over many
+shapes; the kernels use the same functions (csrc/sm90_geometry.h, sm90_tensor_map.h).
+"""
+
+import itertools
+import math
+import re
+from collections import Counter
+
+import pytest
+from cuda_sm90 import convolution, sm90
+
+SIZES = [(1, 1), (5, 3), (7, 7), (8, 6), (13, 4)]
+FILTERS = [(1, 1), (3, 3), (2, 5), (7, 7)]
+
+
+def shapes():
+    """Convolutions of every kind that fit into their image."""
+    for (h, w), (r, s), stride, pad, dilation in itertools.product(
+        SIZES, FILTERS, [(1, 1), (2, 2), (1, 2)], [0, 1, 3], [1, 2]
+    ):
+        fits = all(
+            size + 2 * pad - dilation * (k - 1) >= 1 for size, k in zip((h, w), (r, s), strict=True)
+        )
+        if fits:
+            yield convolution(3, h, w, 72, 136, (r, s), stride, (pad, pad), (dilation, dilation))
+
+
+SHAPES = list(shapes())
+
+
+def geometry(conv):
+    return conv.filter, conv.stride, conv.pad, conv.dilation
+
+
+def test_there_are_many_shapes():
+    assert len(SHAPES) > 150
+
+
+def test_forward_slices_are_all_taps_and_channels():
+    for conv in SHAPES[::5]:
+        (r, s), _, _, dilation = geometry(conv)
+        expected = [
+            (i * s + j, i * dilation[0], j * dilation[1], c)
+            for i in range(r)
+            for j in range(s)
+            for c in (0, 64)
+        ]
+        assert sm90().slices_of(conv.native, False, 0) == expected
+
+
+def test_backward_reads_what_the_definition_says():
+    """Pixel (h, w) of dx meets pixel (p, q) of dout at tap (i, j) where p*stride = h + pad - i*dil.
+
+    Every pair exactly once: through its phase, its filter base and the offsets of the tap.
+    """
+    for conv in SHAPES:
+        filter_size, stride, pad, dilation = geometry(conv)
+        for axis, name in enumerate("hw"):
+            size = (conv.height, conv.width)[axis]
+            expected = Counter()
+            for x, tap in itertools.product(range(size), range(filter_size[axis])):
+                distance = x + pad[axis] - tap * dilation[axis]
+                if distance % stride[axis] == 0:
+                    expected[x, tap, distance // stride[axis]] += 1
+            found = Counter()
+            phases = sm90().problem(conv.native, True)["phases"]
+            # Phase (f_h, f_w) is number f_h * stride_w + f_w: each axis' own phases once.
+            for phase in phases[:: stride[1]] if name == "h" else phases[: stride[1]]:
+                a = phase[name]
+                for i in range(a["size"]):
+                    x = a["out"][0] + i * a["out"][1]
+                    for tap, offset in zip(a["taps"], a["offsets"], strict=True):
+                        assert offset >= 0
+                        found[x, tap, a["base"][0] + i * a["base"][1] + offset] += 1
+            assert found == expected, conv
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["fprop", "dgrad"])
+def test_rows_are_all_pixels_once(backward):
+    for conv in SHAPES:
+        sizes = (conv.height, conv.width) if backward else (conv.out_height, conv.out_width)
+        pixels = []
+        for phase in range(len(sm90().problem(conv.native, backward)["phases"])):
+            rows = sm90().rows_of(conv.native, backward, phase)
+            assert all(pixel // math.prod(sizes) == sample for sample, pixel in rows)
+            assert rows == sorted(rows)
+            pixels += [pixel for _, pixel in rows]
+        assert sorted(pixels) == list(range(3 * math.prod(sizes)))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["fprop", "dgrad"])
+def test_im2col_traversal_meets_every_row(backward):
+    """The driver's rules: filter bases run from the lower corner to the last pixel plus the upper
+    corner, step by step; then the row, then the sample is advanced."""
+    for conv in SHAPES[::3]:
+        problem = sm90().problem(conv.native, backward)
+        for index, phase in enumerate(problem["phases"]):
+            if phase["slices"] == 0 or phase["rows"] == 0:
+                continue
+            tensor = sm90().tensor_map(conv.native, backward, index)
+            _, width, height, samples = tensor["size"]
+            spans = [
+                range(low, extent - 1 + up + 1, step)
+                for low, up, extent, step in zip(
+                    tensor["lower"],
+                    tensor["upper"],
+                    (width, height),
+                    tensor["element_step"][1:3],
+                    strict=True,
+                )
+            ]
+            bases = [(n, h, w) for n in range(samples) for h in spans[1] for w in spans[0]]
+            assert len(bases) == phase["rows"]
+            for row in range(0, phase["rows"], 7):
+                assert sm90().base_of(conv.native, backward, index, row) == bases[row]
+
+
+def test_tensor_map_of_a_strided_convolution():
+    conv = convolution(4, 10, 12, 72, 136, (3, 5), (2, 1), (1, 2), (1, 1))
+    assert sm90().tensor_map(conv.native, False, 0) == {
+        "size": (72, 12, 10, 4),
+        "stride": (0, 144, 144 * 12, 144 * 120),
+        "element_step": (1, 1, 2, 1),
+        "lower": (-2, -1),
+        "upper": (-2, -2),  # 12 bases from -2 to 9 of 11; 5 from -1 to 7 of 9
+        "channels": 64,
+        "pixels": 128,
+    }
+
+
+@pytest.mark.parametrize("grid", [1, 3, 132])
+def test_schedule_covers_every_tile_once(grid):
+    for conv in SHAPES[::4]:
+        for backward in (False, True):
+            problem = sm90().problem(conv.native, backward)
+            expected = {
+                (index, m, n)
+                for index, phase in enumerate(problem["phases"])
+                for m in range(phase["m_tiles"])
+                for n in range(problem["n_tiles"])
+            }
+            tiles = list(itertools.chain(*sm90().schedule_of(conv.native, backward, grid)))
+            assert len(tiles) == len(expected)
+            assert set(tiles) == expected
+
+
+@pytest.mark.parametrize("channels", [64, 128, 256, 512])
+def test_strided_gradient_is_balanced(channels):
+    """Phases of a 3x3 filter have 1, 2, 2, 4 taps: no thread block may get only the long ones."""
+    size = 56 * 64 // channels
+    conv = convolution(
+        512, 2 * size, 2 * size, channels, 2 * channels, (3, 3), (2, 2), (1, 1), (1, 1)
+    )
+    problem = sm90().problem(conv.native, True)
+    taps = [phase["slices"] for phase in problem["phases"]]
+    assert sorted(taps) == [s * 2 * channels // 64 for s in (1, 2, 2, 4)]
+    work = [
+        sum(taps[phase] for phase, _, _ in block)
+        for block in sm90().schedule_of(conv.native, True, 132)
+    ]
+    assert max(work) <= 1.1 * sum(work) / len(work)
+
+
+def test_partial_sums_have_a_row_per_tile_and_sample():
+    for conv in SHAPES[::3]:
+        problem = sm90().problem(conv.native, True)
+        used = Counter()
+        for index, phase in enumerate(problem["phases"]):
+            if phase["rows"] == 0:
+                continue
+            samples = [sample for sample, _ in sm90().rows_of(conv.native, True, index)]
+            touched = {(row // 128, sample) for row, sample in enumerate(samples)}
+            for sample in range(3):
+                first, last = sm90().tiles_of_sample(conv.native, True, index, sample)
+                assert {m for m, s in touched if s == sample} == set(range(first, last + 1))
+            for m, sample in touched:
+                used[sm90().partial_row(conv.native, True, index, m, sample)] += 1
+        assert set(used.values()) == {1}
+        assert min(used) >= 0
+        assert max(used) < problem["partial_rows"]
+
+
+def test_wgmma_descriptor_fields():
+    descriptor = sm90().descriptor(0x12340, 8192, 1024)
+    assert descriptor & 0x3FFF == 0x1234
+    assert descriptor >> 16 & 0x3FFF == 512
+    assert descriptor >> 32 & 0x3FFF == 64
+    assert descriptor >> 49 & 7 == 0
+    assert descriptor >> 62 == 1  # 128-byte swizzle
+    rest = (0x3FFF | 0x3FFF << 16 | 0x3FFF << 32 | 1 << 62) ^ (2**64 - 1)
+    assert descriptor & rest == 0
+
+
+def test_shared_memory_fits():
+    for block_n in (64, 128):
+        assert 190 * 1024 < sm90().shared_bytes(block_n) <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("channels", "block_n"),
+    [(64, 64), (128, 128), (192, 64), (256, 128), (320, 128), (576, 128), (1152, 128), (40, 64)],
+)
+def test_column_tiles_waste_little(channels, block_n):
+    conv = convolution(1, 4, 4, 64, channels)
+    assert sm90().problem(conv.native, False)["block_n"] == block_n
+
+
+@pytest.mark.parametrize(
+    ("sizes", "forward", "backward"),
+    [
+        ((1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1), (1, 1)), None, None),
+        ((1, 8, 8, 3, 64, (7, 7), (2, 2), (3, 3), (1, 1)), "multiples of 8", "multiples of 8"),
+        ((1, 8, 8, 64, 60, (1, 1), (1, 1), (0, 0), (1, 1)), "multiples of 8", "multiples of 8"),
+        ((1, 2, 2, 64, 64, (3, 3), (1, 1), (0, 0), (1, 1)), "does not fit", "does not fit"),
+        ((0, 8, 8, 64, 64, (1, 1), (1, 1), (0, 0), (1, 1)), "empty", "empty"),
+        ((1, 32, 32, 64, 64, (4, 4), (4, 4), (0, 0), (1, 1)), None, "product is above 4"),
+        ((1, 32, 32, 64, 64, (1, 1), (9, 9), (0, 0), (1, 1)), "above 8", "product is above 4"),
+        ((1, 32, 32, 64, 64, (3, 3), (1, 1), (129, 129), (1, 1)), "128 pixels", "128 pixels"),
+        ((1, 300, 300, 64, 64, (3, 3), (1, 1), (64, 64), (130, 130)), "wider", "wider"),
+        ((65536, 224, 224, 64, 64, (3, 3), (1, 1), (1, 1), (1, 1)), "2..31", "2..31"),
+    ],
+)
+def test_refusals(sizes, forward, backward):
+    conv = convolution(*sizes)
+    for reason, expected in (
+        (sm90().refuse_fprop(conv.native), forward),
+        (sm90().refuse_dgrad(conv.native), backward),
+    ):
+        if expected is None:
+            assert reason is None
+        else:
+            assert re.search(expected, reason), reason
