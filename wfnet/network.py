@@ -161,7 +161,7 @@ class WFNet(nn.Module):
                 return self.model(_expand(images, source))
         self._check(selection, images.shape[0] if source is None else source.shape[0])
         if self.fuse and selection.rows is not None and not images.requires_grad:
-            network = self._fused(images)
+            network = self.fused_network(images)
             if network is not None:
                 batch = images.shape[0] if source is None else source.shape[0]
                 rows = selection.expand(batch, images.device, self.num_classes)
@@ -176,8 +176,13 @@ class WFNet(nn.Module):
         with forgetting(selection), checkpoints, first:
             return self.model(_expand(images, source))
 
-    def _fused(self, images: Tensor) -> fusion.FusedNetwork | None:
-        """The fused network, made and checked on first use; None where it cannot be made."""
+    def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
+        """The fused network, made and checked on first use with two of ``images``.
+
+        None where it cannot be made, and without ``fuse``.
+        """
+        if not self.fuse:
+            return None
         key = tuple(layer.backend for layer in self.masked_layers.values())
         if self._fusion is None or self._fusion[0] != key:
             network = None

@@ -8,14 +8,18 @@ objective is one subclass of :class:`Objective`, passed as ``untrain(..., object
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wfnet import gates
 from wfnet.expansion import ExpandedBatch
 from wfnet.network import WFNet
+from wfnet.tables import side_by_side
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,45 @@ def distillation(logits: Tensor, original: Tensor) -> Tensor:
     ).sum(1)
 
 
+def closed_share(net: WFNet) -> Tensor:
+    """``mean over filter matrices of mean(1 - gate)``, a scalar, differentiable (paper, eq. 3).
+
+    One pass over all filters, forward and backward, for any number of layers.
+    """
+    scale = next(iter(net.masked_layers.values())).gate_scale
+    return _ClosedShare.apply(scale, *net.filter_parameters())
+
+
+class _ClosedShare(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scale, *filters):
+        ctx.scale = scale
+        ctx.save_for_backward(*filters)
+        closed = 1 - gates.gate(side_by_side(filters), scale)
+        return (closed.mean(0) * _column_weights(filters)).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dout):
+        filters = ctx.saved_tensors
+        flat = side_by_side(filters)
+        slope = gates.gate(flat, ctx.scale) * torch.sigmoid(-flat)
+        gradient = slope.mul_(_column_weights(filters) * (-dout / flat.shape[0])).to(flat.dtype)
+        return None, *gradient.split([matrix.shape[1] for matrix in filters], 1)
+
+
+def _column_weights(filters: Sequence[Tensor]) -> Tensor:
+    """``[total]``: what a column's mean contributes to the mean over matrices."""
+    wide = torch.promote_types(filters[0].dtype, torch.float32)
+    return _weights_of(tuple(f.shape[1] for f in filters), wide, filters[0].device)
+
+
+@lru_cache(16)
+def _weights_of(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    shares = [1 / (len(widths) * width) for width in widths for _ in range(width)]
+    return torch.tensor(shares, dtype=dtype, device=device)
+
+
 @dataclass(frozen=True)
 class BalancedObjective(Objective):
     """Recipe ``balanced`` (design section 2, "Objectives")::
@@ -164,7 +207,7 @@ class PaperObjective(Objective):
         return F.cross_entropy(logits, target, reduction="none")
 
     def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
-        closed = torch.stack([(1 - gate).mean() for gate in net.gates().values()]).mean()
+        closed = closed_share(net)
         total = (self.lambda0 * retain) ** 2 + self.lambda1 / forget + self.lambda2 * closed
         terms = {"retain": retain.detach(), "forget": forget.detach(), "closed": closed.detach()}
         return Losses(total, terms)

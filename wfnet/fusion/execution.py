@@ -27,7 +27,8 @@ class FusedNetwork:
     def __init__(self, plan: Plan, backend: Backend):
         self.plan = plan
         self.backend = backend
-        self.convs = plan.convolutions
+        # In the order of the network's modules, as `WFNet.filter_parameters`.
+        self.convs = sorted(plan.convolutions, key=lambda step: step.index)
         self._tables: tuple[object, GateTables] | None = None
         self._weights: dict[tuple[int, torch.dtype], tuple[object, Tensor]] = {}
 

@@ -46,13 +46,14 @@ class ConvStep:
 
     name: str
     layer: WFConv2d
+    position: int  # of the layer among all masked layers, in module order
     input: fx.Node
     output: fx.Node
     norm: nn.BatchNorm2d | None = None
     residual: fx.Node | None = None
     relu: bool = False
     geometry: ConvGeometry = field(init=False)
-    index: int = field(init=False)  # among the convolutions of the plan
+    index: int = field(init=False)  # among the convolutions of the plan, in module order
     at_source: bool = field(init=False)
     residual_learns: bool = field(init=False)
     shortcut: ConvStep | None = field(init=False, default=None)
@@ -189,7 +190,8 @@ class _Folder:
 
     def _grow(self, node: fx.Node) -> None:
         """Absorbs BatchNorm, one residual sum and a ReLU as long as nobody else reads between."""
-        step = ConvStep(node.target, self.masked[node.target], node.args[0], node)
+        position = list(self.masked).index(node.target)
+        step = ConvStep(node.target, self.masked[node.target], position, node.args[0], node)
         while len(step.output.users) == 1:
             (follower,) = step.output.users
             if not self._absorb(step, follower):
@@ -328,8 +330,9 @@ def _link(steps: list[ConvStep | CallStep], level: dict[fx.Node, int], result: f
     for step in steps:
         for node in dict.fromkeys(step.reads):
             readers.setdefault(node, []).append(step)
-    for index, step in enumerate(maker.values()):
+    for index, step in enumerate(sorted(maker.values(), key=lambda step: step.position)):
         step.index = index
+    for step in maker.values():
         step.at_source = level[step.input] == SOURCE
         step.residual_learns = step.residual is not None and level[step.residual] == EXPANDED
         made = maker.get(step.residual)

@@ -1,0 +1,352 @@
+"""One untraining step on a device: expanded batch in, gradients of all filters, filters moved.
+
+The step works on one ``[K, total]`` matrix of filters and one of gradients
+(:func:`wfnet.tables.flatten_filters`). Where the network is fused, the gradients are written there
+directly: autograd sees the loss as a function of logits only. Nothing in a step reads device data
+on the host and no shape depends on labels, so that on a CUDA device it is captured as a CUDA graph:
+images, forget labels, sources and targets are copied into static buffers and the graph is replayed.
+New labels never capture anew; a batch of another shape runs as it is.
+
+    with flatten_filters(net.filter_parameters()):
+        step = UntrainingStep(net, objective, RowAdam(net.filter_parameters()))
+        for images, batch in minibatches:
+            losses = step([(images, batch)], lr=0.1)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from wfnet.expansion import ExpandedBatch
+from wfnet.fusion.execution import Run
+from wfnet.network import WFNet
+from wfnet.objectives import Losses, Objective, full_precision
+from wfnet.optimizers import RowAdam, clip_filters
+from wfnet.tables import flat_matrix
+
+logger = logging.getLogger("wfnet")
+
+Minibatch = tuple[Tensor, ExpandedBatch]
+
+# Ordinary steps before the capture: kernels are compiled and chosen, caches are filled.
+_WARM_UP = 3
+
+
+class UntrainingStep:
+    """Gradients of an expanded batch and the move of the filters; captured where that is asked for.
+
+    Args:
+        net: its filters must be columns of one matrix (inside
+            :func:`wfnet.tables.flatten_filters`).
+        objective: what the step minimises.
+        optimizer: over ``net.filter_parameters()``: a :class:`RowAdam`, or any other.
+        amp: autocast dtype, or None.
+        channels_last: layout that images are brought into.
+        clip: bound on the absolute value of filter entries after the step; None for none.
+        capture: run as a CUDA graph after a few ordinary steps; see :func:`refuse_capture`.
+
+    Raises:
+        ValueError: if the filters are not flat, or the step cannot be captured.
+    """
+
+    def __init__(
+        self,
+        net: WFNet,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        amp: torch.dtype | None = None,
+        channels_last: bool = False,
+        clip: float | None = None,
+        capture: bool = False,
+    ):
+        self.net = net
+        self.objective = objective
+        self.optimizer = optimizer
+        self.amp = amp
+        self.layout = torch.channels_last if channels_last else torch.preserve_format
+        self.clip = clip
+        self.params = net.filter_parameters()
+        filters = flat_matrix(self.params)
+        if filters is None:
+            raise ValueError(
+                "the filter matrices are not columns of one matrix; make the step inside "
+                "`with wfnet.tables.flatten_filters(net.filter_parameters()):`"
+            )
+        reason = refuse_capture(net, optimizer) if capture else None
+        if reason is not None:
+            raise ValueError(f"the step cannot be captured: {reason}; use capture=False")
+        self.device = filters.device
+        self.gradient = torch.zeros_like(filters)
+        self.columns = self._columns_of(self.gradient)
+        # One place more than there are rows: where labels of -1 go.
+        self.occurred = torch.zeros(filters.shape[0] + 1, dtype=torch.bool, device=self.device)
+        self.lr = torch.zeros((), dtype=filters.dtype, device=self.device)
+        self.graphs = _Graphs(self) if capture else None
+
+    def __call__(
+        self, minibatches: Sequence[Minibatch], lr: float, rows: Tensor | None = None
+    ) -> Losses:
+        """Moves the filters by one step over the mean gradient of ``minibatches``.
+
+        Args:
+            minibatches: un-expanded images ``[n, C, H, W]`` and their expanded batch, on any
+                device; several accumulate their gradients.
+            lr: learning rate.
+            rows: distinct forget labels of all minibatches, on the host: RowAdam then reads these
+                rows only. By default they are found on the device, without a synchronisation.
+
+        Returns:
+            The losses, means over minibatches, detached.
+        """
+        losses = self.differentiate(minibatches)
+        self.move(lr, rows)
+        return losses
+
+    def differentiate(self, minibatches: Sequence[Minibatch]) -> Losses:
+        """Writes the mean gradient to :attr:`gradient`, and to ``grad`` of every parameter."""
+        found = []
+        for number, (images, batch) in enumerate(minibatches):
+            share, first = 1 / len(minibatches), number == 0
+            if self.graphs is None:
+                inputs = (images.to(self.device, non_blocking=True), batch.to(self.device))
+                found.append(self.accumulate(*inputs, share, first))
+            else:
+                found.append(self.graphs.accumulate(images, batch, share, first))
+        for parameter, gradient in zip(self.params, self.columns, strict=True):
+            parameter.grad = gradient
+        return _mean(found)
+
+    def move(self, lr: float, rows: Tensor | None = None) -> None:
+        """Moves the filters along :attr:`gradient`."""
+        self.lr.fill_(lr)
+        self.rate = lr
+        if self.graphs is not None:
+            self.graphs.move()
+        else:
+            self.update(rows)
+
+    # -- the work: device tensors in, device tensors out, nothing read on the host -----------------
+
+    def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
+        """Adds ``share`` times a minibatch's gradient to :attr:`gradient` (``first``: sets it)."""
+        images = images.contiguous(memory_format=self.layout)
+        labels = batch.forget.flatten()
+        if first:
+            self.occurred.zero_()
+        self.occurred.index_fill_(0, labels.where(labels >= 0, self.occurred.shape[0] - 1), True)
+        into = self.gradient if first else torch.empty_like(self.gradient)
+        losses = self._gradient_of(images, batch, into)
+        if share != 1:
+            into.mul_(share)
+        if not first:
+            self.gradient.add_(into)
+        return Losses(losses.total.detach(), losses.terms)
+
+    def update(self, rows: Tensor | None = None) -> None:
+        """One optimiser step with :attr:`gradient` and :attr:`lr`."""
+        ours = isinstance(self.optimizer, RowAdam)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr if ours else self.rate
+        if not ours:
+            self.optimizer.step()
+        elif rows is not None:
+            self.optimizer.step(rows=rows)
+        else:
+            self.optimizer.step(occurred=self.occurred[:-1])
+        if self.clip is not None:
+            clip_filters([flat_matrix(self.params)], self.clip)
+
+    def _gradient_of(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
+        network = self.net.fused_network(images)
+        if network is None or not _same(network.filters(), self.params):
+            return self._gradient_by_autograd(images, batch, into)
+        rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
+        original = None
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            if self.objective.needs_original:
+                none = rows.new_full((images.shape[0], 1), -1)
+                with torch.no_grad():
+                    original = full_precision(network(images, none, None))
+            run = Run(network, images, rows, batch.source, save=True)
+            with torch.no_grad():
+                logits = run.forward()
+        logits = logits.requires_grad_()
+        losses = self.objective(full_precision(logits), batch, original, self.net)
+        dlogits, *of_filters = torch.autograd.grad(
+            losses.total, [logits, *self.params], allow_unused=True
+        )
+        run.backward(dlogits, into)
+        self._add_direct(of_filters, into)
+        return losses
+
+    def _add_direct(self, of_filters: Sequence[Tensor | None], into: Tensor) -> None:
+        """Adds what the loss itself says of the filters (a regulariser)."""
+        whole = all(gradient is not None for gradient in of_filters)
+        flat = flat_matrix(of_filters) if whole else None
+        if flat is not None:
+            into.add_(flat)
+            return
+        for part, gradient in zip(self._columns_of(into), of_filters,
+                                  strict=True):  # fmt: skip
+            if gradient is not None:
+                part.add_(gradient)
+
+    def _columns_of(self, flat: Tensor) -> Sequence[Tensor]:
+        return flat.split([parameter.shape[1] for parameter in self.params], 1)
+
+    def _gradient_by_autograd(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
+        """Where the network is not fused; filters that took no part have a gradient of 0."""
+        original = None
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            if self.objective.needs_original:
+                with torch.no_grad():
+                    original = full_precision(self.net(images, forget=None))
+            logits = self.net(images, forget=batch.forget, source=batch.source)
+        losses = self.objective(full_precision(logits), batch, original, self.net)
+        found = torch.autograd.grad(losses.total, self.params, allow_unused=True)
+        if any(gradient is None for gradient in found):
+            into.zero_()
+        parts = [
+            part for part, g in zip(self._columns_of(into), found, strict=True) if g is not None
+        ]
+        torch._foreach_copy_(parts, [gradient for gradient in found if gradient is not None])
+        return losses
+
+
+def refuse_capture(net: WFNet, optimizer: torch.optim.Optimizer) -> str | None:
+    """Why a step of ``net`` cannot be captured as a CUDA graph, in one sentence; None if it can."""
+    device = net.filter_parameters()[0].device
+    if device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, and the network is on {device}"
+    for name, module in net.model.named_modules():
+        if getattr(module, "grad_checkpointing", False):
+            return (
+                f"{name or type(module).__name__!r} checkpoints its activations, which saves the "
+                "state of random generators on the host"
+            )
+    if not isinstance(optimizer, RowAdam):
+        return f"{type(optimizer).__name__} reads its learning rate on the host; RowAdam does not"
+    return None
+
+
+class StaticBatch:
+    """Device buffers for one minibatch: a captured step reads these, whatever is copied in.
+
+    Args:
+        images: ``[n, C, H, W]``, an example of shape and dtype.
+        batch: an example; labels may change later, sizes may not.
+        layout: memory format of the images' buffer.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        batch: ExpandedBatch,
+        device: torch.device,
+        layout: torch.memory_format,
+    ):
+        # Never changed in place by anybody else: a batch may have come on the device already.
+        self.images = images.to(device, copy=True).contiguous(memory_format=layout)
+        self.batch = replace(
+            batch,
+            **{
+                name: value.to(device, copy=True)
+                for name, value in vars(batch).items()
+                if isinstance(value, Tensor)
+            },
+        )
+
+    def fits(self, images: Tensor, batch: ExpandedBatch) -> bool:
+        """Whether a minibatch differs from the example in values only."""
+        return _kind(self.images) == _kind(images) and all(
+            _kind(getattr(self.batch, field.name)) == _kind(getattr(batch, field.name))
+            for field in fields(batch)
+        )
+
+    def fill(self, images: Tensor, batch: ExpandedBatch) -> None:
+        """Copies a minibatch in; the copies do not wait for the device."""
+        self.images.copy_(images.to(self.images.device, non_blocking=True))
+        for field in fields(batch):
+            value = getattr(batch, field.name)
+            if isinstance(value, Tensor):
+                getattr(self.batch, field.name).copy_(value, non_blocking=True)
+
+
+class _Graphs:
+    """The parts of a step as CUDA graphs: gradients (setting, adding), and the move of the filters.
+
+    The first few steps run as they are, on the stream that is then captured. All graphs share one
+    memory pool: they never run at the same time.
+    """
+
+    def __init__(self, step: UntrainingStep):
+        self.step = step
+        self.stream = torch.cuda.Stream(step.device)
+        self.pool = torch.cuda.graph_pool_handle()
+        self.static: StaticBatch | None = None
+        self.runs: dict[object, int] = {}
+        self.graphs: dict[object, tuple[torch.cuda.CUDAGraph, Losses | None]] = {}
+
+    def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
+        step = self.step
+        if self.static is None:
+            self.static = StaticBatch(images, batch, step.device, step.layout)
+        if not self.static.fits(images, batch):
+            inputs = (images.to(step.device, non_blocking=True), batch.to(step.device))
+            return step.accumulate(*inputs, share, first)
+        static = self.static
+        static.fill(images, batch)
+        losses = self._run(
+            ("accumulate", share, first),
+            lambda: step.accumulate(static.images, static.batch, share, first),
+        )
+        # The next replay overwrites them.
+        return Losses(losses.total.clone(), {n: t.clone() for n, t in losses.terms.items()})
+
+    def move(self) -> None:
+        self._run(("move",), self.step.update)
+
+    def _run(self, key: object, work) -> Losses | None:
+        if key in self.graphs:
+            graph, result = self.graphs[key]
+            graph.replay()
+            return result
+        self.runs[key] = self.runs.get(key, 0) + 1
+        current = torch.cuda.current_stream(self.step.device)
+        if self.runs[key] <= _WARM_UP:
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                result = work()
+            current.wait_stream(self.stream)
+            return result
+        torch.cuda.empty_cache()  # the graph has memory of its own; let go of the warm-up's
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            result = work()
+        self.graphs[key] = (graph, result)
+        logger.info("captured %s as a CUDA graph", key[0])
+        graph.replay()
+        return result
+
+
+def _kind(value: object) -> object:
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else value
+
+
+def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
+
+
+def _mean(found: Sequence[Losses]) -> Losses:
+    if len(found) == 1:
+        return found[0]
+    terms = {
+        name: torch.stack([losses.terms[name] for losses in found]).mean()
+        for name in found[0].terms
+    }
+    return Losses(torch.stack([losses.total for losses in found]).mean(), terms)
