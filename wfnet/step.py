@@ -134,7 +134,7 @@ class UntrainingStep:
 
     def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
         """Adds ``share`` times a minibatch's gradient to :attr:`gradient` (``first``: sets it)."""
-        images = images.contiguous(memory_format=self.layout)
+        images = images.to(memory_format=self.layout)
         labels = batch.forget.flatten()
         if first:
             self.occurred.zero_()
@@ -251,7 +251,7 @@ class StaticBatch:
         layout: torch.memory_format,
     ):
         # Never changed in place by anybody else: a batch may have come on the device already.
-        self.images = images.to(device, copy=True).contiguous(memory_format=layout)
+        self.images = images.to(device, copy=True, memory_format=layout)
         self.batch = replace(
             batch,
             **{

@@ -1,0 +1,240 @@
+"""The untraining step: gradients in one matrix, accumulation, static buffers, no host reads."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import wfnet
+from wfnet import gates
+from wfnet.expansion import expand
+from wfnet.objectives import BalancedObjective, PaperObjective, closed_share
+from wfnet.optimizers import RowAdam
+from wfnet.step import StaticBatch, UntrainingStep, refuse_capture
+from wfnet.tables import flat_matrix, flatten_filters
+
+CLASSES = 6
+
+
+class Net(nn.Module):
+    """A residual block behind a stem with a pooling; the projection is registered out of order."""
+
+    def __init__(self, bias: bool = True):
+        super().__init__()
+        self.project = nn.Conv2d(8, 12, 1, stride=2, bias=bias)
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=bias)
+        self.norm = nn.BatchNorm2d(8)
+        self.pool = nn.MaxPool2d(2)
+        self.conv1 = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=bias)
+        self.conv2 = nn.Conv2d(12, 12, 3, padding=1, bias=bias)
+        self.head = nn.Linear(12, CLASSES)
+
+    def forward(self, x):
+        x = self.pool(self.norm(self.stem(x)).relu())
+        x = (self.conv2(self.conv1(x).relu()) + self.project(x)).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def network(fuse: bool = True, dtype: torch.dtype = torch.float32, **options) -> wfnet.WFNet:
+    torch.manual_seed(0)
+    net = wfnet.WFNet(Net().eval(), CLASSES, fuse=fuse, **options).to(dtype)
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, 1.0, 1.0)
+    return net
+
+
+def minibatch(seed: int, n: int = 6, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 12, 12, generator=generator, dtype=dtype)
+    labels = torch.randint(CLASSES, (n,), generator=generator)
+    return images, expand(labels, CLASSES, 2, generator, share_images=True)
+
+
+def step_of(net: wfnet.WFNet, objective=None, lr: float = 0.1, **options) -> UntrainingStep:
+    return UntrainingStep(
+        net, objective or BalancedObjective(), RowAdam(net.filter_parameters(), lr=lr), **options
+    )
+
+
+OBJECTIVES = [BalancedObjective(), BalancedObjective(distil=False), PaperObjective()]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["balanced", "cross entropy", "paper"])
+def test_gradients_are_those_of_an_ordinary_loop(fuse: bool, objective):
+    net, plain = network(fuse, torch.float64), network(False, torch.float64)
+    images, batch = minibatch(1, dtype=torch.float64)
+    original = plain(images) if objective.needs_original else None
+    logits = plain(images, batch.forget, batch.source)
+    expected = objective(logits, batch, original, plain)
+    expected.total.backward()
+    with flatten_filters(net.filter_parameters()):
+        step = step_of(net, objective)
+        losses = step.differentiate([(images, batch)])
+        torch.testing.assert_close(losses.total, expected.total.detach())
+        assert flat_matrix([p.grad for p in net.filter_parameters()]) is not None
+        for name, parameter in plain.named_filters().items():
+            found = net.named_filters()[name].grad
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-8, atol=1e-12, msg=name)
+
+
+def test_accumulated_gradients_are_the_mean():
+    with flatten_filters((net := network()).filter_parameters()):
+        step = step_of(net)
+        parts = [minibatch(seed) for seed in range(3)]
+        alone = []
+        for part in parts:
+            step.differentiate([part])
+            alone.append(step.gradient.clone())
+        losses = step.differentiate(parts)
+        torch.testing.assert_close(step.gradient, sum(alone) / 3)
+        single = [step.differentiate([part]).total for part in parts]
+        torch.testing.assert_close(losses.total, torch.stack(single).mean())
+        step.differentiate(parts)
+        labels = torch.cat([batch.forget for _, batch in parts]).unique()
+        assert step.occurred[:-1].nonzero().flatten().tolist() == labels.tolist()
+
+
+def test_rows_named_on_the_host_and_found_on_the_device_agree():
+    moved = []
+    for named in (True, False):
+        with flatten_filters((net := network()).filter_parameters()):
+            step = step_of(net)
+            for seed in range(4):
+                images, batch = minibatch(seed, n=2)
+                step([(images, batch)], 0.1, batch.forget.unique() if named else None)
+        moved.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
+    torch.testing.assert_close(*moved, rtol=1e-6, atol=1e-6)
+
+
+def test_static_buffers_refilled_equal_a_fresh_step_bitwise():
+    """What a captured graph does at a replay: new values in old memory."""
+    first = minibatch(0)
+    static = StaticBatch(*first, torch.device("cpu"), torch.channels_last)
+    found = []
+    for refilled in (False, True):
+        with flatten_filters((net := network()).filter_parameters()):
+            step = step_of(net, channels_last=True)
+            for seed in range(4):
+                images, batch = minibatch(seed)
+                if refilled:
+                    assert static.fits(images, batch)
+                    static.fill(images, batch)
+                    images, batch = static.images, static.batch
+                step.accumulate(images, batch, 1.0, True)
+                step.move(0.1 / (seed + 1))
+            found.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
+    assert torch.equal(*found)
+
+
+def test_a_batch_of_another_shape_does_not_fit():
+    static = StaticBatch(*minibatch(0), torch.device("cpu"), torch.preserve_format)
+    images, batch = minibatch(1, n=4)
+    assert not static.fits(images, batch)
+    assert not static.fits(minibatch(1)[0].double(), minibatch(1)[1])
+    assert static.fits(*minibatch(2))
+
+
+class NoHostReads(TorchDispatchMode):
+    """Refuses operators that read device data on the host, or whose shape depends on it."""
+
+    REFUSED = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "bincount")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0].rstrip("_").removeprefix("_")
+        assert not any(name.startswith(refused.lstrip("_")) for refused in self.REFUSED), name
+        if name in ("index", "index_put"):
+            kinds = {t.dtype for t in args[1] if t is not None}
+            assert not kinds & {torch.bool, torch.uint8}, "an index by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["balanced", "cross entropy", "paper"])
+def test_a_step_reads_nothing_on_the_host(fuse: bool, objective, monkeypatch):
+    net = network(fuse)
+    with flatten_filters(net.filter_parameters()):
+        step = step_of(net, objective, clip=3.0)
+        step([minibatch(0)], 0.1)  # as the warm-up before a capture
+        monkeypatch.setattr(gates, "_all_inside", lambda labels, classes: False)  # as on a device
+        images, batch = minibatch(1)
+        assert not fuse or net._fusion[1] is not None
+        if not fuse:  # the labels of a host are looked at; those of a device are not
+            monkeypatch.setattr("wfnet.labels.torch.aminmax", lambda rows: (0, 0))
+        with NoHostReads():
+            step.accumulate(images, batch, 0.5, True)
+            step.accumulate(images, batch, 0.5, False)
+            step.update()
+
+
+def test_the_guard_notices_host_reads():
+    with pytest.raises(AssertionError, match="local_scalar"), NoHostReads():
+        torch.ones(2).sum().item()
+    with pytest.raises(AssertionError, match="mask"), NoHostReads():
+        torch.ones(2)[torch.tensor([True, False])]
+
+
+def test_filters_stay_visible_while_flat():
+    net = network()
+    before = {name: p.detach().clone() for name, p in net.named_filters().items()}
+    parameters = net.filter_parameters()
+    with flatten_filters(parameters) as flat:
+        assert all(p is q for p, q in zip(parameters, net.filter_parameters(), strict=True))
+        for name, parameter in net.named_filters().items():
+            assert torch.equal(parameter, before[name])
+        other = copy.deepcopy(net)
+        flat.add_(1)
+        for name, parameter in net.named_filters().items():
+            assert torch.equal(parameter, before[name] + 1)
+            assert torch.equal(other.named_filters()[name], before[name])
+        other.load_state_dict(net.state_dict())
+        net.load_state_dict({k: v.clone() for k, v in network().state_dict().items()})
+        assert torch.equal(flat, torch.cat(list(before.values()), 1))
+    for name, parameter in net.named_filters().items():
+        assert torch.equal(parameter, before[name])
+        assert parameter.is_contiguous()
+        assert torch.equal(other.named_filters()[name], before[name] + 1)
+
+
+def test_gradients_of_the_tables_go_into_the_given_matrix():
+    with flatten_filters((net := network()).filter_parameters()):
+        images, batch = minibatch(3)
+        step = step_of(net)
+        step.gradient.fill_(torch.nan)  # what is not written would stay
+        step.differentiate([(images, batch)])
+        assert step.gradient.isfinite().all()
+
+
+def test_closed_share_is_the_mean_over_matrices():
+    for flat in (True, False):
+        net = network(dtype=torch.float64)
+        if flat:
+            with flatten_filters(net.filter_parameters()):
+                value = closed_share(net)
+                found = torch.autograd.grad(value, net.filter_parameters())
+        else:
+            value = closed_share(net)
+            found = torch.autograd.grad(value, net.filter_parameters())
+        expected = torch.stack([(1 - gate).mean() for gate in net.gates().values()]).mean()
+        torch.testing.assert_close(value, expected)
+        for mine, other in zip(
+            found, torch.autograd.grad(expected, net.filter_parameters()), strict=True
+        ):
+            torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-14)
+
+
+def test_filters_that_are_not_flat_are_refused():
+    with pytest.raises(ValueError, match="flatten_filters"):
+        step_of(network())
+
+
+def test_a_step_on_the_host_is_not_captured():
+    net = network()
+    assert "need a CUDA device" in refuse_capture(net, RowAdam(net.filter_parameters()))
+    with (
+        flatten_filters(net.filter_parameters()),
+        pytest.raises(ValueError, match="cannot be captured: CUDA graphs need a CUDA device"),
+    ):
+        step_of(net, capture=True)
