@@ -16,6 +16,10 @@ from wfnet.data.dataset import Batch, CorruptImage, name_of
 logger = logging.getLogger("wfnet")
 
 
+class LostWorker(RuntimeError):
+    """A process that reads images has died; reading again from the same position is safe."""
+
+
 class CorruptImages:
     """The corrupt images met so far: each is logged once, and counts once however often it is met.
 
@@ -79,7 +83,7 @@ def batches(
 
     Corrupt images are left out of their batch and a batch of which nothing remains is not yielded.
     Raises IndexError for indices outside the data set, ValueError for items that are not tensors
-    of one shape, RuntimeError past the limit of corrupt images or when a worker dies.
+    of one shape, RuntimeError past the limit of corrupt images, LostWorker when a worker dies.
     """
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
@@ -136,13 +140,25 @@ def _read(
     )
     try:
         yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
-            raise RuntimeError(
+    except (RuntimeError, OSError, EOFError) as error:
+        if workers and _is_lost_worker(error):
+            raise LostWorker(
                 "a data worker died, most often for lack of memory: use fewer workers, and check "
                 f"/dev/shm and the system's log ({error})"
             ) from error
         raise
+
+
+def _is_lost_worker(error: Exception) -> bool:
+    """Whether an error of the loader means that one of its processes is gone.
+
+    It dies between two batches, or with its last one on the way: then the connection over which
+    the shared memory is handed on breaks. What a data set raises arrives as "Caught ...".
+    """
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker" in str(error) and "exited unexpectedly" in str(error)
+    gone = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
+    return gone and not str(error).startswith("Caught ")
 
 
 def _requests(
