@@ -165,31 +165,64 @@ def test_who_finishes_whom():
     assert [step.name for step in convs if step.at_source] == ["conv1"]
 
 
-@pytest.mark.parametrize("make", ["resnet18", "resnet34", "resnet50"])
+def made_without_memory(package: str, name: str) -> nn.Module:
+    if package == "timm":
+        return timm.create_model(name, num_classes=CLASSES)
+    return getattr(torchvision.models, name)(num_classes=CLASSES)
+
+
+def remaining(plan: fusion.Plan) -> set[str]:
+    """What kind of operations run outside the fused convolutions."""
+    calls = [step.call for step in plan.steps if isinstance(step, fusion.CallStep)]
+    return {getattr(call, "__name__", type(call).__name__) for call in calls}
+
+
+BLOCKS = {"resnet18": 8, "resnet34": 16, "resnet50": 16, "resnet101": 33}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("package", ["torchvision", "timm"])
-def test_resnets_fuse_completely(package: str, make: str):
+def test_resnets_fuse_completely(package: str, name: str):
     with torch.device("meta"):
-        if package == "timm":
-            model = timm.create_model(make, num_classes=CLASSES)
-        else:
-            model = getattr(torchvision.models, make)(num_classes=CLASSES)
-        plan = plan_of(wfnet.WFNet(model, CLASSES))
+        plan = plan_of(wfnet.WFNet(made_without_memory(package, name), CLASSES))
     convs = plan.convolutions
     assert all(step.norm is not None for step in convs)
-    others = [step for step in plan.steps if isinstance(step, fusion.CallStep)]
-    pointwise = (nn.ReLU, nn.BatchNorm2d)
-    assert not any(isinstance(step.call, pointwise) for step in others)
-    blocks = sum(step.residual is not None for step in convs)
-    assert blocks == {"resnet18": 8, "resnet34": 16, "resnet50": 16}[make]
+    assert sum(step.residual is not None for step in convs) == BLOCKS[name]
+    shortcuts = {step.shortcut for step in convs} - {None}
+    assert all(step.relu for step in convs if step not in shortcuts)
+    assert remaining(plan) <= {
+        "MaxPool2d", "AdaptiveAvgPool2d", "SelectAdaptivePool2d", "flatten", "Linear", "Dropout",
+        "Identity",
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_timm_vgg16_fuses_completely(norm: bool):
+@pytest.mark.parametrize("name", ["vgg16", "vgg16_bn"])
+@pytest.mark.parametrize("package", ["torchvision", "timm"])
+def test_vggs_fuse_completely(package: str, name: str):
     with torch.device("meta"):
-        model = timm.create_model("vgg16_bn" if norm else "vgg16", num_classes=CLASSES)
-        plan = plan_of(wfnet.WFNet(model, CLASSES))
+        plan = plan_of(wfnet.WFNet(made_without_memory(package, name), CLASSES))
+    norm = name == "vgg16_bn"
     assert len(plan.convolutions) == 13
     assert all(step.relu and (step.norm is not None) == norm for step in plan.convolutions)
+    assert sum(step.finishes is not None for step in plan.convolutions) == 8  # five pools between
+    assert remaining(plan) <= {
+        "MaxPool2d", "AdaptiveAvgPool2d", "flatten", "Linear", "ReLU", "Dropout", "ConvMlp",
+        "ClassifierHead",
+    }  # fmt: skip
+
+
+def test_evaluation_runs_fused_once_per_source():
+    """Mixed rows over shared images under inference mode; -1 is the original network."""
+    base = randomised(Toy(bias=True))
+    net, fused = pair_of(base)
+    images = torch.randn(2, 3, 9, 8, dtype=torch.float64)
+    source, labels = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 4, 2, -1, 1])
+    with torch.inference_mode():
+        found = fused(images, labels, source)
+        torch.testing.assert_close(found, net(images, labels, source), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(found[3:4], base(images[1:]), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(fused(images, -1), base(images), rtol=1e-11, atol=1e-12)
+    assert fused._fusion[1] is not None
 
 
 def test_prefix_and_stem_run_once_per_source_image():
