@@ -23,10 +23,12 @@ def tiny(count=40):
 @pytest.mark.parametrize("name", SMALL_MODELS)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_logits(name, channels):
-    model = create(name, 7, channels, seed=0)
+    size = {"width": 64, "depth": 1} if name.startswith("vit_") else {}
+    size = {"width": 4} if name in ("resnet18", "vgg16") else size
+    model = create(name, 7, channels, seed=0, **size)
     assert model(torch.randn(2, channels, 32, 32)).shape == (2, 7)
-    again = create(name, 7, channels, seed=0)
-    other = create(name, 7, channels, seed=1)
+    again = create(name, 7, channels, seed=0, **size)
+    other = create(name, 7, channels, seed=1, **size)
     weights = [next(p for p in m.parameters() if p.dim() > 1) for m in (model, again, other)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -152,7 +154,7 @@ def test_shifts_repeat_the_edge():
 
 
 def test_settings_cover_all_models():
-    assert set(SMALL_MODEL_SETTINGS) == set(SMALL_MODELS)
+    assert set(SMALL_MODEL_SETTINGS) == {"resnet", "vgg", "vit"}
 
 
 def test_digits_are_learnt():
@@ -167,3 +169,28 @@ def test_glyphs_are_learnt():
     model = create("resnet", 10, width=8, seed=0)
     fit_classifier(model, splits.train, epochs=3, batch_size=16)
     assert accuracy(model, splits.test) > 0.4
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "channels"),
+    [("resnet18", 20, 4800), ("vgg16", 13, 4224), ("vit_tiny", 12, 6912), ("vit_small", 12, 13824)],
+)
+def test_the_networks_of_the_paper_have_the_layers_of_the_originals(name, layers, channels):
+    """Masked layers and channels (3 x dim of every block for ViT), as of timm's networks."""
+    with torch.device("meta"):
+        model = create(name, 10, 3)
+    kind = nn.Linear if name.startswith("vit") else nn.Conv2d
+    masked = [
+        module
+        for path, module in model.named_modules()
+        if isinstance(module, kind) and (kind is nn.Conv2d or path.endswith("qkv"))
+    ]
+    assert len(masked) == layers
+    assert sum(module.weight.shape[0] for module in masked) == channels
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16"])
+def test_images_of_28_pixels_will_do(name):
+    assert create(name, 5, 1, width=4)(torch.randn(2, 1, 28, 28)).shape == (2, 5)
+    vit = create("vit_tiny", 5, 1, width=64, depth=1, image_size=28)
+    assert vit(torch.randn(1, 1, 28, 28)).shape == (1, 5)

@@ -1,4 +1,4 @@
-"""Small networks for 32-pixel images: minutes of training on a CPU, the layers of the big ones."""
+"""Networks for images of 28 or 32 pixels: small ones, and those of the paper cut to that size."""
 
 from collections.abc import Callable
 
@@ -98,6 +98,66 @@ class SmallVGG(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
+class ResNet18(nn.Module):
+    """ResNet-18 for small images: a 3x3 stem of stride 1, no pooling, stages of 2 blocks each.
+
+    He et al., "Deep Residual Learning" (CVPR 2016), as usual on CIFAR: the stem of the ImageNet
+    network would leave one pixel of 32. Stages have `width`, 2, 4 and 8 `width` channels (64: the
+    original's). Input [N, in_channels, H, W] with H and W from 8 up, output logits
+    [N, num_classes].
+    """
+
+    def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        channels = width
+        for stage in range(4):
+            out = width << stage
+            blocks = [BasicBlock(channels, out, 1 if stage == 0 else 2), BasicBlock(out, out, 1)]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            channels = out
+        self.fc = nn.Linear(channels, num_classes)
+        _initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(x.mean((2, 3)))
+
+
+class VGG16(nn.Module):
+    """VGG-16 for small images: its 13 convolutions, here with BatchNorm, and one linear map.
+
+    Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), configuration D; the
+    three large linear maps are for 7x7 features, which images of 32 pixels do not leave. Stages
+    have `width`, 2, 4, 8 and 8 `width` channels (64: the original's); `batch_norm=False` leaves out
+    BatchNorm. Pooling rounds up, so that 28 pixels will do. Input [N, in_channels, H, W] with H and
+    W from 8 up, output logits [N, num_classes].
+    """
+
+    def __init__(
+        self, num_classes: int, in_channels: int = 3, width: int = 64, batch_norm: bool = True
+    ):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for convolutions, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8)):
+            for _ in range(convolutions):
+                layers.append(nn.Conv2d(channels, factor * width, 3, padding=1))
+                channels = factor * width
+                if batch_norm:
+                    layers.append(nn.BatchNorm2d(channels))
+                layers.append(nn.ReLU(inplace=True))
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
+        _initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.features(x).mean((2, 3)))
+
+
 def _initialise_convolutions(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -136,20 +196,67 @@ def small_vit(
     )
 
 
+def vit_tiny(
+    num_classes: int,
+    in_channels: int = 3,
+    patch_size: int = 4,
+    image_size: int = 32,
+    width: int = 192,
+    depth: int = 12,
+) -> nn.Module:
+    """ViT-T (DeiT-Ti) for small images: 12 blocks of width 192 with 3 heads, patches of 4 pixels.
+
+    Touvron et al., "Training data-efficient image transformers" (ICML 2021). `width` is a multiple
+    of 64, one head for each; `image_size` one of `patch_size`. Needs timm,
+    `pip install wfnet[train]`.
+    """
+    if width % 64:
+        raise ValueError(f"the width of this ViT must be a multiple of 64, got {width}")
+    if image_size % patch_size:
+        raise ValueError(
+            f"images of {image_size} pixels are not divided by patches of {patch_size}"
+        )
+    return require("timm.models.vision_transformer", "train").VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        in_chans=in_channels,
+        num_classes=num_classes,
+        embed_dim=width,
+        depth=depth,
+        num_heads=width // 64,
+    )
+
+
+def vit_small(
+    num_classes: int,
+    in_channels: int = 3,
+    patch_size: int = 4,
+    image_size: int = 32,
+    width: int = 384,
+    depth: int = 12,
+) -> nn.Module:
+    """ViT-S for small images: as `vit_tiny`, of width 384 with 6 heads."""
+    return vit_tiny(num_classes, in_channels, patch_size, image_size, width, depth)
+
+
 SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet": SmallResNet,
     "vgg": SmallVGG,
     "vit": small_vit,
+    "resnet18": ResNet18,
+    "vgg16": VGG16,
+    "vit_tiny": vit_tiny,
+    "vit_small": vit_small,
 }
 
 
 def create(
     name: str, num_classes: int, in_channels: int = 1, seed: int | None = None, **options: int
 ) -> nn.Module:
-    """A small network by name: `resnet`, `vgg` or `vit`.
+    """A network by name: `resnet`, `vgg`, `vit`, or `resnet18`, `vgg16`, `vit_tiny`, `vit_small`.
 
-    options: `width` for all; `depth` for resnet and vit; `stem_stride` for resnet; `batch_norm` for
-             vgg; `patch_size` and `image_size` for vit.
+    options: `width` for all; `depth` for resnet and the ViTs; `stem_stride` for resnet;
+             `batch_norm` for vgg and vgg16; `patch_size` and `image_size` for the ViTs.
     seed:    draws the weights from this seed and leaves the caller's random state as it is.
     Raises ValueError for an unknown name.
     """

@@ -123,7 +123,7 @@ def _small(
             "--checkpoint"
         )
     kind = name.removeprefix("small/")
-    if kind == "vit" and image_size is not None:
+    if kind.startswith("vit") and image_size is not None:
         arguments.setdefault("image_size", image_size)
     if num_classes is None:
         raise ValueError(f"give --num-classes for {name}")
