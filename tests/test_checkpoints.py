@@ -49,6 +49,13 @@ def test_the_last_few_are_kept(tmp_path, keep):
         assert read_checkpoint(path)[1]["step"] == int(path.stem.rpartition("-")[2])
 
 
+def test_the_same_step_again_takes_no_place(tmp_path):
+    store = Checkpoints(tmp_path)
+    save(store, 5, 10, 10)
+    save(Checkpoints(tmp_path), 10)
+    assert names(tmp_path) == ["untraining-00000005.safetensors", CHECKPOINT_NAME]
+
+
 def test_a_later_process_keeps_what_is_there(tmp_path):
     save(Checkpoints(tmp_path), 5, 10)
     save(Checkpoints(tmp_path, 3), 15)

@@ -106,7 +106,8 @@ class Checkpoints:
         return True
 
     def _write(self, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        kept = self._keep_newest()
+        now = json.loads(metadata["state"])["step"]
+        kept = self._keep_newest(now)
         try:
             write_tensors(self.newest, tensors, metadata)
         except OSError as error:
@@ -115,16 +116,16 @@ class Checkpoints:
                 raise
             self._remove(removable)
             write_tensors(self.newest, tensors, metadata)
-        self._newest_step = json.loads(metadata["state"])["step"]
+        self._newest_step = now
         self._damaged.discard(self.newest)
         self._remove(path for path in self.older() if path in self._damaged)
         _sync_folder(self.folder)
         self._remove(self.older()[self.keep - 1 :])
 
-    def _keep_newest(self) -> Path | None:
-        """Gives the newest checkpoint its second name, under which it stays.
+    def _keep_newest(self, now: int) -> Path | None:
+        """Gives the newest checkpoint its second name, under which it stays; not one of ``now``.
 
-        A hard link: at no moment is there a time without a newest checkpoint, and no copy.
+        A hard link is no copy, and at no moment is there no newest checkpoint.
         """
         if self.keep == 1 or not self.newest.is_file() or self.newest in self._damaged:
             return None
@@ -134,6 +135,8 @@ class Checkpoints:
                 step = read_state(self.newest)["step"]
             except ValueError:  # damaged: not worth keeping
                 return None
+        if step == now:
+            return None
         kept = self.folder / f"untraining-{step:08d}.safetensors"
         with contextlib.suppress(FileNotFoundError):
             kept.unlink()
