@@ -27,9 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from wfnet.evaluation.running import evaluation_mode
 from wfnet.extras import require
 from wfnet.network import find_head
-from wfnet.trust.subject import BATCH, Subject, evaluating
+from wfnet.trust.subject import BATCH, Subject
 
 TITLE = "Linear probes"
 QUESTION = "How much of the forgotten class do the features of each layer still hold?"
@@ -105,7 +106,7 @@ def layer_features(model: nn.Module, names: Sequence[str], images: Tensor) -> di
         )
     weight = next(model.parameters())
     try:
-        with evaluating(model), torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode():
             for part in images.split(BATCH):
                 model(part.to(weight.device, weight.dtype))
     finally:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.data import Dataset, batches, labels_of
+from wfnet.evaluation.running import evaluation_mode
 
 BATCH = 256
 
@@ -166,7 +166,7 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = BATCH) -> Tensor
     """
     weight = next(model.parameters())
     parts = []
-    with evaluating(model), torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for part in images.split(batch_size):
             parts.append(model(part.to(weight.device, weight.dtype)).double().cpu())
     logits = torch.cat(parts).clone()
@@ -178,15 +178,3 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = BATCH) -> Tensor
 def share_correct(logits: Tensor, labels: Tensor) -> float:
     """Fraction of samples whose largest logit ``[n, K]`` is the label ``[n]``."""
     return (logits.argmax(1) == labels).double().mean().item()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has the mode it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -1,0 +1,188 @@
+"""Confusion before and after: where images of a forgotten class go, and who else pays.
+
+Two tables over classes, from the same mixed batches of (image, row) pairs:
+
+- ``destinations[c, k]``: of the images of class c, how many the network that has forgotten c takes
+  for k; ``original_destinations`` is the original network's confusion matrix.
+- ``collateral[c, k]``: accuracy on images of class k under row c less the original's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation.pairs import Pairing, check_classes, check_settings
+from wfnet.evaluation.running import Progress, evaluation_mode
+from wfnet.network import WFNet
+from wfnet.pretrained import write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class ConfusionChange:
+    """Counts of predictions, before and after forgetting. K classes, R rows.
+
+    Attributes:
+        names: of all K classes.
+        classes: the class that each row forgets, ``[R]`` int64.
+        destinations: ``[R, K]`` int64, predictions for images of each row's class under it.
+        original_destinations: ``[K, K]`` int64, the original network's: true class, prediction.
+        seen, correct: ``[R, K]`` int64, images of class k that were run under row r, and hits.
+    """
+
+    names: list[str]
+    classes: Tensor
+    destinations: Tensor
+    original_destinations: Tensor
+    seen: Tensor
+    correct: Tensor
+
+    def shares(self) -> Tensor:
+        """``destinations`` as fractions of the images of each row's class, ``[R, K]`` fp64."""
+        return self.destinations.double() / self.destinations.sum(1, keepdim=True).clamp_min(1)
+
+    def original_shares(self) -> Tensor:
+        """``original_destinations`` of the rows' classes as fractions, ``[R, K]`` fp64."""
+        counts = self.original_destinations[self.classes].double()
+        return counts / counts.sum(1, keepdim=True).clamp_min(1)
+
+    def collateral(self) -> Tensor:
+        """Accuracy on class k under row r less the original's, ``[R, K]`` fp64.
+
+        NaN on the row's own class, and where no image was run.
+        """
+        own = self.original_destinations.diagonal().double()
+        before = own / self.original_destinations.sum(1).double()
+        change = self.correct.double() / self.seen.double() - before
+        change.scatter_(1, self.classes.unsqueeze(1), torch.nan)
+        return change
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Writes it, atomically; :meth:`from_json` reads it again. Zeros are left out."""
+        tables = ("destinations", "original_destinations", "seen", "correct")
+        write_json(
+            path,
+            {
+                "format": FORMAT,
+                "names": self.names,
+                "classes": self.classes.tolist(),
+                **{name: _sparse(getattr(self, name)) for name in tables},
+            },
+        )
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike) -> ConfusionChange:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: if the file is missing, damaged or something else.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; `wfnet report` writes such a file")
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
+            rows, total = len(content["classes"]), len(content["names"])
+            shapes = {"destinations": rows, "original_destinations": total, "seen": rows,
+                      "correct": rows}  # fmt: skip
+            tables = {n: _dense(content[n], height, total) for n, height in shapes.items()}
+            return cls(content["names"], torch.tensor(content["classes"]), **tables)
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+            raise ValueError(
+                f"{path} is damaged or not a confusion table of wfnet ({error}); delete it"
+            ) from error
+
+
+def _sparse(table: Tensor) -> list[list[int]]:
+    """``[n, 3]``: row, column and value of what is not 0."""
+    places = table.nonzero()
+    return torch.cat((places, table[table != 0].unsqueeze(1)), 1).tolist()
+
+
+def _dense(entries: list[list[int]], rows: int, columns: int) -> Tensor:
+    table = torch.zeros(rows, columns, dtype=torch.int64)
+    if entries:
+        row, column, value = torch.tensor(entries, dtype=torch.int64).T
+        table[row, column] = value
+    return table
+
+
+def confusion_change(
+    net: WFNet,
+    dataset: Dataset,
+    classes: Sequence[int] | None = None,
+    other_rows: int | None = None,
+    batch_size: int = 256,
+    seed: int = 0,
+    workers: int = 0,
+    max_corrupt: int | CorruptImages | None = None,
+    progress: bool = True,
+) -> ConfusionChange:
+    """Runs every image through the original network, its own row, and other rows.
+
+    Args:
+        net: the filtered network; not changed.
+        dataset: normally a test set.
+        classes: rows; all by default.
+        other_rows: run each image under so many random other rows instead of all.
+        batch_size: (image, row) pairs per forward pass.
+        seed: of the draw of ``other_rows``.
+        workers, max_corrupt: as in :func:`wfnet.data.batches`.
+        progress: show progress on stderr.
+
+    Raises:
+        ValueError: before work starts, for classes or labels that do not fit.
+    """
+    labels = labels_of(dataset)
+    rows = check_classes(classes, labels, net.num_classes)
+    check_settings(batch_size, 2.0, other_rows, len(rows))
+    corrupt = max_corrupt
+    if not isinstance(corrupt, CorruptImages):
+        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
+    pairing = Pairing(rows, labels, other_rows, seed)
+    weight = next(iter(net.masked_layers.values())).weight
+    total = net.num_classes
+    own, seen, correct = (torch.zeros(len(rows) * total, dtype=torch.int64) for _ in range(3))
+    original = torch.zeros(total * total, dtype=torch.int64)
+    bar = Progress(pairing.pairs, enabled=progress)
+    chunks = torch.arange(len(labels)).split(batch_size)
+    with evaluation_mode(net), torch.inference_mode():
+        for batch in batches(dataset, chunks, workers, corrupt):
+            images = batch.images.to(weight.device, weight.dtype)
+            plain = net(images, forget=None).argmax(1).cpu()
+            original += torch.bincount(batch.labels * total + plain, minlength=total * total)
+            image, row = pairing.of(batch.indices)
+            for pairs in torch.arange(len(image)).split(batch_size):
+                source, at = image[pairs], row[pairs]
+                found = net(
+                    images,
+                    forget=rows[at].to(weight.device),
+                    source=source.to(weight.device),
+                ).argmax(1).cpu()  # fmt: skip
+                truth = batch.labels[source]
+                is_own = rows[at] == truth
+                own += torch.bincount((at * total + found)[is_own], minlength=len(own))
+                cell = at * total + truth
+                seen += torch.bincount(cell, minlength=len(seen))
+                correct += torch.bincount(cell[found == truth], minlength=len(seen))
+            bar.advance(len(image))
+    bar.close()
+    net.check_labels()
+    shape = (len(rows), total)
+    names = classes_of(dataset)
+    names = [names[k] if k < len(names) else str(k) for k in range(total)]
+    return ConfusionChange(
+        names, rows, own.view(shape), original.view(total, total), seen.view(shape),
+        correct.view(shape),
+    )  # fmt: skip
