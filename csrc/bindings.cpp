@@ -34,13 +34,14 @@ wf::Axis axis_of(const py::tuple& t) {
           t[3].cast<int>(), t[4].cast<int>(), t[5].cast<int>()};
 }
 
-void conv_fprop(Address x, Address weight, Address source, int images, int batch, int in_channels,
-                int out_channels, const py::tuple& height, const py::tuple& width, Address scale,
+void conv_fprop(Address x, Address weight, int batch, Address order, Address first_of, int samples,
+                int in_channels, int out_channels, const py::tuple& height, const py::tuple& width, Address scale,
                 Address shift, int table_stride, Address residual, Address branch, Address out,
                 bool relu, const std::string& dtype, int device, Address stream) {
   wf::ConvParams p;
-  p.input = pointer(x), p.filter = pointer(weight), p.source = pointer<int64_t>(source);
-  p.images = images, p.batch = batch, p.depth = in_channels, p.columns = out_channels;
+  p.input = pointer(x), p.filter = pointer(weight);
+  p.batch = batch, p.depth = in_channels, p.columns = out_channels;
+  p.order = pointer<int64_t>(order), p.first_of = pointer<int64_t>(first_of), p.samples = samples;
   p.height = axis_of(height), p.width = axis_of(width);
   p.forward = {pointer<float>(scale), pointer<float>(shift), pointer(residual), pointer(branch),
                pointer(out),          table_stride,          relu};
@@ -58,7 +59,7 @@ void conv_dgrad(Address ag, Address weight, int batch, int in_channels, int out_
     throw std::invalid_argument("a column sum needs its partial sums as workspace");
   wf::ConvParams p;
   p.input = pointer(ag), p.filter = pointer(weight);
-  p.images = p.batch = batch, p.depth = out_channels, p.columns = in_channels;
+  p.samples = p.batch = batch, p.depth = out_channels, p.columns = in_channels;
   p.height = axis_of(height), p.width = axis_of(width);
   wf::BackwardEpilogue& e = p.backward;
   e.skip = pointer(skip), e.branch = pointer(branch), e.activation = pointer(activation);
@@ -138,9 +139,9 @@ void gate_rows_bwd(Address t, Address products, Address chosen, Address alpha, A
 PYBIND11_MODULE(WF_MODULE, module) {
   module.doc() = "Compiled kernels of wfnet; see wfnet/backends/cuda.py.";
   using py::arg;
-  module.def("conv_fprop", &conv_fprop, py::kw_only(), arg("x"), arg("weight"), arg("source"),
-             arg("images"), arg("batch"), arg("in_channels"), arg("out_channels"), arg("height"),
-             arg("width"), arg("scale"), arg("shift"), arg("table_stride"), arg("residual"),
+  module.def("conv_fprop", &conv_fprop, py::kw_only(), arg("x"), arg("weight"), arg("batch"),
+             arg("order"), arg("first_of"), arg("samples"), arg("in_channels"),
+             arg("out_channels"), arg("height"), arg("width"), arg("scale"), arg("shift"), arg("table_stride"), arg("residual"),
              arg("branch"), arg("out"), arg("relu"), arg("dtype"), arg("device"), arg("stream"));
   module.def("conv_dgrad", &conv_dgrad, py::kw_only(), arg("ag"), arg("weight"), arg("batch"),
              arg("in_channels"), arg("out_channels"), arg("height"), arg("width"), arg("skip"),
@@ -150,6 +151,7 @@ PYBIND11_MODULE(WF_MODULE, module) {
              arg("stream"));
   module.def("conv_dgrad_slots", &conv_dgrad_slots, py::kw_only(), arg("batch"),
              arg("in_channels"), arg("height"), arg("width"));
+  module.def("narrow_tiles", &wf::narrow_tiles, arg("columns"));
   module.def("epilogue_bwd", &epilogue_bwd, py::kw_only(), arg("dout"), arg("sample_stride"),
              arg("pixel_stride"), arg("batch"), arg("pixels"), arg("columns"), arg("skip"),
              arg("branch"), arg("activation"), arg("scale"), arg("shift"), arg("table_stride"),
@@ -173,6 +175,8 @@ PYBIND11_MODULE(WF_MODULE, module) {
   wf::sm90::bind(sm90);
 #if !defined(WF_EMULATED)
   module.attr("emulated") = false;
+  module.attr("archs") = WF_ARCHS;  // targets of this build, "8.0 9.0a 10.0"
+  module.attr("archs") = WF_ARCHS;  // targets of this build, "8.0 9.0a 10.0"
 #else
   module.attr("emulated") = true;
   module.def("register_memory", [](Address address, size_t bytes, bool writable, std::string name) {

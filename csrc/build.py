@@ -5,10 +5,12 @@
 
     python csrc/build.py               wfnet/_C*.so in place, for the targets in WFNET_CUDA_ARCHS
     python csrc/build.py --all         the same for every target that nvcc knows, from sm_80
+    python csrc/build.py --emulated    build/emulated/..., for WFNET_CUDA_EMULATE; needs no nvcc
 """
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import hashlib
 import importlib.util
@@ -100,7 +102,7 @@ def chosen_archs(compiler: str, every: bool = False) -> list[str]:
 
 
 def gencode(archs: Sequence[str]) -> list[str]:
-    """nvcc's flags for these targets; the newest without a suffix also as PTX, for later devices."""
+    """nvcc's flags; the newest target without a suffix also as PTX, for later devices."""
     numbers = [arch.replace(".", "") for arch in archs]
     flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
     portable = [n for n in numbers if n.isdigit()]
@@ -131,6 +133,11 @@ def _run_ninja(folder: Path) -> None:
         raise BuildError(f"ninja failed in {folder}:\n{done.stdout}{done.stderr}")
 
 
+def kernel_sources() -> list[Path]:
+    """What the extension consists of, and its emulation."""
+    return sorted(HERE.glob("*.cu")) + sorted(HERE.glob("*.cpp"))
+
+
 def _rule(source: Path) -> str:
     if source.suffix != ".cu":
         return "cxx"
@@ -147,17 +154,20 @@ def build_extension(folder: Path, every: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     include = " ".join(f"-I{path}" for path in includes())
     host = " ".join(_HOST_FLAGS)
-    arch = " ".join(gencode(chosen_archs(compiler, every)))
+    archs = chosen_archs(compiler, every)
+    arch = " ".join(gencode(archs))
+    define = f"'-DWF_ARCHS=\"{' '.join(archs)}\"'"
     # 177: the constants by which a kernel tells the emulation about itself are not used here.
     flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --cudart=static -diag-suppress=177"
     hopper = " ".join(gencode(["9.0a"]))
     rules = {
         "nvcc": f"{compiler} -MD -MF $out.d {flags} {arch} -I{HERE} -c $in -o $out",
         "nvcc_sm90": f"{compiler} -MD -MF $out.d {flags} {hopper} -I{HERE} -c $in -o $out",
-        "cxx": f"{os.environ.get('CXX', 'g++')} -MD -MF $out.d {host} {include} -c $in -o $out",
+        "cxx": f"{os.environ.get('CXX', 'g++')} -MD -MF $out.d {host} {define} {include} "
+        "-c $in -o $out",
         "link": f"{compiler} -shared --cudart=static {arch} $in -o $out",
     }
-    sources = sorted(HERE.glob("*.cu")) + sorted(HERE.glob("*.cpp"))
+    sources = kernel_sources()
     edges = [(f"{source.name}.o", _rule(source), [source]) for source in sources]
     edges.append((f"_C{SUFFIX}", "link", [Path(edge[0]) for edge in edges]))
     _write_ninja(folder, rules, edges)
@@ -197,9 +207,15 @@ def build_emulated(name: str, sources: Sequence[Path], root: Path) -> Path:
 
 
 def main() -> None:
-    """Builds ``wfnet/_C`` of this checkout in place."""
-    every = "--all" in sys.argv[1:]
-    root = HERE.parent
+    """Builds ``wfnet/_C`` of this checkout in place, or the emulated module."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--all", action="store_true", help="every target that nvcc knows")
+    parser.add_argument("--emulated", action="store_true", help="the kernels on the host")
+    options = parser.parse_args()
+    every, root = options.all, HERE.parent
+    if options.emulated:
+        print(build_emulated("_emulated", kernel_sources(), root / "build/emulated"))
+        return
     library = build_extension(root / "build" / ("cuda-all" if every else "cuda"), every)
     shutil.copy2(library, root / "wfnet" / library.name)
     print(f"wrote wfnet/{library.name}")

@@ -36,7 +36,7 @@ void check_table_stride(int stride, int columns, int batch) {
 }
 
 void check_common(const ConvParams& p) {
-  require(p.batch > 0 && p.images > 0, "the batch is empty");
+  require(p.batch > 0 && p.samples > 0, "the batch is empty");
   require(p.depth > 0 && p.depth % 8 == 0 && p.columns > 0 && p.columns % 8 == 0,
           "channel counts must be multiples of 8, not " + std::to_string(p.depth) + " and " +
               std::to_string(p.columns));
@@ -47,7 +47,7 @@ void check_common(const ConvParams& p) {
   const int64_t in = int64_t{p.height.input} * p.width.input;
   const int64_t out = int64_t{p.height.output} * p.width.output;
   const int64_t larger = in > out ? in : out;
-  require(p.batch * larger < kMostRows && p.images * larger < kMostRows,
+  require(p.batch * larger < kMostRows && p.samples * larger < kMostRows,
           "more than 2**31 pixels are past 32-bit indexing");
   require(larger * (p.depth > p.columns ? p.depth : p.columns) < kMostRows,
           "an image of more than 2**31 elements is past 32-bit indexing");
@@ -65,13 +65,14 @@ void check_conv_fprop(const ConvParams& p) {
   check_pointer(e.residual, "residual", false);
   check_pointer(e.branch, "branch", false);
   check_pointer(e.out, "out", true);
-  check_table_stride(e.table_stride, p.columns, p.batch);
-  require(p.source != nullptr || p.images == p.batch, "without sources every sample is an image");
+  check_table_stride(e.table_stride, p.columns, p.samples);
+  require((p.order == nullptr) == (p.first_of == nullptr), "order and first_of come together");
+  require(p.order != nullptr || p.samples == p.batch, "without order every sample is an image");
 }
 
 void check_conv_dgrad(const ConvParams& p) {
   check_common(p);
-  require(p.source == nullptr && p.images == p.batch, "an input gradient takes no sources");
+  require(p.order == nullptr && p.samples == p.batch, "an input gradient expands nothing");
   check_backward_epilogue(p.backward, p.columns, p.batch);
 }
 

@@ -15,9 +15,12 @@ enum class Type { kBf16 = 0, kFp16 = 1 };
 struct ConvParams {
   const void* input = nullptr;   // forward: x [images, H, W, depth]; gradient: ag [B, P, Q, depth]
   const void* filter = nullptr;  // [O, R, S, C]
-  const int64_t* source = nullptr;  // forward: [B] image of each sample, or null
-  int images = 0;                   // B where there is no source
-  int batch = 0;                    // B, samples of the result
+  int batch = 0;                 // samples of the input
+  // Forward, label expansion: image n is convolved once and written under the tables of the samples
+  // order[first_of[n]] to order[first_of[n + 1] - 1]. Null: image n is sample n.
+  const int64_t* order = nullptr;     // [samples]
+  const int64_t* first_of = nullptr;  // [batch + 1]
+  int samples = 0;                    // of the result; batch without order
   int depth = 0;                    // channels of the input
   int columns = 0;                  // channels of the result
   Axis height{}, width{};           // in the sense of the forward convolution

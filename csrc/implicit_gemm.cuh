@@ -120,10 +120,7 @@ struct ImplicitGemm {
       const int sample = static_cast<int>(by_pixels(row));
       const int pixel = row - sample * tile.phase.pixels();
       const int y = static_cast<int>(by_width(pixel)), x = pixel - y * tile.phase.rows_w;
-      int64_t image = sample;
-      if (kForward && p.source != nullptr) image = load_global<int64_t>(p.source + sample);
-      if (image < 0 || image >= p.images) continue;
-      a.image[i] = static_cast<uint32_t>(image);
+      a.image[i] = static_cast<uint32_t>(sample);
       a.h[i] = y * tile.step_h, a.w[i] = x * tile.step_w;
     }
     a.channel = thread % 4 * 8;
@@ -337,62 +334,126 @@ struct ImplicitGemm {
     return channels;
   }
 
-  // Offset of a pixel's channels in the result tensor.
-  WF_DEVICE static int64_t result_offset(const Params& p, const Tile& tile, const Divider& by_width,
-                                         int row, int sample, int column) {
-    if (kForward || (p.height.stride == 1 && p.width.stride == 1))
-      return int64_t{row} * p.columns + column;
+  // The part of this warp that every epilogue needs.
+  struct WarpRows {
+    int first_row;   // of this warp's rows; none if it is past tile.rows
+    int lane_row;    // of 4 consecutive rows, the lane's
+    int chunk;       // 8 columns of 64
+    int column;
+    bool column_ok;
+    Divider by_pixels;
+  };
+
+  WF_DEVICE static WarpRows warp_rows(const Params& p, const Tile& tile) {
+    const int lane = thread_index() % 32, warp = thread_index() / 32;
+    WarpRows mine;
+    mine.first_row = tile.row + warp / kWarpsN * kWarpM;
+    mine.lane_row = lane / 8, mine.chunk = lane % 8;
+    mine.column = tile.column + warp % kWarpsN * kWarpN + mine.chunk * kVector;
+    mine.column_ok = mine.column < p.columns;
+    mine.by_pixels = Divider(tile.phase.pixels());
+    return mine;
+  }
+
+  // Samples of the result that image `image` becomes.
+  struct Variants {
+    int64_t first;
+    int count;
+  };
+  WF_DEVICE static Variants variants_of(const Params& p, int image) {
+    if (p.order == nullptr) return {image, 1};
+    const int64_t first = load_global<int64_t>(p.first_of + image);
+    return {first, static_cast<int>(load_global<int64_t>(p.first_of + image + 1) - first)};
+  }
+
+  WF_DEVICE static void finish_forward(const Params& p, const Tile& tile) {
+    const WarpRows mine = warp_rows(p, tile);
+    if (mine.first_row >= tile.rows || !mine.column_ok) return;
+    const int end = mine.first_row + kWarpM < tile.rows ? mine.first_row + kWarpM : tile.rows;
+    const int pixels = tile.phase.pixels();
+    int most = 1;  // variants of an image of these rows
+    if (p.order != nullptr) {
+      most = 0;
+      const int last_image = static_cast<int>(mine.by_pixels(end - 1));
+      for (int image = static_cast<int>(mine.by_pixels(mine.first_row)); image <= last_image;
+           ++image) {
+        const int count = variants_of(p, image).count;
+        most = count > most ? count : most;
+      }
+    }
+    for (int variant = 0; variant < most; ++variant) {
+      Channels scale{}, shift{};
+      Variants variants{};
+      int64_t sample = 0;
+      int loaded = -1;  // image whose sample and table rows these are
+      for (int row = mine.first_row + mine.lane_row; row < end; row += 4) {
+        const int image = static_cast<int>(mine.by_pixels(row));
+        if (image != loaded) {
+          loaded = image;
+          variants = variants_of(p, image);
+          if (variant < variants.count) {
+            sample = variants.first + variant;
+            if (p.order != nullptr) sample = load_global<int64_t>(p.order + sample);
+            const int64_t at = sample * p.forward.table_stride + mine.column;
+            scale = load_table(p.forward.scale + at);
+            if (p.forward.shift != nullptr) shift = load_table(p.forward.shift + at);
+          }
+        }
+        if (variant >= variants.count) continue;
+        const int64_t at = (sample * pixels + (row - image * pixels)) * p.columns + mine.column;
+        forward_channels<T>(p.forward, staged(row - mine.first_row, mine.chunk), scale, shift,
+                            at);
+      }
+    }
+  }
+
+  // Offset of a pixel's channels in the result of a gradient.
+  WF_DEVICE static int64_t gradient_offset(const Params& p, const Tile& tile,
+                                           const Divider& by_width, int row, int sample) {
+    if (p.height.stride == 1 && p.width.stride == 1) return int64_t{row} * p.columns;
     const int pixel = row - sample * tile.phase.pixels();
     const int y = static_cast<int>(by_width(pixel)), x = pixel - y * tile.phase.rows_w;
     const int h = y * p.height.stride + tile.phase.h, w = x * p.width.stride + tile.phase.w;
-    return ((int64_t{sample} * p.height.input + h) * p.width.input + w) * p.columns + column;
+    return ((int64_t{sample} * p.height.input + h) * p.width.input + w) * p.columns;
   }
 
-  WF_DEVICE static void finish(const Params& p, const Tile& tile) {
-    const int lane = thread_index() % 32, warp = thread_index() / 32;
-    const int warp_m = warp / kWarpsN, warp_n = warp % kWarpsN;
-    const int first_row = tile.row + warp_m * kWarpM;
-    if (first_row >= tile.rows) return;
-    const int chunk = lane % 8, column = tile.column + warp_n * kWarpN + chunk * 8;
-    const bool column_ok = column < p.columns;
-    const Divider by_pixels(tile.phase.pixels()), by_width(tile.phase.rows_w);
-    const float* scale = kForward ? p.forward.scale : p.backward.scale;
-    const float* shift = kForward ? p.forward.shift : p.backward.shift;
-    const int table_stride = kForward ? p.forward.table_stride : p.backward.table_stride;
-    const int first_sample = static_cast<int>(by_pixels(first_row));
-    ColumnSums sums(p.backward, (tile.strip + warp_m) * p.backward.span, first_sample, p.columns,
-                    column, column_ok);
-    const bool summed = !kForward && (p.backward.partial0 != nullptr ||
-                                      p.backward.partial1 != nullptr);
-    Channels a{}, c{};
-    int loaded = -1;  // sample whose table rows are in a and c
+  WF_DEVICE static void finish_backward(const Params& p, const Tile& tile) {
+    const WarpRows mine = warp_rows(p, tile);
+    if (mine.first_row >= tile.rows) return;
+    const BackwardEpilogue& epilogue = p.backward;
+    const int warp_m = thread_index() / 32 / kWarpsN;
+    const Divider by_width(tile.phase.rows_w);
+    ColumnSums sums(epilogue, (tile.strip + warp_m) * epilogue.span,
+                    static_cast<int>(mine.by_pixels(mine.first_row)), p.columns, mine.column,
+                    mine.column_ok);
+    const bool summed = epilogue.partial0 != nullptr || epilogue.partial1 != nullptr;
+    Channels scale{}, shift{};
+    int loaded = -1;  // sample whose table rows these are
     for (int visit = 0; visit < kWarpM / 4; ++visit) {
-      const int low_row = first_row + visit * 4;
+      const int low_row = mine.first_row + visit * 4;
       if (low_row >= tile.rows) break;
-      const int row = low_row + lane / 8;
+      const int row = low_row + mine.lane_row;
       const bool row_ok = row < tile.rows;
-      const int sample = row_ok ? static_cast<int>(by_pixels(row)) : -1;
-      Channels value = staged(visit * 4 + lane / 8, chunk), branch{};
-      if (row_ok && column_ok) {
+      const int sample = row_ok ? static_cast<int>(mine.by_pixels(row)) : -1;
+      Channels g = staged(visit * 4 + mine.lane_row, mine.chunk), branch{};
+      if (row_ok && mine.column_ok) {
         if (sample != loaded) {
-          if (scale != nullptr) a = load_table(scale + int64_t{sample} * table_stride + column);
-          if (shift != nullptr) c = load_table(shift + int64_t{sample} * table_stride + column);
+          const int64_t at = int64_t{sample} * epilogue.table_stride + mine.column;
+          if (epilogue.scale != nullptr) scale = load_table(epilogue.scale + at);
+          if (epilogue.shift != nullptr) shift = load_table(epilogue.shift + at);
           loaded = sample;
         }
-        const int64_t at = result_offset(p, tile, by_width, row, sample, column);
-        if constexpr (kForward) {
-          forward_channels<T>(p.forward, value, a, c, at);
-        } else {
-          backward_mask<T>(p.backward, value, branch, c, at);
-          if (p.backward.grad != nullptr) store_channels<T>(p.backward.grad, at, value);
-          if (p.backward.scaled_grad != nullptr)
-            store_channels<T>(p.backward.scaled_grad, at, scaled(a, value));
-        }
+        const int64_t at = gradient_offset(p, tile, by_width, row, sample) + mine.column;
+        backward_mask<T>(epilogue, g, branch, shift, at);
+        if (epilogue.grad != nullptr) store_channels<T>(epilogue.grad, at, g);
+        if (epilogue.scaled_grad != nullptr)
+          store_channels<T>(epilogue.scaled_grad, at, scaled(scale, g));
       }
       if (summed) {
         const int last_row = low_row + 3 < tile.rows ? low_row + 3 : tile.rows - 1;
-        sums.add(value, branch, column_ok ? sample : -1, static_cast<int>(by_pixels(low_row)),
-                 static_cast<int>(by_pixels(last_row)));
+        sums.add(g, branch, mine.column_ok ? sample : -1,
+                 static_cast<int>(mine.by_pixels(low_row)),
+                 static_cast<int>(mine.by_pixels(last_row)));
       }
     }
     if (summed) sums.flush();
@@ -411,7 +472,10 @@ struct ImplicitGemm {
     }
     product(p, tile, sums);
     stage_sums(sums);
-    finish(p, tile);
+    if constexpr (kForward)
+      finish_forward(p, tile);
+    else
+      finish_backward(p, tile);
   }
 };
 

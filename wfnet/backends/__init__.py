@@ -274,7 +274,11 @@ class Backend(ABC):
 
 # Name -> module that defines `backend`, loaded on first use. `reference` has no Backend object: it
 # is plain PyTorch in wfnet/reference.py and shares no code with what it is the truth for.
-_MODULES = {"eager": "wfnet.backends.eager", "triton": "wfnet.backends.triton"}
+_MODULES = {
+    "eager": "wfnet.backends.eager",
+    "triton": "wfnet.backends.triton",
+    "cuda": "wfnet.backends.cuda",
+}
 _loaded: dict[str, Backend] = {}
 
 KERNELS = tuple(_MODULES)

@@ -1,0 +1,466 @@
+"""Backend ``cuda``: compiled tensor-core kernels; the masks live in GEMM epilogues.
+
+Forward is one implicit GEMM that writes ``out`` and, where backward needs it, the branch
+``v = scale * u``. In a fused network each input-gradient GEMM finishes the layer below it: skip
+gradient, ReLU mask, both column sums and ``scale * g``. Launchers:
+:mod:`wfnet.backends.cuda_launch`; kernels: csrc/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from wfnet.backends import Backend, Below, ConvGeometry, Finished, cuda_launch, gates
+from wfnet.backends.cuda_launch import Axis, Gradient, Layer, Want
+from wfnet.backends.winners import winner
+from wfnet.tables import GatedLayer, GateTables, StepTables
+
+_MOST_LABELS = 16
+_MOST_ROWS = 2**31
+_FIRST_ARCH = 8
+
+
+def _refuse_tensor(x: Tensor) -> str | None:
+    """What both operations refuse; device, dtype and platform only, so that it can be traced."""
+    library = cuda_launch.library()
+    if library.missing is not None:
+        return library.missing
+    if x.dtype not in cuda_launch.DTYPES:
+        return f"the CUDA kernels take float16 and bfloat16, not {x.dtype} (use autocast)"
+    if library.emulated:
+        if x.device.type != "cpu":
+            return f"WFNET_CUDA_EMULATE runs the kernels on the CPU, and x is on {x.device}"
+        return None
+    if x.device.type != "cuda":
+        return f"the CUDA kernels need a CUDA tensor, and x is on {x.device}"
+    if torch.version.hip is not None:
+        return "the CUDA kernels are written for NVIDIA devices"
+    capability = torch.cuda.get_device_capability(x.device)
+    if not _runs_on(capability, library.module.archs):
+        return (
+            f"wfnet._C was built for {library.module.archs}, and the device has compute capability "
+            f"{capability[0]}.{capability[1]}; rebuild with WFNET_CUDA_ARCHS"
+        )
+    return None
+
+
+def _runs_on(capability: tuple[int, int], archs: str) -> bool:
+    """Whether machine code for ``archs`` (``"8.0 9.0a 10.0"``) or its PTX runs on a device."""
+    portable = []
+    for arch in archs.split():
+        major, minor = (int(number) for number in arch.rstrip("af").split("."))
+        if arch[-1].isdigit():
+            portable.append((major, minor))
+            if capability[0] == major and capability[1] >= minor:
+                return True
+        elif capability == (major, minor):
+            return True
+    return bool(portable) and capability >= max(portable)  # by the newest one's PTX
+
+
+def _refuse_sizes(rows: int, image: int) -> str | None:
+    if rows >= _MOST_ROWS:
+        return f"{rows} pixels are past the kernels' 32-bit indexing (2**31)"
+    if image >= _MOST_ROWS:
+        return f"an image of {image} elements is past the kernels' 32-bit indexing (2**31)"
+    return None
+
+
+def _refuse_columns(columns: int) -> str | None:
+    if columns % cuda_launch.VECTOR:
+        return f"the CUDA kernels need output channels in multiples of 8, not {columns}"
+    return None
+
+
+def _measured_fastest(op: str, key: str, x: Tensor) -> bool:
+    device = torch.cuda.get_device_name(x.device)
+    return winner(op, key, str(x.dtype).removeprefix("torch."), device) == "cuda"
+
+
+class CudaBackend(Backend):
+    """Implicit GEMM with the per-sample scale and shift in its epilogue.
+
+    ``saved`` is the branch ``v = scale * u`` of the expanded batch, in the dtype of ``x``.
+    """
+
+    name = "cuda"
+
+    def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
+        reason = _refuse_tensor(x) or _refuse_columns(weight.shape[0])
+        if reason is not None:
+            return reason
+        if geometry.groups != 1:
+            return f"the CUDA kernels have no grouped convolution (groups={geometry.groups})"
+        height, width = geometry.output_size(x.shape[2], x.shape[3], tuple(weight.shape[2:]))
+        if height < 1 or width < 1:
+            return f"the filter {list(weight.shape)} does not fit into {list(x.shape)}"
+        pixels = max(height * width, x.shape[2] * x.shape[3])
+        channels = max(weight.shape[0], x.shape[1] + cuda_launch.VECTOR)
+        return _refuse_sizes(x.shape[0] * pixels, pixels * channels)
+
+    def refuse_linear(self, x: Tensor, weight: Tensor) -> str | None:
+        reason = _refuse_tensor(x) or _refuse_columns(weight.shape[0])
+        if reason is not None:
+            return reason
+        channels = max(weight.shape[0], x.shape[2] + cuda_launch.VECTOR)
+        return _refuse_sizes(x.shape[0] * x.shape[1], x.shape[1] * channels)
+
+    def explain_conv2d(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None = None
+    ) -> str:
+        """Kernels of forward and input gradient, or the refusal."""
+        reason = self.refuse_conv2d(x, weight, geometry)
+        if reason is not None:
+            return f"refused: {reason}"
+        return _explained(weight.shape[0], x.shape[1])
+
+    def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
+        """Kernels of forward and input gradient, or the refusal."""
+        reason = self.refuse_linear(x, weight)
+        return _explained(*weight.shape) if reason is None else f"refused: {reason}"
+
+    def measured_fastest_conv2d(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int
+    ) -> bool:
+        if geometry.groups != 1 or self.refuse_conv2d(x, weight, geometry) is not None:
+            return False
+        from wfnet.kernels.config import ConvShape  # shape keys only
+
+        shape = ConvShape(
+            batch, x.shape[2], x.shape[3], x.shape[1], weight.shape[0], tuple(weight.shape[2:]),
+            geometry.stride, geometry.padding, geometry.dilation,
+        )  # fmt: skip
+        return _measured_fastest("conv2d", shape.key(), x)
+
+    def measured_fastest_linear(self, x: Tensor, weight: Tensor, batch: int) -> bool:
+        if self.refuse_linear(x, weight) is not None:
+            return False
+        from wfnet.kernels.config import LinearShape
+
+        shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
+        return _measured_fastest("linear", shape.key(), x)
+
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        source: Tensor | None,
+        geometry: ConvGeometry,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        return _forward(x, weight, scale, shift, None, False, source, geometry, save)
+
+    def conv2d_backward(
+        self,
+        dout: Tensor,
+        saved: Tensor | None,
+        weight: Tensor,
+        scale: Tensor,
+        source: Tensor | None,
+        input_shape: tuple[int, ...],
+        geometry: ConvGeometry,
+        need_dx: bool,
+        need_t1: bool,
+        need_t0: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        scaled, t1, t0 = _elementwise_backward(
+            dout, saved, scale, source, input_shape[0], need_dx, need_t1, need_t0
+        )
+        dx = None
+        if need_dx:
+            dx = self.conv2d_dgrad(scaled, weight, input_shape, geometry).grad
+        return dx, t1, t0
+
+    fuses = True
+
+    def fused_conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        source: Tensor | None,
+        geometry: ConvGeometry,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        out, branch = _forward(x, weight, scale, shift, residual, relu, source, geometry, save)
+        return out, branch, out if save and relu and residual is not None else None
+
+    def finish(
+        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
+    ) -> Finished:
+        """One pass over ``dout``; a projection shortcut takes a second one over ``g``."""
+        layer, want = _layer_below(below, skip)
+        gradient = cuda_launch.epilogue_bwd(
+            dout.to(below.branch.dtype).permute(0, 2, 3, 1), layer, want
+        )
+        return _finished(gradient, below)
+
+    def conv2d_dgrad(
+        self,
+        scaled_grad: Tensor,
+        weight: Tensor,
+        input_shape: tuple[int, ...],
+        geometry: ConvGeometry,
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        """One GEMM; its epilogue is the elementwise backward of the layer below."""
+        if below is None:
+            layer, want = Layer(skip=_channels_last(skip)), Want(grad=True)
+        else:
+            layer, want = _layer_below(below, skip)
+        height, width = _axes(input_shape, tuple(weight.shape[2:]), geometry)
+        gradient = cuda_launch.conv_dgrad(
+            _channels_last(scaled_grad), _channels_last(weight), height, width, layer, want
+        )
+        if below is None:
+            return Finished(_channels_first(gradient.grad), None)
+        return _finished(gradient, below)
+
+    def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
+        """One launch each way for all layers, where filters and constants are fp32."""
+        tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
+        if all(t.dtype == torch.float32 for t in tensors):
+            return _Tables(layers)
+        return super().gate_tables(layers)
+
+    def linear(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor | None,
+        source: Tensor | None,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        height, width = _token_axes(x.shape[1])
+        out, branch = cuda_launch.conv_fprop(
+            x.contiguous().unsqueeze(2), _pointwise(weight), height, width, scale, shift,
+            source=source, save_branch=save,
+        )  # fmt: skip
+        return out.squeeze(2), None if branch is None else branch.squeeze(2)
+
+    def linear_backward(
+        self,
+        dout: Tensor,
+        saved: Tensor | None,
+        weight: Tensor,
+        scale: Tensor,
+        source: Tensor | None,
+        input_shape: tuple[int, ...],
+        need_dx: bool,
+        need_t1: bool,
+        need_t0: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        scaled, t1, t0 = _elementwise_backward(
+            _pixels_of(dout), None if saved is None else _pixels_of(saved), scale, source,
+            input_shape[0], need_dx, need_t1, need_t0,
+        )  # fmt: skip
+        dx = None
+        if need_dx:
+            height, width = _token_axes(input_shape[1])
+            dx = cuda_launch.conv_dgrad(
+                _channels_last(scaled), _pointwise(weight), height, width, Layer(), Want(grad=True)
+            ).grad.squeeze(2)
+        return dx, t1, t0
+
+    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
+        if not _takes_gates(alpha, forget):
+            return gates.gate_rows(alpha, forget, gate_scale)
+        return cuda_launch.gate_rows(alpha.float(), forget, gate_scale)
+
+    def gate_rows_backward(self, t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
+        if not _takes_gates(alpha, forget) or t.dtype != torch.float32:
+            return gates.gate_rows_backward(t, alpha, forget)
+        return cuda_launch.gate_rows_bwd(t, alpha.float(), forget).to(alpha.dtype)
+
+
+def _takes_gates(alpha: Tensor, forget: Tensor) -> bool:
+    return (
+        alpha.dtype != torch.float64
+        and alpha.shape[1] % 4 == 0
+        and forget.shape[1] in range(1, _MOST_LABELS + 1)
+        and (alpha.device.type == "cpu") == cuda_launch.library().emulated
+    )
+
+
+def _explained(columns: int, channels: int) -> str:
+    def tile(width: int) -> str:
+        return f"tiles of 128 x {64 if cuda_launch.narrow_tiles(width) else 128}"
+
+    padded = "" if channels % cuda_launch.VECTOR == 0 else ", input channels padded to 8"
+    return (
+        f"forward: implicit GEMM (mma.sync), {tile(columns)}{padded}; "
+        f"input gradient: the same, {tile(channels)}"
+    )
+
+
+def _channels_last(x: Tensor | None) -> Tensor | None:
+    """``[N, C, H, W]`` as contiguous ``[N, H, W, C]``: a view of channels-last memory."""
+    return None if x is None else x.permute(0, 2, 3, 1).contiguous()
+
+
+def _channels_first(x: Tensor | None) -> Tensor | None:
+    """``[N, H, W, C]`` as a ``[N, C, H, W]`` view, channels-last in memory."""
+    return None if x is None else x.permute(0, 3, 1, 2)
+
+
+def _pixels_of(tokens: Tensor) -> Tensor:
+    """``[B, T, C]`` as ``[B, C, T, 1]``, channels-last in memory."""
+    return tokens.unsqueeze(2).permute(0, 3, 1, 2)
+
+
+def _pointwise(weight: Tensor) -> Tensor:
+    """``[O, C]`` as the filter ``[O, 1, 1, C]``."""
+    return weight.contiguous()[:, None, None]
+
+
+def _token_axes(tokens: int) -> tuple[Axis, Axis]:
+    return Axis(tokens, tokens, 1), Axis(1, 1, 1)
+
+
+def _axes(
+    input_shape: Sequence[int], kernel: tuple[int, int], geometry: ConvGeometry
+) -> tuple[Axis, Axis]:
+    size = tuple(input_shape[2:])
+    numbers = zip(
+        size, geometry.output_size(*size, kernel), kernel, geometry.stride, geometry.padding,
+        geometry.dilation, strict=True,
+    )  # fmt: skip
+    height, width = (Axis(*axis) for axis in numbers)
+    return height, width
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    source: Tensor | None,
+    geometry: ConvGeometry,
+    save: bool,
+) -> tuple[Tensor, Tensor | None]:
+    height, width = _axes(x.shape, tuple(weight.shape[2:]), geometry)
+    out, branch = cuda_launch.conv_fprop(
+        _channels_last(x), _channels_last(weight), height, width, scale, shift,
+        residual=_channels_last(residual), relu=relu, source=source, save_branch=save,
+    )  # fmt: skip
+    return _channels_first(out), _channels_first(branch)
+
+
+def _elementwise_backward(
+    dout: Tensor,
+    branch: Tensor | None,
+    scale: Tensor,
+    source: Tensor | None,
+    sources: int,
+    need_dx: bool,
+    need_t1: bool,
+    need_t0: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """``scale * dout`` (summed over equal sources), T1 and T0 of ``dout`` ``[B, O, P, Q]``."""
+    shape = (dout.shape[0], dout.shape[1])
+    pixels = dout.permute(0, 2, 3, 1)
+
+    def sums(needed: bool) -> Tensor | None:
+        return torch.empty(shape, dtype=torch.float32, device=dout.device) if needed else None
+
+    t1, t0 = sums(need_t1), sums(need_t0)
+    want = Want(scaled_grad=need_dx and source is None, t0=t0, t1=t1)
+    scaled = None
+    if want.scaled_grad or need_t1 or need_t0:
+        layer = Layer(branch=_channels_last(branch) if need_t1 else None, scale=scale)
+        scaled = cuda_launch.epilogue_bwd(pixels, layer, want).scaled_grad
+    if need_dx and source is not None:
+        scaled = cuda_launch.sum_by_source(pixels.contiguous(), scale, source, sources)
+    return _channels_first(scaled), t1, t0
+
+
+def _layer_below(below: Below, skip: Tensor | None) -> tuple[Layer, Want]:
+    dtype = below.branch.dtype
+    layer = Layer(
+        branch=_channels_last(below.branch),
+        scale=below.scale,
+        shift=below.shift,
+        activation=_channels_last(below.mask),
+        skip=None if skip is None else _channels_last(skip.to(dtype)),
+        relu=below.relu,
+    )
+    want = Want(
+        grad=below.need_grad or below.shortcut is not None,
+        scaled_grad=below.need_scaled_grad,
+        t0=below.t0,
+        t1=below.t1,
+    )
+    return layer, want
+
+
+def _finished(gradient: Gradient, below: Below) -> Finished:
+    grad, scaled = _channels_first(gradient.grad), _channels_first(gradient.scaled_grad)
+    if below.shortcut is None:
+        return Finished(grad, scaled)
+    shortcut = backend.finish(grad, below.shortcut)
+    return Finished(grad if below.need_grad else None, scaled, shortcut.scaled_grad)
+
+
+class _Tables(GateTables):
+    """The gates of all layers in one launch, and all filter gradients in another."""
+
+    def __init__(self, layers: Sequence[GatedLayer]):
+        super().__init__([replace(layer, **_detached(layer)) for layer in layers])
+        total = self.factor.shape[0]
+        self.chosen = torch.zeros(total, dtype=torch.float32, device=self.factor.device)
+        for part in self.of_bias:
+            if part is not None:
+                self.chosen[part] = 1.0
+
+    def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
+        flat = torch.cat(self.filters, 1) if self.flat is None else self.flat
+        if not _takes_gates(flat, forget):
+            return super().__call__(forget, save)
+        return _StepTables(self, flat, forget, save)
+
+
+def _detached(layer: GatedLayer) -> dict[str, Tensor]:
+    return {n: t.detach() for n, t in vars(layer).items() if isinstance(t, Tensor)}
+
+
+class _StepTables(StepTables):
+    """Scales and shifts are columns of two ``[B, total]`` matrices, which kernels read in place."""
+
+    def __init__(self, tables: _Tables, flat: Tensor, forget: Tensor, save: bool):
+        self.tables, self.flat, self.forget = tables, flat, forget
+        self.products = cuda_launch.gate_rows(flat, forget, tables.gate_scale, tables.factor)
+        # Rows as far apart as those of the products, so that one stride serves both tables.
+        shift = torch.empty_like(self.products)[:, : tables.beta.shape[0]]
+        shift.copy_(tables.beta)
+        for bias, layer in zip(tables.of_bias, tables.of_layer, strict=True):
+            if bias is not None:
+                shift[:, layer] += self.products[:, bias]
+        self.scales = [self.products[:, part] for part in tables.of_weight]
+        self.shifts = [shift[:, part] for part in tables.of_layer]
+        self.t1, self.t0 = [], []
+        if save:
+            self.sums = torch.zeros_like(self.products)
+            self.t1 = [self.sums[:, part] for part in tables.of_weight]
+            self.t0 = [None if part is None else self.sums[:, part] for part in tables.of_bias]
+
+    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
+        gradient = cuda_launch.gate_rows_bwd(
+            self.sums, self.flat, self.forget, self.products, self.tables.chosen, into
+        )
+        return [gradient[:, part] for part in self.tables.columns]
+
+
+backend = CudaBackend()

@@ -1,0 +1,497 @@
+"""Launchers of the compiled kernels (``wfnet._C``, sources in csrc/): tensors in, tensors out.
+
+Pixel tensors are channels-last here, ``[B, H, W, C]`` contiguous, bf16 or fp16; tables are
+``[B, C]`` fp32. All memory comes from PyTorch's allocator, workspaces included; kernels run on the
+current stream and may be captured in a CUDA graph.
+
+``WFNET_CUDA_EMULATE=PATH`` takes the kernels from the emulated module at PATH (built from the same
+sources by ``csrc/build.py --emulated``), which runs them on CPU tensors, thread by thread, and
+checks every access. It is for tests: slow, and refused for CUDA tensors.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+VECTOR = 8  # channels of one 16-byte access
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_EMULATE = "WFNET_CUDA_EMULATE"
+
+
+class Library(NamedTuple):
+    """The loaded kernels, or why there are none."""
+
+    module: ModuleType | None
+    missing: str | None
+
+    @property
+    def emulated(self) -> bool:
+        """Whether kernels run on the host."""
+        return self.module is not None and self.module.emulated
+
+
+@functools.cache
+def library() -> Library:
+    """Loads ``wfnet._C``, or the emulated module that WFNET_CUDA_EMULATE names, once."""
+    path = os.environ.get(_EMULATE)
+    if path:
+        spec = importlib.util.spec_from_file_location(os.path.basename(path).split(".")[0], path)
+        if spec is None or not os.path.exists(path):
+            return Library(None, f"{_EMULATE}={path} is not an emulated module")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return Library(module, None)
+    try:
+        return Library(importlib.import_module("wfnet._C"), None)
+    except ImportError as error:
+        return Library(
+            None,
+            f"wfnet._C is not built ({error}); run `python csrc/build.py` in a checkout, or "
+            "`WFNET_BUILD_CUDA=1 pip install .`, with nvcc 13.0 or newer",
+        )
+
+
+class Axis(NamedTuple):
+    """One dimension of a convolution."""
+
+    input: int
+    output: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The layer whose output a gradient reaches: what its elementwise backward reads.
+
+    Pixel tensors have the layout of that output, contiguous.
+    """
+
+    branch: Tensor | None = None  # v = A * u, stored by the forward pass
+    scale: Tensor | None = None  # [B, C] fp32, A
+    shift: Tensor | None = None  # [B, C] fp32, C
+    activation: Tensor | None = None  # the output itself, where a residual made it
+    skip: Tensor | None = None  # gradient that reaches the output another way
+    relu: bool = False
+
+
+@dataclass(frozen=True)
+class Want:
+    """What an elementwise backward writes: fresh tensors where True, ``[B, C]`` sums into place."""
+
+    grad: bool = False
+    scaled_grad: bool = False
+    t0: Tensor | None = None
+    t1: Tensor | None = None
+
+
+class Gradient(NamedTuple):
+    """``g`` and ``A * g``; None for what was not asked for."""
+
+    grad: Tensor | None
+    scaled_grad: Tensor | None
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _launch(
+    function: str, reads: dict[str, Tensor | None], writes: dict[str, Tensor | None], **numbers
+) -> None:
+    """Calls ``function`` with the addresses of ``reads`` and ``writes``, on the current stream."""
+    module = library().module
+    device = next(t.device for t in writes.values() if t is not None)
+    if module.emulated:
+        _register(module, reads, False)
+        _register(module, writes, True)
+        try:
+            getattr(module, function)(
+                **{name: _address(t) for name, t in {**reads, **writes}.items()},
+                **numbers,
+                device=0,
+                stream=0,
+            )
+        finally:
+            module.clear_memory()
+        return
+    getattr(module, function)(
+        **{name: _address(t) for name, t in {**reads, **writes}.items()},
+        **numbers,
+        device=device.index,
+        stream=torch.cuda.current_stream(device).cuda_stream,
+    )
+
+
+def _register(module: ModuleType, tensors: dict[str, Tensor | None], writable: bool) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.numel():
+            spread = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+            size = (spread + 1) * tensor.element_size()
+            module.register_memory(tensor.data_ptr(), size, writable, name)
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """``tensor`` contiguous and on 16 bytes, copied only if it is not."""
+    if tensor is None:
+        return None
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def tables(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
+    """Both tables with 16-byte aligned rows of one stride, copied only if need be, and the stride.
+
+    Columns of a wider table are taken where they lie.
+    """
+    given = [t for t in (scale, shift) if t is not None]
+    if not given:
+        return None, None, 0
+    fits = all(
+        t.dtype == torch.float32
+        and t.stride(1) == 1
+        and t.stride(0) == given[0].stride(0)
+        and t.stride(0) >= t.shape[1]
+        and t.stride(0) % 4 == 0
+        and t.data_ptr() % 16 == 0
+        for t in given
+    )
+    if not fits:
+        scale, shift = (
+            None if t is None else dense(t.float().contiguous()) for t in (scale, shift)
+        )
+        return scale, shift, given[0].shape[1]
+    return scale, shift, given[0].stride(0)
+
+
+def narrow_tiles(columns: int) -> bool:
+    """Whether the kernels take tiles of 64 columns (csrc/conv.h)."""
+    return library().module.narrow_tiles(columns)
+
+
+def by_source(source: Tensor, images: int) -> tuple[Tensor, Tensor]:
+    """Samples grouped by image: ``order`` ``[B]`` and ``first_of`` ``[images + 1]``, int64.
+
+    ``order[first_of[n]:first_of[n + 1]]`` are the samples of image n, in ascending order. No
+    synchronisation, so it may be captured in a CUDA graph.
+    """
+    ordered, order = torch.sort(source, stable=True)
+    bounds = torch.arange(images + 1, device=source.device, dtype=source.dtype)
+    return order, torch.searchsorted(ordered, bounds)
+
+
+def pad_channels(tensor: Tensor) -> Tensor:
+    """``[..., C]`` with zeros up to a multiple of 8 channels."""
+    missing = -tensor.shape[-1] % VECTOR
+    return F.pad(tensor, (0, missing)) if missing else tensor
+
+
+def conv_fprop(
+    x: Tensor,
+    weight: Tensor,
+    height: Axis,
+    width: Axis,
+    scale: Tensor,
+    shift: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = False,
+    source: Tensor | None = None,
+    save_branch: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``out = act(scale * u + shift + residual)`` and, if asked for, the branch ``scale * u``.
+
+    ``u = conv(x[source], weight)``: an image is convolved once, whatever the number of its samples.
+    Equivalent (NCHW for brevity): ``F.conv2d(x, weight)[source] * scale[:, :, None, None] + ...``.
+
+    Args:
+        x: ``[N, H, W, C]`` contiguous.
+        weight: ``[O, R, S, C]`` contiguous, ``O`` a multiple of 8.
+        scale, shift: ``[B, O]`` fp32.
+        residual: ``[B, P, Q, O]`` contiguous.
+        source: ``[B]`` int64; a position outside of ``x`` gives NaN for its sample.
+
+    Returns:
+        ``out`` and the branch ``[B, P, Q, O]``, or None.
+    """
+    images, columns = x.shape[0], weight.shape[0]
+    samples = scale.shape[0]
+    x, weight = dense(pad_channels(x)), dense(pad_channels(weight))
+    out = x.new_empty((samples, height.output, width.output, columns))
+    branch = torch.empty_like(out) if save_branch else None
+    if out.numel() == 0:
+        return out, branch
+    order = first_of = None
+    if source is not None:
+        inside = (source >= 0) & (source < images)
+        scale = torch.where(inside[:, None], scale, torch.nan)
+        source = source.clamp(0, images - 1)
+        if images > samples:  # most images are not used at all
+            x, images = x.index_select(0, source), samples
+        else:
+            order, first_of = by_source(source, images)
+    scale, shift, stride = tables(scale, shift)
+    _launch(
+        "conv_fprop",
+        {"x": x, "weight": weight, "order": order, "first_of": first_of, "scale": scale,
+         "shift": shift, "residual": dense(residual)},
+        {"branch": branch, "out": out},
+        batch=images, samples=samples, in_channels=x.shape[3], out_channels=columns,
+        height=height, width=width, table_stride=stride, relu=relu, dtype=DTYPES[x.dtype],
+    )  # fmt: skip
+    return out, branch
+
+
+class _Sums:
+    """Where the two column sums of a launch go, with their workspaces.
+
+    Sums that are not fp32 rows of one stride go to fresh memory and are copied at the end.
+    """
+
+    def __init__(self, want: Want, slots: Callable[[], int]):
+        self.wanted = (want.t0, want.t1)
+        given = [t for t in self.wanted if t is not None]
+        direct = all(
+            t.dtype == torch.float32 and t.stride(1) == 1 and t.stride(0) == given[0].stride(0)
+            for t in given
+        )
+        self.totals = tuple(
+            t if t is None or direct else torch.empty(t.shape, dtype=torch.float32, device=t.device)
+            for t in self.wanted
+        )
+        self.stride = 0 if not given else next(t for t in self.totals if t is not None).stride(0)
+        self.partials: tuple[Tensor | None, ...] = (None, None)
+        if given:
+            shape = (slots(), given[0].shape[1])
+            self.partials = tuple(
+                None if t is None else torch.empty(shape, dtype=torch.float32, device=t.device)
+                for t in self.wanted
+            )
+
+    def writes(self) -> dict[str, Tensor | None]:
+        names = ("partial0", "partial1", "t0", "t1")
+        return dict(zip(names, (*self.partials, *self.totals), strict=True))
+
+    def copy(self) -> None:
+        for place, total in zip(self.wanted, self.totals, strict=True):
+            if place is not total:
+                place.copy_(total)
+
+
+def _zero_sums(want: Want) -> None:
+    for total in (want.t0, want.t1):
+        if total is not None:
+            total.zero_()
+
+
+def _reads_of(layer: Layer) -> tuple[dict[str, Tensor | None], int]:
+    scale, shift, stride = tables(layer.scale, layer.shift)
+    pixels = {name: dense(getattr(layer, name)) for name in ("skip", "branch", "activation")}
+    return {**pixels, "scale": scale, "shift": shift}, stride
+
+
+def conv_dgrad(
+    ag: Tensor, weight: Tensor, height: Axis, width: Axis, below: Layer, want: Want
+) -> Gradient:
+    """Input gradient of a convolution, and the elementwise backward of the layer below it.
+
+    Equivalent (NCHW for brevity)::
+
+        g  = torch.nn.grad.conv2d_input(x.shape, weight, ag, stride, padding, dilation) + skip
+        g  = g * (activation > 0), or g * (branch + shift > 0), if below.relu
+        t0 = g.sum((2, 3));  t1 = (g * branch).sum((2, 3));  scaled_grad = scale * g
+
+    Args:
+        ag: ``[B, P, Q, O]`` contiguous, ``A * g`` of this layer, ``O`` a multiple of 8.
+        weight: ``[O, R, S, C]`` contiguous.
+        below: the layer below; its channels ``C`` are a multiple of 8. Without tables, masks and
+            sums, ``C`` may be any number.
+        want: what to write; sums are ``[B, C]`` fp32.
+    """
+    batch, channels = ag.shape[0], weight.shape[3]
+    ag, weight = dense(ag), dense(pad_channels(weight))
+    columns = weight.shape[3]
+    shape = (batch, height.input, width.input, columns)
+    grad = ag.new_empty(shape) if want.grad else None
+    scaled = ag.new_empty(shape) if want.scaled_grad else None
+    if batch == 0 or channels == 0:
+        _zero_sums(want)
+        return Gradient(grad, scaled)
+    if columns != channels and below.skip is not None:
+        below = Layer(skip=pad_channels(below.skip))
+    sums = _Sums(
+        want,
+        lambda: library().module.conv_dgrad_slots(
+            batch=batch, in_channels=columns, height=height, width=width
+        ),
+    )
+    reads, stride = _reads_of(below)
+    _launch(
+        "conv_dgrad",
+        {"ag": ag, "weight": weight, **reads},
+        {"grad": grad, "scaled_grad": scaled, **sums.writes()},
+        batch=batch, in_channels=columns, out_channels=weight.shape[0], height=height,
+        width=width, table_stride=stride, relu=below.relu, total_stride=sums.stride,
+        dtype=DTYPES[ag.dtype],
+    )  # fmt: skip
+    sums.copy()
+    if columns != channels:
+        grad = grad[..., :channels].contiguous()
+    return Gradient(grad, scaled)
+
+
+def _pixel_strides(dout: Tensor) -> tuple[int, int] | None:
+    """Strides of samples and pixels of ``[B, H, W, C]``; None if pixels are not evenly apart."""
+    batch, height, width, _ = dout.shape
+    sample, row, pixel, channel = dout.stride()
+    if channel != 1 or dout.data_ptr() % 16:
+        return None
+    if width == 1:
+        pixel = row
+    elif height > 1 and row != width * pixel:
+        return None
+    if height * width == 1:
+        pixel = 0
+    if batch == 1:
+        sample = 0
+    return (sample, pixel) if sample % VECTOR == 0 and pixel % VECTOR == 0 else None
+
+
+def epilogue_bwd(dout: Tensor, layer: Layer, want: Want) -> Gradient:
+    """One pass from ``dout`` to ``g``, ``A * g`` and the column sums; see :func:`conv_dgrad`.
+
+    Args:
+        dout: ``[B, H, W, C]``; pixels may be broadcast (a mean's gradient is read as it lies).
+        layer: the layer whose output ``dout`` reaches.
+        want: what to write.
+    """
+    strides = _pixel_strides(dout)
+    if strides is None:
+        dout = dense(dout)
+        strides = _pixel_strides(dout)
+    batch, height, width, columns = dout.shape
+    pixels = height * width
+    grad = dout.new_empty(dout.shape) if want.grad else None
+    scaled = dout.new_empty(dout.shape) if want.scaled_grad else None
+    if dout.numel() == 0:
+        _zero_sums(want)
+        return Gradient(grad, scaled)
+    sums = _Sums(want, lambda: library().module.epilogue_bwd_slots(batch=batch, pixels=pixels))
+    reads, stride = _reads_of(layer)
+    _launch(
+        "epilogue_bwd",
+        {"dout": dout, **reads},
+        {"grad": grad, "scaled_grad": scaled, **sums.writes()},
+        sample_stride=strides[0], pixel_stride=strides[1], batch=batch, pixels=pixels,
+        columns=columns, table_stride=stride, relu=layer.relu, total_stride=sums.stride,
+        dtype=DTYPES[dout.dtype],
+    )  # fmt: skip
+    sums.copy()
+    return Gradient(grad, scaled)
+
+
+def sum_by_source(dout: Tensor, scale: Tensor, source: Tensor, images: int) -> Tensor:
+    """``zeros[images].index_add(0, source, scale * dout)`` in fp32, samples in ascending order.
+
+    Args:
+        dout: ``[B, H, W, C]`` contiguous.
+        scale: ``[B, C]`` fp32.
+        source: ``[B]`` int64; samples of no image are dropped.
+    """
+    _, height, width, columns = dout.shape
+    scaled = dout.new_empty((images, height, width, columns))
+    if scaled.numel() == 0 or dout.numel() == 0:
+        return scaled.zero_()
+    order, first_of = by_source(source, images)
+    scale, _, stride = tables(scale, None)
+    _launch(
+        "sum_by_source",
+        {"dout": dense(dout), "scale": scale, "order": order, "first_of": first_of},
+        {"scaled": scaled},
+        table_stride=stride, images=images, pixels=height * width, columns=columns,
+        dtype=DTYPES[dout.dtype],
+    )  # fmt: skip
+    return scaled
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """A matrix with 16-byte aligned rows; columns of a wider one are taken where they lie."""
+    fits = matrix.stride(1) == 1 and matrix.stride(0) % 4 == 0 and matrix.data_ptr() % 16 == 0
+    return matrix if fits and matrix.stride(0) >= matrix.shape[1] else dense(matrix)
+
+
+def gate_rows(
+    alpha: Tensor, forget: Tensor, gate_scale: float | Tensor, factor: Tensor | None = None
+) -> Tensor:
+    """``factor * wfnet.gates.gate_rows(alpha, forget, gate_scale)`` ``[B, O]`` fp32.
+
+    Args:
+        alpha: ``[K, O]`` fp32, ``O`` a multiple of 4.
+        forget: ``[B, J]`` int64, ``J`` from 1 to 16; -1 selects no row, out of range gives NaN.
+        gate_scale: one for all columns, or ``[O]`` fp32.
+        factor: ``[O]`` fp32, or None for 1.
+    """
+    alpha, forget = _rows(alpha), dense(forget)
+    rows = torch.empty((forget.shape[0], alpha.shape[1]), dtype=torch.float32, device=alpha.device)
+    if rows.numel() == 0:
+        return rows
+    scales = dense(gate_scale) if isinstance(gate_scale, Tensor) else None
+    _launch(
+        "gate_rows",
+        {"alpha": alpha, "forget": forget, "scales": scales, "factor": dense(factor)},
+        {"rows": rows},
+        gate_scale=1.0 if scales is not None else float(gate_scale),
+        batch=forget.shape[0], labels=forget.shape[1], classes=alpha.shape[0],
+        columns=alpha.shape[1], alpha_stride=alpha.stride(0), row_stride=rows.stride(0),
+    )  # fmt: skip
+    return rows
+
+
+def gate_rows_bwd(
+    t: Tensor,
+    alpha: Tensor,
+    forget: Tensor,
+    products: Tensor | None = None,
+    chosen: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    """``wfnet.gates.gate_rows_backward(t, alpha, forget)`` ``[K, O]``, bitwise reproducible.
+
+    Args:
+        t: ``[B, O]`` fp32.
+        alpha: ``[K, O]`` fp32, ``O`` a multiple of 4.
+        forget: ``[B, J]`` int64, ``J`` from 1 to 16.
+        products, chosen: ``[B, O]`` and ``[O]``: where ``chosen`` is not 0, ``t * products`` is
+            summed instead of ``t``.
+        into: ``[K, O]`` fp32 to write to, rows of a multiple of 4 elements; None: fresh memory.
+    """
+    alpha, forget, t = _rows(alpha), dense(forget), _rows(t)
+    if products is not None and products.stride() != t.stride():
+        products, t = dense(products), dense(t)
+    dalpha = (
+        torch.empty(alpha.shape, dtype=torch.float32, device=alpha.device) if into is None else into
+    )
+    if dalpha.numel() == 0 or t.shape[0] == 0:
+        return dalpha.zero_()
+    direct = _rows(dalpha)
+    _launch(
+        "gate_rows_bwd",
+        {"t": t, "products": products, "chosen": chosen, "alpha": alpha, "forget": forget},
+        {"dalpha": direct},
+        batch=t.shape[0], labels=forget.shape[1], classes=alpha.shape[0], columns=alpha.shape[1],
+        alpha_stride=alpha.stride(0), row_stride=t.stride(0), gradient_stride=direct.stride(0),
+    )  # fmt: skip
+    return dalpha if direct is dalpha else dalpha.copy_(direct)
