@@ -76,7 +76,7 @@ void bind(py::module_& module) {
               BackwardEpilogue{pointer<void>(skip), pointer<void>(branch), pointer<void>(activation),
                                pointer<float>(scale), pointer<float>(shift), pointer<void>(grad),
                                pointer<void>(scaled_grad), pointer<float>(partial0),
-                               pointer<float>(partial1), table_stride, relu});
+                               pointer<float>(partial1), table_stride, 1, relu});
       },
       "g = (dx + skip) * act' of the layer below, its scale * g and partial column sums.",
       py::kw_only(), py::arg("conv"), py::arg("above"), py::arg("filter"), py::arg("skip") = 0,
@@ -88,13 +88,13 @@ void bind(py::module_& module) {
   module.def(
       "add_partials",
       [](const Convolution& conv, uintptr_t partial0, uintptr_t partial1, uintptr_t t0,
-         uintptr_t t1, int device, uintptr_t stream) {
+         uintptr_t t1, int total_stride, int device, uintptr_t stream) {
         add_partials(conv, pointer<float>(partial0), pointer<float>(partial1), pointer<float>(t0),
-                     pointer<float>(t1), Place{device, stream});
+                     pointer<float>(t1), total_stride, Place{device, stream});
       },
       "t0 and t1 [batch, in_channels] from the partial sums of dgrad.", py::kw_only(),
       py::arg("conv"), py::arg("partial0") = 0, py::arg("partial1") = 0, py::arg("t0") = 0,
-      py::arg("t1") = 0, py::arg("device") = 0, py::arg("stream") = 0);
+      py::arg("t1") = 0, py::arg("total_stride"), py::arg("device") = 0, py::arg("stream") = 0);
 }
 
 }  // namespace wf::sm90

@@ -10,9 +10,7 @@ template <class T, int kBlockN, Direction kDirection>
 struct GemmKernel {
   using Params = sm90::Params<kDirection>;
   static constexpr int kThreads = sm90::kThreads;
-  static constexpr int kMinBlocks = 1;
   static constexpr uint32_t kSharedBytes = Layout<kBlockN>::kBytes;
-  static constexpr bool kBlockBarriersOnly = false;
   static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a Hopper block can have");
 
   static WF_DEVICE void run(const Params& params) {
@@ -21,6 +19,40 @@ struct GemmKernel {
 #endif
   }
 };
+
+// launch() of launch.h, for clusters.
+#if defined(__CUDACC__)
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, 1)
+    cluster_entry(const __grid_constant__ typename Kernel::Params params) {
+  Kernel::run(params);
+}
+
+template <class Kernel>
+void launch_clusters(const typename Kernel::Params& params, int clusters, Place place) {
+  DeviceGuard guard(place.device);
+  check(cudaFuncSetAttribute(cluster_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             static_cast<int>(Kernel::kSharedBytes)),
+        "cudaFuncSetAttribute");
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim = {kCluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(clusters * kCluster);
+  config.blockDim = dim3(Kernel::kThreads);
+  config.dynamicSmemBytes = Kernel::kSharedBytes;
+  config.stream = reinterpret_cast<cudaStream_t>(place.stream);
+  config.attrs = &cluster;
+  config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, cluster_entry<Kernel>, params), "kernel launch");
+}
+#else
+template <class Kernel>
+void launch_clusters(const typename Kernel::Params& params, int clusters, Place) {
+  emulation::device().run(clusters, Kernel::kThreads * kCluster, Kernel::kSharedBytes * kCluster,
+                          false, [&] { Kernel::run(params); });
+}
+#endif
 
 struct SumKernel {
   using Params = SumParams;
@@ -134,7 +166,7 @@ Params<kDirection> make_params(const Problem& problem, const Convolution& conv,
       params.a[i] = checked_map(im2col_map(operands.a, operands.bf16, problem, phase));
     }
   }
-  const int box_rows = kDirection == Direction::kForward ? problem.block_n : kBlockK;
+  const int box_rows = problem.block_n / kCluster;  // Layout::kFilterRows
   params.b = checked_map(filter_map(operands.filter, operands.bf16, conv.out_channels,
                                     conv.filter_h * conv.filter_w, conv.in_channels, box_rows));
   return params;
@@ -142,9 +174,11 @@ Params<kDirection> make_params(const Problem& problem, const Convolution& conv,
 
 template <Direction kDirection>
 void launch_gemm(const Params<kDirection>& params, const Operands& operands) {
-  const int slots = params.problem.tile_slots;
-  const int grid = slots < operands.processors ? slots : operands.processors;
-  const auto run = [&](auto kernel) { launch<decltype(kernel)>(params, grid, operands.place); };
+  const int most = operands.processors > kCluster ? operands.processors / kCluster : 1;
+  const int clusters = params.problem.tile_slots < most ? params.problem.tile_slots : most;
+  const auto run = [&](auto kernel) {
+    launch_clusters<decltype(kernel)>(params, clusters, operands.place);
+  };
   if (params.problem.block_n == 128) {
     operands.bf16 ? run(GemmKernel<Bf16, 128, kDirection>{})
                   : run(GemmKernel<Fp16, 128, kDirection>{});
@@ -212,9 +246,9 @@ int dgrad_partial_rows(const Convolution& conv) {
 }
 
 void add_partials(const Convolution& conv, const float* partial0, const float* partial1, float* t0,
-                  float* t1, Place place) {
+                  float* t1, int total_stride, Place place) {
   require(refuse_dgrad(conv));
-  const SumParams params{dgrad_problem(conv), partial0, partial1, t0, t1};
+  const SumParams params{dgrad_problem(conv), partial0, partial1, t0, t1, total_stride};
   const int64_t sums = int64_t{conv.batch} * conv.in_channels;
   launch<SumKernel>(params, (sums + kSumThreads - 1) / kSumThreads, place);
 }

@@ -3,23 +3,24 @@
 // Everything here is ours, written on the primitives of sm90_primitives.h (no CUTLASS): the kernels
 // compile in seconds, and the same source runs on the host's emulation, tested against plain loops.
 //
-// A thread block of 384 threads stays on its multiprocessor for the whole launch:
+// Thread blocks of 384 threads, in clusters of two, stay on their multiprocessors for the whole launch:
 //
 //   producer     1 thread loads 64-deep slices of A (128 rows) and B (64 or 128 columns) by TMA into a
-//                ring of 6 or 8 stages; it runs ahead over tile borders, so that the next tile's
-//                operands arrive during this tile's epilogue
+//                ring of 6 or 8 stages, B half by half for both blocks of the cluster; it runs ahead
+//                over tile borders: the next tile's operands arrive during this tile's epilogue
 //   consumer 0   tiles 0, 2, 4, ... of the block: wgmma, then the epilogue, from registers
 //   consumer 1   tiles 1, 3, 5, ...; takes turns with consumer 0 at the tensor cores (ping-pong)
 //
-// Per 128 x 128 x 64 slice: 2.1 MFLOP in 512 tensor-core cycles for 32 KB from L2. A 3x3 layer with 64
-// channels has 9 slices per tile: 2,304 cycles (128 x 64) in which the epilogue of another tile moves
-// 128 x 64 x 2 B x 3 (residual, v, out) = 48 KB; at 132 multiprocessors' share of 4.3 TB/s, 18 B per
-// cycle, those take 2,700 cycles. The layer is bound by memory, and only because the epilogue is hidden.
+// What bounds it: a 3x3 layer with 64 channels has 9 slices per tile, 2,304 cycles at the tensor cores
+// (128 x 64), in which another tile's epilogue moves 128 x 64 x 2 B x 3 (residual, v, out) = 48 KB. At
+// one multiprocessor's share of 4.3 TB/s, 18 B per cycle, those take 2,700 cycles: bound by memory,
+// and that only because the epilogue is hidden. From 128 channels on, the tensor cores are the bound.
 //
 // Epilogues work on 16 bytes of one row per lane: quads of lanes first transpose their wgmma fragments
 // (which hold 2 columns of 4 groups of 8) so that a quad reads and writes 64 contiguous bytes.
 #pragma once
 
+#include "epilogue.h"
 #include "sm90_geometry.h"
 #include "sm90_primitives.h"
 
@@ -31,32 +32,6 @@ constexpr int kProducerRegisters = 40;
 constexpr int kConsumerRegisters = 232;  // 2 * 128 * 232 + 128 * 40 = 64,512 of 65,536
 
 enum class Direction { kForward, kBackward };
-
-// v = A * u; out = act(v + C + residual). Tensors [pixels, N] of the GEMM's element type.
-struct ForwardEpilogue {
-  const float* scale;     // A: [batch, N], rows table_stride apart
-  const float* shift;     // C: the same, or null
-  const void* residual;   // or null
-  void* branch;           // v, or null
-  void* out;
-  int table_stride;
-  int relu;
-};
-
-// g = (dx + skip) * act'; A * g; per tile and sample the column sums of g and g * v.
-struct BackwardEpilogue {
-  const void* skip;        // or null
-  const void* branch;      // v of the layer below; or null
-  const void* activation;  // its output: the ReLU mask is activation > 0, or else v + C > 0
-  const float* scale;      // A: [batch, N], rows table_stride apart; or null
-  const float* shift;      // C: or null
-  void* grad;              // g, or null
-  void* scaled_grad;       // A * g, or null
-  float* partial0;         // sums of g: [problem.partial_rows, N], or null
-  float* partial1;         // sums of g * v, or null
-  int table_stride;
-  int relu;
-};
 
 template <Direction kDirection>
 struct EpilogueOf;
@@ -77,17 +52,21 @@ struct Params {
   typename EpilogueOf<kDirection>::Type epilogue;
 };
 
-// Shared memory: stages of A and B, then column sums of both consumers, then the mbarriers.
+// Shared memory: stages of A and B, then column sums of both consumers, then the mbarriers. B is
+// [kBlockN][64] (forward) or kBlockN / 64 times [64][64] (backward); each block of the cluster loads
+// half of it, in one box of kFilterRows rows of 128 bytes.
 template <int kBlockN>
 struct Layout {
   static constexpr int kStages = kBlockN == 64 ? 8 : 6;
   static constexpr uint32_t kABytes = kBlockM * kBlockK * 2;
   static constexpr uint32_t kBBytes = kBlockN * kBlockK * 2;
   static constexpr uint32_t kStageBytes = kABytes + kBBytes;
+  static constexpr int kFilterRows = kBlockN / kCluster;
   static constexpr uint32_t kSums = kStages * kStageBytes;
   static constexpr uint32_t kSumsBytes = 2 * 2 * 4 * 32 * 4;  // [buffer][sum][warp][32 columns]
   static constexpr uint32_t kBarriers = kSums + kConsumers * kSumsBytes;
-  static constexpr uint32_t kBytes = kBarriers + 2 * kStages * 8;
+  // Rounded up: halves of the emulated cluster must begin at multiples of 1024.
+  static constexpr uint32_t kBytes = (kBarriers + 2 * kStages * 8 + 1023) / 1024 * 1024;
 
   static WF_DEVICE uint32_t a(int stage) { return shared_base() + stage * kStageBytes; }
   static WF_DEVICE uint32_t b(int stage) { return a(stage) + kABytes; }
@@ -113,13 +92,13 @@ struct RingPosition {
 };
 
 // Barriers 1 and 2: a consumer's turn at the tensor cores. 3 and 4: its four warps.
-WF_DEVICE void wait_for_turn(int consumer) { sync_named(1 + consumer, 2 * kWarpgroup); }
-WF_DEVICE void give_turn(int consumer) { arrive_named(2 - consumer, 2 * kWarpgroup); }
+WF_DEVICE void wait_for_turn(int consumer) { sync_block_named(1 + consumer, 2 * kWarpgroup); }
+WF_DEVICE void give_turn(int consumer) { arrive_block_named(2 - consumer, 2 * kWarpgroup); }
 WF_DEVICE void sync_warpgroup(int consumer) {
 #if !defined(__CUDACC__)
   if (emulated::broken().sums_barrier) return;
 #endif
-  sync_named(3 + consumer, kWarpgroup);
+  sync_block_named(3 + consumer, kWarpgroup);
 }
 
 // ---- producer -------------------------------------------------------------------------------------
@@ -128,14 +107,15 @@ template <int kBlockN, Direction kDirection>
 WF_DEVICE void produce(const Params<kDirection>& params) {
   using L = Layout<kBlockN>;
   const Problem& problem = params.problem;
+  const int rank = cluster_rank();
+  const int step = cluster_count();
   RingPosition<L::kStages> ring;
-  const int step = static_cast<int>(grid_size());
-  for (Tile tile = next_tile(problem, static_cast<int>(block_index()), step);
-       tile.slot < problem.tile_slots; tile = next_tile(problem, tile.slot + step, step)) {
-    const Phase& phase = problem.phases[tile.phase];
-    const TensorMap* map_a = &params.a[tile.phase];
-    const int m0 = tile.m * kBlockM;
-    const int n0 = tile.n * kBlockN;
+  for (Work work = next_work(problem, cluster_index(), step); work.slot < problem.tile_slots;
+       work = next_work(problem, work.slot + step, step)) {
+    const Phase& phase = problem.phases[work.phase];
+    const TensorMap* map_a = &params.a[work.phase];
+    const int m0 = (work.pair * kCluster + rank) * kBlockM;
+    const int n0 = work.n * kBlockN;
     const Base base = base_at(phase, m0);
     for (int i = 0; i < phase.slices; ++i, ring.advance()) {
       const Slice slice = slice_at(problem, phase, i);
@@ -148,13 +128,13 @@ WF_DEVICE void produce(const Params<kDirection>& params) {
         tma_load_im2col(L::a(ring.stage), map_a, full, slice.channel, base.w, base.h, base.sample,
                         slice.offset_w, slice.offset_h);
       }
-      if constexpr (kDirection == Direction::kForward) {
-        tma_load_filter(L::b(ring.stage), &params.b, full, slice.channel, slice.tap, n0);
-      } else {
-        WF_UNROLL
-        for (int j = 0; j < kBlockN / 64; ++j)
-          tma_load_filter(L::b(ring.stage) + j * kBlockK * 128, &params.b, full, n0 + j * 64,
-                          slice.tap, slice.channel);
+      const uint32_t b = L::b(ring.stage) + rank * L::kFilterRows * 128;
+      if constexpr (kDirection == Direction::kForward) {  // rows are columns of the result
+        tma_load_filter(b, &params.b, full, slice.channel, slice.tap, n0 + rank * L::kFilterRows);
+      } else if constexpr (kBlockN == 128) {  // rows are depth; each block has 64 of the columns
+        tma_load_filter(b, &params.b, full, n0 + rank * 64, slice.tap, slice.channel);
+      } else {  // rows are depth; each block has 32 of them
+        tma_load_filter(b, &params.b, full, n0, slice.tap, slice.channel + rank * L::kFilterRows);
       }
     }
   }
@@ -168,13 +148,20 @@ struct Accumulators {
   float half[2][kBlockN / 2];
 };
 
+// Frees a stage: one arrival per warp (its own share of wgmma is done) at each block of the cluster,
+// for both blocks' producers write into it.
+template <int kBlockN>
+WF_DEVICE void free_stage(int stage) {
+  const int lane = thread_index() % 32;
+  if (lane < kCluster) mbarrier_arrive(Layout<kBlockN>::empty(stage), lane);
+}
+
 // Issues the wgmma of a tile; all but those of the last slice are complete. Returns its stage, which
 // finish_multiply() waits for and frees.
 template <class T, int kBlockN, bool kTransposedB>
 WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>::kStages>& ring,
                        int slices) {
   using L = Layout<kBlockN>;
-  const bool signals = thread_index() % 32 == 0;
   int previous = 0;
   for (int i = 0; i < slices; ++i) {
     mbarrier_wait(L::full(ring.stage), ring.parity);
@@ -197,7 +184,7 @@ WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>:
     wgmma_commit();
     if (i > 0) {
       wgmma_wait<1>();
-      if (signals) mbarrier_arrive(L::empty(previous));
+      free_stage<kBlockN>(previous);
     }
     previous = ring.stage;
     ring.advance();
@@ -210,57 +197,21 @@ WF_DEVICE void finish_multiply(Accumulators<kBlockN>& acc, int last_stage, int s
   wgmma_wait<0>();
   pin_registers(acc.half[0]);
   pin_registers(acc.half[1]);
-  if (slices > 0 && thread_index() % 32 == 0) mbarrier_arrive(Layout<kBlockN>::empty(last_stage));
+  if (slices > 0) free_stage<kBlockN>(last_stage);
 }
 
 // ---- epilogues ------------------------------------------------------------------------------------
 
-// 8 consecutive columns of one row, fp32.
-struct Row8 {
-  float at[8];
-};
-
 template <class T>
-WF_DEVICE Row8 load_row8(const void* tensor, int64_t offset) {
-  const Vec16 words = load_constant<Vec16>(static_cast<const T*>(tensor) + offset);
-  Row8 row;
-  WF_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    row.at[2 * i] = low_half<T>(words.word[i]);
-    row.at[2 * i + 1] = high_half<T>(words.word[i]);
-  }
-  return row;
-}
-
-template <class T>
-WF_DEVICE Vec16 pack_row8(const Row8& row) {
-  Vec16 words;
-  WF_UNROLL
-  for (int i = 0; i < 4; ++i) words.word[i] = pack<T>(row.at[2 * i], row.at[2 * i + 1]);
-  return words;
-}
-
-template <class T>
-WF_DEVICE void store_row8(void* tensor, int64_t offset, const Row8& row) {
-  store_global<Vec16>(static_cast<T*>(tensor) + offset, pack_row8<T>(row));
-}
-
-WF_DEVICE Row8 load_table8(const float* table, int64_t offset) {
-  Row8 row;
-  WF_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const Vec16 words = load_constant<Vec16>(table + offset + 4 * half);
-    WF_UNROLL
-    for (int i = 0; i < 4; ++i) row.at[4 * half + i] = float_of_bits(words.word[i]);
-  }
-  return row;
+WF_DEVICE Channels load_channels(const void* tensor, int64_t at) {
+  return unpack<T>(load_constant<Vec16>(static_cast<const T*>(tensor) + at));
 }
 
 // Transposes the 4 x 4 blocks of 2 columns that a quad holds: lane q of it, which had columns 2q and
 // 2q + 1 of four groups of 8 columns, gets the 8 columns of group q. `fragment` are 16 accumulators:
 // [group][row half][2]; `half` picks one of the two rows.
 template <int kCount>
-WF_DEVICE Row8 gather_row8(const float (&fragment)[kCount], int first, int half) {
+WF_DEVICE Channels gather_channels(const float (&fragment)[kCount], int first, int half) {
   const int lane = thread_index();
   float x[4][2];
   WF_UNROLL
@@ -282,11 +233,11 @@ WF_DEVICE Row8 gather_row8(const float (&fragment)[kCount], int first, int half)
       }
     }
   }
-  Row8 row;
+  Channels row;
   WF_UNROLL
   for (int group = 0; group < 4; ++group)
     WF_UNROLL
-    for (int i = 0; i < 2; ++i) row.at[2 * group + i] = x[group][i];
+    for (int i = 0; i < 2; ++i) row.value[2 * group + i] = x[group][i];
   return row;
 }
 
@@ -297,7 +248,7 @@ struct LaneRows {
 };
 
 WF_DEVICE LaneRows lane_rows(const Problem& problem, const Phase& phase, int m0) {
-  const int warp = thread_index() % kWarpgroup / 32;
+  const int warp = block_thread() % kWarpgroup / 32;
   const int lane = thread_index() % 32;
   LaneRows rows;
   WF_UNROLL
@@ -315,55 +266,50 @@ WF_DEVICE LaneRows lane_rows(const Problem& problem, const Phase& phase, int m0)
   return rows;
 }
 
+// `m`, `n`: row and column tile of the phase.
 template <class T, int kBlockN>
 WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& problem,
-                           const ForwardEpilogue& e, const Tile& tile, int /*consumer*/) {
-  const Phase& phase = problem.phases[tile.phase];
-  const LaneRows rows = lane_rows(problem, phase, tile.m * kBlockM);
+                           const ForwardEpilogue& e, const Phase& phase, int m, int n,
+                           int /*consumer*/) {
+  const LaneRows rows = lane_rows(problem, phase, m * kBlockM);
   WF_UNROLL
   for (int chunk = 0; chunk < kBlockN / 32; ++chunk) {
-    const int column = tile.n * kBlockN + chunk * 32 + thread_index() % 4 * 8;
+    const int column = n * kBlockN + chunk * 32 + thread_index() % 4 * 8;
     const bool column_ok = column < problem.columns;
-    Row8 residual[4];
+    Channels residual[4];  // four loads on their way before the first is needed
     if (e.residual != nullptr) {
       WF_UNROLL
       for (int r = 0; r < 4; ++r)
         if (column_ok && rows.sample[r] >= 0)
-          residual[r] = load_row8<T>(e.residual, rows.offset[r] + column);
+          residual[r] = load_channels<T>(e.residual, rows.offset[r] + column);
     }
     int loaded = -1;  // sample whose tables are loaded: mostly one for all four rows
-    Row8 scale, shift;
+    Channels scale, shift;
     WF_UNROLL
     for (int r = 0; r < 4; ++r) {
-      Row8 value = gather_row8(acc.half[r / 2], chunk * 16, r % 2);
+      Channels value = gather_channels(acc.half[r / 2], chunk * 16, r % 2);
       if (!column_ok || rows.sample[r] < 0) continue;
       if (rows.sample[r] != loaded) {
         loaded = rows.sample[r];
         const int64_t at = static_cast<int64_t>(loaded) * e.table_stride + column;
-        scale = load_table8(e.scale, at);
-        if (e.shift != nullptr) shift = load_table8(e.shift, at);
+        scale = load_table(e.scale + at);
+        if (e.shift != nullptr) shift = load_table(e.shift + at);
       }
-      WF_UNROLL
-      for (int i = 0; i < 8; ++i) value.at[i] *= scale.at[i];
+      value = scaled(scale, value);
       if (e.branch != nullptr) {
-        const Vec16 words = pack_row8<T>(value);
-        store_global<Vec16>(static_cast<T*>(e.branch) + rows.offset[r] + column, words);
         // Backward takes the ReLU mask from the stored branch: forward sees the same numbers.
-        WF_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          value.at[2 * i] = low_half<T>(words.word[i]);
-          value.at[2 * i + 1] = high_half<T>(words.word[i]);
-        }
+        const Vec16 stored = pack<T>(value);
+        store_global(static_cast<T*>(e.branch) + rows.offset[r] + column, stored);
+        value = unpack<T>(stored);
       }
       WF_UNROLL
-      for (int i = 0; i < 8; ++i) {
-        float x = value.at[i];
-        if (e.shift != nullptr) x += shift.at[i];
-        if (e.residual != nullptr) x += residual[r].at[i];
-        // A NaN (a forget label out of range) survives.
-        value.at[i] = e.relu && x < 0.0f ? 0.0f : x;
+      for (int i = 0; i < kVector; ++i) {
+        float& x = value.value[i];
+        if (e.shift != nullptr) x += shift.value[i];
+        if (e.residual != nullptr) x += residual[r].value[i];
+        if (e.relu) x = rectified(x);
       }
-      store_row8<T>(e.out, rows.offset[r] + column, value);
+      store_channels<T>(e.out, rows.offset[r] + column, value);
     }
   }
 }
@@ -383,73 +329,69 @@ WF_DEVICE void halve_sums(float (&sums)[16]) {
 
 template <class T, int kBlockN>
 WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& problem,
-                           const BackwardEpilogue& e, const Tile& tile, int consumer) {
+                           const BackwardEpilogue& e, const Phase& phase, int m, int n,
+                           int consumer) {
   using L = Layout<kBlockN>;
-  const Phase& phase = problem.phases[tile.phase];
-  const int m0 = tile.m * kBlockM;
+  if (m >= phase.m_tiles) return;
+  const int m0 = m * kBlockM;
   const LaneRows rows = lane_rows(problem, phase, m0);
-  const int warp = thread_index() % kWarpgroup / 32;
+  const int warp = block_thread() % kWarpgroup / 32;
   const int lane = thread_index() % 32;
   const bool sums = e.partial0 != nullptr || e.partial1 != nullptr;
-  const bool mask_from_branch = e.relu && e.activation == nullptr;
-  const bool needs_branch = mask_from_branch || e.partial1 != nullptr;
   const int first_sample = m0 / phase.pixels;
   const int last_row = (m0 + kBlockM < phase.rows ? m0 + kBlockM : phase.rows) - 1;
   const int last_sample = last_row / phase.pixels;
   uint32_t buffer = 0;
   WF_UNROLL
   for (int chunk = 0; chunk < kBlockN / 32; ++chunk) {
-    const int column = tile.n * kBlockN + chunk * 32 + lane % 4 * 8;
+    const int column = n * kBlockN + chunk * 32 + lane % 4 * 8;
     const bool column_ok = column < problem.columns;
-    Row8 g[4], v[4];
+    Channels g[4], v[4];
     WF_UNROLL
     for (int r = 0; r < 4; ++r) {
-      const bool ok = column_ok && rows.sample[r] >= 0;
       WF_UNROLL
-      for (int i = 0; i < 8; ++i) v[r].at[i] = 0.0f;
-      if (ok && needs_branch) v[r] = load_row8<T>(e.branch, rows.offset[r] + column);
+      for (int i = 0; i < kVector; ++i) v[r].value[i] = 0.0f;
+      if (column_ok && rows.sample[r] >= 0 && e.needs_branch())
+        v[r] = load_channels<T>(e.branch, rows.offset[r] + column);
     }
     int loaded = -1;
-    Row8 scale, shift;
+    Channels scale, shift;
     WF_UNROLL
     for (int r = 0; r < 4; ++r) {
-      g[r] = gather_row8(acc.half[r / 2], chunk * 16, r % 2);
+      g[r] = gather_channels(acc.half[r / 2], chunk * 16, r % 2);
       if (!column_ok || rows.sample[r] < 0) {
         // Rows past the end hold taps that reach back into the image: they are no pixels.
         WF_UNROLL
-        for (int i = 0; i < 8; ++i) g[r].at[i] = 0.0f;
+        for (int i = 0; i < kVector; ++i) g[r].value[i] = 0.0f;
         continue;
       }
       const int64_t at = rows.offset[r] + column;
       if (rows.sample[r] != loaded) {
         loaded = rows.sample[r];
         const int64_t row = static_cast<int64_t>(loaded) * e.table_stride + column;
-        if (e.scaled_grad != nullptr) scale = load_table8(e.scale, row);
-        if (mask_from_branch && e.shift != nullptr) shift = load_table8(e.shift, row);
+        if (e.scaled_grad != nullptr) scale = load_table(e.scale + row);
+        if (e.mask_from_branch() && e.shift != nullptr) shift = load_table(e.shift + row);
       }
       if (e.skip != nullptr) {
-        const Row8 skip = load_row8<T>(e.skip, at);
+        const Channels skip = load_channels<T>(e.skip, at);
         WF_UNROLL
-        for (int i = 0; i < 8; ++i) g[r].at[i] += skip.at[i];
+        for (int i = 0; i < kVector; ++i) g[r].value[i] += skip.value[i];
       }
-      if (mask_from_branch) {
+      if (e.mask_from_branch()) {
         WF_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          const float alive = e.shift != nullptr ? v[r].at[i] + shift.at[i] : v[r].at[i];
-          g[r].at[i] = alive > 0.0f ? g[r].at[i] : 0.0f;
+        for (int i = 0; i < kVector; ++i) {
+          const float alive =
+              e.shift != nullptr ? v[r].value[i] + shift.value[i] : v[r].value[i];
+          g[r].value[i] = alive > 0.0f ? g[r].value[i] : 0.0f;
         }
       } else if (e.relu) {
-        const Row8 alive = load_row8<T>(e.activation, at);
+        const Channels out = load_channels<T>(e.activation, at);
         WF_UNROLL
-        for (int i = 0; i < 8; ++i) g[r].at[i] = alive.at[i] > 0.0f ? g[r].at[i] : 0.0f;
+        for (int i = 0; i < kVector; ++i)
+          g[r].value[i] = out.value[i] > 0.0f ? g[r].value[i] : 0.0f;
       }
-      if (e.grad != nullptr) store_row8<T>(e.grad, at, g[r]);
-      if (e.scaled_grad != nullptr) {
-        Row8 scaled;
-        WF_UNROLL
-        for (int i = 0; i < 8; ++i) scaled.at[i] = scale.at[i] * g[r].at[i];
-        store_row8<T>(e.scaled_grad, at, scaled);
-      }
+      if (e.grad != nullptr) store_channels<T>(e.grad, at, g[r]);
+      if (e.scaled_grad != nullptr) store_channels<T>(e.scaled_grad, at, scaled(scale, g[r]));
     }
     if (!sums) continue;
     // One pass per sample that has rows in this tile: one, or two where a sample ends.
@@ -461,9 +403,9 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
       for (int r = 0; r < 4; ++r) {
         const bool mine = rows.sample[r] == sample;
         WF_UNROLL
-        for (int i = 0; i < 8; ++i) {
-          part[i] += mine ? g[r].at[i] : 0.0f;
-          part[8 + i] += mine ? g[r].at[i] * v[r].at[i] : 0.0f;
+        for (int i = 0; i < kVector; ++i) {
+          part[i] += mine ? g[r].value[i] : 0.0f;
+          part[8 + i] += mine ? g[r].value[i] * v[r].value[i] : 0.0f;
         }
       }
       halve_sums<16, 8>(part);
@@ -471,25 +413,25 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
       halve_sums<4, 2>(part);
       // Bit 4 of the lane chose g or g * v, bits 3 and 2 two of the 8 columns. Two buffers: nobody
       // is two passes ahead of a barrier.
-      const uint32_t base = shared_base() + L::kSums + consumer * L::kSumsBytes + buffer * 1024;
+      const uint32_t base =
+          own_shared(shared_base() + L::kSums + consumer * L::kSumsBytes + buffer * 1024);
       buffer ^= 1;
       const uint32_t at = base + (lane >> 4) * 512 + warp * 128 +
                           (lane % 4 * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2) * 4;
       store_shared<float>(at, part[0]);
       store_shared<float>(at + 4, part[1]);
       sync_warpgroup(consumer);
-      const int thread = thread_index() % kWarpgroup;
+      const int thread = block_thread() % kWarpgroup;
       if (thread < 64) {
         float sum = 0.0f;
         WF_UNROLL
         for (int w = 0; w < 4; ++w)
           sum += load_shared<float>(base + thread / 32 * 512 + w * 128 + thread % 32 * 4);
-        const int c = tile.n * kBlockN + chunk * 32 + thread % 32;
+        const int c = n * kBlockN + chunk * 32 + thread % 32;
         float* partial = thread < 32 ? e.partial0 : e.partial1;
         if (partial != nullptr && c < problem.columns)
           store_global<float>(
-              partial + static_cast<int64_t>(partial_row(phase, tile.m, sample)) * problem.columns +
-                  c,
+              partial + static_cast<int64_t>(partial_row(phase, m, sample)) * problem.columns + c,
               sum);
       }
     }
@@ -502,11 +444,11 @@ template <class T, int kBlockN, Direction kDirection>
 WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
   const Problem& problem = params.problem;
   RingPosition<Layout<kBlockN>::kStages> ring;
-  const int step = static_cast<int>(grid_size());
-  Tile tile = next_tile(problem, static_cast<int>(block_index()), step);
-  for (int i = 0; tile.slot < problem.tile_slots; ++i) {
-    const Tile next = next_tile(problem, tile.slot + step, step);
-    const int slices = problem.phases[tile.phase].slices;
+  const int step = cluster_count();
+  Work work = next_work(problem, cluster_index(), step);
+  for (int i = 0; work.slot < problem.tile_slots; ++i) {
+    const Work next = next_work(problem, work.slot + step, step);
+    const Phase& phase = problem.phases[work.phase];
     if (i % kConsumers == consumer) {
       Accumulators<kBlockN> acc;
       WF_UNROLL
@@ -515,15 +457,16 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
         for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
       if (i > 0) wait_for_turn(consumer);
       const int last =
-          multiply<T, kBlockN, kDirection == Direction::kBackward>(acc, ring, slices);
+          multiply<T, kBlockN, kDirection == Direction::kBackward>(acc, ring, phase.slices);
       // The other consumer issues its first wgmma while the last ones of this tile are at work.
       if (next.slot < problem.tile_slots) give_turn(consumer);
-      finish_multiply<kBlockN>(acc, last, slices);
-      finish_tile<T, kBlockN>(acc, problem, params.epilogue, tile, consumer);
+      finish_multiply<kBlockN>(acc, last, phase.slices);
+      finish_tile<T, kBlockN>(acc, problem, params.epilogue, phase,
+                              work.pair * kCluster + cluster_rank(), work.n, consumer);
     } else {
-      ring.skip(slices);
+      ring.skip(phase.slices);
     }
-    tile = next;
+    work = next;
   }
 }
 
@@ -532,18 +475,18 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
 template <class T, int kBlockN, Direction kDirection>
 WF_DEVICE void gemm(const Params<kDirection>& params) {
   using L = Layout<kBlockN>;
-  if (thread_index() == 0) {
+  if (block_thread() == 0) {
     for (int stage = 0; stage < L::kStages; ++stage) {
       mbarrier_init(L::full(stage), 1);
-      mbarrier_init(L::empty(stage), 4);  // the warps of the consumer that read it
+      mbarrier_init(L::empty(stage), 4 * kCluster);  // the warps of the consumers that read it
     }
     fence_mbarrier_init();
   }
-  sync_block();
-  const int role = shuffle(thread_index() / kWarpgroup, 0);  // the same for a warp, and known to be
+  sync_cluster();
+  const int role = shuffle(block_thread() / kWarpgroup, 0);  // uniform, and known to be
   if (role == kConsumers) {
     give_registers<kProducerRegisters>();
-    if (thread_index() == kConsumers * kWarpgroup) {
+    if (block_thread() == kConsumers * kWarpgroup) {
       for (int i = 0; i < params.problem.num_phases; ++i) prefetch_tensor_map(&params.a[i]);
       prefetch_tensor_map(&params.b);
       produce<kBlockN, kDirection>(params);
@@ -552,6 +495,8 @@ WF_DEVICE void gemm(const Params<kDirection>& params) {
     take_registers<kConsumerRegisters>();
     consume<T, kBlockN, kDirection>(params, role);
   }
+  // Until both are done, the other block may still arrive at barriers of this one.
+  sync_cluster();
 }
 
 // Second stage of the column sums: [partial_rows, N] to [batch, N], always in the same order. One
@@ -562,8 +507,9 @@ struct SumParams {
   Problem problem;
   const float* partial0;
   const float* partial1;
-  float* t0;  // [batch, N], rows t_stride apart
+  float* t0;  // [batch, N], rows total_stride apart, or null
   float* t1;
+  int total_stride;
 };
 
 WF_DEVICE void sum_partials(const SumParams& params) {
@@ -584,8 +530,9 @@ WF_DEVICE void sum_partials(const SumParams& params) {
       if (params.t1 != nullptr) sum1 += load_global<float>(params.partial1 + at);
     }
   }
-  if (params.t0 != nullptr) store_global<float>(params.t0 + index, sum0);
-  if (params.t1 != nullptr) store_global<float>(params.t1 + index, sum1);
+  const int64_t at = static_cast<int64_t>(sample) * params.total_stride + column;
+  if (params.t0 != nullptr) store_global<float>(params.t0 + at, sum0);
+  if (params.t1 != nullptr) store_global<float>(params.t1 + at, sum1);
 }
 
 }  // namespace wf::sm90

@@ -31,11 +31,15 @@ namespace wf::sm90 {
 // One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work on
 // different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up to
 // five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128 fp32
-// accumulators take 128 of a thread's 232 registers. Per 64-deep slice such a tile reads 32 KB from
-// L2 for 512 cycles of tensor-core time.
+// accumulators take 128 of a thread's 232 registers.
+//
+// Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B for
+// both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP: 87 FLOP per byte, 790 TFLOP/s
+// at 9 TB/s. Alone a block would need 32 KB: 12 TB/s, which L2 does not have.
 constexpr int kBlockM = 128;
 constexpr int kBlockK = 64;  // 128 bytes: one swizzle row
 constexpr int kMostPhases = 4;
+constexpr int kCluster = 2;  // thread blocks of a cluster
 
 // A cross-correlation of [batch, height, width, in_channels] with [out_channels, filter_h, filter_w,
 // in_channels]; all memory dense, channels last.
@@ -109,9 +113,9 @@ struct Problem {
   int filter_h, filter_w;
   int depth_slices;
   int block_n, n_tiles;
-  int m_tiles;     // most of any phase
+  int m_pairs;     // pairs of row tiles, most of any phase
   int tiled;       // A is read as the matrix [rows, depth], without im2col
-  int tile_slots;  // m_tiles * num_phases * n_tiles; a few of them may be empty
+  int tile_slots;  // m_pairs * num_phases * n_tiles; a few of them may be empty
   int partial_rows;
 };
 
@@ -119,7 +123,7 @@ WF_SM90_BOTH void finish_problem(Problem& problem, int block_n) {
   problem.block_n = block_n;
   problem.n_tiles = (problem.columns + block_n - 1) / block_n;
   problem.depth_slices = (problem.depth + kBlockK - 1) / kBlockK;
-  problem.m_tiles = 0;
+  problem.m_pairs = 0;
   problem.partial_rows = 0;
   for (int i = 0; i < problem.num_phases; ++i) {
     Phase& phase = problem.phases[i];
@@ -131,9 +135,10 @@ WF_SM90_BOTH void finish_problem(Problem& problem, int block_n) {
     phase.samples_per_tile = most < problem.batch ? most : problem.batch;
     phase.first_partial = problem.partial_rows;
     problem.partial_rows += phase.m_tiles * phase.samples_per_tile;
-    if (phase.m_tiles > problem.m_tiles) problem.m_tiles = phase.m_tiles;
+    const int pairs = (phase.m_tiles + kCluster - 1) / kCluster;
+    if (pairs > problem.m_pairs) problem.m_pairs = pairs;
   }
-  problem.tile_slots = problem.m_tiles * problem.num_phases * problem.n_tiles;
+  problem.tile_slots = problem.m_pairs * problem.num_phases * problem.n_tiles;
 }
 
 // 128 columns, unless that computes more than a quarter too many: for 64 and 192 channels.
@@ -194,33 +199,35 @@ WF_SM90_BOTH Problem dgrad_problem(const Convolution& conv) {
 
 // ---- schedule -------------------------------------------------------------------------------------
 
-// One tile of work of a thread block.
-struct Tile {
-  int slot;  // position in the order of all tiles; problem.tile_slots or more: no more tiles
-  int phase, m, n;
+// What a cluster works on at a time: row tiles 2 * pair and 2 * pair + 1, one for each of its blocks.
+// Where the number of tiles is odd, the last one does not exist; its block loads zeros, multiplies
+// along, because the other one needs its half of B, and writes nothing.
+struct Work {
+  int slot;  // position in the order of all work; problem.tile_slots or more: no more work
+  int phase, pair, n;
 };
 
 // Column tiles are neighbours: they run at the same time and share their rows of A in L2 (A is read
 // from memory once, the filter stays in L2). Then come the phases of the same rows, which share A
-// too. They have 1, 2, 2 and 4 taps for a 3x3 filter: the order rotates with m, so that no thread
-// block meets the same phase again and again.
-WF_SM90_BOTH Tile tile_at(const Problem& problem, int slot) {
-  Tile tile{slot, 0, 0, 0};
+// too. They have 1, 2, 2 and 4 taps for a 3x3 filter: the order rotates with the rows, so that no
+// cluster meets the same phase again and again.
+WF_SM90_BOTH Work work_at(const Problem& problem, int slot) {
+  Work work{slot, 0, 0, 0};
   const int row = slot / problem.n_tiles;
-  tile.n = slot - row * problem.n_tiles;
-  tile.m = row / problem.num_phases;
-  tile.phase = (row + tile.m) % problem.num_phases;
-  return tile;
+  work.n = slot - row * problem.n_tiles;
+  work.pair = row / problem.num_phases;
+  work.phase = (row + work.pair) % problem.num_phases;
+  return work;
 }
 
-// The first tile that exists at `slot` or `step`, 2*step, ... behind it.
-WF_SM90_BOTH Tile next_tile(const Problem& problem, int slot, int step) {
+// The first work that exists at `slot` or `step`, 2*step, ... behind it.
+WF_SM90_BOTH Work next_work(const Problem& problem, int slot, int step) {
   while (slot < problem.tile_slots) {
-    const Tile tile = tile_at(problem, slot);
-    if (tile.m < problem.phases[tile.phase].m_tiles) return tile;
+    const Work work = work_at(problem, slot);
+    if (work.pair * kCluster < problem.phases[work.phase].m_tiles) return work;
     slot += step;
   }
-  return Tile{slot, 0, 0, 0};
+  return Work{slot, 0, 0, 0};
 }
 
 // A slice of a tile's sum: which tap of the filter, which 64 channels.

@@ -33,6 +33,100 @@ struct TensorMap {
 
 constexpr int kWarpgroup = 128;
 
+// ---- clusters -------------------------------------------------------------------------------------
+//
+// A cluster is two thread blocks that reach each other's shared memory. In the emulation it is one
+// emulated block with twice the threads and twice the shared memory: addresses are those of a block's
+// own half, as on a device, and `at_rank` finds the half.
+
+#if !defined(__CUDACC__)
+namespace emulated {
+
+inline int block_threads() { return emulation::block().launch().threads / kCluster; }
+inline int rank() { return thread_index() / block_threads(); }
+inline uint32_t at_rank(uint32_t address, int rank) {
+  const uint32_t half = emulation::block().launch().shared_bytes / kCluster;
+  if (address >= half) emulation::block().fail("shared address outside of the block's own memory");
+  return address + rank * half;
+}
+inline uint32_t own(uint32_t address) { return at_rank(address, rank()); }
+
+}  // namespace emulated
+#endif
+
+// Thread of the block, block of the cluster, cluster of the grid.
+WF_DEVICE int block_thread() {
+#if defined(__CUDACC__)
+  return thread_index();
+#else
+  return thread_index() % emulated::block_threads();
+#endif
+}
+
+WF_DEVICE int cluster_rank() {
+#if defined(__CUDACC__)
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+#else
+  return emulated::rank();
+#endif
+}
+
+WF_DEVICE int cluster_index() {
+#if defined(__CUDACC__)
+  return static_cast<int>(block_index()) / kCluster;
+#else
+  return static_cast<int>(block_index());
+#endif
+}
+
+WF_DEVICE int cluster_count() {
+#if defined(__CUDACC__)
+  return static_cast<int>(grid_size()) / kCluster;
+#else
+  return static_cast<int>(grid_size());
+#endif
+}
+
+// All threads of both blocks.
+WF_DEVICE void sync_cluster() {
+#if defined(__CUDACC__)
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+#else
+  sync_block();
+#endif
+}
+
+// Named barriers 1 to 7 of this block.
+WF_DEVICE void sync_block_named(int id, int threads) {
+#if defined(__CUDACC__)
+  sync_named(id, threads);
+#else
+  sync_named(id + emulated::rank() * 8, threads);
+#endif
+}
+WF_DEVICE void arrive_block_named(int id, int threads) {
+#if defined(__CUDACC__)
+  arrive_named(id, threads);
+#else
+  arrive_named(id + emulated::rank() * 8, threads);
+#endif
+}
+
+// Address for load_shared and store_shared of a byte of this block's shared memory.
+WF_DEVICE uint32_t own_shared(uint32_t address) {
+#if defined(__CUDACC__)
+  return address;
+#else
+  return emulated::own(address);
+#endif
+}
+
 // ---- emulation ------------------------------------------------------------------------------------
 
 #if !defined(__CUDACC__)
@@ -64,6 +158,8 @@ struct Mbarriers {
     bool counts_bytes = false;
     const char* error = nullptr;
 
+    // Bytes of the other block's copy may come before this block announces them: then `bytes` is
+    // negative, and the arrival that announces them is still pending.
     void settle() {
       if (pending > 0 || bytes != 0) return;
       pending = expected;
@@ -89,40 +185,48 @@ inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 &
 
 // One box on its way: rows of 128 bytes, `sources[i]` the global address of row i (or null: zeros),
 // `bytes[i]` how much of it exists.
-struct BoxCopy {
-  uint32_t destination, barrier;
+struct Box {
   std::vector<const char*> sources;
   std::vector<uint32_t> bytes;
 };
 
-inline void start_copy(BoxCopy copy, const char* what) {
+// Copies to the same place of every block in `mask`, and counts on the mbarrier there.
+inline void start_copy(const Box& box, uint32_t destination, uint32_t barrier, uint32_t mask,
+                       const char* what) {
   Block& blk = block();
-  const uint32_t total = static_cast<uint32_t>(copy.sources.size()) * 128;
-  if (copy.destination % 1024 != 0)
+  const uint32_t total = static_cast<uint32_t>(box.sources.size()) * 128;
+  if (destination % 1024 != 0)
     blk.fail(std::string(what) + ": a 128-byte swizzled box must begin at a multiple of 1024");
-  for (uint32_t at = 0; at < total; at += 16) blk.begin_write(copy.destination + at, 16, what);
-  mbarriers().get(copy.barrier, what);
-  Mbarriers* barriers = &mbarriers();
-  auto land = [copy = std::move(copy), total, barriers, &blk] {
-    char* shared = blk.shared_span(copy.destination, total, "TMA load");
-    for (size_t row = 0; row < copy.sources.size(); ++row)
-      for (uint32_t chunk = 0; chunk < 8; ++chunk) {
-        const uint32_t at = swizzle_128(copy.destination + static_cast<uint32_t>(row) * 128 +
-                                        chunk * 16) - copy.destination;
-        const uint32_t valid = copy.bytes[row] > chunk * 16 ? copy.bytes[row] - chunk * 16 : 0;
-        std::memset(shared + at, 0, 16);
-        if (valid > 0)
-          std::memcpy(shared + at, copy.sources[row] + chunk * 16, valid < 16 ? valid : 16);
-      }
-    for (uint32_t at = 0; at < total; at += 16) blk.end_write(copy.destination + at, 16);
-    Mbarriers::State& state = barriers->at.at(copy.barrier);
-    state.bytes -= total;
-    state.settle();
-  };
-  if (blk.launch().completion == Completion::kEarly) {
-    land();
-  } else {
-    blk.post(std::move(land));
+  if (mask == 0 || mask >> kCluster != 0) blk.fail(std::string(what) + ": no such block");
+  for (int rank = 0; rank < kCluster; ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    const uint32_t into = at_rank(destination, rank);
+    const uint32_t counter = at_rank(barrier, rank);
+    blk.shared_span(into, total, what);
+    for (uint32_t at = 0; at < total; at += 16) blk.begin_write(into + at, 16, what);
+    mbarriers().get(counter, what);
+    Mbarriers* barriers = &mbarriers();
+    auto land = [box, total, into, counter, barriers, &blk] {
+      char* shared = blk.shared_span(into, total, "TMA load");
+      for (size_t row = 0; row < box.sources.size(); ++row)
+        for (uint32_t chunk = 0; chunk < 8; ++chunk) {
+          const uint32_t at =
+              swizzle_128(into + static_cast<uint32_t>(row) * 128 + chunk * 16) - into;
+          const uint32_t valid = box.bytes[row] > chunk * 16 ? box.bytes[row] - chunk * 16 : 0;
+          std::memset(shared + at, 0, 16);
+          if (valid > 0)
+            std::memcpy(shared + at, box.sources[row] + chunk * 16, valid < 16 ? valid : 16);
+        }
+      for (uint32_t at = 0; at < total; at += 16) blk.end_write(into + at, 16);
+      Mbarriers::State& state = barriers->at.at(counter);
+      state.bytes -= total;
+      state.settle();
+    };
+    if (blk.launch().completion == Completion::kEarly) {
+      land();
+    } else {
+      blk.post(std::move(land));
+    }
   }
 }
 
@@ -134,11 +238,11 @@ inline void check_memory(const TensorMapParameters& map, const char* what) {
 }
 
 // Row of a box that starts at channel c of the pixel at `at` (null: outside).
-inline void add_row(BoxCopy& copy, const TensorMapParameters& map, const char* pixel, int64_t c) {
+inline void add_row(Box& box, const TensorMapParameters& map, const char* pixel, int64_t c) {
   const bool inside = pixel != nullptr && c >= 0 && c < static_cast<int64_t>(map.size[0]);
   const int64_t rest = inside ? 2 * (static_cast<int64_t>(map.size[0]) - c) : 0;
-  copy.sources.push_back(inside ? pixel + 2 * c : nullptr);
-  copy.bytes.push_back(static_cast<uint32_t>(rest < 128 ? rest : 128));
+  box.sources.push_back(inside ? pixel + 2 * c : nullptr);
+  box.bytes.push_back(static_cast<uint32_t>(rest < 128 ? rest : 128));
 }
 
 struct Wgmma {
@@ -182,7 +286,7 @@ inline void read_chunk(uint32_t address, bool bf16, float (&into)[8]) {
 // 16 x `count` numbers of an operand, [k][row], as its descriptor describes them: rows are M or N.
 inline void read_operand(uint64_t descriptor, bool transposed, bool bf16, int first, int count,
                          std::vector<float>& into) {
-  const uint32_t start = static_cast<uint32_t>(descriptor & 0x3FFF) << 4;
+  const uint32_t start = own(static_cast<uint32_t>(descriptor & 0x3FFF) << 4);
   const uint32_t leading = static_cast<uint32_t>(descriptor >> 16 & 0x3FFF) << 4;
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 62 != 1) block().fail("wgmma: descriptor has no 128-byte swizzle");
@@ -243,25 +347,32 @@ WF_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 #else
   if (barrier % 8 != 0) emulation::block().fail("mbarrier_init: address is not aligned to 8");
-  emulation::block().shared_span(barrier, 8, "mbarrier_init");
-  auto& state = emulated::mbarriers().at[barrier];
+  auto& state = emulated::mbarriers().at[emulated::own(barrier)];
   if (state.expected != 0) emulation::block().fail("mbarrier_init: initialised twice");
   state.expected = state.pending = arrivals;
 #endif
 }
 
-// After mbarrier_init, before the block-wide barrier: initial values reach the TMA unit too.
+// After mbarrier_init, before the cluster-wide barrier: initial values reach the TMA unit too.
 WF_DEVICE void fence_mbarrier_init() {
 #if defined(__CUDACC__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 #endif
 }
 
-WF_DEVICE void mbarrier_arrive(uint32_t barrier) {
+// At the barrier at this place of the cluster's block `rank`.
+WF_DEVICE void mbarrier_arrive(uint32_t barrier, int rank) {
 #if defined(__CUDACC__)
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+  asm volatile(
+      "{\n"
+      ".reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %0, %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "}\n" ::"r"(barrier),
+      "r"(rank)
+      : "memory");
 #else
-  auto& state = emulated::mbarriers().get(barrier, "mbarrier_arrive");
+  auto& state = emulated::mbarriers().get(emulated::at_rank(barrier, rank), "mbarrier_arrive");
   if (--state.pending < 0) emulation::block().fail("mbarrier_arrive: more arrivals than expected");
   state.settle();
 #endif
@@ -273,7 +384,7 @@ WF_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                : "memory");
 #else
-  auto& state = emulated::mbarriers().get(barrier, "mbarrier_arrive_expect");
+  auto& state = emulated::mbarriers().get(emulated::own(barrier), "mbarrier_arrive_expect");
   state.counts_bytes = true;
   state.bytes += bytes;
   if (--state.pending < 0)
@@ -289,7 +400,7 @@ WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "{\n"
       ".reg .pred done;\n"
       "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE;\n"
       "bra WAIT;\n"
       "DONE:\n"
@@ -297,7 +408,7 @@ WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "r"(parity)
       : "memory");
 #else
-  auto& state = emulated::mbarriers().get(barrier, "mbarrier_wait");
+  auto& state = emulated::mbarriers().get(emulated::own(barrier), "mbarrier_wait");
   const emulated::Broken& broken = emulated::broken();
   if (state.counts_bytes ? broken.full_wait : broken.empty_wait) return;
   emulation::block().wait_until(state.counts_bytes ? "mbarrier_wait (data)" : "mbarrier_wait",
@@ -328,39 +439,41 @@ WF_DEVICE void tma_load_matrix(uint32_t destination, const TensorMap* map, uint3
   const TensorMapParameters& p = map->parameters;
   emulated::check_memory(p, "tma_load_matrix");
   if (p.rank != 2 || p.im2col) emulation::block().fail("tma_load_matrix: not a map of a matrix");
-  emulated::BoxCopy copy{destination, barrier, {}, {}};
+  emulated::Box box;
   for (int64_t r = r0; r < r0 + static_cast<int64_t>(p.box[1]); ++r) {
     const bool inside = r >= 0 && r < static_cast<int64_t>(p.size[1]);
-    emulated::add_row(copy, p,
+    emulated::add_row(box, p,
                       inside ? static_cast<const char*>(p.address) + r * p.stride[1] : nullptr, c);
   }
-  emulated::start_copy(std::move(copy), "tma_load_matrix");
+  emulated::start_copy(box, destination, barrier, 1u << emulated::rank(), "tma_load_matrix");
 #endif
 }
 
-// A box of [rows, 1, 64] of the filter: out channels from o, one tap, in channels from c.
+// A box of [rows, 1, 64] of the filter, to all blocks of the cluster: out channels from o, one tap, in
+// channels from c.
 WF_DEVICE void tma_load_filter(uint32_t destination, const TensorMap* map, uint32_t barrier, int c,
                                int tap, int o) {
 #if defined(__CUDACC__)
   asm volatile(
       "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(c), "r"(tap), "r"(o)
+      ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(destination),
+      "l"(map), "r"(barrier), "r"(c), "r"(tap), "r"(o),
+      "h"(static_cast<uint16_t>((1 << kCluster) - 1))
       : "memory");
 #else
   const TensorMapParameters& p = map->parameters;
   emulated::check_memory(p, "tma_load_filter");
   if (p.rank != 3 || p.im2col) emulation::block().fail("tma_load_filter: not a map of a filter");
-  emulated::BoxCopy copy{destination, barrier, {}, {}};
+  emulated::Box box;
   for (int64_t r = o; r < o + static_cast<int64_t>(p.box[2]); ++r) {
     const bool inside = r >= 0 && r < static_cast<int64_t>(p.size[2]) && tap >= 0 &&
                         tap < static_cast<int64_t>(p.size[1]);
     emulated::add_row(
-        copy, p,
+        box, p,
         inside ? static_cast<const char*>(p.address) + r * p.stride[2] + tap * p.stride[1] : nullptr,
         c);
   }
-  emulated::start_copy(std::move(copy), "tma_load_filter");
+  emulated::start_copy(box, destination, barrier, (1u << kCluster) - 1, "tma_load_filter");
 #endif
 }
 
@@ -385,14 +498,14 @@ WF_DEVICE void tma_load_im2col(uint32_t destination, const TensorMap* map, uint3
                            static_cast<int64_t>(p.size[2]) - 1 + p.upper[1]};
   if (w < p.lower[0] || w > last[0] || h < p.lower[1] || h > last[1])
     emulation::block().fail("tma_load_im2col: filter base outside of the bounding box");
-  emulated::BoxCopy copy{destination, barrier, {}, {}};
+  emulated::Box box;
   int64_t at_w = w, at_h = h, at_n = n;
   for (uint32_t i = 0; i < p.pixels; ++i) {
     const int64_t x = at_w + offset_w, y = at_h + offset_h;
     const bool inside = x >= 0 && x < static_cast<int64_t>(p.size[1]) && y >= 0 &&
                         y < static_cast<int64_t>(p.size[2]) && at_n >= 0 &&
                         at_n < static_cast<int64_t>(p.size[3]);
-    emulated::add_row(copy, p,
+    emulated::add_row(box, p,
                       inside ? static_cast<const char*>(p.address) + at_n * p.stride[3] +
                                    y * p.stride[2] + x * p.stride[1]
                              : nullptr,
@@ -404,7 +517,7 @@ WF_DEVICE void tma_load_im2col(uint32_t destination, const TensorMap* map, uint3
       if (at_h > last[1]) at_h = p.lower[1], ++at_n;
     }
   }
-  emulated::start_copy(std::move(copy), "tma_load_im2col");
+  emulated::start_copy(box, destination, barrier, 1u << emulated::rank(), "tma_load_im2col");
 #endif
 }
 

@@ -79,7 +79,7 @@ class Forward:
             out = out + self.residual.double()
         return out.relu() if self.relu else out, v
 
-    def run(self, grid=2, seed=0, completion=LATE):
+    def run(self, processors=4, seed=0, completion=LATE):
         out = nan(*self.u.shape, dtype=self.dtype)
         branch = torch.clone(out) if self.keep else None
         inputs = (self.x, self.weight, self.scale, self.shift, self.residual)
@@ -97,7 +97,7 @@ class Forward:
             table_stride=self.conv.out_channels,
             relu=self.relu,
             bf16=self.dtype == torch.bfloat16,
-            processors=grid,
+            processors=processors,
         )
         return out, branch
 
@@ -146,7 +146,7 @@ class Backward:
             return g, scaled, None, None
         return g, scaled, g.sum((1, 2)), (g * self.branch.double()).sum((1, 2))
 
-    def run(self, grid=2, seed=0, completion=LATE):
+    def run(self, processors=4, seed=0, completion=LATE):
         n, c = self.conv.batch, self.conv.in_channels
         grad = nan(*self.dx.shape, dtype=self.dtype)
         scaled_grad = torch.clone(grad)
@@ -171,7 +171,7 @@ class Backward:
             table_stride=c,
             relu=self.mask != "none",
             bf16=self.dtype == torch.bfloat16,
-            processors=grid,
+            processors=processors,
         )
         if not self.sums:
             return grad, scaled_grad, None, None
@@ -183,6 +183,7 @@ class Backward:
             partial1=pointer(partials[1]),
             t0=pointer(t0),
             t1=pointer(t1),
+            total_stride=c,
         )
         return grad, scaled_grad, t0, t1
 
@@ -252,12 +253,12 @@ def test_backward_epilogue_family(dtype, mask, skip, sums, shift):
 @pytest.mark.parametrize("columns", [64, 128], ids=["block_n 64", "block_n 128"])
 @pytest.mark.parametrize("completion", [LATE, EARLY, RANDOM], ids=["late", "early", "random"])
 def test_ring_wraps_around_and_order_does_not_matter(columns, completion):
-    """Seven tiles on one block, 27 slices each: the ring of 6 or 8 stages wraps many times."""
+    """Four tiles for each block of one cluster, 27 slices each: the ring of 6 or 8 stages wraps."""
     conv = convolution(7, 10, 13, 136, columns, (3, 3), (1, 1), (1, 1), (1, 1))
     forward = Forward(conv, torch.bfloat16)
     reference = None
     for seed in (1, 2):
-        result = forward.run(grid=1, seed=seed, completion=completion)
+        result = forward.run(processors=2, seed=seed, completion=completion)
         if reference is None:
             reference = result
             truth, v = forward.truth()
@@ -267,13 +268,15 @@ def test_ring_wraps_around_and_order_does_not_matter(columns, completion):
         assert torch.equal(result[1], reference[1])
 
 
-@pytest.mark.parametrize("grid", [1, 2, 3, 5])
-def test_column_sums_are_bitwise_the_same_for_any_schedule(grid):
+@pytest.mark.parametrize("processors", [1, 2, 4, 7])
+def test_column_sums_are_bitwise_the_same_for_any_schedule(processors):
     conv = convolution(3, 14, 14, 40, 72, (3, 3), (2, 2), (1, 1), (1, 1))
     backward = Backward(conv, torch.float16)
-    expected = backward.run(grid=4, seed=7, completion=EARLY)
+    expected = backward.run(processors=12, seed=7, completion=EARLY)
     for result, other in zip(
-        backward.run(grid=grid, seed=grid, completion=RANDOM), expected, strict=True
+        backward.run(processors=processors, seed=processors, completion=RANDOM),
+        expected,
+        strict=True,
     ):
         assert torch.equal(result, other)
 
@@ -329,15 +332,15 @@ def fails_or_errs(case, **how):
 def test_a_missing_wait_is_noticed(primitive, completion):
     """The tests above are worth something: without a wait, they fail."""
     case = Forward(convolution(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
-    assert not fails_or_errs(case, grid=1, completion=completion)
+    assert not fails_or_errs(case, processors=2, completion=completion)
     sm90().break_primitive(primitive)
-    assert fails_or_errs(case, grid=1, completion=completion)
+    assert fails_or_errs(case, processors=2, completion=completion)
 
 
 def test_a_missing_barrier_is_noticed():
     case = Backward(convolution(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
     sm90().break_primitive("sums barrier")
-    assert any(fails_or_errs(case, grid=1, seed=seed) for seed in range(3))
+    assert any(fails_or_errs(case, processors=2, seed=seed) for seed in range(3))
 
 
 @pytest.mark.parametrize(

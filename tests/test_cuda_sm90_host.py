@@ -131,8 +131,8 @@ def test_tensor_map_of_a_strided_convolution():
     }
 
 
-@pytest.mark.parametrize("grid", [1, 3, 132])
-def test_schedule_covers_every_tile_once(grid):
+@pytest.mark.parametrize("clusters", [1, 3, 66])
+def test_schedule_covers_every_tile_once(clusters):
     for conv in SHAPES[::4]:
         for backward in (False, True):
             problem = sm90().problem(conv.native, backward)
@@ -142,9 +142,15 @@ def test_schedule_covers_every_tile_once(grid):
                 for m in range(phase["m_tiles"])
                 for n in range(problem["n_tiles"])
             }
-            tiles = list(itertools.chain(*sm90().schedule_of(conv.native, backward, grid)))
-            assert len(tiles) == len(expected)
-            assert set(tiles) == expected
+            blocks = sm90().schedule_of(conv.native, backward, clusters)
+            tiles = list(itertools.chain(*blocks))
+            assert len(tiles) == len(set(tiles))
+            # The block of a cluster whose tile does not exist goes along, past the end.
+            past = {t for t in tiles if t[1] == problem["phases"][t[0]]["m_tiles"]}
+            assert set(tiles) - past == expected
+            assert {m % 2 for _, m, _ in past} <= {1}
+            for first, second in zip(blocks[::2], blocks[1::2], strict=True):
+                assert [(p, m + 1, n) for p, m, n in first] == second
 
 
 @pytest.mark.parametrize("channels", [64, 128, 256, 512])
@@ -159,9 +165,9 @@ def test_strided_gradient_is_balanced(channels):
     assert sorted(taps) == [s * 2 * channels // 64 for s in (1, 2, 2, 4)]
     work = [
         sum(taps[phase] for phase, _, _ in block)
-        for block in sm90().schedule_of(conv.native, True, 132)
+        for block in sm90().schedule_of(conv.native, True, 66)
     ]
-    assert max(work) <= 1.1 * sum(work) / len(work)
+    assert max(work) <= 1.15 * sum(work) / len(work)
 
 
 def test_partial_sums_have_a_row_per_tile_and_sample():

@@ -66,14 +66,17 @@ PYBIND11_MODULE(sm90, module) {
     fields["partial_rows"] = problem.partial_rows;
     return fields;
   });
-  // Tiles of every thread block in their order: [(phase, m, n), ...] per block.
-  module.def("schedule_of", [](const Convolution& conv, bool backward, int grid) {
+  // Tiles of every thread block in their order, [(phase, m, n), ...]; the blocks of a cluster follow
+  // each other. A tile that does not exist has m at or past the end.
+  module.def("schedule_of", [](const Convolution& conv, bool backward, int clusters) {
     const Problem problem = problem_of(conv, backward);
-    std::vector<std::vector<std::tuple<int, int, int>>> blocks(grid);
-    for (int block = 0; block < grid; ++block)
-      for (Tile tile = next_tile(problem, block, grid); tile.slot < problem.tile_slots;
-           tile = next_tile(problem, tile.slot + grid, grid))
-        blocks[block].emplace_back(tile.phase, tile.m, tile.n);
+    std::vector<std::vector<std::tuple<int, int, int>>> blocks(clusters * kCluster);
+    for (int cluster = 0; cluster < clusters; ++cluster)
+      for (Work work = next_work(problem, cluster, clusters); work.slot < problem.tile_slots;
+           work = next_work(problem, work.slot + clusters, clusters))
+        for (int rank = 0; rank < kCluster; ++rank)
+          blocks[cluster * kCluster + rank].emplace_back(work.phase, work.pair * kCluster + rank,
+                                                         work.n);
     return blocks;
   });
   // (sample, pixel) of the tensor that is written, for every row of a phase.
