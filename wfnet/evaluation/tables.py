@@ -1,0 +1,377 @@
+"""The paper's tables: our rows of Table 1 and Table 2 beside the published numbers.
+
+The published numbers are data with their source (``published.json``), by cell: data set and
+backbone, ``cifar10/resnet18``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from wfnet.evaluation.groups import GroupResult
+from wfnet.evaluation.results import EvaluationResult, base_name
+from wfnet.pretrained import write_atomically, write_json
+
+if TYPE_CHECKING:
+    from wfnet.attribution import AttributionResult
+    from wfnet.relearning import RelearnResult
+
+FORMAT = 1
+METHODS = {
+    "original": "original",
+    "retrained": "retrained",
+    "random_labels": "random labels",
+    "negative_gradient": "negative gradient",
+    "neggrad_plus": "NegGrad+",
+    "wfnet": "WF-Net",
+}
+# Last part of a model's name, without sizes of patches and images -> backbone of the paper.
+_BACKBONES = (
+    (r"resnet18", "resnet18"), (r"resnet50", "resnet50"), (r"resnet101", "resnet101"),
+    (r"vgg16(_bn)?", "vgg16"), (r"(vit|deit)_t(iny|i)?(_.*)?", "vit_tiny"),
+    (r"(vit|deit)_s(mall)?(_.*)?", "vit_small"),
+)  # fmt: skip
+
+
+@cache
+def published() -> dict[str, Any]:
+    """``source``, ``units`` and ``cells``: by cell and method the published values."""
+    path = resources.files("wfnet.evaluation") / "published.json"
+    return json.loads(path.read_text())
+
+
+def published_cell(data: str, model: str, num_classes: int) -> str | None:
+    """The paper's cell of a data set and a model by their names here; None if it has none.
+
+    Args:
+        data: ``mnist``, ``cifar10``, or an image folder, which with 1,000 classes is ImageNet.
+        model: ``resnet18``, ``timm/vit_tiny_patch16_224.augreg``, ``small/vgg16``, ...
+        num_classes: of the data set.
+    """
+    if data in ("mnist", "cifar10"):
+        known = data
+    elif num_classes == 1000:
+        known = "imagenet"
+    else:
+        return None
+    name = model.rpartition("/")[2].partition(".")[0]
+    for pattern, backbone in _BACKBONES:
+        if re.fullmatch(pattern, name):
+            cell = f"{known}/{backbone}"
+            return cell if cell in published()["cells"] else None
+    return None
+
+
+@dataclass(frozen=True)
+class TableRow:
+    """One method: ours, and what was published for it.
+
+    Attributes:
+        method: a key of ``METHODS``.
+        acc_r, acc_f, zrf: in %.
+        rt, rt_never: relearn time in epochs (mean over classes) and classes never relearned;
+            None where it was not measured.
+        rt_tolerant, rt_tolerant_never: the same within the tolerance of the relearn settings.
+        insertion, deletion: areas in [0, 1]; insertion_random, deletion_random: in random order.
+        published: the paper's values by the same names, where it has them.
+    """
+
+    method: str
+    acc_r: float | None = None
+    acc_f: float | None = None
+    zrf: float | None = None
+    rt: float | None = None
+    rt_never: int | None = None
+    rt_tolerant: float | None = None
+    rt_tolerant_never: int | None = None
+    insertion: float | None = None
+    deletion: float | None = None
+    insertion_random: float | None = None
+    deletion_random: float | None = None
+    published: dict[str, float] = field(default_factory=dict)
+
+
+_VALUES = [f.name for f in fields(TableRow) if f.name not in ("method", "published")]
+
+
+@dataclass(frozen=True)
+class PaperTables:
+    """Rows of Table 1 and Table 2 for one data set and backbone, and groups of classes.
+
+    Attributes:
+        title: data set and network, as they are called here.
+        cell: the paper's cell that stands beside; None if it has none.
+        zrf_base: base of the logarithm in every ZRF of ours.
+        tolerance: of ``rt_tolerant``, in points; None without relearning.
+        rows: one per method.
+        groups: means of :class:`wfnet.evaluation.GroupResult`, one per size of group.
+        settings: how each row was made.
+    """
+
+    title: str
+    cell: str | None
+    zrf_base: float
+    tolerance: float | None
+    rows: list[TableRow]
+    groups: list[dict[str, Any]]
+    settings: dict[str, Any]
+
+    def to_json(self, path: str | os.PathLike) -> None:
+        """Everything, atomically."""
+        content = {
+            "format": FORMAT,
+            "units": "acc_r, acc_f, zrf in %; rt in epochs; insertion and deletion in [0, 1]",
+            "published_source": published()["source"],
+            "rt_of_a_class_that_never_came_back": "the cap of the relearn settings",
+            **asdict(self),
+        }
+        write_json(path, content)
+
+    def to_csv(self, path: str | os.PathLike) -> None:
+        """One line per method: ours, then ``published_*``; atomically."""
+        text = io.StringIO()
+        columns = ["title", "method", *_VALUES, *(f"published_{name}" for name in _VALUES)]
+        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            values = {name: _rounded(getattr(row, name)) for name in _VALUES}
+            theirs = {f"published_{name}": value for name, value in row.published.items()}
+            writer.writerow({"title": self.title, "method": row.method, **values, **theirs})
+        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+    def to_markdown(self, path: str | os.PathLike) -> None:
+        """The tables as Markdown, atomically."""
+        text = self.markdown()
+        write_atomically(path, lambda temporary: temporary.write_text(text))
+
+    def markdown(self) -> str:
+        """The tables as Markdown, readable in a terminal too."""
+        sections = [f"### {self.title}", "", *self._table1()]
+        if any(row.insertion is not None or "insertion" in row.published for row in self.rows):
+            sections += ["", *self._table2()]
+        if self.groups:
+            sections += ["", *self._table3()]
+        return "\n".join([*sections, "", *self._notes(), ""])
+
+    def _table1(self) -> list[str]:
+        timed = any(row.rt is not None for row in self.rows)
+        header = ["Table 1", "Acc_r", "Acc_f", "ZRF"]
+        if timed:
+            header += ["RT", f"RT within {100 * (self.tolerance or 0):g} points"]
+        beside = any(row.published for row in self.rows)
+        if beside:
+            header.append("published: Acc_r / Acc_f / ZRF / RT")
+        lines = []
+        for row in self.rows:
+            cells = [METHODS[row.method], *(_percent(v) for v in (row.acc_r, row.acc_f, row.zrf))]
+            if timed:
+                cells += [_epochs(row.rt, row.rt_never)]
+                cells += [_epochs(row.rt_tolerant, row.rt_tolerant_never)]
+            if beside:
+                cells.append(_published1(row.published))
+            lines.append(cells)
+        return _aligned(header, lines)
+
+    def _table2(self) -> list[str]:
+        header = ["Table 2", "insertion", "deletion", "random order: insertion", "deletion"]
+        beside = any("insertion" in row.published for row in self.rows)
+        if beside:
+            header.append("published: insertion / deletion")
+        lines = []
+        for row in self.rows:
+            if row.insertion is None and "insertion" not in row.published:
+                continue
+            values = (row.insertion, row.deletion, row.insertion_random, row.deletion_random)
+            cells = [METHODS[row.method], *("-" if v is None else f"{v:.3f}" for v in values)]
+            if beside:
+                theirs = (row.published.get(name) for name in ("insertion", "deletion"))
+                cells.append(" / ".join("-" if v is None else f"{v:.2f}" for v in theirs))
+            lines.append(cells)
+        return _aligned(header, lines)
+
+    def _table3(self) -> list[str]:
+        header = ["several classes at once", "groups", "Acc_r", "original", "Acc_f", "original",
+                  "worst class"]  # fmt: skip
+        lines = []
+        for group in self.groups:
+            mean = group["mean"]
+            names = ("acc_r", "original_acc_r", "acc_f", "original_acc_f", "acc_f_worst")
+            label = "pairs" if group["size"] == 2 else f"groups of {group['size']}"
+            lines.append(
+                [label, str(group["groups"]), *(_percent(100 * mean[name]) for name in names)]
+            )
+        return _aligned(header, lines)
+
+    def _notes(self) -> list[str]:
+        notes = [
+            "Acc_r, Acc_f and ZRF in %, means over classes; ZRF with log base "
+            f"{base_name(self.zrf_base)}."
+        ]
+        if any(row.rt is not None for row in self.rows):
+            notes.append(
+                "RT in epochs, in parentheses the classes that never came back (they count as the "
+                "cap)."
+            )
+        if self.cell is not None:
+            notes.append(
+                f"Published: {self.cell}, {published()['source']}. The paper states neither the "
+                "base of ZRF's logarithm nor the optimiser of RT."
+            )
+        return notes
+
+
+def make_tables(
+    title: str,
+    evaluation: EvaluationResult,
+    relearning: RelearnResult | None = None,
+    attribution: AttributionResult | None = None,
+    baselines: Sequence[Mapping[str, Any]] = (),
+    groups: Sequence[GroupResult] = (),
+    cell: str | None = None,
+) -> PaperTables:
+    """Puts results side by side.
+
+    Args:
+        title: data set and network.
+        evaluation: of the filtered network; the row ``original`` comes from it too.
+        relearning, attribution: of the filtered network, where they were measured.
+        baselines: :meth:`wfnet.baselines.BaselineResult.as_dict` of each method.
+        groups: groups of classes, one result per size.
+        cell: published numbers to stand beside, a key of ``published()["cells"]``.
+
+    Raises:
+        ValueError: for an unknown cell, or a baseline that was evaluated with another base of the
+            logarithm.
+    """
+    cells = published()["cells"]
+    if cell is not None and cell not in cells:
+        raise ValueError(f"nothing was published for {cell!r}; there is {', '.join(cells)}")
+    theirs = {} if cell is None else cells[cell]
+    rows = {
+        "original": TableRow("original", **_accuracies(evaluation.original)),
+        "wfnet": TableRow(
+            "wfnet", **_accuracies(evaluation.mean), **_times(relearning),
+            **({} if attribution is None else attribution.mean),
+        ),
+    }  # fmt: skip
+    settings: dict[str, Any] = {"evaluation": evaluation.settings}
+    if relearning is not None:
+        settings["relearning"] = asdict(relearning.config)
+    if attribution is not None:
+        settings["attribution"] = attribution.settings
+    for baseline in baselines:
+        method = baseline["method"]
+        found = EvaluationResult.from_dict(baseline["evaluation"])
+        if not math.isclose(found.zrf_base, evaluation.zrf_base):
+            raise ValueError(
+                f"baseline {method} was evaluated with ZRF base {base_name(found.zrf_base)}, the "
+                f"filtered network with {base_name(evaluation.zrf_base)}; evaluate both alike"
+            )
+        timed = baseline["relearning"]
+        times = {}
+        if timed is not None:
+            times = _time_values(timed["mean"], timed["mean_tolerant"])
+            settings.setdefault("relearning", timed["config"])
+        rows[method] = TableRow(method, **_accuracies(found.mean), **times)
+        settings[method] = {**baseline["settings"], "classes": found.settings["classes"]}
+    for method in theirs:
+        rows.setdefault(method, TableRow(method))
+    ordered = [rows[method] for method in METHODS if method in rows]
+    return PaperTables(
+        title=title,
+        cell=cell,
+        zrf_base=evaluation.zrf_base,
+        tolerance=settings.get("relearning", {}).get("tolerance"),
+        rows=[
+            TableRow(**{**vars(row), "published": dict(theirs.get(row.method, {}))})
+            for row in ordered
+        ],
+        groups=[result.as_dict() for result in groups],
+        settings=settings,
+    )
+
+
+def _accuracies(scores: Any) -> dict[str, float]:
+    return {name: 100 * getattr(scores, name) for name in ("acc_r", "acc_f", "zrf")}
+
+
+def _times(result: RelearnResult | None) -> dict[str, float]:
+    if result is None:
+        return {}
+    content = result.as_dict()
+    return _time_values(content["mean"], content["mean_tolerant"])
+
+
+def _time_values(exact: Mapping[str, float], tolerant: Mapping[str, float]) -> dict[str, float]:
+    return {
+        "rt": exact["epochs"],
+        "rt_never": exact["never"],
+        "rt_tolerant": tolerant["epochs"],
+        "rt_tolerant_never": tolerant["never"],
+    }
+
+
+def _rounded(value: float | None) -> float | str:
+    return "" if value is None else round(value, 6)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _epochs(mean: float | None, never: int | None) -> str:
+    return "-" if mean is None else f"{mean:.1f} ({never})"
+
+
+def _published1(values: Mapping[str, float]) -> str:
+    cells = [f"{values[name]:g}" if name in values else "-" for name in ("acc_r", "acc_f", "zrf")]
+    cells.append(f"{values['rt']:g} ({values['rt_never']:g})" if "rt" in values else "-")
+    return " / ".join(cells) if values else "-"
+
+
+def _aligned(header: list[str], lines: list[list[str]]) -> list[str]:
+    """A Markdown table whose columns are as wide as their widest cell; numbers to the right."""
+    widths = [max(len(row[i]) for row in (header, *lines)) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [cells[0].ljust(widths[0])]
+        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return [line(header), f"| {' | '.join(rule)} |", *(line(cells) for cells in lines)]
+
+
+def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The finished baselines that `wfnet baseline` left in ``folder``; none if it is missing.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    found = []
+    for method in METHODS:
+        path = Path(folder) / f"{method}.json"
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_text())
+            EvaluationResult.from_dict(content["evaluation"])
+            found.append({name: content[name] for name in
+                          ("method", "evaluation", "relearning", "settings")})  # fmt: skip
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged or no result of `wfnet baseline` ({error}); delete it and run "
+                "the baseline again"
+            ) from error
+    return found
