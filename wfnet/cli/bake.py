@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import importlib
 import importlib.util
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,17 +23,21 @@ from wfnet.cli.options import (
     add_compute_options,
     add_data_options,
     add_model_options,
+    not_negative,
     whole,
 )
-from wfnet.cli.runs import RUN_FILE, check_writable, read_run
+from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
 from wfnet.data import batches
+from wfnet.gates import gate_rows
 from wfnet.network import WFNet
-from wfnet.pretrained import write_atomically, write_tensors
+from wfnet.pretrained import write_atomically, write_json, write_tensors
+from wfnet.trust import TrustSettings, check_export, removal
 
 logger = logging.getLogger("wfnet")
 
 EXAMPLE = """example:
   wfnet bake runs/r50 --forget 281 --verify
+  wfnet bake runs/r50 --forget 281 --prune-below 0.1 --verify
   wfnet bake runs/r50 --forget tabby 285 --output cats.safetensors --onnx cats.onnx
 
 The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE))"""
@@ -61,12 +66,22 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     group.add_argument("--onnx", metavar="FILE", help="also export as ONNX, for any batch size")
     group.add_argument(
+        "--prune-below", type=not_negative, default=0.0, metavar="T",
+        help="make gates below T exactly 0, so that what they scaled cannot be scaled back",
+    )  # fmt: skip
+    group.add_argument(
         "--verify", action="store_true",
-        help="load the file again and compare its outputs with the filtered network's",
+        help="load the file again, compare its outputs with the filtered network's, and, where the "
+        "run knows its data, attack it: accuracies and what brings the class back go into a JSON "
+        "file beside it",
     )  # fmt: skip
     group.add_argument(
         "--images", type=whole(1), default=256, metavar="N",
-        help="for --verify: test images if the run knows its data, else random ones",
+        help="for --verify: images to compare outputs on, test images if the run knows its data",
+    )  # fmt: skip
+    group.add_argument(
+        "--samples", type=whole(2), default=TrustSettings().samples, metavar="N",
+        help="for --verify: the most images of each kind in the attacks",
     )  # fmt: skip
     group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of splits and draws")
     add_model_options(parser)
@@ -89,11 +104,13 @@ def run(options: argparse.Namespace) -> int:
     if options.onnx:
         _check_onnx(Path(options.onnx))
     net, classifier = load_network(options, folder)
-    save_baked(net, forget, path)
+    save_baked(net, forget, path, options.prune_below)
     print(f"{path}: {type(classifier).__name__} that has forgotten {_listed(forget, names)}")
     if options.verify:
         images, what = _images(options, classifier)
-        print(f"verified on {what}: {verify(net, classifier, forget, path, images)}")
+        agreement = verify(net, classifier, forget, path, images, options.prune_below)
+        print(f"verified on {what}: {agreement}")
+        attack_export(options, net, classifier, forget, path, agreement)
     if options.onnx:
         images, _ = _images(options, classifier, few=2)
         _export_onnx(net.bake(forget).cpu(), images, Path(options.onnx))
@@ -106,11 +123,11 @@ def baked_name(forget: Sequence[int]) -> str:
     return f"forget_{'_'.join(map(str, forget))}.safetensors"
 
 
-def save_baked(net: WFNet, forget: Sequence[int], path: Path) -> None:
-    """Writes the weights of ``net.bake(forget)`` as safetensors."""
-    state = net.bake(list(forget)).state_dict()
+def save_baked(net: WFNet, forget: Sequence[int], path: Path, prune_below: float = 0.0) -> None:
+    """Writes the weights of ``net.bake(forget, prune_below)`` as safetensors."""
+    state = net.bake(list(forget), prune_below).state_dict()
     record = {"model": type(net.model).__name__, "num_classes": net.num_classes,
-              "forget": list(forget)}  # fmt: skip
+              "forget": list(forget), "prune_below": prune_below}  # fmt: skip
     # Clones: a tensor under two names is written under both.
     write_tensors(
         path,
@@ -128,6 +145,7 @@ class Agreement:
         span: largest absolute output.
         limit: bound on ``difference / span``.
         predictions: images with equal predictions, of ``images``.
+        prune_below: gates below this were taken as 0 in both.
     """
 
     difference: float
@@ -135,32 +153,41 @@ class Agreement:
     limit: float
     predictions: int
     images: int
+    prune_below: float = 0.0
 
     @property
     def within_rounding(self) -> bool:
         return self.difference <= self.limit * self.span  # False for NaN
 
     def __str__(self) -> str:
+        pruned = f", gates below {self.prune_below:g} at 0," if self.prune_below else ""
         return (
-            f"equal to the filtered network within rounding: outputs up to {self.span:.1f} differ "
-            f"by at most {self.difference:.1e} ({self.predictions} of {self.images} predictions "
-            "equal)"
+            f"equal to the filtered network{pruned} within rounding: outputs up to "
+            f"{self.span:.1f} differ by at most {self.difference:.1e} ({self.predictions} of "
+            f"{self.images} predictions equal)"
         )
 
 
 @torch.inference_mode()
 def verify(
-    net: WFNet, classifier: nn.Module, forget: Sequence[int], path: Path, images: Tensor
+    net: WFNet,
+    classifier: nn.Module,
+    forget: Sequence[int],
+    path: Path,
+    images: Tensor,
+    prune_below: float = 0.0,
 ) -> Agreement:
     """Loads ``path`` into a copy of ``classifier`` and compares it with the filtered network.
+
+    A pruned export is compared with the network whose gates below the threshold are 0.
 
     Raises:
         RuntimeError: if they differ by more than rounding.
     """
-    plain = copy.deepcopy(classifier).cpu()
-    load_weights(plain, path)
     weight = next(iter(net.masked_layers.values())).weight
-    plain = plain.to(weight.device).eval()
+    plain = _loaded(classifier, path).to(weight.device)
+    if prune_below:
+        net = _pruned(net, forget, prune_below)
     images = images.to(weight.device, weight.dtype)
     labels = torch.tensor(forget, device=weight.device)
     expected, found = [], []
@@ -175,6 +202,7 @@ def verify(
         limit=64 * torch.finfo(weight.dtype).eps * len(net.masked_layers) ** 0.5,
         predictions=int((found.argmax(1) == expected.argmax(1)).sum()),
         images=len(images),
+        prune_below=prune_below,
     )
     if not agreement.within_rounding:
         raise RuntimeError(
@@ -183,6 +211,77 @@ def verify(
             f"({agreement.limit * agreement.span:.1e}); do not use it, and please report this"
         )
     return agreement
+
+
+def _loaded(classifier: nn.Module, path: Path) -> nn.Module:
+    plain = copy.deepcopy(classifier).cpu()
+    load_weights(plain, path)
+    return plain.eval()
+
+
+def _pruned(net: WFNet, forget: Sequence[int], prune_below: float) -> WFNet:
+    """A copy whose products of gates below the threshold are 0: alpha is minus infinity there."""
+    pruned = copy.deepcopy(net)
+    rows = torch.tensor([list(forget)])
+    with torch.no_grad():
+        for layer in pruned.masked_layers.values():
+            for name in ("alpha_weight", "alpha_bias"):
+                alpha = getattr(layer, name)
+                if alpha is not None:
+                    gate = gate_rows(alpha, rows.to(alpha.device), layer.gate_scale)[0]
+                    closed = torch.zeros_like(alpha, dtype=torch.bool)
+                    closed[list(forget)] = gate < prune_below
+                    alpha.masked_fill_(closed, -torch.inf)
+    return pruned
+
+
+def attack_export(
+    options: argparse.Namespace,
+    net: WFNet,
+    classifier: nn.Module,
+    forget: Sequence[int],
+    path: Path,
+    agreement: Agreement,
+) -> None:
+    """Attacks the file itself, prints what was found and writes it beside the file as JSON."""
+    checks = []
+    if options.data or options.data_dir:
+        data = open_images(options, classifier)
+        device = next(net.parameters()).device
+        checks = check_export(
+            _loaded(classifier, path).to(device),
+            copy.deepcopy(classifier).to(device).eval(),
+            data,
+            list(net.masked_layers),
+            forget,
+            TrustSettings(samples=options.samples, seed=options.seed),
+            options.workers,
+        )
+        for check in checks:
+            print(check)
+    else:
+        print(
+            "accuracies and attacks need images: give --data NAME or --data-dir DIR, the run has "
+            "recorded neither"
+        )
+    report = path.with_suffix(".trust.json")
+    write_json(
+        report,
+        {
+            "units": "acc_* and auc_* are fractions in [0, 1]",
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "forget": list(forget),
+            "prune_below": options.prune_below,
+            "seed": options.seed,
+            "samples": options.samples,
+            "agreement": asdict(agreement),
+            "measures": removal.MEASURES,
+            "classes": [asdict(check) for check in checks],
+            "versions": versions(),
+        },
+    )
+    print(f"all of it is in {report}")
 
 
 def _images(

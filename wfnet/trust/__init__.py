@@ -13,6 +13,7 @@ of what an attacker can do: a stronger attack may exist.
     closeness     how far are the outputs from those of retrained models?
 """
 
+from wfnet.trust.export import ExportCheck, check_export
 from wfnet.trust.running import (
     CHECKS,
     TrustRecord,
@@ -24,12 +25,14 @@ from wfnet.trust.subject import ImageReader, Sample, Subject, TrustSettings
 
 __all__ = [
     "CHECKS",
+    "ExportCheck",
     "ImageReader",
     "Sample",
     "Subject",
     "TrustRecord",
     "TrustResult",
     "TrustSettings",
+    "check_export",
     "missing_retrained",
     "run_checks",
 ]

@@ -1,0 +1,115 @@
+"""Checks of an exported file itself: accuracies, and what brings the class back.
+
+The file is loaded as any user would load it, into a plain model; nothing of the filters is at hand.
+The attacks are those of :mod:`wfnet.trust.removal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from wfnet.data import Splits
+from wfnet.trust import removal
+from wfnet.trust.subject import ImageReader, Subject, TrustSettings, share_correct
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """What was found for one class that an export has forgotten.
+
+    Attributes:
+        label, name: the class.
+        values: measures of :mod:`wfnet.trust.removal` for the export; ``acc_f`` and ``acc_r`` are
+            its accuracies as it is.
+        original_acc_f, original_acc_r: of the original network, on the same images.
+        details: rows against the base.
+        images: test images of the class and of classes that were not forgotten.
+    """
+
+    label: int
+    name: str
+    values: dict[str, float]
+    original_acc_f: float
+    original_acc_r: float
+    details: dict[str, Any]
+    images: dict[str, int]
+
+    def __str__(self) -> str:
+        v = self.values
+        ways = {
+            "BatchNorm re-estimated on unlabelled images": "acc_f_batchnorm_all",
+            "without images of the class among them": "acc_f_batchnorm_retain",
+            "rows equalised": "acc_f_equalised",
+            "its logit shifted": "acc_f_offset",
+        }
+        found = ", ".join(f"{k} {v[n]:.1%}" for k, n in ways.items() if n in v)
+        return (
+            f"class {self.name}: accuracy on it {self.original_acc_f:.1%} -> {v['acc_f']:.1%}, on "
+            f"the others {self.original_acc_r:.1%} -> {v['acc_r']:.1%} ({self.images['forget']} "
+            f"and {self.images['retain']} test images)\n"
+            f"  brought back by who holds the file and no label: {found}"
+        )
+
+
+def check_export(
+    plain: nn.Module,
+    original: nn.Module,
+    data: Splits,
+    layers: Sequence[str],
+    forget: Sequence[int],
+    settings: TrustSettings | None = None,
+    workers: int = 0,
+) -> list[ExportCheck]:
+    """Accuracies and removability of a plain model, for each class that it has forgotten.
+
+    Args:
+        plain: the loaded export; not changed.
+        original: the model that knows all classes.
+        data: unlabelled images are taken from the training part, accuracies from the test part.
+        layers: names of the layers that were masked.
+        forget: the classes.
+        settings: samples and seed.
+        workers: processes that read images.
+    """
+    settings = settings or TrustSettings()
+    train, test = (
+        ImageReader(part, settings.samples, settings.seed, workers)
+        for part in (data.train, data.test)
+    )
+    checks = []
+    for label in forget:
+        subject = Subject(
+            label=label,
+            num_classes=data.num_classes,
+            forgetful=plain,
+            original=original,
+            retrained=(),
+            train_forget=train.of(label),
+            train_retain=train.without(*forget),
+            test_forget=test.of(label),
+            test_retain=test.without(*forget),
+            layers=layers,
+            settings=settings,
+        )
+        found = removal.measure(plain, subject, [])
+        before = [_accuracy(subject, original, f"test_{k}") for k in ("forget", "retain")]
+        checks.append(
+            ExportCheck(
+                label=label,
+                name=data.classes[label],
+                values=found["values"],
+                original_acc_f=before[0],
+                original_acc_r=before[1],
+                details=found["details"],
+                images={"forget": len(subject.test_forget), "retain": len(subject.test_retain)},
+            )
+        )
+    return checks
+
+
+def _accuracy(subject: Subject, model: nn.Module, part: str) -> float:
+    return share_correct(subject.logits(model, part), getattr(subject, part).labels)
