@@ -119,7 +119,7 @@ class UntrainingStep:
                 found.append(self.graphs.accumulate(images, batch, share, first))
         for parameter, gradient in zip(self.params, self.columns, strict=True):
             parameter.grad = gradient
-        return _mean(found)
+        return mean_losses(found)
 
     def move(self, lr: float, rows: Tensor | None = None) -> None:
         """Moves the filters along :attr:`gradient`."""
@@ -342,7 +342,8 @@ def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
 
 
-def _mean(found: Sequence[Losses]) -> Losses:
+def mean_losses(found: Sequence[Losses]) -> Losses:
+    """The losses of a step over several minibatches: means over these."""
     if len(found) == 1:
         return found[0]
     terms = {

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from wfnet.checkpoints import Checkpoints
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.data.loading import LostWorker
 from wfnet.expansion import (
     ExpandedBatch,
     HalvesSampler,
@@ -44,15 +45,18 @@ from wfnet.objectives import (
     PaperObjective,
     full_precision,
 )
-from wfnet.optimizers import RowAdam, clip_filters
+from wfnet.optimizers import RowAdam
 from wfnet.pretrained import assign_filters, fingerprint, write_atomically, write_json
+from wfnet.step import UntrainingStep, refuse_capture
 from wfnet.stopping import Stopped, StopSignals, lost_workers_wait
+from wfnet.tables import flatten_filters
 from wfnet.throughput import Throughput
 
 logger = logging.getLogger("wfnet")
 
 # On a device, losses are looked at this often: every look waits for it.
 _LOOK_EVERY = 25
+_LOST_WORKERS = 3  # times that data workers are started anew
 _VALIDATION_PAIRS = 512  # (image, row) pairs per forward pass
 
 
@@ -88,6 +92,8 @@ class UntrainConfig:
         channels_last: images and weights in channels-last layout.
         fuse: run the network as one fused plan where it can be (:mod:`wfnet.fusion`).
         workers, max_corrupt: as in :func:`wfnet.data.batches`.
+        grad_accum_steps: minibatches whose mean gradient makes one step.
+        capture: run steps as a CUDA graph (:mod:`wfnet.step`); None: where that is possible.
         checkpoint_every: steps between checkpoints; None: at every validation.
         keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
 
@@ -121,6 +127,8 @@ class UntrainConfig:
     fuse: bool = True
     workers: int = 0
     max_corrupt: int | None = None
+    grad_accum_steps: int = 1
+    capture: bool | None = None
     checkpoint_every: int | None = None
     keep_checkpoints: int = 2
 
@@ -184,6 +192,7 @@ _CHOICES = {
     "schedule": ("cosine", "constant"),
     "stop_on": ("accuracy", "loss"),
     "amp": (None, "bfloat16"),
+    "capture": (None, True, False),
 }
 _AT_LEAST = {
     "steps": 1,
@@ -197,12 +206,13 @@ _AT_LEAST = {
     "validation_rows": 1,
     "workers": 0,
     "max_corrupt": 0,
+    "grad_accum_steps": 1,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
 }
 _WHOLE = (
     "steps", "batch_size", "label_expansion", "patience", "validation_rows", "workers",
-    "max_corrupt", "checkpoint_every", "keep_checkpoints", "seed",
+    "max_corrupt", "grad_accum_steps", "checkpoint_every", "keep_checkpoints", "seed",
 )  # fmt: skip
 _ABOVE_ZERO = ("epochs", "lr", "clip", "validations_per_epoch")
 # Settings that change neither the result nor the order of anything.
@@ -504,7 +514,7 @@ class _Untraining:
             )  # fmt: skip
         self.sampler = _configured_sampler(config, self.labels)
         images = config.batch_size // 2 if config.share_images else config.batch_size
-        per_epoch = len(self.labels) / images
+        per_epoch = len(self.labels) / (images * config.grad_accum_steps)
         self.steps_per_epoch = per_epoch
         self.steps = config.steps or max(1, round(config.epochs * per_epoch))
         self.validate_every = max(1, round(per_epoch / config.validations_per_epoch))
@@ -513,6 +523,10 @@ class _Untraining:
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(self.params, lr=config.lr)
         else:
             self.optimizer = RowAdam(self.params, lr=config.lr)
+        refusal = refuse_capture(net, self.optimizer)
+        if config.capture and refusal is not None:
+            raise ValueError(f"capture=True is not possible: {refusal}; leave capture out")
+        self.captures = config.capture is not False and refusal is None
         if config.objective == "paper" and objective is None and net.normalize_gate:
             logger.warning(
                 "recipe 'paper' is defined for plain sigmoid gates; wrap the network with "
@@ -554,7 +568,15 @@ class _Untraining:
             if not self.finished:
                 if self.output is not None:
                     self.checkpoints.clear_leftovers()
-                with self.signals, contextlib.closing(self._read()) as stream:
+                with (
+                    self.signals,
+                    flatten_filters(self.params),
+                    contextlib.closing(self._minibatches()) as stream,
+                ):
+                    self.work = UntrainingStep(
+                        self.net, self.objective, self.optimizer, self.amp,
+                        self.config.channels_last, self.config.clip, self.captures,
+                    )  # fmt: skip
                     self._go_through(stream, bar)
         finally:
             bar.close()
@@ -564,18 +586,18 @@ class _Untraining:
             self.net.fuse = fuse
         return self._result()
 
-    def _go_through(self, stream: Iterator[Batch], bar: _Bar) -> None:
+    def _go_through(self, stream: Iterator[list[Batch]], bar: _Bar) -> None:
         if self._validation_is_due():  # the run was stopped before it
             self._after_step(bar)
             if self.finished:
                 return
         self.throughput.restart()
         with contextlib.ExitStack() as inside:
-            for number, batch in enumerate(self._stoppable(stream)):
+            for number, group in enumerate(stream):
                 if number == 0:
                     inside.enter_context(lost_workers_wait())
-                self._one_step(batch)
-                self.throughput.images += len(batch.labels)
+                self._one_step(group)
+                self.throughput.images += sum(len(batch.labels) for batch in group)
                 self._after_step(bar)
                 if self.finished:
                     return
@@ -584,28 +606,44 @@ class _Untraining:
             "done; repair the images that the log names"
         )
 
-    def _stoppable(self, stream: Iterator[Batch]) -> Iterator[Batch]:
-        """The minibatches of ``stream``, until a signal came or there are no more.
+    def _minibatches(self) -> Iterator[list[Batch]]:
+        """The minibatches of each step until there are no more; after a signal it stops the run.
 
-        If reading fails, what was done so far is saved first.
+        A few lost workers are replaced. If reading fails, what was done so far is saved first.
         """
-        stream = self.throughput.timed(stream)
+        lost = 0
         while True:
-            if self.signals.received:
-                self._stop()
             try:
-                batch = next(stream)
-            except StopIteration:
+                with contextlib.closing(self._read()) as stream:
+                    for group in _grouped(
+                        self.throughput.timed(stream), self.config.grad_accum_steps
+                    ):
+                        if self.signals.received:
+                            self._stop()
+                        yield group
+                        if self.signals.received:
+                            self._stop()
                 return
-            except Exception:
-                if self.signals.received:  # it may have reached the data workers, too
+            except LostWorker as error:
+                lost += 1
+                if self.signals.received:  # it reached the workers, too
                     self._stop()
-                if self.output is not None and self.step:
-                    self._look()
-                    with contextlib.suppress(OSError):
-                        self.save_checkpoint()
+                if lost > _LOST_WORKERS:
+                    self._save_before_leaving()
+                    raise
+                logger.warning(
+                    "%s; new ones go on from step %d (%d of at most %d times)",
+                    error, self.step, lost, _LOST_WORKERS,
+                )  # fmt: skip
+            except Exception:
+                self._save_before_leaving()
                 raise
-            yield batch
+
+    def _save_before_leaving(self) -> None:
+        if self.output is not None and self.step:
+            self._look()
+            with contextlib.suppress(OSError):
+                self.save_checkpoint()
 
     def _stop(self) -> None:
         self._look()
@@ -618,7 +656,8 @@ class _Untraining:
 
     def _read(self) -> Iterator[Batch]:
         # A minibatch without any readable image never comes, so there are some to spare.
-        stop = self.position + 2 * (self.steps - self.step) + 100
+        missing = (self.steps - self.step) * self.config.grad_accum_steps
+        stop = self.position + 2 * missing + 100
         return batches(
             self.train,
             self.sampler.batches(self.position, stop),
@@ -629,7 +668,20 @@ class _Untraining:
             start=self.position,
         )
 
-    def _one_step(self, batch: Batch) -> None:
+    def _one_step(self, group: list[Batch]) -> None:
+        minibatches = [(batch.images, self._expand(batch)) for batch in group]
+        losses = self.work.differentiate(minibatches)
+        self._watch(losses)
+        rows = None
+        if not self.captures:
+            rows = torch.cat([batch.forget.flatten() for _, batch in minibatches]).unique()
+            rows = rows[rows >= 0]
+        self.work.move(self._learning_rate(self.step), rows)
+        self.samples += sum(len(batch) for _, batch in minibatches)
+        self.step += 1
+
+    def _expand(self, batch: Batch) -> ExpandedBatch:
+        """The expanded batch of the next minibatch, which is ``batch``."""
         config = self.config
         chosen = self._locate(batch)
         # A minibatch that lost images to corruption is halved anew.
@@ -642,26 +694,8 @@ class _Untraining:
             config.share_images,
             config.batch_size // 2 if whole and not config.share_images else None,
         )
-        rows = expanded.forget.unique()
-        moved = expanded.to(self.device)
-        logits, original = _run(
-            self.net, batch.images, moved, self.objective, self.amp, config.channels_last
-        )
-        losses = self.objective(logits, moved, original, self.net)
-        self._watch(losses)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate(self.step)
-        if isinstance(self.optimizer, RowAdam):
-            self.optimizer.step(rows=rows)
-        else:
-            self.optimizer.step()
-        if config.clip is not None:
-            clip_filters(self.params, config.clip)
-        self.samples += len(expanded)
         self.position += 1
-        self.step += 1
+        return expanded
 
     def _locate(self, batch: Batch) -> Tensor:
         """The minibatch that ``batch`` was read from: one in which all was corrupt never comes."""
@@ -977,7 +1011,7 @@ def _check_same_run(
     state: dict[str, Any], config: UntrainConfig, identity: dict[str, str], path: Path
 ) -> None:
     for name, value in asdict(config).items():
-        before = state["config"].get(name)
+        before = state["config"].get(name, getattr(UntrainConfig, name, None))
         if name not in _FREE_TO_CHANGE and before != value:
             raise ValueError(
                 f"{path} was written with {name}={before!r}, now it is {value!r}; resume with the "
@@ -989,6 +1023,16 @@ def _check_same_run(
                 f"{path} was written with another {name}; resume with the same one, or start anew "
                 "in another folder"
             )
+
+
+def _grouped(stream: Iterator[Batch], size: int) -> Iterator[list[Batch]]:
+    """``size`` minibatches at a time; what is left over at the end does not come."""
+    group: list[Batch] = []
+    for batch in stream:
+        group.append(batch)
+        if len(group) == size:
+            yield group
+            group = []
 
 
 def _digest(*parts: str | bytes) -> str:
