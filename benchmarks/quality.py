@@ -31,15 +31,13 @@ from typing import Any
 import torch
 
 import wfnet
-from wfnet import UntrainConfig, WFNet, models, training
+from wfnet import UntrainConfig, models, training
 from wfnet.data import Splits, open_data
 from wfnet.data.glyphs import glyphs
 from wfnet.pretrained import write_json
+from wfnet.wrapping import wrap
 
 RESULTS = Path(__file__).parent / "results"
-# Small masks of a transformer need room to amplify: qkv alone is masked, and patches reach the head
-# past it. Gates then range up to 1 / sigmoid(alpha_init).
-ALPHA_INIT = {"resnet": 3.0, "vgg": 3.0, "vit": -1.0}
 
 
 def main() -> None:
@@ -129,15 +127,7 @@ def one_run(network: str, seed: int, arguments: argparse.Namespace) -> dict[str,
         settings["epochs"] = arguments.epochs
     fitted = training.fit_classifier(base, data.train, seed=seed, progress=False, **settings)
 
-    alpha_init = ALPHA_INIT[network] if arguments.alpha_init is None else arguments.alpha_init
-    if arguments.recipe == "paper":
-        alpha_init = 3.0
-    net = WFNet(
-        base,
-        data.num_classes,
-        alpha_init=alpha_init,
-        normalize_gate=arguments.recipe == "balanced",
-    )
+    net = wrap(base, data.num_classes, arguments.recipe, arguments.alpha_init)
     config = UntrainConfig.recipe(
         arguments.recipe, data.num_classes, seed=seed, **arguments.changes
     )
@@ -156,7 +146,7 @@ def one_run(network: str, seed: int, arguments: argparse.Namespace) -> dict[str,
         "images": {"train": len(data.train), "validation": len(data.validation),
                    "test": len(data.test)},
         "masked_channels": sum(p.shape[1] for p in net.filter_parameters()),
-        "alpha_init": alpha_init,
+        "alpha_init": net.alpha_init,
         "normalize_gate": net.normalize_gate,
         "base": {"seconds": fitted.seconds, **settings, **size},
         "original_acc_r": 100 * evaluated.original.acc_r,

@@ -23,7 +23,6 @@ from wfnet.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.cli.bake import baked_name, save_baked, verify
 from wfnet.cli.classifier import load_weights
 from wfnet.cli.drawing import draw_evaluation, draw_training
-from wfnet.cli.inputs import wrap
 from wfnet.cli.options import HelpFormatter, add_threads_option, whole
 from wfnet.cli.runs import CURVES, FIGURES, RUN_FILE, check_writable, read_run, versions, write_run
 from wfnet.data import Splits, open_data
@@ -32,6 +31,7 @@ from wfnet.network import WFNet
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_tensors
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.untraining import UntrainConfig, untrain
+from wfnet.wrapping import wrap
 
 logger = logging.getLogger("wfnet")
 

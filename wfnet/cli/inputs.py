@@ -12,16 +12,13 @@ import torch
 from torch import nn
 
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
-from wfnet.data import Splits, folder_classes, mnist, open_data
-from wfnet.layers import WFLinear
+from wfnet.cli.options import DATA_WITH_FILES
+from wfnet.data import Splits, cifar10, folder_classes, mnist, open_data
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 
 logger = logging.getLogger("wfnet")
 
-# Where qkv projections alone are masked, patches also reach the head past them. Gates that range up
-# to 1 / sigmoid(-1) = 3.7 can amplify instead of only attenuate, and forget far better.
-QKV_ALPHA_INIT = -1.0
 _GREY = ("digits", "mnist", "glyphs10", "glyphs26", "glyphs100")
 
 
@@ -40,7 +37,7 @@ def data_name(options: argparse.Namespace) -> str:
 
 
 def count_classes(options: argparse.Namespace) -> int:
-    """Classes of the data, without reading an image.
+    """Classes of the data, without reading an image: files that are missing are noticed now.
 
     Raises:
         FileNotFoundError, ValueError: if the data are not there.
@@ -51,16 +48,21 @@ def count_classes(options: argparse.Namespace) -> int:
         if not root.is_dir():
             raise FileNotFoundError(f"the image folder {root} does not exist")
         return len(folder_classes(root))
-    if name in ("mnist", "cifar10") and not options.data_dir:
+    if name in DATA_WITH_FILES and not options.data_dir:
         raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
     if name == "mnist":
-        mnist.find_idx(options.data_dir, mnist.NAMES["train images"])
+        for file in mnist.NAMES.values():
+            mnist.find_idx(options.data_dir, file)
+    if name == "cifar10":
+        cifar10.check_files(options.data_dir)
     return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
 
 
-def make_classifier(options: argparse.Namespace, num_classes: int, origin: str) -> nn.Module:
+def make_classifier(
+    options: argparse.Namespace, num_classes: int, origin: str, trained: bool = True
+) -> nn.Module:
     """The classifier of ``--model`` for the ``num_classes`` classes of ``origin``, a data set or a
-    folder with filters.
+    folder with filters; with new weights if not ``trained``.
 
     Raises:
         ValueError: if its head has another number of classes; see :func:`create_classifier`.
@@ -78,16 +80,16 @@ def make_classifier(options: argparse.Namespace, num_classes: int, origin: str) 
         in_channels = 1 if options.data in _GREY else 3
     model = create_classifier(
         options.model,
-        options.num_classes if options.pretrained else num_classes,
-        pretrained=options.pretrained,
-        checkpoint=options.checkpoint,
+        options.num_classes if options.pretrained and trained else num_classes,
+        pretrained=options.pretrained and trained,
+        checkpoint=options.checkpoint if trained else None,
         in_channels=in_channels,
         image_size=options.img_size,
         seed=options.seed,
         options=dict(options.model_kwargs or ()),
     )
     check_head(model, options.model, num_classes, origin)
-    if not options.pretrained and not options.checkpoint:
+    if trained and not options.pretrained and not options.checkpoint:
         logger.warning(
             "%s has random weights: nothing it knows can be forgotten; give --pretrained or "
             "--checkpoint FILE",
@@ -146,31 +148,6 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device {name} cannot be used ({reason}); try auto or cpu") from error
     return device
-
-
-def wrap(
-    classifier: nn.Module,
-    num_classes: int,
-    recipe: str,
-    alpha_init: float | None = None,
-    **arguments: Any,
-) -> WFNet:
-    """The classifier with fresh filters as a recipe wants them.
-
-    Recipe ``paper`` has plain sigmoid gates. Recipe ``balanced`` has normalised ones; where only
-    qkv projections are masked they start low, at ``QKV_ALPHA_INIT``.
-
-    Args:
-        alpha_init: first value of the filters instead of the recipe's.
-        arguments: of :class:`wfnet.WFNet`.
-    """
-    arguments["normalize_gate"] = recipe != "paper"
-    start = 3.0 if alpha_init is None else alpha_init
-    net = WFNet(classifier, num_classes, alpha_init=start, **arguments)
-    only_linear = all(isinstance(layer, WFLinear) for layer in net.masked_layers.values())
-    if recipe == "balanced" and alpha_init is None and only_linear:
-        return WFNet(classifier, num_classes, alpha_init=QKV_ALPHA_INIT, **arguments)
-    return net
 
 
 def load_network(options: argparse.Namespace, folder: Path) -> tuple[WFNet, nn.Module]:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from wfnet import backends
+from wfnet import backends, recipes
 from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data.cache import DECODERS, PLACES
 from wfnet.data.open import NAMES as DATA_NAMES
@@ -27,6 +27,8 @@ _ALTERNATIVES = (
     {"data", "data_dir"},
     {"pretrained", "checkpoint"},
 )
+# Named data sets whose files lie in --data-dir.
+DATA_WITH_FILES = ("mnist", "cifar10")
 # Say what the command does this time; never taken from a file.
 _OF_THIS_CALL = {"command", "run", "saved", "config", "resume", "folder", "force", "dry_run",
                  "debug", "quiet", "help"}  # fmt: skip
@@ -264,8 +266,9 @@ def fill_from_files(
 ) -> argparse.Namespace:
     """Parses the command line over the options of ``--config FILE`` or of a recorded run.
 
-    ``untrain --resume RUN`` and ``--config FILE`` take all recorded options; ``evaluate RUN`` and
-    ``bake RUN`` those that describe classifier and data. What stands on the command line wins.
+    ``untrain --resume RUN`` and ``--config FILE`` take all recorded options; ``evaluate RUN``,
+    ``baseline RUN`` and ``bake RUN`` those that describe classifier and data, and ``--config``
+    replaces these. What stands on the command line wins.
 
     Raises:
         FileNotFoundError, ValueError: for a file that is missing, damaged, or has an option that
@@ -274,9 +277,13 @@ def fill_from_files(
     options = parser.parse_args(arguments)
     recorded: dict[str, Any] = {}
     origin: Path | None = None
+    named = _named_run(options) if options.command != "untrain" else None
+    if named and Path(named, RUN_FILE).is_file():
+        _, origin, run = _run(named)
+        recorded = {k: v for k, v in run["options"].items() if k in DESCRIPTION}
     if getattr(options, "config", None):
         origin = Path(options.config)
-        recorded = read_options(origin)
+        recorded |= read_options(origin, options.command)
     elif options.command == "untrain" and options.resume in (None, "auto"):
         return options
     elif options.command == "untrain":
@@ -287,14 +294,13 @@ def fill_from_files(
                 "run that command again to continue it"
             )
         recorded = run["options"]
-    elif (named := _named_run(options)) and Path(named, RUN_FILE).is_file():
-        _, origin, run = _run(named)
-        recorded = {k: v for k, v in run["options"].items() if k in DESCRIPTION}
     if not recorded:
         return options
     chosen = _command_parser(parser, options.command)
     given = _given(parser, chosen, arguments)
     dropped = {name for names in _ALTERNATIVES if names & given for name in names}
+    if "data" not in given and recorded.get("data") in DATA_WITH_FILES:
+        dropped.discard("data")  # its --data-dir says where its files are
     defaults = _checked(chosen, recorded, origin)
     chosen.set_defaults(**{k: v for k, v in defaults.items() if k not in dropped})
     return parser.parse_args(arguments)
@@ -310,10 +316,15 @@ def _run(folder: str) -> tuple[Path, Path, dict[str, Any]]:
     return path, path / RUN_FILE, read_run(path)
 
 
-def read_options(path: Path) -> dict[str, Any]:
-    """Options from a JSON or YAML file, or from the ``config.json`` of a run."""
+def read_options(path: Path, command: str) -> dict[str, Any]:
+    """Options from a JSON or YAML file, a run's ``config.json``, or a recipe for ``command``."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; --config takes a JSON or YAML file")
+        if path.as_posix() in recipes.names():
+            return recipes.read(path.as_posix(), command)
+        raise FileNotFoundError(
+            f"{path} does not exist; --config takes a JSON or YAML file, or a recipe by name: "
+            f"{', '.join(recipes.names())}"
+        )
     if path.name == RUN_FILE:
         return read_run(path.parent)["options"]
     text = path.read_text()

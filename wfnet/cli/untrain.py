@@ -18,13 +18,11 @@ import torch
 from wfnet.checkpoints import Checkpoints
 from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
-    QKV_ALPHA_INIT,
     choose_device,
     count_classes,
     data_name,
     make_classifier,
     open_images,
-    wrap,
 )
 from wfnet.cli.options import (
     HelpFormatter,
@@ -40,6 +38,7 @@ from wfnet.cli.runs import RUN_FILES, check_writable, write_run
 from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
 from wfnet.network import WFNet
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
+from wfnet.wrapping import QKV_ALPHA_INIT, wrap
 
 logger = logging.getLogger("wfnet")
 

@@ -63,6 +63,11 @@ def read_cifar10(
 Decoder = Callable[[str, bytes], tuple[np.ndarray, np.ndarray]]
 
 
+def check_files(data_dir: str | Path) -> None:
+    """Raises FileNotFoundError unless the files of CIFAR-10 are in `data_dir`; reads none."""
+    _find(Path(data_dir))
+
+
 def _find(data_dir: Path) -> tuple[Callable[[str], tuple[str, bytes]], Decoder, str]:
     """How to read a batch file by name, how to decode it, and its suffix."""
     versions = (
