@@ -1,6 +1,7 @@
 // The Hopper kernels' Python functions; see sm90_bindings.h.
 #include "sm90_bindings.h"
 
+#include <stdexcept>
 #include <string>
 
 #include "sm90_ops.h"
@@ -9,92 +10,110 @@ namespace wf::sm90 {
 namespace {
 
 namespace py = pybind11;
+using Address = uintptr_t;
 
-template <class T>
-T* pointer(uintptr_t address) {
+template <class T = void>
+T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
+}
+
+// height, width: (input, output, kernel, stride, padding, dilation), as for the portable kernels.
+Convolution convolution_of(int batch, int in_channels, int out_channels, const py::tuple& height,
+                           const py::tuple& width) {
+  if (height.size() != 6 || width.size() != 6)
+    throw std::invalid_argument("an axis has 6 numbers");
+  const auto h = [&](int i) { return height[i].cast<int>(); };
+  const auto w = [&](int i) { return width[i].cast<int>(); };
+  if (h(3) < 1 || w(3) < 1) throw std::invalid_argument("strides must be positive");
+  const Convolution conv{batch, h(0), w(0), in_channels, out_channels, h(2), w(2),
+                         h(3),  w(3), h(4), w(4),        h(5),         w(5)};
+  if (conv.out_height() != h(1) || conv.out_width() != w(1))
+    throw std::invalid_argument("the output is " + std::to_string(conv.out_height()) + " x " +
+                                std::to_string(conv.out_width()) + ", not " +
+                                std::to_string(h(1)) + " x " + std::to_string(w(1)));
+  return conv;
+}
+
+bool is_bf16(const std::string& dtype) {
+  if (dtype != "bfloat16" && dtype != "float16")
+    throw std::invalid_argument("the CUDA kernels take bfloat16 and float16, not " + dtype);
+  return dtype == "bfloat16";
 }
 
 py::object reason(const char* refusal) {
   return refusal == nullptr ? py::object(py::none()) : py::str(refusal);
 }
 
+void bound_fprop(int batch, int in_channels, int out_channels, const py::tuple& height,
+                 const py::tuple& width, Address x, Address weight, Address scale, Address shift,
+                 int table_stride, Address residual, Address branch, Address out, bool relu,
+                 const std::string& dtype, int processors, int device, Address stream) {
+  const Operands operands{pointer(x), pointer(weight), is_bf16(dtype), processors,
+                          Place{device, stream}};
+  fprop(convolution_of(batch, in_channels, out_channels, height, width), operands,
+        ForwardEpilogue{pointer<float>(scale), pointer<float>(shift), pointer(residual),
+                        pointer(branch), pointer(out), table_stride, relu});
+}
+
+void bound_dgrad(int batch, int in_channels, int out_channels, const py::tuple& height,
+                 const py::tuple& width, Address ag, Address weight, Address skip, Address branch,
+                 Address activation, Address scale, Address shift, int table_stride, bool relu,
+                 Address grad, Address scaled_grad, Address partial0, Address partial1, Address t0,
+                 Address t1, int total_stride, const std::string& dtype, int processors, int device,
+                 Address stream) {
+  if ((partial0 == 0) != (t0 == 0) || (partial1 == 0) != (t1 == 0))
+    throw std::invalid_argument("a column sum needs its partial sums as workspace");
+  const Convolution conv = convolution_of(batch, in_channels, out_channels, height, width);
+  const Operands operands{pointer(ag), pointer(weight), is_bf16(dtype), processors,
+                          Place{device, stream}};
+  BackwardEpilogue e;
+  e.skip = pointer(skip), e.branch = pointer(branch), e.activation = pointer(activation);
+  e.scale = pointer<float>(scale), e.shift = pointer<float>(shift), e.table_stride = table_stride;
+  e.relu = relu, e.grad = pointer(grad), e.scaled_grad = pointer(scaled_grad);
+  e.partial0 = pointer<float>(partial0), e.partial1 = pointer<float>(partial1);
+  dgrad(conv, operands, e);
+  if (t0 != 0 || t1 != 0)
+    add_partials(conv, e.partial0, e.partial1, pointer<float>(t0), pointer<float>(t1), total_stride,
+                 operands.place);
+}
+
 }  // namespace
 
 void bind(py::module_& module) {
-  py::class_<Convolution>(module, "Convolution",
-                          "Sizes of a convolution: batch, height, width, in_channels, out_channels, "
-                          "then filter, stride, pad and dilation, each as (height, width).")
-      .def(py::init([](int batch, int height, int width, int in_channels, int out_channels,
-                       std::pair<int, int> filter, std::pair<int, int> stride,
-                       std::pair<int, int> pad, std::pair<int, int> dilation) {
-             return Convolution{batch,         height,        width,       in_channels,
-                                out_channels,  filter.first,  filter.second, stride.first,
-                                stride.second, pad.first,     pad.second,  dilation.first,
-                                dilation.second};
-           }),
-           py::arg("batch"), py::arg("height"), py::arg("width"), py::arg("in_channels"),
-           py::arg("out_channels"), py::arg("filter") = std::pair(1, 1),
-           py::arg("stride") = std::pair(1, 1), py::arg("pad") = std::pair(0, 0),
-           py::arg("dilation") = std::pair(1, 1))
-      .def_property_readonly("out_height", &Convolution::out_height)
-      .def_property_readonly("out_width", &Convolution::out_width);
-
-  module.def("refuse_fprop", [](const Convolution& conv) { return reason(refuse_fprop(conv)); },
+  using py::arg;
+  const auto refusal = [](const char* (*refuse)(const Convolution&)) {
+    return [refuse](int batch, int in_channels, int out_channels, const py::tuple& height,
+                    const py::tuple& width) {
+      return reason(refuse(convolution_of(batch, in_channels, out_channels, height, width)));
+    };
+  };
+  module.def("refuse_fprop", refusal(&refuse_fprop), py::kw_only(), arg("batch"),
+             arg("in_channels"), arg("out_channels"), arg("height"), arg("width"),
              "Why the forward kernel cannot run this, or None.");
-  module.def("refuse_dgrad", [](const Convolution& conv) { return reason(refuse_dgrad(conv)); },
+  module.def("refuse_dgrad", refusal(&refuse_dgrad), py::kw_only(), arg("batch"),
+             arg("in_channels"), arg("out_channels"), arg("height"), arg("width"),
              "Why the input-gradient kernel cannot run this, or None.");
-  module.def("partial_rows", &dgrad_partial_rows,
-             "Rows of the fp32 partial sums [rows, in_channels] that dgrad writes.");
-
   module.def(
-      "fprop",
-      [](const Convolution& conv, uintptr_t x, uintptr_t filter, uintptr_t scale, uintptr_t shift,
-         uintptr_t residual, uintptr_t branch, uintptr_t out, int table_stride, bool relu, bool bf16,
-         int processors, int device, uintptr_t stream) {
-        const Operands operands{pointer<void>(x), pointer<void>(filter), bf16, processors,
-                                Place{device, stream}};
-        fprop(conv, operands,
-              ForwardEpilogue{pointer<float>(scale), pointer<float>(shift), pointer<void>(residual),
-                              pointer<void>(branch), pointer<void>(out), table_stride, relu});
+      "dgrad_slots",
+      [](int batch, int in_channels, int out_channels, const py::tuple& height,
+         const py::tuple& width) {
+        return dgrad_partial_rows(
+            convolution_of(batch, in_channels, out_channels, height, width));
       },
-      "out = act(scale * conv(x, filter) + shift + residual); pointers as integers, 0: absent.",
-      py::kw_only(), py::arg("conv"), py::arg("x"), py::arg("filter"), py::arg("scale"),
-      py::arg("shift") = 0, py::arg("residual") = 0, py::arg("branch") = 0, py::arg("out"),
-      py::arg("table_stride"), py::arg("relu") = false, py::arg("bf16"), py::arg("processors"),
-      py::arg("device") = 0, py::arg("stream") = 0);
-
-  module.def(
-      "dgrad",
-      [](const Convolution& conv, uintptr_t scaled_grad_above, uintptr_t filter, uintptr_t skip,
-         uintptr_t branch, uintptr_t activation, uintptr_t scale, uintptr_t shift, uintptr_t grad,
-         uintptr_t scaled_grad, uintptr_t partial0, uintptr_t partial1, int table_stride, bool relu,
-         bool bf16, int processors, int device, uintptr_t stream) {
-        const Operands operands{pointer<void>(scaled_grad_above), pointer<void>(filter), bf16,
-                                processors, Place{device, stream}};
-        dgrad(conv, operands,
-              BackwardEpilogue{pointer<void>(skip), pointer<void>(branch), pointer<void>(activation),
-                               pointer<float>(scale), pointer<float>(shift), pointer<void>(grad),
-                               pointer<void>(scaled_grad), pointer<float>(partial0),
-                               pointer<float>(partial1), table_stride, 1, relu});
-      },
-      "g = (dx + skip) * act' of the layer below, its scale * g and partial column sums.",
-      py::kw_only(), py::arg("conv"), py::arg("above"), py::arg("filter"), py::arg("skip") = 0,
-      py::arg("branch") = 0, py::arg("activation") = 0, py::arg("scale") = 0, py::arg("shift") = 0,
-      py::arg("grad") = 0, py::arg("scaled_grad") = 0, py::arg("partial0") = 0,
-      py::arg("partial1") = 0, py::arg("table_stride") = 0, py::arg("relu") = false,
-      py::arg("bf16"), py::arg("processors"), py::arg("device") = 0, py::arg("stream") = 0);
-
-  module.def(
-      "add_partials",
-      [](const Convolution& conv, uintptr_t partial0, uintptr_t partial1, uintptr_t t0,
-         uintptr_t t1, int total_stride, int device, uintptr_t stream) {
-        add_partials(conv, pointer<float>(partial0), pointer<float>(partial1), pointer<float>(t0),
-                     pointer<float>(t1), total_stride, Place{device, stream});
-      },
-      "t0 and t1 [batch, in_channels] from the partial sums of dgrad.", py::kw_only(),
-      py::arg("conv"), py::arg("partial0") = 0, py::arg("partial1") = 0, py::arg("t0") = 0,
-      py::arg("t1") = 0, py::arg("total_stride"), py::arg("device") = 0, py::arg("stream") = 0);
+      py::kw_only(), arg("batch"), arg("in_channels"), arg("out_channels"), arg("height"),
+      arg("width"), "Rows of the workspaces partial0 and partial1, [rows, in_channels] fp32.");
+  module.def("fprop", &bound_fprop, py::kw_only(), arg("batch"), arg("in_channels"),
+             arg("out_channels"), arg("height"), arg("width"), arg("x"), arg("weight"),
+             arg("scale"), arg("shift"), arg("table_stride"), arg("residual"), arg("branch"),
+             arg("out"), arg("relu"), arg("dtype"), arg("processors"), arg("device"),
+             arg("stream"), "out = act(scale * conv(x, weight) + shift + residual).");
+  module.def("dgrad", &bound_dgrad, py::kw_only(), arg("batch"), arg("in_channels"),
+             arg("out_channels"), arg("height"), arg("width"), arg("ag"), arg("weight"),
+             arg("skip"), arg("branch"), arg("activation"), arg("scale"), arg("shift"),
+             arg("table_stride"), arg("relu"), arg("grad"), arg("scaled_grad"), arg("partial0"),
+             arg("partial1"), arg("t0"), arg("t1"), arg("total_stride"), arg("dtype"),
+             arg("processors"), arg("device"), arg("stream"),
+             "g = (dx + skip) * act' of the layer below, scale * g, and both column sums.");
 }
 
 }  // namespace wf::sm90

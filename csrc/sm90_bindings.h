@@ -6,7 +6,7 @@
 
 namespace wf::sm90 {
 
-// Adds Convolution, refuse_fprop, refuse_dgrad, partial_rows, fprop, dgrad, add_partials to `module`.
+// Adds refuse_fprop, refuse_dgrad, dgrad_slots, fprop and dgrad to `module`.
 void bind(pybind11::module_& module);
 
 }  // namespace wf::sm90

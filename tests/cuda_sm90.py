@@ -35,6 +35,23 @@ class Conv:
     def out_width(self) -> int:
         return self.native.out_width
 
+    def sizes(self) -> dict:
+        """The arguments of the kernels' Python functions that say what is convolved."""
+        height, width = (
+            (size, out, *axis)
+            for size, out, *axis in zip(
+                (self.height, self.width),
+                (self.out_height, self.out_width),
+                self.filter,
+                self.stride,
+                self.pad,
+                self.dilation,
+                strict=True,
+            )
+        )
+        channels = {"in_channels": self.in_channels, "out_channels": self.out_channels}
+        return {"batch": self.batch, **channels, "height": height, "width": width}
+
 
 def convolution(*sizes) -> Conv:
     """A convolution of these sizes, in the order of :class:`Conv`'s fields."""

@@ -54,6 +54,27 @@ def error(result, truth):
     return ((result.double() - truth).norm() / truth.norm().clamp_min(1e-30)).item()
 
 
+def launch_fprop(forward, output, **changes):
+    """Launches with the operands of a :class:`Forward`, some arguments changed."""
+    arguments = {
+        **forward.conv.sizes(),
+        "x": pointer(forward.x),
+        "weight": pointer(forward.weight),
+        "scale": pointer(forward.scale),
+        "shift": pointer(forward.shift),
+        "residual": pointer(forward.residual),
+        "branch": 0,
+        "out": pointer(output),
+        "table_stride": forward.conv.out_channels,
+        "relu": forward.relu,
+        "dtype": str(forward.dtype).removeprefix("torch."),
+        "processors": 2,
+        "device": 0,
+        "stream": 0,
+    }
+    sm90().fprop(**{**arguments, **changes})
+
+
 class Forward:
     """Operands of a forward launch; ``run`` returns out and branch."""
 
@@ -85,20 +106,7 @@ class Forward:
         inputs = (self.x, self.weight, self.scale, self.shift, self.residual)
         register(inputs, (out, branch))
         sm90().schedule(seed, completion)
-        sm90().fprop(
-            conv=self.conv.native,
-            x=pointer(self.x),
-            filter=pointer(self.weight),
-            scale=pointer(self.scale),
-            shift=pointer(self.shift),
-            residual=pointer(self.residual),
-            branch=pointer(branch),
-            out=pointer(out),
-            table_stride=self.conv.out_channels,
-            relu=self.relu,
-            bf16=self.dtype == torch.bfloat16,
-            processors=processors,
-        )
+        launch_fprop(self, out, branch=pointer(branch), processors=processors)
         return out, branch
 
     def check(self, **how):
@@ -150,15 +158,17 @@ class Backward:
         n, c = self.conv.batch, self.conv.in_channels
         grad = nan(*self.dx.shape, dtype=self.dtype)
         scaled_grad = torch.clone(grad)
-        rows = sm90().partial_rows(self.conv.native) if self.sums else 0
-        partials = (nan(rows, c), nan(rows, c)) if self.sums else (None, None)
+        partials = totals = (None, None)
+        if self.sums:
+            slots = sm90().dgrad_slots(**self.conv.sizes())
+            partials, totals = (nan(slots, c), nan(slots, c)), (nan(n, c), nan(n, c))
         inputs = (self.above, self.weight, self.skip, self.branch, self.activation, self.scale)
-        register((*inputs, self.shift), (grad, scaled_grad, *partials))
+        register((*inputs, self.shift), (grad, scaled_grad, *partials, *totals))
         sm90().schedule(seed, completion)
         sm90().dgrad(
-            conv=self.conv.native,
-            above=pointer(self.above),
-            filter=pointer(self.weight),
+            **self.conv.sizes(),
+            ag=pointer(self.above),
+            weight=pointer(self.weight),
             skip=pointer(self.skip),
             branch=pointer(self.branch),
             activation=pointer(self.activation),
@@ -168,24 +178,17 @@ class Backward:
             scaled_grad=pointer(scaled_grad),
             partial0=pointer(partials[0]),
             partial1=pointer(partials[1]),
+            t0=pointer(totals[0]),
+            t1=pointer(totals[1]),
+            total_stride=c,
             table_stride=c,
             relu=self.mask != "none",
-            bf16=self.dtype == torch.bfloat16,
+            dtype=str(self.dtype).removeprefix("torch."),
             processors=processors,
+            device=0,
+            stream=0,
         )
-        if not self.sums:
-            return grad, scaled_grad, None, None
-        t0, t1 = nan(n, c), nan(n, c)
-        register(partials, (t0, t1))
-        sm90().add_partials(
-            conv=self.conv.native,
-            partial0=pointer(partials[0]),
-            partial1=pointer(partials[1]),
-            t0=pointer(t0),
-            t1=pointer(t1),
-            total_stride=c,
-        )
-        return grad, scaled_grad, t0, t1
+        return grad, scaled_grad, *totals
 
     def check(self, **how):
         for result, truth in zip(self.run(**how), self.truth(), strict=True):
@@ -301,19 +304,7 @@ def test_rows_of_wider_tables():
     forward.shift = shifts[:, 8:32]
     out = nan(*forward.u.shape, dtype=torch.float16)
     register((forward.x, forward.weight, wide, shifts, forward.residual), (out,))
-    sm90().fprop(
-        conv=forward.conv.native,
-        x=pointer(forward.x),
-        filter=pointer(forward.weight),
-        scale=forward.scale.data_ptr(),
-        shift=forward.shift.data_ptr(),
-        residual=pointer(forward.residual),
-        out=pointer(out),
-        table_stride=64,
-        relu=True,
-        bf16=False,
-        processors=1,
-    )
+    launch_fprop(forward, out, table_stride=64)
     forward.keep = False
     assert error(out, forward.truth()[0]) < TOLERANCE[torch.float16]
 
@@ -350,31 +341,35 @@ def test_a_missing_barrier_is_noticed():
         ("x", "operand is not 16-byte aligned"),
         ("stride", "rows of the tables"),
         ("scale", "scale and out are needed"),
+        ("dtype", "not float32"),
+        ("height", "the output is 4 x 4, not 5 x 4"),
     ],
 )
 def test_bad_arguments_are_refused(broken, message):
     forward = Forward(convolution(1, 4, 4, 16, 16), torch.bfloat16)
     out = nan(*forward.u.shape, dtype=torch.bfloat16)
-    arguments = {
-        "x": pointer(forward.x) + 2 * (broken == "x"),
-        "scale": 0 if broken == "scale" else pointer(forward.scale),
-        "out": pointer(out) + 2 * (broken == "out"),
-        "table_stride": 16 + (broken == "stride"),
+    changes = {
+        "out": {"out": pointer(out) + 2},
+        "x": {"x": pointer(forward.x) + 2},
+        "stride": {"table_stride": 17},
+        "scale": {"scale": 0},
+        "dtype": {"dtype": "float32"},
+        "height": {"height": (4, 5, 1, 1, 0, 1)},
     }
     with pytest.raises(ValueError, match=message):
-        sm90().fprop(
-            conv=forward.conv.native,
-            filter=pointer(forward.weight),
-            bf16=True,
-            processors=1,
-            **arguments,
-        )
+        launch_fprop(forward, out, **changes[broken])
 
 
 def test_unsupported_gradients_are_refused():
+    pixels = ("ag", "weight", "skip", "branch", "activation", "grad", "scaled_grad")
+    sums = ("scale", "shift", "table_stride", "partial0", "partial1", "t0", "t1", "total_stride")
+    absent = dict.fromkeys((*pixels, *sums, "device", "stream"), 0)
+    plain = {**absent, "relu": False, "dtype": "bfloat16", "processors": 1}
     conv = convolution(1, 8, 8, 16, 16, (4, 4), (4, 4))
     with pytest.raises(ValueError, match="product is above 4"):
-        sm90().dgrad(conv=conv.native, above=0, filter=0, bf16=True, processors=1)
+        sm90().dgrad(**conv.sizes(), **plain)
     conv = convolution(1, 8, 8, 16, 16)
     with pytest.raises(ValueError, match="need the branch"):
-        sm90().dgrad(conv=conv.native, above=0, filter=0, relu=True, bf16=True, processors=1)
+        sm90().dgrad(**conv.sizes(), **{**plain, "relu": True})
+    with pytest.raises(ValueError, match="as workspace"):
+        sm90().dgrad(**conv.sizes(), **{**plain, "t0": 16})

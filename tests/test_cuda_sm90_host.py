@@ -232,8 +232,8 @@ def test_column_tiles_waste_little(channels, block_n):
 def test_refusals(sizes, forward, backward):
     conv = convolution(*sizes)
     for reason, expected in (
-        (sm90().refuse_fprop(conv.native), forward),
-        (sm90().refuse_dgrad(conv.native), backward),
+        (sm90().refuse_fprop(**conv.sizes()), forward),
+        (sm90().refuse_dgrad(**conv.sizes()), backward),
     ):
         if expected is None:
             assert reason is None

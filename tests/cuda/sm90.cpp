@@ -28,6 +28,18 @@ Problem problem_of(const Convolution& conv, bool backward) {
 PYBIND11_MODULE(sm90, module) {
   bind(module);
 
+  py::class_<Convolution>(module, "Convolution")
+      .def(py::init([](int batch, int height, int width, int in_channels, int out_channels,
+                       std::pair<int, int> filter, std::pair<int, int> stride,
+                       std::pair<int, int> pad, std::pair<int, int> dilation) {
+        return Convolution{batch,         height,        width,         in_channels,
+                           out_channels,  filter.first,  filter.second, stride.first,
+                           stride.second, pad.first,     pad.second,    dilation.first,
+                           dilation.second};
+      }))
+      .def_property_readonly("out_height", &Convolution::out_height)
+      .def_property_readonly("out_width", &Convolution::out_width);
+
   module.def("clear_memory", [] { wf::emulation::device().memory.clear(); });
   module.def("add_memory", [](uintptr_t begin, size_t bytes, bool writable, std::string name) {
     wf::emulation::device().memory.add(begin, bytes, writable, std::move(name));
