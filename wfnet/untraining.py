@@ -28,6 +28,7 @@ from torch import Tensor
 from wfnet.checkpoints import Checkpoints
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
 from wfnet.data.loading import LostWorker
+from wfnet.distributed import Part, Ranks, SharedReader, SharedStep
 from wfnet.expansion import (
     ExpandedBatch,
     HalvesSampler,
@@ -334,7 +335,9 @@ class Validator:
         channels_last: bool = False,
         workers: int = 0,
         corrupt: CorruptImages | None = None,
+        ranks: Ranks | None = None,
     ):
+        self.ranks = ranks or Ranks()
         self.dataset = dataset
         self.labels = labels_of(dataset)
         self.num_classes = num_classes
@@ -364,9 +367,10 @@ class Validator:
         """Scores of ``net``; None if ``interrupted`` said so between two batches."""
         device = net.filter_parameters()[0].device
         per_batch = max(1, _VALIDATION_PAIRS // (self.rows + 1))
-        order = torch.arange(len(self.labels)).split(per_batch)
-        hits, forgotten, retained = [], [], []
+        order = self.ranks.share(torch.arange(len(self.labels)).split(per_batch))
+        hits, forgotten, retained = {}, {}, {}  # by batch
         for batch in batches(self.dataset, order, self.workers, self.corrupt):
+            number = int(batch.indices[0]) // per_batch
             pairs = self.pairs(batch.labels, batch.indices)
             moved = pairs.to(device)
             if interrupted():
@@ -375,17 +379,20 @@ class Validator:
                 net, batch.images, moved, self.objective, self.amp, self.channels_last
             )
             half = moved.retain_half
-            forgotten.append(
-                self.objective.forget(logits[moved.forget_half], moved.target[moved.forget_half])
+            forgotten[number] = self.objective.forget(
+                logits[moved.forget_half], moved.target[moved.forget_half]
             )
             if original is not None:
                 original = original[moved.source[half]]
-            retained.append(self.objective.retain(logits[half], moved.target[half], original))
+            retained[number] = self.objective.retain(logits[half], moved.target[half], original)
             correct = logits.argmax(1) == moved.target
-            hits.append(torch.stack((pairs.forget, pairs.target, correct.cpu().long())))
-        row, target, correct = torch.cat(hits, 1)
+            hits[number] = torch.stack((pairs.forget, pairs.target, correct.cpu().long()))
+        if self.corrupt is not None:
+            self.ranks.merge_corrupt(self.corrupt)
+        row, target, correct = torch.cat(self.ranks.join(hits), 1)
         own = row == target
-        losses = self.objective.total(torch.cat(forgotten).mean(), torch.cat(retained).mean(), net)
+        means = [torch.cat(self.ranks.join(c, device)).mean() for c in (forgotten, retained)]
+        losses = self.objective.total(*means, net)
         acc_f = self._per_row(row[own], correct[own])
         acc_r = self._per_row(row[~own], correct[~own])
         return Validation(
@@ -441,6 +448,9 @@ def untrain(
 ) -> UntrainResult:
     """Learns the filters of all classes in one round; the best ones end up on ``net``.
 
+    Called on every rank of an initialised ``torch.distributed`` group, all ranks share the run
+    (:mod:`wfnet.distributed`); the first one writes and shows progress.
+
     Args:
         net: a wrapped classifier on any device; training starts from its present filters.
         train, validation: data sets (see :mod:`wfnet.data`; anything torchvision-like will do).
@@ -467,7 +477,7 @@ def untrain(
     if config is None:
         config = UntrainConfig.recipe("balanced", net.num_classes)
     run = _Untraining(net, train, validation, config, output, progress, objective)
-    if output is not None and run.checkpoints.exist():
+    if output is not None and run.ranks.first_does(run.checkpoints.exist):
         if resume:
             run.load_checkpoint()
         else:
@@ -488,6 +498,7 @@ class _Untraining:
         progress: bool,
         objective: Objective | None,
     ):
+        self.ranks = Ranks()
         self.net = net
         self.train = train
         self.validation = validation
@@ -495,7 +506,7 @@ class _Untraining:
         self.output = None if output is None else Path(output)
         if output is not None:
             self.checkpoints = Checkpoints(output, config.keep_checkpoints)
-        self.show_progress = progress
+        self.show_progress = progress and self.ranks.first
         self.labels = _checked_labels(train, net.num_classes, "training")
         _check_every_class(self.labels, train, net.num_classes, config)
         self.objective = objective or _configured_objective(config)
@@ -510,7 +521,7 @@ class _Untraining:
             _checked_labels(validation, net.num_classes, "validation")
             self.validator = Validator(
                 validation, net.num_classes, config.validation_rows, config.seed, self.objective,
-                self.amp, config.channels_last, config.workers, self.corrupt,
+                self.amp, config.channels_last, config.workers, self.corrupt, self.ranks,
             )  # fmt: skip
         self.sampler = _configured_sampler(config, self.labels)
         images = config.batch_size // 2 if config.share_images else config.batch_size
@@ -524,6 +535,8 @@ class _Untraining:
         else:
             self.optimizer = RowAdam(self.params, lr=config.lr)
         refusal = refuse_capture(net, self.optimizer)
+        if refusal is None and not self.ranks.alone:
+            refusal = "the shares of several ranks differ in shape"
         if config.capture and refusal is not None:
             raise ValueError(f"capture=True is not possible: {refusal}; leave capture out")
         self.captures = config.capture is not False and refusal is None
@@ -566,18 +579,16 @@ class _Untraining:
         bar = _Bar(self.steps, self.step, self.show_progress)
         try:
             if not self.finished:
-                if self.output is not None:
+                if self.output is not None and self.ranks.first:
                     self.checkpoints.clear_leftovers()
                 with (
                     self.signals,
                     flatten_filters(self.params),
                     contextlib.closing(self._minibatches()) as stream,
                 ):
-                    self.work = UntrainingStep(
-                        self.net, self.objective, self.optimizer, self.amp,
-                        self.config.channels_last, self.config.clip, self.captures,
-                    )  # fmt: skip
+                    self.work = self._make_step()
                     self._go_through(stream, bar)
+                self.ranks.wait()  # until the first one has written the filters
         finally:
             bar.close()
             if self.writer is not None:
@@ -586,7 +597,27 @@ class _Untraining:
             self.net.fuse = fuse
         return self._result()
 
-    def _go_through(self, stream: Iterator[list[Batch]], bar: _Bar) -> None:
+    def _make_step(self) -> UntrainingStep:
+        settings = (
+            self.net, self.objective, self.optimizer, self.amp, self.config.channels_last,
+            self.config.clip,
+        )  # fmt: skip
+        if self.ranks.alone:
+            return UntrainingStep(*settings, self.captures)
+        self.ranks.check_same("configuration, network or data", [asdict(self.config),
+                                                                 self._identity()])  # fmt: skip
+        self.ranks.check_same("starting point", [self.step, self._filter_digest()])
+        rows_only = isinstance(self.optimizer, RowAdam)
+        return SharedStep(self.ranks, *settings, rows_only=rows_only)
+
+    def _filter_digest(self) -> int:
+        """A sum over the bits of all filters, which no order of adding changes."""
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+        return sum(
+            int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64)) for p in self.params
+        )
+
+    def _go_through(self, stream: Iterator[list[Batch] | list[Part]], bar: _Bar) -> None:
         if self._validation_is_due():  # the run was stopped before it
             self._after_step(bar)
             if self.finished:
@@ -597,7 +628,9 @@ class _Untraining:
                 if number == 0:
                     inside.enter_context(lost_workers_wait())
                 self._one_step(group)
-                self.throughput.images += sum(len(batch.labels) for batch in group)
+                self.throughput.images += sum(
+                    len(one.labels) if isinstance(one, Batch) else one.read for one in group
+                )
                 self._after_step(bar)
                 if self.finished:
                     return
@@ -606,7 +639,27 @@ class _Untraining:
             "done; repair the images that the log names"
         )
 
-    def _minibatches(self) -> Iterator[list[Batch]]:
+    def _minibatches(self) -> Iterator[list[Batch] | list[Part]]:
+        return self._whole_minibatches() if self.ranks.alone else self._parts()
+
+    def _parts(self) -> Iterator[list[Part]]:
+        """This rank's parts of the minibatches of each step; all ranks stop at the same one."""
+        reader = SharedReader(
+            self.ranks, self.sampler, self.labels, self.train, self._read, self._expand_labels,
+            self.corrupt, _LOST_WORKERS,
+        )  # fmt: skip
+        parts = reader.parts(self.position, self._last_position(), lambda: self.signals.received)
+        try:
+            for group in _grouped(self.throughput.timed(parts), self.config.grad_accum_steps):
+                if group[0].stop:
+                    self.signals.received = group[0].stop
+                    self._stop()
+                yield group
+        except Exception:
+            self._save_before_leaving()
+            raise
+
+    def _whole_minibatches(self) -> Iterator[list[Batch]]:
         """The minibatches of each step until there are no more; after a signal it stops the run.
 
         A few lost workers are replaced. If reading fails, what was done so far is saved first.
@@ -614,7 +667,7 @@ class _Untraining:
         lost = 0
         while True:
             try:
-                with contextlib.closing(self._read()) as stream:
+                with contextlib.closing(self._read(self.position)) as stream:
                     for group in _grouped(
                         self.throughput.timed(stream), self.config.grad_accum_steps
                     ):
@@ -654,48 +707,63 @@ class _Untraining:
             f"{self.checkpoints.newest}",
         )
 
-    def _read(self) -> Iterator[Batch]:
-        # A minibatch without any readable image never comes, so there are some to spare.
+    def _last_position(self) -> int:
+        """Where reading ends. A minibatch without any readable image never comes, so there are
+        some to spare."""
         missing = (self.steps - self.step) * self.config.grad_accum_steps
-        stop = self.position + 2 * missing + 100
+        return self.position + 2 * missing + 100
+
+    def _read(
+        self, position: int, share: Callable[[Tensor], Tensor] = lambda chosen: chosen
+    ) -> Iterator[Batch]:
+        """Minibatches from number ``position`` on, or a share of each."""
         return batches(
             self.train,
-            self.sampler.batches(self.position, stop),
+            map(share, self.sampler.batches(position, self._last_position())),
             self.config.workers,
             self.corrupt,
             pin_memory=self.device.type == "cuda",
             seed=self.config.seed,
-            start=self.position,
+            start=position,
         )
 
-    def _one_step(self, group: list[Batch]) -> None:
-        minibatches = [(batch.images, self._expand(batch)) for batch in group]
+    def _one_step(self, group: list[Batch] | list[Part]) -> None:
+        if self.ranks.alone:
+            minibatches = [(batch.images, self._expand(batch)) for batch in group]
+            labels = [batch.forget.flatten() for _, batch in minibatches]
+            samples = sum(len(batch) for _, batch in minibatches)
+        else:
+            minibatches = group
+            labels = [own for part in group for own in part.rows]
+            samples = sum(part.size for part in group)
+            self.position = group[-1].position + 1
         losses = self.work.differentiate(minibatches)
         self._watch(losses)
         rows = None
         if not self.captures:
-            rows = torch.cat([batch.forget.flatten() for _, batch in minibatches]).unique()
+            rows = torch.cat(labels).unique()
             rows = rows[rows >= 0]
         self.work.move(self._learning_rate(self.step), rows)
-        self.samples += sum(len(batch) for _, batch in minibatches)
+        self.samples += samples
         self.step += 1
 
     def _expand(self, batch: Batch) -> ExpandedBatch:
         """The expanded batch of the next minibatch, which is ``batch``."""
+        whole = len(batch.indices) == len(self._locate(batch))
+        self.position += 1
+        return self._expand_labels(batch.labels, self.position - 1, whole)
+
+    def _expand_labels(self, labels: Tensor, position: int, whole: bool) -> ExpandedBatch:
+        """The expanded batch of minibatch ``position``; one that lost images is halved anew."""
         config = self.config
-        chosen = self._locate(batch)
-        # A minibatch that lost images to corruption is halved anew.
-        whole = len(batch.indices) == len(chosen)
-        expanded = expand(
-            batch.labels,
+        return expand(
+            labels,
             self.net.num_classes,
             config.label_expansion,
-            generator_for(config.seed, 4, self.position),
+            generator_for(config.seed, 4, position),
             config.share_images,
             config.batch_size // 2 if whole and not config.share_images else None,
         )
-        self.position += 1
-        return expanded
 
     def _locate(self, batch: Batch) -> Tensor:
         """The minibatch that ``batch`` was read from: one in which all was corrupt never comes."""
@@ -738,9 +806,13 @@ class _Untraining:
         """Appends a record to the history; False if a signal broke it off, with nothing changed."""
         config = self.config
         rates = self.throughput.record()
+        self.ranks.check_same("state of the filters", self._filter_digest())
         scores = None
         if self.validator is not None:
-            scores = self.validator(self.net, lambda: self.signals.received != 0)
+            # Several ranks would have to agree on it.
+            scores = self.validator(
+                self.net, lambda: self.ranks.alone and self.signals.received != 0
+            )
             if scores is None:
                 return False
         record: dict[str, float] = {
@@ -805,7 +877,8 @@ class _Untraining:
         _copy(self.best_filters or self.good, self.params)
         kept = "on the network"
         if self.output is not None:
-            self.net.save_pretrained(self.output)
+            if self.ranks.first:
+                self.net.save_pretrained(self.output)
             kept = f"saved in {self.output}"
         shown = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise FloatingPointError(
@@ -817,6 +890,8 @@ class _Untraining:
 
     def save_checkpoint(self) -> None:
         """One file holds all that the run needs to go on, so that it is never half a state."""
+        if not self.ranks.first:
+            return
         names = list(self.net.named_filters())
         tensors = {f"filters.{n}": p for n, p in zip(names, self.params, strict=True)}
         if self.best_filters is not None:
@@ -851,7 +926,7 @@ class _Untraining:
         Raises:
             ValueError: if none is whole, or for another configuration, data set or network.
         """
-        tensors, state, path = self.checkpoints.load()
+        tensors, state, path = self.ranks.first_does(self.checkpoints.load)
         _check_same_run(state, self.config, self._identity(), path)
         part = {
             prefix: {
@@ -876,7 +951,7 @@ class _Untraining:
     def refuse_to_overwrite(self) -> None:
         """Raises FileExistsError if the run in ``output`` is unfinished."""
         try:
-            _, state, _ = self.checkpoints.load()
+            _, state, _ = self.ranks.first_does(self.checkpoints.load)
         except ValueError as error:
             raise FileExistsError(
                 f"{error}; it is in the way of a new run: move it away or choose another output"
@@ -900,7 +975,7 @@ class _Untraining:
         }
 
     def _open_tensorboard(self) -> Any:
-        if self.output is None or self.finished:
+        if self.output is None or self.finished or not self.ranks.first:
             return None
         try:
             tensorboard = importlib.import_module("torch.utils.tensorboard")

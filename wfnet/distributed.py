@@ -1,0 +1,542 @@
+"""One untraining run on several processes, over `torch.distributed`: same filters, less time.
+
+Every rank draws the same minibatch from the same seed, reads and runs its share of the images, and
+adds up gradients with the others. What is random is drawn for the whole minibatch, so a run depends
+on its configuration and its data, not on the number of ranks; only the order in which floating
+point sums are taken does. All means are taken over the whole minibatch, whatever part of it each
+rank has: shares may differ in size, an image may be unreadable on one rank, a share may be empty.
+
+Filter gradients have few rows other than 0, those of the labels in the minibatch, and every rank
+knows all labels. So only these rows are sent, without any index (:class:`RowSum`).
+
+    torchrun --nproc-per-node 8 -m wfnet untrain ...
+
+or, in a program of one's own, ``torch.distributed.init_process_group`` and then ``wfnet.untrain``
+on every rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wfnet.data import Batch, CorruptImages
+from wfnet.data.dataset import name_of
+from wfnet.data.loading import LostWorker
+from wfnet.expansion import ExpandedBatch, Sampler
+from wfnet.network import WFNet
+from wfnet.objectives import Losses, Objective, full_precision
+from wfnet.step import UntrainingStep, mean_losses
+
+logger = logging.getLogger("wfnet")
+
+Result = TypeVar("Result")
+
+# A rank that is silent for longer has failed or hangs; the others leave then.
+TIMEOUT = datetime.timedelta(minutes=10)
+
+
+class PeerFailed(RuntimeError):
+    """Another rank has failed or gone; it says itself why."""
+
+
+@contextlib.contextmanager
+def _in_touch() -> Iterator[None]:
+    """Turns the errors of a broken collective into one that says what happened."""
+    try:
+        yield
+    except RuntimeError as error:  # DistError and all of its kinds
+        if isinstance(error, PeerFailed):
+            raise
+        raise PeerFailed(
+            "another process of this run has failed, left or hangs: its own message says why "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+class Ranks:
+    """The processes that share a run; one alone where `torch.distributed` is not initialised.
+
+    Attributes:
+        rank, size: number of this process, and of all.
+    """
+
+    def __init__(self):
+        self.size, self.rank, self.host = 1, 0, None
+        if dist.is_available() and dist.is_initialized():
+            self.size, self.rank = dist.get_world_size(), dist.get_rank()
+        if self.size > 1:
+            # Messages between hosts never wait for a device, nor a device for them.
+            self.host = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, items: Any) -> Any:
+        """Every ``size``-th item of a sequence or tensor, from ``rank`` on."""
+        return items[self.rank :: self.size]
+
+    def first_does(self, action: Callable[[], Result]) -> Result:
+        """The result of ``action`` on rank 0, on every rank; or its error.
+
+        Raises:
+            PeerFailed: on the other ranks, if it failed there.
+        """
+        if self.alone:
+            return action()
+        outcome: list[Any] = [None, None]
+        failure = None
+        if self.first:
+            try:
+                outcome[0] = action()
+            except Exception as error:
+                failure, outcome[1] = error, f"{type(error).__name__}: {error}"
+        with _in_touch():
+            dist.broadcast_object_list(outcome, 0, group=self.host)
+        if failure is not None:
+            raise failure
+        if outcome[1] is not None:
+            raise PeerFailed(f"rank 0 failed: {outcome[1]}")
+        return outcome[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What every rank has, on every rank, in the order of ranks."""
+        if self.alone:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _in_touch():
+            dist.all_gather_object(found, value, group=self.host)
+        return found
+
+    def exchange(self, message: Tensor) -> Tensor:
+        """``[size, m]``: the small message ``[m]`` of every rank, on the host."""
+        if self.alone:
+            return message.unsqueeze(0)
+        found = [torch.empty_like(message) for _ in range(self.size)]
+        with _in_touch():
+            dist.all_gather(found, message, group=self.host)
+        return torch.stack(found)
+
+    def add(self, values: Tensor) -> Tensor:
+        """Sums a tensor over ranks, in place; the result has the same bits on every rank."""
+        if not self.alone:
+            group = self.host if values.device.type == "cpu" else None
+            with _in_touch():
+                dist.all_reduce(values, group=group)
+        return values
+
+    def check_same(self, what: str, value: Any) -> None:
+        """Raises ValueError unless ``value`` is the same on every rank."""
+        for rank, other in enumerate(self.gather(value)):
+            if other != value:
+                raise ValueError(
+                    f"rank {rank} has another {what} than rank {self.rank}: start every rank with "
+                    "the same options, data and weights"
+                )
+
+    def merge_corrupt(self, corrupt: CorruptImages) -> None:
+        """Lets every rank know all corrupt images.
+
+        Raises:
+            RuntimeError: on every rank, if together they are too many.
+        """
+        if not self.alone:
+            for found in self.gather(corrupt.found):
+                for name, reason in found.items():
+                    _note(corrupt, name, reason)
+
+    def join(self, parts: dict[int, Tensor], device: torch.device | str = "cpu") -> list[Tensor]:
+        """The numbered tensors of all ranks on ``device``, in the order of their numbers."""
+        if not self.alone:
+            parts = {number: part.cpu() for number, part in parts.items()}
+            parts = {k: v for own in self.gather(parts) for k, v in own.items()}
+        return [parts[number].to(device) for number in sorted(parts)]
+
+    def wait(self) -> None:
+        """Returns when all ranks are here."""
+        if not self.alone:
+            with _in_touch():
+                dist.barrier(group=self.host)
+
+
+def _note(corrupt: CorruptImages, name: str, reason: str) -> None:
+    """Counts a corrupt image that another rank has met, and logged."""
+    if name in corrupt.found:
+        return
+    corrupt.found[name] = reason
+    if len(corrupt.found) > corrupt.limit:
+        raise RuntimeError(
+            f"{len(corrupt.found)} corrupt images on all ranks, more than max_corrupt="
+            f"{corrupt.limit}; the last is {name} ({reason}): repair or remove them, or raise the "
+            "limit"
+        )
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank has of a minibatch.
+
+    Attributes:
+        position: number of the minibatch.
+        images: ``[m, C, H, W]``, those that this rank has read; None if there are none.
+        batch: the samples of the whole expanded minibatch that use them.
+        rows: for every rank the distinct forget labels of its samples, ascending.
+        size: samples of the whole expanded minibatch.
+        read: images of the whole minibatch.
+        leader: the first rank that has samples.
+        stop: number of a signal that some rank has received, or 0.
+    """
+
+    position: int
+    images: Tensor | None
+    batch: ExpandedBatch
+    rows: list[Tensor]
+    size: int
+    read: int
+    leader: int
+    stop: int
+
+
+class SharedReader:
+    """Minibatch after minibatch, each rank's part.
+
+    Args:
+        ranks: who shares them.
+        sampler: the same on every rank.
+        labels: ``[N]`` of the data set.
+        dataset: names its corrupt images.
+        read: minibatches of image positions from a minibatch number on, read; those of which
+            nothing remains are skipped.
+        expand: the expanded batch of the labels of a minibatch, from (labels, position, whether
+            all of its images are there).
+        corrupt: where images that any rank cannot read are counted.
+        lost_workers: times that data workers may be started anew.
+    """
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        sampler: Sampler,
+        labels: Tensor,
+        dataset: Any,
+        read: Callable[[int, Callable[[Tensor], Tensor]], Iterator[Batch]],
+        expand: Callable[[Tensor, int, bool], ExpandedBatch],
+        corrupt: CorruptImages,
+        lost_workers: int,
+    ):
+        self.ranks, self.sampler, self.labels, self.dataset = ranks, sampler, labels, dataset
+        self.read, self.expand, self.corrupt = read, expand, corrupt
+        self.lost_workers = lost_workers
+
+    def parts(self, position: int, stop: int, signal: Callable[[], int]) -> Iterator[Part]:
+        """Parts of the minibatches ``position .. stop - 1`` that have a readable image."""
+        self.position = position
+        self.waiting: Batch | None = None
+        self.stream = self.read(position, self.ranks.share)
+        try:
+            while self.position < stop:
+                chosen = self.sampler.batch(self.position)
+                batch = self._own(self.ranks.share(chosen))
+                there, stopping = self._exchange(chosen, batch, signal())
+                if there.any():
+                    yield self._part(chosen, there, batch, stopping)
+                self.position += 1
+        finally:
+            self.stream.close()
+
+    def _own(self, share: Tensor) -> Batch | None:
+        """What could be read of this rank's share of a minibatch; None if nothing."""
+        if not len(share):
+            return None
+        while self.waiting is None or not len(self.waiting.indices):
+            try:
+                self.waiting = next(self.stream, None)
+            except LostWorker:
+                if self.lost_workers == 0:
+                    raise
+                self.lost_workers -= 1
+                logger.warning(
+                    "a data worker was lost; new ones go on from minibatch %d (%d times more)",
+                    self.position, self.lost_workers,
+                )  # fmt: skip
+                self.stream = self.read(self.position, self.ranks.share)
+                continue
+            if self.waiting is None:
+                return None
+        if not torch.isin(self.waiting.indices, share).all():
+            return None  # it is of a later minibatch: nothing could be read of this one
+        batch, self.waiting = self.waiting, None
+        return batch
+
+    def _exchange(self, chosen: Tensor, batch: Batch | None, signal: int) -> tuple[Tensor, int]:
+        """Which images of the minibatch some rank has read ``[n]`` bool; a signal, or 0."""
+        size = self.ranks.size
+        message = torch.zeros(1 + -(-len(chosen) // size), dtype=torch.uint8)
+        message[0] = signal
+        if batch is not None:
+            share = self.ranks.share(chosen)
+            message[1 : 1 + len(share)] = torch.isin(share, batch.indices)
+        found = self.ranks.exchange(message)
+        there = torch.zeros(len(chosen), dtype=torch.bool)
+        for rank in range(size):
+            part = there[rank::size]
+            part.copy_(found[rank, 1 : 1 + len(part)] != 0)
+        for index in chosen[~there].tolist():
+            _note(self.corrupt, name_of(self.dataset, index), "left out by the rank that met it")
+        return there, int(found[:, 0].max())
+
+    def _part(self, chosen: Tensor, there: Tensor, batch: Batch | None, stop: int) -> Part:
+        whole = self.expand(self.labels[chosen[there]], self.position, bool(there.all()))
+        owner = (torch.arange(len(chosen)) % self.ranks.size)[there]  # of each image
+        of_sample = owner[whole.source]
+        rows = [whole.forget[of_sample == rank].unique() for rank in range(self.ranks.size)]
+        mine = of_sample == self.ranks.rank
+        place = (owner == self.ranks.rank).cumsum(0) - 1  # among the images of this rank
+        local = ExpandedBatch(
+            whole.forget[mine],
+            place[whole.source[mine]],
+            whole.target[mine],
+            int(mine[whole.forget_half].sum()),
+        )
+        leader = next(rank for rank, own in enumerate(rows) if len(own))
+        images = None if batch is None or not len(local) else batch.images
+        return Part(self.position, images, local, rows, len(whole), int(there.sum()), leader, stop)
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+class SharedObjective(Objective):
+    """An objective whose means run over the samples of all ranks.
+
+    The loss that a rank returns has the value of the whole minibatch's loss, the same bits on every
+    rank; its gradient is this rank's contribution, and contributions add up to the gradient. Only
+    :meth:`Objective.forget`, ``retain`` and ``total`` of the objective are used.
+
+    Attributes:
+        leads: whether this rank's gradient has what the loss says of the filters themselves (a
+            regulariser); one rank must.
+    """
+
+    def __init__(self, objective: Objective, ranks: Ranks):
+        self.objective, self.ranks = objective, ranks
+        self.leads = ranks.first
+
+    @property
+    def needs_original(self) -> bool:
+        return self.objective.needs_original
+
+    def forget(self, logits: Tensor, target: Tensor) -> Tensor:
+        return self.objective.forget(logits, target)
+
+    def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
+        return self.objective.retain(logits, target, original)
+
+    def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
+        return self.objective.total(forget, retain, net)
+
+    def __call__(
+        self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
+    ) -> Losses:
+        half = batch.retain_half
+        if original is not None:
+            original = full_precision(original).index_select(0, batch.source[half])
+        logits = full_precision(logits)
+        costs = (
+            self.forget(logits[batch.forget_half], batch.target[batch.forget_half]),
+            self.retain(logits[half], batch.target[half], original),
+        )
+        sums = torch.stack([cost.sum() for cost in costs])
+        counts = sums.new_tensor([cost.numel() for cost in costs])
+        return self._from_sums(sums, counts, net)
+
+    def without_samples(self, net: WFNet) -> Losses:
+        """The loss on a rank that has none of the minibatch's samples."""
+        like = net.filter_parameters()[0]
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        zeros = torch.zeros(2, dtype=dtype, device=like.device)
+        with torch.no_grad():
+            return self._from_sums(zeros, zeros.clone(), net)
+
+    def _from_sums(self, sums: Tensor, counts: Tensor, net: WFNet) -> Losses:
+        whole = self.ranks.add(torch.cat((sums.detach(), counts)))
+        counts = whole[2:].clamp_min(1)
+        means = (whole[:2] / counts).unbind()
+        if not sums.requires_grad:
+            return self.total(*means, net)
+        forget, retain = (mean.detach().requires_grad_() for mean in means)
+        losses = self.total(forget, retain, net)
+        slopes = torch.autograd.grad(
+            losses.total, (forget, retain), retain_graph=True, allow_unused=True
+        )
+        total = losses.total if self.leads else losses.total.detach()
+        for slope, own in zip(slopes, (sums / counts).unbind(), strict=True):
+            if slope is not None:  # adds exactly 0, and the gradient of this rank's part
+                total = total + slope * (own - own.detach())
+        return Losses(total, losses.terms)
+
+
+@dataclass(frozen=True)
+class RowSum:
+    """How to add up gradients ``[K, C]`` of which each rank has few rows other than 0.
+
+    Attributes:
+        way: "dense" (all-reduce of the matrix), "rows" (all-reduce of the rows that occurred on
+            some rank) or "gather" (each rank's own rows, summed in the order of ranks).
+        sent: bytes that a rank sends: with R of K rows on all ranks together and at most r on one,
+            in ring algorithms over W ranks, ``2 (W - 1) / W * K`` rows, ``2 (W - 1) / W * R`` rows,
+            and ``(W - 1) * r`` rows.
+    """
+
+    way: str
+    sent: int
+
+    @staticmethod
+    def costs(rows: Sequence[Tensor], num_rows: int, row_bytes: int) -> dict[str, int]:
+        """Bytes that a rank sends, for every way.
+
+        Args:
+            rows: of each rank, distinct.
+            num_rows: K.
+            row_bytes: bytes of a row of the matrix.
+        """
+        ranks = len(rows)
+        union = torch.cat(list(rows)).unique().numel()
+        most = max(own.numel() for own in rows)
+        return {
+            "rows": 2 * (ranks - 1) * union * row_bytes // ranks,
+            "gather": (ranks - 1) * most * row_bytes,
+            "dense": 2 * (ranks - 1) * num_rows * row_bytes // ranks,
+        }
+
+    @classmethod
+    def choose(cls, rows: Sequence[Tensor], num_rows: int, row_bytes: int) -> RowSum:
+        """The way that sends least; the same on every rank, as all know all rows."""
+        costs = cls.costs(rows, num_rows, row_bytes)
+        union = torch.cat(list(rows)).unique().numel()
+        if union == num_rows:
+            costs.pop("rows")  # the whole matrix, and copies of it
+        way = min(costs, key=costs.get)
+        return cls(way, costs[way])
+
+    def __call__(self, gradient: Tensor, rows: Sequence[Tensor], ranks: Ranks) -> None:
+        """Replaces ``gradient`` by its sum over ranks, on every rank the same bits.
+
+        Rows that occurred on no rank are left as they are.
+        """
+        if self.way == "dense":
+            ranks.add(gradient)
+            return
+        device = gradient.device
+        union = torch.cat(list(rows)).unique().to(device)
+        if self.way == "rows":
+            gradient.index_copy_(0, union, ranks.add(gradient.index_select(0, union)))
+            return
+        most = max(own.numel() for own in rows)
+        own = rows[ranks.rank]
+        block = gradient.new_zeros((most, gradient.shape[1]))
+        block[: len(own)] = gradient.index_select(0, own.to(device))
+        blocks = gradient.new_empty((ranks.size * most, gradient.shape[1]))
+        with _in_touch():
+            group = ranks.host if device.type == "cpu" else None
+            dist.all_gather_into_tensor(blocks, block, group=group)
+        gradient.index_fill_(0, union, 0)
+        for part, own in zip(blocks.split(most), rows, strict=True):
+            gradient.index_add_(0, own.to(device), part[: len(own)])  # distinct rows: one order
+
+
+class SharedStep(UntrainingStep):
+    """An :class:`~wfnet.step.UntrainingStep` over the parts of all ranks.
+
+    Args:
+        ranks: who shares the minibatches.
+        rows_only: whether rows without a label in the minibatches need no gradient (RowAdam).
+        others: as for :class:`~wfnet.step.UntrainingStep`.
+    """
+
+    def __init__(
+        self, ranks: Ranks, net: WFNet, objective: Objective, *others: Any, rows_only: bool
+    ):
+        super().__init__(net, SharedObjective(objective, ranks), *others)
+        self.ranks, self.rows_only = ranks, rows_only
+        self.sent = 0  # bytes of gradients
+
+    def differentiate(self, parts: Sequence[Part]) -> Losses:
+        """Writes the mean gradient over whole minibatches, as every rank then has it."""
+        found = []
+        for number, part in enumerate(parts):
+            self.objective.leads = part.leader == self.ranks.rank
+            share, first = 1 / len(parts), number == 0
+            if part.images is not None:
+                images = part.images.to(self.device, non_blocking=True)
+                found.append(self.accumulate(images, part.batch.to(self.device), share, first))
+                continue
+            if first:
+                self.gradient.zero_()
+            found.append(self.objective.without_samples(self.net))
+        rows = [torch.cat([p.rows[r] for p in parts]).unique() for r in range(self.ranks.size)]
+        row_bytes = self.gradient.shape[1] * self.gradient.element_size()
+        way = RowSum.choose(rows, self.gradient.shape[0], row_bytes)
+        if not self.rows_only:
+            way = RowSum("dense", RowSum.costs(rows, self.gradient.shape[0], row_bytes)["dense"])
+        way(self.gradient, rows, self.ranks)
+        self.sent += way.sent
+        for parameter, gradient in zip(self.params, self.columns, strict=True):
+            parameter.grad = gradient
+        return mean_losses(found)
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+
+def launched() -> bool:
+    """Whether torchrun (or what sets the same variables) started this process among others."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+
+
+@contextlib.contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Joins the other processes that torchrun started, and leaves them at the end.
+
+    Args:
+        device: of this process; NCCL for CUDA, gloo for the CPU.
+    """
+    if not launched() or (dist.is_available() and dist.is_initialized()):
+        yield Ranks()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+    try:
+        yield Ranks()
+    finally:
+        # After a failure other ranks may be in a collective: nobody waits for them.
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def local_device(device: torch.device) -> torch.device:
+    """The device of this process: of several CUDA devices, the one of its local rank."""
+    if device.type == "cuda" and device.index is None and launched():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
