@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from wfnet.attribution import AttributionRecord, AttributionResult
 from wfnet.cli.runs import CURVES, FIGURES
+from wfnet.confusion import ConfusionChange
 from wfnet.evaluation import EvaluationResult
 from wfnet.network import WFNet
+from wfnet.trust import TrustResult
 
 logger = logging.getLogger("wfnet")
+
+ATTRIBUTION = "attribution.json"
 
 
 def draw_evaluation(
@@ -29,6 +35,69 @@ def draw_evaluation(
     rows = [record.index for record in result.records]
     figures.gate_heatmap(net, folder / gates, classes=rows, names=names)
     return list(FIGURES)
+
+
+def draw_report(
+    folder: Path,
+    net: WFNet,
+    names: Sequence[str],
+    result: EvaluationResult | None,
+    change: ConfusionChange | None,
+    trust: TrustResult | None,
+    retrained: Mapping[int, tuple[float, float]] | None,
+) -> list[str]:
+    """Draws every figure of a report that its arguments allow; returns their names.
+
+    Args:
+        folder: of the run; its ``attribution.json`` is drawn, too.
+        net: the filtered network.
+        names: of all classes.
+        result, change, trust: results, where there are any.
+        retrained: class -> (Acc_r, Acc_f) of networks retrained without it.
+    """
+    figures = _figures()
+    if figures is None:
+        return []
+    rows = list(range(net.num_classes))
+    drawn = ["gates.png", "associations.png"]
+    if result is not None:
+        rows = [record.index for record in result.records]
+        figures.overview(result, net, folder / "overview.png")
+        figures.accuracy_per_class(result, folder / "accuracy_per_class.png", retrained=retrained)
+        drawn += ["overview.png", "accuracy_per_class.png"]
+    figures.gate_heatmap(net, folder / "gates.png", classes=rows, names=names)
+    figures.association_graph(net, folder / "associations.png", names=names, classes=rows)
+    if change is not None:
+        figures.confusion(change, folder / "confusion.png")
+        drawn.append("confusion.png")
+    attribution = read_attribution(folder / ATTRIBUTION)
+    if attribution is not None:
+        figures.insertion_deletion(attribution, folder / "attribution.png")
+        drawn.append("attribution.png")
+    if trust is not None:
+        figures.trust_checks(trust, folder / "trust.png")
+        drawn.append("trust.png")
+    return drawn
+
+
+def read_attribution(path: Path) -> AttributionResult | None:
+    """The insertion and deletion curves in a file; None if it does not exist.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+        return AttributionResult(
+            content["shares"],
+            [AttributionRecord(**record) for record in content["classes"]],
+            content["settings"],
+            content["seconds"],
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and make it again") from error
 
 
 def draw_training(history: Sequence[Mapping[str, object]], folder: Path) -> list[str]:

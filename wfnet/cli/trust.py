@@ -1,0 +1,187 @@
+"""`wfnet trust`: what forgetting withstands, class by class, beside retrained models."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors
+import torch
+from torch import nn
+
+from wfnet import trust
+from wfnet.cli.inputs import (
+    check_run_folder,
+    class_indices,
+    count_classes,
+    load_network,
+    open_images,
+)
+from wfnet.cli.options import (
+    HelpFormatter,
+    add_compute_options,
+    add_data_options,
+    add_model_options,
+    not_negative,
+    whole,
+)
+from wfnet.cli.runs import check_writable
+from wfnet.execution_order import execution_order
+from wfnet.pretrained import FILTERS_NAME, fingerprint, read_tensors
+
+EXAMPLE = """example:
+  wfnet trust runs/r50 --classes 3 281
+  wfnet trust runs/r50 --classes tabby --checks removal relearning --prune-below 0.1
+
+Numbers mean most beside those of models that never saw the class: `wfnet baseline` trains them, and
+those that are in RUN are found."""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "trust",
+        help="attacks on what was forgotten: membership, relearning, probes, removability",
+        description="Attack the plain model of each class (as `wfnet bake` exports it) in six "
+        "ways, and measure the same on the original and on models retrained without the class: "
+        + "; ".join(f"{name}: {module.QUESTION[:-1].lower()}" for name, module in
+                    trust.CHECKS.items())
+        + ". Finished classes and checks are kept, and the same command goes on after an "
+        "interruption.",
+        usage="wfnet trust RUN [--classes CLASS ...] [options]",
+        epilog=EXAMPLE,
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
+    parser.set_defaults(
+        run=run, saved=lambda options: "finished checks are kept: the same command goes on there"
+    )
+    parser.add_argument("folder", metavar="RUN", help="folder of a run")
+    group = parser.add_argument_group("checks")
+    group.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="classes, by number or name (default: all)"
+    )
+    group.add_argument(
+        "--checks", nargs="+", choices=tuple(trust.CHECKS), metavar="CHECK",
+        help=f"{', '.join(trust.CHECKS)} (default: all)",
+    )  # fmt: skip
+    defaults = trust.TrustSettings()
+    group.add_argument(
+        "--prune-below", type=not_negative, default=0.0, metavar="T",
+        help="check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
+    )  # fmt: skip
+    group.add_argument(
+        "--samples", type=whole(2), default=defaults.samples, metavar="N",
+        help="the most images of each kind: forgotten and other, of training and test part",
+    )  # fmt: skip
+    group.add_argument(
+        "--relearn-steps", type=whole(1), default=defaults.relearn_steps, metavar="N",
+        help="steps of each relearning attack",
+    )  # fmt: skip
+    group.add_argument(
+        "--relearn-images", nargs="+", type=whole(1), metavar="N",
+        default=list(defaults.relearn_images),
+        help="images of the class that relearning attacks have (default: "
+        f"{' '.join(map(str, defaults.relearn_images))})",
+    )  # fmt: skip
+    group.add_argument(
+        "--retrained", nargs="+", default=[], metavar="DIR",
+        help="more folders in which `wfnet baseline` has put retrained models, of other seeds for "
+        "example (those in RUN are found)",
+    )  # fmt: skip
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of splits and draws")
+    group.add_argument("--output", metavar="DIR", help="folder for the results (default: RUN)")
+    add_data_options(parser)
+    add_model_options(parser)
+    add_compute_options(parser)
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = check_run_folder(folder)
+    output = Path(options.output or folder)
+    check_writable(output)
+    found = count_classes(options)
+    if found != config["num_classes"]:
+        raise ValueError(
+            f"{options.data or options.data_dir} has {found} classes, the filters in {folder} "
+            f"{config['num_classes']}; check them on the data that they were made for"
+        )
+    net, classifier = load_network(options, folder)
+    data = open_images(options, classifier)
+    classes = list(range(net.num_classes))
+    if options.classes:
+        classes = class_indices(options.classes, data.classes, net.num_classes)
+    levels = RetrainedModels([folder, *map(Path, options.retrained)], classifier)
+    device = next(net.parameters()).device
+    result = trust.run_checks(
+        lambda label: net.bake(label, prune_below=options.prune_below),
+        net.bake(None),
+        data,
+        execution_order(net.model, list(net.masked_layers)),
+        classes,
+        options.checks,
+        lambda label: [model.to(device) for model in levels(label)],
+        trust.TrustSettings(
+            samples=options.samples,
+            seed=options.seed,
+            relearn_steps=options.relearn_steps,
+            relearn_images=tuple(options.relearn_images),
+        ),
+        output,
+        identity={
+            "filters": hashlib.sha256((folder / FILTERS_NAME).read_bytes()).hexdigest(),
+            "prune_below": options.prune_below,
+        },
+        advice=lambda label: (
+            f"`wfnet baseline {folder} --methods retrained --classes {label}` makes one, and with "
+            "another --seed and --output another, for --retrained"
+        ),
+        workers=options.workers,
+        progress=not options.quiet,
+    )
+    print(result.table())
+    for sentence in result.missing()[:1]:
+        print(f"\nnot everything could be measured. {sentence}")
+    print(f"\nin {output}: trust.json, trust.csv")
+    return 0
+
+
+class RetrainedModels:
+    """Models that ``wfnet baseline`` has retrained without a class, wherever they are in folders.
+
+    Args:
+        folders: searched with all their sub-folders for ``class_<number>.safetensors``.
+        classifier: the original; models that belong to another one are passed over.
+
+    Raises:
+        FileNotFoundError: for a folder that does not exist.
+    """
+
+    def __init__(self, folders: Sequence[Path], classifier: nn.Module):
+        self.classifier = classifier
+        self.original = fingerprint(classifier)
+        self.files: dict[str, list[Path]] = {}
+        for folder in dict.fromkeys(path.resolve() for path in folders):
+            if not folder.is_dir():
+                raise FileNotFoundError(f"the folder {folder} of retrained models does not exist")
+            for path in sorted(folder.rglob("class_*.safetensors")):
+                self.files.setdefault(path.stem, []).append(path)
+
+    def __call__(self, label: int) -> list[nn.Module]:
+        """The models retrained without class ``label``, in evaluation mode on the CPU."""
+        found: dict[str, nn.Module] = {}
+        for path in self.files.get(f"class_{label}", []):
+            with safetensors.safe_open(path, "pt") as file:
+                identity = json.loads((file.metadata() or {}).get("identity", "{}"))
+            if identity.get("method") != "retrained" or identity.get("original") != self.original:
+                continue
+            model = copy.deepcopy(self.classifier).cpu()
+            model.load_state_dict(read_tensors(path))
+            found.setdefault(fingerprint(model), model.eval())  # a copied file is no second model
+        return list(found.values())
