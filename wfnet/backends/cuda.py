@@ -17,7 +17,7 @@ from torch import Tensor
 from wfnet.backends import Backend, Below, ConvGeometry, Finished, cuda_launch, gates
 from wfnet.backends.cuda_launch import Axis, Gradient, Layer, Want
 from wfnet.backends.winners import winner
-from wfnet.tables import GatedLayer, GateTables, StepTables
+from wfnet.tables import GatedLayer, GateTables, StepTables, side_by_side
 
 _MOST_LABELS = 16
 _MOST_ROWS = 2**31
@@ -116,12 +116,16 @@ class CudaBackend(Backend):
         reason = self.refuse_conv2d(x, weight, geometry)
         if reason is not None:
             return f"refused: {reason}"
-        return _explained(weight.shape[0], x.shape[1])
+        height, width = _axes(x.shape, tuple(weight.shape[2:]), geometry)
+        return _explained(x, weight, height, width, batch is not None)
 
     def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
         """Kernels of forward and input gradient, or the refusal."""
         reason = self.refuse_linear(x, weight)
-        return _explained(*weight.shape) if reason is None else f"refused: {reason}"
+        if reason is not None:
+            return f"refused: {reason}"
+        pixels = _pixels_of(x)
+        return _explained(pixels, weight, *_token_axes(x.shape[1]), batch is not None)
 
     def measured_fastest_conv2d(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int
@@ -293,15 +297,25 @@ def _takes_gates(alpha: Tensor, forget: Tensor) -> bool:
     )
 
 
-def _explained(columns: int, channels: int) -> str:
-    def tile(width: int) -> str:
-        return f"tiles of 128 x {64 if cuda_launch.narrow_tiles(width) else 128}"
+def _explained(x: Tensor, weight: Tensor, height: Axis, width: Axis, expands: bool) -> str:
+    """Which kernels run, for ``x`` ``[N, C, H, W]`` and ``weight`` ``[O, C, ...]``."""
+    columns, channels = weight.shape[:2]
+    padded = -(-channels // cuda_launch.VECTOR) * cuda_launch.VECTOR
+    sizes = {"batch": max(x.shape[0], 1), "in_channels": padded, "out_channels": columns,
+             "height": height, "width": width}  # fmt: skip
+    processors = cuda_launch.hopper_processors(x.device)
 
-    padded = "" if channels % cuda_launch.VECTOR == 0 else ", input channels padded to 8"
-    return (
-        f"forward: implicit GEMM (mma.sync), {tile(columns)}{padded}; "
-        f"input gradient: the same, {tile(channels)}"
-    )
+    def kernel(backward: bool, result: int) -> str:
+        expanded = expands and not backward
+        refusal = cuda_launch.hopper_refuses(backward, 0 if expanded else processors, sizes)
+        tile = f"tiles of 128 x {64 if cuda_launch.narrow_tiles(result) else 128}"
+        if refusal is None:
+            return "persistent implicit GEMM (TMA, wgmma, clusters of two blocks)"
+        why = "label expansion" if expanded else refusal
+        return f"implicit GEMM (mma.sync), {tile}" + (f" ({why})" if processors else "")
+
+    note = "" if channels == padded else ", input channels padded to 8"
+    return f"forward: {kernel(False, columns)}{note}; input gradient: {kernel(True, padded)}"
 
 
 def _channels_last(x: Tensor | None) -> Tensor | None:
@@ -426,7 +440,7 @@ class _Tables(GateTables):
                 self.chosen[part] = 1.0
 
     def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
-        flat = torch.cat(self.filters, 1) if self.flat is None else self.flat
+        flat = side_by_side(self.filters)
         if not _takes_gates(flat, forget):
             return super().__call__(forget, save)
         return _StepTables(self, flat, forget, save)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 VECTOR = 8  # channels of one 16-byte access
+HOPPER_DEPTH = 64  # channels that the Hopper kernels multiply at a time
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EMULATE = "WFNET_CUDA_EMULATE"
 
@@ -114,12 +116,13 @@ def _launch(
 ) -> None:
     """Calls ``function`` with the addresses of ``reads`` and ``writes``, on the current stream."""
     module = library().module
+    kernel = operator.attrgetter(function)(module)
     device = next(t.device for t in writes.values() if t is not None)
     if module.emulated:
         _register(module, reads, False)
         _register(module, writes, True)
         try:
-            getattr(module, function)(
+            kernel(
                 **{name: _address(t) for name, t in {**reads, **writes}.items()},
                 **numbers,
                 device=0,
@@ -128,7 +131,7 @@ def _launch(
         finally:
             module.clear_memory()
         return
-    getattr(module, function)(
+    kernel(
         **{name: _address(t) for name, t in {**reads, **writes}.items()},
         **numbers,
         device=device.index,
@@ -180,6 +183,36 @@ def tables(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, T
 def narrow_tiles(columns: int) -> bool:
     """Whether the kernels take tiles of 64 columns (csrc/conv.h)."""
     return library().module.narrow_tiles(columns)
+
+
+def hopper_processors(device: torch.device) -> int:
+    """Multiprocessors of a device that runs the Hopper kernels (csrc/sm90_gemm.h); 0 for others."""
+    if library().emulated or "9.0a" not in library().module.archs.split():
+        return 0
+    return _hopper_processors(device.index)
+
+
+@functools.cache
+def _hopper_processors(index: int) -> int:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.multi_processor_count if (properties.major, properties.minor) == (9, 0) else 0
+
+
+def hopper_refuses(backward: bool, processors: int, sizes: dict[str, object]) -> str | None:
+    """Why these sizes take the portable kernels on a device with ``processors``; None: they do not.
+
+    Args:
+        backward: the input gradient, else the forward convolution.
+        processors: as :func:`hopper_processors` tells.
+        sizes: ``batch``, ``in_channels``, ``out_channels``, ``height`` and ``width``.
+    """
+    if not processors:
+        return "not compute capability 9.0, or built without 9.0a"
+    depth = sizes["out_channels" if backward else "in_channels"]
+    if 2 * depth < -(-depth // HOPPER_DEPTH) * HOPPER_DEPTH:
+        return f"{depth} channels would fill less than half of a {HOPPER_DEPTH}-deep slice"
+    hopper = library().module.sm90
+    return (hopper.refuse_dgrad if backward else hopper.refuse_fprop)(**sizes)
 
 
 def by_source(source: Tensor, images: int) -> tuple[Tensor, Tensor]:
@@ -244,14 +277,17 @@ def conv_fprop(
         else:
             order, first_of = by_source(source, images)
     scale, shift, stride = tables(scale, shift)
-    _launch(
-        "conv_fprop",
-        {"x": x, "weight": weight, "order": order, "first_of": first_of, "scale": scale,
-         "shift": shift, "residual": dense(residual)},
-        {"branch": branch, "out": out},
-        batch=images, samples=samples, in_channels=x.shape[3], out_channels=columns,
-        height=height, width=width, table_stride=stride, relu=relu, dtype=DTYPES[x.dtype],
-    )  # fmt: skip
+    reads = {"x": x, "weight": weight, "scale": scale, "shift": shift, "residual": dense(residual)}
+    numbers = {"table_stride": stride, "relu": relu, "dtype": DTYPES[x.dtype]}
+    sizes = {"batch": images, "in_channels": x.shape[3], "out_channels": columns,
+             "height": height, "width": width}  # fmt: skip
+    processors = hopper_processors(x.device) if order is None else 0
+    if hopper_refuses(False, processors, sizes) is None:
+        _launch("sm90.fprop", reads, {"branch": branch, "out": out}, processors=processors,
+                **sizes, **numbers)  # fmt: skip
+    else:
+        _launch("conv_fprop", {**reads, "order": order, "first_of": first_of},
+                {"branch": branch, "out": out}, samples=samples, **sizes, **numbers)  # fmt: skip
     return out, branch
 
 
@@ -332,20 +368,25 @@ def conv_dgrad(
         return Gradient(grad, scaled)
     if columns != channels and below.skip is not None:
         below = Layer(skip=pad_channels(below.skip))
-    sums = _Sums(
-        want,
-        lambda: library().module.conv_dgrad_slots(
-            batch=batch, in_channels=columns, height=height, width=width
-        ),
-    )
+    sizes = {"batch": batch, "in_channels": columns, "out_channels": weight.shape[0],
+             "height": height, "width": width}  # fmt: skip
+    processors = hopper_processors(ag.device)
+    on_hopper = hopper_refuses(True, processors, sizes) is None
+
+    def slots() -> int:
+        module = library().module
+        if on_hopper:
+            return module.sm90.dgrad_slots(**sizes)
+        return module.conv_dgrad_slots(batch=batch, in_channels=columns, height=height, width=width)
+
+    sums = _Sums(want, slots)
     reads, stride = _reads_of(below)
     _launch(
-        "conv_dgrad",
+        "sm90.dgrad" if on_hopper else "conv_dgrad",
         {"ag": ag, "weight": weight, **reads},
         {"grad": grad, "scaled_grad": scaled, **sums.writes()},
-        batch=batch, in_channels=columns, out_channels=weight.shape[0], height=height,
-        width=width, table_stride=stride, relu=below.relu, total_stride=sums.stride,
-        dtype=DTYPES[ag.dtype],
+        table_stride=stride, relu=below.relu, total_stride=sums.stride, dtype=DTYPES[ag.dtype],
+        **sizes, **({"processors": processors} if on_hopper else {}),
     )  # fmt: skip
     sums.copy()
     if columns != channels:
