@@ -28,7 +28,7 @@ def build() -> ModuleType:
 
 @functools.cache
 def emulated(name: str, *sources: str) -> ModuleType:
-    """The emulated module ``name`` of ``sources`` (relative to the repository); skips without g++."""
+    """The emulated module ``name`` of ``sources`` (paths in the repository); skips without g++."""
     try:
         library = build().build_emulated(
             name, [ROOT / source for source in sources], ROOT / "build/emulated"
@@ -38,3 +38,9 @@ def emulated(name: str, *sources: str) -> ModuleType:
             raise
         pytest.skip(str(error))
     return _load(name, library)
+
+
+def emulated_kernels() -> ModuleType:
+    """All kernels of the extension on the emulated device."""
+    sources = [str(path.relative_to(ROOT)) for path in build().kernel_sources()]
+    return emulated("_emulated", *sources)
