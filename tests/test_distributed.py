@@ -1,13 +1,33 @@
-"""DistributedDataParallel over two processes; labels travel as the forward argument."""
+"""Several processes compute what one does: DistributedDataParallel, untraining, evaluation."""
+
+import dataclasses
+import os
+import signal
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from small_runs import (
+    Files,
+    config,
+    ended,
+    forked,
+    images,
+    without_times,
+)
+from small_runs import network as small_network
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import wfnet
+from wfnet import distributed
+from wfnet.checkpoints import Checkpoints
+from wfnet.data import Batch, CorruptImage
+from wfnet.distributed import PeerFailed, Ranks, RowSum
+from wfnet.stopping import Stopped
+from wfnet.untraining import UntrainConfig, untrain
 
 CLASSES = 5
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -34,7 +54,6 @@ def batch():
 
 
 def work(rank, folder):
-    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     net = DistributedDataParallel(network())
     net.train()
@@ -48,7 +67,8 @@ def work(rank, folder):
 
 
 def test_gradients_equal_one_process_on_the_joint_batch(tmp_path):
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    children = [forked(lambda rank=rank: work(rank, tmp_path)) for rank in (0, 1)]
+    assert [ended(child) for child in children] == [0, 0]
     net = network()
     images, forget = batch()
     net(images, forget=forget).square().mean().backward()
@@ -65,3 +85,244 @@ def test_data_parallel_is_refused(monkeypatch):
     parallel.module = parallel.module._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
         parallel(images, forget=forget)
+
+
+# -- untraining -----------------------------------------------------------------------------------
+
+
+class InDouble:
+    """In memory, fp64: whatever differs between numbers of ranks is then no rounding."""
+
+    def __init__(self, dataset):
+        self.dataset, self.labels, self.classes = dataset, dataset.labels, dataset.classes
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def batch(self, indices):
+        batch = self.dataset.batch(indices)
+        return Batch(batch.images.double(), batch.labels, batch.indices)
+
+
+class Corrupted(Files):
+    """Some images cannot be read."""
+
+    def __init__(self, dataset, corrupt):
+        super().__init__(dataset)
+        self.corrupt = corrupt
+
+    def __getitem__(self, index):
+        if index in self.corrupt:
+            raise CorruptImage(self.name_of(index), "not an image")
+        image, label = super().__getitem__(index)
+        return image.double(), label
+
+    def name_of(self, index):
+        return f"image {index}"
+
+
+PAPER = UntrainConfig.recipe("paper", 6, steps=5, batch_size=6, label_expansion=2)
+# Shares of 2 + 2 images, of 2 + 1, of 1 + 0, of two minibatches a step, of both halves.
+RUNS = {
+    "even": (config(steps=6), None),
+    "uneven": (config(steps=6, batch_size=6), None),
+    "fewer images than ranks": (config(steps=6, batch_size=2), None),
+    "accumulated": (config(steps=4, batch_size=6, grad_accum_steps=2), None),
+    "paper": (PAPER, None),
+    "corrupt": (config(steps=10, batch_size=4, share_images=False, max_corrupt=30),
+                set(range(0, 48, 3)) | set(range(1, 30, 2))),
+}  # fmt: skip
+
+
+def one_run(name, folder=None, resume=False):
+    settings, corrupt = RUNS[name]
+    train = InDouble(images()) if corrupt is None else Corrupted(images(), corrupt)
+    net = small_network(normalize_gate=name != "paper").double()
+    result = untrain(net, train, InDouble(images(4, 1)), settings, folder, resume, False)
+    return net, result
+
+
+def both_ranks(folder, work, seconds=120):
+    """Runs ``work(rank)`` in two processes that have joined; their wait statuses."""
+
+    def joined(rank):
+        dist.init_process_group(
+            "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2,
+            timeout=distributed.TIMEOUT,
+        )  # fmt: skip
+        work(rank)
+        dist.destroy_process_group()
+
+    children = [forked(lambda rank=rank: joined(rank)) for rank in (0, 1)]
+    return [ended(child, seconds) for child in children]
+
+
+def test_two_ranks_learn_what_one_process_does(tmp_path):
+    def work(rank):
+        found = {}
+        for name in RUNS:
+            net, result = one_run(name, tmp_path / name)
+            filters = {k: p.detach().contiguous() for k, p in net.named_filters().items()}
+            save_file(filters, tmp_path / f"{name}-{rank}.safetensors")
+            found[name] = result
+        torch.save(
+            {k: (without_times(r.history), r.corrupt_images) for k, r in found.items()},
+            tmp_path / f"{rank}.pt",
+        )
+
+    assert both_ranks(tmp_path, work) == [0, 0]
+    histories = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
+    assert histories[0].keys() == histories[1].keys()
+    for name in RUNS:
+        net, result = one_run(name)
+        first, second = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        saved = load_file(tmp_path / name / "wf_model.safetensors")
+        for key, expected in net.named_filters().items():
+            assert torch.equal(first[key], second[key]), (name, key)
+            assert torch.equal(first[key], saved[key]), (name, key)
+            assert (expected != net.alpha_init).any(), (name, key)
+            torch.testing.assert_close(first[key], expected, rtol=1e-9, atol=1e-9)
+        history, corrupt = histories[0][name]
+        assert histories[1][name][0] == history
+        assert corrupt.keys() == histories[1][name][1].keys() == result.corrupt_images.keys()
+        for ours, theirs in zip(history, without_times(result.history), strict=True):
+            assert ours.keys() == theirs.keys()
+            assert ours == pytest.approx(theirs, rel=1e-9), name
+    assert len(histories[0]["corrupt"][1]) > 10
+
+
+def test_a_signal_on_one_rank_stops_both_and_any_number_of_ranks_goes_on(tmp_path):
+    folder = tmp_path / "run"
+
+    class Signalled(InDouble):
+        def __init__(self, dataset, when):
+            super().__init__(dataset)
+            self.when = when
+
+        def batch(self, indices):
+            self.when -= len(indices) == 2  # a share of 4 images
+            if self.when == 0:
+                signal.raise_signal(signal.SIGTERM)
+            return super().batch(indices)
+
+    def work(rank):
+        net = small_network().double()
+        train = Signalled(images(), 3 if rank == 1 else 10**9)
+        with pytest.raises(Stopped, match="stopped after step 2 of 6") as stopped:
+            untrain(net, train, InDouble(images(4, 1)), RUNS["even"][0], folder, True, False)
+        assert stopped.value.signal == signal.SIGTERM
+        dist.barrier()  # the first rank's file is there
+        assert Checkpoints(folder).load()[1]["step"] == 2
+        if rank == 0:
+            os.makedirs(tmp_path / "alone")
+            os.link(Checkpoints(folder).newest, Checkpoints(tmp_path / "alone").newest)
+        net, result = one_run("even", folder, resume=True)
+        assert result.steps == 6
+
+    assert both_ranks(tmp_path, work) == [0, 0]
+    expected, _ = one_run("even")
+    alone, _ = one_run("even", tmp_path / "alone", resume=True)  # what two ranks began
+    both = load_file(folder / "wf_model.safetensors")
+    for key, value in expected.named_filters().items():
+        torch.testing.assert_close(both[key], value, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(alone.named_filters()[key], value, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_failing_rank_ends_the_other_at_once(tmp_path, failing):
+    class Failing(InDouble):
+        asked = 0
+
+        def batch(self, indices):
+            self.asked += len(indices) == 2
+            if self.asked == 3:
+                raise ValueError("this disk is gone")
+            return super().batch(indices)
+
+    def work(rank):
+        train = (Failing if rank == failing else InDouble)(images())
+        try:
+            untrain(small_network().double(), train, None, RUNS["even"][0], None, False, False)
+        except Exception as error:
+            (tmp_path / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
+            os._exit(3)  # without a farewell, as when it is killed
+
+    start = time.monotonic()
+    assert [os.WEXITSTATUS(status) for status in both_ranks(tmp_path, work)] == [3, 3]
+    assert time.monotonic() - start < 30
+    errors = [(tmp_path / f"error-{rank}").read_text() for rank in (0, 1)]
+    assert errors[failing] == "ValueError: this disk is gone"
+    assert errors[1 - failing].startswith("PeerFailed: another process of this run has failed")
+
+
+def test_ranks_that_do_not_fit_together_are_refused_before_work_starts(tmp_path):
+    def work(rank):
+        ranks = Ranks()
+        assert (ranks.rank, ranks.size, ranks.first) == (rank, 2, rank == 0)
+        settings = dataclasses.replace(RUNS["even"][0], seed=rank)
+        with pytest.raises(ValueError, match=r"another configuration, network or data"):
+            untrain(small_network(), images(), None, settings, None, False, False)
+        if rank == 0:
+            with pytest.raises(KeyError, match="missing"):
+                ranks.first_does(lambda: {}["missing"])
+        else:
+            with pytest.raises(PeerFailed, match="rank 0 failed: KeyError: 'missing'"):
+                ranks.first_does(lambda: 1 / 0)  # not its own
+        assert ranks.first_does(lambda: rank) == 0
+        assert ranks.join({2 - rank: torch.tensor([rank])}) == [1, 0]
+
+    assert both_ranks(tmp_path, work) == [0, 0]
+
+
+# -- sums of gradients ----------------------------------------------------------------------------
+
+# Rows that occur on each of two ranks, of 9, and the way that sends least.
+SPREADS = [
+    ([[0, 1, 2, 3, 4], [4, 5, 6, 7, 8]], "gather"),
+    ([[1, 4, 7], [1, 4, 7]], "rows"),
+    ([[2], [5]], "gather"),
+    ([[3], []], "rows"),
+    ([list(range(9)), list(range(9))], "dense"),
+    ([list(range(9)), [8]], "dense"),
+]
+
+
+def contribution(rank, rows):
+    gradient = torch.zeros(9, 5)
+    generator = torch.Generator().manual_seed(rank)
+    gradient[rows] = torch.randn(len(rows), 5, generator=generator)
+    return gradient
+
+
+def test_every_way_of_adding_gives_the_same_sum(tmp_path):
+    def work(rank):
+        ranks = Ranks()
+        for spread, _ in SPREADS:
+            rows = [torch.tensor(own, dtype=torch.int64) for own in spread]
+            expected = sum(contribution(r, own) for r, own in enumerate(spread))
+            for way in ("dense", "rows", "gather"):
+                gradient = contribution(rank, spread[rank])
+                RowSum(way, 0)(gradient, rows, ranks)
+                assert torch.equal(gradient, expected), (spread, way)
+
+    assert both_ranks(tmp_path, work) == [0, 0]
+
+
+@pytest.mark.parametrize(("spread", "way"), SPREADS)
+def test_the_way_that_sends_least_is_chosen(spread, way):
+    rows = [torch.tensor(own, dtype=torch.int64) for own in spread]
+    chosen = RowSum.choose(rows, 9, 20)
+    costs = RowSum.costs(rows, 9, 20)
+    assert chosen.sent == min(costs.values())
+    assert chosen.way == way
+    union = len({row for own in spread for row in own})
+    most = max(len(own) for own in spread)
+    assert costs == {"rows": union * 20, "gather": most * 20, "dense": 9 * 20}
+
+
+def test_bytes_of_eight_ranks():
+    """A ring over W ranks: all-reduce sends 2 (W - 1) / W of the rows, all-gather W - 1 blocks."""
+    rows = [torch.arange(10 * rank, 10 * rank + 12) for rank in range(8)]
+    assert RowSum.costs(rows, 1000, 4) == {
+        "rows": 2 * 7 * 82 * 4 // 8, "gather": 7 * 12 * 4, "dense": 2 * 7 * 1000 * 4 // 8,
+    }  # fmt: skip
