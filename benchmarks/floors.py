@@ -1,0 +1,226 @@
+"""What an untraining step cannot be faster than: floating-point operations and bytes, counted.
+
+A network becomes a list of operations (GEMMs with what their epilogues may do, poolings,
+attention, passes). An operation takes at least ``max(flops / rate, bytes / bandwidth)``; the floor
+of a step is the sum over its forward and input-gradient operations. Three floors:
+
+    fused           every elementwise operation is part of a GEMM; only operands are read and
+                    only results that somebody needs are written
+    fused_with_v    the same, and every masked layer also writes its branch v = A * u
+    nothing_fused   convolution, mask, BatchNorm, residual sum, activation and their backward are
+                    passes of their own, each reading and writing what it must
+
+Bytes are counted per expanded sample, except for what comes before the first mask: that is read
+(and computed) once per source image.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import wfnet
+from wfnet import fusion
+
+KINDS = ("fused", "fused_with_v", "nothing_fused")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One pass over memory with arithmetic: per image, and what is read once (weights)."""
+
+    flops: float
+    elements: float  # read and written, per image
+    weights: float = 0  # elements read once
+    at_source: bool = False  # computed per source image, not per sample
+    source_elements: float = 0  # of `elements` of an expanded operation: read per source image
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device was measured to do."""
+
+    flops: float  # per second
+    bandwidth: float  # bytes per second
+    element: int  # bytes of an element
+
+
+def floor_seconds(operations: list[Operation], samples: int, sources: int, rates: Rates) -> float:
+    """Least time of a step over ``samples`` expanded samples of ``sources`` images."""
+    total = 0.0
+    for op in operations:
+        images = sources if op.at_source else samples
+        elements = op.weights + op.elements * images + op.source_elements * sources
+        total += max(op.flops * images / rates.flops, elements * rates.element / rates.bandwidth)
+    return total
+
+
+def operations_of(net: wfnet.WFNet, image_size: int, kind: str) -> list[Operation]:
+    """The operations of forward and backward of ``net``; its weights may be on ``meta``.
+
+    Raises:
+        ValueError: for a network that is neither a fusable CNN nor a timm vision transformer.
+    """
+    shapes = _shapes(net.model, image_size)
+    if hasattr(net.model, "blocks") and hasattr(net.model, "patch_embed"):
+        return _transformer(net.model, shapes, kind)
+    try:
+        plan = fusion.make_plan(net.model)
+    except fusion.NotFusable as error:
+        raise ValueError(f"no floor is counted for {type(net.model).__name__}: {error}") from error
+    return _convolutional(plan, shapes, kind)
+
+
+def _shapes(model: nn.Module, image_size: int) -> dict[nn.Module, tuple[int, int]]:
+    """Elements of input and output per image of every module, without computing anything."""
+    found: dict[nn.Module, tuple[int, int]] = {}
+
+    def record(module: nn.Module, inputs: tuple, output: object) -> None:
+        if inputs and isinstance(inputs[0], torch.Tensor) and isinstance(output, torch.Tensor):
+            found[module] = (inputs[0].numel(), output.numel())
+
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    meta = {name: torch.empty_like(t, device="meta") for name, t in tensors.items()}
+    handles = [module.register_forward_hook(record) for module in model.modules()]
+    try:
+        with torch.no_grad(), wfnet.forgetting(None):
+            torch.func.functional_call(
+                model, meta, (torch.empty(1, 3, image_size, image_size, device="meta"),)
+            )
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _convolutional(plan: fusion.Plan, shapes: dict, kind: str) -> list[Operation]:
+    operations = []
+    for step in plan.convolutions:
+        conv = step.layer
+        i, o = shapes[conv]
+        flops, weights = 2 * o * conv.weight[0].numel(), conv.weight.numel()
+        read = {"source_elements": i} if step.at_source else {}
+        x = 0 if step.at_source else i
+        if kind == "nothing_fused":
+            operations.append(Operation(flops, x + o, weights, **read))
+            operations.append(Operation(0, _passes(step) * o))
+            if not step.at_source:
+                operations.append(Operation(flops, i + o, weights))
+            continue
+        kept = o if kind == "fused_with_v" else 0
+        residual = 0 if step.residual is None else o
+        operations.append(Operation(flops, x + o + residual + kept, weights, **read))
+        if step.at_source:
+            continue
+        # ag is read; v (or out) is read and ag of the layer below written.
+        traffic = o + 2 * i
+        below = step.finishes
+        if below is not None and below.residual is not None:
+            traffic += 2 * i + (i if kept else 0)  # skip in, g out; a mask beside v
+        operations.append(Operation(flops, traffic, weights))
+    for step in plan.steps:
+        if isinstance(getattr(step, "call", None), nn.MaxPool2d):
+            i, o = shapes[step.call]
+            # Forward: in, out. Backward: gradient, input (or positions), gradient of the input.
+            operations.append(Operation(0, i + o))
+            operations.append(Operation(0, o + 2 * i))
+    return operations
+
+
+def _passes(step: fusion.ConvStep) -> int:
+    """Reads and writes of the output where nothing is fused, forward and backward."""
+    passes = 2 + 4  # mask; its backward: product and sum for the gate
+    if not step.at_source:
+        passes += 2  # and for the input
+    if step.layer.bias is not None:
+        passes += 2
+    if step.norm is not None:
+        passes += 2 + 3
+    if step.residual is not None:
+        passes += 3 + 3  # the sum; the sum of both gradients
+    if step.relu:
+        passes += 2 + 3
+    return passes
+
+
+def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
+    embed = model.patch_embed.proj
+    image, patches = shapes[embed]
+    blocks = list(model.blocks)
+    e = shapes[blocks[0]][1]  # tokens x width
+    width = model.embed_dim
+    tokens = e // width
+    loose = kind == "nothing_fused"
+    kept = 3 * e if kind == "fused_with_v" else 0
+    operations = [Operation(2 * patches * embed.weight[0].numel(), image + e, at_source=True)]
+
+    def gemm(fan_in: int, fan_out: int, elements: float) -> None:
+        operations.append(Operation(2 * tokens * fan_in * fan_out, elements, fan_in * fan_out))
+
+    def passes(elements: float, at_source: bool = False) -> None:
+        operations.append(Operation(0, elements, at_source=at_source))
+
+    for number, block in enumerate(blocks):
+        hidden = block.mlp.fc1.out_features
+        h = tokens * hidden
+        first = number == 0
+        # Forward. LayerNorm is a pass of its own in every floor: a row of it spans all tiles.
+        passes(2 * e, at_source=first)
+        gemm(width, 3 * width, 4 * e + kept)
+        if loose:
+            passes(12 * e)  # scale, then shift, of three projections
+        operations.append(Operation(4 * tokens * e, 4 * e))
+        gemm(width, width, 2 * e + (0 if loose else e))
+        passes(2 * e + (3 * e if loose else 0))
+        gemm(width, hidden, e + (h if loose else 2 * h))
+        if loose:
+            passes(2 * h)
+        gemm(hidden, width, h + e + (0 if loose else e))
+        if loose:
+            passes(3 * e)
+        # Backward.
+        gemm(hidden, width, e + (h if loose else 2 * h))
+        if loose:
+            passes(3 * h)
+        gemm(width, hidden, h + e)
+        passes(4 * e)
+        gemm(width, width, 2 * e)
+        operations.append(Operation(10 * tokens * e, 8 * e))
+        if loose:
+            passes(21 * e)
+        if first:
+            passes(6 * e)
+        else:
+            gemm(width, 3 * width, 4 * e)
+            passes(4 * e)
+    return operations
+
+
+def measure_rates(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Rates:
+    """Matrix product and copy as this device does them, best of a few."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.empty((2**30 if device.type == "cuda" else 2**26), dtype=torch.uint8,
+                         device=device)  # fmt: skip
+    target = torch.empty_like(source)
+
+    def best(work) -> float:
+        least = math.inf
+        for _ in range(repeats + 1):
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            least = min(least, time.perf_counter() - start)
+        return least
+
+    product = best(lambda: a @ b)
+    copied = best(lambda: target.copy_(source))
+    element = torch.empty((), dtype=dtype).element_size()
+    return Rates(2 * size**3 / product, 2 * source.numel() / copied, element)
