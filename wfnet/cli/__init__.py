@@ -19,13 +19,13 @@ from pathlib import Path
 
 import torch
 
-from wfnet.cli import bake, demo, evaluate, report, trust, untrain
+from wfnet.cli import bake, baseline, demo, evaluate, report, train, trust, untrain
 from wfnet.cli.options import HelpFormatter, add_help_options, fill_from_files
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
 
-COMMANDS = (demo, untrain, evaluate, trust, bake, report)
+COMMANDS = (demo, train, untrain, evaluate, baseline, trust, bake, report)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

@@ -3,35 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from wfnet.attribution import attribution
+from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.drawing import draw_evaluation
 from wfnet.cli.inputs import (
     check_run_folder,
     class_indices,
     count_classes,
+    data_name,
     load_network,
     open_images,
 )
 from wfnet.cli.options import (
     HelpFormatter,
+    above_zero,
     add_compute_options,
     add_data_options,
     add_model_options,
     log_base,
     whole,
 )
-from wfnet.cli.runs import check_writable
-from wfnet.data import Dataset
-from wfnet.evaluation import EvaluationResult, evaluate
+from wfnet.cli.runs import check_writable, versions
+from wfnet.data import Dataset, Splits
+from wfnet.evaluation import EvaluationResult, choose_groups, evaluate, evaluate_groups
+from wfnet.evaluation.tables import make_tables, published, published_cell, read_baselines
+from wfnet.metrics import ZRF_MODES
 from wfnet.network import WFNet
+from wfnet.pretrained import write_json
+from wfnet.relearning import RelearnConfig, relearn_times
 
 EXAMPLE = """example:
   wfnet evaluate runs/r50                   (network and data as `wfnet untrain` recorded them)
+  wfnet evaluate runs/r50 --tables          (the paper's tables, with `wfnet baseline`'s results)
   wfnet evaluate runs/r50 --data-dir /data/other --retained-rows 20 --output runs/r50-other"""
-_PARTS = ("test", "validation", "train")
+PARTS = ("test", "validation", "train")
+# What is known of an evaluation that is not finished.
+PARTIAL = "unfinished_evaluation"
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -45,11 +58,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         epilog=EXAMPLE,
         formatter_class=HelpFormatter,
     )
-    parser.set_defaults(run=run, saved=lambda options: "evaluation writes its files at its end")
+    parser.set_defaults(
+        run=run, saved=lambda options: "what is counted is kept; the same command goes on there"
+    )
     parser.add_argument("folder", nargs="?", metavar="RUN", help="folder of a run")
     parser.add_argument("--resume", metavar="RUN", help="the same, as in timm")
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--split", choices=_PARTS, default="test", help="part of the data")
+    group.add_argument("--split", choices=PARTS, default="test", help="part of the data")
     group.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="rows, by number or name (default: all)"
     )
@@ -70,12 +85,90 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     group.add_argument(
         "--max-corrupt", type=whole(0), metavar="N", help="corrupt images that are left out"
     )
+    group.add_argument("--eval-list", metavar="FILE", help="list of the images to evaluate on")
+    add_list_options(group)
+    group.add_argument(
+        "--zrf-mode", choices=tuple(ZRF_MODES), default="definition",
+        help="how other code departs from the definition of ZRF",
+    )  # fmt: skip
     group.add_argument("--output", metavar="DIR", help="folder for the results (default: RUN)")
+    group.add_argument("--config", metavar="FILE", help="options from a file, or a recipe by name")
     group.add_argument("--no-figures", action="store_true", help="table, JSON and CSV only")
+    _add_table_options(parser)
+    add_relearn_options(parser)
     add_data_options(parser)
     add_model_options(parser)
     add_compute_options(parser)
     return parser
+
+
+def add_relearn_options(parser: argparse.ArgumentParser) -> None:
+    """Relearn time: options of `wfnet evaluate --tables` and `wfnet baseline`."""
+    group = parser.add_argument_group("relearn time")
+    default = RelearnConfig()
+    group.add_argument(
+        "--relearn", action=argparse.BooleanOptionalAction, default=True,
+        help="measure it (default: yes; it needs the training images)",
+    )  # fmt: skip
+    group.add_argument(
+        "--relearn-samples", type=whole(2), default=default.samples, metavar="N",
+        help="training images of an epoch",
+    )  # fmt: skip
+    group.add_argument(
+        "--relearn-epochs", type=whole(1), default=default.max_epochs, metavar="N",
+        help="epochs after which a class counts as never relearned",
+    )  # fmt: skip
+    group.add_argument(
+        "--relearn-opt", choices=("sgd", "adam"), default=default.optimizer, help="optimiser"
+    )
+    group.add_argument(
+        "--relearn-lr", type=above_zero, default=default.lr, metavar="X", help="learning rate"
+    )
+    group.add_argument(
+        "--relearn-batch-norm", choices=("train", "frozen"), default=default.batch_norm,
+        help="whether running statistics are updated",
+    )  # fmt: skip
+
+
+def relearn_config(options: argparse.Namespace) -> RelearnConfig | None:
+    """Settings of the relearn time; None with ``--no-relearn``."""
+    if not options.relearn:
+        return None
+    return RelearnConfig(
+        samples=options.relearn_samples, max_epochs=options.relearn_epochs,
+        optimizer=options.relearn_opt, lr=options.relearn_lr,
+        batch_norm=options.relearn_batch_norm, seed=options.seed,
+    )  # fmt: skip
+
+
+def _add_table_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "tables", "The paper's Table 1 and Table 2 for this network, with the baselines in RUN."
+    )
+    group.add_argument(
+        "--tables", action="store_true",
+        help="relearn time, insertion, deletion and groups of classes too, as JSON, CSV, Markdown",
+    )  # fmt: skip
+    group.add_argument(
+        "--published", metavar="CELL",
+        help="published numbers to stand beside, for example cifar10/resnet18 (default: those of "
+        "the same data and backbone)",
+    )  # fmt: skip
+    group.add_argument(
+        "--baselines", metavar="DIR", help="results of `wfnet baseline` (default: RUN/baselines)"
+    )
+    group.add_argument(
+        "--attribution-steps", type=whole(0), default=20, metavar="N",
+        help="steps of the insertion and deletion curves; 0 for no curves",
+    )  # fmt: skip
+    group.add_argument(
+        "--group-sizes", nargs="*", type=whole(2), default=[2], metavar="N",
+        help="how many classes are forgotten at once; none for no groups (default: 2)",
+    )  # fmt: skip
+    group.add_argument(
+        "--groups", type=whole(1), default=100, metavar="N",
+        help="groups of each size that are drawn by --seed, where there are more",
+    )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -86,18 +179,34 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     config = check_run_folder(folder)
     output = Path(options.output or folder)
-    check_writable(output)
     found = count_classes(options)
     if found != config["num_classes"]:
         raise ValueError(
             f"{options.data or options.data_dir} has {found} classes, the filters in {folder} "
             f"{config['num_classes']}; evaluate on the data that they were made for"
         )
+    cell = _cell(options, found)
+    relearn = relearn_config(options)
+    check_writable(output)
     net, classifier = load_network(options, folder)
-    images = getattr(open_images(options, classifier), options.split)
+    data = open_images(options, classifier)
+    if options.tables and relearn is not None and not len(data.train):
+        raise ValueError(
+            f"{data.name} has no training images, from which the relearn time is measured: give "
+            "--no-relearn"
+        )
+    images = evaluated_images(options, data, folder)
     classes = None
     if options.classes:
         classes = class_indices(options.classes, images.classes, net.num_classes)
+    partial = output / PARTIAL
+    shared = {
+        "progress": not options.quiet,
+        "workers": options.workers,
+        "max_corrupt": options.max_corrupt,
+        "amp_dtype": torch.bfloat16 if options.amp else None,
+        "channels_last": options.channels_last,
+    }
     result = evaluate(
         net,
         images,
@@ -106,17 +215,88 @@ def run(options: argparse.Namespace) -> int:
         zrf_base=options.zrf_base,
         seed=options.seed,
         retained_rows=options.retained_rows,
-        progress=not options.quiet,
-        workers=options.workers,
-        max_corrupt=options.max_corrupt,
-        amp_dtype=torch.bfloat16 if options.amp else None,
-        channels_last=options.channels_last,
+        zrf_mode=options.zrf_mode,
+        records=partial / "counts.safetensors",
+        **shared,
     )
     result.settings["split"] = options.split
     written = write_results(result, net, images, output, figures=not options.no_figures)
     print(result.table())
+    if options.tables:
+        written += _tables(
+            options, net, data, images, classes, result, folder, output, cell, relearn, shared
+        )
     print(f"\nin {output}: {', '.join(written)}  ({result.seconds:.1f} s)")
+    shutil.rmtree(partial, ignore_errors=True)
     return 0
+
+
+def _cell(options: argparse.Namespace, num_classes: int) -> str | None:
+    """The published cell: as asked for, or that of the same data and backbone."""
+    if not options.published:
+        return published_cell(data_name(options), options.model or "", num_classes)
+    cells = published()["cells"]
+    if options.published not in cells:
+        raise ValueError(
+            f"nothing was published for {options.published!r}; there is {', '.join(cells)}"
+        )
+    return options.published
+
+
+def _tables(
+    options: argparse.Namespace,
+    net: WFNet,
+    data: Splits,
+    images: Dataset,
+    classes: list[int] | None,
+    result: EvaluationResult,
+    folder: Path,
+    output: Path,
+    cell: str | None,
+    relearn: RelearnConfig | None,
+    shared: dict[str, Any],
+) -> list[str]:
+    """Measures what else the tables need, prints and writes them; returns the names."""
+    partial = output / PARTIAL
+    relearning = curves = None
+    if relearn is not None:
+        few = {name: shared[name] for name in ("progress", "workers", "max_corrupt")}
+        relearning = relearn_times(
+            net, data.train, images, classes=classes, config=relearn,
+            records=partial / "relearning.json", **few,
+        )  # fmt: skip
+        write_json(output / "relearning.json", relearning.as_dict())
+    if options.attribution_steps:
+        curves = attribution(
+            net, images, classes, options.attribution_steps, options.seed, options.batch_size,
+            records=partial / "attribution.json", **shared,
+        )  # fmt: skip
+        write_json(output / "attribution.json", curves.as_dict())
+    groups = []
+    for size in dict.fromkeys(options.group_sizes):
+        if classes is not None or not 2 <= size < net.num_classes:
+            continue
+        chosen = choose_groups(net.num_classes, size, options.groups, options.seed)
+        records = partial / f"groups_of_{size}.json"
+        found = evaluate_groups(net, images, chosen, options.batch_size, records, **shared)
+        groups.append(found)
+    tables = make_tables(
+        f"{data.name} x {options.model}",
+        result,
+        relearning,
+        curves,
+        read_baselines(options.baselines or folder / "baselines"),
+        groups,
+        cell,
+    )
+    tables.settings["versions"] = versions()
+    tables.to_json(output / "tables.json")
+    tables.to_csv(output / "tables.csv")
+    tables.to_markdown(output / "tables.md")
+    print(f"\n{tables.markdown()}")
+    names = ["tables.json", "tables.csv", "tables.md"]
+    names += ["relearning.json"] if relearning is not None else []
+    return names + (["attribution.json"] if curves is not None else [])
 
 
 def write_results(

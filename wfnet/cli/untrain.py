@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from wfnet.checkpoints import Checkpoints
+from wfnet.cli.chosen_images import add_list_options, untraining_images
 from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
     choose_device,
@@ -82,7 +83,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--force", action="store_true", help="replace a run that is in the output folder"
     )
     group.add_argument(
-        "--config", metavar="FILE", help="options from a YAML or JSON file, or a run's config.json"
+        "--config",
+        metavar="FILE",
+        help="options from a YAML or JSON file, a run's config.json, or a recipe by name "
+        "(mnist/resnet18)",
     )
     group.add_argument(
         "--checkpoint-every", type=whole(1), metavar="N",
@@ -115,6 +119,14 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         default="balanced",
         help="balanced forgets evenly and retains by distillation; paper has the authors' settings",
     )
+    group.add_argument(
+        "--untrain-split",
+        choices=("train", "val"),
+        default="train",
+        help="val: untrain without the training set, on the validation images (those of val/) that "
+        "are not drawn for evaluation",
+    )
+    add_list_options(group)
     group.add_argument(
         "--targets", nargs="+", metavar="NAME",
         help="layers to mask: names or patterns (default: qkv projections, else convolutions)",
@@ -223,7 +235,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.dry_run:
         _check_folder(folder, options)
     classifier = make_classifier(options, num_classes, data_name(options))
-    data = open_images(options, classifier, options.augment)
+    data = untraining_images(options, open_images(options, classifier, options.augment), folder)
     net = wrap(
         classifier,
         num_classes,

@@ -184,17 +184,28 @@ class _Reading:
 def folder_classes(root: Path) -> list[str]:
     """Class names of a folder with `train/<class>/` or with shards, without decoding an image.
 
-    Raises FileNotFoundError or ValueError if it is neither.
+    A folder without training images has those of `val`. Raises FileNotFoundError or ValueError if
+    it is neither.
     """
-    return _part(root, "train", lambda image: image, 3, None).classes
+    part = "train" if _has_part(root, "train") or not _has_part(root, "val") else "val"
+    return _part(root, part, lambda image: image, 3, None).classes
+
+
+def _has_part(root: Path, part: str) -> bool:
+    return (root / part).is_dir() or bool(find_shards(root, part))
 
 
 def _open_folder(
     root: Path, reading: _Reading, validation_fraction: float, seed: int
 ) -> tuple[Dataset, Dataset, Dataset]:
+    if not _has_part(root, "train") and _has_part(root, "val"):
+        # Enough to evaluate, and to untrain on validation images: no training and validation part.
+        val = _part(root, "val", reading.plain(), reading.channels, None)
+        none = val.select(torch.empty(0, dtype=torch.int64))
+        return none, none, reading.finish(val, False)
     train = _part(root, "train", reading.plain(), reading.channels, None)
     val = _part(root, "val", reading.plain(), reading.channels, train.classes)
-    if (root / "test").is_dir() or find_shards(root, "test"):
+    if _has_part(root, "test"):
         test = _part(root, "test", reading.plain(), reading.channels, train.classes)
         validation = val
     else:

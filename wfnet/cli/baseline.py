@@ -1,0 +1,205 @@
+"""`wfnet baseline`: what filters are compared with, one unlearned model per class."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wfnet.baselines import (
+    DEFAULTS,
+    METHODS,
+    BaselineConfig,
+    BaselineModels,
+    run_baseline,
+)
+from wfnet.cli.chosen_images import add_list_options, evaluated_images
+from wfnet.cli.evaluate import PARTS, add_relearn_options, relearn_config
+from wfnet.cli.inputs import (
+    check_run_folder,
+    choose_device,
+    class_indices,
+    count_classes,
+    make_classifier,
+    open_images,
+)
+from wfnet.cli.options import (
+    HelpFormatter,
+    add_compute_options,
+    add_data_options,
+    add_model_options,
+    key_value,
+    log_base,
+    whole,
+)
+from wfnet.cli.runs import check_writable, versions
+from wfnet.cli.train import (
+    add_training_options,
+    chosen_training,
+    default_training,
+    recorded_training,
+)
+from wfnet.pretrained import write_json
+
+FOLDER = "baselines"
+EXAMPLE = """example:
+  wfnet baseline runs/wf                    (all methods, all classes; again to go on)
+  wfnet baseline runs/wf --methods retrained --classes 0 1 --set neggrad_plus.lr=0.003
+  wfnet evaluate runs/wf --tables           (the tables, with the baselines that are there)"""
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "baseline",
+        help="retrained, random labels, negative gradient, NegGrad+: per class, same measures",
+        description="Make and evaluate the usual ways of unlearning, one model per class, with the "
+        "measures of `wfnet evaluate`. An interrupted run goes on where it stopped, class by "
+        "class, when the command is given again.",
+        usage="wfnet baseline RUN [options]",
+        epilog=EXAMPLE,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(
+        run=run, saved=lambda options: "finished classes are kept; the same command goes on"
+    )
+    parser.add_argument("folder", nargs="?", metavar="RUN", help="folder of a run of untraining")
+    parser.add_argument("--resume", metavar="RUN", help="the same, as in timm")
+    group = parser.add_argument_group("baselines")
+    group.add_argument(
+        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+        help=f"of {', '.join(METHODS)} (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--classes", nargs="+", metavar="CLASS", help="by number or name (default: all)"
+    )
+    group.add_argument(
+        "--set", nargs="+", default=[], type=_setting, metavar="METHOD.NAME=VALUE",
+        help="settings of a method: "
+        + ", ".join(field.name for field in fields(BaselineConfig)),
+    )  # fmt: skip
+    group.add_argument(
+        "--keep-models", action=argparse.BooleanOptionalAction, default=True,
+        help="keep the weights of every class and method (default: yes)",
+    )  # fmt: skip
+    group.add_argument("--split", choices=PARTS, default="test", help="part of the data")
+    group.add_argument("--eval-list", metavar="FILE", help="list of the images to evaluate on")
+    add_list_options(group)
+    group.add_argument(
+        "--zrf-base", type=log_base, default=log_base("e"), metavar="BASE",
+        help="base of the logarithm in ZRF: e or 2 (default: e)",
+    )  # fmt: skip
+    group.add_argument(
+        "-b", "--batch-size", type=whole(1), default=256, metavar="N", help="of evaluation"
+    )
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    group.add_argument(
+        "--max-corrupt", type=whole(0), metavar="N", help="corrupt images that are left out"
+    )
+    group.add_argument("--output", metavar="DIR", help=f"folder (default: RUN/{FOLDER})")
+    group.add_argument("--config", metavar="FILE", help="options from a file, or a recipe by name")
+    add_relearn_options(parser)
+    add_training_options(parser, "train-")
+    add_data_options(parser)
+    add_model_options(parser)
+    add_compute_options(parser)
+    return parser
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """``neggrad_plus.lr=0.003`` -> method, name, value."""
+    method, dot, rest = text.partition(".")
+    known = {field.name for field in fields(BaselineConfig)}
+    try:
+        name, value = key_value(rest)
+    except argparse.ArgumentTypeError:
+        name, value = "", None
+    if not dot or method not in METHODS or name not in known:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not METHOD.NAME=VALUE with a method of {', '.join(METHODS)} and a "
+            f"setting of {', '.join(sorted(known))}"
+        )
+    return method, name, value
+
+
+def run(options: argparse.Namespace) -> int:
+    if not options.folder and not options.resume:
+        raise ValueError("name the folder of a run: wfnet baseline RUN")
+    folder = Path(options.folder or options.resume)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    config = check_run_folder(folder)
+    output = Path(options.output or folder / FOLDER)
+    configs = {method: _config(method, options) for method in options.methods}
+    num_classes = count_classes(options)
+    if num_classes != config["num_classes"]:
+        raise ValueError(
+            f"{options.data or options.data_dir} has {num_classes} classes, the filters in "
+            f"{folder} {config['num_classes']}; use the data that they were made for"
+        )
+    training = _training(options)
+    check_writable(output)
+    device = choose_device(options.device)
+    original = make_classifier(options, num_classes, str(folder)).to(device)
+    data = open_images(options, original)
+    if not len(data.train):
+        raise ValueError(f"{data.name} has no training images, which baselines need: add train/")
+    test = evaluated_images(options, data, folder)
+    classes = None
+    if options.classes:
+        classes = class_indices(options.classes, data.classes, num_classes)
+    relearn = relearn_config(options)
+    for method in options.methods:
+        models = BaselineModels(
+            method,
+            output / method,
+            original,
+            data.train,
+            configs[method],
+            training if method == "retrained" else None,
+            lambda: make_classifier(options, num_classes, str(folder), trained=False),
+            options.workers,
+            options.max_corrupt,
+        )
+        result = run_baseline(
+            models, test, classes, relearn, options.zrf_base, options.batch_size, options.seed,
+            progress=not options.quiet,
+        )  # fmt: skip
+        write_json(output / f"{method}.json", {**result.as_dict(), "versions": versions()})
+        if not options.keep_models:
+            models.remove()
+        mean = result.evaluation.mean
+        text = f"{method:<18} Acc_r {mean.acc_r:.2%}  Acc_f {mean.acc_f:.2%}  ZRF {mean.zrf:.4f}"
+        if result.relearning is not None:
+            epochs, never = result.relearning.mean
+            text += f"  RT {epochs:.1f} ({never})"
+        print(text, flush=True)
+    print(f"\nin {output}; next:\n  wfnet evaluate {folder} --tables")
+    return 0
+
+
+def _config(method: str, options: argparse.Namespace) -> BaselineConfig:
+    config = replace(DEFAULTS.get(method, BaselineConfig()), seed=options.seed)
+    changes = {name: value for of, name, value in options.set if of == method}
+    known = asdict(config)
+    for name, value in changes.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number != isinstance(known[name], int | float):
+            raise ValueError(f"--set {method}.{name}={value} must be like {known[name]!r}")
+    return replace(config, **changes)
+
+
+def _training(options: argparse.Namespace) -> dict[str, Any]:
+    """How the class is retrained: as the classifier was trained, where that is known."""
+    known = recorded_training(options.checkpoint)
+    known = default_training(options.model or "") if known is None else known
+    training = {**known, **chosen_training(options, "train_")}
+    if "retrained" in options.methods and "epochs" not in training:
+        raise ValueError(
+            f"it is not known how {options.model} was trained, so it cannot be retrained without a "
+            "class: give --train-epochs (and --train-lr, --train-opt, ...), or --methods without "
+            "retrained"
+        )
+    return training

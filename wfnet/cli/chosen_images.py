@@ -1,0 +1,91 @@
+"""Which images a command evaluates or untrains on, where that is not a whole part of the data."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from wfnet.cli.options import whole
+from wfnet.data import Dataset, Splits, select, split_dataset
+from wfnet.data.image_lists import ImageList
+
+LIST_NAME = "evaluation_images.json"
+PER_CLASS = 5  # the paper's number for ImageNet
+
+
+def add_list_options(group: argparse._ActionsContainer) -> None:
+    """Options of all commands that evaluate."""
+    group.add_argument(
+        "--eval-per-class", type=whole(1), metavar="N",
+        help="evaluate on N images of each class, drawn with --eval-seed and saved as a list "
+        f"({LIST_NAME}), which later commands on the run take up (default: all images)",
+    )  # fmt: skip
+    group.add_argument(
+        "--eval-seed", type=whole(0), default=0, metavar="N", help="of the drawn images"
+    )
+
+
+def evaluated_images(options: argparse.Namespace, data: Splits, folder: Path) -> Dataset:
+    """The images that a command evaluates on: of ``--split``, or those of a list.
+
+    ``--eval-list FILE`` names the list; else it is the one in the folder of the run, if there is
+    one; ``--eval-per-class`` draws and saves it.
+
+    Raises:
+        FileNotFoundError, ValueError: for a list that is missing, damaged or of other data.
+    """
+    path = Path(options.eval_list) if options.eval_list else folder / LIST_NAME
+    part = getattr(data, options.split)
+    if options.eval_list or path.is_file():
+        images = ImageList.load(path)
+        drawn = options.eval_per_class
+        if drawn is not None and (drawn, options.eval_seed) != (images.per_class, images.seed):
+            raise ValueError(
+                f"{path} has {images.per_class} images per class drawn with seed {images.seed}, "
+                f"not {drawn} with seed {options.eval_seed}; leave out --eval-per-class and "
+                "--eval-seed to take it up, or delete it"
+            )
+        if images.part != options.split:
+            raise ValueError(
+                f"{path} lists images of the {images.part} part: give --split {images.part}, or "
+                "another --eval-list"
+            )
+        return select(part, images.positions(part))
+    if options.eval_per_class is None:
+        return part
+    images = ImageList.draw(part, options.eval_per_class, options.eval_seed, options.split)
+    images.save(path)
+    return select(part, images.positions(part))
+
+
+def untraining_images(options: argparse.Namespace, data: Splits, folder: Path) -> Splits:
+    """With ``--untrain-split val``: training and validation images from the test part.
+
+    The images to be evaluated are drawn and saved as a list in ``folder`` (taken up if it is
+    there); the others are split by ``--val-split`` into images that are untrained on and images
+    that settings are judged on. The training set is not used.
+    """
+    if options.untrain_split != "val":
+        if not len(data.train):
+            raise ValueError(
+                f"{data.name} has no training images: add train/, or give --untrain-split val to "
+                "untrain on validation images that are not evaluated"
+            )
+        return data
+    path = folder / LIST_NAME
+    if path.is_file():
+        images = ImageList.load(path)
+    else:
+        count = PER_CLASS if options.eval_per_class is None else options.eval_per_class
+        images = ImageList.draw(data.test, count, options.eval_seed, "test")
+        if not options.dry_run:
+            images.save(path)
+    rest = select(data.test, images.others(data.test))
+    if len(rest.labels.unique()) < len(data.classes):
+        raise ValueError(
+            f"with {images.per_class} images per class for evaluation, some class has none left to "
+            "untrain on; lower --eval-per-class"
+        )
+    train, validation = split_dataset(rest, options.val_split, options.seed)
+    return replace(data, train=train, validation=validation)

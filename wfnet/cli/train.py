@@ -1,0 +1,151 @@
+"""`wfnet train`: an ordinary classifier, to be untrained afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wfnet.cli.classifier import is_small
+from wfnet.cli.inputs import choose_device, count_classes, data_name, make_classifier, open_images
+from wfnet.cli.options import (
+    HelpFormatter,
+    above_zero,
+    add_compute_options,
+    add_data_options,
+    add_model_options,
+    not_negative,
+    recorded,
+    whole,
+)
+from wfnet.cli.runs import RUN_FILE, check_writable, read_run, write_run
+from wfnet.data import labels_of
+from wfnet.pretrained import write_tensors
+from wfnet.training import LEARNING_RATES, SMALL_MODEL_SETTINGS, accuracy, fit_classifier
+
+logger = logging.getLogger("wfnet")
+
+BASE_NAME = "base.safetensors"
+EXAMPLE = """example:
+  wfnet train --config digits/resnet --output runs/base
+  wfnet untrain --config digits/resnet --checkpoint runs/base/base.safetensors --output runs/wf
+  wfnet baseline runs/wf
+  wfnet evaluate runs/wf --tables"""
+# Options of training -> arguments of fit_classifier.
+_TRAINING = {
+    "epochs": "epochs", "lr": "lr", "opt": "optimizer", "sched": "schedule",
+    "batch_size": "batch_size", "weight_decay": "weight_decay", "smoothing": "label_smoothing",
+    "shift": "shift",
+}  # fmt: skip
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "train",
+        help="train a classifier, to be untrained afterwards",
+        description="Train a classifier in the ordinary way, from new weights. Its weights go into "
+        f"{BASE_NAME} in the output folder, its settings beside them: `wfnet baseline` retrains "
+        "with the same ones.",
+        usage="wfnet train --data NAME --model NAME --output DIR [options]",
+        epilog=EXAMPLE,
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run, saved=lambda options: "training writes its weights at its end")
+    add_data_options(parser)
+    add_model_options(parser)
+    add_training_options(parser, "")
+    group = parser.add_argument_group("output")
+    group.add_argument("--output", metavar="DIR", help="folder for weights and settings")
+    group.add_argument("--force", action="store_true", help="replace what is in the output folder")
+    group.add_argument("--config", metavar="FILE", help="options from a file, or a recipe by name")
+    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    add_compute_options(parser)
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser, prefix: str) -> None:
+    """Ordinary training; names start with ``prefix`` where a command has others of that name."""
+    group = parser.add_argument_group("training", "Small networks have settings of their own.")
+    p = f"--{prefix}"
+    group.add_argument(f"{p}epochs", type=whole(1), metavar="N", help="passes over the images")
+    group.add_argument(f"{p}lr", type=above_zero, metavar="X", help="highest learning rate")
+    group.add_argument(f"{p}opt", choices=tuple(LEARNING_RATES), help="AdamW, or Nesterov SGD")
+    group.add_argument(f"{p}sched", choices=("one_cycle", "cosine"), help="of the learning rate")
+    names = (f"{p}batch-size",) if prefix else ("-b", "--batch-size")
+    group.add_argument(*names, type=whole(2), metavar="N", help="images of a minibatch")
+    group.add_argument(f"{p}weight-decay", type=not_negative, metavar="X")
+    group.add_argument(f"{p}smoothing", type=not_negative, metavar="X", help="of labels")
+    group.add_argument(
+        f"{p}shift", type=whole(0), metavar="PIXELS", help="images are moved by up to that many"
+    )
+
+
+def chosen_training(options: argparse.Namespace, prefix: str) -> dict[str, Any]:
+    """Arguments of :func:`wfnet.training.fit_classifier` that the command line gives."""
+    values = {
+        theirs: getattr(options, f"{prefix}{ours}".replace("-", "_"))
+        for ours, theirs in _TRAINING.items()
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def recorded_training(checkpoint: str | None) -> dict[str, Any] | None:
+    """How the weights in ``checkpoint`` were trained, if `wfnet train` made them."""
+    folder = Path(checkpoint).parent if checkpoint else None
+    if folder is None or not (folder / RUN_FILE).is_file():
+        return None
+    run = read_run(folder)
+    return dict(run["training"]) if run["command"] == "train" else None
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.output is None:
+        raise ValueError("say where the weights are to go: --output DIR")
+    if options.pretrained or options.checkpoint:
+        raise ValueError("training starts from new weights: leave out --pretrained, --checkpoint")
+    folder = Path(options.output)
+    device = choose_device(options.device)
+    num_classes = count_classes(options)
+    check_writable(folder)
+    found = [name for name in (BASE_NAME, RUN_FILE) if (folder / name).exists()]
+    if found and not options.force:
+        raise FileExistsError(
+            f"{folder / found[0]} exists already: --force replaces it, another --output leaves it"
+        )
+    model = make_classifier(options, num_classes, data_name(options), trained=False).to(device)
+    data = open_images(options, model)
+    if not len(data.train):
+        raise ValueError(f"{data.name} has no training images: add train/")
+    training = default_training(options.model) | chosen_training(options, "")
+    print(f"data        {data}\nnetwork     {options.model}, new weights\noutput      {folder}")
+    history = fit_classifier(
+        model, data.train, seed=options.seed, workers=options.workers,
+        channels_last=options.channels_last, progress=not options.quiet, **training,
+    )  # fmt: skip
+    write_tensors(folder / BASE_NAME, model.state_dict(), {"format": "pt"})
+    shares = {
+        part: accuracy(model, getattr(data, part), workers=options.workers)
+        for part in ("validation", "test")
+        if len(labels_of(getattr(data, part)))
+    }
+    result = {"accuracy": shares, "loss": history.loss, "seconds": round(history.seconds, 2)}
+    write_run(
+        folder, "train", recorded(options), training=training, classes=data.classes, result=result
+    )
+    text = ", ".join(f"{share:.2%} of {part} images" for part, share in shares.items())
+    print(
+        f"done        {len(history.loss)} epochs in {history.seconds:,.1f} s; correct: {text}\n\n"
+        f"next:\n  wfnet untrain ... --checkpoint {folder / BASE_NAME}"
+    )
+    return 0
+
+
+def default_training(model: str) -> dict[str, Any]:
+    """Settings of the small networks that have their own; none for others."""
+    kind = model.removeprefix("small/") if is_small(model) else ""
+    return dict(SMALL_MODEL_SETTINGS.get(kind, {}))
