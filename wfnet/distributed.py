@@ -423,8 +423,8 @@ class RowSum:
         most = max(own.numel() for own in rows)
         return {
             "rows": 2 * (ranks - 1) * union * row_bytes // ranks,
-            "gather": (ranks - 1) * most * row_bytes,
             "dense": 2 * (ranks - 1) * num_rows * row_bytes // ranks,
+            "gather": (ranks - 1) * most * row_bytes,
         }
 
     @classmethod
