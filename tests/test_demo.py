@@ -17,6 +17,7 @@ FILES = {
     "base.safetensors", "wf_config.json", "wf_model.safetensors", "evaluation.json",
     "evaluation.csv", "history.json", "history.csv", "config.json", "forget_3.safetensors",
     "overview.png", "accuracy_per_class.png", "gates.png", "training_curves.png",
+    "associations.png", "confusion.png", "confusion.json", "report.html",
 }  # fmt: skip
 
 
@@ -33,7 +34,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def demo(made, tmp_path, monkeypatch, capsys):
     """Runs the demo on a copy of the finished one; returns its folder and a function."""
-    monkeypatch.setattr("wfnet.cli.demo.draw_evaluation", lambda *args: [])  # seconds each
+    monkeypatch.setattr("wfnet.cli.demo.draw_report", lambda *args: [])  # seconds each
     monkeypatch.setattr("wfnet.cli.demo.draw_training", lambda *args: [])
     folder = tmp_path / "demo"
     shutil.copytree(made, folder)

@@ -8,7 +8,9 @@ searches), and escapes every name that comes from data.
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -21,11 +23,13 @@ from wfnet.evaluation import ClassRecord, EvaluationResult
 from wfnet.evaluation.results import base_name
 from wfnet.evaluation.tables import read_baselines
 from wfnet.metrics import TOP_K
-from wfnet.pretrained import write_atomically
+from wfnet.pretrained import FILTERS_NAME, write_atomically
 from wfnet.report_page import cell, number, page, percent, sortable_table, table
 from wfnet.trust import CHECKS, TrustResult
 from wfnet.trust.relearning import describe as describe_relearning
 from wfnet.version import __version__
+
+logger = logging.getLogger("wfnet")
 
 REPORT = "report.html"
 # Pictures by file, in the order of the page, with what is to be seen.
@@ -103,13 +107,13 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give that of a run, for example demo")
-    evaluation, trust = folder / "evaluation.json", folder / "trust.json"
+    evaluation = folder / "evaluation.json"
     found = Contents(
         folder=folder,
         run=_json(folder / "config.json") or {},
         filters=_json(folder / "wf_config.json") or {},
         evaluation=EvaluationResult.from_json(evaluation) if evaluation.is_file() else None,
-        trust=TrustResult.from_json(trust) if trust.is_file() else None,
+        trust=_trust_result(folder),
         tables=_json(folder / "tables.json"),
         baselines=[
             result
@@ -154,9 +158,9 @@ def render(contents: Contents) -> str:
     sections = [
         ("summary", "Summary", _summary(contents)),
         ("classes", "Classes", _classes(contents)),
-        ("figures", "Figures", _figures(contents)),
-        ("tables", "Beside other methods", _tables(contents)),
         ("trust", "What it protects against, and what not", _trust(contents)),
+        ("tables", "Beside other methods", _tables(contents)),
+        ("figures", "Figures", _figures(contents)),
         ("definitions", "Definitions", _definitions(contents)),
         ("configuration", "Configuration and environment", _configuration(contents)),
     ]
@@ -169,6 +173,21 @@ def render(contents: Contents) -> str:
         f"{model} on {data}; every class can be forgotten at run time",
         [section for section in sections if section[2]],
     )
+
+
+def _trust_result(folder: Path) -> TrustResult | None:
+    """``trust.json``, unless it was made for other filters than those in the folder."""
+    path, filters = folder / "trust.json", folder / FILTERS_NAME
+    if not path.is_file():
+        return None
+    result = TrustResult.from_json(path)
+    checked = result.settings.get("filters")
+    if checked and filters.is_file():
+        found = hashlib.sha256(filters.read_bytes()).hexdigest()
+        if found != checked:
+            logger.warning("%s is of other filters and left out; run `wfnet trust` again", path)
+            return None
+    return result
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -22,13 +22,24 @@ from wfnet import models
 from wfnet.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.cli.bake import baked_name, save_baked, verify
 from wfnet.cli.classifier import load_weights
-from wfnet.cli.drawing import draw_evaluation, draw_training
+from wfnet.cli.drawing import draw_report, draw_training
 from wfnet.cli.options import HelpFormatter, add_threads_option, whole
-from wfnet.cli.runs import CURVES, FIGURES, RUN_FILE, check_writable, read_run, versions, write_run
+from wfnet.cli.runs import (
+    CONFUSION,
+    CURVES,
+    FIGURES,
+    RUN_FILE,
+    check_writable,
+    read_run,
+    versions,
+    write_run,
+)
+from wfnet.confusion import confusion_change
 from wfnet.data import Splits, open_data
 from wfnet.evaluation import EvaluationResult, evaluate
 from wfnet.network import WFNet
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_tensors
+from wfnet.report import REPORT, write_report
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.untraining import UntrainConfig, untrain
 from wfnet.wrapping import wrap
@@ -369,17 +380,21 @@ class _Demo:
     def draw(self, net: WFNet, result: EvaluationResult, data: Splits) -> None:
         def work(resume: bool) -> dict[str, Any]:
             history = json.loads((self.folder / "history.json").read_text())["history"]
-            drawn = draw_evaluation(result, net, data.classes, self.folder)
-            return {"drawn": drawn + draw_training(history, self.folder)}
+            change = confusion_change(net, data.test, progress=self.progress)
+            change.to_json(self.folder / CONFUSION)
+            drawn = draw_report(self.folder, net, data.classes, result, change)
+            drawn += draw_training(history, self.folder)
+            return {"drawn": [*drawn, write_report(self.folder).name]}
 
-        files = (*FIGURES, CURVES)
-        done = self.stage(5, "drawing figures", "draw", {}, files, work)
-        self._tell("draw", f"{self.folder / FIGURES[0]} shows it all", done is None)
+        files = (*FIGURES, CURVES, "associations.png", "confusion.png", CONFUSION, REPORT)
+        done = self.stage(5, "drawing figures, writing the report", "draw", {}, files, work)
+        self._tell("draw", f"{self.folder / REPORT} shows it all", done is None)
 
     def closing(self, data: Splits) -> str:
         """Where everything is, and how to use it."""
         folder, forget = self.folder, self.options.forget
         places = {
+            REPORT: "everything on one page, for a browser",
             "overview.png": "the result in one picture; more figures beside it",
             "evaluation.csv, .json": "every number of the table",
             "wf_model.safetensors": "the filters of all classes (with wf_config.json)",
@@ -397,6 +412,7 @@ class _Demo:
             "",
             "Next:",
             f"  wfnet bake {folder} --forget 7 --verify",
+            f"  wfnet trust {folder} --classes 7 && wfnet report {folder}",
             "  wfnet untrain --help        (a network and images of your own)",
             "",
             "Filters suppress a class at run time: whoever holds them and the base weights can",

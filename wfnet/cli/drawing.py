@@ -42,9 +42,9 @@ def draw_report(
     net: WFNet,
     names: Sequence[str],
     result: EvaluationResult | None,
-    change: ConfusionChange | None,
-    trust: TrustResult | None,
-    retrained: Mapping[int, tuple[float, float]] | None,
+    change: ConfusionChange | None = None,
+    trust: TrustResult | None = None,
+    retrained: Mapping[int, tuple[float, float]] | None = None,
 ) -> list[str]:
     """Draws every figure of a report that its arguments allow; returns their names.
 

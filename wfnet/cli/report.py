@@ -16,7 +16,7 @@ from wfnet.cli.options import (
     add_model_options,
     whole,
 )
-from wfnet.cli.runs import RUN_FILE, check_writable, read_run
+from wfnet.cli.runs import CONFUSION, RUN_FILE, check_writable, read_run
 from wfnet.confusion import ConfusionChange, confusion_change
 from wfnet.network import WFNet
 from wfnet.report import Contents, read_contents, retrained_records, write_report
@@ -26,7 +26,6 @@ EXAMPLE = """example:
   wfnet report runs/r50 --as-is --output r50.html      (only what the folder holds, no network)
 
 Before it: wfnet evaluate, wfnet trust and wfnet baseline make what the page shows."""
-CONFUSION = "confusion.json"
 # Where there are more classes than this, images run under some of the other rows only.
 _ALL_ROWS, _SOME_ROWS = 100, 10
 

@@ -19,10 +19,15 @@ from wfnet.version import __version__
 RUN_FILE = "config.json"
 FIGURES = ("overview.png", "accuracy_per_class.png", "gates.png")
 CURVES = "training_curves.png"
+CONFUSION = "confusion.json"
+REPORT_FILES = (
+    CONFUSION, "confusion.png", "associations.png", "attribution.png", "trust.json", "trust.csv",
+    "trust.partial.jsonl", "trust.png", "report.html",
+)  # fmt: skip
 # What belongs to one run, in the order in which it is made; a new run replaces all of it.
 RUN_FILES = (
     RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv",
-    CURVES, "evaluation.json", "evaluation.csv", *FIGURES,
+    CURVES, "evaluation.json", "evaluation.csv", *FIGURES, *REPORT_FILES,
 )  # fmt: skip
 _PATHS = ("data_dir", "checkpoint")
 _PACKAGES = ("torch", "numpy", "safetensors", "timm", "torchvision", "triton", "scikit-learn",

@@ -30,6 +30,8 @@ from wfnet.cli.options import (
     whole,
 )
 from wfnet.cli.runs import check_writable
+from wfnet.data import Dataset
+from wfnet.evaluation.partial import data_identity
 from wfnet.execution_order import execution_order
 from wfnet.pretrained import FILTERS_NAME, fingerprint, read_tensors
 
@@ -117,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     classes = list(range(net.num_classes))
     if options.classes:
         classes = class_indices(options.classes, data.classes, net.num_classes)
-    levels = RetrainedModels([folder, *map(Path, options.retrained)], classifier)
+    levels = RetrainedModels([folder, *map(Path, options.retrained)], classifier, data.train)
     device = next(net.parameters()).device
     result = trust.run_checks(
         lambda label: net.bake(label, prune_below=options.prune_below),
@@ -140,7 +142,7 @@ def run(options: argparse.Namespace) -> int:
         },
         advice=lambda label: (
             f"`wfnet baseline {folder} --methods retrained --classes {label}` makes one, and with "
-            "another --seed and --output another, for --retrained"
+            f"`--set retrained.seed=1 --output {folder}/baselines_1` another"
         ),
         workers=options.workers,
         progress=not options.quiet,
@@ -157,15 +159,21 @@ class RetrainedModels:
 
     Args:
         folders: searched with all their sub-folders for ``class_<number>.safetensors``.
-        classifier: the original; models that belong to another one are passed over.
+        classifier: the original.
+        train: the images that it was trained on. Models that belong to another classifier or to
+            other training images (which may be test images here) are passed over.
 
     Raises:
         FileNotFoundError: for a folder that does not exist.
     """
 
-    def __init__(self, folders: Sequence[Path], classifier: nn.Module):
+    def __init__(self, folders: Sequence[Path], classifier: nn.Module, train: Dataset):
         self.classifier = classifier
-        self.original = fingerprint(classifier)
+        self.wanted = {
+            "method": "retrained",
+            "original": fingerprint(classifier),
+            **data_identity(train, "training data"),
+        }
         self.files: dict[str, list[Path]] = {}
         for folder in dict.fromkeys(path.resolve() for path in folders):
             if not folder.is_dir():
@@ -179,7 +187,7 @@ class RetrainedModels:
         for path in self.files.get(f"class_{label}", []):
             with safetensors.safe_open(path, "pt") as file:
                 identity = json.loads((file.metadata() or {}).get("identity", "{}"))
-            if identity.get("method") != "retrained" or identity.get("original") != self.original:
+            if any(identity.get(name) != value for name, value in self.wanted.items()):
                 continue
             model = copy.deepcopy(self.classifier).cpu()
             model.load_state_dict(read_tensors(path))
