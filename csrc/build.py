@@ -57,16 +57,15 @@ def ninja() -> str:
 
 
 def nvcc() -> str:
-    """Path of nvcc: CUDA_HOME, then PATH, then /usr/local/cuda."""
-    roots = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    for candidate in [f"{root}/bin/nvcc" for root in roots] + [
-        shutil.which("nvcc"),
-        "/usr/local/cuda/bin/nvcc",
-    ]:
-        if candidate and Path(candidate).exists():
-            return candidate
+    """Path of nvcc: in CUDA_HOME if that is set, else on PATH, else in /usr/local/cuda."""
+    root = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = [f"{root}/bin/nvcc"] if root else [shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    for place in places:
+        if place and Path(place).exists():
+            return place
+    where = f"{root}/bin" if root else "PATH"
     raise BuildError(
-        "nvcc was not found (install the CUDA toolkit 13.0 or newer, or set CUDA_HOME)"
+        f"nvcc was not found in {where} (install the CUDA toolkit 13.0 or newer, or set CUDA_HOME)"
     )
 
 
