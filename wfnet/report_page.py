@@ -34,7 +34,8 @@ caption { text-align: left; color: var(--soft); padding: .3rem 0; }
 th, td { padding: .28rem .65rem; text-align: right; border-bottom: 1px solid #eceff2;
   vertical-align: top; }
 th { background: var(--ground); font-weight: 600; }
-td.text, th.text { text-align: left; overflow-wrap: anywhere; }
+td.text, th.text { text-align: left; overflow-wrap: break-word; min-width: 9rem;
+  max-width: 28rem; }
 tbody th { background: none; font-weight: 400; text-align: left; }
 .scroll thead th { position: sticky; top: 0; z-index: 1; box-shadow: inset 0 -1px var(--line); }
 th button { all: unset; cursor: pointer; white-space: nowrap; }
