@@ -1,0 +1,152 @@
+"""All-class evaluation: every image under every row, beside running one class after the other.
+
+    python benchmarks/bench_eval.py --model resnet18 --image-size 64 --images 32 --classes 20
+
+Columns, all of which see `images x classes` samples and return the predicted class of each:
+
+    baked      one plain model per class (`bake`), class after class
+    unfused    a mixed batch of (image, row) pairs, layer by layer
+    fused      the same through the fused plan: what comes before the first mask once per image
+    plain      the original network on as many samples, without any row: the floor without sharing
+
+Interleaved, medians, pairs per second, peak memory that a pass adds. Columns must agree in their
+predictions. Writes JSON with raw timings, versions, commit and command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from bench_step import commit, device_name, make_model, peak_mebibytes, timed
+from torch import Tensor, nn
+
+import wfnet
+
+COLUMNS = ("baked", "unfused", "fused", "plain")
+
+
+def predictions(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Tensor]]:
+    """One function per column: predicted classes ``[images, classes]``."""
+    torch.manual_seed(args.seed)
+    net = wfnet.WFNet(make_model(args.model, args.classes, args.image_size).eval(), args.classes)
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, 2.0, 1.0)
+    net = net.to(device).to(memory_format=torch.channels_last).eval()
+    images = torch.randn(args.images, 3, args.image_size, args.image_size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    source = torch.arange(args.images, device=device).repeat_interleave(args.classes)
+    rows = torch.arange(args.classes, device=device).repeat(args.images)
+    parts = torch.arange(len(rows), device=device).split(args.batch_size)
+    plain = net.bake(None)
+
+    def in_batches(predict: Callable[[Tensor], Tensor]) -> Tensor:
+        return torch.cat([predict(part).argmax(1) for part in parts]).unflatten(
+            0, (args.images, args.classes)
+        )
+
+    def filtered(part: Tensor) -> Tensor:
+        first, last = int(source[part[0]]), int(source[part[-1]])
+        return net(images[first : last + 1], rows[part], source[part] - first)
+
+    def run(fuse: bool) -> Tensor:
+        net.fuse = fuse
+        return in_batches(filtered)
+
+    def baked() -> Tensor:
+        found = []
+        for label in range(args.classes):
+            model = net.bake(label)
+            found.append(torch.cat([model(x).argmax(1) for x in images.split(args.batch_size)]))
+        return torch.stack(found, 1)
+
+    return {
+        "baked": baked,
+        "unfused": lambda: run(False),
+        "fused": lambda: run(True),
+        "plain": lambda: in_batches(lambda part: plain(images[source[part]])),
+    }
+
+
+def check(found: dict[str, Callable[[], Tensor]]) -> None:
+    """Raises SystemExit if the columns predict different classes for more than a few samples."""
+    expected = found["unfused"]()
+    for name in ("baked", "fused"):
+        if name in found:
+            same = (found[name]() == expected).double().mean().item()
+            if same < 0.99:
+                raise SystemExit(f"{name} agrees with unfused on {same:.1%} of the samples only")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--model", default="resnet18", help="timm name, torchvision/, small/NAME")
+    parser.add_argument("--image-size", type=int, default=224 if cuda else 64)
+    parser.add_argument("--images", type=int, default=256 if cuda else 16)
+    parser.add_argument("--classes", type=int, default=1000 if cuda else 20)
+    parser.add_argument("-b", "--batch-size", type=int, default=1024 if cuda else 80)
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32",
+                        choices=["float32", "bfloat16", "float16"])  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse(argv)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+    milliseconds: dict[str, list[float]] = {}
+    with torch.inference_mode(), autocast:
+        found = predictions(args, device)
+        check(found)
+        found["plain"]()
+        milliseconds = {name: [] for name in found}
+        for _ in range(args.repeats):
+            for name, predict in found.items():
+                milliseconds[name].append(timed(predict, device))
+        memory = {name: peak_mebibytes(predict, device) for name, predict in found.items()}
+    pairs = args.images * args.classes
+    print(f"{args.model}, {args.image_size} px, {args.images} images x {args.classes} classes, "
+          f"{device_name(device)}")  # fmt: skip
+    print("column          ms      least   largest    pairs/s   x baked      MiB")
+    base = statistics.median(milliseconds["baked"])
+    for name, values in milliseconds.items():
+        median = statistics.median(values)
+        print(
+            f"{name:10}{median:9.1f}{min(values):10.1f}{max(values):10.1f}"
+            f"{pairs / median * 1e3:11,.0f}{base / median:10.2f}{memory[name]:9.1f}"
+        )
+    result = {
+        "benchmark": "eval",
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "pairs": pairs,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "wfnet": wfnet.__version__,
+        "commit": commit(),
+        "command": " ".join(["python", "benchmarks/bench_eval.py", *(argv or sys.argv[1:])]),
+        "milliseconds": milliseconds,
+        "peak_mebibytes": memory,
+    }
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
