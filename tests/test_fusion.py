@@ -360,14 +360,8 @@ def with_hook() -> nn.Module:
     [
         (lambda: Branching(), "cannot trace"),
         (with_hook, "has hooks"),
-        (
-            lambda: timm.create_model(
-                "vit_tiny_patch16_224", num_classes=CLASSES, img_size=32, depth=1
-            ),
-            "no convolution",
-        ),
     ],
-    ids=["control flow", "hooks", "transformer"],
+    ids=["control flow", "hooks"],
 )
 def test_runs_unfused_with_a_line_in_the_log(make, reason: str, caplog):
     net, fused = pair_of(make())

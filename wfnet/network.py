@@ -57,9 +57,13 @@ class WFNet(nn.Module):
             never the head, ``pre_logits`` or the patch embedding.
         alpha_init, normalize_gate, filter_dtype: see :class:`wfnet.WFConv2d`.
         backend: backend of all masked layers.
-        fuse: fold each convolution with its BatchNorm, residual sum and ReLU and run the network
-            as one autograd node (:mod:`wfnet.fusion`); where that is not possible, the network
-            runs unfused, with a line in the log. Can be set later: ``net.fuse = True``.
+        fuse: True: fold each convolution with its BatchNorm, residual sum and ReLU and run the
+            network as one autograd node (:mod:`wfnet.fusion`). A transformer keeps its own
+            operations: what comes before the first mask (patch embedding, positions, first norm)
+            runs once per source image, and on a CUDA device the rest is compiled; "compile"
+            compiles it on any device. The result is compared with the unfused network once; where
+            fusing is not possible, the network runs unfused, with a line in the log. Can be set
+            later: ``net.fuse = True``.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
@@ -80,7 +84,7 @@ class WFNet(nn.Module):
         normalize_gate: bool = True,
         backend: str = "auto",
         filter_dtype: torch.dtype | None = None,
-        fuse: bool = False,
+        fuse: bool | str = False,
     ):
         super().__init__()
         if isinstance(model, WFNet):
@@ -176,28 +180,64 @@ class WFNet(nn.Module):
         with forgetting(selection), checkpoints, first:
             return self.model(_expand(images, source))
 
-    def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
+    def fused_network(self, images: Tensor) -> fusion.FusedNetwork | fusion.TrunkNetwork | None:
         """The fused network, made and checked on first use with two of ``images``.
 
         None where it cannot be made, and without ``fuse``.
         """
         if not self.fuse:
             return None
-        key = tuple(layer.backend for layer in self.masked_layers.values())
+        key = (
+            self.fuse,
+            images.device,
+            images.dtype,
+            *(layer.backend for layer in self.masked_layers.values()),
+        )
         if self._fusion is None or self._fusion[0] != key:
-            network = None
-            try:
+            self._fusion = (key, self._make_fused(images))
+        return self._fusion[1]
+
+    def _make_fused(self, images: Tensor) -> fusion.FusedNetwork | fusion.TrunkNetwork | None:
+        name = type(self.model).__name__
+        try:
+            if any(isinstance(layer, nn.Conv2d) for layer in self.masked_layers.values()):
                 backend = fusion.backend_for(self.masked_layers.values())
                 network = fusion.FusedNetwork(fusion.make_plan(self.model), backend)
-                fusion.check_plan(
-                    network, lambda few, rows: self._unfused(few, select(rows)), images
-                )
-                logger.info("%s: %s", type(self.model).__name__, network.plan.describe())
+                self._check_fused(network, images)
+                logger.info("%s: %s", name, network.plan.describe())
+                return network
+            return self._make_trunk(images)
+        except fusion.NotFusable as reason:
+            logger.warning("%s runs unfused: %s", name, reason)
+            return None
+
+    def _make_trunk(self, images: Tensor) -> fusion.TrunkNetwork:
+        name = type(self.model).__name__
+        parts = fusion.split_at_first_mask(self.model, images[:2])
+        if self.fuse == "compile" or images.device.type == "cuda":
+            network = fusion.TrunkNetwork(*parts, compiled=True)
+            try:
+                self._check_fused(network, images)
             except fusion.NotFusable as reason:
-                network = None
-                logger.warning("%s runs unfused: %s", type(self.model).__name__, reason)
-            self._fusion = (key, network)
-        return self._fusion[1]
+                logger.warning("%s runs uncompiled: %s", name, reason)
+            else:
+                logger.info("%s: %s", name, network.describe())
+                return network
+        network = fusion.TrunkNetwork(*parts, compiled=False)
+        self._check_fused(network, images)
+        logger.info("%s: %s", name, network.describe())
+        return network
+
+    def _check_fused(
+        self, network: fusion.FusedNetwork | fusion.TrunkNetwork, images: Tensor
+    ) -> None:
+        fusion.check_plan(
+            network,
+            lambda few, rows: self._unfused(few, select(rows)),
+            images,
+            self.num_classes,
+            len(self.masked_layers),
+        )
 
     def __deepcopy__(self, memo: dict) -> WFNet:
         copied = self.__class__.__new__(self.__class__)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from wfnet.expansion import ExpandedBatch
-from wfnet.fusion.execution import Run
+from wfnet.fusion.execution import FusedNetwork, Run
 from wfnet.network import WFNet
 from wfnet.objectives import Losses, Objective, full_precision
 from wfnet.optimizers import RowAdam, clip_filters
@@ -163,7 +163,7 @@ class UntrainingStep:
 
     def _gradient_of(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
         network = self.net.fused_network(images)
-        if network is None or not _same(network.filters(), self.params):
+        if not isinstance(network, FusedNetwork) or not _same(network.filters(), self.params):
             return self._gradient_by_autograd(images, batch, into)
         rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
         original = None

@@ -8,11 +8,15 @@ finishes the layer below it (:meth:`wfnet.backends.Backend.conv2d_dgrad`), so th
 nothing remains. What comes before the first mask is computed once per source image and not
 differentiated; tensors that cross that cut are expanded to the samples there.
 
-The plan changes nothing in the module: tree, hooks and state-dict keys stay as they are.
+Networks that mask linear maps (transformers) keep their own operations: :mod:`wfnet.fusion.trunk`
+runs what comes before the first mask once per source image and compiles the rest.
+
+Neither changes anything in the module: tree, hooks and state-dict keys stay as they are.
 """
 
 from wfnet.fusion.execution import FusedNetwork, backend_for, check_plan
 from wfnet.fusion.plan import CallStep, ConvStep, NotFusable, Plan, make_plan
+from wfnet.fusion.trunk import TrunkNetwork, split_at_first_mask
 
 __all__ = [
     "CallStep",
@@ -20,7 +24,9 @@ __all__ = [
     "FusedNetwork",
     "NotFusable",
     "Plan",
+    "TrunkNetwork",
     "backend_for",
     "check_plan",
     "make_plan",
+    "split_at_first_mask",
 ]

@@ -140,16 +140,32 @@ def make_plan(model: nn.Module) -> Plan:
         plain = type(layer) is WFConv2d and layer.padding_mode == "zeros"
         if not plain or isinstance(layer.padding, str):
             raise NotFusable(f"{name!r} is no convolution with plain zero padding")
+    check_traceable(model)
+    return _Folder(model, trace(model), masked).plan()
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Raises NotFusable for what a trace would lose: hooks, and checkpointed activations."""
     for name, module in model.named_modules():
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise NotFusable(f"{name or type(model).__name__!r} has hooks, which fusion would skip")
         if getattr(module, "grad_checkpointing", False):
             raise NotFusable("the network checkpoints its activations")
+
+
+def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Graph:
+    """The network as a graph whose leaves are masked layers and what holds none.
+
+    Args:
+        constants: values of inputs that control flow depends on.
+
+    Raises:
+        NotFusable: if torch.fx cannot follow its control flow.
+    """
     try:
-        graph = _Tracer().trace(model)
+        return _Tracer().trace(model, constants)
     except Exception as error:
         raise NotFusable(f"torch.fx cannot trace it ({error})") from error
-    return _Folder(model, graph, masked).plan()
 
 
 class _Folder:
