@@ -5,10 +5,8 @@
 namespace wf {
 namespace {
 
-template <class T>
-using Wide = ImplicitGemm<T, Direction::kInputGradient, 128, 128, 2>;
-template <class T>
-using Narrow = ImplicitGemm<T, Direction::kInputGradient, 128, 64, 3>;
+constexpr int kBlockRows = DgradWide<Bf16>::kBlockM;
+static_assert(kBlockRows == DgradNarrow<Bf16>::kBlockM, "phases begin with whole blocks of both");
 
 template <class T>
 void launch_typed(const ConvParams& p, Place place) {
@@ -19,18 +17,18 @@ void launch_typed(const ConvParams& p, Place place) {
                        ceil_div(p.columns, Kernel::kBlockN),
                    place);
   };
-  narrow_tiles(p.columns) ? run(Narrow<T>{}) : run(Wide<T>{});
+  narrow_tiles(p.columns) ? run(DgradNarrow<T>{}) : run(DgradWide<T>{});
 }
 
 }  // namespace
 
 int conv_dgrad_strip_rows(int columns) {
-  return narrow_tiles(columns) ? Narrow<Bf16>::kWarpM : Wide<Bf16>::kWarpM;
+  return narrow_tiles(columns) ? DgradNarrow<Bf16>::kWarpM : DgradWide<Bf16>::kWarpM;
 }
 
 int conv_dgrad_span(const ConvParams& p) {
   int pixels = p.height.input * p.width.input;  // of the smallest phase: the most samples a strip
-  for_each_phase(p.height, p.width, p.batch, Wide<Bf16>::kBlockM, [&](const Phase& phase, int64_t) {
+  for_each_phase(p.height, p.width, p.batch, kBlockRows, [&](const Phase& phase, int64_t) {
     if (phase.pixels() > 0 && phase.pixels() < pixels) pixels = phase.pixels();
     return true;
   });
@@ -38,9 +36,8 @@ int conv_dgrad_span(const ConvParams& p) {
 }
 
 int64_t conv_dgrad_slots(const ConvParams& p) {
-  const int rows = Wide<Bf16>::kBlockM;
-  return gradient_row_tiles(p.height, p.width, p.batch, rows) *
-         (rows / conv_dgrad_strip_rows(p.columns)) * conv_dgrad_span(p);
+  return gradient_row_tiles(p.height, p.width, p.batch, kBlockRows) *
+         (kBlockRows / conv_dgrad_strip_rows(p.columns)) * conv_dgrad_span(p);
 }
 
 void launch_conv_dgrad(const ConvParams& params, Type type, Place place) {
@@ -57,7 +54,7 @@ void launch_conv_dgrad_sums(const ConvParams& p, float* t0, float* t1, int total
   sums.total[0] = t0, sums.total[1] = t1, sums.total_stride = total_stride;
   sums.batch = p.batch, sums.columns = p.columns;
   sums.strip_rows = conv_dgrad_strip_rows(p.columns), sums.span = conv_dgrad_span(p);
-  sums.block_rows = Wide<Bf16>::kBlockM;
+  sums.block_rows = kBlockRows;
   sums.height = p.height, sums.width = p.width;
   launch<SumColumns>(sums, SumColumns::blocks(sums), place);
 }

@@ -12,10 +12,7 @@ void launch_typed(const ConvParams& p, Place place) {
     launch<Kernel>(p, ceil_div<int64_t>(rows, Kernel::kBlockM) * ceil_div(p.columns, Kernel::kBlockN),
                    place);
   };
-  if (narrow_tiles(p.columns))
-    run(ImplicitGemm<T, Direction::kForward, 128, 64, 3>{});
-  else
-    run(ImplicitGemm<T, Direction::kForward, 128, 128, 2>{});
+  narrow_tiles(p.columns) ? run(FpropNarrow<T>{}) : run(FpropWide<T>{});
 }
 
 }  // namespace

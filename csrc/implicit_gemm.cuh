@@ -479,4 +479,15 @@ struct ImplicitGemm {
   }
 };
 
+// The tiles that are compiled: 250 and 164 registers a thread, so that 2 and 3 blocks (8 and 12
+// warps) share a multiprocessor's 65,536 registers and 64 or 48 KB of its shared memory each.
+template <class T>
+using FpropWide = ImplicitGemm<T, Direction::kForward, 128, 128, 2>;
+template <class T>
+using FpropNarrow = ImplicitGemm<T, Direction::kForward, 128, 64, 3>;
+template <class T>
+using DgradWide = ImplicitGemm<T, Direction::kInputGradient, 128, 128, 2>;
+template <class T>
+using DgradNarrow = ImplicitGemm<T, Direction::kInputGradient, 128, 64, 3>;
+
 }  // namespace wf

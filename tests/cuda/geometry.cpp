@@ -53,6 +53,20 @@ PYBIND11_MODULE(geometry, module) {
   });
   module.def("slot", &wf::slot_of);
   module.def("narrow_tiles", &wf::narrow_tiles);
+  // Threads, blocks that shall share a multiprocessor, shared memory: per tile, as compiled.
+  module.def("kernels", [] {
+    py::list found;
+    const auto add = [&](const char* name, auto kernel) {
+      using Kernel = decltype(kernel);
+      found.append(py::make_tuple(name, Kernel::kThreads, Kernel::kMinBlocks,
+                                  uint32_t{Kernel::kSharedBytes}));
+    };
+    add("E0ELi128ELi128E", wf::FpropWide<wf::Bf16>{});
+    add("E0ELi128ELi64E", wf::FpropNarrow<wf::Bf16>{});
+    add("E1ELi128ELi128E", wf::DgradWide<wf::Bf16>{});
+    add("E1ELi128ELi64E", wf::DgradNarrow<wf::Bf16>{});
+    return found;
+  });
   module.def("swizzle_64", &wf::swizzle_64);
   module.def("swizzle_wide", &wf::swizzle_wide);
   module.def("swizzle_staging", &wf::swizzle_staging);
