@@ -1,0 +1,75 @@
+"""The paper's tables for a recipe, from the training of the classifier on: four commands in a row.
+
+    python benchmarks/paper_tables.py digits/resnet                     about half an hour of a core
+    python benchmarks/paper_tables.py mnist/resnet18 --options --data-dir /data/mnist
+
+runs ``wfnet train``, ``untrain``, ``baseline`` and ``evaluate --tables`` with ``--config RECIPE``
+in one folder, and writes the tables with the commands, commit and versions that made them. Given
+again it goes on where it stopped: finished commands are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+
+from quality import RESULTS, provenance
+
+from wfnet.cli import main as wfnet
+from wfnet.cli.train import BASE_NAME
+from wfnet.pretrained import write_json
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("recipe", help="digits/resnet, mnist/vit_tiny, ...")
+    parser.add_argument("--folder", type=Path, help="of the runs (default: runs/RECIPE)")
+    parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results)")
+    parser.add_argument("--published", help="published numbers to stand beside, mnist/resnet18")
+    parser.add_argument(
+        "--options", nargs=argparse.REMAINDER, default=[], help="for all four commands"
+    )
+    arguments = parser.parse_args()
+    folder = arguments.folder or Path("runs", arguments.recipe.replace("/", "-"))
+    output = arguments.output or RESULTS / f"tables_{arguments.recipe.replace('/', '_')}.json"
+    base, run = folder / "base", folder / "untrained"
+    config = ["--config", arguments.recipe, *arguments.options]
+    published = ["--published", arguments.published] if arguments.published else []
+    commands = {
+        "train": ["train", "--output", base, *config],
+        "untrain": [
+            "untrain", "--checkpoint", base / BASE_NAME, "--output", run, "--resume", *config,
+        ],
+        "baseline": ["baseline", run, *config],
+        "evaluate": ["evaluate", run, "--tables", *published, *config],
+    }  # fmt: skip
+    record = folder / "finished.json"
+    finished = json.loads(record.read_text()) if record.is_file() else {}
+    for name, command in commands.items():
+        command = [str(part) for part in command]
+        if finished.get(name, {}).get("command") == command and name != "evaluate":
+            continue
+        started, cpu = time.perf_counter(), time.process_time()
+        if wfnet(command):
+            raise SystemExit(f"wfnet {shlex.join(command)} failed")
+        finished[name] = {
+            "command": command,
+            "seconds": round(time.perf_counter() - started, 1),
+            "cpu_seconds": round(time.process_time() - cpu, 1),
+        }
+        write_json(record, finished)
+    tables = json.loads((run / "tables.json").read_text())
+    made = {**provenance(), "commands": finished}
+    made["command"] = f"python benchmarks/paper_tables.py {arguments.recipe}"
+    made.pop("units")
+    write_json(output, {"provenance": made, **tables})
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()
