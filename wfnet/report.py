@@ -162,7 +162,7 @@ def render(contents: Contents) -> str:
         ("tables", "Beside other methods", _tables(contents)),
         ("figures", "Figures", _figures(contents)),
         ("definitions", "Definitions", _definitions(contents)),
-        ("configuration", "Configuration and environment", _configuration(contents)),
+        ("configuration", "Configuration", _configuration(contents)),
     ]
     name = contents.folder.absolute().name
     options = contents.run.get("options", {})
@@ -241,7 +241,7 @@ def _classes(contents: Contents) -> str:
         ("Acc_f", "accuracy on the class when it is forgotten, %"),
         ("Acc_r before", "accuracy on the others, original, %"),
         ("Acc_r", "accuracy on the others when the class is forgotten, %"),
-        ("change of Acc_r", "points"),
+        ("change", "of Acc_r, points"),
         *([("Acc_f@5", "top-5, %"), ("Acc_r@5", "top-5, %")] if top5 else []),
         ("ZRF", f"log base {base_name(result.zrf_base)}"),
         *([("retrained Acc_f", "retrained without the class, %"),

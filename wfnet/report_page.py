@@ -10,9 +10,9 @@ STYLE = """
   --orange: #b64f00; --green: #007a58; }
 * { box-sizing: border-box; }
 body { margin: 0; color: var(--ink); background: #fff; font: 16px/1.5 system-ui, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 0 1.25rem 4rem; }
+main { max-width: 1320px; margin: 0 auto; padding: 0 1.25rem 4rem; }
 header { background: var(--ground); border-bottom: 1px solid var(--line); }
-header div { max-width: 1160px; margin: 0 auto; padding: 1.6rem 1.25rem 1.1rem; }
+header div { max-width: 1320px; margin: 0 auto; padding: 1.6rem 1.25rem 1.1rem; }
 h1 { margin: 0 0 .25rem; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere; }
 h2 { margin: 2.6rem 0 .6rem; font-size: 1.3rem; border-bottom: 1px solid var(--line);
   padding-bottom: .3rem; }
@@ -24,14 +24,14 @@ nav a { margin-right: 1.1rem; color: var(--blue); }
 .cards { display: flex; flex-wrap: wrap; gap: .8rem; margin: 1.3rem 0; }
 .card { border: 1px solid var(--line); border-radius: 6px; padding: .7rem .95rem; min-width: 11rem;
   flex: 1; }
-.card b { display: block; font-size: 1.45rem; line-height: 1.25; }
+.card b { display: block; white-space: nowrap; font-size: 1.25rem; line-height: 1.25; }
 .card span { color: var(--soft); font-size: .86rem; }
 .scroll { overflow: auto; max-height: 36rem; border: 1px solid var(--line); border-radius: 6px; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
 .scroll table { width: 100%; }
 caption { text-align: left; color: var(--soft); padding: .3rem 0; }
-th, td { padding: .28rem .65rem; text-align: right; border-bottom: 1px solid #eceff2;
+th, td { padding: .28rem .5rem; text-align: right; border-bottom: 1px solid #eceff2;
   vertical-align: top; }
 th { background: var(--ground); font-weight: 600; }
 td.text, th.text { text-align: left; overflow-wrap: break-word; min-width: 9rem;
