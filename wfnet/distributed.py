@@ -7,7 +7,7 @@ point sums are taken does. All means are taken over the whole minibatch, whateve
 rank has: shares may differ in size, an image may be unreadable on one rank, a share may be empty.
 
 Filter gradients have few rows other than 0, those of the labels in the minibatch, and every rank
-knows all labels. So only these rows are sent, without any index (:class:`RowSum`).
+knows all labels. So only these rows are sent, without any index (:func:`add_rows`).
 
     torchrun --nproc-per-node 8 -m wfnet untrain ...
 
@@ -198,7 +198,7 @@ class Part:
         position: number of the minibatch.
         images: ``[m, C, H, W]``, those that this rank has read; None if there are none.
         batch: the samples of the whole expanded minibatch that use them.
-        rows: for every rank the distinct forget labels of its samples, ascending.
+        rows: distinct forget labels of the whole expanded minibatch.
         size: samples of the whole expanded minibatch.
         read: images of the whole minibatch.
         leader: the first rank that has samples.
@@ -208,7 +208,7 @@ class Part:
     position: int
     images: Tensor | None
     batch: ExpandedBatch
-    rows: list[Tensor]
+    rows: Tensor
     size: int
     read: int
     leader: int
@@ -307,7 +307,6 @@ class SharedReader:
         whole = self.expand(self.labels[chosen[there]], self.position, bool(there.all()))
         owner = (torch.arange(len(chosen)) % self.ranks.size)[there]  # of each image
         of_sample = owner[whole.source]
-        rows = [whole.forget[of_sample == rank].unique() for rank in range(self.ranks.size)]
         mine = of_sample == self.ranks.rank
         place = (owner == self.ranks.rank).cumsum(0) - 1  # among the images of this rank
         local = ExpandedBatch(
@@ -316,9 +315,11 @@ class SharedReader:
             whole.target[mine],
             int(mine[whole.forget_half].sum()),
         )
-        leader = next(rank for rank, own in enumerate(rows) if len(own))
         images = None if batch is None or not len(local) else batch.images
-        return Part(self.position, images, local, rows, len(whole), int(there.sum()), leader, stop)
+        return Part(
+            self.position, images, local, whole.forget.unique(), len(whole), int(there.sum()),
+            int(of_sample.min()), stop,
+        )  # fmt: skip
 
 
 # -- gradients ------------------------------------------------------------------------------------
@@ -394,73 +395,36 @@ class SharedObjective(Objective):
         return Losses(total, losses.terms)
 
 
-@dataclass(frozen=True)
-class RowSum:
-    """How to add up gradients ``[K, C]`` of which each rank has few rows other than 0.
+def bytes_sent(rows: int, row_bytes: int, ranks: int) -> int:
+    """Bytes that each of W ranks sends when R rows are added up in a ring: ``2 (W - 1) / W * R``
+    rows."""
+    return 2 * (ranks - 1) * rows * row_bytes // ranks
 
-    Attributes:
-        way: "dense" (all-reduce of the matrix), "rows" (all-reduce of the rows that occurred on
-            some rank) or "gather" (each rank's own rows, summed in the order of ranks).
-        sent: bytes that a rank sends: with R of K rows on all ranks together and at most r on one,
-            in ring algorithms over W ranks, ``2 (W - 1) / W * K`` rows, ``2 (W - 1) / W * R`` rows,
-            and ``(W - 1) * r`` rows.
+
+# Of the rows: a larger part is sent with all others, which saves the copies of what is sent.
+# (benchmarks/bench_allreduce.py; all-gathering each rank's own rows sends less, and took longer.)
+_FEW = 0.5
+
+
+def add_rows(gradient: Tensor, rows: Tensor, ranks: Ranks) -> int:
+    """Replaces the rows of ``gradient`` by their sums over ranks, on every rank the same bits.
+
+    Args:
+        gradient: ``[K, C]``.
+        rows: ``[R]`` int64 on the host, distinct: those that may differ from 0 on some rank. If
+            they are few, nothing else is sent; otherwise the whole matrix is added up.
+        ranks: all of them, with the same ``rows``.
+
+    Returns:
+        Bytes that each rank has sent (:func:`bytes_sent`).
     """
-
-    way: str
-    sent: int
-
-    @staticmethod
-    def costs(rows: Sequence[Tensor], num_rows: int, row_bytes: int) -> dict[str, int]:
-        """Bytes that a rank sends, for every way.
-
-        Args:
-            rows: of each rank, distinct.
-            num_rows: K.
-            row_bytes: bytes of a row of the matrix.
-        """
-        ranks = len(rows)
-        union = torch.cat(list(rows)).unique().numel()
-        most = max(own.numel() for own in rows)
-        return {
-            "rows": 2 * (ranks - 1) * union * row_bytes // ranks,
-            "dense": 2 * (ranks - 1) * num_rows * row_bytes // ranks,
-            "gather": (ranks - 1) * most * row_bytes,
-        }
-
-    @classmethod
-    def choose(cls, rows: Sequence[Tensor], num_rows: int, row_bytes: int) -> RowSum:
-        """The way that sends least; the same on every rank, as all know all rows."""
-        costs = cls.costs(rows, num_rows, row_bytes)
-        union = torch.cat(list(rows)).unique().numel()
-        if union == num_rows:
-            costs.pop("rows")  # the whole matrix, and copies of it
-        way = min(costs, key=costs.get)
-        return cls(way, costs[way])
-
-    def __call__(self, gradient: Tensor, rows: Sequence[Tensor], ranks: Ranks) -> None:
-        """Replaces ``gradient`` by its sum over ranks, on every rank the same bits.
-
-        Rows that occurred on no rank are left as they are.
-        """
-        if self.way == "dense":
-            ranks.add(gradient)
-            return
-        device = gradient.device
-        union = torch.cat(list(rows)).unique().to(device)
-        if self.way == "rows":
-            gradient.index_copy_(0, union, ranks.add(gradient.index_select(0, union)))
-            return
-        most = max(own.numel() for own in rows)
-        own = rows[ranks.rank]
-        block = gradient.new_zeros((most, gradient.shape[1]))
-        block[: len(own)] = gradient.index_select(0, own.to(device))
-        blocks = gradient.new_empty((ranks.size * most, gradient.shape[1]))
-        with _in_touch():
-            group = ranks.host if device.type == "cpu" else None
-            dist.all_gather_into_tensor(blocks, block, group=group)
-        gradient.index_fill_(0, union, 0)
-        for part, own in zip(blocks.split(most), rows, strict=True):
-            gradient.index_add_(0, own.to(device), part[: len(own)])  # distinct rows: one order
+    row_bytes = gradient.shape[1] * gradient.element_size()
+    if len(rows) > _FEW * gradient.shape[0]:
+        ranks.add(gradient)
+        return bytes_sent(gradient.shape[0], row_bytes, ranks.size)
+    rows = rows.to(gradient.device)
+    gradient.index_copy_(0, rows, ranks.add(gradient.index_select(0, rows)))
+    return bytes_sent(len(rows), row_bytes, ranks.size)
 
 
 class SharedStep(UntrainingStep):
@@ -492,13 +456,10 @@ class SharedStep(UntrainingStep):
             if first:
                 self.gradient.zero_()
             found.append(self.objective.without_samples(self.net))
-        rows = [torch.cat([p.rows[r] for p in parts]).unique() for r in range(self.ranks.size)]
-        row_bytes = self.gradient.shape[1] * self.gradient.element_size()
-        way = RowSum.choose(rows, self.gradient.shape[0], row_bytes)
-        if not self.rows_only:
-            way = RowSum("dense", RowSum.costs(rows, self.gradient.shape[0], row_bytes)["dense"])
-        way(self.gradient, rows, self.ranks)
-        self.sent += way.sent
+        rows = torch.arange(self.gradient.shape[0])
+        if self.rows_only:
+            rows = torch.cat([part.rows for part in parts]).unique()
+        self.sent += add_rows(self.gradient, rows, self.ranks)
         for parameter, gradient in zip(self.params, self.columns, strict=True):
             parameter.grad = gradient
         return mean_losses(found)

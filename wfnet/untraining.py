@@ -734,7 +734,7 @@ class _Untraining:
             samples = sum(len(batch) for _, batch in minibatches)
         else:
             minibatches = group
-            labels = [own for part in group for own in part.rows]
+            labels = [part.rows for part in group]
             samples = sum(part.size for part in group)
             self.position = group[-1].position + 1
         losses = self.work.differentiate(minibatches)
