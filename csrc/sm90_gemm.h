@@ -28,8 +28,8 @@ namespace wf::sm90 {
 
 constexpr int kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;  // 2 * 128 * 232 + 128 * 40 = 64,512 of 65,536
+constexpr int kProducerRegisters = 24;
+constexpr int kConsumerRegisters = 240;  // 2 * 128 * 240 + 128 * 24 = 64,512 of 65,536
 
 enum class Direction { kForward, kBackward };
 
@@ -202,9 +202,39 @@ WF_DEVICE void finish_multiply(Accumulators<kBlockN>& acc, int last_stage, int s
 
 // ---- epilogues ------------------------------------------------------------------------------------
 
+// 8 channels as they lie in memory: four words wait for their turn where eight floats would not fit.
 template <class T>
-WF_DEVICE Channels load_channels(const void* tensor, int64_t at) {
-  return unpack<T>(load_constant<Vec16>(static_cast<const T*>(tensor) + at));
+WF_DEVICE Vec16 load_packed(const void* tensor, int64_t at) {
+  return load_constant<Vec16>(static_cast<const T*>(tensor) + at);
+}
+
+// Brings a tile's rows of the tensors that its epilogue reads to L2 while the tile is multiplied: the
+// epilogue's own loads, few at a time, then wait for L2 and not for memory.
+template <class T, int kBlockN, int kCount>
+WF_DEVICE void prefetch_rows(const Problem& problem, const Phase& phase, int m, int n,
+                             const void* const (&tensors)[kCount]) {
+  const int row = m * kBlockM + block_thread() % kWarpgroup;
+  if (row >= phase.rows) return;
+  const int first = n * kBlockN;
+  const int count = problem.columns - first < kBlockN ? problem.columns - first : kBlockN;
+  const int64_t at = row_at(problem, phase, row).pixel * problem.columns + first;
+  WF_UNROLL
+  for (int i = 0; i < kCount; ++i)
+    if (tensors[i] != nullptr) prefetch_l2(static_cast<const T*>(tensors[i]) + at, count * 2);
+}
+
+template <class T, int kBlockN>
+WF_DEVICE void prefetch_tile(const Problem& problem, const ForwardEpilogue& e, const Phase& phase,
+                             int m, int n) {
+  prefetch_rows<T, kBlockN>(problem, phase, m, n, {e.residual});
+}
+
+template <class T, int kBlockN>
+WF_DEVICE void prefetch_tile(const Problem& problem, const BackwardEpilogue& e, const Phase& phase,
+                             int m, int n) {
+  prefetch_rows<T, kBlockN>(problem, phase, m, n,
+                            {e.skip, e.needs_branch() ? e.branch : nullptr,
+                             e.relu ? e.activation : nullptr});
 }
 
 // Transposes the 4 x 4 blocks of 2 columns that a quad holds: lane q of it, which had columns 2q and
@@ -244,7 +274,11 @@ WF_DEVICE Channels gather_channels(const float (&fragment)[kCount], int first, i
 // The four rows of a lane: which samples, where in memory. A row past the end has sample -1.
 struct LaneRows {
   int sample[4];
-  int64_t offset[4];  // of the row's first column
+  int pixel[4];  // below 2^31, see refuse(); its offset is not, and made when it is needed
+
+  WF_DEVICE int64_t at(int row, const Problem& problem, int column) const {
+    return static_cast<int64_t>(pixel[row]) * problem.columns + column;
+  }
 };
 
 WF_DEVICE LaneRows lane_rows(const Problem& problem, const Phase& phase, int m0) {
@@ -257,10 +291,10 @@ WF_DEVICE LaneRows lane_rows(const Problem& problem, const Phase& phase, int m0)
     if (m < phase.rows) {
       const Row row = row_at(problem, phase, m);
       rows.sample[r] = row.sample;
-      rows.offset[r] = row.pixel * problem.columns;
+      rows.pixel[r] = static_cast<int>(row.pixel);
     } else {
       rows.sample[r] = -1;
-      rows.offset[r] = 0;
+      rows.pixel[r] = 0;
     }
   }
   return rows;
@@ -276,12 +310,12 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
   for (int chunk = 0; chunk < kBlockN / 32; ++chunk) {
     const int column = n * kBlockN + chunk * 32 + thread_index() % 4 * 8;
     const bool column_ok = column < problem.columns;
-    Channels residual[4];  // four loads on their way before the first is needed
+    Vec16 residuals[4];  // four loads on their way before the first is needed
     if (e.residual != nullptr) {
       WF_UNROLL
       for (int r = 0; r < 4; ++r)
         if (column_ok && rows.sample[r] >= 0)
-          residual[r] = load_channels<T>(e.residual, rows.offset[r] + column);
+          residuals[r] = load_packed<T>(e.residual, rows.at(r, problem, column));
     }
     int loaded = -1;  // sample whose tables are loaded: mostly one for all four rows
     Channels scale, shift;
@@ -299,17 +333,19 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
       if (e.branch != nullptr) {
         // Backward takes the ReLU mask from the stored branch: forward sees the same numbers.
         const Vec16 stored = pack<T>(value);
-        store_global(static_cast<T*>(e.branch) + rows.offset[r] + column, stored);
+        store_global(static_cast<T*>(e.branch) + rows.at(r, problem, column), stored);
         value = unpack<T>(stored);
       }
+      Channels residual;
+      if (e.residual != nullptr) residual = unpack<T>(residuals[r]);
       WF_UNROLL
       for (int i = 0; i < kVector; ++i) {
         float& x = value.value[i];
         if (e.shift != nullptr) x += shift.value[i];
-        if (e.residual != nullptr) x += residual[r].value[i];
+        if (e.residual != nullptr) x += residual.value[i];
         if (e.relu) x = rectified(x);
       }
-      store_channels<T>(e.out, rows.offset[r] + column, value);
+      store_channels<T>(e.out, rows.at(r, problem, column), value);
     }
   }
 }
@@ -346,13 +382,15 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
   for (int chunk = 0; chunk < kBlockN / 32; ++chunk) {
     const int column = n * kBlockN + chunk * 32 + lane % 4 * 8;
     const bool column_ok = column < problem.columns;
-    Channels g[4], v[4];
+    Channels g[4];
+    Vec16 skips[4], branches[4];  // eight loads on their way before the first is needed
     WF_UNROLL
     for (int r = 0; r < 4; ++r) {
-      WF_UNROLL
-      for (int i = 0; i < kVector; ++i) v[r].value[i] = 0.0f;
-      if (column_ok && rows.sample[r] >= 0 && e.needs_branch())
-        v[r] = load_channels<T>(e.branch, rows.offset[r] + column);
+      branches[r] = Vec16{};
+      if (!column_ok || rows.sample[r] < 0) continue;
+      const int64_t at = rows.at(r, problem, column);
+      if (e.skip != nullptr) skips[r] = load_packed<T>(e.skip, at);
+      if (e.needs_branch()) branches[r] = load_packed<T>(e.branch, at);
     }
     int loaded = -1;
     Channels scale, shift;
@@ -365,7 +403,7 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
         for (int i = 0; i < kVector; ++i) g[r].value[i] = 0.0f;
         continue;
       }
-      const int64_t at = rows.offset[r] + column;
+      const int64_t at = rows.at(r, problem, column);
       if (rows.sample[r] != loaded) {
         loaded = rows.sample[r];
         const int64_t row = static_cast<int64_t>(loaded) * e.table_stride + column;
@@ -373,19 +411,19 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
         if (e.mask_from_branch() && e.shift != nullptr) shift = load_table(e.shift + row);
       }
       if (e.skip != nullptr) {
-        const Channels skip = load_channels<T>(e.skip, at);
+        const Channels skip = unpack<T>(skips[r]);
         WF_UNROLL
         for (int i = 0; i < kVector; ++i) g[r].value[i] += skip.value[i];
       }
       if (e.mask_from_branch()) {
+        const Channels v = unpack<T>(branches[r]);
         WF_UNROLL
         for (int i = 0; i < kVector; ++i) {
-          const float alive =
-              e.shift != nullptr ? v[r].value[i] + shift.value[i] : v[r].value[i];
+          const float alive = e.shift != nullptr ? v.value[i] + shift.value[i] : v.value[i];
           g[r].value[i] = alive > 0.0f ? g[r].value[i] : 0.0f;
         }
       } else if (e.relu) {
-        const Channels out = load_channels<T>(e.activation, at);
+        const Channels out = unpack<T>(load_packed<T>(e.activation, at));
         WF_UNROLL
         for (int i = 0; i < kVector; ++i)
           g[r].value[i] = out.value[i] > 0.0f ? g[r].value[i] : 0.0f;
@@ -402,10 +440,11 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
       WF_UNROLL
       for (int r = 0; r < 4; ++r) {
         const bool mine = rows.sample[r] == sample;
+        const Channels v = unpack<T>(branches[r]);
         WF_UNROLL
         for (int i = 0; i < kVector; ++i) {
           part[i] += mine ? g[r].value[i] : 0.0f;
-          part[8 + i] += mine ? g[r].value[i] * v[r].value[i] : 0.0f;
+          part[8 + i] += mine ? g[r].value[i] * v.value[i] : 0.0f;
         }
       }
       halve_sums<16, 8>(part);
@@ -455,14 +494,15 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
       for (int half = 0; half < 2; ++half)
         WF_UNROLL
         for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
+      const int m = work.pair * kCluster + cluster_rank();
+      prefetch_tile<T, kBlockN>(problem, params.epilogue, phase, m, work.n);
       if (i > 0) wait_for_turn(consumer);
       const int last =
           multiply<T, kBlockN, kDirection == Direction::kBackward>(acc, ring, phase.slices);
       // The other consumer issues its first wgmma while the last ones of this tile are at work.
       if (next.slot < problem.tile_slots) give_turn(consumer);
       finish_multiply<kBlockN>(acc, last, phase.slices);
-      finish_tile<T, kBlockN>(acc, problem, params.epilogue, phase,
-                              work.pair * kCluster + cluster_rank(), work.n, consumer);
+      finish_tile<T, kBlockN>(acc, problem, params.epilogue, phase, m, work.n, consumer);
     } else {
       ring.skip(phase.slices);
     }
@@ -487,7 +527,9 @@ WF_DEVICE void gemm(const Params<kDirection>& params) {
   if (role == kConsumers) {
     give_registers<kProducerRegisters>();
     if (block_thread() == kConsumers * kWarpgroup) {
-      for (int i = 0; i < params.problem.num_phases; ++i) prefetch_tensor_map(&params.a[i]);
+      for (int i = 0; i < params.problem.num_phases; ++i)
+        if (params.problem.phases[i].slices > 0 && params.problem.phases[i].rows > 0)
+          prefetch_tensor_map(&params.a[i]);
       prefetch_tensor_map(&params.b);
       produce<kBlockN, kDirection>(params);
     }

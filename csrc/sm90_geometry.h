@@ -31,7 +31,7 @@ namespace wf::sm90 {
 // One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work on
 // different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up to
 // five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128 fp32
-// accumulators take 128 of a thread's 232 registers.
+// accumulators take 128 of a thread's 240 registers.
 //
 // Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B for
 // both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP: 87 FLOP per byte, 790 TFLOP/s

@@ -422,7 +422,18 @@ WF_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 #if defined(__CUDACC__)
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 #else
-  (void)map;
+  if (map->parameters.rank == 0) emulation::block().fail("prefetch_tensor_map: no tensor map");
+#endif
+}
+
+// Asks for `bytes` of global memory to be in L2 soon; address and size are multiples of 16.
+WF_DEVICE void prefetch_l2(const void* address, uint32_t bytes) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+#else
+  if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    emulation::block().fail("prefetch_l2: address and size must be multiples of 16");
+  emulation::block().global(address, bytes, false, "prefetch_l2");
 #endif
 }
 
