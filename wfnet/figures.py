@@ -875,10 +875,11 @@ def _draw_relearning(axis: Axes, result: TrustResult) -> None:
         axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
         return
     names = list(dict.fromkeys(name for r in found for name in r.forgetful))
+    counts = [name.rpartition("_")[2] for name in names]
     texts = [
-        "other classes\nonly" if name.endswith("retain_only") else f"{name.rpartition('_')[2]} "
-        "images\nof the class"
-        for name in names
+        "other classes\nonly" if name.endswith("retain_only")
+        else f"{count} image{'' if count == '1' else 's'}\nof the class"
+        for name, count in zip(names, counts, strict=True)
     ]  # fmt: skip
     for i, (who, color, label) in enumerate(
         (("forgetful", AFTER, "model under test"), ("retrained", RETRAINED, "retrained"))

@@ -89,7 +89,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         f"{' '.join(map(str, defaults.relearn_images))})",
     )  # fmt: skip
     group.add_argument(
-        "--retrained", nargs="+", default=[], metavar="DIR",
+        "--retrained", nargs="+", metavar="DIR",
         help="more folders in which `wfnet baseline` has put retrained models, of other seeds for "
         "example (those in RUN are found)",
     )  # fmt: skip
@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     classes = list(range(net.num_classes))
     if options.classes:
         classes = class_indices(options.classes, data.classes, net.num_classes)
-    levels = RetrainedModels([folder, *map(Path, options.retrained)], classifier, data.train)
+    levels = RetrainedModels([folder, *map(Path, options.retrained or ())], classifier, data.train)
     device = next(net.parameters()).device
     result = trust.run_checks(
         lambda label: net.bake(label, prune_below=options.prune_below),
