@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from wfnet.tables import flat_matrix, side_by_side
 
+_ROWS_AT_A_TIME = 256  # of 16-bit filters: bounds the fp32 copies
+
 
 class RowAdam(torch.optim.Optimizer):
     """Adam (Kingma & Ba, algorithm 1) over matrices ``[K, O_i]`` that share their rows.
@@ -20,6 +22,11 @@ class RowAdam(torch.optim.Optimizer):
     All matrices are updated together as one ``[K, sum O_i]`` matrix: a dozen tensor operations for
     any number of layers, none of which waits for a device. Nothing is copied for it where they are
     views of such a matrix (:func:`wfnet.tables.flatten_filters`).
+
+    Filters in bfloat16 have moments in bfloat16. A step is computed in fp32, some rows at a time,
+    and rounded stochastically: an update of less than half a unit in the last place, which
+    rounding to nearest would lose for good, counts in the mean. The random bits are a function of
+    row, column and the row's step count, so runs repeat and resume bit by bit.
 
     Args:
         params: matrices with the same number of rows, dtype and device.
@@ -54,7 +61,9 @@ class RowAdam(torch.optim.Optimizer):
         rows, (first, width) = self._params[0].shape[0], (self._params[0], sum(self._widths))
         self._exp_avg = first.new_zeros((rows, width), requires_grad=False)
         self._exp_avg_sq = torch.zeros_like(self._exp_avg)
-        self._steps = first.new_zeros((rows, 1), requires_grad=False)
+        self._wide = torch.promote_types(first.dtype, torch.float32)
+        # 8 bits of bfloat16 count to 256.
+        self._steps = first.new_zeros((rows, 1), dtype=self._wide, requires_grad=False)
 
     @torch.no_grad()
     def step(
@@ -77,7 +86,11 @@ class RowAdam(torch.optim.Optimizer):
         grad = side_by_side(
             [torch.zeros_like(p) if p.grad is None else p.grad for p in self._params]
         )
-        if occurred is not None:
+        if self._wide != grad.dtype:
+            if occurred is None and rows is None:
+                occurred = (grad != 0).any(1)
+            self._step_rounded(grad, rows, occurred)
+        elif occurred is not None:
             self._step_masked(grad, occurred.view(-1, 1))
         elif rows is None:
             self._step_masked(grad, (grad != 0).any(1, keepdim=True))
@@ -110,6 +123,32 @@ class RowAdam(torch.optim.Optimizer):
             return
         for parameter, part in zip(self._params, update.split(self._widths, 1), strict=True):
             parameter.index_add_(0, rows, part, alpha=-1)
+
+    def _step_rounded(self, grad: Tensor, rows: Tensor | None, occurred: Tensor | None) -> None:
+        """A step of 16-bit filters and moments, in fp32 for a block of rows at a time."""
+        if rows is None:
+            rows = torch.arange(grad.shape[0], device=grad.device)
+        flat = flat_matrix(self._params)
+        for index in rows.to(grad.device, non_blocking=True).split(_ROWS_AT_A_TIME):
+            old = [self._exp_avg, self._exp_avg_sq]
+            exp_avg, exp_avg_sq = (matrix[index].to(self._wide) for matrix in old)
+            steps = self._steps[index]
+            there = None if occurred is None else occurred.view(-1, 1)[index]
+            update = self._advance(grad[index].to(self._wide), exp_avg, exp_avg_sq, steps, there)
+            if there is not None:
+                update = torch.where(there, update, 0)
+            self._steps[index] = steps
+            value = side_by_side([p[index] for p in self._params]) if flat is None else flat[index]
+            value = value.to(self._wide) - update
+            key = index.unsqueeze(1), steps
+            for number, (matrix, exact) in enumerate(zip(old, (exp_avg, exp_avg_sq), strict=True)):
+                matrix[index] = stochastic_round(exact, matrix.dtype, *key, number)
+            value = stochastic_round(value, grad.dtype, *key, len(old))
+            if flat is not None:
+                flat[index] = value
+                continue
+            for parameter, part in zip(self._params, value.split(self._widths, 1), strict=True):
+                parameter[index] = part
 
     def _advance(
         self,
@@ -173,6 +212,44 @@ class RowAdam(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         self.load_moments(state_dict.pop("moments"))
         super().load_state_dict(state_dict)
+
+
+def stochastic_round(
+    values: Tensor, dtype: torch.dtype, rows: Tensor, steps: Tensor, stream: int
+) -> Tensor:
+    """Rounds to bfloat16, up or down at random, so that the mean is ``values``.
+
+    Args:
+        values: ``[R, C]`` fp32.
+        dtype: torch.bfloat16; any other is rounded to nearest.
+        rows, steps: ``[R, 1]``, integers and whole numbers that decide the random bits, together
+            with the column.
+        stream: other random bits for every number.
+
+    Returns:
+        ``[R, C]``. A value that bfloat16 holds stays as it is; so do NaN and infinity.
+    """
+    if dtype != torch.bfloat16 or values.dtype != torch.float32:
+        return values.to(dtype)
+    key = _mixed(rows.to(torch.int32) * _signed(0x9E3779B1) + stream)
+    key = _mixed(key ^ steps.to(torch.int32))
+    columns = torch.arange(values.shape[1], dtype=torch.int32, device=values.device)
+    noise = _mixed(key + columns * _signed(0x85EBCA77)).bitwise_and_(0xFFFF)
+    # A bfloat16 is the upper half of an fp32: the lower half carries over in proportion to it.
+    rounded = (values.contiguous().view(torch.int32) + noise).bitwise_and_(_signed(0xFFFF0000))
+    return torch.where(values.isfinite(), rounded.view(torch.float32), values).to(dtype)
+
+
+def _mixed(bits: Tensor) -> Tensor:
+    """A hash of 32 bits (lowbias32 of C. Wellons' hash prospector); ``bits`` is int32."""
+    bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x7FEB352D
+    bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * _signed(0x846CA68B)
+    return bits ^ ((bits >> 16) & 0xFFFF)
+
+
+def _signed(bits: int) -> int:
+    """32 bits as PyTorch's int32 takes them."""
+    return bits - (1 << 32) if bits >> 31 else bits
 
 
 @torch.no_grad()

@@ -85,7 +85,8 @@ class UntrainingStep:
         self.columns = self._columns_of(self.gradient)
         # One place more than there are rows: where labels of -1 go.
         self.occurred = torch.zeros(filters.shape[0] + 1, dtype=torch.bool, device=self.device)
-        self.lr = torch.zeros((), dtype=filters.dtype, device=self.device)
+        wide = torch.promote_types(filters.dtype, torch.float32)
+        self.lr = torch.zeros((), dtype=wide, device=self.device)
         self.graphs = _Graphs(self) if capture else None
 
     def __call__(

@@ -964,7 +964,9 @@ class _Untraining:
 
     def _identity(self) -> dict[str, str]:
         """What a resumed run must have in common with the interrupted one, as digests."""
-        filters = {name: list(p.shape) for name, p in self.net.named_filters().items()}
+        filters = {
+            name: [list(p.shape), str(p.dtype)] for name, p in self.net.named_filters().items()
+        }
         gate = [self.net.alpha_init, self.net.normalize_gate]
         return {
             "base network": fingerprint(self.net.model),
