@@ -8,9 +8,11 @@ from wfnet.kernels.epilogue_bwd import LayerBelow
 from wfnet.kernels.gate import GatedLayer, GateTables
 
 import wfnet.functional as wf
+from wfnet.backends import Below, ConvGeometry, cuda, cuda_launch
+from wfnet.tables import GatedLayer as TableLayer
 
 
-def conv_steps() -> None:
+def conv_steps(backend: str) -> None:
     """Forward and backward of masked convolutions, with labels and sources out of range."""
     for channels, kernel, stride, size in (
         (16, 3, 1, 7),
@@ -25,18 +27,18 @@ def conv_steps() -> None:
         source = torch.tensor([0, 1, 1], device="cuda")
         y = wf.wf_conv2d(
             x.requires_grad_(), weight, None, alpha, None, forget, stride, kernel // 2,
-            source=source, backend="triton",
+            source=source, backend=backend,
         )  # fmt: skip
         y.backward(torch.ones_like(y))
 
 
-def linear_steps() -> None:
+def linear_steps(backend: str) -> None:
     """Flat tiles that meet one, two and many samples."""
     for tokens in (1, 49, 130):
         x = torch.randn(3, tokens, 32, device="cuda", dtype=torch.float16, requires_grad=True)
         weight = torch.randn(40, 32, device="cuda", dtype=torch.float16)
         alpha = torch.randn(5, 40, device="cuda", requires_grad=True)
-        y = wf.wf_linear(x, weight, None, alpha, None, 3, backend="triton")
+        y = wf.wf_linear(x, weight, None, alpha, None, 3, backend=backend)
         y.backward(torch.ones_like(y))
 
 
@@ -57,9 +59,29 @@ def fused_steps() -> None:
     tables.backward(forget, tables.empty(3).zero_(), tables.empty(3).zero_())
 
 
+def compiled_chain() -> None:
+    """A link of the backward chain, its top, and the tables of a network; both widths of tiles."""
+    for channels in (16, 136):
+        ag = torch.randn(3, 32, 4, 4, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(32, channels, 3, 3, device="cuda", dtype=torch.bfloat16)
+        branch = torch.randn(3, channels, 7, 7, device="cuda", dtype=torch.bfloat16)
+        scale, shift, t1, t0 = torch.rand(4, 3, channels, device="cuda").unbind()
+        below = Below(branch, None, scale, shift, True, t1, t0, need_grad=True)
+        geometry = ConvGeometry((2, 2), (1, 1))
+        cuda.backend.conv2d_dgrad(ag, weight, tuple(branch.shape), geometry, branch, below)
+        cuda.backend.finish(branch.mean((2, 3), keepdim=True).expand_as(branch), below)
+    tables = cuda.backend.gate_tables([TableLayer(torch.randn(5, 20, device="cuda"))])
+    step = tables(torch.tensor([[1], [9], [-1]], device="cuda"), save=True)
+    step.gradients()
+
+
 if __name__ == "__main__":
-    conv_steps()
-    linear_steps()
+    conv_steps("triton")
+    linear_steps("triton")
     fused_steps()
+    if cuda_launch.library().missing is None:
+        conv_steps("cuda")
+        linear_steps("cuda")
+        compiled_chain()
     torch.cuda.synchronize()
     print("every kernel ran", file=sys.stderr)

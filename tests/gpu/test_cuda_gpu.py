@@ -1,0 +1,463 @@
+"""Compiled kernels on a CUDA device: real sizes, both types, every promise that needs hardware.
+
+Run by ``make test-gpu``; skipped without a device or without ``wfnet._C``. Truth is fp64 on the
+device; the bound is twice the error of the eager path in the same dtype. On compute capability 9.0
+every numerical test runs twice: with the Hopper kernels and with the portable ones.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import wfnet
+import wfnet.functional as wf
+from wfnet.backends import Below, ConvGeometry, cuda_launch
+from wfnet.backends.cuda import backend as mine
+from wfnet.backends.eager import backend as eager
+from wfnet.tables import GatedLayer, GateTables
+
+DEVICE = "cuda"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.skipif(
+        cuda_launch.library().missing is not None, reason=str(cuda_launch.library().missing)
+    ),
+]
+DTYPES = [torch.bfloat16, torch.float16]
+CLASSES = 20
+
+# Samples, pixels a side, channels in and out, filter, stride.
+CONVS = {
+    "resnet18.conv1": (16, 224, 3, 64, 7, 2),
+    "resnet18.layer1": (16, 56, 64, 64, 3, 1),
+    "resnet18.layer2.0": (16, 56, 64, 128, 3, 2),
+    "resnet18.layer2.0.downsample": (16, 56, 64, 128, 1, 2),
+    "resnet50.layer3": (17, 14, 256, 256, 3, 1),
+    "resnet18.layer4": (33, 7, 512, 512, 3, 1),
+    "resnet50.layer1.expand": (16, 56, 64, 256, 1, 1),
+    "resnet50.layer4.reduce": (33, 7, 2048, 512, 1, 1),
+    "vgg16.conv2_2": (4, 112, 128, 128, 3, 1),
+    "odd": (5, 15, 40, 24, 3, 2),
+    "one pixel": (300, 1, 72, 200, 1, 1),
+    "patches": (8, 64, 16, 192, 16, 16),
+}
+# Samples, tokens, features in and out.
+LINEARS = {
+    "vit_tiny.qkv": (16, 197, 192, 576),
+    "vit_small.qkv": (16, 197, 384, 1152),
+    "swin.window": (16, 49, 96, 288),
+    "features": (64, 1, 512, 512),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fill_uninitialised_memory():
+    """Every torch.empty on the device is NaN: a kernel that forgets an element fails."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=["portable", "hopper"])
+def path(request, monkeypatch):
+    """Which kernels run where both exist."""
+    if request.param == "portable":
+        monkeypatch.setattr(cuda_launch, "hopper_processors", lambda device: 0)
+    elif cuda_launch.hopper_processors(torch.device(DEVICE, 0)) == 0:
+        pytest.skip("not compute capability 9.0, or built without 9.0a")
+
+
+def relative_error(result, truth):
+    difference = (result.double() - truth).norm() / truth.norm().clamp_min(1e-30)
+    return difference.item()
+
+
+def assert_as_good(result, theirs, truth, what):
+    """At most twice the eager error, with a floor of a few roundings of fp32 sums."""
+    error, bound = relative_error(result, truth), 2 * relative_error(theirs, truth)
+    assert error <= max(bound, 1e-6), f"{what}: error {error:.2e}, bound {bound:.2e}"
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def images(*shape, dtype):
+    return randn(*shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def conv_operands(name, dtype):
+    batch, size, channels, columns, kernel, stride = CONVS[name]
+    x = images(batch, channels, size, size, dtype=dtype)
+    weight = images(columns, channels, kernel, kernel, dtype=torch.float32)
+    weight = (weight / (channels * kernel**2) ** 0.5).to(dtype)
+    scale = torch.rand(batch, columns, device=DEVICE) + 0.1
+    shift = randn(batch, columns)
+    pad = 0 if stride == kernel else kernel // 2
+    return x, weight, scale, shift, ConvGeometry((stride,) * 2, (pad,) * 2)
+
+
+def engines(dtype):
+    """The kernels, the same in eager, and the truth."""
+    return (mine, dtype), (eager, dtype), (eager, torch.float64)
+
+
+def wide(kind):
+    return torch.promote_types(kind, torch.float32)
+
+
+@pytest.mark.parametrize("name", CONVS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_conv2d_error(path, name, dtype):
+    """Forward and backward of the backend contract at the sizes of real layers."""
+    x, weight, scale, shift, geometry = conv_operands(name, dtype)
+    need_dx = name != "resnet18.conv1"  # images need no gradient
+    found, dout = [], None
+    for engine, kind in engines(dtype):
+        tables = scale.to(wide(kind)), shift.to(wide(kind))
+        out, saved = engine.conv2d(x.to(kind), weight.to(kind), *tables, None, geometry, True)
+        dout = torch.randn_like(out) if dout is None else dout
+        gradients = engine.conv2d_backward(
+            dout.to(kind), saved, weight.to(kind), tables[0], None, tuple(x.shape), geometry,
+            need_dx, True, True,
+        )  # fmt: skip
+        found.append((out, *(g for g in gradients if g is not None)))
+    names = ("out", "dx", "t1", "t0") if need_dx else ("out", "t1", "t0")
+    for what, *values in zip(names, *found, strict=True):
+        assert_as_good(*values, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear_error(path, name, dtype):
+    batch, tokens, features, columns = LINEARS[name]
+    x = randn(batch, tokens, features, dtype=dtype)
+    weight = (randn(columns, features) / features**0.5).to(dtype)
+    scale = torch.rand(batch, columns, device=DEVICE) + 0.1
+    shift, dout = randn(batch, columns), randn(batch, tokens, columns, dtype=dtype)
+    found = []
+    for engine, kind in engines(dtype):
+        tables = scale.to(wide(kind)), shift.to(wide(kind))
+        out, saved = engine.linear(x.to(kind), weight.to(kind), *tables, None, True)
+        gradients = engine.linear_backward(
+            dout.to(kind), saved, weight.to(kind), tables[0], None, tuple(x.shape), True, True, True
+        )
+        found.append((out, *gradients))
+    for what, *values in zip(("out", "dx", "t1", "t0"), *found, strict=True):
+        assert_as_good(*values, what)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["resnet18.layer1", "resnet18.layer2.0", "resnet50.layer4.reduce"])
+@pytest.mark.parametrize("masked", [False, True], ids=["mask from the branch", "mask kept"])
+def test_chain_error(path, name, dtype, masked):
+    """Residual and ReLU in the forward epilogue; a link of the backward chain below it."""
+    x, weight, scale, shift, geometry = conv_operands(name, dtype)
+    batch, channels = x.shape[:2]
+    skip, branch, mask = (images(*x.shape, dtype=dtype) for _ in range(3))
+    below_scale = torch.rand(batch, channels, device=DEVICE) + 0.1
+    below_shift = randn(batch, channels)
+    found, residual, ag = [], None, None
+    for engine, kind in engines(dtype):
+        out, _ = engine.conv2d(x[:1].to(kind), weight.to(kind), scale[:1].to(wide(kind)), None,
+                               None, geometry, False)  # fmt: skip
+        if residual is None:
+            residual, ag = (images(batch, *out.shape[1:], dtype=dtype) for _ in range(2))
+        tables = scale.to(wide(kind)), shift.to(wide(kind))
+        out, _, _ = engine.fused_conv2d(
+            x.to(kind), weight.to(kind), *tables, residual.to(kind), True, None, geometry, True
+        )
+        kept, open_ = branch.to(kind), mask.to(kind)
+        if engine is eager:  # which keeps u where the kernels keep v = scale * u, and its own mask
+            kept, open_ = kept / below_scale.to(kind)[:, :, None, None], mask > 0
+        t1, t0 = torch.empty(2, batch, channels, device=DEVICE, dtype=wide(kind)).unbind()
+        below = Below(
+            kept, open_ if masked else None, below_scale.to(wide(kind)),
+            below_shift.to(wide(kind)), True, t1, t0, need_grad=True,
+        )  # fmt: skip
+        finished = engine.conv2d_dgrad(
+            ag.to(kind), weight.to(kind), tuple(x.shape), geometry, skip.to(kind), below
+        )
+        found.append([out, finished.grad, finished.scaled_grad, t1, t0])
+    open_ = mask > 0 if masked else branch.float() + below_shift[:, :, None, None] > 0
+    g = (exact_gradient(ag, weight, x.shape, geometry) + skip) * open_
+    scaled = below_scale[:, :, None, None] * g
+    found[2][1:] = [g, scaled, (g * branch).sum((2, 3)), g.sum((2, 3))]
+    for what, *values in zip(("out", "g", "scaled", "t1", "t0"), *found, strict=True):
+        assert_as_good(*values, what)
+
+
+def exact_gradient(ag, weight, shape, geometry):
+    """``dx`` in fp64."""
+    return torch.nn.grad.conv2d_input(
+        tuple(shape), weight.double(), ag.double(), geometry.stride, geometry.padding
+    )
+
+
+def call_conv(alphas, x, weight, bias, forget, source=None, backend="cuda"):
+    return wf.wf_conv2d(
+        x, weight, bias, *alphas, forget, padding=1, gate_scale=1.05, source=source,
+        backend=backend,
+    )  # fmt: skip
+
+
+def small_layer(dtype=torch.bfloat16, batch=8):
+    x = images(batch, 64, 28, 28, dtype=dtype)
+    weight = (randn(128, 64, 3, 3) / 24).to(dtype)
+    bias = randn(128, dtype=dtype)
+    alphas = [randn(CLASSES, 128).requires_grad_() for _ in range(2)]
+    forget = torch.randint(0, CLASSES, (batch,), device=DEVICE)
+    return alphas, x.requires_grad_(), weight, bias, forget
+
+
+def test_200_repeats_are_bitwise_equal(path):
+    alphas, x, weight, bias, _ = small_layer()
+    source = torch.randint(0, 8, (24,), device=DEVICE)
+    forget = torch.randint(0, 3, (24,), device=DEVICE)  # many samples share a row
+    dout = first = None
+    for _ in range(200):
+        y = call_conv(alphas, x, weight, bias, forget, source)
+        dout = torch.randn_like(y) if dout is None else dout
+        found = (y, *torch.autograd.grad(y, (x, *alphas), dout))
+        first = found if first is None else first
+        for value, expected in zip(found, first, strict=True):
+            assert torch.equal(value, expected)
+
+
+def test_fused_column_sums_repeat_bitwise(path):
+    ag, branch = (images(16, 256, 14, 14, dtype=torch.bfloat16) for _ in range(2))
+    weight = images(256, 256, 3, 3, dtype=torch.bfloat16)
+    scale, shift = torch.rand(16, 256, device=DEVICE), randn(16, 256)
+
+    def run():
+        t1, t0 = torch.empty(2, 16, 256, device=DEVICE).unbind()
+        below = Below(branch, None, scale, shift, True, t1, t0)
+        geometry = ConvGeometry(padding=(1, 1))
+        scaled = mine.conv2d_dgrad(ag, weight, tuple(ag.shape), geometry, None, below).scaled_grad
+        return scaled, t1, t0
+
+    first = run()
+    for _ in range(200):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+
+
+def test_labels_change_under_a_captured_graph(path):
+    alphas, x, weight, bias, forget = small_layer()
+    dout = images(8, 128, 28, 28, dtype=x.dtype)
+
+    def step():
+        y = call_conv(alphas, x, weight, bias, forget)
+        return (y, *torch.autograd.grad(y, (x, *alphas), dout))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(3):
+        forget.copy_(torch.randint(0, CLASSES, (8,), device=DEVICE))
+        graph.replay()
+        replayed = [value.clone() for value in captured]
+        for value, expected in zip(replayed, step(), strict=True):
+            assert torch.equal(value, expected)
+
+
+def test_runs_on_the_current_stream_and_device(path):
+    """Work queued before on a side stream is seen; nothing leaks onto the default stream."""
+    alphas, x, weight, bias, forget = small_layer()
+    expected = call_conv(alphas, x, weight, bias, forget)
+    late = torch.zeros_like(x.detach())
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        late.copy_(x.detach())
+        y = call_conv(alphas, late, weight, bias, forget)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+def test_compiles_without_graph_breaks():
+    alphas, x, weight, bias, forget = small_layer()
+    compiled = torch.compile(call_conv, fullgraph=True)
+    for _ in range(2):  # new labels do not recompile
+        forget = torch.randint(0, CLASSES, (8,), device=DEVICE)
+        found = compiled(alphas, x, weight, bias, forget)
+        plain = call_conv(alphas, x, weight, bias, forget)
+        assert torch.equal(found, plain)
+        dout = torch.randn_like(found)
+        for a, b in zip(
+            torch.autograd.grad(found, (x, *alphas), dout),
+            torch.autograd.grad(plain, (x, *alphas), dout),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+def test_autocast_runs_in_16_bit():
+    alphas, x, weight, bias, forget = small_layer(torch.float32)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = call_conv(alphas, x, weight, bias, forget)
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_source_indices(path, dtype):
+    """An image is convolved once for all its samples; their gradients meet in it."""
+    alphas, x, weight, bias, _ = small_layer(dtype)
+    source = torch.randint(0, 8, (24,), device=DEVICE)
+    forget = torch.randint(0, CLASSES, (24,), device=DEVICE)
+    found, dout = [], None
+    for backend, kind in (("cuda", dtype), ("eager", dtype), ("eager", torch.float64)):
+        xs = x.detach().to(kind).requires_grad_()
+        filters = [a.detach().to(wide(kind)).requires_grad_() for a in alphas]
+        y = call_conv(filters, xs, weight.to(kind), bias.to(kind), forget, source, backend)
+        dout = torch.randn_like(y) if dout is None else dout
+        found.append((y, *torch.autograd.grad(y, (xs, *filters), dout.to(kind))))
+    for what, *values in zip(("out", "dx", "dalpha_weight", "dalpha_bias"), *found, strict=True):
+        assert_as_good(*values, what)
+
+
+def test_labels_and_sources_out_of_range_give_nan_and_touch_nothing(path):
+    alphas, x, weight, bias, forget = small_layer()
+    forget[3], forget[5] = CLASSES, -(2**40)
+    source = torch.arange(8, device=DEVICE)
+    source[6] = 2**40
+    y = call_conv(alphas, x, weight, bias, forget, source)
+    bad = torch.zeros(8, dtype=torch.bool, device=DEVICE)
+    bad[[3, 5, 6]] = True
+    assert y[bad].isnan().all()
+    assert y[~bad].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", ["dtype", "groups", "columns", "device"])
+def test_a_refusal_leaves_the_device_usable(bad):
+    """No launch happens, so no error can stick."""
+    alphas, x, weight, bias, forget = small_layer()
+    good = call_conv(alphas, x, weight, bias, forget)
+    calls = {
+        "dtype": lambda: call_conv(alphas, x.float(), weight.float(), bias.float(), forget),
+        "groups": lambda: wf.wf_conv2d(
+            x, weight[:, :32], None, alphas[0], None, forget, groups=2, backend="cuda"
+        ),
+        "columns": lambda: wf.wf_conv2d(
+            x, weight[:12], None, alphas[0][:, :12], None, forget, backend="cuda"
+        ),
+        "device": lambda: wf.wf_conv2d(
+            x.cpu(), weight.cpu(), None, alphas[0].cpu(), None, 0, backend="cuda"
+        ),
+    }
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run this call"):
+        calls[bad]()
+    torch.cuda.synchronize()
+    assert torch.equal(call_conv(alphas, x, weight, bias, forget), good)
+
+
+def test_offsets_past_32_bits(path):
+    """More than 2^31 elements in one activation."""
+    if torch.cuda.get_device_properties(0).total_memory < 40 * 2**30:
+        pytest.skip("needs 40 GB")
+    batch = 172  # 172 * 224 * 224 * 256 > 2^31
+    x = torch.zeros(batch, 224, 224, 64, device=DEVICE, dtype=torch.bfloat16)
+    x[-1].normal_()
+    weight = randn(256, 64, 1, 1, dtype=torch.bfloat16) / 8
+    scale, geometry = torch.rand(batch, 256, device=DEVICE), ConvGeometry()
+    truth = scale[-1] * (x[-1].float() @ weight[:, :, 0, 0].float().T)
+    out, _ = mine.conv2d(x.permute(0, 3, 1, 2), weight, scale, None, None, geometry, False)
+    assert relative_error(out[-1].permute(1, 2, 0), truth.double()) < 1e-2
+    assert (out[0] == 0).all()
+    t0 = torch.empty(batch, 256, device=DEVICE)
+    mine.finish(out, Below(out, None, scale, scale, False, torch.empty_like(t0), t0,
+                           need_scaled_grad=False))  # fmt: skip
+    assert relative_error(t0[-1], out[-1].double().sum((1, 2))) < 1e-3
+    dx = mine.conv2d_dgrad(out, weight, (batch, 64, 224, 224), geometry).grad
+    truth = out[-1].double().permute(1, 2, 0) @ weight[:, :, 0, 0].double()
+    assert relative_error(dx[-1].permute(1, 2, 0), truth) < 1e-2
+
+
+@pytest.mark.parametrize("labels", [1, 3])
+def test_gate_tables_of_a_network(labels):
+    """All layers in one launch each way, a thousand classes, labels that repeat and are missing."""
+
+    def layer(width, bias):
+        return GatedLayer(
+            randn(1000, width),
+            randn(1000, width) if bias else None,
+            bias=randn(width) if bias else None,
+            gamma=randn(width),
+            beta=randn(width),
+            mean=randn(width),
+            var=torch.rand(width, device=DEVICE) + 0.1,
+            gate_scale=1.05,
+        )
+
+    layers = [layer(width, bias) for width, bias in ((64, False), (128, True), (512, False))]
+    exact = [
+        GatedLayer(**{n: t.double() if torch.is_tensor(t) else t for n, t in vars(o).items()})
+        for o in layers
+    ]
+    forget = torch.randint(-1, 1000, (512, labels), device=DEVICE)
+    found, truth = mine.gate_tables(layers)(forget, True), GateTables(exact)(forget, True)
+    for a, b in itertools.chain(
+        zip(found.scales, truth.scales, strict=True), zip(found.shifts, truth.shifts, strict=True)
+    ):
+        assert relative_error(a, b) < 1e-6
+    for a, b in itertools.chain(
+        zip(found.t1, truth.t1, strict=True), zip(found.t0, truth.t0, strict=True)
+    ):
+        if a is not None:
+            b.copy_(a.normal_())
+    for a, b in zip(found.gradients(), truth.gradients(), strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_fused_resnet(path):
+    """A whole torchvision ResNet-18: filter gradients of the chain, within twice eager's error."""
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.resnet18(num_classes=CLASSES).to(DEVICE).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    inputs = images(6, 3, 96, 96, dtype=torch.float32)
+    source = torch.tensor([0, 1, 2, 3, 4, 5, 0, 1], device=DEVICE)
+    labels = torch.randint(0, CLASSES, (8,), device=DEVICE)
+    weights = randn(8, CLASSES)
+    found = []
+    for name, kind in (("cuda", None), ("eager", None), ("eager", torch.float64)):
+        net = wfnet.WFNet(model, CLASSES, backend=name, fuse=True)
+        net = net.to(kind or torch.float32, memory_format=torch.channels_last)
+        torch.manual_seed(1)
+        for parameter in net.filter_parameters():
+            parameter.data.normal_(2, 1)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=kind is None):
+            out = net(inputs.to(kind or torch.float32), labels, source)
+        assert net._fusion[1] is not None, "the network runs unfused"
+        gradients = torch.autograd.grad(out, net.filter_parameters(), weights.to(out.dtype))
+        found.append((out.detach(), torch.cat([g.flatten() for g in gradients])))
+    for what, *values in zip(("logits", "gradients"), *found, strict=True):
+        assert_as_good(*values, what)
+
+
+def test_eager_agrees_where_nothing_is_masked(path):
+    """Labels of -1 and fresh gates: the plain convolution, within its own rounding."""
+    alphas, x, weight, _, _ = small_layer()
+    y = wf.wf_conv2d(x, weight, None, alphas[0], None, -1, padding=1, backend="cuda")
+    exact = F.conv2d(x.double(), weight.double(), padding=1)
+    assert_as_good(y, F.conv2d(x, weight, padding=1), exact, "plain")
