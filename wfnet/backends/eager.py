@@ -99,11 +99,11 @@ def _through_relu(
     g: Tensor, below: Below, u: Tensor, part: slice, scratch: Tensor, into: Tensor
 ) -> Tensor:
     """``g * (out > 0)`` in ``into``, for samples ``part``."""
-    if below.mask is not None:
-        return torch.mul(g, below.mask[part], out=into)
-    # A second look at scale * u + shift is cheaper than keeping its sign.
-    scale, shift = below.scale[part, :, None, None], below.shift[part, :, None, None]
-    alive = torch.addcmul(shift, u, scale, out=scratch)
+    if below.mask is not None:  # as bytes: conversion of booleans is not vectorised
+        alive = scratch.copy_(below.mask[part].view(torch.uint8))
+    else:  # a second look at scale * u + shift is cheaper than keeping its sign
+        scale, shift = below.scale[part, :, None, None], below.shift[part, :, None, None]
+        alive = torch.addcmul(shift, u, scale, out=scratch)
     return torch.ops.aten.threshold_backward.grad_input(g, alive, 0, grad_input=into)
 
 
@@ -211,8 +211,8 @@ class EagerBackend(Backend):
                 y.add_(residual[part])
             if relu:
                 y.relu_()
-            if mask is not None:
-                torch.gt(y, 0, out=mask[part])
+            if mask is not None:  # nothing is below 0 now; copying is faster than comparing
+                mask[part].copy_(y)
         return out, u if save else None, mask
 
     def finish(
