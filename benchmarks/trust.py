@@ -85,15 +85,14 @@ def main() -> None:
             "retrained_per_class": arguments.seeds,
             "settings": asdict(settings),
             "seconds": round(sum(record.seconds for record in result.records), 1),
-            "means": result.means(),
-            "removal_by_prune_below": pruned,
+            "means": _rounded(result.means()),
+            "removal_by_prune_below": _rounded(pruned),
             "by_class": [
-                {"class": r.index, "check": r.check, "forgetful": r.forgetful,
-                 "retrained": r.retrained, "original": r.original}
+                {"class": r.index, "check": r.check, "forgetful": _rounded(r.forgetful)}
                 for r in result.records
             ],
         },
-    )  # fmt: skip
+    )
 
 
 def retrained(
@@ -119,8 +118,15 @@ def _removal(result: trust.TrustResult) -> dict[str, float]:
     """Means over classes, with the share of rows that are exactly 0."""
     rows = result.means()["removal"]
     details = [r.details["rows"] for r in result.records if r.check == "removal"]
-    found = {name: round(rows[name]["forgetful"], 4) for name in PRUNED if name in rows}
+    found = {name: rows[name]["forgetful"] for name in PRUNED if name in rows}
     return found | {"zero_rows": sum(d["zero_rows"] / d["rows"] for d in details) / len(details)}
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to four decimals, in whatever they stand."""
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
 
 
 def provenance() -> dict[str, Any]:

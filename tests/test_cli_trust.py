@@ -9,10 +9,12 @@ from safetensors.torch import load_file
 
 import wfnet
 from wfnet import figures, models
+from wfnet.attribution import AttributionRecord, AttributionResult
 from wfnet.baselines import BaselineConfig, BaselineModels
 from wfnet.cli import main, trust
+from wfnet.cli.drawing import read_attribution
 from wfnet.data import open_data
-from wfnet.pretrained import write_tensors
+from wfnet.pretrained import write_json, write_tensors
 
 pytest.importorskip("sklearn")
 
@@ -131,6 +133,19 @@ def test_report_of_a_run(checked, capsys):
     assert main(["report", str(checked), "--as-is", "--output", str(other)]) == 0
     assert len(other.read_bytes()) == len(before)
     assert (checked / "report.html").read_bytes() == before
+
+
+def test_curves_are_read_as_evaluate_writes_them(tmp_path):
+    names = ("insertion", "deletion", "insertion_random", "deletion_random")
+    record = AttributionRecord(0, "a", 3, 0.9, 0.1, 0.5, 0.4, {n: [0.0, 1.0] for n in names})
+    result = AttributionResult([0.0, 1.0], [record], {"steps": 1}, 2.0)
+    path = tmp_path / "attribution.json"
+    assert read_attribution(path) is None
+    write_json(path, result.as_dict())
+    assert read_attribution(path) == result
+    path.write_text("[]")
+    with pytest.raises(ValueError, match="is damaged"):
+        read_attribution(path)
 
 
 def test_report_of_nothing(tmp_path, capsys):

@@ -235,6 +235,27 @@ def test_features_of_layers_and_of_the_head(data):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_features_of_windows_belong_to_their_images():
+    class Windows(nn.Module):
+        """Halves of the image as windows [2 B, 4, 8], as a window transformer has them."""
+
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.never, self.fc = nn.Linear(8, 6), nn.Linear(8, 8), nn.Linear(6, 3)
+
+        def forward(self, x):
+            self.qkv(torch.zeros(len(x), 8))  # a first run
+            y = self.qkv(x.reshape(-1, 4, 8))
+            return self.fc(y.reshape(len(x), 8, 6).mean(1))
+
+    model = Windows()
+    images = torch.randn(300, 1, 8, 8)  # more than one batch
+    found = probing.layer_features(model, ["qkv", "never"], images)
+    assert list(found) == ["qkv", probing.HEAD]
+    expected = model.qkv(images.reshape(300, 8, 8)).mT.flatten(1).detach()
+    np.testing.assert_allclose(found["qkv"], expected.numpy(), rtol=1e-4, atol=1e-6)
+
+
 def test_probes_are_reported_by_layer(data):
     subject = make_subject(data)
     found = probing.measure(subject.forgetful, subject, [])

@@ -88,31 +88,52 @@ def probe(
 
 
 def layer_features(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, np.ndarray]:
-    """Pooled features ``[n, d]`` of the layers ``names`` and of the input of the head."""
-    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    """Pooled features ``[n, d]`` of the layers ``names`` and of the input of the head.
+
+    Of a layer that runs several times, those of its last run; layers that do not run, or whose
+    outputs do not belong to single images, are left out.
+    """
+    last: dict[str, Tensor] = {}
+
+    def keep(name: str, features: Tensor) -> None:
+        last[name] = features
+
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: kept[name].append(pooled(output))
+            lambda module, inputs, output, name=name: keep(name, output)
         )
         for name in names
     ]
     head = find_head(model)
     if head is not None:
-        kept[HEAD] = []
         handles.append(
-            head[1].register_forward_hook(
-                lambda module, inputs, output: kept[HEAD].append(pooled(inputs[0]))
-            )
+            head[1].register_forward_hook(lambda module, inputs, output: keep(HEAD, inputs[0]))
         )
     weight = next(model.parameters())
+    kept: dict[str, list[Tensor]] = {name: [] for name in (*names, HEAD)}
     try:
         with evaluation_mode(model), torch.inference_mode():
             for part in images.split(BATCH):
+                last.clear()
                 model(part.to(weight.device, weight.dtype))
+                for name, features in last.items():
+                    if features.shape[0] % len(part) == 0:
+                        kept[name].append(pooled(_by_image(features, len(part))))
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts).double().numpy() for name, parts in kept.items() if parts}
+    return {
+        name: found.double().numpy()
+        for name, found in ((n, torch.cat(p)) for n, p in kept.items() if p)
+        if len(found) == len(images)
+    }
+
+
+def _by_image(features: Tensor, count: int) -> Tensor:
+    """``[count, windows * N, C]`` of features in windows, ``[count * windows, N, C]``."""
+    if features.shape[0] == count:
+        return features
+    return features.unflatten(0, (count, -1)).flatten(1, -2)
 
 
 def pooled(features: Tensor) -> Tensor:
