@@ -43,7 +43,8 @@ def make_run(folder, classes, names=None, trust=True):
             TrustRecord(
                 k, names[k], check, {module.HEADLINE: 0.9 - k / 1e5, "auc_logit": 0.99},
                 {module.HEADLINE: 1.0}, {module.HEADLINE: 0.1}, {}, 1,
-                f"{module.TITLE}: needs more {EVIL}", {}, 1.0, f"{check}{k}",
+                f"{module.TITLE}: needs more {EVIL}",
+                {"standard_error": 0.025} if check == "membership" else {}, 1.0, f"{check}{k}",
             )
             for k in range(0, classes, 2)
             for check, module in CHECKS.items()
@@ -204,6 +205,8 @@ def test_statements_have_the_measured_numbers(run):
     good, bad = statements(contents.evaluation, None)
     assert any("was not measured" in sentence for sentence in bad)
     assert statements(None, None)[0] == []
+    shown = "".join(Page(write_report(run).read_text()).text)
+    assert "0.025 on average" in shown
 
 
 def test_trust_of_other_filters_is_left_out(run, caplog):

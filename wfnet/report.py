@@ -402,8 +402,24 @@ def _trust(contents: Contents) -> str:
         header = ["measure", "model under test", "original", "retrained", "distance", "what it is"]
         parts.append(f"<h3>{escape(module.TITLE)}: {escape(module.QUESTION)}</h3>")
         parts.append(table(header, lines, text_columns=(0, 5)))
+        parts.append(_noise(trust, check))
     parts.append(_trust_by_class(trust))
     return "".join(parts) + _exports(contents)
+
+
+def _noise(trust: TrustResult, check: str) -> str:
+    """How far chance alone takes one class's area under the curve."""
+    errors = [
+        record.details["standard_error"]
+        for record in trust.records
+        if record.check == check and "standard_error" in record.details
+    ]
+    if not errors:
+        return ""
+    return (
+        "<p>Standard error of <code>auc_confidence</code> for one class, from its number of images: "
+        f"{sum(errors) / len(errors):.3f} on average. Distances below twice that are noise.</p>"
+    )
 
 
 def _trust_by_class(trust: TrustResult) -> str:
