@@ -417,8 +417,9 @@ def _noise(trust: TrustResult, check: str) -> str:
     if not errors:
         return ""
     return (
-        "<p>Standard error of <code>auc_confidence</code> for one class, from its number of images: "
-        f"{sum(errors) / len(errors):.3f} on average. Distances below twice that are noise.</p>"
+        "<p>Standard error of one class's <code>auc_confidence</code>, from its number of images: "
+        f"{sum(errors) / len(errors):.3f} on average. A class's distance of up to about three "
+        "times that may be chance.</p>"
     )
 
 
