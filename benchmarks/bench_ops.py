@@ -3,6 +3,7 @@
     python benchmarks/bench_ops.py                                  every layer, every provider
     python benchmarks/bench_ops.py --layers resnet18 vit_tiny --dtype float16
     python benchmarks/bench_ops.py --winners wfnet/backends/winners.json    also store who won
+    python benchmarks/bench_ops.py --fused                          forward with a whole epilogue
 
 Providers, measured in one run, interleaved, medians:
 
@@ -10,12 +11,17 @@ Providers, measured in one run, interleaved, medians:
     eager      the ordinary call, then one pass for scale and shift
     compile    torch.compile(mode="max-autotune-no-cudagraphs") of "convolve, then multiply"
     unmasked   the same call without any mask, forward and input gradient: "masks are free" at a tie
-    triton     the kernels of this package; "not run" without a CUDA device
+    triton     the Triton kernels of this package; "not run" without a CUDA device
+    cuda       its compiled kernels; "not run" without a device and wfnet._C
+    cudnn      with --fused: cuDNN's runtime fusion engine (nvidia-cudnn-frontend)
 
 Forward and backward of one untraining step: gradients by the input (not for stems) and by both
 filter matrices, never by the weight. TFLOP/s count the products of forward and input gradient; GB/s
 count what must move at least: x, out, the branch v, dout, v, dx. The floor is the longer of both at
 the device's measured rates (known for the H200; give --tflops and --gbs for another).
+
+--fused times the forward pass of a fused network's convolution, relu(scale * conv(x) + shift +
+residual), for eager, triton, cuda and cudnn: what must move is x, the residual and out.
 
 Without a CUDA device shapes shrink (--scale) so that the run takes minutes; such numbers say
 nothing about a GPU. Writes CSV, JSON and a plot with device, versions, commit and command.
@@ -41,9 +47,11 @@ from wfnet.kernels.config import ConvShape, LinearShape
 
 import wfnet
 import wfnet.functional as wf
-from wfnet import reference
+from wfnet import backends, reference
+from wfnet.backends import ConvGeometry
 
-PROVIDERS = ("loop", "eager", "compile", "unmasked", "triton")
+PROVIDERS = ("loop", "eager", "compile", "unmasked", "triton", "cuda")
+FUSED_PROVIDERS = ("eager", "triton", "cuda", "cudnn")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Measured rates in TFLOP/s (bf16) and GB/s.
 RATES = {"NVIDIA H200": (790.0, 4300.0)}
@@ -220,12 +228,27 @@ def _unmasked(problem: Problem) -> Tensor:
     return F.conv2d(problem.x, problem.weight, problem.bias, **problem.geometry)
 
 
+def _refusal(provider: str, problem: Problem) -> str | None:
+    """Why a backend of kernels cannot run the problem."""
+    if problem.x.device.type != "cuda":  # nor an interpreter's or emulator's time
+        return "no CUDA device"
+    backend = backends.get(provider)
+    if problem.layer.kernel == 0:
+        return backend.refuse_linear(problem.x, problem.weight)
+    return backend.refuse_conv2d(problem.x, problem.weight, _geometry(problem))
+
+
+def _geometry(problem: Problem) -> ConvGeometry:
+    stride, padding = problem.geometry.values()
+    return ConvGeometry((stride,) * 2, (padding,) * 2)
+
+
 def forward_of(provider: str, problem: Problem) -> Callable[[], Tensor] | None:
     """The provider's forward pass as a function of nothing; None if it cannot run here."""
-    if provider == "triton":
-        if problem.x.device.type != "cuda":
+    if provider in ("triton", "cuda"):
+        if _refusal(provider, problem) is not None:
             return None
-        return lambda: _masked(problem, "triton")
+        return lambda: _masked(problem, provider)
     if provider == "compile":
         return torch.compile(
             lambda: _multiply(problem), mode="max-autotune-no-cudagraphs", dynamic=False
@@ -249,6 +272,32 @@ def step_of(provider: str, problem: Problem) -> tuple[Callable, Callable] | None
             torch.autograd.grad(y, inputs, problem.dout)
 
     return forward, backward
+
+
+def fused_of(provider: str, problem: Problem) -> Callable[[], Tensor] | None:
+    """``relu(scale * conv(x) + shift + residual)`` by a provider; None if it cannot run here."""
+    x, columns = problem.x.detach(), problem.weight.shape[0]
+    scale = torch.rand(x.shape[0], columns, device=x.device)
+    shift = torch.randn(x.shape[0], columns, device=x.device)
+    residual = problem.dout
+    if provider == "cudnn":
+        if x.device.type != "cuda":
+            return None
+        import cudnn_fused
+
+        try:
+            return cudnn_fused.fused_convolution(
+                x, problem.weight, scale, shift, residual, *problem.geometry.values()
+            )
+        except cudnn_fused.Unsupported as error:
+            print(f"cudnn: {error}")
+            return None
+    if provider != "eager" and _refusal(provider, problem) is not None:
+        return None
+    backend, geometry = backends.get(provider), _geometry(problem)
+    return lambda: backend.fused_conv2d(
+        x, problem.weight, scale, shift, residual, True, None, geometry, False
+    )[0]
 
 
 class Clock:
@@ -315,6 +364,41 @@ def measure(
     return rows
 
 
+def measure_fused(
+    problem: Problem, providers: list[str], repeats: int, clock: Clock
+) -> list[dict[str, object]]:
+    """One row per provider: the median of interleaved forward passes."""
+    calls = {name: fused_of(name, problem) for name in providers}
+    times: dict[str, list[float]] = {name: [] for name in providers}
+    for repeat in range(-2, repeats):
+        for name, call in calls.items():
+            if call is not None:
+                milliseconds, _ = clock(call, lambda y: None)
+                times[name] += [milliseconds] if repeat >= 0 else []
+    op, key = problem.shape_key()
+    elements = problem.x.numel() + 2 * problem.dout.numel() + problem.weight.numel()
+    flops = 2 * problem.dout.numel() * problem.weight[0].numel()
+    rows = []
+    for name in providers:
+        row = {"layer": problem.layer.name, "op": f"fused {op}", "shape": key, "provider": name}
+        if calls[name] is None:
+            rows.append({**row, "status": "not run"})
+            continue
+        forward = statistics.median(times[name])
+        rows.append(
+            {
+                **row,
+                "status": "ok",
+                "forward_ms": forward,
+                "backward_ms": 0.0,
+                "step_ms": forward,
+                "tflops": flops / forward / 1e9,
+                "gbs": elements * problem.x.element_size() / forward / 1e6,
+            }
+        )
+    return rows
+
+
 def floor_ms(problem: Problem, rates: tuple[float, float] | None) -> float | None:
     """The longer of products and bytes at the device's rates."""
     if rates is None:
@@ -364,7 +448,7 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
 
 
 def write_plot(path: Path, rows: list[dict[str, object]], about: dict[str, object]) -> None:
-    """Step time of every provider relative to the unmasked layer, one group of bars per layer."""
+    """Time of every provider relative to the unmasked layer (--fused: to eager), layer by layer."""
     try:
         import matplotlib
     except ImportError:
@@ -375,18 +459,19 @@ def write_plot(path: Path, rows: list[dict[str, object]], about: dict[str, objec
 
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     timed = {(row["layer"], row["provider"]): row.get("step_ms") for row in rows}
-    shown = [p for p in PROVIDERS if any(timed.get((layer, p)) for layer in layers)]
+    shown = [p for p in (*PROVIDERS, "cudnn") if any(timed.get((layer, p)) for layer in layers)]
+    norm = "unmasked" if "unmasked" in shown else "eager"
     figure, axes = plt.subplots(figsize=(2 + 0.6 * len(layers), 4), layout="constrained")
     for i, provider in enumerate(shown):
         heights = []
         for layer in layers:
-            own, base = timed.get((layer, provider)), timed.get((layer, "unmasked"))
+            own, base = timed.get((layer, provider)), timed.get((layer, norm))
             heights.append(own / base if own and base else float("nan"))
         places = [n + (i - len(shown) / 2) * 0.8 / len(shown) for n in range(len(layers))]
         axes.bar(places, heights, 0.8 / len(shown), label=provider, align="edge")
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_yscale("log")
-    axes.set_ylabel("step time / unmasked")
+    axes.set_ylabel(f"time / {norm}")
     axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
     axes.set_title(f"{about['device']}, {about['dtype']}, batch {about['batch']}", fontsize=9)
     axes.legend(fontsize=7)
@@ -405,10 +490,10 @@ def write_winners(path: Path, rows: list[dict[str, object]], about: dict[str, ob
     }
     by_shape: dict[tuple[str, str], dict[str, float]] = {}
     for row in rows:
-        if row["status"] == "ok" and row["provider"] in ("eager", "triton"):
+        if row["status"] == "ok" and row["provider"] in backends.KERNELS:
             by_shape.setdefault((row["op"], row["shape"]), {})[row["provider"]] = row["step_ms"]
     for (op, shape), ms in by_shape.items():
-        if len(ms) == 2:
+        if len(ms) > 1:
             entries[op, shape, about["dtype"], about["device"]] = {
                 "op": op,
                 "shape": shape,
@@ -428,7 +513,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     cuda = torch.cuda.is_available()
     parser.add_argument("--layers", nargs="+", default=[""], help="name prefixes")
-    parser.add_argument("--providers", nargs="+", default=list(PROVIDERS), choices=PROVIDERS)
+    parser.add_argument("--providers", nargs="+", choices=(*PROVIDERS, "cudnn"))
+    parser.add_argument("--fused", action="store_true", help="forward with a whole epilogue only")
     parser.add_argument("--dtype", default="bfloat16" if cuda else "float32", choices=DTYPES)
     parser.add_argument("-b", "--batch", type=int, default=512 if cuda else 4)
     parser.add_argument("--scale", type=int, default=1 if cuda else 4, help="divides all sizes")
@@ -439,6 +525,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/bench_ops"))
     parser.add_argument("--winners", type=Path, help="the table of winners to update")
     arguments = parser.parse_args(argv)
+    known = FUSED_PROVIDERS if arguments.fused else PROVIDERS
+    arguments.providers = arguments.providers or list(known)
+    wrong = [name for name in arguments.providers if name not in known]
+    if wrong:
+        parser.error(f"{', '.join(wrong)}: {'not' if arguments.fused else 'only'} with --fused")
+    if arguments.fused and arguments.winners:
+        parser.error("--winners wants forward and backward; leave --fused out")
     if (arguments.tflops is None) != (arguments.gbs is None):
         parser.error("--tflops and --gbs come together")
     if min(arguments.batch, arguments.scale, arguments.repeats, arguments.classes) < 1:
@@ -455,6 +548,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.tflops is not None:
         rates = (arguments.tflops, arguments.gbs)
     layers = [layer for layer in LAYERS if layer.name.startswith(tuple(arguments.layers))]
+    if arguments.fused:
+        layers = [layer for layer in layers if layer.kernel > 0]
     if not layers:
         raise SystemExit(f"no layer starts with {' or '.join(arguments.layers)}")
     clock, rows = Clock(device), []
@@ -465,8 +560,9 @@ def main(argv: list[str] | None = None) -> int:
             arguments.classes,
         )  # fmt: skip
         torch.compiler.reset()
-        floor = floor_ms(problem, rates)
-        for row in measure(problem, arguments.providers, arguments.repeats, clock):
+        floor = None if arguments.fused else floor_ms(problem, rates)
+        timed = measure_fused if arguments.fused else measure
+        for row in timed(problem, arguments.providers, arguments.repeats, clock):
             rows.append({**row, "floor_ms": floor})
             timing = row["status"]
             if timing == "ok":
