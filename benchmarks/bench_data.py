@@ -31,10 +31,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from bench_step import commit, device_name
 from PIL import Image
 
 import wfnet
+from wfnet.benchmarking.timing import commit, device_name
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
 from wfnet.data.shards import find_shards
 from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD

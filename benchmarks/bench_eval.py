@@ -23,10 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_step import commit, device_name, make_model, peak_mebibytes, timed
 from torch import Tensor, nn
 
 import wfnet
+from wfnet.benchmarking.timing import commit, device_name, peak_mebibytes, timed
+from wfnet.cli.classifier import create_classifier
 
 COLUMNS = ("baked", "unfused", "fused", "plain")
 
@@ -34,7 +35,12 @@ COLUMNS = ("baked", "unfused", "fused", "plain")
 def predictions(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Tensor]]:
     """One function per column: predicted classes ``[images, classes]``."""
     torch.manual_seed(args.seed)
-    net = wfnet.WFNet(make_model(args.model, args.classes, args.image_size).eval(), args.classes)
+    net = wfnet.WFNet(
+        create_classifier(
+            args.model, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
+        ),
+        args.classes,
+    )
     for parameter in net.filter_parameters():
         nn.init.normal_(parameter, 2.0, 1.0)
     net = net.to(device).to(memory_format=torch.channels_last).eval()

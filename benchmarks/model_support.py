@@ -22,10 +22,10 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from bench_step import commit
 from torch import nn
 
 import wfnet
+from wfnet.benchmarking.timing import commit
 from wfnet.data import TensorImages
 from wfnet.pretrained import fingerprint
 

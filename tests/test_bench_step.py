@@ -8,6 +8,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench_step
+import torch
+
+from wfnet.benchmarking import steps
 
 PEERS = ["loop", "grouped", "vmap", "eager", "unmasked"]
 OURS = ["wfnet/eager/unfused", "wfnet/eager/fused", "wfnet/eager/captured"]
@@ -61,14 +64,14 @@ def test_masked_copies_past_the_limit_say_what_they_need():
 
 def test_columns_that_differ_stop_the_run():
     columns = {
-        "eager": bench_step.Column(first_loss=1.0),
-        "loop": bench_step.Column(first_loss=1.1),
-        "unmasked": bench_step.Column(first_loss=9.0),
+        "eager": steps.Column(first_loss=1.0),
+        "loop": steps.Column(first_loss=1.1),
+        "unmasked": steps.Column(first_loss=9.0),
     }
-    with pytest.raises(SystemExit, match="do not compute the same"):
-        bench_step.check_losses(columns, "float32")
+    with pytest.raises(ValueError, match="do not compute the same"):
+        steps.check_losses(columns, torch.float32)
     columns["loop"].first_loss = 1.0
-    bench_step.check_losses(columns, "float32")
+    steps.check_losses(columns, torch.float32)
 
 
 @pytest.mark.parametrize("arguments", [["-b", "3"], ["--repeats", "0"], ["--columns", "magic"]])

@@ -1,17 +1,13 @@
 """Floors of the step benchmark: the counted numbers, and that less traffic is never slower."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 
 import wfnet
+from wfnet.benchmarking import floors
 
 timm = pytest.importorskip("timm")
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-import floors  # noqa: E402
 
 # Rates of one H200 in bf16; 256 images, half of them under three rows each: 512 samples.
 H200 = floors.Rates(flops=790e12, bandwidth=4.3e12, element=2)

@@ -19,13 +19,14 @@ from pathlib import Path
 
 import torch
 
-from wfnet.cli import bake, baseline, demo, evaluate, report, train, trust, untrain
+from wfnet.cli import bake, baseline, bench, demo, evaluate, report, train, trust, untrain
 from wfnet.cli.options import HelpFormatter, add_help_options, fill_from_files
+from wfnet.distributed import launched, launched_rank
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
 
-COMMANDS = (demo, train, untrain, evaluate, baseline, trust, bake, report)
+COMMANDS = (demo, train, untrain, evaluate, baseline, trust, bake, report, bench)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
@@ -60,7 +61,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options) or 0
     except KeyboardInterrupt as stop:
         saved = getattr(options, "saved", None)
-        print(f"\ninterrupted; {saved(options) if saved else 'nothing was saved'}", file=sys.stderr)
+        if launched_rank() == 0:
+            what = saved(options) if saved else "nothing was saved"
+            print(f"\ninterrupted; {what}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:  # the reader of our output (a pager, head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if sentence is None:
             traceback.print_exc()
             return 2 if _sentence(error) else 1
-        name = " ".join(filter(None, ("wfnet", options.command)))
+        rank = f"rank {launched_rank()}:" if launched() else None
+        name = " ".join(filter(None, (rank, "wfnet", options.command)))
         print(f"{name}: error: {sentence}", file=sys.stderr)
         return 2
     finally:
@@ -127,6 +131,8 @@ def _stop_logging() -> None:
 
 def _log_to_stderr(debug: bool, quiet: bool) -> None:
     handler = _AboveBars(sys.stderr)
-    handler.setFormatter(_Lines("%(message)s"))
+    rank = launched_rank()
+    handler.setFormatter(_Lines(f"rank {rank}: %(message)s" if rank else "%(message)s"))
     logger.addHandler(handler)
+    quiet = quiet or rank > 0
     logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)

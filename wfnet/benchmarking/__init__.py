@@ -1,0 +1,1 @@
+"""Throughput of an untraining step, beside what others would write (`wfnet bench`)."""

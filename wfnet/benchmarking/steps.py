@@ -1,0 +1,329 @@
+"""Columns of the step benchmark: the same untraining step as several people would write it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import logging
+import statistics
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+import wfnet
+from wfnet import backends
+from wfnet.benchmarking import floors, peers
+from wfnet.benchmarking.timing import Step, peak_mebibytes, timed
+from wfnet.expansion import ExpandedBatch, expand, generator_for
+from wfnet.objectives import BalancedObjective, full_precision
+from wfnet.optimizers import RowAdam
+from wfnet.step import UntrainingStep, refuse_capture
+from wfnet.tables import flatten_filters
+
+logger = logging.getLogger("wfnet")
+
+PEERS = ("loop", "grouped", "vmap", "eager", "compile", "unmasked", "unmasked_compiled")
+OURS = tuple(
+    f"wfnet/{backend}/{how}"
+    for backend in backends.KERNELS
+    for how in ("unfused", "fused", "captured")
+)
+COLUMNS = (*PEERS, *OURS)
+_OBJECTIVE = BalancedObjective(distil=False)
+_LR = 1e-3
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """What is measured.
+
+    Attributes:
+        image_size: pixels a side.
+        batch_size: images n of a minibatch, even.
+        label_expansion: M.
+        classes: of the network.
+        share_images: the same n / 2 images serve both halves.
+        device, dtype, channels_last: of everything; a 16-bit dtype is that of autocast.
+        repeats: timed steps of each column.
+        copy_limit: GiB of masked weight copies that `loop`, `grouped` and `vmap` may make; None: 2
+            on a CPU, 24 on a device.
+        seed: of weights, filters, images and labels.
+
+    Raises:
+        ValueError: for an odd batch or no repeats.
+    """
+
+    image_size: int = 32
+    batch_size: int = 32
+    label_expansion: int = 3
+    classes: int = 10
+    share_images: bool = True
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = True
+    repeats: int = 15
+    copy_limit: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 2 or self.batch_size % 2:
+            raise ValueError(f"-b must be an even number of at least 2, got {self.batch_size}")
+        if self.repeats < 1:
+            raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
+
+    @property
+    def most_copied(self) -> float:
+        """GiB; see ``copy_limit``."""
+        if self.copy_limit is not None:
+            return self.copy_limit
+        return 24 if self.device.startswith("cuda") else 2
+
+
+@dataclass
+class Problem:
+    """A network and a minibatch on the device; ``stack`` holds what must be undone at the end."""
+
+    net: wfnet.WFNet
+    images: Tensor  # [n, C, H, W]
+    expanded: Tensor  # [B, C, H, W]
+    batch: ExpandedBatch
+    settings: StepSettings
+    stack: contextlib.ExitStack
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    def autocast(self) -> torch.autocast:
+        dtype = self.settings.dtype
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
+
+
+@dataclass
+class Column:
+    """What one column of a network came to.
+
+    Attributes:
+        impossible: why it cannot run here, in one sentence; None if it can.
+        milliseconds: of each timed step.
+        peak_mebibytes: largest amount of tensor memory that a step adds.
+        first_loss: by which columns are compared before anything is timed.
+    """
+
+    impossible: str | None = None
+    milliseconds: list[float] = field(default_factory=list)
+    peak_mebibytes: float | None = None
+    first_loss: float | None = None
+
+
+# -- the network and its steps ---------------------------------------------------------------------
+
+
+def make_problem(model: nn.Module, settings: StepSettings, stack: contextlib.ExitStack) -> Problem:
+    """Random filters on ``model``, random images (of three channels) and labels.
+
+    Args:
+        model: a classifier of ``settings.classes`` classes.
+        stack: left by the caller when it has done with the problem.
+    """
+    torch.manual_seed(settings.seed)
+    device = torch.device(settings.device)
+    net = wfnet.WFNet(model.eval(), settings.classes)
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, 2.0, 1.0)
+    layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+    net = net.to(device).to(memory_format=layout)
+    n = settings.batch_size // 2 if settings.share_images else settings.batch_size
+    generator = generator_for(settings.seed, 0)
+    labels = torch.randint(settings.classes, (n,), generator=generator)
+    batch = expand(
+        labels, settings.classes, settings.label_expansion, generator, settings.share_images
+    ).to(device)
+    images = torch.randn(n, 3, settings.image_size, settings.image_size, device=device)
+    images = images.contiguous(memory_format=layout)
+    expanded = images[batch.source].contiguous(memory_format=layout)
+    return Problem(net, images, expanded, batch, settings, stack)
+
+
+def peer_step(problem: Problem, model: nn.Module) -> Step:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    learned = [p for p in parameters if p.dim() == 2]  # not the offset that starts a gradient
+    optimizer = torch.optim.Adam(learned, lr=_LR, betas=(0.9, 0.99)) if learned else None
+
+    def run() -> Tensor:
+        with problem.autocast():
+            logits = model(problem.expanded)
+        loss = _OBJECTIVE(full_precision(logits), problem.batch, None, problem.net).total
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+        return loss.detach()
+
+    return run
+
+
+def our_step(problem: Problem, backend: str, how: str) -> Step:
+    """Raises ValueError or RuntimeError with the reason if it is impossible."""
+    net = copy.deepcopy(problem.net)
+    for layer in net.masked_layers.values():
+        layer.backend = backend
+    net.fuse = how != "unfused"
+    params = net.filter_parameters()
+    optimizer = RowAdam(params, lr=_LR)
+    if how == "captured":
+        reason = refuse_capture(net, optimizer)
+        if reason is not None:
+            raise ValueError(reason)
+    with problem.autocast(), torch.no_grad():
+        net(problem.images[:1], 0)  # a backend that refuses says so here
+    if net.fuse and net.fused_network(problem.images) is None:
+        raise ValueError("the network runs unfused; the log says why")
+    problem.stack.enter_context(flatten_filters(params))
+    dtype = problem.settings.dtype
+    step = UntrainingStep(
+        net,
+        _OBJECTIVE,
+        optimizer,
+        None if dtype is torch.float32 else dtype,
+        problem.settings.channels_last,
+        capture=how == "captured",
+    )
+    rows = problem.batch.forget.unique().cpu() if problem.device.type == "cpu" else None
+    return lambda: step([(problem.images, problem.batch)], _LR, rows).total
+
+
+def make_step(problem: Problem, name: str) -> Step:
+    """The step of one column.
+
+    Raises:
+        ValueError, RuntimeError: with the reason if the column is impossible here.
+    """
+    if name.startswith("wfnet/"):
+        _, backend, how = name.split("/")
+        return our_step(problem, backend, how)
+    kind = {"compile": "eager", "unmasked_compiled": "unmasked"}.get(name, name)
+    if kind in peers.COPYING:
+        # The copy itself, and its gradient while the layer's backward runs.
+        needed = peers.copied_bytes(problem.net, len(problem.batch)) / 2**30
+        if needed > problem.settings.most_copied:
+            raise ValueError(
+                f"one masked weight copy per sample needs {needed:.1f} GiB "
+                f"(--copy-limit {problem.settings.most_copied:g})"
+            )
+    model = peers.peer(problem.net, kind, problem.batch.forget)
+    if name != kind:
+        torch._dynamo.reset()
+        mode = "max-autotune" if problem.device.type == "cuda" else None
+        model = torch.compile(model, mode=mode)
+    return peer_step(problem, model)
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def first_steps(problem: Problem, names: list[str]) -> tuple[dict[str, Step], dict[str, Column]]:
+    """Makes every column and runs it a few times: compiles, warms up, checks its first loss."""
+    steps, columns = {}, {}
+    for name in names:
+        logger.info("preparing %s", name)
+        columns[name] = column = Column()
+        try:
+            step = make_step(problem, name)
+            column.first_loss = step().item()
+            for _ in range(1 if name in peers.COPYING else 4):
+                step()
+        except (ValueError, RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            column.impossible = str(error).splitlines()[0]
+            continue
+        steps[name] = step
+    return steps, columns
+
+
+def check_losses(columns: dict[str, Column], dtype: torch.dtype) -> None:
+    """Raises ValueError if masked columns do not compute the same thing."""
+    losses = {
+        name: column.first_loss
+        for name, column in columns.items()
+        if column.first_loss is not None and not name.startswith("unmasked")
+    }
+    limit = 1e-3 if dtype is torch.float32 else 5e-2
+    if losses and max(losses.values()) - min(losses.values()) > limit:
+        raise ValueError(f"the columns do not compute the same thing: losses {losses}")
+
+
+def measure(problem: Problem, names: list[str]) -> dict[str, Column]:
+    steps, columns = first_steps(problem, names)
+    check_losses(columns, problem.settings.dtype)
+    repeats = problem.settings.repeats
+    for repeat in range(repeats):
+        for name, step in steps.items():
+            few = name in peers.COPYING and repeat >= max(3, repeats // 5)
+            if not few:
+                columns[name].milliseconds.append(timed(step, problem.device))
+    for name, step in steps.items():
+        gc.collect()
+        columns[name].peak_mebibytes = peak_mebibytes(step, problem.device)
+    return columns
+
+
+def floors_of(problem: Problem, rates: floors.Rates) -> dict[str, float | str]:
+    """Expanded samples per second that each floor allows, or why it is not counted."""
+    samples, sources = len(problem.batch), problem.images.shape[0]
+    try:
+        return {
+            kind: samples
+            / floors.floor_seconds(
+                floors.operations_of(problem.net, problem.settings.image_size, kind),
+                samples, sources, rates,
+            )
+            for kind in floors.KINDS
+        }  # fmt: skip
+    except ValueError as error:
+        return {"none": str(error)}
+
+
+def summary(columns: dict[str, Column], samples: int, floor: dict[str, float | str]) -> dict:
+    """JSON of one network: per column its numbers, or why there are none."""
+    rows: dict[str, dict] = {}
+    for name, column in columns.items():
+        if column.impossible is not None:
+            rows[name] = {"impossible": column.impossible}
+            continue
+        median = statistics.median(column.milliseconds)
+        rate = samples / median * 1e3
+        rows[name] = {
+            "median_ms": median,
+            "least_ms": min(column.milliseconds),
+            "largest_ms": max(column.milliseconds),
+            "samples_per_second": rate,
+            "share_of_floor": rate / floor["fused_with_v"] if "fused_with_v" in floor else None,
+            "peak_mebibytes": column.peak_mebibytes,
+            "milliseconds": column.milliseconds,
+        }
+    return {"expanded_samples": samples, "floor_samples_per_second": floor, "columns": rows}
+
+
+def print_table(name: str, result: dict) -> None:
+    samples, rows = result["expanded_samples"], result["columns"]
+    eager = rows.get("eager", {}).get("median_ms")
+    print(f"\n{name}: {samples} expanded samples")
+    for kind, rate in result["floor_samples_per_second"].items():
+        shown = f"{rate:,.0f} samples/s" if isinstance(rate, float) else rate
+        print(f"  floor {kind}: {shown}")
+    print(f"{'column':26}{'ms':>9}{'least':>9}{'largest':>9}{'samples/s':>11}{'x eager':>9}"
+          f"{'of floor':>9}{'MiB':>9}")  # fmt: skip
+    for column, row in rows.items():
+        if "impossible" in row:
+            print(f"{column:26}impossible: {row['impossible']}")
+            continue
+        ratio = f"{eager / row['median_ms']:9.2f}" if eager else " " * 9
+        share = row["share_of_floor"]
+        share = " " * 9 if share is None else f"{share:9.0%}"
+        print(
+            f"{column:26}{row['median_ms']:9.1f}{row['least_ms']:9.1f}{row['largest_ms']:9.1f}"
+            f"{row['samples_per_second']:11,.0f}{ratio}{share}{row['peak_mebibytes']:9.1f}"
+        )
