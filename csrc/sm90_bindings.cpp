@@ -20,8 +20,7 @@ T* pointer(Address address) {
 // height, width: (input, output, kernel, stride, padding, dilation), as for the portable kernels.
 Convolution convolution_of(int batch, int in_channels, int out_channels, const py::tuple& height,
                            const py::tuple& width) {
-  if (height.size() != 6 || width.size() != 6)
-    throw std::invalid_argument("an axis has 6 numbers");
+  if (height.size() != 6 || width.size() != 6) throw std::invalid_argument("an axis has 6 numbers");
   const auto h = [&](int i) { return height[i].cast<int>(); };
   const auto w = [&](int i) { return width[i].cast<int>(); };
   if (h(3) < 1 || w(3) < 1) throw std::invalid_argument("strides must be positive");
@@ -29,8 +28,8 @@ Convolution convolution_of(int batch, int in_channels, int out_channels, const p
                          h(3),  w(3), h(4), w(4),        h(5),         w(5)};
   if (conv.out_height() != h(1) || conv.out_width() != w(1))
     throw std::invalid_argument("the output is " + std::to_string(conv.out_height()) + " x " +
-                                std::to_string(conv.out_width()) + ", not " +
-                                std::to_string(h(1)) + " x " + std::to_string(w(1)));
+                                std::to_string(conv.out_width()) + ", not " + std::to_string(h(1)) +
+                                " x " + std::to_string(w(1)));
   return conv;
 }
 
@@ -97,16 +96,15 @@ void bind(py::module_& module) {
       "dgrad_slots",
       [](int batch, int in_channels, int out_channels, const py::tuple& height,
          const py::tuple& width) {
-        return dgrad_partial_rows(
-            convolution_of(batch, in_channels, out_channels, height, width));
+        return dgrad_partial_rows(convolution_of(batch, in_channels, out_channels, height, width));
       },
       py::kw_only(), arg("batch"), arg("in_channels"), arg("out_channels"), arg("height"),
       arg("width"), "Rows of the workspaces partial0 and partial1, [rows, in_channels] fp32.");
   module.def("fprop", &bound_fprop, py::kw_only(), arg("batch"), arg("in_channels"),
              arg("out_channels"), arg("height"), arg("width"), arg("x"), arg("weight"),
              arg("scale"), arg("shift"), arg("table_stride"), arg("residual"), arg("branch"),
-             arg("out"), arg("relu"), arg("dtype"), arg("processors"), arg("device"),
-             arg("stream"), "out = act(scale * conv(x, weight) + shift + residual).");
+             arg("out"), arg("relu"), arg("dtype"), arg("processors"), arg("device"), arg("stream"),
+             "out = act(scale * conv(x, weight) + shift + residual).");
   module.def("dgrad", &bound_dgrad, py::kw_only(), arg("batch"), arg("in_channels"),
              arg("out_channels"), arg("height"), arg("width"), arg("ag"), arg("weight"),
              arg("skip"), arg("branch"), arg("activation"), arg("scale"), arg("shift"),

@@ -1,8 +1,8 @@
 // Checks, tensor maps and launches of the Hopper kernels; see sm90_gemm.h for what they do.
-#include "sm90_ops.h"
-
 #include <stdexcept>
 #include <string>
+
+#include "sm90_ops.h"
 
 namespace wf::sm90 {
 
@@ -135,10 +135,11 @@ const char* refuse(const Convolution& conv, const Problem& problem, const void* 
     return "the convolution is empty, or the filter does not fit into the image";
   if (conv.in_channels % 8 != 0 || conv.out_channels % 8 != 0)
     return "TMA needs channel counts that are multiples of 8";
-  const int64_t pixels = int64_t{conv.batch} * (int64_t{conv.height} * conv.width >
-                                                        int64_t{conv.out_height()} * conv.out_width()
-                                                    ? int64_t{conv.height} * conv.width
-                                                    : int64_t{conv.out_height()} * conv.out_width());
+  const int64_t pixels =
+      int64_t{conv.batch} *
+      (int64_t{conv.height} * conv.width > int64_t{conv.out_height()} * conv.out_width()
+           ? int64_t{conv.height} * conv.width
+           : int64_t{conv.out_height()} * conv.out_width());
   if (pixels > INT32_MAX - kBlockM ||
       (pixels / kBlockM + kMostPhases) * problem.n_tiles > INT32_MAX - (1 << 16))
     return "more than 2**31 pixels or tiles";
@@ -160,8 +161,8 @@ Params<kDirection> make_params(const Problem& problem, const Convolution& conv,
   for (int i = 0; i < problem.num_phases; ++i) {
     const Phase& phase = problem.phases[i];
     if (problem.tiled) {
-      params.a[i] = checked_map(
-          matrix_map(operands.a, operands.bf16, phase.rows, problem.depth, kBlockM));
+      params.a[i] =
+          checked_map(matrix_map(operands.a, operands.bf16, phase.rows, problem.depth, kBlockM));
     } else if (phase.slices > 0 && phase.rows > 0) {
       params.a[i] = checked_map(im2col_map(operands.a, operands.bf16, problem, phase));
     }

@@ -3,21 +3,24 @@
 // Everything here is ours, written on the primitives of sm90_primitives.h (no CUTLASS): the kernels
 // compile in seconds, and the same source runs on the host's emulation, tested against plain loops.
 //
-// Thread blocks of 384 threads, in clusters of two, stay on their multiprocessors for the whole launch:
+// Thread blocks of 384 threads, in clusters of two, stay on their multiprocessors for the whole
+// launch:
 //
-//   producer     1 thread loads 64-deep slices of A (128 rows) and B (64 or 128 columns) by TMA into a
-//                ring of 6 or 8 stages, B half by half for both blocks of the cluster; it runs ahead
-//                over tile borders: the next tile's operands arrive during this tile's epilogue
+//   producer     1 thread loads 64-deep slices of A (128 rows) and B (64 or 128 columns) by TMA
+//                into a ring of 6 or 8 stages, B half by half for both blocks of the cluster; it
+//                runs ahead over tile borders: the next tile's operands come during this epilogue
 //   consumer 0   tiles 0, 2, 4, ... of the block: wgmma, then the epilogue, from registers
 //   consumer 1   tiles 1, 3, 5, ...; takes turns with consumer 0 at the tensor cores (ping-pong)
 //
-// What bounds it: a 3x3 layer with 64 channels has 9 slices per tile, 2,304 cycles at the tensor cores
-// (128 x 64), in which another tile's epilogue moves 128 x 64 x 2 B x 3 (residual, v, out) = 48 KB. At
-// one multiprocessor's share of 4.3 TB/s, 18 B per cycle, those take 2,700 cycles: bound by memory,
-// and that only because the epilogue is hidden. From 128 channels on, the tensor cores are the bound.
+// What bounds it: a 3x3 layer with 64 channels has 9 slices per tile, 2,304 cycles at the tensor
+// cores (128 x 64), in which another tile's epilogue moves 128 x 64 x 2 B x 3 (residual, v, out) =
+// 48 KB. At one multiprocessor's share of 4.3 TB/s, 18 B per cycle, those take 2,700 cycles: bound
+// by memory, and that only because the epilogue is hidden. From 128 channels on, the tensor cores
+// are the bound.
 //
-// Epilogues work on 16 bytes of one row per lane: quads of lanes first transpose their wgmma fragments
-// (which hold 2 columns of 4 groups of 8) so that a quad reads and writes 64 contiguous bytes.
+// Epilogues work on 16 bytes of one row per lane: quads of lanes first transpose their wgmma
+// fragments (which hold 2 columns of 4 groups of 8) so that a quad reads and writes 64 contiguous
+// bytes.
 #pragma once
 
 #include "epilogue.h"
@@ -53,8 +56,8 @@ struct Params {
 };
 
 // Shared memory: stages of A and B, then column sums of both consumers, then the mbarriers. B is
-// [kBlockN][64] (forward) or kBlockN / 64 times [64][64] (backward); each block of the cluster loads
-// half of it, in one box of kFilterRows rows of 128 bytes.
+// [kBlockN][64] (forward) or kBlockN / 64 times [64][64] (backward); each block of the cluster
+// loads half of it, in one box of kFilterRows rows of 128 bytes.
 template <int kBlockN>
 struct Layout {
   static constexpr int kStages = kBlockN == 64 ? 8 : 6;
@@ -101,7 +104,7 @@ WF_DEVICE void sync_warpgroup(int consumer) {
   sync_block_named(3 + consumer, kWarpgroup);
 }
 
-// ---- producer -------------------------------------------------------------------------------------
+// --- producer ---
 
 template <int kBlockN, Direction kDirection>
 WF_DEVICE void produce(const Params<kDirection>& params) {
@@ -140,7 +143,7 @@ WF_DEVICE void produce(const Params<kDirection>& params) {
   }
 }
 
-// ---- consumers ------------------------------------------------------------------------------------
+// --- consumers ---
 
 // Accumulators of one tile: rows 64 * half + 16 * warp + 8 * i + lane / 4, see wgmma().
 template <int kBlockN>
@@ -148,16 +151,16 @@ struct Accumulators {
   float half[2][kBlockN / 2];
 };
 
-// Frees a stage: one arrival per warp (its own share of wgmma is done) at each block of the cluster,
-// for both blocks' producers write into it.
+// Frees a stage: one arrival per warp (its own share of wgmma is done) at each block of the
+// cluster, for both blocks' producers write into it.
 template <int kBlockN>
 WF_DEVICE void free_stage(int stage) {
   const int lane = thread_index() % 32;
   if (lane < kCluster) mbarrier_arrive(Layout<kBlockN>::empty(stage), lane);
 }
 
-// Issues the wgmma of a tile; all but those of the last slice are complete. Returns its stage, which
-// finish_multiply() waits for and frees.
+// Issues the wgmma of a tile; all but those of the last slice are complete. Returns its stage,
+// which finish_multiply() waits for and frees.
 template <class T, int kBlockN, bool kTransposedB>
 WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>::kStages>& ring,
                        int slices) {
@@ -170,16 +173,16 @@ WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>:
     wgmma_fence();
     WF_UNROLL
     for (int k = 0; k < kBlockK / 16; ++k) {
-      // A: 8 rows of 128 bytes per swizzle atom, 16 of K are 32 bytes within its rows. B forward: the
-      // same. B backward, [64 of K][64 columns] per box: 16 of K are two atoms, boxes follow.
+      // A: 8 rows of 128 bytes per swizzle atom, 16 of K are 32 bytes within its rows. B forward:
+      // the same. B backward, [64 of K][64 columns] per box: 16 of K are two atoms, boxes follow.
       const uint64_t b = kTransposedB
                              ? wgmma_descriptor(L::b(ring.stage) + k * 2048, kBlockK * 128, 1024)
                              : wgmma_descriptor(L::b(ring.stage) + k * 32, 16, 1024);
       WF_UNROLL
       for (int half = 0; half < 2; ++half)
-        wgmma<T, kTransposedB>(
-            acc.half[half], wgmma_descriptor(L::a(ring.stage) + half * 8192 + k * 32, 16, 1024), b,
-            (i | k) != 0);
+        wgmma<T, kTransposedB>(acc.half[half],
+                               wgmma_descriptor(L::a(ring.stage) + half * 8192 + k * 32, 16, 1024),
+                               b, (i | k) != 0);
     }
     wgmma_commit();
     if (i > 0) {
@@ -200,16 +203,17 @@ WF_DEVICE void finish_multiply(Accumulators<kBlockN>& acc, int last_stage, int s
   if (slices > 0) free_stage<kBlockN>(last_stage);
 }
 
-// ---- epilogues ------------------------------------------------------------------------------------
+// --- epilogues ---
 
-// 8 channels as they lie in memory: four words wait for their turn where eight floats would not fit.
+// 8 channels as they lie in memory: four words wait for their turn where eight floats would not
+// fit.
 template <class T>
 WF_DEVICE Vec16 load_packed(const void* tensor, int64_t at) {
   return load_constant<Vec16>(static_cast<const T*>(tensor) + at);
 }
 
-// Brings a tile's rows of the tensors that its epilogue reads to L2 while the tile is multiplied: the
-// epilogue's own loads, few at a time, then wait for L2 and not for memory.
+// Brings a tile's rows of the tensors that its epilogue reads to L2 while the tile is multiplied:
+// the epilogue's own loads, few at a time, then wait for L2 and not for memory.
 template <class T, int kBlockN, int kCount>
 WF_DEVICE void prefetch_rows(const Problem& problem, const Phase& phase, int m, int n,
                              const void* const (&tensors)[kCount]) {
@@ -232,22 +236,21 @@ WF_DEVICE void prefetch_tile(const Problem& problem, const ForwardEpilogue& e, c
 template <class T, int kBlockN>
 WF_DEVICE void prefetch_tile(const Problem& problem, const BackwardEpilogue& e, const Phase& phase,
                              int m, int n) {
-  prefetch_rows<T, kBlockN>(problem, phase, m, n,
-                            {e.skip, e.needs_branch() ? e.branch : nullptr,
-                             e.relu ? e.activation : nullptr});
+  prefetch_rows<T, kBlockN>(
+      problem, phase, m, n,
+      {e.skip, e.needs_branch() ? e.branch : nullptr, e.relu ? e.activation : nullptr});
 }
 
-// Transposes the 4 x 4 blocks of 2 columns that a quad holds: lane q of it, which had columns 2q and
-// 2q + 1 of four groups of 8 columns, gets the 8 columns of group q. `fragment` are 16 accumulators:
-// [group][row half][2]; `half` picks one of the two rows.
+// Transposes the 4 x 4 blocks of 2 columns that a quad holds: lane q of it, which had columns 2q
+// and 2q + 1 of four groups of 8 columns, gets the 8 columns of group q. `fragment` are 16
+// accumulators: [group][row half][2]; `half` picks one of the two rows.
 template <int kCount>
 WF_DEVICE Channels gather_channels(const float (&fragment)[kCount], int first, int half) {
   const int lane = thread_index();
   float x[4][2];
   WF_UNROLL
-  for (int group = 0; group < 4; ++group)
-    WF_UNROLL
-    for (int i = 0; i < 2; ++i) x[group][i] = fragment[first + group * 4 + half * 2 + i];
+  for (int group = 0; group < 4; ++group) WF_UNROLL
+  for (int i = 0; i < 2; ++i) x[group][i] = fragment[first + group * 4 + half * 2 + i];
   WF_UNROLL
   for (int bit = 1; bit <= 2; bit *= 2) {
     const bool upper = lane & bit;
@@ -265,9 +268,8 @@ WF_DEVICE Channels gather_channels(const float (&fragment)[kCount], int first, i
   }
   Channels row;
   WF_UNROLL
-  for (int group = 0; group < 4; ++group)
-    WF_UNROLL
-    for (int i = 0; i < 2; ++i) row.value[2 * group + i] = x[group][i];
+  for (int group = 0; group < 4; ++group) WF_UNROLL
+  for (int i = 0; i < 2; ++i) row.value[2 * group + i] = x[group][i];
   return row;
 }
 
@@ -491,9 +493,8 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
     if (i % kConsumers == consumer) {
       Accumulators<kBlockN> acc;
       WF_UNROLL
-      for (int half = 0; half < 2; ++half)
-        WF_UNROLL
-        for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
+      for (int half = 0; half < 2; ++half) WF_UNROLL
+      for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
       const int m = work.pair * kCluster + cluster_rank();
       prefetch_tile<T, kBlockN>(problem, params.epilogue, phase, m, work.n);
       if (i > 0) wait_for_turn(consumer);
@@ -510,7 +511,7 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
   }
 }
 
-// ---- the kernel -----------------------------------------------------------------------------------
+// --- the kernel ---
 
 template <class T, int kBlockN, Direction kDirection>
 WF_DEVICE void gemm(const Params<kDirection>& params) {

@@ -1,18 +1,20 @@
-// What a Hopper kernel computes and in which order: convolutions as implicit GEMMs, their tiles, and
-// the schedule of the persistent thread blocks. Plain integers, the same on host and device; tested
-// exhaustively on the host (tests/test_cuda_sm90_host.py).
+// What a Hopper kernel computes and in which order: convolutions as implicit GEMMs, their tiles,
+// and the schedule of the persistent thread blocks. Plain integers, the same on host and device;
+// tested exhaustively on the host (tests/test_cuda_sm90_host.py).
 //
-// One GEMM for everything: out[m, n] = sum over taps and depth of A[pixel(m) + tap, k] * B[tap, k, n].
+// One GEMM for everything:
+//
+//   out[m, n] = sum over taps and depth of A[pixel(m) + tap, k] * B[tap, k, n]
 //
 //              A            rows m               taps         depth k        columns n
 //   fprop      x            samples x P x Q      R x S        in channels    out channels
 //   dgrad      A * g        samples x H x W      R x S        out channels   in channels
 //   linear     x or A * g   samples x tokens     1            in / out       out / in
 //
-// The pixels of dgrad with stride s fall into s x s phases (h % s, w % s). A pixel of one phase sees
-// a fixed subset of the taps, and within a phase
+// The pixels of dgrad with stride s fall into s x s phases (h % s, w % s). A pixel of one phase
+// sees a fixed subset of the taps, and within a phase
 //
-//   dx[f + s*i] = sum over taps r with (f + pad - r*dilation) % s == 0 of ag[i + (f + pad - r*dilation) / s] * w[r]
+//   dx[f + s*i] = sum of ag[i + d / s] * w[r] over taps r whose d = f + pad - r*dilation divides
 //
 // is a convolution with stride 1: no product with a zero is ever computed, and all phases are tiles
 // of one launch.
@@ -28,21 +30,21 @@
 
 namespace wf::sm90 {
 
-// One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work on
-// different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up to
-// five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128 fp32
-// accumulators take 128 of a thread's 240 registers.
+// One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work
+// on different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up
+// to five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128
+// fp32 accumulators take 128 of a thread's 240 registers.
 //
-// Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B for
-// both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP: 87 FLOP per byte, 790 TFLOP/s
-// at 9 TB/s. Alone a block would need 32 KB: 12 TB/s, which L2 does not have.
+// Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B
+// for both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP, 85 FLOP per byte: 790
+// TFLOP/s take 9.3 TB/s. A block alone would need 32 KB, 12.3 TB/s.
 constexpr int kBlockM = 128;
 constexpr int kBlockK = 64;  // 128 bytes: one swizzle row
 constexpr int kMostPhases = 4;
 constexpr int kCluster = 2;  // thread blocks of a cluster
 
-// A cross-correlation of [batch, height, width, in_channels] with [out_channels, filter_h, filter_w,
-// in_channels]; all memory dense, channels last.
+// A cross-correlation of [batch, height, width, in_channels] with [out_channels, filter_h,
+// filter_w, in_channels]; all memory dense, channels last.
 struct Convolution {
   int batch, height, width, in_channels, out_channels;
   int filter_h, filter_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
@@ -156,10 +158,10 @@ WF_SM90_BOTH bool is_matrix(const Convolution& conv) {
 WF_SM90_BOTH Problem fprop_problem(const Convolution& conv) {
   Problem problem{};
   problem.num_phases = 1;
-  problem.phases[0].h = fprop_axis(conv.out_height(), conv.filter_h, conv.stride_h, conv.pad_h,
-                                   conv.dilation_h);
-  problem.phases[0].w = fprop_axis(conv.out_width(), conv.filter_w, conv.stride_w, conv.pad_w,
-                                   conv.dilation_w);
+  problem.phases[0].h =
+      fprop_axis(conv.out_height(), conv.filter_h, conv.stride_h, conv.pad_h, conv.dilation_h);
+  problem.phases[0].w =
+      fprop_axis(conv.out_width(), conv.filter_w, conv.stride_w, conv.pad_w, conv.dilation_w);
   problem.batch = conv.batch;
   problem.out_height = conv.out_height();
   problem.out_width = conv.out_width();
@@ -197,11 +199,11 @@ WF_SM90_BOTH Problem dgrad_problem(const Convolution& conv) {
   return problem;
 }
 
-// ---- schedule -------------------------------------------------------------------------------------
+// --- schedule ---
 
-// What a cluster works on at a time: row tiles 2 * pair and 2 * pair + 1, one for each of its blocks.
-// Where the number of tiles is odd, the last one does not exist; its block loads zeros, multiplies
-// along, because the other one needs its half of B, and writes nothing.
+// What a cluster works on at a time: row tiles 2 * pair and 2 * pair + 1, one for each of its
+// blocks. Where the number of tiles is odd, the last one does not exist; its block loads zeros,
+// multiplies along, because the other one needs its half of B, and writes nothing.
 struct Work {
   int slot;  // position in the order of all work; problem.tile_slots or more: no more work
   int phase, pair, n;
@@ -257,7 +259,8 @@ WF_SM90_BOTH Row row_at(const Problem& problem, const Phase& phase, int row) {
   const int i = pixel / phase.w.size;
   const int h = phase.h.out_first + i * phase.h.out_step;
   const int w = phase.w.out_first + (pixel - i * phase.w.size) * phase.w.out_step;
-  return Row{sample, (static_cast<int64_t>(sample) * problem.out_height + h) * problem.out_width + w};
+  return Row{sample,
+             (static_cast<int64_t>(sample) * problem.out_height + h) * problem.out_width + w};
 }
 
 // Filter base of the first row of a tile, as im2col loads want it.
@@ -273,14 +276,14 @@ WF_SM90_BOTH Base base_at(const Phase& phase, int row) {
   return Base{sample, phase.h.base + i * phase.h.base_step, phase.w.base + j * phase.w.base_step};
 }
 
-// ---- column sums ----------------------------------------------------------------------------------
+// --- column sums ---
 
 // Partial sums are kept per tile and sample: row first_partial + m * samples_per_tile + j holds the
 // sum over the rows of tile m that belong to the j-th sample of that tile. The second stage adds a
-// sample's rows phase by phase, tile by tile: always in the same order, whichever block computed them.
+// sample's rows phase by phase, tile by tile: always in the same order, whichever block computed
+// them.
 WF_SM90_BOTH int partial_row(const Phase& phase, int m, int sample) {
-  return phase.first_partial + m * phase.samples_per_tile + sample -
-         m * kBlockM / phase.pixels;
+  return phase.first_partial + m * phase.samples_per_tile + sample - m * kBlockM / phase.pixels;
 }
 
 struct TileRange {

@@ -1,6 +1,6 @@
-// Entry points of the Hopper kernels: raw pointers and sizes in, launches out. They allocate nothing,
-// run on the given stream, and can be captured in a CUDA graph. All tensors are dense and channels
-// last, 16-bit, at 16-byte aligned addresses; tables are fp32.
+// Entry points of the Hopper kernels: raw pointers and sizes in, launches out. They allocate
+// nothing, run on the given stream, and can be captured in a CUDA graph. All tensors are dense and
+// channels last, 16-bit, at 16-byte aligned addresses; tables are fp32.
 #pragma once
 
 #include <cstdint>
@@ -33,8 +33,8 @@ void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpil
 // Rows of the partial sums that dgrad writes: each of partial0 and partial1 is [rows, in_channels].
 int dgrad_partial_rows(const Convolution& conv);
 
-// Second stage: t0 and t1, [batch, in_channels] with rows total_stride apart, from the partial sums of
-// dgrad; either may be null.
+// Second stage: t0 and t1, [batch, in_channels] with rows total_stride apart, from the partial sums
+// of dgrad; either may be null.
 void add_partials(const Convolution& conv, const float* partial0, const float* partial1, float* t0,
                   float* t1, int total_stride, Place place);
 

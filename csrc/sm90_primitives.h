@@ -33,11 +33,11 @@ struct TensorMap {
 
 constexpr int kWarpgroup = 128;
 
-// ---- clusters -------------------------------------------------------------------------------------
+// --- clusters ---
 //
 // A cluster is two thread blocks that reach each other's shared memory. In the emulation it is one
-// emulated block with twice the threads and twice the shared memory: addresses are those of a block's
-// own half, as on a device, and `at_rank` finds the half.
+// emulated block with twice the threads and twice the shared memory: addresses are those of a
+// block's own half, as on a device, and `at_rank` finds the half.
 
 #if !defined(__CUDACC__)
 namespace emulated {
@@ -127,7 +127,7 @@ WF_DEVICE uint32_t own_shared(uint32_t address) {
 #endif
 }
 
-// ---- emulation ------------------------------------------------------------------------------------
+// --- emulation ---
 
 #if !defined(__CUDACC__)
 namespace emulated {
@@ -139,9 +139,9 @@ using emulation::current_fiber;
 
 // Primitives that a test switches off, to see that the tests notice.
 struct Broken {
-  bool full_wait = false;    // mbarrier_wait returns at once: for barriers that count bytes
-  bool empty_wait = false;   // for barriers that count arrivals only
-  bool wgmma_wait = false;   // wgmma_wait waits for nothing
+  bool full_wait = false;     // mbarrier_wait returns at once: for barriers that count bytes
+  bool empty_wait = false;    // for barriers that count arrivals only
+  bool wgmma_wait = false;    // wgmma_wait waits for nothing
   bool sums_barrier = false;  // sync_warpgroup waits for nobody
 };
 inline Broken& broken() {
@@ -340,7 +340,7 @@ inline void execute(WarpQueue& queue, const Wgmma& op, int warp) {
 }  // namespace emulated
 #endif
 
-// ---- mbarriers ------------------------------------------------------------------------------------
+// --- mbarriers ---
 
 WF_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
 #if defined(__CUDACC__)
@@ -416,7 +416,7 @@ WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
 #endif
 }
 
-// ---- TMA ------------------------------------------------------------------------------------------
+// --- TMA ---
 
 WF_DEVICE void prefetch_tensor_map(const TensorMap* map) {
 #if defined(__CUDACC__)
@@ -460,8 +460,8 @@ WF_DEVICE void tma_load_matrix(uint32_t destination, const TensorMap* map, uint3
 #endif
 }
 
-// A box of [rows, 1, 64] of the filter, to all blocks of the cluster: out channels from o, one tap, in
-// channels from c.
+// A box of [rows, 1, 64] of the filter, to all blocks of the cluster: out channels from o, one tap,
+// in channels from c.
 WF_DEVICE void tma_load_filter(uint32_t destination, const TensorMap* map, uint32_t barrier, int c,
                                int tap, int o) {
 #if defined(__CUDACC__)
@@ -481,7 +481,8 @@ WF_DEVICE void tma_load_filter(uint32_t destination, const TensorMap* map, uint3
                         tap < static_cast<int64_t>(p.size[1]);
     emulated::add_row(
         box, p,
-        inside ? static_cast<const char*>(p.address) + r * p.stride[2] + tap * p.stride[1] : nullptr,
+        inside ? static_cast<const char*>(p.address) + r * p.stride[2] + tap * p.stride[1]
+               : nullptr,
         c);
   }
   emulated::start_copy(box, destination, barrier, (1u << kCluster) - 1, "tma_load_filter");
@@ -496,8 +497,8 @@ WF_DEVICE void tma_load_im2col(uint32_t destination, const TensorMap* map, uint3
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.im2col.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%3, %4, %5, %6}], [%2], {%7, %8};" ::"r"(destination),
-      "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n),
-      "h"(static_cast<uint16_t>(offset_w)), "h"(static_cast<uint16_t>(offset_h))
+      "l"(map), "r"(barrier), "r"(c), "r"(w), "r"(h), "r"(n), "h"(static_cast<uint16_t>(offset_w)),
+      "h"(static_cast<uint16_t>(offset_h))
       : "memory");
 #else
   const TensorMapParameters& p = map->parameters;
@@ -532,11 +533,11 @@ WF_DEVICE void tma_load_im2col(uint32_t destination, const TensorMap* map, uint3
 #endif
 }
 
-// ---- wgmma ----------------------------------------------------------------------------------------
+// --- wgmma ---
 
-// Matrix descriptor of a 128-byte swizzled tile at a multiple of 1024 bytes (or 32 * i bytes into its
-// rows, for the i-th 16 of K). `stride`: bytes from 8 rows to the next 8 rows; a row is 128 bytes.
-// `leading`: bytes from 64 elements of N to the next 64, for N-major operands only.
+// Matrix descriptor of a 128-byte swizzled tile at a multiple of 1024 bytes (or 32 * i bytes into
+// its rows, for the i-th 16 of K). `stride`: bytes from 8 rows to the next 8 rows; a row is 128
+// bytes. `leading`: bytes from 64 elements of N to the next 64, for N-major operands only.
 WF_HOST_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
   return static_cast<uint64_t>(address >> 4 & 0x3FFF) |
          static_cast<uint64_t>(leading >> 4 & 0x3FFF) << 16 |
@@ -605,11 +606,11 @@ WF_DEVICE void pin_registers(float (&registers)[kCount]) {
 #if defined(__CUDACC__)
 #define WF_SM90_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WF_SM90_D16(i) WF_SM90_D4(i), WF_SM90_D4(i + 4), WF_SM90_D4(i + 8), WF_SM90_D4(i + 12)
-#define WF_SM90_REGISTERS_32                                                                     \
+#define WF_SM90_REGISTERS_32                                                                    \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
   "%25,%26,%27,%28,%29,%30,%31}"
 #define WF_SM90_REGISTERS_64                                                                     \
-  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,"  \
   "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
 #endif
@@ -622,27 +623,28 @@ WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate
   static_assert(kCount == 32 || kCount == 64, "N is 64 or 128");
   constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 #if defined(__CUDACC__)
-#define WF_SM90_WGMMA(N, TYPE, REGISTERS, A, B, P, TB, ...)                                    \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P ", 0;\n"                                  \
-               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " " REGISTERS    \
-               ", " A ", " B ", p, 1, 1, 0, " TB ";\n}\n"                                      \
-               : __VA_ARGS__                                                                   \
+#define WF_SM90_WGMMA(N, TYPE, REGISTERS, A, B, P, TB, ...)                                        \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                               \
+               ", 0;\n"                                                                            \
+               "wgmma.mma_async.sync.aligned.m64n" N "k16.f32." TYPE "." TYPE " " REGISTERS ", " A \
+               ", " B ", p, 1, 1, 0, " TB ";\n}\n"                                                 \
+               : __VA_ARGS__                                                                       \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposedB ? 1 : 0))
   if constexpr (kCount == 64) {
     if constexpr (kBf16) {
-      WF_SM90_WGMMA("128", "bf16", WF_SM90_REGISTERS_64, "%64", "%65", "%66", "%67",
-                    WF_SM90_D16(0), WF_SM90_D16(16), WF_SM90_D16(32), WF_SM90_D16(48));
+      WF_SM90_WGMMA("128", "bf16", WF_SM90_REGISTERS_64, "%64", "%65", "%66", "%67", WF_SM90_D16(0),
+                    WF_SM90_D16(16), WF_SM90_D16(32), WF_SM90_D16(48));
     } else {
-      WF_SM90_WGMMA("128", "f16", WF_SM90_REGISTERS_64, "%64", "%65", "%66", "%67",
-                    WF_SM90_D16(0), WF_SM90_D16(16), WF_SM90_D16(32), WF_SM90_D16(48));
+      WF_SM90_WGMMA("128", "f16", WF_SM90_REGISTERS_64, "%64", "%65", "%66", "%67", WF_SM90_D16(0),
+                    WF_SM90_D16(16), WF_SM90_D16(32), WF_SM90_D16(48));
     }
   } else {
     if constexpr (kBf16) {
-      WF_SM90_WGMMA("64", "bf16", WF_SM90_REGISTERS_32, "%32", "%33", "%34", "%35",
-                    WF_SM90_D16(0), WF_SM90_D16(16));
+      WF_SM90_WGMMA("64", "bf16", WF_SM90_REGISTERS_32, "%32", "%33", "%34", "%35", WF_SM90_D16(0),
+                    WF_SM90_D16(16));
     } else {
-      WF_SM90_WGMMA("64", "f16", WF_SM90_REGISTERS_32, "%32", "%33", "%34", "%35",
-                    WF_SM90_D16(0), WF_SM90_D16(16));
+      WF_SM90_WGMMA("64", "f16", WF_SM90_REGISTERS_32, "%32", "%33", "%34", "%35", WF_SM90_D16(0),
+                    WF_SM90_D16(16));
     }
   }
 #undef WF_SM90_WGMMA
@@ -703,9 +705,10 @@ WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate
 #endif
 }
 
-// ---- registers ------------------------------------------------------------------------------------
+// --- registers ---
 
-// Moves registers from the producer warpgroup to the consumers; once per warpgroup, all its threads.
+// Moves registers from the producer warpgroup to the consumers; once per warpgroup, all its
+// threads.
 template <int kRegisters>
 WF_DEVICE void take_registers() {
 #if defined(__CUDACC__)

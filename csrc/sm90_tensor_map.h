@@ -68,8 +68,8 @@ inline TensorMapParameters im2col_map(const void* address, bool bf16, const Prob
   map.stride[3] = map.stride[2] * problem.a_height;
   map.element_step[0] = map.element_step[3] = 1;
   map.element_step[1] = phase.w.base_step, map.element_step[2] = phase.h.base_step;
-  // The box of filter bases ends exactly at the last one: `size` of them per axis, whatever rest the
-  // stride leaves.
+  // The box of filter bases ends exactly at the last one: `size` of them per axis, whatever rest
+  // the stride leaves.
   map.lower[0] = phase.w.base, map.lower[1] = phase.h.base;
   map.upper[0] = phase.w.base + (phase.w.size - 1) * phase.w.base_step - (problem.a_width - 1);
   map.upper[1] = phase.h.base + (phase.h.size - 1) * phase.h.base_step - (problem.a_height - 1);
@@ -80,7 +80,8 @@ inline TensorMapParameters im2col_map(const void* address, bool bf16, const Prob
 
 // What the driver's documentation demands; a map that violates it is refused before anything runs.
 inline const char* refuse_map(const TensorMapParameters& map) {
-  if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0) return "an operand is not 16-byte aligned";
+  if (reinterpret_cast<uintptr_t>(map.address) % 16 != 0)
+    return "an operand is not 16-byte aligned";
   for (int i = 0; i < map.rank; ++i) {
     if (map.size[i] == 0 || map.size[i] > uint64_t{1} << 32) return "an axis is empty or too long";
     if (i > 0 && (map.stride[i] % 16 != 0 || map.stride[i] >= uint64_t{1} << 40))

@@ -309,6 +309,47 @@ def test_rows_of_wider_tables():
     assert error(out, forward.truth()[0]) < TOLERANCE[torch.float16]
 
 
+RIGHT = {"leading": 8192, "stride_a": 1024, "stride_b": 1024}
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["K-major", "N-major"])
+@pytest.mark.parametrize(
+    ("change", "right"),
+    [
+        ({}, True),
+        ({"stride_a": 512}, False),
+        ({"stride_b": 512}, False),
+        ({"step_b": 16}, False),
+        ({"leading": 16}, True),  # no second group of 64 columns: not read
+    ],
+    ids=str,
+)
+def test_emulated_wgmma_follows_its_descriptors(transposed, change, right):
+    """A product is right with the right strides, and wrong with wrong ones."""
+    a, b = torch.randn(64, 64).bfloat16(), torch.randn(64, 64).bfloat16()
+    d = torch.zeros(2, 128, 32)
+    register((a, b))
+    step = {"step_b": 2048 if transposed else 32}
+    numbers = {**RIGHT, **step, **change, "transposed": transposed, "fenced": True}
+    sm90().multiply_once(a=pointer(a), b=pointer(b), d=pointer(d), **numbers)
+    truth = a.double() @ (b.double() if transposed else b.double().T)
+    # Thread t of 128, accumulator 4 * j + 2 * h + i: see wgmma() in csrc/sm90_primitives.h.
+    thread, j, h, i = torch.meshgrid(*map(torch.arange, (128, 8, 2, 2)), indexing="ij")
+    row = thread // 32 * 16 + h * 8 + thread % 32 // 4
+    column = j * 8 + thread % 4 * 2 + i
+    expected = truth[row, column].reshape(128, 32)
+    for block in d:
+        assert (error(block, expected) < 1e-6) == right
+
+
+def test_emulated_wgmma_needs_its_fence():
+    a, d = torch.randn(64, 64).bfloat16(), torch.zeros(2, 128, 32)
+    register((a,))
+    numbers = {**RIGHT, "step_b": 32, "transposed": False, "fenced": False}
+    with pytest.raises(RuntimeError, match="no wgmma_fence"):
+        sm90().multiply_once(a=pointer(a), b=pointer(a), d=pointer(d), **numbers)
+
+
 def fails_or_errs(case, **how):
     """Whether the emulation reports an error, or the result is wrong."""
     try:

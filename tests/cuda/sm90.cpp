@@ -23,6 +23,41 @@ Problem problem_of(const Convolution& conv, bool backward) {
   return backward ? dgrad_problem(conv) : fprop_problem(conv);
 }
 
+// One 128 x 16k x 64 product by one warpgroup of each block of a cluster, with the descriptors that
+// the test asks for: what the emulation makes of right and wrong ones. d: [2 blocks][128
+// threads][32].
+struct Product {
+  TensorMap a, b;  // [64, 64] K-major; [64, 64], K-major or N-major
+  uint32_t leading, stride_a, stride_b, step_b;
+  bool transposed, fenced;
+  float* d;
+};
+
+template <bool kTransposed>
+void multiply_once(const Product& p) {
+  const uint32_t a = 0, b = 8192, barrier = 16384;
+  if (block_thread() == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  sync_cluster();
+  if (block_thread() == 0) {
+    mbarrier_arrive_expect(barrier, 16384);
+    tma_load_matrix(a, &p.a, barrier, 0, 0);
+    tma_load_matrix(b, &p.b, barrier, 0, 0);
+  }
+  mbarrier_wait(barrier, 0);
+  float d[32] = {};
+  if (p.fenced) wgmma_fence();
+  for (int k = 0; k < 4; ++k)
+    wgmma<wf::Bf16, kTransposed>(d, wgmma_descriptor(a + k * 32, 16, p.stride_a),
+                                 wgmma_descriptor(b + k * p.step_b, p.leading, p.stride_b), k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < 32; ++i) p.d[(cluster_rank() * kWarpgroup + block_thread()) * 32 + i] = d[i];
+  sync_cluster();
+}
+
 }  // namespace
 
 PYBIND11_MODULE(sm90, module) {
@@ -32,9 +67,9 @@ PYBIND11_MODULE(sm90, module) {
       .def(py::init([](int batch, int height, int width, int in_channels, int out_channels,
                        std::pair<int, int> filter, std::pair<int, int> stride,
                        std::pair<int, int> pad, std::pair<int, int> dilation) {
-        return Convolution{batch,         height,        width,         in_channels,
-                           out_channels,  filter.first,  filter.second, stride.first,
-                           stride.second, pad.first,     pad.second,    dilation.first,
+        return Convolution{batch,          height,       width,         in_channels,
+                           out_channels,   filter.first, filter.second, stride.first,
+                           stride.second,  pad.first,    pad.second,    dilation.first,
                            dilation.second};
       }))
       .def_property_readonly("out_height", &Convolution::out_height)
@@ -57,6 +92,22 @@ PYBIND11_MODULE(sm90, module) {
     emulated::broken() = broken;
   });
 
+  module.def(
+      "multiply_once",
+      [](uintptr_t a, uintptr_t b, uintptr_t d, bool transposed, uint32_t leading,
+         uint32_t stride_a, uint32_t stride_b, uint32_t step_b, bool fenced) {
+        const auto map = [](uintptr_t address) {
+          return TensorMap{matrix_map(reinterpret_cast<void*>(address), true, 64, 64, 64)};
+        };
+        const Product product{map(a),     map(b),   leading,
+                              stride_a,   stride_b, step_b,
+                              transposed, fenced,   reinterpret_cast<float*>(d)};
+        wf::emulation::device().run(1, kCluster * kWarpgroup, kCluster * 17408, false, [&] {
+          transposed ? multiply_once<true>(product) : multiply_once<false>(product);
+        });
+      },
+      py::arg("a"), py::arg("b"), py::arg("d"), py::arg("transposed"), py::arg("leading"),
+      py::arg("stride_a"), py::arg("stride_b"), py::arg("step_b"), py::arg("fenced"));
   module.def("problem", [](const Convolution& conv, bool backward) {
     const Problem problem = problem_of(conv, backward);
     py::dict fields;
@@ -78,8 +129,8 @@ PYBIND11_MODULE(sm90, module) {
     fields["partial_rows"] = problem.partial_rows;
     return fields;
   });
-  // Tiles of every thread block in their order, [(phase, m, n), ...]; the blocks of a cluster follow
-  // each other. A tile that does not exist has m at or past the end.
+  // Tiles of every thread block in their order, [(phase, m, n), ...]; the blocks of a cluster
+  // follow each other. A tile that does not exist has m at or past the end.
   module.def("schedule_of", [](const Convolution& conv, bool backward, int clusters) {
     const Problem problem = problem_of(conv, backward);
     std::vector<std::vector<std::tuple<int, int, int>>> blocks(clusters * kCluster);
@@ -117,10 +168,10 @@ PYBIND11_MODULE(sm90, module) {
     return std::make_tuple(base.sample, base.h, base.w);
   });
   // Row of the partial sums for (phase, m, sample), and the tiles that hold a sample.
-  module.def("partial_row", [](const Convolution& conv, bool backward, int phase, int m,
-                               int sample) {
-    return partial_row(problem_of(conv, backward).phases[phase], m, sample);
-  });
+  module.def("partial_row",
+             [](const Convolution& conv, bool backward, int phase, int m, int sample) {
+               return partial_row(problem_of(conv, backward).phases[phase], m, sample);
+             });
   module.def("tiles_of_sample", [](const Convolution& conv, bool backward, int phase, int sample) {
     const TileRange tiles = tiles_of_sample(problem_of(conv, backward).phases[phase], sample);
     return std::make_pair(tiles.first, tiles.last);
@@ -144,7 +195,6 @@ PYBIND11_MODULE(sm90, module) {
   module.def("descriptor", [](uint32_t address, uint32_t leading, uint32_t stride) {
     return wgmma_descriptor(address, leading, stride);
   });
-  module.def("shared_bytes", [](int block_n) {
-    return block_n == 64 ? Layout<64>::kBytes : Layout<128>::kBytes;
-  });
+  module.def("shared_bytes",
+             [](int block_n) { return block_n == 64 ? Layout<64>::kBytes : Layout<128>::kBytes; });
 }
