@@ -190,6 +190,8 @@ def test_resnets_fuse_completely(package: str, name: str):
     assert sum(step.residual is not None for step in convs) == BLOCKS[name]
     shortcuts = {step.shortcut for step in convs} - {None}
     assert all(step.relu for step in convs if step not in shortcuts)
+    finished = {step.finishes for step in convs} - {None}
+    assert len(set(convs) - finished - shortcuts) == 2  # below the pooling, below the head
     assert remaining(plan) <= {
         "MaxPool2d", "AdaptiveAvgPool2d", "SelectAdaptivePool2d", "flatten", "Linear", "Dropout",
         "Identity",

@@ -82,38 +82,58 @@ def _empty_batch(x: Tensor, batch: int) -> Tensor:
 _CACHED_ELEMENTS = 2**18
 
 
-def _cache_sized(x: Tensor) -> list[slice]:
-    """Slices of the batch: as many samples as stay in the cache; on a device all at once."""
-    batch, step = x.shape[0], x.shape[0]
-    if x.device.type == "cpu" and x.numel():
-        step = max(1, _CACHED_ELEMENTS * torch.get_num_threads() * batch // x.numel())
-    return [slice(start, min(start + step, batch)) for start in range(0, batch, max(1, step))]
+def _cache_sized(x: Tensor) -> list[slice | None]:
+    """Slices of the batch: as many samples as stay in the cache; None: all at once."""
+    batch, elements = x.shape[0], x.numel()
+    if x.device.type != "cpu" or elements <= _CACHED_ELEMENTS:
+        return [None]
+    step = max(1, _CACHED_ELEMENTS * torch.get_num_threads() * batch // elements)
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
-def _rows(x: Tensor, part: slice, source: Tensor | None) -> Tensor:
+def _part_of(x: Tensor | None, part: slice | None) -> Tensor | None:
+    """Samples ``part`` of a tensor with one row per sample."""
+    return x if x is None or part is None else x[part]
+
+
+def _rows(x: Tensor, part: slice | None, source: Tensor | None) -> Tensor:
     """Samples ``part`` of a tensor that has one row per source image, or per sample."""
-    return x[part] if source is None else gather_samples(x, source[part])
+    if source is None:
+        return _part_of(x, part)
+    return gather_samples(x, _part_of(source, part))
 
 
-def _through_relu(
-    g: Tensor, below: Below, u: Tensor, part: slice, scratch: Tensor, into: Tensor
-) -> Tensor:
-    """``g * (out > 0)`` in ``into``, for samples ``part``."""
-    if below.mask is not None:  # as bytes: conversion of booleans is not vectorised
-        alive = scratch.copy_(below.mask[part].view(torch.uint8))
-    else:  # a second look at scale * u + shift is cheaper than keeping its sign
-        scale, shift = below.scale[part, :, None, None], below.shift[part, :, None, None]
-        alive = torch.addcmul(shift, u, scale, out=scratch)
-    return torch.ops.aten.threshold_backward.grad_input(g, alive, 0, grad_input=into)
+def _per_pixel(table: Tensor) -> Tensor:
+    """``[B, O]`` as ``[B, O, 1, 1]``."""
+    return table[:, :, None, None]
 
 
-def _write_sums(g: Tensor, u: Tensor, below: Below, part: slice, scratch: Tensor) -> None:
-    """``t1`` and ``t0`` of samples ``part``."""
-    torch.mul(g, u, out=scratch)
-    t1 = torch.sum(scratch, (2, 3), dtype=below.t1.dtype, out=below.t1[part])
-    t1.mul_(below.scale[part])
-    if below.t0 is not None:
-        torch.sum(g, (2, 3), dtype=below.t0.dtype, out=below.t0[part])
+class _Part:
+    """The elementwise backward of some samples of a layer, in memory that is used again."""
+
+    def __init__(self, below: Below, part: slice | None, scale: Tensor, shift: Tensor | None):
+        self.below, self.part = below, part
+        self.scale, self.shift = _part_of(scale, part), _part_of(shift, part)
+        self.u = _rows(below.branch, part, below.source)
+        self.scratch = torch.empty_like(self.u)
+
+    def through_relu(self, g: Tensor, into: Tensor) -> Tensor:
+        """``g * (out > 0)`` in ``into``."""
+        mask = _part_of(self.below.mask, self.part)
+        if mask is not None:  # as bytes: conversion of booleans is not vectorised
+            alive = self.scratch.copy_(mask.view(torch.uint8))
+        else:  # a second look at scale * u + shift is cheaper than keeping its sign
+            alive = torch.addcmul(self.shift, self.u, self.scale, out=self.scratch)
+        return torch.ops.aten.threshold_backward.grad_input(g, alive, 0, grad_input=into)
+
+    def write_sums(self, g: Tensor) -> None:
+        """``t1`` and ``t0`` of these samples."""
+        t1, t0 = _part_of(self.below.t1, self.part), _part_of(self.below.t0, self.part)
+        torch.mul(g, self.u, out=self.scratch)
+        torch.sum(self.scratch, (2, 3), dtype=t1.dtype, out=t1)
+        t1.mul_(_part_of(self.below.scale, self.part))
+        if t0 is not None:
+            torch.sum(g, (2, 3), dtype=t0.dtype, out=t0)
 
 
 class EagerBackend(Backend):
@@ -199,20 +219,17 @@ class EagerBackend(Backend):
         mask = None
         if save and relu and residual is not None:
             mask = torch.empty_like(out, dtype=torch.bool)
+        scale, shift = _per_pixel(scale), _per_pixel(shift)
         for part in _cache_sized(out):
-            y = out[part]
-            torch.addcmul(
-                shift[part, :, None, None],
-                _rows(u, part, source),
-                scale[part, :, None, None],
-                out=y,
-            )
+            y = _part_of(out, part)
+            branch = _rows(u, part, source)
+            torch.addcmul(_part_of(shift, part), branch, _part_of(scale, part), out=y)
             if residual is not None:
-                y.add_(residual[part])
+                y.add_(_part_of(residual, part))
             if relu:
                 y.relu_()
             if mask is not None:  # nothing is below 0 now; copying is faster than comparing
-                mask[part].copy_(y)
+                _part_of(mask, part).copy_(y)
         return out, u if save else None, mask
 
     def finish(
@@ -229,23 +246,25 @@ class EagerBackend(Backend):
             scaled = dout if free else _empty_batch(below.branch, samples)
         if shortcut is not None and shortcut.need_scaled_grad:
             shortcut_scaled = _empty_batch(shortcut.branch, samples)
+        scale, shift = _per_pixel(below.scale), _per_pixel(below.shift)
+        if shortcut is not None:
+            shortcut_scale = _per_pixel(shortcut.scale)
         for part in _cache_sized(dout):
-            g, u = dout[part], _rows(below.branch, part, below.source)
-            scratch = torch.empty_like(u)
+            layer, g = _Part(below, part, scale, shift), _part_of(dout, part)
             if not passes:
-                own = torch.empty_like(u) if grad is None else grad[part]
+                own = torch.empty_like(layer.u) if grad is None else _part_of(grad, part)
                 if skip is not None:
-                    g = torch.add(g, skip[part], out=own)
+                    g = torch.add(g, _part_of(skip, part), out=own)
                 if below.relu:
-                    g = _through_relu(g, below, u, part, scratch, own)
-            _write_sums(g, u, below, part, scratch)
+                    g = layer.through_relu(g, own)
+            layer.write_sums(g)
             if shortcut is not None:
-                v = _rows(shortcut.branch, part, shortcut.source)
-                _write_sums(g, v, shortcut, part, scratch)
-            if shortcut_scaled is not None:
-                torch.mul(g, shortcut.scale[part, :, None, None], out=shortcut_scaled[part])
+                other = _Part(shortcut, part, shortcut_scale, None)
+                other.write_sums(g)
+                if shortcut_scaled is not None:
+                    torch.mul(g, other.scale, out=_part_of(shortcut_scaled, part))
             if scaled is not None:
-                torch.mul(g, below.scale[part, :, None, None], out=scaled[part])
+                torch.mul(g, layer.scale, out=_part_of(scaled, part))
         return Finished(grad, scaled, shortcut_scaled)
 
     def conv2d_dgrad(

@@ -180,15 +180,21 @@ class Run:
             return value
         return gates.gather_samples(value, self.source)
 
+    def _cast(self, tensor: Tensor | None) -> Tensor | None:
+        """``tensor`` in the dtype of the run."""
+        if tensor is None or tensor.dtype == self.dtype:
+            return tensor
+        return tensor.to(self.dtype)
+
     def _convolve(self, step: ConvStep) -> None:
         x = self.values[step.input]
         residual = None if step.residual is None else self._expanded(step.residual)
         out, branch, mask = self.network.backend.fused_conv2d(
-            x.to(self.dtype),
+            self._cast(x),
             self.network.weight(step, self.dtype),
             self.tables.scales[step.index],
             self.tables.shifts[step.index],
-            None if residual is None else residual.to(self.dtype),
+            self._cast(residual),
             step.relu,
             self.source if step.at_source else None,
             step.geometry,
@@ -303,7 +309,7 @@ class Run:
             self.owned.discard(step.output)
             below = self._below(step)
             self._finished(
-                step, self.network.backend.finish(dout.to(self.dtype), below, may_overwrite=own)
+                step, self.network.backend.finish(self._cast(dout), below, may_overwrite=own)
             )
             del dout, below
         scaled = self.scaled.pop(step)
@@ -317,7 +323,7 @@ class Run:
             self.network.weight(step, self.dtype),
             kept.input_shape,
             step.geometry,
-            None if skip is None else skip.to(self.dtype),
+            self._cast(skip),
             None if step.finishes is None else self._below(step.finishes),
         )
         if step.finishes is None:

@@ -174,6 +174,7 @@ class _Folder:
     def __init__(self, model: nn.Module, graph: fx.Graph, masked: dict[str, MaskedLayer]):
         self.modules = dict(model.named_modules())
         self.model = model
+        _erase_identities(graph, self.modules)
         self.nodes = list(graph.nodes)
         self.masked = masked
         self.grown: dict[fx.Node, ConvStep] = {}  # by the node whose value the step computes
@@ -222,10 +223,6 @@ class _Folder:
         if node in self.absorbed or node in self.grown:  # the sum that the other summand took
             return False
         module = self.modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.Identity) or (
-            isinstance(module, nn.Dropout | nn.Dropout2d) and not module.training
-        ):
-            return True
         if isinstance(module, nn.BatchNorm2d):
             act = _activation_of(module)
             if step.norm or step.residual or act is None or module.running_var is None:
@@ -270,6 +267,18 @@ class _Folder:
         if in_place and any(len(read.users) > 1 for read in node.all_input_nodes[:1]):
             raise NotFusable(f"{node.name!r} changes a value in place that others read")
         return CallStep(call, (node.args, node.kwargs), node, in_place)
+
+
+def _erase_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Removes modules that return what they are given: they would separate what folds."""
+    for node in list(graph.nodes):
+        module = modules.get(node.target) if node.op == "call_module" else None
+        idle = isinstance(module, nn.Identity) or (
+            isinstance(module, nn.Dropout | nn.Dropout2d) and not module.training
+        )
+        if idle and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
 
 
 @dataclass(frozen=True)
