@@ -114,6 +114,15 @@ class Ranks:
             raise PeerFailed(f"rank 0 failed: {outcome[1]}")
         return outcome[0]
 
+    @contextlib.contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """Rank 0 goes through the block first; the others find the files that it has written."""
+        if not self.first:
+            self.wait()
+        yield
+        if self.first:
+            self.wait()
+
     def gather(self, value: Any) -> list[Any]:
         """What every rank has, on every rank, in the order of ranks."""
         if self.alone:
@@ -488,12 +497,15 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=TIMEOUT)
-    try:
-        yield Ranks()
-    finally:
-        # After a failure other ranks may be in a collective: nobody waits for them.
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+    yield Ranks()
+    # Not after a failure: it would wait for ranks that are in a collective. They leave when this
+    # process ends.
+    dist.destroy_process_group()
+
+
+def launched_rank() -> int:
+    """The rank that torchrun gave this process; 0 without it."""
+    return int(os.environ["RANK"]) if launched() else 0
 
 
 def local_device(device: torch.device) -> torch.device:

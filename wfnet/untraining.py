@@ -28,6 +28,7 @@ from torch import Tensor
 from wfnet.checkpoints import Checkpoints
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
 from wfnet.data.loading import LostWorker
+from wfnet.data.multilabel import multi_hot_of
 from wfnet.distributed import Part, Ranks, SharedReader, SharedStep
 from wfnet.expansion import (
     ExpandedBatch,
@@ -38,6 +39,7 @@ from wfnet.expansion import (
     expand,
     generator_for,
 )
+from wfnet.multilabel import MultiLabelObjective, MultiLabelValidator, expand_multi_label
 from wfnet.network import WFNet
 from wfnet.objectives import (
     BalancedObjective,
@@ -52,6 +54,7 @@ from wfnet.step import UntrainingStep, refuse_capture
 from wfnet.stopping import Stopped, StopSignals, lost_workers_wait
 from wfnet.tables import flatten_filters
 from wfnet.throughput import Throughput
+from wfnet.validation import Validation
 
 logger = logging.getLogger("wfnet")
 
@@ -264,28 +267,6 @@ def _is_number(value: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Quick scores on a validation split.
-
-    Attributes:
-        acc_r, acc_f: means over rows that occur in the split (fractions).
-        acc_r_per_class, acc_f_per_class: ``[K]`` lists, NaN for rows that do not occur.
-        loss: the objective, from means over all pairs.
-    """
-
-    acc_r: float
-    acc_f: float
-    acc_r_per_class: list[float]
-    acc_f_per_class: list[float]
-    loss: float
-
-    @property
-    def score(self) -> float:
-        """``0.5 * ((1 - Acc_f) + Acc_r)``."""
-        return 0.5 * ((1 - self.acc_f) + self.acc_r)
-
-
-@dataclass(frozen=True)
 class UntrainResult:
     """What a run of :func:`untrain` came to. The best filters are on the network.
 
@@ -445,6 +426,7 @@ def untrain(
     resume: bool = False,
     progress: bool = True,
     objective: Objective | None = None,
+    log: Callable[[dict[str, float]], None] | None = None,
 ) -> UntrainResult:
     """Learns the filters of all classes in one round; the best ones end up on ``net``.
 
@@ -462,6 +444,7 @@ def untrain(
             uninterrupted run. Starts anew if there is none; a finished run is only loaded.
         progress: show losses, Acc_r, Acc_f and samples/s on stderr, if tqdm is installed.
         objective: an objective of your own instead of the configured one.
+        log: called with every record of the history as it is made.
 
     Raises:
         ValueError: before work starts, for data that do not fit the network; for a resumed run
@@ -477,6 +460,8 @@ def untrain(
     if config is None:
         config = UntrainConfig.recipe("balanced", net.num_classes)
     run = _Untraining(net, train, validation, config, output, progress, objective)
+    if log is not None and run.ranks.first:
+        run.log = log
     if output is not None and run.ranks.first_does(run.checkpoints.exist):
         if resume:
             run.load_checkpoint()
@@ -508,8 +493,16 @@ class _Untraining:
             self.checkpoints = Checkpoints(output, config.keep_checkpoints)
         self.show_progress = progress and self.ranks.first
         self.labels = _checked_labels(train, net.num_classes, "training")
-        _check_every_class(self.labels, train, net.num_classes, config)
+        self.multi_hot = multi_hot_of(train)
+        every = self.labels if self.multi_hot is None else self.multi_hot.nonzero()[:, 1]
+        _check_every_class(every, train, net.num_classes, config)
         self.objective = objective or _configured_objective(config)
+        if self.multi_hot is not None:
+            if not self.ranks.alone:
+                raise ValueError(
+                    "multi-label data are untrained on by one process: run without torchrun"
+                )
+            self.objective = objective or MultiLabelObjective(self.objective)
         self.amp = None if config.amp is None else getattr(torch, config.amp)
         self.device = net.filter_parameters()[0].device
         if config.channels_last:
@@ -523,6 +516,11 @@ class _Untraining:
                 validation, net.num_classes, config.validation_rows, config.seed, self.objective,
                 self.amp, config.channels_last, config.workers, self.corrupt, self.ranks,
             )  # fmt: skip
+            if self.multi_hot is not None:
+                self.validator = MultiLabelValidator(
+                    validation, net.num_classes, config.seed, self.objective, self.amp,
+                    config.channels_last, config.workers, self.corrupt,
+                )  # fmt: skip
         self.sampler = _configured_sampler(config, self.labels)
         images = config.batch_size // 2 if config.share_images else config.batch_size
         per_epoch = len(self.labels) / (images * config.grad_accum_steps)
@@ -563,6 +561,7 @@ class _Untraining:
 
         self.signals = StopSignals(output is not None)
         self.throughput = Throughput()
+        self.log: Callable[[dict[str, float]], None] = lambda record: None
         # Filters that last gave a finite loss.
         self.good = [p.detach().clone() for p in self.params]
         self.latest: dict[str, float] = {}  # losses of the step that was last looked at
@@ -751,7 +750,16 @@ class _Untraining:
         """The expanded batch of the next minibatch, which is ``batch``."""
         whole = len(batch.indices) == len(self._locate(batch))
         self.position += 1
-        return self._expand_labels(batch.labels, self.position - 1, whole)
+        if self.multi_hot is None:
+            return self._expand_labels(batch.labels, self.position - 1, whole)
+        config = self.config
+        return expand_multi_label(
+            self.multi_hot[batch.indices],
+            config.label_expansion,
+            generator_for(config.seed, 4, self.position - 1),
+            config.share_images,
+            config.batch_size // 2 if whole and not config.share_images else None,
+        )
 
     def _expand_labels(self, labels: Tensor, position: int, whole: bool) -> ExpandedBatch:
         """The expanded batch of minibatch ``position``; one that lost images is halved anew."""
@@ -838,6 +846,7 @@ class _Untraining:
         record |= {"samples_per_second": self.samples / self.seconds, "seconds": self.seconds}
         record |= rates
         self.history.append(record)
+        self.log(record)
         if self.writer is not None:
             for name, value in record.items():
                 if name not in ("step", "epoch", "seconds"):

@@ -7,10 +7,14 @@ import contextlib
 import json
 import logging
 import math
+import os
 import sys
 import threading
+import uuid
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -35,8 +39,19 @@ from wfnet.cli.options import (
     recorded,
     whole,
 )
-from wfnet.cli.runs import RUN_FILES, check_writable, write_run
-from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
+from wfnet.cli.runs import RUN_FILES, check_writable, read_run, write_run
+from wfnet.data import (
+    CorruptImages,
+    Dataset,
+    Splits,
+    batches,
+    limit_per_class,
+    multi_hot_of,
+    select,
+)
+from wfnet.distributed import Ranks, joined, local_device
+from wfnet.extras import require
+from wfnet.memory import filter_memory, step_memory
 from wfnet.network import WFNet
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.wrapping import QKV_ALPHA_INIT, wrap
@@ -46,10 +61,12 @@ logger = logging.getLogger("wfnet")
 EXAMPLE = """example:
   wfnet untrain --data-dir /data/imagenet --model resnet50 --pretrained -b 256 --output runs/r50
   wfnet untrain --resume runs/r50           (goes on where an interrupted run stopped)
+  torchrun --nproc-per-node 8 -m wfnet untrain ...     (the same run, shared by eight GPUs)
   wfnet evaluate runs/r50
   wfnet bake runs/r50 --forget 281"""
 # Images that the original network classifies before untraining starts, at most.
 _LOOK_AT = 1000
+_FILTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -104,7 +121,14 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="least time between lines of progress, where no terminal shows a bar",
     )
-    group.add_argument("--dry-run", action="store_true", help="check everything, show the plan")
+    group.add_argument(
+        "--log-wandb", action="store_true",
+        help="log to Weights & Biases, too (TensorBoard events are written where it is installed)",
+    )  # fmt: skip
+    group.add_argument(
+        "--dry-run", action="store_true",
+        help="check everything, run two small batches, show the plan and the memory it takes",
+    )  # fmt: skip
     add_compute_options(parser)
     return parser
 
@@ -134,8 +158,18 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=whole(1), metavar="N", help="length of the run in steps ...")
     group.add_argument("--epochs", type=above_zero, metavar="N", help="... or in epochs")
     group.add_argument(
-        "-b", "--batch-size", type=whole(2), metavar="N", help="images of a minibatch, even"
-    )
+        "-b", "--batch-size", type=whole(2), metavar="N",
+        help="images of a minibatch on all GPUs together, even",
+    )  # fmt: skip
+    group.add_argument(
+        "--grad-accum-steps", type=whole(1), metavar="N",
+        help="minibatches whose mean gradient makes one step (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--filter-dtype", choices=tuple(_FILTER_DTYPES), default="float32",
+        help="of filters and optimiser state; bfloat16 takes half the memory and is rounded "
+        "stochastically",
+    )  # fmt: skip
     group.add_argument(
         "-M", "--label-expansion", type=whole(1), metavar="M",
         help="rows that each retained image goes through",
@@ -187,7 +221,7 @@ _SAME_NAME = (
     "steps", "epochs", "batch_size", "label_expansion", "lr", "lambda0", "lambda1", "lambda2",
     "distil", "share_images", "sampler", "clip", "patience", "validations_per_epoch", "stop_on",
     "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every", "keep_checkpoints",
-    "fuse",
+    "fuse", "grad_accum_steps",
 )  # fmt: skip
 _TIMM_NAME = {"optimizer": "opt", "schedule": "sched"}
 
@@ -228,14 +262,26 @@ def saved(options: argparse.Namespace) -> str:
 def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
+    wandb = require("wandb", "wandb") if options.log_wandb else None
+    with contextlib.ExitStack() as inside:
+        ranks = inside.enter_context(joined(local_device(choose_device(options.device))))
+        if not ranks.first:
+            nowhere = inside.enter_context(open(os.devnull, "w"))
+            inside.enter_context(contextlib.redirect_stdout(nowhere))
+        _run(options, ranks, wandb)
+    return 0
+
+
+def _run(options: argparse.Namespace, ranks: Ranks, wandb: ModuleType | None) -> None:
     folder = run_folder(options)
-    device = choose_device(options.device)
+    device = local_device(choose_device(options.device))
     num_classes = count_classes(options)
     config = make_config(options, num_classes)
     if not options.dry_run:
-        _check_folder(folder, options)
+        ranks.first_does(lambda: _check_folder(folder, options))
     classifier = make_classifier(options, num_classes, data_name(options))
-    data = untraining_images(options, open_images(options, classifier, options.augment), folder)
+    with ranks.first_ahead():
+        data = untraining_images(options, open_images(options, classifier, options.augment), folder)
     net = wrap(
         classifier,
         num_classes,
@@ -244,19 +290,29 @@ def run(options: argparse.Namespace) -> int:
         targets=options.targets,
         backend=options.backend,
         fuse=options.fuse,
+        filter_dtype=_FILTER_DTYPES[options.filter_dtype],
     ).to(device)
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
-    _show_plan(options, net, data, config, folder)
+    _show_plan(options, net, data, config, folder, ranks)
     if options.dry_run:
-        return 0
+        _show_memory(net, data.train, config, ranks)
+        return
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
-    if not Checkpoints(folder).exist():
+    if wandb is not None:
+        about["wandb"] = _wandb_id(folder)
+    started = ranks.first_does(Checkpoints(folder).exist)
+    if ranks.first and not started:
         _check_before(net, data.validation, options, config)
         write_run(folder, "untrain", recorded(options), **about)
     bar = sys.stderr.isatty()
-    lines = contextlib.nullcontext() if bar else _Lines(folder, options.log_interval)
-    with lines:
+    lines = contextlib.nullcontext()
+    if not bar and ranks.first:
+        lines = _Lines(folder, options.log_interval)
+    log = contextlib.nullcontext()
+    if wandb is not None and ranks.first:
+        log = _log_to_wandb(wandb, folder, about)
+    with lines, log as log_record:
         result = untrain(
             net,
             data.train,
@@ -265,11 +321,34 @@ def run(options: argparse.Namespace) -> int:
             folder,
             resume=options.resume is not None,
             progress=bar and not options.quiet,
+            log=log_record,
         )
+    if not ranks.first:
+        return
     write_run(folder, "untrain", recorded(options), **about, result=summary(result))
     draw_training(result.history, folder)
     _show_result(result, folder)
-    return 0
+
+
+def _wandb_id(folder: Path) -> str:
+    """The run's name at Weights & Biases: a resumed run goes on with its own."""
+    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+        return read_run(folder)["wandb"]
+    return uuid.uuid4().hex[:8]
+
+
+@contextlib.contextmanager
+def _log_to_wandb(
+    wandb: ModuleType, folder: Path, about: dict[str, Any]
+) -> Iterator[Callable[[dict[str, float]], None]]:
+    run = wandb.init(
+        project="wfnet", name=folder.name, id=about["wandb"], resume="allow", dir=str(folder),
+        config=about["untraining"],
+    )  # fmt: skip
+    try:
+        yield lambda record: run.log(record, step=int(record["step"]))
+    finally:
+        run.finish()
 
 
 def summary(result: UntrainResult) -> dict[str, Any]:
@@ -312,24 +391,59 @@ def _show_plan(
     data: Splits,
     config: UntrainConfig,
     folder: Path,
+    ranks: Ranks,
 ) -> None:
     weights = sum(p.numel() for p in net.model.parameters())
     filters = sum(p.numel() for p in net.filter_parameters())
     images = config.batch_size // 2 if config.share_images else config.batch_size
-    steps = config.steps or max(1, round(config.epochs * len(data.train) / images))
+    accumulated = config.grad_accum_steps
+    steps = config.steps or max(1, round(config.epochs * len(data.train) / images / accumulated))
     samples = config.batch_size // 2 * (1 + config.label_expansion)
-    moments = 3 if config.optimizer == "row_adam" else 1
+    memory = filter_memory(net, config.optimizer)
+    several = f" x {accumulated} minibatches" if accumulated > 1 else ""
+    shared = "" if ranks.alone else f", shared by {ranks.size} processes"
     lines = [
         f"data        {data}",
         f"network     {options.model}, {weights - filters:,} frozen weights",
         f"filters     {len(net.masked_layers)} layers, {filters // net.num_classes:,} gates for "
-        f"each of {net.num_classes} classes: {_size(4 * filters)}, with the optimiser's state "
-        f"{_size(4 * moments * filters)}",
-        f"untraining  recipe {options.recipe}: up to {steps:,} steps of {images} images, "
-        f"{samples} samples each under its row; lr {config.lr:g}, seed {config.seed}",
+        f"each of {net.num_classes} classes: {_size(memory.filters)} in {options.filter_dtype}, "
+        f"with the optimiser's state {_size(memory.filters + memory.moments)}",
+        f"untraining  recipe {options.recipe}: up to {steps:,} steps of {images} images"
+        f"{several}, {samples} samples each under its row{shared}; lr {config.lr:g}, "
+        f"seed {config.seed}",
         f"output      {folder}",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Ranks) -> None:
+    """What a step takes on one device, from two small ones."""
+    few = next(batches(images, torch.arange(len(images)).split(4), config.workers), None)
+    if few is None:
+        raise ValueError("none of the training images can be read; see the log")
+    amp = None if config.amp is None else getattr(torch, config.amp)
+    net.fuse = config.fuse
+    measured = step_memory(
+        net, tuple(few.images.shape[1:]), config.label_expansion, config.share_images, amp,
+        config.channels_last,
+    )  # fmt: skip
+    on_all = config.batch_size // 2 if config.share_images else config.batch_size
+    of_one = math.ceil(on_all / ranks.size)
+    filters = filter_memory(net, config.optimizer)
+    entries = {id(p) for p in net.filter_parameters()}
+    weights = sum(
+        t.numel() * t.element_size()
+        for t in (*net.model.parameters(), *net.model.buffers())
+        if id(t) not in entries
+    )
+    step = measured.of(of_one)
+    print(
+        f"memory      {_size(weights + filters.total + step)} on each device: {_size(weights)} of "
+        f"frozen weights, {_size(filters.total)} of filters (with moments, gradient, the best and "
+        f"the last good ones), {_size(step)} of a step over {of_one} images (measured on 2 to 8 "
+        f"of them, {_size(measured.per_image)} each)",
+        flush=True,
+    )
 
 
 def _size(count: int) -> str:
@@ -353,13 +467,18 @@ def _check_before(
     few = select(images, limit_per_class(images.labels, per_class, options.seed))
     device = net.filter_parameters()[0].device
     correct = seen = 0
+    multi_hot = multi_hot_of(few)
     corrupt = CorruptImages(len(few))  # untraining counts them against the limit
     order = torch.arange(len(few)).split(config.batch_size)
     for batch in batches(few, order, config.workers, corrupt):
         part = batch.images.to(device)
         if not seen:
             net(part[:2], forget=0)  # refuses a backend that cannot run here
-        correct += int((net(part, forget=None).argmax(1).cpu() == batch.labels).sum())
+        found = net(part, forget=None).argmax(1).cpu()
+        if multi_hot is None:
+            correct += int((found == batch.labels).sum())
+        else:  # one of its labels
+            correct += int(multi_hot[batch.indices, found].sum())
         seen += len(batch.labels)
     if not seen:
         return
