@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.data.loading import CorruptImages, batches, corrupt_limit
+from wfnet.data.multilabel import multi_hot_of
 
 logger = logging.getLogger("wfnet")
 
@@ -55,6 +56,9 @@ def fit_classifier(
 ) -> FitHistory:
     """Train `model` in place to classify `dataset`; it is left in evaluation mode.
 
+    Images with several labels (`wfnet.data.multilabel`) are learned by binary cross entropy; their
+    accuracy is the share of images whose largest logit is a true label.
+
     lr:        highest learning rate; None: 4e-3 for "adam" (AdamW), 0.1 for "sgd" (Nesterov).
     schedule:  "one_cycle" (warm-up over 25%, then cosine to about 0) or "cosine".
     shift:     images are moved by up to that many pixels, at random, edges repeated.
@@ -84,6 +88,7 @@ def fit_classifier(
     stepper = _optimizer(model, optimizer, lr, weight_decay)
     scheduler = _schedule(stepper, schedule, lr, steps)
     generator = torch.Generator().manual_seed(seed)
+    multi_hot = multi_hot_of(dataset)
     corrupt = CorruptImages(corrupt_limit(dataset) if max_corrupt is None else max_corrupt)
     history = FitHistory()
     started = time.perf_counter()
@@ -107,13 +112,19 @@ def fit_classifier(
                 if channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
                 logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+                if multi_hot is None:
+                    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+                    right = logits.detach().argmax(1) == labels
+                else:
+                    truth = multi_hot[batch.indices].to(device)
+                    loss = F.binary_cross_entropy_with_logits(logits, truth.float())
+                    right = _named_right(logits.detach(), truth)
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
                 stepper.step()
                 scheduler.step()
                 loss_sum += loss.detach().double() * len(labels)
-                correct += (logits.detach().argmax(1) == labels).sum()
+                correct += right.sum()
                 seen += len(labels)
                 bar.update(1)
             history.loss.append(float(loss_sum) / max(seen, 1))
@@ -149,12 +160,22 @@ def accuracy(model: nn.Module, dataset: Any, batch_size: int = 256, workers: int
     was_training = model.training
     model.eval()
     correct = seen = 0
+    multi_hot = multi_hot_of(dataset)
     for batch in batches(dataset, torch.arange(len(dataset)).split(batch_size), workers):
         images = batch.images.to(device).contiguous(memory_format=torch.channels_last)
-        correct += int((model(images).argmax(1).cpu() == batch.labels).sum())
+        logits = model(images).cpu()
+        if multi_hot is None:
+            correct += int((logits.argmax(1) == batch.labels).sum())
+        else:
+            correct += int(_named_right(logits, multi_hot[batch.indices]).sum())
         seen += len(batch.labels)
     model.train(was_training)
     return correct / max(seen, 1)
+
+
+def _named_right(logits: Tensor, truth: Tensor) -> Tensor:
+    """[n] bool: whether the largest of `logits` [n, K] is a true label by `truth` [n, K] bool."""
+    return truth.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
 
 
 def shift_images(images: Tensor, most: int, generator: torch.Generator) -> Tensor:

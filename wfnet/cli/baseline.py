@@ -42,6 +42,7 @@ from wfnet.cli.train import (
     default_training,
     recorded_training,
 )
+from wfnet.data import multi_hot_of
 from wfnet.pretrained import write_json
 
 FOLDER = "baselines"
@@ -146,6 +147,10 @@ def run(options: argparse.Namespace) -> int:
     data = open_images(options, original)
     if not len(data.train):
         raise ValueError(f"{data.name} has no training images, which baselines need: add train/")
+    if multi_hot_of(data.train) is not None:
+        raise ValueError(
+            f"{data.name} has several labels per image: baselines are of images with one label each"
+        )
     test = evaluated_images(options, data, folder)
     classes = None
     if options.classes:

@@ -12,6 +12,7 @@ from wfnet.data.dataset import (
 )
 from wfnet.data.folder import ImageFiles
 from wfnet.data.loading import CorruptImages, batches, corrupt_limit
+from wfnet.data.multilabel import MultiLabelFiles, MultiLabelTensors, multi_hot_of
 from wfnet.data.open import folder_classes, open_data
 from wfnet.data.shards import ImageShards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset, stratified_split
@@ -26,6 +27,8 @@ __all__ = [
     "Dataset",
     "ImageFiles",
     "ImageShards",
+    "MultiLabelFiles",
+    "MultiLabelTensors",
     "Selection",
     "Splits",
     "TensorImages",
@@ -37,6 +40,7 @@ __all__ = [
     "labels_of",
     "limit_per_class",
     "model_data_config",
+    "multi_hot_of",
     "open_data",
     "select",
     "split_dataset",

@@ -12,6 +12,7 @@ from wfnet.data.cache import CachedImages
 from wfnet.data.dataset import Dataset
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.folder import ImageFiles
+from wfnet.data.multilabel import MultiLabelFiles, find_labels
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
 from wfnet.data.transforms import (
@@ -53,7 +54,8 @@ def open_data(
     name_or_dir: `digits` (ships with scikit-learn), `mnist` or `cifar10` (files in `data_dir`),
                  `glyphs10`, `glyphs26`, `glyphs100` (rendered), else a folder with `train/<class>/`
                  and `val/<class>/`, or with WebDataset shards (`train/*.tar` or `*train*.tar`, and
-                 `val`); a relative folder is looked for in `data_dir` first.
+                 `val`), or with `train/labels.csv` beside images of several labels each
+                 (`wfnet.data.multilabel`); a relative folder is looked for in `data_dir` first.
     image_size, channels: of the tensors; default 32 pixels for the named sets, 224 for folders.
     mean, std:   per channel, on a scale of 0 to 1; default: the data set's own, ImageNet's for
                  folders.
@@ -170,6 +172,11 @@ class _Reading:
     def finish(self, images: EncodedImages, augment: bool) -> Dataset:
         """`images` with augmentation and cache as they were asked for."""
         if self.cache is not None or self.decoder != "pil":
+            if isinstance(images, MultiLabelFiles):
+                raise ValueError(
+                    "images with several labels are neither cached nor decoded on the device: "
+                    "leave out the cache and the decoder"
+                )
             return CachedImages(
                 images, self.cache, self.size, self.mean, self.std, self.interpolation,
                 self.crop_pct, augment, self.device, self.cache_dir, self.decoder,
@@ -225,6 +232,8 @@ def _part(
     shards = find_shards(root, part)
     if shards:
         return ImageShards(shards, transform, channels, classes)
+    if find_labels(root / part) is not None:
+        return MultiLabelFiles(root / part, transform, channels, classes)
     if not (root / part).is_dir():
         raise FileNotFoundError(
             f"{root / part} does not exist: an image folder has {root / 'train' / '<class>'} "

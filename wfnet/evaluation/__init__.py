@@ -3,6 +3,12 @@
 from wfnet.evaluation.groups import GroupRecord, GroupResult, choose_groups, evaluate_groups
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.models import evaluate_models
+from wfnet.evaluation.multilabel import (
+    MultiLabelRecord,
+    MultiLabelResult,
+    average_precision,
+    evaluate_multi_label,
+)
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts, Scores
 from wfnet.evaluation.rows import evaluate
 
@@ -11,11 +17,15 @@ __all__ = [
     "EvaluationResult",
     "GroupRecord",
     "GroupResult",
+    "MultiLabelRecord",
+    "MultiLabelResult",
     "PairCounts",
     "Scores",
+    "average_precision",
     "choose_groups",
     "evaluate",
     "evaluate_groups",
     "evaluate_models",
+    "evaluate_multi_label",
     "reinitialise",
 ]

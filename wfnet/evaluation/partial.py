@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from wfnet.data import Dataset, classes_of, labels_of
+from wfnet.data.multilabel import multi_hot_of
 from wfnet.network import WFNet
 from wfnet.pretrained import fingerprint, write_json
 
@@ -99,6 +100,9 @@ def data_identity(dataset: Dataset, what: str = "data") -> dict[str, str]:
     labels = labels_of(dataset)
     digest = hashlib.sha256(json.dumps(classes_of(dataset)).encode())
     digest.update(labels.numpy().tobytes())
+    multi_hot = multi_hot_of(dataset)
+    if multi_hot is not None:
+        digest.update(multi_hot.numpy().tobytes())
     if hasattr(dataset, "batch") and len(labels):
         images = dataset.batch(torch.tensor([0, len(labels) // 2, len(labels) - 1])).images
         digest.update(images.float().contiguous().numpy().tobytes())

@@ -1,0 +1,178 @@
+"""Images with several labels each: a folder of images beside a file of labels, or tensors.
+
+Layout of a folder::
+
+    root/train/labels.csv     image,labels          root/val/labels.csv
+    root/train/a.jpg          a.jpg,cat;dog         root/val/...
+    root/train/more/b.png     more/b.png,cat
+
+``labels.json``, ``{"a.jpg": ["cat", "dog"], ...}``, may stand in place of ``labels.csv``. Data sets
+of this kind have ``multi_hot`` [N, K] bool beside ``labels`` [N]: the rarest true label of each
+image, so that drawing images by ``labels`` meets every class about equally often.
+"""
+
+import csv
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from wfnet.data.encoded import EncodedImages
+from wfnet.data.tensor_images import TensorImages
+from wfnet.data.transforms import Transform
+
+logger = logging.getLogger("wfnet")
+
+LABEL_FILES = ("labels.csv", "labels.json")
+
+
+def multi_hot_of(dataset: Any) -> Tensor | None:
+    """True labels [N, K] bool of a multi-label data set; None for one with a label per image."""
+    if isinstance(dataset, torch.utils.data.Subset):
+        whole = multi_hot_of(dataset.dataset)
+        return None if whole is None else whole[torch.as_tensor(dataset.indices)]
+    return getattr(dataset, "multi_hot", None)
+
+
+def rarest_labels(multi_hot: Tensor) -> Tensor:
+    """For each row of [N, K] bool the true label that is rarest over all rows, [N] int64.
+
+    Raises ValueError for a row without a true label, or with nothing but true labels: the one has
+    nothing to forget, the other could be retained under no row.
+    """
+    counts = multi_hot.sum(1)
+    for bad, what in ((counts == 0, "no label"), (counts == multi_hot.shape[1], "every label")):
+        if bad.any():
+            raise ValueError(
+                f"image {int(bad.nonzero()[0])} has {what}; a multi-label image must have at least "
+                "one label, and lack at least one"
+            )
+    frequency = multi_hot.sum(0).expand_as(multi_hot)
+    return frequency.masked_fill(~multi_hot, len(multi_hot) + 1).argmin(1)
+
+
+class MultiLabelTensors(TensorImages):
+    """`TensorImages` with several labels each: `multi_hot` [N, K] bool takes the labels' place."""
+
+    def __init__(self, images: Tensor, multi_hot: Tensor, classes: Sequence[str], **options: Any):
+        multi_hot = torch.as_tensor(multi_hot)
+        if multi_hot.shape != (len(images), len(classes)):
+            raise ValueError(
+                f"multi_hot must be [{len(images)}, {len(classes)}], got {list(multi_hot.shape)}"
+            )
+        self.multi_hot = multi_hot.bool()
+        super().__init__(images, rarest_labels(self.multi_hot), classes, **options)
+
+    def select(self, indices: Tensor) -> "MultiLabelTensors":
+        chosen = object.__new__(type(self))
+        chosen.__dict__.update(super().select(indices).__dict__)
+        chosen.multi_hot = self.multi_hot[indices]
+        return chosen
+
+
+class MultiLabelFiles(EncodedImages):
+    """Image files under `root` with the labels of a file there, decoded when asked for.
+
+    classes: the class names in their order; None takes those of the file, sorted. Images without a
+             label are left out, and the log says how many.
+
+    Raises FileNotFoundError for a missing file of labels or image, ValueError for a file that is
+    damaged or names another class.
+    """
+
+    _per_image = ("labels", "multi_hot", "_files")
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Transform,
+        channels: int = 3,
+        classes: Sequence[str] | None = None,
+    ):
+        self.root = Path(root)
+        path = find_labels(self.root)
+        if path is None:
+            raise FileNotFoundError(f"{self.root} has neither {' nor '.join(LABEL_FILES)}")
+        table = read_labels(path)
+        names = sorted({name for labels in table.values() for name in labels})
+        if classes is not None:
+            unknown = [name for name in names if name not in set(classes)]
+            if unknown:
+                raise ValueError(f"{path} has the class {unknown[0]!r}, unknown to the other parts")
+            names = list(classes)
+        if len(names) < 2:
+            raise ValueError(f"{path} names {len(names)} classes; there must be at least 2")
+        known = {image: labels for image, labels in table.items() if labels}
+        if len(known) < len(table):
+            logger.warning("%s: %d images have no label: left out", path, len(table) - len(known))
+        for image in known:
+            if not (self.root / image).is_file():
+                raise FileNotFoundError(f"{self.root / image} does not exist, but {path} names it")
+        number = {name: index for index, name in enumerate(names)}
+        multi_hot = torch.zeros(len(known), len(names), dtype=torch.bool)
+        for row, labels in enumerate(known.values()):
+            multi_hot[row, [number[name] for name in labels]] = True
+        self.multi_hot = multi_hot
+        try:
+            labels = rarest_labels(multi_hot)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        super().__init__(labels, names, transform, channels)
+        self._files = np.array([os.fsencode(image) for image in known])
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self._files[index]))
+
+    def name_of(self, index: int) -> str:
+        return str(self.path(index))
+
+    def open(self, index: int) -> BinaryIO:
+        return open(self.path(index), "rb")
+
+    def versions(self) -> list[str]:
+        found = []
+        for index in range(len(self)):
+            state = os.stat(self.path(index))
+            found.append(f"{self.path(index).absolute()} {state.st_size} {state.st_mtime_ns}")
+        return found
+
+
+def find_labels(root: Path) -> Path | None:
+    """The file of labels in `root`; None if there is none."""
+    return next((root / name for name in LABEL_FILES if (root / name).is_file()), None)
+
+
+def read_labels(path: Path) -> dict[str, list[str]]:
+    """Image -> its labels, from `labels.csv` (columns image and labels, separated by `;`) or JSON.
+
+    Raises ValueError if the file is something else.
+    """
+    try:
+        if path.suffix == ".json":
+            content = json.loads(path.read_text())
+            table = {str(image): [str(name) for name in names] for image, names in content.items()}
+            if any(isinstance(names, str) for names in content.values()):
+                raise ValueError("labels must be lists")
+        else:
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                if not {"image", "labels"} <= set(reader.fieldnames or ()):
+                    raise ValueError(f"its columns are {reader.fieldnames}")
+                table = {
+                    row["image"]: [n.strip() for n in row["labels"].split(";") if n.strip()]
+                    for row in reader
+                }
+    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged or no file of labels ({error}): a CSV file has the columns image "
+            'and labels (cat;dog), a JSON file {"a.jpg": ["cat", "dog"]}'
+        ) from error
+    if not table:
+        raise ValueError(f"{path} names no images")
+    return table
