@@ -11,6 +11,7 @@ real one), packs the same files into shards, and reads batches at --image-size i
     shards        wfnet, WebDataset shards
     first epoch   wfnet with --cache host, while the cache fills
     host, disk, device   wfnet, later epochs from that cache
+    dali          wfnet with --decoder dali
 
 Prints a table and writes JSON with the raw timings, a picture beside it. A column whose package is
 missing says so.
@@ -33,8 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-import wfnet
-from wfnet.benchmarking.timing import commit, device_name
+from wfnet.benchmarking.timing import about, device_name
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
 from wfnet.data.shards import find_shards
 from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -124,10 +124,10 @@ def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) ->
     files = ImageFiles(root, transform)
     shards = ImageShards(find_shards(folder, "shards"), transform)
 
-    def cached(place: str) -> CachedImages:
+    def cached(place: str | None, decoder: str = "pil") -> CachedImages:
         return CachedImages(
             files, place, args.image_size, IMAGENET_MEAN, IMAGENET_STD, device=args.device,
-            folder=folder / "cache",
+            folder=folder / "cache", decoder=decoder,
         )  # fmt: skip
 
     def filled(place: str) -> Epoch:
@@ -137,9 +137,13 @@ def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) ->
         return epoch
 
     made: dict[str, Epoch] = {}
-    for name, make in (("torchvision", torchvision_epoch), ("timm", timm_epoch)):
+    for name, make in (
+        ("torchvision", lambda: torchvision_epoch(root, args, workers)),
+        ("timm", lambda: timm_epoch(root, args, workers)),
+        ("dali", lambda: ours(cached(None, decoder="dali"), args, workers)),
+    ):
         try:
-            made[name] = make(root, args, workers)
+            made[name] = make()
         except ImportError as error:
             print(f"{name}: not run ({error})", file=sys.stderr)
     made["folder"] = ours(files, args, workers)
@@ -236,11 +240,7 @@ def main(argv: list[str] | None = None) -> dict:
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "files": count,
         "mean_bytes": size,
-        "device": where,
-        "torch": torch.__version__,
-        "wfnet": wfnet.__version__,
-        "commit": commit(),
-        "command": " ".join(["python", *(argv if argv is not None else sys.argv)]),
+        **about(args.device, ["benchmarks/bench_data.py", *(argv or sys.argv[1:])]),
         "images_per_second": results,
     }
     if args.output:

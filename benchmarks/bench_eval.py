@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import wfnet
-from wfnet.benchmarking.timing import commit, device_name, peak_mebibytes, timed
+from wfnet.benchmarking.timing import about, device_name, peak_mebibytes, timed
 from wfnet.cli.classifier import create_classifier
 
 COLUMNS = ("baked", "unfused", "fused", "plain")
@@ -140,11 +140,7 @@ def main(argv: list[str] | None = None) -> dict:
         "benchmark": "eval",
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
         "pairs": pairs,
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "wfnet": wfnet.__version__,
-        "commit": commit(),
-        "command": " ".join(["python", "benchmarks/bench_eval.py", *(argv or sys.argv[1:])]),
+        **about(device, ["benchmarks/bench_eval.py", *(argv or sys.argv[1:])]),
         "milliseconds": milliseconds,
         "peak_mebibytes": memory,
     }

@@ -34,7 +34,6 @@ from pathlib import Path
 
 import torch
 
-import wfnet
 from wfnet.benchmarking import floors
 from wfnet.benchmarking.steps import (
     COLUMNS,
@@ -45,7 +44,7 @@ from wfnet.benchmarking.steps import (
     print_table,
     summary,
 )
-from wfnet.benchmarking.timing import commit, device_name
+from wfnet.benchmarking.timing import about, device_name
 from wfnet.cli.classifier import create_classifier
 
 
@@ -152,12 +151,8 @@ def main(argv: list[str] | None = None) -> dict:
             for k, v in vars(args).items()
             if k != "measured"
         },
-        "device": device_name(device),
+        **about(device, ["benchmarks/bench_step.py", *(argv or sys.argv[1:])]),
         "rates": {"flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth},
-        "torch": torch.__version__,
-        "wfnet": wfnet.__version__,
-        "commit": commit(),
-        "command": " ".join(["python", "benchmarks/bench_step.py", *(argv or sys.argv[1:])]),
         "networks": results,
     }
     if args.output:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import wfnet
 from wfnet import backends
 from wfnet.benchmarking import floors, peers
-from wfnet.benchmarking.timing import Step, peak_mebibytes, timed
+from wfnet.benchmarking.timing import Step, kernel_launches, peak_mebibytes, timed
 from wfnet.expansion import ExpandedBatch, expand, generator_for
 from wfnet.objectives import BalancedObjective, full_precision
 from wfnet.optimizers import RowAdam
@@ -109,12 +109,14 @@ class Column:
         impossible: why it cannot run here, in one sentence; None if it can.
         milliseconds: of each timed step.
         peak_mebibytes: largest amount of tensor memory that a step adds.
+        kernel_launches: of a step on a CUDA device.
         first_loss: by which columns are compared before anything is timed.
     """
 
     impossible: str | None = None
     milliseconds: list[float] = field(default_factory=list)
     peak_mebibytes: float | None = None
+    kernel_launches: int | None = None
     first_loss: float | None = None
 
 
@@ -267,6 +269,7 @@ def measure(problem: Problem, names: list[str]) -> dict[str, Column]:
     for name, step in steps.items():
         gc.collect()
         columns[name].peak_mebibytes = peak_mebibytes(step, problem.device)
+        columns[name].kernel_launches = kernel_launches(step, problem.device)
     return columns
 
 
@@ -302,6 +305,7 @@ def summary(columns: dict[str, Column], samples: int, floor: dict[str, float | s
             "samples_per_second": rate,
             "share_of_floor": rate / floor["fused_with_v"] if "fused_with_v" in floor else None,
             "peak_mebibytes": column.peak_mebibytes,
+            "kernel_launches": column.kernel_launches,
             "milliseconds": column.milliseconds,
         }
     return {"expanded_samples": samples, "floor_samples_per_second": floor, "columns": rows}

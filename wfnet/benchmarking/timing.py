@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from wfnet.version import __version__
 
 Step = Callable[[], Tensor]  # one step; returns its loss
 
@@ -58,6 +61,18 @@ def peak_mebibytes(step: Step, device: torch.device) -> float:
     return peak / 2**20
 
 
+def kernel_launches(step: Step, device: torch.device) -> int | None:
+    """Kernels that a step starts on a CUDA device, those of a graph's replay too; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        step()
+        torch.cuda.synchronize()
+    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len([e for e in kernels if not e.name.startswith(("Memcpy", "Memset"))])
+
+
 @contextlib.contextmanager
 def _silent_stderr() -> Iterator[None]:
     """The profiler's library writes about itself to the descriptor, past `sys.stderr`."""
@@ -95,3 +110,49 @@ def device_name(device: torch.device) -> str:
         if line.startswith("model name"):
             return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
     return f"{platform.processor()}, {torch.get_num_threads()} threads"
+
+
+def clocks(device: torch.device) -> str:
+    """Clock rates at this moment: a GPU's as its driver tells them, the mean over a CPU's cores."""
+    if device.type == "cuda":
+        query = "--query-gpu=clocks.sm,clocks.mem,power.limit"
+        try:
+            found = subprocess.run(
+                ["nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}"],
+                capture_output=True, text=True, timeout=20,
+            )  # fmt: skip
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown"
+        return found.stdout.strip() or "unknown"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return "unknown"
+    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
+    return f"{sum(rates) / len(rates):.0f} MHz" if rates else "unknown"
+
+
+def about(device: torch.device | str, command: Sequence[str]) -> dict[str, str | None]:
+    """What belongs beside every number: device, clocks, versions, commit, command, date.
+
+    Args:
+        command: script and arguments, as they were typed.
+    """
+    device = torch.device(device)
+    found: dict[str, str | None] = {
+        "device": device_name(device),
+        "clocks": clocks(device),
+        "python": platform.python_version(),
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+    for package in ("torch", "triton", "timm", "torchvision"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {
+        "wfnet": __version__,
+        "commit": commit(),
+        "command": " ".join(["python", *command]),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }

@@ -41,7 +41,7 @@ FIELDS = (
     "model", "column", "train_samples_per_sec", "train_step_time", "train_batch_size",
     "train_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size",
     "infer_img_size", "param_count", "filter_count", "label_expansion", "images", "peak_mib",
-    "share_of_floor", "dtype", "device", "torch", "wfnet", "commit", "remark",
+    "kernel_launches", "share_of_floor", "dtype", "device", "torch", "wfnet", "commit", "remark",
 )  # fmt: skip
 
 
@@ -206,6 +206,7 @@ def table_rows(
                 "train_samples_per_sec": round(found["samples_per_second"], 2),
                 "train_step_time": round(found["median_ms"], 3),
                 "peak_mib": round(found["peak_mebibytes"], 1),
+                "kernel_launches": found["kernel_launches"] or "",
             }
             if found["share_of_floor"] is not None:
                 row["share_of_floor"] = round(found["share_of_floor"], 4)

@@ -1,0 +1,290 @@
+"""Turns the committed results into the README's tables and its first chart.
+
+    python benchmarks/render.py            rewrite README.md and docs/throughput.png
+    python benchmarks/render.py --check    say what is out of date; status 1 if anything is
+
+A table stands in the README between `<!-- results:NAME -->` and `<!-- end -->` and comes from
+`benchmarks/results/*.json` alone, each a run of a script in this folder. The chart carries a digest
+of the results that it was drawn from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+CHART = ROOT / "docs" / "throughput.png"
+MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+# In this order; a file that is not there is a row "not run".
+QUALITY = {
+    "quality_digits": "digits, 10 classes",
+    "quality_letters10": "folder of rendered letters, 10 classes",
+    "quality_glyphs100": "rendered characters, 100 classes",
+    "quality_glyphs100_hard": "the same with much noise",
+    "quality_digits_paper": "for comparison, recipe `paper`: digits",
+}
+NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}
+STEP_COLUMNS = {
+    "loop": "`loop`", "grouped": "`grouped`", "vmap": "`vmap`", "eager": "`eager`",
+    "compile": "`compile`", "unmasked": "`unmasked`", "unmasked_compiled": "`unmasked` compiled",
+    "wfnet/eager/unfused": "wfnet, unfused", "wfnet/eager/fused": "**wfnet, fused**",
+    "wfnet/triton/captured": "**wfnet, Triton, captured**",
+    "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
+}  # fmt: skip
+# What the tests show of a backend without a device.
+WITHOUT_DEVICE = {
+    "reference": ("tested; the truth for the others", "not run"),
+    "eager": ("tested in fp64 to 1e-10, forward and all gradients", "not run"),
+    "triton": ("numerics in Triton's interpreter (fp32, fp16)", "compiles, not yet run"),
+    "cuda": ("numerics in an emulation of the device (bf16, fp16)", "compiles, not yet run"),
+}
+
+
+def read(name: str) -> dict[str, Any] | None:
+    """A file of results; None if there is none."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def step_files() -> list[dict[str, Any]]:
+    """Whole-step results of every device."""
+    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_*.json"))]
+
+
+def quality() -> str:
+    lines = [
+        "| data, network | original: Acc_r | all classes, one round: Acc_r | Acc_f |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, label in QUALITY.items():
+        content = read(name)
+        if content is None:
+            lines.append(f"| {label} | not run | not run | not run |")
+            continue
+        for row in content["summary"]:
+            seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
+            network = NETWORKS.get(row["network"].rpartition("/")[2], row["network"])
+            lines.append(
+                f"| {label}, {network} ({seeds}, {row['steps']:,.0f} steps) | "
+                f"{row['original_acc_r']:.2f} | {row['acc_r']:.2f} | {row['acc_f']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def step() -> str:
+    """One table per device: rows are columns of the benchmark, columns are networks."""
+    parts = []
+    for content in step_files():
+        settings, networks = content["settings"], content["networks"]
+        names = list(networks)
+        lines = [
+            f"{content['device']}, {settings['dtype']}, {settings['image_size']} px, "
+            f"n = {settings['batch_size']}, M = {settings['label_expansion']}, torch "
+            f"{content['torch']}, commit {content['commit']}: milliseconds (peak MiB)",
+            "",
+            "| | " + " | ".join(f"{n}, {networks[n]['expanded_samples']} samples" for n in names)
+            + " |",
+            "| --- |" + " --- |" * len(names),
+        ]  # fmt: skip
+        for column, label in STEP_COLUMNS.items():
+            if not any(column in networks[name]["columns"] for name in names):
+                continue
+            cells = []
+            for name in names:
+                found = networks[name]["columns"].get(column)
+                if found is None:
+                    cells.append("not run")
+                elif "impossible" in found:
+                    cells.append("impossible")
+                else:
+                    cells.append(f"{found['median_ms']:,.1f} ({found['peak_mebibytes']:,.1f})")
+            if any(cell not in ("not run", "impossible") for cell in cells):
+                lines.append(f"| {label} | " + " | ".join(cells) + " |")
+        floors = [networks[name]["floor_samples_per_second"].get("fused_with_v") for name in names]
+        if any(floors):
+            cells = [
+                "-" if rate is None else f"{networks[name]['expanded_samples'] / rate * 1e3:,.1f}"
+                for name, rate in zip(names, floors, strict=True)
+            ]
+            lines.append("| counted floor | " + " | ".join(cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts) or "Not run."
+
+
+def data() -> str:
+    content = read("data_cpu")
+    if content is None:
+        return "Not run."
+    counts = list(content["images_per_second"])
+    names = list(content["images_per_second"][counts[0]])
+    lines = [
+        f"{content['files']} JPEG files of {content['mean_bytes'] / 1024:.0f} KiB at "
+        f"{content['settings']['image_size']} px, {content['device']}, commit "
+        f"{content['commit']}: images per second",
+        "",
+        "| | " + " | ".join(f"{count} workers" for count in counts) + " |",
+        "| --- |" + " --- |" * len(counts),
+    ]
+    for name in names:
+        rates = [statistics.median(content["images_per_second"][count][name]) for count in counts]
+        lines.append(f"| {name} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |")
+    return "\n".join(lines)
+
+
+def evaluation() -> str:
+    content = read("eval_cpu")
+    if content is None:
+        return "Not run."
+    settings = content["settings"]
+    lines = [
+        f"{settings['model']}, {settings['image_size']} px, {settings['images']} images x "
+        f"{settings['classes']} classes, {content['device']}, commit {content['commit']}",
+        "",
+        "| | ms | (image, row) pairs per second | peak MiB |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, values in content["milliseconds"].items():
+        median = statistics.median(values)
+        lines.append(
+            f"| `{name}` | {median:,.0f} | {content['pairs'] / median * 1e3:,.0f} | "
+            f"{content['peak_mebibytes'][name]:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def backends() -> str:
+    """Which backend ran where: from the devices of the committed step results."""
+    ran: dict[str, set[str]] = {}
+    for content in step_files():
+        for network in content["networks"].values():
+            for column, found in network["columns"].items():
+                if column.startswith("wfnet/") and "impossible" not in found:
+                    ran.setdefault(column.split("/")[1], set()).add(content["device"])
+    lines = ["| backend | CPU | CUDA device |", "| --- | --- | --- |"]
+    for name, (cpu, cuda) in WITHOUT_DEVICE.items():
+        devices = sorted(d for d in ran.get(name, ()) if "NVIDIA" in d)
+        lines.append(f"| `{name}` | {cpu} | {'run: ' + ', '.join(devices) if devices else cuda} |")
+    return "\n".join(lines)
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "quality": quality,
+    "step": step,
+    "data": data,
+    "evaluation": evaluation,
+    "backends": backends,
+}
+
+
+def rendered(text: str) -> str:
+    """The README with its tables as the results have them.
+
+    Raises:
+        ValueError: for a marker without a table, or a table without a marker.
+    """
+    marked = [match.group(2) for match in MARKED.finditer(text)]
+    if sorted(marked) != sorted(SECTIONS):
+        raise ValueError(
+            f"README.md marks the tables {sorted(marked)}, this script makes {sorted(SECTIONS)}"
+        )
+    return MARKED.sub(lambda m: f"{m.group(1)}\n{SECTIONS[m.group(2)]()}\n\n{m.group(3)}", text)
+
+
+def digest() -> str:
+    """Of the results that the chart shows."""
+    return hashlib.sha256(json.dumps(step_files(), sort_keys=True).encode()).hexdigest()[:32]
+
+
+def draw(path: Path) -> None:
+    """Time of a step relative to eager masking, and its memory, one group per network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = ("compile", "unmasked", "wfnet/eager/fused", "wfnet/triton/captured",
+             "wfnet/cuda/captured")  # fmt: skip
+    names = {"compile": "compiled eager masks", "unmasked": "without masks",
+             "wfnet/eager/fused": "wfnet, fused", "wfnet/triton/captured": "wfnet, Triton",
+             "wfnet/cuda/captured": "wfnet, CUDA"}  # fmt: skip
+    colours = dict(zip(shown, ("#888888", "#bbbbbb", "#d55e00", "#0072b2", "#009e73"), strict=True))
+    groups = [
+        (f"{name}\n{content['device'].partition(',')[0]}", network["columns"])
+        for content in step_files()
+        for name, network in content["networks"].items()
+        if "median_ms" in network["columns"].get("eager", {})
+    ]
+    present = [
+        column
+        for column in shown
+        if any("median_ms" in columns.get(column, {}) for _, columns in groups)
+    ]
+    figure, axes = pyplot.subplots(1, 2, figsize=(2 + 2.2 * len(groups), 3.4), layout="constrained")
+    for axis, key, what in (
+        (axes[0], "median_ms", "speed of a step / eager masks"),
+        (axes[1], "peak_mebibytes", "peak memory / eager masks"),
+    ):
+        for position, column in enumerate(present):
+            heights = []
+            for _, columns in groups:
+                own, base = columns.get(column, {}).get(key), columns["eager"][key]
+                ratio = float("nan") if own is None else own / base
+                heights.append(1 / ratio if key == "median_ms" else ratio)
+            width = 0.8 / len(present)
+            places = [i + (position - (len(present) - 1) / 2) * width for i in range(len(groups))]
+            bars = axis.bar(places, heights, width, color=colours[column], label=names[column])
+            axis.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=7, padding=2)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(groups)), [label for label, _ in groups], fontsize=8)
+        axis.set_ylabel(what)
+        axis.margins(y=0.12)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8, loc="lower right", framealpha=1)
+    figure.savefig(path, dpi=130, metadata={"Results": digest()})
+    pyplot.close(figure)
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest in a chart."""
+    if not path.is_file():
+        return None
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return image.info.get("Results")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    before = README.read_text()
+    after = rendered(before)
+    stale = [] if after == before else ["README.md"]
+    if drawn_from(CHART) != digest():
+        stale.append(str(CHART.relative_to(ROOT)))
+    if args.check:
+        if stale:
+            print(f"out of date: {', '.join(stale)}; run python benchmarks/render.py")
+        return bool(stale)
+    README.write_text(after)
+    if str(CHART.relative_to(ROOT)) in stale:
+        draw(CHART)
+    print(f"written: {', '.join(stale)}" if stale else "everything is up to date")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
