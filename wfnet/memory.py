@@ -88,7 +88,7 @@ def step_memory(
         others: as in :class:`wfnet.UntrainConfig`.
     """
     objective = objective or BalancedObjective()
-    few, more = (2, 4) if share_images else (4, 8)
+    few, more = (8, 16) if share_images else (16, 32)  # fewer are not cut into parts
     peaks = []
     with flatten_filters(net.filter_parameters()):
         optimizer = RowAdam(net.filter_parameters())

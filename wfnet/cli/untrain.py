@@ -440,7 +440,7 @@ def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Rank
     print(
         f"memory      {_size(weights + filters.total + step)} on each device: {_size(weights)} of "
         f"frozen weights, {_size(filters.total)} of filters (with moments, gradient, the best and "
-        f"the last good ones), {_size(step)} of a step over {of_one} images (measured on 2 to 8 "
+        f"the last good ones), {_size(step)} of a step over {of_one} images (measured on 8 to 32 "
         f"of them, {_size(measured.per_image)} each)",
         flush=True,
     )

@@ -1,0 +1,59 @@
+"""What a run is said to take is what it takes."""
+
+import pytest
+import torch
+from small_runs import network
+
+from wfnet import models
+from wfnet.expansion import expand, generator_for
+from wfnet.memory import filter_memory, peak_bytes, step_memory
+from wfnet.network import WFNet
+from wfnet.objectives import BalancedObjective
+from wfnet.optimizers import RowAdam
+from wfnet.step import UntrainingStep
+from wfnet.tables import flatten_filters
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.parametrize("share", [True, False])
+def test_the_estimate_of_a_step_is_close_to_the_measured_peak(fuse, share):
+    net = WFNet(models.create("resnet", 10, 1, seed=0, width=8), 10, fuse=fuse)
+    before = [p.detach().clone() for p in net.filter_parameters()]
+    estimate = step_memory(net, (1, 16, 16), 3, share)
+    assert all(torch.equal(p, q) for p, q in zip(net.filter_parameters(), before, strict=True))
+    with flatten_filters(net.filter_parameters()):
+        optimizer = RowAdam(net.filter_parameters())
+        step = UntrainingStep(net, BalancedObjective(), optimizer, None, True)
+        for images in (24, 64):
+            labels = torch.arange(images) % 10
+            batch = expand(labels, 10, 3, generator_for(images), share)
+            pixels = torch.randn(images, 1, 16, 16)
+            peak = peak_bytes(lambda p=pixels, b=batch: step.differentiate([(p, b)]), step.device)
+            assert estimate.of(images) == pytest.approx(peak, rel=0.05)
+            # More than the logits and the images, or nothing was measured.
+            assert peak > 20 * pixels.numel() * 4
+
+
+def test_the_peak_is_the_most_at_a_time():
+    def work():
+        for _ in range(3):  # one after the other
+            torch.empty(1_000_000, dtype=torch.uint8).fill_(1)
+        kept = [torch.empty(1_000_000, dtype=torch.uint8) for _ in range(4)]
+        del kept
+
+    assert peak_bytes(work, torch.device("cpu")) == pytest.approx(4_000_000, rel=0.01)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_filters_and_optimiser(dtype, size):
+    net = network(filter_dtype=dtype)
+    entries = sum(p.numel() for p in net.filter_parameters())
+    memory = filter_memory(net)
+    assert (memory.entries, memory.filters) == (entries, size * entries)
+    assert memory.total == 6 * size * entries  # two moments, gradient, two copies
+    assert filter_memory(net, "sgd").moments == 0
+    moments = RowAdam(net.filter_parameters()).moments()
+    held = [
+        moments[name].numel() * moments[name].element_size() for name in ("exp_avg", "exp_avg_sq")
+    ]
+    assert sum(held) == memory.moments
