@@ -96,6 +96,11 @@ def _part_of(x: Tensor | None, part: slice | None) -> Tensor | None:
     return x if x is None or part is None else x[part]
 
 
+def _room(scratch: Tensor, part: slice | None) -> Tensor:
+    """The beginning of memory that every part uses in turn."""
+    return scratch if part is None else scratch[: part.stop - part.start]
+
+
 def _rows(x: Tensor, part: slice | None, source: Tensor | None) -> Tensor:
     """Samples ``part`` of a tensor that has one row per source image, or per sample."""
     if source is None:
@@ -111,11 +116,18 @@ def _per_pixel(table: Tensor) -> Tensor:
 class _Part:
     """The elementwise backward of some samples of a layer, in memory that is used again."""
 
-    def __init__(self, below: Below, part: slice | None, scale: Tensor, shift: Tensor | None):
+    def __init__(
+        self,
+        below: Below,
+        part: slice | None,
+        scale: Tensor,
+        shift: Tensor | None,
+        scratch: Tensor,
+    ):
         self.below, self.part = below, part
         self.scale, self.shift = _part_of(scale, part), _part_of(shift, part)
         self.u = _rows(below.branch, part, below.source)
-        self.scratch = torch.empty_like(self.u)
+        self.scratch = _room(scratch, part)
 
     def through_relu(self, g: Tensor, into: Tensor) -> Tensor:
         """``g * (out > 0)`` in ``into``."""
@@ -249,17 +261,22 @@ class EagerBackend(Backend):
         scale, shift = _per_pixel(below.scale), _per_pixel(below.shift)
         if shortcut is not None:
             shortcut_scale = _per_pixel(shortcut.scale)
-        for part in _cache_sized(dout):
-            layer, g = _Part(below, part, scale, shift), _part_of(dout, part)
+        parts = _cache_sized(dout)
+        largest = samples if parts[0] is None else parts[0].stop
+        scratch = _empty_batch(below.branch, largest)
+        room = None if passes or grad is not None else _empty_batch(below.branch, largest)
+        for part in parts:
+            layer = _Part(below, part, scale, shift, scratch)
+            g = _part_of(dout, part)
             if not passes:
-                own = torch.empty_like(layer.u) if grad is None else _part_of(grad, part)
+                own = _room(room, part) if grad is None else _part_of(grad, part)
                 if skip is not None:
                     g = torch.add(g, _part_of(skip, part), out=own)
                 if below.relu:
                     g = layer.through_relu(g, own)
             layer.write_sums(g)
             if shortcut is not None:
-                other = _Part(shortcut, part, shortcut_scale, None)
+                other = _Part(shortcut, part, shortcut_scale, None, scratch)
                 other.write_sums(g)
                 if shortcut_scaled is not None:
                     torch.mul(g, other.scale, out=_part_of(shortcut_scaled, part))
