@@ -194,6 +194,25 @@ def test_baselines_and_the_papers_tables_are_shown(run):
     assert "Poppi et al." in "".join(page.text)
 
 
+def test_several_labels_per_image(tmp_path):
+    records = [
+        {"index": k, "name": f"label {k}", "images": 9, "share": 0.1, "ap_f": 0.2 + k / 100,
+         "map_r": 0.8, "original_ap_f": 0.9, "original_map_r": 0.81}
+        for k in range(4)
+    ]  # fmt: skip
+    mean = {name: 0.5 for name in records[0] if name not in ("index", "name", "images")}
+    content = {"format": 1, "kind": "multi-label", "mean": mean, "settings": {}, "seconds": 1.0,
+               "classes": records}  # fmt: skip
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    page = Page(write_report(tmp_path).read_text())
+    head, *rows = page.tables["class-table"]
+    assert [cell[1] for cell in head[1]][5] == "AP_f"
+    assert [float(cells[5][0]) for _, cells in rows] == [r["ap_f"] for r in records]
+    text = "".join(page.text)
+    assert "mAP_r" in text
+    assert "wfnet trust" not in text  # which does not take such data
+
+
 def test_statements_have_the_measured_numbers(run):
     contents = read_contents(run)
     good, bad = statements(contents.evaluation, contents.trust)

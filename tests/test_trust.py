@@ -603,6 +603,13 @@ def test_a_wrong_request_is_refused(data, arguments, part):
         run(data, **arguments)
 
 
+def test_images_with_several_labels_are_refused(data):
+    several = make_images(2, 0)
+    several.multi_hot = torch.ones(len(several), CLASSES, dtype=torch.bool)
+    with pytest.raises(ValueError, match="several labels per image"):
+        run(Splits(several, several, several, several.classes, "several", 0))
+
+
 def test_a_damaged_result_is_named(data, tmp_path):
     (tmp_path / "trust.json").write_text('{"format": 1, "records": [{}]}')
     with pytest.raises(ValueError, match="is damaged or not a result of wfnet's trust checks"):

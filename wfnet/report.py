@@ -65,6 +65,9 @@ DEFINITIONS = (
     ("insertion, deletion", "area under min(1, p_c(share of gates changed) / p_c(original)) over "
      "[0, 1]", "lowest learned gates first, reset to 1 (insertion, near 1 is good) or set to 0 in "
      "the original (deletion, near 0 is good)", "Poppi et al., 2024"),
+    ("AP_f, mAP_r", "mean precision at the ranks of the images that have the label",
+     "images with several labels: average precision of the forgotten label, and mean of all others",
+     "scikit-learn, average_precision_score"),
     ("gate", "gate_scale * sigmoid(alpha[class, channel])",
      "factor on an output channel's weights; 1 leaves it as it is", "Poppi et al., 2024"),
 )  # fmt: skip
@@ -79,6 +82,7 @@ class Contents:
         run: ``config.json``.
         filters: ``wf_config.json``.
         evaluation: ``evaluation.json``.
+        multi_label: the same file where images have several labels each.
         trust: ``trust.json``.
         tables: ``tables.json``, the paper's tables beside the published numbers.
         baselines: results of `wfnet baseline`, wherever in the folder.
@@ -90,6 +94,7 @@ class Contents:
     run: dict[str, Any] = field(default_factory=dict)
     filters: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationResult | None = None
+    multi_label: dict[str, Any] | None = None
     trust: TrustResult | None = None
     tables: dict[str, Any] | None = None
     baselines: list[dict[str, Any]] = field(default_factory=list)
@@ -108,11 +113,16 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give that of a run, for example demo")
     evaluation = folder / "evaluation.json"
+    several = _json(evaluation) or {}
+    several = several if several.get("kind") == "multi-label" else None
     found = Contents(
         folder=folder,
         run=_json(folder / "config.json") or {},
         filters=_json(folder / "wf_config.json") or {},
-        evaluation=EvaluationResult.from_json(evaluation) if evaluation.is_file() else None,
+        evaluation=EvaluationResult.from_json(evaluation)
+        if evaluation.is_file() and several is None
+        else None,
+        multi_label=several,
         trust=_trust_result(folder),
         tables=_json(folder / "tables.json"),
         baselines=[
@@ -125,7 +135,7 @@ def read_contents(folder: str | os.PathLike) -> Contents:
             name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()
         },
     )
-    if found.evaluation is None and found.trust is None:
+    if found.evaluation is None and found.trust is None and several is None:
         raise FileNotFoundError(
             f"{folder} holds nothing to report yet: `wfnet evaluate {folder}` and `wfnet trust "
             f"{folder}` make results"
@@ -223,14 +233,27 @@ def _summary(contents: Contents) -> str:
         f'<div class="card"><b>{escape(value)}</b><span>{escape(text)}</span></div>'
         for value, text in cards
     )
+    several = contents.multi_label
+    if several is not None:
+        mean = several["mean"]
+        cards += [
+            (
+                _change(mean["original_ap_f"], mean["ap_f"]),
+                "average precision of the label (mAP_f)",
+            ),
+            (_change(mean["original_map_r"], mean["map_r"]), "mean average precision of all others"),
+            (f"{len(several['classes']):,}", "labels; images have several each"),
+        ]
     missing = ""
-    if result is None:
+    if result is None and several is None:
         missing = _hint(f"wfnet evaluate {contents.folder}", "accuracies of every class")
     return f'<div class="cards">{boxes}</div>{missing}' if boxes else missing
 
 
 def _classes(contents: Contents) -> str:
     result = contents.evaluation
+    if contents.multi_label is not None:
+        return _labels(contents.multi_label)
     if result is None:
         return ""
     top5 = result.settings.get("num_classes", 0) > TOP_K
@@ -269,6 +292,28 @@ def _classes(contents: Contents) -> str:
     return text + sortable_table("class-table", header, rows, "Search by class name")
 
 
+def _labels(content: Mapping[str, Any]) -> str:
+    """The table of a multi-label evaluation."""
+    header = [
+        ("#", "number of the label"), ("label", "its name"), ("images", "test images that have it"),
+        ("share", "of all images, %: the average precision of an output that says nothing"),
+        ("AP_f before", "average precision of the label, original, %"),
+        ("AP_f", "average precision of the label when it is forgotten, %"),
+        ("mAP_r before", "mean average precision of the others, original, %"),
+        ("mAP_r", "mean average precision of the others when the label is forgotten, %"),
+    ]  # fmt: skip
+    names = ("share", "original_ap_f", "ap_f", "original_map_r", "map_r")
+    rows = [
+        (
+            f"class-{record['index']}", f"{record['index']} {record['name']}",
+            [cell(record["index"]), cell(record["name"], text=True), cell(record["images"]),
+             *(percent(record[name]) for name in names)],
+        )
+        for record in content["classes"]
+    ]  # fmt: skip
+    return sortable_table("class-table", header, rows, "Search by class name")
+
+
 def retrained_records(contents: Contents) -> dict[int, ClassRecord]:
     """By class, the evaluation of the network retrained without it; empty without baselines."""
     for baseline in contents.baselines:
@@ -299,6 +344,8 @@ def _picture(contents: Contents, name: str, text: str) -> str:
 
 
 def _tables(contents: Contents) -> str:
+    if contents.multi_label is not None:
+        return ""
     if contents.tables is not None:
         return _paper_tables(contents.tables)
     if contents.baselines:
@@ -372,6 +419,8 @@ def _trust(contents: Contents) -> str:
         _statements("It does not", bad, "verdict"),
     ]
     trust = contents.trust
+    if contents.multi_label is not None:
+        return "".join(parts)
     if trust is None:
         parts.append(_hint(f"wfnet trust {contents.folder}", "attacks on what was forgotten"))
         return "".join(parts) + _exports(contents)
@@ -586,7 +635,8 @@ def _configuration(contents: Contents) -> str:
         or run.get("stages", {}).get("untrain", {}).get("key", {}).get("untraining"),
         "filters": {k: v for k, v in contents.filters.items() if k != "targets"},
         "masked layers": contents.filters.get("targets"),
-        "evaluation": contents.evaluation.settings if contents.evaluation else None,
+        "evaluation": (contents.multi_label or {}).get("settings")
+        or (contents.evaluation.settings if contents.evaluation else None),
         "trust checks": contents.trust.settings if contents.trust else None,
         "versions": run.get("versions"),
         "seconds": run.get("seconds"),

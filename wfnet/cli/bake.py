@@ -27,7 +27,7 @@ from wfnet.cli.options import (
     whole,
 )
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
-from wfnet.data import batches
+from wfnet.data import batches, multi_hot_of
 from wfnet.gates import gate_rows
 from wfnet.network import WFNet
 from wfnet.pretrained import write_atomically, write_json, write_tensors
@@ -245,8 +245,8 @@ def attack_export(
 ) -> None:
     """Attacks the file itself, prints what was found and writes it beside the file as JSON."""
     checks = []
-    if options.data or options.data_dir:
-        data = open_images(options, classifier)
+    data = open_images(options, classifier) if options.data or options.data_dir else None
+    if data is not None and multi_hot_of(data.test) is None:
         device = next(net.parameters()).device
         checks = check_export(
             _loaded(classifier, path).to(device),
@@ -259,6 +259,8 @@ def attack_export(
         )
         for check in checks:
             print(check)
+    elif data is not None:
+        print("the data have several labels per image: the file was compared, but not attacked")
     else:
         print(
             "accuracies and attacks need images: give --data NAME or --data-dir DIR, the run has "

@@ -18,6 +18,7 @@ from wfnet.cli.options import (
 )
 from wfnet.cli.runs import CONFUSION, RUN_FILE, check_writable, read_run
 from wfnet.confusion import ConfusionChange, confusion_change
+from wfnet.data import multi_hot_of
 from wfnet.network import WFNet
 from wfnet.report import Contents, read_contents, retrained_records, write_report
 
@@ -79,10 +80,11 @@ def _draw(options: argparse.Namespace, folder: Path, contents: Contents) -> None
     net, classifier = load_network(options, folder)
     run = read_run(folder) if (folder / RUN_FILE).is_file() else {}
     names = run.get("classes") or [str(label) for label in range(net.num_classes)]
-    change = None
+    change = data = None
     if options.data or options.data_dir:
         data = open_images(options, classifier)
         names = data.classes
+    if data is not None and multi_hot_of(data.test) is None:
         change = _confusion(options, folder, net, data.test)
     draw_report(
         folder,

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import Dataset, batches, labels_of
+from wfnet.data import Dataset, batches, labels_of, multi_hot_of
 from wfnet.evaluation.running import evaluation_mode
 
 BATCH = 256
@@ -118,6 +118,11 @@ class ImageReader:
     """
 
     def __init__(self, dataset: Dataset, samples: int, seed: int = 0, workers: int = 0):
+        if multi_hot_of(dataset) is not None:
+            raise ValueError(
+                "the data have several labels per image: trust checks are of images with one label "
+                "each"
+            )
         if samples < 1:
             raise ValueError(f"samples must be at least 1, got {samples}")
         self.dataset, self.samples, self.seed, self.workers = dataset, samples, seed, workers
