@@ -241,7 +241,10 @@ def _summary(contents: Contents) -> str:
                 _change(mean["original_ap_f"], mean["ap_f"]),
                 "average precision of the label (mAP_f)",
             ),
-            (_change(mean["original_map_r"], mean["map_r"]), "mean average precision of all others"),
+            (
+                _change(mean["original_map_r"], mean["map_r"]),
+                "mean average precision of all others",
+            ),
             (f"{len(several['classes']):,}", "labels; images have several each"),
         ]
     missing = ""
