@@ -1,6 +1,7 @@
 """The paper's tables for a recipe, from the training of the classifier on: four commands in a row.
 
-    python benchmarks/paper_tables.py digits/resnet                     about half an hour of a core
+    python benchmarks/paper_tables.py digits/resnet                     ten minutes of a core
+    python benchmarks/paper_tables.py digits/vit --methods              no baselines: two minutes
     python benchmarks/paper_tables.py mnist/resnet18 --options --data-dir /data/mnist
 
 runs ``wfnet train``, ``untrain``, ``baseline`` and ``evaluate --tables`` with ``--config RECIPE``
@@ -13,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 
 from quality import RESULTS, provenance
 
+from wfnet.baselines import METHODS
 from wfnet.cli import main as wfnet
 from wfnet.cli.train import BASE_NAME
 from wfnet.pretrained import write_json
@@ -32,6 +35,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results)")
     parser.add_argument("--published", help="published numbers to stand beside, mnist/resnet18")
     parser.add_argument(
+        "--methods", nargs="*", choices=METHODS, help="baselines (default: the recipe's)"
+    )
+    parser.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="for all four commands"
     )
     arguments = parser.parse_args()
@@ -40,14 +46,17 @@ def main() -> None:
     base, run = folder / "base", folder / "untrained"
     config = ["--config", arguments.recipe, *arguments.options]
     published = ["--published", arguments.published] if arguments.published else []
+    methods = [] if arguments.methods is None else ["--methods", *arguments.methods]
     commands = {
         "train": ["train", "--output", base, *config],
         "untrain": [
             "untrain", "--checkpoint", base / BASE_NAME, "--output", run, "--resume", *config,
         ],
-        "baseline": ["baseline", run, *config],
+        "baseline": ["baseline", run, *methods, *config],
         "evaluate": ["evaluate", run, "--tables", *published, *config],
     }  # fmt: skip
+    if arguments.methods == []:
+        del commands["baseline"]
     record = folder / "finished.json"
     finished = json.loads(record.read_text()) if record.is_file() else {}
     for name, command in commands.items():
@@ -64,8 +73,11 @@ def main() -> None:
         }
         write_json(record, finished)
     tables = json.loads((run / "tables.json").read_text())
-    made = {**provenance(), "commands": finished}
-    made["command"] = f"python benchmarks/paper_tables.py {arguments.recipe}"
+    shown = json.dumps(finished).replace(folder.as_posix(), "FOLDER")
+    made = {**provenance(), "commands": json.loads(shown)}
+    made["command"] = shlex.join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]).replace(
+        str(folder), "FOLDER"
+    )
     made.pop("units")
     write_json(output, {"provenance": made, **tables})
     print(f"written to {output}")

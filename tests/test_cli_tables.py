@@ -120,6 +120,16 @@ def test_bad_settings_of_baselines(digits, capsys):
     fails(capsys, ["train", "--config", "digits/resnet", "--output", digits / "base"], "--force")
 
 
+@pytest.mark.parametrize("command", ["train", "baseline"])
+def test_help_has_an_example(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"example:\n  wfnet {command}" in shown
+    assert "None" not in shown
+
+
 def mnist_files(folder):
     rng = np.random.default_rng(0)
     for part, count in (("train", 60), ("t10k", 20)):

@@ -76,7 +76,9 @@ def add_training_options(parser: argparse.ArgumentParser, prefix: str) -> None:
     group.add_argument(f"{p}sched", choices=("one_cycle", "cosine"), help="of the learning rate")
     names = (f"{p}batch-size",) if prefix else ("-b", "--batch-size")
     group.add_argument(*names, type=whole(2), metavar="N", help="images of a minibatch")
-    group.add_argument(f"{p}weight-decay", type=not_negative, metavar="X")
+    group.add_argument(
+        f"{p}weight-decay", type=not_negative, metavar="X", help="of kernels and matrices"
+    )
     group.add_argument(f"{p}smoothing", type=not_negative, metavar="X", help="of labels")
     group.add_argument(
         f"{p}shift", type=whole(0), metavar="PIXELS", help="images are moved by up to that many"
