@@ -35,7 +35,8 @@ wf::Axis axis_of(const py::tuple& t) {
 }
 
 void conv_fprop(Address x, Address weight, int batch, Address order, Address first_of, int samples,
-                int in_channels, int out_channels, const py::tuple& height, const py::tuple& width, Address scale,
+                int in_channels, int out_channels, const py::tuple& height,
+                const py::tuple& width, Address scale,
                 Address shift, int table_stride, Address residual, Address branch, Address out,
                 bool relu, const std::string& dtype, int device, Address stream) {
   wf::ConvParams p;
@@ -141,7 +142,8 @@ PYBIND11_MODULE(WF_MODULE, module) {
   using py::arg;
   module.def("conv_fprop", &conv_fprop, py::kw_only(), arg("x"), arg("weight"), arg("batch"),
              arg("order"), arg("first_of"), arg("samples"), arg("in_channels"),
-             arg("out_channels"), arg("height"), arg("width"), arg("scale"), arg("shift"), arg("table_stride"), arg("residual"),
+             arg("out_channels"), arg("height"), arg("width"), arg("scale"), arg("shift"),
+             arg("table_stride"), arg("residual"),
              arg("branch"), arg("out"), arg("relu"), arg("dtype"), arg("device"), arg("stream"));
   module.def("conv_dgrad", &conv_dgrad, py::kw_only(), arg("ag"), arg("weight"), arg("batch"),
              arg("in_channels"), arg("out_channels"), arg("height"), arg("width"), arg("skip"),

@@ -54,7 +54,8 @@ struct SumColumns {
       if (slice == 0) {
         for (int other = 1; other < kSlices; ++other)
           sum += load_shared<float>(shared_base() + (other * kColumns + lane) * 4);
-        if (column_ok) store_global(p.total[which] + int64_t{sample} * p.total_stride + column, sum);
+        if (column_ok)
+          store_global(p.total[which] + int64_t{sample} * p.total_stride + column, sum);
       }
       sync_block();
     }

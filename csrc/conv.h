@@ -24,6 +24,7 @@ struct ConvParams {
   int depth = 0;                    // channels of the input
   int columns = 0;                  // channels of the result
   Axis height{}, width{};           // in the sense of the forward convolution
+  Divider by_pixels, by_width;      // of the result, where all of it is one phase; set at launch
   ForwardEpilogue forward;
   BackwardEpilogue backward;
 };

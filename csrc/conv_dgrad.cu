@@ -44,6 +44,7 @@ void launch_conv_dgrad(const ConvParams& params, Type type, Place place) {
   check_conv_dgrad(params);
   ConvParams p = params;
   p.backward.span = conv_dgrad_span(p);
+  p.by_pixels = Divider(p.height.input * p.width.input), p.by_width = Divider(p.width.input);
   type == Type::kBf16 ? launch_typed<Bf16>(p, place) : launch_typed<Fp16>(p, place);
 }
 

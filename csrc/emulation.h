@@ -1,8 +1,8 @@
 // A grid of thread blocks on the host: what csrc/device.h calls where there is no GPU.
 //
-// Kernels are one source for both worlds. On the host every thread of a block is a fiber; blocks run
-// one after the other in a random order, fibers are picked at random by a seed. What a device would
-// leave undefined is made visible:
+// Kernels are one source for both worlds. On the host every thread of a block is a fiber; blocks
+// run one after the other in a random order, fibers are picked at random by a seed. What a device
+// would leave undefined is made visible:
 //
 // - shared memory starts as NaN (0xFF in every byte), and every access is checked for bounds,
 //   alignment and copies still in flight;
@@ -136,8 +136,8 @@ struct Launch {
   bool count_conflicts = false;
 };
 
-// Warp-wide shared-memory instructions of a launch, and the passes over the banks they took; without
-// conflicts the two are equal.
+// Warp-wide shared-memory instructions of a launch, and the passes over the banks that they took;
+// without conflicts the two are equal.
 struct Conflicts {
   uint64_t ideal = 0;
   uint64_t passes = 0;

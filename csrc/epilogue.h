@@ -102,8 +102,8 @@ struct BackwardEpilogue {
 // Not maximum(): a NaN (a forget label out of range) must survive.
 WF_HOST_DEVICE float rectified(float value) { return value < 0.0f ? 0.0f : value; }
 
-// `at`: offset of the 8 elements in the tensors. The tables' rows of this sample come as `scale` and
-// `shift`, loaded once for consecutive pixels.
+// `at`: offset of the 8 elements in the tensors. The tables' rows of this sample come as `scale`
+// and `shift`, loaded once for consecutive pixels.
 template <class T>
 WF_DEVICE void forward_channels(const ForwardEpilogue& epilogue, const Channels& u,
                                 const Channels& scale, const Channels& shift, int64_t at) {

@@ -38,8 +38,8 @@ struct EpilogueBackward {
     const BackwardEpilogue& epilogue = p.epilogue;
     const bool summed = epilogue.partial0 != nullptr || epilogue.partial1 != nullptr;
     ColumnSums sums(epilogue, int64_t{strip} * epilogue.span,
-                    static_cast<int>(by_pixels(static_cast<uint32_t>(first_row))), p.columns, column,
-                    column_ok);
+                    static_cast<int>(by_pixels(static_cast<uint32_t>(first_row))), p.columns,
+                    column, column_ok);
     Channels a{}, c{};
     int loaded = -1;
     for (int visit = 0; visit < kStripRows / 4; ++visit) {

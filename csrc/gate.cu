@@ -2,6 +2,7 @@
 #include "gate.h"
 
 #include <cmath>
+#include <initializer_list>
 #include <stdexcept>
 
 #include "geometry.h"
@@ -118,7 +119,8 @@ void require(bool holds, const char* otherwise) {
 }
 
 template <class Params>
-void check(const Params& p, std::initializer_list<const void*> tensors, std::initializer_list<int> strides) {
+void check(const Params& p, std::initializer_list<const void*> tensors,
+           std::initializer_list<int> strides) {
   require(p.columns > 0 && p.columns % 4 == 0, "the number of columns must be a multiple of 4");
   require(p.labels >= 1 && p.labels <= kMostLabels, "1 to 16 forget labels a sample");
   require(p.classes > 0 && p.batch > 0, "a filter matrix and a batch must not be empty");

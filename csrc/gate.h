@@ -1,11 +1,12 @@
 // Filter matrices to scales and back.
 //
-//     gate[l, o]  = gate_scale[o] * sigmoid(alpha[l, o])                    exactly 1 within 4 ulp of 1
+//     gate[l, o]  = gate_scale[o] * sigmoid(alpha[l, o])              exactly 1 within 4 ulp of 1
 //     rows[b, o]  = factor[o] * prod over the distinct labels l of forget[b, :] of gate[l, o]
 //     dalpha[l, o] = (1 - sigmoid(alpha[l, o])) * sum over b with l in forget[b, :] of t[b, o]
 //
-// A label of -1 selects no row. A label out of range gives NaN for its sample, takes no gradient, and
-// is never used as an index. The sum runs over samples in ascending order: equal bits on every run.
+// A label of -1 selects no row. A label out of range gives NaN for its sample, takes no gradient,
+// and is never used as an index. The sum runs over samples in ascending order: equal bits on every
+// run.
 #pragma once
 
 #include <cstdint>

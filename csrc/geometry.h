@@ -5,9 +5,9 @@
 //
 // - forward: every output pixel, step = stride, offset = tap * dilation - padding;
 // - input gradient: pixel h of the input receives from output row p where p * stride =
-//   h + padding - r * dilation. For the pixels of one phase, h = i * stride + phase, the taps r that
-//   divide are an arithmetic progression and p = i + offset: a convolution of step 1 over fewer
-//   taps, so that a stride costs no wasted multiplication. A phase may have no tap at all.
+//   h + padding - r * dilation. For the pixels of one phase, h = i * stride + phase, the taps r
+//   that divide are an arithmetic progression and p = i + offset: a convolution of step 1 over
+//   fewer taps, so that a stride costs no wasted multiplication. A phase may have no tap at all.
 #pragma once
 
 #include <cstdint>

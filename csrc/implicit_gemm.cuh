@@ -94,6 +94,15 @@ struct ImplicitGemm {
     return tile;
   }
 
+  WF_DEVICE static Divider by_pixels(const Params& p, const Tile& tile) {
+    if (kForward || (p.height.stride == 1 && p.width.stride == 1)) return p.by_pixels;
+    return Divider(tile.phase.pixels());
+  }
+  WF_DEVICE static Divider by_width(const Params& p, const Tile& tile) {
+    if (kForward || (p.height.stride == 1 && p.width.stride == 1)) return p.by_width;
+    return Divider(tile.phase.rows_w);
+  }
+
   // --- copies from global to shared memory -------------------------------------------------------
 
   // Rows of A that this thread copies (row thread / 4 + 32 * i, piece thread % 4), and where it is
@@ -110,16 +119,16 @@ struct ImplicitGemm {
   WF_DEVICE static CopyA start_a(const Params& p, const Tile& tile) {
     CopyA a;
     const int thread = thread_index();
-    const Divider by_pixels(tile.phase.pixels()), by_width(tile.phase.rows_w);
+    const Divider pixels = by_pixels(p, tile), width = by_width(p, tile);
     WF_UNROLL
     for (int i = 0; i < kCopiesA; ++i) {
       const int row = tile.row + thread / 4 + i * (kThreads / 4);
       a.image[i] = 0;
       a.h[i] = a.w[i] = -(1 << 29);
       if (row >= tile.rows) continue;
-      const int sample = static_cast<int>(by_pixels(row));
+      const int sample = static_cast<int>(pixels(row));
       const int pixel = row - sample * tile.phase.pixels();
-      const int y = static_cast<int>(by_width(pixel)), x = pixel - y * tile.phase.rows_w;
+      const int y = static_cast<int>(width(pixel)), x = pixel - y * tile.phase.rows_w;
       a.image[i] = static_cast<uint32_t>(sample);
       a.h[i] = y * tile.step_h, a.w[i] = x * tile.step_w;
     }
@@ -351,7 +360,7 @@ struct ImplicitGemm {
     mine.lane_row = lane / 8, mine.chunk = lane % 8;
     mine.column = tile.column + warp % kWarpsN * kWarpN + mine.chunk * kVector;
     mine.column_ok = mine.column < p.columns;
-    mine.by_pixels = Divider(tile.phase.pixels());
+    mine.by_pixels = by_pixels(p, tile);
     return mine;
   }
 
@@ -422,7 +431,7 @@ struct ImplicitGemm {
     if (mine.first_row >= tile.rows) return;
     const BackwardEpilogue& epilogue = p.backward;
     const int warp_m = thread_index() / 32 / kWarpsN;
-    const Divider by_width(tile.phase.rows_w);
+    const Divider width = by_width(p, tile);
     ColumnSums sums(epilogue, (tile.strip + warp_m) * epilogue.span,
                     static_cast<int>(mine.by_pixels(mine.first_row)), p.columns, mine.column,
                     mine.column_ok);
@@ -443,7 +452,7 @@ struct ImplicitGemm {
           if (epilogue.shift != nullptr) shift = load_table(epilogue.shift + at);
           loaded = sample;
         }
-        const int64_t at = gradient_offset(p, tile, by_width, row, sample) + mine.column;
+        const int64_t at = gradient_offset(p, tile, width, row, sample) + mine.column;
         backward_mask<T>(epilogue, g, branch, shift, at);
         if (epilogue.grad != nullptr) store_channels<T>(epilogue.grad, at, g);
         if (epilogue.scaled_grad != nullptr)

@@ -58,6 +58,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kMinBlocks)
 template <class Kernel>
 void launch(const typename Kernel::Params& params, int64_t grid, Place place) {
   if (grid == 0) return;
+  if (grid > INT32_MAX) throw std::invalid_argument("more than 2**31 thread blocks");
   DeviceGuard guard(place.device);
   if constexpr (Kernel::kSharedBytes > 48 * 1024)
     check(cudaFuncSetAttribute(kernel_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -439,6 +439,53 @@ def test_empty_batches(kernels):
     assert not cuda_launch.gate_rows_bwd(t, torch.randn(3, 8), torch.empty(0, 1).long()).any()
 
 
+def launch_with(**changes):
+    """A forward and a backward launch of tensors that fit, but for ``changes``."""
+    given = {
+        "x": torch.randn(2, 4, 4, 8).half(),
+        "weight": torch.randn(16, 3, 3, 8).half(),
+        "scale": torch.randn(2, 16),
+        "residual": torch.randn(2, 4, 4, 16).half(),
+        "ag": torch.randn(2, 4, 4, 16).half(),
+        "branch": torch.randn(2, 4, 4, 8).half(),
+        "below": torch.randn(2, 8),
+        "t1": torch.empty(2, 8),
+    }
+    t = {**given, **changes}
+    height, width = axes((4, 4), 3, padding=1)
+    cuda_launch.conv_fprop(
+        t["x"], t["weight"], height, width, t["scale"], residual=t["residual"],
+        source=t.get("source"),
+    )  # fmt: skip
+    below = Layer(t["branch"], t["below"], relu=True)
+    cuda_launch.conv_dgrad(
+        t["ag"], t["weight"], height, width, below, Want(scaled_grad=True, t1=t["t1"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("weight", torch.randn(16, 3, 3, 8), "weight must be .* torch.float16, not .*float32"),
+        ("weight", torch.randn(16, 3, 3, 16).half(), r"must be \[16, 3, 3, 8\]"),
+        ("scale", torch.randn(3, 16), r"scale must be \[2, 16\]"),
+        ("scale", torch.randn(2, 16).double(), "float32, not .* torch.float64"),
+        ("residual", torch.randn(2, 3, 4, 16).half(), r"residual must be \[2, 4, 4, 16\]"),
+        ("source", torch.tensor([0.0, 1.0]), "source must be .* torch.int64"),
+        ("ag", torch.randn(2, 4, 5, 16).half(), r"ag must be \[2, 4, 4, 16\]"),
+        ("branch", torch.randn(2, 4, 4, 16).half(), r"branch must be \[2, 4, 4, 8\]"),
+        ("branch", None, "t1 is summed from the branch"),
+        ("below", None, "scaled_grad needs the layer's table"),
+        ("t1", torch.empty(2, 16), r"t1 must be \[2, 8\]"),
+        ("residual", torch.empty(2, 4, 4, 16, device="meta").half(), "residual is on meta"),
+    ],
+)
+def test_launchers_check_shapes_types_and_devices(kernels, name, tensor, message):
+    launch_with()
+    with pytest.raises(ValueError, match=message):
+        launch_with(**{name: tensor})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

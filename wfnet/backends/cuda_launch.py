@@ -89,6 +89,25 @@ class Layer:
     skip: Tensor | None = None  # gradient that reaches the output another way
     relu: bool = False
 
+    def check(self, shape: tuple[int, ...], dtype: torch.dtype, want: Want) -> None:
+        """Raises ValueError for tensors that do not fit an output ``[B, H, W, C]``, or missing."""
+        table = (shape[0], shape[3])
+        for name in ("branch", "activation", "skip"):
+            _check(name, getattr(self, name), shape, dtype)
+        for name, tensor in (
+            ("scale", self.scale),
+            ("shift", self.shift),
+            ("t0", want.t0),
+            ("t1", want.t1),
+        ):
+            _check(name, tensor, table, torch.float32)
+        if want.t1 is not None and self.branch is None:
+            raise ValueError("t1 is summed from the branch; pass branch=")
+        if want.scaled_grad and self.scale is None:
+            raise ValueError("scaled_grad needs the layer's table; pass scale=")
+        if self.relu and self.branch is None and self.activation is None:
+            raise ValueError("a ReLU mask is read from the activation or the branch; pass one")
+
 
 @dataclass(frozen=True)
 class Want:
@@ -111,6 +130,14 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """A kernel trusts what it is told: shapes and types are settled here."""
+    if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+        raise ValueError(
+            f"{name} must be {list(shape)} {dtype}, not {list(tensor.shape)} {tensor.dtype}"
+        )
+
+
 def _launch(
     function: str, reads: dict[str, Tensor | None], writes: dict[str, Tensor | None], **numbers
 ) -> None:
@@ -118,6 +145,9 @@ def _launch(
     module = library().module
     kernel = operator.attrgetter(function)(module)
     device = next(t.device for t in writes.values() if t is not None)
+    for name, tensor in (*reads.items(), *writes.items()):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, the results are on {device}")
     if module.emulated:
         _register(module, reads, False)
         _register(module, writes, True)
@@ -261,7 +291,13 @@ def conv_fprop(
         ``out`` and the branch ``[B, P, Q, O]``, or None.
     """
     images, columns = x.shape[0], weight.shape[0]
-    samples = scale.shape[0]
+    samples = scale.shape[0] if source is not None else images
+    _check("weight", weight, (columns, height.kernel, width.kernel, x.shape[3]), x.dtype)
+    _check("x", x, (images, height.input, width.input, x.shape[3]), x.dtype)
+    _check("source", source, (samples,), torch.int64)
+    for name, table in (("scale", scale), ("shift", shift)):
+        _check(name, table, (samples, columns), torch.float32)
+    _check("residual", residual, (samples, height.output, width.output, columns), x.dtype)
     x, weight = dense(pad_channels(x)), dense(pad_channels(weight))
     out = x.new_empty((samples, height.output, width.output, columns))
     branch = torch.empty_like(out) if save_branch else None
@@ -294,16 +330,13 @@ def conv_fprop(
 class _Sums:
     """Where the two column sums of a launch go, with their workspaces.
 
-    Sums that are not fp32 rows of one stride go to fresh memory and are copied at the end.
+    Sums that are not rows of one stride go to fresh memory and are copied at the end.
     """
 
     def __init__(self, want: Want, slots: Callable[[], int]):
         self.wanted = (want.t0, want.t1)
         given = [t for t in self.wanted if t is not None]
-        direct = all(
-            t.dtype == torch.float32 and t.stride(1) == 1 and t.stride(0) == given[0].stride(0)
-            for t in given
-        )
+        direct = all(t.stride(1) == 1 and t.stride(0) == given[0].stride(0) for t in given)
         self.totals = tuple(
             t if t is None or direct else torch.empty(t.shape, dtype=torch.float32, device=t.device)
             for t in self.wanted
@@ -358,6 +391,9 @@ def conv_dgrad(
         want: what to write; sums are ``[B, C]`` fp32.
     """
     batch, channels = ag.shape[0], weight.shape[3]
+    _check("ag", ag, (batch, height.output, width.output, weight.shape[0]), weight.dtype)
+    _check("weight", weight, (ag.shape[3], height.kernel, width.kernel, channels), ag.dtype)
+    below.check((batch, height.input, width.input, channels), ag.dtype, want)
     ag, weight = dense(ag), dense(pad_channels(weight))
     columns = weight.shape[3]
     shape = (batch, height.input, width.input, columns)
@@ -419,6 +455,7 @@ def epilogue_bwd(dout: Tensor, layer: Layer, want: Want) -> Gradient:
         layer: the layer whose output ``dout`` reaches.
         want: what to write.
     """
+    layer.check(tuple(dout.shape), dout.dtype, want)
     strides = _pixel_strides(dout)
     if strides is None:
         dout = dense(dout)
@@ -452,7 +489,9 @@ def sum_by_source(dout: Tensor, scale: Tensor, source: Tensor, images: int) -> T
         scale: ``[B, C]`` fp32.
         source: ``[B]`` int64; samples of no image are dropped.
     """
-    _, height, width, columns = dout.shape
+    batch, height, width, columns = dout.shape
+    _check("scale", scale, (batch, columns), torch.float32)
+    _check("source", source, (batch,), torch.int64)
     scaled = dout.new_empty((images, height, width, columns))
     if scaled.numel() == 0 or dout.numel() == 0:
         return scaled.zero_()
@@ -474,6 +513,11 @@ def _rows(matrix: Tensor) -> Tensor:
     return matrix if fits and matrix.stride(0) >= matrix.shape[1] else dense(matrix)
 
 
+def _check_gates(alpha: Tensor, forget: Tensor) -> None:
+    _check("alpha", alpha, tuple(alpha.shape[:2]), torch.float32)
+    _check("forget", forget, tuple(forget.shape[:2]), torch.int64)
+
+
 def gate_rows(
     alpha: Tensor, forget: Tensor, gate_scale: float | Tensor, factor: Tensor | None = None
 ) -> Tensor:
@@ -485,6 +529,10 @@ def gate_rows(
         gate_scale: one for all columns, or ``[O]`` fp32.
         factor: ``[O]`` fp32, or None for 1.
     """
+    _check_gates(alpha, forget)
+    for name, row in (("gate_scale", gate_scale), ("factor", factor)):
+        if isinstance(row, Tensor):
+            _check(name, row, (alpha.shape[1],), torch.float32)
     alpha, forget = _rows(alpha), dense(forget)
     rows = torch.empty((forget.shape[0], alpha.shape[1]), dtype=torch.float32, device=alpha.device)
     if rows.numel() == 0:
@@ -519,6 +567,11 @@ def gate_rows_bwd(
             summed instead of ``t``.
         into: ``[K, O]`` fp32 to write to, rows of a multiple of 4 elements; None: fresh memory.
     """
+    _check_gates(alpha, forget)
+    for name, sums in (("t", t), ("products", products)):
+        _check(name, sums, (forget.shape[0], alpha.shape[1]), torch.float32)
+    _check("chosen", chosen, (alpha.shape[1],), torch.float32)
+    _check("into", into, tuple(alpha.shape), torch.float32)
     alpha, forget, t = _rows(alpha), dense(forget), _rows(t)
     if products is not None and products.stride() != t.stride():
         products, t = dense(products), dense(t)
