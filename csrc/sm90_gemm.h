@@ -31,8 +31,8 @@ namespace wf::sm90 {
 
 constexpr int kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (kConsumers + 1);
-constexpr int kProducerRegisters = 24;
-constexpr int kConsumerRegisters = 240;  // 2 * 128 * 240 + 128 * 24 = 64,512 of 65,536
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;  // 2 * 128 * 232 + 128 * 40 = 384 * 168, as at entry
 
 enum class Direction { kForward, kBackward };
 
@@ -120,8 +120,9 @@ WF_DEVICE void produce(const Params<kDirection>& params) {
     const int m0 = (work.pair * kCluster + rank) * kBlockM;
     const int n0 = work.n * kBlockN;
     const Base base = base_at(phase, m0);
-    for (int i = 0; i < phase.slices; ++i, ring.advance()) {
-      const Slice slice = slice_at(problem, phase, i);
+    Slice slice;
+    WF_SM90_ROLLED
+    for (int left = phase.slices; left > 0; --left) {
       mbarrier_wait(L::empty(ring.stage), ring.parity ^ 1);
       const uint32_t full = L::full(ring.stage);
       mbarrier_arrive_expect(full, L::kStageBytes);
@@ -129,16 +130,19 @@ WF_DEVICE void produce(const Params<kDirection>& params) {
         tma_load_matrix(L::a(ring.stage), map_a, full, slice.channel, m0);
       } else {
         tma_load_im2col(L::a(ring.stage), map_a, full, slice.channel, base.w, base.h, base.sample,
-                        slice.offset_w, slice.offset_h);
+                        phase.w.offset(slice.j), phase.h.offset(slice.i));
       }
+      const int tap = slice.tap(problem, phase);
       const uint32_t b = L::b(ring.stage) + rank * L::kFilterRows * 128;
       if constexpr (kDirection == Direction::kForward) {  // rows are columns of the result
-        tma_load_filter(b, &params.b, full, slice.channel, slice.tap, n0 + rank * L::kFilterRows);
+        tma_load_filter(b, &params.b, full, slice.channel, tap, n0 + rank * L::kFilterRows);
       } else if constexpr (kBlockN == 128) {  // rows are depth; each block has 64 of the columns
-        tma_load_filter(b, &params.b, full, n0 + rank * 64, slice.tap, slice.channel);
+        tma_load_filter(b, &params.b, full, n0 + rank * 64, tap, slice.channel);
       } else {  // rows are depth; each block has 32 of them
-        tma_load_filter(b, &params.b, full, n0, slice.tap, slice.channel + rank * L::kFilterRows);
+        tma_load_filter(b, &params.b, full, n0, tap, slice.channel + rank * L::kFilterRows);
       }
+      ring.advance();
+      slice.advance(problem, phase);
     }
   }
 }
@@ -385,15 +389,19 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
     const int column = n * kBlockN + chunk * 32 + lane % 4 * 8;
     const bool column_ok = column < problem.columns;
     Channels g[4];
-    Vec16 skips[4], branches[4];  // eight loads on their way before the first is needed
+    Vec16 branches[4], skips[2];  // six loads on their way before the first is needed
+    const auto load_skip = [&](int r) {
+      if (e.skip != nullptr && column_ok && rows.sample[r] >= 0)
+        skips[r % 2] = load_packed<T>(e.skip, rows.at(r, problem, column));
+    };
     WF_UNROLL
     for (int r = 0; r < 4; ++r) {
       branches[r] = Vec16{};
-      if (!column_ok || rows.sample[r] < 0) continue;
-      const int64_t at = rows.at(r, problem, column);
-      if (e.skip != nullptr) skips[r] = load_packed<T>(e.skip, at);
-      if (e.needs_branch()) branches[r] = load_packed<T>(e.branch, at);
+      if (e.needs_branch() && column_ok && rows.sample[r] >= 0)
+        branches[r] = load_packed<T>(e.branch, rows.at(r, problem, column));
     }
+    load_skip(0);
+    load_skip(1);
     int loaded = -1;
     Channels scale, shift;
     WF_UNROLL
@@ -413,7 +421,8 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
         if (e.mask_from_branch() && e.shift != nullptr) shift = load_table(e.shift + row);
       }
       if (e.skip != nullptr) {
-        const Channels skip = unpack<T>(skips[r]);
+        const Channels skip = unpack<T>(skips[r % 2]);
+        if (r < 2) load_skip(r + 2);
         WF_UNROLL
         for (int i = 0; i < kVector; ++i) g[r].value[i] += skip.value[i];
       }

@@ -33,7 +33,7 @@ namespace wf::sm90 {
 // One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work
 // on different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up
 // to five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128
-// fp32 accumulators take 128 of a thread's 240 registers.
+// fp32 accumulators take 128 of a thread's 232 registers.
 //
 // Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B
 // for both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP, 85 FLOP per byte: 790
@@ -232,20 +232,25 @@ WF_SM90_BOTH Work next_work(const Problem& problem, int slot, int step) {
   return Work{slot, 0, 0, 0};
 }
 
-// A slice of a tile's sum: which tap of the filter, which 64 channels.
+// A slice of a tile's sum: which tap of the phase, which 64 channels. Slices are walked, not
+// computed from their number: two divisions would take the producer longer than the slice takes to
+// multiply.
 struct Slice {
-  int tap;                 // index into the filter, r * S + s
-  int offset_h, offset_w;  // im2col offsets
-  int channel;             // first channel
-};
+  int i = 0, j = 0;  // tap of the phase, by axis
+  int channel = 0;   // first channel
 
-WF_SM90_BOTH Slice slice_at(const Problem& problem, const Phase& phase, int index) {
-  const int tap = index / problem.depth_slices;
-  const int i = tap / phase.w.taps;
-  const int j = tap - i * phase.w.taps;
-  return Slice{phase.h.tap(i) * problem.filter_w + phase.w.tap(j), phase.h.offset(i),
-               phase.w.offset(j), (index - tap * problem.depth_slices) * kBlockK};
-}
+  WF_SM90_BOTH int tap(const Problem& problem, const Phase& phase) const {
+    return phase.h.tap(i) * problem.filter_w + phase.w.tap(j);
+  }
+  WF_SM90_BOTH void advance(const Problem& problem, const Phase& phase) {
+    channel += kBlockK;
+    if (channel < problem.depth) return;
+    channel = 0;
+    if (++j < phase.w.taps) return;
+    j = 0;
+    ++i;
+  }
+};
 
 // A row of a tile: its sample and its pixel in the tensor that is written.
 struct Row {

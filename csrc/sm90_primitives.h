@@ -19,6 +19,9 @@
 
 #if defined(__CUDACC__)
 #include <cuda.h>  // types only: no symbol of libcuda is linked
+#define WF_SM90_ROLLED _Pragma("unroll 1")
+#else
+#define WF_SM90_ROLLED
 #endif
 
 namespace wf::sm90 {
@@ -360,14 +363,16 @@ WF_DEVICE void fence_mbarrier_init() {
 #endif
 }
 
-// At the barrier at this place of the cluster's block `rank`.
+// At the barrier at this place of the cluster's block `rank`. What it orders are reads by wgmma,
+// which are complete, and writes by TMA; ordinary accesses of one block are not made visible to the
+// other: that (.release.cluster) would put a membar.gpu and an L1 invalidation into every slice.
 WF_DEVICE void mbarrier_arrive(uint32_t barrier, int rank) {
 #if defined(__CUDACC__)
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}\n" ::"r"(barrier),
       "r"(rank)
       : "memory");
@@ -400,7 +405,7 @@ WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "{\n"
       ".reg .pred done;\n"
       "WAIT:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@done bra DONE;\n"
       "bra WAIT;\n"
       "DONE:\n"

@@ -122,6 +122,8 @@ def test_machine_code(element, block_n, direction):
     # Each block of a cluster loads half of the filter's tile, for both.
     assert code.count(r"UTMALDG\.3D\.MULTICAST") == code.count("UTMALDG.3D") == 1
     assert code.count("UCGABAR_WAIT") == 2
+    # Where the blocks wait for each other, at the start and the end; never within the loops.
+    assert code.count(r"MEMBAR\.ALL\.GPU") == code.count(r"CCTL\.IVALL") == 2
     assert code.count(r"UBLKPF\.L2") == (1 if direction == "forward" else 3)
     assert code.count("SYNCS.PHASECHK.TRANS64.TRYWAIT") >= 2
     assert code.count("USETMAXREG.DEALLOC") == code.count("USETMAXREG.TRY_ALLOC") == 1

@@ -156,10 +156,11 @@ PYBIND11_MODULE(sm90, module) {
   module.def("slices_of", [](const Convolution& conv, bool backward, int phase) {
     const Problem problem = problem_of(conv, backward);
     std::vector<std::tuple<int, int, int, int>> slices;
-    for (int i = 0; i < problem.phases[phase].slices; ++i) {
-      const Slice slice = slice_at(problem, problem.phases[phase], i);
-      slices.emplace_back(slice.tap, slice.offset_h, slice.offset_w, slice.channel);
-    }
+    const Phase& p = problem.phases[phase];
+    Slice slice;
+    for (int i = 0; i < p.slices; ++i, slice.advance(problem, p))
+      slices.emplace_back(slice.tap(problem, p), p.h.offset(slice.i), p.w.offset(slice.j),
+                          slice.channel);
     return slices;
   });
   // (sample, h, w) of the filter base of a row.
