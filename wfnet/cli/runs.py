@@ -24,10 +24,14 @@ REPORT_FILES = (
     CONFUSION, "confusion.png", "associations.png", "attribution.png", "trust.json", "trust.csv",
     "trust.partial.jsonl", "trust.png", "report.html",
 )  # fmt: skip
+TABLE_FILES = (
+    "relearning.json", "attribution.json", "tables.json", "tables.csv", "tables.md",
+    "evaluation_images.json",
+)  # fmt: skip
 # What belongs to one run, in the order in which it is made; a new run replaces all of it.
 RUN_FILES = (
     RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv",
-    CURVES, "evaluation.json", "evaluation.csv", *FIGURES, *REPORT_FILES,
+    CURVES, "evaluation.json", "evaluation.csv", *FIGURES, *TABLE_FILES, *REPORT_FILES,
 )  # fmt: skip
 _PATHS = ("data_dir", "checkpoint")
 _PACKAGES = ("torch", "numpy", "safetensors", "timm", "torchvision", "triton", "scikit-learn",
