@@ -24,10 +24,7 @@ REPORT_FILES = (
     CONFUSION, "confusion.png", "associations.png", "attribution.png", "trust.json", "trust.csv",
     "trust.partial.jsonl", "trust.png", "report.html",
 )  # fmt: skip
-TABLE_FILES = (
-    "relearning.json", "attribution.json", "tables.json", "tables.csv", "tables.md",
-    "evaluation_images.json",
-)  # fmt: skip
+TABLE_FILES = ("relearning.json", "attribution.json", "tables.json", "tables.csv", "tables.md")
 # What belongs to one run, in the order in which it is made; a new run replaces all of it.
 RUN_FILES = (
     RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv",
