@@ -165,6 +165,15 @@ def test_names_from_data_are_escaped(tmp_path):
     assert EVIL in "".join(page.text)
 
 
+def test_definitions_are_plain_text(run):
+    text = "".join(Page(write_report(run).read_text()).text)
+    assert "phi(x) = log(p_y / (1 - p_y))" in text
+    assert "wfnet.relearning.relearn" in text
+    assert "`" not in text.partition("Definitions")[2].partition("Configuration")[0]
+    for module in CHECKS.values():
+        assert module.TITLE in text
+
+
 def test_sections_say_what_is_missing(tmp_path):
     make_run(tmp_path, 4, trust=False)
     (tmp_path / "gates.png").unlink()

@@ -13,10 +13,12 @@ import json
 import logging
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from wfnet.evaluation import ClassRecord, EvaluationResult
@@ -625,8 +627,15 @@ def _definitions(contents: Contents) -> str:
         return html
     for check in dict.fromkeys(record.check for record in contents.trust.records):
         module = CHECKS[check]
-        html += f"<h3>{escape(module.TITLE)}</h3><pre>{escape(str(module.__doc__).strip())}</pre>"
+        html += f"<h3>{escape(module.TITLE)}</h3><pre>{escape(_without_markup(module))}</pre>"
     return html
+
+
+def _without_markup(module: ModuleType) -> str:
+    """The module's documentation as plain text: no quotes of code, no roles."""
+    text = (module.__doc__ or "").strip()
+    text = re.sub(r"(?::\w+)?:`([^`]+)`", r"\1", text).replace("``", "")
+    return re.sub(r"::$", ":", text, flags=re.M)
 
 
 def _configuration(contents: Contents) -> str:
