@@ -145,6 +145,10 @@ def test_what_does_not_fit_is_refused(tmp_path):
         make_tables("x", evaluation(), cell="mnist/alexnet")
     with pytest.raises(ValueError, match="base 2"):
         make_tables("x", evaluation(), baselines=[baseline("retrained", 2)])
+    other = evaluation()
+    other.settings["zrf_mode"] = "swapped"
+    with pytest.raises(ValueError, match="mode 'swapped'"):
+        make_tables("x", other, baselines=[baseline("retrained")])
     (tmp_path / "retrained.json").write_text(json.dumps(baseline("retrained")))
     assert [b["method"] for b in read_baselines(tmp_path)] == ["retrained"]
     (tmp_path / "retrained.json").write_text("{}")

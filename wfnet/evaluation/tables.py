@@ -251,8 +251,7 @@ def make_tables(
         cell: published numbers to stand beside, a key of ``published()["cells"]``.
 
     Raises:
-        ValueError: for an unknown cell, or a baseline that was evaluated with another base of the
-            logarithm.
+        ValueError: for an unknown cell, or a baseline whose ZRF was computed otherwise.
     """
     cells = published()["cells"]
     if cell is not None and cell not in cells:
@@ -265,6 +264,12 @@ def make_tables(
             **({} if attribution is None else attribution.mean),
         ),
     }  # fmt: skip
+    mode = evaluation.settings.get("zrf_mode", "definition")
+    if baselines and mode != "definition":
+        raise ValueError(
+            f"the filtered network's ZRF is of mode {mode!r}, that of the baselines as it is "
+            "defined; evaluate with --zrf-mode definition"
+        )
     settings: dict[str, Any] = {"evaluation": evaluation.settings}
     if relearning is not None:
         settings["relearning"] = asdict(relearning.config)
