@@ -2,6 +2,7 @@
 
 import os
 import time
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -75,6 +76,8 @@ def forked(work) -> int:
         torch.set_num_threads(1)
         work()
         status = 0
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 

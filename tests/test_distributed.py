@@ -1,8 +1,11 @@
 """Several processes compute what one does: DistributedDataParallel, untraining, evaluation."""
 
 import dataclasses
+import json
 import os
 import signal
+import socket
+import sys
 import time
 
 import pytest
@@ -24,6 +27,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 import wfnet
 from wfnet import distributed
 from wfnet.checkpoints import Checkpoints
+from wfnet.cli import main
 from wfnet.data import Batch, CorruptImage
 from wfnet.distributed import PeerFailed, Ranks, add_rows, bytes_sent
 from wfnet.stopping import Stopped
@@ -272,6 +276,114 @@ def test_ranks_that_do_not_fit_together_are_refused_before_work_starts(tmp_path)
         assert ranks.join({2 - rank: torch.tensor([rank])}) == [1, 0]
 
     assert both_ranks(tmp_path, work) == [0, 0]
+
+
+# -- evaluation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retained_rows", [None, 2])
+def test_an_evaluation_shared_by_two_ranks_counts_what_one_process_counts(tmp_path, retained_rows):
+    net = small_network()
+    with torch.no_grad():
+        for p in net.filter_parameters():
+            p.normal_(1, 3, generator=torch.Generator().manual_seed(p.numel()))
+    test = Corrupted(images(5, 2), {3, 17, 29})
+    test.__class__ = FloatCorrupted
+    settings = {"batch_size": 7, "retained_rows": retained_rows, "progress": False}
+
+    def work(rank):
+        found = [
+            wfnet.evaluate(net, test, ranks=Ranks(), records=tmp_path / "c.safetensors", **settings)
+            for _ in range(2)  # the second time from the files of the first
+        ]
+        result = found[1]
+        assert result == dataclasses.replace(found[0], seconds=result.seconds)
+        result.to_json(tmp_path / f"{rank}.json")
+        assert result.counts.seen.sum() > 50
+
+    assert both_ranks(tmp_path, work) == [0, 0]
+    expected = wfnet.evaluate(net, test, **settings)
+    for rank in (0, 1):
+        assert (tmp_path / f"c-{rank}-of-2.safetensors").is_file()
+        found = wfnet.EvaluationResult.from_json(tmp_path / f"{rank}.json")
+        assert found.settings == expected.settings
+        assert found.settings["corrupt_images"] == 3
+        for ours, theirs in zip(found.records, expected.records, strict=True):
+            assert (ours.acc_r, ours.acc_f) == (theirs.acc_r, theirs.acc_f)
+            assert ours.n_retain == theirs.n_retain > 0
+            assert ours.zrf == pytest.approx(theirs.zrf, rel=1e-6)
+
+
+class FloatCorrupted(Corrupted):
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return image.float(), label
+
+
+# -- command line ---------------------------------------------------------------------------------
+
+
+def launched(rank, port, work):
+    """``work`` in a process as torchrun starts it."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank),
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
+    shown = os.open(os.environ["SHOWN"] + str(rank), os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(shown, 1)
+    os.dup2(shown, 2)
+    sys.stdout = os.fdopen(1, "w", closefd=False)
+    sys.stderr = os.fdopen(2, "w", closefd=False)
+    status = work()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def on_two_ranks(call, monkeypatch, tmp_path):
+    """Exit statuses of the command line on two ranks, and what each has shown."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("SHOWN", str(tmp_path / f"shown-{port}-"))
+    arguments = [str(argument) for argument in call]
+    children = [
+        forked(lambda rank=rank: launched(rank, port, lambda: main(arguments))) for rank in (0, 1)
+    ]
+    statuses = [os.WEXITSTATUS(ended(child)) for child in children]
+    return statuses, [(tmp_path / f"shown-{port}-{rank}").read_text() for rank in (0, 1)]
+
+
+def test_the_command_line_on_two_ranks(image_folder, tmp_path, monkeypatch):
+    call = ["untrain", "--data-dir", image_folder, "--model", "small/resnet", "--model-kwargs",
+            "width=8", "--img-size", "32", "-b", "6", "-M", "2", "-j", "0", "--steps", "3",
+            "--augment", "--grad-accum-steps", "2"]  # fmt: skip
+    folder, alone = tmp_path / "both", tmp_path / "alone"
+    statuses, shown = on_two_ranks([*call, "--output", folder], monkeypatch, tmp_path)
+    assert statuses == [0, 0], shown
+    assert "shared by 2 processes" in shown[0]
+    assert f"wfnet evaluate {folder}" in shown[0]
+    assert {line.partition(":")[0] for line in shown[1].splitlines()} <= {"warning"}
+    assert "warning: rank 1: small/resnet has random weights" in shown[1]
+    assert json.loads((folder / "config.json").read_text())["result"]["steps"] == 3
+    assert main([*map(str, call), "--output", str(alone)]) == 0
+    both, one = (load_file(f / "wf_model.safetensors") for f in (folder, alone))
+    for name, value in one.items():
+        assert (value != 3).any()
+        torch.testing.assert_close(both[name], value, rtol=1e-3, atol=1e-4)
+
+    statuses, shown = on_two_ranks(["evaluate", folder, "-j", "0", "--no-figures"], monkeypatch,
+                                   tmp_path)  # fmt: skip
+    assert statuses == [0, 0], shown
+    assert "original network" in shown[0]
+    assert "original network" not in shown[1]
+    found = wfnet.EvaluationResult.from_json(folder / "evaluation.json")
+    assert found.settings["images"] == 6
+
+    statuses, shown = on_two_ranks([*call, "--output", folder], monkeypatch, tmp_path)
+    assert statuses == [2, 2]
+    assert "rank 0: wfnet untrain: error:" in shown[0]
+    assert "holds a run already" in shown[0]
+    assert "rank 1: wfnet untrain: error: rank 0 failed" in shown[1]
+    assert "Traceback" not in shown[0] + shown[1]
 
 
 # -- sums of gradients ----------------------------------------------------------------------------

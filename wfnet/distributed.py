@@ -66,13 +66,17 @@ def _in_touch() -> Iterator[None]:
 class Ranks:
     """The processes that share a run; one alone where `torch.distributed` is not initialised.
 
+    Args:
+        shared: False: this process alone, whatever others there are. With True every process must
+            make its own at the same point.
+
     Attributes:
         rank, size: number of this process, and of all.
     """
 
-    def __init__(self):
+    def __init__(self, shared: bool = True):
         self.size, self.rank, self.host = 1, 0, None
-        if dist.is_available() and dist.is_initialized():
+        if shared and dist.is_available() and dist.is_initialized():
             self.size, self.rank = dist.get_world_size(), dist.get_rank()
         if self.size > 1:
             # Messages between hosts never wait for a device, nor a device for them.
@@ -113,6 +117,10 @@ class Ranks:
         if outcome[1] is not None:
             raise PeerFailed(f"rank 0 failed: {outcome[1]}")
         return outcome[0]
+
+    def range(self, count: int) -> tuple[int, int]:
+        """This rank's own part ``first .. last - 1`` of ``count`` items in order."""
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
     @contextlib.contextmanager
     def first_ahead(self) -> Iterator[None]:

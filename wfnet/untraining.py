@@ -318,7 +318,7 @@ class Validator:
         corrupt: CorruptImages | None = None,
         ranks: Ranks | None = None,
     ):
-        self.ranks = ranks or Ranks()
+        self.ranks = ranks or Ranks(shared=False)
         self.dataset = dataset
         self.labels = labels_of(dataset)
         self.num_classes = num_classes

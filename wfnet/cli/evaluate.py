@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.drawing import draw_evaluation
 from wfnet.cli.inputs import (
     check_run_folder,
+    choose_device,
     class_indices,
     count_classes,
     data_name,
@@ -31,6 +34,7 @@ from wfnet.cli.options import (
 )
 from wfnet.cli.runs import check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
+from wfnet.distributed import Ranks, joined, local_device
 from wfnet.evaluation import (
     EvaluationResult,
     choose_groups,
@@ -183,6 +187,16 @@ def run(options: argparse.Namespace) -> int:
     folder = Path(options.folder or options.resume)
     if options.threads:
         torch.set_num_threads(options.threads)
+    with contextlib.ExitStack() as inside:
+        ranks = inside.enter_context(joined(local_device(choose_device(options.device))))
+        if not ranks.first:
+            nowhere = inside.enter_context(open(os.devnull, "w"))
+            inside.enter_context(contextlib.redirect_stdout(nowhere))
+        _run(options, folder, ranks)
+    return 0
+
+
+def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     config = check_run_folder(folder)
     output = Path(options.output or folder)
     found = count_classes(options)
@@ -201,7 +215,8 @@ def run(options: argparse.Namespace) -> int:
             f"{data.name} has no training images, from which the relearn time is measured: give "
             "--no-relearn"
         )
-    images = evaluated_images(options, data, folder)
+    with ranks.first_ahead():
+        images = evaluated_images(options, data, folder)
     classes = None
     if options.classes:
         classes = class_indices(options.classes, images.classes, net.num_classes)
@@ -219,7 +234,10 @@ def run(options: argparse.Namespace) -> int:
         "channels_last": options.channels_last,
     }
     if multi_hot_of(images) is not None:
-        return _evaluate_multi_label(options, net, images, classes, output, shared)
+        if not ranks.alone:
+            raise ValueError("images with several labels are evaluated by one process: no torchrun")
+        _evaluate_multi_label(options, net, images, classes, output, shared)
+        return
     result = evaluate(
         net,
         images,
@@ -230,8 +248,11 @@ def run(options: argparse.Namespace) -> int:
         retained_rows=options.retained_rows,
         zrf_mode=options.zrf_mode,
         records=partial / "counts.safetensors",
+        ranks=ranks,
         **shared,
     )
+    if not ranks.first:
+        return
     result.settings["split"] = options.split
     written = write_results(result, net, images, output, figures=not options.no_figures)
     print(result.table())
@@ -241,7 +262,6 @@ def run(options: argparse.Namespace) -> int:
         )
     print(f"\nin {output}: {', '.join(written)}  ({result.seconds:.1f} s)")
     shutil.rmtree(partial, ignore_errors=True)
-    return 0
 
 
 def _evaluate_multi_label(
@@ -251,7 +271,7 @@ def _evaluate_multi_label(
     classes: list[int] | None,
     output: Path,
     shared: dict[str, Any],
-) -> int:
+) -> None:
     """Average precisions instead of accuracies."""
     records = output / PARTIAL / "average_precisions.json"
     result = evaluate_multi_label(
@@ -263,7 +283,6 @@ def _evaluate_multi_label(
     print(result.table())
     print(f"\nin {output}: evaluation.json, evaluation.csv  ({result.seconds:.1f} s)")
     shutil.rmtree(output / PARTIAL, ignore_errors=True)
-    return 0
 
 
 def _cell(options: argparse.Namespace, num_classes: int) -> str | None:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from wfnet.data.dali import DaliReader
 from wfnet.data.dataset import Batch, CorruptImage, name_of
 from wfnet.data.encoded import EncodedImages
+from wfnet.data.loading import mixed_seed
 from wfnet.data.transforms import evaluation_transform
 from wfnet.extras import require
 
@@ -59,22 +60,21 @@ class Preparation:
     scale: tuple[float, float] | None = None
     flip: float = 0.5
 
-    def __call__(self, pixels: Tensor, generator: torch.Generator) -> Tensor:
+    def __call__(self, pixels: Tensor, draw: Tensor | None = None) -> Tensor:
         """Images [n, C, size, size] float32 from pixels [n, C, S, S] uint8.
 
-        Random numbers come from `generator` (on the CPU), the same for every device.
+        draw: [n, 5] on the CPU, uniform random numbers of each image for its augmentation.
         """
         functional = require("torchvision.transforms.v2.functional", "train")
         if self.scale is None:
             pixels = functional.center_crop(pixels, [self.size, self.size])
             images = functional.to_dtype(pixels, torch.float32, scale=True)
         else:
-            images = self._random_crops(pixels.float() / 255, generator)
+            images = self._random_crops(pixels.float() / 255, draw)
         return functional.normalize(images, list(self.mean), list(self.std))
 
-    def _random_crops(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def _random_crops(self, images: Tensor, draw: Tensor) -> Tensor:
         n = len(images)
-        draw = torch.rand(n, 5, generator=generator)
         area = self.scale[0] + (self.scale[1] - self.scale[0]) * draw[:, 0]
         ratio = torch.exp((2 * draw[:, 1] - 1) * math.log(4 / 3))
         # Extent of the crop as a part of the (square) image: never more than all of it.
@@ -171,7 +171,7 @@ class CachedImages(torch.utils.data.Dataset):
             if self.store is not None:
                 self.store.put(position, pixels)
         plain = Preparation(self.prepare.size, self.prepare.mean, self.prepare.std)
-        images = plain(pixels.to(self.device), torch.Generator())
+        images = plain(pixels.to(self.device))
         return images[0], int(self.labels[index])
 
     def _decoded(self, index: int) -> Tensor:
@@ -242,9 +242,12 @@ class CachedImages(torch.utils.data.Dataset):
         if pin_memory and pixels.device.type == "cpu":
             pixels = pixels.pin_memory()
         pixels = pixels.to(self.device, non_blocking=True)
-        mixed = np.random.SeedSequence([seed % (1 << 63), position]).generate_state(1)[0]
-        generator = torch.Generator().manual_seed(int(mixed))
-        return Batch(self.prepare(pixels, generator), self.labels[indices], indices)
+        draw = None
+        if self.prepare.scale is not None:
+            seeds = (mixed_seed(seed, position, index) for index in indices.tolist())
+            draws = [torch.rand(5, generator=torch.Generator().manual_seed(s)) for s in seeds]
+            draw = torch.stack(draws)
+        return Batch(self.prepare(pixels, draw), self.labels[indices], indices)
 
     def select(self, indices: Tensor) -> "CachedImages":
         """The chosen images as a data set of their own, with the same store."""

@@ -76,10 +76,10 @@ def batches(
     max_corrupt:   how many distinct images may be corrupt; None: `corrupt_limit(dataset)`.
                    A `CorruptImages` object counts over several calls.
     pin_memory:    page-locked batches, for copies to a GPU that overlap with its work.
-    seed, start:   random transforms of batch number p (counted from `start`) are drawn from
-                   (seed, p) alone: the same for any number of workers, and a resumed run that
-                   passes its position as `start` repeats what it would have seen. The caller's
-                   random states are left as they are.
+    seed, start:   random transforms of an image in batch number p (counted from `start`) are drawn
+                   from (seed, p, index) alone: the same for any number of workers and of processes
+                   that share a batch, and a resumed run that passes its position as `start`
+                   repeats what it would have seen. The caller's random states are left as they are.
 
     Corrupt images are left out of their batch and a batch of which nothing remains is not yielded.
     Raises IndexError for indices outside the data set, ValueError for items that are not tensors
@@ -192,8 +192,9 @@ class _Reader(torch.utils.data.Dataset):
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, list[tuple[str, str]]]:
         position, indices = request
         images, labels, kept, corrupt = [], [], [], []
-        with _random_states(self.seed, position):
+        with _random_states_put_back():
             for index in indices:
+                _seed_all(mixed_seed(self.seed, position, index))
                 try:
                     image, label = self.dataset[index]
                 except CorruptImage as error:
@@ -237,15 +238,24 @@ def is_decoding_error(error: Exception) -> bool:
     return isinstance(error, SyntaxError) or type(error).__name__ == "DecompressionBombError"
 
 
+def mixed_seed(seed: int, position: int, index: int) -> int:
+    """The seed of what is random about image `index` in batch `position`: whoever reads it, and
+    with whatever other images."""
+    mixed = np.random.SeedSequence([seed % (1 << 63), position, index])
+    return int(mixed.generate_state(1)[0])
+
+
+def _seed_all(seed: int) -> None:
+    torch.random.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002, transforms use these
+
+
 @contextmanager
-def _random_states(seed: int, position: int) -> Iterator[None]:
-    """Seed torch, numpy and random from (seed, position), and put their states back after."""
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002, transforms use these
-    mixed = int(np.random.SeedSequence([seed % (1 << 63), position]).generate_state(1)[0])
+def _random_states_put_back() -> Iterator[None]:
+    """Puts the states of torch, numpy and random back as they were."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(mixed)
-        random.seed(mixed)
-        np.random.seed(mixed)  # noqa: NPY002
         try:
             yield
         finally:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from wfnet import metrics
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.distributed import Ranks
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pairs import (
     Hits,
@@ -57,6 +58,7 @@ def evaluate(
     channels_last: bool = False,
     zrf_mode: str = "definition",
     records: str | os.PathLike | None = None,
+    ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Acc_r, Acc_f, top-5 variants and ZRF of every class, and the same of the original network.
 
@@ -86,7 +88,11 @@ def evaluate(
         zrf_mode: one of :data:`wfnet.metrics.ZRF_MODES`: how other code departs from ZRF's
             definition, to compare with its numbers.
         records: safetensors file in which the counts so far are kept: an interrupted call goes on
-            there, and one that was finished gives its result again.
+            there, and one that was finished gives its result again. Several ranks have a file each
+            beside it.
+        ranks: processes that share the images, each evaluating a part of them
+            (:class:`wfnet.distributed.Ranks`); all get the result of one process, bit by bit in
+            its counts. By default this process evaluates alone.
 
     Raises:
         ValueError: before work starts for arguments or labels that do not fit, a class without
@@ -106,6 +112,7 @@ def evaluate(
     pairing = Pairing(rows, labels, retained_rows, seed)
     initial = reinitialise(net, seed) if initialised is None else initialised
     start = time.perf_counter()
+    ranks = ranks or Ranks(shared=False)
     run = Run(net, initial, pairing, batch_size, zrf_base, amp_dtype, channels_last, zrf_mode)
     kept = None
     if records is not None:
@@ -118,10 +125,12 @@ def evaluate(
                 "initialised": "own" if initialised is None else fingerprint(initialised),
             },
         }  # fmt: skip
-        kept = Counted(records, identity, run, corrupt)
-    position = 0 if kept is None else kept.load()
-    bar = Progress(pairing.pairs - int(run.filtered.seen.sum()), enabled=progress)
-    chunks = [part for part in torch.arange(position, len(labels)).split(batch_size) if len(part)]
+        kept = Counted(_of_rank(Path(records), ranks), identity, run, corrupt)
+    first, last = ranks.range(len(labels))
+    position = max(first, 0 if kept is None else kept.load())
+    own_pairs = pairing.pairs * (last - first) // len(labels)
+    bar = Progress(own_pairs - int(run.filtered.seen.sum()), enabled=progress and ranks.first)
+    chunks = [part for part in torch.arange(position, last).split(batch_size) if len(part)]
     with evaluation_mode(net, initial), torch.inference_mode():
         for batch in batches(dataset, chunks, workers, corrupt, pin_memory=run.on_gpu):
             bar.advance(run.chunk(batch))
@@ -129,8 +138,10 @@ def evaluate(
                 kept.save_now_and_then(int(batch.indices[-1]) + 1)
     bar.close()
     if kept is not None:
-        kept.save(len(labels))
+        kept.save(last)
     net.check_labels()
+    run.merge(ranks)
+    ranks.merge_corrupt(corrupt)
     seconds = time.perf_counter() - start
     settings = {
         "wfnet_version": __version__,
@@ -235,12 +246,31 @@ class Run:
             kept.append(divergence.cpu())
         return len(image)
 
+    def merge(self, ranks: Ranks) -> None:
+        """Adds up what every rank has counted; the images of lower ranks come first."""
+        if ranks.alone:
+            return
+        for hits in (self.filtered, self.original):
+            for counts in (hits.seen, hits.top1, hits.top5):
+                ranks.add(counts)
+        for name in _PER_IMAGE:
+            own = getattr(self, name)
+            parts = ranks.gather(torch.cat(own).numpy() if own else None)
+            setattr(self, name, [torch.from_numpy(part) for part in parts if part is not None])
+
     def _check_shape(self, logits: Tensor, what: str) -> None:
         if logits.dim() != 2 or logits.shape[1] != self.net.num_classes:
             raise ValueError(
                 f"{what} gave outputs of shape {list(logits.shape)}; expected "
                 f"[{len(logits)}, {self.net.num_classes}]"
             )
+
+
+def _of_rank(path: Path, ranks: Ranks) -> Path:
+    """Where a rank keeps its counts."""
+    if ranks.alone:
+        return path
+    return path.with_name(f"{path.stem}-{ranks.rank}-of-{ranks.size}{path.suffix}")
 
 
 class Counted:
