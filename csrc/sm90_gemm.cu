@@ -12,6 +12,7 @@ struct GemmKernel {
   static constexpr int kThreads = sm90::kThreads;
   static constexpr uint32_t kSharedBytes = Layout<kBlockN>::kBytes;
   static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a Hopper block can have");
+  static_assert(sizeof(Params) <= 4096, "parameters of a kernel have 4 KB");
 
   static WF_DEVICE void run(const Params& params) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -140,7 +141,7 @@ const char* refuse(const Convolution& conv, const Problem& problem, const void* 
       (int64_t{conv.height} * conv.width > int64_t{conv.out_height()} * conv.out_width()
            ? int64_t{conv.height} * conv.width
            : int64_t{conv.out_height()} * conv.out_width());
-  if (pixels > INT32_MAX - kBlockM ||
+  if (pixels > INT32_MAX - 2 * kCluster * kBlockM ||
       (pixels / kBlockM + kMostPhases) * problem.n_tiles > INT32_MAX - (1 << 16))
     return "more than 2**31 pixels or tiles";
   for (int i = 0; i < problem.num_phases; ++i) {

@@ -146,6 +146,7 @@ struct Broken {
   bool empty_wait = false;    // for barriers that count arrivals only
   bool wgmma_wait = false;    // wgmma_wait waits for nothing
   bool sums_barrier = false;  // sync_warpgroup waits for nobody
+  bool peer_arrival = false;  // arrivals at the other block's barriers go to the own one
 };
 inline Broken& broken() {
   static Broken instance;
@@ -377,6 +378,7 @@ WF_DEVICE void mbarrier_arrive(uint32_t barrier, int rank) {
       "r"(rank)
       : "memory");
 #else
+  if (emulated::broken().peer_arrival) rank = emulated::rank();
   auto& state = emulated::mbarriers().get(emulated::at_rank(barrier, rank), "mbarrier_arrive");
   if (--state.pending < 0) emulation::block().fail("mbarrier_arrive: more arrivals than expected");
   state.settle();

@@ -1,5 +1,7 @@
 """Backend ``cuda`` on a Hopper device, emulated: which kernels run, and that results agree."""
 
+from types import SimpleNamespace
+
 import cuda_modules
 import pytest
 import torch
@@ -137,6 +139,25 @@ def test_explains_which_kernels_run(launched):
     x, weight = torch.randn(2, 7, 64).half(), torch.randn(192, 64).half()
     assert cuda.backend.explain_linear(x, weight).count("wgmma") == 2
     assert launched == []
+
+
+def test_hopper_devices_are_recognised(monkeypatch):
+    device = torch.device("cuda", 0)
+
+    def processors(capability, archs="8.0 9.0a"):
+        module = SimpleNamespace(emulated=False, archs=archs)
+        found = SimpleNamespace(major=capability[0], minor=capability[1], multi_processor_count=132)
+        monkeypatch.setattr(cuda_launch, "library", lambda: cuda_launch.Library(module, None))
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: found)
+        cuda_launch._hopper_processors.cache_clear()
+        return cuda_launch.hopper_processors(device)
+
+    assert processors((9, 0)) == 132
+    assert processors((9, 0), "8.0 9.0") == 0
+    assert processors((8, 0)) == processors((10, 0)) == 0
+    monkeypatch.setenv("WFNET_CUDA_HOPPER", "0")
+    assert processors((9, 0)) == 0
+    cuda_launch._hopper_processors.cache_clear()
 
 
 def test_other_devices_take_the_portable_kernels(monkeypatch):

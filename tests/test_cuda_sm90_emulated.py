@@ -369,9 +369,11 @@ def test_a_missing_wait_is_noticed(primitive, completion):
     assert fails_or_errs(case, processors=2, completion=completion)
 
 
-def test_a_missing_barrier_is_noticed():
+@pytest.mark.parametrize("primitive", ["sums barrier", "peer arrival"])
+def test_a_missing_barrier_is_noticed(primitive):
+    """Between the warps that sum, and between the blocks that share the filter's stages."""
     case = Backward(convolution(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
-    sm90().break_primitive("sums barrier")
+    sm90().break_primitive(primitive)
     assert any(fails_or_errs(case, processors=2, seed=seed) for seed in range(3))
 
 

@@ -89,6 +89,7 @@ PYBIND11_MODULE(sm90, module) {
     broken.empty_wait = name == "empty wait";
     broken.wgmma_wait = name == "wgmma wait";
     broken.sums_barrier = name == "sums barrier";
+    broken.peer_arrival = name == "peer arrival";
     emulated::broken() = broken;
   });
 

@@ -29,6 +29,7 @@ VECTOR = 8  # channels of one 16-byte access
 HOPPER_DEPTH = 64  # channels that the Hopper kernels multiply at a time
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 _EMULATE = "WFNET_CUDA_EMULATE"
+_HOPPER = "WFNET_CUDA_HOPPER"
 
 
 class Library(NamedTuple):
@@ -216,8 +217,13 @@ def narrow_tiles(columns: int) -> bool:
 
 
 def hopper_processors(device: torch.device) -> int:
-    """Multiprocessors of a device that runs the Hopper kernels (csrc/sm90_gemm.h); 0 for others."""
+    """Multiprocessors of a device that runs the Hopper kernels (csrc/sm90_gemm.h); 0 for others.
+
+    ``WFNET_CUDA_HOPPER=0`` takes the portable kernels there too, to compare the two.
+    """
     if library().emulated or "9.0a" not in library().module.archs.split():
+        return 0
+    if os.environ.get(_HOPPER) == "0":
         return 0
     return _hopper_processors(device.index)
 
