@@ -16,7 +16,7 @@ New labels never capture anew; a batch of another shape runs as it is.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 
 import torch
@@ -312,26 +312,31 @@ class _Graphs:
     def move(self) -> None:
         self._run(("move",), self.step.update)
 
-    def _run(self, key: object, work) -> Losses | None:
+    def _run(self, key: tuple, work: Callable[[], Losses | None]) -> Losses | None:
         if key in self.graphs:
             graph, result = self.graphs[key]
             graph.replay()
             return result
         self.runs[key] = self.runs.get(key, 0) + 1
-        current = torch.cuda.current_stream(self.step.device)
-        if self.runs[key] <= _WARM_UP:
-            self.stream.wait_stream(current)
-            with torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.step.device):
+            if self.runs[key] <= _WARM_UP:
+                return self._beside(work)
+            torch.cuda.empty_cache()  # the graph has memory of its own; let go of the warm-up's
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 result = work()
-            current.wait_stream(self.stream)
-            return result
-        torch.cuda.empty_cache()  # the graph has memory of its own; let go of the warm-up's
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
-            result = work()
         self.graphs[key] = (graph, result)
         logger.info("captured %s as a CUDA graph", key[0])
         graph.replay()
+        return result
+
+    def _beside(self, work: Callable[[], Losses | None]) -> Losses | None:
+        """Runs ``work`` on the stream that is captured later; capture allows no default stream."""
+        current = torch.cuda.current_stream()
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = work()
+        current.wait_stream(self.stream)
         return result
 
 

@@ -79,7 +79,7 @@ def _empty_batch(x: Tensor, batch: int) -> Tensor:
 
 
 # Elements of a tensor that a processor core still finds in a cache on the next elementwise pass.
-_CACHED_ELEMENTS = 2**18
+_CACHED_ELEMENTS = 2**19
 
 
 def _cache_sized(x: Tensor) -> list[slice | None]:
