@@ -105,7 +105,7 @@ DEFAULTS: dict[str, BaselineConfig] = {
     "negative_gradient": BaselineConfig(
         epochs=200, lr=3e-4, momentum=0.0, batch_size=32, batch_norm="frozen"
     ),
-    "neggrad_plus": BaselineConfig(epochs=5, lr=0.001, retain_weight=0.95, batch_norm="frozen"),
+    "neggrad_plus": BaselineConfig(epochs=5, lr=0.001, retain_weight=0.9, batch_norm="frozen"),
 }
 
 
