@@ -1,11 +1,13 @@
 """The emulated module of the Hopper kernels, and convolutions in its terms."""
 
-from dataclasses import dataclass, field, replace
+import functools
+from dataclasses import dataclass
+from types import ModuleType
 
 import cuda_modules
 
 
-def sm90():
+def sm90() -> ModuleType:
     """Module of tests/cuda/sm90.cpp, built once."""
     return cuda_modules.emulated(
         "sm90", "tests/cuda/sm90.cpp", "csrc/sm90_gemm.cu", "csrc/sm90_bindings.cpp"
@@ -14,7 +16,7 @@ def sm90():
 
 @dataclass(frozen=True)
 class Conv:
-    """Sizes of a convolution; ``native`` is the same for the extension."""
+    """Sizes of a convolution; pairs are (height, width)."""
 
     batch: int
     height: int
@@ -25,46 +27,33 @@ class Conv:
     stride: tuple[int, int] = (1, 1)
     pad: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
-    native: object = field(default=None, compare=False, repr=False)
+
+    @functools.cached_property
+    def native(self) -> object:
+        """The same for the module."""
+        sizes = (self.batch, self.height, self.width, self.in_channels, self.out_channels)
+        return sm90().Convolution(*sizes, self.filter, self.stride, self.pad, self.dilation)
+
+    def _out(self, axis: int) -> int:
+        reach = (self.height, self.width)[axis] + 2 * self.pad[axis]
+        return (reach - self.dilation[axis] * (self.filter[axis] - 1) - 1) // self.stride[axis] + 1
 
     @property
     def out_height(self) -> int:
-        return self.native.out_height
+        return self._out(0)
 
     @property
     def out_width(self) -> int:
-        return self.native.out_width
+        return self._out(1)
 
     def sizes(self) -> dict:
         """The arguments of the kernels' Python functions that say what is convolved."""
         height, width = (
-            (size, out, *axis)
-            for size, out, *axis in zip(
-                (self.height, self.width),
-                (self.out_height, self.out_width),
-                self.filter,
-                self.stride,
-                self.pad,
-                self.dilation,
-                strict=True,
-            )
+            (size, self._out(axis), *(pair[axis] for pair in self._pairs()))
+            for axis, size in enumerate((self.height, self.width))
         )
         channels = {"in_channels": self.in_channels, "out_channels": self.out_channels}
         return {"batch": self.batch, **channels, "height": height, "width": width}
 
-
-def convolution(*sizes) -> Conv:
-    """A convolution of these sizes, in the order of :class:`Conv`'s fields."""
-    plain = Conv(*sizes)
-    native = sm90().Convolution(
-        plain.batch,
-        plain.height,
-        plain.width,
-        plain.in_channels,
-        plain.out_channels,
-        plain.filter,
-        plain.stride,
-        plain.pad,
-        plain.dilation,
-    )
-    return replace(plain, native=native)
+    def _pairs(self) -> tuple[tuple[int, int], ...]:
+        return self.filter, self.stride, self.pad, self.dilation

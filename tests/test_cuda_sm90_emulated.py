@@ -8,7 +8,7 @@ output byte is written once, inside of its tensor. Outputs start as NaN: what is
 import pytest
 import torch
 import torch.nn.functional as F
-from cuda_sm90 import convolution, sm90
+from cuda_sm90 import Conv, sm90
 
 torch.set_num_threads(1)
 
@@ -225,12 +225,12 @@ CASES = [pytest.param(sizes, id=name) for name, sizes in CONVS.items()]
 
 @pytest.mark.parametrize("sizes", CASES)
 def test_fprop(sizes):
-    Forward(convolution(*sizes), torch.bfloat16).check(completion=RANDOM)
+    Forward(Conv(*sizes), torch.bfloat16).check(completion=RANDOM)
 
 
 @pytest.mark.parametrize("sizes", CASES)
 def test_dgrad(sizes):
-    Backward(convolution(*sizes), torch.bfloat16).check(completion=RANDOM)
+    Backward(Conv(*sizes), torch.bfloat16).check(completion=RANDOM)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -239,7 +239,7 @@ def test_dgrad(sizes):
 @pytest.mark.parametrize("shift", [False, True], ids=["", "shift"])
 @pytest.mark.parametrize("branch", [False, True], ids=["", "branch"])
 def test_forward_epilogue_family(dtype, relu, residual, shift, branch):
-    conv = convolution(3, 7, 8, 72, 40, (3, 3), (1, 1), (1, 1), (1, 1))
+    conv = Conv(3, 7, 8, 72, 40, (3, 3), (1, 1), (1, 1), (1, 1))
     Forward(conv, dtype, residual, shift, relu, branch).check()
 
 
@@ -249,7 +249,7 @@ def test_forward_epilogue_family(dtype, relu, residual, shift, branch):
 @pytest.mark.parametrize("sums", [False, True], ids=["", "sums"])
 @pytest.mark.parametrize("shift", [False, True], ids=["", "shift"])
 def test_backward_epilogue_family(dtype, mask, skip, sums, shift):
-    conv = convolution(3, 7, 8, 72, 40, (3, 3), (2, 2), (1, 1), (1, 1))
+    conv = Conv(3, 7, 8, 72, 40, (3, 3), (2, 2), (1, 1), (1, 1))
     Backward(conv, dtype, mask, skip, sums, shift).check()
 
 
@@ -257,7 +257,7 @@ def test_backward_epilogue_family(dtype, mask, skip, sums, shift):
 @pytest.mark.parametrize("completion", [LATE, EARLY, RANDOM], ids=["late", "early", "random"])
 def test_ring_wraps_around_and_order_does_not_matter(columns, completion):
     """Four tiles for each block of one cluster, 27 slices each: the ring of 6 or 8 stages wraps."""
-    conv = convolution(7, 10, 13, 136, columns, (3, 3), (1, 1), (1, 1), (1, 1))
+    conv = Conv(7, 10, 13, 136, columns, (3, 3), (1, 1), (1, 1), (1, 1))
     forward = Forward(conv, torch.bfloat16)
     reference = None
     for seed in (1, 2):
@@ -273,7 +273,7 @@ def test_ring_wraps_around_and_order_does_not_matter(columns, completion):
 
 @pytest.mark.parametrize("processors", [1, 2, 4, 7])
 def test_column_sums_are_bitwise_the_same_for_any_schedule(processors):
-    conv = convolution(3, 14, 14, 40, 72, (3, 3), (2, 2), (1, 1), (1, 1))
+    conv = Conv(3, 14, 14, 40, 72, (3, 3), (2, 2), (1, 1), (1, 1))
     backward = Backward(conv, torch.float16)
     expected = backward.run(processors=12, seed=7, completion=EARLY)
     for result, other in zip(
@@ -286,7 +286,7 @@ def test_column_sums_are_bitwise_the_same_for_any_schedule(processors):
 
 def test_a_not_a_number_survives_the_relu():
     """Tables of a sample whose forget label is out of range are NaN, and so is all its output."""
-    forward = Forward(convolution(2, 4, 4, 16, 16), torch.bfloat16, branch=False)
+    forward = Forward(Conv(2, 4, 4, 16, 16), torch.bfloat16, branch=False)
     forward.scale[1] = float("nan")
     out, _ = forward.run()
     assert out[1].isnan().all()
@@ -295,7 +295,7 @@ def test_a_not_a_number_survives_the_relu():
 
 def test_rows_of_wider_tables():
     """Tables of all layers may lie side by side: rows further apart than the channels."""
-    forward = Forward(convolution(3, 5, 5, 16, 24), torch.float16)
+    forward = Forward(Conv(3, 5, 5, 16, 24), torch.float16)
     table = torch.full((3, 64), float("nan"))
     table[:, 8:32], wide = forward.scale, table
     forward.scale = wide[:, 8:32]
@@ -363,7 +363,7 @@ def fails_or_errs(case, **how):
 @pytest.mark.parametrize("primitive", ["full wait", "empty wait", "wgmma wait"])
 def test_a_missing_wait_is_noticed(primitive, completion):
     """The tests above are worth something: without a wait, they fail."""
-    case = Forward(convolution(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
+    case = Forward(Conv(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
     assert not fails_or_errs(case, processors=2, completion=completion)
     sm90().break_primitive(primitive)
     assert fails_or_errs(case, processors=2, completion=completion)
@@ -372,7 +372,7 @@ def test_a_missing_wait_is_noticed(primitive, completion):
 @pytest.mark.parametrize("primitive", ["sums barrier", "peer arrival"])
 def test_a_missing_barrier_is_noticed(primitive):
     """Between the warps that sum, and between the blocks that share the filter's stages."""
-    case = Backward(convolution(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
+    case = Backward(Conv(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
     sm90().break_primitive(primitive)
     assert any(fails_or_errs(case, processors=2, seed=seed) for seed in range(3))
 
@@ -389,7 +389,7 @@ def test_a_missing_barrier_is_noticed(primitive):
     ],
 )
 def test_bad_arguments_are_refused(broken, message):
-    forward = Forward(convolution(1, 4, 4, 16, 16), torch.bfloat16)
+    forward = Forward(Conv(1, 4, 4, 16, 16), torch.bfloat16)
     out = nan(*forward.u.shape, dtype=torch.bfloat16)
     changes = {
         "out": {"out": pointer(out) + 2},
@@ -408,10 +408,10 @@ def test_unsupported_gradients_are_refused():
     sums = ("scale", "shift", "table_stride", "partial0", "partial1", "t0", "t1", "total_stride")
     absent = dict.fromkeys((*pixels, *sums, "device", "stream"), 0)
     plain = {**absent, "relu": False, "dtype": "bfloat16", "processors": 1}
-    conv = convolution(1, 8, 8, 16, 16, (4, 4), (4, 4))
+    conv = Conv(1, 8, 8, 16, 16, (4, 4), (4, 4))
     with pytest.raises(ValueError, match="product is above 4"):
         sm90().dgrad(**conv.sizes(), **plain)
-    conv = convolution(1, 8, 8, 16, 16)
+    conv = Conv(1, 8, 8, 16, 16)
     with pytest.raises(ValueError, match="need the branch"):
         sm90().dgrad(**conv.sizes(), **{**plain, "relu": True})
     with pytest.raises(ValueError, match="as workspace"):

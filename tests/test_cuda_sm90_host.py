@@ -10,7 +10,7 @@ import re
 from collections import Counter
 
 import pytest
-from cuda_sm90 import convolution, sm90
+from cuda_sm90 import Conv, sm90
 
 SIZES = [(1, 1), (5, 3), (7, 7), (8, 6), (13, 4)]
 FILTERS = [(1, 1), (3, 3), (2, 5), (7, 7)]
@@ -25,7 +25,7 @@ def shapes():
             size + 2 * pad - dilation * (k - 1) >= 1 for size, k in zip((h, w), (r, s), strict=True)
         )
         if fits:
-            yield convolution(3, h, w, 72, 136, (r, s), stride, (pad, pad), (dilation, dilation))
+            yield Conv(3, h, w, 72, 136, (r, s), stride, (pad, pad), (dilation, dilation))
 
 
 SHAPES = list(shapes())
@@ -119,7 +119,7 @@ def test_im2col_traversal_meets_every_row(backward):
 
 
 def test_tensor_map_of_a_strided_convolution():
-    conv = convolution(4, 10, 12, 72, 136, (3, 5), (2, 1), (1, 2), (1, 1))
+    conv = Conv(4, 10, 12, 72, 136, (3, 5), (2, 1), (1, 2), (1, 1))
     assert sm90().tensor_map(conv.native, False, 0) == {
         "size": (72, 12, 10, 4),
         "stride": (0, 144, 144 * 12, 144 * 120),
@@ -157,9 +157,7 @@ def test_schedule_covers_every_tile_once(clusters):
 def test_strided_gradient_is_balanced(channels):
     """Phases of a 3x3 filter have 1, 2, 2, 4 taps: no thread block may get only the long ones."""
     size = 56 * 64 // channels
-    conv = convolution(
-        512, 2 * size, 2 * size, channels, 2 * channels, (3, 3), (2, 2), (1, 1), (1, 1)
-    )
+    conv = Conv(512, 2 * size, 2 * size, channels, 2 * channels, (3, 3), (2, 2), (1, 1), (1, 1))
     problem = sm90().problem(conv.native, True)
     taps = [phase["slices"] for phase in problem["phases"]]
     assert sorted(taps) == [s * 2 * channels // 64 for s in (1, 2, 2, 4)]
@@ -210,7 +208,7 @@ def test_shared_memory_fits():
     [(64, 64), (128, 128), (192, 64), (256, 128), (320, 128), (576, 128), (1152, 128), (40, 64)],
 )
 def test_column_tiles_waste_little(channels, block_n):
-    conv = convolution(1, 4, 4, 64, channels)
+    conv = Conv(1, 4, 4, 64, channels)
     assert sm90().problem(conv.native, False)["block_n"] == block_n
 
 
@@ -230,7 +228,7 @@ def test_column_tiles_waste_little(channels, block_n):
     ],
 )
 def test_refusals(sizes, forward, backward):
-    conv = convolution(*sizes)
+    conv = Conv(*sizes)
     for reason, expected in (
         (sm90().refuse_fprop(**conv.sizes()), forward),
         (sm90().refuse_dgrad(**conv.sizes()), backward),
