@@ -659,6 +659,27 @@ def test_gate_tables_take_one_launch_each_way(kernels, monkeypatch):
     assert names == ["gate_rows", "gate_rows_bwd"]
 
 
+def test_traces_as_one_graph(kernels):
+    """torch.compile(fullgraph=True): refusals and operators trace; new labels do not recompile."""
+    x, weight = torch.randn(2, 8, 4, 4).half(), torch.randn(16, 8, 3, 3).half() / 8
+    alpha = torch.randn(5, 16, requires_grad=True)
+    traces = []
+
+    def counting(graph, inputs):
+        traces.append(graph)
+        return graph.forward
+
+    def call(forget):
+        return wf.wf_conv2d(x, weight, None, alpha, None, forget, 1, 1, backend="cuda")
+
+    call(torch.tensor([0, 0]))
+    compiled = torch.compile(call, fullgraph=True, backend=counting)
+    for labels in ([0, 1], [4, -1]):
+        forget = torch.tensor(labels)
+        assert torch.equal(compiled(forget), call(forget))
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "options", "message"),
     [
