@@ -12,6 +12,7 @@ logger = logging.getLogger("wfnet")
 Item = TypeVar("Item")
 # Share of the time spent waiting for images from which on the log says so.
 _STARVED = 0.2
+_WORTH_SAYING = 5.0  # seconds of waiting
 
 
 class Throughput:
@@ -54,7 +55,8 @@ class Throughput:
         seconds = max(time.perf_counter() - self.since, 1e-9)
         share = min(1.0, self.waited / seconds)
         rate = self.images / seconds
-        if share >= _STARVED and self.images and not self.told:
+        starved = share >= _STARVED and self.waited >= _WORTH_SAYING
+        if starved and self.images and not self.told:
             self.told = True
             logger.warning(
                 "the data starve the network: %s images/s come, it could take %s (%.0f%% of the "

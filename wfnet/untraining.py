@@ -96,6 +96,8 @@ class UntrainConfig:
         channels_last: images and weights in channels-last layout.
         fuse: run the network as one fused plan where it can be (:mod:`wfnet.fusion`).
         workers, max_corrupt: as in :func:`wfnet.data.batches`.
+        max_nan_steps: steps whose loss is NaN or infinite that may be left out, with a line in the
+            log each; the next one ends the run. Above 0 the host waits for every loss.
         grad_accum_steps: minibatches whose mean gradient makes one step.
         capture: run steps as a CUDA graph (:mod:`wfnet.step`); None: where that is possible.
         checkpoint_every: steps between checkpoints; None: at every validation.
@@ -131,6 +133,7 @@ class UntrainConfig:
     fuse: bool = True
     workers: int = 0
     max_corrupt: int | None = None
+    max_nan_steps: int = 0
     grad_accum_steps: int = 1
     capture: bool | None = None
     checkpoint_every: int | None = None
@@ -210,17 +213,21 @@ _AT_LEAST = {
     "validation_rows": 1,
     "workers": 0,
     "max_corrupt": 0,
+    "max_nan_steps": 0,
     "grad_accum_steps": 1,
     "checkpoint_every": 1,
     "keep_checkpoints": 1,
 }
 _WHOLE = (
     "steps", "batch_size", "label_expansion", "patience", "validation_rows", "workers",
-    "max_corrupt", "grad_accum_steps", "checkpoint_every", "keep_checkpoints", "seed",
+    "max_corrupt", "max_nan_steps", "grad_accum_steps", "checkpoint_every", "keep_checkpoints",
+    "seed",
 )  # fmt: skip
 _ABOVE_ZERO = ("epochs", "lr", "clip", "validations_per_epoch")
 # Settings that change neither the result nor the order of anything.
-_FREE_TO_CHANGE = {"workers", "max_corrupt", "checkpoint_every", "keep_checkpoints"}
+_FREE_TO_CHANGE = {
+    "workers", "max_corrupt", "max_nan_steps", "checkpoint_every", "keep_checkpoints",
+}  # fmt: skip
 
 _PAPER_SETTINGS = {
     "objective": "paper",
@@ -494,6 +501,10 @@ class _Untraining:
         self.show_progress = progress and self.ranks.first
         self.labels = _checked_labels(train, net.num_classes, "training")
         self.multi_hot = multi_hot_of(train)
+        if self.multi_hot is not None and not self.ranks.alone:
+            raise ValueError(
+                "images with several labels are untrained by one process: start it without torchrun"
+            )
         every = self.labels if self.multi_hot is None else self.multi_hot.nonzero()[:, 1]
         _check_every_class(every, train, net.num_classes, config)
         self.objective = objective or _configured_objective(config)
@@ -556,6 +567,7 @@ class _Untraining:
         self.samples = 0
         self.finished = False
         self.stopped_early = False
+        self.nan_steps = 0  # that were left out
         self.sums: dict[str, float] = {}  # of losses since the last record
         self.summed = 0
 
@@ -727,6 +739,7 @@ class _Untraining:
         )
 
     def _one_step(self, group: list[Batch] | list[Part]) -> None:
+        config = self.config
         if self.ranks.alone:
             minibatches = [(batch.images, self._expand(batch)) for batch in group]
             labels = [batch.forget.flatten() for _, batch in minibatches]
@@ -737,6 +750,13 @@ class _Untraining:
             samples = sum(part.size for part in group)
             self.position = group[-1].position + 1
         losses = self.work.differentiate(minibatches)
+        if self.nan_steps < config.max_nan_steps and not math.isfinite(float(losses.total)):
+            self.nan_steps += 1
+            logger.warning(
+                "the loss of step %d is not finite: its images are left out (%d of at most %d)",
+                self.step + 1, self.nan_steps, config.max_nan_steps,
+            )  # fmt: skip
+            return
         self._watch(losses)
         rows = None
         if not self.captures:
@@ -921,6 +941,7 @@ class _Untraining:
             "samples": self.samples,
             "finished": self.finished,
             "stopped_early": self.stopped_early,
+            "nan_steps": self.nan_steps,
             "sums": self.sums,
             "summed": self.summed,
         }
@@ -1012,7 +1033,7 @@ class _Untraining:
 # Plain attributes of a run that a checkpoint holds by name.
 _STATE = (
     "step", "position", "best_step", "stale", "history", "seconds", "samples", "finished",
-    "stopped_early", "sums", "summed",
+    "stopped_early", "nan_steps", "sums", "summed",
 )  # fmt: skip
 
 

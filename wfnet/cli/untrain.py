@@ -213,6 +213,10 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--max-corrupt", type=whole(0), metavar="N", help="corrupt images that are left out"
     )
+    group.add_argument(
+        "--max-nan-steps", type=whole(0), metavar="N",
+        help="steps with a loss that is NaN or infinite that are left out (default: 0)",
+    )  # fmt: skip
     group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
 
 
@@ -221,7 +225,7 @@ _SAME_NAME = (
     "steps", "epochs", "batch_size", "label_expansion", "lr", "lambda0", "lambda1", "lambda2",
     "distil", "share_images", "sampler", "clip", "patience", "validations_per_epoch", "stop_on",
     "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every", "keep_checkpoints",
-    "fuse", "grad_accum_steps",
+    "fuse", "grad_accum_steps", "max_nan_steps",
 )  # fmt: skip
 _TIMM_NAME = {"optimizer": "opt", "schedule": "sched"}
 
