@@ -66,8 +66,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--model-kwargs", nargs="*", type=key_value, metavar="KEY=VALUE",
         help="arguments of the model's constructor",
     )  # fmt: skip
-    group.add_argument("--img-size", type=whole(8), default=224, metavar="PIXELS")
-    group.add_argument("--num-classes", type=whole(2), default=1000, metavar="N")
+    group.add_argument(
+        "--img-size", type=whole(8), default=224, metavar="PIXELS", help="of the random images"
+    )
+    group.add_argument(
+        "--num-classes", type=whole(2), default=1000, metavar="N", help="rows of the filters"
+    )
     group.add_argument(
         "-b", "--batch-size", type=whole(2), default=32, metavar="N",
         help="images of a minibatch, even",

@@ -11,7 +11,7 @@ from wfnet.data import cifar10, digits, glyphs, mnist
 from wfnet.data.cache import CachedImages
 from wfnet.data.dataset import Dataset
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.folder import ImageFiles
+from wfnet.data.folder import ImageFiles, class_folders
 from wfnet.data.multilabel import MultiLabelFiles, find_labels
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
@@ -189,13 +189,16 @@ class _Reading:
 
 
 def folder_classes(root: Path) -> list[str]:
-    """Class names of a folder with `train/<class>/` or with shards, without decoding an image.
+    """Class names of a folder with `train/<class>/` or with shards, without reading an image.
 
     A folder without training images has those of `val`. Raises FileNotFoundError or ValueError if
     it is neither.
     """
     part = "train" if _has_part(root, "train") or not _has_part(root, "val") else "val"
-    return _part(root, part, lambda image: image, 3, None).classes
+    folders = not find_shards(root, part) and find_labels(root / part) is None
+    if not folders or not (root / part).is_dir():
+        return _part(root, part, lambda image: image, 3, None).classes
+    return class_folders(root / part)  # the images are listed when they are opened
 
 
 def _has_part(root: Path, part: str) -> bool:
