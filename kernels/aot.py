@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -80,6 +80,8 @@ LINEARS = {
     "resnet50.layer4 1x1 reduce": (512, 49, 2048, 512),
     "features without tokens": (512, 1, 512, 512),
 }
+# Convolutions whose input gradient finishes a layer with a projection shortcut.
+BELOW_PROJECTIONS = {"resnet50.layer3 3x3", "resnet50.layer4 1x1 reduce"}
 # The part that the test suite compiles: every default config at least once.
 REPRESENTATIVE = {
     "resnet18.layer1 3x3",
@@ -126,7 +128,7 @@ def _table(*shape: int) -> Tensor:
 
 
 def _below(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> tuple[LayerBelow, tuple]:
-    """The layer below a dgrad: ``plain``, ``branch`` (no residual) or ``residual``."""
+    """The layer below a dgrad: ``plain``, ``branch``, ``residual``, or one with a ``shortcut``."""
     tables = {"scale": _table(shape[0], shape[-1]), "shift": _table(shape[0], shape[-1])}
     branch = _meta(dtype, *shape)
     if kind == "plain":
@@ -136,6 +138,10 @@ def _below(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> tuple[Layer
     below = LayerBelow(
         branch, **tables, activation=_meta(dtype, *shape), skip=_meta(dtype, *shape), relu=True
     )
+    if kind == "shortcut":
+        of_shortcut = {"shortcut_branch": branch, "shortcut_scale": tables["scale"]}
+        wanted = ("scaled_grad", "t0", "t1", "shortcut_scaled_grad", "shortcut_t1")
+        return replace(below, **of_shortcut), wanted
     return below, ("grad", "scaled_grad", "t0", "t1")
 
 
@@ -170,7 +176,8 @@ def conv_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) -> I
             kind in ("branch", "residual"),
             config,
         )
-        yield Case(f"{name} fprop {kind} {config}", launch, cores)
+        if kind != "shortcut":  # a matter of the backward pass alone
+            yield Case(f"{name} fprop {kind} {config}", launch, cores)
         if expanded or channels == 3:
             continue
         below, want = _below(tuple(x.shape), dtype, kind)
@@ -214,7 +221,8 @@ def linear_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) ->
             op,
         )
         cores = not full_precision(dtype, op)
-        yield Case(f"{name} fprop {kind} {config}", launch, cores)
+        if kind != "shortcut":  # a matter of the backward pass alone
+            yield Case(f"{name} fprop {kind} {config}", launch, cores)
         below, want = _below(tuple(x.shape), dtype, "plain" if tokenless else kind)
         config = linear_choice(
             shape,
@@ -260,10 +268,12 @@ def cases(device: Device, complete: bool) -> Iterator[Case]:
         for name in CONVS:
             if complete or name in REPRESENTATIVE:
                 kinds = ("plain", "branch", "residual", "source") if complete else ("residual",)
+                kinds = (*kinds, "shortcut") if name in BELOW_PROJECTIONS else kinds
                 yield from conv_cases(name, dtype, device, kinds)
         for name in LINEARS:
             if complete or name in REPRESENTATIVE:
                 kinds = ("plain", "branch", "residual") if complete else ("residual",)
+                kinds = (*kinds, "shortcut") if name in BELOW_PROJECTIONS else kinds
                 yield from linear_cases(name, dtype, device, kinds)
         yield from elementwise_cases(dtype)
     if not complete:

@@ -35,7 +35,14 @@ from wfnet.kernels.config import (
     span,
 )
 from wfnet.kernels.epilogue import backward_epilogue
-from wfnet.kernels.epilogue_bwd import Gradient, LayerBelow, add_column_sums, epilogue_bwd
+from wfnet.kernels.epilogue_bwd import (
+    NO_SUMS,
+    Gradient,
+    LayerBelow,
+    Sums,
+    add_column_sums,
+    epilogue_bwd,
+)
 from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
@@ -52,6 +59,10 @@ def conv_dgrad_kernel(
     scaled_grad,
     partial0,  # [tiles per sample, B, C] fp32 or None
     partial1,
+    partial2,
+    shortcut_branch,
+    shortcut_scale,
+    shortcut_grad,
     B,
     H,  # of one parity class: H / STEP
     W,
@@ -139,6 +150,10 @@ def conv_dgrad_kernel(
         scaled_grad,
         partial0,
         partial1,
+        partial2,
+        shortcut_branch,
+        shortcut_scale,
+        shortcut_grad,
         at,
         tile_in_sample * B + b0,
         b0,
@@ -170,6 +185,10 @@ def conv_dgrad_gather_kernel(
     scaled_grad,
     partial0,  # [tiles, SPAN, C] fp32 or None
     partial1,
+    partial2,
+    shortcut_branch,
+    shortcut_scale,
+    shortcut_grad,
     B,
     H,
     W,
@@ -255,6 +274,10 @@ def conv_dgrad_gather_kernel(
         scaled_grad,
         partial0,
         partial1,
+        partial2,
+        shortcut_branch,
+        shortcut_scale,
+        shortcut_grad,
         (m0.to(tl.int64) * C, tl.arange(0, BM) * C, cols),
         tile_m * SPAN,
         m0 // pixels,
@@ -278,7 +301,7 @@ def plan_conv_dgrad(
     weight: Tensor,
     below: LayerBelow,
     into: Gradient,
-    partials: tuple[Tensor | None, Tensor | None],
+    partials: Sums,
     shape: ConvShape,
     config: GemmConfig,
     op: str = "conv",
@@ -290,8 +313,10 @@ def plan_conv_dgrad(
     flags = {
         "scale": below.scale,
         "shift": below.shift,
+        "shortcut_scale": below.shortcut_scale,
         "partial0": partials[0],
         "partial1": partials[1],
+        "partial2": partials[2],
         "B": batch,
         "C": channels,
         "LD": below.row_stride,
@@ -311,8 +336,10 @@ def plan_conv_dgrad(
         "skip": below.skip,
         "branch": below.branch,
         "activation": below.activation,
+        "shortcut_branch": below.shortcut_branch,
         "grad": into.grad,
         "scaled_grad": into.scaled_grad,
+        "shortcut_grad": into.shortcut_scaled_grad,
     }
     if config.path == "gather":
         arguments = dict(
@@ -402,7 +429,7 @@ def conv_dgrad(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     want: tuple[str, ...] = ("grad",),
-    sums: tuple[Tensor | None, Tensor | None] = (None, None),
+    sums: Sums = NO_SUMS,
     config: GemmConfig | None = None,
 ) -> Gradient:
     """Input gradient of a convolution, and the elementwise backward of the layer below it.
@@ -418,8 +445,8 @@ def conv_dgrad(
         weight: ``[O, R, S, C]`` contiguous.
         input_size: ``(H, W)``.
         below: what the epilogue needs to know of the layer below; None: the plain gradient.
-        want: any of ``grad``, ``scaled_grad``, ``t0``, ``t1``.
-        sums: ``[B, C]`` fp32 to write T0 and T1 to; fresh memory where None.
+        want: any of ``epilogue_bwd.RESULTS``.
+        sums: ``[B, C]`` fp32 to write the column sums to; fresh memory where None.
         config: tile sizes; None takes the default or a stored search result.
 
     Raises:
@@ -447,14 +474,14 @@ def conv_dgrad(
     into = Gradient.empty(ag, (batch, *input_size, shape.in_channels), want, sums)
     if into.size == 0:
         return into
-    summing = "t0" in want or "t1" in want
+    summing = any(total is not None for total in into.sums)
 
     def plan(candidate: GemmConfig) -> Launch:
         partials = _partials(into, shape, candidate, ag)
         return plan_conv_dgrad(ag, weight, below, into, partials, shape, candidate)
 
     if config is None:
-        tensors = (below.skip, below.branch, below.activation)
+        tensors = (below.skip, below.branch, below.activation, below.shortcut_branch)
         config = config_conv_dgrad(ag, weight, shape, tensors, summing, plan).config
     tokens = shape.height * shape.width
     if summing and config.path == "gather" and span(config.block_m, tokens) == 0:
@@ -462,10 +489,7 @@ def conv_dgrad(
         geometry = {"stride": stride, "padding": padding, "dilation": dilation}
         plain = conv_dgrad(ag, weight, input_size, config=config, **geometry).grad
         flat = epilogue_bwd(plain.flatten(1, 2), below.as_tokens(), want=want, sums=sums)
-        pixels = (
-            None if t is None else t.unflatten(1, input_size) for t in (flat.grad, flat.scaled_grad)
-        )
-        return Gradient(*pixels, flat.t0, flat.t1, flat.size)
+        return flat.over_pixels(tuple(input_size))
     partials = _partials(into, shape, config, ag)
     plan_conv_dgrad(ag, weight, below, into, partials, shape, config).run()
     if config.path == "gather":
@@ -475,9 +499,7 @@ def conv_dgrad(
     return into
 
 
-def _partials(
-    into: Gradient, shape: ConvShape, config: GemmConfig, like: Tensor
-) -> tuple[Tensor | None, Tensor | None]:
+def _partials(into: Gradient, shape: ConvShape, config: GemmConfig, like: Tensor) -> Sums:
     if config.path == "gather":
         tokens = shape.height * shape.width
         touched = span(config.block_m, tokens)
@@ -485,5 +507,5 @@ def _partials(
     else:
         slots = tiles_per_sample(shape, config) * shape.batch
         if slots == shape.batch:  # one tile per sample: its sums are the sums
-            return into.t0, into.t1
+            return into.sums
     return into.partials(slots, like)

@@ -189,6 +189,10 @@ def backward_epilogue(
     scaled_grad,  # tile destination for ag = A * g, or None
     partial0,  # [slots, N] fp32 or None
     partial1,  # [slots, N] fp32 or None
+    partial2,  # [slots, N] fp32 or None, like the three below for a projection shortcut
+    shortcut_branch,  # tile source for its v, or None
+    shortcut_scale,  # [B, N] fp32, its A, or None
+    shortcut_grad,  # tile destination for its ag, or None
     at,
     slot,
     first,
@@ -209,6 +213,9 @@ def backward_epilogue(
 
     Returns ``g`` ``[BM, BN]`` in fp32.
 
+    A projection shortcut that was added to the branch receives the same ``g``: its own ``A * g``
+    and ``sum_p g * v`` are written, too (its T0 is T0).
+
     With ``RELU`` the mask is ``activation > 0`` where an activation is given, else
     ``branch + shift > 0``: without a residual the output need not be kept.
     """
@@ -228,7 +235,7 @@ def backward_epilogue(
         acc = tl.where(alive > 0.0, acc, 0.0)
     if grad is not None:
         store_tile(grad, at, acc, row_ok, col_ok, TMA)
-    if (partial0 is not None) or (partial1 is not None):
+    if (partial0 is not None) or (partial1 is not None) or (partial2 is not None):
         # Rows past the image hold taps that reach back into it: they are not pixels.
         acc = tl.where(row_ok[:, None], acc, 0.0)
     if partial0 is not None:
@@ -240,4 +247,14 @@ def backward_epilogue(
     if scaled_grad is not None:
         factors = row_factors(scale, first, row_sample, cols, B, N, LD, SPAN, GROUPED, BM, BN)
         store_tile(scaled_grad, at, acc * factors, row_ok, col_ok, TMA)
+    if partial2 is not None:
+        v = load_tile(shortcut_branch, at, row_ok, col_ok, TMA, BM, BN).to(tl.float32)
+        store_column_sums(
+            partial2, acc * v, slot, first, row_sample, cols, B, N, SPAN, GROUPED, BM, BN
+        )
+    if shortcut_grad is not None:
+        factors = row_factors(
+            shortcut_scale, first, row_sample, cols, B, N, LD, SPAN, GROUPED, BM, BN
+        )
+        store_tile(shortcut_grad, at, acc * factors, row_ok, col_ok, TMA)
     return acc

@@ -22,6 +22,11 @@ from wfnet.kernels.config import span
 from wfnet.kernels.epilogue import backward_epilogue, load_tile, store_tile
 from wfnet.kernels.launch import Launch, check_tables_and_layout
 
+RESULTS = ("grad", "scaled_grad", "t0", "t1", "shortcut_scaled_grad", "shortcut_t1")
+Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # T0, T1, T1 of the shortcut
+NO_SUMS: Sums = (None, None, None)
+_PIXELS = ("branch", "activation", "skip", "shortcut_branch")
+
 
 @dataclass(frozen=True)
 class LayerBelow:
@@ -35,6 +40,8 @@ class LayerBelow:
     shift: Tensor | None = None  # [B, C] fp32, C
     activation: Tensor | None = None  # the output itself, where a residual made it
     skip: Tensor | None = None  # gradient that reaches the output another way
+    shortcut_branch: Tensor | None = None  # v of a projection shortcut that made the residual
+    shortcut_scale: Tensor | None = None  # [B, C] fp32, its A
     relu: bool = False
 
     @property
@@ -45,23 +52,29 @@ class LayerBelow:
 
     def as_tokens(self) -> LayerBelow:
         """The same layer with pixel tensors ``[B, H * W, C]``."""
-        pixels = {name: getattr(self, name) for name in ("branch", "activation", "skip")}
+        pixels = {name: getattr(self, name) for name in _PIXELS}
         return replace(
             self, **{n: None if t is None else t.flatten(1, 2) for n, t in pixels.items()}
         )
 
     def check(self, want: tuple[str, ...]) -> None:
         """Raises ValueError if a wanted result lacks the tensor that it is made from."""
-        unknown = set(want) - {"grad", "scaled_grad", "t0", "t1"}
-        if unknown or not want:
-            raise ValueError(f"want={want} must name some of 'grad', 'scaled_grad', 't0' and 't1'")
+        if set(want) - set(RESULTS) or not want:
+            raise ValueError(f"want={want} must name some of {', '.join(map(repr, RESULTS))}")
         if "t1" in want and self.branch is None:
             raise ValueError("t1 is summed from the branch; pass branch=")
         if "scaled_grad" in want and self.scale is None:
             raise ValueError("scaled_grad needs the layer's table; pass scale=")
         if self.relu and self.branch is None and self.activation is None:
             raise ValueError("a ReLU mask is read from the activation or the branch; pass one")
-        for name in ("branch", "activation", "skip"):
+        if {"shortcut_scaled_grad", "shortcut_t1"} & set(want) and (
+            self.shortcut_branch is None or self.shortcut_scale is None
+        ):
+            raise ValueError(
+                "a shortcut's results need its branch and table; pass shortcut_branch= and "
+                "shortcut_scale="
+            )
+        for name in _PIXELS:
             tensor = getattr(self, name)
             if tensor is not None and not tensor.is_contiguous():
                 raise ValueError(f"{name} {tuple(tensor.shape)} must be contiguous (channels last)")
@@ -76,6 +89,21 @@ class Gradient:
     t0: Tensor | None  # [B, C] fp32
     t1: Tensor | None  # [B, C] fp32
     size: int = 0
+    shortcut_scaled_grad: Tensor | None = None
+    shortcut_t1: Tensor | None = None
+
+    @property
+    def sums(self) -> Sums:
+        """T0, T1 and the shortcut's T1."""
+        return self.t0, self.t1, self.shortcut_t1
+
+    def over_pixels(self, size: tuple[int, int]) -> Gradient:
+        """The same with pixel tensors ``[B, H, W, C]`` instead of ``[B, H * W, C]``."""
+        names = ("grad", "scaled_grad", "shortcut_scaled_grad")
+        pixels = {name: getattr(self, name) for name in names}
+        return replace(
+            self, **{n: None if t is None else t.unflatten(1, size) for n, t in pixels.items()}
+        )
 
     @classmethod
     def empty(
@@ -83,11 +111,11 @@ class Gradient:
         like: Tensor,
         shape: tuple[int, ...],
         want: tuple[str, ...],
-        sums: tuple[Tensor | None, Tensor | None] = (None, None),
+        sums: Sums = NO_SUMS,
     ) -> Gradient:
         """Results for an output of ``shape`` ``[B, ..., C]`` in the dtype of ``like``.
 
-        ``sums``: where T0 and T1 go, ``[B, C]`` fp32 contiguous; fresh memory where None.
+        ``sums``: where column sums go, ``[B, C]`` fp32 contiguous; fresh memory where None.
         """
 
         def pixels(name: str) -> Tensor | None:
@@ -112,16 +140,22 @@ class Gradient:
                 )
             return given if size else given.zero_()
 
-        t0, t1 = column_sums("t0", sums[0]), column_sums("t1", sums[1])
-        return cls(pixels("grad"), pixels("scaled_grad"), t0, t1, size)
+        t0, t1, shortcut_t1 = (
+            column_sums(name, given)
+            for name, given in zip(("t0", "t1", "shortcut_t1"), sums, strict=True)
+        )
+        return cls(
+            pixels("grad"), pixels("scaled_grad"), t0, t1, size, pixels("shortcut_scaled_grad"),
+            shortcut_t1,
+        )  # fmt: skip
 
-    def partials(self, slots: int, like: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def partials(self, slots: int, like: Tensor) -> Sums:
         """Workspaces ``[slots, C]`` for the column sums that were asked for."""
         return tuple(
             None
             if total is None
             else torch.empty((slots, total.shape[1]), dtype=torch.float32, device=like.device)
-            for total in (self.t0, self.t1)
+            for total in self.sums
         )
 
 
@@ -139,6 +173,10 @@ def epilogue_bwd_kernel(
     scaled_grad,  # [B, T, C], summed over equal sources [N, T, C], or None
     partial0,  # [tiles, B, C] fp32 or None
     partial1,
+    partial2,
+    shortcut_branch,
+    shortcut_scale,
+    shortcut_grad,
     B,
     T,
     C,
@@ -171,6 +209,10 @@ def epilogue_bwd_kernel(
             scaled_grad,
             partial0,
             partial1,
+            partial2,
+            shortcut_branch,
+            shortcut_scale,
+            shortcut_grad,
             at,
             tile_t * B + target,
             target,
@@ -204,6 +246,10 @@ def epilogue_bwd_kernel(
                 None,
                 partial0,
                 partial1,
+                partial2,
+                shortcut_branch,
+                shortcut_scale,
+                shortcut_grad,
                 at,
                 tile_t * B + sample,
                 sample,
@@ -284,7 +330,7 @@ def plan_column_sums(
 
 
 def add_column_sums(
-    partials: tuple[Tensor | None, Tensor | None],
+    partials: Sums,
     into: Gradient,
     batch: int,
     tokens: int,
@@ -300,7 +346,7 @@ def add_column_sums(
         block_m: rows of a flat tile, if the tiles were flat.
     """
     touched = span(block_m, tokens) if block_m else 0
-    for partial, total in zip(partials, (into.t0, into.t1), strict=True):
+    for partial, total in zip(partials, into.sums, strict=True):
         if total is not None and partial is not total:
             plan_column_sums(partial, total, tokens, slots, block_m, touched).run()
 
@@ -320,7 +366,7 @@ def plan_epilogue_bwd(
     dout: Tensor,
     below: LayerBelow,
     into: Gradient,
-    partials: tuple[Tensor | None, Tensor | None],
+    partials: Sums,
     grouping: tuple[Tensor, Tensor] | None,
     targets: int,
 ) -> Launch:
@@ -339,8 +385,12 @@ def plan_epilogue_bwd(
         "first_of": first_of,
         "grad": into.grad,
         "scaled_grad": into.scaled_grad,
+        "shortcut_branch": below.shortcut_branch,
+        "shortcut_scale": below.shortcut_scale,
+        "shortcut_grad": into.shortcut_scaled_grad,
         "partial0": partials[0],
         "partial1": partials[1],
+        "partial2": partials[2],
         "B": batch,
         "T": tokens,
         "C": columns,
@@ -364,7 +414,7 @@ def epilogue_bwd(
     below: LayerBelow,
     *,
     want: tuple[str, ...] = ("scaled_grad", "t1"),
-    sums: tuple[Tensor | None, Tensor | None] = (None, None),
+    sums: Sums = NO_SUMS,
     source: Tensor | None = None,
     sources: int | None = None,
 ) -> Gradient:
@@ -379,8 +429,8 @@ def epilogue_bwd(
     Args:
         dout: ``[B, T, C]`` contiguous; fp16, bf16 or fp32.
         below: branch, tables, mask and skip gradient of the layer.
-        want: any of ``grad``, ``scaled_grad``, ``t0``, ``t1``.
-        sums: ``[B, C]`` fp32 to write T0 and T1 to; fresh memory where None.
+        want: any of ``RESULTS``.
+        sums: ``[B, C]`` fp32 to write the column sums to; fresh memory where None.
         source: ``[B]`` int64: sums ``scaled_grad`` over samples of the same image, in fp32.
         sources: number of images, with ``source``.
 
@@ -396,13 +446,13 @@ def epilogue_bwd(
         grouping = by_source(source, sources)
         if into.scaled_grad is not None:
             scaled = dout.new_empty((sources, tokens, columns))
-            into = Gradient(into.grad, scaled, into.t0, into.t1, into.size)
+            into = replace(into, scaled_grad=scaled)
     if into.size == 0:
         if into.scaled_grad is not None:
             into.scaled_grad.zero_()
         return into
     slots = triton.cdiv(tokens, tile_of(tokens, columns)[0])
-    partials = (into.t0, into.t1) if slots == 1 else into.partials(slots * batch, dout)
+    partials = into.sums if slots == 1 else into.partials(slots * batch, dout)
     targets = batch if source is None else sources
     plan_epilogue_bwd(dout, below, into, partials, grouping, targets).run()
     add_column_sums(partials, into, batch, tokens, slots=slots)

@@ -34,7 +34,14 @@ from wfnet.kernels.config import (
 from wfnet.kernels.conv_dgrad import plan_conv_dgrad
 from wfnet.kernels.conv_fprop import conv_fprop, plan_conv_fprop
 from wfnet.kernels.epilogue import backward_epilogue, forward_epilogue
-from wfnet.kernels.epilogue_bwd import Gradient, LayerBelow, add_column_sums, epilogue_bwd
+from wfnet.kernels.epilogue_bwd import (
+    NO_SUMS,
+    Gradient,
+    LayerBelow,
+    Sums,
+    add_column_sums,
+    epilogue_bwd,
+)
 from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
@@ -107,6 +114,10 @@ def linear_dgrad_kernel(
     scaled_grad,
     partial0,  # [tiles, SPAN, C] fp32 or None
     partial1,
+    partial2,
+    shortcut_branch,
+    shortcut_scale,
+    shortcut_grad,
     M,
     B,
     T,
@@ -142,6 +153,10 @@ def linear_dgrad_kernel(
             scaled_grad,
             partial0,
             partial1,
+            partial2,
+            shortcut_branch,
+            shortcut_scale,
+            shortcut_grad,
             (m0, n0),
             tile_m * SPAN,
             m0 // T,
@@ -250,7 +265,7 @@ def plan_linear_dgrad(
     weight: Tensor,
     below: LayerBelow,
     into: Gradient,
-    partials: tuple[Tensor | None, Tensor | None],
+    partials: Sums,
     shape: LinearShape,
     config: GemmConfig,
     device: Device,
@@ -279,8 +294,12 @@ def plan_linear_dgrad(
         "shift": below.shift,
         "grad": tile(into.grad),
         "scaled_grad": tile(into.scaled_grad),
+        "shortcut_branch": tile(below.shortcut_branch),
+        "shortcut_scale": below.shortcut_scale,
+        "shortcut_grad": tile(into.shortcut_scaled_grad),
         "partial0": partials[0],
         "partial1": partials[1],
+        "partial2": partials[2],
         "M": rows,
         "B": shape.batch,
         "T": shape.tokens,
@@ -421,7 +440,7 @@ def linear_dgrad(
     below: LayerBelow | None = None,
     *,
     want: tuple[str, ...] = ("grad",),
-    sums: tuple[Tensor | None, Tensor | None] = (None, None),
+    sums: Sums = NO_SUMS,
     config: GemmConfig | None = None,
     op: str = "linear",
 ) -> Gradient:
@@ -437,8 +456,8 @@ def linear_dgrad(
         ag: ``[B, T, O]`` contiguous, ``A * g`` of this layer.
         weight: ``[O, C]`` contiguous.
         below: what the epilogue needs to know of the layer below; None: the plain gradient.
-        want: any of ``grad``, ``scaled_grad``, ``t0``, ``t1``.
-        sums: ``[B, C]`` fp32 to write T0 and T1 to; fresh memory where None.
+        want: any of ``epilogue_bwd.RESULTS``.
+        sums: ``[B, C]`` fp32 to write the column sums to; fresh memory where None.
 
     Raises:
         ValueError: for shapes that do not fit, or a result without the tensor it is made from.
@@ -457,9 +476,9 @@ def linear_dgrad(
     if into.size == 0:
         return into
     device = device_of(ag)
-    summing = into.t0 is not None or into.t1 is not None
+    summing = any(total is not None for total in into.sums)
 
-    def partials_of(candidate: GemmConfig) -> tuple[Tensor | None, Tensor | None]:
+    def partials_of(candidate: GemmConfig) -> Sums:
         touched = span(candidate.block_m, tokens)
         return into.partials(triton.cdiv(batch * tokens, candidate.block_m) * touched, ag)
 
@@ -468,7 +487,7 @@ def linear_dgrad(
         return plan_linear_dgrad(ag, weight, below, into, partials, shape, candidate, device, op)
 
     if config is None:
-        tensors = (below.skip, below.branch, below.activation)
+        tensors = (below.skip, below.branch, below.activation, below.shortcut_branch)
         config = config_linear_dgrad(ag, weight, shape, tensors, summing, op, plan).config
     if summing and span(config.block_m, tokens) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.

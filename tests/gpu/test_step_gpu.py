@@ -1,5 +1,7 @@
 """The captured untraining step on a device: equal to ordinary steps, whatever the labels."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -98,3 +100,39 @@ def test_checkpointed_activations_are_refused():
         pytest.raises(ValueError, match="checkpoints its activations"),
     ):
         UntrainingStep(net, BalancedObjective(), RowAdam(net.filter_parameters()), capture=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
+def test_gradients_of_a_resnet_in_bf16(backend: str, gate: float):
+    """The whole chain, projection shortcuts included; the bound is twice the unfused error."""
+    torchvision = pytest.importorskip("torchvision")
+    torch.manual_seed(0)
+    base = torchvision.models.resnet50(num_classes=CLASSES).eval()
+    net = wfnet.WFNet(base, CLASSES).cuda().to(memory_format=torch.channels_last)
+    alpha = torch.logit(torch.tensor(gate * torch.sigmoid(torch.tensor(3.0)).item())).item()
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, alpha, 0.1)
+    images = torch.randn(16, 3, 64, 64, device="cuda")
+    source = torch.arange(16, device="cuda").repeat_interleave(2)
+    labels = torch.randint(CLASSES, (32,), device="cuda")
+    weights = torch.randn(32, CLASSES, device="cuda", dtype=torch.float64)
+
+    def gradients(how: str, fuse: bool, dtype: torch.dtype) -> torch.Tensor:
+        network = copy.deepcopy(net).to(torch.float64 if dtype is torch.float64 else torch.float32)
+        for layer in network.masked_layers.values():
+            layer.backend = how
+        network.fuse = fuse
+        x = images.to(network.filter_parameters()[0].dtype)
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            out = network(x, labels, source)
+        (out.double() * weights).sum().backward()
+        assert not fuse or network._fusion[1] is not None, "the network runs unfused"
+        return torch.cat([p.grad.double().flatten() for p in network.filter_parameters()])
+
+    exact = gradients("eager", False, torch.float64)
+    mine = gradients(backend, True, torch.bfloat16)
+    theirs = gradients("eager", False, torch.bfloat16)
+    errors = [((found - exact).norm() / exact.norm()).item() for found in (mine, theirs)]
+    assert errors[0] <= 2 * errors[1], errors
+    assert torch.equal(mine, gradients(backend, True, torch.bfloat16)), "not repeatable"

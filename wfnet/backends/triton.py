@@ -210,7 +210,7 @@ class TritonBackend(Backend):
     def finish(
         self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
     ) -> Finished:
-        """One pass over ``dout``; a projection shortcut takes a second one over ``g``."""
+        """One pass over ``dout``."""
         layer, want, sums = _layer_below(below, skip)
         tokens = _channels_last(dout).flatten(1, 2)
         gradient = epilogue_bwd.epilogue_bwd(tokens, layer.as_tokens(), want=want, sums=sums)
@@ -229,7 +229,7 @@ class TritonBackend(Backend):
         ag, filters = _channels_last(scaled_grad), _channels_last(weight)
         if below is None:
             layer = epilogue_bwd.LayerBelow(skip=None if skip is None else _channels_last(skip))
-            want, sums = ("grad",), (None, None)
+            want, sums = ("grad",), epilogue_bwd.NO_SUMS
         else:
             layer, want, sums = _layer_below(below, skip)
         size = tuple(input_shape[2:])
@@ -408,25 +408,31 @@ def _input_gradient(
 
 def _layer_below(
     below: Below, skip: Tensor | None
-) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], tuple[Tensor | None, Tensor | None]]:
+) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], epilogue_bwd.Sums]:
     """The layer as the kernels take it, what they are to write, and where the sums go."""
+    shortcut = below.shortcut
     layer = epilogue_bwd.LayerBelow(
         branch=_channels_last(below.branch),
         scale=below.scale.contiguous(),
         shift=below.shift.contiguous(),
         activation=None if below.mask is None else _channels_last(below.mask),
         skip=None if skip is None else _channels_last(skip),
+        shortcut_branch=None if shortcut is None else _channels_last(shortcut.branch),
+        shortcut_scale=None if shortcut is None else shortcut.scale.contiguous(),
         relu=below.relu,
     )
     wanted = (
-        ("grad", below.need_grad or below.shortcut is not None),
+        ("grad", below.need_grad),
         ("scaled_grad", below.need_scaled_grad),
-        ("t0", below.t0 is not None),
+        ("t0", below.t0 is not None or (shortcut is not None and shortcut.t0 is not None)),
         ("t1", True),
+        ("shortcut_scaled_grad", shortcut is not None and shortcut.need_scaled_grad),
+        ("shortcut_t1", shortcut is not None),
     )
     # Sums of tables that are columns of wider ones are copied there by _finished.
-    sums = (t if t is not None and t.is_contiguous() else None for t in (below.t0, below.t1))
-    return layer, tuple(name for name, needed in wanted if needed), tuple(sums)
+    places = (below.t0, below.t1, None if shortcut is None else shortcut.t1)
+    sums = tuple(t if t is not None and t.is_contiguous() else None for t in places)
+    return layer, tuple(name for name, needed in wanted if needed), sums
 
 
 def _pixels_of(tensor: Tensor | None, size: tuple[int, int]) -> Tensor | None:
@@ -437,14 +443,18 @@ def _pixels_of(tensor: Tensor | None, size: tuple[int, int]) -> Tensor | None:
 
 
 def _finished(gradient: epilogue_bwd.Gradient, below: Below, size: tuple[int, int]) -> Finished:
-    for sums, place in ((gradient.t0, below.t0), (gradient.t1, below.t1)):
+    shortcut = below.shortcut
+    places = [(gradient.t0, below.t0), (gradient.t1, below.t1)]
+    if shortcut is not None:  # both receive the same g, so that their T0 are the same
+        places += [(gradient.t0, shortcut.t0), (gradient.shortcut_t1, shortcut.t1)]
+    for sums, place in places:
         if place is not None and sums is not place:
             place.copy_(sums)
-    grad, scaled = _pixels_of(gradient.grad, size), _pixels_of(gradient.scaled_grad, size)
-    if below.shortcut is None:
-        return Finished(grad, scaled)
-    shortcut = backend.finish(grad, below.shortcut)
-    return Finished(grad if below.need_grad else None, scaled, shortcut.scaled_grad)
+    return Finished(
+        _pixels_of(gradient.grad, size),
+        _pixels_of(gradient.scaled_grad, size),
+        _pixels_of(gradient.shortcut_scaled_grad, size),
+    )
 
 
 class _Tables(GateTables):
