@@ -68,6 +68,7 @@ def main() -> None:
             raise SystemExit(f"wfnet {shlex.join(command)} failed")
         finished[name] = {
             "command": command,
+            "commit": provenance()["commit"],
             "seconds": round(time.perf_counter() - started, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
         }
