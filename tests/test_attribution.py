@@ -44,6 +44,29 @@ def lowest_first(number, gate):
     return gate.argsort(stable=True)
 
 
+def farthest_first(number, gate):
+    return gate.log().abs().argsort(stable=True, descending=True)
+
+
+def test_gates_farthest_from_1_first(dataset):
+    net = wfnet.WFNet(make_model(), K, alpha_init=-1.0)
+    with torch.no_grad():
+        for alpha in net.filter_parameters():
+            alpha.copy_(3 * torch.randn(alpha.shape, generator=torch.Generator().manual_seed(6)))
+    result = attribution(net, dataset, steps=4, order="farthest", progress=False)
+    other = attribution(net, dataset, steps=4, progress=False)
+    for name in ("insertion", "deletion"):
+        for record in result.records:
+            expected = curve_by_hand(
+                net, dataset, record.index, 4, name == "deletion", farthest_first
+            )
+            assert record.curves[name] == pytest.approx(expected, abs=2e-5)
+        assert result.mean[name] != other.mean[name]  # gates above 1 are among the farthest
+    assert result.settings["order"] == "farthest"
+    with pytest.raises(ValueError, match="order='highest'"):
+        attribution(net, dataset, order="highest")
+
+
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("fuse", [True, False])
 def test_equals_baked_networks_masked_by_hand(dataset, normalize, fuse):

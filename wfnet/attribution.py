@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet import metrics
+from wfnet import gates, metrics
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
@@ -33,6 +33,7 @@ from wfnet.evaluation.running import Progress, evaluation_mode
 from wfnet.expansion import generator_for
 from wfnet.network import WFNet
 
+ORDERS = ("lowest", "farthest")
 CURVES = ("insertion", "deletion", "insertion_random", "deletion_random")
 
 
@@ -43,7 +44,7 @@ class AttributionRecord:
     Attributes:
         index, name: the class.
         images: samples of the class.
-        insertion, deletion: areas under the curves, lowest learned gates first.
+        insertion, deletion: areas under the curves, most relevant gates first.
         insertion_random, deletion_random: the same in a random order.
         curves: by the same names, the mean over samples at each share of changed gates.
     """
@@ -101,6 +102,7 @@ def attribution(
     dataset: Dataset,
     classes: Sequence[int] | None = None,
     steps: int = 20,
+    order: str = "lowest",
     seed: int = 0,
     batch_size: int = 256,
     classes_together: int = 16,
@@ -118,6 +120,9 @@ def attribution(
         dataset: images; of each class only its own are used.
         classes: to be attributed; all by default.
         steps: S; at step s the share s / S of every filter matrix is changed.
+        order: which gates are the most relevant. "lowest" is the paper's; "farthest" takes those
+            farthest from 1, by ``|log gate|``, for filters whose gates may also amplify: where they
+            start low (``alpha_init=-1``), a class is forgotten by gates above 1 as well.
         seed: of the random orders.
         batch_size: (image, row) pairs per forward pass.
         classes_together: classes whose rows are in memory at once: each needs ``4 (S + 1)`` rows
@@ -135,13 +140,15 @@ def attribution(
                         ("classes_together", classes_together)):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
+    if order not in ORDERS:
+        raise ValueError(f"order={order!r} is not one of {', '.join(ORDERS)}")
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
     names = classes_of(dataset)
     corrupt = max_corrupt
     if not isinstance(corrupt, CorruptImages):
         corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
-    settings = {"steps": steps, "seed": seed}
+    settings = {"steps": steps, "order": order, "seed": seed}
     identity = {**network_identity(net), **data_identity(dataset), "settings": settings}
     kept = PartialResults(records, identity if records else {})
     started = time.perf_counter()
@@ -150,7 +157,7 @@ def attribution(
     memory_format = torch.channels_last if channels_last else torch.preserve_format
     weight = next(iter(net.masked_layers.values())).weight
     for part in left.split(classes_together):
-        changed = _changed_rows(net, part, steps, seed)
+        changed = _changed_rows(net, part, steps, seed, order)
         total = torch.zeros(len(part), 4 * (steps + 1), dtype=torch.float64)
         seen = torch.zeros(len(part), dtype=torch.int64)
         place = torch.full((net.num_classes,), -1).scatter_(0, part, torch.arange(len(part)))
@@ -233,7 +240,7 @@ def _confidences(
     return torch.cat(found).unflatten(0, (len(images), rows))
 
 
-def _changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int) -> WFNet:
+def _changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str) -> WFNet:
     """``net`` with ``4 (S + 1)`` rows for each of ``classes``: curve by curve, step by step."""
     tables = {}
     for number, (name, alpha) in enumerate(net.named_filters().items()):
@@ -246,13 +253,16 @@ def _changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int) -> WFNet:
             ]
         ).to(alpha.device)
         # Entries, not gates, are sorted: sigmoid keeps their order, rounding could make ties.
-        lowest_first = learned.argsort(dim=1, stable=True)
+        key = learned
+        if order == "farthest":
+            key = -gates.gate(learned, layer.gate_scale).log().abs()
+        relevant_first = key.argsort(dim=1, stable=True)
         counts = (_shares(steps) * alpha.shape[1]).round().long().to(alpha.device)
         closed = torch.full_like(learned, -math.inf)
         opened = torch.full_like(learned, layer.alpha_init if layer.normalize_gate else math.inf)
         curves = [
-            _replaced(start, end, order, counts)
-            for order in (lowest_first, shuffled)
+            _replaced(start, end, ranking, counts)
+            for ranking in (relevant_first, shuffled)
             for start, end in ((learned, opened), (opened, closed))
         ]
         tables[name] = torch.stack(curves, 1).flatten(0, 2)  # [C * 4 * (S + 1), O]

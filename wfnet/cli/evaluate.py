@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from wfnet.attribution import attribution
+from wfnet.attribution import ORDERS, attribution
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.drawing import draw_evaluation
 from wfnet.cli.inputs import (
@@ -172,6 +172,10 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
         help="steps of the insertion and deletion curves; 0 for no curves",
     )  # fmt: skip
     group.add_argument(
+        "--attribution-order", choices=ORDERS, default="lowest",
+        help="which gates count as most relevant: the lowest (the paper's), or the farthest from 1",
+    )  # fmt: skip
+    group.add_argument(
         "--group-sizes", nargs="*", type=whole(2), default=[2], metavar="N",
         help="how many classes are forgotten at once; none for no groups (default: 2)",
     )  # fmt: skip
@@ -322,7 +326,8 @@ def _tables(
         write_json(output / "relearning.json", relearning.as_dict())
     if options.attribution_steps:
         curves = attribution(
-            net, images, classes, options.attribution_steps, options.seed, options.batch_size,
+            net, images, classes, options.attribution_steps, options.attribution_order,
+            options.seed, options.batch_size,
             records=partial / "attribution.json", **shared,
         )  # fmt: skip
         write_json(output / "attribution.json", curves.as_dict())
