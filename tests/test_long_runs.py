@@ -29,6 +29,7 @@ from small_runs import (
 from wfnet import checkpoints, throughput
 from wfnet.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.cli import main
+from wfnet.data import CorruptImage
 from wfnet.data.loading import LostWorker
 from wfnet.objectives import BalancedObjective
 from wfnet.stopping import Stopped, StopSignals
@@ -379,3 +380,27 @@ def test_a_few_steps_of_nan_are_left_out_and_counted(tmp_path, caplog):
     assert_same_run(*go(tmp_path, max_nan_steps=20), net, result)
     with pytest.raises(FloatingPointError, match="is not finite"):
         go(max_nan_steps=skipped - 1)
+
+
+# -- messages -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_system_in_a_worker_is_one_sentence(workers):
+    def gone(index):
+        if index >= 12:
+            raise FileNotFoundError(2, "No such file or directory", "/data/train-007.tar")
+
+    message = r"^\[Errno 2\] No such file or directory: '/data/train-007.tar'$"
+    with pytest.raises(FileNotFoundError, match=message):
+        untrain(network(), Files(images(), gone), None, config(workers=workers), progress=False)
+
+
+def test_validation_images_none_of_which_can_be_read(caplog):
+    def corrupt(index):
+        raise CorruptImage(f"image {index}", "half a JPEG")
+
+    settings = config(max_corrupt=100)
+    with pytest.raises(RuntimeError, match="no validation image can be read"):
+        untrain(network(), images(), Files(images(2, 1), corrupt), settings, progress=False)
+    assert caplog.text.count("half a JPEG") == 12

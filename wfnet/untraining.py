@@ -377,7 +377,10 @@ class Validator:
             hits[number] = torch.stack((pairs.forget, pairs.target, correct.cpu().long()))
         if self.corrupt is not None:
             self.ranks.merge_corrupt(self.corrupt)
-        row, target, correct = torch.cat(self.ranks.join(hits), 1)
+        hits = self.ranks.join(hits)
+        if not hits:
+            raise RuntimeError("no validation image can be read: repair those that the log names")
+        row, target, correct = torch.cat(hits, 1)
         own = row == target
         means = [torch.cat(self.ranks.join(c, device)).mean() for c in (forgotten, retained)]
         losses = self.objective.total(*means, net)

@@ -140,13 +140,33 @@ def _read(
     )
     try:
         yield from loader
-    except (RuntimeError, OSError, EOFError) as error:
+    except Exception as error:
         if workers and _is_lost_worker(error):
             raise LostWorker(
                 "a data worker died, most often for lack of memory: use fewer workers, and check "
                 f"/dev/shm and the system's log ({error})"
             ) from error
-        raise
+        plain = _as_raised_there(error)
+        if plain is error:
+            raise
+        raise plain from error
+
+
+def _as_raised_there(error: Exception) -> Exception:
+    """An error of a worker with its own message alone: the loader puts the traceback in its place.
+
+    Everything else is returned as it is.
+    """
+    text = str(error).strip()
+    if not text.startswith("Caught ") or "DataLoader worker process" not in text:
+        return error
+    message = text.splitlines()[-1]
+    kind, _, own = message.partition(": ")
+    same = kind.rpartition(".")[2] == type(error).__name__
+    try:
+        return type(error)(own if same else message)
+    except TypeError:  # an error that takes other arguments
+        return error
 
 
 def _is_lost_worker(error: Exception) -> bool:
