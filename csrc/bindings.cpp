@@ -133,6 +133,8 @@ void gate_rows_bwd(Address t, Address products, Address chosen, Address alpha, A
 
 }  // namespace
 
+#define WF_TEXT_OF(token) #token
+#define WF_TEXT(macro) WF_TEXT_OF(macro)
 #if !defined(WF_MODULE)
 #define WF_MODULE _C
 #endif
@@ -178,6 +180,7 @@ PYBIND11_MODULE(WF_MODULE, module) {
 #if !defined(WF_EMULATED)
   module.attr("emulated") = false;
   module.attr("archs") = WF_ARCHS;  // targets of this build, "8.0 9.0a 10.0"
+  module.attr("sources") = WF_TEXT(WF_SOURCES);  // build.sources_digest() of csrc/build.py
   module.attr("archs") = WF_ARCHS;  // targets of this build, "8.0 9.0a 10.0"
 #else
   module.attr("emulated") = true;

@@ -137,6 +137,15 @@ def kernel_sources() -> list[Path]:
     return sorted(HERE.glob("*.cu")) + sorted(HERE.glob("*.cpp"))
 
 
+def sources_digest() -> str:
+    """A hash of all C++ and CUDA sources: what tells a stale extension from a fresh one."""
+    digest = hashlib.sha256()
+    for path in sorted(HERE.iterdir()):
+        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _rule(source: Path) -> str:
     if source.suffix != ".cu":
         return "cxx"
@@ -155,7 +164,7 @@ def build_extension(folder: Path, every: bool = False) -> Path:
     host = " ".join(_HOST_FLAGS)
     archs = chosen_archs(compiler, every)
     arch = " ".join(gencode(archs))
-    define = f"'-DWF_ARCHS=\"{' '.join(archs)}\"'"
+    define = f"-DWF_SOURCES={sources_digest()} '-DWF_ARCHS=\"{' '.join(archs)}\"'"
     # 177: the constants by which a kernel tells the emulation about itself are not used here.
     flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --cudart=static -diag-suppress=177"
     hopper = " ".join(gencode(["9.0a"]))

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import cuda_modules
 import numpy as np
@@ -722,6 +723,15 @@ def test_the_environment_selects_the_emulation(monkeypatch, tmp_path):
     monkeypatch.setenv("WFNET_CUDA_EMULATE", str(tmp_path / "none.so"))
     missing = cuda_launch.library.__wrapped__().missing
     assert missing == f"WFNET_CUDA_EMULATE={tmp_path}/none.so is not an emulated module"
+
+
+def test_a_stale_extension_is_noticed_in_a_checkout(tmp_path):
+    """Never kernels of yesterday behind launchers of today."""
+    digest = cuda_modules.build().sources_digest()
+    assert cuda_launch._is_current(SimpleNamespace(sources=digest))
+    assert not cuda_launch._is_current(SimpleNamespace(sources="0123456789abcdef"))
+    assert not cuda_launch._is_current(SimpleNamespace())
+    assert cuda_launch._is_current(SimpleNamespace(), tmp_path)  # installed: no sources beside it
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import operator
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -56,13 +57,28 @@ def library() -> Library:
         spec.loader.exec_module(module)
         return Library(module, None)
     try:
-        return Library(importlib.import_module("wfnet._C"), None)
+        module = importlib.import_module("wfnet._C")
+        return Library(module, None) if _is_current(module) else Library(None, _STALE)
     except ImportError as error:
         return Library(
             None,
             f"wfnet._C is not built ({error}); run `python csrc/build.py` in a checkout, or "
             "`WFNET_BUILD_CUDA=1 pip install .`, with nvcc 13.0 or newer",
         )
+
+
+_STALE = "wfnet._C was built from other sources than csrc/ has now; run `python csrc/build.py`"
+
+
+def _is_current(module: ModuleType, csrc: Path = Path(__file__).parents[2] / "csrc") -> bool:
+    """In a checkout, whether the extension is of its sources; an installed package has none."""
+    script = csrc / "build.py"
+    if not script.exists():
+        return True
+    spec = importlib.util.spec_from_file_location("wfnet_csrc_build", script)
+    build = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(build)
+    return getattr(module, "sources", None) == build.sources_digest()
 
 
 class Axis(NamedTuple):
