@@ -34,6 +34,9 @@ from wfnet.layers import LayerNames, MaskedLayer, masked_type, refuse_layer
 
 logger = logging.getLogger("wfnet")
 
+# Logit of a class whose row was cut from the head: far below what classifiers give.
+CUT_LOGIT = -30.0
+
 Targets = str | type | Sequence[str | type] | None
 
 # Last part of the name of a query, key or value projection in the transformers of timm,
@@ -328,21 +331,33 @@ class WFNet(nn.Module):
 
     # -- export and storage -----------------------------------------------------------------------
 
-    def bake(self, forget: int | Sequence[int] | None, prune_below: float = 0.0) -> nn.Module:
+    def bake(
+        self,
+        forget: int | Sequence[int] | None,
+        prune_below: float = 0.0,
+        cut_output: bool = False,
+    ) -> nn.Module:
         """A plain model of the original class with the gates of ``forget`` multiplied in.
 
         Args:
             forget: one label, several (their gates are multiplied), or None for the original.
             prune_below: gates below this become exactly 0, so that what they scaled cannot be
                 read out of the export by scaling it back; nothing is pruned by default.
+            cut_output: also cut the classes of ``forget`` from the head, ``head.weight[c] = 0``
+                and ``head.bias[c] = CUT_LOGIT``. Re-estimated BatchNorm statistics, rescaled rows
+                and fine-tuning on the other classes then find nothing to bring back at the
+                output. The logits of these classes are a constant, in which the export differs
+                from a model retrained without them. It can be undone: what features hold stays,
+                so whoever has images of a class can teach it again, a constant added to its logit
+                makes it the answer where no other class fits, and the base has the row.
 
         Returns:
             A copy in evaluation mode, without filters; all its parameters can be trained again.
-            Without pruning it equals the filtered network within rounding.
+            Without pruning it equals the filtered network within rounding, but for cut logits.
 
         Raises:
-            TypeError, ValueError: for labels that do not fit, or a threshold that is negative or
-                not finite.
+            TypeError, ValueError: for labels that do not fit, a threshold that is negative or not
+                finite, or ``cut_output`` without a class to cut, a linear head or its bias.
         """
         if not 0 <= prune_below < math.inf:
             raise ValueError(
@@ -352,13 +367,16 @@ class WFNet(nn.Module):
         labels = _label_list(forget)
         if labels:
             check_range(min(labels), max(labels), self.num_classes)
+        labels = [label for label in labels if label != -1]
         plain = _copy_without_filters(self.model)
         for name, layer in self.masked_layers.items():
-            baked = layer.bake([label for label in labels if label != -1], prune_below)
+            baked = layer.bake(labels, prune_below)
             if name:
                 _replace(plain, layer, baked)
             else:
                 plain = baked
+        if cut_output:
+            _cut_from_head(plain, labels, self.num_classes)
         return plain.requires_grad_(True).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
@@ -397,6 +415,39 @@ def _label_list(forget: int | Sequence[int] | Tensor | None) -> list[int]:
         if isinstance(label, bool) or not isinstance(label, Integral):
             raise TypeError(f"forget must be one integer label or several; got {label!r}")
     return [int(label) for label in labels]
+
+
+def _cut_from_head(plain: nn.Module, labels: list[int], num_classes: int) -> None:
+    """Makes the logits of ``labels`` the constant ``CUT_LOGIT``, whatever the features are."""
+    if not labels:
+        raise ValueError(
+            "cut_output=True has no class to cut from the head: name one in forget=, or leave "
+            "cut_output out"
+        )
+    found = find_head(plain)
+    name, head = found or ("", None)
+    several = getattr(plain, "get_classifier", lambda: None)()
+    if head is None:
+        reason = "has none"
+    elif isinstance(several, tuple | list) and len(several) > 1:
+        reason = f"has {len(several)} heads"
+    elif not isinstance(head, nn.Linear):
+        reason = f"has the {type(head).__name__} {name!r}"
+    elif head.out_features != num_classes:
+        reason = f"ends in {name!r}, with {head.out_features} outputs for {num_classes} classes"
+    elif head._parameters.get("bias") is None:
+        reason = f"has {name!r}, which has no bias to hold the constant"
+    elif "weight" not in head._parameters:
+        reason = f"computes the weight of {name!r} from other parameters"
+    else:
+        with torch.no_grad():
+            head.weight[labels] = 0.0
+            head.bias[labels] = CUT_LOGIT
+        return
+    raise ValueError(
+        f"cut_output=True needs one linear head with a bias, but {type(plain).__name__} {reason}; "
+        "leave it out (prune_below= closes gates in any network)"
+    )
 
 
 def _copy_without_filters(model: nn.Module) -> nn.Module:

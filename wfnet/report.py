@@ -34,6 +34,8 @@ from wfnet.version import __version__
 logger = logging.getLogger("wfnet")
 
 REPORT = "report.html"
+# Accuracy on the class below which an attack counts as withstood.
+WITHSTOOD = 0.01
 # Pictures by file, in the order of the page, with what is to be seen.
 PICTURES = {
     "overview.png": "Accuracy on every class before and after it is forgotten, and on all others; "
@@ -519,6 +521,7 @@ def _exports(contents: Contents) -> str:
             )
             below = report.get("prune_below") or 0
             pruned = f", gates below {below:g} at 0" if below else ""
+            pruned += ", class cut from the head" if report.get("cut_output") else ""
             parts.append(
                 f"<li><code>{escape(str(report.get('file', name)))}</code>{pruned}: accuracy on "
                 f"class {escape(str(found['name']))} {ways}; on the others "
@@ -565,6 +568,14 @@ def statements(
             f"Classes that resemble the forgotten one are read at {near}; the original reads them "
             f"at {100 * before:.1f}%."
         )
+    cut = trust is not None and bool(trust.settings.get("cut_output"))
+    # Of exports with the class cut from the head: what no longer brings it back protects.
+    withstood = {
+        "acc_f_batchnorm_all": "BatchNorm statistics estimated anew on unlabelled images bring an "
+        "export whose class is cut from its head (cut_output) to no more than",
+        "acc_f_retain_only": "Fine-tuning on images of the other classes alone brings an export "
+        "whose class is cut from its head (cut_output) to no more than",
+    }
     attacks = (
         ("removal", "acc_f_batchnorm_all", "Who holds a baked file and unlabelled images brings "
          "the class back by estimating BatchNorm statistics anew, to"),
@@ -575,13 +586,22 @@ def statements(
     )  # fmt: skip
     for check, name, text in attacks:
         if found := levels(check, name):
-            bad.append(f"{text} {found} accuracy on the class.")
+            if cut and name in withstood and means[check][name]["forgetful"] < WITHSTOOD:
+                good.append(f"{withstood[name]} {found} accuracy on the class.")
+            else:
+                bad.append(f"{text} {found} accuracy on the class.")
     few = [n for n in means.get("relearning", {}) if n.startswith("acc_f_from_")]
     for name in few:
         count = int(name.rpartition("_")[2])
         bad.append(
             f"Who fine-tunes with {count} {'image' if count == 1 else 'images'} of the class "
             f"reaches {levels('relearning', name)}."
+        )
+    if cut:
+        bad.append(
+            "The exports under test give a constant for the logit of the class, which was cut from "
+            "the head: that it was removed shows, outputs differ from a retrained model's in that "
+            "entry, and whoever has images of the class can put a new row there."
         )
     if row := means.get("probing", {}).get("probe_last"):
         level = "" if row["retrained"] is None else f" (a retrained model: {row['retrained']:.2f})"

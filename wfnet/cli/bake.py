@@ -29,7 +29,7 @@ from wfnet.cli.options import (
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
 from wfnet.data import batches, multi_hot_of
 from wfnet.gates import gate_rows
-from wfnet.network import WFNet
+from wfnet.network import CUT_LOGIT, WFNet
 from wfnet.pretrained import write_atomically, write_json, write_tensors
 from wfnet.trust import TrustSettings, check_export, removal
 
@@ -37,7 +37,7 @@ logger = logging.getLogger("wfnet")
 
 EXAMPLE = """example:
   wfnet bake runs/r50 --forget 281 --verify
-  wfnet bake runs/r50 --forget 281 --prune-below 0.1 --verify
+  wfnet bake runs/r50 --forget 281 --prune-below 0.1 --cut-output --verify
   wfnet bake runs/r50 --forget tabby 285 --output cats.safetensors --onnx cats.onnx
 
 The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE))"""
@@ -68,6 +68,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     group.add_argument(
         "--prune-below", type=not_negative, default=0.0, metavar="T",
         help="make gates below T exactly 0, so that what they scaled cannot be scaled back",
+    )  # fmt: skip
+    group.add_argument(
+        "--cut-output", action="store_true",
+        help="also cut the class from the head (its logit becomes a constant): re-estimated "
+        "BatchNorm, rescaled rows and fine-tuning on other classes find nothing to bring back "
+        "there; the outputs differ from a retrained model's in that entry, and whoever has images "
+        "of the class can still teach it again",
     )  # fmt: skip
     group.add_argument(
         "--verify", action="store_true",
@@ -104,16 +111,19 @@ def run(options: argparse.Namespace) -> int:
     if options.onnx:
         _check_onnx(Path(options.onnx))
     net, classifier = load_network(options, folder)
-    save_baked(net, forget, path, options.prune_below)
+    save_baked(net, forget, path, options.prune_below, options.cut_output)
     print(f"{path}: {type(classifier).__name__} that has forgotten {_listed(forget, names)}")
     if options.verify:
         images, what = _images(options, classifier)
-        agreement = verify(net, classifier, forget, path, images, options.prune_below)
+        agreement = verify(
+            net, classifier, forget, path, images, options.prune_below, options.cut_output
+        )
         print(f"verified on {what}: {agreement}")
         attack_export(options, net, classifier, forget, path, agreement)
     if options.onnx:
         images, _ = _images(options, classifier, few=2)
-        _export_onnx(net.bake(forget).cpu(), images, Path(options.onnx))
+        plain = net.bake(forget, options.prune_below, options.cut_output)
+        _export_onnx(plain.cpu(), images, Path(options.onnx))
         size = ", ".join(map(str, images.shape[1:]))
         print(f"{options.onnx}: the same as ONNX, input [batch, {size}]")
     return 0
@@ -123,11 +133,21 @@ def baked_name(forget: Sequence[int]) -> str:
     return f"forget_{'_'.join(map(str, forget))}.safetensors"
 
 
-def save_baked(net: WFNet, forget: Sequence[int], path: Path, prune_below: float = 0.0) -> None:
-    """Writes the weights of ``net.bake(forget, prune_below)`` as safetensors."""
-    state = net.bake(list(forget), prune_below).state_dict()
+def save_baked(
+    net: WFNet,
+    forget: Sequence[int],
+    path: Path,
+    prune_below: float = 0.0,
+    cut_output: bool = False,
+) -> None:
+    """Writes the weights of ``net.bake(forget, prune_below, cut_output)`` as safetensors.
+
+    Its metadata say what was done, under ``wfnet``.
+    """
+    state = net.bake(list(forget), prune_below, cut_output).state_dict()
     record = {"model": type(net.model).__name__, "num_classes": net.num_classes,
-              "forget": list(forget), "prune_below": prune_below}  # fmt: skip
+              "forget": list(forget), "prune_below": prune_below,
+              "cut_output": cut_output}  # fmt: skip
     # Clones: a tensor under two names is written under both.
     write_tensors(
         path,
@@ -140,12 +160,15 @@ def save_baked(net: WFNet, forget: Sequence[int], path: Path, prune_below: float
 class Agreement:
     """How far two networks' outputs ``[N, K]`` are apart, and how far rounding may take them.
 
+    Logits that were cut are not among these outputs.
+
     Attributes:
         difference: largest absolute difference.
         span: largest absolute output.
         limit: bound on ``difference / span``.
         predictions: images with equal predictions, of ``images``.
         prune_below: gates below this were taken as 0 in both.
+        cut_logit: the constant that all logits of the forgotten classes were; None if not cut.
     """
 
     difference: float
@@ -154,6 +177,7 @@ class Agreement:
     predictions: int
     images: int
     prune_below: float = 0.0
+    cut_logit: float | None = None
 
     @property
     def within_rounding(self) -> bool:
@@ -161,10 +185,12 @@ class Agreement:
 
     def __str__(self) -> str:
         pruned = f", gates below {self.prune_below:g} at 0," if self.prune_below else ""
+        cut = self.cut_logit is not None
+        constant = f"; the logit that was cut is {self.cut_logit:g} throughout" if cut else ""
         return (
-            f"equal to the filtered network{pruned} within rounding: outputs up to "
-            f"{self.span:.1f} differ by at most {self.difference:.1e} ({self.predictions} of "
-            f"{self.images} predictions equal)"
+            f"equal to the filtered network{pruned} within rounding: {'other ' if cut else ''}"
+            f"outputs up to {self.span:.1f} differ by at most {self.difference:.1e} "
+            f"({self.predictions} of {self.images} predictions equal){constant}"
         )
 
 
@@ -176,13 +202,15 @@ def verify(
     path: Path,
     images: Tensor,
     prune_below: float = 0.0,
+    cut_output: bool = False,
 ) -> Agreement:
     """Loads ``path`` into a copy of ``classifier`` and compares it with the filtered network.
 
-    A pruned export is compared with the network whose gates below the threshold are 0.
+    A pruned export is compared with the network whose gates below the threshold are 0; one that
+    was cut, in the logits of all classes but those in ``forget``.
 
     Raises:
-        RuntimeError: if they differ by more than rounding.
+        RuntimeError: if they differ by more than rounding, or a cut logit is not the constant.
     """
     weight = next(iter(net.masked_layers.values())).weight
     plain = _loaded(classifier, path).to(weight.device)
@@ -195,6 +223,17 @@ def verify(
         expected.append(net(part, forget=labels.expand(len(part), -1)))
         found.append(plain(part))
     expected, found = torch.cat(expected).double(), torch.cat(found).double()
+    if cut_output:
+        cut = found[:, list(forget)]
+        if not cut.eq(CUT_LOGIT).all():
+            raise RuntimeError(
+                f"{path}: logits of the forgotten class run from {cut.min():.4g} to "
+                f"{cut.max():.4g} where {CUT_LOGIT:g} was expected; do not use it: bake again "
+                f"(without --cut-output if {type(classifier).__name__} computes with the outputs "
+                "of its head)"
+            )
+        others = [k for k in range(found.shape[1]) if k not in forget]
+        expected, found = expected[:, others], found[:, others]
     agreement = Agreement(
         difference=(found - expected).abs().max().item(),
         span=expected.abs().max().item(),
@@ -203,6 +242,7 @@ def verify(
         predictions=int((found.argmax(1) == expected.argmax(1)).sum()),
         images=len(images),
         prune_below=prune_below,
+        cut_logit=CUT_LOGIT if cut_output else None,
     )
     if not agreement.within_rounding:
         raise RuntimeError(
@@ -275,6 +315,7 @@ def attack_export(
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "forget": list(forget),
             "prune_below": options.prune_below,
+            "cut_output": options.cut_output,
             "seed": options.seed,
             "samples": options.samples,
             "agreement": asdict(agreement),

@@ -75,6 +75,10 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
     )  # fmt: skip
     group.add_argument(
+        "--cut-output", action="store_true",
+        help="check exports whose class is cut from the head, as of `wfnet bake --cut-output`",
+    )  # fmt: skip
+    group.add_argument(
         "--samples", type=whole(2), default=defaults.samples, metavar="N",
         help="the most images of each kind: forgotten and other, of training and test part",
     )  # fmt: skip
@@ -122,7 +126,7 @@ def run(options: argparse.Namespace) -> int:
     levels = RetrainedModels([folder, *map(Path, options.retrained or ())], classifier, data.train)
     device = next(net.parameters()).device
     result = trust.run_checks(
-        lambda label: net.bake(label, prune_below=options.prune_below),
+        lambda label: net.bake(label, options.prune_below, options.cut_output),
         net.bake(None),
         data,
         execution_order(net.model, list(net.masked_layers)),
@@ -139,6 +143,8 @@ def run(options: argparse.Namespace) -> int:
         identity={
             "filters": hashlib.sha256((folder / FILTERS_NAME).read_bytes()).hexdigest(),
             "prune_below": options.prune_below,
+            # named only if asked for: results of exports that are not cut stay valid
+            **({"cut_output": True} if options.cut_output else {}),
         },
         advice=lambda label: (
             f"`wfnet baseline {folder} --methods retrained --classes {label}` makes one, and with "

@@ -11,7 +11,8 @@ Machine Learning Models", ICML 2020); outputs are where it can be measured. They
 the weights still hold (Jeon et al., "An Information Theoretic Evaluation Metric For Strong
 Unlearning", 2024): the other checks ask for that. Two models retrained with other seeds differ as
 well: with two of them, their distance from each other is the level below which no method can be
-told from retraining.
+told from retraining. An export whose class was cut from its head (``cut_output``) is compared as it
+is: the constant in place of that logit is part of the distance.
 """
 
 from __future__ import annotations

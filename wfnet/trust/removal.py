@@ -20,6 +20,7 @@ Attacks that need no training, each on a copy:
 Each reports the accuracy on the class (``acc_f_*``, low is good) and on the others (``acc_r_*``: an
 attack that destroys the rest is no attack). ``auc_logit`` is the area under the ROC of the class's
 logit, images of the class against others: what the outputs tell whatever offset is chosen.
+In an export whose class was cut from its head (``cut_output``), only the last two reach its logit.
 The same attacks on a retrained model, which has nothing to bring back, give the level to compare
 with.
 """
