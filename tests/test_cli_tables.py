@@ -66,6 +66,9 @@ def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch):
               "--attribution-steps", "2", "--group-sizes", "2", "3", "--groups", "3",
               "--no-figures"]  # fmt: skip
     before = load_file(run / "wf_model.safetensors")
+    capsys.readouterr()
+    fails(capsys, [*tables, "--relearn-lr", "0.5"], "relearned with lr=0.01, others with 0.5")
+    assert not (run / "evaluation.json").exists()  # noticed before the work
     assert main(tables) == 0
     shown = capsys.readouterr().out
     content = json.loads((run / "tables.json").read_text())

@@ -145,6 +145,9 @@ def test_what_does_not_fit_is_refused(tmp_path):
         make_tables("x", evaluation(), cell="mnist/alexnet")
     with pytest.raises(ValueError, match="base 2"):
         make_tables("x", evaluation(), baselines=[baseline("retrained", 2)])
+    slower = RelearnResult(relearning(3).records, RelearnConfig(lr=1e-5), 1.0)
+    with pytest.raises(ValueError, match="relearn all alike"):
+        make_tables("x", evaluation(), slower, baselines=[baseline("retrained")])
     other = evaluation()
     other.settings["zrf_mode"] = "swapped"
     with pytest.raises(ValueError, match="mode 'swapped'"):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,13 @@ from wfnet.evaluation import (
     evaluate_groups,
     evaluate_multi_label,
 )
-from wfnet.evaluation.tables import make_tables, published, published_cell, read_baselines
+from wfnet.evaluation.tables import (
+    check_baselines,
+    make_tables,
+    published,
+    published_cell,
+    read_baselines,
+)
 from wfnet.metrics import ZRF_MODES
 from wfnet.network import WFNet
 from wfnet.pretrained import write_json
@@ -211,6 +218,10 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
         )
     cell = _cell(options, found)
     relearn = relearn_config(options)
+    baselines = read_baselines(options.baselines or folder / "baselines") if options.tables else []
+    check_baselines(
+        baselines, options.zrf_base, options.zrf_mode, None if relearn is None else asdict(relearn)
+    )
     check_writable(output)
     net, classifier = load_network(options, folder)
     data = open_images(options, classifier)
@@ -262,7 +273,7 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     print(result.table())
     if options.tables:
         written += _tables(
-            options, net, data, images, classes, result, folder, output, cell, relearn, shared
+            options, net, data, images, classes, result, baselines, output, cell, relearn, shared
         )
     print(f"\nin {output}: {', '.join(written)}  ({result.seconds:.1f} s)")
     shutil.rmtree(partial, ignore_errors=True)
@@ -308,7 +319,7 @@ def _tables(
     images: Dataset,
     classes: list[int] | None,
     result: EvaluationResult,
-    folder: Path,
+    baselines: list[dict[str, Any]],
     output: Path,
     cell: str | None,
     relearn: RelearnConfig | None,
@@ -344,7 +355,7 @@ def _tables(
         result,
         relearning,
         curves,
-        read_baselines(options.baselines or folder / "baselines"),
+        baselines,
         groups,
         cell,
     )

@@ -251,7 +251,8 @@ def make_tables(
         cell: published numbers to stand beside, a key of ``published()["cells"]``.
 
     Raises:
-        ValueError: for an unknown cell, or a baseline whose ZRF was computed otherwise.
+        ValueError: for an unknown cell, or baselines whose ZRF or relearn time was computed
+            otherwise.
     """
     cells = published()["cells"]
     if cell is not None and cell not in cells:
@@ -264,12 +265,12 @@ def make_tables(
             **({} if attribution is None else attribution.mean),
         ),
     }  # fmt: skip
-    mode = evaluation.settings.get("zrf_mode", "definition")
-    if baselines and mode != "definition":
-        raise ValueError(
-            f"the filtered network's ZRF is of mode {mode!r}, that of the baselines as it is "
-            "defined; evaluate with --zrf-mode definition"
-        )
+    check_baselines(
+        baselines,
+        evaluation.zrf_base,
+        evaluation.settings.get("zrf_mode", "definition"),
+        None if relearning is None else asdict(relearning.config),
+    )
     settings: dict[str, Any] = {"evaluation": evaluation.settings}
     if relearning is not None:
         settings["relearning"] = asdict(relearning.config)
@@ -278,11 +279,6 @@ def make_tables(
     for baseline in baselines:
         method = baseline["method"]
         found = EvaluationResult.from_dict(baseline["evaluation"])
-        if not math.isclose(found.zrf_base, evaluation.zrf_base):
-            raise ValueError(
-                f"baseline {method} was evaluated with ZRF base {base_name(found.zrf_base)}, the "
-                f"filtered network with {base_name(evaluation.zrf_base)}; evaluate both alike"
-            )
         timed = baseline["relearning"]
         times = {}
         if timed is not None:
@@ -305,6 +301,44 @@ def make_tables(
         groups=[result.as_dict() for result in groups],
         settings=settings,
     )
+
+
+def check_baselines(
+    baselines: Sequence[Mapping[str, Any]],
+    zrf_base: float,
+    zrf_mode: str = "definition",
+    relearning: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError for baselines that were not measured as the filtered network is.
+
+    Args:
+        baselines: as :func:`read_baselines` gives them.
+        zrf_base, zrf_mode: of the filtered network's evaluation.
+        relearning: settings of its relearn time, as in a result; None without.
+    """
+    if baselines and zrf_mode != "definition":
+        raise ValueError(
+            f"the filtered network's ZRF is of mode {zrf_mode!r}, that of the baselines as it is "
+            "defined; evaluate with --zrf-mode definition"
+        )
+    for baseline in baselines:
+        method, base = baseline["method"], baseline["evaluation"]["zrf_base"]
+        if not math.isclose(base, zrf_base):
+            raise ValueError(
+                f"baseline {method} was evaluated with ZRF base {base_name(base)}, the filtered "
+                f"network with {base_name(zrf_base)}; evaluate both alike"
+            )
+        timed = baseline["relearning"]
+        if timed is None:
+            continue
+        relearning = timed["config"] if relearning is None else relearning
+        differ = [name for name in relearning if timed["config"].get(name) != relearning[name]]
+        if differ:
+            raise ValueError(
+                f"baseline {method} was relearned with {differ[0]}={timed['config'][differ[0]]}, "
+                f"others with {relearning[differ[0]]}: relearn all alike, or leave it out "
+                "(--no-relearn)"
+            )
 
 
 def _accuracies(scores: Any) -> dict[str, float]:
