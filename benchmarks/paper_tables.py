@@ -38,6 +38,10 @@ def main() -> None:
         "--methods", nargs="*", choices=METHODS, help="baselines (default: the recipe's)"
     )
     parser.add_argument(
+        "--relearn-batch-norm", choices=("train", "frozen"), default="train",
+        help="whether relearning updates running statistics",
+    )  # fmt: skip
+    parser.add_argument(
         "--options", nargs=argparse.REMAINDER, default=[], help="for all four commands"
     )
     arguments = parser.parse_args()
@@ -46,14 +50,15 @@ def main() -> None:
     base, run = folder / "base", folder / "untrained"
     config = ["--config", arguments.recipe, *arguments.options]
     published = ["--published", arguments.published] if arguments.published else []
+    measured = ["--relearn-batch-norm", arguments.relearn_batch_norm]
     methods = [] if arguments.methods is None else ["--methods", *arguments.methods]
     commands = {
         "train": ["train", "--output", base, *config],
         "untrain": [
             "untrain", "--checkpoint", base / BASE_NAME, "--output", run, "--resume", *config,
         ],
-        "baseline": ["baseline", run, *methods, *config],
-        "evaluate": ["evaluate", run, "--tables", *published, *config],
+        "baseline": ["baseline", run, *methods, *measured, *config],
+        "evaluate": ["evaluate", run, "--tables", *published, *measured, *config],
     }  # fmt: skip
     if arguments.methods == []:
         del commands["baseline"]
