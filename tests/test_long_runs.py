@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 
@@ -202,21 +201,19 @@ def test_the_command_line_ends_with_128_plus_the_signal(image_folder, tmp_path):
     call = ["untrain", "--data-dir", image_folder, "--model", "small/resnet", "--model-kwargs",
             "width=8", "--img-size", "32", "-b", "4", "-M", "2", "-j", "0", "--steps", "100000",
             "--output", folder, "--keep-checkpoints", "3", "--patience", "9999"]  # fmt: skip
-    process = subprocess.Popen(
-        [sys.executable, "-m", "wfnet", *map(str, call)], stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 60
-        while not Checkpoints(folder).older() and time.monotonic() < until:
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        _, shown = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 143, shown
-    assert "Traceback" not in shown
-    assert f"the last checkpoint is in {folder}" in shown
+    shown = tmp_path / "shown"
+
+    def work():
+        handle = os.open(shown, os.O_CREAT | os.O_WRONLY)
+        sys.stderr = os.fdopen(handle, "w", buffering=1)
+        os._exit(main([str(argument) for argument in call]))
+
+    child = forked(work)
+    assert wait_until(lambda: Checkpoints(folder).older(), child) is None
+    os.kill(child, signal.SIGTERM)
+    assert os.WEXITSTATUS(ended(child)) == 143, shown.read_text()
+    assert "Traceback" not in shown.read_text()
+    assert f"the last checkpoint is in {folder}" in shown.read_text()
     step = Checkpoints(folder).load()[1]["step"]
     assert step >= 2
     assert 1 <= len(Checkpoints(folder).older()) <= 2
