@@ -78,7 +78,7 @@ def draw(results: dict[str, dict], title: str, path: Path) -> None:
         floor = results[name]["floor_samples_per_second"].get("fused_with_v")
         if floor is not None:
             axis.axvline(floor, color="tab:blue", linestyle="--", label="floor, fused with v")
-            axis.legend(fontsize=8, loc="lower right")
+            axis.legend(fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.08), frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

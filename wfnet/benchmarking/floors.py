@@ -200,8 +200,12 @@ def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
     return operations
 
 
-def measure_rates(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> Rates:
-    """Matrix product and copy as this device does them, best of a few."""
+def measure_rates(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> Rates:
+    """Matrix product and copy as this device does them, best of some: what else runs slows them.
+
+    On a processor whose caches hold a layer's tensors, less than the counted bytes reach memory,
+    and a step may pass the floor.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty((2**30 if device.type == "cuda" else 2**26), dtype=torch.uint8,

@@ -218,7 +218,6 @@ def make_step(problem: Problem, name: str) -> Step:
             )
     model = peers.peer(problem.net, kind, problem.batch.forget)
     if name != kind:
-        torch._dynamo.reset()
         mode = "max-autotune" if problem.device.type == "cuda" else None
         model = torch.compile(model, mode=mode)
     return peer_step(problem, model)
@@ -230,6 +229,7 @@ def make_step(problem: Problem, name: str) -> Step:
 def first_steps(problem: Problem, names: list[str]) -> tuple[dict[str, Step], dict[str, Column]]:
     """Makes every column and runs it a few times: compiles, warms up, checks its first loss."""
     steps, columns = {}, {}
+    torch._dynamo.reset()  # what earlier networks compiled; not between columns, which stay in use
     for name in names:
         logger.info("preparing %s", name)
         columns[name] = column = Column()
