@@ -140,6 +140,7 @@ def test_base_must_be_above_one(base):
         metrics.zrf(torch.zeros(1, 2), torch.zeros(1, 2), base)
 
 
+@pytest.mark.filterwarnings("ignore:reduction. 'mean'")
 @pytest.mark.parametrize("mode", ["swapped", "swapped_elementwise_mean"])
 def test_zrf_modes_are_the_published_expressions(mode):
     p, q = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)).double().softmax(-1)

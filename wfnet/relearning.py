@@ -4,6 +4,10 @@ Paper, section "Measures": the unlearned model (baked, all weights trainable) is
 random training samples an epoch until it regains the original network's accuracy on the class, at
 most 100 epochs. The mean over classes is reported, and how many classes never regained it
 (:func:`wfnet.metrics.relearn_time`). The paper names no optimiser: ours stands in every result.
+
+Ordinary fine-tuning updates the running statistics of BatchNorm, and for a network with BatchNorm
+that alone may bring the class back, at any learning rate: the statistics were frozen when its
+filters were learned. ``batch_norm="frozen"`` measures how soon the weights relearn it.
 """
 
 from __future__ import annotations
