@@ -16,6 +16,8 @@ import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -136,10 +138,15 @@ def main() -> None:
             f"{record['most']} | {' | '.join(cells)} |"
         )
     if options.output:
+        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
         about = {
+            "command": " ".join(["python", "benchmarks/bench_allreduce.py", *sys.argv[1:]]),
+            "commit": commit or "unknown", "date": time.strftime("%Y-%m-%d"),
             "classes": options.classes, "gates": options.gates, "expansion": options.expansion,
-            "torch": torch.__version__, "backend": "gloo", "machine": platform.machine(),
-            "cpus": os.cpu_count(),
+            "torch": torch.__version__, "backend": "gloo",
+            "device": f"CPU {platform.machine()}, {os.cpu_count()} cores, shared: bytes are exact, "
+            "milliseconds are not",
         }  # fmt: skip
         text = json.dumps({"about": about, "records": found}, indent=2)
         Path(options.output).write_text(text + "\n")
