@@ -78,6 +78,9 @@ class RowAdam(torch.optim.Optimizer):
             closure: re-evaluates the loss, as in every torch optimiser.
             rows: ``[R]`` int64, distinct rows that occurred in the batch, on the host or the
                 device; pass them where labels are on the host, and only these rows are read. By
+                default the rows with a gradient other than 0, found without waiting for a device.
+            occurred: ``[K]`` bool on the device, instead of ``rows``: all rows are read, nothing
+                depends on how many occurred (a captured step).
         """
         loss = None
         if closure is not None:
