@@ -219,7 +219,11 @@ def draw(path: Path) -> None:
              "wfnet/cuda/captured": "wfnet, CUDA"}  # fmt: skip
     colours = dict(zip(shown, ("#888888", "#bbbbbb", "#d55e00", "#0072b2", "#009e73"), strict=True))
     groups = [
-        (f"{name}\n{content['device'].partition(',')[0]}", network["columns"])
+        (
+            f"{name}, {content['settings']['image_size']} px\n"
+            f"{content['device'].replace(', ', chr(10))}",
+            network["columns"],
+        )
         for content in step_files()
         for name, network in content["networks"].items()
         if "median_ms" in network["columns"].get("eager", {})
@@ -229,7 +233,7 @@ def draw(path: Path) -> None:
         for column in shown
         if any("median_ms" in columns.get(column, {}) for _, columns in groups)
     ]
-    figure, axes = pyplot.subplots(1, 2, figsize=(2 + 2.2 * len(groups), 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 2, figsize=(2 + 2.2 * len(groups), 3.8), layout="constrained")
     for axis, key, what in (
         (axes[0], "median_ms", "speed of a step / eager masks"),
         (axes[1], "peak_mebibytes", "peak memory / eager masks"),
@@ -249,7 +253,9 @@ def draw(path: Path) -> None:
         axis.set_ylabel(what)
         axis.margins(y=0.12)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8, loc="lower right", framealpha=1)
+    if present:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=len(present))
     figure.savefig(path, dpi=130, metadata={"Results": digest()})
     pyplot.close(figure)
 
