@@ -405,7 +405,11 @@ def check_plan(
         expected = unfused(gates.gather_samples(few, source), rows)
     span = expected.abs().max().clamp_min(1e-6)
     error = ((fused - expected).abs().max() / span).item()
-    limit = 64 * torch.finfo(fused.dtype).eps * layers**0.5
+    eps = torch.finfo(fused.dtype).eps
+    if fused.is_cuda and fused.dtype is torch.float32:  # products may be in TF32
+        eps = 2.0**-10
+    # In fp32, Inception's 94 layers round by 74 of these units; a wrong plan is off by about 1.
+    limit = min(256 * eps * layers**0.5, 0.1)
     if not error <= limit:
         raise NotFusable(f"fused and unfused outputs differ by {error:.1e} (limit {limit:.1e})")
 

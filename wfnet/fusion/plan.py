@@ -246,7 +246,8 @@ class _Folder:
         in_place = False
         if node.op == "call_module":
             call = self.modules[node.target]
-            in_place = bool(getattr(call, "inplace", False)) or any(
+            # An activation inside of a norm layer overwrites the layer's own result.
+            in_place = not isinstance(call, nn.BatchNorm2d) and any(
                 getattr(m, "inplace", False) for m in call.modules()
             )
         elif node.op == "call_function":
