@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -196,8 +197,16 @@ def table(summary: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def provenance() -> dict[str, Any]:
-    """What the numbers were measured with."""
+def provenance(
+    script: str = "quality",
+    measured: Sequence[str] = (":/wfnet",),
+    packages: Sequence[str] = ("torch", "timm", "numpy", "scikit-learn"),
+    units: str = "acc_* in %, means over classes; seconds of wall time on a shared machine",
+) -> dict[str, Any]:
+    """What the numbers of a script in this folder were measured with.
+
+    ``measured``: what must be committed for ``commit`` to be true; ``:/`` is the checkout's top.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
@@ -208,11 +217,10 @@ def provenance() -> dict[str, Any]:
         except (OSError, subprocess.CalledProcessError):
             return "unknown"
 
-    packages = ("torch", "timm", "numpy", "scikit-learn")
     return {
-        "command": " ".join(["python", "benchmarks/quality.py", *sys.argv[1:]]),
+        "command": " ".join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
         "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", "wfnet")),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--", *measured)),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"CPU {platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
         "versions": {
@@ -220,7 +228,7 @@ def provenance() -> dict[str, Any]:
             "python": platform.python_version(),
             **{name: metadata.version(name) for name in packages},
         },
-        "units": "acc_* in %, means over classes; seconds of wall time on a shared machine",
+        "units": units,
     }
 
 

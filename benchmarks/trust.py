@@ -14,21 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality import provenance
 from torch import nn
 
-import wfnet
 from wfnet import models, training, trust
 from wfnet.baselines import BaselineConfig, BaselineModels
 from wfnet.cli.classifier import load_weights
@@ -86,7 +80,13 @@ def main() -> None:
     write_json(
         arguments.output,
         {
-            **provenance(),
+            **provenance(
+                "trust",
+                MEASURED,
+                ("torch", "numpy", "scikit-learn"),
+                "fractions in [0, 1], means over classes; kl and js in nats; seconds on a shared "
+                "machine",
+            ),
             "data": data.name,
             "network": kind,
             "classes": arguments.classes,
@@ -136,34 +136,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _rounded(inner) for name, inner in value.items()}
     return round(value, 4) if isinstance(value, float) else value
-
-
-def provenance() -> dict[str, Any]:
-    """What the numbers were measured with."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    return {
-        "command": " ".join(["python", "benchmarks/trust.py", *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", *MEASURED)),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU {platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        "versions": {
-            "wfnet": wfnet.__version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("torch", "numpy", "scikit-learn")},
-        },
-        "units": "fractions in [0, 1], means over classes; kl and js in nats; seconds on a shared "
-        "machine",
-    }
 
 
 if __name__ == "__main__":
