@@ -29,7 +29,7 @@ from wfnet import gates, metrics
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
-from wfnet.evaluation.running import Progress, evaluation_mode
+from wfnet.evaluation.running import Progress, as_input, evaluation_mode
 from wfnet.expansion import generator_for
 from wfnet.network import WFNet
 
@@ -154,7 +154,6 @@ def attribution(
     started = time.perf_counter()
     left = torch.tensor([row for row in rows.tolist() if row not in kept], dtype=torch.int64)
     bar = Progress(int(torch.isin(labels, left).sum()) * 4 * (steps + 1), progress, "attributing")
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
     weight = next(iter(net.masked_layers.values())).weight
     for part in left.split(classes_together):
         changed = _changed_rows(net, part, steps, seed, order)
@@ -164,7 +163,7 @@ def attribution(
         chosen = torch.isin(labels, part).nonzero().flatten()
         with evaluation_mode(net, changed), torch.inference_mode():
             for batch in batches(dataset, chosen.split(batch_size), workers, corrupt):
-                images = batch.images.to(weight.device, weight.dtype, memory_format=memory_format)
+                images = as_input(batch.images, weight, channels_last)
                 kept_share = _confidences(
                     net, changed, images, batch.labels, place[batch.labels], 4 * (steps + 1),
                     batch_size, amp_dtype,

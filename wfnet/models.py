@@ -1,6 +1,7 @@
 """Networks for images of 28 or 32 pixels: small ones, and those of the paper cut to that size."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +183,23 @@ def small_vit(
     """
     if width % 32:
         raise ValueError(f"the width of a ViT must be a multiple of 32, got {width}")
+    return _vision_transformer(
+        num_classes, in_channels, width, depth, patch_size, image_size, head_width=32,
+        mlp_ratio=2.0, global_pool="avg", class_token=False,
+    )  # fmt: skip
+
+
+def _vision_transformer(
+    num_classes: int,
+    in_channels: int,
+    width: int,
+    depth: int,
+    patch_size: int,
+    image_size: int,
+    head_width: int,
+    **options: Any,
+) -> nn.Module:
+    """timm's VisionTransformer with a head for each `head_width` of `width`."""
     return require("timm.models.vision_transformer", "train").VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -189,10 +207,8 @@ def small_vit(
         num_classes=num_classes,
         embed_dim=width,
         depth=depth,
-        num_heads=width // 32,
-        mlp_ratio=2.0,
-        global_pool="avg",
-        class_token=False,
+        num_heads=width // head_width,
+        **options,
     )
 
 
@@ -216,14 +232,8 @@ def vit_tiny(
         raise ValueError(
             f"images of {image_size} pixels are not divided by patches of {patch_size}"
         )
-    return require("timm.models.vision_transformer", "train").VisionTransformer(
-        img_size=image_size,
-        patch_size=patch_size,
-        in_chans=in_channels,
-        num_classes=num_classes,
-        embed_dim=width,
-        depth=depth,
-        num_heads=width // 64,
+    return _vision_transformer(
+        num_classes, in_channels, width, depth, patch_size, image_size, head_width=64
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wfnet.backends import Backend, Below, ConvGeometry, Finished, cuda_launch, gates
 from wfnet.backends.cuda_launch import Axis, Gradient, Layer, Want
-from wfnet.backends.winners import winner
+from wfnet.backends.winners import winner_conv2d, winner_linear
 from wfnet.tables import GatedLayer, GateTables, StepTables, side_by_side
 
 _MOST_LABELS = 16
@@ -76,11 +76,6 @@ def _refuse_columns(columns: int) -> str | None:
     return None
 
 
-def _measured_fastest(op: str, key: str, x: Tensor) -> bool:
-    device = torch.cuda.get_device_name(x.device)
-    return winner(op, key, str(x.dtype).removeprefix("torch."), device) == "cuda"
-
-
 class CudaBackend(Backend):
     """Implicit GEMM with the per-sample scale and shift in its epilogue.
 
@@ -132,21 +127,12 @@ class CudaBackend(Backend):
     ) -> bool:
         if geometry.groups != 1 or self.refuse_conv2d(x, weight, geometry) is not None:
             return False
-        from wfnet.kernels.config import ConvShape  # shape keys only
-
-        shape = ConvShape(
-            batch, x.shape[2], x.shape[3], x.shape[1], weight.shape[0], tuple(weight.shape[2:]),
-            geometry.stride, geometry.padding, geometry.dilation,
-        )  # fmt: skip
-        return _measured_fastest("conv2d", shape.key(), x)
+        return winner_conv2d(x, weight, geometry, batch) == self.name
 
     def measured_fastest_linear(self, x: Tensor, weight: Tensor, batch: int) -> bool:
         if self.refuse_linear(x, weight) is not None:
             return False
-        from wfnet.kernels.config import LinearShape
-
-        shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
-        return _measured_fastest("linear", shape.key(), x)
+        return winner_linear(x, weight, batch) == self.name
 
     def conv2d(
         self,

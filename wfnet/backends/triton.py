@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from wfnet.backends import Backend, Below, ConvGeometry, Finished, gates
-from wfnet.backends.winners import winner
+from wfnet.backends.winners import winner_conv2d, winner_linear
 from wfnet.tables import GatedLayer, GateTables, StepTables
 
 try:
@@ -49,12 +49,6 @@ def _refuse_tensor(x: Tensor) -> str | None:
     if torch.cuda.get_device_properties(x.device).major < 8:
         return "the Triton kernels need compute capability 8.0 or later"
     return None
-
-
-def _measured_fastest(op: str, shape: ConvShape | LinearShape, x: Tensor) -> bool:
-    device = torch.cuda.get_device_name(x.device)
-    dtype = str(x.dtype).removeprefix("torch.")
-    return winner(op, shape.key(), dtype, device) == "triton"
 
 
 class TritonBackend(Backend):
@@ -133,17 +127,12 @@ class TritonBackend(Backend):
     ) -> bool:
         if triton is None or geometry.groups != 1:
             return False
-        shape = ConvShape(
-            batch, x.shape[2], x.shape[3], x.shape[1], weight.shape[0], tuple(weight.shape[2:]),
-            geometry.stride, geometry.padding, geometry.dilation,
-        )  # fmt: skip
-        return _measured_fastest("conv2d", shape, x)
+        return winner_conv2d(x, weight, geometry, batch) == self.name
 
     def measured_fastest_linear(self, x: Tensor, weight: Tensor, batch: int) -> bool:
         if triton is None:
             return False
-        shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
-        return _measured_fastest("linear", shape, x)
+        return winner_linear(x, weight, batch) == self.name
 
     def conv2d(
         self,

@@ -16,6 +16,13 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from wfnet.backends import ConvGeometry
 
 TABLE = Path(__file__).with_name("winners.json")
 _FIELDS = ("op", "shape", "dtype", "device", "winner", "ms", "torch", "triton", "commit")
@@ -51,3 +58,27 @@ def winner(op: str, shape_key: str, dtype: str, device_name: str) -> str | None:
         device_name: as ``torch.cuda.get_device_name`` has it.
     """
     return load().get((op, shape_key, dtype, device_name))
+
+
+def winner_conv2d(x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int) -> str | None:
+    """The winner for a convolution without groups of ``batch`` samples, on the device of ``x``."""
+    from wfnet.kernels.config import ConvShape  # shape keys only
+
+    shape = ConvShape(
+        batch, x.shape[2], x.shape[3], x.shape[1], weight.shape[0], tuple(weight.shape[2:]),
+        geometry.stride, geometry.padding, geometry.dilation,
+    )  # fmt: skip
+    return _winner_of("conv2d", shape.key(), x)
+
+
+def winner_linear(x: Tensor, weight: Tensor, batch: int) -> str | None:
+    """The winner for a linear map of ``batch`` samples, on the device of ``x``."""
+    from wfnet.kernels.config import LinearShape
+
+    shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
+    return _winner_of("linear", shape.key(), x)
+
+
+def _winner_of(op: str, key: str, x: Tensor) -> str | None:
+    dtype = str(x.dtype).removeprefix("torch.")
+    return winner(op, key, dtype, torch.cuda.get_device_name(x.device))

@@ -19,10 +19,10 @@ from wfnet.baselines import (
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.evaluate import PARTS, add_relearn_options, relearn_config
 from wfnet.cli.inputs import (
+    check_class_count,
     check_run_folder,
     choose_device,
     class_indices,
-    count_classes,
     make_classifier,
     open_images,
 )
@@ -134,12 +134,8 @@ def run(options: argparse.Namespace) -> int:
     config = check_run_folder(folder)
     output = Path(options.output or folder / FOLDER)
     configs = {method: _config(method, options) for method in options.methods}
-    num_classes = count_classes(options)
-    if num_classes != config["num_classes"]:
-        raise ValueError(
-            f"{options.data or options.data_dir} has {num_classes} classes, the filters in "
-            f"{folder} {config['num_classes']}; use the data that they were made for"
-        )
+    num_classes = config["num_classes"]
+    check_class_count(options, folder, num_classes, "use")
     training = _training(options)
     check_writable(output)
     device = choose_device(options.device)

@@ -16,10 +16,10 @@ from wfnet.attribution import ORDERS, attribution
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.drawing import draw_evaluation
 from wfnet.cli.inputs import (
+    check_class_count,
     check_run_folder,
     choose_device,
     class_indices,
-    count_classes,
     data_name,
     load_network,
     open_images,
@@ -210,13 +210,8 @@ def run(options: argparse.Namespace) -> int:
 def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     config = check_run_folder(folder)
     output = Path(options.output or folder)
-    found = count_classes(options)
-    if found != config["num_classes"]:
-        raise ValueError(
-            f"{options.data or options.data_dir} has {found} classes, the filters in {folder} "
-            f"{config['num_classes']}; evaluate on the data that they were made for"
-        )
-    cell = _cell(options, found)
+    check_class_count(options, folder, config["num_classes"], "evaluate on")
+    cell = _cell(options, config["num_classes"])
     relearn = relearn_config(options)
     baselines = read_baselines(options.baselines or folder / "baselines") if options.tables else []
     check_baselines(

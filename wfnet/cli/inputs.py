@@ -183,6 +183,20 @@ def check_run_folder(folder: Path) -> dict[str, Any]:
     return read_config(folder)
 
 
+def check_class_count(options: argparse.Namespace, folder: Path, filters: int, remedy: str) -> None:
+    """Compares the classes of the data with those that the filters in ``folder`` were made for.
+
+    Raises:
+        ValueError: if they differ; the sentence ends with ``remedy``.
+    """
+    found = count_classes(options)
+    if found != filters:
+        raise ValueError(
+            f"{options.data or options.data_dir} has {found} classes, the filters in {folder} "
+            f"{filters}; {remedy} the data that they were made for"
+        )
+
+
 def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int) -> list[int]:
     """Class numbers from numbers or names.
 

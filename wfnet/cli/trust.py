@@ -15,9 +15,9 @@ from torch import nn
 
 from wfnet import trust
 from wfnet.cli.inputs import (
+    check_class_count,
     check_run_folder,
     class_indices,
-    count_classes,
     load_network,
     open_images,
 )
@@ -112,12 +112,7 @@ def run(options: argparse.Namespace) -> int:
     config = check_run_folder(folder)
     output = Path(options.output or folder)
     check_writable(output)
-    found = count_classes(options)
-    if found != config["num_classes"]:
-        raise ValueError(
-            f"{options.data or options.data_dir} has {found} classes, the filters in {folder} "
-            f"{config['num_classes']}; check them on the data that they were made for"
-        )
+    check_class_count(options, folder, config["num_classes"], "check them on")
     net, classifier = load_network(options, folder)
     data = open_images(options, classifier)
     classes = list(range(net.num_classes))

@@ -17,7 +17,7 @@ from wfnet import metrics
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.evaluation.rows import broken_logits
-from wfnet.evaluation.running import Progress, evaluation_mode
+from wfnet.evaluation.running import Progress, as_input, evaluation_mode
 from wfnet.network import WFNet
 
 _GROUPS_TOGETHER = 64
@@ -207,7 +207,6 @@ def _count(
     """Images per class ``[K]``, hits per group and class ``[G, K]``, the original's ``[K]``."""
     weight = next(iter(net.masked_layers.values())).weight
     device = weight.device
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
     count = len(groups)
     seen = torch.zeros(net.num_classes, dtype=torch.int64)
     before = torch.zeros_like(seen)
@@ -219,7 +218,7 @@ def _count(
         torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
     ):
         for batch in batches(dataset, order, workers, corrupt):
-            images = batch.images.to(device, weight.dtype, memory_format=memory_format)
+            images = as_input(batch.images, weight, channels_last)
             plain = net(images, forget=None)
             broken = broken_logits(plain)
             seen += torch.bincount(batch.labels, minlength=len(seen))

@@ -18,7 +18,7 @@ from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limi
 from wfnet.data.multilabel import multi_hot_of
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.evaluation.rows import broken_logits
-from wfnet.evaluation.running import Progress, evaluation_mode
+from wfnet.evaluation.running import Progress, as_input, evaluation_mode
 from wfnet.extras import require
 from wfnet.network import WFNet
 from wfnet.pretrained import write_atomically, write_json
@@ -240,7 +240,6 @@ def _scores(
     """Logits ``[N, R, K]`` under each of ``rows``, the original's ``[N, K]``, truth ``[N, K]``."""
     weight = next(iter(net.masked_layers.values())).weight
     device = weight.device
-    memory_format = torch.channels_last if channels_last else torch.preserve_format
     multi_hot = multi_hot_of(dataset)
     count = len(rows)
     filtered, before, truth = [], [], []
@@ -251,7 +250,7 @@ def _scores(
     ):
         order = torch.arange(len(multi_hot)).split(max(1, batch_size // count))
         for batch in batches(dataset, order, workers, corrupt):
-            images = batch.images.to(device, weight.dtype, memory_format=memory_format)
+            images = as_input(batch.images, weight, channels_last)
             plain = net(images, forget=None)
             source = torch.arange(len(images)).repeat_interleave(count).to(device)
             logits = net(images, rows.repeat(len(images)).to(device), source)

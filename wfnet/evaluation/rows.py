@@ -32,7 +32,7 @@ from wfnet.evaluation.pairs import (
 )
 from wfnet.evaluation.partial import check_identity, data_identity, network_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
-from wfnet.evaluation.running import Progress, evaluation_mode
+from wfnet.evaluation.running import Progress, as_input, evaluation_mode
 from wfnet.network import WFNet
 from wfnet.pretrained import fingerprint, read_tensors, write_tensors
 from wfnet.version import __version__
@@ -177,7 +177,7 @@ class Run:
         zrf_mode: str,
     ):
         weight = next(iter(net.masked_layers.values())).weight
-        self.device, self.dtype = weight.device, weight.dtype
+        self.weight, self.device, self.dtype = weight, weight.device, weight.dtype
         self.on_gpu = self.device.type == "cuda"
         found = next((p.device for p in initial.parameters()), self.device)
         if found != self.device:
@@ -197,10 +197,7 @@ class Run:
 
     def chunk(self, batch: Batch) -> int:
         """Runs some images under all their rows; returns the number of pairs."""
-        memory_format = torch.channels_last if self.channels_last else torch.preserve_format
-        images = batch.images.to(
-            self.device, self.dtype, non_blocking=True, memory_format=memory_format
-        )
+        images = as_input(batch.images, self.weight, self.channels_last)
         labels = batch.labels.to(self.device, non_blocking=True)
         autocast = nullcontext()
         if self.amp_dtype is not None:

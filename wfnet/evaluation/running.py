@@ -7,7 +7,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -21,6 +22,12 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def as_input(images: Tensor, like: Tensor, channels_last: bool) -> Tensor:
+    """``images [n, C, H, W]`` with device and dtype of ``like``, in the layout asked for."""
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    return images.to(like.device, like.dtype, non_blocking=True, memory_format=layout)
 
 
 class Progress:
