@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,8 +24,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from wfnet.benchmarking.timing import about
 from wfnet.distributed import Ranks, bytes_sent
 from wfnet.expansion import RoundRobinSampler, expand, generator_for
+from wfnet.pretrained import write_json
 
 WAYS = ("dense", "rows", "gather")
 
@@ -138,18 +137,14 @@ def main() -> None:
             f"{record['most']} | {' | '.join(cells)} |"
         )
     if options.output:
-        git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-        about = {
-            "command": " ".join(["python", "benchmarks/bench_allreduce.py", *sys.argv[1:]]),
-            "commit": commit or "unknown", "date": time.strftime("%Y-%m-%d"),
-            "classes": options.classes, "gates": options.gates, "expansion": options.expansion,
-            "torch": torch.__version__, "backend": "gloo",
-            "device": f"CPU {platform.machine()}, {os.cpu_count()} cores, shared: bytes are exact, "
-            "milliseconds are not",
-        }  # fmt: skip
-        text = json.dumps({"about": about, "records": found}, indent=2)
-        Path(options.output).write_text(text + "\n")
+        record = {
+            "benchmark": "allreduce",
+            "settings": vars(options),
+            "backend": "gloo",
+            **about("cpu", ["benchmarks/bench_allreduce.py", *sys.argv[1:]]),
+            "records": found,
+        }
+        write_json(options.output, record)
 
 
 if __name__ == "__main__":

@@ -24,18 +24,21 @@ the device's measured rates (known for the H200; give --tflops and --gbs for ano
 residual), for eager, triton, cuda and cudnn: what must move is x, the residual and out.
 
 Without a CUDA device shapes shrink (--scale) so that the run takes minutes; such numbers say
-nothing about a GPU. Writes CSV, JSON and a plot with device, versions, commit and command.
+nothing about a GPU. Writes CSV, JSON and a plot with device, versions, commit and command; JSON and
+CSV after every layer. A provider that fails at a layer is recorded as failed there, and the run
+goes on and ends with status 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import statistics
-import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,10 +48,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from wfnet.kernels.config import ConvShape, LinearShape
 
-import wfnet
 import wfnet.functional as wf
 from wfnet import backends, reference
 from wfnet.backends import ConvGeometry
+from wfnet.benchmarking.timing import about
+from wfnet.pretrained import write_atomically, write_json
 
 PROVIDERS = ("loop", "eager", "compile", "unmasked", "triton", "cuda")
 FUSED_PROVIDERS = ("eager", "triton", "cuda", "cudnn")
@@ -328,39 +332,61 @@ class Clock:
         return marks[0].elapsed_time(marks[1]), marks[2].elapsed_time(marks[3])
 
 
+class Failures:
+    """Why providers failed at one layer; what failed once is not called again."""
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, str] = {}
+
+    def attempt(self, name: str, call: Callable, *arguments: object) -> object:
+        """``call(*arguments)``; None if it raises or ``name`` had failed before."""
+        if name in self.reasons:
+            return None
+        try:
+            return call(*arguments)
+        except Exception as error:  # compilers and drivers have errors of many kinds
+            traceback.print_exc()
+            first = next(iter(str(error).splitlines()), "")
+            self.reasons[name] = f"{type(error).__name__}: {first}"
+            return None
+
+    def status(self, name: str, runs: bool) -> str:
+        """Of a row: ok, not run, or failed with the reason."""
+        if name in self.reasons:
+            return f"failed: {self.reasons[name]}"
+        return "ok" if runs else "not run"
+
+
 def measure(
     problem: Problem, providers: list[str], repeats: int, clock: Clock
 ) -> list[dict[str, object]]:
     """One row per provider: medians of interleaved repeats."""
-    steps = {name: step_of(name, problem) for name in providers}
+    failures = Failures()
+    steps = {name: failures.attempt(name, step_of, name, problem) for name in providers}
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in providers}
     for repeat in range(-2, repeats):  # two rounds to warm up, compile and tune
         for name, step in steps.items():
-            if step is None:
-                continue
-            for series, value in zip(times[name], clock(*step), strict=True):
-                if repeat >= 0:
+            found = failures.attempt(name, clock, *step) if step is not None else None
+            if found is not None and repeat >= 0:
+                for series, value in zip(times[name], found, strict=True):
                     series.append(value)
     op, key = problem.shape_key()
     rows = []
     for name in providers:
-        row = {"layer": problem.layer.name, "op": op, "shape": key, "provider": name}
-        if steps[name] is None:
-            rows.append({**row, "status": "not run"})
-            continue
-        forward, backward = (statistics.median(series) for series in times[name])
-        step_ms = forward + backward
-        rows.append(
-            {
-                **row,
-                "status": "ok",
+        status = failures.status(name, steps[name] is not None)
+        row = {"layer": problem.layer.name, "op": op, "shape": key, "provider": name,
+               "status": status}  # fmt: skip
+        if status == "ok":
+            forward, backward = (statistics.median(series) for series in times[name])
+            step_ms = forward + backward
+            row |= {
                 "forward_ms": forward,
                 "backward_ms": backward,
                 "step_ms": step_ms,
                 "tflops": problem.flops() / step_ms / 1e9,
                 "gbs": problem.bytes() / step_ms / 1e6,
             }
-        )
+        rows.append(row)
     return rows
 
 
@@ -368,34 +394,34 @@ def measure_fused(
     problem: Problem, providers: list[str], repeats: int, clock: Clock
 ) -> list[dict[str, object]]:
     """One row per provider: the median of interleaved forward passes."""
-    calls = {name: fused_of(name, problem) for name in providers}
+    failures = Failures()
+    calls = {name: failures.attempt(name, fused_of, name, problem) for name in providers}
     times: dict[str, list[float]] = {name: [] for name in providers}
     for repeat in range(-2, repeats):
         for name, call in calls.items():
+            found = None
             if call is not None:
-                milliseconds, _ = clock(call, lambda y: None)
-                times[name] += [milliseconds] if repeat >= 0 else []
+                found = failures.attempt(name, clock, call, lambda y: None)
+            if found is not None and repeat >= 0:
+                times[name].append(found[0])
     op, key = problem.shape_key()
     elements = problem.x.numel() + 2 * problem.dout.numel() + problem.weight.numel()
     flops = 2 * problem.dout.numel() * problem.weight[0].numel()
     rows = []
     for name in providers:
-        row = {"layer": problem.layer.name, "op": f"fused {op}", "shape": key, "provider": name}
-        if calls[name] is None:
-            rows.append({**row, "status": "not run"})
-            continue
-        forward = statistics.median(times[name])
-        rows.append(
-            {
-                **row,
-                "status": "ok",
+        status = failures.status(name, calls[name] is not None)
+        row = {"layer": problem.layer.name, "op": f"fused {op}", "shape": key, "provider": name,
+               "status": status}  # fmt: skip
+        if status == "ok":
+            forward = statistics.median(times[name])
+            row |= {
                 "forward_ms": forward,
                 "backward_ms": 0.0,
                 "step_ms": forward,
                 "tflops": flops / forward / 1e9,
                 "gbs": elements * problem.x.element_size() / forward / 1e6,
             }
-        )
+        rows.append(row)
     return rows
 
 
@@ -406,48 +432,20 @@ def floor_ms(problem: Problem, rates: tuple[float, float] | None) -> float | Non
     return max(problem.flops() / rates[0] / 1e9, problem.bytes() / rates[1] / 1e6)
 
 
-def provenance(arguments: argparse.Namespace, device: str) -> dict[str, object]:
-    """Device, versions, commit and command that belong to every number."""
-
-    def git(*words: str) -> str:
-        here = Path(__file__).parent
-        run = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False)
-        return run.stdout.strip()
-
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "triton": triton_version,
-        "cuda": torch.version.cuda,
-        "wfnet": wfnet.__version__,
-        "commit": git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else ""),
-        "command": " ".join(["python", *sys.argv]),
-        "dtype": arguments.dtype,
-        "batch": arguments.batch,
-        "scale": arguments.scale,
-        "repeats": arguments.repeats,
-    }
-
-
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     """One line per layer and provider."""
     fields = (
         "layer", "op", "shape", "provider", "status", "forward_ms", "backward_ms", "step_ms",
         "tflops", "gbs", "floor_ms",
     )  # fmt: skip
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fields, restval="")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fields, restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
 
 
-def write_plot(path: Path, rows: list[dict[str, object]], about: dict[str, object]) -> None:
+def write_plot(path: Path, rows: list[dict[str, object]], title: str) -> None:
     """Time of every provider relative to the unmasked layer (--fused: to eager), layer by layer."""
     try:
         import matplotlib
@@ -473,37 +471,47 @@ def write_plot(path: Path, rows: list[dict[str, object]], about: dict[str, objec
     axes.set_yscale("log")
     axes.set_ylabel(f"time / {norm}")
     axes.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
-    axes.set_title(f"{about['device']}, {about['dtype']}, batch {about['batch']}", fontsize=9)
+    axes.set_title(title, fontsize=9)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def write_winners(path: Path, rows: list[dict[str, object]], about: dict[str, object]) -> None:
-    """Merges this run's winners among the backends into the table that ``auto`` reads."""
-    if about["device"] == "cpu":
-        raise SystemExit("--winners records measurements of a CUDA device; this run has none")
-    if str(about["commit"]).endswith("-dirty"):
-        raise SystemExit("--winners needs a committed checkout, so that its commit can be named")
-    entries = {
-        (e["op"], e["shape"], e["dtype"], e["device"]): e for e in json.loads(path.read_text())
-    }
+def write_winners(path: Path, record: dict[str, object]) -> None:
+    """Merges a run's winners among the backends into the table that ``auto`` reads."""
+    entries = {}
+    if path.exists():
+        for entry in json.loads(path.read_text()):
+            entries[entry["op"], entry["shape"], entry["dtype"], entry["device"]] = entry
     by_shape: dict[tuple[str, str], dict[str, float]] = {}
-    for row in rows:
+    for row in record["rows"]:
         if row["status"] == "ok" and row["provider"] in backends.KERNELS:
             by_shape.setdefault((row["op"], row["shape"]), {})[row["provider"]] = row["step_ms"]
+    dtype, device = record["settings"]["dtype"], record["device"]
     for (op, shape), ms in by_shape.items():
         if len(ms) > 1:
-            entries[op, shape, about["dtype"], about["device"]] = {
+            entries[op, shape, dtype, device] = {
                 "op": op,
                 "shape": shape,
-                "dtype": about["dtype"],
-                "device": about["device"],
+                "dtype": dtype,
+                "device": device,
                 "winner": min(ms, key=ms.__getitem__),
                 "ms": ms,
-                **{name: about[name] for name in ("torch", "triton", "commit")},
+                **{name: record[name] for name in ("torch", "triton", "commit")},
             }
-    path.write_text(json.dumps([entries[key] for key in sorted(entries)], indent=1) + "\n")
+    text = json.dumps([entries[key] for key in sorted(entries)], indent=1) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def refuse_winners(device: str, commit: str) -> str | None:
+    """Why this run's winners may not be recorded."""
+    if device != "cuda":
+        return "--winners records measurements of a CUDA device; this run has none"
+    if commit == "unknown" or commit.endswith("+changes"):
+        return (
+            f"--winners needs a committed checkout, so that its commit can be named, not {commit}"
+        )
+    return None
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -543,8 +551,13 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, prints a table and writes the results."""
     arguments = parse(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    about = provenance(arguments, device)
-    rates = RATES.get(about["device"])
+    measured_with = about(
+        device, ["benchmarks/bench_ops.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    refusal = arguments.winners and refuse_winners(device, measured_with["commit"])
+    if refusal:
+        raise SystemExit(refusal)
+    rates = RATES.get(measured_with["device"])
     if arguments.tflops is not None:
         rates = (arguments.tflops, arguments.gbs)
     layers = [layer for layer in LAYERS if layer.name.startswith(tuple(arguments.layers))]
@@ -553,7 +566,18 @@ def main(argv: list[str] | None = None) -> int:
     if not layers:
         raise SystemExit(f"no layer starts with {' or '.join(arguments.layers)}")
     clock, rows = Clock(device), []
-    print(f"{about['device']}, {about['dtype']}, batch {about['batch']}, scale {about['scale']}")
+    title = (
+        f"{measured_with['device']}, {arguments.dtype}, batch {arguments.batch}, scale "
+        f"{arguments.scale}"
+    )
+    record = {
+        "benchmark": "ops",
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        **measured_with,
+        "layers": [asdict(layer) for layer in layers],
+        "rows": rows,
+    }
+    print(title)
     for layer in layers:
         problem = make_problem(
             layer, arguments.batch, arguments.scale, DTYPES[arguments.dtype], device,
@@ -572,16 +596,13 @@ def main(argv: list[str] | None = None) -> int:
                     + ("" if floor is None else f"  floor {floor:.3f} ms")
                 )
             print(f"{layer.name:30s} {row['provider']:9s} {timing}", flush=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    write_csv(arguments.output / "bench_ops.csv", rows)
-    layers_used = [asdict(layer) for layer in layers]
-    text = json.dumps({"about": about, "layers": layers_used, "rows": rows}, indent=1)
-    (arguments.output / "bench_ops.json").write_text(text + "\n")
-    write_plot(arguments.output / "bench_ops.png", rows, about)
-    if arguments.winners:
-        write_winners(arguments.winners, rows, about)
+        write_csv(arguments.output / "bench_ops.csv", rows)
+        write_json(arguments.output / "bench_ops.json", record)
+        if arguments.winners:
+            write_winners(arguments.winners, record)
+    write_plot(arguments.output / "bench_ops.png", rows, title)
     print(f"written to {arguments.output}")
-    return 0
+    return int(any(row["status"].startswith("failed") for row in rows))
 
 
 if __name__ == "__main__":

@@ -55,16 +55,14 @@ def test_fused_forward_computes_what_it_says(bench):
 def test_the_compiled_kernels_can_win(bench, tmp_path):
     table = tmp_path / "winners.json"
     table.write_text("[]")
-    about = {"device": "D", "dtype": "bfloat16", "commit": "c", "torch": "2", "triton": "3"}
     times = {"eager": 2.0, "triton": 1.0, "cuda": 0.9, "compile": 0.1}
-    bench.write_winners(
-        table,
-        [
-            {"op": "linear", "shape": "s", "provider": name, "status": "ok", "step_ms": ms}
-            for name, ms in times.items()
-        ],
-        about,
-    )
+    rows = [
+        {"op": "linear", "shape": "s", "provider": name, "status": "ok", "step_ms": ms}
+        for name, ms in times.items()
+    ]
+    record = {"device": "D", "commit": "c", "torch": "2", "triton": "3", "rows": rows,
+              "settings": {"dtype": "bfloat16"}}  # fmt: skip
+    bench.write_winners(table, record)
     (entry,) = json.loads(table.read_text())
     assert entry["ms"] == {"eager": 2.0, "triton": 1.0, "cuda": 0.9}
     assert winners.load(table) == {("linear", "s", "bfloat16", "D"): "cuda"}

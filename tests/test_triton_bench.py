@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from wfnet.backends import winners
+from wfnet.benchmarking.timing import commit, device_name
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_ops.py"
 
@@ -46,25 +47,61 @@ def test_small_run_writes_its_results(bench, no_device, tmp_path):
             assert float(row["step_ms"]) > 0
             assert float(row["tflops"]) > 0
         assert float(row["floor_ms"]) > 0
-    about = json.loads((tmp_path / "bench_ops.json").read_text())["about"]
-    assert about["device"] == "cpu"
-    assert about["commit"]
+    record = json.loads((tmp_path / "bench_ops.json").read_text())
+    assert record["device"] == device_name(torch.device("cpu"))
+    assert record["commit"] == commit()
+    assert record["settings"]["classes"] == 5
     assert (tmp_path / "bench_ops.png").stat().st_size > 1000
 
 
-def test_winners_come_from_a_committed_checkout_on_a_device(bench, tmp_path):
+def test_a_provider_that_fails_is_recorded_and_the_others_are_measured(
+    bench, no_device, tmp_path, monkeypatch
+):
+    def broken(problem):
+        raise ValueError("no such\nkernel")
+
+    monkeypatch.setattr(bench, "_loop", broken)
+    arguments = ["--layers", "resnet18.conv1", "vit_tiny", "--providers", "loop", "eager"]
+    arguments += ["--scale", "16", "--batch", "2", "--repeats", "1", "--output", str(tmp_path)]
+    assert bench.main(arguments) == 1
+    rows = json.loads((tmp_path / "bench_ops.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["failed: ValueError: no such", "ok"] * 2
+    assert all(row["step_ms"] > 0 for row in rows if row["provider"] == "eager")
+
+
+def test_finished_layers_are_on_disk_when_the_run_ends_early(
+    bench, no_device, tmp_path, monkeypatch
+):
+    make_problem = bench.make_problem
+
+    def second_layer_kills(layer, *arguments):
+        if layer.name.startswith("vit"):
+            raise KeyboardInterrupt
+        return make_problem(layer, *arguments)
+
+    monkeypatch.setattr(bench, "make_problem", second_layer_kills)
+    arguments = ["--layers", "resnet18.conv1", "vit_tiny", "--providers", "eager"]
+    arguments += ["--scale", "16", "--batch", "2", "--repeats", "1", "--output", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(arguments)
+    (row,) = json.loads((tmp_path / "bench_ops.json").read_text())["rows"]
+    assert row["layer"] == "resnet18.conv1"
+
+
+def test_winners_come_from_a_committed_checkout_on_a_device(bench, no_device, tmp_path):
     table = tmp_path / "winners.json"
-    table.write_text("[]")
-    about = {"device": "cpu", "dtype": "bfloat16", "commit": "c", "torch": "2", "triton": "3"}
     rows = [
         {"op": "linear", "shape": "s", "provider": p, "status": "ok", "step_ms": ms}
         for p, ms in (("eager", 2.0), ("triton", 1.0), ("unmasked", 0.5))
     ]
+    record = {"device": "D", "commit": "c", "torch": "2", "triton": "3", "rows": rows,
+              "settings": {"dtype": "bfloat16"}}  # fmt: skip
     with pytest.raises(SystemExit, match="CUDA device"):
-        bench.write_winners(table, rows, about)
-    with pytest.raises(SystemExit, match="committed"):
-        bench.write_winners(table, rows, {**about, "device": "D", "commit": "c-dirty"})
-    bench.write_winners(table, rows, {**about, "device": "D"})
+        bench.main(["--winners", str(table)])
+    assert "committed" in bench.refuse_winners("cuda", "c+changes")
+    assert "committed" in bench.refuse_winners("cuda", "unknown")
+    assert bench.refuse_winners("cuda", "c") is None
+    bench.write_winners(table, record)
     (entry,) = json.loads(table.read_text())
     assert entry["winner"] == "triton"
     assert entry["ms"] == {"eager": 2.0, "triton": 1.0}

@@ -88,7 +88,13 @@ def _silent_stderr() -> Iterator[None]:
 
 
 def commit() -> str:
-    """The checkout's commit, "+changes" if files differ from it, "unknown" outside of one."""
+    """The checkout's commit, "+changes" if files differ from it.
+
+    WFNET_COMMIT names it where files were copied without their repository; else "unknown" there.
+    """
+    told = os.environ.get("WFNET_COMMIT")
+    if told:
+        return told
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run(
@@ -112,18 +118,23 @@ def device_name(device: torch.device) -> str:
     return f"{platform.processor()}, {torch.get_num_threads()} threads"
 
 
+def _nvidia_smi(device: torch.device, query: str) -> str:
+    """What the driver's tool answers to ``--query-gpu=query``; "unknown" if it does not."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader",
+             f"--id={device.index or 0}"],
+            capture_output=True, text=True, timeout=20,
+        )  # fmt: skip
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
 def clocks(device: torch.device) -> str:
     """Clock rates at this moment: a GPU's as its driver tells them, the mean over a CPU's cores."""
     if device.type == "cuda":
-        query = "--query-gpu=clocks.sm,clocks.mem,power.limit"
-        try:
-            found = subprocess.run(
-                ["nvidia-smi", query, "--format=csv,noheader", f"--id={device.index or 0}"],
-                capture_output=True, text=True, timeout=20,
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired):
-            return "unknown"
-        return found.stdout.strip() or "unknown"
+        return _nvidia_smi(device, "clocks.sm,clocks.mem,power.limit")
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -133,7 +144,7 @@ def clocks(device: torch.device) -> str:
 
 
 def about(device: torch.device | str, command: Sequence[str]) -> dict[str, str | None]:
-    """What belongs beside every number: device, clocks, versions, commit, command, date.
+    """What belongs beside every number: device, driver, clocks, versions, commit, command, date.
 
     Args:
         command: script and arguments, as they were typed.
@@ -143,6 +154,7 @@ def about(device: torch.device | str, command: Sequence[str]) -> dict[str, str |
         "device": device_name(device),
         "clocks": clocks(device),
         "python": platform.python_version(),
+        "driver": _nvidia_smi(device, "driver_version") if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
     for package in ("torch", "triton", "timm", "torchvision"):
