@@ -17,6 +17,8 @@ the same weights, filters, images, labels, objective, dtype and layout for all:
     wfnet/BACKEND/unfused, /fused, /captured
                        this package; fused: one plan with the backward chain; captured: the same
                        as a CUDA graph (CUDA devices only)
+    wfnet/eager/compiled, /compiled_captured
+                       the plan with torch.compile of what lies between the convolutions
 
 Everything runs in one process, interleaved; medians with the least and the largest value, peak
 memory that a step adds, expanded samples per second, and the share of the floor (floors.py, with

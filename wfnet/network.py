@@ -63,10 +63,12 @@ class WFNet(nn.Module):
         fuse: True: fold each convolution with its BatchNorm, residual sum and ReLU and run the
             network as one autograd node (:mod:`wfnet.fusion`). A transformer keeps its own
             operations: what comes before the first mask (patch embedding, positions, first norm)
-            runs once per source image, and on a CUDA device the rest is compiled; "compile"
-            compiles it on any device. The result is compared with the unfused network once; where
-            fusing is not possible, the network runs unfused, with a line in the log. Can be set
-            later: ``net.fuse = True``.
+            runs once per source image, and on a CUDA device the rest is compiled. "compile": the
+            same with ``torch.compile`` of what lies between the convolutions (backend eager;
+            kernels of the others leave nothing between them), or of a transformer's rest on any
+            device; every size of a batch is compiled once. The result is compared with the unfused
+            network once; where fusing is not possible, the network runs unfused, with a line in
+            the log. Can be set later: ``net.fuse = True``.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
@@ -207,7 +209,9 @@ class WFNet(nn.Module):
                 backend = fusion.backend_for(self.masked_layers.values())
                 network = fusion.FusedNetwork(fusion.make_plan(self.model), backend)
                 self._check_fused(network, images)
-                logger.info("%s: %s", name, network.plan.describe())
+                if self.fuse == "compile" and backend.name == "eager":
+                    network = fusion.CompiledNetwork(network)
+                logger.info("%s: %s", name, network.describe())
                 return network
             return self._make_trunk(images)
         except fusion.NotFusable as reason:

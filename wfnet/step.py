@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from wfnet.expansion import ExpandedBatch
-from wfnet.fusion.execution import FusedNetwork, Run
 from wfnet.network import WFNet
 from wfnet.objectives import Losses, Objective, full_precision
 from wfnet.optimizers import RowAdam, clip_filters
@@ -163,8 +162,10 @@ class UntrainingStep:
             clip_filters([flat_matrix(self.params)], self.clip)
 
     def _gradient_of(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
-        network = self.net.fused_network(images)
-        if not isinstance(network, FusedNetwork) or not _same(network.filters(), self.params):
+        # In the dtype of the step: a backend may refuse others.
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            network = self.net.fused_network(images)
+        if network is None or not _same(network.filters(), self.params):
             return self._gradient_by_autograd(images, batch, into)
         rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
         original = None
@@ -173,7 +174,7 @@ class UntrainingStep:
                 none = rows.new_full((images.shape[0], 1), -1)
                 with torch.no_grad():
                     original = full_precision(network(images, none, None))
-            run = Run(network, images, rows, batch.source, save=True)
+            run = network.start(images, rows, batch.source)
             with torch.no_grad():
                 logits = run.forward()
         logits = logits.requires_grad_()

@@ -94,7 +94,8 @@ class UntrainConfig:
             classes than that, Acc_r is an estimate over rows drawn once.
         amp: autocast dtype, "bfloat16" or None.
         channels_last: images and weights in channels-last layout.
-        fuse: run the network as one fused plan where it can be (:mod:`wfnet.fusion`).
+        fuse: run the network as one fused plan where it can be (:mod:`wfnet.fusion`); "compile":
+            with what lies between the convolutions compiled (:class:`wfnet.WFNet`).
         workers, max_corrupt: as in :func:`wfnet.data.batches`.
         max_nan_steps: steps whose loss is NaN or infinite that may be left out, with a line in the
             log each; the next one ends the run. Above 0 the host waits for every loss.
@@ -130,7 +131,7 @@ class UntrainConfig:
     validation_rows: int = 4
     amp: str | None = None
     channels_last: bool = True
-    fuse: bool = True
+    fuse: bool | str = True
     workers: int = 0
     max_corrupt: int | None = None
     max_nan_steps: int = 0

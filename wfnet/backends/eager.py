@@ -40,7 +40,7 @@ def _column_sums(
     return scratch, t1, t0
 
 
-def _conv2d_input_gradient(
+def conv2d_input_gradient(
     du: Tensor, weight: Tensor, input_shape: tuple[int, ...], geometry: ConvGeometry
 ) -> Tensor:
     """``dx`` ``[N, C, H, W]`` from ``du`` ``[N, O, P, Q]``; the input itself is not needed."""
@@ -203,7 +203,7 @@ class EagerBackend(Backend):
         du = torch.mul(dout, scale[:, :, None, None], out=scratch)
         if source is not None:  # the convolution is linear: sum the variants of an image first
             du = segment_sum(du, source, input_shape[0])
-        return _conv2d_input_gradient(du, weight, input_shape, geometry), t1, t0
+        return conv2d_input_gradient(du, weight, input_shape, geometry), t1, t0
 
     fuses = True
 
@@ -293,7 +293,7 @@ class EagerBackend(Backend):
         skip: Tensor | None = None,
         below: Below | None = None,
     ) -> Finished:
-        dx = _conv2d_input_gradient(scaled_grad, weight, input_shape, geometry)
+        dx = conv2d_input_gradient(scaled_grad, weight, input_shape, geometry)
         if below is not None:
             return self.finish(dx, below, skip, may_overwrite=True)
         return Finished(dx if skip is None else dx.add_(skip), None)

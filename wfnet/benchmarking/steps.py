@@ -25,10 +25,18 @@ from wfnet.tables import flatten_filters
 logger = logging.getLogger("wfnet")
 
 PEERS = ("loop", "grouped", "vmap", "eager", "compile", "unmasked", "unmasked_compiled")
+_FUSE = {
+    "unfused": False,
+    "fused": True,
+    "captured": True,
+    "compiled": "compile",
+    "compiled_captured": "compile",
+}
 OURS = tuple(
     f"wfnet/{backend}/{how}"
     for backend in backends.KERNELS
-    for how in ("unfused", "fused", "captured")
+    for how in _FUSE
+    if backend == "eager" or _FUSE[how] != "compile"  # kernels leave nothing to compile
 )
 COLUMNS = (*PEERS, *OURS)
 _OBJECTIVE = BalancedObjective(distil=False)
@@ -173,17 +181,17 @@ def our_step(problem: Problem, backend: str, how: str) -> Step:
     net = copy.deepcopy(problem.net)
     for layer in net.masked_layers.values():
         layer.backend = backend
-    net.fuse = how != "unfused"
+    net.fuse = _FUSE[how]
     params = net.filter_parameters()
     optimizer = RowAdam(params, lr=_LR)
-    if how == "captured":
+    if how.endswith("captured"):
         reason = refuse_capture(net, optimizer)
         if reason is not None:
             raise ValueError(reason)
     with problem.autocast(), torch.no_grad():
         net(problem.images[:1], 0)  # a backend that refuses says so here
-    if net.fuse and net.fused_network(problem.images) is None:
-        raise ValueError("the network runs unfused; the log says why")
+        if net.fuse and net.fused_network(problem.images) is None:
+            raise ValueError("the network runs unfused; the log says why")
     problem.stack.enter_context(flatten_filters(params))
     dtype = problem.settings.dtype
     step = UntrainingStep(
@@ -192,7 +200,7 @@ def our_step(problem: Problem, backend: str, how: str) -> Step:
         optimizer,
         None if dtype is torch.float32 else dtype,
         problem.settings.channels_last,
-        capture=how == "captured",
+        capture=how.endswith("captured"),
     )
     rows = problem.batch.forget.unique().cpu() if problem.device.type == "cpu" else None
     return lambda: step([(problem.images, problem.batch)], _LR, rows).total

@@ -155,6 +155,13 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
         help="fold BatchNorm, residual and ReLU into the convolutions (default: yes)",
     )
     group.add_argument(
+        "--torchcompile",
+        dest="fuse",
+        action="store_const",
+        const="compile",
+        help="fuse, and let torch.compile fuse what lies between the convolutions",
+    )
+    group.add_argument(
         "--backend",
         choices=backends.NAMES,
         default="auto",

@@ -14,12 +14,14 @@ runs what comes before the first mask once per source image and compiles the res
 Neither changes anything in the module: tree, hooks and state-dict keys stay as they are.
 """
 
+from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.execution import FusedNetwork, backend_for, check_plan
 from wfnet.fusion.plan import CallStep, ConvStep, NotFusable, Plan, make_plan
 from wfnet.fusion.trunk import TrunkNetwork, split_at_first_mask
 
 __all__ = [
     "CallStep",
+    "CompiledNetwork",
     "ConvStep",
     "FusedNetwork",
     "NotFusable",

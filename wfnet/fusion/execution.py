@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -49,7 +50,19 @@ class FusedNetwork:
         filters = self.filters()
         if torch.is_grad_enabled() and any(f.requires_grad for f in filters):
             return _FusedFunction.apply(self, images, rows, source, *filters)
-        return Run(self, images, rows, source, save=False).forward()
+        return self.start(images, rows, source, save=False).forward()
+
+    def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
+        """One pass over a batch, arguments as in :meth:`__call__`.
+
+        Args:
+            save: keep what :meth:`Run.backward` needs.
+        """
+        return PlanRun(self, images, rows, source, save)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return self.plan.describe()
 
     def tables(self) -> GateTables:
         """Tables over the present filters and frozen constants; made anew when these change."""
@@ -117,7 +130,7 @@ class _Pooled:
     positions: Tensor
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    window: list
+    window: tuple
 
     def backward(self, gradient: Tensor) -> Tensor:
         # Only shape and layout of the input are read; its pages are never touched.
@@ -127,12 +140,27 @@ class _Pooled:
         )
 
 
-class Run:
-    """One forward pass of a :class:`FusedNetwork`, and the backward pass that belongs to it.
+def max_pool_window(step: CallStep) -> tuple | None:
+    """Size, stride, padding, dilation and ceil mode of a maximum pooling, as operators take them.
 
-    Args:
-        images, rows, source: as in :meth:`FusedNetwork.__call__`.
-        save: keep what :meth:`backward` needs.
+    None for any other step.
+    """
+    pool = step.call
+    if type(pool) is not nn.MaxPool2d or pool.return_indices:
+        return None
+    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    return (
+        *([value, value] if isinstance(value, int) else list(value) for value in sizes),
+        pool.ceil_mode,
+    )
+
+
+class Run(ABC):
+    """One forward pass of a fused network, and the backward pass that belongs to it.
+
+    Attributes:
+        tables: of the batch, with room for the column sums that :meth:`propagate` writes.
+        dtype: of the convolutions: that of the images, or of autocast.
     """
 
     def __init__(
@@ -145,21 +173,58 @@ class Run:
     ):
         self.network = network
         self.images = images
-        self.rows = rows
         self.source = source
         self.save = save
+        self.tables: StepTables = network.tables()(rows, save)
         device = images.device.type
         autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
+        self._freed = not save
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """Logits ``[B, K]``, detached."""
+
+    @abstractmethod
+    def propagate(self, dout: Tensor) -> None:
+        """Writes the column sums of every layer and frees what forward kept.
+
+        Args:
+            dout: ``[B, K]``, gradient of the logits.
+        """
+
+    def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
+        """Gradients of the filters, in the order of :meth:`FusedNetwork.filters`.
+
+        Args:
+            dout: ``[B, K]``, gradient of the logits.
+            into: ``[K, total]``, written instead of fresh memory (:meth:`StepTables.gradients`).
+
+        Raises:
+            RuntimeError: the second time.
+        """
+        if self._freed:
+            raise RuntimeError(
+                "backward through a fused network a second time; its branches are freed by the "
+                "first (retain_graph is not supported with fuse=True)"
+            )
+        self._freed = True
+        self.propagate(dout)
+        return self.tables.gradients(into)
+
+
+class PlanRun(Run):
+    """Runs the steps of a plan one by one, through the methods of a backend."""
+
+    def __init__(self, network: FusedNetwork, *arguments: object):
+        super().__init__(network, *arguments)
         self.values: dict[fx.Node, object] = {}
         self.kept: dict[ConvStep | CallStep, object] = {}
 
     # -- forward ----------------------------------------------------------------------------------
 
     def forward(self) -> Tensor:
-        """Logits ``[B, K]``."""
         plan = self.network.plan
-        self.tables: StepTables = self.network.tables()(self.rows, self.save)
         self.values[plan.image] = self.images
         for step, dead in zip(plan.steps, plan.dead_after, strict=True):
             if isinstance(step, ConvStep):
@@ -220,8 +285,9 @@ class Run:
                 value = leaves.setdefault(argument, value.detach().requires_grad_())
             return value.clone() if step.in_place else value
 
-        if record and type(step.call) is nn.MaxPool2d and not step.call.return_indices:
-            self._pool(step)
+        window = max_pool_window(step) if record else None
+        if window is not None:
+            self._pool(step, window)
             return
         with torch.set_grad_enabled(record):
             args, kwargs = fx.node.map_aggregate(step.arguments, value_of)
@@ -234,32 +300,15 @@ class Run:
             raise NotFusable(f"{step.output.name!r} returns several tensors")
         self.values[step.output] = result
 
-    def _pool(self, step: CallStep) -> None:
+    def _pool(self, step: CallStep, window: tuple) -> None:
         """A maximum pooling keeps the positions of its maxima, where autograd keeps its input."""
-        x, pool = self._expanded(step.reads[0]), step.call
-        # In the order of the operators: an empty stride stands for the size of the window.
-        window = [
-            [value, value] if isinstance(value, int) else list(value)
-            for value in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        ]
-        window.append(pool.ceil_mode)
+        x = self._expanded(step.reads[0])
         self.values[step.output], positions = torch.ops.aten.max_pool2d_with_indices(x, *window)
         self.kept[step] = _Pooled(positions, tuple(x.shape), x.stride(), window)
 
     # -- backward ---------------------------------------------------------------------------------
 
-    def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
-        """Gradients of the filters, in the order of :meth:`FusedNetwork.filters`.
-
-        Args:
-            dout: ``[B, K]``, gradient of the logits.
-            into: ``[K, total]``, written instead of fresh memory (:meth:`StepTables.gradients`).
-        """
-        if not self.kept:
-            raise RuntimeError(
-                "backward through a fused network a second time; its branches are freed by the "
-                "first (retain_graph is not supported with fuse=True)"
-            )
+    def propagate(self, dout: Tensor) -> None:
         plan = self.network.plan
         self.gradients: dict[fx.Node, Tensor] = {plan.result: dout}
         self.owned: set[fx.Node] = set()  # whose gradient is ours to overwrite
@@ -270,7 +319,6 @@ class Run:
             else:
                 self._convolve_backward(step)
         self.kept.clear()
-        return self.tables.gradients(into)
 
     def _add(self, node: fx.Node, gradient: Tensor, own: bool) -> None:
         if node not in self.gradients:
@@ -361,7 +409,7 @@ class Run:
 class _FusedFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, network, images, rows, source, *filters):
-        ctx.run = Run(network, images, rows, source, save=True)
+        ctx.run = network.start(images, rows, source)
         ctx.save_for_backward(*filters)  # autograd notices filters that change before backward
         return ctx.run.forward()
 

@@ -1,0 +1,180 @@
+"""``fuse="compile"``: the plan as one compiled graph, against the unfused network."""
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+from test_fusion import CLASSES, NETWORKS, Toy, pair_of, randomised
+from torch import nn
+
+import wfnet
+from wfnet import fusion
+from wfnet.fusion import compiled as compiled_module
+
+
+@pytest.fixture(autouse=True)
+def compiler(request, monkeypatch):
+    """Traces, differentiates and partitions; generates code where a test asks for it."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    backend = getattr(request, "param", "aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(MAKE, backend=backend))
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_pair(model: nn.Module) -> tuple[wfnet.WFNet, wfnet.WFNet]:
+    net, compiled = pair_of(model)
+    compiled.fuse = "compile"
+    return net, compiled
+
+
+def graphs() -> int:
+    """Graphs that were compiled since the last reset."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+MAKE = torch.compile
+BATCH = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+SOURCE = torch.tensor([0, 2, 2, 1, 0])
+LABELS = torch.tensor([[0, -1], [4, 1], [-1, -1], [2, 2], [0, 3]])
+
+
+def check_equal(net: wfnet.WFNet, compiled: wfnet.WFNet, images: torch.Tensor, *batch) -> None:
+    expected, found = net(images, *batch), compiled(images, *batch)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    weights = torch.randn(expected.shape, dtype=torch.float64)
+    for network, logits in ((net, expected), (compiled, found)):
+        network.zero_grad()
+        (logits * weights).sum().backward()
+    for key, parameter in net.named_filters().items():
+        torch.testing.assert_close(
+            compiled.named_filters()[key].grad, parameter.grad, rtol=1e-8, atol=1e-12, msg=key
+        )
+
+
+@pytest.mark.parametrize("name", ["toy with biases", "torchvision vgg11_bn", "timm mobilenetv3"])
+def test_equals_the_unfused_network(name: str):
+    net, compiled = compiled_pair(NETWORKS[name]())
+    check_equal(net, compiled, BATCH, LABELS, SOURCE)
+    assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
+
+
+@pytest.mark.parametrize("compiler", ["inductor"], indirect=True)
+def test_generated_code_equals_the_unfused_network():
+    net, compiled = compiled_pair(Toy(bias=True))
+    compiled = compiled.to(memory_format=torch.channels_last)
+    images = BATCH.contiguous(memory_format=torch.channels_last)
+    check_equal(net, compiled, images, LABELS, SOURCE)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_is_compiled_once(channels_last: bool):
+    net, compiled = compiled_pair(Toy(bias=True))
+    images = BATCH
+    if channels_last:
+        compiled = compiled.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    check_equal(net, compiled, images, LABELS, SOURCE)
+    assert graphs() == 1
+    check_equal(net, compiled, images, LABELS.flip(0), SOURCE.flip(0))
+    check_equal(net, compiled, images, torch.tensor([0, 1, 2, 3, 4]), SOURCE)
+    assert graphs() == 1, "new labels compiled anew"
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(images, 3), net(images, 3), rtol=1e-10, atol=1e-11)
+    assert graphs() == 2
+
+
+def test_a_pooling_that_overlaps_and_is_padded():
+    class Net(Toy):
+        def __init__(self):
+            super().__init__()
+            self.pool = nn.MaxPool2d(3, 2, 1, ceil_mode=True)
+
+    check_equal(*compiled_pair(Net()), BATCH, LABELS, SOURCE)
+
+
+def test_sizes_beyond_the_limit_run_the_plan_uncompiled(monkeypatch):
+    monkeypatch.setattr(compiled_module, "_MOST_GRAPHS", 1)
+    net, compiled = compiled_pair(Toy())
+    check_equal(net, compiled, BATCH, 1)
+    for size in (1, 2):
+        check_equal(net, compiled, BATCH[:size], 2)
+    assert graphs() == 1
+    check_equal(net, compiled, BATCH, 4)
+    assert graphs() == 1
+
+
+def test_runs_uncompiled_with_a_line_in_the_log(monkeypatch, caplog):
+    def fails(graph, inputs):
+        raise OSError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(MAKE, backend=fails))
+    net, compiled = compiled_pair(Toy())
+    with caplog.at_level(logging.WARNING, logger="wfnet"):
+        check_equal(net, compiled, BATCH, 1)
+        check_equal(net, compiled, BATCH, 2)
+    assert caplog.text.count("runs uncompiled") == 1
+    assert "no C++ compiler" in caplog.text
+
+
+def test_gradients_repeat_bit_by_bit():
+    _, compiled = compiled_pair(Toy(bias=True))
+    found = []
+    for _ in range(3):
+        compiled.zero_grad()
+        compiled(BATCH, LABELS, SOURCE).square().sum().backward()
+        found.append([p.grad.clone() for p in compiled.filter_parameters()])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_changed_statistics_are_noticed():
+    net, compiled = compiled_pair(Toy())
+    before = compiled(BATCH, 1)
+    for network in (net, compiled):
+        network.model.bn1.running_mean.add_(1.0)
+    after = compiled(BATCH, 1)
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, net(BATCH, 1))
+
+
+def test_frees_what_it_kept_and_says_so():
+    _, compiled = compiled_pair(Toy())
+    out = compiled(BATCH, 1).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward()
+
+
+@pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
+def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate: float):
+    net, _ = pair_of(Toy())
+    alpha = torch.logit(torch.tensor(gate * torch.sigmoid(torch.tensor(3.0)).item())).item()
+    for parameter in net.filter_parameters():
+        parameter.data.normal_(alpha, 0.1)
+    images, labels = torch.randn(64, 3, 16, 16, dtype=torch.float64), torch.arange(64) % CLASSES
+    weights = torch.randn(64, CLASSES, dtype=torch.float64)
+
+    def gradients(network: wfnet.WFNet, dtype: torch.dtype) -> torch.Tensor:
+        network = network.to(torch.float32 if dtype is torch.bfloat16 else dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            out = network(images.to(network.filter_parameters()[0].dtype), labels)
+        (out.double() * weights).sum().backward()
+        return torch.cat([p.grad.double().flatten() for p in network.filter_parameters()])
+
+    compiled = copy.deepcopy(net)
+    compiled.fuse = "compile"
+    exact = gradients(copy.deepcopy(net), torch.float64)
+    found = gradients(compiled, torch.bfloat16)
+    unfused = gradients(copy.deepcopy(net), torch.bfloat16)
+    assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
+    assert (found - exact).norm() <= 2 * (unfused - exact).norm()
+
+
+def test_forget_none_is_bitwise_the_original():
+    base = randomised(Toy())
+    net = wfnet.WFNet(base, CLASSES, fuse="compile")
+    assert torch.equal(net(BATCH), base(BATCH))
