@@ -13,15 +13,14 @@ real one), packs the same files into shards, and reads batches at --image-size i
     host, disk, device   wfnet, later epochs from that cache
     dali          wfnet with --decoder dali
 
-Prints a table and writes JSON with the raw timings, a picture beside it. A column whose package is
-missing says so.
+Prints a table and writes JSON with the raw timings after every repeat, a picture beside it. A
+column whose package is missing says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import statistics
 import sys
 import tarfile
@@ -38,6 +37,7 @@ from wfnet.benchmarking.timing import about, device_name
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
 from wfnet.data.shards import find_shards
 from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from wfnet.pretrained import write_json
 
 CLASSES = 8
 Epoch = Callable[[int], Iterator[int]]  # number of the epoch -> sizes of batches
@@ -216,13 +216,23 @@ def main(argv: list[str] | None = None) -> dict:
         pack(root, folder / "shards")
         size = statistics.mean(path.stat().st_size for path in root.glob("*/*"))
         count = len(list(root.glob("*/*")))
+        result = {
+            "benchmark": "data",
+            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "files": count,
+            "mean_bytes": size,
+            **about(args.device, ["benchmarks/bench_data.py", *(argv or sys.argv[1:])]),
+            "images_per_second": results,
+        }
         for workers in args.workers:
             epochs = columns(root, folder, args, workers)
             rates: dict[str, list[float]] = {name: [] for name in epochs}
+            results[str(workers)] = rates
             for number in range(args.repeats):
                 for name, epoch in epochs.items():
                     rates[name].append(rate(epoch, number))
-            results[str(workers)] = rates
+                if args.output:
+                    write_json(args.output, result)
     where = device_name(torch.device(args.device))
     title = f"{count} JPEG files of {size / 1024:.0f} KiB at {args.image_size} px; {where}"
     print(title)
@@ -235,17 +245,7 @@ def main(argv: list[str] | None = None) -> dict:
                 f"{name:12} {median:10,.0f} {min(values):9,.0f} {max(values):9,.0f} "
                 f"{median / base:10.2f}"
             )
-    result = {
-        "benchmark": "data",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "files": count,
-        "mean_bytes": size,
-        **about(args.device, ["benchmarks/bench_data.py", *(argv or sys.argv[1:])]),
-        "images_per_second": results,
-    }
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
         draw(results, args.output.with_suffix(".png"), title)
     return result
 

@@ -10,13 +10,12 @@ Columns, all of which see `images x classes` samples and return the predicted cl
     plain      the original network on as many samples, without any row: the floor without sharing
 
 Interleaved, medians, pairs per second, peak memory that a pass adds. Columns must agree in their
-predictions. Writes JSON with raw timings, versions, commit and command.
+predictions. Writes JSON with raw timings, versions, commit and command, after every repeat.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from torch import Tensor, nn
 import wfnet
 from wfnet.benchmarking.timing import about, device_name, peak_mebibytes, timed
 from wfnet.cli.classifier import create_classifier
+from wfnet.pretrained import write_json
 
 COLUMNS = ("baked", "unfused", "fused", "plain")
 
@@ -79,14 +79,25 @@ def predictions(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
     }
 
 
-def check(found: dict[str, Callable[[], Tensor]]) -> None:
-    """Raises SystemExit if the columns predict different classes for more than a few samples."""
+def agreement(found: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> dict[str, float]:
+    """Share of the samples for which a column predicts the class that `unfused` does.
+
+    Random weights leave logits close to each other: in 16 bits the largest one may change.
+
+    Raises:
+        SystemExit: if a column differs in more than 1% of the samples, in 16 bits 25%.
+    """
+    least = 0.99 if dtype is torch.float32 else 0.75
     expected = found["unfused"]()
-    for name in ("baked", "fused"):
-        if name in found:
-            same = (found[name]() == expected).double().mean().item()
-            if same < 0.99:
-                raise SystemExit(f"{name} agrees with unfused on {same:.1%} of the samples only")
+    same = {
+        name: (found[name]() == expected).double().mean().item()
+        for name in ("baked", "fused")
+        if name in found
+    }
+    for name, share in same.items():
+        if share < least:
+            raise SystemExit(f"{name} agrees with unfused on {share:.1%} of the samples only")
+    return same
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -116,16 +127,32 @@ def main(argv: list[str] | None = None) -> dict:
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     milliseconds: dict[str, list[float]] = {}
+    pairs = args.images * args.classes
+    result = {
+        "benchmark": "eval",
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "pairs": pairs,
+        **about(device, ["benchmarks/bench_eval.py", *(argv or sys.argv[1:])]),
+        "milliseconds": milliseconds,
+        "peak_mebibytes": {},
+    }
+
+    def keep() -> None:
+        if args.output:
+            write_json(args.output, result)
+
     with torch.inference_mode(), autocast:
         found = predictions(args, device)
-        check(found)
+        result["agreement"] = agreement(found, dtype)
         found["plain"]()
-        milliseconds = {name: [] for name in found}
+        milliseconds |= {name: [] for name in found}
         for _ in range(args.repeats):
             for name, predict in found.items():
                 milliseconds[name].append(timed(predict, device))
+            keep()
         memory = {name: peak_mebibytes(predict, device) for name, predict in found.items()}
-    pairs = args.images * args.classes
+    result["peak_mebibytes"] = memory
+    keep()
     print(f"{args.model}, {args.image_size} px, {args.images} images x {args.classes} classes, "
           f"{device_name(device)}")  # fmt: skip
     print("column          ms      least   largest    pairs/s   x baked      MiB")
@@ -136,17 +163,6 @@ def main(argv: list[str] | None = None) -> dict:
             f"{name:10}{median:9.1f}{min(values):10.1f}{max(values):10.1f}"
             f"{pairs / median * 1e3:11,.0f}{base / median:10.2f}{memory[name]:9.1f}"
         )
-    result = {
-        "benchmark": "eval",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        "pairs": pairs,
-        **about(device, ["benchmarks/bench_eval.py", *(argv or sys.argv[1:])]),
-        "milliseconds": milliseconds,
-        "peak_mebibytes": memory,
-    }
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -3,7 +3,8 @@
     python benchmarks/bench_scaling.py --model resnet18 --columns eager wfnet/eager/fused
 
 One quantity at a time is doubled from the base settings; columns are those of bench_step.py,
-interleaved, medians. Writes JSON and a picture: milliseconds and peak memory over each quantity.
+interleaved, medians. Writes JSON after every point, and a picture: milliseconds and peak memory
+over each quantity.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 from wfnet.benchmarking.steps import COLUMNS, StepSettings, make_problem, measure
 from wfnet.benchmarking.timing import about, device_name
 from wfnet.cli.classifier import create_classifier
+from wfnet.pretrained import write_json
 
 QUANTITIES = {
     "batch_size": "images n", "label_expansion": "label expansion M", "classes": "classes",
@@ -94,6 +95,13 @@ def main(argv: list[str] | None = None) -> dict:
         dtype=getattr(torch, args.dtype), repeats=args.repeats,
     )  # fmt: skip
     points = []
+    device = torch.device(args.device)
+    result = {
+        "benchmark": "scaling",
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        **about(device, ["benchmarks/bench_scaling.py", *(argv or sys.argv[1:])]),
+        "points": points,
+    }
     for quantity in QUANTITIES:
         for doubling in range(args.doublings + 1):
             value = getattr(base, quantity) * 2**doubling
@@ -116,16 +124,9 @@ def main(argv: list[str] | None = None) -> dict:
             points.append({"quantity": quantity, "value": value, "columns": found})
             times = ", ".join(f"{name} {row['median_ms']:.1f} ms" for name, row in found.items())
             print(f"{quantity} {value}: {times}", flush=True)
-    device = torch.device(args.device)
-    result = {
-        "benchmark": "scaling",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
-        **about(device, ["benchmarks/bench_scaling.py", *(argv or sys.argv[1:])]),
-        "points": points,
-    }
+            if args.output:
+                write_json(args.output, result)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
         title = (
             f"{args.model}: n = {base.batch_size}, M = {base.label_expansion}, {base.classes} "
             f"classes, {base.image_size} px, one of them doubled; {device_name(device)}"
