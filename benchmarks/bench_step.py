@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import sys
 from pathlib import Path
 
@@ -48,6 +47,7 @@ from wfnet.benchmarking.steps import (
 )
 from wfnet.benchmarking.timing import about, device_name
 from wfnet.cli.classifier import create_classifier
+from wfnet.pretrained import write_json
 
 
 def draw(results: dict[str, dict], title: str, path: Path) -> None:
@@ -61,6 +61,9 @@ def draw(results: dict[str, dict], title: str, path: Path) -> None:
         name: {c: r for c, r in result["columns"].items() if "impossible" not in r}
         for name, result in results.items()
     }
+    shown = {name: rows for name, rows in shown.items() if rows}
+    if not shown:
+        return
     tallest = max(len(rows) for rows in shown.values())
     figure, axes = pyplot.subplots(
         1, len(shown), figsize=(2.2 + 3.6 * len(shown), 1.2 + 0.3 * tallest), squeeze=False,
@@ -136,16 +139,6 @@ def main(argv: list[str] | None = None) -> dict:
     rates = floors.measure_rates(device, getattr(torch, args.dtype))
     print(f"{device_name(device)}: {rates.flops / 1e9:,.0f} GFLOP/s ({args.dtype} product), "
           f"{rates.bandwidth / 1e9:,.1f} GB/s (copy)")  # fmt: skip
-    results = {}
-    for name in args.models:
-        with contextlib.ExitStack() as stack:
-            model = create_classifier(
-                name, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
-            )
-            problem = make_problem(model, args.measured, stack)
-            columns = measure(problem, args.columns)
-            results[name] = summary(columns, len(problem.batch), floors_of(problem, rates))
-        print_table(name, results[name])
     record = {
         "benchmark": "step",
         "settings": {
@@ -155,15 +148,37 @@ def main(argv: list[str] | None = None) -> dict:
         },
         **about(device, ["benchmarks/bench_step.py", *(argv or sys.argv[1:])]),
         "rates": {"flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth},
-        "networks": results,
+        "networks": {},
     }
+    for name in args.models:
+        with contextlib.ExitStack() as stack:
+            model = create_classifier(
+                name, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
+            )
+            problem = make_problem(model, args.measured, stack)
+            columns = measure(problem, args.columns)
+            result = summary(columns, len(problem.batch), floors_of(problem, rates))
+        record["networks"][name] = result
+        print_table(name, result)
+        if args.output:  # after every network: a run that is ended keeps what it has
+            write_json(args.output, record)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
         size = f"{args.image_size} px, {args.dtype}, {record['device']}"
-        draw(results, size, args.output.with_suffix(".png"))
+        draw(record["networks"], size, args.output.with_suffix(".png"))
     return record
 
 
+def wrong_columns(record: dict) -> list[str]:
+    """Columns that computed something else than the others, as ``network: column``."""
+    return [
+        f"{network}: {column}"
+        for network, result in record["networks"].items()
+        for column, row in result["columns"].items()
+        if row.get("wrong")
+    ]
+
+
 if __name__ == "__main__":
-    main()
+    wrong = wrong_columns(main())
+    if wrong:
+        sys.exit(f"columns that compute something else: {', '.join(wrong)}")

@@ -62,16 +62,45 @@ def test_masked_copies_past_the_limit_say_what_they_need():
     assert "median_ms" in rows["eager"]
 
 
-def test_columns_that_differ_stop_the_run():
+def test_columns_that_differ_are_wrong_and_not_timed():
     columns = {
         "eager": steps.Column(first_loss=1.0),
         "loop": steps.Column(first_loss=1.1),
+        "grouped": steps.Column(first_loss=float("nan")),
+        "vmap": steps.Column(first_loss=1.0005),
         "unmasked": steps.Column(first_loss=9.0),
     }
-    with pytest.raises(ValueError, match="do not compute the same"):
-        steps.check_losses(columns, torch.float32)
-    columns["loop"].first_loss = 1.0
     steps.check_losses(columns, torch.float32)
+    assert [name for name, column in columns.items() if column.wrong] == ["loop", "grouped"]
+    assert "its loss is 1.1000, expected 1.0000" in columns["loop"].impossible
+
+
+def test_a_column_that_fails_costs_no_other(monkeypatch, tmp_path):
+    class CompilerError(Exception):
+        """Not of the kinds that a refusal is made of, as a kernel compiler's errors."""
+
+    make = steps.make_step
+
+    def failing(problem, name):
+        step = make(problem, name)
+        calls = iter(range(100))
+
+        def run():
+            if next(calls) == 7:  # while it is timed
+                raise CompilerError("out of registers")
+            return step()
+
+        return run if name == "wfnet/eager/unfused" else step
+
+    monkeypatch.setattr(steps, "make_step", failing)
+    arguments = ["--models", "small/resnet", "--image-size", "16", "-b", "4", "-M", "1"]
+    arguments += ["--repeats", "4", "--device", "cpu", "--output", str(tmp_path / "step.json")]
+    columns = ["wfnet/eager/unfused", "eager"]
+    bench_step.main([*arguments, "--columns", *columns])
+    rows = json.loads((tmp_path / "step.json").read_text())["networks"]["small/resnet"]["columns"]
+    assert rows["wfnet/eager/unfused"]["impossible"] == "CompilerError: out of registers"
+    assert rows["eager"]["median_ms"] > 0
+    assert rows["eager"]["prepare_seconds"] > 0
 
 
 @pytest.mark.parametrize("arguments", [["-b", "3"], ["--repeats", "0"], ["--columns", "magic"]])

@@ -61,6 +61,17 @@ def peak_mebibytes(step: Step, device: torch.device) -> float:
     return peak / 2**20
 
 
+def graph_pool_mebibytes(device: torch.device) -> float:
+    """Memory that all CUDA graphs of the process keep: a replay allocates nothing; 0 on a CPU."""
+    if device.type != "cuda":
+        return 0.0
+    segments = torch.cuda.memory_snapshot()
+    return (
+        sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
+        / 2**20
+    )
+
+
 def kernel_launches(step: Step, device: torch.device) -> int | None:
     """Kernels that a step starts on a CUDA device, those of a graph's replay too; None on a CPU."""
     if device.type != "cuda":
