@@ -207,9 +207,13 @@ class WFNet(nn.Module):
         try:
             if any(isinstance(layer, nn.Conv2d) for layer in self.masked_layers.values()):
                 backend = fusion.backend_for(self.masked_layers.values())
-                network = fusion.FusedNetwork(fusion.make_plan(self.model), backend)
+                network = fusion.FusedNetwork(fusion.make_plan(self.model, images[:2]), backend)
                 self._check_fused(network, images)
-                if self.fuse == "compile" and backend.name == "eager":
+                if self.fuse == "compile" and network.plan.masked_calls:
+                    logger.warning(
+                        "%s runs uncompiled: some of its masked layers do not fold", name
+                    )
+                elif self.fuse == "compile" and backend.name == "eager":
                     network = fusion.CompiledNetwork(network)
                 logger.info("%s: %s", name, network.describe())
                 return network

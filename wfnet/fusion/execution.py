@@ -8,11 +8,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from wfnet import backends, gates
 from wfnet.backends import Backend, Below, Finished
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
+from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GatedLayer, GateTables, StepTables
 
@@ -35,12 +37,7 @@ class FusedNetwork:
 
     def filters(self) -> list[Tensor]:
         """Filter matrices, layer by layer, weight before bias: the order of the gradients."""
-        return [
-            matrix
-            for step in self.convs
-            for matrix in (step.layer.alpha_weight, step.layer.alpha_bias)
-            if matrix is not None
-        ]
+        return [matrix for layer in self.plan.layers for matrix in filters_of(layer)]
 
     def __call__(self, images: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
         """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
@@ -70,7 +67,7 @@ class FusedNetwork:
             (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
             for step in self.convs
             for t in _constants_of(step)
-        ) + tuple(f.data_ptr() for f in self.filters())
+        ) + tuple(f.data_ptr() for step in self.convs for f in filters_of(step.layer))
         if self._tables is None or self._tables[0] != key:
             layers = [_gated(step) for step in self.convs]
             self._tables = (key, self.backend.gate_tables(layers))
@@ -88,6 +85,15 @@ class FusedNetwork:
             cached = (key, weight.detach().to(dtype))
             self._weights[step.index, dtype] = cached
         return cached[1]
+
+
+def filters_of(layer: MaskedLayer) -> list[Tensor]:
+    """Filter matrices of one layer, weight before bias."""
+    return [
+        parameter
+        for name, parameter in layer._parameters.items()
+        if name.startswith("alpha_") and parameter is not None
+    ]
 
 
 def _constants_of(step: ConvStep) -> Iterable[Tensor]:
@@ -121,6 +127,42 @@ class _Kept:
     branch: Tensor
     mask: Tensor | None
     input_shape: tuple[int, ...]
+
+
+class _Entry(torch.autograd.Function):
+    """A value as the input of a recorded call, differentiable without being kept.
+
+    A leaf would be: whoever holds its place in the graph holds the tensor.
+    """
+
+    @staticmethod
+    def forward(ctx, ticket: Tensor, value: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[None, None]:
+        return None, None  # only the gradient of its output is ever asked for
+
+
+@dataclass
+class _Recorded:
+    """What a recorded call keeps: places in autograd's graph, neither its inputs nor its result.
+
+    What its backward needs is kept by the graph.
+    """
+
+    inputs: dict[fx.Node, GradientEdge]
+    filters: list[Tensor]  # of masked layers inside
+    result: GradientEdge
+    dtype: torch.dtype
+
+
+@dataclass
+class _Part:
+    """A view of some elements of a value: its gradient is added into that of the whole."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
 
 
 @dataclass
@@ -173,8 +215,10 @@ class Run(ABC):
     ):
         self.network = network
         self.images = images
+        self.rows = rows
         self.source = source
         self.save = save
+        self.of_calls: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
         self.tables: StepTables = network.tables()(rows, save)
         device = images.device.type
         autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64
@@ -210,7 +254,25 @@ class Run(ABC):
             )
         self._freed = True
         self.propagate(dout)
-        return self.tables.gradients(into)
+        network = self.network
+        folded = [matrix for step in network.convs for matrix in filters_of(step.layer)]
+        if len(folded) == len(network.filters()) and not self.of_calls:
+            return self.tables.gradients(into)
+        for matrix, gradient in zip(folded, self.tables.gradients(), strict=True):
+            self._add_filter(matrix, gradient)
+        gradients = [
+            self.of_calls[matrix] if matrix in self.of_calls else torch.zeros_like(matrix)
+            for matrix in network.filters()
+        ]
+        self.of_calls.clear()
+        if into is None:
+            return gradients
+        torch.cat(gradients, 1, out=into)
+        return list(into.split([gradient.shape[1] for gradient in gradients], 1))
+
+    def _add_filter(self, matrix: Tensor, gradient: Tensor) -> None:
+        known = self.of_calls.get(matrix)
+        self.of_calls[matrix] = gradient if known is None else known + gradient
 
 
 class PlanRun(Run):
@@ -220,6 +282,7 @@ class PlanRun(Run):
         super().__init__(network, *arguments)
         self.values: dict[fx.Node, object] = {}
         self.kept: dict[ConvStep | CallStep, object] = {}
+        self.ticket = torch.zeros((), requires_grad=True) if self.save else None
 
     # -- forward ----------------------------------------------------------------------------------
 
@@ -273,32 +336,50 @@ class PlanRun(Run):
         plan = self.network.plan
         expanded = step.level == EXPANDED
         record = self.save and expanded
-        leaves: dict[fx.Node, Tensor] = {}
-
-        def value_of(argument: object) -> object:
-            if not isinstance(argument, fx.Node):
-                return argument
-            value = self._expanded(argument) if expanded else self.values[argument]
-            if not isinstance(value, Tensor):
-                return value
-            if record and plan.level[argument] == EXPANDED and value.is_floating_point():
-                value = leaves.setdefault(argument, value.detach().requires_grad_())
-            return value.clone() if step.in_place else value
-
         window = max_pool_window(step) if record else None
         if window is not None:
             self._pool(step, window)
             return
+        if record and step.part:
+            whole = self.values[step.reads[0]]
+            if isinstance(whole, Tensor):
+                self.values[step.output] = self._run(step, self.values.__getitem__)
+                strides = torch.empty_like(whole, device="meta").stride()
+                self.kept[step] = _Part(tuple(whole.shape), strides)
+                return
+        inputs: dict[fx.Node, Tensor] = {}
+
+        def value_of(node: fx.Node) -> object:
+            value = self._expanded(node) if expanded else self.values[node]
+            if not isinstance(value, Tensor):
+                return value
+            if record and plan.level[node] == EXPANDED and value.is_floating_point():
+                if node not in inputs:
+                    inputs[node] = _Entry.apply(self.ticket, value)
+                value = inputs[node]
+            return value.clone() if step.in_place else value
+
         with torch.set_grad_enabled(record):
-            args, kwargs = fx.node.map_aggregate(step.arguments, value_of)
-            result = step.call(*args, **kwargs)
+            result = self._run(step, value_of)
         if isinstance(result, Tensor):
             if record and result.requires_grad:
-                self.kept[step] = (leaves, result)
+                self.kept[step] = _Recorded(
+                    {node: get_gradient_edge(value) for node, value in inputs.items()},
+                    [f for layer in step.layers for f in filters_of(layer) if f.requires_grad],
+                    get_gradient_edge(result),
+                    result.dtype,
+                )
                 result = result.detach()
         elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
             raise NotFusable(f"{step.output.name!r} returns several tensors")
         self.values[step.output] = result
+
+    def _run(self, step: CallStep, value_of: Callable[[fx.Node], object]) -> object:
+        args, kwargs = fx.node.map_arg(step.arguments, value_of)
+        if not step.layers:
+            return step.call(*args, **kwargs)
+        with forgetting(Selection(self.rows)):
+            return step.call(*args, **kwargs)
 
     def _pool(self, step: CallStep, window: tuple) -> None:
         """A maximum pooling keeps the positions of its maxima, where autograd keeps its input."""
@@ -339,13 +420,30 @@ class PlanRun(Run):
         if isinstance(kept, _Pooled):
             self._add(step.reads[0], kept.backward(gradient), own=True)
             return
-        leaves, result = kept
+        if isinstance(kept, _Part):
+            self._add_part(step, kept, gradient)
+            return
         found = torch.autograd.grad(
-            result, list(leaves.values()), gradient.to(result.dtype), allow_unused=True
+            [kept.result],
+            [*kept.inputs.values(), *map(get_gradient_edge, kept.filters)],
+            [gradient.to(kept.dtype)],
+            allow_unused=True,
         )
-        for node, leaf in zip(leaves, found, strict=True):
-            if leaf is not None:
-                self._add(node, leaf, own=False)
+        for node, of_input in zip(kept.inputs, found, strict=False):
+            if of_input is not None:
+                self._add(node, of_input, own=False)
+        for matrix, of_filter in zip(kept.filters, found[len(kept.inputs) :], strict=True):
+            if of_filter is not None:
+                self._add_filter(matrix, of_filter)
+
+    def _add_part(self, step: CallStep, whole: _Part, gradient: Tensor) -> None:
+        (node,) = step.reads
+        if node not in self.gradients:
+            self.gradients[node] = gradient.new_empty_strided(whole.shape, whole.strides).zero_()
+        elif node not in self.owned:
+            self.gradients[node] = self.gradients[node].clone()
+        self.owned.add(node)
+        self._run(step, self.gradients.__getitem__).add_(gradient)
 
     def _convolve_backward(self, step: ConvStep) -> None:
         if step not in self.scaled:  # no link above finished it
@@ -440,12 +538,15 @@ def check_plan(
     Raises:
         NotFusable: if they differ by more than rounding.
     """
-    few = images[:2]
-    source = torch.tensor([0, few.shape[0] - 1, 0], device=images.device)
-    rows = torch.tensor([[0], [classes - 1], [-1]], device=images.device)
-    with torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
+        few = images[:2].clone()  # outside of inference mode a tensor like any other
+        source = torch.tensor([0, few.shape[0] - 1, 0], device=images.device)
+        rows = torch.tensor([[0], [classes - 1], [-1]], device=images.device)
         try:
             fused = network(few, rows, source)
+            if isinstance(network, FusedNetwork):
+                run = network.start(few, rows, source)
+                run.backward(torch.ones_like(run.forward()))
         except NotFusable:
             raise
         except Exception as error:

@@ -15,19 +15,17 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from wfnet.backends import ConvGeometry
-from wfnet.layers import MaskedLayer, WFConv2d
+from wfnet.fusion import rewriting
+from wfnet.fusion.rewriting import Method, NotFusable, Padded
+from wfnet.layers import MaskedLayer, WFConv2d, WFConv2dSame
 
 _ADD = {operator.add, operator.iadd, torch.add}
 _RELU = {F.relu, torch.relu, torch.relu_}
 # What a tensor is computed from: nothing of the batch, source images, or expanded samples.
 CONSTANT, SOURCE, EXPANDED = 0, 1, 2
-
-
-class NotFusable(Exception):
-    """Why a network (or a part of it) runs unfused; one sentence."""
 
 
 @dataclass(eq=False)
@@ -49,7 +47,7 @@ class ConvStep:
     position: int  # of the layer among all masked layers, in module order
     input: fx.Node
     output: fx.Node
-    norm: nn.BatchNorm2d | None = None
+    norm: nn.Module | None = None  # with weight, bias, running_mean, running_var and eps
     residual: fx.Node | None = None
     relu: bool = False
     geometry: ConvGeometry = field(init=False)
@@ -61,7 +59,8 @@ class ConvStep:
 
     def __post_init__(self) -> None:
         conv = self.layer
-        self.geometry = ConvGeometry(conv.stride, conv.padding, conv.dilation, conv.groups)
+        padding = Padded(conv).remaining
+        self.geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
 
     @property
     def reads(self) -> list[fx.Node]:
@@ -70,12 +69,21 @@ class ConvStep:
 
 @dataclass(eq=False)
 class CallStep:
-    """Any other operation of the network, called as the network calls it."""
+    """Any other operation of the network, called as the network calls it.
+
+    Attributes:
+        arguments: ``(args, kwargs)`` with a fx.Node where a computed value goes.
+        in_place: whether it overwrites what it is given: it must be given a copy.
+        layers: masked layers inside that run by their own operators and need forget labels.
+        part: whether its result is a view of some elements of the one value that it reads.
+    """
 
     call: Callable[..., object]
-    arguments: tuple  # (args, kwargs) with fx.Node where a computed value goes
+    arguments: tuple
     output: fx.Node
     in_place: bool
+    layers: tuple[MaskedLayer, ...] = ()
+    part: bool = False
     level: int = field(init=False)  # CONSTANT, SOURCE or EXPANDED
 
     @property
@@ -87,12 +95,16 @@ class CallStep:
 class Plan:
     """Steps in execution order, and after each step the values that no later step reads.
 
-    ``level`` says of every value whether it has one row per source image or per sample.
+    Attributes:
+        layers: the masked layers that the steps run, folded or not, in module order.
+        masked_calls: whether some of them are not folded (:attr:`CallStep.layers`).
+        level: whether a value has one row per source image or per sample.
     """
 
     steps: list[ConvStep | CallStep]
     image: fx.Node
     result: fx.Node
+    layers: list[MaskedLayer]
     level: dict[fx.Node, int] = field(init=False)
     dead_after: list[list[fx.Node]] = field(init=False)
 
@@ -105,43 +117,74 @@ class Plan:
     def convolutions(self) -> list[ConvStep]:
         return [step for step in self.steps if isinstance(step, ConvStep)]
 
+    @property
+    def masked_calls(self) -> bool:
+        return any(isinstance(step, CallStep) and step.layers for step in self.steps)
+
     def describe(self) -> str:
         """One line for the log: how much of the network is fused."""
         convs = self.convolutions
-        return (
+        text = (
             f"fused {len(convs)} convolutions with {sum(s.norm is not None for s in convs)} "
             f"BatchNorm, {sum(s.relu for s in convs)} ReLU and "
             f"{sum(s.residual is not None for s in convs)} residual sums; "
             f"{len(self.steps) - len(convs)} other operations run as they are"
         )
+        apart = [
+            step.output.name for step in self.steps if isinstance(step, CallStep) and step.layers
+        ]
+        return f"{text}, with masked layers in {', '.join(apart)}" if apart else text
 
 
 # -- making the plan ------------------------------------------------------------------------------
 
 
 class _Tracer(fx.Tracer):
+    """Leaves are masked layers, what holds none, and what is ``opaque``."""
+
+    def __init__(self, opaque: set[nn.Module]):
+        super().__init__()
+        self.opaque = opaque
+        self.failed: nn.Module | None = None  # the innermost module that cannot be traced
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, MaskedLayer | nn.BatchNorm2d):
+        if isinstance(m, MaskedLayer | nn.BatchNorm2d) or m in self.opaque:
             return True
         if isinstance(m, nn.Sequential):
             return False
         # What holds no masked layer is called as it is, whatever control flow it contains.
         return not any(isinstance(inner, MaskedLayer) for inner in m.modules())
 
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m
+            raise
 
-def make_plan(model: nn.Module) -> Plan:
-    """Traces ``model`` (whose masked layers are WFConv2d) and folds what follows each convolution.
+
+def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
+    """Traces ``model`` and folds what follows each masked convolution.
+
+    Blocks whose control flow torch.fx cannot follow, and masked layers that are no convolutions,
+    are called as they are.
+
+    Args:
+        model: whose masked layers may be of any kind.
+        images: an example ``[N, C, H, W]``. With it a sum that broadcasts is not folded, and a
+            split may be read as a whole.
 
     Raises:
-        NotFusable: if the network cannot be traced, or masks anything but plain convolutions.
+        NotFusable: if the network cannot be traced, or no convolution folds.
     """
     masked = {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
-    for name, layer in masked.items():
-        plain = type(layer) is WFConv2d and layer.padding_mode == "zeros"
-        if not plain or isinstance(layer.padding, str):
-            raise NotFusable(f"{name!r} is no convolution with plain zero padding")
     check_traceable(model)
-    return _Folder(model, trace(model), masked).plan()
+    return _Folder(model, _trace_around(model), masked, images).plan()
+
+
+def folds(layer: MaskedLayer) -> bool:
+    """Whether ``layer`` is a convolution that becomes a :class:`ConvStep`."""
+    return type(layer) in (WFConv2d, WFConv2dSame)
 
 
 def check_traceable(model: nn.Module) -> None:
@@ -163,38 +206,64 @@ def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Gr
         NotFusable: if torch.fx cannot follow its control flow.
     """
     try:
-        return _Tracer().trace(model, constants)
+        return _Tracer(set()).trace(model, constants)
     except Exception as error:
         raise NotFusable(f"torch.fx cannot trace it ({error})") from error
+
+
+def _trace_around(model: nn.Module) -> fx.Graph:
+    """As :func:`trace`, with the blocks that torch.fx cannot follow as leaves."""
+    opaque: set[nn.Module] = set()
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            return tracer.trace(model)
+        except Exception as error:
+            if tracer.failed is None or tracer.failed in opaque:
+                raise NotFusable(f"torch.fx cannot trace it ({error})") from error
+            opaque.add(tracer.failed)
 
 
 class _Folder:
     """Walks the traced graph and grows a ConvStep from every masked convolution."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, masked: dict[str, MaskedLayer]):
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        masked: dict[str, MaskedLayer],
+        images: Tensor | None,
+    ):
         self.modules = dict(model.named_modules())
         self.model = model
-        _erase_identities(graph, self.modules)
-        self.nodes = list(graph.nodes)
+        self.graph = graph
         self.masked = masked
+        rewriting.erase_idle(graph, self.modules)
+        rewriting.check_in_place(graph, self.modules)
+        if images is not None:
+            rewriting.run_example(model, graph, self.modules, images)
+        rewriting.take_items(graph)
         self.grown: dict[fx.Node, ConvStep] = {}  # by the node whose value the step computes
         self.absorbed: set[fx.Node] = set()
 
     def plan(self) -> Plan:
-        inputs = [n for n in self.nodes if n.op == "placeholder"]
-        for extra in inputs[1:]:
-            if extra.users:
-                raise NotFusable(f"its forward takes a second input, {extra.name!r}")
-        for node in self.nodes:
+        image, *extra = (n for n in self.graph.nodes if n.op == "placeholder")
+        for node in extra:
+            if node.users:
+                raise NotFusable(f"its forward takes a second input, {node.name!r}")
+        for node in self.graph.nodes:
             owner = str(node.target).rpartition(".")[0]
             if node.op == "get_attr" and owner in self.masked:
                 raise NotFusable(f"the network reads the parameters of {owner!r} directly")
-        for node in self.nodes:
-            if node.op == "call_module" and node.target in self.masked:
+        for node in list(self.graph.nodes):
+            layer = self.masked.get(node.target) if node.op == "call_module" else None
+            if layer is not None and folds(layer):
                 self._grow(node)
+        if not self.grown:
+            raise NotFusable("it has no masked convolution that folds")
         steps: list[ConvStep | CallStep] = []
         result = None
-        for node in self.nodes:
+        for node in self.graph.nodes:
             if node in self.grown:
                 steps.append(self.grown[node])
             elif node.op == "output":
@@ -203,12 +272,27 @@ class _Folder:
                 steps.append(self._call(node))
         if not isinstance(result, fx.Node):
             raise NotFusable("its forward returns more than one tensor")
-        return Plan(steps, inputs[0], result)
+        return Plan(steps, image, result, self._called(steps))
+
+    def _called(self, steps: list[ConvStep | CallStep]) -> list[MaskedLayer]:
+        called = {
+            layer
+            for step in steps
+            for layer in ((step.layer,) if isinstance(step, ConvStep) else step.layers)
+        }
+        return [layer for layer in self.masked.values() if layer in called]
 
     def _grow(self, node: fx.Node) -> None:
         """Absorbs BatchNorm, one residual sum and a ReLU as long as nobody else reads between."""
+        layer, (value,) = self.masked[node.target], node.all_input_nodes
+        padded = Padded(layer)
+        if padded.needed:
+            with self.graph.inserting_before(node):
+                value = self.graph.create_node(
+                    "call_function", padded, (value,), name=f"{node.name}_padded"
+                )
         position = list(self.masked).index(node.target)
-        step = ConvStep(node.target, self.masked[node.target], position, node.args[0], node)
+        step = ConvStep(node.target, layer, position, value, node)
         while len(step.output.users) == 1:
             (follower,) = step.output.users
             if not self._absorb(step, follower):
@@ -223,12 +307,11 @@ class _Folder:
         if node in self.absorbed or node in self.grown:  # the sum that the other summand took
             return False
         module = self.modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.BatchNorm2d):
-            act = _activation_of(module)
-            if step.norm or step.residual or act is None or module.running_var is None:
+        if rewriting.is_frozen_norm(module):
+            if step.norm or step.residual:
                 return False
             step.norm = module
-            step.relu = act == "relu"
+            rewriting.split_norm(self.graph, node, self.modules)
             return True
         if _is_relu(node, module):
             step.relu = True
@@ -238,56 +321,35 @@ class _Folder:
             other = second if first is step.output else first
             if not isinstance(other, fx.Node) or other is step.output:
                 return False
+            shapes = [summand.meta.get("shape") for summand in node.args]
+            if shapes[0] != shapes[1] and None not in shapes:  # it broadcasts
+                return False
             step.residual = other
             return True
         return False
 
     def _call(self, node: fx.Node) -> CallStep:
-        in_place = False
+        layers: tuple[MaskedLayer, ...] = ()
+        kwargs = dict(node.kwargs)
         if node.op == "call_module":
             call = self.modules[node.target]
-            # An activation inside of a norm layer overwrites the layer's own result.
-            in_place = not isinstance(call, nn.BatchNorm2d) and any(
-                getattr(m, "inplace", False) for m in call.modules()
-            )
+            layers = tuple(m for m in call.modules() if isinstance(m, MaskedLayer))
         elif node.op == "call_function":
             call = node.target
-            name = getattr(call, "__name__", "")
-            in_place = (
-                name.endswith("_")
-                or bool(node.kwargs.get("inplace"))
-                or (getattr(operator, name, None) is call and name.startswith("i"))
-            )
         elif node.op == "call_method":
-            call = _Method(node.target)
-            in_place = node.target.endswith("_")
+            call = Method(node.target)
         elif node.op == "get_attr":
             call = _Attribute(self.model, node.target)
         else:
             raise NotFusable(f"operation {node.op!r} is not known")
-        if in_place and any(len(read.users) > 1 for read in node.all_input_nodes[:1]):
-            raise NotFusable(f"{node.name!r} changes a value in place that others read")
-        return CallStep(call, (node.args, node.kwargs), node, in_place)
-
-
-def _erase_identities(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Removes modules that return what they are given: they would separate what folds."""
-    for node in list(graph.nodes):
-        module = modules.get(node.target) if node.op == "call_module" else None
-        idle = isinstance(module, nn.Identity) or (
-            isinstance(module, nn.Dropout | nn.Dropout2d) and not module.training
-        )
-        if idle and len(node.args) == 1 and isinstance(node.args[0], fx.Node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-
-
-@dataclass(frozen=True)
-class _Method:
-    name: str
-
-    def __call__(self, receiver: object, *args: object, **kwargs: object) -> object:
-        return getattr(receiver, self.name)(*args, **kwargs)
+        in_place = rewriting.changed_in_place(node, self.modules) is not None
+        if in_place:
+            plain = rewriting.out_of_place(node, call)
+            if plain is not None:
+                call, in_place = plain, False
+                kwargs.pop("inplace", None)
+        part = rewriting.is_part(node)
+        return CallStep(call, (node.args, kwargs), node, in_place, layers, part)
 
 
 @dataclass(frozen=True)
@@ -300,17 +362,6 @@ class _Attribute:
         for part in self.path.split("."):
             value = getattr(value, part)
         return value
-
-
-def _activation_of(norm: nn.BatchNorm2d) -> str | None:
-    """'none' or 'relu' for a norm layer that we know, None for one that does something else."""
-    if type(norm).forward is nn.BatchNorm2d.forward:
-        return "none"
-    if type(norm).__name__ != "BatchNormAct2d" or not isinstance(norm.drop, nn.Identity):
-        return None
-    if isinstance(norm.act, nn.Identity):
-        return "none"
-    return "relu" if type(norm.act) is nn.ReLU else None
 
 
 def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
@@ -345,6 +396,8 @@ def _levels(steps: list[ConvStep | CallStep], image: fx.Node) -> dict[fx.Node, i
             level[step.output] = EXPANDED
         else:
             step.level = max((level[node] for node in step.reads), default=CONSTANT)
+            if step.layers:
+                step.level = EXPANDED
             level[step.output] = step.level
     return level
 

@@ -1,0 +1,393 @@
+"""Rewriting a traced network before it is planned, so that more of it folds.
+
+No rewrite changes what the network computes. They take away what only stands between operations
+that fold (dropout in evaluation mode, a norm layer with an activation inside), and they give
+operations a form that a plan can run: one call per item of a split, a result of its own for what
+the network computes in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from wfnet.labels import forgetting
+from wfnet.layers import WFConv2d
+
+
+class NotFusable(Exception):
+    """Why a network (or a part of it) runs unfused; one sentence."""
+
+
+# -- an example ------------------------------------------------------------------------------------
+
+
+def run_example(
+    model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], images: Tensor
+) -> None:
+    """Runs ``graph`` on one of ``images`` ``[N, C, H, W]``, twice side by side.
+
+    In ``node.meta`` it leaves the ``shape`` of tensors, and the ``count`` of tuples and lists.
+
+    Raises:
+        NotFusable: if that fails, or if a value is changed in place that is read later, be it
+            through another view of its memory.
+    """
+
+    class Watch(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> object:
+            changed = changed_in_place(node, modules)
+            if changed is not None:
+                self._check_alone(node, changed)
+            value = super().run_node(node)
+            if isinstance(value, Tensor):
+                node.meta["shape"] = value.shape
+            elif isinstance(value, tuple | list):
+                node.meta["count"] = len(value)
+            return value
+
+        def _check_alone(self, node: fx.Node, changed: fx.Node) -> None:
+            for other, value in self.env.items():  # the interpreter has freed what nobody reads
+                read_later = other is not changed and other.users and max(other.users) > node
+                if read_later and _overlap(self.env[changed], value):
+                    raise _changed(node)
+
+    with torch.no_grad(), forgetting(None):
+        try:
+            Watch(model, graph=graph).run(images[:1].repeat(2, 1, 1, 1))
+        except NotFusable:
+            raise
+        except Exception as error:
+            raise NotFusable(f"running its graph failed ({error})") from error
+
+
+def _overlap(value: object, other: object) -> bool:
+    """Whether two values are tensors with elements in common."""
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return False
+    memory = value.untyped_storage()
+    if memory.data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    marks = torch.zeros(memory.nbytes() // value.element_size(), dtype=torch.bool)
+    marks.as_strided(value.shape, value.stride(), value.storage_offset()).fill_(True)
+    return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
+
+
+# -- values changed in place ----------------------------------------------------------------------
+
+
+def name_of(node: fx.Node) -> str:
+    """Of a function, method or module that ``node`` calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+_IN_PLACE_OPERATORS = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+    operator.imod: operator.mod,
+    operator.ifloordiv: operator.floordiv,
+}
+
+
+def changed_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
+    """The value that ``node`` overwrites with its result; None if it overwrites none."""
+    name = name_of(node)
+    if node.op == "call_module":
+        module = modules[node.target]
+        # An activation inside of a norm layer overwrites the layer's own result.
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm)
+        writes = not norm and any(getattr(m, "inplace", False) for m in module.modules())
+    elif node.op == "call_function":
+        writes = bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE_OPERATORS
+        if getattr(operator, name, None) is not node.target:  # operator.and_ writes nothing
+            writes = writes or name.endswith("_")
+    else:
+        writes = node.op == "call_method" and name.endswith("_") and not name.endswith("__")
+    return next(iter(node.all_input_nodes), None) if writes else None
+
+
+def check_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Raises NotFusable where a value is changed in place that is read later."""
+    for node in graph.nodes:
+        if node.target in (operator.setitem, operator.delitem) or "out" in node.kwargs:
+            raise NotFusable(f"{node.name!r} writes into a tensor that others read")
+        changed = changed_in_place(node, modules)
+        if changed is not None and max(changed.users) is not node:
+            raise _changed(node)
+
+
+def _changed(node: fx.Node) -> NotFusable:
+    return NotFusable(f"{node.name!r} changes a value in place that others read")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of its first argument."""
+
+    name: str
+
+    def __call__(self, receiver: object, *args: object, **kwargs: object) -> object:
+        return getattr(receiver, self.name)(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class _InDtypeOfFirst:
+    """An operation whose result keeps the dtype of its first argument, as in place it would."""
+
+    call: Callable[..., Tensor]
+
+    def __call__(self, first: Tensor, *args: object, **kwargs: object) -> Tensor:
+        result = self.call(first, *args, **kwargs)
+        return result.to(first.dtype) if isinstance(first, Tensor) else result
+
+
+def out_of_place(node: fx.Node, call: Callable[..., object]) -> Callable[..., object] | None:
+    """``call`` with a result of its own instead of overwriting its input, None if there is none.
+
+    Args:
+        node: changes a value in place.
+        call: what it calls, without its ``inplace`` keyword.
+    """
+    if node.op == "call_module":
+        known = type(call).__module__.startswith(("torch.nn.", "timm.layers."))
+        if not known or any(True for _ in call.children()):
+            return None
+        twin = copy.copy(call)  # the parameters are shared
+        twin.inplace = False
+        return twin
+    name = name_of(node)
+    if node.op == "call_method":
+        plain = name[:-1]
+        return _InDtypeOfFirst(Method(plain)) if callable(getattr(Tensor, plain, None)) else None
+    if node.target in _IN_PLACE_OPERATORS:
+        return _InDtypeOfFirst(_IN_PLACE_OPERATORS[node.target])
+    if "inplace" in node.kwargs:
+        return call if getattr(F, name, None) is call else None
+    for home in (torch, F):
+        plain = getattr(home, name[:-1], None)
+        if getattr(home, name, None) is call and plain is not None:
+            return _InDtypeOfFirst(plain)
+    return None
+
+
+# -- operations with several results --------------------------------------------------------------
+
+_SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One of the tensors that a split returns: a view.
+
+    Attributes:
+        path: indices into the result, one after the other; all but the last are slices.
+    """
+
+    split: Callable[..., object]
+    path: tuple[int | slice, ...]
+
+    def __call__(self, *args: object, **kwargs: object) -> Tensor:
+        value = self.split(*args, **kwargs)
+        for index in self.path:
+            value = value[index]
+        return value
+
+
+def take_items(graph: fx.Graph) -> None:
+    """Replaces every operation that splits a tensor by one call for each item that is read.
+
+    Raises:
+        NotFusable: if somebody reads all items and their number is not known.
+    """
+    for node in list(graph.nodes):
+        name = name_of(node)
+        if node.op in ("call_function", "call_method") and name in _SPLITS:
+            split = node.target if node.op == "call_function" else Method(node.target)
+            _take_items(graph, node, _Split(node, split), ())
+
+
+@dataclass(frozen=True)
+class _Split:
+    node: fx.Node
+    call: Callable[..., object]
+
+    def item(self, graph: fx.Graph, before: fx.Node, path: tuple[int | slice, ...]) -> fx.Node:
+        with graph.inserting_before(before):
+            return graph.create_node(
+                "call_function",
+                Item(self.call, path),
+                self.node.args,
+                self.node.kwargs,
+                name=f"{self.node.name}_item",
+            )
+
+
+def _take_items(
+    graph: fx.Graph,
+    several: fx.Node,
+    split: _Split,
+    path: tuple[int | slice, ...],
+) -> None:
+    for user in list(several.users):
+        index = user.args[1] if user.target is operator.getitem else None
+        if isinstance(index, int):
+            item = split.item(graph, user, (*path, index))
+            user.replace_all_uses_with(item)
+            graph.erase_node(user)
+            item.meta = dict(user.meta)
+        elif isinstance(index, slice) and _is_constant(index):
+            _take_items(graph, user, split, (*path, index))
+        else:
+            count = several.meta.get("count")
+            if count is None:
+                raise NotFusable(
+                    f"{user.name!r} reads all results of {split.node.name!r}, whose number is "
+                    "not known"
+                )
+            items = [split.item(graph, user, (*path, i)) for i in range(count)]
+            user.args = map_arg(user.args, lambda n, items=items: items if n is several else n)
+            user.kwargs = map_arg(user.kwargs, lambda n, items=items: items if n is several else n)
+    if not several.users:
+        graph.erase_node(several)
+
+
+def _is_constant(index: object) -> bool:
+    """Whether ``index`` is a basic index (a view) that no computed value goes into."""
+    if isinstance(index, tuple):
+        return all(_is_constant(part) for part in index)
+    if isinstance(index, slice):
+        return all(
+            bound is None or isinstance(bound, int)
+            for bound in (index.start, index.stop, index.step)
+        )
+    return (
+        index is None
+        or index is Ellipsis
+        or (isinstance(index, int) and index is not True and index is not False)
+    )
+
+
+def is_part(node: fx.Node) -> bool:
+    """Whether the value of ``node`` is a view of some elements of one other value."""
+    if len(node.all_input_nodes) != 1 or node.args[0] is not node.all_input_nodes[0]:
+        return False
+    if isinstance(node.target, Item):
+        return True
+    return node.target is operator.getitem and _is_constant(node.args[1])
+
+
+# -- modules that do nothing, norms, padding ------------------------------------------------------
+
+_IDLE = {
+    "timm.layers.drop.DropPath",
+    "timm.layers.drop.DropBlock2d",
+    "torchvision.ops.drop_block.DropBlock2d",
+    "torchvision.ops.stochastic_depth.StochasticDepth",
+}
+
+
+def _title(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def is_idle(module: nn.Module) -> bool:
+    """Whether ``module`` returns what it is given: identities, and dropout in evaluation mode."""
+    if isinstance(module, nn.Identity):
+        return True
+    drops = isinstance(module, nn.modules.dropout._DropoutNd) or _title(module) in _IDLE
+    return drops and not module.training
+
+
+def erase_idle(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Removes modules that return what they are given: they would separate what folds."""
+    for node in list(graph.nodes):
+        idle = node.op == "call_module" and is_idle(modules[node.target])
+        if idle and len(node.all_input_nodes) == 1 and len(node.args) == 1 and not node.kwargs:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+
+
+# Their weight, bias, running_mean, running_var and eps make the map of nn.BatchNorm2d. Those of
+# timm drop and activate behind it, with modules `drop` and `act`.
+_NORMS = {
+    "timm.layers.norm_act.BatchNormAct2d",
+    "timm.layers.norm_act.FrozenBatchNormAct2d",
+    "torchvision.ops.misc.FrozenBatchNorm2d",
+}
+
+
+def is_frozen_norm(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a constant affine map per channel, then ``drop`` and ``act`` if any."""
+    if module is None or module.training or "forward" in vars(module):
+        return False
+    if getattr(module, "running_var", None) is None:
+        return False
+    plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    return _title(module) in _NORMS or type(module).forward in plain
+
+
+def split_norm(graph: fx.Graph, node: fx.Node, modules: dict[str, nn.Module]) -> None:
+    """Gives what a norm layer does behind its affine map nodes of its own; ``node`` is the map.
+
+    From here on ``node`` must not be called as the module it names.
+    """
+    users, value = list(node.users), node
+    for name in ("drop", "act"):
+        inner = getattr(modules[node.target], name, None)
+        if inner is None or is_idle(inner):
+            continue
+        target = f"{node.target}.{name}"
+        modules[target] = inner
+        with graph.inserting_after(value):
+            value = graph.create_node("call_module", target, (value,))
+        value.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, value)
+
+
+@dataclass(frozen=True)
+class Padded:
+    """The input of a convolution with the padding applied that is not the same zeros all around."""
+
+    layer: WFConv2d
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x, padding = self.layer._padded(x)
+        if padding == "same":
+            high, wide = _same_padding(self.layer)
+            x = F.pad(x, [0, wide % 2, 0, high % 2])
+        return x
+
+    @property
+    def needed(self) -> bool:
+        """Whether it is another tensor than the input, as far as can be said without one."""
+        layer = self.layer
+        if layer.padding_mode != "zeros" or type(layer)._padded is not WFConv2d._padded:
+            return True
+        return layer.padding == "same" and any(size % 2 for size in _same_padding(layer))
+
+    @property
+    def remaining(self) -> tuple[int, int]:
+        """Zero padding that is left to the convolution."""
+        layer = self.layer
+        if layer.padding_mode != "zeros" or type(layer)._padded is not WFConv2d._padded:
+            return 0, 0
+        if isinstance(layer.padding, str):
+            high, wide = _same_padding(layer) if layer.padding == "same" else (0, 0)
+            return high // 2, wide // 2
+        return layer.padding
+
+
+def _same_padding(layer: WFConv2d) -> list[int]:
+    """Rows and columns of padding='same', both sides together."""
+    return [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]
