@@ -162,13 +162,14 @@ class Choice:
 def full_precision(dtype: torch.dtype, op: str) -> bool:
     """Whether PyTorch's settings ask for fp32 products: what eager would do, kernels do.
 
-    ``op`` is ``conv`` (``torch.backends.cudnn.allow_tf32``) or ``linear``
-    (``torch.backends.cuda.matmul.allow_tf32``).
+    ``op`` is ``conv`` (``torch.backends.cudnn.conv``) or ``linear``
+    (``torch.backends.cuda.matmul``). Read as ``fp32_precision``, which says the same however it was
+    set: reading ``allow_tf32`` raises once somebody has used the newer setting.
     """
     if dtype != torch.float32:
         return False
-    flags = torch.backends.cudnn if op == "conv" else torch.backends.cuda.matmul
-    return not flags.allow_tf32
+    settings = torch.backends.cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    return settings.fp32_precision != "tf32"
 
 
 def span(block_m: int, tokens: int) -> int:

@@ -187,6 +187,21 @@ def test_full_precision_follows_pytorch(monkeypatch):
     assert not full_precision(torch.float32, "conv")
 
 
+def test_full_precision_is_read_however_it_was_set():
+    """PyTorch refuses to read its older flag once the newer setting was used."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = False
+        assert full_precision(torch.float32, "linear")
+        matmul.fp32_precision = "tf32"
+        with pytest.raises(RuntimeError):
+            _ = matmul.allow_tf32
+        assert not full_precision(torch.float32, "linear")
+    finally:
+        matmul.allow_tf32 = before
+
+
 def test_descriptor_strides_come_from_the_shape():
     """PyTorch gives dimensions of size 1 arbitrary strides; a descriptor may not have them."""
     x = torch.zeros(64).as_strided((1, 1, 4, 16), (7, 3, 16, 1))

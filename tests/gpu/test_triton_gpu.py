@@ -70,6 +70,21 @@ def fill_uninitialised_memory():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def products():
+    """Allows or forbids TF32; PyTorch's flags cannot be patched, they are attributes of modules."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+
+    def allow(tf32: bool) -> None:
+        for flag in flags:
+            flag.allow_tf32 = tf32
+
+    yield allow
+    for flag, value in zip(flags, before, strict=True):
+        flag.allow_tf32 = value
+
+
 def relative_error(result, truth):
     difference = (result.double() - truth).norm() / truth.norm().clamp_min(1e-30)
     return difference.item()
@@ -100,10 +115,9 @@ def conv_operands(name, dtype):
 @pytest.mark.parametrize(
     ("dtype", "tf32"), [*((dtype, True) for dtype in DTYPES), (torch.float32, False)], ids=str
 )
-def test_conv2d_error(name, dtype, tf32, monkeypatch):
+def test_conv2d_error(name, dtype, tf32, products):
     """Forward and backward of the backend contract at the sizes of real layers."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+    products(tf32)
     x, weight, scale, shift, geometry = conv_operands(name, dtype)
     need_dx = name != "resnet18.conv1"  # images need no gradient
     found, dout = {}, None
