@@ -30,7 +30,7 @@ def _refuse_tensor(x: Tensor) -> str | None:
     if library.missing is not None:
         return library.missing
     if x.dtype not in cuda_launch.DTYPES:
-        return f"the CUDA kernels take float16 and bfloat16, not {x.dtype} (use autocast)"
+        return cuda_launch.REFUSED_DTYPE.format(x.dtype)
     if library.emulated:
         if x.device.type != "cpu":
             return f"WFNET_CUDA_EMULATE runs the kernels on the CPU, and x is on {x.device}"

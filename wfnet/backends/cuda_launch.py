@@ -29,6 +29,7 @@ from torch import Tensor
 VECTOR = 8  # channels of one 16-byte access
 HOPPER_DEPTH = 64  # channels that the Hopper kernels multiply at a time
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+REFUSED_DTYPE = "the CUDA kernels take float16 and bfloat16, not {} (use autocast)"
 _EMULATE = "WFNET_CUDA_EMULATE"
 _HOPPER = "WFNET_CUDA_HOPPER"
 
@@ -145,6 +146,12 @@ class Gradient(NamedTuple):
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _type_of(tensor: Tensor) -> str:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(REFUSED_DTYPE.format(tensor.dtype))
+    return DTYPES[tensor.dtype]
 
 
 def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -336,7 +343,7 @@ def conv_fprop(
             order, first_of = by_source(source, images)
     scale, shift, stride = tables(scale, shift)
     reads = {"x": x, "weight": weight, "scale": scale, "shift": shift, "residual": dense(residual)}
-    numbers = {"table_stride": stride, "relu": relu, "dtype": DTYPES[x.dtype]}
+    numbers = {"table_stride": stride, "relu": relu, "dtype": _type_of(x)}
     sizes = {"batch": images, "in_channels": x.shape[3], "out_channels": columns,
              "height": height, "width": width}  # fmt: skip
     processors = hopper_processors(x.device) if order is None else 0
@@ -443,7 +450,7 @@ def conv_dgrad(
         "sm90.dgrad" if on_hopper else "conv_dgrad",
         {"ag": ag, "weight": weight, **reads},
         {"grad": grad, "scaled_grad": scaled, **sums.writes()},
-        table_stride=stride, relu=below.relu, total_stride=sums.stride, dtype=DTYPES[ag.dtype],
+        table_stride=stride, relu=below.relu, total_stride=sums.stride, dtype=_type_of(ag),
         **sizes, **({"processors": processors} if on_hopper else {}),
     )  # fmt: skip
     sums.copy()
@@ -497,7 +504,7 @@ def epilogue_bwd(dout: Tensor, layer: Layer, want: Want) -> Gradient:
         {"grad": grad, "scaled_grad": scaled, **sums.writes()},
         sample_stride=strides[0], pixel_stride=strides[1], batch=batch, pixels=pixels,
         columns=columns, table_stride=stride, relu=layer.relu, total_stride=sums.stride,
-        dtype=DTYPES[dout.dtype],
+        dtype=_type_of(dout),
     )  # fmt: skip
     sums.copy()
     return Gradient(grad, scaled)
@@ -524,7 +531,7 @@ def sum_by_source(dout: Tensor, scale: Tensor, source: Tensor, images: int) -> T
         {"dout": dense(dout), "scale": scale, "order": order, "first_of": first_of},
         {"scaled": scaled},
         table_stride=stride, images=images, pixels=height * width, columns=columns,
-        dtype=DTYPES[dout.dtype],
+        dtype=_type_of(dout),
     )  # fmt: skip
     return scaled
 
