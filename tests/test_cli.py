@@ -270,6 +270,25 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(arguments, tmp_path, monkeyp
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["result"]["steps"] == 7
 
 
+def test_a_compiled_run_is_remembered_as_one(arguments, tmp_path, monkeypatch, capsys):
+    make, made = torch.compile, []
+
+    def traced(graph, **options):  # generated code is torch's own, and takes long to make
+        made.append(graph)
+        return make(graph, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    folder = str(tmp_path / "run")
+    call = ["untrain", *arguments, "--output", folder]
+    fails(capsys, [*call, "--steps", "2", "--torchcompile", "--no-fuse"], "--no-fuse")
+    assert main([*call, "--steps", "2", "--torchcompile"]) == 0
+    remembered = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert remembered["untraining"]["fuse"] == "compile"
+    assert main(["untrain", "--resume", folder]) == 0  # of a finished run: nothing is made
+    assert main(["evaluate", folder, *arguments[:4], "--torchcompile"]) == 0
+    assert len(made) == 2
+
+
 def test_resume_auto_starts_anew_where_there_is_nothing(arguments, tmp_path, capsys):
     folder = tmp_path / "run"
     call = ["untrain", *arguments, "--steps", "2", "--output", str(folder), "--resume", "auto"]

@@ -201,6 +201,7 @@ _CHOICES = {
     "stop_on": ("accuracy", "loss"),
     "amp": (None, "bfloat16"),
     "capture": (None, True, False),
+    "fuse": (True, False, "compile"),
 }
 _AT_LEAST = {
     "steps": 1,

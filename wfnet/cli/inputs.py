@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
-from wfnet.cli.options import DATA_WITH_FILES
+from wfnet.cli.options import DATA_WITH_FILES, fuse_of
 from wfnet.data import Splits, cifar10, folder_classes, mnist, open_data
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
@@ -165,7 +165,7 @@ def load_network(options: argparse.Namespace, folder: Path) -> tuple[WFNet, nn.M
         )
     classifier = make_classifier(options, config["num_classes"], str(folder))
     net = WFNet.from_pretrained(folder, classifier, backend=options.backend)
-    net.fuse = options.fuse
+    net.fuse = fuse_of(options)
     net.to(device)
     if options.channels_last:
         net.to(memory_format=torch.channels_last)

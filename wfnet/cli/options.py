@@ -156,9 +156,7 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
     )
     group.add_argument(
         "--torchcompile",
-        dest="fuse",
-        action="store_const",
-        const="compile",
+        action="store_true",
         help="fuse, and let torch.compile fuse what lies between the convolutions",
     )
     group.add_argument(
@@ -190,6 +188,20 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
         "GPU where there is one",
     )  # fmt: skip
     add_threads_option(group)
+
+
+def fuse_of(options: argparse.Namespace) -> bool | str:
+    """What :class:`wfnet.WFNet` takes as ``fuse``.
+
+    Raises:
+        ValueError: for ``--no-fuse --torchcompile``.
+    """
+    if options.torchcompile and not options.fuse:
+        raise ValueError(
+            "--torchcompile compiles the fused network, which --no-fuse switches off; leave one "
+            "of them out"
+        )
+    return "compile" if options.torchcompile else options.fuse
 
 
 def add_threads_option(group: argparse._ActionsContainer, default: str = "PyTorch's") -> None:

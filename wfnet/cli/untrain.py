@@ -35,6 +35,7 @@ from wfnet.cli.options import (
     add_compute_options,
     add_data_options,
     add_model_options,
+    fuse_of,
     not_negative,
     recorded,
     whole,
@@ -225,7 +226,7 @@ _SAME_NAME = (
     "steps", "epochs", "batch_size", "label_expansion", "lr", "lambda0", "lambda1", "lambda2",
     "distil", "share_images", "sampler", "clip", "patience", "validations_per_epoch", "stop_on",
     "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every", "keep_checkpoints",
-    "fuse", "grad_accum_steps", "max_nan_steps",
+    "grad_accum_steps", "max_nan_steps",
 )  # fmt: skip
 _TIMM_NAME = {"optimizer": "opt", "schedule": "sched"}
 
@@ -235,6 +236,7 @@ def make_config(options: argparse.Namespace, num_classes: int) -> UntrainConfig:
     changes = {name: getattr(options, name) for name in _SAME_NAME}
     changes |= {name: getattr(options, theirs) for name, theirs in _TIMM_NAME.items()}
     changes["amp"] = "bfloat16" if options.amp else None
+    changes["fuse"] = fuse_of(options)
     changes = {name: value for name, value in changes.items() if value is not None}
     return UntrainConfig.recipe(options.recipe, num_classes, **changes)
 
@@ -293,7 +295,7 @@ def _run(options: argparse.Namespace, ranks: Ranks, wandb: ModuleType | None) ->
         options.alpha_init,
         targets=options.targets,
         backend=options.backend,
-        fuse=options.fuse,
+        fuse=fuse_of(options),
         filter_dtype=_FILTER_DTYPES[options.filter_dtype],
     ).to(device)
     if config.channels_last:
