@@ -195,6 +195,7 @@ WF_DEVICE void sync_named(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #else
   emulation::Block& block = emulation::block();
+  if (threads % 32 != 0) block.fail("sync_named: whole warps only");
   block.meet(block.barriers()[id], "sync_named", threads, 0, nullptr, [](void* const*) {});
 #endif
 }

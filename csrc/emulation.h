@@ -241,6 +241,13 @@ class Block {
     count_passes();
   }
 
+  // Whether threads [first, first + count) have all returned.
+  bool ended(int first, int count) const {
+    for (int i = first; i < first + count; ++i)
+      if (fibers_[i].state != Fiber::State::kDone) return false;
+    return true;
+  }
+
   // --- what primitives are made of -------------------------------------------------------------
 
   uint32_t index() const { return index_; }
@@ -560,6 +567,7 @@ struct Device {
   bool count_conflicts = false;
   Conflicts conflicts;
   uint64_t launches = 0;
+  int contexts = 0;  // scopes of the calling thread in which the driver has a context
 
   void run(uint32_t grid, int threads, uint32_t shared_bytes, bool check_races,
            const std::function<void()>& kernel) {

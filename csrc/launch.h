@@ -14,6 +14,10 @@
 
 #include "device.h"
 
+#if defined(__CUDACC__)
+#include <cuda.h>  // types only: no symbol of libcuda is linked
+#endif
+
 namespace wf {
 
 // Where a launch goes: CUDA device ordinal and stream, both as PyTorch knows them.
@@ -30,13 +34,28 @@ inline void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
 }
 
-// Makes `device` current for a scope.
+// Looked up when first needed: nothing links to libcuda, and importing needs no driver.
+template <class Function>
+Function driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+  check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found),
+        "cudaGetDriverEntryPointByVersion");
+  if (found != cudaDriverEntryPointSuccess)
+    throw std::runtime_error(std::string("the CUDA driver has no ") + name +
+                             "; it must be 12.0 or newer");
+  return reinterpret_cast<Function>(function);
+}
+
+// Makes `device` current for a scope, and leaves the thread with a context: launches bind one by
+// themselves, the driver's own functions refuse a thread that has none, and the thread on which
+// autograd runs a backward may have launched nothing yet.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
     check(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (device != previous_) check(cudaSetDevice(device), "cudaSetDevice");
     changed_ = device != previous_;
+    if (changed_ || !has_context()) check(cudaSetDevice(device), "cudaSetDevice");
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
@@ -45,6 +64,12 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
+  static bool has_context() {
+    static const auto current = driver_function<decltype(&cuCtxGetCurrent)>("cuCtxGetCurrent");
+    CUcontext context = nullptr;
+    return current(&context) == CUDA_SUCCESS && context != nullptr;
+  }
+
   int previous_ = 0;
   bool changed_ = false;
 };
@@ -70,6 +95,15 @@ void launch(const typename Kernel::Params& params, int64_t grid, Place place) {
 }
 
 #else
+
+// What a thread may ask of the driver, it may ask within such a scope.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int) { ++emulation::device().contexts; }
+  ~DeviceGuard() { --emulation::device().contexts; }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+};
 
 template <class Kernel>
 void launch(const typename Kernel::Params& params, int64_t grid, Place) {

@@ -21,7 +21,7 @@ struct GemmKernel {
   }
 };
 
-// launch() of launch.h, for clusters.
+// launch() of launch.h, for clusters; within a DeviceGuard.
 #if defined(__CUDACC__)
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, 1)
@@ -31,7 +31,6 @@ __global__ void __launch_bounds__(Kernel::kThreads, 1)
 
 template <class Kernel>
 void launch_clusters(const typename Kernel::Params& params, int clusters, Place place) {
-  DeviceGuard guard(place.device);
   check(cudaFuncSetAttribute(cluster_entry<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(Kernel::kSharedBytes)),
         "cudaFuncSetAttribute");
@@ -69,19 +68,6 @@ namespace {
 
 #if defined(__CUDACC__)
 
-// Looked up at the first launch: nothing links to libcuda, and importing needs no driver.
-template <class Function>
-Function driver_function(const char* name) {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult found;
-  check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found),
-        "cudaGetDriverEntryPointByVersion");
-  if (found != cudaDriverEntryPointSuccess)
-    throw std::runtime_error(std::string("the CUDA driver has no ") + name +
-                             "; it must be 12.0 or newer");
-  return reinterpret_cast<Function>(function);
-}
-
 TensorMap encode(const TensorMapParameters& p) {
   static const auto encode_tiled =
       driver_function<decltype(&cuTensorMapEncodeTiled)>("cuTensorMapEncodeTiled");
@@ -110,7 +96,11 @@ TensorMap encode(const TensorMapParameters& p) {
 
 #else
 
-TensorMap encode(const TensorMapParameters& parameters) { return TensorMap{parameters}; }
+TensorMap encode(const TensorMapParameters& parameters) {
+  if (emulation::device().contexts == 0)
+    throw std::runtime_error("a tensor map is encoded on a thread without a context");
+  return TensorMap{parameters};
+}
 
 #endif
 
@@ -128,7 +118,15 @@ void require_aligned(const void* pointer, const char* name) {
     throw std::invalid_argument(std::string(name) + " is not 16-byte aligned");
 }
 
-const char* refuse(const Convolution& conv, const Problem& problem, const void* address) {
+// Of the larger one of input and output.
+int64_t most_pixels(const Convolution& conv) {
+  const int64_t in = int64_t{conv.height} * conv.width;
+  const int64_t out = int64_t{conv.out_height()} * conv.out_width();
+  return conv.batch * (in > out ? in : out);
+}
+
+// What a problem, whose numbers have 32 bits, can be made of.
+const char* refuse_sizes(const Convolution& conv) {
   if (conv.batch < 1 || conv.height < 1 || conv.width < 1 || conv.in_channels < 1 ||
       conv.out_channels < 1 || conv.filter_h < 1 || conv.filter_w < 1 || conv.stride_h < 1 ||
       conv.stride_w < 1 || conv.dilation_h < 1 || conv.dilation_w < 1 || conv.pad_h < 0 ||
@@ -136,20 +134,19 @@ const char* refuse(const Convolution& conv, const Problem& problem, const void* 
     return "the convolution is empty, or the filter does not fit into the image";
   if (conv.in_channels % 8 != 0 || conv.out_channels % 8 != 0)
     return "TMA needs channel counts that are multiples of 8";
-  const int64_t pixels =
-      int64_t{conv.batch} *
-      (int64_t{conv.height} * conv.width > int64_t{conv.out_height()} * conv.out_width()
-           ? int64_t{conv.height} * conv.width
-           : int64_t{conv.out_height()} * conv.out_width());
-  if (pixels > INT32_MAX - 2 * kCluster * kBlockM ||
-      (pixels / kBlockM + kMostPhases) * problem.n_tiles > INT32_MAX - (1 << 16))
-    return "more than 2**31 pixels or tiles";
+  if (most_pixels(conv) > INT32_MAX - 2 * kCluster * kBlockM) return "more than 2**31 pixels";
+  return nullptr;
+}
+
+const char* refuse(const Convolution& conv, const Problem& problem) {
+  if ((most_pixels(conv) / kBlockM + kMostPhases) * problem.n_tiles > INT32_MAX - (1 << 16))
+    return "more than 2**31 tiles";
   for (int i = 0; i < problem.num_phases; ++i) {
     const Phase& phase = problem.phases[i];
     if (const char* reason = refuse_offsets(phase.h)) return reason;
     if (const char* reason = refuse_offsets(phase.w)) return reason;
     if (!problem.tiled && phase.slices > 0 && phase.rows > 0)
-      if (const char* reason = refuse_map(im2col_map(address, true, problem, phase))) return reason;
+      if (const char* reason = refuse_map(im2col_map(nullptr, true, problem, phase))) return reason;
   }
   return nullptr;
 }
@@ -174,14 +171,18 @@ Params<kDirection> make_params(const Problem& problem, const Convolution& conv,
   return params;
 }
 
-template <Direction kDirection>
-void launch_gemm(const Params<kDirection>& params, const Operands& operands) {
+template <Direction kDirection, class Epilogue>
+void launch_gemm(const Problem& problem, const Convolution& conv, const Operands& operands,
+                 const Epilogue& epilogue) {
+  const DeviceGuard guard(operands.place.device);  // the driver encodes the tensor maps
+  Params<kDirection> params = make_params<kDirection>(problem, conv, operands);
+  params.epilogue = epilogue;
   const int most = operands.processors > kCluster ? operands.processors / kCluster : 1;
-  const int clusters = params.problem.tile_slots < most ? params.problem.tile_slots : most;
+  const int clusters = problem.tile_slots < most ? problem.tile_slots : most;
   const auto run = [&](auto kernel) {
     launch_clusters<decltype(kernel)>(params, clusters, operands.place);
   };
-  if (params.problem.block_n == 128) {
+  if (problem.block_n == 128) {
     operands.bf16 ? run(GemmKernel<Bf16, 128, kDirection>{})
                   : run(GemmKernel<Fp16, 128, kDirection>{});
   } else {
@@ -195,14 +196,16 @@ void launch_gemm(const Params<kDirection>& params, const Operands& operands) {
 const char* refuse_fprop(const Convolution& conv) {
   if (conv.stride_h > 8 || conv.stride_w > 8) return "the stride is above 8";
   if (conv.stride_h < 1 || conv.stride_w < 1) return "the stride is below 1";
-  return refuse(conv, fprop_problem(conv), nullptr);
+  if (const char* reason = refuse_sizes(conv)) return reason;
+  return refuse(conv, fprop_problem(conv));
 }
 
 const char* refuse_dgrad(const Convolution& conv) {
   if (conv.stride_h < 1 || conv.stride_w < 1) return "the stride is below 1";
   if (conv.stride_h * conv.stride_w > kMostPhases)
     return "the input gradient of strides whose product is above 4 has no Hopper kernel";
-  return refuse(conv, dgrad_problem(conv), nullptr);
+  if (const char* reason = refuse_sizes(conv)) return reason;
+  return refuse(conv, dgrad_problem(conv));
 }
 
 void fprop(const Convolution& conv, const Operands& operands, const ForwardEpilogue& epilogue) {
@@ -216,9 +219,7 @@ void fprop(const Convolution& conv, const Operands& operands, const ForwardEpilo
   require_aligned(epilogue.residual, "residual");
   require_aligned(epilogue.branch, "branch");
   require_aligned(epilogue.out, "out");
-  auto params = make_params<Direction::kForward>(fprop_problem(conv), conv, operands);
-  params.epilogue = epilogue;
-  launch_gemm(params, operands);
+  launch_gemm<Direction::kForward>(fprop_problem(conv), conv, operands, epilogue);
 }
 
 void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpilogue& epilogue) {
@@ -237,9 +238,7 @@ void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpil
   require_aligned(e.shift, "shift");
   require_aligned(e.grad, "grad");
   require_aligned(e.scaled_grad, "scaled_grad");
-  auto params = make_params<Direction::kBackward>(dgrad_problem(conv), conv, operands);
-  params.epilogue = epilogue;
-  launch_gemm(params, operands);
+  launch_gemm<Direction::kBackward>(dgrad_problem(conv), conv, operands, epilogue);
 }
 
 int dgrad_partial_rows(const Convolution& conv) {

@@ -32,7 +32,11 @@ namespace wf::sm90 {
 constexpr int kConsumers = 2;
 constexpr int kThreads = kWarpgroup * (kConsumers + 1);
 constexpr int kProducerRegisters = 40;
-constexpr int kConsumerRegisters = 232;  // 2 * 128 * 232 + 128 * 40 = 384 * 168, as at entry
+constexpr int kConsumerRegisters = 232;
+// setmaxnreg moves registers within the block: what it has at entry, 65,536 / 384 each.
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
+                  (kConsumers + 1) * (65536 / kThreads / 8 * 8),
+              "more registers than the block has");
 
 enum class Direction { kForward, kBackward };
 
@@ -547,6 +551,9 @@ WF_DEVICE void gemm(const Params<kDirection>& params) {
     take_registers<kConsumerRegisters>();
     consume<T, kBlockN, kDirection>(params, role);
   }
+#if !defined(__CUDACC__)
+  if (emulated::broken().joint_exit) return;
+#endif
   // Until both are done, the other block may still arrive at barriers of this one.
   sync_cluster();
 }

@@ -9,7 +9,10 @@
 // - the warps of a warpgroup must issue the same wgmma in the same order; each warp's part is only
 //   done when this warp has waited;
 // - an mbarrier completes a phase when both its arrivals and its bytes are complete; a wait for a
-//   parity behaves as the hardware's: a waiter two phases late is let through.
+//   parity behaves as the hardware's: a waiter two phases late is let through. It may be used by
+//   others once its initialisation was fenced and all blocks of the cluster have met;
+// - a block that has ended takes neither arrivals nor copies;
+// - setmaxnreg moves registers within what the block was launched with, whole warpgroups at a time.
 #pragma once
 
 #include <algorithm>
@@ -92,24 +95,12 @@ WF_DEVICE int cluster_count() {
 #endif
 }
 
-// All threads of both blocks.
-WF_DEVICE void sync_cluster() {
-#if defined(__CUDACC__)
-  __syncwarp();
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n"
-      "barrier.cluster.wait.acquire.aligned;\n" ::
-          : "memory");
-#else
-  sync_block();
-#endif
-}
-
 // Named barriers 1 to 7 of this block.
 WF_DEVICE void sync_block_named(int id, int threads) {
 #if defined(__CUDACC__)
   sync_named(id, threads);
 #else
+  if (id < 1 || id > 7) emulation::block().fail("sync_block_named: barriers are 1 to 7");
   sync_named(id + emulated::rank() * 8, threads);
 #endif
 }
@@ -139,6 +130,7 @@ using emulation::Block;
 using emulation::block;
 using emulation::Completion;
 using emulation::current_fiber;
+using emulation::Rendezvous;
 
 // Primitives that a test switches off, to see that the tests notice.
 struct Broken {
@@ -147,6 +139,8 @@ struct Broken {
   bool wgmma_wait = false;    // wgmma_wait waits for nothing
   bool sums_barrier = false;  // sync_warpgroup waits for nobody
   bool peer_arrival = false;  // arrivals at the other block's barriers go to the own one
+  bool barrier_fence = false;  // fence_mbarrier_init fences nothing
+  bool joint_exit = false;     // a block does not wait for the other one before it ends
 };
 inline Broken& broken() {
   static Broken instance;
@@ -154,17 +148,21 @@ inline Broken& broken() {
 }
 
 struct Mbarriers {
+  static constexpr int64_t kMostBytes = (1 << 20) - 1;
   struct State {
     int expected = 0;
     int pending = 0;
     int64_t bytes = 0;
     uint32_t phase = 0;
     bool counts_bytes = false;
+    bool fenced = false, visible = false;  // the initialisation: to whom has it come through
     const char* error = nullptr;
 
     // Bytes of the other block's copy may come before this block announces them: then `bytes` is
     // negative, and the arrival that announces them is still pending.
-    void settle() {
+    void settle(Block& block) {
+      if (bytes > kMostBytes || bytes < -kMostBytes)
+        block.fail("mbarrier: more bytes announced or landed than it can count");
       if (pending > 0 || bytes != 0) return;
       pending = expected;
       ++phase;
@@ -178,11 +176,19 @@ struct Mbarriers {
       block().fail(std::string(what) + ": no mbarrier was initialised at shared byte " +
                    std::to_string(address));
     if (found->second.error) block().fail(found->second.error);
+    if (!found->second.visible)
+      block().fail(std::string(what) + ": the mbarrier's initialisation is not visible yet");
     return found->second;
   }
 };
 
 inline Mbarriers& mbarriers() { return block().extension<Mbarriers>(); }
+
+// Shared memory of a block whose threads have all ended belongs to nobody, or to another block.
+inline void check_alive(int rank, const char* what) {
+  if (block().ended(rank * block_threads(), block_threads()))
+    block().fail(std::string(what) + ": that block of the cluster has ended");
+}
 
 // 128-byte swizzle: bits 4-6 of a shared address are XORed with bits 7-9.
 inline uint32_t swizzle_128(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
@@ -206,11 +212,14 @@ inline void start_copy(const Box& box, uint32_t destination, uint32_t barrier, u
     if ((mask >> rank & 1) == 0) continue;
     const uint32_t into = at_rank(destination, rank);
     const uint32_t counter = at_rank(barrier, rank);
+    check_alive(rank, what);
     blk.shared_span(into, total, what);
     for (uint32_t at = 0; at < total; at += 16) blk.begin_write(into + at, 16, what);
     mbarriers().get(counter, what);
     Mbarriers* barriers = &mbarriers();
-    auto land = [box, total, into, counter, barriers, &blk] {
+    const int first = rank * block_threads(), threads = block_threads();
+    auto land = [box, total, into, counter, barriers, first, threads, &blk] {
+      if (blk.ended(first, threads)) blk.fail("TMA load: it lands in a block that has ended");
       char* shared = blk.shared_span(into, total, "TMA load");
       for (size_t row = 0; row < box.sources.size(); ++row)
         for (uint32_t chunk = 0; chunk < 8; ++chunk) {
@@ -224,7 +233,7 @@ inline void start_copy(const Box& box, uint32_t destination, uint32_t barrier, u
       for (uint32_t at = 0; at < total; at += 16) blk.end_write(into + at, 16);
       Mbarriers::State& state = barriers->at.at(counter);
       state.bytes -= total;
-      state.settle();
+      state.settle(blk);
     };
     if (blk.launch().completion == Completion::kEarly) {
       land();
@@ -344,6 +353,20 @@ inline void execute(WarpQueue& queue, const Wgmma& op, int warp) {
 }  // namespace emulated
 #endif
 
+// All threads of both blocks.
+WF_DEVICE void sync_cluster() {
+#if defined(__CUDACC__)
+  __syncwarp();
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;\n" ::
+          : "memory");
+#else
+  sync_block();
+  for (auto& [address, state] : emulated::mbarriers().at) state.visible |= state.fenced;
+#endif
+}
+
 // --- mbarriers ---
 
 WF_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
@@ -351,6 +374,8 @@ WF_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 #else
   if (barrier % 8 != 0) emulation::block().fail("mbarrier_init: address is not aligned to 8");
+  if (arrivals < 1 || arrivals >= 1 << 20)
+    emulation::block().fail("mbarrier_init: 1 to 2**20 - 1 arrivals");
   auto& state = emulated::mbarriers().at[emulated::own(barrier)];
   if (state.expected != 0) emulation::block().fail("mbarrier_init: initialised twice");
   state.expected = state.pending = arrivals;
@@ -361,6 +386,9 @@ WF_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
 WF_DEVICE void fence_mbarrier_init() {
 #if defined(__CUDACC__)
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#else
+  if (emulated::broken().barrier_fence) return;
+  for (auto& [address, state] : emulated::mbarriers().at) state.fenced = true;
 #endif
 }
 
@@ -379,9 +407,10 @@ WF_DEVICE void mbarrier_arrive(uint32_t barrier, int rank) {
       : "memory");
 #else
   if (emulated::broken().peer_arrival) rank = emulated::rank();
+  emulated::check_alive(rank, "mbarrier_arrive");
   auto& state = emulated::mbarriers().get(emulated::at_rank(barrier, rank), "mbarrier_arrive");
   if (--state.pending < 0) emulation::block().fail("mbarrier_arrive: more arrivals than expected");
-  state.settle();
+  state.settle(emulation::block());
 #endif
 }
 
@@ -396,7 +425,7 @@ WF_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   state.bytes += bytes;
   if (--state.pending < 0)
     emulation::block().fail("mbarrier_arrive_expect: more arrivals than expected");
-  state.settle();
+  state.settle(emulation::block());
 #endif
 }
 
@@ -714,18 +743,70 @@ WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate
 
 // --- registers ---
 
+#if !defined(__CUDACC__)
+namespace emulated {
+
+// Registers of a block: what each of its warpgroups has per thread, and what the launch gave it.
+struct RegisterPools {
+  std::map<int, Rendezvous> meeting;  // by warpgroup of the cluster
+  std::map<int, int> of_warpgroup;
+
+  int free(int rank, int threads) {
+    const int warpgroups = threads / kWarpgroup;
+    const int at_launch = std::min(65536 / threads / 8 * 8, 248);  // as __launch_bounds__ has it
+    int rest = warpgroups * at_launch;
+    for (int i = rank * warpgroups; i < (rank + 1) * warpgroups; ++i)
+      rest -= of_warpgroup.try_emplace(i, at_launch).first->second;
+    return rest;
+  }
+};
+
+inline void move_registers(int registers, bool take) {
+  Block& blk = block();
+  auto& pools = blk.extension<RegisterPools>();
+  const int warpgroup = thread_index() / kWarpgroup;
+  const int threads = block_threads(), own_rank = rank();
+  // All threads of the warpgroup: one that never comes shows as a deadlock.
+  blk.meet(pools.meeting[warpgroup], take ? "setmaxnreg.inc" : "setmaxnreg.dec", kWarpgroup,
+           thread_index() % kWarpgroup, nullptr, [&](void* const*) {
+             pools.free(own_rank, threads);
+             int& mine = pools.of_warpgroup.at(warpgroup);
+             if (take ? registers < mine : registers > mine)
+               blk.fail(take ? "setmaxnreg.inc: fewer registers than before"
+                             : "setmaxnreg.dec: more registers than before");
+             if (!take) mine = registers;
+           });
+  if (!take) return;
+  int& mine = pools.of_warpgroup.at(warpgroup);
+  blk.wait_until("setmaxnreg.inc", [&pools, &mine, own_rank, threads, registers] {
+    if (mine == registers) return true;
+    if (pools.free(own_rank, threads) < registers - mine) return false;
+    mine = registers;
+    return true;
+  });
+}
+
+}  // namespace emulated
+#endif
+
 // Moves registers from the producer warpgroup to the consumers; once per warpgroup, all its
 // threads.
 template <int kRegisters>
 WF_DEVICE void take_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg");
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emulated::move_registers(kRegisters, true);
 #endif
 }
 template <int kRegisters>
 WF_DEVICE void give_registers() {
+  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg");
 #if defined(__CUDACC__)
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+#else
+  emulated::move_registers(kRegisters, false);
 #endif
 }
 

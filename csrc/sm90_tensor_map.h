@@ -89,10 +89,16 @@ inline const char* refuse_map(const TensorMapParameters& map) {
     if (map.element_step[i] < 1 || map.element_step[i] > 8) return "the stride is above 8";
     if (!map.im2col && (map.box[i] == 0 || map.box[i] > 256)) return "a box is larger than 256";
   }
-  if (map.im2col)
-    for (int i = 0; i < 2; ++i)
-      if (map.lower[i] < -128 || map.lower[i] > 127 || map.upper[i] < -128 || map.upper[i] > 127)
-        return "padding or filter reach beyond 128 pixels";
+  if (2 * (map.im2col ? map.channels : map.box[0]) != 128)
+    return "a row of a box is not the 128 bytes of its swizzle";
+  if (!map.im2col) return nullptr;
+  if (map.pixels == 0 || map.pixels > 1024) return "a box has more than 1024 pixels";
+  for (int i = 0; i < 2; ++i) {
+    if (map.lower[i] < -128 || map.lower[i] > 127 || map.upper[i] < -128 || map.upper[i] > 127)
+      return "padding or filter reach beyond 128 pixels";
+    if (static_cast<int64_t>(map.size[i + 1]) + map.upper[i] <= map.lower[i])
+      return "the box of filter bases is empty";
+  }
   return nullptr;
 }
 

@@ -369,12 +369,39 @@ def test_a_missing_wait_is_noticed(primitive, completion):
     assert fails_or_errs(case, processors=2, completion=completion)
 
 
-@pytest.mark.parametrize("primitive", ["sums barrier", "peer arrival"])
+@pytest.mark.parametrize(
+    "primitive", ["sums barrier", "peer arrival", "barrier fence", "joint exit"]
+)
 def test_a_missing_barrier_is_noticed(primitive):
     """Between the warps that sum, and between the blocks that share the filter's stages."""
     case = Backward(Conv(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
     sm90().break_primitive(primitive)
     assert any(fails_or_errs(case, processors=2, seed=seed) for seed in range(3))
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("", None),
+        ("unfenced barrier", "initialisation is not visible"),
+        ("unannounced barrier", "initialisation is not visible"),
+        ("too many bytes", "more bytes"),
+        ("named barrier", "barriers are 1 to 7"),
+        ("part of a warp", "whole warps"),
+        ("three warps give registers", "wait at setmaxnreg.dec"),
+        ("registers from nowhere", "deadlock.*wait at setmaxnreg.inc"),
+        ("give more registers", "more registers than before"),
+        ("arrival at an ended block", "block of the cluster has ended"),
+    ],
+)
+def test_a_misused_primitive_is_named(fault, message):
+    """What a device would do wrong in silence, or never finish."""
+    sm90().clear_memory()
+    if message is None:
+        sm90().misuse(fault)
+        return
+    with pytest.raises(RuntimeError, match=message):
+        sm90().misuse(fault)
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,62 @@ def test_column_tiles_waste_little(channels, block_n):
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("pixels", 128, None),
+        ("address", 8, "16-byte aligned"),
+        ("size", 0, "empty or too long"),
+        ("size", 2**32 + 1, "empty or too long"),
+        ("stride", 24, "multiple of 8"),
+        ("stride", 2**40, "more than"),
+        ("element_step", 0, "stride"),
+        ("element_step", 9, "stride"),
+        ("lower", -129, "128 pixels"),
+        ("upper", 128, "128 pixels"),
+        ("upper", -14, "box of filter bases is empty"),
+        ("channels", 128, "128 bytes of its swizzle"),
+        ("pixels", 1025, "1024 pixels"),
+    ],
+)
+def test_what_the_driver_demands_of_a_tensor_map(name, value, message):
+    """Documented with cuTensorMapEncodeIm2col (cuda.h): a map that violates it is refused by us."""
+    conv = Conv(2, 12, 12, 64, 64, (3, 3), (1, 1), (1, 1))
+    reason = sm90().refuse_changed_map(conv.native, name, value)
+    assert (reason is None) if message is None else re.search(message, reason)
+
+
+@pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
+def test_numbers_of_tensors_above_two_to_the_31st_fit(stride):
+    """Rows are counted in 32 bits, elements and bytes are not: the largest problems taken."""
+    pixels = 2**31 - 513
+    batch, size = pixels // (224 * 224), 224
+    for conv in (
+        Conv(batch, size, size, 64, 64, (3, 3), stride, (1, 1)),
+        Conv(512, size, size, 64, 64, (3, 3), stride, (1, 1)),
+        Conv(pixels, 1, 1, 64, 64),
+    ):
+        assert sm90().refuse_fprop(**conv.sizes()) is None
+        assert sm90().refuse_dgrad(**conv.sizes()) is None
+        for backward in (False, True):
+            problem = sm90().problem(conv.native, backward)
+            rows = [phase["rows"] for phase in problem["phases"]]
+            height, width = (
+                (conv.height, conv.width) if backward else (conv.out_height, conv.out_width)
+            )
+            assert sum(rows) == conv.batch * height * width
+            assert problem["partial_rows"] > 0
+            last = sm90().row_of(conv.native, backward, len(rows) - 1, rows[-1] - 1)
+            assert last == (conv.batch - 1, conv.batch * height * width - 1)
+            sample, h, w = sm90().base_of(conv.native, backward, len(rows) - 1, rows[-1] - 1)
+            assert sample == conv.batch - 1
+            assert h < conv.height
+            assert w < conv.width
+    too_many = Conv(pixels + 1, 1, 1, 64, 64).sizes()
+    assert re.search("pixels", sm90().refuse_fprop(**too_many))
+    assert re.search("pixels", sm90().refuse_dgrad(**too_many))
+
+
+@pytest.mark.parametrize(
     ("sizes", "forward", "backward"),
     [
         ((1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1), (1, 1)), None, None),

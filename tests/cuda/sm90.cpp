@@ -58,6 +58,29 @@ void multiply_once(const Product& p) {
   sync_cluster();
 }
 
+// One fault each, in a cluster of two blocks of a warpgroup: the emulation must name it.
+void misuse(const std::string& name) {
+  const uint32_t barrier = 0;
+  if (block_thread() == 0) {
+    mbarrier_init(barrier, 1);
+    if (name != "unfenced barrier") fence_mbarrier_init();
+    if (name == "unannounced barrier") mbarrier_arrive(barrier, cluster_rank());
+  }
+  sync_cluster();
+  if (name == "unfenced barrier" && block_thread() == 0) mbarrier_wait(barrier, 0);
+  if (name == "too many bytes" && block_thread() == 0) mbarrier_arrive_expect(barrier, 1 << 20);
+  if (name == "named barrier") sync_block_named(8, kWarpgroup);
+  if (name == "part of a warp") sync_block_named(1, 48);
+  if (name == "three warps give registers" && block_thread() < 96) give_registers<40>();
+  if (name == "registers from nowhere") take_registers<256>();
+  if (name == "give more registers") give_registers<40>(), give_registers<48>();
+  if (name == "arrival at an ended block") {
+    if (cluster_rank() == 1) return;
+    for (int i = 0; i < 1000; ++i) wf::sync_warp();  // long enough for the other block to end
+    if (block_thread() == 0) mbarrier_arrive(barrier, 1);
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(sm90, module) {
@@ -90,6 +113,8 @@ PYBIND11_MODULE(sm90, module) {
     broken.wgmma_wait = name == "wgmma wait";
     broken.sums_barrier = name == "sums barrier";
     broken.peer_arrival = name == "peer arrival";
+    broken.barrier_fence = name == "barrier fence";
+    broken.joint_exit = name == "joint exit";
     emulated::broken() = broken;
   });
 
@@ -109,6 +134,26 @@ PYBIND11_MODULE(sm90, module) {
       },
       py::arg("a"), py::arg("b"), py::arg("d"), py::arg("transposed"), py::arg("leading"),
       py::arg("stride_a"), py::arg("stride_b"), py::arg("step_b"), py::arg("fenced"));
+  module.def("misuse", [](const std::string& name) {
+    wf::emulation::device().run(1, kCluster * kWarpgroup, kCluster * 1024, false,
+                                [&] { misuse(name); });
+  });
+  // What the driver would say to the tensor map of phase 0 with one number changed.
+  module.def("refuse_changed_map", [](const Convolution& conv, const std::string& name,
+                                      int64_t value) -> py::object {
+    const Problem problem = problem_of(conv, false);
+    TensorMapParameters map = im2col_map(nullptr, true, problem, problem.phases[0]);
+    if (name == "address") map.address = reinterpret_cast<void*>(value);
+    if (name == "size") map.size[1] = value;
+    if (name == "stride") map.stride[2] = value;
+    if (name == "element_step") map.element_step[1] = static_cast<uint32_t>(value);
+    if (name == "lower") map.lower[0] = static_cast<int>(value);
+    if (name == "upper") map.upper[1] = static_cast<int>(value);
+    if (name == "channels") map.channels = static_cast<uint32_t>(value);
+    if (name == "pixels") map.pixels = static_cast<uint32_t>(value);
+    const char* reason = refuse_map(map);
+    return reason == nullptr ? py::object(py::none()) : py::str(reason);
+  });
   module.def("problem", [](const Convolution& conv, bool backward) {
     const Problem problem = problem_of(conv, backward);
     py::dict fields;
@@ -152,6 +197,11 @@ PYBIND11_MODULE(sm90, module) {
       rows.emplace_back(row.sample, row.pixel);
     }
     return rows;
+  });
+  module.def("row_of", [](const Convolution& conv, bool backward, int phase, int row) {
+    const Problem problem = problem_of(conv, backward);
+    const Row r = row_at(problem, problem.phases[phase], row);
+    return std::make_pair(r.sample, r.pixel);
   });
   // (tap, offset_h, offset_w, channel) of every slice of a phase's sum.
   module.def("slices_of", [](const Convolution& conv, bool backward, int phase) {
