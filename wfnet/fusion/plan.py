@@ -10,7 +10,7 @@ made that input is finished in the same pass.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -154,6 +154,10 @@ class _Tracer(fx.Tracer):
             return False
         # What holds no masked layer is called as it is, whatever control flow it contains.
         return not any(isinstance(inner, MaskedLayer) for inner in m.modules())
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        count = rewriting.items_of(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
 
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
         try:
@@ -416,7 +420,8 @@ def _link(steps: list[ConvStep | CallStep], level: dict[fx.Node, int], result: f
         step.residual_learns = step.residual is not None and level[step.residual] == EXPANDED
         made = maker.get(step.residual)
         bare = made is not None and not made.relu and made.residual is None
-        if bare and readers[step.residual] == [step] and step.residual is not result:
+        alone = readers.get(step.residual) == [step] and step.residual is not step.input
+        if bare and alone and step.residual is not result:
             step.shortcut = made
         # Backward runs through the steps in reverse: the first reader sends its gradient last.
         if not step.at_source and readers[step.input][0] is step:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from wfnet.labels import forgetting
 from wfnet.layers import WFConv2d
@@ -54,9 +55,13 @@ def run_example(
             return value
 
         def _check_alone(self, node: fx.Node, changed: fx.Node) -> None:
-            for other, value in self.env.items():  # the interpreter has freed what nobody reads
-                read_later = other is not changed and other.users and max(other.users) > node
-                if read_later and _overlap(self.env[changed], value):
+            for other, value in self.env.items():
+                if other is not changed and any(
+                    _overlap(self.env[changed], tensor)
+                    for user in other.users
+                    if user > node
+                    for tensor in _read_by(user, value)
+                ):
                     raise _changed(node)
 
     with torch.no_grad(), forgetting(None):
@@ -68,10 +73,15 @@ def run_example(
             raise NotFusable(f"running its graph failed ({error})") from error
 
 
-def _overlap(value: object, other: object) -> bool:
-    """Whether two values are tensors with elements in common."""
-    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
-        return False
+def _read_by(user: fx.Node, value: object) -> list[Tensor]:
+    """The tensors of ``value`` that ``user`` reads: one, where it takes an item."""
+    if isinstance(value, tuple | list) and user.target is operator.getitem:
+        value = value[user.args[1]] if _is_constant(user.args[1]) else value
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _overlap(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have elements in common."""
     memory = value.untyped_storage()
     if memory.data_ptr() != other.untyped_storage().data_ptr():
         return False
@@ -119,7 +129,9 @@ def changed_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | 
 def check_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Raises NotFusable where a value is changed in place that is read later."""
     for node in graph.nodes:
-        if node.target in (operator.setitem, operator.delitem) or "out" in node.kwargs:
+        if node.target in (operator.setitem, operator.delitem) or isinstance(
+            node.kwargs.get("out"), fx.Node
+        ):
             raise NotFusable(f"{node.name!r} writes into a tensor that others read")
         changed = changed_in_place(node, modules)
         if changed is not None and max(changed.users) is not node:
@@ -185,7 +197,26 @@ def out_of_place(node: fx.Node, call: Callable[..., object]) -> Callable[..., ob
 _SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
 
 
-@dataclass(frozen=True)
+def _splits(node: fx.Node) -> bool:
+    known = name_of(node) in _SPLITS
+    if node.op == "call_function":
+        return known and getattr(torch, name_of(node)) is node.target
+    return known and node.op == "call_method"
+
+
+def items_of(node: fx.Node) -> int | None:
+    """How many tensors a split returns, where its arguments tell (at most so many, of chunks)."""
+    if not _splits(node) or len(node.args) < 2 or name_of(node) == "unbind":
+        return None
+    parts = node.args[1]
+    if isinstance(parts, int):  # split: the size of each
+        return None if name_of(node) == "split" else parts
+    if not isinstance(parts, tuple | list):
+        return None
+    return len(parts) + (name_of(node) == "tensor_split")  # it takes the places of the cuts
+
+
+@dataclass(frozen=True, eq=False)  # slices have no hash
 class Item:
     """One of the tensors that a split returns: a view.
 
@@ -210,8 +241,7 @@ def take_items(graph: fx.Graph) -> None:
         NotFusable: if somebody reads all items and their number is not known.
     """
     for node in list(graph.nodes):
-        name = name_of(node)
-        if node.op in ("call_function", "call_method") and name in _SPLITS:
+        if _splits(node):
             split = node.target if node.op == "call_function" else Method(node.target)
             _take_items(graph, node, _Split(node, split), ())
 
@@ -270,11 +300,8 @@ def _is_constant(index: object) -> bool:
             bound is None or isinstance(bound, int)
             for bound in (index.start, index.stop, index.step)
         )
-    return (
-        index is None
-        or index is Ellipsis
-        or (isinstance(index, int) and index is not True and index is not False)
-    )
+    whole = isinstance(index, int) and not isinstance(index, bool)
+    return whole or index is None or index is Ellipsis
 
 
 def is_part(node: fx.Node) -> bool:
@@ -370,22 +397,28 @@ class Padded:
 
     @property
     def needed(self) -> bool:
-        """Whether it is another tensor than the input, as far as can be said without one."""
+        """Whether it may be another tensor than the input."""
         layer = self.layer
-        if layer.padding_mode != "zeros" or type(layer)._padded is not WFConv2d._padded:
-            return True
-        return layer.padding == "same" and any(size % 2 for size in _same_padding(layer))
+        return self._all or (
+            layer.padding == "same" and any(size % 2 for size in _same_padding(layer))
+        )
 
     @property
     def remaining(self) -> tuple[int, int]:
         """Zero padding that is left to the convolution."""
         layer = self.layer
-        if layer.padding_mode != "zeros" or type(layer)._padded is not WFConv2d._padded:
+        if self._all or layer.padding == "valid":
             return 0, 0
-        if isinstance(layer.padding, str):
-            high, wide = _same_padding(layer) if layer.padding == "same" else (0, 0)
+        if layer.padding == "same":
+            high, wide = _same_padding(layer)
             return high // 2, wide // 2
         return layer.padding
+
+    @property
+    def _all(self) -> bool:
+        """Whether nothing is left to the convolution."""
+        layer = self.layer
+        return layer.padding_mode != "zeros" or type(layer)._padded is not WFConv2d._padded
 
 
 def _same_padding(layer: WFConv2d) -> list[int]:
