@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format build build-all test-gpu bench bench-gpu tables clean help
+.PHONY: demo test lint format build build-all test-gpu bench device tables clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -50,27 +50,11 @@ bench: $(READY) ## operators, whole steps, evaluation, data loading and scaling 
 	$(BIN)/python benchmarks/bench_data.py --output $(OUT)/data_cpu.json
 	$(BIN)/python benchmarks/bench_scaling.py --output $(OUT)/scaling_cpu.json
 
-# On a device machine: no network, nothing is downloaded; each part stays below nine minutes.
-PART ?= ops
-GPU_OUT ?= runs/bench-gpu
-GPU_STEP := $(PYTHON) benchmarks/bench_step.py --image-size 224 --classes 1000 --dtype bfloat16 -b 256 -M 3 --no-share-images
-bench-gpu: ## one GPU: PART=ops, step, eval, data or peers
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
-	$(MAKE) --no-print-directory bench-gpu-$(PART)
-
-.PHONY: bench-gpu-ops bench-gpu-step bench-gpu-eval bench-gpu-data bench-gpu-peers
-bench-gpu-ops:
-	$(PYTHON) benchmarks/bench_ops.py --providers eager unmasked triton cuda --output $(GPU_OUT)/ops
-	$(PYTHON) benchmarks/bench_ops.py --fused --output $(GPU_OUT)/ops-fused
-bench-gpu-step:
-	$(GPU_STEP) --models resnet18 resnet50 vgg16 vit_tiny_patch16_224 vit_small_patch16_224 --columns eager unmasked_compiled wfnet/eager/fused wfnet/triton/fused wfnet/triton/captured wfnet/cuda/fused wfnet/cuda/captured --output $(GPU_OUT)/step_gpu.json
-bench-gpu-eval:
-	$(PYTHON) benchmarks/bench_eval.py --model resnet50 --output $(GPU_OUT)/eval_gpu.json
-	$(PYTHON) benchmarks/bench_scaling.py --output $(GPU_OUT)/scaling_gpu.json
-bench-gpu-data:
-	$(PYTHON) benchmarks/bench_data.py --workers 0 8 --images 2048 --output $(GPU_OUT)/data_gpu.json
-bench-gpu-peers: # what takes long to compile or to run
-	$(GPU_STEP) --models resnet18 vit_tiny_patch16_224 --repeats 7 --output $(GPU_OUT)/step_gpu_peers.json
+# On a machine with a GPU: no network, nothing is downloaded (docs/devices.md).
+BUDGET ?= 540
+device: OUT = runs/device
+device: ## everything that needs a GPU, within BUDGET seconds, results in OUT (docs/devices.md)
+	$(PYTHON) benchmarks/device_run.py --output $(OUT) --budget $(BUDGET) $(ARGS)
 
 tables: $(READY) ## the README's tables and chart from benchmarks/results
 	$(BIN)/python benchmarks/render.py

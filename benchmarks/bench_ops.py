@@ -3,6 +3,7 @@
     python benchmarks/bench_ops.py                                  every layer, every provider
     python benchmarks/bench_ops.py --layers resnet18 vit_tiny --dtype float16
     python benchmarks/bench_ops.py --winners wfnet/backends/winners.json    also store who won
+    python benchmarks/bench_ops.py --winners ... --record runs/ops/bench_ops.json    of that run
     python benchmarks/bench_ops.py --fused                          forward with a whole epilogue
 
 Providers, measured in one run, interleaved, medians:
@@ -532,6 +533,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gbs", type=float, help="the device's memory rate, for the floor")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_ops"))
     parser.add_argument("--winners", type=Path, help="the table of winners to update")
+    parser.add_argument("--record", type=Path, metavar="JSON",
+                        help="with --winners: take them from an earlier run, measure nothing")  # fmt: skip
     arguments = parser.parse_args(argv)
     known = FUSED_PROVIDERS if arguments.fused else PROVIDERS
     arguments.providers = arguments.providers or list(known)
@@ -540,6 +543,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"{', '.join(wrong)}: {'not' if arguments.fused else 'only'} with --fused")
     if arguments.fused and arguments.winners:
         parser.error("--winners wants forward and backward; leave --fused out")
+    if arguments.record and not arguments.winners:
+        parser.error("--record comes with --winners")
     if (arguments.tflops is None) != (arguments.gbs is None):
         parser.error("--tflops and --gbs come together")
     if min(arguments.batch, arguments.scale, arguments.repeats, arguments.classes) < 1:
@@ -550,6 +555,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measures, prints a table and writes the results."""
     arguments = parse(argv)
+    if arguments.record:
+        record = json.loads(arguments.record.read_text())
+        refusal = refuse_winners("cuda" if record["cuda"] else "cpu", record["commit"])
+        if refusal:
+            raise SystemExit(refusal)
+        write_winners(arguments.winners, record)
+        print(f"{arguments.winners} has the winners of {arguments.record}")
+        return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
     measured_with = about(
         device, ["benchmarks/bench_ops.py", *(sys.argv[1:] if argv is None else argv)]

@@ -101,7 +101,12 @@ def test_winners_come_from_a_committed_checkout_on_a_device(bench, no_device, tm
     assert "committed" in bench.refuse_winners("cuda", "c+changes")
     assert "committed" in bench.refuse_winners("cuda", "unknown")
     assert bench.refuse_winners("cuda", "c") is None
-    bench.write_winners(table, record)
+    path = tmp_path / "bench_ops.json"
+    path.write_text(json.dumps({**record, "cuda": None}))
+    with pytest.raises(SystemExit, match="CUDA device"):
+        bench.main(["--winners", str(table), "--record", str(path)])
+    path.write_text(json.dumps({**record, "cuda": "13.0"}))
+    assert bench.main(["--winners", str(table), "--record", str(path)]) == 0
     (entry,) = json.loads(table.read_text())
     assert entry["winner"] == "triton"
     assert entry["ms"] == {"eager": 2.0, "triton": 1.0}
