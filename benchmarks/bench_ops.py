@@ -534,7 +534,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/bench_ops"))
     parser.add_argument("--winners", type=Path, help="the table of winners to update")
     parser.add_argument("--record", type=Path, metavar="JSON",
-                        help="with --winners: take them from an earlier run, measure nothing")  # fmt: skip
+                        help="with --winners: those of an earlier run")  # fmt: skip
     arguments = parser.parse_args(argv)
     known = FUSED_PROVIDERS if arguments.fused else PROVIDERS
     arguments.providers = arguments.providers or list(known)
