@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_fusion import CLASSES, NETWORKS, Toy, pair_of, randomised
 from torch import nn
 
@@ -36,6 +37,8 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
+timm = pytest.importorskip("timm")
+
 MAKE = torch.compile
 BATCH = torch.randn(3, 3, 32, 32, dtype=torch.float64)
 SOURCE = torch.tensor([0, 2, 2, 1, 0])
@@ -58,6 +61,30 @@ def check_equal(net: wfnet.WFNet, compiled: wfnet.WFNet, images: torch.Tensor, *
 @pytest.mark.parametrize("name", ["toy with biases", "torchvision vgg11_bn", "timm mobilenetv3"])
 def test_equals_the_unfused_network(name: str):
     net, compiled = compiled_pair(NETWORKS[name]())
+    check_equal(net, compiled, BATCH, LABELS, SOURCE)
+    assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
+
+
+def test_calls_between_convolutions():
+    """Activations behind norms, items of splits, values padded by a call."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 3)
+            self.norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU, inplace=True)
+            self.conv = timm.layers.Conv2dSame(4, 8, 3, stride=2)
+            self.small, self.large = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+            self.fc = nn.Linear(8, CLASSES)
+
+        def forward(self, x):
+            first, second = self.norm(self.stem(x)).chunk(2, 1)
+            parts = self.conv(F.hardswish(first * 2, inplace=True)), self.conv(second)
+            x = parts[0] + parts[1].relu_()
+            x = self.norm(torch.cat([self.small(x[:, :4]), self.large(x[:, 4:])], 1))
+            return self.fc(x.mean((2, 3)))
+
+    net, compiled = compiled_pair(Net())
     check_equal(net, compiled, BATCH, LABELS, SOURCE)
     assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
 

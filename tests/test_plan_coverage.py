@@ -170,6 +170,40 @@ def test_a_norm_whose_forward_is_another_does_not_fold():
     check_equal(*pair_of(model))
 
 
+def test_a_norm_behind_several_convolutions_folds_into_each():
+    """A mixed convolution: parts of the channels, kernels of several sizes, one norm."""
+
+    def body(net, x):
+        parts = x.split([3, 5], 1)
+        return net.norm(torch.cat([net.small(parts[0]), net.large(parts[1])], 1))
+
+    small, large = nn.Conv2d(3, 2, 1), nn.Conv2d(5, 6, 5, padding=2, bias=False)
+    model = Net(body, small=small, large=large, norm=norm_act("silu"))
+    plan = plan_of(model)
+    assert folded(plan) == (3, 2, 0, 0)
+    assert [step.output.target for step in calls(plan) if step.output.op == "call_module"] == [
+        "norm.act", "fc"
+    ]  # fmt: skip
+    check_equal(*pair_of(model))
+    net, fused = pair_of(model)
+    before = fused(IMAGES, 1)
+    for network in (net, fused):
+        network.model.norm.running_mean.add_(1.0)
+    assert not torch.allclose(fused(IMAGES, 1), before)
+    check_equal(net, fused)
+
+
+def test_a_norm_behind_anything_else_joined_stays():
+    def body(net, x):
+        y = net.small(x)
+        return net.norm(torch.cat([y, x[:, :2]], 1)) + net.second(torch.cat([y, net.large(x)], 1))
+
+    small, large = nn.Conv2d(8, 6, 1), nn.Conv2d(8, 2, 1)
+    model = Net(body, small=small, large=large, norm=norm_act("silu"), second=norm_act("silu"))
+    assert folded(plan_of(model)) == (3, 0, 0, 0)
+    check_equal(*pair_of(model))
+
+
 def test_a_norm_in_front_of_a_convolution_stays():
     model = Net(nn.Sequential(nn.ReLU(), norm_act("silu"), conv(bias=False)))
     assert folded(plan_of(model)) == (2, 0, 1, 0)
@@ -635,6 +669,7 @@ WHOLE = {
     "rexnet_100": (75, 62, 13, 0),
     "skresnet18": (44, 36, 33, 8),
     "res2net50_26w_4s": (85, 85, 81, 16),
+    "mixnet_s": (123, 97, 5, 1),
 }
 
 

@@ -254,6 +254,10 @@ class Run(ABC):
             )
         self._freed = True
         self.propagate(dout)
+        return self._gradients(into)
+
+    def _gradients(self, into: Tensor | None) -> list[Tensor]:
+        """Of the tables; of calls too, where layers run by themselves; summed for one run twice."""
         network = self.network
         folded = [matrix for step in network.convs for matrix in filters_of(step.layer)]
         if len(folded) == len(network.filters()) and not self.of_calls:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from wfnet.backends import ConvGeometry
 from wfnet.fusion import rewriting
-from wfnet.fusion.rewriting import Method, NotFusable, Padded
+from wfnet.fusion.rewriting import Method, NormSlice, NotFusable, Padded
 from wfnet.layers import MaskedLayer, WFConv2d, WFConv2dSame
 
 _ADD = {operator.add, operator.iadd, torch.add}
@@ -47,7 +47,9 @@ class ConvStep:
     position: int  # of the layer among all masked layers, in module order
     input: fx.Node
     output: fx.Node
-    norm: nn.Module | None = None  # with weight, bias, running_mean, running_var and eps
+    norm: nn.Module | NormSlice | None = (
+        None  # with weight, bias, running_mean, running_var and eps
+    )
     residual: fx.Node | None = None
     relu: bool = False
     geometry: ConvGeometry = field(init=False)
@@ -247,6 +249,7 @@ class _Folder:
         if images is not None:
             rewriting.run_example(model, graph, self.modules, images)
         rewriting.take_items(graph)
+        rewriting.distribute_norms(graph, self.modules)
         self.grown: dict[fx.Node, ConvStep] = {}  # by the node whose value the step computes
         self.absorbed: set[fx.Node] = set()
 

@@ -127,14 +127,14 @@ def changed_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | 
 
 
 def check_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
-    """Raises NotFusable where a value is changed in place that is read later."""
+    """Raises NotFusable where a value is changed in place that is read later, or that stays."""
     for node in graph.nodes:
         if node.target in (operator.setitem, operator.delitem) or isinstance(
             node.kwargs.get("out"), fx.Node
         ):
             raise NotFusable(f"{node.name!r} writes into a tensor that others read")
         changed = changed_in_place(node, modules)
-        if changed is not None and max(changed.users) is not node:
+        if changed is not None and (changed.op == "get_attr" or max(changed.users) is not node):
             raise _changed(node)
 
 
@@ -355,6 +355,8 @@ _NORMS = {
 
 def is_frozen_norm(module: nn.Module | None) -> bool:
     """Whether ``module`` is a constant affine map per channel, then ``drop`` and ``act`` if any."""
+    if isinstance(module, NormSlice):
+        return True
     if module is None or module.training or "forward" in vars(module):
         return False
     if getattr(module, "running_var", None) is None:
@@ -380,6 +382,60 @@ def split_norm(graph: fx.Graph, node: fx.Node, modules: dict[str, nn.Module]) ->
         value.meta = dict(node.meta)
     for user in users:
         user.replace_input_with(node, value)
+
+
+@dataclass(frozen=True)
+class NormSlice:
+    """Some channels of a frozen norm."""
+
+    norm: nn.Module
+    channels: slice
+
+    def __getattr__(self, name: str) -> Tensor | float | None:
+        if name not in ("weight", "bias", "running_mean", "running_var", "eps"):
+            raise AttributeError(name)
+        value = getattr(self.norm, name)
+        return value[self.channels] if isinstance(value, Tensor) else value
+
+
+def distribute_norms(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Moves every norm behind a concatenation of convolutions in front of it, in slices.
+
+    The convolutions of a mixed convolution have one norm in common; each folds its own channels.
+    """
+    for node in list(graph.nodes):
+        if node.op != "call_module" or not is_frozen_norm(modules[node.target]):
+            continue
+        (joined,) = node.all_input_nodes
+        parts = _convolutions_joined(joined, modules)
+        if parts is None:
+            continue
+        split_norm(graph, node, modules)
+        start = 0
+        for part in parts:
+            stop = start + modules[part.target].out_channels
+            target = f"{node.target}[{start}:{stop}]"
+            modules[target] = NormSlice(modules[node.target], slice(start, stop))
+            with graph.inserting_after(part):
+                normed = graph.create_node(
+                    "call_module", target, (part,), name=f"{node.name}_{start}"
+                )
+            joined.replace_input_with(part, normed)
+            normed.meta = dict(part.meta)
+            start = stop
+        node.replace_all_uses_with(joined)
+        graph.erase_node(node)
+
+
+def _convolutions_joined(node: fx.Node, modules: dict[str, nn.Module]) -> list[fx.Node] | None:
+    """The convolutions whose channels ``node`` concatenates, if it joins those and nothing else."""
+    if node.target not in (torch.cat, torch.concat) or len(node.users) != 1:
+        return None
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    parts = node.all_input_nodes
+    alone = dim == 1 and list(node.args[0]) == parts and all(len(p.users) == 1 for p in parts)
+    convolve = all(p.op == "call_module" and isinstance(modules[p.target], WFConv2d) for p in parts)
+    return parts if alone and convolve else None
 
 
 @dataclass(frozen=True)
