@@ -1,14 +1,20 @@
-"""Fused transformers: a prefix per source image, the rest as one graph, both checked."""
+"""Fused transformers: a prefix per source image, the rest from one table, both checked."""
 
 import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 
 import wfnet
 from wfnet import fusion, models
+from wfnet.benchmarking.timing import peak_mebibytes
+from wfnet.fusion import trunk
 
 timm = pytest.importorskip("timm")
 
@@ -29,6 +35,9 @@ def pair_of(model: nn.Module, fuse: bool | str = True) -> tuple[wfnet.WFNet, wfn
     net = wfnet.WFNet(model.eval(), CLASSES).double()
     for parameter in net.filter_parameters():
         nn.init.normal_(parameter, 0.0, 2.0)
+    for layer in net.masked_layers.values():
+        if layer.bias is not None:
+            nn.init.normal_(layer.bias)
     fused = copy.deepcopy(net)
     fused.fuse = fuse
     return net, fused
@@ -38,8 +47,53 @@ def images(n: int = 3) -> torch.Tensor:
     return torch.randn(n, 3, 32, 32, dtype=torch.float64)
 
 
+def small_swin() -> nn.Module:
+    """Four windows an image, shifted in the second block; what crosses the cut is windows."""
+    return timm.create_model(
+        "swin_tiny_patch4_window7_224", num_classes=CLASSES, img_size=32, window_size=4,
+        depths=(2, 1), num_heads=(2, 2), embed_dim=8,
+    )  # fmt: skip
+
+
+class Attention(nn.Module):
+    """A transformer of one layer, called ``calls`` times, that does unusual things to its qkv."""
+
+    def __init__(
+        self, calls: int = 1, slices: bool = False, in_place: bool = False, norm: bool = False
+    ):
+        super().__init__()
+        self.embed = nn.Conv2d(3, 8, 8, 8)
+        self.qkv = nn.Linear(8, 24)
+        self.q_norm = nn.LayerNorm(8) if norm else None
+        self.head = nn.Linear(8, CLASSES)
+        self.calls, self.slices, self.in_place = calls, slices, in_place
+
+    def attend(self, x):
+        qkv = self.qkv(x)
+        q, k, v = (qkv[..., :8], qkv[..., 8:16], qkv[..., 16:]) if self.slices else qkv.chunk(3, -1)
+        if self.in_place:
+            q.mul_(0.5)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        return x + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).transpose(1, 2)
+        for _ in range(self.calls):
+            x = self.attend(x)
+        return self.head(x.mean(1))
+
+
 MODELS = {
     "vit": small_vit,
+    "qk_norm": lambda: small_vit(qk_norm=True),
+    "without_bias": lambda: small_vit(qkv_bias=False),
+    "swin": small_swin,
+    "chunks": Attention,
+    "called_twice": lambda: Attention(calls=2),
+    "slices": lambda: Attention(slices=True, norm=True),
+    "in_place": lambda: Attention(slices=True, in_place=True),
+    "in_place_twice": lambda: Attention(calls=2, slices=True, in_place=True, norm=True),
     "distilled": lambda: timm.create_model(
         "deit_tiny_distilled_patch16_224", num_classes=CLASSES, img_size=32, depth=1, embed_dim=24,
         num_heads=3,
@@ -91,8 +145,8 @@ def test_compiled_as_one_graph_that_new_labels_do_not_compile_anew(monkeypatch):
             compiled.append(graph)
             return graph.forward
 
-        assert options == {"fullgraph": True}
-        return compile_(function, backend=backend, **options)
+        assert options["fullgraph"]
+        return compile_(function, backend=backend, fullgraph=True)
 
     monkeypatch.setattr(torch, "compile", counting)
     net, fused = pair_of(small_vit(), fuse="compile")
@@ -131,13 +185,21 @@ def test_on_the_host_nothing_is_compiled_unless_asked_for(monkeypatch):
     fused(images(), 1)
 
 
-def test_a_wrong_cut_is_never_used(monkeypatch, caplog):
-    """Window attention puts windows before samples: expansion along the batch would be wrong."""
-    swin = timm.create_model(
-        "swin_tiny_patch4_window7_224", num_classes=CLASSES, img_size=32, window_size=4,
-        depths=(1, 1), num_heads=(2, 2), embed_dim=8,
-    )  # fmt: skip
-    net, fused = pair_of(swin)
+class Turned(nn.Module):
+    """A skip connection that keeps images in its second dimension until it is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.head = nn.Linear(12, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        x = F.avg_pool2d(x, 16).flatten(1)
+        skip = x.t()
+        return self.head((self.qkv(x).t() + skip[:8]).t())
+
+
+def test_a_wrong_cut_is_never_used(caplog):
+    net, fused = pair_of(Turned())
     x = images()
     with caplog.at_level(logging.WARNING, logger="wfnet"):
         torch.testing.assert_close(fused(x, LABELS, SOURCE), net(x, LABELS, SOURCE))
@@ -151,3 +213,230 @@ def test_images_that_need_a_gradient_and_the_original_network():
     assert gradient.abs().sum() > 0
     with torch.no_grad():
         assert torch.equal(fused(x), net.bake(None)(x))
+
+
+def test_a_layer_of_the_reference_backend_is_never_fused(caplog):
+    _, fused = pair_of(small_vit())
+    fused.masked_layers["blocks.1.attn.qkv"].backend = "reference"
+    with caplog.at_level(logging.WARNING, logger="wfnet"):
+        fused(images(), 1)
+    assert "the reference backend is never fused" in caplog.text
+
+
+# -- a run and its backward pass ------------------------------------------------------------------
+
+
+def network_of(model: nn.Module, fuse: bool | str = True) -> fusion.TrunkNetwork:
+    _, fused = pair_of(model, fuse)
+    network = fused.fused_network(images())
+    assert isinstance(network, fusion.TrunkNetwork)
+    return network
+
+
+def rows(count: int = 5) -> torch.Tensor:
+    return torch.arange(count)[:, None] % CLASSES
+
+
+@pytest.mark.parametrize("fuse", [True, "compile"])
+def test_a_run_writes_the_gradients_that_autograd_finds(monkeypatch, fuse):
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: compile_(f, backend="aot_eager", fullgraph=True)
+    )
+    net, fused = pair_of(small_vit(), fuse)
+    x, dlogits = images(), torch.randn(5, CLASSES, dtype=torch.float64)
+    net(x, LABELS, SOURCE).backward(dlogits)
+    network = fused.fused_network(x)
+    assert network.compiled == (fuse == "compile")
+    into = torch.full((CLASSES, sum(f.shape[1] for f in network.filters())), torch.nan).double()
+    with torch.no_grad():
+        run = network.start(x, LABELS, SOURCE)
+        logits = run.forward()
+        assert not logits.requires_grad
+        found = run.backward(dlogits, into)
+    for gradient, parameter in zip(found, net.filter_parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(into, torch.cat(found, 1), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="a second time; its branches are freed"):
+        run.backward(dlogits)
+
+
+def test_two_backward_passes_accumulate_and_a_double_one_raises():
+    net, fused = pair_of(small_vit())
+    x = images()
+    for _ in range(2):
+        net(x, LABELS, SOURCE).square().sum().backward()
+        fused(x, LABELS, SOURCE).square().sum().backward()
+    for mine, other in zip(fused.filter_parameters(), net.filter_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-12)
+    loss = fused(x, 1).square().sum()
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(loss, fused.filter_parameters(), create_graph=True)
+
+
+def test_under_autocast_it_errs_no_more_than_the_unfused_network():
+    exact, _ = pair_of(small_vit())
+    net, fused = (copy.deepcopy(exact).float() for _ in range(2))
+    fused.fuse = True
+    x = images(8)
+    labels = torch.arange(8) % CLASSES
+    weights = torch.randn(8, CLASSES)
+    errors = []
+    exact(x, labels).backward(weights.double())
+    for network in (net, fused):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = network(x.float(), labels)
+        assert y.dtype == torch.bfloat16
+        y.backward(weights.bfloat16())
+        errors.append(
+            torch.stack([
+                (p.grad.double() - q.grad).norm() / q.grad.norm()
+                for p, q in zip(network.filter_parameters(), exact.filter_parameters(), strict=True)
+            ])
+        )  # fmt: skip
+    assert isinstance(fused._fusion[1], fusion.TrunkNetwork)
+    assert errors[1].mean() <= 1.5 * errors[0].mean()
+
+
+# -- what is kept ---------------------------------------------------------------------------------
+
+
+def counted(monkeypatch) -> list[int]:
+    """Layers whose result is computed again, as this happens."""
+    found = []
+    result_of = trunk._Recorded.result_of
+
+    def counting(run, kept):
+        result = result_of(run, kept)
+        found.append(kept.index)
+        return result
+
+    monkeypatch.setattr(trunk._Recorded, "result_of", counting)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (small_vit, [1, 0]),
+        (lambda: small_vit(qk_norm=True), [1, 0]),
+        (lambda: Attention(calls=2), [0, 0]),
+        (lambda: Attention(slices=True, in_place=True), []),
+    ],
+    ids=["vit", "norm", "twice", "in_place"],
+)
+def test_a_result_is_computed_again_once_per_call(monkeypatch, model, expected):
+    again = counted(monkeypatch)
+    network = network_of(model())
+    again.clear()
+    run = network.start(images(), rows(), SOURCE)
+    run.backward(run.forward())
+    assert again == expected
+
+
+def test_a_result_computed_again_is_the_same_bit_by_bit():
+    network = network_of(small_vit())
+    seen = []
+
+    class Watching(trunk._Recorded):
+        def keep(self, kept, out):
+            seen.append((kept, out.clone()))
+            super().keep(kept, out)
+
+    run = Watching(network, 3, 5, SOURCE, network.tables()(rows(), True), True)
+    network.rest(run, *network.crossing(images()))
+    assert len(seen) == 2
+    for kept, out in seen:
+        assert torch.equal(run.result_of(kept), out)
+
+
+def test_a_tensor_changed_after_it_was_used_is_an_error():
+    class Careless(Attention):
+        def attend(self, x):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            mask = torch.zeros_like(q[..., :1]) + 1
+            y = F.scaled_dot_product_attention(q[:, None] * mask[:, None], k[:, None], v[:, None])
+            mask.add_(1)
+            return x + y[:, 0]
+
+    class Later(Attention):
+        def attend(self, x):
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+            k = k.contiguous()
+            y = q * k
+            k.add_(1)
+            return x + y + v
+
+    for model in (Careless(), Later()):
+        _, fused = pair_of(model)
+        with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace"):
+            fused(images(), 1).sum().backward()
+
+
+def test_it_takes_less_memory_than_the_unfused_network():
+    net = wfnet.WFNet(models.create("vit", CLASSES, in_channels=3).eval(), CLASSES)
+    fused = copy.deepcopy(net)
+    fused.fuse = True
+    x, source = torch.randn(4, 3, 32, 32), torch.arange(16) % 4
+    labels = torch.arange(16) % CLASSES
+    peaks = []
+    for network in (net, fused):
+        network(x, labels, source).sum().backward()
+        cpu = torch.device("cpu")
+        peaks.append(peak_mebibytes(lambda n=network: n(x, labels, source).sum().backward(), cpu))
+    assert peaks[1] < 0.85 * peaks[0]
+
+
+def test_the_compiled_network_does_not_keep_what_it_can_compute_again(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, **_: compile_(f, backend="aot_eager_decomp_partition", fullgraph=True),
+    )
+    network = network_of(small_vit(), "compile")
+    run = network.start(images(4), rows(4), None)
+    kept: dict[int, tuple[int, ...]] = {}
+    with saved_tensors_hooks(
+        lambda t: kept.update({t.untyped_storage().data_ptr(): (*t.shape, t.numel())}) or t,
+        lambda t: t,
+    ):
+        run.forward()
+    branch = 4 * 5 * 72  # [B, T, 3 C]: as a whole, or query, key and value
+    parts = [shape for shape in kept.values() if shape[-1] in (branch, branch // 3)]
+    assert sum(shape[-1] == branch for shape in parts) == 2
+    assert not [shape for shape in parts if len(shape) == 5 and shape[3] == 8 and shape[1] == 3][2:]
+
+
+@pytest.mark.parametrize("backward", [True, False])
+def test_nothing_is_left_after_backward_or_after_a_dropped_forward(backward):
+    network = network_of(small_vit())
+    gc.collect()
+    gc.disable()
+    try:
+        run = network.start(images(), rows(), SOURCE)
+        logits = run.forward()
+        branches = [weakref.ref(kept.branch) for kept in trunk_state(run).kept.values()]
+        state = weakref.ref(trunk_state(run))
+        assert len(branches) == 2
+        assert all(branch() is not None for branch in branches)
+        if backward:
+            run.backward(logits)
+            assert all(branch() is None for branch in branches)
+        else:
+            del run
+        assert state() is None
+        assert all(branch() is None for branch in branches)
+    finally:
+        gc.enable()
+
+
+def trunk_state(run: trunk.TrunkRun) -> trunk._Recorded:
+    """What the nodes of the run's graph refer to."""
+    pending = [run.logits.grad_fn]
+    while pending:
+        node = pending.pop()
+        if hasattr(node, "layers"):
+            return node.layers
+        pending += [below for below, _ in node.next_functions if below is not None]
+    raise AssertionError("no masked layer in the graph")

@@ -220,6 +220,20 @@ def explain(
     return "\n".join(lines + [f"{name}: {text}" for name, text in says.items()])
 
 
+def linear_backend(backend: str, tokens: Tensor, weight: Tensor, batch: int) -> backends.Backend:
+    """Who computes a masked linear map: ``tokens`` ``[N, T, C]``, ``weight`` ``[O, C]``.
+
+    Args:
+        backend: what the layer asks for, not "reference".
+        batch: samples that ``tokens`` are expanded to.
+
+    Raises:
+        RuntimeError: if the named backend cannot run the call.
+    """
+    name = _choose(backend, tokens, lambda b: b.measured_fastest_linear(tokens, weight, batch))
+    return operators.linear_backend(name, tokens, weight)
+
+
 def _choose(backend: str, x: Tensor, fastest: Callable[[backends.Backend], bool]) -> str:
     """The backend's name. ``auto`` leaves eager only where a measurement on this device says so."""
     name = backends.requested(backend)

@@ -108,7 +108,8 @@ def _conv2d_backend(name: str, x: Tensor, weight: Tensor, geometry: ConvGeometry
     return _willing(name, lambda backend: backend.refuse_conv2d(x, weight, geometry))
 
 
-def _linear_backend(name: str, x: Tensor, weight: Tensor) -> Backend:
+def linear_backend(name: str, x: Tensor, weight: Tensor) -> Backend:
+    """The backend called ``name``, or a RuntimeError that says why it cannot run the call."""
     return _willing(name, lambda backend: backend.refuse_linear(x, weight))
 
 
@@ -281,7 +282,7 @@ def _linear(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Masked linear map; ``x`` [N,T,C], ``forget`` [B,J], ``out`` [B,T,O]."""
-    engine = _linear_backend(backend, x, weight)
+    engine = linear_backend(backend, x, weight)
     scale, shift = _tables(engine, bias, alpha_weight, alpha_bias, forget, gate_scale)
     out, saved = engine.linear(x.contiguous(), weight, scale, shift, source, save)
     return (
@@ -296,7 +297,7 @@ def _linear(
 def _(
     x, weight, bias, alpha_weight, alpha_bias, forget, source, gate_scale, backend, save,
 ):  # fmt: skip
-    engine = _linear_backend(backend, x, weight)
+    engine = linear_backend(backend, x, weight)
     out = x.new_empty((forget.shape[0], x.shape[1], weight.shape[0]))
     saved = out.new_empty(0)
     if save:

@@ -1,24 +1,42 @@
-"""Networks that mask linear maps (transformers): a prefix per source image, and a compiled rest.
+"""Networks that mask linear maps (transformers): a prefix per source image, then the network's own.
 
 :func:`split_at_first_mask` traces the network with torch.fx and cuts it before the first masked
 layer: what comes before (patch embedding, positions, the first norm) runs once per source image and
-is not differentiated; the tensors that cross the cut are expanded to the samples there. The rest is
-the network's own operations, with the gate in the epilogue of the qkv product and PyTorch's
-scaled-dot-product attention; it can be compiled as one graph, with forget labels as an input, so
-that new labels never recompile.
+is not differentiated; the tensors that cross the cut are expanded to the samples there, but for the
+inputs of masked layers, which read source images and expand their result.
+
+The rest is the network's own operations, with scales and shifts of all masked layers from one
+table (:mod:`wfnet.tables`). :class:`TrunkRun` runs it in one of three ways:
+
+- as it is: a masked layer keeps its branch ``u``, from which its result ``scale * u + shift`` is
+  computed again when attention wants it in backward. What attention would keep of it, query, key
+  and value, is then never held (:class:`_Kept`).
+- compiled, for the backend "eager": tables are inputs of the compiled graph, ``scale * u + shift``
+  is part of it, and new labels never compile anew.
+- compiled, for kernels: masked layers are operators in the graph.
 """
 
 from __future__ import annotations
 
 import inspect
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
-from wfnet import gates
+from wfnet import backends, functional, gates
+from wfnet.backends import Backend
 from wfnet.fusion.plan import EXPANDED, SOURCE, NotFusable, check_traceable, trace
+from wfnet.fusion.rewriting import changed_in_place, erase_idle
 from wfnet.labels import Selection, forgetting
-from wfnet.layers import MaskedLayer
+from wfnet.layers import MaskedLayer, WFLinear
+from wfnet.tables import GatedLayer, GateTables, StepTables
 
 
 class TrunkNetwork:
@@ -26,25 +44,103 @@ class TrunkNetwork:
 
     Args:
         prefix: ``[N, C, H, W]`` images to the tensors that cross the cut.
-        rest: those tensors, one row per sample, to logits.
+        rest: from :func:`split_at_first_mask`: a run and those tensors to logits.
+        layers: the masked layers of the rest, in the order of the network's modules.
         compiled: compile the rest.
+
+    Raises:
+        NotFusable: if a layer asks for the reference backend.
     """
 
-    def __init__(self, prefix: nn.Module, rest: nn.Module, compiled: bool):
+    def __init__(
+        self, prefix: nn.Module, rest: nn.Module, layers: Sequence[MaskedLayer], compiled: bool
+    ):
+        names = [backends.requested(layer.backend) for layer in layers]
+        if "reference" in names:
+            raise NotFusable("the reference backend is never fused")
         self.prefix = prefix
         self.rest = rest
+        self.layers = tuple(layers)
         self.compiled = compiled
-        self._run = torch.compile(self._forward, fullgraph=True) if compiled else self._forward
+        self.at_once = not compiled or set(names) <= {"auto", "eager"}
+        self._backend = backends.get(names[0] if {*names} == {names[0]} != {"auto"} else "eager")
+        self._tables: tuple[object, GateTables] | None = None
+        self._weights: dict[tuple[int, torch.dtype], tuple[object, Tensor]] = {}
+        if compiled:
+            traced = self._of_tables if self.at_once else self._of_rows
+            # Guards would ask every module of a frozen network, at every step, whether it is one.
+            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+            self.run = torch.compile(traced, fullgraph=True, options=unguarded)
 
-    def _forward(self, rows: Tensor, crossing: tuple[Tensor, ...]) -> Tensor:
+    def _of_tables(
+        self,
+        images: Tensor,
+        source: Tensor | None,
+        scales: Sequence[Tensor],
+        shifts: Sequence[Tensor],
+    ) -> Tensor:
+        sizes = images.shape[0], scales[0].shape[0]
+        run = _Affine(self.layers, *sizes, source, scales, shifts)
+        return self.rest(run, *self.crossing(images))
+
+    def _of_rows(self, images: Tensor, source: Tensor | None, rows: Tensor) -> Tensor:
         with forgetting(Selection(rows)):
-            return self.rest(*crossing)
+            run = _Operators(self.layers, images.shape[0], rows.shape[0], source)
+            return self.rest(run, *self.crossing(images))
+
+    def crossing(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The tensors that cross the cut."""
+        with torch.no_grad():
+            return self.prefix(images)
+
+    def filters(self) -> list[Tensor]:
+        """Filter matrices, layer by layer, weight before bias: the order of the gradients."""
+        return [
+            matrix
+            for layer in self.layers
+            for matrix in (layer.alpha_weight, layer.alpha_bias)
+            if matrix is not None
+        ]
+
+    def start(
+        self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True
+    ) -> TrunkRun:
+        """A forward pass that may be followed by its backward pass if ``save``."""
+        return TrunkRun(self, images, rows, source, save)
 
     def __call__(self, images: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
-        """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``."""
-        with torch.no_grad():
-            crossing = self.prefix(images)
-        return self._run(rows, tuple(gates.gather_samples(t, source) for t in crossing))
+        """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
+
+        Gradients reach the filters only; double backward raises.
+        """
+        filters = self.filters()
+        if torch.is_grad_enabled() and any(f.requires_grad for f in filters):
+            return _TrunkFunction.apply(self, images, rows, source, *filters)
+        return self.start(images, rows, source, save=False).forward()
+
+    def tables(self) -> GateTables:
+        """Tables over the present filters and biases; made anew when these change."""
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
+        key = (*map(_state_of, biases), *(f.data_ptr() for f in self.filters()))
+        if self._tables is None or self._tables[0] != key:
+            layers = [
+                GatedLayer(m.alpha_weight, m.alpha_bias, m.bias, gate_scale=m.gate_scale)
+                for m in self.layers
+            ]
+            self._tables = (key, self._backend.gate_tables(layers))
+        return self._tables[1]
+
+    def weight(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The frozen weight of a layer in ``dtype``, converted once."""
+        weight = self.layers[index].weight
+        if weight.dtype == dtype:
+            return weight
+        key = _state_of(weight)
+        cached = self._weights.get((index, dtype))
+        if cached is None or cached[0] != key:
+            cached = (key, weight.detach().to(dtype))
+            self._weights[index, dtype] = cached
+        return cached[1]
 
     def describe(self) -> str:
         """One line for the log: what runs how."""
@@ -53,27 +149,440 @@ class TrunkNetwork:
         return f"{once} operations before the first mask run once per image, the rest runs {how}"
 
 
-def split_at_first_mask(model: nn.Module, images: Tensor) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The network before its first masked layer, and from there on.
+def _state_of(t: Tensor) -> tuple[object, ...]:
+    return (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
+
+
+class TrunkRun:
+    """One forward pass of a :class:`TrunkNetwork`, and the backward pass that belongs to it.
+
+    Args:
+        images, rows, source: as in :meth:`TrunkNetwork.__call__`.
+        save: keep what :meth:`backward` needs.
+    """
+
+    def __init__(
+        self,
+        network: TrunkNetwork,
+        images: Tensor,
+        rows: Tensor,
+        source: Tensor | None,
+        save: bool,
+    ):
+        self.network = network
+        self.images = images
+        self.rows = rows
+        self.source = source
+        self.save = save
+        self.logits: Tensor | None = None  # with the graph of the rest
+
+    def forward(self) -> Tensor:
+        """Logits ``[B, K]``, without a graph."""
+        network, images, source = self.network, self.images, self.source
+        if network.at_once:
+            self.tables = network.tables()(self.rows, self.save)
+        with torch.set_grad_enabled(self.save):
+            if not network.compiled:
+                sizes = images.shape[0], self.rows.shape[0]
+                run = _Recorded(network, *sizes, source, self.tables, self.save)
+                self.inputs = [run.anchor]
+                logits = network.rest(run, *network.crossing(images))
+            elif network.at_once:
+                scales, shifts = self.tables.scales, self.tables.shifts
+                if self.save:
+                    scales = [scale.detach().requires_grad_() for scale in scales]
+                    shifts = [shift.detach().requires_grad_() for shift in shifts]
+                self.inputs = [*scales, *shifts]
+                logits = network.run(images, source, scales, shifts)
+            else:
+                self.inputs = [f for f in network.filters() if f.requires_grad]
+                logits = network.run(images, source, self.rows)
+        if self.save:
+            self.logits = logits
+        return logits.detach()
+
+    def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
+        """Gradients of the filters, in the order of :meth:`TrunkNetwork.filters`.
+
+        Args:
+            dout: ``[B, K]``, gradient of the logits.
+            into: ``[K, total]``, written instead of fresh memory (:meth:`StepTables.gradients`).
+        """
+        if self.logits is None:
+            raise RuntimeError(
+                "backward through a fused network a second time; its branches are freed by the "
+                "first (retain_graph is not supported with fuse=True)"
+            )
+        logits, self.logits = self.logits, None
+        found = torch.autograd.grad(logits, self.inputs, dout.to(logits.dtype), allow_unused=True)
+        if not self.network.at_once:
+            return self._of_operators(found, into)
+        if self.network.compiled:
+            self._write_sums(found)
+        return self.tables.gradients(into)
+
+    def _write_sums(self, found: Sequence[Tensor | None]) -> None:
+        """Column sums of the gradients of all scales and shifts: ``t1`` is by the log of a gate."""
+        tables, count = self.tables, len(self.network.layers)
+        for t1, scale, dscale in zip(tables.t1, tables.scales, found[:count], strict=True):
+            if dscale is not None:
+                torch.mul(dscale, scale, out=t1)
+        for t0, dshift in zip(tables.t0, found[count:], strict=True):
+            if t0 is not None and dshift is not None:
+                t0.copy_(dshift)
+
+    def _of_operators(self, found: Sequence[Tensor | None], into: Tensor | None) -> list[Tensor]:
+        of_filter = dict(zip(map(id, self.inputs), found, strict=True))
+        gradients = []
+        for matrix in self.network.filters():
+            gradient = of_filter.get(id(matrix))
+            gradients.append(torch.zeros_like(matrix) if gradient is None else gradient)
+        if into is None:
+            return gradients
+        columns = into.split([gradient.shape[1] for gradient in gradients], 1)
+        torch._foreach_copy_(columns, gradients)
+        return list(columns)
+
+
+class _TrunkFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, network, images, rows, source, *filters):
+        ctx.run = network.start(images, rows, source)
+        ctx.save_for_backward(*filters)  # autograd notices filters that change before backward
+        return ctx.run.forward()
+
+    @staticmethod
+    def backward(ctx, dout):
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "double backward through a fused network is not supported; use fuse=False and "
+                "backend='reference', which is plain PyTorch"
+            )
+        _ = ctx.saved_tensors
+        return None, None, None, None, *ctx.run.backward(dout)
+
+
+# -- what the graph of the rest asks of a run ------------------------------------------------------
+
+
+@dataclass(eq=False)
+class _Call:
+    """A call of a masked layer, with the views of its result that are taken first.
+
+    Attributes:
+        index: of the layer.
+        at_source: whether its input has one row per source image.
+        constant: whether nobody changes the result in place.
+        views: the result, in the shape of the layer's output, and sizes to a tuple of its views.
+    """
+
+    index: int
+    at_source: bool
+    constant: bool
+    views: Callable[..., tuple]
+
+    def __post_init__(self) -> None:
+        self._tiled: dict[tuple, bool] = {}
+
+    def tiles(self, shape: tuple[int, ...], sizes: tuple) -> bool:
+        """Whether the views are tensors that hold every element of the result exactly once."""
+        key = (shape, sizes)
+        if not self.constant or any(not isinstance(size, int) for size in sizes):
+            return False
+        if key not in self._tiled:
+            seen = torch.zeros(shape, dtype=torch.uint8)
+            views = self.views(seen, *sizes)
+            self._tiled[key] = all(isinstance(view, Tensor) for view in views)
+            if self._tiled[key] and sum(view.numel() for view in views) == seen.numel():
+                for view in views:
+                    view.fill_(1)
+            self._tiled[key] = bool(seen.all())
+        return self._tiled[key]
+
+
+class _Samples:
+    """Tensors with one row, or one row per window, for each source image; what samples see of them.
+
+    Args:
+        layers: masked layers by index.
+        sources, batch: N and B.
+        source: ``[B]``, or None: N is B.
+    """
+
+    watches = False
+
+    def __init__(
+        self, layers: Sequence[MaskedLayer], sources: int, batch: int, source: Tensor | None
+    ):
+        self.layers, self.sources, self.batch, self.source = layers, sources, batch, source
+
+    def expanded(self, x: Tensor) -> Tensor:
+        """``x`` with the windows of image ``source[b]`` for sample b."""
+        if self.source is None:
+            return x
+        if x.shape[0] == self.sources:
+            return gates.gather_samples(x, self.source)
+        windows = x.unflatten(0, (self.sources, -1))
+        return windows.index_select(0, self.source).flatten(0, 1)
+
+    def shaped(self, x: Tensor) -> Tensor:
+        """A tensor of the shape of :meth:`expanded` that takes no memory."""
+        if self.source is None:
+            return x
+        windows = x.shape[0] // self.sources
+        return x.new_empty(()).expand(self.batch * windows, *x.shape[1:])
+
+    def tokens(self, x: Tensor, images: int) -> Tensor:
+        """``[images, T, C]``: the windows of an image are tokens of it."""
+        return x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
+
+    def shape_of(self, channels: int, x: Tensor, images: int) -> tuple[int, ...]:
+        """The shape of the output of a layer whose input is ``x``, which holds so many images."""
+        return self.batch * (x.shape[0] // max(images, 1)), *x.shape[1:-1], channels
+
+    def masked(self, call: _Call, x: Tensor, sizes: tuple) -> tuple:
+        """Views of the result of a masked layer, from the layer's input; ``sizes`` are theirs."""
+        raise NotImplementedError
+
+
+class _Operators(_Samples):
+    """Masked layers are operators, with the labels that are bound."""
+
+    def masked(self, call: _Call, x: Tensor, sizes: tuple) -> tuple:
+        x = self.expanded(x) if call.at_source else x
+        return call.views(self.layers[call.index](x), *sizes)
+
+
+class _Affine(_Samples):
+    """Masked layers are a product, a multiplication and a sum, for a compiler to fuse."""
+
+    def __init__(
+        self,
+        layers: Sequence[MaskedLayer],
+        sources: int,
+        batch: int,
+        source: Tensor | None,
+        scales: Sequence[Tensor],
+        shifts: Sequence[Tensor],
+    ):
+        super().__init__(layers, sources, batch, source)
+        self.scales, self.shifts = scales, shifts
+
+    def masked(self, call: _Call, x: Tensor, sizes: tuple) -> tuple:
+        images = self.sources if call.at_source else self.batch
+        layer = self.layers[call.index]
+        u = F.linear(self.tokens(x, images), layer.weight)
+        if call.at_source:
+            u = gates.gather_samples(u, self.source)
+        shape = self.shape_of(u.shape[-1], x, images)
+
+        def result(u: Tensor, scale: Tensor, shift: Tensor | None) -> tuple:
+            return call.views(_affine(u, scale, shift).reshape(shape), *sizes)
+
+        # For the compiler: computed again in backward, where it would keep both u and the result.
+        shift = None if layer.bias is None else self.shifts[call.index]
+        return checkpoint(result, u, self.scales[call.index], shift, use_reentrant=False)
+
+
+def _affine(u: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
+    """``scale * u + shift`` in the dtype of ``u`` ``[B, T, O]``; tables are ``[B, O]``."""
+    y = u * scale[:, None]
+    return (y if shift is None else y + shift[:, None]).to(u.dtype)
+
+
+class _Kept:
+    """What a masked layer keeps from forward to backward.
+
+    Attributes:
+        branch: what ``t1`` is summed from, as the backend returned it.
+        out: the storage and version of the layer's result, where ``branch`` tells it.
+    """
+
+    def __init__(self, index: int, backend: Backend, source: Tensor | None, branch: Tensor):
+        self.index, self.backend, self.source, self.branch = index, backend, source, branch
+        self.out: tuple[StorageWeakRef, int] | None = None
+        self.again: Tensor | None = None  # the result, computed a second time
+
+
+class _Recorded(_Samples):
+    """Masked layers as nodes of PyTorch's autograd, which write the column sums of ``tables``.
+
+    Attention saves views of a masked layer's result, beside the branch that the layer keeps. Where
+    a backend keeps ``u`` itself the result is one multiplication and sum away from it, so what
+    autograd saves of it is taken down as a size and strides, and computed again in backward, once
+    per layer. Not where the result was changed in place in between; and not where the branch is
+    rounded after scaling: it would give the result rounded twice.
+    """
+
+    watches = True
+
+    def __init__(
+        self,
+        network: TrunkNetwork,
+        sources: int,
+        batch: int,
+        source: Tensor | None,
+        tables: StepTables,
+        save: bool,
+    ):
+        super().__init__(network.layers, sources, batch, source)
+        self.network, self.tables, self.save = network, tables, save
+        self.watches = save
+        # What every masked layer's node reads, so that it is one: no input of it needs a gradient.
+        self.anchor = torch.zeros(()).requires_grad_(save)
+        self.kept: dict[int, _Kept] = {}  # by storage of the result
+
+    def masked(self, call: _Call, x: Tensor, sizes: tuple) -> tuple:
+        source = self.source if call.at_source else None
+        images = self.batch if source is None else self.sources
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        tokens = self.tokens(x, images).contiguous()
+        layer, weight = self.layers[call.index], self.network.weight(call.index, x.dtype)
+        backend = functional.linear_backend(layer.backend, tokens, weight, self.batch)
+        shape = self.shape_of(weight.shape[0], x, images)
+        if not self.save:
+            out, _ = self.run(tokens, backend, call.index, source, False)
+            return call.views(out.view(shape), *sizes)
+        if call.tiles(shape, sizes):
+            return _MaskedLinear.apply(
+                tokens, self.anchor, self, backend, call.index, source, call.views, (shape, sizes)
+            )
+        out = _MaskedLinear.apply(
+            tokens, self.anchor, self, backend, call.index, source, None, None
+        )
+        return call.views(out.view(shape), *sizes)
+
+    def run(
+        self, tokens: Tensor, backend: Backend, index: int, source: Tensor | None, save: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The backend's forward pass, with the tables of a layer."""
+        shift = None if self.layers[index].bias is None else self.tables.shifts[index]
+        weight = self.network.weight(index, tokens.dtype)
+        return backend.linear(tokens, weight, self.tables.scales[index], shift, source, save)
+
+    # -- results that are computed again --------------------------------------------------------
+
+    def keep(self, kept: _Kept, out: Tensor) -> None:
+        """Notes the result ``out`` ``[B, T, O]`` of a layer, to be known again by its storage."""
+        keeps_u = kept.backend.saved_batch(1, 2) == 1
+        if keeps_u and out.is_contiguous() and out.storage_offset() == 0:
+            storage = StorageWeakRef(out.untyped_storage())
+            kept.out = (storage, out._version)
+            self.kept[storage.cdata] = kept
+
+    def pack(self, t: Tensor) -> tuple[object, ...]:
+        kept = self.kept.get(t.untyped_storage()._cdata)
+        known = kept is not None and kept.branch is not None and t.dtype == kept.branch.dtype
+        if known and t._version == kept.out[1]:
+            return kept, t.shape, t.stride(), t.storage_offset()
+        return t.detach(), t._version  # not t, which may hold the node that keeps it
+
+    def unpack(self, packed: tuple[object, ...]) -> Tensor:
+        first, *view = packed
+        if not isinstance(first, _Kept):
+            if first._version != view[0]:  # autograd's own check does not see what hooks hold
+                raise RuntimeError(
+                    f"a tensor {list(first.shape)} that backward needs was changed in place after "
+                    "it was used in a fused network; use the operation that makes a new tensor"
+                )
+            return first
+        if first.again is None:
+            first.again = self.result_of(first)
+        return first.again.as_strided(*view)
+
+    def result_of(self, kept: _Kept) -> Tensor:
+        """``scale * u + shift``, by the operation that gave it in forward."""
+        u = gates.gather_samples(kept.branch, kept.source)
+        scale = self.tables.scales[kept.index][:, None]
+        if self.layers[kept.index].bias is None:
+            return torch.mul(u, scale, out=torch.empty_like(u))
+        shift = self.tables.shifts[kept.index][:, None]
+        return torch.addcmul(shift, u, scale, out=torch.empty_like(u))
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """A masked layer of a :class:`_Recorded` run, and the views into which its result falls apart.
+
+    Gradients of query, key and value are laid side by side here, as the projection's own gradient;
+    undoing the views one by one would copy them twice.
+    """
+
+    @staticmethod
+    def forward(ctx, tokens, anchor, layers, backend, index, source, views, sizes):
+        out, branch = layers.run(tokens, backend, index, source, True)
+        ctx.layers, ctx.input_shape, ctx.output_shape = layers, tokens.shape, out.shape
+        ctx.views, ctx.sizes = views, sizes
+        ctx.kept = _Kept(index, backend, source, branch)
+        layers.keep(ctx.kept, out)
+        if views is None:
+            return out
+        shape, sizes = sizes
+        return views(out.view(shape), *sizes)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        layers, kept = ctx.layers, ctx.kept
+        index, tables = kept.index, layers.tables
+        branch, kept.branch, kept.again = kept.branch, None, None
+        (dout, *_) = gradients
+        if ctx.views is None:
+            dout = dout.contiguous()
+        else:
+            dout = dout.new_empty(ctx.output_shape)
+            shape, sizes = ctx.sizes
+            for part, gradient in zip(ctx.views(dout.view(shape), *sizes), gradients, strict=True):
+                part.copy_(gradient)
+        t0 = tables.t0[index]
+        dx, t1, sums = kept.backend.linear_backward(
+            dout, branch, layers.network.weight(index, dout.dtype), tables.scales[index],
+            kept.source, tuple(ctx.input_shape), ctx.needs_input_grad[0], True, t0 is not None,
+        )  # fmt: skip
+        tables.t1[index].add_(t1)  # a layer may run twice
+        if t0 is not None:
+            t0.add_(sums)
+        return dx, *[None] * 7
+
+
+# -- the cut --------------------------------------------------------------------------------------
+
+
+def split_at_first_mask(
+    model: nn.Module, images: Tensor
+) -> tuple[fx.GraphModule, fx.GraphModule, list[MaskedLayer]]:
+    """The network before its first masked layer, from there on, and its masked layers.
+
+    The rest takes a run, which it asks for masked layers and for tensors of the cut as samples see
+    them (:class:`_Samples`), and the tensors that cross the cut.
 
     Args:
         images: an example ``[N, C, H, W]``; the part before the first mask is run on it.
 
     Raises:
-        NotFusable: if the network cannot be traced, or has hooks or a second input.
+        NotFusable: if the network cannot be traced, has hooks or a second input, or masks anything
+            but linear maps.
     """
     check_traceable(model)
     graph, image = _graph_of(model)
     modules = dict(model.named_modules())
+    erase_idle(graph, modules)
     level: dict[fx.Node, int] = {image: SOURCE}
+    called: set[nn.Module] = set()
     for node in graph.nodes:
         masks = node.op == "call_module" and isinstance(modules[node.target], MaskedLayer)
         below = max((level.get(read, 0) for read in node.all_input_nodes), default=0)
         if node is not image:
             level[node] = EXPANDED if masks else below
+        if masks:
+            called.add(modules[node.target])
+    for name, module in modules.items():
+        if module in called and type(module).forward is not WFLinear.forward:
+            raise NotFusable(f"{name!r} is no linear map")
+    layers = [module for module in modules.values() if module in called]
     tensors = _tensors_before(model, graph, level, images)
     cut = _Cut(graph, level, tensors)
-    return cut.prefix(model), cut.rest(model)
+    return cut.prefix(model), cut.rest(model, layers), layers
 
 
 def _graph_of(model: nn.Module) -> tuple[fx.Graph, fx.Node]:
@@ -158,10 +667,138 @@ class _Cut:
         module.recompile()
         return module
 
-    def rest(self, model: nn.Module) -> fx.GraphModule:
+    def rest(self, model: nn.Module, layers: list[MaskedLayer]) -> fx.GraphModule:
         graph = fx.Graph()
-        copies = {node: graph.placeholder(f"crossing_{i}") for i, node in enumerate(self.crossing)}
+        run = graph.placeholder("run")
+        raw = {node: graph.placeholder(f"crossing_{i}") for i, node in enumerate(self.crossing)}
+        copies: dict[fx.Node, fx.Node] = {}
+        modules = dict(model.named_modules())
+        changes = {changed_in_place(node, modules) for node in self.late} - {None}
+        seen: dict[tuple[str, fx.Node], fx.Node] = {}  # tensors of the cut as samples see them
+
+        def read(node: fx.Node, how: str) -> fx.Node:
+            if node not in raw:
+                return copies[node]
+            if (how, node) not in seen:
+                seen[how, node] = graph.call_method(how, (run, raw[node]))
+            return seen[how, node]
+
+        regions: dict[fx.Node, _Region] = {}  # by the values inside, until one is wanted outside
+
+        def leave(region: _Region) -> None:
+            x = region.input
+            source = raw.get(x)
+            index = layers.index(modules[region.root.target])
+            call = region.function(index, x in raw, changes.isdisjoint(region.members))
+            arguments = [copies[x] if source is None else source]
+            arguments += [read(n, "expanded") for n in region.externals]
+            made = graph.call_function(call, (run, *arguments))
+            for i, node in enumerate(region.results):
+                copies[node] = graph.call_function(operator.getitem, (made, i))
+                of_masks.add(node)
+            for node in region.members:
+                del regions[node]
+
+        of_masks: set[fx.Node] = set()  # results of masked layers, and views of them
         for node in self.graph.nodes:
-            if node in self.late or node in self.again:
-                copies[node] = graph.node_copy(node, lambda n: copies[n])
+            if node not in self.late and node not in self.again:
+                continue
+            module = modules.get(node.target) if node.op == "call_module" else None
+            inside = dict.fromkeys(regions[n] for n in node.all_input_nodes if n in regions)
+            if len(inside) == 1 and _is_view(node):
+                (region,) = inside
+                region.members.append(node)
+                regions[node] = region
+                continue
+            for region in inside:
+                leave(region)
+            if isinstance(module, MaskedLayer):
+                regions[node] = _Region(node)
+                continue
+            how = "shaped" if node in self.again else "expanded"
+            copies[node] = copy = graph.node_copy(node, lambda n, how=how: read(n, how))
+            if of_masks.intersection(node.all_input_nodes) and node.op != "output":
+                if _is_view(node):
+                    of_masks.add(node)
+                else:
+                    _watch(copy, run, module)
         return fx.GraphModule(model, graph)
+
+
+@dataclass(eq=False)
+class _Region:
+    """A masked layer and the views of its result that come before anything else is done with it."""
+
+    root: fx.Node
+
+    def __post_init__(self) -> None:
+        self.members = [self.root]
+
+    @property
+    def input(self) -> fx.Node:
+        (x,) = self.root.all_input_nodes
+        return x
+
+    @property
+    def externals(self) -> list[fx.Node]:
+        """Sizes and the like that the views read."""
+        read = [n for member in self.members[1:] for n in member.all_input_nodes]
+        return [n for n in dict.fromkeys(read) if n not in self.members]
+
+    @property
+    def results(self) -> list[fx.Node]:
+        """What is read from outside."""
+        return [n for n in self.members if any(user not in self.members for user in n.users)]
+
+    def function(self, index: int, at_source: bool, constant: bool) -> Callable[..., tuple]:
+        """A run, the layer's input and :attr:`externals` to :attr:`results`."""
+        graph = fx.Graph()
+        copies = {self.root: graph.placeholder("y")}
+        for node in self.externals:
+            copies[node] = graph.placeholder(node.name)
+        for node in self.members[1:]:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+        graph.output(tuple(copies[node] for node in self.results))
+        call = _Call(index, at_source, constant, fx.GraphModule({}, graph).forward)
+
+        def masked(run: _Samples, x: Tensor, *sizes: object) -> tuple:
+            return run.masked(call, x, sizes)
+
+        return _named(masked, f"masked_{self.root.name}")
+
+
+def _named(function: Callable, name: str) -> Callable:
+    """The code that torch.fx writes calls a function by its name, which must be one of its own."""
+    function.__name__ = name
+    return function
+
+
+# Operations whose result is a view of their first argument, or a copy that stands for it.
+_VIEWS = {
+    "chunk", "contiguous", "expand", "flatten", "getitem", "movedim", "narrow", "permute",
+    "reshape", "select", "split", "squeeze", "swapaxes", "tensor_split", "transpose", "unbind",
+    "unflatten", "unsqueeze", "view",
+}  # fmt: skip
+
+
+def _is_view(node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return name in _VIEWS
+
+
+def _watch(node: fx.Node, run: fx.Node, module: nn.Module | None) -> None:
+    """Lets the run see what autograd saves in the operation of ``node``."""
+    call = node.target if module is None else module
+    if node.op == "call_method":
+        call = getattr(Tensor, node.target)
+
+    def watched(run: _Samples, *args: object, **kwargs: object) -> object:
+        if not run.watches:
+            return call(*args, **kwargs)
+        with saved_tensors_hooks(run.pack, run.unpack):
+            return call(*args, **kwargs)
+
+    node.op, node.args = "call_function", (run, *node.args)
+    node.target = _named(watched, f"watched_{node.name}")
