@@ -56,9 +56,27 @@ def read(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+_SAME_RUN = ("device", "torch", "commit")
+_SAME_SETTINGS = ("dtype", "image_size", "batch_size", "label_expansion", "share_images", "classes",
+                  "columns")  # fmt: skip
+
+
 def step_files() -> list[dict[str, Any]]:
-    """Whole-step results of every device."""
-    return [json.loads(path.read_text()) for path in sorted(RESULTS.glob("step_*.json"))]
+    """Whole-step results of every device; networks measured alike in runs of their own are one."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for path in sorted(RESULTS.glob("step_*.json")):
+        content = json.loads(path.read_text())
+        key = tuple(content[name] for name in _SAME_RUN)
+        key += tuple(str(content["settings"][name]) for name in _SAME_SETTINGS)
+        if key not in found:
+            found[key] = content
+            continue
+        networks = found[key]["networks"]
+        twice = networks.keys() & content["networks"].keys()
+        if twice:
+            raise ValueError(f"{path} has {', '.join(sorted(twice))} a second time; keep one")
+        networks.update(content["networks"])
+    return list(found.values())
 
 
 def quality() -> str:
