@@ -6,6 +6,8 @@ then on batches are gathered from there. Normalisation and augmentation run on t
 batches; a byte per value crosses the bus instead of four.
 """
 
+import contextlib
+import errno
 import hashlib
 import logging
 import math
@@ -106,8 +108,8 @@ class CachedImages(torch.utils.data.Dataset):
     folder:   of the disk cache; default: `cache_folder()`.
     decoder:  "pil", or "dali" (`wfnet.data.dali`).
 
-    The size is logged first. Raises ValueError for a place that is none of these, or too small for
-    the cache.
+    The size is logged first, and space on disk is reserved. Raises ValueError for a place that is
+    none of these, or too small for the cache.
     """
 
     def __init__(
@@ -321,9 +323,10 @@ class _DiskStore(_Store):
     """
 
     def __init__(self, folder: Path, digest: str, shape: tuple[int, ...]):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.pixels = _mapped(_pixel_file(folder, digest), shape)
-        self.filled = _mapped(folder / f"images-{digest}.filled", shape[:1])
+        pixels, filled = _pixel_file(folder, digest), folder / f"images-{digest}.filled"
+        _reserve({pixels: math.prod(shape), filled: shape[0]})
+        self.pixels = np.memmap(pixels, np.uint8, "r+", shape=shape)
+        self.filled = np.memmap(filled, np.uint8, "r+", shape=shape[:1])
         there = int(self.filled.sum())
         if there:
             logger.info("cache: %d of %d images are there from an earlier run", there, shape[0])
@@ -360,15 +363,59 @@ def _pixel_file(folder: Path, digest: str) -> Path:
     return folder / f"images-{digest}.uint8"
 
 
-def _mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    size = math.prod(shape)
-    with open(path, "ab") as file:
-        if file.tell() != size:
-            file.truncate(size)  # zeros that take no space until they are written to
-    return np.memmap(path, np.uint8, "r+", shape=shape)
-
-
 # -- room -----------------------------------------------------------------------------------------
+
+_RESERVED_AT_ONCE = 256 * 2**20  # bytes; between two pieces a signal is heard
+# What a file system answers that reserves nothing.
+_NO_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+def _reserve(files: dict[Path, int]) -> None:
+    """Gives every file its size and its space on disk; bytes that are there stay.
+
+    A write through a memory map to a file without its space kills the process when the disk is
+    full. Where the file system cannot reserve, the space is taken as it is written to.
+
+    Raises ValueError if there is no room, and leaves nothing behind that was not there before.
+    """
+    fresh: list[Path] = []
+    try:
+        for path, size in files.items():
+            fresh += [folder for folder in path.parents if not folder.exists()][::-1]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                fresh.append(path)
+            with open(path, "ab") as file:
+                if file.tell() != size:
+                    file.truncate(size)
+                for start in range(0, size, _RESERVED_AT_ONCE):
+                    if not _allocate(file.fileno(), start, min(_RESERVED_AT_ONCE, size - start)):
+                        break
+    except BaseException as error:
+        for made in reversed(fresh):
+            with contextlib.suppress(OSError):
+                made.rmdir() if made.is_dir() else made.unlink()
+        if isinstance(error, OSError):
+            needed = sum(files.values()) / 2**30
+            raise ValueError(
+                f"the cache of {needed:.2f} GiB cannot be made in {path.parent}: "
+                f"{error.strerror or error}; make room there, choose another folder, or put it on "
+                "host or device"
+            ) from error
+        raise
+
+
+def _allocate(file: int, start: int, size: int) -> bool:
+    """Space for a piece of a file; False where that cannot be had in advance."""
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    try:
+        os.posix_fallocate(file, start, size)
+    except OSError as error:
+        if error.errno in _NO_RESERVATION:
+            return False
+        raise
+    return True
 
 
 def _check_room(place: str, shape: tuple[int, ...], free: int) -> None:
