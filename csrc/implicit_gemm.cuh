@@ -378,7 +378,8 @@ struct ImplicitGemm {
   WF_DEVICE static void finish_forward(const Params& p, const Tile& tile) {
     const WarpRows mine = warp_rows(p, tile);
     if (mine.first_row >= tile.rows || !mine.column_ok) return;
-    const int end = mine.first_row + kWarpM < tile.rows ? mine.first_row + kWarpM : tile.rows;
+    const int left = tile.rows - mine.first_row;  // first_row + kWarpM may be past 2^31
+    const int end = mine.first_row + (left < kWarpM ? left : kWarpM);
     const int pixels = tile.phase.pixels();
     int most = 1;  // variants of an image of these rows
     if (p.order != nullptr) {

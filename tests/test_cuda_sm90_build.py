@@ -134,6 +134,46 @@ def test_machine_code(element, block_n, direction):
     )
 
 
+# What must happen in this order; the next one is looked for behind the one before.
+CONSUMER = (
+    r"USETMAXREG\.TRY_ALLOC",
+    r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",  # data is there
+    r"WARPGROUP\.ARRIVE",  # wgmma.fence
+    r"HGMMA\S* R\d+, gdesc\[\S+, R\d+, gsb0",  # the last of a slice, with its commit
+    r"WARPGROUP\.DEPBAR\.LE gsb0, 0x1 ",
+    r"SYNCS\.ARRIVE\.TRANS64\.RED",  # the slice before is free, in both blocks
+    r"BAR\.ARV",  # the other consumer's turn, while the last slice is at work
+    r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0 ",
+    r"SYNCS\.ARRIVE\.TRANS64\.RED",
+    r"STG\.E\.128",
+)
+PRODUCER = (
+    r"USETMAXREG\.DEALLOC",
+    r"UTMACCTL\.PF",
+    r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",  # the stage is free
+    r"SYNCS\.ARRIVE\.TRANS64 ",  # bytes are announced before they can come
+    r"UTMALDG",
+    r"UTMALDG\.3D\.MULTICAST",
+    r"UCGABAR_ARV",
+    r"UCGABAR_WAIT",
+    r"EXIT",
+)
+
+
+@pytest.mark.parametrize(("element", "block_n", "direction"), TEMPLATES)
+@pytest.mark.parametrize("role", [CONSUMER, PRODUCER], ids=["consumer", "producer"])
+def test_order_of_machine_code(role, element, block_n, direction):
+    """No compiler moved a wait, a release or a fence past what it guards."""
+    code, position = kernel(mangled(element, block_n, direction)).code, 0
+    for pattern in role:
+        found = re.compile(pattern).search(code, position)
+        assert found, f"{pattern} is not behind {position}"
+        position = found.end()
+    # One place each: what is in order once is in order.
+    for once in (r"WARPGROUP\.ARRIVE", r"gsb0, 0x1 ", r"gsb0, 0x0 ", r"BAR\.ARV", ", gsb0"):
+        assert len(re.findall(once, code)) == 1, once
+
+
 def test_compiler_does_not_serialise_wgmma():
     log, _ = compiled()
     assert "C75" not in log, log  # C7508: setmaxnreg ignored; C7510, C7514: wgmma serialised
