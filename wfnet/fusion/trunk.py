@@ -34,6 +34,7 @@ from wfnet import backends, functional, gates
 from wfnet.backends import Backend
 from wfnet.fusion.plan import EXPANDED, SOURCE, NotFusable, check_traceable, trace
 from wfnet.fusion.rewriting import changed_in_place, erase_idle
+from wfnet.fusion.tokens import drop_unread_tokens
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer, WFLinear
 from wfnet.tables import GatedLayer, GateTables, StepTables
@@ -557,7 +558,7 @@ def split_at_first_mask(
     them (:class:`_Samples`), and the tensors that cross the cut.
 
     Args:
-        images: an example ``[N, C, H, W]``; the part before the first mask is run on it.
+        images: an example ``[N, C, H, W]``; the network is run on it, without labels.
 
     Raises:
         NotFusable: if the network cannot be traced, has hooks or a second input, or masks anything
@@ -567,6 +568,8 @@ def split_at_first_mask(
     graph, image = _graph_of(model)
     modules = dict(model.named_modules())
     erase_idle(graph, modules)
+    shapes = _shapes_of(model, graph, images)
+    drop_unread_tokens(graph, modules, shapes)
     level: dict[fx.Node, int] = {image: SOURCE}
     called: set[nn.Module] = set()
     for node in graph.nodes:
@@ -580,8 +583,7 @@ def split_at_first_mask(
         if module in called and type(module).forward is not WFLinear.forward:
             raise NotFusable(f"{name!r} is no linear map")
     layers = [module for module in modules.values() if module in called]
-    tensors = _tensors_before(model, graph, level, images)
-    cut = _Cut(graph, level, tensors)
+    cut = _Cut(graph, level, set(shapes))
     return cut.prefix(model), cut.rest(model, layers), layers
 
 
@@ -609,27 +611,23 @@ def _erase_assertions(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _tensors_before(
-    model: nn.Module, graph: fx.Graph, level: dict[fx.Node, int], images: Tensor
-) -> set[fx.Node]:
-    """Values before the first mask that are tensors; the others are sizes and the like."""
-    found: set[fx.Node] = set()
+def _shapes_of(model: nn.Module, graph: fx.Graph, images: Tensor) -> dict[fx.Node, torch.Size]:
+    """Shapes of the values that are tensors; the others are sizes and the like."""
+    shapes: dict[fx.Node, torch.Size] = {}
 
     class Watch(fx.Interpreter):
         def run_node(self, node: fx.Node) -> object:
-            if level[node] == EXPANDED or node.op == "output":
-                return None
             value = super().run_node(node)
             if isinstance(value, Tensor):
-                found.add(node)
+                shapes[node] = value.shape
             return value
 
-    with torch.no_grad():
+    with torch.no_grad(), forgetting(None):
         try:
-            Watch(fx.GraphModule(model, graph)).run(images)
+            Watch(fx.GraphModule(model, graph), graph=graph).run(images.clone())
         except Exception as error:
-            raise NotFusable(f"running its first layers failed ({error})") from error
-    return found
+            raise NotFusable(f"running its graph failed ({error})") from error
+    return shapes
 
 
 class _Cut:
