@@ -353,7 +353,7 @@ class Branching(Toy):
 
 def with_hook() -> nn.Module:
     model = Toy()
-    model.bn1.register_forward_hook(lambda module, inputs, output: output * 2)
+    model.register_forward_hook(lambda module, inputs, output: output * 2)
     return model
 
 

@@ -556,6 +556,44 @@ def test_other_masked_layers_run_by_themselves():
     check_equal(*pair_of(mixed_network(), **MIXED))
 
 
+def test_a_norm_behind_layers_that_do_not_fold_stays():
+    def body(net, x):
+        return net.norm(torch.cat([net.first(x), net.second(x)], 1))
+
+    model = Net(body, first=conv(), second=Doubling(8, 8, 1), norm=nn.BatchNorm2d(16))
+    model.fc = nn.Linear(16, CLASSES)
+    assert folded(plan_of(model)) == (2, 0, 0, 0)
+    check_equal(*pair_of(model))
+
+
+HOOKED = {  # module: what still folds
+    "conv": (1, 0, 0, 0),
+    "norm": (2, 0, 0, 0),
+    "relu": (2, 1, 0, 0),
+    "pool": (2, 1, 1, 0),
+    "rest": (2, 1, 1, 0),
+    "block": (1, 0, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", HOOKED)
+def test_modules_with_hooks_are_called(name: str):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.relu = conv(), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+            self.pool, self.rest = nn.MaxPool2d(2), nn.Identity()
+
+        def forward(self, x):
+            return self.rest(self.pool(self.relu(self.norm(self.conv(x)))))
+
+    model = Net(Block())
+    module = model.body if name == "block" else getattr(model.body, name)
+    module.register_forward_hook(lambda module, inputs, output: 3 * output)
+    assert folded(plan_of(model)) == HOOKED[name]
+    check_equal(*pair_of(model))
+
+
 def test_the_first_masked_layer_may_be_one_of_them():
     model = Net(nn.Sequential(conv(), nn.ReLU()))
     model.stem = Doubling(3, 8, 1)

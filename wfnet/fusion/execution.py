@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from wfnet import backends, gates
 from wfnet.backends import Backend, Below, Finished
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
+from wfnet.fusion.rewriting import is_hooked
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GatedLayer, GateTables, StepTables
@@ -188,7 +189,7 @@ def max_pool_window(step: CallStep) -> tuple | None:
     None for any other step.
     """
     pool = step.call
-    if type(pool) is not nn.MaxPool2d or pool.return_indices:
+    if type(pool) is not nn.MaxPool2d or pool.return_indices or is_hooked(pool):
         return None
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
     return (

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 
 from wfnet.backends import ConvGeometry
 from wfnet.fusion import rewriting
-from wfnet.fusion.rewriting import Method, NormSlice, NotFusable, Padded
-from wfnet.layers import MaskedLayer, WFConv2d, WFConv2dSame
+from wfnet.fusion.rewriting import Method, NormSlice, NotFusable, Padded, is_hooked
+from wfnet.layers import MaskedLayer, WFConv2d
 
 _ADD = {operator.add, operator.iadd, torch.add}
 _RELU = {F.relu, torch.relu, torch.relu_}
@@ -172,8 +172,8 @@ class _Tracer(fx.Tracer):
 def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
     """Traces ``model`` and folds what follows each masked convolution.
 
-    Blocks whose control flow torch.fx cannot follow, and masked layers that are no convolutions,
-    are called as they are.
+    Modules with hooks, blocks whose control flow torch.fx cannot follow, and masked layers that are
+    no convolutions, are called as they are.
 
     Args:
         model: whose masked layers may be of any kind.
@@ -184,22 +184,23 @@ def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
         NotFusable: if the network cannot be traced, or no convolution folds.
     """
     masked = {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
-    check_traceable(model)
+    if is_hooked(model):
+        raise NotFusable(f"{type(model).__name__!r} has hooks, which fusion would skip")
+    _check_checkpoints(model)
     return _Folder(model, _trace_around(model), masked, images).plan()
-
-
-def folds(layer: MaskedLayer) -> bool:
-    """Whether ``layer`` is a convolution that becomes a :class:`ConvStep`."""
-    return type(layer) in (WFConv2d, WFConv2dSame)
 
 
 def check_traceable(model: nn.Module) -> None:
     """Raises NotFusable for what a trace would lose: hooks, and checkpointed activations."""
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        if is_hooked(module):
             raise NotFusable(f"{name or type(model).__name__!r} has hooks, which fusion would skip")
-        if getattr(module, "grad_checkpointing", False):
-            raise NotFusable("the network checkpoints its activations")
+    _check_checkpoints(model)
+
+
+def _check_checkpoints(model: nn.Module) -> None:
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        raise NotFusable("the network checkpoints its activations")
 
 
 def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Graph:
@@ -218,8 +219,8 @@ def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Gr
 
 
 def _trace_around(model: nn.Module) -> fx.Graph:
-    """As :func:`trace`, with the blocks that torch.fx cannot follow as leaves."""
-    opaque: set[nn.Module] = set()
+    """As :func:`trace`, with modules that have hooks, or that torch.fx cannot follow, as leaves."""
+    opaque = {module for module in model.modules() if is_hooked(module)}
     while True:
         tracer = _Tracer(opaque)
         try:
@@ -264,7 +265,7 @@ class _Folder:
                 raise NotFusable(f"the network reads the parameters of {owner!r} directly")
         for node in list(self.graph.nodes):
             layer = self.masked.get(node.target) if node.op == "call_module" else None
-            if layer is not None and folds(layer):
+            if layer is not None and rewriting.folds(layer):
                 self._grow(node)
         if not self.grown:
             raise NotFusable("it has no masked convolution that folds")
@@ -314,6 +315,8 @@ class _Folder:
         if node in self.absorbed or node in self.grown:  # the sum that the other summand took
             return False
         module = self.modules.get(node.target) if node.op == "call_module" else None
+        if isinstance(module, nn.Module) and is_hooked(module):
+            return False
         if rewriting.is_frozen_norm(module):
             if step.norm or step.residual:
                 return False

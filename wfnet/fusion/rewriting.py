@@ -20,7 +20,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from wfnet.labels import forgetting
-from wfnet.layers import WFConv2d
+from wfnet.layers import WFConv2d, WFConv2dSame
 
 
 class NotFusable(Exception):
@@ -327,8 +327,20 @@ def _title(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward: then it must be called as it is."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 def is_idle(module: nn.Module) -> bool:
     """Whether ``module`` returns what it is given: identities, and dropout in evaluation mode."""
+    if is_hooked(module):
+        return False
     if isinstance(module, nn.Identity):
         return True
     drops = isinstance(module, nn.modules.dropout._DropoutNd) or _title(module) in _IDLE
@@ -357,7 +369,7 @@ def is_frozen_norm(module: nn.Module | None) -> bool:
     """Whether ``module`` is a constant affine map per channel, then ``drop`` and ``act`` if any."""
     if isinstance(module, NormSlice):
         return True
-    if module is None or module.training or "forward" in vars(module):
+    if module is None or module.training or "forward" in vars(module) or is_hooked(module):
         return False
     if getattr(module, "running_var", None) is None:
         return False
@@ -434,8 +446,13 @@ def _convolutions_joined(node: fx.Node, modules: dict[str, nn.Module]) -> list[f
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     parts = node.all_input_nodes
     alone = dim == 1 and list(node.args[0]) == parts and all(len(p.users) == 1 for p in parts)
-    convolve = all(p.op == "call_module" and isinstance(modules[p.target], WFConv2d) for p in parts)
-    return parts if alone and convolve else None
+    fold = alone and all(p.op == "call_module" and folds(modules[p.target]) for p in parts)
+    return parts if fold else None
+
+
+def folds(layer: nn.Module) -> bool:
+    """Whether ``layer`` is a masked convolution that a plan can fold with what follows."""
+    return type(layer) in (WFConv2d, WFConv2dSame) and not is_hooked(layer)
 
 
 @dataclass(frozen=True)
