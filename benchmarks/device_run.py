@@ -24,6 +24,7 @@ import contextlib
 import ctypes
 import hashlib
 import json
+import math
 import os
 import resource
 import shutil
@@ -163,6 +164,8 @@ def _first(rehearse: bool) -> list[Stage]:
             options += ["--emulated"] if backend == "cuda" else []
         elif kernels is not None:
             options += ["--kernels", kernels]
+        elif backend == "triton":  # each dtype is compiled anew; the tests have the others
+            options += ["--dtypes", "bfloat16"]
         for family in families:
             command = python("benchmarks/device_smoke.py", backend, family, *options)
             checks = None if backend == "eager" else label
@@ -175,8 +178,8 @@ def _first(rehearse: bool) -> list[Stage]:
         Stage("build", "wfnet._C for this device, unless there is one", 0.7, 240, (
             Part("build", python(setup, "build", *device)),
         )),
-        Stage("smoke", "every kernel once, at the smallest shapes", 1.2, 180, tuple(smoke),
-              1 if rehearse else 6),
+        Stage("smoke", "every kernel once, at the smallest shapes", 1.5, 300, tuple(smoke),
+              1 if rehearse else 8),
     ]  # fmt: skip
 
 
@@ -201,7 +204,7 @@ def _step(network: str, rehearse: bool, minutes: float) -> Stage:
         columns = ["eager", "unmasked"]
         columns += [f"wfnet/{backend}/{way}" for way in ("unfused", "fused", "captured")]
         parts.append(_bench_step(network, rehearse, f"step-{network}-{backend}", columns))
-    return Stage(f"step-{network}", "whole steps, one process per backend", minutes, 200,
+    return Stage(f"step-{network}", "whole steps, one process per backend", minutes, 300,
                  tuple(parts), measures=True)  # fmt: skip
 
 
@@ -396,6 +399,8 @@ class Process:
             "environment": self.part.environment,
             "log": str(self.log.relative_to(output)),
         }
+        if self.part.checks:
+            found["checks"] = self.part.checks
         if self.part.tests:
             counts = _junit(output / "results" / f"tests-{self.part.name}.xml")
             found["tests"] = counts
@@ -465,13 +470,11 @@ class Runner:
 
     def failed_kernels(self) -> set[str]:
         """Of ``triton``, ``cuda-portable``, ``cuda-hopper``: those that failed a check."""
-        checks = {part.name: part.checks for stage in stages(self.options.rehearse)
-                  for part in stage.parts}  # fmt: skip
         return {
-            checks[part["name"]]
+            part["checks"]
             for stage in self.summary["stages"]
             for part in stage["parts"]
-            if checks.get(part["name"]) and part["status"] != "passed"
+            if part.get("checks") and part["status"] != "passed"
         }
 
     def run(self, chosen: list[Stage]) -> bool:
@@ -519,10 +522,13 @@ class Runner:
                 limit = min(stage.limit - (time.monotonic() - start), self.left)
                 while waiting and limit <= 0:
                     part = waiting.pop(0)
-                    record["parts"].append({"name": part.name, "status": "no time left"})
+                    record["parts"].append({"name": part.name, "status": "no time left",
+                                            "checks": part.checks})  # fmt: skip
                 while waiting and len(running) < stage.at_once:
+                    # What hangs leaves the parts behind it their share.
+                    share = limit / math.ceil(len(waiting) / stage.at_once)
                     part = waiting.pop(0)
-                    running.append(Process(part, self.output, self.environment, limit))
+                    running.append(Process(part, self.output, self.environment, share))
                 time.sleep(0.05)
                 for process in [p for p in running if p.ended() or p.late]:
                     late = not process.ended()

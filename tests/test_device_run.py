@@ -103,6 +103,15 @@ def _runs(pid):
     return state != "Z"
 
 
+def test_a_part_that_hangs_leaves_the_next_ones_their_share(tmp_path):
+    slow = "import time; time.sleep(60)"
+    start = time.monotonic()
+    _, summary = run(tmp_path, stage("half", slow, "pass", "pass", limit=6.0))
+    assert time.monotonic() - start < 20
+    parts = summary["stages"][0]["parts"]
+    assert [part["status"] for part in parts] == ["out of time", "passed", "passed"]
+
+
 def test_a_spent_budget_leaves_the_rest_for_later(tmp_path):
     slow = "import time; time.sleep(60)"
     status, summary = run(
@@ -113,7 +122,7 @@ def test_a_spent_budget_leaves_the_rest_for_later(tmp_path):
     )
     assert status == 1
     slow, never = summary["stages"]
-    assert [part["status"] for part in slow["parts"]] == ["out of time", "no time left"]
+    assert [part["status"] for part in slow["parts"]] == ["out of time", "out of time"]
     assert (never["status"], never["parts"]) == ("no time left", [])
     assert summary["seconds"] < 15
 
