@@ -66,6 +66,13 @@ class Case:
         self.weight = (torch.randn(columns, *filter_size, channels) / depth**0.5).bfloat16()
         self.weight = self.weight.to(DEVICE)
         self.out_shape = (batch, self.axes[0].output, self.axes[1].output, columns)
+        sizes = {"batch": batch, "in_channels": channels, "out_channels": columns,
+                 "height": self.axes[0], "width": self.axes[1]}  # fmt: skip
+        processors = cuda_launch.hopper_processors(self.x.device)
+        for backward in (False, True):  # the steps are about those kernels: none may evade them
+            reason = cuda_launch.hopper_refuses(backward, processors, sizes)
+            if processors and reason:
+                raise RuntimeError(f"the Hopper kernels refuse this step: {reason}")
 
     def convolved(self, samples=slice(None)) -> torch.Tensor:
         x, weight = (t.double().permute(0, 3, 1, 2) for t in (self.x[samples], self.weight))
