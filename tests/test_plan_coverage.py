@@ -520,9 +520,9 @@ class WFDoubling(WFConv2d):
 class Deciding(nn.Module):
     """Control flow that torch.fx cannot follow, around a masked layer."""
 
-    def __init__(self):
+    def __init__(self, channels: int = 8):
         super().__init__()
-        self.conv = conv()
+        self.conv = conv(channels)
 
     def forward(self, x):
         return F.relu(self.conv(x) if x.shape[0] > 0 and x.abs().sum() > 0 else x, inplace=True)
@@ -660,6 +660,9 @@ def test_nothing_to_fold_runs_unfused():
     model.stem = Doubling(3, 8, 1)
     net, _ = pair_of(model)
     with pytest.raises(fusion.NotFusable, match="no masked convolution that folds"):
+        fusion.make_plan(net.model, IMAGES)
+    net, _ = pair_of(nn.Sequential(Deciding(3), nn.Flatten(), nn.Linear(432, CLASSES)))
+    with pytest.raises(fusion.NotFusable, match="cannot trace"):
         fusion.make_plan(net.model, IMAGES)
 
 

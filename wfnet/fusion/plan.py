@@ -1,10 +1,11 @@
 """Making the plan: which operations of a frozen network fold into which fused convolution.
 
-:func:`make_plan` traces the network with torch.fx and folds convolution, BatchNorm, residual sum
-and ReLU into :class:`ConvStep`; whatever it does not recognise stays an ordinary call
-(:class:`CallStep`). :func:`_link` then says, for every convolution, what its backward finishes:
-when the gradient that a convolution sends down is the last one to reach its input, the layer that
-made that input is finished in the same pass.
+:func:`make_plan` traces the network with torch.fx, rewrites the graph
+(:mod:`wfnet.fusion.rewriting`), and folds convolution, BatchNorm, residual sum and ReLU into
+:class:`ConvStep`. Whatever it does not recognise stays an ordinary call (:class:`CallStep`), masked
+layers of other kinds and blocks that cannot be traced included. :func:`_link` then says, for every
+convolution, what its backward finishes: when the gradient that a convolution sends down is the last
+one to reach its input, the layer that made that input is finished in the same pass.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class ConvStep:
     """``out = act(A * conv(input) + C + residual)`` with A and C from gates, bias and BatchNorm.
 
     Attributes:
+        norm: with weight, bias, running_mean, running_var and eps of a frozen BatchNorm.
         at_source: whether the input has one row per source image (nothing below is masked): then
             no gradient is sent down.
         residual_learns: whether the residual needs a gradient: it comes from behind a mask.
@@ -47,9 +49,7 @@ class ConvStep:
     position: int  # of the layer among all masked layers, in module order
     input: fx.Node
     output: fx.Node
-    norm: nn.Module | NormSlice | None = (
-        None  # with weight, bias, running_mean, running_var and eps
-    )
+    norm: nn.Module | NormSlice | None = None
     residual: fx.Node | None = None
     relu: bool = False
     geometry: ConvGeometry = field(init=False)
@@ -187,7 +187,13 @@ def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
     if is_hooked(model):
         raise NotFusable(f"{type(model).__name__!r} has hooks, which fusion would skip")
     _check_checkpoints(model)
-    return _Folder(model, _trace_around(model), masked, images).plan()
+    graph, failure = _trace_around(model)
+    folder = _Folder(model, graph, masked)
+    folder.rewrite(images)
+    folder.grow_all()
+    if not folder.grown:
+        raise failure or NotFusable("it has no masked convolution that folds")
+    return folder.plan()
 
 
 def check_traceable(model: nn.Module) -> None:
@@ -218,57 +224,61 @@ def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Gr
         raise NotFusable(f"torch.fx cannot trace it ({error})") from error
 
 
-def _trace_around(model: nn.Module) -> fx.Graph:
-    """As :func:`trace`, with modules that have hooks, or that torch.fx cannot follow, as leaves."""
+def _trace_around(model: nn.Module) -> tuple[fx.Graph, NotFusable | None]:
+    """As :func:`trace`, with modules that have hooks, or that torch.fx cannot follow, as leaves.
+
+    With it comes the first thing that torch.fx could not follow.
+    """
     opaque = {module for module in model.modules() if is_hooked(module)}
+    first: NotFusable | None = None
     while True:
         tracer = _Tracer(opaque)
         try:
-            return tracer.trace(model)
+            return tracer.trace(model), first
         except Exception as error:
+            first = first or NotFusable(f"torch.fx cannot trace it ({error})")
             if tracer.failed is None or tracer.failed in opaque:
-                raise NotFusable(f"torch.fx cannot trace it ({error})") from error
+                raise first from error
             opaque.add(tracer.failed)
 
 
 class _Folder:
     """Walks the traced graph and grows a ConvStep from every masked convolution."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: fx.Graph,
-        masked: dict[str, MaskedLayer],
-        images: Tensor | None,
-    ):
+    def __init__(self, model: nn.Module, graph: fx.Graph, masked: dict[str, MaskedLayer]):
         self.modules = dict(model.named_modules())
         self.model = model
         self.graph = graph
         self.masked = masked
-        rewriting.erase_idle(graph, self.modules)
-        rewriting.check_in_place(graph, self.modules)
-        if images is not None:
-            rewriting.run_example(model, graph, self.modules, images)
-        rewriting.take_items(graph)
-        rewriting.distribute_norms(graph, self.modules)
-        self.grown: dict[fx.Node, ConvStep] = {}  # by the node whose value the step computes
-        self.absorbed: set[fx.Node] = set()
-
-    def plan(self) -> Plan:
-        image, *extra = (n for n in self.graph.nodes if n.op == "placeholder")
+        self.image, *extra = (n for n in graph.nodes if n.op == "placeholder")
         for node in extra:
             if node.users:
                 raise NotFusable(f"its forward takes a second input, {node.name!r}")
-        for node in self.graph.nodes:
+            graph.erase_node(node)
+        for node in graph.nodes:
             owner = str(node.target).rpartition(".")[0]
-            if node.op == "get_attr" and owner in self.masked:
+            if node.op == "get_attr" and owner in masked:
                 raise NotFusable(f"the network reads the parameters of {owner!r} directly")
+        self.grown: dict[fx.Node, ConvStep] = {}  # by the node whose value the step computes
+        self.absorbed: set[fx.Node] = set()
+
+    def rewrite(self, images: Tensor | None) -> None:
+        """Brings the graph into a form of which more folds."""
+        rewriting.erase_idle(self.graph, self.modules)
+        rewriting.check_in_place(self.graph, self.modules)
+        if images is not None:
+            rewriting.run_example(self.model, self.graph, self.modules, images)
+        rewriting.take_items(self.graph)
+        rewriting.distribute_norms(self.graph, self.modules)
+
+    def grow_all(self) -> None:
         for node in list(self.graph.nodes):
             layer = self.masked.get(node.target) if node.op == "call_module" else None
             if layer is not None and rewriting.folds(layer):
                 self._grow(node)
-        if not self.grown:
-            raise NotFusable("it has no masked convolution that folds")
+
+    def plan(self) -> Plan:
+        """The steps, now that every convolution has grown."""
         steps: list[ConvStep | CallStep] = []
         result = None
         for node in self.graph.nodes:
@@ -280,7 +290,7 @@ class _Folder:
                 steps.append(self._call(node))
         if not isinstance(result, fx.Node):
             raise NotFusable("its forward returns more than one tensor")
-        return Plan(steps, image, result, self._called(steps))
+        return Plan(steps, self.image, result, self._called(steps))
 
     def _called(self, steps: list[ConvStep | CallStep]) -> list[MaskedLayer]:
         called = {

@@ -70,7 +70,8 @@ def run_example(
         except NotFusable:
             raise
         except Exception as error:
-            raise NotFusable(f"running its graph failed ({error})") from error
+            reason = str(error).strip().partition("\n")[0]
+            raise NotFusable(f"running its graph failed ({reason})") from error
 
 
 def _read_by(user: fx.Node, value: object) -> list[Tensor]:
