@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wfnet.checkpoints import Checkpoints
 from wfnet.cli.chosen_images import add_list_options, untraining_images
@@ -472,15 +473,17 @@ def _check_before(
     per_class = max(1, math.ceil(_LOOK_AT / len(images.classes)))
     few = select(images, limit_per_class(images.labels, per_class, options.seed))
     device = net.filter_parameters()[0].device
+    amp = None if config.amp is None else getattr(torch, config.amp)
     correct = seen = 0
     multi_hot = multi_hot_of(few)
     corrupt = CorruptImages(len(few))  # untraining counts them against the limit
     order = torch.arange(len(few)).split(config.batch_size)
     for batch in batches(few, order, config.workers, corrupt):
         part = batch.images.to(device)
-        if not seen:
-            net(part[:2], forget=0)  # refuses a backend that cannot run here
-        found = net(part, forget=None).argmax(1).cpu()
+        with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
+            if not seen:
+                _refuse_backend(net, part[:2])
+            found = net(part, forget=None).argmax(1).cpu()
         if multi_hot is None:
             correct += int((found == batch.labels).sum())
         else:  # one of its labels
@@ -500,6 +503,15 @@ def _check_before(
             "classes, and the normalisation (--mean, --std)",
             100 * chance,
         )
+
+
+def _refuse_backend(net: WFNet, images: Tensor) -> None:
+    """Raises if a layer's backend cannot run here. Unfused: each layer asks its own."""
+    fuse, net.fuse = net.fuse, False
+    try:
+        net(images, forget=0)
+    finally:
+        net.fuse = fuse
 
 
 class _Lines(threading.Thread):
