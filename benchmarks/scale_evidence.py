@@ -7,7 +7,7 @@
                 bfloat16 rounded to nearest: validation loss, Acc_r and Acc_f of the test part
     ranks       digits, ResNet-8: filters after a few steps of two ranks and of one process, in
                 fp32 and fp64: the largest difference
-    evaluation  all rows of many classes on one core: seconds, and the memory that it adds
+    evaluation  all rows of many classes: seconds of one core, and the memory that it adds
 
 Writes benchmarks/results/scale_cpu.json after every part; `python benchmarks/render.py` puts the
 numbers into the document. Parts that are not asked for stay as they are in the file.
@@ -145,12 +145,12 @@ def _evaluate_many(pipe: multiprocessing.connection.Connection, images: int, cla
     pixels = torch.rand(images, 1, 8, 8, generator=generator)
     data = TensorImages(pixels, labels, [str(label) for label in range(classes)], 0.5, 0.5)
     net = wfnet.WFNet(models.create("resnet", classes, 1, seed=1, width=4), classes, fuse=True)
-    before, start = _mebibytes("VmRSS"), time.perf_counter()
+    before, start, cpu = _mebibytes("VmRSS"), time.perf_counter(), time.process_time()
     wfnet.evaluate(net, data, progress=False)
     pipe.send({
         "images": images, "classes": classes, "pixels": 8, "network": "ResNet-8 of width 4",
-        "seconds": time.perf_counter() - start, "mebibytes_before": before,
-        "mebibytes_added": _mebibytes("VmHWM") - before,
+        "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu,
+        "mebibytes_before": before, "mebibytes_added": _mebibytes("VmHWM") - before,
     })  # fmt: skip
 
 
