@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 import wfnet
-from wfnet import fusion, models
+from wfnet import backends, fusion, models
 from wfnet.benchmarking.timing import peak_mebibytes
 from wfnet.fusion import trunk
 
@@ -213,6 +213,81 @@ def test_images_that_need_a_gradient_and_the_original_network():
     assert gradient.abs().sum() > 0
     with torch.no_grad():
         assert torch.equal(fused(x), net.bake(None)(x))
+
+
+def test_kernels_are_operators_of_the_compiled_graph(monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: compile_(f, backend="aot_eager", fullgraph=True)
+    )
+    monkeypatch.setitem(backends._MODULES, "twin", "wfnet.backends.eager")
+    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "twin"))
+    net, fused = pair_of(small_vit(), fuse="compile")
+    for layer in fused.masked_layers.values():
+        layer.backend = "twin"
+    fused.masked_layers["blocks.0.attn.qkv"].alpha_bias.requires_grad_(False)
+    x = images()
+    network = fused.fused_network(x)
+    assert network.compiled
+    assert not network.compiles_tables
+    dlogits = torch.randn(5, CLASSES, dtype=torch.float64)
+    net(x, LABELS, SOURCE).backward(dlogits)
+    into = torch.empty(CLASSES, sum(f.shape[1] for f in network.filters()), dtype=torch.float64)
+    run = network.start(x, LABELS, SOURCE)
+    torch.testing.assert_close(run.forward(), net(x, LABELS, SOURCE), rtol=1e-10, atol=1e-11)
+    run.backward(dlogits, into)
+    expected = [p.grad for p in net.filter_parameters()]
+    expected[1] = torch.zeros_like(expected[1])
+    torch.testing.assert_close(into, torch.cat(expected, 1), rtol=1e-8, atol=1e-12)
+
+
+def test_networks_do_not_share_compiled_code_and_its_limit(monkeypatch):
+    codes = []
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **_: codes.append(f.__func__.__code__) or (lambda *a: f(*a))
+    )
+    for _ in range(2):
+        network_of(small_vit(), "compile")
+    first, second = codes
+    assert first is not second
+    assert first.co_code == second.co_code
+
+
+def test_further_sizes_than_a_few_run_as_they_are(monkeypatch):
+    monkeypatch.setattr(trunk, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda *a: f(*a))
+    network = network_of(small_vit(), "compile")  # one size, of the check
+    first, second, again = (network.start(images(n), rows(n), None) for n in (3, 4, 3))
+    assert [run.compiled for run in (first, second, again)] == [True, False, True]
+    x = images(4)
+    compiled = trunk.TrunkRun(network, x, rows(4), None, save=True, compiled=True)
+    found = network.start(x, rows(4), None)
+    torch.testing.assert_close(found.forward(), compiled.forward(), rtol=1e-10, atol=1e-11)
+    dlogits = torch.randn(4, CLASSES, dtype=torch.float64)
+    for mine, other in zip(found.backward(dlogits), compiled.backward(dlogits), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-8, atol=1e-12)
+
+
+def test_a_compiler_that_fails_later_leaves_it_uncompiled(monkeypatch, caplog):
+    def failing(function, **_):
+        def run(images, *inputs):
+            if torch.is_grad_enabled():
+                raise torch._dynamo.exc.BackendCompilerFailed(print, RuntimeError("no C++"), None)
+            return function(images, *inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", failing)
+    net, fused = pair_of(small_vit(), fuse="compile")
+    x = images()
+    assert fused.fused_network(x).compiled
+    with caplog.at_level(logging.WARNING, logger="wfnet"):
+        fused(x, LABELS, SOURCE).square().sum().backward()
+    assert "runs uncompiled: compiling failed" in caplog.text
+    assert not fused.fused_network(x).compiled
+    net(x, LABELS, SOURCE).square().sum().backward()
+    for mine, other in zip(fused.filter_parameters(), net.filter_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-12)
 
 
 def test_a_layer_of_the_reference_backend_is_never_fused(caplog):

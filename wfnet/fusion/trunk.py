@@ -19,13 +19,16 @@ table (:mod:`wfnet.tables`). :class:`TrunkRun` runs it in one of three ways:
 from __future__ import annotations
 
 import inspect
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +42,11 @@ from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer, WFLinear
 from wfnet.tables import GatedLayer, GateTables, StepTables
 
+logger = logging.getLogger("wfnet")
+
+# Batches of so many kinds have a compiled graph of their own (the compiler's own limit).
+_MOST_GRAPHS = 8
+
 
 class TrunkNetwork:
     """Runs a network in two parts: ``prefix`` per source image, ``rest`` per sample.
@@ -47,7 +55,8 @@ class TrunkNetwork:
         prefix: ``[N, C, H, W]`` images to the tensors that cross the cut.
         rest: from :func:`split_at_first_mask`: a run and those tensors to logits.
         layers: the masked layers of the rest, in the order of the network's modules.
-        compiled: compile the rest.
+        compiled: compile it, anew for every size. Further sizes than a few run as they are; so does
+            everything if compiling fails, with a line in the log.
 
     Raises:
         NotFusable: if a layer asks for the reference backend.
@@ -63,15 +72,14 @@ class TrunkNetwork:
         self.rest = rest
         self.layers = tuple(layers)
         self.compiled = compiled
-        self.at_once = not compiled or set(names) <= {"auto", "eager"}
+        self.compiles_tables = set(names) <= {"auto", "eager"}
         self._backend = backends.get(names[0] if {*names} == {names[0]} != {"auto"} else "eager")
         self._tables: tuple[object, GateTables] | None = None
         self._weights: dict[tuple[int, torch.dtype], tuple[object, Tensor]] = {}
+        self._kinds: set[tuple] = set()
         if compiled:
-            traced = self._of_tables if self.at_once else self._of_rows
-            # Guards would ask every module of a frozen network, at every step, whether it is one.
-            unguarded = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
-            self.run = torch.compile(traced, fullgraph=True, options=unguarded)
+            traced = self._of_tables if self.compiles_tables else self._of_rows
+            self.run = torch.compile(_own_code(traced), fullgraph=True, dynamic=False)
 
     def _of_tables(
         self,
@@ -107,7 +115,23 @@ class TrunkNetwork:
         self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True
     ) -> TrunkRun:
         """A forward pass that may be followed by its backward pass if ``save``."""
-        return TrunkRun(self, images, rows, source, save)
+        device = images.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        kind = (images.shape, images.dtype, autocast, rows.shape, source is None, save)
+        compiled = self.compiled and (kind in self._kinds or len(self._kinds) < _MOST_GRAPHS)
+        if compiled:
+            self._kinds.add(kind)
+        return TrunkRun(self, images, rows, source, save, compiled)
+
+    def run_compiled(self, *inputs: object) -> Tensor | None:
+        """Logits from the compiled graph; None if it cannot be compiled, from then on."""
+        try:
+            return self.run(*inputs)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())
+            logger.warning("the fused network runs uncompiled: compiling failed (%s)", reason)
+            self.compiled = False
+            return None
 
     def __call__(self, images: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
         """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
@@ -150,6 +174,13 @@ class TrunkNetwork:
         return f"{once} operations before the first mask run once per image, the rest runs {how}"
 
 
+def _own_code(method: MethodType) -> MethodType:
+    """``method`` with a code object of its own: what is compiled is kept, and counted, by code."""
+    function = method.__func__
+    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    return MethodType(own, method.__self__)
+
+
 def _state_of(t: Tensor) -> tuple[object, ...]:
     return (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
 
@@ -160,6 +191,7 @@ class TrunkRun:
     Args:
         images, rows, source: as in :meth:`TrunkNetwork.__call__`.
         save: keep what :meth:`backward` needs.
+        compiled: run the compiled graph.
     """
 
     def __init__(
@@ -169,38 +201,49 @@ class TrunkRun:
         rows: Tensor,
         source: Tensor | None,
         save: bool,
+        compiled: bool,
     ):
         self.network = network
         self.images = images
         self.rows = rows
         self.source = source
         self.save = save
+        self.compiled = compiled
+        self.tables: StepTables | None = None
         self.logits: Tensor | None = None  # with the graph of the rest
 
     def forward(self) -> Tensor:
         """Logits ``[B, K]``, without a graph."""
-        network, images, source = self.network, self.images, self.source
-        if network.at_once:
-            self.tables = network.tables()(self.rows, self.save)
+        network = self.network
         with torch.set_grad_enabled(self.save):
-            if not network.compiled:
-                sizes = images.shape[0], self.rows.shape[0]
-                run = _Recorded(network, *sizes, source, self.tables, self.save)
-                self.inputs = [run.anchor]
-                logits = network.rest(run, *network.crossing(images))
-            elif network.at_once:
-                scales, shifts = self.tables.scales, self.tables.shifts
-                if self.save:
-                    scales = [scale.detach().requires_grad_() for scale in scales]
-                    shifts = [shift.detach().requires_grad_() for shift in shifts]
-                self.inputs = [*scales, *shifts]
-                logits = network.run(images, source, scales, shifts)
-            else:
+            logits = None
+            if self.compiled and network.compiles_tables:
+                logits = self._compiled_of_tables()
+            elif self.compiled:
                 self.inputs = [f for f in network.filters() if f.requires_grad]
-                logits = network.run(images, source, self.rows)
+                logits = network.run_compiled(self.images, self.source, self.rows)
+            if logits is None:
+                self.compiled = False
+                logits = self._recorded()
         if self.save:
             self.logits = logits
         return logits.detach()
+
+    def _compiled_of_tables(self) -> Tensor | None:
+        self.tables = self.network.tables()(self.rows, self.save)
+        scales, shifts = self.tables.scales, self.tables.shifts
+        if self.save:
+            scales = [scale.detach().requires_grad_() for scale in scales]
+            shifts = [shift.detach().requires_grad_() for shift in shifts]
+        self.inputs = [*scales, *shifts]
+        return self.network.run_compiled(self.images, self.source, scales, shifts)
+
+    def _recorded(self) -> Tensor:
+        network, sizes = self.network, (self.images.shape[0], self.rows.shape[0])
+        self.tables = network.tables()(self.rows, self.save)
+        run = _Recorded(network, *sizes, self.source, self.tables, self.save)
+        self.inputs = [run.anchor]
+        return network.rest(run, *network.crossing(self.images))
 
     def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
         """Gradients of the filters, in the order of :meth:`TrunkNetwork.filters`.
@@ -216,9 +259,9 @@ class TrunkRun:
             )
         logits, self.logits = self.logits, None
         found = torch.autograd.grad(logits, self.inputs, dout.to(logits.dtype), allow_unused=True)
-        if not self.network.at_once:
+        if self.tables is None:
             return self._of_operators(found, into)
-        if self.network.compiled:
+        if self.compiled:
             self._write_sums(found)
         return self.tables.gradients(into)
 
@@ -459,9 +502,13 @@ class _Recorded(_Samples):
         self, tokens: Tensor, backend: Backend, index: int, source: Tensor | None, save: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The backend's forward pass, with the tables of a layer."""
-        shift = None if self.layers[index].bias is None else self.tables.shifts[index]
+        scale, shift = self.tables.scales[index], None
+        if self.layers[index].bias is not None:
+            shift = self.tables.shifts[index]
+            if shift.stride() != scale.stride():  # kernels read both with one
+                scale, shift = scale.contiguous(), shift.contiguous()
         weight = self.network.weight(index, tokens.dtype)
-        return backend.linear(tokens, weight, self.tables.scales[index], shift, source, save)
+        return backend.linear(tokens, weight, scale, shift, source, save)
 
     # -- results that are computed again --------------------------------------------------------
 
