@@ -124,7 +124,7 @@ WF_DEVICE void produce(const Params<kDirection>& params) {
     const int m0 = (work.pair * kCluster + rank) * kBlockM;
     const int n0 = work.n * kBlockN;
     const Base base = base_at(phase, m0);
-    Slice slice;
+    Slice slice(problem, phase);
     WF_SM90_ROLLED
     for (int left = phase.slices; left > 0; --left) {
       mbarrier_wait(L::empty(ring.stage), ring.parity ^ 1);
@@ -134,19 +134,18 @@ WF_DEVICE void produce(const Params<kDirection>& params) {
         tma_load_matrix(L::a(ring.stage), map_a, full, slice.channel, m0);
       } else {
         tma_load_im2col(L::a(ring.stage), map_a, full, slice.channel, base.w, base.h, base.sample,
-                        phase.w.offset(slice.j), phase.h.offset(slice.i));
+                        slice.offset_w, slice.offset_h);
       }
-      const int tap = slice.tap(problem, phase);
       const uint32_t b = L::b(ring.stage) + rank * L::kFilterRows * 128;
       if constexpr (kDirection == Direction::kForward) {  // rows are columns of the result
-        tma_load_filter(b, &params.b, full, slice.channel, tap, n0 + rank * L::kFilterRows);
+        tma_load_filter(b, &params.b, full, slice.channel, slice.tap, n0 + rank * L::kFilterRows);
       } else if constexpr (kBlockN == 128) {  // rows are depth; each block has 64 of the columns
-        tma_load_filter(b, &params.b, full, n0 + rank * 64, tap, slice.channel);
+        tma_load_filter(b, &params.b, full, n0 + rank * 64, slice.tap, slice.channel);
       } else {  // rows are depth; each block has 32 of them
-        tma_load_filter(b, &params.b, full, n0, tap, slice.channel + rank * L::kFilterRows);
+        tma_load_filter(b, &params.b, full, n0, slice.tap, slice.channel + rank * L::kFilterRows);
       }
       ring.advance();
-      slice.advance(problem, phase);
+      slice.advance();
     }
   }
 }
@@ -225,10 +224,22 @@ WF_DEVICE Vec16 load_packed(const void* tensor, int64_t at) {
 template <class T, int kBlockN, int kCount>
 WF_DEVICE void prefetch_rows(const Problem& problem, const Phase& phase, int m, int n,
                              const void* const (&tensors)[kCount]) {
-  const int row = m * kBlockM + block_thread() % kWarpgroup;
-  if (row >= phase.rows) return;
   const int first = n * kBlockN;
   const int count = problem.columns - first < kBlockN ? problem.columns - first : kBlockN;
+  const int row = m * kBlockM + block_thread() % kWarpgroup;
+  if (count == problem.columns && phase.h.out_step * phase.w.out_step == 1) {
+    // Rows are pixels in order, and a warp's are one piece: the unit takes requests one by one.
+    const int warp_row = row / 32 * 32;
+    if (warp_row >= phase.rows || !elect_one()) return;
+    const int rows = phase.rows - warp_row < 32 ? phase.rows - warp_row : 32;
+    WF_UNROLL
+    for (int i = 0; i < kCount; ++i)
+      if (tensors[i] != nullptr)
+        prefetch_l2(static_cast<const T*>(tensors[i]) + int64_t{warp_row} * count,
+                    rows * count * 2);
+    return;
+  }
+  if (row >= phase.rows) return;
   const int64_t at = row_at(problem, phase, row).pixel * problem.columns + first;
   WF_UNROLL
   for (int i = 0; i < kCount; ++i)
@@ -537,10 +548,11 @@ WF_DEVICE void gemm(const Params<kDirection>& params) {
     fence_mbarrier_init();
   }
   sync_cluster();
-  const int role = shuffle(block_thread() / kWarpgroup, 0);  // uniform, and known to be
+  const int uniform_warp = shuffle(block_thread() / 32, 0);  // uniform, and known to be
+  const int role = uniform_warp / 4;
   if (role == kConsumers) {
     give_registers<kProducerRegisters>();
-    if (block_thread() == kConsumers * kWarpgroup) {
+    if (uniform_warp == kConsumers * 4 && elect_one()) {
       for (int i = 0; i < params.problem.num_phases; ++i)
         if (params.problem.phases[i].slices > 0 && params.problem.phases[i].rows > 0)
           prefetch_tensor_map(&params.a[i]);

@@ -232,24 +232,41 @@ WF_SM90_BOTH Work next_work(const Problem& problem, int slot, int step) {
   return Work{slot, 0, 0, 0};
 }
 
-// A slice of a tile's sum: which tap of the phase, which 64 channels. Slices are walked, not
-// computed from their number: two divisions would take the producer longer than the slice takes to
-// multiply.
+// A slice of a tile's sum: which tap of the phase, which 64 channels. Slices are walked by additions
+// to numbers of its own: divisions, or a phase's numbers read again for every slice, would take the
+// producer longer than the slice takes to multiply.
 struct Slice {
-  int i = 0, j = 0;  // tap of the phase, by axis
-  int channel = 0;   // first channel
+  int channel = 0;         // first channel
+  int tap;                 // of the filter
+  int offset_h, offset_w;  // its distance from the filter base in A
 
-  WF_SM90_BOTH int tap(const Problem& problem, const Phase& phase) const {
-    return phase.h.tap(i) * problem.filter_w + phase.w.tap(j);
-  }
-  WF_SM90_BOTH void advance(const Problem& problem, const Phase& phase) {
+  WF_SM90_BOTH Slice(const Problem& problem, const Phase& phase)
+      : tap(phase.h.tap_first * problem.filter_w + phase.w.tap_first),
+        offset_h(phase.h.offset_first),
+        offset_w(phase.w.offset_first),
+        depth(problem.depth),
+        row_taps(phase.w.taps),
+        left(phase.w.taps),
+        tap_step(phase.w.tap_step),
+        step_w(phase.w.offset_step),
+        step_h(phase.h.offset_step),
+        next_row(phase.h.tap_step * problem.filter_w - (phase.w.taps - 1) * phase.w.tap_step) {}
+
+  WF_SM90_BOTH void advance() {
     channel += kBlockK;
-    if (channel < problem.depth) return;
+    if (channel < depth) return;
     channel = 0;
-    if (++j < phase.w.taps) return;
-    j = 0;
-    ++i;
+    if (--left > 0) {
+      tap += tap_step, offset_w += step_w;
+      return;
+    }
+    left = row_taps;
+    tap += next_row, offset_w -= (row_taps - 1) * step_w, offset_h += step_h;
   }
+
+ private:
+  int depth, row_taps, left, tap_step, step_w, step_h;
+  int next_row;  // from the last tap of a row of the filter to the first of the next one
 };
 
 // A row of a tile: its sample and its pixel in the tensor that is written.

@@ -112,6 +112,24 @@ WF_DEVICE void arrive_block_named(int id, int threads) {
 #endif
 }
 
+// True for one lane of a warp whose lanes are all here. The compiler knows it to be one, and issues
+// what this lane alone does without asking which lanes are there.
+WF_DEVICE bool elect_one() {
+#if defined(__CUDACC__)
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xffffffff;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+#else
+  return thread_index() % 32 == 0;
+#endif
+}
+
 // Address for load_shared and store_shared of a byte of this block's shared memory.
 WF_DEVICE uint32_t own_shared(uint32_t address) {
 #if defined(__CUDACC__)

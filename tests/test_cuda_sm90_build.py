@@ -124,7 +124,8 @@ def test_machine_code(element, block_n, direction):
     assert code.count("UCGABAR_WAIT") == 2
     # Where the blocks wait for each other, at the start and the end; never within the loops.
     assert code.count(r"MEMBAR\.ALL\.GPU") == code.count(r"CCTL\.IVALL") == 2
-    assert code.count(r"UBLKPF\.L2") == (1 if direction == "forward" else 3)
+    # Rows of a tile that follow each other, and rows that do not.
+    assert code.count(r"UBLKPF\.L2") == 2 * (1 if direction == "forward" else 3)
     assert code.count("SYNCS.PHASECHK.TRANS64.TRYWAIT") >= 2
     assert code.count("USETMAXREG.DEALLOC") == code.count("USETMAXREG.TRY_ALLOC") == 1
     # 16 bytes per lane in the epilogue, nothing narrower.

@@ -208,10 +208,9 @@ PYBIND11_MODULE(sm90, module) {
     const Problem problem = problem_of(conv, backward);
     std::vector<std::tuple<int, int, int, int>> slices;
     const Phase& p = problem.phases[phase];
-    Slice slice;
-    for (int i = 0; i < p.slices; ++i, slice.advance(problem, p))
-      slices.emplace_back(slice.tap(problem, p), p.h.offset(slice.i), p.w.offset(slice.j),
-                          slice.channel);
+    Slice slice(problem, p);
+    for (int i = 0; i < p.slices; ++i, slice.advance())
+      slices.emplace_back(slice.tap, slice.offset_h, slice.offset_w, slice.channel);
     return slices;
   });
   // (sample, h, w) of the filter base of a row.
