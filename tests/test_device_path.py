@@ -1,0 +1,422 @@
+"""Every branch that only a CUDA device takes, on a pretended one (tests/pretended_cuda.py).
+
+What no test without a device can say is whether kernels compute the right numbers there; that their
+launches are right, that nothing waits for the device in secret, and that a step can be captured, is
+said here. Numbers are compared all the same: the pretended device computes what each launch asks
+for, from its arguments alone.
+"""
+
+import logging
+import types
+
+import pytest
+import torch
+from evaluated_networks import make_net, uneven_dataset
+from torch import nn
+
+pytest.importorskip("triton")
+
+import pretended_cuda
+from pretended_cuda import Pretended, WaitsInCapture
+from triton.tools.tensor_descriptor import TensorDescriptor
+from wfnet.kernels import gate
+from wfnet.kernels.launch import Launch, interpreted
+
+import wfnet
+import wfnet.functional as wf
+from wfnet import fusion, models
+from wfnet.attribution import attribution
+from wfnet.backends import cuda_launch
+from wfnet.cli import main
+from wfnet.evaluation import evaluate
+from wfnet.expansion import expand
+from wfnet.objectives import BalancedObjective, PaperObjective
+from wfnet.optimizers import RowAdam
+from wfnet.step import UntrainingStep
+from wfnet.tables import flatten_filters
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: tests/gpu"),
+    pytest.mark.skipif(interpreted(gate.gate_rows_kernel), reason="TRITON_INTERPRET=1"),
+]
+_BUILT = pytest.mark.skipif(
+    cuda_launch.library().missing is not None or cuda_launch.library().emulated,
+    reason=f"wfnet._C: {cuda_launch.library().missing or 'emulated'}",
+)
+BACKENDS = ["eager", "triton", pytest.param("cuda", marks=_BUILT)]
+KERNELS = BACKENDS[1:]
+CLASSES = 6
+
+
+@pytest.fixture
+def device():
+    with pretended_cuda.pretended_cuda() as pretended:
+        yield pretended
+
+
+class Residual(nn.Module):
+    """A stem with a pooling, a block with a projection shortcut, and one without."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.first, self.project = nn.Conv2d(16, 64, 3, 2, 1, bias=False), nn.Conv2d(16, 64, 1, 2)
+        self.norm = nn.BatchNorm2d(64)
+        self.reduce, self.expand = nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, padding=1)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = (self.norm(self.first(x)) + self.project(x)).relu()
+        x = (self.expand(self.reduce(x).relu()) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def transformer() -> nn.Module:
+    return models.create("vit", CLASSES, 3, seed=1, width=32, depth=2)
+
+
+def network(make, backend: str, place: str, **options) -> wfnet.WFNet:
+    torch.manual_seed(0)
+    net = wfnet.WFNet(make().eval(), CLASSES, backend=backend, **{"fuse": True, **options})
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, 2.0, 1.0)
+    return net.to(place).to(memory_format=torch.channels_last)
+
+
+def minibatch(seed: int, n: int = 4, size: int = 32):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (n,), generator=generator)
+    images = torch.randn(n, 3, size, size, generator=generator)
+    return images, expand(labels, CLASSES, 2, generator, share_images=True)
+
+
+def untrained(net: wfnet.WFNet, sizes, capture=False, together=1, objective=None):
+    """Filters and losses after steps over minibatches of ``sizes`` images."""
+    parts = [minibatch(seed, n) for seed, n in enumerate(sizes)]
+    with flatten_filters(net.filter_parameters()) as flat:
+        step = UntrainingStep(
+            net, objective or BalancedObjective(), RowAdam(net.filter_parameters()),
+            torch.bfloat16, True, capture=capture,
+        )  # fmt: skip
+        losses = [
+            step(parts[at : at + together], lr=0.1).total
+            for at in range(0, len(parts), together)
+        ]  # fmt: skip
+        if capture:
+            assert len(step.graphs.graphs) == 1 + together, "nothing was captured"
+        return flat.cpu().clone(), torch.stack(losses).cpu()
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+# -- the layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("expanded", [False, True], ids=["a row an image", "sources"])
+def test_masked_layers(device, backend, expanded):
+    """Forward and backward on the device are those of the reference on the host."""
+    torch.manual_seed(0)
+    forget = torch.tensor([[0, 3], [1, 1], [-1, -1], [5, -1]])
+    source = torch.tensor([1, 0, 1, 2]) if expanded else None
+    weight, bias = torch.randn(24, 16, 3, 3) / 12, torch.randn(24)
+    inputs = (torch.randn(4, 16, 9, 9), torch.randn(4, 5, 16))
+    alphas = [torch.randn(CLASSES, 24) for _ in range(2)]
+    for linear, x in enumerate(inputs):
+        found = []
+        for place, engine, dtype in (("cuda", backend, torch.bfloat16),
+                                     ("cpu", "reference", torch.float64)):  # fmt: skip
+
+            def there(t, place=place, dtype=dtype):
+                return None if t is None else t.to(place, dtype if t.is_floating_point() else None)
+
+            filters = [there(a).float().requires_grad_() for a in alphas]
+            if dtype == torch.float64:
+                filters = [there(a).requires_grad_() for a in alphas]
+            given = there(x).requires_grad_()
+            call = wf.wf_linear if linear else wf.wf_conv2d
+            w = weight[:, :, 0, 0] if linear else weight
+            options = {} if linear else {"stride": 2, "padding": 1}
+            y = call(given, there(w), there(bias), *filters, there(forget), source=there(source),
+                     backend=engine, **options)  # fmt: skip
+            y.sum().backward()
+            found.append([t.cpu() for t in (y, given.grad, *(f.grad for f in filters))])
+        for mine, truth in zip(*found, strict=True):
+            assert relative_error(mine.detach(), truth.detach()) < 2e-2
+    assert device.launches
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_explain_describes_the_device(device, backend):
+    x, weight = torch.randn(2, 64, 8, 8, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    text = wf.explain(x.bfloat16(), weight.bfloat16(), padding=1)
+    assert f"{backend}: " in text
+    assert f"{backend}: refused" not in text
+
+
+def test_labels_on_the_device_are_checked_without_waiting(device):
+    net = network(Residual, "eager", "cuda", fuse=False)
+    images = torch.randn(2, 3, 32, 32, device="cuda")
+    good, bad = torch.tensor([0, 5]).cuda(), torch.tensor([0, CLASSES]).cuda()
+    net(images, good)  # the first pass looks at the network
+    device.waits.clear()
+    net(images, good)
+    assert net(images, bad)[1].isnan().all().item()
+    assert device.waited_at() == {"test_device_path.py:test_labels_on_the_device_are_checked_"
+                                  "without_waiting"}  # fmt: skip
+    with pytest.raises(ValueError, match=f"{CLASSES} is out of range"):
+        net.check_labels()
+
+
+# -- the step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "backend"),
+    [*((Residual, backend) for backend in ("eager", "triton")),
+     pytest.param(Residual, "cuda", marks=_BUILT), (transformer, "triton")],
+    ids=lambda value: getattr(value, "__name__", value),
+)  # fmt: skip
+def test_captured_steps_equal_ordinary_ones(device, make, backend):
+    """And both those of the host; a minibatch of another shape runs as it is in between."""
+    sizes = [4] * 4 + [6] + [4]
+    expected = untrained(network(make, "eager", "cpu"), sizes)
+    net = network(make, backend, "cuda")
+    ordinary = untrained(net, sizes)
+    assert net._fusion[1] is not None, "the network runs unfused"
+    assert relative_error(ordinary[0], expected[0]) < 5e-2
+    captured = untrained(network(make, backend, "cuda"), sizes, capture=True)
+    for one, other in zip(captured, ordinary, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_accumulated_and_unfused_steps_are_captured(device, fuse):
+    sizes, objective = [4] * 10, PaperObjective()
+    results = [
+        untrained(network(Residual, "triton", "cuda", fuse=fuse), sizes, capture, 2, objective)
+        for capture in (False, True)
+    ]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_waits_for_nothing(device, backend, capture):
+    net = network(Residual, backend, "cuda")
+    with flatten_filters(net.filter_parameters()):
+        step = UntrainingStep(net, BalancedObjective(), RowAdam(net.filter_parameters()),
+                              torch.bfloat16, True, capture=capture)  # fmt: skip
+        parts = [(images.cuda(), batch.to("cuda")) for images, batch in map(minibatch, range(6))]
+        for number, part in enumerate(parts):
+            if number == 2:  # the plan is checked, tables are made
+                device.waits.clear()
+            step([part], lr=0.1)
+    assert device.waits == []
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224"])
+def test_a_step_at_the_sizes_of_a_benchmark(backend, name, monkeypatch):
+    """1,000 classes, 512 expanded samples at 224 px, without a byte of memory: reading one raises.
+
+    Every launch passes the binder and the checks of descriptors and of wfnet._C's host code.
+    """
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr(fusion, "check_plan", lambda *_: None)  # which compares numbers
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    model = model.to_empty(device="cpu")
+    with pretended_cuda.pretended_cuda(values=False) as device:
+        net = wfnet.WFNet(model, 1000, backend=backend, fuse=True).cuda()
+        net = net.to(memory_format=torch.channels_last)
+        with flatten_filters(net.filter_parameters()):
+            captured = name == "resnet50"
+            step = UntrainingStep(net, BalancedObjective(), RowAdam(net.filter_parameters()),
+                                  torch.bfloat16, True, capture=captured)  # fmt: skip
+            labels = torch.arange(256)
+            batch = expand(labels, 1000, 3, torch.Generator(), share_images=False)
+            assert len(batch) == 512
+            for _ in range(4 if captured else 1):
+                step([(torch.empty(256, 3, 224, 224), batch)], lr=0.1)
+        assert net._fusion[1] is not None
+        names = {name for name, _ in device.launches}
+        expected = {
+            ("triton", "resnet50"): {"conv_fprop_kernel", "conv_dgrad_kernel",
+                                     "linear_fprop_kernel", "linear_dgrad_kernel",
+                                     "conv_fprop_gather_kernel", "gate_tables_bwd_kernel"},
+            ("cuda", "resnet50"): {"sm90.fprop", "sm90.dgrad", "conv_fprop", "gate_rows_bwd"},
+            ("triton", "vit_tiny_patch16_224"): {"linear_fprop_kernel", "linear_dgrad_kernel"},
+            ("cuda", "vit_tiny_patch16_224"): {"sm90.fprop", "sm90.dgrad"},
+        }  # fmt: skip
+        assert expected[backend, name] <= names
+
+
+def test_launches_compile_as_the_jit_would():
+    """The kernels of a fused step, with the specialisation of these very arguments."""
+    with pretended_cuda.pretended_cuda(compile_kernels=True) as device:
+        net = network(
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES),
+            ),
+            "triton", "cuda",
+        )  # fmt: skip
+        untrained(net, [4])
+        assert net._fusion[1] is not None
+        assert len({name for name, _ in device.launches}) >= 5
+
+
+@_BUILT
+def test_a_backend_without_the_dtype_says_so(device, caplog):
+    """Named, and met in a fused network: no KeyError, no other backend."""
+    net = network(Residual, "cuda", "cuda")
+    images, batch = minibatch(0)
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(RuntimeError, match="float16 and bfloat16"),
+    ):
+        net(images.cuda(), batch.forget[:4])
+    assert "use autocast" in caplog.text
+
+
+# -- evaluation and the command line ---------------------------------------------------------------
+
+# Where the host waits, and why that is right: once per chunk of images, never per pair.
+EVALUATION_WAITS = {
+    "rows.py:chunk",  # labels and rows travel; broken logits are an error; divergences are kept
+    "rows.py:evaluate", "rows.py:<listcomp>", "rows.py:_summarise",  # counts, at the end
+    "initialisation.py:_initialise_raw", "partial.py:network_identity",  # once
+    "execution.py:check_plan",  # once
+    "running.py:as_input", "labels.py:wait",
+}  # fmt: skip
+
+
+def test_all_class_evaluation(device):
+    expected = evaluate(make_net(), uneven_dataset(), batch_size=16, progress=False)
+    net = make_net().cuda()
+    device.waits.clear()
+    found = evaluate(net, uneven_dataset(), batch_size=16, progress=False)
+    assert device.waited_at() <= EVALUATION_WAITS, device.waited_at() - EVALUATION_WAITS
+    for mine, theirs in zip(found.records, expected.records, strict=True):
+        assert (mine.acc_f, mine.acc_r) == (theirs.acc_f, theirs.acc_r)
+
+
+def test_attribution(device):
+    options = {"steps": 2, "progress": False, "classes": [0, 2]}
+    expected = attribution(make_net(), uneven_dataset(), **options)
+    found = attribution(make_net().cuda(), uneven_dataset(), **options)
+    assert found.mean == pytest.approx(expected.mean, abs=1e-5)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_commands_run_on_the_device(device, backend, image_folder, tmp_path, capfd):
+    call = ["untrain", "--data-dir", str(image_folder), "--model", "small/resnet", "--model-kwargs",
+            "width=8", "--img-size", "32", "-b", "4", "-M", "2", "--workers", "0", "--steps", "6",
+            "--device", "cuda", "--backend", backend, "--grad-accum-steps", "2",
+            "--output", str(tmp_path / "run")]  # fmt: skip
+    assert main([*call, "--amp", "--cache", "device"]) == 0, capfd.readouterr().err
+    assert "runs unfused" not in capfd.readouterr().err
+    assert main(["evaluate", str(tmp_path / "run"), "-j", "0", "--no-figures", "--device", "cuda",
+                 "--amp", "--backend", backend]) == 0  # fmt: skip
+    assert device.launches
+
+
+# -- what the pretended device finds ---------------------------------------------------------------
+
+
+def test_mixed_devices_are_found(device):
+    x, host = torch.randn(3, device="cuda"), torch.randn(3)
+    with pytest.raises(RuntimeError, match="found cuda:0 and cpu"):
+        x + host
+    assert (x + host.sum()).is_cuda  # a scalar may be on the host
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+
+
+def test_hidden_waits_are_found(device):
+    x = torch.randn(3, device="cuda")
+    assert not device.waits
+    for wait in (lambda: x[0].item(), lambda: bool((x > 5).any()), lambda: x[x > 0],
+                 lambda: x.nonzero(), lambda: x.cpu(), lambda: torch.ones(3).cuda()):  # fmt: skip
+        device.waits.clear()
+        wait()
+        assert len(device.waits) == 1
+    with pytest.raises(WaitsInCapture), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x.sum().item()
+
+
+def test_a_replay_runs_no_python(device):
+    x, runs = torch.zeros(2, device="cuda"), []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        runs.append(1)
+        y = (x + 1) * 2
+        x.add_(1)
+    assert x.tolist() == [0, 0], "a capture runs nothing"
+    graph.replay()
+    graph.replay()
+    assert (x.tolist(), y.tolist(), runs) == ([2, 2], [4, 4], [1])
+
+
+def gate_launch(**changes) -> Launch:
+    alpha, forget = torch.randn(CLASSES, 16).cuda(), torch.zeros(4, 1, dtype=torch.int64).cuda()
+    launch = gate.plan_gate_rows(alpha, forget, torch.empty(4, 16).cuda(), 1.0)
+    launch.arguments.update(changes)
+    return launch
+
+
+def test_wrong_launches_of_triton_are_found(device):
+    gate_launch().run()
+    with pytest.raises(KeyError, match="rows"):  # a name that the kernel does not have
+        gate_launch(rows=4).run()
+    missing = gate_launch()
+    del missing.arguments["B"]
+    with pytest.raises(TypeError):
+        missing.run()
+    with pytest.raises(AssertionError, match="on the host"):
+        gate_launch(forget=torch.zeros(4, 1, dtype=torch.int64)).run()
+    launch = gate_launch()
+    with pytest.raises(AssertionError, match="grid"):
+        Launch(launch.kernel, (0, 1), launch.arguments, 4, 1).run()
+    base = torch.zeros(4, 16, device="cuda")
+    good = TensorDescriptor(base, [4, 16], [16, 1], [4, 16])
+    pretended_cuda._check_descriptor("good", good)
+    bad = types.SimpleNamespace(**{**vars(good), "shape": [5, 16]})
+    with pytest.raises(AssertionError, match="reaches beyond"):
+        pretended_cuda._check_descriptor("bad", bad)
+
+
+@_BUILT
+def test_wrong_launches_of_the_extension_are_found(device):
+    tensors = {
+        "reads": {
+            "dout": torch.zeros(2, 1, 4, 8).cuda().bfloat16(),
+            "scale": torch.ones(2, 8).cuda(),
+            "order": torch.arange(2).cuda(),
+            "first_of": torch.arange(3).cuda(),
+        },
+        "writes": {"scaled": torch.empty(2, 1, 4, 8).cuda().bfloat16()},
+    }  # fmt: skip
+    numbers = {"table_stride": 8, "images": 2, "pixels": 4, "columns": 8, "dtype": "bfloat16"}
+    cuda_launch._launch("sum_by_source", **tensors, **numbers)
+    with pytest.raises(TypeError, match="incompatible function arguments"):
+        cuda_launch._launch("sum_by_source", **tensors, **numbers, relu=True)
+    with pytest.raises(ValueError, match="bfloat16 and float16"):
+        cuda_launch._launch("sum_by_source", **tensors, **{**numbers, "dtype": "float32"})
+    tensors["reads"]["scale"] = torch.ones(2, 8)
+    with pytest.raises(AssertionError, match="scale on the host"):
+        cuda_launch._launch("sum_by_source", **tensors, **numbers)
+
+
+def test_the_pretended_device_ends_with_its_context():
+    with pretended_cuda.pretended_cuda():
+        assert isinstance(torch.ones(2, device="cuda"), Pretended)
+    assert not torch.cuda.is_available()
+    assert not isinstance(torch.ones(2), Pretended)
