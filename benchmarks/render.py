@@ -1,9 +1,9 @@
-"""Turns the committed results into the README's tables and its first chart.
+"""Turns the committed results into the tables of README.md and docs/scale.md, and the first chart.
 
-    python benchmarks/render.py            rewrite README.md and docs/throughput.png
+    python benchmarks/render.py            rewrite both and docs/throughput.png
     python benchmarks/render.py --check    say what is out of date; status 1 if anything is
 
-A table stands in the README between `<!-- results:NAME -->` and `<!-- end -->` and comes from
+A table stands between `<!-- results:NAME -->` and `<!-- end -->` and comes from
 `benchmarks/results/*.json` alone, each a run of a script in this folder. The chart carries a digest
 of the results that it was drawn from.
 """
@@ -23,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+SCALE = ROOT / "docs" / "scale.md"
 CHART = ROOT / "docs" / "throughput.png"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # In this order; a file that is not there is a row "not run".
@@ -195,6 +196,103 @@ def backends() -> str:
     return "\n".join(lines)
 
 
+def with_what(content: dict[str, Any]) -> str:
+    """What belongs beside numbers of one machine."""
+    return f"{content['device']}, torch {content['torch']}, commit {content['commit']}"
+
+
+def rounding() -> str:
+    content = (read("scale_cpu") or {}).get("rounding")
+    if content is None:
+        return "Not run."
+    runs = {(run["seed"], run["filters"]): run for run in content["runs"]}
+    seeds = sorted({seed for seed, _ in runs})
+    names = {"float32": "fp32", "bfloat16": "bfloat16, rounded stochastically",
+             "nearest": "bfloat16, rounded to nearest"}  # fmt: skip
+    lines = [
+        f"{content['data']}, {content['network']}, {content['steps']} steps "
+        f"(`python benchmarks/scale_evidence.py`; {with_what(content)})",
+        "",
+        "| filters | " + " | ".join(f"seed {n}: validation loss, Acc_r, Acc_f" for n in seeds)
+        + " |",
+        "| --- |" + " --- |" * len(seeds),
+    ]  # fmt: skip
+    for name, label in names.items():
+        cells = [
+            f"{run['validation_loss']:.4f}, {run['acc_r']:.2f}, {run['acc_f']:.2f}"
+            for run in (runs[seed, name] for seed in seeds)
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def ranks() -> str:
+    content = (read("scale_cpu") or {}).get("ranks")
+    if content is None:
+        return "Not run."
+    return (
+        f"After {content['steps']} steps on {content['data']} ({content['network']}, fp32, filters "
+        f"that moved by up to {content['largest_movement_float32']:.2f}) those of two ranks and of "
+        f"one process differed by {content['largest_difference_float32']:.0e} at most, in fp64 by "
+        f"{content['largest_difference_float64']:.0e}\n"
+        f"(`python benchmarks/scale_evidence.py`; {with_what(content)})."
+    )
+
+
+def many_classes() -> str:
+    content = (read("scale_cpu") or {}).get("evaluation")
+    if content is None:
+        return "Not run."
+    return (
+        f"{content['images']:,} images x {content['classes']:,} rows ({content['pixels']} x "
+        f"{content['pixels']} pixels, a {content['network']}, fused) took "
+        f"{content['cpu_seconds']:.0f} s of one CPU core and {content['mebibytes_added']:.0f} MiB "
+        f"beside the process's {content['mebibytes_before']:.0f}\n"
+        f"(`python benchmarks/scale_evidence.py`; {with_what(content)})."
+    )
+
+
+def allreduce() -> str:
+    content = read("allreduce_gloo")
+    if content is None:
+        return "Not run."
+    settings = content["settings"]
+    lines = [
+        f"Gradients of {settings['gates']:,} gates (ResNet-50's) x {settings['classes']:,} "
+        f"classes, M = {settings['expansion']}, two ranks, {content['backend']} "
+        f"(`python benchmarks/bench_allreduce.py`; {with_what(content)})",
+        "",
+        "| images of a minibatch | rows that occur | a rank sends: all rows | these rows |",
+        "| --- | --- | --- | --- |",
+    ]
+    for record in content["records"]:
+        if record["ranks"] != 2:
+            continue
+        dense, rows = (record[way]["sent"] / 2**20 for way in ("dense", "rows"))
+        few = f"{rows:.1f} MiB"
+        if 2 * record["union"] > settings["classes"]:
+            few = "all are sent"
+        lines.append(
+            f"| {record['batch_size'] // 2:,} | {record['union']:,} | {dense:.1f} MiB | {few} |"
+        )
+    slower = [
+        record["gather"]["milliseconds"]
+        / min(record[way]["milliseconds"] for way in ("dense", "rows"))
+        for record in content["records"]
+        if record["ranks"] == 2
+    ]
+    off = max(
+        abs(record[way]["on_the_wire"] / record[way]["sent"] - 1)
+        for record in content["records"]
+        for way in ("dense", "rows", "gather")
+    )
+    return "\n".join(lines) + (
+        f"\n\nWhat went over the wire agrees with the formula to {off:.1%}. Gathering each rank's "
+        f"own rows would send down to half of that,\nand took {min(slower):.1f} to "
+        f"{max(slower):.1f} times as long as the faster of both."
+    )
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "step": step,
@@ -202,20 +300,33 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "evaluation": evaluation,
     "backends": backends,
 }
+SCALE_SECTIONS: dict[str, Callable[[], str]] = {
+    "ranks": ranks,
+    "allreduce": allreduce,
+    "rounding": rounding,
+    "many_classes": many_classes,
+}
 
 
-def rendered(text: str) -> str:
-    """The README with its tables as the results have them.
+def documents() -> list[tuple[Path, dict[str, Callable[[], str]]]]:
+    """Files with tables, and what makes them."""
+    return [(README, SECTIONS), (SCALE, SCALE_SECTIONS)]
+
+
+def rendered(
+    text: str, sections: dict[str, Callable[[], str]] = SECTIONS, name: str = "README.md"
+) -> str:
+    """A document with its tables as the results have them.
 
     Raises:
         ValueError: for a marker without a table, or a table without a marker.
     """
     marked = [match.group(2) for match in MARKED.finditer(text)]
-    if sorted(marked) != sorted(SECTIONS):
+    if sorted(marked) != sorted(sections):
         raise ValueError(
-            f"README.md marks the tables {sorted(marked)}, this script makes {sorted(SECTIONS)}"
+            f"{name} marks the tables {sorted(marked)}, this script makes {sorted(sections)}"
         )
-    return MARKED.sub(lambda m: f"{m.group(1)}\n{SECTIONS[m.group(2)]()}\n\n{m.group(3)}", text)
+    return MARKED.sub(lambda m: f"{m.group(1)}\n{sections[m.group(2)]()}\n\n{m.group(3)}", text)
 
 
 def digest() -> str:
@@ -294,16 +405,21 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
-    before = README.read_text()
-    after = rendered(before)
-    stale = [] if after == before else ["README.md"]
+    stale, texts = [], {}
+    for path, sections in documents():
+        before = path.read_text()
+        texts[path] = rendered(before, sections, path.name)
+        if texts[path] != before:
+            stale.append(path.name)
     if drawn_from(CHART) != digest():
         stale.append(str(CHART.relative_to(ROOT)))
     if args.check:
         if stale:
             print(f"out of date: {', '.join(stale)}; run python benchmarks/render.py")
         return bool(stale)
-    README.write_text(after)
+    for path, text in texts.items():
+        if path.name in stale:
+            path.write_text(text)
     if str(CHART.relative_to(ROOT)) in stale:
         draw(CHART)
     print(f"written: {', '.join(stale)}" if stale else "everything is up to date")

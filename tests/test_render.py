@@ -15,13 +15,17 @@ def test_readme_and_chart_are_up_to_date(capsys):
     assert status == 0, capsys.readouterr().out
 
 
-def test_a_changed_number_is_out_of_date(tmp_path, monkeypatch, capsys):
-    changed = tmp_path / "README.md"
-    changed.write_text(render.README.read_text().replace("| 99.", "| 98.", 1))
-    assert changed.read_text() != render.README.read_text()
-    monkeypatch.setattr(render, "README", changed)
+@pytest.mark.parametrize(
+    ("document", "number", "other"), [("README", "| 99.", "| 98."), ("SCALE", "93 |", "94 |")]
+)
+def test_a_changed_number_is_out_of_date(tmp_path, monkeypatch, capsys, document, number, other):
+    path = getattr(render, document)
+    changed = tmp_path / path.name
+    changed.write_text(path.read_text().replace(number, other, 1))
+    assert changed.read_text() != path.read_text()
+    monkeypatch.setattr(render, document, changed)
     assert render.main(["--check"]) == 1
-    assert "out of date: README.md" in capsys.readouterr().out
+    assert f"out of date: {path.name}" in capsys.readouterr().out
 
 
 def test_markers_must_be_those_of_the_tables():
