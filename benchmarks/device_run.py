@@ -41,7 +41,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # Run first in every run: nothing else means anything without them.
 ALWAYS = ("environment", "build")
-_SOURCES = ("wfnet", "kernels", "csrc", "benchmarks", "tests/gpu")
+_SOURCES = ("wfnet", "kernels", "csrc", "benchmarks", "tests/gpu", "tests/cuda")
 _SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
 _GRACE = 5.0  # seconds between the signal that asks for a stack and the one that ends
 _ARCHIVE_EVERY = 20.0
@@ -170,6 +170,9 @@ def _first(rehearse: bool) -> list[Stage]:
             command = python("benchmarks/device_smoke.py", backend, family, *options)
             checks = None if backend == "eager" else label
             smoke.append(Part(f"smoke-{label}-{family}", command, environment, checks=checks))
+    first = (Part("first-steps", python("tests/cuda/first_steps.py"), checks="cuda-hopper"),)
+    if rehearse:
+        first = ()
     return [
         Stage("environment", "installs this checkout; device, driver, versions", 0.5, 90, (
             Part("facts", python(setup, "facts", "--output", "{results}/environment.json",
@@ -178,6 +181,7 @@ def _first(rehearse: bool) -> list[Stage]:
         Stage("build", "wfnet._C for this device, unless there is one", 0.7, 240, (
             Part("build", python(setup, "build", *device)),
         )),
+        Stage("first-steps", "the Hopper kernels, one thing at a time", 0.7, 180, first),
         Stage("smoke", "every kernel once, at the smallest shapes", 1.5, 300, tuple(smoke),
               1 if rehearse else 8),
     ]  # fmt: skip
@@ -334,7 +338,7 @@ def without(part: Part, failed: set[str]) -> Part | str:
         kept.append(word)
     names = [word for word in part.command if word.startswith("wfnet/")]
     if names and not any(word.startswith("wfnet/") for word in kept):
-        return f"{' and '.join(sorted(out))} failed the stage smoke"
+        return f"{' and '.join(sorted(out))} failed their first run"
     return replace(part, command=tuple(kept), environment=environment)
 
 
