@@ -84,6 +84,23 @@ class Attention(nn.Module):
         return self.head(x.mean(1))
 
 
+class Joined(Attention):
+    """Tokens of all samples side by side, before query, key and value are told apart."""
+
+    def attend(self, x):
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch * tokens, 3, width).unbind(1)
+        return x + (q * k.sigmoid() + v).view(batch, tokens, width)
+
+
+class OneToken(Attention):
+    """A masked layer of ``[B, C]``, whose result is taken apart."""
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.embed(x).mean((2, 3))).unflatten(1, (3, 8)).unbind(1)
+        return self.head(q * k.sigmoid() + v)
+
+
 MODELS = {
     "vit": small_vit,
     "qk_norm": lambda: small_vit(qk_norm=True),
@@ -92,6 +109,8 @@ MODELS = {
     "chunks": Attention,
     "called_twice": lambda: Attention(calls=2),
     "slices": lambda: Attention(slices=True, norm=True),
+    "joined": Joined,
+    "one_token": OneToken,
     "in_place": lambda: Attention(slices=True, in_place=True),
     "in_place_twice": lambda: Attention(calls=2, slices=True, in_place=True, norm=True),
     "distilled": lambda: timm.create_model(

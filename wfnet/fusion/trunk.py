@@ -330,18 +330,34 @@ class _Call:
 
     def tiles(self, shape: tuple[int, ...], sizes: tuple) -> bool:
         """Whether the views are tensors that hold every element of the result exactly once."""
-        key = (shape, sizes)
         if not self.constant or any(not isinstance(size, int) for size in sizes):
             return False
-        if key not in self._tiled:
+        if (shape, sizes) not in self._tiled:
             seen = torch.zeros(shape, dtype=torch.uint8)
             views = self.views(seen, *sizes)
-            self._tiled[key] = all(isinstance(view, Tensor) for view in views)
-            if self._tiled[key] and sum(view.numel() for view in views) == seen.numel():
+            whole = all(isinstance(view, Tensor) for view in views)
+            if whole and sum(view.numel() for view in views) == seen.numel():
                 for view in views:
                     view.fill_(1)
-            self._tiled[key] = bool(seen.all())
-        return self._tiled[key]
+            self._tiled[shape, sizes] = whole and bool(seen.all())
+        return self._tiled[shape, sizes]
+
+    def of_table(
+        self, table: Tensor, tokens: int, shape: tuple[int, ...], sizes: tuple
+    ) -> tuple[Tensor, ...] | None:
+        """The views of a ``[B, O]`` table that is the same for every token; none of them a copy.
+
+        None where the views cannot be taken of it without copying (windows among images, say).
+        """
+        if shape[0] != table.shape[0] or shape[-1] != table.shape[1]:
+            return None
+        try:
+            views = self.views(table[:, None].expand(-1, tokens, -1).view(shape), *sizes)
+        except RuntimeError:  # a view that joins samples and tokens
+            return None
+        memory = table.untyped_storage().data_ptr()
+        same = all(view.untyped_storage().data_ptr() == memory for view in views)
+        return views if same else None
 
 
 class _Samples:
@@ -491,11 +507,9 @@ class _Recorded(_Samples):
             return call.views(out.view(shape), *sizes)
         if call.tiles(shape, sizes):
             return _MaskedLinear.apply(
-                tokens, self.anchor, self, backend, call.index, source, call.views, (shape, sizes)
+                tokens, self.anchor, self, backend, call, source, shape, sizes
             )
-        out = _MaskedLinear.apply(
-            tokens, self.anchor, self, backend, call.index, source, None, None
-        )
+        out = _MaskedLinear.apply(tokens, self.anchor, self, backend, call, source, None, None)
         return call.views(out.view(shape), *sizes)
 
     def run(
@@ -553,44 +567,96 @@ class _Recorded(_Samples):
 class _MaskedLinear(torch.autograd.Function):
     """A masked layer of a :class:`_Recorded` run, and the views into which its result falls apart.
 
-    Gradients of query, key and value are laid side by side here, as the projection's own gradient;
-    undoing the views one by one would copy them twice.
+    Gradients of query, key and value meet here, once, as the projection's own gradient; undoing the
+    views one by one would copy them twice.
+
+    Args:
+        shape: of the result of which the views are taken, of ``sizes``; None: of the whole result.
     """
 
     @staticmethod
-    def forward(ctx, tokens, anchor, layers, backend, index, source, views, sizes):
-        out, branch = layers.run(tokens, backend, index, source, True)
+    def forward(ctx, tokens, anchor, layers, backend, call, source, shape, sizes):
+        out, branch = layers.run(tokens, backend, call.index, source, True)
         ctx.layers, ctx.input_shape, ctx.output_shape = layers, tokens.shape, out.shape
-        ctx.views, ctx.sizes = views, sizes
-        ctx.kept = _Kept(index, backend, source, branch)
+        ctx.call, ctx.shape, ctx.sizes = call, shape, sizes
+        ctx.kept = _Kept(call.index, backend, source, branch)
         layers.keep(ctx.kept, out)
-        if views is None:
-            return out
-        shape, sizes = sizes
-        return views(out.view(shape), *sizes)
+        return out if shape is None else call.views(out.view(shape), *sizes)
 
     @staticmethod
     def backward(ctx, *gradients):
-        layers, kept = ctx.layers, ctx.kept
-        index, tables = kept.index, layers.tables
+        kept, scales = ctx.kept, None
         branch, kept.branch, kept.again = kept.branch, None, None
-        (dout, *_) = gradients
-        if ctx.views is None:
-            dout = dout.contiguous()
+        if ctx.shape is not None and kept.out is not None:
+            table, tokens = ctx.layers.tables.scales[kept.index], ctx.output_shape[1]
+            scales = ctx.call.of_table(table, tokens, ctx.shape, ctx.sizes)
+        if scales is None:
+            dx = _by_backend(ctx, branch, gradients)
         else:
-            dout = dout.new_empty(ctx.output_shape)
-            shape, sizes = ctx.sizes
-            for part, gradient in zip(ctx.views(dout.view(shape), *sizes), gradients, strict=True):
-                part.copy_(gradient)
-        t0 = tables.t0[index]
-        dx, t1, sums = kept.backend.linear_backward(
-            dout, branch, layers.network.weight(index, dout.dtype), tables.scales[index],
-            kept.source, tuple(ctx.input_shape), ctx.needs_input_grad[0], True, t0 is not None,
-        )  # fmt: skip
-        tables.t1[index].add_(t1)  # a layer may run twice
-        if t0 is not None:
-            t0.add_(sums)
+            dx = _by_views(ctx, branch, gradients, scales)
         return dx, *[None] * 7
+
+
+def _by_backend(ctx, branch: Tensor, gradients: Sequence[Tensor]) -> Tensor | None:
+    """The gradient of the layer's input, from gradients that are laid side by side first."""
+    kept, layers = ctx.kept, ctx.layers
+    if ctx.shape is None:
+        dout = gradients[0].contiguous()
+    else:
+        dout = gradients[0].new_empty(ctx.output_shape)
+        views = ctx.call.views(dout.view(ctx.shape), *ctx.sizes)
+        for part, gradient in zip(views, gradients, strict=True):
+            part.copy_(gradient)
+    t1, t0 = layers.tables.t1[kept.index], layers.tables.t0[kept.index]
+    dx, sums1, sums0 = kept.backend.linear_backward(
+        dout, branch, layers.network.weight(kept.index, dout.dtype),
+        layers.tables.scales[kept.index], kept.source, tuple(ctx.input_shape),
+        ctx.needs_input_grad[0], True, t0 is not None,
+    )  # fmt: skip
+    t1.add_(sums1)  # a layer may run twice
+    if t0 is not None:
+        t0.add_(sums0)
+    return dx
+
+
+def _by_views(
+    ctx, u: Tensor, gradients: Sequence[Tensor], scales: Sequence[Tensor]
+) -> Tensor | None:
+    """As :func:`_by_backend` where the branch is ``u``: every gradient is read where it lies."""
+    kept, layers, call = ctx.kept, ctx.layers, ctx.call
+    table, t1, t0 = (
+        t[kept.index] for t in (layers.tables.scales, layers.tables.t1, layers.tables.t0)
+    )
+    u = gates.gather_samples(u, kept.source)
+    product = torch.empty_like(u)
+    parts = call.views(product.view(ctx.shape), *ctx.sizes)
+    for part, branch, g in zip(
+        parts, call.views(u.view(ctx.shape), *ctx.sizes), gradients, strict=True
+    ):
+        torch.mul(g, branch, out=part)
+    t1.addcmul_(product.sum(1, dtype=t1.dtype), table)  # a layer may run twice
+    if t0 is not None:
+        sums = torch.empty_like(table, memory_format=torch.contiguous_format)
+        of_sums = call.of_table(sums, u.shape[1], ctx.shape, ctx.sizes)
+        for into, g in zip(of_sums, gradients, strict=True):
+            _sum_over_tokens(g, into)
+        t0.add_(sums)
+    if not ctx.needs_input_grad[0]:
+        return None
+    for part, scale, g in zip(parts, scales, gradients, strict=True):
+        torch.mul(g, scale, out=part)
+    return product @ layers.network.weight(kept.index, product.dtype)
+
+
+def _sum_over_tokens(g: Tensor, into: Tensor) -> None:
+    """``into`` has the shape of ``g``, and one place for all tokens."""
+    spread = [i for i, (n, step) in enumerate(zip(g.shape, into.stride(), strict=True))
+              if n > 1 and step == 0]  # fmt: skip
+    once = into[tuple(0 if i in spread else slice(None) for i in range(g.dim()))]
+    if spread:
+        torch.sum(g, spread, dtype=into.dtype, out=once)
+    else:
+        once.copy_(g)
 
 
 # -- the cut --------------------------------------------------------------------------------------
