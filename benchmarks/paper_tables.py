@@ -18,12 +18,13 @@ import sys
 import time
 from pathlib import Path
 
-from quality import RESULTS, provenance
-
 from wfnet.baselines import METHODS
+from wfnet.benchmarking.timing import about, commit
 from wfnet.cli import main as wfnet
 from wfnet.cli.train import BASE_NAME
 from wfnet.pretrained import write_json
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -73,18 +74,15 @@ def main() -> None:
             raise SystemExit(f"wfnet {shlex.join(command)} failed")
         finished[name] = {
             "command": command,
-            "commit": provenance()["commit"],
+            "commit": commit(),
             "seconds": round(time.perf_counter() - started, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
         }
         write_json(record, finished)
     tables = json.loads((run / "tables.json").read_text())
     shown = json.dumps(finished).replace(folder.as_posix(), "FOLDER")
-    made = {**provenance(), "commands": json.loads(shown)}
-    made["command"] = shlex.join(["python", "benchmarks/paper_tables.py", *sys.argv[1:]]).replace(
-        str(folder), "FOLDER"
-    )
-    made.pop("units")
+    words = [word.replace(str(folder), "FOLDER") for word in sys.argv[1:]]
+    made = {**about("cpu", ["benchmarks/paper_tables.py", *words]), "commands": json.loads(shown)}
     write_json(output, {"provenance": made, **tables})
     print(f"written to {output}")
 

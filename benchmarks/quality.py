@@ -17,15 +17,10 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +28,7 @@ import torch
 
 import wfnet
 from wfnet import UntrainConfig, models, training
+from wfnet.benchmarking.timing import about
 from wfnet.data import Splits, open_data
 from wfnet.data.glyphs import glyphs
 from wfnet.pretrained import write_json
@@ -46,7 +42,9 @@ def main() -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     output = arguments.output or default_output(arguments)
-    report: dict[str, Any] = {"provenance": provenance(), "runs": [], "summary": []}
+    made = about("cpu", ["benchmarks/quality.py", *sys.argv[1:]])
+    made["units"] = "acc_* in %, means over classes; seconds of wall time on a shared machine"
+    report: dict[str, Any] = {"provenance": made, "runs": [], "summary": []}
     report["runs"] = earlier_runs(output, report["provenance"]["commit"], arguments)
     for network in arguments.networks:
         for seed in arguments.seeds:
@@ -195,41 +193,6 @@ def table(summary: list[dict[str, Any]]) -> str:
             f"{r['acc_f_worst_class']:5.1f}  {r['steps']:5.0f}  {r['untrain_seconds']:7.1f}"
         )
     return "\n".join(lines)
-
-
-def provenance(
-    script: str = "quality",
-    measured: Sequence[str] = (":/wfnet",),
-    packages: Sequence[str] = ("torch", "timm", "numpy", "scikit-learn"),
-    units: str = "acc_* in %, means over classes; seconds of wall time on a shared machine",
-) -> dict[str, Any]:
-    """What the numbers of a script in this folder were measured with.
-
-    ``measured``: what must be committed for ``commit`` to be true; ``:/`` is the checkout's top.
-    """
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=True
-            ).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
-
-    return {
-        "command": " ".join(["python", f"benchmarks/{script}.py", *sys.argv[1:]]),
-        "commit": git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(git("status", "--porcelain", "--", *measured)),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"CPU {platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores",
-        "versions": {
-            "wfnet": wfnet.__version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in packages},
-        },
-        "units": units,
-    }
 
 
 if __name__ == "__main__":

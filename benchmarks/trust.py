@@ -14,17 +14,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import provenance
 from torch import nn
 
 from wfnet import models, training, trust
 from wfnet.baselines import BaselineConfig, BaselineModels
+from wfnet.benchmarking.timing import about
 from wfnet.cli.classifier import load_weights
 from wfnet.data import open_data
 from wfnet.execution_order import execution_order
@@ -33,9 +34,6 @@ from wfnet.pretrained import write_json
 
 PRUNED = ("acc_f", "acc_r", "acc_f_batchnorm_all", "acc_f_batchnorm_retain", "acc_f_equalised",
           "acc_f_base_norms", "acc_f_offset", "acc_f_recovered", "auc_logit")  # fmt: skip
-
-# What the numbers are made by, in the repository.
-MEASURED = (":/wfnet/trust", ":/wfnet/network.py", ":/wfnet/layers.py", ":/benchmarks/trust.py")
 
 
 def main() -> None:
@@ -80,13 +78,9 @@ def main() -> None:
     write_json(
         arguments.output,
         {
-            **provenance(
-                "trust",
-                MEASURED,
-                ("torch", "numpy", "scikit-learn"),
-                "fractions in [0, 1], means over classes; kl and js in nats; seconds on a shared "
-                "machine",
-            ),
+            **about("cpu", ["benchmarks/trust.py", *sys.argv[1:]]),
+            "units": "fractions in [0, 1], means over classes; kl and js in nats; seconds on a "
+            "shared machine",
             "data": data.name,
             "network": kind,
             "classes": arguments.classes,

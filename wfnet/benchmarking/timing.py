@@ -178,7 +178,7 @@ def about(device: torch.device | str, command: Sequence[str]) -> dict[str, str |
         "driver": _nvidia_smi(device, "driver_version") if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
-    for package in ("torch", "triton", "timm", "torchvision"):
+    for package in ("torch", "triton", "timm", "torchvision", "numpy", "scikit-learn"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
