@@ -659,6 +659,7 @@ def _forward(u, scale, shift, source, residual, branch, out, relu) -> None:
     v = scale[:, None, None] * u
     if branch is not None:
         branch.copy_(v.view(branch.shape))
+        v = branch.view(v.shape).float()  # the kernels go on with what backward will see
     if shift is not None:
         v = v + shift[:, None, None]
     if residual is not None:
