@@ -225,6 +225,28 @@ def test_a_wrong_cut_is_never_used(caplog):
     assert "runs unfused" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["vit", "swin", "chunks"])
+def test_batches_of_one_and_of_none(name: str):
+    net, fused = pair_of(MODELS[name]())
+    for x, labels, source in (
+        (images(1), torch.tensor([3]), None),
+        (images(2), torch.tensor([3]), torch.tensor([1])),
+        (images(1), torch.tensor([3, 4, 1]), torch.tensor([0, 0, 0])),
+    ):
+        expected, found = net(x, labels, source), fused(x, labels, source)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+        mine = torch.autograd.grad(found.sum(), fused.filter_parameters())
+        for a, b in zip(
+            mine, torch.autograd.grad(expected.sum(), net.filter_parameters()), strict=True
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-12)
+    if name != "swin":  # its own reshapes cannot tell the windows of no image
+        y = fused(images(2), torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64))
+        assert y.shape == (0, CLASSES)
+        y.sum().backward()
+        assert all(not p.grad.any() for p in fused.filter_parameters())
+
+
 def test_images_that_need_a_gradient_and_the_original_network():
     net, fused = pair_of(small_vit())
     x = images().requires_grad_()

@@ -327,6 +327,7 @@ class _Call:
 
     def __post_init__(self) -> None:
         self._tiled: dict[tuple, bool] = {}
+        self._parts: dict[tuple, list[_Part] | None] = {}
 
     def tiles(self, shape: tuple[int, ...], sizes: tuple) -> bool:
         """Whether the views are tensors that hold every element of the result exactly once."""
@@ -342,22 +343,88 @@ class _Call:
             self._tiled[shape, sizes] = whole and bool(seen.all())
         return self._tiled[shape, sizes]
 
-    def of_table(
-        self, table: Tensor, tokens: int, shape: tuple[int, ...], sizes: tuple
-    ) -> tuple[Tensor, ...] | None:
-        """The views of a ``[B, O]`` table that is the same for every token; none of them a copy.
+    def parts(self, plain: torch.Size, shape: torch.Size, sizes: tuple) -> list[_Part] | None:
+        """Where the views of :meth:`tiles` lie; None if a table has no such views of it.
 
-        None where the views cannot be taken of it without copying (windows among images, say).
+        A table is the same for every token: a view that joins samples and tokens (windows among
+        images, say) has no strides in it.
+
+        Args:
+            plain: ``(B, T, O)``.
+            shape: of the same elements, as :attr:`views` take them, with ``sizes``.
         """
-        if shape[0] != table.shape[0] or shape[-1] != table.shape[1]:
-            return None
+        key = (plain, shape, sizes)
+        if key not in self._parts:
+            self._parts[key] = self._find_parts(*key)
+        return self._parts[key]
+
+    def _find_parts(self, plain: torch.Size, shape: torch.Size, sizes: tuple) -> list[_Part] | None:
+        batch, tokens, columns = plain
+        whole = torch.empty(shape, dtype=torch.uint8)
+        wide = torch.empty((batch, 2 * columns + 1), dtype=torch.uint8)  # its rows tell themselves
         try:
-            views = self.views(table[:, None].expand(-1, tokens, -1).view(shape), *sizes)
-        except RuntimeError:  # a view that joins samples and tokens
+            table = wide[:, None, :columns].expand(-1, tokens, -1).view(shape)
+            views = zip(self.views(whole, *sizes), self.views(table, *sizes), strict=True)
+            views = list(views)
+        except RuntimeError:
             return None
-        memory = table.untyped_storage().data_ptr()
-        same = all(view.untyped_storage().data_ptr() == memory for view in views)
-        return views if same else None
+        memory, row = wide.untyped_storage().data_ptr(), wide.stride(0)
+        for _, of_table in views:
+            steps = [s for n, s in zip(of_table.shape, of_table.stride(), strict=True) if n > 1]
+            if of_table.untyped_storage().data_ptr() != memory or any(
+                step >= columns and step != row for step in steps
+            ):
+                return None
+        return [_Part.of_views(*pair, row) for pair in views]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a view lies in ``[B, T, O]``, and in a table ``[B, O]`` that all tokens share.
+
+    Attributes:
+        size, stride, offset: in the contiguous result.
+        steps: strides in a table; None for the stride of its rows.
+        first: offset in a table's row.
+        spread: dimensions of tokens, which have no stride in a table.
+    """
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    steps: tuple[int | None, ...]
+    first: int
+    spread: tuple[int, ...]
+
+    @classmethod
+    def of_views(cls, view: Tensor, of_table: Tensor, row: int) -> _Part:
+        sizes_and_steps = list(zip(of_table.shape, of_table.stride(), strict=True))
+        return cls(
+            size=tuple(view.shape),
+            stride=view.stride(),
+            offset=view.storage_offset(),
+            steps=tuple(None if step == row else step for _, step in sizes_and_steps),
+            first=of_table.storage_offset(),
+            spread=tuple(i for i, (n, step) in enumerate(sizes_and_steps) if n > 1 and step == 0),
+        )
+
+    def of(self, whole: Tensor) -> Tensor:
+        return whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
+
+    def of_table(self, table: Tensor) -> Tensor:
+        row = table.stride(0)
+        steps = [row if step is None else step for step in self.steps]
+        return table.as_strided(self.size, steps, table.storage_offset() + self.first)
+
+    def add_up(self, g: Tensor, table: Tensor) -> None:
+        """Writes the sums of ``g`` over tokens."""
+        into = self.of_table(table)
+        if not self.spread:
+            into.copy_(g)
+            return
+        for axis in reversed(self.spread):
+            into = into.select(axis, 0)
+        torch.sum(g, self.spread, dtype=table.dtype, out=into)
 
 
 class _Samples:
@@ -585,15 +652,14 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *gradients):
-        kept, scales = ctx.kept, None
+        kept, parts = ctx.kept, None
         branch, kept.branch, kept.again = kept.branch, None, None
         if ctx.shape is not None and kept.out is not None:
-            table, tokens = ctx.layers.tables.scales[kept.index], ctx.output_shape[1]
-            scales = ctx.call.of_table(table, tokens, ctx.shape, ctx.sizes)
-        if scales is None:
+            parts = ctx.call.parts(ctx.output_shape, ctx.shape, ctx.sizes)
+        if parts is None:
             dx = _by_backend(ctx, branch, gradients)
         else:
-            dx = _by_views(ctx, branch, gradients, scales)
+            dx = _by_parts(ctx, branch, gradients, parts)
         return dx, *[None] * 7
 
 
@@ -619,44 +685,25 @@ def _by_backend(ctx, branch: Tensor, gradients: Sequence[Tensor]) -> Tensor | No
     return dx
 
 
-def _by_views(
-    ctx, u: Tensor, gradients: Sequence[Tensor], scales: Sequence[Tensor]
-) -> Tensor | None:
+def _by_parts(ctx, u: Tensor, gradients: Sequence[Tensor], parts: Sequence[_Part]) -> Tensor | None:
     """As :func:`_by_backend` where the branch is ``u``: every gradient is read where it lies."""
-    kept, layers, call = ctx.kept, ctx.layers, ctx.call
-    table, t1, t0 = (
-        t[kept.index] for t in (layers.tables.scales, layers.tables.t1, layers.tables.t0)
-    )
+    kept, tables = ctx.kept, ctx.layers.tables
+    scale, t1, t0 = tables.scales[kept.index], tables.t1[kept.index], tables.t0[kept.index]
     u = gates.gather_samples(u, kept.source)
     product = torch.empty_like(u)
-    parts = call.views(product.view(ctx.shape), *ctx.sizes)
-    for part, branch, g in zip(
-        parts, call.views(u.view(ctx.shape), *ctx.sizes), gradients, strict=True
-    ):
-        torch.mul(g, branch, out=part)
-    t1.addcmul_(product.sum(1, dtype=t1.dtype), table)  # a layer may run twice
+    for part, g in zip(parts, gradients, strict=True):
+        torch.mul(g, part.of(u), out=part.of(product))
+    t1.addcmul_(product.sum(1, dtype=t1.dtype), scale)  # a layer may run twice
     if t0 is not None:
-        sums = torch.empty_like(table, memory_format=torch.contiguous_format)
-        of_sums = call.of_table(sums, u.shape[1], ctx.shape, ctx.sizes)
-        for into, g in zip(of_sums, gradients, strict=True):
-            _sum_over_tokens(g, into)
+        sums = torch.empty_like(t0, memory_format=torch.contiguous_format)
+        for part, g in zip(parts, gradients, strict=True):
+            part.add_up(g, sums)
         t0.add_(sums)
     if not ctx.needs_input_grad[0]:
         return None
-    for part, scale, g in zip(parts, scales, gradients, strict=True):
-        torch.mul(g, scale, out=part)
-    return product @ layers.network.weight(kept.index, product.dtype)
-
-
-def _sum_over_tokens(g: Tensor, into: Tensor) -> None:
-    """``into`` has the shape of ``g``, and one place for all tokens."""
-    spread = [i for i, (n, step) in enumerate(zip(g.shape, into.stride(), strict=True))
-              if n > 1 and step == 0]  # fmt: skip
-    once = into[tuple(0 if i in spread else slice(None) for i in range(g.dim()))]
-    if spread:
-        torch.sum(g, spread, dtype=into.dtype, out=once)
-    else:
-        once.copy_(g)
+    for part, g in zip(parts, gradients, strict=True):
+        torch.mul(g, part.of_table(scale), out=part.of(product))
+    return product @ ctx.layers.network.weight(kept.index, product.dtype)
 
 
 # -- the cut --------------------------------------------------------------------------------------
