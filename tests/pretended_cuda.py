@@ -945,7 +945,7 @@ def _pretend_triton(patch, compile_kernels: bool) -> None:
         ),
     )
     patch.setattr(driver, "_active", pretended)
-    patch.setattr(config, "_cuda_device", lambda index: config.TARGETS[90])
+    patch.setattr(config, "_cuda_device", config._cuda_device.__wrapped__)  # keeps nothing
     for kernel in _jit_functions():
         patch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
     if compile_kernels:
@@ -1063,7 +1063,8 @@ def _pretend_library(patch) -> None:
             work()
 
     patch.setattr(cuda_launch, "_launch", pretended)
-    patch.setattr(cuda_launch, "_hopper_processors", lambda index: PROPERTIES.multi_processor_count)
+    uncached = cuda_launch._hopper_processors.__wrapped__
+    patch.setattr(cuda_launch, "_hopper_processors", uncached)
 
 
 _NO_DRIVER = ("driver", "libcuda", "no CUDA-capable device")
