@@ -15,9 +15,10 @@ Neither changes anything in the module: tree, hooks and state-dict keys stay as 
 """
 
 from wfnet.fusion.compiled import CompiledNetwork
+from wfnet.fusion.cut import split_at_first_mask
 from wfnet.fusion.execution import FusedNetwork, backend_for, check_plan
 from wfnet.fusion.plan import CallStep, ConvStep, NotFusable, Plan, make_plan
-from wfnet.fusion.trunk import TrunkNetwork, split_at_first_mask
+from wfnet.fusion.trunk import TrunkNetwork
 
 __all__ = [
     "CallStep",
