@@ -408,6 +408,11 @@ class _Kept:
         self.again: Tensor | None = None  # the result, computed a second time
 
 
+def _keeps_u(backend: Backend) -> bool:
+    """Whether the branch is ``u`` itself (one row per source image), not ``scale * u``."""
+    return backend.saved_batch(1, 2) == 1
+
+
 class _Recorded(Samples):
     """Masked layers as nodes of PyTorch's autograd, which write the column sums of ``tables``.
 
@@ -417,8 +422,6 @@ class _Recorded(Samples):
     per layer. Not where the result was changed in place in between; and not where the branch is
     rounded after scaling: it would give the result rounded twice.
     """
-
-    watches = True
 
     def __init__(
         self,
@@ -463,7 +466,8 @@ class _Recorded(Samples):
         scale, shift = self.tables.scales[index], None
         if self.layers[index].bias is not None:
             shift = self.tables.shifts[index]
-            if shift.stride() != scale.stride():  # kernels read both with one
+            # Kernels read both with one stride, which tables of the eager backend do not share.
+            if not _keeps_u(backend) and shift.stride() != scale.stride():
                 scale, shift = scale.contiguous(), shift.contiguous()
         weight = self.network.weight(index, tokens.dtype)
         return backend.linear(tokens, weight, scale, shift, source, save)
@@ -472,8 +476,7 @@ class _Recorded(Samples):
 
     def keep(self, kept: _Kept, out: Tensor) -> None:
         """Notes the result ``out`` ``[B, T, O]`` of a layer, to be known again by its storage."""
-        keeps_u = kept.backend.saved_batch(1, 2) == 1
-        if keeps_u and out.is_contiguous() and out.storage_offset() == 0:
+        if _keeps_u(kept.backend) and out.is_contiguous() and out.storage_offset() == 0:
             storage = StorageWeakRef(out.untyped_storage())
             kept.out = (storage, out._version)
             self.kept[storage.cdata] = kept
