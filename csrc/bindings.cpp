@@ -181,7 +181,6 @@ PYBIND11_MODULE(WF_MODULE, module) {
   module.attr("emulated") = false;
   module.attr("archs") = WF_ARCHS;  // targets of this build, "8.0 9.0a 10.0"
   module.attr("sources") = WF_TEXT(WF_SOURCES);  // build.sources_digest() of csrc/build.py
-  module.attr("archs") = WF_ARCHS;  // targets of this build, "8.0 9.0a 10.0"
 #else
   module.attr("emulated") = true;
   module.def("register_memory", [](Address address, size_t bytes, bool writable, std::string name) {

@@ -17,7 +17,7 @@ from wfnet.pretrained import write_tensors
 
 NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
-QUICK = ("-b", "4", "-M", "2", "--workers", "0", "--seed", "3")
+QUICK = ("-b", "4", "-M", "2", "--workers", "0", "--seed", "3", "--device", "cpu")
 
 
 @pytest.fixture(autouse=True)
