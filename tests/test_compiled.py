@@ -12,7 +12,7 @@ from torch import nn
 
 import wfnet
 from wfnet import fusion
-from wfnet.fusion import compiled as compiled_module
+from wfnet.fusion import running
 
 
 @pytest.fixture(autouse=True)
@@ -124,7 +124,7 @@ def test_a_pooling_that_overlaps_and_is_padded():
 
 
 def test_sizes_beyond_the_limit_run_the_plan_uncompiled(monkeypatch):
-    monkeypatch.setattr(compiled_module, "_MOST_GRAPHS", 1)
+    monkeypatch.setattr(running, "_MOST_GRAPHS", 1)
     net, compiled = compiled_pair(Toy())
     check_equal(net, compiled, BATCH, 1)
     for size in (1, 2):

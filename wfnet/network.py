@@ -185,7 +185,7 @@ class WFNet(nn.Module):
         with forgetting(selection), checkpoints, first:
             return self.model(_expand(images, source))
 
-    def fused_network(self, images: Tensor) -> fusion.FusedNetwork | fusion.TrunkNetwork | None:
+    def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
         """The fused network, made and checked on first use with two of ``images``.
 
         None where it cannot be made, and without ``fuse``.
@@ -202,52 +202,47 @@ class WFNet(nn.Module):
             self._fusion = (key, self._make_fused(images))
         return self._fusion[1]
 
-    def _make_fused(self, images: Tensor) -> fusion.FusedNetwork | fusion.TrunkNetwork | None:
+    def _make_fused(self, images: Tensor) -> fusion.FusedNetwork | None:
         name = type(self.model).__name__
         try:
             if any(isinstance(layer, nn.Conv2d) for layer in self.masked_layers.values()):
-                backend = fusion.backend_for(self.masked_layers.values())
-                network = fusion.FusedNetwork(fusion.make_plan(self.model, images[:2]), backend)
-                self._check_fused(network, images)
-                if self.fuse == "compile" and network.plan.masked_calls:
-                    logger.warning(
-                        "%s runs uncompiled: some of its masked layers do not fold", name
-                    )
-                elif self.fuse == "compile" and backend.name == "eager":
-                    network = fusion.CompiledNetwork(network)
-                logger.info("%s: %s", name, network.describe())
-                return network
-            return self._make_trunk(images)
+                network = self._make_plan(images)
+            else:
+                network = self._make_trunk(images)
         except fusion.NotFusable as reason:
             logger.warning("%s runs unfused: %s", name, reason)
             return None
-
-    def _make_trunk(self, images: Tensor) -> fusion.TrunkNetwork:
-        name = type(self.model).__name__
-        parts = fusion.split_at_first_mask(self.model, images[:2])
-        if self.fuse == "compile" or images.device.type == "cuda":
-            network = fusion.TrunkNetwork(*parts, compiled=True)
-            try:
-                self._check_fused(network, images)
-            except fusion.NotFusable as reason:
-                logger.warning("%s runs uncompiled: %s", name, reason)
-            else:
-                logger.info("%s: %s", name, network.describe())
-                return network
-        network = fusion.TrunkNetwork(*parts, compiled=False)
-        self._check_fused(network, images)
         logger.info("%s: %s", name, network.describe())
         return network
 
-    def _check_fused(
-        self, network: fusion.FusedNetwork | fusion.TrunkNetwork, images: Tensor
-    ) -> None:
+    def _make_plan(self, images: Tensor) -> fusion.PlanNetwork:
+        backend = fusion.backend_for(self.masked_layers.values())
+        network = fusion.PlanNetwork(fusion.make_plan(self.model, images[:2]), backend)
+        self._check_fused(network, images)
+        if self.fuse != "compile" or backend.name != "eager":
+            return network
+        if network.plan.masked_calls:
+            logger.warning(
+                "%s runs uncompiled: some of its masked layers do not fold",
+                type(self.model).__name__,
+            )
+            return network
+        return fusion.CompiledNetwork(network)
+
+    def _make_trunk(self, images: Tensor) -> fusion.TrunkNetwork:
+        parts = fusion.split_at_first_mask(self.model, images[:2])
+        network = fusion.TrunkNetwork(*parts, compiled=False)
+        self._check_fused(network, images)
+        if self.fuse == "compile" or images.device.type == "cuda":
+            return fusion.TrunkNetwork(*parts, compiled=True)
+        return network
+
+    def _check_fused(self, network: fusion.FusedNetwork, images: Tensor) -> None:
         fusion.check_plan(
             network,
             lambda few, rows: self._unfused(few, select(rows)),
             images,
             self.num_classes,
-            len(self.masked_layers),
         )
 
     def __deepcopy__(self, memo: dict) -> WFNet:

@@ -10,92 +10,68 @@ tables are inputs of the graph: new labels never recompile.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TorchDynamoException
 
 from wfnet import gates
 from wfnet.backends import ConvGeometry
 from wfnet.backends.eager import conv2d_input_gradient
-from wfnet.fusion.execution import FusedNetwork, Run, max_pool_window
+from wfnet.fusion.execution import PlanNetwork, TableRun, max_pool_window
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
+from wfnet.fusion.running import CompiledGraph, Run, write_sums
 from wfnet.operators import memory_format_of
 
-logger = logging.getLogger("wfnet")
 
+class CompiledNetwork(PlanNetwork):
+    """A :class:`PlanNetwork` of the eager backend whose plan is compiled, anew for every size.
 
-# Batches of so many kinds have a compiled graph of their own (the compiler's own limit).
-_MOST_GRAPHS = 8
-
-
-class CompiledNetwork(FusedNetwork):
-    """A :class:`FusedNetwork` of the eager backend whose plan is compiled, anew for every size.
-
-    Further sizes of a batch run the plan as it is. So does everything if compiling fails (without
-    a C++ compiler, say), with a line in the log.
+    Further sizes of a batch run the plan as it is; so does everything if compiling fails.
     """
 
-    def __init__(self, network: FusedNetwork):
+    def __init__(self, network: PlanNetwork):
         super().__init__(network.plan, network.backend)
-        graph = graph_of(self.plan, self.convs)
-        self._graph = torch.compile(graph, fullgraph=True, dynamic=False)
-        self._kinds: set[tuple] = set()
-        self._compiles = True
+        self.graph = CompiledGraph(graph_of(self.plan, self.convs))
 
     def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
-        autocast = torch.is_autocast_enabled(images.device.type)
-        kind = (images.shape, images.dtype, autocast, rows.shape[0], source is None, save)
-        if self._compiles and (kind in self._kinds or len(self._kinds) < _MOST_GRAPHS):
-            self._kinds.add(kind)
+        if self.graph.takes(images, rows.shape[0], source is None, save):
             return CompiledRun(self, images, rows, source, save)
         return super().start(images, rows, source, save)
-
-    def run_graph(self, *inputs: object) -> Tensor:
-        """Logits from the inputs of :func:`graph_of`."""
-        try:
-            return self._graph(*inputs)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())
-            logger.warning("the fused network runs uncompiled: compiling failed (%s)", reason)
-            self._compiles = False
-            return graph_of(self.plan, self.convs)(*inputs)
 
     def describe(self) -> str:
         return f"{super().describe()}; compiled"
 
 
-class CompiledRun(Run):
+class CompiledRun(TableRun):
     """Tables before and filter gradients after the compiled graphs."""
 
     network: CompiledNetwork
 
     def forward(self) -> Tensor:
         network, tables = self.network, self.tables
-        weights = [network.weight(step, self.dtype) for step in network.convs]
+        weights = [network.weight(step.layer, self.dtype) for step in network.convs]
         with torch.enable_grad():
             self.scales = [scale.detach().requires_grad_(self.save) for scale in tables.scales]
             self.shifts = [
                 shift.detach().requires_grad_(self.save and step.layer.bias is not None)
                 for shift, step in zip(tables.shifts, network.convs, strict=True)
             ]
-            logits = network.run_graph(self.images, self.source, weights, self.scales, self.shifts)
+            inputs = (self.images, self.source, weights, self.scales, self.shifts)
+            logits = network.graph(*inputs)
+            if logits is None:  # the graph as it is: the tables are those of this run already
+                logits = graph_of(network.plan, network.convs)(*inputs)
         self.logits = logits
         return logits.detach()
 
     def propagate(self, dout: Tensor) -> None:
         learned = [shift for shift in self.shifts if shift.requires_grad]
-        found = torch.autograd.grad(self.logits, [*self.scales, *learned], dout)
-        of_scales, of_shifts = found[: len(self.scales)], found[len(self.scales) :]
-        torch._foreach_copy_(self.tables.t1, of_scales)
-        torch._foreach_mul_(self.tables.t1, self.tables.scales)  # by the log of the scale
-        t0 = [sums for sums in self.tables.t0 if sums is not None]
-        if t0:
-            torch._foreach_copy_(t0, of_shifts)
+        found = list(torch.autograd.grad(self.logits, [*self.scales, *learned], dout))
+        of_scales, of_learned = found[: len(self.scales)], iter(found[len(self.scales) :])
+        of_shifts = [next(of_learned) if s.requires_grad else None for s in self.shifts]
         del self.logits, self.scales, self.shifts
+        write_sums(self.tables, of_scales, of_shifts)
 
 
 # -- the plan as a graph ---------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -15,13 +14,14 @@ from wfnet import backends, gates
 from wfnet.backends import Backend, Below, Finished
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
 from wfnet.fusion.rewriting import is_hooked
+from wfnet.fusion.running import FusedNetwork, Run, filters_of, state_of
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GatedLayer, GateTables, StepTables
 
 
-class FusedNetwork:
-    """Executes a :class:`Plan`; the filters of all layers become tables at once.
+class PlanNetwork(FusedNetwork):
+    """Executes a :class:`Plan`; the filters of all its convolutions become tables at once.
 
     Args:
         plan: from :func:`make_plan`.
@@ -29,72 +29,32 @@ class FusedNetwork:
     """
 
     def __init__(self, plan: Plan, backend: Backend):
+        super().__init__()
         self.plan = plan
         self.backend = backend
         # In the order of the network's modules, as `WFNet.filter_parameters`.
         self.convs = sorted(plan.convolutions, key=lambda step: step.index)
         self._tables: tuple[object, GateTables] | None = None
-        self._weights: dict[tuple[int, torch.dtype], tuple[object, Tensor]] = {}
 
-    def filters(self) -> list[Tensor]:
-        """Filter matrices, layer by layer, weight before bias: the order of the gradients."""
-        return [matrix for layer in self.plan.layers for matrix in filters_of(layer)]
-
-    def __call__(self, images: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
-        """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
-
-        Gradients reach the filters only; double backward raises.
-        """
-        filters = self.filters()
-        if torch.is_grad_enabled() and any(f.requires_grad for f in filters):
-            return _FusedFunction.apply(self, images, rows, source, *filters)
-        return self.start(images, rows, source, save=False).forward()
+    @property
+    def layers(self) -> tuple[MaskedLayer, ...]:
+        return tuple(self.plan.layers)
 
     def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
-        """One pass over a batch, arguments as in :meth:`__call__`.
-
-        Args:
-            save: keep what :meth:`Run.backward` needs.
-        """
         return PlanRun(self, images, rows, source, save)
 
     def describe(self) -> str:
-        """One line for the log."""
         return self.plan.describe()
 
     def tables(self) -> GateTables:
         """Tables over the present filters and frozen constants; made anew when these change."""
-        key = tuple(
-            (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype)
-            for step in self.convs
-            for t in _constants_of(step)
-        ) + tuple(f.data_ptr() for step in self.convs for f in filters_of(step.layer))
+        constants = [t for step in self.convs for t in _constants_of(step)]
+        filters = [f for step in self.convs for f in filters_of(step.layer)]
+        key = (*map(state_of, constants), *(f.data_ptr() for f in filters))
         if self._tables is None or self._tables[0] != key:
             layers = [_gated(step) for step in self.convs]
             self._tables = (key, self.backend.gate_tables(layers))
         return self._tables[1]
-
-    def weight(self, step: ConvStep, dtype: torch.dtype) -> Tensor:
-        """The frozen weight in ``dtype``, converted once."""
-        weight = step.layer.weight
-        if weight.dtype == dtype:
-            return weight
-        version = 0 if weight.is_inference() else weight._version
-        key = (weight.data_ptr(), version, weight.device)
-        cached = self._weights.get((step.index, dtype))
-        if cached is None or cached[0] != key:
-            cached = (key, weight.detach().to(dtype))
-            self._weights[step.index, dtype] = cached
-        return cached[1]
-
-
-def filters_of(layer: MaskedLayer) -> list[Tensor]:
-    """Filter matrices of one layer, weight before bias."""
-    return [
-        parameter
-        for name, parameter in layer._parameters.items()
-        if name.startswith("alpha_") and parameter is not None
-    ]
 
 
 def _constants_of(step: ConvStep) -> Iterable[Tensor]:
@@ -198,66 +158,21 @@ def max_pool_window(step: CallStep) -> tuple | None:
     )
 
 
-class Run(ABC):
-    """One forward pass of a fused network, and the backward pass that belongs to it.
+class TableRun(Run):
+    """A run of a plan: tables before, filter gradients from their column sums after.
 
     Attributes:
         tables: of the batch, with room for the column sums that :meth:`propagate` writes.
-        dtype: of the convolutions: that of the images, or of autocast.
     """
 
-    def __init__(
-        self,
-        network: FusedNetwork,
-        images: Tensor,
-        rows: Tensor,
-        source: Tensor | None,
-        save: bool,
-    ):
-        self.network = network
-        self.images = images
-        self.rows = rows
-        self.source = source
-        self.save = save
+    network: PlanNetwork
+
+    def __init__(self, network: PlanNetwork, *batch: object):
+        super().__init__(network, *batch)
+        self.tables: StepTables = network.tables()(self.rows, self.save)
         self.of_calls: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
-        self.tables: StepTables = network.tables()(rows, save)
-        device = images.device.type
-        autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64
-        self.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
-        self._freed = not save
 
-    @abstractmethod
-    def forward(self) -> Tensor:
-        """Logits ``[B, K]``, detached."""
-
-    @abstractmethod
-    def propagate(self, dout: Tensor) -> None:
-        """Writes the column sums of every layer and frees what forward kept.
-
-        Args:
-            dout: ``[B, K]``, gradient of the logits.
-        """
-
-    def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
-        """Gradients of the filters, in the order of :meth:`FusedNetwork.filters`.
-
-        Args:
-            dout: ``[B, K]``, gradient of the logits.
-            into: ``[K, total]``, written instead of fresh memory (:meth:`StepTables.gradients`).
-
-        Raises:
-            RuntimeError: the second time.
-        """
-        if self._freed:
-            raise RuntimeError(
-                "backward through a fused network a second time; its branches are freed by the "
-                "first (retain_graph is not supported with fuse=True)"
-            )
-        self._freed = True
-        self.propagate(dout)
-        return self._gradients(into)
-
-    def _gradients(self, into: Tensor | None) -> list[Tensor]:
+    def gradients(self, into: Tensor | None) -> list[Tensor]:
         """Of the tables; of calls too, where layers run by themselves; summed for one run twice."""
         network = self.network
         folded = [matrix for step in network.convs for matrix in filters_of(step.layer)]
@@ -280,11 +195,11 @@ class Run(ABC):
         self.of_calls[matrix] = gradient if known is None else known + gradient
 
 
-class PlanRun(Run):
+class PlanRun(TableRun):
     """Runs the steps of a plan one by one, through the methods of a backend."""
 
-    def __init__(self, network: FusedNetwork, *arguments: object):
-        super().__init__(network, *arguments)
+    def __init__(self, network: PlanNetwork, *batch: object):
+        super().__init__(network, *batch)
         self.values: dict[fx.Node, object] = {}
         self.kept: dict[ConvStep | CallStep, object] = {}
         self.ticket = torch.zeros((), requires_grad=True) if self.save else None
@@ -324,7 +239,7 @@ class PlanRun(Run):
         residual = None if step.residual is None else self._expanded(step.residual)
         out, branch, mask = self.network.backend.fused_conv2d(
             self._cast(x),
-            self.network.weight(step, self.dtype),
+            self.network.weight(step.layer, self.dtype),
             self.tables.scales[step.index],
             self.tables.shifts[step.index],
             self._cast(residual),
@@ -396,7 +311,7 @@ class PlanRun(Run):
 
     def propagate(self, dout: Tensor) -> None:
         plan = self.network.plan
-        self.gradients: dict[fx.Node, Tensor] = {plan.result: dout}
+        self.of_values: dict[fx.Node, Tensor] = {plan.result: dout}
         self.owned: set[fx.Node] = set()  # whose gradient is ours to overwrite
         self.scaled: dict[ConvStep, Tensor | None] = {}  # of layers that are finished
         for step in reversed(plan.steps):
@@ -407,18 +322,18 @@ class PlanRun(Run):
         self.kept.clear()
 
     def _add(self, node: fx.Node, gradient: Tensor, own: bool) -> None:
-        if node not in self.gradients:
-            self.gradients[node] = gradient
+        if node not in self.of_values:
+            self.of_values[node] = gradient
             self.owned.update([node] if own else [])
         elif node in self.owned:
-            self.gradients[node].add_(gradient)
+            self.of_values[node].add_(gradient)
         else:
-            self.gradients[node] = self.gradients[node] + gradient
+            self.of_values[node] = self.of_values[node] + gradient
             self.owned.add(node)
 
     def _call_backward(self, step: CallStep) -> None:
         kept = self.kept.pop(step, None)
-        gradient = self.gradients.pop(step.output, None)
+        gradient = self.of_values.pop(step.output, None)
         self.owned.discard(step.output)
         if kept is None or gradient is None:
             return
@@ -443,16 +358,16 @@ class PlanRun(Run):
 
     def _add_part(self, step: CallStep, whole: _Part, gradient: Tensor) -> None:
         (node,) = step.reads
-        if node not in self.gradients:
-            self.gradients[node] = gradient.new_empty_strided(whole.shape, whole.strides).zero_()
+        if node not in self.of_values:
+            self.of_values[node] = gradient.new_empty_strided(whole.shape, whole.strides).zero_()
         elif node not in self.owned:
-            self.gradients[node] = self.gradients[node].clone()
+            self.of_values[node] = self.of_values[node].clone()
         self.owned.add(node)
-        self._run(step, self.gradients.__getitem__).add_(gradient)
+        self._run(step, self.of_values.__getitem__).add_(gradient)
 
     def _convolve_backward(self, step: ConvStep) -> None:
         if step not in self.scaled:  # no link above finished it
-            dout = self.gradients.pop(step.output, None)
+            dout = self.of_values.pop(step.output, None)
             if dout is None:
                 self.kept.pop(step)
                 return
@@ -467,11 +382,11 @@ class PlanRun(Run):
         kept = self.kept.pop(step)
         if step.at_source:
             return
-        skip = self.gradients.pop(step.input, None)
+        skip = self.of_values.pop(step.input, None)
         self.owned.discard(step.input)
         finished = self.network.backend.conv2d_dgrad(
             scaled,
-            self.network.weight(step, self.dtype),
+            self.network.weight(step.layer, self.dtype),
             kept.input_shape,
             step.geometry,
             self._cast(skip),
@@ -509,36 +424,18 @@ class PlanRun(Run):
                 self.kept[done].branch = self.kept[done].mask = None
 
 
-class _FusedFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, network, images, rows, source, *filters):
-        ctx.run = network.start(images, rows, source)
-        ctx.save_for_backward(*filters)  # autograd notices filters that change before backward
-        return ctx.run.forward()
-
-    @staticmethod
-    def backward(ctx, dout):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "double backward through a fused network is not supported; use fuse=False and "
-                "backend='reference', which is plain PyTorch"
-            )
-        _ = ctx.saved_tensors
-        return None, None, None, None, *ctx.run.backward(dout)
-
-
 def check_plan(
-    network: Callable[[Tensor, Tensor, Tensor], Tensor],
+    network: FusedNetwork,
     unfused: Callable[[Tensor, Tensor], Tensor],
     images: Tensor,
     classes: int,
-    layers: int,
 ) -> None:
     """Compares the fused with the unfused network on a few images under mixed rows.
 
+    The backward pass is run too, with nothing to compare its values with.
+
     Args:
         classes: rows of the filters.
-        layers: masked layers; more of them may differ by more roundings.
 
     Raises:
         NotFusable: if they differ by more than rounding.
@@ -549,9 +446,8 @@ def check_plan(
         rows = torch.tensor([[0], [classes - 1], [-1]], device=images.device)
         try:
             fused = network(few, rows, source)
-            if isinstance(network, FusedNetwork):
-                run = network.start(few, rows, source)
-                run.backward(torch.ones_like(run.forward()))
+            run = network.start(few, rows, source)
+            run.backward(torch.ones_like(run.forward()))
         except NotFusable:
             raise
         except Exception as error:
@@ -563,7 +459,7 @@ def check_plan(
     if fused.is_cuda and fused.dtype is torch.float32:  # products may be in TF32
         eps = 2.0**-10
     # In fp32, Inception's 94 layers round by 74 of these units; a wrong plan is off by about 1.
-    limit = min(256 * eps * layers**0.5, 0.1)
+    limit = min(256 * eps * len(network.layers) ** 0.5, 0.1)
     if not error <= limit:
         raise NotFusable(f"fused and unfused outputs differ by {error:.1e} (limit {limit:.1e})")
 

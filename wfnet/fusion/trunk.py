@@ -18,14 +18,12 @@ table (:mod:`wfnet.tables`). :class:`TrunkRun` runs it in one of three ways:
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
@@ -33,17 +31,13 @@ from wfnet import backends, functional, gates
 from wfnet.backends import Backend
 from wfnet.fusion.cut import MaskedCall, Part
 from wfnet.fusion.plan import NotFusable
+from wfnet.fusion.running import CompiledGraph, FusedNetwork, Run, state_of, write_sums
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GatedLayer, GateTables, StepTables
 
-logger = logging.getLogger("wfnet")
 
-# Batches of so many kinds have a compiled graph of their own (the compiler's own limit).
-_MOST_GRAPHS = 8
-
-
-class TrunkNetwork:
+class TrunkNetwork(FusedNetwork):
     """Runs a network in two parts: ``prefix`` per source image, ``rest`` per sample.
 
     Args:
@@ -63,18 +57,26 @@ class TrunkNetwork:
         names = [backends.requested(layer.backend) for layer in layers]
         if "reference" in names:
             raise NotFusable("the reference backend is never fused")
+        super().__init__()
         self.prefix = prefix
         self.rest = rest
-        self.layers = tuple(layers)
-        self.compiled = compiled
+        self._layers = tuple(layers)
         self.compiles_tables = set(names) <= {"auto", "eager"}
         self._backend = backends.get(names[0] if {*names} == {names[0]} != {"auto"} else "eager")
         self._tables: tuple[object, GateTables] | None = None
-        self._weights: dict[tuple[int, torch.dtype], tuple[object, Tensor]] = {}
-        self._kinds: set[tuple] = set()
+        self.graph: CompiledGraph | None = None
         if compiled:
             traced = self._of_tables if self.compiles_tables else self._of_rows
-            self.run = torch.compile(_own_code(traced), fullgraph=True, dynamic=False)
+            self.graph = CompiledGraph(_own_code(traced))
+
+    @property
+    def layers(self) -> tuple[MaskedLayer, ...]:
+        return self._layers
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the rest is compiled; not any more once compiling has failed."""
+        return self.graph is not None and self.graph.works
 
     def _of_tables(
         self,
@@ -97,51 +99,18 @@ class TrunkNetwork:
         with torch.no_grad():
             return self.prefix(images)
 
-    def filters(self) -> list[Tensor]:
-        """Filter matrices, layer by layer, weight before bias: the order of the gradients."""
-        return [
-            matrix
-            for layer in self.layers
-            for matrix in (layer.alpha_weight, layer.alpha_bias)
-            if matrix is not None
-        ]
-
     def start(
         self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True
     ) -> TrunkRun:
-        """A forward pass that may be followed by its backward pass if ``save``."""
-        device = images.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        kind = (images.shape, images.dtype, autocast, rows.shape, source is None, save)
-        compiled = self.compiled and (kind in self._kinds or len(self._kinds) < _MOST_GRAPHS)
-        if compiled:
-            self._kinds.add(kind)
+        compiled = self.graph is not None and self.graph.takes(
+            images, rows.shape, source is None, save
+        )
         return TrunkRun(self, images, rows, source, save, compiled)
-
-    def run_compiled(self, *inputs: object) -> Tensor | None:
-        """Logits from the compiled graph; None if it cannot be compiled, from then on."""
-        try:
-            return self.run(*inputs)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())
-            logger.warning("the fused network runs uncompiled: compiling failed (%s)", reason)
-            self.compiled = False
-            return None
-
-    def __call__(self, images: Tensor, rows: Tensor, source: Tensor | None) -> Tensor:
-        """Logits ``[B, K]``; images ``[N, C, H, W]``, labels ``[B, J]``, ``source`` ``[B]``.
-
-        Gradients reach the filters only; double backward raises.
-        """
-        filters = self.filters()
-        if torch.is_grad_enabled() and any(f.requires_grad for f in filters):
-            return _TrunkFunction.apply(self, images, rows, source, *filters)
-        return self.start(images, rows, source, save=False).forward()
 
     def tables(self) -> GateTables:
         """Tables over the present filters and biases; made anew when these change."""
         biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        key = (*map(_state_of, biases), *(f.data_ptr() for f in self.filters()))
+        key = (*map(state_of, biases), *(f.data_ptr() for f in self.filters()))
         if self._tables is None or self._tables[0] != key:
             layers = [
                 GatedLayer(m.alpha_weight, m.alpha_bias, m.bias, gate_scale=m.gate_scale)
@@ -150,20 +119,7 @@ class TrunkNetwork:
             self._tables = (key, self._backend.gate_tables(layers))
         return self._tables[1]
 
-    def weight(self, index: int, dtype: torch.dtype) -> Tensor:
-        """The frozen weight of a layer in ``dtype``, converted once."""
-        weight = self.layers[index].weight
-        if weight.dtype == dtype:
-            return weight
-        key = _state_of(weight)
-        cached = self._weights.get((index, dtype))
-        if cached is None or cached[0] != key:
-            cached = (key, weight.detach().to(dtype))
-            self._weights[index, dtype] = cached
-        return cached[1]
-
     def describe(self) -> str:
-        """One line for the log: what runs how."""
         once = sum(node.op not in ("placeholder", "output") for node in self.prefix.graph.nodes)
         how = "compiled" if self.compiled else "as it is"
         return f"{once} operations before the first mask run once per image, the rest runs {how}"
@@ -176,18 +132,14 @@ def _own_code(method: MethodType) -> MethodType:
     return MethodType(own, method.__self__)
 
 
-def _state_of(t: Tensor) -> tuple[object, ...]:
-    return (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
-
-
-class TrunkRun:
-    """One forward pass of a :class:`TrunkNetwork`, and the backward pass that belongs to it.
+class TrunkRun(Run):
+    """A run of a :class:`TrunkNetwork`.
 
     Args:
-        images, rows, source: as in :meth:`TrunkNetwork.__call__`.
-        save: keep what :meth:`backward` needs.
         compiled: run the compiled graph.
     """
+
+    network: TrunkNetwork
 
     def __init__(
         self,
@@ -198,17 +150,12 @@ class TrunkRun:
         save: bool,
         compiled: bool,
     ):
-        self.network = network
-        self.images = images
-        self.rows = rows
-        self.source = source
-        self.save = save
+        super().__init__(network, images, rows, source, save)
         self.compiled = compiled
         self.tables: StepTables | None = None
         self.logits: Tensor | None = None  # with the graph of the rest
 
     def forward(self) -> Tensor:
-        """Logits ``[B, K]``, without a graph."""
         network = self.network
         with torch.set_grad_enabled(self.save):
             logits = None
@@ -216,7 +163,7 @@ class TrunkRun:
                 logits = self._compiled_of_tables()
             elif self.compiled:
                 self.inputs = [f for f in network.filters() if f.requires_grad]
-                logits = network.run_compiled(self.images, self.source, self.rows)
+                logits = network.graph(self.images, self.source, self.rows)
             if logits is None:
                 self.compiled = False
                 logits = self._recorded()
@@ -231,7 +178,7 @@ class TrunkRun:
             scales = [scale.detach().requires_grad_() for scale in scales]
             shifts = [shift.detach().requires_grad_() for shift in shifts]
         self.inputs = [*scales, *shifts]
-        return self.network.run_compiled(self.images, self.source, scales, shifts)
+        return self.network.graph(self.images, self.source, scales, shifts)
 
     def _recorded(self) -> Tensor:
         network, sizes = self.network, (self.images.shape[0], self.rows.shape[0])
@@ -240,35 +187,19 @@ class TrunkRun:
         self.inputs = [run.anchor]
         return network.rest(run, *network.crossing(self.images))
 
-    def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
-        """Gradients of the filters, in the order of :meth:`TrunkNetwork.filters`.
-
-        Args:
-            dout: ``[B, K]``, gradient of the logits.
-            into: ``[K, total]``, written instead of fresh memory (:meth:`StepTables.gradients`).
-        """
-        if self.logits is None:
-            raise RuntimeError(
-                "backward through a fused network a second time; its branches are freed by the "
-                "first (retain_graph is not supported with fuse=True)"
-            )
+    def propagate(self, dout: Tensor) -> None:
         logits, self.logits = self.logits, None
         found = torch.autograd.grad(logits, self.inputs, dout.to(logits.dtype), allow_unused=True)
         if self.tables is None:
-            return self._of_operators(found, into)
-        if self.compiled:
-            self._write_sums(found)
-        return self.tables.gradients(into)
+            self.found = found
+        elif self.compiled:
+            count = len(self.network.layers)
+            write_sums(self.tables, found[:count], found[count:])
 
-    def _write_sums(self, found: Sequence[Tensor | None]) -> None:
-        """Column sums of the gradients of all scales and shifts: ``t1`` is by the log of a gate."""
-        tables, count = self.tables, len(self.network.layers)
-        for t1, scale, dscale in zip(tables.t1, tables.scales, found[:count], strict=True):
-            if dscale is not None:
-                torch.mul(dscale, scale, out=t1)
-        for t0, dshift in zip(tables.t0, found[count:], strict=True):
-            if t0 is not None and dshift is not None:
-                t0.copy_(dshift)
+    def gradients(self, into: Tensor | None) -> list[Tensor]:
+        if self.tables is not None:
+            return self.tables.gradients(into)
+        return self._of_operators(self.found, into)
 
     def _of_operators(self, found: Sequence[Tensor | None], into: Tensor | None) -> list[Tensor]:
         of_filter = dict(zip(map(id, self.inputs), found, strict=True))
@@ -281,24 +212,6 @@ class TrunkRun:
         columns = into.split([gradient.shape[1] for gradient in gradients], 1)
         torch._foreach_copy_(columns, gradients)
         return list(columns)
-
-
-class _TrunkFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, network, images, rows, source, *filters):
-        ctx.run = network.start(images, rows, source)
-        ctx.save_for_backward(*filters)  # autograd notices filters that change before backward
-        return ctx.run.forward()
-
-    @staticmethod
-    def backward(ctx, dout):
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "double backward through a fused network is not supported; use fuse=False and "
-                "backend='reference', which is plain PyTorch"
-            )
-        _ = ctx.saved_tensors
-        return None, None, None, None, *ctx.run.backward(dout)
 
 
 # -- what the graph of the rest asks of a run ------------------------------------------------------
@@ -446,7 +359,7 @@ class _Recorded(Samples):
         if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         tokens = self.tokens(x, images).contiguous()
-        layer, weight = self.layers[call.index], self.network.weight(call.index, x.dtype)
+        layer, weight = self.layers[call.index], self.weight(call.index, x.dtype)
         backend = functional.linear_backend(layer.backend, tokens, weight, self.batch)
         shape = self.shape_of(weight.shape[0], x, images)
         if not self.save:
@@ -469,8 +382,12 @@ class _Recorded(Samples):
             # Kernels read both with one stride, which tables of the eager backend do not share.
             if not _keeps_u(backend) and shift.stride() != scale.stride():
                 scale, shift = scale.contiguous(), shift.contiguous()
-        weight = self.network.weight(index, tokens.dtype)
+        weight = self.weight(index, tokens.dtype)
         return backend.linear(tokens, weight, scale, shift, source, save)
+
+    def weight(self, index: int, dtype: torch.dtype) -> Tensor:
+        """The frozen weight of a layer in ``dtype``."""
+        return self.network.weight(self.layers[index], dtype)
 
     # -- results that are computed again --------------------------------------------------------
 
@@ -555,7 +472,7 @@ def _by_backend(ctx, branch: Tensor, gradients: Sequence[Tensor]) -> Tensor | No
             part.copy_(gradient)
     t1, t0 = layers.tables.t1[kept.index], layers.tables.t0[kept.index]
     dx, sums1, sums0 = kept.backend.linear_backward(
-        dout, branch, layers.network.weight(kept.index, dout.dtype),
+        dout, branch, layers.weight(kept.index, dout.dtype),
         layers.tables.scales[kept.index], kept.source, tuple(ctx.input_shape),
         ctx.needs_input_grad[0], True, t0 is not None,
     )  # fmt: skip
@@ -583,4 +500,4 @@ def _by_parts(ctx, u: Tensor, gradients: Sequence[Tensor], parts: Sequence[Part]
         return None
     for part, g in zip(parts, gradients, strict=True):
         torch.mul(g, part.of_table(scale), out=part.of(product))
-    return product @ ctx.layers.network.weight(kept.index, product.dtype)
+    return product @ ctx.layers.weight(kept.index, product.dtype)
