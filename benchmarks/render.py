@@ -39,6 +39,7 @@ STEP_COLUMNS = {
     "loop": "`loop`", "grouped": "`grouped`", "vmap": "`vmap`", "eager": "`eager`",
     "compile": "`compile`", "unmasked": "`unmasked`", "unmasked_compiled": "`unmasked` compiled",
     "wfnet/eager/unfused": "wfnet, unfused", "wfnet/eager/fused": "**wfnet, fused**",
+    "wfnet/eager/compiled": "**wfnet, fused and compiled**",
     "wfnet/triton/captured": "**wfnet, Triton, captured**",
     "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
 }  # fmt: skip
@@ -341,12 +342,14 @@ def draw(path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = ("compile", "unmasked", "wfnet/eager/fused", "wfnet/triton/captured",
-             "wfnet/cuda/captured")  # fmt: skip
     names = {"compile": "compiled eager masks", "unmasked": "without masks",
-             "wfnet/eager/fused": "wfnet, fused", "wfnet/triton/captured": "wfnet, Triton",
+             "wfnet/eager/fused": "wfnet, fused",
+             "wfnet/eager/compiled": "wfnet, fused and compiled",
+             "wfnet/triton/captured": "wfnet, Triton",
              "wfnet/cuda/captured": "wfnet, CUDA"}  # fmt: skip
-    colours = dict(zip(shown, ("#888888", "#bbbbbb", "#d55e00", "#0072b2", "#009e73"), strict=True))
+    shown = tuple(names)
+    palette = ("#888888", "#bbbbbb", "#d55e00", "#e69f00", "#0072b2", "#009e73")
+    colours = dict(zip(shown, palette, strict=True))
     groups = [
         (
             f"{name}, {content['settings']['image_size']} px\n"
