@@ -22,7 +22,7 @@ the same weights, filters, images, labels, objective, dtype and layout for all:
 
 Everything runs in one process, interleaved; medians with the least and the largest value, peak
 memory that a step adds, expanded samples per second, and the share of the floor (floors.py, with
-this device's measured matrix product and copy). A column that is impossible says why. Writes JSON
+this device's measured products and copy). A column that is impossible says why. Writes JSON
 (raw timings, versions, commit, command) and a picture.
 """
 
