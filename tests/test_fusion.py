@@ -227,6 +227,17 @@ def test_evaluation_runs_fused_once_per_source():
     assert fused._fusion[1] is not None
 
 
+@pytest.mark.parametrize("make", [Toy, lambda: timm.create_model(
+    "vit_tiny_patch16_224", num_classes=CLASSES, img_size=32, embed_dim=12, depth=1
+)], ids=["plan", "trunk"])  # fmt: skip
+def test_a_network_made_in_inference_mode_runs_fused(make):
+    with torch.inference_mode():
+        net, fused = pair_of(make())
+        images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+        torch.testing.assert_close(fused(images, 1), net(images, 1), rtol=1e-11, atol=1e-12)
+    assert fused._fusion[1] is not None
+
+
 def test_prefix_and_stem_run_once_per_source_image():
     seen = []
 
