@@ -62,6 +62,8 @@ def predictions(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
 
     def run(fuse: bool) -> Tensor:
         net.fuse = fuse
+        if fuse and net.fused_network(images[:2]) is None:
+            raise SystemExit("the network runs unfused; the line above says why")
         return in_batches(filtered)
 
     def baked() -> Tensor:
