@@ -295,11 +295,11 @@ class _Demo:
 
     def untrain(self, base: nn.Module, data: Splits) -> WFNet:
         options = self.options
-        changes: dict[str, Any] = {"seed": options.seed, "fuse": _fuses(options.model)}
+        changes: dict[str, Any] = {"seed": options.seed}
         if options.steps is not None:
             changes["steps"] = options.steps
         config = UntrainConfig.recipe(options.recipe, CLASSES, **changes)
-        net = wrap(base, CLASSES, options.recipe, fuse=_fuses(options.model))
+        net = wrap(base, CLASSES, options.recipe, fuse=True)
 
         def work(resume: bool) -> dict[str, Any]:
             if not resume:
@@ -326,7 +326,7 @@ class _Demo:
         done = self.stage(2, title, "untrain", chosen, files, work)
         if done is None:
             net = WFNet.from_pretrained(self.folder, base)
-            net.fuse = _fuses(options.model)
+            net.fuse = True
         report = self.stages["untrain"].result
         text = (
             f"{report['steps']} steps; on {len(data.validation)} validation images Acc_r "
@@ -431,11 +431,6 @@ class _Demo:
             f"logits = net(images, forget={self.options.forget})"
             "    # images [N, 1, 32, 32]; one label, or one for each"
         )
-
-
-def _fuses(model: str) -> bool:
-    """Whether the fused plan is asked for: it is made of convolutions, which the ViT has not."""
-    return model != "vit"
 
 
 def _first_difference(before: dict[str, Any], now: dict[str, Any]) -> tuple[str, str]:
