@@ -340,7 +340,8 @@ def test_list_and_bad_arguments(tmp_path, capsys):
 
 def test_make_device_passes_its_arguments():
     shown = subprocess.run(
-        ["make", "-n", "device", "OUT=there", "BUDGET=60", "ARGS=--stages eval"],
+        ["make", "-n", "--no-print-directory", "device", "OUT=there", "BUDGET=60",
+         "ARGS=--stages eval"],
         cwd=ROOT, capture_output=True, text=True, check=True, env={**os.environ, "MAKEFLAGS": ""},
     ).stdout  # fmt: skip
     words = shlex.split(shown.splitlines()[-1])
