@@ -317,7 +317,11 @@ def compile_case(case: Case, device: Device) -> Report:
     compiled = triton.compile(
         source_of(launch),
         target=GPUTarget("cuda", device.arch, 32),
-        options={"num_warps": launch.warps, "num_stages": launch.stages},
+        options={
+            "num_warps": launch.warps,
+            "num_stages": launch.stages,
+            "enable_fp_fusion": True,
+        },
     )
     registers, stack = _resources(compiled.asm["cubin"])
     instruction = _tensor_core_instruction(compiled.asm["ptx"])

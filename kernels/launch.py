@@ -35,7 +35,12 @@ class Launch:
             self._launch()
 
     def _launch(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.warps, num_stages=self.stages)
+        self.kernel[self.grid](
+            **self.arguments,
+            num_warps=self.warps,
+            num_stages=self.stages,
+            enable_fp_fusion=True,  # Triton's default until 3.9
+        )
 
 
 def _device_of(arguments: dict[str, Any]) -> torch.device:
