@@ -1,13 +1,12 @@
 """``fuse="compile"``: the plan as one compiled graph, against the unfused network."""
 
-import copy
 import functools
 import logging
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_fusion import CLASSES, NETWORKS, Toy, pair_of, randomised
+from test_fusion import CLASSES, NETWORKS, Toy, bfloat16_errors, pair_of, randomised
 from torch import nn
 
 import wfnet
@@ -179,27 +178,9 @@ def test_frees_what_it_kept_and_says_so():
 @pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
 def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate: float):
     torch.manual_seed(0)  # at the smallest gates the ratio of two draws is between 0.3 and 4
-    net, _ = pair_of(Toy())
-    alpha = torch.logit(torch.tensor(gate * torch.sigmoid(torch.tensor(3.0)).item())).item()
-    for parameter in net.filter_parameters():
-        parameter.data.normal_(alpha, 0.1)
-    images, labels = torch.randn(64, 3, 16, 16, dtype=torch.float64), torch.arange(64) % CLASSES
-    weights = torch.randn(64, CLASSES, dtype=torch.float64)
-
-    def gradients(network: wfnet.WFNet, dtype: torch.dtype) -> torch.Tensor:
-        network = network.to(torch.float32 if dtype is torch.bfloat16 else dtype)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
-            out = network(images.to(network.filter_parameters()[0].dtype), labels)
-        (out.double() * weights).sum().backward()
-        return torch.cat([p.grad.double().flatten() for p in network.filter_parameters()])
-
-    compiled = copy.deepcopy(net)
-    compiled.fuse = "compile"
-    exact = gradients(copy.deepcopy(net), torch.float64)
-    found = gradients(compiled, torch.bfloat16)
-    unfused = gradients(copy.deepcopy(net), torch.bfloat16)
+    compiled, error, unfused = bfloat16_errors(gate, fuse="compile")
     assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
-    assert (found - exact).norm() <= 2 * (unfused - exact).norm()
+    assert error <= 2 * unfused
 
 
 def test_forget_none_is_bitwise_the_original():

@@ -261,13 +261,18 @@ def _resolve_geometry(x, weight, stride, padding, dilation, groups) -> tuple[Ten
     elif padding == "same":
         if stride != (1, 1):
             raise ValueError(f"padding='same' needs stride 1; got {stride}")
-        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        total = same_padding(weight.shape[2:], dilation)
         if any(t % 2 for t in total):
             x = F.pad(x, [0, total[1] % 2, 0, total[0] % 2])
         padding = [t // 2 for t in total]
     elif isinstance(padding, str):
         raise ValueError(f"padding must be numbers, 'same' or 'valid'; got {padding!r}")
     return x, ConvGeometry(stride, _pair(padding, "padding"), dilation, groups)
+
+
+def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """Rows and columns that padding='same' adds, both sides together."""
+    return [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
 
 
 def _gather(x: Tensor, source: Tensor | None) -> Tensor:

@@ -54,6 +54,14 @@ class MaskedLayer(nn.Module):
     layer_name: str | None = None
     _base_type: type[nn.Module]
 
+    def named_filters(self) -> dict[str, nn.Parameter]:
+        """Filter matrices by name, weight before bias."""
+        return {
+            name: parameter
+            for name, parameter in self._parameters.items()
+            if name.startswith("alpha_") and parameter is not None
+        }
+
     def _add_filters(
         self,
         num_classes: int,

@@ -121,7 +121,7 @@ class WFNet(nn.Module):
             if isinstance(layer, MaskedLayer):
                 layer.layer_name = name
                 self.masked_layers[name] = layer
-                for parameter in self._filters_of(layer).values():
+                for parameter in layer.named_filters().values():
                     parameter.requires_grad_(True)
                 if layer.num_classes != num_classes:
                     raise ValueError(
@@ -304,20 +304,12 @@ class WFNet(nn.Module):
 
     # -- filters ----------------------------------------------------------------------------------
 
-    @staticmethod
-    def _filters_of(layer: MaskedLayer) -> dict[str, nn.Parameter]:
-        return {
-            name: parameter
-            for name, parameter in layer._parameters.items()
-            if name.startswith("alpha_") and parameter is not None
-        }
-
     def named_filters(self) -> dict[str, nn.Parameter]:
         """Filter matrices ``[num_classes, out_channels]`` by name, in the order of the network."""
         return {
             f"{name}.{kind}": parameter
             for name, layer in self.masked_layers.items()
-            for kind, parameter in self._filters_of(layer).items()
+            for kind, parameter in layer.named_filters().items()
         }
 
     def filter_parameters(self) -> list[nn.Parameter]:
@@ -329,7 +321,7 @@ class WFNet(nn.Module):
         return {
             f"{name}.{kind}": layer.gates(kind.removeprefix("alpha_"))
             for name, layer in self.masked_layers.items()
-            for kind in self._filters_of(layer)
+            for kind in layer.named_filters()
         }
 
     # -- export and storage -----------------------------------------------------------------------

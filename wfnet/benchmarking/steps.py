@@ -292,10 +292,9 @@ def check_losses(columns: dict[str, Column], dtype: torch.dtype) -> None:
     expected = losses.get("eager", statistics.median_low(losses.values()))
     for name, loss in losses.items():
         if not abs(loss - expected) <= limit:
-            columns[name].wrong = True
-            columns[
-                name
-            ].impossible = (
+            column = columns[name]
+            column.wrong = True
+            column.impossible = (
                 f"computes something else: its loss is {loss:.4f}, expected {expected:.4f}"
             )
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from wfnet.fusion.plan import EXPANDED, SOURCE, NotFusable, check_traceable, trace
-from wfnet.fusion.rewriting import changed_in_place, erase_idle
+from wfnet.fusion.rewriting import changed_in_place, erase_idle, name_of
 from wfnet.fusion.tokens import drop_unread_tokens
 from wfnet.labels import forgetting
 from wfnet.layers import MaskedLayer, WFLinear
@@ -259,10 +259,7 @@ _VIEWS = {
 
 
 def _is_view(node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name in _VIEWS
+    return node.op != "call_module" and name_of(node) in _VIEWS
 
 
 def _watch(node: fx.Node, run: fx.Node, module: nn.Module | None) -> None:

@@ -14,7 +14,7 @@ from wfnet import backends, gates
 from wfnet.backends import Backend, Below, Finished
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
 from wfnet.fusion.rewriting import is_hooked
-from wfnet.fusion.running import FusedNetwork, Run, filters_of, state_of
+from wfnet.fusion.running import FusedNetwork, Run
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GatedLayer, GateTables, StepTables
@@ -34,7 +34,6 @@ class PlanNetwork(FusedNetwork):
         self.backend = backend
         # In the order of the network's modules, as `WFNet.filter_parameters`.
         self.convs = sorted(plan.convolutions, key=lambda step: step.index)
-        self._tables: tuple[object, GateTables] | None = None
 
     @property
     def layers(self) -> tuple[MaskedLayer, ...]:
@@ -48,13 +47,11 @@ class PlanNetwork(FusedNetwork):
 
     def tables(self) -> GateTables:
         """Tables over the present filters and frozen constants; made anew when these change."""
-        constants = [t for step in self.convs for t in _constants_of(step)]
-        filters = [f for step in self.convs for f in filters_of(step.layer)]
-        key = (*map(state_of, constants), *(f.data_ptr() for f in filters))
-        if self._tables is None or self._tables[0] != key:
-            layers = [_gated(step) for step in self.convs]
-            self._tables = (key, self.backend.gate_tables(layers))
-        return self._tables[1]
+        return self._tables_over(
+            (matrix for step in self.convs for matrix in step.layer.named_filters().values()),
+            (tensor for step in self.convs for tensor in _constants_of(step)),
+            lambda: self.backend.gate_tables([_gated(step) for step in self.convs]),
+        )
 
 
 def _constants_of(step: ConvStep) -> Iterable[Tensor]:
@@ -175,7 +172,9 @@ class TableRun(Run):
     def gradients(self, into: Tensor | None) -> list[Tensor]:
         """Of the tables; of calls too, where layers run by themselves; summed for one run twice."""
         network = self.network
-        folded = [matrix for step in network.convs for matrix in filters_of(step.layer)]
+        folded = [
+            matrix for step in network.convs for matrix in step.layer.named_filters().values()
+        ]
         if len(folded) == len(network.filters()) and not self.of_calls:
             return self.tables.gradients(into)
         for matrix, gradient in zip(folded, self.tables.gradients(), strict=True):
@@ -285,7 +284,12 @@ class PlanRun(TableRun):
             if record and result.requires_grad:
                 self.kept[step] = _Recorded(
                     {node: get_gradient_edge(value) for node, value in inputs.items()},
-                    [f for layer in step.layers for f in filters_of(layer) if f.requires_grad],
+                    [
+                        matrix
+                        for layer in step.layers
+                        for matrix in layer.named_filters().values()
+                        if matrix.requires_grad
+                    ],
                     get_gradient_edge(result),
                     result.dtype,
                 )

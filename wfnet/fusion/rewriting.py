@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from wfnet.functional import same_padding
 from wfnet.labels import forgetting
 from wfnet.layers import WFConv2d, WFConv2dSame
 
@@ -324,7 +325,8 @@ _IDLE = {
 }
 
 
-def _title(module: nn.Module) -> str:
+def title_of(module: nn.Module) -> str:
+    """The type of ``module``, of a package that need not be installed."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
@@ -344,7 +346,7 @@ def is_idle(module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.Identity):
         return True
-    drops = isinstance(module, nn.modules.dropout._DropoutNd) or _title(module) in _IDLE
+    drops = isinstance(module, nn.modules.dropout._DropoutNd) or title_of(module) in _IDLE
     return drops and not module.training
 
 
@@ -375,7 +377,7 @@ def is_frozen_norm(module: nn.Module | None) -> bool:
     if getattr(module, "running_var", None) is None:
         return False
     plain = (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
-    return _title(module) in _NORMS or type(module).forward in plain
+    return title_of(module) in _NORMS or type(module).forward in plain
 
 
 def split_norm(graph: fx.Graph, node: fx.Node, modules: dict[str, nn.Module]) -> None:
@@ -465,7 +467,7 @@ class Padded:
     def __call__(self, x: Tensor) -> Tensor:
         x, padding = self.layer._padded(x)
         if padding == "same":
-            high, wide = _same_padding(self.layer)
+            high, wide = same_padding(self.layer.kernel_size, self.layer.dilation)
             x = F.pad(x, [0, wide % 2, 0, high % 2])
         return x
 
@@ -474,7 +476,8 @@ class Padded:
         """Whether it may be another tensor than the input."""
         layer = self.layer
         return self._all or (
-            layer.padding == "same" and any(size % 2 for size in _same_padding(layer))
+            layer.padding == "same"
+            and any(size % 2 for size in same_padding(layer.kernel_size, layer.dilation))
         )
 
     @property
@@ -484,7 +487,7 @@ class Padded:
         if self._all or layer.padding == "valid":
             return 0, 0
         if layer.padding == "same":
-            high, wide = _same_padding(layer)
+            high, wide = same_padding(layer.kernel_size, layer.dilation)
             return high // 2, wide // 2
         return layer.padding
 
@@ -493,8 +496,3 @@ class Padded:
         """Whether nothing is left to the convolution."""
         layer = self.layer
         return layer.padding_mode != "zeros" or type(layer)._padded is not WFConv2d._padded
-
-
-def _same_padding(layer: WFConv2d) -> list[int]:
-    """Rows and columns of padding='same', both sides together."""
-    return [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)]

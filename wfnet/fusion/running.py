@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 
 from wfnet.layers import MaskedLayer
-from wfnet.tables import StepTables
+from wfnet.tables import GateTables, StepTables
 
 logger = logging.getLogger("wfnet")
 
@@ -30,6 +30,7 @@ class FusedNetwork(ABC):
 
     def __init__(self) -> None:
         self._weights: dict[tuple[MaskedLayer, torch.dtype], tuple[object, Tensor]] = {}
+        self._tables: tuple[object, GateTables] | None = None
 
     @property
     @abstractmethod
@@ -60,7 +61,7 @@ class FusedNetwork(ABC):
 
     def filters(self) -> list[Tensor]:
         """Filter matrices, layer by layer, weight before bias: the order of the gradients."""
-        return [matrix for layer in self.layers for matrix in filters_of(layer)]
+        return [matrix for layer in self.layers for matrix in layer.named_filters().values()]
 
     def weight(self, layer: MaskedLayer, dtype: torch.dtype) -> Tensor:
         """The frozen weight of a layer in ``dtype``, converted once."""
@@ -73,6 +74,18 @@ class FusedNetwork(ABC):
             cached = (state, weight.detach().to(dtype))
             self._weights[layer, dtype] = cached
         return cached[1]
+
+    def _tables_over(
+        self,
+        filters: Iterable[Tensor],
+        constants: Iterable[Tensor],
+        make: Callable[[], GateTables],
+    ) -> GateTables:
+        """What ``make`` gives, made anew when filters lie elsewhere or constants have changed."""
+        key = (*map(state_of, constants), *(matrix.data_ptr() for matrix in filters))
+        if self._tables is None or self._tables[0] != key:
+            self._tables = (key, make())
+        return self._tables[1]
 
 
 class Run(ABC):
@@ -184,15 +197,6 @@ class CompiledGraph:
             logger.warning("the fused network runs uncompiled: compiling failed (%s)", reason)
             self.works = False
             return None
-
-
-def filters_of(layer: MaskedLayer) -> list[Tensor]:
-    """Filter matrices of one layer, weight before bias."""
-    return [
-        parameter
-        for name, parameter in layer._parameters.items()
-        if name.startswith("alpha_") and parameter is not None
-    ]
 
 
 def state_of(t: Tensor) -> tuple[object, ...]:

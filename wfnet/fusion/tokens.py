@@ -13,6 +13,8 @@ import operator
 import torch
 from torch import fx, nn
 
+from wfnet.fusion.rewriting import title_of
+
 # Of [..., C]: they treat every token alone. LayerNorm is one where it norms the last dimension.
 _PER_TOKEN = {
     "timm.layers.drop.DropPath",
@@ -118,7 +120,7 @@ def _is_per_token(
 
 
 def _alone(module: nn.Module) -> bool:
-    title = f"{type(module).__module__}.{type(module).__qualname__}"
+    title = title_of(module)
     if title in _NORMS:
         return len(module.normalized_shape) == 1
     in_place = getattr(module, "inplace", False)

@@ -31,7 +31,7 @@ from wfnet import backends, functional, gates
 from wfnet.backends import Backend
 from wfnet.fusion.cut import MaskedCall, Part
 from wfnet.fusion.plan import NotFusable
-from wfnet.fusion.running import CompiledGraph, FusedNetwork, Run, state_of, write_sums
+from wfnet.fusion.running import CompiledGraph, FusedNetwork, Run, write_sums
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GatedLayer, GateTables, StepTables
@@ -63,7 +63,6 @@ class TrunkNetwork(FusedNetwork):
         self._layers = tuple(layers)
         self.compiles_tables = set(names) <= {"auto", "eager"}
         self._backend = backends.get(names[0] if {*names} == {names[0]} != {"auto"} else "eager")
-        self._tables: tuple[object, GateTables] | None = None
         self.graph: CompiledGraph | None = None
         if compiled:
             traced = self._of_tables if self.compiles_tables else self._of_rows
@@ -109,15 +108,16 @@ class TrunkNetwork(FusedNetwork):
 
     def tables(self) -> GateTables:
         """Tables over the present filters and biases; made anew when these change."""
-        biases = [layer.bias for layer in self.layers if layer.bias is not None]
-        key = (*map(state_of, biases), *(f.data_ptr() for f in self.filters()))
-        if self._tables is None or self._tables[0] != key:
-            layers = [
-                GatedLayer(m.alpha_weight, m.alpha_bias, m.bias, gate_scale=m.gate_scale)
-                for m in self.layers
-            ]
-            self._tables = (key, self._backend.gate_tables(layers))
-        return self._tables[1]
+        return self._tables_over(
+            self.filters(),
+            (layer.bias for layer in self.layers if layer.bias is not None),
+            lambda: self._backend.gate_tables(
+                [
+                    GatedLayer(m.alpha_weight, m.alpha_bias, m.bias, gate_scale=m.gate_scale)
+                    for m in self.layers
+                ]
+            ),
+        )
 
     def describe(self) -> str:
         once = sum(node.op not in ("placeholder", "output") for node in self.prefix.graph.nodes)
