@@ -405,6 +405,15 @@ def test_a_wrong_plan_is_never_used(monkeypatch, caplog):
     assert "differ" in caplog.text
 
 
+def test_another_way_to_fuse_is_refused():
+    with pytest.raises(ValueError, match="fuse='compiled' is none of True, False and 'compile'"):
+        wfnet.WFNet(Toy(), CLASSES, fuse="compiled")
+    _, fused = pair_of(Toy())
+    fused.fuse = "compiled"
+    with pytest.raises(ValueError, match="none of True, False"):
+        fused(torch.randn(2, 3, 8, 8, dtype=torch.float64), 1)
+
+
 def test_out_of_range_labels_are_refused_before_work():
     _, fused = pair_of(Toy())
     with pytest.raises(ValueError, match="forget label 5 is out of range"):

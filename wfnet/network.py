@@ -72,7 +72,8 @@ class WFNet(nn.Module):
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
-            correctly, or ``num_classes`` does not match the head. The message names the layer.
+            correctly, or ``num_classes`` does not match the head. The message names the layer. Also
+            for another ``fuse``.
 
     Example::
 
@@ -129,6 +130,7 @@ class WFNet(nn.Module):
                         f"num_classes={num_classes}"
                     )
         self._all_called = False
+        _check_fuse(fuse)
         self.fuse = fuse
         # (what it was made for, the fused network or None); a plan holds references, not weights
         self._fusion: tuple[object, fusion.FusedNetwork | None] | None = None
@@ -203,6 +205,7 @@ class WFNet(nn.Module):
         return self._fusion[1]
 
     def _make_fused(self, images: Tensor) -> fusion.FusedNetwork | None:
+        _check_fuse(self.fuse)  # it can be set at any time
         name = type(self.model).__name__
         try:
             if any(isinstance(layer, nn.Conv2d) for layer in self.masked_layers.values()):
@@ -394,6 +397,11 @@ class WFNet(nn.Module):
                 the one that the filters were trained on.
         """
         return pretrained.load_filters(cls, folder, base_model, backend)
+
+
+def _check_fuse(fuse: object) -> None:
+    if fuse not in (True, False, "compile"):
+        raise ValueError(f"fuse={fuse!r} is none of True, False and 'compile'")
 
 
 def _expand(images: Tensor, source: Tensor | None) -> Tensor:
