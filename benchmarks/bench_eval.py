@@ -25,7 +25,13 @@ import torch
 from torch import Tensor, nn
 
 import wfnet
-from wfnet.benchmarking.timing import about, device_name, peak_mebibytes, timed
+from wfnet.benchmarking.timing import (
+    about,
+    choose_convolutions_by_trial,
+    device_name,
+    peak_mebibytes,
+    timed,
+)
 from wfnet.cli.classifier import create_classifier
 from wfnet.pretrained import write_json
 
@@ -127,6 +133,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
+    choose_convolutions_by_trial(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
     milliseconds: dict[str, list[float]] = {}
     pairs = args.images * args.classes

@@ -19,7 +19,7 @@ Providers, measured in one run, interleaved, medians:
 Forward and backward of one untraining step: gradients by the input (not for stems) and by both
 filter matrices, never by the weight. TFLOP/s count the products of forward and input gradient; GB/s
 count what must move at least: x, out, the branch v, dout, v, dx. The floor is the longer of both at
-the device's measured rates (known for the H200; give --tflops and --gbs for another).
+the device's rates of products and copies, measured in the same run (or --tflops and --gbs).
 
 --fused times the forward pass of a fused network's convolution, relu(scale * conv(x) + shift +
 residual), for eager, triton, cuda and cudnn: what must move is x, the residual and out.
@@ -52,14 +52,14 @@ from wfnet.kernels.config import ConvShape, LinearShape
 import wfnet.functional as wf
 from wfnet import backends, reference
 from wfnet.backends import ConvGeometry
-from wfnet.benchmarking.timing import about
+from wfnet.benchmarking.floors import Rates, measure_rates
+from wfnet.benchmarking.timing import about, choose_convolutions_by_trial
+from wfnet.benchmarking.winners import add_winners, refuse_winners
 from wfnet.pretrained import write_atomically, write_json
 
 PROVIDERS = ("loop", "eager", "compile", "unmasked", "triton", "cuda")
 FUSED_PROVIDERS = ("eager", "triton", "cuda", "cudnn")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Measured rates in TFLOP/s (bf16) and GB/s.
-RATES = {"NVIDIA H200": (790.0, 4300.0)}
 
 
 @dataclass(frozen=True)
@@ -426,11 +426,17 @@ def measure_fused(
     return rows
 
 
-def floor_ms(problem: Problem, rates: tuple[float, float] | None) -> float | None:
+def rates_of(arguments: argparse.Namespace, device: str) -> Rates:
+    """What --tflops and --gbs say of the device, else what it does now."""
+    dtype = DTYPES[arguments.dtype]
+    if arguments.tflops is None:
+        return measure_rates(torch.device(device), dtype)
+    return Rates(arguments.tflops * 1e12, arguments.gbs * 1e9, dtype.itemsize)
+
+
+def floor_ms(problem: Problem, rates: Rates) -> float:
     """The longer of products and bytes at the device's rates."""
-    if rates is None:
-        return None
-    return max(problem.flops() / rates[0] / 1e9, problem.bytes() / rates[1] / 1e6)
+    return rates.seconds(problem.flops(), problem.bytes()) * 1e3
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
@@ -478,41 +484,17 @@ def write_plot(path: Path, rows: list[dict[str, object]], title: str) -> None:
     plt.close(figure)
 
 
-def write_winners(path: Path, record: dict[str, object]) -> None:
-    """Merges a run's winners among the backends into the table that ``auto`` reads."""
-    entries = {}
-    if path.exists():
-        for entry in json.loads(path.read_text()):
-            entries[entry["op"], entry["shape"], entry["dtype"], entry["device"]] = entry
+def measurements(record: dict[str, object]) -> list[dict[str, object]]:
+    """Entries for the table of winners: what a run's backends took for each shape."""
     by_shape: dict[tuple[str, str], dict[str, float]] = {}
     for row in record["rows"]:
         if row["status"] == "ok" and row["provider"] in backends.KERNELS:
             by_shape.setdefault((row["op"], row["shape"]), {})[row["provider"]] = row["step_ms"]
-    dtype, device = record["settings"]["dtype"], record["device"]
-    for (op, shape), ms in by_shape.items():
-        if len(ms) > 1:
-            entries[op, shape, dtype, device] = {
-                "op": op,
-                "shape": shape,
-                "dtype": dtype,
-                "device": device,
-                "winner": min(ms, key=ms.__getitem__),
-                "ms": ms,
-                **{name: record[name] for name in ("torch", "triton", "commit")},
-            }
-    text = json.dumps([entries[key] for key in sorted(entries)], indent=1) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
-
-
-def refuse_winners(device: str, commit: str) -> str | None:
-    """Why this run's winners may not be recorded."""
-    if device != "cuda":
-        return "--winners records measurements of a CUDA device; this run has none"
-    if commit == "unknown" or commit.endswith("+changes"):
-        return (
-            f"--winners needs a committed checkout, so that its commit can be named, not {commit}"
-        )
-    return None
+    with_what = {name: record[name] for name in ("device", "torch", "triton", "commit")}
+    return [
+        {"op": op, "shape": shape, "dtype": record["settings"]["dtype"], "ms": ms, **with_what}
+        for (op, shape), ms in by_shape.items()
+    ]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -529,7 +511,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scale", type=int, default=1 if cuda else 4, help="divides all sizes")
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=20 if cuda else 5)
-    parser.add_argument("--tflops", type=float, help="the device's rate, for the floor")
+    parser.add_argument("--tflops", type=float, help="the device's rate, for the floor; "
+                        "without it and --gbs both are measured")  # fmt: skip
     parser.add_argument("--gbs", type=float, help="the device's memory rate, for the floor")
     parser.add_argument("--output", type=Path, default=Path("runs/bench_ops"))
     parser.add_argument("--winners", type=Path, help="the table of winners to update")
@@ -547,6 +530,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--record comes with --winners")
     if (arguments.tflops is None) != (arguments.gbs is None):
         parser.error("--tflops and --gbs come together")
+    if arguments.tflops is not None and min(arguments.tflops, arguments.gbs) <= 0:
+        parser.error("--tflops and --gbs must be positive")
     if min(arguments.batch, arguments.scale, arguments.repeats, arguments.classes) < 1:
         parser.error("--batch, --scale, --repeats and --classes must be positive")
     return arguments
@@ -560,24 +545,23 @@ def main(argv: list[str] | None = None) -> int:
         refusal = refuse_winners("cuda" if record["cuda"] else "cpu", record["commit"])
         if refusal:
             raise SystemExit(refusal)
-        write_winners(arguments.winners, record)
+        add_winners(arguments.winners, measurements(record))
         print(f"{arguments.winners} has the winners of {arguments.record}")
         return 0
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    choose_convolutions_by_trial(torch.device(device))
     measured_with = about(
         device, ["benchmarks/bench_ops.py", *(sys.argv[1:] if argv is None else argv)]
     )
     refusal = arguments.winners and refuse_winners(device, measured_with["commit"])
     if refusal:
         raise SystemExit(refusal)
-    rates = RATES.get(measured_with["device"])
-    if arguments.tflops is not None:
-        rates = (arguments.tflops, arguments.gbs)
     layers = [layer for layer in LAYERS if layer.name.startswith(tuple(arguments.layers))]
     if arguments.fused:
         layers = [layer for layer in layers if layer.kernel > 0]
     if not layers:
         raise SystemExit(f"no layer starts with {' or '.join(arguments.layers)}")
+    rates = rates_of(arguments, device)
     clock, rows = Clock(device), []
     title = (
         f"{measured_with['device']}, {arguments.dtype}, batch {arguments.batch}, scale "
@@ -587,10 +571,11 @@ def main(argv: list[str] | None = None) -> int:
         "benchmark": "ops",
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
         **measured_with,
+        "rates": {"flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth},
         "layers": [asdict(layer) for layer in layers],
         "rows": rows,
     }
-    print(title)
+    print(f"{title}: {rates.flops / 1e12:,.1f} TFLOP/s, {rates.bandwidth / 1e9:,.1f} GB/s")
     for layer in layers:
         problem = make_problem(
             layer, arguments.batch, arguments.scale, DTYPES[arguments.dtype], device,
@@ -612,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
         write_csv(arguments.output / "bench_ops.csv", rows)
         write_json(arguments.output / "bench_ops.json", record)
         if arguments.winners:
-            write_winners(arguments.winners, record)
+            add_winners(arguments.winners, measurements(record))
     write_plot(arguments.output / "bench_ops.png", rows, title)
     print(f"written to {arguments.output}")
     return int(any(row["status"].startswith("failed") for row in rows))

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from wfnet.benchmarking.steps import COLUMNS, StepSettings, make_problem, measure
-from wfnet.benchmarking.timing import about, device_name
+from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name
 from wfnet.cli.classifier import create_classifier
 from wfnet.pretrained import write_json
 
@@ -96,6 +96,7 @@ def main(argv: list[str] | None = None) -> dict:
     )  # fmt: skip
     points = []
     device = torch.device(args.device)
+    choose_convolutions_by_trial(device)
     result = {
         "benchmark": "scaling",
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},

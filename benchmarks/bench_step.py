@@ -19,7 +19,11 @@ the same weights, filters, images, labels, objective, dtype and layout for all:
                        as a CUDA graph (CUDA devices only)
     wfnet/eager/compiled, /compiled_captured
                        the plan with torch.compile of what lies between the convolutions
+    wfnet/auto/unfused, /fused, /captured
+                       what a user gets who asks for no backend: by the table of winners (not by
+                       default)
 
+On a CUDA device cuDNN chooses its algorithms by trial, for all columns.
 Everything runs in one process, interleaved; medians with the least and the largest value, peak
 memory that a step adds, expanded samples per second, and the share of the floor (floors.py, with
 this device's measured products and copy). A column that is impossible says why. Writes JSON
@@ -38,6 +42,8 @@ import torch
 from wfnet.benchmarking import floors
 from wfnet.benchmarking.steps import (
     COLUMNS,
+    OURS,
+    PEERS,
     StepSettings,
     floors_of,
     make_problem,
@@ -45,7 +51,7 @@ from wfnet.benchmarking.steps import (
     print_table,
     summary,
 )
-from wfnet.benchmarking.timing import about, device_name
+from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name
 from wfnet.cli.classifier import create_classifier
 from wfnet.pretrained import write_json
 
@@ -111,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("--columns", nargs="+", choices=COLUMNS, default=[*PEERS, *OURS])
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--copy-limit", type=float, metavar="GIB",
@@ -136,6 +142,7 @@ def main(argv: list[str] | None = None) -> dict:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
+    choose_convolutions_by_trial(device)
     rates = floors.measure_rates(device, getattr(torch, args.dtype))
     print(f"{device_name(device)}: {rates.flops / 1e9:,.0f} GFLOP/s ({args.dtype} product), "
           f"{rates.bandwidth / 1e9:,.1f} GB/s (copy)")  # fmt: skip

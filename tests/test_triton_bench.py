@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from wfnet.backends import winners
+from wfnet.benchmarking import floors
 from wfnet.benchmarking.timing import commit, device_name
+from wfnet.benchmarking.winners import refuse_winners
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "bench_ops.py"
 
@@ -51,6 +52,7 @@ def test_small_run_writes_its_results(bench, no_device, tmp_path):
     assert record["device"] == device_name(torch.device("cpu"))
     assert record["commit"] == commit()
     assert record["settings"]["classes"] == 5
+    assert record["rates"] == {"flops_per_second": 1e12, "bytes_per_second": 1e10}
     assert (tmp_path / "bench_ops.png").stat().st_size > 1000
 
 
@@ -98,9 +100,9 @@ def test_winners_come_from_a_committed_checkout_on_a_device(bench, no_device, tm
               "settings": {"dtype": "bfloat16"}}  # fmt: skip
     with pytest.raises(SystemExit, match="CUDA device"):
         bench.main(["--winners", str(table)])
-    assert "committed" in bench.refuse_winners("cuda", "c+changes")
-    assert "committed" in bench.refuse_winners("cuda", "unknown")
-    assert bench.refuse_winners("cuda", "c") is None
+    assert "committed" in refuse_winners("cuda", "c+changes")
+    assert "committed" in refuse_winners("cuda", "unknown")
+    assert refuse_winners("cuda", "c") is None
     path = tmp_path / "bench_ops.json"
     path.write_text(json.dumps({**record, "cuda": None}))
     with pytest.raises(SystemExit, match="CUDA device"):
@@ -110,7 +112,33 @@ def test_winners_come_from_a_committed_checkout_on_a_device(bench, no_device, tm
     (entry,) = json.loads(table.read_text())
     assert entry["winner"] == "triton"
     assert entry["ms"] == {"eager": 2.0, "triton": 1.0}
-    assert winners.load(table) == {("linear", "s", "bfloat16", "D"): "triton"}
+
+
+def test_the_floor_is_of_the_rates_measured_in_the_same_run(
+    bench, no_device, tmp_path, monkeypatch
+):
+    asked = []
+
+    def measured(device, dtype):
+        asked.append((device, dtype))
+        return floors.Rates(flops=2e9, bandwidth=1e15, element=2)
+
+    monkeypatch.setattr(bench, "measure_rates", measured)
+    arguments = ["--layers", "resnet18.layer1", "--providers", "eager", "--scale", "16"]
+    arguments += ["--batch", "2", "--repeats", "1", "--dtype", "bfloat16"]
+    assert bench.main([*arguments, "--output", str(tmp_path / "measured")]) == 0
+    assert asked == [(torch.device("cpu"), torch.bfloat16)]
+    record = json.loads((tmp_path / "measured" / "bench_ops.json").read_text())
+    assert record["rates"] == {"flops_per_second": 2e9, "bytes_per_second": 1e15}
+    (row,) = record["rows"]
+    flops = row["tflops"] * row["step_ms"] * 1e9
+    assert row["floor_ms"] == pytest.approx(flops / 2e9 * 1e3)
+
+    told = ["--tflops", "1e-3", "--gbs", "1e6", "--output", str(tmp_path / "told")]
+    assert bench.main([*arguments, *told]) == 0
+    assert len(asked) == 1, "measured although it was told"
+    (again,) = json.loads((tmp_path / "told" / "bench_ops.json").read_text())["rows"]
+    assert again["floor_ms"] == pytest.approx(2 * row["floor_ms"])
 
 
 def test_counts(bench):
@@ -123,7 +151,13 @@ def test_counts(bench):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--tflops", "1"], ["--batch", "0"], ["--providers", "magic"]]
+    "arguments",
+    [
+        ["--tflops", "1"],
+        ["--tflops", "0", "--gbs", "1"],
+        ["--batch", "0"],
+        ["--providers", "magic"],
+    ],
 )
 def test_bad_arguments(bench, arguments):
     with pytest.raises(SystemExit):

@@ -30,7 +30,7 @@ from wfnet.kernels.launch import descriptor
 from wfnet.kernels.linear import linear_fprop
 
 import wfnet.functional as wf
-from wfnet.backends import ConvGeometry, winners
+from wfnet.backends import ConvGeometry
 from wfnet.backends.triton import backend
 
 H100 = TARGETS[90]
@@ -309,39 +309,6 @@ def test_candidates_are_valid_and_few(config):
     assert found[0] == config
     assert len(set(found)) == len(found) < 200
     assert all(c.path == config.path for c in found)
-
-
-# -- measured winners -----------------------------------------------------------------------------
-
-ENTRY = {
-    "op": "conv2d",
-    "shape": "n1",
-    "dtype": "bfloat16",
-    "device": "D",
-    "winner": "triton",
-    "ms": {"triton": 1.0},
-    "torch": "2",
-    "triton": "3",
-    "commit": "c",
-}
-
-
-def test_winners_table_is_well_formed_and_answers(tmp_path):
-    winners.load()
-    path = tmp_path / "winners.json"
-    path.write_text(json.dumps([ENTRY]))
-    assert winners.load(path) == {("conv2d", "n1", "bfloat16", "D"): "triton"}
-    assert winners.winner("conv2d", "never measured", "bfloat16", "no device") is None
-
-
-def test_winners_without_provenance_are_refused(tmp_path):
-    path = tmp_path / "winners.json"
-    path.write_text(json.dumps([{k: v for k, v in ENTRY.items() if k not in ("commit", "ms")}]))
-    with pytest.raises(ValueError, match="lacks ms, commit"):
-        winners.load(path)
-    path.with_name("broken.json").write_text("[")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        winners.load(path.with_name("broken.json"))
 
 
 # -- refusals -------------------------------------------------------------------------------------

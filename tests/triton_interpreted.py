@@ -5,6 +5,9 @@ kernels must be decorated with TRITON_INTERPRET=1 set, and interpreted kernels c
 The interpreter's bf16 products are wrong, so bf16 is tested on devices only (tests/gpu).
 """
 
+import itertools
+
+import cuda_modules
 import numpy as np
 import pytest
 import torch
@@ -20,8 +23,9 @@ from wfnet.kernels.linear import linear_dgrad, linear_fprop
 
 import wfnet
 import wfnet.functional as wf
-from wfnet import gates
-from wfnet.backends import Below, ConvGeometry
+from wfnet import fusion, gates
+from wfnet.backends import Below, ConvGeometry, cuda, cuda_launch
+from wfnet.backends.measured import MeasuredConvolutions
 from wfnet.backends.triton import backend
 
 torch.set_num_threads(1)
@@ -560,13 +564,41 @@ class Block(torch.nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@pytest.fixture(params=[backend, cuda.backend], ids=["triton first", "cuda first"])
+def both_kernels(request, monkeypatch):
+    """Fused plans whose convolutions run by ``triton`` and by the emulated ``cuda`` in turn."""
+    module = cuda_modules.emulated_kernels()
+    monkeypatch.setattr(cuda_launch, "library", lambda: cuda_launch.Library(module, None))
+    called, names = [], {}
+    turns = itertools.cycle(["triton", "triton", "cuda", "cuda", "cuda"])
+
+    def choose(op, shape, weight, *call):
+        called.append(op)
+        return names.setdefault((op, shape, weight.shape), next(turns))
+
+    mixed = MeasuredConvolutions(choose, request.param)  # its tables and elementwise passes
+    monkeypatch.setattr(fusion.PlanNetwork, "backend_for", lambda *call: mixed)
+    return called
+
+
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.float16, False)])
 def test_fused_network(dtype, bias):
     """The whole chain against the unfused network in fp64, and its bits on a second run."""
+    check_fused_network("triton", dtype, bias)
+
+
+def test_fused_network_of_two_kinds_of_kernels(both_kernels):
+    """They finish each other's layers."""
+    check_fused_network("auto", torch.float16, bias=True)
+    # Checked on a few images, then run twice: forward, and input gradients but for the stem.
+    assert len(both_kernels) == 6 + 3 * (6 + 5)
+
+
+def check_fused_network(name, dtype, bias):
     model = Block(bias).eval()
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 1.5)
-    net = wfnet.WFNet(model, 5, backend="triton")
+    net = wfnet.WFNet(model, 5, backend=name)
     for parameter in net.filter_parameters():
         parameter.data.normal_(1, 2)
     images, source = torch.randn(2, 3, 12, 12), torch.tensor([0, 1, 1])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from wfnet import fusion, pretrained
+from wfnet import backends, fusion, pretrained
 from wfnet.gates import gather_samples
 from wfnet.labels import (
     DeferredLabelCheck,
@@ -220,9 +220,11 @@ class WFNet(nn.Module):
 
     def _make_plan(self, images: Tensor) -> fusion.PlanNetwork:
         backend = fusion.backend_for(self.masked_layers.values())
+        if self.fuse == "compile" and backend is None:
+            backend = backends.get("eager")  # the one that has a graph to compile
         network = fusion.PlanNetwork(fusion.make_plan(self.model, images[:2]), backend)
         self._check_fused(network, images)
-        if self.fuse != "compile" or backend.name != "eager":
+        if self.fuse != "compile" or backend is not backends.get("eager"):
             return network
         if network.plan.masked_calls:
             logger.warning(

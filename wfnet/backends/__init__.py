@@ -44,7 +44,7 @@ class Below:
     The four tables are ``[B, O]``, fp32 (fp64 for fp64 activations), columns contiguous.
 
     Attributes:
-        branch: what ``t1`` is summed from, as :meth:`Backend.fused_conv2d` returned it.
+        branch: what ``t1`` is summed from, as :meth:`FusedConvolutions.fused_conv2d` returned it.
         mask: where the ReLU is open, as returned there; None: ``scale * u + shift > 0``.
         scale, shift: the layer's tables ``A`` and ``C``.
         relu: whether its activation is a ReLU (else identity).
@@ -71,7 +71,7 @@ class Below:
 
 
 class Finished(NamedTuple):
-    """Results of :meth:`Backend.finish`, ``[B, O, P, Q]`` each; None for what is not wanted.
+    """Results of :meth:`FusedConvolutions.finish`, ``[B, O, P, Q]``; None for what is not wanted.
 
     The column sums are in ``below.t1`` and ``below.t0`` (and in those of ``below.shortcut``).
     """
@@ -81,7 +81,95 @@ class Finished(NamedTuple):
     shortcut: Tensor | None = None  # scale * g with the scale of below.shortcut
 
 
-class Backend(ABC):
+class FusedConvolutions:
+    """Convolutions of a frozen network with all that follows, and the backward chain.
+
+    What a fused plan is run by: every :class:`Backend` that can, and
+    :class:`wfnet.backends.measured.MeasuredConvolutions`, which asks several of them. Shapes as in
+    :class:`Backend`.
+    """
+
+    name: str
+
+    # Whether the three methods below exist.
+    fuses = False
+
+    # Whether the branch that fused_conv2d keeps is `v = scale * u` of every sample and the mask is
+    # `out` itself: such backends can finish each other's layers.
+    shares_branch = False
+
+    def fused_conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        source: Tensor | None,
+        geometry: ConvGeometry,
+        save: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``out = act(scale * u + shift + residual)`` with ``u = conv(x[source], weight)``.
+
+        Shapes as in the class; ``residual`` is ``[B, O, P, Q]``; ``act`` is ReLU or identity.
+
+        Returns:
+            ``out``; if ``save``, the branch that ``t1`` is summed from and the mask of the ReLU
+            (None where branch, scale and shift tell it): :attr:`Below.branch`, :attr:`Below.mask`.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
+    def finish(
+        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
+    ) -> Finished:
+        """The elementwise backward of one layer, at the top of a chain (after a pooling, say)::
+
+            g  = (dout + skip) * act'(out)
+            t1 = sum_p g * v                    t0 = sum_p g            into below.t1, below.t0
+            scaled_grad = scale * g             the input of the layer's own dgrad
+
+        and the same ``g`` through ``below.shortcut`` if there is one.
+
+        Args:
+            dout: ``[B, O, P, Q]``, any strides (a pooling's gradient may be an expanded view).
+            below: the layer that ``dout`` reaches, and what is wanted of it.
+            skip: gradient that reaches the same output another way, or None.
+            may_overwrite: ``dout`` is not needed afterwards and may become a result.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
+    def conv2d_dgrad(
+        self,
+        scaled_grad: Tensor,
+        weight: Tensor,
+        input_shape: tuple[int, ...],
+        geometry: ConvGeometry,
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        """One input-gradient GEMM whose epilogue finishes the layer below: a link of the chain.
+
+        Equal to ``finish(dx, below, skip)`` with ``dx = conv_transpose(scaled_grad, weight)``.
+
+        Args:
+            scaled_grad: ``[B, O, P, Q]`` of this layer, as :meth:`finish` or the link above
+                returned it; it is not needed afterwards.
+            weight: ``[O, C / groups, R, S]``.
+            input_shape: ``(B, C, H, W)`` of ``dx``.
+            skip: ``[B, C, H, W]``, gradient that reaches the same input another way, or None.
+            below: the layer whose output is this layer's input and whose gradients have all
+                arrived with this one; None where something else comes before: the result then is
+                ``grad = dx + skip`` alone.
+        """
+        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
+    def gate_tables(self, layers: Sequence[tables.GatedLayer]) -> tables.GateTables:
+        """What makes scale and shift of all ``layers``, and filter gradients of their sums."""
+        return tables.GateTables(layers)
+
+
+class Backend(FusedConvolutions, ABC):
     """One implementation of the scaled convolution and the scaled linear map.
 
     With ``u = conv(x[source], weight)`` (no bias) a backend computes
@@ -97,8 +185,6 @@ class Backend(ABC):
         t1: ``[B, O]``, ``sum_p dout * scale * u``: derivative by the *log* of the scale.
         t0: ``[B, O]``, ``sum_p dout``.
     """
-
-    name: str
 
     def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         """Why this backend cannot run the call, in one sentence; None if it can."""
@@ -187,81 +273,6 @@ class Backend(ABC):
         need_t0: bool,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """As :meth:`conv2d_backward`."""
-
-    # -- convolutions of a frozen network with all that follows, and the backward chain ----------
-
-    # Whether the three methods below exist.
-    fuses = False
-
-    def fused_conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        source: Tensor | None,
-        geometry: ConvGeometry,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``out = act(scale * u + shift + residual)`` with ``u = conv(x[source], weight)``.
-
-        Shapes as in the class; ``residual`` is ``[B, O, P, Q]``; ``act`` is ReLU or identity.
-
-        Returns:
-            ``out``; if ``save``, the branch that ``t1`` is summed from and the mask of the ReLU
-            (None where branch, scale and shift tell it): :attr:`Below.branch`, :attr:`Below.mask`.
-        """
-        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
-
-    def finish(
-        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
-    ) -> Finished:
-        """The elementwise backward of one layer, at the top of a chain (after a pooling, say)::
-
-            g  = (dout + skip) * act'(out)
-            t1 = sum_p g * v                    t0 = sum_p g            into below.t1, below.t0
-            scaled_grad = scale * g             the input of the layer's own dgrad
-
-        and the same ``g`` through ``below.shortcut`` if there is one.
-
-        Args:
-            dout: ``[B, O, P, Q]``, any strides (a pooling's gradient may be an expanded view).
-            below: the layer that ``dout`` reaches, and what is wanted of it.
-            skip: gradient that reaches the same output another way, or None.
-            may_overwrite: ``dout`` is not needed afterwards and may become a result.
-        """
-        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
-
-    def conv2d_dgrad(
-        self,
-        scaled_grad: Tensor,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        skip: Tensor | None = None,
-        below: Below | None = None,
-    ) -> Finished:
-        """One input-gradient GEMM whose epilogue finishes the layer below: a link of the chain.
-
-        Equal to ``finish(dx, below, skip)`` with ``dx = conv_transpose(scaled_grad, weight)``.
-
-        Args:
-            scaled_grad: ``[B, O, P, Q]`` of this layer, as :meth:`finish` or the link above
-                returned it; it is not needed afterwards.
-            weight: ``[O, C / groups, R, S]``.
-            input_shape: ``(B, C, H, W)`` of ``dx``.
-            skip: ``[B, C, H, W]``, gradient that reaches the same input another way, or None.
-            below: the layer whose output is this layer's input and whose gradients have all
-                arrived with this one; None where something else comes before: the result then is
-                ``grad = dx + skip`` alone.
-        """
-        raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
-
-    def gate_tables(self, layers: Sequence[tables.GatedLayer]) -> tables.GateTables:
-        """What makes scale and shift of all ``layers``, and filter gradients of their sums."""
-        return tables.GateTables(layers)
 
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
         """``[B, O]`` scales from ``alpha`` ``[K, O]`` and labels ``[B, J]``; see wfnet.gates."""

@@ -168,6 +168,7 @@ class CudaBackend(Backend):
         return dx, t1, t0
 
     fuses = True
+    shares_branch = True
 
     def fused_conv2d(
         self,

@@ -177,6 +177,7 @@ class TritonBackend(Backend):
         return dx, gradient.t1, gradient.t0
 
     fuses = True
+    shares_branch = True
 
     def fused_conv2d(
         self,

@@ -49,6 +49,10 @@ class Rates:
     bandwidth: float  # bytes per second
     element: int  # bytes of an element
 
+    def seconds(self, flops: float, size: float) -> float:
+        """Least time of so many operations, and so many bytes moved."""
+        return max(flops / self.flops, size / self.bandwidth)
+
 
 def floor_seconds(operations: list[Operation], samples: int, sources: int, rates: Rates) -> float:
     """Least time of a step over ``samples`` expanded samples of ``sources`` images."""
@@ -56,7 +60,7 @@ def floor_seconds(operations: list[Operation], samples: int, sources: int, rates
     for op in operations:
         images = sources if op.at_source else samples
         elements = op.weights + op.elements * images + op.source_elements * sources
-        total += max(op.flops * images / rates.flops, elements * rates.element / rates.bandwidth)
+        total += rates.seconds(op.flops * images, elements * rates.element)
     return total
 
 

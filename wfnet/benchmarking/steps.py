@@ -9,7 +9,7 @@ import logging
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ import wfnet
 from wfnet import backends
 from wfnet.benchmarking import floors, peers
 from wfnet.benchmarking.timing import (
+    DeviceWork,
     Step,
+    device_work,
     graph_pool_mebibytes,
-    kernel_launches,
     peak_mebibytes,
     timed,
 )
@@ -46,7 +47,9 @@ OURS = tuple(
     for how in _FUSE
     if backend == "eager" or _FUSE[how] != "compile"  # kernels leave nothing to compile
 )
-COLUMNS = (*PEERS, *OURS)
+# What a user gets who asks for no backend: one of the above, by the table of winners.
+AUTO = tuple(f"wfnet/auto/{how}" for how, fuse in _FUSE.items() if fuse != "compile")
+COLUMNS = (*PEERS, *OURS, *AUTO)
 _OBJECTIVE = BalancedObjective(distil=False)
 _LR = 1e-3
 
@@ -127,7 +130,7 @@ class Column:
         prepare_seconds: making it and its first steps: compiling, choosing kernels, capturing.
         pool_mebibytes: memory that its CUDA graphs keep for themselves.
         peak_mebibytes: largest amount of tensor memory that a step adds, those pools included.
-        kernel_launches: of a step on a CUDA device.
+        work: the kernels of a step on a CUDA device.
         first_loss: by which columns are compared before anything is timed.
         wrong: it differs from the others'.
     """
@@ -137,7 +140,7 @@ class Column:
     prepare_seconds: float | None = None
     pool_mebibytes: float = 0.0
     peak_mebibytes: float | None = None
-    kernel_launches: int | None = None
+    work: DeviceWork | None = None
     first_loss: float | None = None
     wrong: bool = False
 
@@ -190,22 +193,33 @@ def peer_step(problem: Problem, model: nn.Module) -> Step:
     return run
 
 
-def our_step(problem: Problem, backend: str, how: str) -> Step:
-    """Raises ValueError or RuntimeError with the reason if it is impossible."""
+def on_backend(problem: Problem, backend: str, fuse: bool | str) -> wfnet.WFNet:
+    """A copy of the network that runs on ``backend``, tried with one image.
+
+    Raises:
+        ValueError, RuntimeError: with the reason if it cannot, or would run unfused against
+            ``fuse``.
+    """
     net = copy.deepcopy(problem.net)
     for layer in net.masked_layers.values():
         layer.backend = backend
-    net.fuse = _FUSE[how]
+    net.fuse = fuse
+    with problem.autocast(), torch.no_grad():
+        net(problem.images[:1], 0)  # a backend that refuses says so here
+        if net.fuse and net.fused_network(problem.images) is None:
+            raise ValueError("the network runs unfused; the log says why")
+    return net
+
+
+def our_step(problem: Problem, backend: str, how: str) -> Step:
+    """Raises ValueError or RuntimeError with the reason if it is impossible."""
+    net = on_backend(problem, backend, _FUSE[how])
     params = net.filter_parameters()
     optimizer = RowAdam(params, lr=_LR)
     if how.endswith("captured"):
         reason = refuse_capture(net, optimizer)
         if reason is not None:
             raise ValueError(reason)
-    with problem.autocast(), torch.no_grad():
-        net(problem.images[:1], 0)  # a backend that refuses says so here
-        if net.fuse and net.fused_network(problem.images) is None:
-            raise ValueError("the network runs unfused; the log says why")
     problem.stack.enter_context(flatten_filters(params))
     dtype = problem.settings.dtype
     step = UntrainingStep(
@@ -318,7 +332,7 @@ def measure(problem: Problem, names: list[str]) -> dict[str, Column]:
         gc.collect()
         with _impossible_if_it_fails(name, column):
             column.peak_mebibytes = peak_mebibytes(step, problem.device) + column.pool_mebibytes
-            column.kernel_launches = kernel_launches(step, problem.device)
+            column.work = device_work(step, problem.device)
     return columns
 
 
@@ -354,11 +368,41 @@ def summary(columns: dict[str, Column], samples: int, floor: dict[str, float | s
             "samples_per_second": rate,
             "share_of_floor": rate / floor["fused_with_v"] if "fused_with_v" in floor else None,
             "peak_mebibytes": column.peak_mebibytes,
-            "kernel_launches": column.kernel_launches,
+            "kernel_launches": None if column.work is None else column.work.launches,
             "prepare_seconds": column.prepare_seconds,
             "milliseconds": column.milliseconds,
         }
+        if column.work is not None:
+            rows[name]["device_time"] = _device_time(column.work, median)
     return {"expanded_samples": samples, "floor_samples_per_second": floor, "columns": rows}
+
+
+_KERNELS_WRITTEN, _KERNELS_SHOWN = 40, 10
+
+
+def _device_time(work: DeviceWork, median_ms: float) -> dict:
+    """JSON of where the time of a step goes on a CUDA device.
+
+    ``idle_ms`` is the median step less the time in which something ran: launches that come late,
+    gaps between kernels. The kernels are those of one more step, under the profiler, so that it may
+    be a little below 0 where the device never waits.
+    """
+    busy = work.busy_microseconds / 1e3
+    return {
+        "busy_ms": busy,
+        "idle_ms": median_ms - busy,
+        "kernels": [asdict(kernel) for kernel in work.table(_KERNELS_WRITTEN)],
+    }
+
+
+def print_kernels(column: str, row: dict) -> None:
+    """Where a column's time goes on a CUDA device: its longest kernels."""
+    device = row["device_time"]
+    print(f"\n{column}: {row['kernel_launches']:,} kernels, busy {device['busy_ms']:.3f} ms, "
+          f"idle {device['idle_ms']:.3f} ms of {row['median_ms']:.3f} ms")  # fmt: skip
+    for kernel in device["kernels"][:_KERNELS_SHOWN]:
+        print(f"{kernel['microseconds']:12,.1f} us {kernel['share']:6.1%} "
+              f"{kernel['launches']:6,} x {kernel['name']}")  # fmt: skip
 
 
 def print_table(name: str, result: dict) -> None:
@@ -381,3 +425,6 @@ def print_table(name: str, result: dict) -> None:
             f"{column:26}{row['median_ms']:9.1f}{row['least_ms']:9.1f}{row['largest_ms']:9.1f}"
             f"{row['samples_per_second']:11,.0f}{ratio}{share}{row['peak_mebibytes']:9.1f}"
         )
+    for column, row in rows.items():
+        if "device_time" in row:
+            print_kernels(column, row)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from wfnet.version import __version__
 
@@ -75,8 +80,48 @@ def graph_pool_mebibytes(device: torch.device) -> float:
     )
 
 
-def kernel_launches(step: Step, device: torch.device) -> int | None:
-    """Kernels that a step starts on a CUDA device, those of a graph's replay too.
+@dataclass(frozen=True)
+class KernelTime:
+    """All launches of one kernel within a step; copies and fills of memory are rows too."""
+
+    name: str  # demangled, without namespaces and parameters
+    launches: int
+    microseconds: float
+    share: float  # of the time of all rows
+
+
+@dataclass(frozen=True)
+class DeviceWork:
+    """What a step has a CUDA device do.
+
+    Attributes:
+        launches: kernels that it starts, those of a graph's replay too.
+        busy_microseconds: time in which anything runs on the device; kernels side by side count
+            once. What a step takes beyond that, the device waits.
+        kernels: by time, the longest first; its sum is larger than ``busy_microseconds`` where
+            kernels run side by side.
+    """
+
+    launches: int
+    busy_microseconds: float
+    kernels: tuple[KernelTime, ...]
+
+    def table(self, rows: int) -> list[KernelTime]:
+        """The ``rows`` longest kernels, then the sum of all others, if there are more."""
+        if len(self.kernels) <= rows:
+            return list(self.kernels)
+        others = self.kernels[rows:]
+        total = KernelTime(
+            f"{len(others)} others",
+            sum(kernel.launches for kernel in others),
+            sum(kernel.microseconds for kernel in others),
+            sum(kernel.share for kernel in others),
+        )
+        return [*self.kernels[:rows], total]
+
+
+def device_work(step: Step, device: torch.device) -> DeviceWork | None:
+    """The kernels of one step on a CUDA device, and their time.
 
     None on a CPU, and where the profiler may not look at the device.
     """
@@ -87,11 +132,68 @@ def kernel_launches(step: Step, device: torch.device) -> int | None:
         with torch.profiler.profile(activities=activities) as profile:
             step()
             torch.cuda.synchronize()
+        events = profile.events()
     except (AssertionError, RuntimeError) as error:  # the step itself has run many times
         logger.info("kernels are not counted: %s", error)
         return None
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    return len([e for e in kernels if not e.name.startswith(("Memcpy", "Memset"))])
+    work = work_of(events)
+    if not work.kernels:
+        logger.info("kernels are not counted: the profiler saw none")
+        return None
+    return work
+
+
+def work_of(events: Iterable[FunctionEvent]) -> DeviceWork:
+    """Sums the profiler's events of one step by kernel."""
+    spans: list[tuple[float, float]] = []
+    found: dict[str, list[float]] = {}
+    launches = 0
+    for event in events:
+        # Ranges that the program names are laid over the device's time line as well.
+        if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
+            continue
+        start, end = event.time_range.start, event.time_range.end
+        spans.append((start, end))
+        found.setdefault(short_kernel_name(event.name), []).append(end - start)
+        launches += not event.name.startswith(("Memcpy", "Memset"))
+    total = sum(map(sum, found.values()))
+    rows = [
+        KernelTime(name, len(times), sum(times), sum(times) / total if total else 0.0)
+        for name, times in found.items()
+    ]
+    rows.sort(key=lambda row: (-row.microseconds, row.name))
+    return DeviceWork(launches, _covered(spans), tuple(rows))
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of intervals."""
+    covered, reached = 0.0, -math.inf
+    for start, end in sorted(spans):
+        covered += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return covered
+
+
+_NAME_LENGTH = 120
+
+
+def short_kernel_name(name: str) -> str:
+    """A kernel's name, demangled, without namespaces, result and parameters; at most 120 letters.
+
+    Template arguments stay: they tell kernels of one function apart.
+    """
+    if name.startswith("_Z"):
+        name = torch._C._demangle(name)
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    if name.endswith(")") and not name.startswith(("Memcpy", "Memset")):
+        depth = 0
+        for place in range(len(name) - 1, 0, -1):
+            depth += {")": 1, "(": -1}.get(name[place], 0)
+            if depth == 0:
+                name = name[:place]
+                break
+    name = " ".join(re.sub(r"\b\w+::", "", name).split())
+    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 3]}..."
 
 
 @contextlib.contextmanager
@@ -189,3 +291,13 @@ def about(device: torch.device | str, command: Sequence[str]) -> dict[str, str |
         "command": " ".join(["python", *command]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
+
+
+def choose_convolutions_by_trial(device: torch.device) -> None:
+    """Has cuDNN time its algorithms once for every shape, for the rest of the process.
+
+    What everybody sets who measures convolutions, so that peers are at their best; `wfnet.untrain`
+    leaves it off, because a choice by time may differ from run to run, and with it the last bits.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True

@@ -25,7 +25,7 @@ from wfnet.benchmarking.steps import (
     print_table,
     summary,
 )
-from wfnet.benchmarking.timing import commit, device_name, timed
+from wfnet.benchmarking.timing import choose_convolutions_by_trial, commit, device_name, timed
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
 from wfnet.cli.options import HelpFormatter, key_value, whole
@@ -110,6 +110,7 @@ def run(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = choose_device(options.device)
+    choose_convolutions_by_trial(device)
     dtype = torch.bfloat16 if options.amp else torch.float32
     settings = StepSettings(
         image_size=options.img_size,

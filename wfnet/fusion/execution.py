@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,7 +12,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from wfnet import backends, gates
-from wfnet.backends import Backend, Below, Finished
+from wfnet.backends import Below, Finished, FusedConvolutions, winners
+from wfnet.backends.measured import Convolution, PlanWinners
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
 from wfnet.fusion.rewriting import is_hooked
 from wfnet.fusion.running import FusedNetwork, Run
@@ -19,19 +21,23 @@ from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GatedLayer, GateTables, StepTables
 
+logger = logging.getLogger("wfnet")
+
 
 class PlanNetwork(FusedNetwork):
     """Executes a :class:`Plan`; the filters of all its convolutions become tables at once.
 
     Args:
         plan: from :func:`make_plan`.
-        backend: who runs the fused convolutions (:meth:`Backend.fused_conv2d`).
+        backend: who runs the fused convolutions; None: whoever measured fastest
+            (:mod:`wfnet.backends.measured`).
     """
 
-    def __init__(self, plan: Plan, backend: Backend):
+    def __init__(self, plan: Plan, backend: FusedConvolutions | None):
         super().__init__()
         self.plan = plan
         self.backend = backend
+        self._measured: dict[tuple, FusedConvolutions] = {}
         # In the order of the network's modules, as `WFNet.filter_parameters`.
         self.convs = sorted(plan.convolutions, key=lambda step: step.index)
 
@@ -45,13 +51,35 @@ class PlanNetwork(FusedNetwork):
     def describe(self) -> str:
         return self.plan.describe()
 
-    def tables(self) -> GateTables:
+    def backend_for(
+        self, batch: int, dtype: torch.dtype, device: torch.device
+    ) -> FusedConvolutions:
+        """Who runs the convolutions of ``batch`` samples."""
+        if self.backend is not None:
+            return self.backend
+        if not winners.know(device):
+            return backends.get("eager")
+        key = (batch, dtype, device)
+        if key not in self._measured:
+            found = PlanWinners([_measurable(step) for step in self.convs], batch, dtype, device)
+            self._measured[key] = found.convolutions()
+            logger.info("auto takes %s: %s", self._measured[key].name, found.describe())
+        return self._measured[key]
+
+    def tables(self, backend: FusedConvolutions) -> GateTables:
         """Tables over the present filters and frozen constants; made anew when these change."""
         return self._tables_over(
             (matrix for step in self.convs for matrix in step.layer.named_filters().values()),
             (tensor for step in self.convs for tensor in _constants_of(step)),
-            lambda: self.backend.gate_tables([_gated(step) for step in self.convs]),
+            lambda: backend.gate_tables([_gated(step) for step in self.convs]),
+            made_by=backend.name,
         )
+
+
+def _measurable(step: ConvStep) -> Convolution:
+    shape = step.input.meta.get("shape")
+    size = None if shape is None else tuple(shape[2:])
+    return Convolution(step.layer.weight, step.geometry, size, not step.at_source)
 
 
 def _constants_of(step: ConvStep) -> Iterable[Tensor]:
@@ -166,7 +194,8 @@ class TableRun(Run):
 
     def __init__(self, network: PlanNetwork, *batch: object):
         super().__init__(network, *batch)
-        self.tables: StepTables = network.tables()(self.rows, self.save)
+        self.backend = network.backend_for(self.rows.shape[0], self.dtype, self.images.device)
+        self.tables: StepTables = network.tables(self.backend)(self.rows, self.save)
         self.of_calls: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
 
     def gradients(self, into: Tensor | None) -> list[Tensor]:
@@ -236,7 +265,7 @@ class PlanRun(TableRun):
     def _convolve(self, step: ConvStep) -> None:
         x = self.values[step.input]
         residual = None if step.residual is None else self._expanded(step.residual)
-        out, branch, mask = self.network.backend.fused_conv2d(
+        out, branch, mask = self.backend.fused_conv2d(
             self._cast(x),
             self.network.weight(step.layer, self.dtype),
             self.tables.scales[step.index],
@@ -378,9 +407,7 @@ class PlanRun(TableRun):
             own = step.output in self.owned
             self.owned.discard(step.output)
             below = self._below(step)
-            self._finished(
-                step, self.network.backend.finish(self._cast(dout), below, may_overwrite=own)
-            )
+            self._finished(step, self.backend.finish(self._cast(dout), below, may_overwrite=own))
             del dout, below
         scaled = self.scaled.pop(step)
         kept = self.kept.pop(step)
@@ -388,7 +415,7 @@ class PlanRun(TableRun):
             return
         skip = self.of_values.pop(step.input, None)
         self.owned.discard(step.input)
-        finished = self.network.backend.conv2d_dgrad(
+        finished = self.backend.conv2d_dgrad(
             scaled,
             self.network.weight(step.layer, self.dtype),
             kept.input_shape,
@@ -470,8 +497,8 @@ def check_plan(
         raise NotFusable(f"fused and unfused outputs differ by {error:.1e} (limit {limit:.1e})")
 
 
-def backend_for(layers: Iterable[MaskedLayer]) -> Backend:
-    """The one backend of ``layers`` that runs fused convolutions.
+def backend_for(layers: Iterable[MaskedLayer]) -> FusedConvolutions | None:
+    """The one backend that ``layers`` ask for; None if they leave it to measurements (``auto``).
 
     Raises:
         NotFusable: if they ask for different backends, or for one without fused convolutions.
@@ -480,9 +507,11 @@ def backend_for(layers: Iterable[MaskedLayer]) -> Backend:
     name = names.pop() if len(names) == 1 else None
     if name is None:
         raise NotFusable("its layers ask for different backends")
+    if name == "auto":
+        return None
     if name == "reference":
         raise NotFusable("the reference backend is never fused")
-    backend = backends.get("eager" if name == "auto" else name)
+    backend = backends.get(name)
     if not backend.fuses:
         raise NotFusable(f"backend {name!r} has no fused convolutions")
     return backend

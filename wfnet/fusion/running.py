@@ -80,9 +80,14 @@ class FusedNetwork(ABC):
         filters: Iterable[Tensor],
         constants: Iterable[Tensor],
         make: Callable[[], GateTables],
+        made_by: str = "",
     ) -> GateTables:
-        """What ``make`` gives, made anew when filters lie elsewhere or constants have changed."""
-        key = (*map(state_of, constants), *(matrix.data_ptr() for matrix in filters))
+        """What ``make`` gives, made anew when filters lie elsewhere or constants have changed.
+
+        Args:
+            made_by: who makes them; another one makes others.
+        """
+        key = (made_by, *map(state_of, constants), *(matrix.data_ptr() for matrix in filters))
         if self._tables is None or self._tables[0] != key:
             self._tables = (key, make())
         return self._tables[1]
