@@ -6,6 +6,9 @@
     python csrc/build.py               wfnet/_C*.so in place, for the targets in WFNET_CUDA_ARCHS
     python csrc/build.py --all         the same for every target that nvcc knows, from sm_80
     python csrc/build.py --emulated    build/emulated/..., for WFNET_CUDA_EMULATE; needs no nvcc
+
+With WFNET_CUDA_DEADLINE=SECONDS a wait of the Hopper kernels that lasts longer is an error: to find
+the one that never ends.
 """
 
 from __future__ import annotations
@@ -165,8 +168,11 @@ def build_extension(folder: Path, every: bool = False) -> Path:
     archs = chosen_archs(compiler, every)
     arch = " ".join(gencode(archs))
     define = f"-DWF_SOURCES={sources_digest()} '-DWF_ARCHS=\"{' '.join(archs)}\"'"
+    deadline = os.environ.get("WFNET_CUDA_DEADLINE")
     # 177: the constants by which a kernel tells the emulation about itself are not used here.
     flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --cudart=static -diag-suppress=177"
+    if deadline:
+        flags += f" -DWF_DEADLINE={int(deadline)}"
     hopper = " ".join(gencode(["9.0a"]))
     rules = {
         "nvcc": f"{compiler} -MD -MF $out.d {flags} {arch} -I{HERE} -c $in -o $out",

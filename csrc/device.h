@@ -189,13 +189,26 @@ WF_DEVICE void sync_block() {
 #endif
 }
 
-// Barrier `id` (1 to 15) of `threads` threads, whole warps.
+#if !defined(__CUDACC__)
+namespace emulation {
+
+// What .aligned and .sync demand: the lanes of a warp come together.
+inline void meet_warp(const char* what) {
+  Fiber& self = *current_fiber();
+  block().meet(self.warp().rendezvous, what, kWarp, self.lane(), nullptr, [](void* const*) {});
+}
+
+}  // namespace emulation
+#endif
+
+// Barrier `id` (1 to 15) of `threads` threads, whole warps whose lanes are all here.
 WF_DEVICE void sync_named(int id, int threads) {
 #if defined(__CUDACC__)
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #else
   emulation::Block& block = emulation::block();
   if (threads % 32 != 0) block.fail("sync_named: whole warps only");
+  emulation::meet_warp("sync_named");
   block.meet(block.barriers()[id], "sync_named", threads, 0, nullptr, [](void* const*) {});
 #endif
 }
@@ -206,6 +219,7 @@ WF_DEVICE void arrive_named(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 #else
   emulation::Block& block = emulation::block();
+  emulation::meet_warp("arrive_named");
   block.arrive(block.barriers()[id], "sync_named", threads);
 #endif
 }
@@ -214,9 +228,7 @@ WF_DEVICE void sync_warp() {
 #if defined(__CUDACC__)
   __syncwarp();
 #else
-  emulation::Fiber& self = *emulation::current_fiber();
-  emulation::block().meet(self.warp().rendezvous, "sync_warp", 32, self.lane(), nullptr,
-                          [](void* const*) {});
+  emulation::meet_warp("sync_warp");
 #endif
 }
 

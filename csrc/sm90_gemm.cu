@@ -6,17 +6,18 @@
 
 namespace wf::sm90 {
 
-template <class T, int kBlockN, Direction kDirection>
+template <class T, int kBlockN, bool kKeepFilter, Direction kDirection>
 struct GemmKernel {
+  using Layout = sm90::Layout<kBlockN, kKeepFilter>;
   using Params = sm90::Params<kDirection>;
   static constexpr int kThreads = sm90::kThreads;
-  static constexpr uint32_t kSharedBytes = Layout<kBlockN>::kBytes;
+  static constexpr uint32_t kSharedBytes = Layout::kBytes;
   static_assert(kSharedBytes <= 227 * 1024, "more shared memory than a Hopper block can have");
   static_assert(sizeof(Params) <= 4096, "parameters of a kernel have 4 KB");
 
   static WF_DEVICE void run(const Params& params) {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    gemm<T, kBlockN, kDirection>(params);
+    gemm<T, Layout, kDirection>(params);
 #endif
   }
 };
@@ -183,11 +184,14 @@ void launch_gemm(const Problem& problem, const Convolution& conv, const Operands
     launch_clusters<decltype(kernel)>(params, clusters, operands.place);
   };
   if (problem.block_n == 128) {
-    operands.bf16 ? run(GemmKernel<Bf16, 128, kDirection>{})
-                  : run(GemmKernel<Fp16, 128, kDirection>{});
+    operands.bf16 ? run(GemmKernel<Bf16, 128, false, kDirection>{})
+                  : run(GemmKernel<Fp16, 128, false, kDirection>{});
+  } else if (!problem.keep_filter) {
+    operands.bf16 ? run(GemmKernel<Bf16, 64, false, kDirection>{})
+                  : run(GemmKernel<Fp16, 64, false, kDirection>{});
   } else {
-    operands.bf16 ? run(GemmKernel<Bf16, 64, kDirection>{})
-                  : run(GemmKernel<Fp16, 64, kDirection>{});
+    operands.bf16 ? run(GemmKernel<Bf16, 64, true, kDirection>{})
+                  : run(GemmKernel<Fp16, 64, true, kDirection>{});
   }
 }
 

@@ -8,7 +8,8 @@
 //
 //   producer     1 thread loads 64-deep slices of A (128 rows) and B (64 or 128 columns) by TMA
 //                into a ring of 6 or 8 stages, B half by half for both blocks of the cluster; it
-//                runs ahead over tile borders: the next tile's operands come during this epilogue
+//                runs ahead over tile borders: the next tile's operands come during this epilogue.
+//                A filter of 64 columns and few slices is loaded once and kept for all tiles
 //   consumer 0   tiles 0, 2, 4, ... of the block: wgmma, then the epilogue, from registers
 //   consumer 1   tiles 1, 3, 5, ...; takes turns with consumer 0 at the tensor cores (ping-pong)
 //
@@ -16,7 +17,10 @@
 // cores (128 x 64), in which another tile's epilogue moves 128 x 64 x 2 B x 3 (residual, v, out) =
 // 48 KB. At one multiprocessor's share of 4.3 TB/s, 18 B per cycle, those take 2,700 cycles: bound
 // by memory, and that only because the epilogue is hidden. From 128 channels on, the tensor cores
-// are the bound.
+// are the bound, as far as operands come in time: shared memory moves 128 bytes a cycle, and a
+// slice of 128 x 128 is written once (32 KB) and read by wgmma (48 KB), 640 cycles beside 512; a
+// slice of 128 x 64 whose filter is kept takes 384 beside 256. How much of that adds up, a device
+// must say (tests/cuda/first_steps.py prints it).
 //
 // Epilogues work on 16 bytes of one row per lane: quads of lanes first transpose their wgmma
 // fragments (which hold 2 columns of 4 groups of 8) so that a quad reads and writes 64 contiguous
@@ -59,26 +63,35 @@ struct Params {
   typename EpilogueOf<kDirection>::Type epilogue;
 };
 
-// Shared memory: stages of A and B, then column sums of both consumers, then the mbarriers. B is
-// [kBlockN][64] (forward) or kBlockN / 64 times [64][64] (backward); each block of the cluster
-// loads half of it, in one box of kFilterRows rows of 128 bytes.
-template <int kBlockN>
+// Shared memory: stages of A and B (or of A, then the kept filter's slices of B), then column sums
+// of both consumers, then the mbarriers. B is [kBlockN][64] (forward) or kBlockN / 64 times
+// [64][64] (backward); each block of the cluster loads half of it, in one box of kFilterRows rows
+// of 128 bytes.
+template <int kBlockN_, bool kKeepFilter_>
 struct Layout {
+  static constexpr int kBlockN = kBlockN_;
+  static constexpr bool kKeepFilter = kKeepFilter_;
   static constexpr int kStages = kBlockN == 64 ? 8 : 6;
   static constexpr uint32_t kABytes = kBlockM * kBlockK * 2;
   static constexpr uint32_t kBBytes = kBlockN * kBlockK * 2;
-  static constexpr uint32_t kStageBytes = kABytes + kBBytes;
+  static constexpr uint32_t kStageBytes = kKeepFilter ? kABytes : kABytes + kBBytes;
   static constexpr int kFilterRows = kBlockN / kCluster;
-  static constexpr uint32_t kSums = kStages * kStageBytes;
+  // Who reads a stage: a tile's four warps; of both blocks where half of B is the other one's.
+  static constexpr int kReaders = kKeepFilter ? 4 : 4 * kCluster;
+  static constexpr uint32_t kFilter = kStages * kStageBytes;
+  static constexpr uint32_t kSums = kFilter + (kKeepFilter ? kMostKeptSlices * kBBytes : 0);
   static constexpr uint32_t kSumsBytes = 2 * 2 * 4 * 32 * 4;  // [buffer][sum][warp][32 columns]
   static constexpr uint32_t kBarriers = kSums + kConsumers * kSumsBytes;
   // Rounded up: halves of the emulated cluster must begin at multiples of 1024.
-  static constexpr uint32_t kBytes = (kBarriers + 2 * kStages * 8 + 1023) / 1024 * 1024;
+  static constexpr uint32_t kBytes = (kBarriers + (2 * kStages + 1) * 8 + 1023) / 1024 * 1024;
 
   static WF_DEVICE uint32_t a(int stage) { return shared_base() + stage * kStageBytes; }
-  static WF_DEVICE uint32_t b(int stage) { return a(stage) + kABytes; }
+  static WF_DEVICE uint32_t b(int stage, int slice) {
+    return kKeepFilter ? shared_base() + kFilter + slice * kBBytes : a(stage) + kABytes;
+  }
   static WF_DEVICE uint32_t full(int stage) { return shared_base() + kBarriers + stage * 8; }
   static WF_DEVICE uint32_t empty(int stage) { return full(stage) + kStages * 8; }
+  static WF_DEVICE uint32_t filter() { return empty(kStages); }
 };
 
 // Position in the ring of stages: every role walks it slice by slice.
@@ -110,19 +123,39 @@ WF_DEVICE void sync_warpgroup(int consumer) {
 
 // --- producer ---
 
-template <int kBlockN, Direction kDirection>
+// This block's half of a slice of B, for both blocks of the cluster; n0: first column.
+template <class L, Direction kDirection>
+WF_DEVICE void load_filter(const Params<kDirection>& params, uint32_t b, uint32_t barrier,
+                           const Slice& slice, int n0, int rank) {
+  b += rank * L::kFilterRows * 128;
+  if constexpr (kDirection == Direction::kForward) {  // rows are columns of the result
+    tma_load_filter(b, &params.b, barrier, slice.channel, slice.tap, n0 + rank * L::kFilterRows);
+  } else if constexpr (L::kBlockN == 128) {  // rows are depth; each block has 64 of the columns
+    tma_load_filter(b, &params.b, barrier, n0 + rank * 64, slice.tap, slice.channel);
+  } else {  // rows are depth; each block has 32 of them
+    tma_load_filter(b, &params.b, barrier, n0, slice.tap, slice.channel + rank * L::kFilterRows);
+  }
+}
+
+template <class L, Direction kDirection>
 WF_DEVICE void produce(const Params<kDirection>& params) {
-  using L = Layout<kBlockN>;
   const Problem& problem = params.problem;
   const int rank = cluster_rank();
   const int step = cluster_count();
+  if constexpr (L::kKeepFilter) {
+    const Phase& phase = problem.phases[0];  // the only one
+    mbarrier_arrive_expect(L::filter(), phase.slices * L::kBBytes);
+    Slice slice(problem, phase);
+    WF_SM90_ROLLED
+    for (int i = 0; i < phase.slices; ++i, slice.advance())
+      load_filter<L, kDirection>(params, L::b(0, i), L::filter(), slice, 0, rank);
+  }
   RingPosition<L::kStages> ring;
   for (Work work = next_work(problem, cluster_index(), step); work.slot < problem.tile_slots;
        work = next_work(problem, work.slot + step, step)) {
     const Phase& phase = problem.phases[work.phase];
     const TensorMap* map_a = &params.a[work.phase];
     const int m0 = (work.pair * kCluster + rank) * kBlockM;
-    const int n0 = work.n * kBlockN;
     const Base base = base_at(phase, m0);
     Slice slice(problem, phase);
     WF_SM90_ROLLED
@@ -136,14 +169,9 @@ WF_DEVICE void produce(const Params<kDirection>& params) {
         tma_load_im2col(L::a(ring.stage), map_a, full, slice.channel, base.w, base.h, base.sample,
                         slice.offset_w, slice.offset_h);
       }
-      const uint32_t b = L::b(ring.stage) + rank * L::kFilterRows * 128;
-      if constexpr (kDirection == Direction::kForward) {  // rows are columns of the result
-        tma_load_filter(b, &params.b, full, slice.channel, slice.tap, n0 + rank * L::kFilterRows);
-      } else if constexpr (kBlockN == 128) {  // rows are depth; each block has 64 of the columns
-        tma_load_filter(b, &params.b, full, n0 + rank * 64, slice.tap, slice.channel);
-      } else {  // rows are depth; each block has 32 of them
-        tma_load_filter(b, &params.b, full, n0, slice.tap, slice.channel + rank * L::kFilterRows);
-      }
+      if constexpr (!L::kKeepFilter)
+        load_filter<L, kDirection>(params, L::b(ring.stage, 0), full, slice,
+                                   work.n * L::kBlockN, rank);
       ring.advance();
       slice.advance();
     }
@@ -158,20 +186,31 @@ struct Accumulators {
   float half[2][kBlockN / 2];
 };
 
-// Frees a stage: one arrival per warp (its own share of wgmma is done) at each block of the
-// cluster, for both blocks' producers write into it.
-template <int kBlockN>
+// Frees a stage: one arrival per warp (its own share of wgmma is done) at each block whose producer
+// writes into it, which is both blocks of the cluster where they share B.
+template <class L>
 WF_DEVICE void free_stage(int stage) {
   const int lane = thread_index() % 32;
-  if (lane < kCluster) mbarrier_arrive(Layout<kBlockN>::empty(stage), lane);
+  if constexpr (L::kKeepFilter) {
+    if (lane == 0) mbarrier_arrive(L::empty(stage), cluster_rank());
+  } else {
+    if (lane < kCluster) mbarrier_arrive(L::empty(stage), lane);
+  }
+}
+
+// From the second tile on it is there.
+template <class L>
+WF_DEVICE void wait_for_filter() {
+#if !defined(__CUDACC__)
+  if (emulated::broken().filter_wait) return;
+#endif
+  mbarrier_wait(L::filter(), 0);
 }
 
 // Issues the wgmma of a tile; all but those of the last slice are complete. Returns its stage,
 // which finish_multiply() waits for and frees.
-template <class T, int kBlockN, bool kTransposedB>
-WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>::kStages>& ring,
-                       int slices) {
-  using L = Layout<kBlockN>;
+template <class T, class L, bool kTransposedB>
+WF_DEVICE int multiply(Accumulators<L::kBlockN>& acc, RingPosition<L::kStages>& ring, int slices) {
   int previous = 0;
   for (int i = 0; i < slices; ++i) {
     mbarrier_wait(L::full(ring.stage), ring.parity);
@@ -182,9 +221,9 @@ WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>:
     for (int k = 0; k < kBlockK / 16; ++k) {
       // A: 8 rows of 128 bytes per swizzle atom, 16 of K are 32 bytes within its rows. B forward:
       // the same. B backward, [64 of K][64 columns] per box: 16 of K are two atoms, boxes follow.
-      const uint64_t b = kTransposedB
-                             ? wgmma_descriptor(L::b(ring.stage) + k * 2048, kBlockK * 128, 1024)
-                             : wgmma_descriptor(L::b(ring.stage) + k * 32, 16, 1024);
+      const uint32_t at = L::b(ring.stage, i);
+      const uint64_t b = kTransposedB ? wgmma_descriptor(at + k * 2048, kBlockK * 128, 1024)
+                                      : wgmma_descriptor(at + k * 32, 16, 1024);
       WF_UNROLL
       for (int half = 0; half < 2; ++half)
         wgmma<T, kTransposedB>(acc.half[half],
@@ -194,7 +233,7 @@ WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>:
     wgmma_commit();
     if (i > 0) {
       wgmma_wait<1>();
-      free_stage<kBlockN>(previous);
+      free_stage<L>(previous);
     }
     previous = ring.stage;
     ring.advance();
@@ -202,12 +241,12 @@ WF_DEVICE int multiply(Accumulators<kBlockN>& acc, RingPosition<Layout<kBlockN>:
   return previous;
 }
 
-template <int kBlockN>
-WF_DEVICE void finish_multiply(Accumulators<kBlockN>& acc, int last_stage, int slices) {
+template <class L>
+WF_DEVICE void finish_multiply(Accumulators<L::kBlockN>& acc, int last_stage, int slices) {
   wgmma_wait<0>();
   pin_registers(acc.half[0]);
   pin_registers(acc.half[1]);
-  if (slices > 0) free_stage<kBlockN>(last_stage);
+  if (slices > 0) free_stage<L>(last_stage);
 }
 
 // --- epilogues ---
@@ -322,10 +361,11 @@ WF_DEVICE LaneRows lane_rows(const Problem& problem, const Phase& phase, int m0)
 }
 
 // `m`, `n`: row and column tile of the phase.
-template <class T, int kBlockN>
-WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& problem,
+template <class T, class L>
+WF_DEVICE void finish_tile(const Accumulators<L::kBlockN>& acc, const Problem& problem,
                            const ForwardEpilogue& e, const Phase& phase, int m, int n,
                            int /*consumer*/) {
+  constexpr int kBlockN = L::kBlockN;
   const LaneRows rows = lane_rows(problem, phase, m * kBlockM);
   WF_UNROLL
   for (int chunk = 0; chunk < kBlockN / 32; ++chunk) {
@@ -384,11 +424,11 @@ WF_DEVICE void halve_sums(float (&sums)[16]) {
   }
 }
 
-template <class T, int kBlockN>
-WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& problem,
+template <class T, class L>
+WF_DEVICE void finish_tile(const Accumulators<L::kBlockN>& acc, const Problem& problem,
                            const BackwardEpilogue& e, const Phase& phase, int m, int n,
                            int consumer) {
-  using L = Layout<kBlockN>;
+  constexpr int kBlockN = L::kBlockN;
   if (m >= phase.m_tiles) return;
   const int m0 = m * kBlockM;
   const LaneRows rows = lane_rows(problem, phase, m0);
@@ -505,10 +545,11 @@ WF_DEVICE void finish_tile(const Accumulators<kBlockN>& acc, const Problem& prob
   if (sums) sync_warpgroup(consumer);
 }
 
-template <class T, int kBlockN, Direction kDirection>
+template <class T, class L, Direction kDirection>
 WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
+  constexpr int kBlockN = L::kBlockN;
   const Problem& problem = params.problem;
-  RingPosition<Layout<kBlockN>::kStages> ring;
+  RingPosition<L::kStages> ring;
   const int step = cluster_count();
   Work work = next_work(problem, cluster_index(), step);
   for (int i = 0; work.slot < problem.tile_slots; ++i) {
@@ -521,13 +562,14 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
       for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
       const int m = work.pair * kCluster + cluster_rank();
       prefetch_tile<T, kBlockN>(problem, params.epilogue, phase, m, work.n);
+      if (L::kKeepFilter) wait_for_filter<L>();
       if (i > 0) wait_for_turn(consumer);
       const int last =
-          multiply<T, kBlockN, kDirection == Direction::kBackward>(acc, ring, phase.slices);
+          multiply<T, L, kDirection == Direction::kBackward>(acc, ring, phase.slices);
       // The other consumer issues its first wgmma while the last ones of this tile are at work.
       if (next.slot < problem.tile_slots) give_turn(consumer);
-      finish_multiply<kBlockN>(acc, last, phase.slices);
-      finish_tile<T, kBlockN>(acc, problem, params.epilogue, phase, m, work.n, consumer);
+      finish_multiply<L>(acc, last, phase.slices);
+      finish_tile<T, L>(acc, problem, params.epilogue, phase, m, work.n, consumer);
     } else {
       ring.skip(phase.slices);
     }
@@ -537,14 +579,14 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
 
 // --- the kernel ---
 
-template <class T, int kBlockN, Direction kDirection>
+template <class T, class L, Direction kDirection>
 WF_DEVICE void gemm(const Params<kDirection>& params) {
-  using L = Layout<kBlockN>;
   if (block_thread() == 0) {
     for (int stage = 0; stage < L::kStages; ++stage) {
       mbarrier_init(L::full(stage), 1);
-      mbarrier_init(L::empty(stage), 4 * kCluster);  // the warps of the consumers that read it
+      mbarrier_init(L::empty(stage), L::kReaders);
     }
+    if (L::kKeepFilter) mbarrier_init(L::filter(), 1);
     fence_mbarrier_init();
   }
   sync_cluster();
@@ -557,11 +599,11 @@ WF_DEVICE void gemm(const Params<kDirection>& params) {
         if (params.problem.phases[i].slices > 0 && params.problem.phases[i].rows > 0)
           prefetch_tensor_map(&params.a[i]);
       prefetch_tensor_map(&params.b);
-      produce<kBlockN, kDirection>(params);
+      produce<L, kDirection>(params);
     }
   } else {
     take_registers<kConsumerRegisters>();
-    consume<T, kBlockN, kDirection>(params, role);
+    consume<T, L, kDirection>(params, role);
   }
 #if !defined(__CUDACC__)
   if (emulated::broken().joint_exit) return;

@@ -43,6 +43,10 @@ constexpr int kBlockK = 64;  // 128 bytes: one swizzle row
 constexpr int kMostPhases = 4;
 constexpr int kCluster = 2;  // thread blocks of a cluster
 
+// Slices of a filter of 64 columns that fit into shared memory beside 8 stages of A: 72 KB, a 3x3
+// filter of 64 channels. Loaded for every tile again, they would be a third of what arrives.
+constexpr int kMostKeptSlices = 9;
+
 // A cross-correlation of [batch, height, width, in_channels] with [out_channels, filter_h,
 // filter_w, in_channels]; all memory dense, channels last.
 struct Convolution {
@@ -117,6 +121,7 @@ struct Problem {
   int block_n, n_tiles;
   int m_pairs;     // pairs of row tiles, most of any phase
   int tiled;       // A is read as the matrix [rows, depth], without im2col
+  int keep_filter;  // all tiles need the same slices of B, and these fit: they are loaded once
   int tile_slots;  // m_pairs * num_phases * n_tiles; a few of them may be empty
   int partial_rows;
 };
@@ -141,6 +146,8 @@ WF_SM90_BOTH void finish_problem(Problem& problem, int block_n) {
     if (pairs > problem.m_pairs) problem.m_pairs = pairs;
   }
   problem.tile_slots = problem.m_pairs * problem.num_phases * problem.n_tiles;
+  problem.keep_filter = block_n == 64 && problem.n_tiles * problem.num_phases == 1 &&
+                        problem.phases[0].slices <= kMostKeptSlices;
 }
 
 // 128 columns, unless that computes more than a quarter too many: for 64 and 192 channels.

@@ -108,6 +108,7 @@ WF_DEVICE void arrive_block_named(int id, int threads) {
 #if defined(__CUDACC__)
   arrive_named(id, threads);
 #else
+  if (id < 1 || id > 7) emulation::block().fail("arrive_block_named: barriers are 1 to 7");
   arrive_named(id + emulated::rank() * 8, threads);
 #endif
 }
@@ -126,6 +127,7 @@ WF_DEVICE bool elect_one() {
       : "=r"(elected));
   return elected != 0;
 #else
+  emulation::meet_warp("elect_one");
   return thread_index() % 32 == 0;
 #endif
 }
@@ -154,6 +156,7 @@ using emulation::Rendezvous;
 struct Broken {
   bool full_wait = false;     // mbarrier_wait returns at once: for barriers that count bytes
   bool empty_wait = false;    // for barriers that count arrivals only
+  bool filter_wait = false;   // a kept filter is not waited for
   bool wgmma_wait = false;    // wgmma_wait waits for nothing
   bool sums_barrier = false;  // sync_warpgroup waits for nobody
   bool peer_arrival = false;  // arrivals at the other block's barriers go to the own one
@@ -322,6 +325,8 @@ inline void read_operand(uint64_t descriptor, bool transposed, bool bf16, int fi
   const uint32_t stride = static_cast<uint32_t>(descriptor >> 32 & 0x3FFF) << 4;
   if (descriptor >> 62 != 1) block().fail("wgmma: descriptor has no 128-byte swizzle");
   if (descriptor >> 49 & 7) block().fail("wgmma: descriptor has a base offset");
+  // Which the hardware wants where the first row is not the first of a 1024-byte atom.
+  if (start >> 7 & 7) block().fail("wgmma: descriptor begins within an atom of the swizzle");
   into.resize(static_cast<size_t>(count) * 16);
   float chunk[8];
   if (transposed) {  // an atom of the swizzle is 8 of K by 64 rows, rows contiguous
@@ -447,9 +452,38 @@ WF_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
 #endif
 }
 
+#if defined(__CUDACC__) && defined(WF_DEADLINE)
+// A build that looks for the wait that never ends: after WF_DEADLINE seconds it is an error, of one
+// kind for the producer and of another for consumers (see tests/cuda/first_steps.py).
+WF_DEVICE void wait_with_deadline(uint32_t barrier, uint32_t parity) {
+  uint64_t start, now;
+  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
+  while (true) {
+    uint32_t done;
+    asm volatile(
+        "{\n"
+        ".reg .pred done;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+        "selp.b32 %0, 1, 0, done;\n"
+        "}\n"
+        : "=r"(done)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    if (done) return;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    if (now - start < WF_DEADLINE * 1000000000ull) continue;
+    const bool producer = threadIdx.x / kWarpgroup == blockDim.x / kWarpgroup - 1;
+    if (!producer) asm volatile("trap;");                      // "unspecified launch failure"
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(1), "r"(0));  // "misaligned address"
+  }
+}
+#endif
+
 // Waits until the phase of this parity is complete.
 WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-#if defined(__CUDACC__)
+#if defined(__CUDACC__) && defined(WF_DEADLINE)
+  wait_with_deadline(barrier, parity);
+#elif defined(__CUDACC__)
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -463,6 +497,7 @@ WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
 #else
   auto& state = emulated::mbarriers().get(emulated::own(barrier), "mbarrier_wait");
+  if (parity > 1) emulation::block().fail("mbarrier_wait: a parity is 0 or 1");
   const emulated::Broken& broken = emulated::broken();
   if (state.counts_bytes ? broken.full_wait : broken.empty_wait) return;
   emulation::block().wait_until(state.counts_bytes ? "mbarrier_wait (data)" : "mbarrier_wait",
@@ -603,6 +638,7 @@ WF_DEVICE void wgmma_fence() {
 #if defined(__CUDACC__)
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #else
+  emulation::meet_warp("wgmma_fence");
   auto& state = emulation::block().extension<emulated::WgmmaState>();
   state.warps[thread_index() / 32].fenced = true;
 #endif

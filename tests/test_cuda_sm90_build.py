@@ -16,9 +16,9 @@ import pytest
 CSRC = cuda_modules.ROOT / "csrc"
 SOURCES = sorted([*CSRC.glob("*.h"), CSRC / "sm90_gemm.cu"])
 TEMPLATES = [
-    (element, block_n, direction)
+    (element, block_n, keep, direction)
     for element in ("Bf16", "Fp16")
-    for block_n in (64, 128)
+    for block_n, keep in ((64, True), (64, False), (128, False))  # keep: the filter stays
     for direction in ("forward", "backward")
 ]
 
@@ -46,8 +46,8 @@ class Kernel:
 
 
 @functools.cache
-def compiled() -> tuple[str, str]:
-    """What nvcc printed, and the disassembly."""
+def compiled(*more: str) -> tuple[str, str]:
+    """What nvcc printed, and the disassembly; ``more``: flags."""
     build = cuda_modules.build()
     try:
         compiler = build.nvcc()
@@ -55,6 +55,7 @@ def compiled() -> tuple[str, str]:
         pytest.skip(str(error))
     command = [compiler, "-std=c++17", "-O3", *build.gencode(["9.0a"]), f"-I{CSRC}"]
     command += ["-gencode=arch=compute_80,code=sm_80", "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
+    command += more
     digest = hashlib.sha256(" ".join(command).encode())
     for path in SOURCES:
         digest.update(path.read_bytes())
@@ -77,10 +78,10 @@ def compiled() -> tuple[str, str]:
     return log.read_text(), code.read_text()
 
 
-def mangled(element: str, block_n: int, direction: str) -> str:
+def mangled(element: str, block_n: int, keep: bool, direction: str) -> str:
     """Pattern of a kernel's mangled name."""
     number = ("forward", "backward").index(direction)
-    return rf"GemmKernelINS_4{element}ELi{block_n}ELNS\d_9DirectionE{number}EE"
+    return rf"GemmKernelINS_4{element}ELi{block_n}ELb{int(keep)}ELNS\d_9DirectionE{number}EE"
 
 
 def functions(code: str, arch: str) -> list[str]:
@@ -105,9 +106,9 @@ def kernel(name: str) -> Kernel:
     return Kernel(int(registers), int(stack), int(stores) + int(loads), body)
 
 
-@pytest.mark.parametrize(("element", "block_n", "direction"), TEMPLATES)
-def test_machine_code(element, block_n, direction):
-    code = kernel(mangled(element, block_n, direction))
+@pytest.mark.parametrize(("element", "block_n", "keep", "direction"), TEMPLATES)
+def test_machine_code(element, block_n, keep, direction):
+    code = kernel(mangled(element, block_n, keep, direction))
     # 384 threads with 168 registers at entry are the whole register file: 65,536.
     assert code.registers == 168
     assert code.stack_bytes == 0
@@ -159,14 +160,21 @@ PRODUCER = (
     r"UCGABAR_WAIT",
     r"EXIT",
 )
+KEEPING_PRODUCER = (
+    r"USETMAXREG\.DEALLOC",
+    r"UTMACCTL\.PF",
+    r"SYNCS\.ARRIVE\.TRANS64 ",  # the filter is announced, and loaded once
+    r"UTMALDG\.3D\.MULTICAST",
+    *(pattern for pattern in PRODUCER[2:] if "3D" not in pattern),
+)
 
 
-@pytest.mark.parametrize(("element", "block_n", "direction"), TEMPLATES)
+@pytest.mark.parametrize(("element", "block_n", "keep", "direction"), TEMPLATES)
 @pytest.mark.parametrize("role", [CONSUMER, PRODUCER], ids=["consumer", "producer"])
-def test_order_of_machine_code(role, element, block_n, direction):
+def test_order_of_machine_code(role, element, block_n, keep, direction):
     """No compiler moved a wait, a release or a fence past what it guards."""
-    code, position = kernel(mangled(element, block_n, direction)).code, 0
-    for pattern in role:
+    code, position = kernel(mangled(element, block_n, keep, direction)).code, 0
+    for pattern in KEEPING_PRODUCER if keep and role is PRODUCER else role:
         found = re.compile(pattern).search(code, position)
         assert found, f"{pattern} is not behind {position}"
         position = found.end()
@@ -179,6 +187,18 @@ def test_compiler_does_not_serialise_wgmma():
     log, _ = compiled()
     assert "C75" not in log, log  # C7508: setmaxnreg ignored; C7510, C7514: wgmma serialised
     assert "error" not in log
+
+
+def test_a_build_with_a_deadline():
+    """Waits that end: for finding one that does not. Within the same registers."""
+    log, code = compiled("-DWF_DEADLINE=2")
+    assert log.count("0 bytes spill stores, 0 bytes spill loads") == log.count("bytes spill stores")
+    assert "C75" not in log, log
+    for name in TEMPLATES:
+        [body] = [p for p in functions(code, "sm_90a") if re.search(mangled(*name), p)]
+        assert "BPT.TRAP" in body  # consumers
+        assert len(re.findall(r"STS \[UR\d+\+0x1\]", body)) >= 1  # the producer
+    assert "BPT.TRAP" not in compiled()[1]
 
 
 def test_column_sums_kernel():

@@ -253,11 +253,16 @@ def test_backward_epilogue_family(dtype, mask, skip, sums, shift):
     Backward(conv, dtype, mask, skip, sums, shift).check()
 
 
-@pytest.mark.parametrize("columns", [64, 128], ids=["block_n 64", "block_n 128"])
+@pytest.mark.parametrize(
+    ("channels", "columns"),
+    [(64, 64), (136, 64), (136, 128)],
+    ids=["filter kept", "block_n 64", "block_n 128"],
+)
 @pytest.mark.parametrize("completion", [LATE, EARLY, RANDOM], ids=["late", "early", "random"])
-def test_ring_wraps_around_and_order_does_not_matter(columns, completion):
-    """Four tiles for each block of one cluster, 27 slices each: the ring of 6 or 8 stages wraps."""
-    conv = Conv(7, 10, 13, 136, columns, (3, 3), (1, 1), (1, 1), (1, 1))
+def test_ring_wraps_around_and_order_does_not_matter(channels, columns, completion):
+    """Four tiles for each block of one cluster, of 9 or 27 slices: the ring of 6 or 8 wraps."""
+    conv = Conv(7, 10, 13, channels, columns, (3, 3), (1, 1), (1, 1), (1, 1))
+    assert sm90().problem(conv.native, False)["keep_filter"] == (channels == 64)
     forward = Forward(conv, torch.bfloat16)
     reference = None
     for seed in (1, 2):
@@ -342,6 +347,15 @@ def test_emulated_wgmma_follows_its_descriptors(transposed, change, right):
         assert (error(block, expected) < 1e-6) == right
 
 
+def test_a_descriptor_begins_at_the_first_row_of_an_atom():
+    """Elsewhere the hardware needs its base offset, which the kernels leave at 0."""
+    a, d = torch.randn(64, 64).bfloat16(), torch.zeros(2, 128, 32)
+    register((a,))
+    numbers = {**RIGHT, "step_b": 128, "transposed": False, "fenced": True}
+    with pytest.raises(RuntimeError, match="within an atom"):
+        sm90().multiply_once(a=pointer(a), b=pointer(a), d=pointer(d), **numbers)
+
+
 def test_emulated_wgmma_needs_its_fence():
     a, d = torch.randn(64, 64).bfloat16(), torch.zeros(2, 128, 32)
     register((a,))
@@ -363,7 +377,16 @@ def fails_or_errs(case, **how):
 @pytest.mark.parametrize("primitive", ["full wait", "empty wait", "wgmma wait"])
 def test_a_missing_wait_is_noticed(primitive, completion):
     """The tests above are worth something: without a wait, they fail."""
-    case = Forward(Conv(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), torch.bfloat16)
+    check_broken(Conv(3, 9, 11, 136, 72, (3, 3), (1, 1), (1, 1)), primitive, completion)
+
+
+@pytest.mark.parametrize("primitive", ["full wait", "empty wait", "filter wait"])
+def test_a_missing_wait_is_noticed_where_the_filter_is_kept(primitive):
+    check_broken(Conv(5, 9, 11, 64, 64, (3, 3), (1, 1), (1, 1)), primitive, LATE)
+
+
+def check_broken(conv, primitive, completion):
+    case = Forward(conv, torch.bfloat16)
     assert not fails_or_errs(case, processors=2, completion=completion)
     sm90().break_primitive(primitive)
     assert fails_or_errs(case, processors=2, completion=completion)
@@ -387,6 +410,11 @@ def test_a_missing_barrier_is_noticed(primitive):
         ("unannounced barrier", "initialisation is not visible"),
         ("too many bytes", "more bytes"),
         ("named barrier", "barriers are 1 to 7"),
+        ("arrival at a named barrier", "barriers are 1 to 7"),
+        ("parity", "a parity is 0 or 1"),
+        ("half a warp elects", "elect_one"),
+        ("lanes apart at a named barrier", "is at .* while others of its group are at"),
+        ("lanes apart at a fence", "is at .* while others of its group are at"),
         ("part of a warp", "whole warps"),
         ("three warps give registers", "wait at setmaxnreg.dec"),
         ("registers from nowhere", "deadlock.*wait at setmaxnreg.inc"),

@@ -199,8 +199,24 @@ def test_wgmma_descriptor_fields():
 
 
 def test_shared_memory_fits():
-    for block_n in (64, 128):
-        assert 190 * 1024 < sm90().shared_bytes(block_n) <= 227 * 1024
+    for block_n, keep_filter in ((64, False), (64, True), (128, False)):
+        assert 190 * 1024 < sm90().shared_bytes(block_n, keep_filter) <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("conv", "forward", "backward"),
+    [
+        (Conv(1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1)), True, True),
+        (Conv(1, 8, 8, 72, 64, (3, 3), (1, 1), (1, 1)), False, False),  # 18 slices; 2 column tiles
+        (Conv(1, 8, 8, 256, 64), True, False),
+        (Conv(1, 8, 8, 64, 256), False, True),
+        (Conv(1, 8, 8, 640, 64), False, False),
+        (Conv(1, 8, 8, 64, 64, (3, 3), (2, 2), (1, 1)), True, False),  # four phases
+    ],
+)
+def test_filters_that_stay_in_shared_memory(conv, forward, backward):
+    for direction, kept in ((False, forward), (True, backward)):
+        assert sm90().problem(conv.native, direction)["keep_filter"] == kept
 
 
 @pytest.mark.parametrize(

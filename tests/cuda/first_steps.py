@@ -4,13 +4,19 @@
     python tests/cuda/first_steps.py "im2col 3x3"   these steps, in this process (for a sanitizer)
 
 Every step adds one thing that only a device can settle (a descriptor, an order of corners, a
-barrier). One that hangs is ended after a minute, and the rest still run. The first step that
-fails names what to look at; the line below it says which reading of the manual it rests on. Without
-a device, WFNET_CUDA_EMULATE runs the portable kernels' part of the steps on the emulation.
+barrier). The first step that fails names what to look at; the lines below it say which reading of
+the manual it rests on, where its result is wrong, and which pixels each tap of the filter met. One
+that hangs is ended after half a minute; after three of these the rest is not begun.
+
+If all pass, a few layers are timed beside a plain product and a copy: "rates" below says what would
+explain which number. Without a device, WFNET_CUDA_EMULATE runs the portable kernels' part of the
+steps on the emulation.
 """
 
 from __future__ import annotations
 
+import itertools
+import signal
 import subprocess
 import sys
 import threading
@@ -21,27 +27,81 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from wfnet.backends import cuda_launch
 from wfnet.backends.cuda_launch import Axis, Layer, Want
 
 DEVICE = "cpu" if cuda_launch.library().emulated else "cuda"
-SECONDS = 60
+START_SECONDS, SECONDS = 60, 30  # until the first step begins, and for each step
+MOST_HANGS = 3
 BOUND = 6e-3  # of bf16 results that are rounded once or twice, over a whole tensor
 
+HANGS = """\
+       A wait without an end. WFNET_CUDA_DEADLINE=2 python csrc/build.py makes waits of more than
+       2 s an error, and then the step's error tells them apart:
+       "unspecified launch failure": a consumer waits for data. Bytes announced (expect_tx) are not
+           the bytes that land, a multicast reaches the wrong block, or a load was never made;
+       "misaligned address": the producer waits for a free stage. Arrivals are missing: of the
+           other block (mapa), or of a warp;
+       still no answer: turns of the consumers (named barriers), setmaxnreg, or sync_cluster()."""
 
-def randn(*shape: int) -> torch.Tensor:
+# Which part of a tile something belongs to: rows and columns of the result as a matrix.
+PLACES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "row // 128 % 2 (block of the cluster)": lambda row, column: row // 128 % 2,
+    "row // 64 % 2 (half of a tile)": lambda row, column: row // 64 % 2,
+    "row // 16 % 4 (warp)": lambda row, column: row // 16 % 4,
+    "row % 16": lambda row, column: row % 16,
+    "column // 64": lambda row, column: column // 64,
+    "column // 32 % 2 (chunk of the epilogue)": lambda row, column: column // 32 % 2,
+    "column // 8 % 4 (lane of a quad)": lambda row, column: column // 8 % 4,
+    "column % 8": lambda row, column: column % 8,
+}
+
+
+def randn(*shape: int) -> Tensor:
     return torch.randn(*shape, device=DEVICE).bfloat16()
 
 
-def nan(*shape: int) -> torch.Tensor:
+def nan(*shape: int) -> Tensor:
     return torch.full(shape, float("nan"), device=DEVICE)
 
 
-def error(result: torch.Tensor, truth: torch.Tensor) -> float:
-    if not result.isfinite().all():
-        return float("inf")
-    return ((result.double() - truth.double()).norm() / truth.double().norm()).item()
+# What to say about this step's wrong results, once that they are wrong has been said.
+evidence: list[Callable[[], list[str]]] = []
+
+
+def error(result: Tensor, truth: Tensor) -> float:
+    found = ((result.double() - truth.double()).norm() / truth.double().norm()).item()
+    found = found if result.isfinite().all() else float("inf")
+    if not found <= BOUND:
+        evidence.append(lambda: where(result, truth))
+    return found
+
+
+def where(result: Tensor, truth: Tensor) -> list[str]:
+    """Which rows and columns of ``[..., columns]`` are wrong, in terms of tiles."""
+    result, truth = (t.double().reshape(-1, t.shape[-1]) for t in (result, truth))
+    wrong = ~((result - truth).abs() <= 0.05 * (truth.abs() + truth.square().mean().sqrt()))
+    if not wrong.any():
+        return ["no element is far off: a loss of digits"]
+    rows, columns = torch.meshgrid(*(torch.arange(n) for n in truth.shape), indexing="ij")
+    wrong = wrong.cpu()
+    lines = [
+        f"{wrong.double().mean():.2%} of {list(truth.shape)} are wrong, "
+        f"{(~result.isfinite()).double().mean():.2%} not finite (never written?)"
+    ]
+    for name, place in PLACES.items():
+        places = place(rows, columns)
+        every, some = places.unique().tolist(), places[wrong].unique().tolist()
+        if some != every:
+            lines.append(f"all of it where {name} is {some} of {every}")
+    row, column = (int(i) for i in wrong.nonzero()[0])
+    lines.append(
+        f"first at row {row}, column {column}: {result[row, column]:.4g}, "
+        f"not {truth[row, column]:.4g}"
+    )
+    return lines
 
 
 def axes(size, filter_size, stride, pad, dilation) -> list[Axis]:
@@ -74,7 +134,7 @@ class Case:
             if processors and reason:
                 raise RuntimeError(f"the Hopper kernels refuse this step: {reason}")
 
-    def convolved(self, samples=slice(None)) -> torch.Tensor:
+    def convolved(self, samples=slice(None)) -> Tensor:
         x, weight = (t.double().permute(0, 3, 1, 2) for t in (self.x[samples], self.weight))
         return F.conv2d(x, weight, **self.how).permute(0, 2, 3, 1)
 
@@ -91,9 +151,46 @@ class Case:
         worst = error(branch, truth) if save else 0.0
         truth = (truth.bfloat16().double() if save else truth) + shift[:, None, None]
         truth = truth if added is None else truth + added.double()
-        return max(worst, error(out, truth.relu() if relu else truth))
+        worst = max(worst, error(out, truth.relu() if relu else truth))
+        if not worst <= BOUND:
+            evidence.append(self.traced)
+        return worst
 
-    def gradient(self, fused=False) -> tuple[torch.Tensor, ...]:
+    def traced(self, backward=False) -> list[str]:
+        """Which pixel of the operand a filter with a single tap brings to which pixel."""
+        shape = self.out_shape if backward else tuple(self.x.shape)
+        lines, weight, x = [], self.weight, self.x
+        scale = torch.ones(shape[0], weight.shape[0], device=DEVICE)
+        for tap in itertools.product(*map(range, weight.shape[1:3])):
+            self.weight = torch.zeros_like(weight)
+            self.weight[0, tap[0], tap[1], 0] = 1
+            pairs = []
+            for axis in range(3):  # each pixel says its sample, row and column, from 1 on
+                code = torch.arange(1, shape[axis] + 1, device=DEVICE).bfloat16()
+                code = code.view([-1 if i == axis else 1 for i in range(4)]).expand(shape)
+                code = code.contiguous()
+                if backward:
+                    found = cuda_launch.conv_dgrad(
+                        code, self.weight, *self.axes, Layer(), Want(grad=True)
+                    ).grad
+                    true = self.exact_gradient(code)
+                else:
+                    self.x = code
+                    found = cuda_launch.conv_fprop(code, self.weight, *self.axes, scale)[0]
+                    true = self.convolved()
+                pairs.append((found[..., 0].double().cpu(), true[..., 0].cpu()))
+            found, true = (torch.stack(which, -1) for which in zip(*pairs, strict=True))
+            apart = (found != true).any(-1).nonzero().tolist()
+            if apart:
+                at = tuple(apart[0])
+                lines.append(
+                    f"tap {tap}: {len(apart)} pixels, first {at}: {_pixel(found[at])} is there, "
+                    f"not {_pixel(true[at])} (sample, row, column)"
+                )
+        self.weight, self.x = weight, x
+        return lines[:4] or ["every single tap meets its pixels"]
+
+    def gradient(self, fused=False) -> tuple[Tensor, ...]:
         torch.manual_seed(1)
         ag = randn(*self.out_shape)
         if not fused:
@@ -109,14 +206,17 @@ class Case:
         result = cuda_launch.conv_dgrad(ag, self.weight, *self.axes, below, want)
         return ag, result.grad, result.scaled_grad, t0, t1, branch, skip, scale, shift
 
-    def exact_gradient(self, ag: torch.Tensor) -> torch.Tensor:
+    def exact_gradient(self, ag: Tensor) -> Tensor:
         size = (self.x.shape[0], self.x.shape[3], *self.x.shape[1:3])
         weight, ag = (t.double().permute(0, 3, 1, 2) for t in (self.weight, ag))
         return torch.nn.grad.conv2d_input(size, weight, ag, **self.how).permute(0, 2, 3, 1)
 
     def backward(self) -> float:
         ag, grad = self.gradient()
-        return error(grad, self.exact_gradient(ag))
+        worst = error(grad, self.exact_gradient(ag))
+        if not worst <= BOUND:
+            evidence.append(lambda: self.traced(backward=True))
+        return worst
 
     def chain(self) -> float:
         """Skip, mask, both column sums and scaled gradient of the layer below."""
@@ -132,6 +232,11 @@ class Case:
         first, *others = ([t.clone() for t in self.gradient(fused=True)[1:5]] for _ in range(10))
         same = all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
         return 0.0 if same else float("inf")
+
+
+def _pixel(code: Tensor) -> str:
+    """Of a traced pixel; 0 is what lies outside of the image."""
+    return "none" if (code == 0).all() else str(tuple(round(n) - 1 for n in code.tolist()))
 
 
 def large(samples: int, size: int) -> float:
@@ -213,6 +318,10 @@ STEPS: dict[str, tuple[str, Callable[[], float]]] = {
         "corners of the box of filter bases, offsets, the order of rows and images",
         lambda: Case(3, (9, 9), 64, 64, **THREE).forward(),
     ),
+    "im2col past the end": (
+        "a tile that begins behind the last image, in the second block, is zeros that count",
+        lambda: Case(1, (10, 9), 64, 64, **THREE).forward(),
+    ),
     "im2col 1x5": (
         "corners are {W, H}, as CUTLASS and Triton pass them; the manual writes {H, W}",
         lambda: Case(2, (6, 11), 64, 64, (1, 5), pad=(0, 2)).forward(),
@@ -274,6 +383,75 @@ STEPS: dict[str, tuple[str, Callable[[], float]]] = {
 }
 
 
+# Samples, pixels a side, channels, columns, filter, and whether with residual, branch and ReLU.
+LAYERS = {
+    "3x3, 64 channels": (512, 56, 64, 64, 3, False),
+    "3x3, 128 channels": (512, 28, 128, 128, 3, False),
+    "3x3, 256 channels": (512, 14, 256, 256, 3, False),
+    "3x3, 512 channels": (512, 7, 512, 512, 3, False),
+    "1x1, 1024 to 256": (512, 14, 1024, 256, 1, False),
+    "1x1, 64 to 256": (512, 56, 64, 256, 1, False),
+    "1x1, 64 to 256, residual": (512, 56, 64, 256, 1, True),
+}
+
+RATES = """\
+       Near a product's or a copy's rate: fine. Else, what is the same in all rows is the limit:
+       operands at one rate: L2. Larger clusters, or tiles loaded once for all taps (with a halo);
+       67% of a product with 64 columns, 80% with 128: shared memory, which is written and read at
+           128 bytes a cycle. 64 channels as rows and pixels as columns of wgmma;
+       64 columns alone far below that: the producer, which has 256 cycles for a slice there;
+       a copy's rate missed with a residual alone: too few of the epilogue's loads on their way."""
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    run()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    for _ in range(5):
+        start.record()
+        for _ in range(10):
+            run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e4)
+    return sorted(times)[2]
+
+
+def rates() -> int:
+    """Prints how fast forward layers are, beside a product and a copy."""
+    a, large = randn(8192, 8192), torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    product = 2 * 8192**3 / seconds_of(lambda: a @ a)
+    copy = 2 * large.numel() / seconds_of(large.clone)
+    print(f"rates  a product {product / 1e12:.0f} TFLOP/s, a copy {copy / 1e12:.2f} TB/s")
+    for name, (batch, size, channels, columns, width, full) in LAYERS.items():
+        case = Case(batch, (size, size), channels, columns, (width,) * 2, pad=(width // 2,) * 2)
+        scale = torch.ones(batch, columns, device=DEVICE)
+        residual = randn(*case.out_shape) if full else None
+        seconds = seconds_of(
+            lambda case=case, scale=scale, residual=residual, full=full: cuda_launch.conv_fprop(
+                case.x, case.weight, *case.axes, scale, residual=residual, relu=full,
+                save_branch=full,
+            )
+        )  # fmt: skip
+        rows, taps = batch * size * size, width * width
+        flops = 2 * rows * columns * channels * taps
+        moved = 2 * (rows * (channels + columns * (3 if full else 1)) + taps * columns * channels)
+        # A slice of a tile: 128 rows of 128 bytes, and half of the filter's 64 or 128, if it is not
+        # kept (csrc/sm90_geometry.h).
+        tile = 64 if columns <= 64 else 128
+        kept = tile == 64 and taps * channels <= 9 * 64
+        slices = rows / 128 * columns / tile * channels / 64 * taps
+        operands = slices * 128 * (128 + (0 if kept else tile / 2))
+        print(
+            f"       {name}: {seconds * 1e3:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s "
+            f"({flops / seconds / product:.0%}), {moved / seconds / 1e12:.2f} TB/s "
+            f"({moved / seconds / copy:.0%}), operands {operands / seconds / 1e12:.1f} TB/s",
+            flush=True,
+        )
+    print(RATES, flush=True)
+    return 0
+
+
 def run_steps(names: list[str]) -> int:
     """Runs steps in this process, a line each; ends at an exception, for CUDA may be beyond use."""
     # Fresh memory is NaN: a kernel that forgets an element fails.
@@ -282,6 +460,7 @@ def run_steps(names: list[str]) -> int:
     status = 0
     for name in names:
         print(f"begins {name}", flush=True)
+        evidence.clear()
         start = time.monotonic()
         try:
             found = STEPS[name][1]()
@@ -290,52 +469,79 @@ def run_steps(names: list[str]) -> int:
         except Exception as failure:
             print(f"FAILED {name}: {str(failure).strip().splitlines()[0]}", flush=True)
             return 2
-        verdict = "ok    " if found <= BOUND else "FAILED"
+        good = found <= BOUND
         seconds = time.monotonic() - start
+        verdict = "ok    " if good else "FAILED"
         print(f"{verdict} {name}: error {found:.2e} ({seconds:.1f} s)", flush=True)
-        status = status or int(found > BOUND)
+        if good:
+            continue
+        status = 1
+        for look in list(evidence):
+            for line in look():
+                print(f"       {line}", flush=True)
     return status
 
 
-def supervise() -> int:
-    """Runs all steps in a second process; one that hangs or ends it costs that step alone."""
-    rest, failed = list(STEPS), 0
-    while rest:
-        command = [sys.executable, str(Path(__file__).resolve()), *rest]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        begun = None
-        while True:
-            timer = threading.Timer(SECONDS, child.kill)
-            timer.start()
-            line = child.stdout.readline()
-            timer.cancel()
-            if not line:
-                break
-            if line.startswith("begins "):
-                begun = line.removeprefix("begins ").strip()
-                continue
-            print(line, end="", flush=True)
-            rest.remove(begun)
-            if line.startswith("FAILED"):
-                failed += 1
-                print(f"       rests on: {STEPS[begun][0]}", flush=True)
-            begun = None
-        status = child.wait()
-        if begun is None and status in (0, 1, 2):
+def follow(words: list[str], seen: Callable[[str], None]) -> tuple[str, int]:
+    """Runs this file with ``words`` and shows its lines; the step it ended in, and its status.
+
+    It is ended where it says nothing for START_SECONDS, or for SECONDS within a step.
+    """
+    command = [sys.executable, str(Path(__file__).resolve()), *words]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    begun = ""
+    while True:
+        timer = threading.Timer(SECONDS if begun else START_SECONDS, child.kill)
+        timer.start()
+        line = child.stdout.readline()
+        timer.cancel()
+        if not line:
+            return begun, child.wait()
+        if line.startswith("begins "):
+            begun = line.removeprefix("begins ").strip()
             continue
-        stopped = rest.pop(0)
-        failed += 1
-        print(f"FAILED {stopped}: no answer within {SECONDS} s, or status {status}", flush=True)
-        print(f"       rests on: {STEPS[stopped][0]}", flush=True)
-    return 1 if failed else 0
+        print(line, end="", flush=True)
+        if line.startswith(("ok ", "FAILED")):
+            if line.startswith("FAILED"):
+                print(f"       rests on: {STEPS[begun][0]}", flush=True)
+            seen(begun)
+            begun = ""
+
+
+def supervise(hopper: bool) -> int:
+    """Runs all steps in a second process; one that hangs or ends it costs that step alone."""
+    rest, failed, hangs = list(STEPS), False, 0
+    while rest and hangs < MOST_HANGS:
+        left = len(rest)
+        begun, status = follow(rest, rest.remove)
+        failed |= status != 0
+        if begun:
+            rest.remove(begun)
+            hung = status == -signal.SIGKILL
+            hangs += hung
+            what = f"no answer within {SECONDS} s" if hung else f"the process ended, {status}"
+            print(f"FAILED {begun}: {what}", flush=True)
+            print(f"       rests on: {STEPS[begun][0]}", flush=True)
+            if hung and hopper:
+                print(HANGS, flush=True)
+        elif len(rest) == left:
+            print(f"FAILED: no step has begun, status {status}", flush=True)
+            return 1
+    if rest:
+        print(f"not begun, after {hangs} that hang: {', '.join(rest)}", flush=True)
+    if hopper and not failed:
+        follow(["--rates"], lambda name: None)  # a number, not a step: it may fail
+    return int(failed)
 
 
 def main() -> int:
+    if sys.argv[1:] == ["--rates"]:
+        return rates()
     if len(sys.argv) > 1:
         return run_steps(sys.argv[1:])
     processors = cuda_launch.hopper_processors(torch.device(DEVICE, 0))
     print("Hopper kernels" if processors else "portable kernels", flush=True)
-    return supervise()
+    return supervise(processors > 0)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,17 @@ void misuse(const std::string& name) {
   if (name == "unfenced barrier" && block_thread() == 0) mbarrier_wait(barrier, 0);
   if (name == "too many bytes" && block_thread() == 0) mbarrier_arrive_expect(barrier, 1 << 20);
   if (name == "named barrier") sync_block_named(8, kWarpgroup);
+  if (name == "arrival at a named barrier") arrive_block_named(8, kWarpgroup);
+  if (name == "parity") mbarrier_wait(barrier, 2);
+  if (name == "half a warp elects" && block_thread() % 32 < 16) elect_one();
+  if (name == "lanes apart at a named barrier") {
+    if (block_thread() % 32 < 16) wf::shuffle_xor(0.0f, 1);
+    sync_block_named(1, kWarpgroup);
+  }
+  if (name == "lanes apart at a fence") {
+    if (block_thread() % 32 < 16) wgmma_fence();
+    wf::sync_warp();
+  }
   if (name == "part of a warp") sync_block_named(1, 48);
   if (name == "three warps give registers" && block_thread() < 96) give_registers<40>();
   if (name == "registers from nowhere") take_registers<256>();
@@ -110,6 +121,7 @@ PYBIND11_MODULE(sm90, module) {
     emulated::Broken broken;
     broken.full_wait = name == "full wait";
     broken.empty_wait = name == "empty wait";
+    broken.filter_wait = name == "filter wait";
     broken.wgmma_wait = name == "wgmma wait";
     broken.sums_barrier = name == "sums barrier";
     broken.peer_arrival = name == "peer arrival";
@@ -172,6 +184,7 @@ PYBIND11_MODULE(sm90, module) {
     fields["block_n"] = problem.block_n;
     fields["n_tiles"] = problem.n_tiles;
     fields["tiled"] = problem.tiled;
+    fields["keep_filter"] = problem.keep_filter != 0;
     fields["partial_rows"] = problem.partial_rows;
     return fields;
   });
@@ -247,5 +260,9 @@ PYBIND11_MODULE(sm90, module) {
     return wgmma_descriptor(address, leading, stride);
   });
   module.def("shared_bytes",
-             [](int block_n) { return block_n == 64 ? Layout<64>::kBytes : Layout<128>::kBytes; });
+             [](int block_n, bool keep_filter) {
+               return block_n == 128 ? Layout<128, false>::kBytes
+                      : keep_filter  ? Layout<64, true>::kBytes
+                                     : Layout<64, false>::kBytes;
+             });
 }
