@@ -6,9 +6,10 @@
 
 The first thing to run on a new device: seconds for each family, and a kernel that reads where it
 must not takes down its own process only if families run one by one (device_run.py does that). Fresh
-memory is NaN, so that what a kernel forgets to write is found. Each case prints one line; status 1
-if a case fails. Errors are relative to the norm; the limits catch wrong results, not lost digits:
-tests/gpu compares with eager's error.
+memory is NaN, so that what a kernel forgets to write is found. Each case prints one line, and is
+written to --output with its errors (numerics.py counts them); status 1 if a case fails. Errors are
+relative to the norm; the limits catch wrong results, not lost digits: tests/gpu compares with
+eager's error.
 
 Without a device: `triton` with TRITON_INTERPRET=1, `cuda --emulated`, `eager`.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -31,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet import backends
-from wfnet.backends import Backend, Below, ConvGeometry, cuda_launch
+from wfnet.backends import Backend, Below, ConvGeometry, PoolGeometry, cuda_launch
 from wfnet.benchmarking.steps import COLUMNS, StepSettings, make_problem, make_step
 from wfnet.cli.classifier import create_classifier
+from wfnet.pretrained import write_json
 from wfnet.tables import GatedLayer, GateTables
 
 # Found and true, by name.
@@ -281,9 +284,12 @@ def fused(place: Place) -> Iterator[Case]:
 
 
 def chain(place: Place) -> Iterator[Case]:
-    """A link of the backward chain: an input gradient that finishes the layer below it."""
+    """A link of the backward chain: a gradient that finishes the layer below it.
 
-    def case(name: str, with_residual: bool, top: bool) -> Results:
+    It comes from a convolution (link), from nowhere (top) or through a pooling.
+    """
+
+    def case(name: str, with_residual: bool, through: str | PoolGeometry) -> Results:
         x, weight, geometry = _convolution(place, name)  # the upper layer
         samples, channels = x.shape[:2]
         lower = place.draw(channels, channels, 1, 1, scale=channels**-0.5)
@@ -296,7 +302,17 @@ def chain(place: Place) -> Iterator[Case]:
         t1, t0 = place.sums(samples, channels)
         below = Below(branch, mask, place.table(scale), place.table(shift), True, t1, t0,
                       need_grad=True)  # fmt: skip
-        if top:
+        if isinstance(through, PoolGeometry):
+            pooled, positions = place.backend.max_pool2d(out, through, True)
+            leaf = out.double().cpu().requires_grad_()  # as the kernel sees it: ties and all
+            exact = F.max_pool2d(leaf, *through)
+            dout = place.draw(*exact.shape)
+            (dx,) = torch.autograd.grad(exact, leaf, dout)
+            found = place.backend.max_pool2d_backward(
+                place.pixels(dout), positions, torch.empty_like(out, device="meta"), through,
+                place.pixels(skip), below,
+            )  # fmt: skip
+        elif through == "top":
             dx = place.draw(*x.shape)
             found = place.backend.finish(place.pixels(dx), below, place.pixels(skip))
         else:
@@ -308,7 +324,8 @@ def chain(place: Place) -> Iterator[Case]:
             )  # fmt: skip
         g = (dx + skip) * (out.double().cpu() > 0)  # its own mask: rounding may move it
         v = _wide(scale) * _conv(below_x, lower, ConvGeometry())
-        return {
+        pooled = {"pooled": (pooled, exact)} if isinstance(through, PoolGeometry) else {}
+        return pooled | {
             "grad": (found.grad, g),
             "scaled": (found.scaled_grad, _wide(scale) * g),
             "t1": (t1, (g * v).sum((2, 3))),
@@ -318,10 +335,16 @@ def chain(place: Place) -> Iterator[Case]:
     for name in CONVOLUTIONS:
         if name.startswith("stem"):
             continue
-        yield name, lambda name=name: case(name, False, False)
-        yield f"{name}, mask kept", lambda name=name: case(name, True, False)
-    yield "top", lambda: case("3x3", False, True)
-    yield "top, mask kept", lambda: case("3x3", True, True)
+        yield name, lambda name=name: case(name, False, "link")
+        yield f"{name}, mask kept", lambda name=name: case(name, True, "link")
+    ways = {
+        "top": "top",
+        "pooled 3x3/2": PoolGeometry((3, 3), (2, 2), (1, 1)),
+        "pooled 2x2/2": PoolGeometry((2, 2), (2, 2)),
+    }
+    for title, way in ways.items():
+        yield title, lambda way=way: case("3x3", False, way)
+        yield f"{title}, mask kept", lambda way=way: case("3x3", True, way)
 
 
 def _losses(place: Place, model: str, ways: Sequence[str]) -> Iterator[Case]:
@@ -376,20 +399,29 @@ def error_of(found: Tensor, truth: Tensor) -> float:
     return (difference / truth.norm().clamp_min(1e-30)).item()
 
 
-def run_case(name: str, place: Place, case: Callable[[], Results]) -> bool:
-    """Prints one line; whether the case passed."""
+def run_case(name: str, place: Place, case: Callable[[], Results]) -> dict[str, object]:
+    """Prints one line; JSON of the case: whether it passed, and its errors or why there are none.
+
+    An error that is no finite number is None.
+    """
     torch.manual_seed(0)
     start = time.perf_counter()
     try:
         errors = {what: error_of(*pair) for what, pair in case().items()}
     except Exception as error:  # of compilers, drivers and our own code
         traceback.print_exc(file=sys.stdout)
-        print(f"FAILED {name}: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
-        return False
-    passed = all(error <= LIMITS[place.dtype] for error in errors.values())
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        print(f"FAILED {name}: {reason}")
+        return {"passed": False, "reason": reason, "comparisons": []}
+    limit = LIMITS[place.dtype]
+    passed = all(error <= limit for error in errors.values())
     shown = ", ".join(f"{what} {error:.1e}" for what, error in errors.items())
     print(f"{'ok' if passed else 'FAILED'} {name}: {shown} ({time.perf_counter() - start:.1f} s)")
-    return passed
+    comparisons = [
+        {"what": what, "error": error if math.isfinite(error) else None, "passed": error <= limit}
+        for what, error in errors.items()
+    ]
+    return {"passed": passed, "comparisons": comparisons}
 
 
 def device_is_lost(device: str) -> bool:
@@ -417,6 +449,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--emulated", action="store_true",
                         help="the compiled kernels on the CPU; builds their emulation")  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--output", type=Path, help="JSON file, written after every case")
     arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.families if name not in FAMILIES]
     if unknown:
@@ -454,21 +487,32 @@ def main(argv: list[str] | None = None) -> int:
     dtypes = DTYPES[arguments.backend]
     if arguments.dtypes:
         dtypes = tuple(getattr(torch, name) for name in arguments.dtypes)
-    passed = total = 0
+    cases: list[dict[str, object]] = []
     for family in arguments.families or FAMILIES:
         for dtype in dtypes:
             place = Place(backend, dtype, arguments.device)
             for name, case in FAMILIES[family](place):
-                total += 1
-                shown = f"{family} {name} {str(dtype).removeprefix('torch.')}"
-                if run_case(shown, place, case):
-                    passed += 1
-                elif device_is_lost(arguments.device):
-                    print(f"{passed} of {total} cases passed before the device was lost")
-                    return 1
+                kind = str(dtype).removeprefix("torch.")
+                found = run_case(f"{family} {name} {kind}", place, case)
+                cases.append({"family": family, "case": name, "dtype": kind, **found})
                 sys.stdout.flush()
-    print(f"{passed} of {total} cases passed")
-    return int(passed < total)
+                write_cases(arguments, cases)
+                if not found["passed"] and device_is_lost(arguments.device):
+                    print(f"{summed(cases)} before the device was lost")
+                    return 1
+    print(summed(cases))
+    return int(not all(case["passed"] for case in cases))
+
+
+def summed(cases: Sequence[dict[str, object]]) -> str:
+    return f"{sum(case['passed'] for case in cases)} of {len(cases)} cases passed"
+
+
+def write_cases(arguments: argparse.Namespace, cases: Sequence[dict[str, object]]) -> None:
+    """What has run, for benchmarks/numerics.py."""
+    if arguments.output:
+        kernels = {"backend": arguments.backend, "kernels": arguments.kernels}
+        write_json(arguments.output, {"benchmark": "smoke", **kernels, "cases": list(cases)})
 
 
 if __name__ == "__main__":

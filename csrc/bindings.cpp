@@ -81,8 +81,20 @@ int64_t conv_dgrad_slots(int batch, int in_channels, const py::tuple& height,
   return wf::conv_dgrad_slots(p);
 }
 
-void epilogue_bwd(Address dout, int64_t sample_stride, int64_t pixel_stride, int batch, int pixels,
-                  int columns, Address skip, Address branch, Address activation, Address scale,
+void max_pool(Address x, Address out, Address positions, int batch, int columns,
+              const py::tuple& height, const py::tuple& width, const std::string& dtype, int device,
+              Address stream) {
+  wf::MaxPoolParams p;
+  p.x = pointer(x), p.out = pointer(out), p.positions = pointer<uint8_t>(positions);
+  p.batch = batch, p.columns = columns;
+  p.height = axis_of(height), p.width = axis_of(width);
+  wf::launch_max_pool(p, type_of(dtype), {device, stream});
+}
+
+// With positions, dout is that of a pooling over (height, width).
+void epilogue_bwd(Address dout, Address positions, const py::object& height,
+                  const py::object& width, int64_t sample_stride, int64_t pixel_stride, int batch,
+                  int pixels, int columns, Address skip, Address branch, Address activation, Address scale,
                   Address shift, int table_stride, bool relu, Address grad, Address scaled_grad,
                   Address partial0, Address partial1, Address t0, Address t1, int total_stride,
                   const std::string& dtype, int device, Address stream) {
@@ -91,6 +103,8 @@ void epilogue_bwd(Address dout, int64_t sample_stride, int64_t pixel_stride, int
   wf::EpilogueBackwardParams p;
   p.dout = pointer(dout), p.sample_stride = sample_stride, p.pixel_stride = pixel_stride;
   p.batch = batch, p.pixels = pixels, p.columns = columns;
+  if (positions != 0)
+    p.pooled = {pointer<uint8_t>(positions), axis_of(py::tuple(height)), axis_of(py::tuple(width))};
   wf::BackwardEpilogue& e = p.epilogue;
   e.skip = pointer(skip), e.branch = pointer(branch), e.activation = pointer(activation);
   e.scale = pointer<float>(scale), e.shift = pointer<float>(shift), e.table_stride = table_stride;
@@ -156,7 +170,11 @@ PYBIND11_MODULE(WF_MODULE, module) {
   module.def("conv_dgrad_slots", &conv_dgrad_slots, py::kw_only(), arg("batch"),
              arg("in_channels"), arg("height"), arg("width"));
   module.def("narrow_tiles", &wf::narrow_tiles, arg("columns"));
-  module.def("epilogue_bwd", &epilogue_bwd, py::kw_only(), arg("dout"), arg("sample_stride"),
+  module.def("max_pool", &max_pool, py::kw_only(), arg("x"), arg("out"), arg("positions"),
+             arg("batch"), arg("columns"), arg("height"), arg("width"), arg("dtype"),
+             arg("device"), arg("stream"));
+  module.def("epilogue_bwd", &epilogue_bwd, py::kw_only(), arg("dout"), arg("positions"),
+             arg("height"), arg("width"), arg("sample_stride"),
              arg("pixel_stride"), arg("batch"), arg("pixels"), arg("columns"), arg("skip"),
              arg("branch"), arg("activation"), arg("scale"), arg("shift"), arg("table_stride"),
              arg("relu"), arg("grad"), arg("scaled_grad"), arg("partial0"), arg("partial1"),

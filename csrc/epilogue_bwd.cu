@@ -12,7 +12,7 @@ namespace {
 constexpr int kStripRows = 64, kStripColumns = 64;
 
 // A warp: a strip of 64 rows, 64 channels, 4 rows a visit.
-template <class T>
+template <class T, bool kPooled>
 struct EpilogueBackward {
   using Params = EpilogueBackwardParams;
   static constexpr int kThreads = 128, kMinBlocks = 4;
@@ -34,7 +34,7 @@ struct EpilogueBackward {
     if (first_row >= rows) return;
     const int column = static_cast<int>(warp - strip * groups) * kStripColumns + lane % 8 * kVector;
     const bool column_ok = column < p.columns;
-    const Divider by_pixels(p.pixels);
+    const Divider by_pixels(p.pixels), by_width(kPooled ? p.pooled.width.input : 1);
     const BackwardEpilogue& epilogue = p.epilogue;
     const bool summed = epilogue.partial0 != nullptr || epilogue.partial1 != nullptr;
     ColumnSums sums(epilogue, int64_t{strip} * epilogue.span,
@@ -56,8 +56,15 @@ struct EpilogueBackward {
           if (epilogue.shift != nullptr) c = load_table(epilogue.shift + at);
           loaded = sample;
         }
-        const int64_t from = sample * p.sample_stride + (row - sample * p.pixels) * p.pixel_stride;
-        g = unpack<T>(load_global<Vec16>(static_cast<const T*>(p.dout) + from + column));
+        const int pixel = row - sample * p.pixels;
+        if constexpr (kPooled) {
+          const int h = static_cast<int>(by_width(pixel));
+          const int w = pixel - h * p.pooled.width.input;
+          g = gather_pooled<T>(p.pooled, p.dout, sample, h, w, p.columns, column);
+        } else {
+          const int64_t from = sample * p.sample_stride + pixel * p.pixel_stride;
+          g = unpack<T>(load_global<Vec16>(static_cast<const T*>(p.dout) + from + column));
+        }
         const int64_t at = int64_t{row} * p.columns + column;
         backward_mask<T>(epilogue, g, branch, c, at);
         if (epilogue.grad != nullptr) store_channels<T>(epilogue.grad, at, g);
@@ -108,6 +115,14 @@ struct SumBySource {
   }
 };
 
+template <class T>
+void launch_of(const EpilogueBackwardParams& p, Place place) {
+  if (p.pooled.positions != nullptr)
+    launch<EpilogueBackward<T, true>>(p, EpilogueBackward<T, true>::blocks(p), place);
+  else
+    launch<EpilogueBackward<T, false>>(p, EpilogueBackward<T, false>::blocks(p), place);
+}
+
 void require(bool holds, const std::string& otherwise) {
   if (!holds) throw std::invalid_argument(otherwise);
 }
@@ -132,10 +147,12 @@ void launch_epilogue_bwd(const EpilogueBackwardParams& params, Type type, Place 
           "dout's pixels must begin on 16 bytes");
   check_backward_epilogue(p.epilogue, p.columns, p.batch);
   p.epilogue.span = strip_span(kStripRows, p.pixels, p.batch);
-  if (type == Type::kBf16)
-    launch<EpilogueBackward<Bf16>>(p, EpilogueBackward<Bf16>::blocks(p), place);
-  else
-    launch<EpilogueBackward<Fp16>>(p, EpilogueBackward<Fp16>::blocks(p), place);
+  if (p.pooled.positions != nullptr) {
+    check_window(p.pooled.height, p.pooled.width);
+    require(p.pooled.height.input * p.pooled.width.input == p.pixels,
+            "the pooling's input has other pixels than the layer");
+  }
+  type == Type::kBf16 ? launch_of<Bf16>(p, place) : launch_of<Fp16>(p, place);
 }
 
 void launch_epilogue_bwd_sums(const EpilogueBackwardParams& p, float* t0, float* t1,

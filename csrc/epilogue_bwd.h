@@ -6,6 +6,7 @@
 #include "conv.h"
 #include "epilogue.h"
 #include "launch.h"
+#include "max_pool.h"
 
 namespace wf {
 
@@ -14,6 +15,7 @@ struct EpilogueBackwardParams {
   const void* dout = nullptr;  // channels contiguous
   int64_t sample_stride = 0, pixel_stride = 0;  // of dout, in elements; 0 for a broadcast
   int batch = 0, pixels = 0, columns = 0;
+  Pooled pooled;  // where the layer is pooled: dout is [batch, P, Q, columns], contiguous
   BackwardEpilogue epilogue;  // the other tensors are [batch, pixels, columns], contiguous
 };
 

@@ -28,6 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from wfnet.kernels import gate as gates
+from wfnet.kernels import max_pool as pooling
 from wfnet.kernels.config import (
     TARGETS,
     ConvShape,
@@ -52,6 +53,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -257,7 +259,7 @@ def elementwise_cases(dtype: torch.dtype) -> Iterator[Case]:
             _table(49 * 512, 64), _table(512, 64), 3136, 49, block_m, 2 if block_m else 0
         )
         yield Case(f"column_sums {'flat' if block_m else 'grouped'}", launch, False)
-    for launch in gates.example_launches(_meta):
+    for launch in (*gates.example_launches(_meta), *pooling.example_launches(_meta)):
         yield Case(launch.kernel.fn.__name__, launch, False)
 
 
@@ -288,7 +290,8 @@ def source_of(launch: Launch) -> ASTSource:
     for position, parameter in enumerate(kernel.params):
         name = parameter.name
         value = launch.arguments[name]
-        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+        counts = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (counts and value == 1):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, TensorDescriptor):
@@ -299,7 +302,7 @@ def source_of(launch: Launch) -> ASTSource:
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif isinstance(value, int):
             signature[name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
+            if counts and value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32"

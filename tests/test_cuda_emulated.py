@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import wfnet
 import wfnet.functional as wf
 from wfnet import gates, tables
-from wfnet.backends import ConvGeometry, cuda, cuda_launch
+from wfnet.backends import Below, ConvGeometry, PoolGeometry, cuda, cuda_launch
 from wfnet.backends.cuda_launch import Axis, Layer, Want
 from wfnet.tables import GatedLayer
 
@@ -578,6 +578,84 @@ def test_masked_linear_map(kernels, dtype, expanded, tokens):
 
     truth = run("reference", torch.float64)
     assert_as_good(run("cuda", dtype), run("eager", dtype), truth)
+
+
+WINDOWS = {
+    "3x3/2": (2, 9, 10, 24, PoolGeometry((3, 3), (2, 2), (1, 1))),
+    "2x2/2": (2, 8, 6, 72, PoolGeometry((2, 2), (2, 2))),
+    "3x2/1, 2": (1, 7, 11, 8, PoolGeometry((3, 2), (1, 2), (1, 0), ceil_mode=True)),
+    "2x2/3": (3, 11, 12, 16, PoolGeometry((2, 2), (3, 3), ceil_mode=True)),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", WINDOWS)
+def test_max_pool(kernels, case, dtype):
+    """Values as PyTorch's bit by bit, ties included; gradients against fp64, and fused ones."""
+    batch, height, width, channels, window = WINDOWS[case]
+    kernels.set_schedule(channels, RANDOM, False)
+    x = torch.randn(batch, channels, height, width).to(dtype).relu()  # many are 0 and equal
+    x = x.contiguous(memory_format=torch.channels_last)
+    out, positions = cuda.backend.max_pool2d(x, window, True)
+    leaf = x.double().requires_grad_()
+    truth = F.max_pool2d(leaf, *window)
+    assert torch.equal(out, truth.to(dtype))
+    assert positions.dtype == torch.uint8
+    assert cuda.backend.max_pool2d(x, window, False)[1] is None
+    dout = torch.randn(truth.shape).to(dtype)
+    (dx,) = torch.autograd.grad(truth, leaf, dout.double())
+    like = torch.empty_like(x, device="meta")
+    found = cuda.backend.max_pool2d_backward(dout, positions, like, window)
+    check(found.grad, dx, TOLERANCE[dtype])
+    skip = torch.randn(x.shape).to(dtype)
+
+    # The layer below: g, A * g and both sums, as in a pass of their own.
+    table = (batch, channels)
+    scale, shift = torch.rand(table) + 0.5, torch.randn(table)
+    branch = torch.randn(x.shape).to(dtype)
+    t1, t0 = torch.full(table, torch.nan), torch.full(table, torch.nan)
+    below = Below(branch, None, scale, shift, True, t1, t0, need_grad=True)
+    finished = cuda.backend.max_pool2d_backward(dout, positions, like, window, skip, below)
+    v = branch.double()
+    g = (dx + skip) * (v + shift.double()[:, :, None, None] > 0)
+    check(finished.grad, g, TOLERANCE[dtype])
+    check(finished.scaled_grad, g * scale[:, :, None, None], TOLERANCE[dtype])
+    check(t1, (g * v).sum((2, 3)), SUMS)
+    check(t0, g.sum((2, 3)), SUMS)
+
+
+def test_max_pool_of_nan_and_of_what_the_kernels_refuse(kernels):
+    x = torch.randn(1, 8, 6, 6).half()
+    x[0, 0, 2, 2] = torch.nan
+    x[0, 1] = -torch.inf
+    window = PoolGeometry((3, 3), (2, 2), (1, 1))
+    out, _ = cuda.backend.max_pool2d(x, window, True)
+    torch.testing.assert_close(out, F.max_pool2d(x, *window), equal_nan=True, rtol=0, atol=0)
+    for channels, window in (
+        (8, PoolGeometry((2, 2), (2, 2), dilation=(2, 2))),
+        (8, PoolGeometry((17, 16), (1, 1), (8, 8))),
+        (12, PoolGeometry((2, 2), (2, 2))),
+    ):
+        x = torch.randn(1, channels, 18, 18).half()
+        out, positions = cuda.backend.max_pool2d(x, window, True)
+        leaf = x.float().requires_grad_()
+        truth = F.max_pool2d(leaf, *window)
+        assert torch.equal(out, truth.half())
+        dout = torch.randn(out.shape).half()
+        (dx,) = torch.autograd.grad(truth, leaf, dout.float())
+        like = torch.empty_like(x, device="meta")
+        found = cuda.backend.max_pool2d_backward(dout, positions, like, window)
+        check(found.grad, dx.double(), 3e-3)  # PyTorch sums in fp16
+
+
+def test_a_window_that_does_not_fit_is_refused(kernels):
+    x = torch.zeros(1, 4, 4, 8).half()
+    axis = cuda_launch.Axis(4, 4, 2, 2)  # three windows would begin outside
+    with pytest.raises(ValueError, match="does not fit"):
+        cuda_launch.max_pool(x, axis, axis)
+    wide = cuda_launch.Axis(4, 1, 16, 1, 8)
+    with pytest.raises(ValueError, match="more than 255 taps"):
+        cuda_launch.max_pool(x, wide, wide)
 
 
 class Blocks(torch.nn.Module):

@@ -24,7 +24,7 @@ from wfnet.kernels.linear import linear_dgrad, linear_fprop
 import wfnet
 import wfnet.functional as wf
 from wfnet import fusion, gates
-from wfnet.backends import Below, ConvGeometry, cuda, cuda_launch
+from wfnet.backends import Below, ConvGeometry, PoolGeometry, cuda, cuda_launch
 from wfnet.backends.measured import MeasuredConvolutions
 from wfnet.backends.triton import backend
 
@@ -538,6 +538,70 @@ def test_fused_conv2d(kernel, residual):
     check(t0, dc)
     found = backend.conv2d_dgrad(finished.scaled_grad, weight, tuple(x.shape), geometry)
     check(found.grad, dx)
+
+
+WINDOWS = {
+    "3x3/2": (2, 9, 10, 24, PoolGeometry((3, 3), (2, 2), (1, 1))),
+    "2x2/2": (2, 8, 6, 72, PoolGeometry((2, 2), (2, 2))),
+    "3x2/1, 2": (1, 7, 11, 8, PoolGeometry((3, 2), (1, 2), (1, 0), ceil_mode=True)),
+    "2x2/3": (1, 11, 12, 8, PoolGeometry((2, 2), (3, 3), ceil_mode=True)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("case", WINDOWS)
+def test_max_pool(case, dtype):
+    """Values as PyTorch's bit by bit, ties included; gradients against fp64, and fused ones."""
+    batch, height, width, channels, window = WINDOWS[case]
+    x = torch.randn(batch, channels, height, width).to(dtype).relu()  # many are 0 and equal
+    x = x.contiguous(memory_format=torch.channels_last)
+    out, positions = backend.max_pool2d(x, window, True)
+    leaf = x.double().requires_grad_()
+    truth = F.max_pool2d(leaf, *window)
+    assert torch.equal(out, truth.to(dtype))
+    assert positions.dtype == torch.uint8
+    assert backend.max_pool2d(x, window, False)[1] is None
+    dout = torch.randn(truth.shape).to(dtype)
+    (dx,) = torch.autograd.grad(truth, leaf, dout.double())
+    like = torch.empty_like(x, device="meta")
+    found = backend.max_pool2d_backward(dout, positions, like, window)
+    check(found.grad, dx, dtype)
+    skip = torch.randn(x.shape).to(dtype)
+    check(backend.max_pool2d_backward(dout, positions, like, window, skip).grad, dx + skip, dtype)
+
+    # The layer below: g, A * g and both sums, as in a pass of their own.
+    table = (batch, channels)
+    scale, shift = torch.rand(table) + 0.5, torch.randn(table)
+    branch = torch.randn(x.shape).to(dtype)
+    t1, t0 = torch.full(table, torch.nan), torch.full(table, torch.nan)
+    below = Below(branch, None, scale, shift, True, t1, t0, need_grad=True)
+    finished = backend.max_pool2d_backward(dout, positions, like, window, skip, below)
+    v = branch.double()
+    g = (dx + skip) * (v + shift.double()[:, :, None, None] > 0)
+    check(finished.grad, g, dtype)
+    check(finished.scaled_grad, g * scale[:, :, None, None], dtype)
+    check(t1, (g * v).sum((2, 3)))
+    check(t0, g.sum((2, 3)))
+
+
+def test_max_pool_of_nan_and_of_what_the_kernels_refuse():
+    x = torch.randn(1, 8, 6, 6)
+    x[0, 0, 2, 2] = torch.nan
+    x[0, 1] = -torch.inf
+    window = PoolGeometry((3, 3), (2, 2), (1, 1))
+    out, _ = backend.max_pool2d(x, window, True)
+    torch.testing.assert_close(out, F.max_pool2d(x, *window), equal_nan=True, rtol=0, atol=0)
+    for window in (PoolGeometry((2, 2), (2, 2), dilation=(2, 2)),
+                   PoolGeometry((17, 16), (1, 1), (8, 8))):  # fmt: skip
+        x = torch.randn(1, 8, 18, 18)
+        out, positions = backend.max_pool2d(x, window, True)
+        leaf = x.clone().requires_grad_()
+        truth = F.max_pool2d(leaf, *window)
+        assert torch.equal(out, truth)
+        dout = torch.randn(out.shape)
+        (dx,) = torch.autograd.grad(truth, leaf, dout)
+        like = torch.empty_like(x, device="meta")
+        check(backend.max_pool2d_backward(dout, positions, like, window).grad, dx.double())
 
 
 class Block(torch.nn.Module):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from wfnet import gates, tables
@@ -35,6 +36,27 @@ class ConvGeometry:
                 (height, width), self.padding, self.dilation, kernel, self.stride, strict=True
             )
         )
+
+
+class PoolGeometry(NamedTuple):
+    """A maximum pooling, each as (height, width): what PyTorch's operators take, in their order."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of the result for ``height`` x ``width``, by PyTorch's rule."""
+        sizes = zip((height, width), *self[:4], strict=True)
+        return tuple(self._output_size(*numbers) for numbers in sizes)
+
+    def _output_size(self, size: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+        rest = size + 2 * padding - dilation * (kernel - 1) - 1
+        count = (rest + (stride - 1 if self.ceil_mode else 0)) // stride + 1
+        # With ceil_mode the last window must begin inside of the image or its left padding.
+        return count - int(self.ceil_mode and (count - 1) * stride >= size + padding)
 
 
 @dataclass(frozen=True)
@@ -163,6 +185,44 @@ class FusedConvolutions:
                 ``grad = dx + skip`` alone.
         """
         raise NotImplementedError(f"backend {self.name!r} has no fused convolutions")
+
+    def max_pool2d(
+        self, x: Tensor, window: PoolGeometry, save: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The largest value of every window, and where it was, for :meth:`max_pool2d_backward`.
+
+        Args:
+            x: ``[B, C, H, W]``.
+            save: whether the positions are wanted; only their backend reads them.
+        """
+        out, positions = torch.ops.aten.max_pool2d_with_indices(x, *window)
+        return out, positions if save else None
+
+    def max_pool2d_backward(
+        self,
+        dout: Tensor,
+        positions: Tensor,
+        like: Tensor,
+        window: PoolGeometry,
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        """Gradient by a pooling's input; its pass may finish the layer below.
+
+        Equal to ``finish(dx, below, skip)`` with ``dx`` the pooling's input gradient.
+
+        Args:
+            dout: ``[B, C, P, Q]``, any strides.
+            positions: from :meth:`max_pool2d`.
+            like: shape, strides, dtype and device of the input ``[B, C, H, W]``; on ``meta``.
+            skip, below: as in :meth:`conv2d_dgrad`.
+        """
+        # Only shape and layout of the input are read; its pages are never touched.
+        x = dout.new_empty_strided(like.shape, like.stride())
+        dx = torch.ops.aten.max_pool2d_with_indices_backward(dout, x, *window, positions)
+        if below is not None:
+            return self.finish(dx, below, skip, may_overwrite=True)
+        return Finished(dx if skip is None else dx.add_(skip), None)
 
     def gate_tables(self, layers: Sequence[tables.GatedLayer]) -> tables.GateTables:
         """What makes scale and shift of all ``layers``, and filter gradients of their sums."""

@@ -8,13 +8,22 @@ gradient, ReLU mask, both column sums and ``scale * g``. Launchers:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from wfnet.backends import Backend, Below, ConvGeometry, Finished, cuda_launch, gates
+from wfnet.backends import (
+    Backend,
+    Below,
+    ConvGeometry,
+    Finished,
+    PoolGeometry,
+    cuda_launch,
+    gates,
+)
 from wfnet.backends.cuda_launch import Axis, Gradient, Layer, Want
 from wfnet.backends.winners import winner_conv2d, winner_linear
 from wfnet.tables import GatedLayer, GateTables, StepTables, side_by_side
@@ -195,6 +204,36 @@ class CudaBackend(Backend):
         )
         return _finished(gradient, below)
 
+    def max_pool2d(
+        self, x: Tensor, window: PoolGeometry, save: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass; positions take a byte."""
+        fits = window.dilation == (1, 1) and math.prod(window.kernel) <= cuda_launch.MOST_TAPS
+        if not fits or x.dtype not in cuda_launch.DTYPES or x.shape[1] % cuda_launch.VECTOR:
+            return super().max_pool2d(x, window, save)
+        axes = _pool_axes(x.shape, window)
+        out, positions = cuda_launch.max_pool(_channels_last(x), *axes, save)
+        return _channels_first(out), _channels_first(positions)
+
+    def max_pool2d_backward(
+        self,
+        dout: Tensor,
+        positions: Tensor,
+        like: Tensor,
+        window: PoolGeometry,
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        """One pass, the elementwise backward of the layer below included."""
+        if positions.dtype != torch.uint8:  # another one's
+            return super().max_pool2d_backward(dout, positions, like, window, skip, below)
+        pooling = cuda_launch.Pooling(_channels_last(positions), *_pool_axes(like.shape, window))
+        layer, want = _layer_or_none(below, skip)
+        gradient = cuda_launch.epilogue_bwd(_channels_last(dout), layer, want, pooling)
+        if below is None:
+            return Finished(_channels_first(gradient.grad), None)
+        return _finished(gradient, below)
+
     def conv2d_dgrad(
         self,
         scaled_grad: Tensor,
@@ -205,10 +244,7 @@ class CudaBackend(Backend):
         below: Below | None = None,
     ) -> Finished:
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
-        if below is None:
-            layer, want = Layer(skip=_channels_last(skip)), Want(grad=True)
-        else:
-            layer, want = _layer_below(below, skip)
+        layer, want = _layer_or_none(below, skip)
         height, width = _axes(input_shape, tuple(weight.shape[2:]), geometry)
         gradient = cuda_launch.conv_dgrad(
             _channels_last(scaled_grad), _channels_last(weight), height, width, layer, want
@@ -405,6 +441,20 @@ def _layer_below(below: Below, skip: Tensor | None) -> tuple[Layer, Want]:
         t1=below.t1,
     )
     return layer, want
+
+
+def _layer_or_none(below: Below | None, skip: Tensor | None) -> tuple[Layer, Want]:
+    """As :func:`_layer_below`; without a layer the gradient itself is all that is wanted."""
+    if below is not None:
+        return _layer_below(below, skip)
+    return Layer(skip=_channels_last(skip)), Want(grad=True)
+
+
+def _pool_axes(shape: Sequence[int], window: PoolGeometry) -> tuple[Axis, Axis]:
+    """Of a pooling over ``[B, C, H, W]``."""
+    numbers = zip(shape[2:], window.output_size(*shape[2:]), *window[:4], strict=True)
+    height, width = (Axis(*axis) for axis in numbers)
+    return height, width
 
 
 def _finished(gradient: Gradient, below: Below) -> Finished:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 VECTOR = 8  # channels of one 16-byte access
+MOST_TAPS = 255  # of a pooling's window
 HOPPER_DEPTH = 64  # channels that the Hopper kernels multiply at a time
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 REFUSED_DTYPE = "the CUDA kernels take float16 and bfloat16, not {} (use autocast)"
@@ -476,35 +477,77 @@ def _pixel_strides(dout: Tensor) -> tuple[int, int] | None:
     return (sample, pixel) if sample % VECTOR == 0 and pixel % VECTOR == 0 else None
 
 
-def epilogue_bwd(dout: Tensor, layer: Layer, want: Want) -> Gradient:
+class Pooling(NamedTuple):
+    """A maximum pooling that the output of a layer went through."""
+
+    positions: Tensor  # [B, P, Q, C] uint8, of :func:`max_pool`
+    height: Axis
+    width: Axis
+
+
+def max_pool(
+    x: Tensor, height: Axis, width: Axis, save_positions: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """``F.max_pool2d`` and, if asked for, which tap of its window each maximum was.
+
+    Args:
+        x: ``[B, H, W, C]`` contiguous, ``C`` a multiple of 8.
+        height, width: without dilation; windows of at most ``MOST_TAPS``.
+
+    Returns:
+        ``[B, P, Q, C]``, and uint8 of the same shape or None: the first of equal values, taps row
+        by row.
+    """
+    batch, columns = x.shape[0], x.shape[3]
+    _check("x", x, (batch, height.input, width.input, columns), x.dtype)
+    out = x.new_empty((batch, height.output, width.output, columns))
+    positions = torch.empty_like(out, dtype=torch.uint8) if save_positions else None
+    if out.numel():
+        _launch(
+            "max_pool", {"x": dense(x)}, {"out": out, "positions": positions}, batch=batch,
+            columns=columns, height=height, width=width, dtype=_type_of(x),
+        )  # fmt: skip
+    return out, positions
+
+
+def epilogue_bwd(
+    dout: Tensor, layer: Layer, want: Want, pooling: Pooling | None = None
+) -> Gradient:
     """One pass from ``dout`` to ``g``, ``A * g`` and the column sums; see :func:`conv_dgrad`.
 
     Args:
         dout: ``[B, H, W, C]``; pixels may be broadcast (a mean's gradient is read as it lies).
         layer: the layer whose output ``dout`` reaches.
         want: what to write.
+        pooling: what lies between the layer and ``dout``, which then is ``[B, P, Q, C]``.
     """
-    layer.check(tuple(dout.shape), dout.dtype, want)
-    strides = _pixel_strides(dout)
+    batch, *size, columns = dout.shape
+    if pooling is not None:
+        size = [pooling.height.input, pooling.width.input]
+        _check("dout", dout, tuple(pooling.positions.shape), dout.dtype)
+        _check("positions", pooling.positions, tuple(dout.shape), torch.uint8)
+    shape = (batch, *size, columns)
+    layer.check(shape, dout.dtype, want)
+    strides = _pixel_strides(dout) if pooling is None else None
     if strides is None:
         dout = dense(dout)
         strides = _pixel_strides(dout)
-    batch, height, width, columns = dout.shape
-    pixels = height * width
-    grad = dout.new_empty(dout.shape) if want.grad else None
-    scaled = dout.new_empty(dout.shape) if want.scaled_grad else None
+    pixels = size[0] * size[1]
+    grad = dout.new_empty(shape) if want.grad else None
+    scaled = dout.new_empty(shape) if want.scaled_grad else None
     if dout.numel() == 0:
         _zero_sums(want)
         return Gradient(grad, scaled)
     sums = _Sums(want, lambda: library().module.epilogue_bwd_slots(batch=batch, pixels=pixels))
     reads, stride = _reads_of(layer)
+    positions, height, width = (None, None, None) if pooling is None else pooling
     _launch(
         "epilogue_bwd",
-        {"dout": dout, **reads},
+        {"dout": dout, "positions": dense(positions), **reads},
         {"grad": grad, "scaled_grad": scaled, **sums.writes()},
         sample_stride=strides[0], pixel_stride=strides[1], batch=batch, pixels=pixels,
-        columns=columns, table_stride=stride, relu=layer.relu, total_stride=sums.stride,
-        dtype=_type_of(dout),
+        columns=columns, height=height, width=width, table_stride=stride, relu=layer.relu,
+        total_stride=sums.stride, dtype=_type_of(dout),
     )  # fmt: skip
     sums.copy()
     return Gradient(grad, scaled)

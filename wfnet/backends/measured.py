@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from wfnet import backends
-from wfnet.backends import Below, ConvGeometry, Finished, FusedConvolutions, winners
+from wfnet.backends import (
+    Below,
+    ConvGeometry,
+    Finished,
+    FusedConvolutions,
+    PoolGeometry,
+    winners,
+)
 from wfnet.gates import gather_samples
 from wfnet.tables import GatedLayer, GateTables
 
@@ -77,6 +84,22 @@ class MeasuredConvolutions(FusedConvolutions):
         name = self.choose(DGRAD, input_shape, weight, geometry, input_shape[0])
         arguments = (scaled_grad, weight, input_shape, geometry, skip, below)
         return shared_dgrad(backends.get(name), self.kernels, *arguments)
+
+    def max_pool2d(
+        self, x: Tensor, window: PoolGeometry, save: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.kernels.max_pool2d(x, window, save)
+
+    def max_pool2d_backward(
+        self,
+        dout: Tensor,
+        positions: Tensor,
+        like: Tensor,
+        window: PoolGeometry,
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        return self.kernels.max_pool2d_backward(dout, positions, like, window, skip, below)
 
     def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
         return self.kernels.gate_tables(layers)

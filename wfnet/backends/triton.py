@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wfnet.backends import Backend, Below, ConvGeometry, Finished, gates
+from wfnet.backends import Backend, Below, ConvGeometry, Finished, PoolGeometry, gates
 from wfnet.backends.winners import winner_conv2d, winner_linear
 from wfnet.tables import GatedLayer, GateTables, StepTables
 
@@ -22,7 +22,7 @@ try:
 except ImportError:  # no wheels for this platform; every call is refused with that reason
     triton = None
 else:
-    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, linear
+    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, linear, max_pool
     from wfnet.kernels.config import ConvShape, LinearShape
     from wfnet.kernels.launch import interpreted
 
@@ -217,11 +217,7 @@ class TritonBackend(Backend):
     ) -> Finished:
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
         ag, filters = _channels_last(scaled_grad), _channels_last(weight)
-        if below is None:
-            layer = epilogue_bwd.LayerBelow(skip=None if skip is None else _channels_last(skip))
-            want, sums = ("grad",), epilogue_bwd.NO_SUMS
-        else:
-            layer, want, sums = _layer_below(below, skip)
+        layer, want, sums = _layer_or_none(below, skip)
         size = tuple(input_shape[2:])
         if _is_linear(weight, geometry):
             gradient = linear.linear_dgrad(
@@ -233,6 +229,39 @@ class TritonBackend(Backend):
                 ag, filters, size, layer, want=want, sums=sums, stride=geometry.stride,
                 padding=geometry.padding, dilation=geometry.dilation,
             )  # fmt: skip
+        if below is None:
+            return Finished(_pixels_of(gradient.grad, size), None)
+        return _finished(gradient, below, size)
+
+    def max_pool2d(
+        self, x: Tensor, window: PoolGeometry, save: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """One pass; positions take a byte."""
+        own = _window_of(window)
+        if own is None or x.dtype not in _DTYPES:
+            return super().max_pool2d(x, window, save)
+        size = window.output_size(*x.shape[2:])
+        out, positions = max_pool.max_pool(_channels_last(x), size, own, save)
+        return _channels_first(out), None if positions is None else _channels_first(positions)
+
+    def max_pool2d_backward(
+        self,
+        dout: Tensor,
+        positions: Tensor,
+        like: Tensor,
+        window: PoolGeometry,
+        skip: Tensor | None = None,
+        below: Below | None = None,
+    ) -> Finished:
+        """One pass, the elementwise backward of the layer below included."""
+        if positions.dtype != torch.uint8:  # another one's
+            return super().max_pool2d_backward(dout, positions, like, window, skip, below)
+        layer, want, sums = _layer_or_none(below, skip)
+        size = tuple(like.shape[2:])
+        gradient = max_pool.max_pool_bwd(
+            _channels_last(dout), _channels_last(positions), size, _window_of(window), layer,
+            want=want, sums=sums,
+        )  # fmt: skip
         if below is None:
             return Finished(_pixels_of(gradient.grad, size), None)
         return _finished(gradient, below, size)
@@ -423,6 +452,22 @@ def _layer_below(
     places = (below.t0, below.t1, None if shortcut is None else shortcut.t1)
     sums = tuple(t if t is not None and t.is_contiguous() else None for t in places)
     return layer, tuple(name for name, needed in wanted if needed), sums
+
+
+def _layer_or_none(
+    below: Below | None, skip: Tensor | None
+) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], epilogue_bwd.Sums]:
+    """As :func:`_layer_below`; without a layer the gradient itself is all that is wanted."""
+    if below is not None:
+        return _layer_below(below, skip)
+    layer = epilogue_bwd.LayerBelow(skip=None if skip is None else _channels_last(skip))
+    return layer, ("grad",), epilogue_bwd.NO_SUMS
+
+
+def _window_of(window: PoolGeometry) -> max_pool.Window | None:
+    """As the kernels take it; None if they do not."""
+    own = max_pool.Window(window.kernel, window.stride, window.padding)
+    return own if window.dilation == (1, 1) and own.refuse() is None else None
 
 
 def _pixels_of(tensor: Tensor | None, size: tuple[int, int]) -> Tensor | None:

@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from wfnet import backends, fusion
-from wfnet.backends import Backend, Below, ConvGeometry, Finished, FusedConvolutions, winners
+from wfnet.backends import (
+    Backend,
+    Below,
+    ConvGeometry,
+    Finished,
+    FusedConvolutions,
+    PoolGeometry,
+    winners,
+)
 from wfnet.backends.measured import DGRAD, FORWARD, shared_dgrad, shared_forward
 from wfnet.benchmarking.floors import Rates
 from wfnet.benchmarking.layers import Work
@@ -62,7 +70,7 @@ class Operation:
 
     def floor_ms(self, rates: Rates) -> float:
         """The longer of products and bytes at a device's rates."""
-        return max(self.flops / rates.flops, self.bytes / rates.bandwidth) * 1e3
+        return rates.seconds(self.flops, self.bytes) * 1e3
 
 
 class _Call(NamedTuple):
@@ -115,6 +123,14 @@ class TimedConvolutions(FusedConvolutions):
         self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
     ) -> Finished:
         return self.kernels.finish(dout, below, skip, may_overwrite)
+
+    def max_pool2d(
+        self, x: Tensor, window: PoolGeometry, save: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return self.kernels.max_pool2d(x, window, save)
+
+    def max_pool2d_backward(self, *arguments: object) -> Finished:
+        return self.kernels.max_pool2d_backward(*arguments)
 
     def fused_conv2d(
         self,

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from wfnet import backends, gates
-from wfnet.backends import Below, Finished, FusedConvolutions, winners
+from wfnet.backends import Below, Finished, FusedConvolutions, PoolGeometry, winners
 from wfnet.backends.measured import Convolution, PlanWinners
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
 from wfnet.fusion.rewriting import is_hooked
@@ -156,31 +156,18 @@ class _Pooled:
     """What a maximum pooling keeps from forward to backward."""
 
     positions: Tensor
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    window: tuple
-
-    def backward(self, gradient: Tensor) -> Tensor:
-        # Only shape and layout of the input are read; its pages are never touched.
-        x = gradient.new_empty_strided(self.shape, self.strides)
-        return torch.ops.aten.max_pool2d_with_indices_backward(
-            gradient, x, *self.window, self.positions
-        )
+    like: Tensor  # its input, without memory
+    window: PoolGeometry
 
 
-def max_pool_window(step: CallStep) -> tuple | None:
-    """Size, stride, padding, dilation and ceil mode of a maximum pooling, as operators take them.
-
-    None for any other step.
-    """
+def max_pool_window(step: CallStep) -> PoolGeometry | None:
+    """Of a step that is a maximum pooling; None for any other step."""
     pool = step.call
     if type(pool) is not nn.MaxPool2d or pool.return_indices or is_hooked(pool):
         return None
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    return (
-        *([value, value] if isinstance(value, int) else list(value) for value in sizes),
-        pool.ceil_mode,
-    )
+    pairs = ((value, value) if isinstance(value, int) else tuple(value) for value in sizes)
+    return PoolGeometry(*pairs, pool.ceil_mode)
 
 
 class TableRun(Run):
@@ -284,7 +271,7 @@ class PlanRun(TableRun):
         plan = self.network.plan
         expanded = step.level == EXPANDED
         record = self.save and expanded
-        window = max_pool_window(step) if record else None
+        window = max_pool_window(step) if expanded else None
         if window is not None:
             self._pool(step, window)
             return
@@ -334,11 +321,12 @@ class PlanRun(TableRun):
         with forgetting(Selection(self.rows)):
             return step.call(*args, **kwargs)
 
-    def _pool(self, step: CallStep, window: tuple) -> None:
+    def _pool(self, step: CallStep, window: PoolGeometry) -> None:
         """A maximum pooling keeps the positions of its maxima, where autograd keeps its input."""
         x = self._expanded(step.reads[0])
-        self.values[step.output], positions = torch.ops.aten.max_pool2d_with_indices(x, *window)
-        self.kept[step] = _Pooled(positions, tuple(x.shape), x.stride(), window)
+        self.values[step.output], positions = self.backend.max_pool2d(x, window, self.save)
+        if self.save:
+            self.kept[step] = _Pooled(positions, torch.empty_like(x, device="meta"), window)
 
     # -- backward ---------------------------------------------------------------------------------
 
@@ -371,7 +359,7 @@ class PlanRun(TableRun):
         if kept is None or gradient is None:
             return
         if isinstance(kept, _Pooled):
-            self._add(step.reads[0], kept.backward(gradient), own=True)
+            self._pool_backward(step, kept, gradient)
             return
         if isinstance(kept, _Part):
             self._add_part(step, kept, gradient)
@@ -388,6 +376,21 @@ class PlanRun(TableRun):
         for matrix, of_filter in zip(kept.filters, found[len(kept.inputs) :], strict=True):
             if of_filter is not None:
                 self._add_filter(matrix, of_filter)
+
+    def _pool_backward(self, step: CallStep, kept: _Pooled, gradient: Tensor) -> None:
+        node = step.reads[0]
+        skip = below = None
+        if step.finishes is not None:
+            skip, below = self._cast(self.of_values.pop(node, None)), self._below(step.finishes)
+            self.owned.discard(node)
+            gradient = self._cast(gradient)
+        finished = self.backend.max_pool2d_backward(
+            gradient, kept.positions, kept.like, kept.window, skip, below
+        )
+        if step.finishes is None:
+            self._add(node, finished.grad, own=True)
+        else:
+            self._finished(step.finishes, finished)
 
     def _add_part(self, step: CallStep, whole: _Part, gradient: Tensor) -> None:
         (node,) = step.reads

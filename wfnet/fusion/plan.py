@@ -78,6 +78,7 @@ class CallStep:
         in_place: whether it overwrites what it is given: it must be given a copy.
         layers: masked layers inside that run by their own operators and need forget labels.
         part: whether its result is a view of some elements of the one value that it reads.
+        finishes: as :attr:`ConvStep.finishes`, for a step that reads one value.
     """
 
     call: Callable[..., object]
@@ -87,6 +88,7 @@ class CallStep:
     layers: tuple[MaskedLayer, ...] = ()
     part: bool = False
     level: int = field(init=False)  # CONSTANT, SOURCE or EXPANDED
+    finishes: ConvStep | None = field(init=False, default=None)
 
     @property
     def reads(self) -> list[fx.Node]:
@@ -442,3 +444,7 @@ def _link(steps: list[ConvStep | CallStep], level: dict[fx.Node, int], result: f
         # Backward runs through the steps in reverse: the first reader sends its gradient last.
         if not step.at_source and readers[step.input][0] is step:
             step.finishes = maker.get(step.input)
+    for step in steps:
+        if isinstance(step, CallStep) and len(step.reads) == 1:
+            (node,) = step.reads
+            step.finishes = maker.get(node) if readers[node][0] is step else None
