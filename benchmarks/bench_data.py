@@ -43,17 +43,24 @@ CLASSES = 8
 Epoch = Callable[[int], Iterator[int]]  # number of the epoch -> sizes of batches
 
 
-def write_images(root: Path, count: int, seed: int = 0) -> None:
-    """JPEG files with the spectrum of photographs: noise whose amplitude falls with frequency."""
-    rng = np.random.default_rng(seed)
-    height, width = 375, 500
+def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Pixels [height, width, 3] uint8 with the spectrum of photographs.
+
+    Noise whose amplitude falls with frequency. It goes on at the opposite edge where it ends.
+    """
     down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     amplitude = 1 / np.maximum(np.hypot(down, across), 1 / width)
+    spectrum = amplitude * np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
+    pixels = np.fft.irfft2(spectrum, (height, width))
+    pixels = 128 + 50 * pixels / pixels.std() + rng.normal(0, 8, pixels.shape)
+    return pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
+
+
+def write_images(root: Path, count: int, seed: int = 0) -> None:
+    """JPEG files of ImageNet's average size."""
+    rng = np.random.default_rng(seed)
     for number in range(count):
-        spectrum = amplitude * np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
-        pixels = np.fft.irfft2(spectrum, (height, width))
-        pixels = 128 + 50 * pixels / pixels.std() + rng.normal(0, 8, pixels.shape)
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+        image = Image.fromarray(photograph(rng, 375, 500))
         path = root / f"class{number % CLASSES}" / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, quality=90)

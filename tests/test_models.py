@@ -76,6 +76,7 @@ def test_bad_models(arguments, message):
         {},
         {"optimizer": "sgd", "schedule": "cosine", "lr": 0.05, "channels_last": False},
         {"shift": 1, "label_smoothing": 0.1},
+        {"amp": "bfloat16"},
     ],
 )
 def test_learns_and_repeats_bitwise(settings):
@@ -91,7 +92,8 @@ def test_learns_and_repeats_bitwise(settings):
     assert not model.training
     assert len(history.loss) == len(history.accuracy) == 4
     assert history.loss[-1] < history.loss[0]
-    assert accuracy(model, data) == 1.0
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert accuracy(model, data, amp=settings.get("amp")) == 1.0
 
 
 def test_seed_changes_training():
@@ -107,6 +109,7 @@ def test_seed_changes_training():
     [
         ({"optimizer": "lamb"}, "'lamb' is unknown"),
         ({"schedule": "step"}, "'step' is unknown"),
+        ({"amp": "float16"}, "'float16' is unknown"),
         ({"epochs": 0}, "epochs must be 1 or more"),
         ({"batch_size": 1}, "batch_size 2 or more"),
         ({"shift": -1}, "shift 0 or more"),
@@ -117,6 +120,16 @@ def test_bad_settings(settings, message):
         fit_classifier(create("resnet", 2, width=8), tiny(), **settings)
     with pytest.raises(ValueError, match="at least 2 images"):
         fit_classifier(create("resnet", 2, width=8), tiny(1))
+
+
+def test_autocast_is_used_in_training_and_asked_for_in_accuracy():
+    model, kinds = create("vgg", 2, width=8, seed=0), []
+    model.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+    fit_classifier(model, tiny(), 1, batch_size=8, amp="bfloat16")
+    accuracy(model, tiny())
+    accuracy(model, tiny(), amp="bfloat16")
+    assert kinds[0] == kinds[-1] == torch.bfloat16
+    assert kinds[-2] == torch.float32
 
 
 def test_a_lost_run_says_so():

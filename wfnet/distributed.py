@@ -36,6 +36,7 @@ from wfnet.expansion import ExpandedBatch, Sampler
 from wfnet.network import WFNet
 from wfnet.objectives import Losses, Objective, full_precision
 from wfnet.step import UntrainingStep, mean_losses
+from wfnet.transfer import sent
 
 logger = logging.getLogger("wfnet")
 
@@ -439,7 +440,7 @@ def add_rows(gradient: Tensor, rows: Tensor, ranks: Ranks) -> int:
     if len(rows) > _FEW * gradient.shape[0]:
         ranks.add(gradient)
         return bytes_sent(gradient.shape[0], row_bytes, ranks.size)
-    rows = rows.to(gradient.device)
+    rows = sent(rows, gradient.device)
     gradient.index_copy_(0, rows, ranks.add(gradient.index_select(0, rows)))
     return bytes_sent(len(rows), row_bytes, ranks.size)
 

@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from wfnet.transfer import sent
 
 _MASK64 = (1 << 64) - 1
 
@@ -53,9 +56,9 @@ class ExpandedBatch:
     def to(self, device: torch.device | str) -> ExpandedBatch:
         """The same batch on ``device``; copies do not wait for the device."""
         return ExpandedBatch(
-            self.forget.to(device, non_blocking=True),
-            self.source.to(device, non_blocking=True),
-            self.target.to(device, non_blocking=True),
+            sent(self.forget, device),
+            sent(self.source, device),
+            sent(self.target, device),
             self.forget_size,
         )
 
@@ -216,13 +219,12 @@ class RoundRobinSampler(Sampler):
             ].tolist()
         )
 
-        def shuffled(label: int, visit: int) -> Tensor:
+        def shuffled(label: int, visit: int) -> np.ndarray:
             key = (seed, 3, stream, label, visit)
-            return members[label][
-                torch.randperm(len(members[label]), generator=generator_for(*key))
-            ]
+            order = torch.randperm(self._sizes[label], generator=generator_for(*key))
+            return members[label][order].numpy()  # an element of a tensor takes a microsecond
 
-        self._members = members
+        self._sizes = sizes.tolist()
         self._shuffled = lru_cache(2 * self.classes)(shuffled)
 
     def batch(self, step: int) -> Tensor:
@@ -231,9 +233,9 @@ class RoundRobinSampler(Sampler):
         for position in range(first, first + self.batch_size):
             number, place = divmod(position, self.classes)
             label = self._round(number)[place]
-            visit, within = divmod(number, len(self._members[label]))
-            chosen.append(int(self._shuffled(label, visit)[within]))
-        return torch.tensor(chosen)
+            visit, within = divmod(number, self._sizes[label])
+            chosen.append(self._shuffled(label, visit)[within])
+        return torch.from_numpy(np.array(chosen))
 
 
 class HalvesSampler(Sampler):

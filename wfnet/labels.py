@@ -104,8 +104,11 @@ def check_range(low: int | None, high: int | None, num_classes: int) -> None:
 class _Active(threading.local):
     """The selection bound in this thread (None where no labels are bound), and the outer ones."""
 
-    selection: Selection | None = None
-    outer: tuple | None = None  # (selection, outer): a chain, so that a context may nest in itself
+    # Not attributes of the class: Dynamo of torch 2.11 reads those instead of the thread's own.
+    def __init__(self) -> None:
+        self.selection: Selection | None = None
+        # (selection, outer): a chain, so that a context may nest in itself
+        self.outer: tuple | None = None
 
 
 _active = _Active()

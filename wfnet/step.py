@@ -27,6 +27,7 @@ from wfnet.network import WFNet
 from wfnet.objectives import Losses, Objective, full_precision
 from wfnet.optimizers import RowAdam, clip_filters
 from wfnet.tables import flat_matrix
+from wfnet.transfer import ready_for
 
 logger = logging.getLogger("wfnet")
 
@@ -87,6 +88,8 @@ class UntrainingStep:
         wide = torch.promote_types(filters.dtype, torch.float32)
         self.lr = torch.zeros((), dtype=wide, device=self.device)
         self.graphs = _Graphs(self) if capture else None
+        # After that many steps nothing is compiled, chosen or captured any more.
+        self.first_steps = _WARM_UP + 1 if capture else 1
 
     def __call__(
         self, minibatches: Sequence[Minibatch], lr: float, rows: Tensor | None = None
@@ -276,7 +279,8 @@ class StaticBatch:
         for field in fields(batch):
             value = getattr(batch, field.name)
             if isinstance(value, Tensor):
-                getattr(self.batch, field.name).copy_(value, non_blocking=True)
+                buffer = getattr(self.batch, field.name)
+                buffer.copy_(ready_for(value, buffer.device), non_blocking=True)
 
 
 class _Graphs:
@@ -293,6 +297,7 @@ class _Graphs:
         self.static: StaticBatch | None = None
         self.runs: dict[object, int] = {}
         self.graphs: dict[object, tuple[torch.cuda.CUDAGraph, Losses | None]] = {}
+        self.read: list[object] = []  # fused networks whose weights and tables the graphs read
 
     def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
         step = self.step
@@ -324,9 +329,12 @@ class _Graphs:
                 return self._beside(work)
             torch.cuda.empty_cache()  # the graph has memory of its own; let go of the warm-up's
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            # Threads that load data may pin memory meanwhile: no concern of this capture.
+            mode = {"capture_error_mode": "thread_local"}
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **mode):
                 result = work()
         self.graphs[key] = (graph, result)
+        self.read.append(self.step.net._fusion)  # the network may make another for other images
         logger.info("captured %s as a CUDA graph", key[0])
         graph.replay()
         return result

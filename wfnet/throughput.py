@@ -7,6 +7,8 @@ import time
 from collections.abc import Iterator
 from typing import TypeVar
 
+import torch
+
 logger = logging.getLogger("wfnet")
 
 Item = TypeVar("Item")
@@ -18,30 +20,57 @@ _WORTH_SAYING = 5.0  # seconds of waiting
 class Throughput:
     """Images that arrived and seconds that were spent waiting for them, since the last record.
 
-    A device works on while the host waits, so on a device the share of waiting is what the data
-    cost as soon as the device's queue has run dry: steps are looked at every few of them.
+    A CUDA device works on while the host waits, and the host may run ahead of it. There, time
+    counts as spent waiting only as far as the device had nothing to do: from the end of what it
+    was asked to do to the beginning of the next step, by events in its own stream.
+
+    Args:
+        device: of the network.
     """
 
-    def __init__(self):
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.on_device = torch.device(device).type == "cuda"
         self.told = False
+        self.total = 0.0  # seconds of waiting in all records
         self._clear()
 
     def _clear(self) -> None:
         self.images = 0
         self.waited = 0.0
         self.since = time.perf_counter()
+        # End of the work before, beginning of the step, seconds that the host waited in between.
+        self.pauses: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
     def timed(self, stream: Iterator[Item]) -> Iterator[Item]:
         """The items of ``stream``; the time that each took to come is counted as waiting."""
         while True:
-            asked = time.perf_counter()
+            before, asked = self._event(), time.perf_counter()
             try:
                 item = next(stream)
             except StopIteration:
                 return
             finally:
-                self.waited += time.perf_counter() - asked
+                waited = time.perf_counter() - asked
+                if before is None:
+                    self.waited += waited
+            if before is not None:
+                self.pauses.append((before, self._event(), waited))
             yield item
+
+    def _event(self) -> torch.cuda.Event | None:
+        """An event in the device's current stream, now; None on the host."""
+        if not self.on_device:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def look(self) -> None:
+        """Reads the events so far; call it where the device has been waited for."""
+        ended = [pause for pause in self.pauses if pause[1].query()]
+        for before, begun, waited in ended:
+            self.waited += min(waited, before.elapsed_time(begun) / 1e3)
+        self.pauses = self.pauses[len(ended) :]
 
     def restart(self) -> None:
         """Leaves out what was no training (a validation, a checkpoint) since the last record."""
@@ -52,6 +81,7 @@ class Throughput:
 
         Says once in the log when the data starve the network.
         """
+        self.look()
         seconds = max(time.perf_counter() - self.since, 1e-9)
         share = min(1.0, self.waited / seconds)
         rate = self.images / seconds
@@ -63,5 +93,6 @@ class Throughput:
                 "time is spent waiting); more --workers, or --cache, keeps it busy",
                 f"{rate:,.0f}", f"{rate / max(1 - share, 1e-3):,.0f}", 100 * share,
             )  # fmt: skip
+        self.total += self.waited
         self._clear()
         return {"images_per_second": rate, "data_wait": share}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from wfnet.data.loading import CorruptImages, batches, corrupt_limit
 from wfnet.data.multilabel import multi_hot_of
+from wfnet.transfer import sent
 
 logger = logging.getLogger("wfnet")
 
@@ -52,6 +53,7 @@ def fit_classifier(
     workers: int = 0,
     max_corrupt: int | None = None,
     channels_last: bool = True,
+    amp: str | None = None,
     progress: bool = True,
 ) -> FitHistory:
     """Train `model` in place to classify `dataset`; it is left in evaluation mode.
@@ -63,6 +65,7 @@ def fit_classifier(
     schedule:  "one_cycle" (warm-up over 25%, then cosine to about 0) or "cosine".
     shift:     images are moved by up to that many pixels, at random, edges repeated.
     channels_last: memory format of images and weights; faster convolutions on CPU and GPU.
+    amp:       autocast dtype, "bfloat16" or None; weights and loss stay in fp32.
     progress:  a tqdm bar, if tqdm is installed and the terminal is one.
 
     Deterministic given `seed`, the number of threads and the device; the caller's random state is
@@ -73,6 +76,8 @@ def fit_classifier(
         raise ValueError(f"optimizer {optimizer!r} is unknown: choose adam or sgd")
     if schedule not in ("one_cycle", "cosine"):
         raise ValueError(f"schedule {schedule!r} is unknown: choose one_cycle or cosine")
+    if amp not in (None, "bfloat16"):
+        raise ValueError(f"amp {amp!r} is unknown: choose 'bfloat16' or None")
     if epochs < 1 or batch_size < 2 or shift < 0:
         raise ValueError(
             "epochs must be 1 or more, batch_size 2 or more and shift 0 or more, got "
@@ -103,15 +108,19 @@ def fit_classifier(
             correct = torch.zeros((), device=device, dtype=torch.int64)
             seen = 0
             start = epoch * _batches_per_epoch(len(dataset), batch_size)
-            for batch in batches(dataset, order, workers, corrupt, seed=seed, start=start):
+            pin = device.type == "cuda"
+            for batch in batches(dataset, order, workers, corrupt, pin, seed=seed, start=start):
                 if len(batch.labels) < 2:
                     continue  # corrupt images left too few for BatchNorm
-                images, labels = batch.images.to(device), batch.labels.to(device)
+                images, labels = (sent(part, device) for part in (batch.images, batch.labels))
                 if shift:
                     images = shift_images(images, shift, generator)
                 if channels_last:
                     images = images.contiguous(memory_format=torch.channels_last)
-                logits = model(images)
+                with _autocast(device, amp):
+                    logits = model(images)
+                if amp is not None:
+                    logits = logits.float()
                 if multi_hot is None:
                     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
                     right = logits.detach().argmax(1) == labels
@@ -148,8 +157,19 @@ def fit_classifier(
     return history
 
 
+def _autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    dtype = None if amp is None else getattr(torch, amp)
+    return torch.autocast(device.type, dtype, enabled=amp is not None)
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, dataset: Any, batch_size: int = 256, workers: int = 0) -> float:
+def accuracy(
+    model: nn.Module,
+    dataset: Any,
+    batch_size: int = 256,
+    workers: int = 0,
+    amp: str | None = None,
+) -> float:
     """The fraction of `dataset` whose largest logit is the label, in evaluation mode.
 
     The model's mode is put back after. Raises ValueError for an empty data set.
@@ -161,9 +181,11 @@ def accuracy(model: nn.Module, dataset: Any, batch_size: int = 256, workers: int
     model.eval()
     correct = seen = 0
     multi_hot = multi_hot_of(dataset)
-    for batch in batches(dataset, torch.arange(len(dataset)).split(batch_size), workers):
-        images = batch.images.to(device).contiguous(memory_format=torch.channels_last)
-        logits = model(images).cpu()
+    order, pin = torch.arange(len(dataset)).split(batch_size), device.type == "cuda"
+    for batch in batches(dataset, order, workers, pin_memory=pin):
+        images = sent(batch.images, device).contiguous(memory_format=torch.channels_last)
+        with _autocast(device, amp):
+            logits = model(images).cpu()
         if multi_hot is None:
             correct += int((logits.argmax(1) == batch.labels).sum())
         else:

@@ -52,7 +52,7 @@ from wfnet.optimizers import RowAdam
 from wfnet.pretrained import assign_filters, fingerprint, write_atomically, write_json
 from wfnet.step import UntrainingStep, refuse_capture
 from wfnet.stopping import Stopped, StopSignals, lost_workers_wait
-from wfnet.tables import flatten_filters
+from wfnet.tables import flat_matrix, flatten_filters
 from wfnet.throughput import Throughput
 from wfnet.validation import Validation
 
@@ -286,7 +286,10 @@ class UntrainResult:
         steps: steps that were run, all sessions of a resumed run together.
         stopped_early: whether patience ended the run.
         history: one record per validation (per checkpoint without validation).
+        samples: expanded samples that went through the network in training.
         seconds: duration, all sessions together.
+        spent: where it went, in seconds: ``start`` (until all is compiled and captured), ``data``
+            (waiting for images), ``steps``, ``validation`` and ``checkpoints``.
         filters: the folder with the saved filters; None without output.
         corrupt_images: names of images left out, with reasons.
         config: the settings.
@@ -302,6 +305,8 @@ class UntrainResult:
     filters: Path | None
     config: UntrainConfig
     corrupt_images: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
 
 
 # -- validation -----------------------------------------------------------------------------------
@@ -359,7 +364,8 @@ class Validator:
         per_batch = max(1, _VALIDATION_PAIRS // (self.rows + 1))
         order = self.ranks.share(torch.arange(len(self.labels)).split(per_batch))
         hits, forgotten, retained = {}, {}, {}  # by batch
-        for batch in batches(self.dataset, order, self.workers, self.corrupt):
+        pin = device.type == "cuda"
+        for batch in batches(self.dataset, order, self.workers, self.corrupt, pin):
             number = int(batch.indices[0]) // per_batch
             pairs = self.pairs(batch.labels, batch.indices)
             moved = pairs.to(device)
@@ -375,14 +381,15 @@ class Validator:
             if original is not None:
                 original = original[moved.source[half]]
             retained[number] = self.objective.retain(logits[half], moved.target[half], original)
+            # Everything stays on the device until the end: reading a number waits for it.
             correct = logits.argmax(1) == moved.target
-            hits[number] = torch.stack((pairs.forget, pairs.target, correct.cpu().long()))
+            hits[number] = torch.stack((moved.forget, moved.target, correct.long()))
         if self.corrupt is not None:
             self.ranks.merge_corrupt(self.corrupt)
-        hits = self.ranks.join(hits)
+        hits = self.ranks.join(hits, device)
         if not hits:
             raise RuntimeError("no validation image can be read: repair those that the log names")
-        row, target, correct = torch.cat(hits, 1)
+        row, target, correct = torch.cat(hits, 1).cpu()
         own = row == target
         means = [torch.cat(self.ranks.join(c, device)).mean() for c in (forgotten, retained)]
         losses = self.objective.total(*means, net)
@@ -576,11 +583,13 @@ class _Untraining:
         self.sums: dict[str, float] = {}  # of losses since the last record
         self.summed = 0
 
+        # Seconds, all sessions together; the rest were steps.
+        self.spent = {"start": 0.0, "data": 0.0, "validation": 0.0, "checkpoints": 0.0}
+
         self.signals = StopSignals(output is not None)
-        self.throughput = Throughput()
+        self.throughput = Throughput(self.device)
         self.log: Callable[[dict[str, float]], None] = lambda record: None
-        # Filters that last gave a finite loss.
-        self.good = [p.detach().clone() for p in self.params]
+        self.good = self._snapshot()  # filters that last gave a finite loss
         self.latest: dict[str, float] = {}  # losses of the step that was last looked at
         self.pending: list[tuple[dict[str, Tensor], int]] = []  # losses not looked at yet
 
@@ -590,7 +599,8 @@ class _Untraining:
         training, fuse = self.net.training, self.net.fuse
         self.net.train()
         self.net.fuse = self.config.fuse
-        self.started = time.perf_counter() - self.seconds
+        begun = time.perf_counter()
+        self.started = begun - self.seconds
         self.writer = self._open_tensorboard()
         bar = _Bar(self.steps, self.step, self.show_progress)
         try:
@@ -603,8 +613,9 @@ class _Untraining:
                     contextlib.closing(self._minibatches()) as stream,
                 ):
                     self.work = self._make_step()
-                    self._go_through(stream, bar)
+                    self._go_through(stream, bar, begun)
                 self.ranks.wait()  # until the first one has written the filters
+                self.seconds = time.perf_counter() - self.started
         finally:
             bar.close()
             if self.writer is not None:
@@ -633,17 +644,25 @@ class _Untraining:
             int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64)) for p in self.params
         )
 
-    def _go_through(self, stream: Iterator[list[Batch] | list[Part]], bar: _Bar) -> None:
+    def _go_through(
+        self, stream: Iterator[list[Batch] | list[Part]], bar: _Bar, begun: float
+    ) -> None:
         if self._validation_is_due():  # the run was stopped before it
             self._after_step(bar)
             if self.finished:
                 return
         self.throughput.restart()
+        others = self.spent["validation"] + self.spent["checkpoints"]
         with contextlib.ExitStack() as inside:
             for number, group in enumerate(stream):
                 if number == 0:
                     inside.enter_context(lost_workers_wait())
                 self._one_step(group)
+                if number + 1 == self.work.first_steps:
+                    self._look()  # waits for the device
+                    others = self.spent["validation"] + self.spent["checkpoints"] - others
+                    self.spent["start"] += time.perf_counter() - begun - others
+                    self.throughput.restart()
                 self.throughput.images += sum(
                     len(one.labels) if isinstance(one, Batch) else one.read for one in group
                 )
@@ -822,7 +841,9 @@ class _Untraining:
         validated = False
         if self._validation_is_due():
             self._look()
-            if not self._validate():
+            with self._timed("validation"):
+                whole = self._validate()
+            if not whole:
                 return  # the run is to stop; the validation comes first when it goes on
             validated = True
             self.stopped_early = not last and self.stale >= self.config.patience
@@ -864,7 +885,7 @@ class _Untraining:
             }
             if self.best is None or _rank(scores, config) > _rank(self.best, config):
                 self.best, self.best_step, self.stale = scores, self.step, 0
-                self.best_filters = [p.detach().clone() for p in self.params]
+                self.best_filters = self._snapshot()
             else:
                 self.stale += 1
         self.seconds = time.perf_counter() - self.started
@@ -878,6 +899,27 @@ class _Untraining:
                     self.writer.add_scalar(f"untrain/{name}", value, self.step)
         self.throughput.restart()
         return True
+
+    def _snapshot(self) -> list[Tensor]:
+        """A copy of all filters; inside of a run one copy for any number of layers."""
+        flat = flat_matrix(self.params)
+        if flat is None:
+            return [p.detach().clone() for p in self.params]
+        return list(flat.detach().clone().split([p.shape[1] for p in self.params], 1))
+
+    @contextlib.contextmanager
+    def _timed(self, what: str) -> Iterator[None]:
+        """Counts the time inside as spent on ``what``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spent[what] += time.perf_counter() - started
+
+    def _spent(self) -> dict[str, float]:
+        """Seconds by purpose, which add up to the run's."""
+        spent = {**self.spent, "data": self.spent["data"] + self.throughput.total}
+        return spent | {"steps": max(0.0, self.seconds - sum(spent.values()))}
 
     def _keep_best(self) -> None:
         if self.best_filters is not None:
@@ -893,12 +935,24 @@ class _Untraining:
         self.pending.append((terms, self.step + 1))
         if self.device.type == "cpu" or len(self.pending) >= _LOOK_EVERY:
             self._look()
-            self.good = [p.detach().clone() for p in self.params]
+            self.good = self._snapshot()
 
     def _look(self) -> None:
-        """Adds pending losses to the sums; stops the run if one of them is not finite."""
+        """Adds pending losses to the sums; stops the run if one of them is not finite.
+
+        All are read at once: every number that is read by itself waits for the device.
+        """
+        if not self.pending:
+            return
+        scalars = [
+            torch.as_tensor(value, device=self.device).reshape(())  # terms may be plain numbers
+            for terms, _ in self.pending
+            for value in terms.values()
+        ]
+        found = iter(torch.stack(scalars).tolist())
+        self.throughput.look()
         for terms, step in self.pending:
-            values = {name: float(value) for name, value in terms.items()}
+            values = {name: next(found) for name in terms}
             if not math.isfinite(values["loss"]):
                 self._give_up(values, step)
             for name, value in values.items():
@@ -924,8 +978,11 @@ class _Untraining:
 
     def save_checkpoint(self) -> None:
         """One file holds all that the run needs to go on, so that it is never half a state."""
-        if not self.ranks.first:
-            return
+        if self.ranks.first:
+            with self._timed("checkpoints"):
+                self._save_checkpoint()
+
+    def _save_checkpoint(self) -> None:
         names = list(self.net.named_filters())
         tensors = {f"filters.{n}": p for n, p in zip(names, self.params, strict=True)}
         if self.best_filters is not None:
@@ -949,6 +1006,7 @@ class _Untraining:
             "nan_steps": self.nan_steps,
             "sums": self.sums,
             "summed": self.summed,
+            "spent": self._spent(),
         }
         if self.finished:
             self.net.save_pretrained(self.output)
@@ -974,13 +1032,14 @@ class _Untraining:
         if state["best"] is not None:  # through the network, which checks names and shapes
             assign_filters(self.net, part["best."], path)
             self.best = Validation(**state["best"])
-            self.best_filters = [p.detach().clone() for p in self.params]
+            self.best_filters = self._snapshot()
         assign_filters(self.net, part["filters."], path)
-        self.good = [p.detach().clone() for p in self.params]
+        self.good = self._snapshot()
         if isinstance(self.optimizer, RowAdam):
             self.optimizer.load_moments(part["optimizer."])
         for name in _STATE:
             setattr(self, name, state[name])
+        self.spent |= {k: v for k, v in state.get("spent", {}).items() if k in self.spent}
         logger.info("resumed %s at step %d of %d", path, self.step, self.steps)
 
     def refuse_to_overwrite(self) -> None:
@@ -1032,6 +1091,8 @@ class _Untraining:
             filters=self.output,
             config=self.config,
             corrupt_images=dict(self.corrupt.found),
+            spent=self._spent(),
+            samples=self.samples,
         )
 
 

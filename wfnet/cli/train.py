@@ -124,6 +124,8 @@ def run(options: argparse.Namespace) -> int:
     if not len(data.train):
         raise ValueError(f"{data.name} has no training images: add train/")
     training = default_training(options.model) | chosen_training(options, "")
+    if options.amp:
+        training["amp"] = "bfloat16"  # `wfnet baseline` retrains in it, too
     print(f"data        {data}\nnetwork     {options.model}, new weights\noutput      {folder}")
     history = fit_classifier(
         model, data.train, seed=options.seed, workers=options.workers,
@@ -131,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     write_tensors(folder / BASE_NAME, model.state_dict(), {"format": "pt"})
     shares = {
-        part: accuracy(model, getattr(data, part), workers=options.workers)
+        part: accuracy(model, getattr(data, part), workers=options.workers, amp=training.get("amp"))
         for part in ("validation", "test")
         if len(labels_of(getattr(data, part)))
     }

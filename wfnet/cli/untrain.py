@@ -365,6 +365,8 @@ def summary(result: UntrainResult) -> dict[str, Any]:
         "best_step": result.best_step,
         "stopped_early": result.stopped_early,
         "seconds": round(result.seconds, 2),
+        "spent": {name: round(seconds, 2) for name, seconds in result.spent.items()},
+        "samples": result.samples,
         "corrupt_images": len(result.corrupt_images),
         **(
             {}
@@ -556,6 +558,8 @@ class _Lines(threading.Thread):
 def _show_result(result: UntrainResult, folder: Path) -> None:
     how = ", stopped early" if result.stopped_early else ""
     print(f"\ndone        {result.steps:,} steps in {result.seconds:,.1f} s{how}")
+    shares = {name: part / max(result.seconds, 1e-9) for name, part in result.spent.items()}
+    print(f"spent on    {', '.join(f'{name} {share:.0%}' for name, share in shares.items())}")
     if result.best is not None:
         print(
             f"validation  Acc_r {result.best.acc_r:.2%}, Acc_f {result.best.acc_f:.2%} "

@@ -3,7 +3,7 @@
 Decoding JPEG files is what starves a GPU. A run draws its images again and again, so the first time
 an image is drawn its resized pixels are stored - on the device, on the host or on disk - and from
 then on batches are gathered from there. Normalisation and augmentation run on the device, on whole
-batches; a byte per value crosses the bus instead of four.
+batches; a byte per value crosses the bus instead of four, beside what the device computes.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,9 @@ from torch.nn import functional as F
 from wfnet.data.dali import DaliReader
 from wfnet.data.dataset import Batch, CorruptImage, name_of
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.loading import mixed_seed
-from wfnet.data.transforms import evaluation_transform
+from wfnet.data.transforms import evaluation_transform, training_transform
 from wfnet.extras import require
+from wfnet.transfer import sent, sent_beside
 
 logger = logging.getLogger("wfnet")
 
@@ -73,7 +74,8 @@ class Preparation:
             images = functional.to_dtype(pixels, torch.float32, scale=True)
         else:
             images = self._random_crops(pixels.float() / 255, draw)
-        return functional.normalize(images, list(self.mean), list(self.std))
+        mean, std = _statistics(self.mean, self.std, images.device)
+        return images.sub_(mean).div_(std)
 
     def _random_crops(self, images: Tensor, draw: Tensor) -> Tensor:
         n = len(images)
@@ -88,10 +90,17 @@ class Preparation:
         theta[:, 1, 1] = down
         theta[:, 0, 2] = (1 - across) * (2 * draw[:, 3] - 1)
         theta[:, 1, 2] = (1 - down) * (2 * draw[:, 4] - 1)
-        grid = F.affine_grid(
-            theta.to(images.device, non_blocking=True), [n, 1, self.size, self.size], False
-        )
+        grid = F.affine_grid(sent(theta, images.device), [n, 1, self.size, self.size], False)
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+@lru_cache(16)
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Mean and deviation ``[C, 1, 1]`` on the device; made there once, since it waits for that."""
+    made = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
+    return tuple(values.to(device) for values in made)
 
 
 class CachedImages(torch.utils.data.Dataset):
@@ -99,11 +108,13 @@ class CachedImages(torch.utils.data.Dataset):
 
     dataset:  `ImageFiles` or `ImageShards`.
     place:    "device" (memory of `device`), "host" (main memory) or "disk" (a file that later runs
-              find again); None keeps nothing, and only normalises on the device.
+              find again); None keeps nothing: images are decoded anew every time, and what
+              comes after the decoding is done on the device all the same.
     size:     of the images that the network gets.
     mean, std, interpolation, crop_pct: as for `evaluation_transform`, whose values the cache
               reproduces exactly.
-    augment:  random crops and mirroring, drawn anew for every batch from (seed, position).
+    augment:  random crops and mirroring, drawn anew for every batch from (seed, position); of the
+              stored pixels, or of the whole image (`training_transform`) where none are kept.
     device:   where batches are wanted; pixels are normalised there.
     folder:   of the disk cache; default: `cache_folder()`.
     decoder:  "pil", or "dali" (`wfnet.data.dali`).
@@ -132,7 +143,9 @@ class CachedImages(torch.utils.data.Dataset):
             raise ValueError(f"a decoder is one of {', '.join(DECODERS)}, not {decoder!r}")
         self.device = torch.device(device)
         # With augmentation all of the resized square is kept, otherwise what the crop leaves of it.
-        if augment:
+        if augment and place is None and decoder == "pil":
+            decode, augment = _PixelTransform(size, interpolation), False
+        elif augment:
             decode = _PixelTransform(math.floor(size / crop_pct), interpolation, 1.0)
         else:
             decode = _PixelTransform(size, interpolation, crop_pct)
@@ -164,7 +177,7 @@ class CachedImages(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image without augmentation."""
+        """One image; without augmentation if pixels are kept."""
         position = torch.tensor([index])
         if self.store is not None and self.store.has(position):
             pixels = self.store.get(position)
@@ -196,7 +209,7 @@ class CachedImages(torch.utils.data.Dataset):
     def stream(
         self,
         requests: Iterator[tuple[int, list[int]]],
-        read: Callable[[Any, Iterator[tuple[int, list[int]]]], Iterator[tuple[Any, list]]],
+        read: Callable[..., Iterator[tuple[Any, list]]],
         report: Callable[[str, str], None],
         workers: int,
         seed: int,
@@ -205,7 +218,8 @@ class CachedImages(torch.utils.data.Dataset):
         """Batches on `device`, in the order of `requests`; called by `wfnet.data.batches`.
 
         requests: (position, indices) of each batch.
-        read:     reads (position, indices) of a data set in worker processes, in order.
+        read:     reads (position, indices) of a data set in worker processes, in order; with
+                  `pin_memory=True` into page-locked memory, beside this thread.
         report:   takes name and reason of a corrupt image.
         workers:  threads that read files for DALI.
         """
@@ -223,7 +237,8 @@ class CachedImages(torch.utils.data.Dataset):
         elif self.dali is not None:
             decoded = self.dali.read(self.dataset, missing(), workers)
         else:
-            decoded = read(self.dataset, missing())
+            # What goes into a store is not sent from where the workers leave it.
+            decoded = read(self.dataset, missing(), pin_memory=pin_memory and self.store is None)
         for batch, corrupt in decoded:
             for name, reason in corrupt:
                 report(name, reason)
@@ -234,21 +249,15 @@ class CachedImages(torch.utils.data.Dataset):
                 if batch is not None:
                     self.store.put(batch[2], batch[0])
                 indices = indices[self.store.has(indices)]
-                pixels = self.store.get(indices)
+                pixels = self.store.get(indices, pin_memory)
             if len(indices):
-                yield self._batch(pixels, indices, seed, position, pin_memory)
+                yield self._batch(pixels, indices, seed, position)
 
-    def _batch(
-        self, pixels: Tensor, indices: Tensor, seed: int, position: int, pin_memory: bool
-    ) -> Batch:
-        if pin_memory and pixels.device.type == "cpu":
-            pixels = pixels.pin_memory()
-        pixels = pixels.to(self.device, non_blocking=True)
+    def _batch(self, pixels: Tensor, indices: Tensor, seed: int, position: int) -> Batch:
         draw = None
         if self.prepare.scale is not None:
-            seeds = (mixed_seed(seed, position, index) for index in indices.tolist())
-            draws = [torch.rand(5, generator=torch.Generator().manual_seed(s)) for s in seeds]
-            draw = torch.stack(draws)
+            draw = _uniform(seed, position, indices, 5)
+        pixels = sent_beside(pixels, self.device)
         return Batch(self.prepare(pixels, draw), self.labels[indices], indices)
 
     def select(self, indices: Tensor) -> "CachedImages":
@@ -262,13 +271,19 @@ class CachedImages(torch.utils.data.Dataset):
 
 
 class _PixelTransform:
-    """PIL image -> uint8 [C, S, S]: `evaluation_transform` before its conversion to float."""
+    """PIL image -> uint8 [C, S, S]: a transform before its conversion to float.
 
-    def __init__(self, size: int, interpolation: str, crop_pct: float):
+    crop_pct: of `evaluation_transform`; without it, `training_transform`.
+    """
+
+    def __init__(self, size: int, interpolation: str, crop_pct: float | None = None):
         self.size = size
         self.settings = (size, interpolation, crop_pct)
-        compose = evaluation_transform(size, interpolation=interpolation, crop_pct=crop_pct)
-        self.steps = compose.transforms[:3]  # resize, centre crop, to tensor
+        if crop_pct is None:
+            compose = training_transform(size, interpolation=interpolation)
+        else:
+            compose = evaluation_transform(size, interpolation=interpolation, crop_pct=crop_pct)
+        self.steps = compose.transforms[:3]  # resize and crop (or crop and mirror), to tensor
 
     def __call__(self, image: Any) -> Tensor:
         for step in self.steps:
@@ -277,6 +292,26 @@ class _PixelTransform:
 
     def __repr__(self) -> str:
         return f"pixels{self.settings}"
+
+
+def _uniform(seed: int, position: int, indices: Tensor, count: int) -> Tensor:
+    """[n, count] numbers in 0..1, a function of (seed, position, index) of each row alone.
+
+    SplitMix64, for all rows at once: a generator for every image takes a step's worth of time.
+    """
+    with np.errstate(over="ignore"):
+        state = _mixed(np.array([seed % (1 << 64)], np.uint64) + np.uint64(position))
+        state = _mixed(state ^ indices.numpy().astype(np.uint64)[:, None])  # [n, 1]
+        steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        bits = _mixed(state + steps) >> np.uint64(40)  # 24 bits: all that fp32 holds below 1
+    return torch.from_numpy(bits.astype(np.float32) * np.float32(2**-24))
+
+
+def _mixed(state: np.ndarray) -> np.ndarray:
+    """The output function of SplitMix64 (Steele, Lea & Flood)."""
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
 
 
 # -- where pixels lie -----------------------------------------------------------------------------
@@ -294,8 +329,8 @@ class _Store(ABC):
         """Keeps pixels [n, C, S, S]."""
 
     @abstractmethod
-    def get(self, indices: Tensor) -> Tensor:
-        """Pixels [n, C, S, S], a copy."""
+    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
+        """Pixels [n, C, S, S], a copy; on the host page-locked if that is asked for."""
 
 
 class _MemoryStore(_Store):
@@ -308,11 +343,13 @@ class _MemoryStore(_Store):
         return self.filled[indices]
 
     def put(self, indices: Tensor, pixels: Tensor) -> None:
-        self.pixels[indices.to(self.pixels.device)] = pixels.to(self.pixels.device)
+        self.pixels[sent(indices, self.pixels.device)] = sent(pixels, self.pixels.device)
         self.filled[indices] = True
 
-    def get(self, indices: Tensor) -> Tensor:
-        return self.pixels[indices.to(self.pixels.device)]
+    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
+        if self.pixels.device.type == "cpu":
+            return _gathered(self.pixels, indices, pin_memory)
+        return self.pixels[sent(indices, self.pixels.device)]
 
 
 class _DiskStore(_Store):
@@ -338,8 +375,17 @@ class _DiskStore(_Store):
         self.pixels[indices.numpy()] = pixels.cpu().numpy()
         self.filled[indices.numpy()] = 1
 
-    def get(self, indices: Tensor) -> Tensor:
-        return torch.from_numpy(self.pixels[indices.numpy()])
+    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
+        if not pin_memory:
+            return torch.from_numpy(self.pixels[indices.numpy()])
+        return _gathered(torch.from_numpy(self.pixels), indices, pin_memory)
+
+
+def _gathered(pixels: Tensor, indices: Tensor, pin_memory: bool) -> Tensor:
+    """``pixels[indices]`` [n, C, S, S] on the host, written where it is to lie at once."""
+    shape = (len(indices), *pixels.shape[1:])
+    out = torch.empty(shape, dtype=pixels.dtype, pin_memory=pin_memory)
+    return torch.index_select(pixels, 0, indices, out=out)
 
 
 class _PartOfStore(_Store):
@@ -355,8 +401,8 @@ class _PartOfStore(_Store):
     def put(self, indices: Tensor, pixels: Tensor) -> None:
         self.store.put(self.chosen[indices], pixels)
 
-    def get(self, indices: Tensor) -> Tensor:
-        return self.store.get(self.chosen[indices])
+    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
+        return self.store.get(self.chosen[indices], pin_memory)
 
 
 def _pixel_file(folder: Path, digest: str) -> Path:

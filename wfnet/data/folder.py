@@ -40,10 +40,10 @@ class ImageFiles(EncodedImages):
             raise ValueError(_difference(self.root, list(classes), found))
         files, labels, empty = [], [], []
         for label, name in enumerate(found):
-            images = _image_files(self.root / name)
+            images = _image_files(self.root, name)
             if not images:
                 empty.append(name)
-            files += [os.fsencode(os.path.relpath(path, self.root)) for path in images]
+            files += images
             labels += [label] * len(images)
         if empty:
             raise ValueError(
@@ -85,12 +85,14 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
-def _image_files(folder: Path) -> list[str]:
+def _image_files(root: Path, name: str) -> list[bytes]:
+    """Paths of the images of one class, relative to `root`."""
     files = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(root / name, followlinks=True):
         folders.sort()
+        below = os.path.relpath(parent, root)  # once a folder: a million files take seconds
         files += [
-            os.path.join(parent, name)
+            os.fsencode(f"{below}{os.sep}{name}")
             for name in sorted(names)
             if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
         ]

@@ -5,6 +5,7 @@ contrast and noise. Nothing is downloaded; the same arguments give the same imag
 """
 
 import math
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def _render_part(
     return images.clamp_(0, 1).mul_(255).round_().byte()
 
 
+@lru_cache(4)
 def _draw(characters: str) -> tuple[Tensor, Tensor]:
     """Masks [K, F, CANVAS, CANVAS] uint8 of every character in every font, and the fonts that have
     it: [K, F] font numbers first, then -1."""

@@ -110,7 +110,7 @@ def _batches(
             yield Batch(*(part.pin_memory() for part in batch)) if pin_memory else batch
         return
     if hasattr(dataset, "stream"):
-        read = partial(_read, workers=workers, pin_memory=False, seed=seed)
+        read = partial(_read, workers=workers, seed=seed)
         yield from dataset.stream(requests, read, corrupt.add, workers, seed, pin_memory)
         return
     for batch, left_out in _read(dataset, requests, workers, pin_memory, seed):

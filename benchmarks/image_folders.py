@@ -1,0 +1,177 @@
+"""Folders of JPEG files to train and untrain on: rendered characters, or pictures of nothing.
+
+Up to 100 classes are characters (:mod:`wfnet.data.glyphs`, grey, in files of three channels): a
+classifier learns them soon, so that what was forgotten and retained can be measured. More classes
+are noise with the spectrum of photographs, whose files decode as photographs do: for wall time
+alone.
+
+Files are written by all cores. A folder says when it is complete; one that is not is made anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_data import photograph
+from PIL import Image
+
+from wfnet.data.glyphs import HUNDRED, characters_of, render
+from wfnet.pretrained import write_json
+
+PARTS = ("train", "val", "test")
+_COMPLETE = "complete.json"
+_QUALITY = 90
+_AT_ONCE = 64  # files that are rendered together
+_PICTURES = 32  # of each process; a file is one of them, moved, mirrored, its colours exchanged
+_BYTES_PER_PIXEL = 0.8  # of a file, no less than they take
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder is to hold.
+
+    Attributes:
+        classes: above 100 the images show nothing.
+        train, val, test: images of each class in each part.
+        width, height: of the files, in pixels; characters are square.
+        noise: on characters (:func:`wfnet.data.glyphs.render`).
+        seed: of everything random.
+
+    Raises:
+        ValueError: for numbers that make no sense.
+    """
+
+    classes: int
+    train: int
+    val: int
+    test: int
+    width: int = 224
+    height: int = 224
+    noise: float = 0.15
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.classes < 2 or min(self.train, self.val, self.test) < 1:
+            raise ValueError(
+                f"a folder needs 2 classes and an image of each in every part, not {self.classes} "
+                f"classes with {self.train}, {self.val} and {self.test}"
+            )
+        if min(self.width, self.height) < 8:
+            raise ValueError(f"images need 8 pixels a side, not {self.width} x {self.height}")
+        if self.shows_characters and self.width != self.height:
+            raise ValueError(f"characters are square, not {self.width} x {self.height} pixels")
+
+    @property
+    def shows_characters(self) -> bool:
+        return self.classes <= len(HUNDRED)
+
+    @property
+    def per_class(self) -> int:
+        return self.train + self.val + self.test
+
+    @property
+    def files(self) -> int:
+        return self.classes * self.per_class
+
+    @property
+    def most_bytes(self) -> int:
+        """Space that the folder takes, at most."""
+        return int(self.files * (self.width * self.height * _BYTES_PER_PIXEL + 4096))
+
+    def place(self, index: int) -> tuple[str, int, str]:
+        """Part, label and path below the folder of file number ``index``."""
+        number, label = divmod(index, self.classes)
+        part = "train" if number < self.train else "val"
+        part = "test" if number >= self.train + self.val else part
+        return part, label, f"{part}/{label:04d}/{number:05d}.jpg"
+
+
+def make(
+    wanted: ImageFolder, below: Path, processes: int, say: Callable[[str], None] = print
+) -> tuple[Path, float | None]:
+    """The folder, made below ``below`` unless it is there.
+
+    Args:
+        processes: that write files.
+        say: takes lines of progress.
+
+    Returns:
+        The folder, and the seconds that it took; None if it was there.
+
+    Raises:
+        ValueError: if there is no room for it.
+    """
+    described = json.dumps(asdict(wanted), sort_keys=True)
+    name = f"images-{wanted.classes}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
+    root = below / name
+    if (root / _COMPLETE).is_file():
+        say(f"{wanted.files:,} images are there from an earlier run")
+        return root, None
+    if root.exists():
+        shutil.rmtree(root)
+    below.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(below).free
+    if free < wanted.most_bytes:
+        raise ValueError(
+            f"{wanted.files:,} images may take {wanted.most_bytes / 2**30:.1f} GiB, and "
+            f"{free / 2**30:.1f} GiB are free in {below}: choose another --scratch, or fewer images"
+        )
+    started = time.perf_counter()
+    for part in PARTS:
+        for label in range(wanted.classes):
+            (root / part / f"{label:04d}").mkdir(parents=True)
+    write = functools.partial(_write, root, wanted)
+    told = started
+    with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        starts = range(0, wanted.files, _AT_ONCE)
+        for number, _ in enumerate(pool.imap_unordered(write, starts), 1):
+            if time.perf_counter() - told > 5:
+                told = time.perf_counter()
+                say(f"{min(number * _AT_ONCE, wanted.files):,} of {wanted.files:,} images")
+    seconds = time.perf_counter() - started
+    write_json(root / _COMPLETE, asdict(wanted))
+    say(f"{wanted.files:,} images in {seconds:.1f} s")
+    return root, seconds
+
+
+def _write(root: Path, wanted: ImageFolder, first: int) -> None:
+    """Files ``first .. first + _AT_ONCE - 1``: the same ones whoever writes them."""
+    indices = range(first, min(first + _AT_ONCE, wanted.files))
+    pixels = _characters if wanted.shows_characters else _pictures
+    for index, image in zip(indices, pixels(wanted, indices), strict=True):
+        Image.fromarray(image).save(root / wanted.place(index)[2], quality=_QUALITY)
+
+
+def _characters(wanted: ImageFolder, indices: range) -> np.ndarray:
+    labels = torch.tensor([wanted.place(index)[1] for index in indices])
+    seed = wanted.seed * 2**31 + indices.start
+    images = render(characters_of(wanted.classes), labels, seed, wanted.width, noise=wanted.noise)
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _pictures(wanted: ImageFolder, indices: range) -> list[np.ndarray]:
+    rng = np.random.default_rng([wanted.seed, indices.start])
+    drawn = _drawn(wanted.seed, wanted.height, wanted.width)
+    made = []
+    for _ in indices:
+        image = drawn[rng.integers(len(drawn))][:, :, rng.permutation(3)]
+        moved = rng.integers(wanted.height), rng.integers(wanted.width)
+        image = np.roll(image, moved, (0, 1))
+        made.append(np.ascontiguousarray(image[:, :: rng.choice((-1, 1))]))
+    return made
+
+
+@functools.lru_cache(1)
+def _drawn(seed: int, height: int, width: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return [photograph(rng, height, width) for _ in range(_PICTURES)]
