@@ -26,8 +26,9 @@ the same weights, filters, images, labels, objective, dtype and layout for all:
 On a CUDA device cuDNN chooses its algorithms by trial, for all columns.
 Everything runs in one process, interleaved; medians with the least and the largest value, peak
 memory that a step adds, expanded samples per second, and the share of the floor (floors.py, with
-this device's measured products and copy). A column that is impossible says why. Writes JSON
-(raw timings, versions, commit, command) and a picture.
+this device's measured products and copy). On a CUDA device also where a column's time goes: the
+kernels of one step by their time, and the time in which none runs. A column that is impossible says
+why. Writes JSON (raw timings, versions, commit, command) and a picture.
 """
 
 from __future__ import annotations

@@ -9,9 +9,9 @@
 Stages run in order of value until the budget is spent. Each part of a stage is a process of its own
 with a log and a time limit: what hangs is killed with all its children (its Python stack is in the
 log), what crashes takes nothing with it, and the run goes on. Under --output lie summary.json
-(renewed after every part), logs/ and results/; --archive FILE keeps all of it in one .tar.gz as
-well, renewed as the run goes on, for machines that hand back few files. docs/devices.md says how to
-read it and what to commit.
+(renewed after every part), logs/ and results/, there numerics.json with the errors of all kernels
+so far; --archive FILE keeps all of it in one .tar.gz as well, renewed as the run goes on, for
+machines that hand back few files. docs/devices.md says how to read it and what to commit.
 
 A backend whose kernels fail the first stages is left out of the measurements, and the summary says
 so. Nothing here changes the device's settings. Needs Python alone; installs this checkout offline.
@@ -37,6 +37,8 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import numerics
 
 ROOT = Path(__file__).resolve().parent.parent
 # Run first in every run: nothing else means anything without them.
@@ -86,28 +88,23 @@ FAMILIES = ("gates", "conv", "expansion", "linear", "fused", "chain", "network")
 # Tests of tests/gpu by file and -k expression: few tests share a process, because an illegal
 # address takes down all that come after it. Every test is in one group (tests/test_device_run.py).
 TESTS = {
-    "tests-triton": {
-        "triton-conv-bf16": ("test_triton_gpu.py", "conv2d_error and bfloat16"),
-        "triton-conv-fp16": ("test_triton_gpu.py", "conv2d_error and float16 and not bfloat16"),
-        "triton-conv-fp32": ("test_triton_gpu.py", "conv2d_error and float32"),
-        "triton-linear": ("test_triton_gpu.py", "linear_error"),
-        "triton-epilogues": ("test_triton_gpu.py", "epilogues_error"),
-        "triton-rest": ("test_triton_gpu.py", "not _error"),
-    },
-    "tests-cuda": {
-        "portable-errors": ("test_cuda_gpu.py", "portable and _error"),
-        "portable-rest": ("test_cuda_gpu.py", "portable and not _error"),
-        "hopper-errors": ("test_cuda_gpu.py", "hopper and _error"),
-        "hopper-rest": ("test_cuda_gpu.py", "hopper and not _error"),
-        "cuda-rest": ("test_cuda_gpu.py", "not portable and not hopper"),
-    },
-    "tests-step": {
-        "step-eager": ("test_step_gpu.py", "not triton and not cuda"),
-        "step-triton": ("test_step_gpu.py", "triton"),
-        "step-cuda": ("test_step_gpu.py", "cuda"),
-    },
+    "triton-conv-bf16": ("test_triton_gpu.py", "conv2d_error and bfloat16"),
+    "triton-conv-fp16": ("test_triton_gpu.py", "conv2d_error and float16 and not bfloat16"),
+    "triton-conv-fp32": ("test_triton_gpu.py", "conv2d_error and float32"),
+    "triton-linear": ("test_triton_gpu.py", "linear_error"),
+    "triton-epilogues": ("test_triton_gpu.py", "epilogues_error"),
+    "triton-rest": ("test_triton_gpu.py", "not _error"),
+    "portable-errors": ("test_cuda_gpu.py", "portable and _error"),
+    "portable-rest": ("test_cuda_gpu.py", "portable and not _error"),
+    "hopper-errors": ("test_cuda_gpu.py", "hopper and _error"),
+    "hopper-rest": ("test_cuda_gpu.py", "hopper and not _error"),
+    "cuda-rest": ("test_cuda_gpu.py", "not portable and not hopper"),
+    "step-eager": ("test_step_gpu.py", "not triton and not cuda"),
+    "step-triton": ("test_step_gpu.py", "triton"),
+    "step-cuda": ("test_step_gpu.py", "cuda"),
+    "step-whole-run": ("test_run_gpu.py", "whole_run"),
 }
-# Run by the stage sanitizer, and what it runs itself.
+# Run by the stages memcheck and racecheck, and what it runs itself.
 NO_GROUP = ("test_sanitizer.py",)
 NETWORKS = {
     "resnet18": "resnet18",
@@ -116,10 +113,8 @@ NETWORKS = {
     "vgg16": "vgg16",
     "vit-tiny": "vit_tiny_patch16_224",
 }
-SLOWEST = ("resnet18.conv1", "resnet18.layer1.conv", "resnet18.layer2.0.conv1",
-           "resnet18.layer4.conv", "resnet50.layer1.conv3", "resnet50.layer3.conv1",
-           "vgg16.conv1_2", "vgg16.conv3_2", "vit_tiny.qkv", "vit_small.qkv")  # fmt: skip
 KERNELS = ("eager", "triton", "cuda")
+_WINNERS = "{results}/winners.json"
 
 
 def python(*words: str) -> tuple[str, ...]:
@@ -130,15 +125,24 @@ def stages(rehearse: bool = False) -> list[Stage]:
     """All stages in the order of their value; ``rehearse``: the same at tiny size on the CPU."""
     return [
         *_first(rehearse),
-        _step("resnet18", rehearse, 1.5),
-        *_tests(),
-        _sanitizer(rehearse),
-        *(_step(name, rehearse, 1.5) for name in NETWORKS if name != "resnet18"),
-        _operators("ops-slowest", "slowest layers, kernel by kernel", 1, 120, rehearse, SLOWEST),
-        *(
-            _compiled(name, rehearse, minutes)
-            for name, minutes in zip(NETWORKS, (3, 5, 3, 3, 3), strict=True)
-        ),
+        _steps("resnet18", rehearse),
+        _tests(),
+        _plan("resnet50", rehearse),
+        _step("resnet50", rehearse),
+        _profile("resnet50", rehearse),
+        _sanitizer("memcheck", rehearse),
+        *(_step(name, rehearse) for name in ("vit-small", "vgg16", "resnet18", "vit-tiny")),
+        *(_plan(name, rehearse) for name in ("resnet18", "vgg16")),
+        _compiled("resnet18", rehearse, 3),
+        _whole(1000, "resnet50", rehearse, 4),
+        _whole(100, "resnet18", rehearse, 2.5),
+        _compiled("vit-small", rehearse, 3),
+        _compiled("resnet50", rehearse, 5),
+        _sanitizer("racecheck", rehearse),
+        *(_profile(name, rehearse) for name in ("resnet18", "vit-small", "vgg16", "vit-tiny")),
+        *(_compiled(name, rehearse, 3) for name in ("vgg16", "vit-tiny")),
+        _whole(100, "resnet50", rehearse, 3.5),
+        _whole(1000, "resnet18", rehearse, 2.5),
         _operators("ops", "every layer, kernel by kernel", 4, 360, rehearse, ()),
         _operators("ops-fused", "forward with a whole epilogue", 2, 200, rehearse, (), "--fused"),
         *_others(rehearse),
@@ -167,9 +171,11 @@ def _first(rehearse: bool) -> list[Stage]:
         elif backend == "triton":  # each dtype is compiled anew; the tests have the others
             options += ["--dtypes", "bfloat16"]
         for family in families:
-            command = python("benchmarks/device_smoke.py", backend, family, *options)
+            name = f"smoke-{label}-{family}"
+            command = python("benchmarks/device_smoke.py", backend, family, *options,
+                             "--output", f"{{results}}/{name}.json")  # fmt: skip
             checks = None if backend == "eager" else label
-            smoke.append(Part(f"smoke-{label}-{family}", command, environment, checks=checks))
+            smoke.append(Part(name, command, environment, checks=checks))
     first = (Part("first-steps", python("tests/cuda/first_steps.py"), checks="cuda-hopper"),)
     if rehearse:
         first = ()
@@ -202,41 +208,104 @@ def _bench_step(network: str, rehearse: bool, name: str, columns: list[str], *mo
     return Part(name, command)
 
 
-def _step(network: str, rehearse: bool, minutes: float) -> Stage:
+def _steps(network: str, rehearse: bool) -> Stage:
+    """One process per backend: at real sizes a kernel may still take down its own."""
     parts = []
     for backend in KERNELS:
         columns = ["eager", "unmasked"]
         columns += [f"wfnet/{backend}/{way}" for way in ("unfused", "fused", "captured")]
-        parts.append(_bench_step(network, rehearse, f"step-{network}-{backend}", columns))
-    return Stage(f"step-{network}", "whole steps, one process per backend", minutes, 300,
+        parts.append(_bench_step(network, rehearse, f"steps-{network}-{backend}", columns))
+    return Stage(f"steps-{network}", "whole steps, one process per backend", 1.5, 300,
                  tuple(parts), measures=True)  # fmt: skip
+
+
+def _step(network: str, rehearse: bool) -> Stage:
+    columns = ["eager", "unmasked", *(f"wfnet/{backend}/captured" for backend in KERNELS)]
+    part = _bench_step(network, rehearse, f"step-{network}", columns)
+    return Stage(f"step-{network}", "whole steps, all in one process", 0.8, 180, (part,),
+                 measures=True)  # fmt: skip
 
 
 def _compiled(network: str, rehearse: bool, minutes: float) -> Stage:
     columns = ["eager", "compile", "unmasked_compiled", "wfnet/eager/compiled",
-               *(f"wfnet/{backend}/captured" for backend in ("triton", "cuda")),
+               *(f"wfnet/{backend}/captured" for backend in ("triton", "cuda", "auto")),
                "wfnet/eager/compiled_captured"]  # fmt: skip
     part = _bench_step(network, rehearse, f"compiled-{network}", columns)
+    if not rehearse:
+        part = replace(part, environment={"WFNET_WINNERS": _WINNERS})
     return Stage(f"compiled-{network}", "the same beside torch.compile, all in one process",
                  minutes, 420, (part,), measures=True)  # fmt: skip
 
 
-def _tests() -> list[Stage]:
-    made = []
-    for stage, groups in TESTS.items():
-        parts = []
-        for name, (file, expression) in groups.items():
-            command = python(
-                "-m", "pytest", "-m", "gpu", f"tests/gpu/{file}", "-k", expression, "-v",
-                "--tb=short", "-o", "timeout=120", "-o", "faulthandler_timeout=100",
-                "-p", "no:cacheprovider", f"--junitxml={{results}}/tests-{name}.xml",
-            )  # fmt: skip
-            parts.append(Part(name, command, tests=True))
-        made.append(Stage(stage, "tests/gpu, few tests a process", 2, 240, tuple(parts), at_once=6))
-    return made
+def _plan(network: str, rehearse: bool) -> Stage:
+    """Who is fastest at every convolution; with a commit to name, as a table that `auto` reads."""
+    options = ["--model", NETWORKS[network], "--providers", "eager", "triton", "cuda"]
+    if rehearse:
+        options = ["--model", "small/resnet", "--image-size", "16", "-b", "4", "--repeats", "1",
+                   "--device", "cpu", "--providers", "eager"]  # fmt: skip
+    name, record = f"plan-{network}", f"{{results}}/plan-{network}.json"
+    script = "benchmarks/bench_plan.py"
+    parts = [Part(name, python(script, *options, "--output", record))]
+    if not rehearse:
+        parts.append(
+            Part(f"winners-{network}", python(script, "--record", record, "--winners", _WINNERS))
+        )
+    return Stage(name, "every convolution of a step, by every backend", 1.5, 200, tuple(parts),
+                 measures=True)  # fmt: skip
 
 
-def _sanitizer(rehearse: bool) -> Stage:
+def _whole(classes: int, network: str, rehearse: bool, minutes: float) -> Stage:
+    """A run as a user starts it; of its columns the first whose kernels work. Images for a number
+    of classes are made by the first stage that needs them."""
+    options = ["--classes", f"{classes}", "--networks", network, "--columns", "wfnet/cuda/captured",
+               "wfnet/triton/captured", "wfnet/eager/compiled_captured"]  # fmt: skip
+    if rehearse:  # above 100 classes images show nothing, also here
+        options = ["--classes", "10" if classes <= 100 else "101", "--networks", "small/resnet",
+                   "--image-size", "32", "--per-class", "20", "--epochs", "1", "--samples", "600",
+                   "-b", "8", "-M", "2", "--loop-steps", "1", "--workers", "1", "--threads", "1",
+                   "--device", "cpu", "--columns", "wfnet/eager/captured"]  # fmt: skip
+    name = f"whole-{classes}-{network}"
+    command = python("benchmarks/whole_run.py", *options, "--output", f"{{results}}/{name}.json")
+    what = "a whole run from JPEG files: time, quality, the loop beside it"
+    return Stage(name, what, minutes, 120 * minutes, (Part(name, command),), measures=True)
+
+
+def _tests() -> Stage:
+    parts = []
+    for name, (file, expression) in TESTS.items():
+        command = python(
+            "-m", "pytest", "-m", "gpu", f"tests/gpu/{file}", "-k", expression, "-v",
+            "--tb=short", "-o", "timeout=120", "-o", "faulthandler_timeout=100",
+            "-p", "no:cacheprovider", f"--junitxml={{results}}/tests-{name}.xml",
+        )  # fmt: skip
+        parts.append(Part(name, command, tests=True))
+    what = "tests/gpu, few tests a process"
+    return Stage("tests", what, 2.5, 300, tuple(parts), at_once=8)
+
+
+def _profile(network: str, rehearse: bool) -> Stage:
+    """The slowest layers under the hardware's counters; one backend after the other."""
+    options = ["--image-size", "224", "--classes", "1000", "--dtype", "bfloat16", "-b", "256",
+               "-M", "3", "--ncu-seconds", "100"]  # fmt: skip
+    model, providers = NETWORKS[network], ("triton", "cuda")
+    if rehearse:  # times alone, where nothing is counted
+        options = ["--image-size", "32", "--classes", "10", "-b", "4", "-M", "2", "--repeats", "1",
+                   "--device", "cpu"]  # fmt: skip
+        model = "small/vit" if network.startswith("vit") else "small/resnet"
+        providers = ("eager",)
+    parts = []
+    for backend in providers:
+        name = f"profile-{network}-{backend}"
+        command = python(
+            "benchmarks/profile_layers.py", "--model", model, *options, "--output",
+            f"{{results}}/{name}.json", "--columns", f"wfnet/{backend}/fused",
+        )  # fmt: skip
+        parts.append(Part(name, command))
+    return Stage(f"profile-{network}", "the slowest layers, by the hardware's counters", 1.5, 260,
+                 tuple(parts), measures=True)  # fmt: skip
+
+
+def _sanitizer(tool: str, rehearse: bool) -> Stage:
     program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     small = ("conv", "chain", "linear", "gates")
     scripts = {
@@ -249,12 +318,11 @@ def _sanitizer(rehearse: bool) -> Stage:
     parts = tuple(
         Part(f"{tool}-{name}",
              (program, "--tool", tool, "--error-exitcode", "9", *python(*script)), environment)
-        for tool in ("memcheck", "racecheck")
         for name, script in scripts.items()
     )  # fmt: skip
     if rehearse:
         parts = ()
-    return Stage("sanitizer", "compute-sanitizer over small shapes", 3, 300, parts, at_once=6)
+    return Stage(tool, "compute-sanitizer over small shapes", 1.5, 240, parts, at_once=3)
 
 
 def _operators(
@@ -494,6 +562,9 @@ class Runner:
                 record["status"] = "interrupted"
                 raise
             finally:
+                numerics.write(
+                    self.output, self.summary["stages"], self.output / "results" / "numerics.json"
+                )
                 self.write()
                 self.say(record)
             if stage.name == "environment" and record["status"] != "passed":

@@ -190,11 +190,46 @@ def backends() -> str:
             for column, found in network["columns"].items():
                 if column.startswith("wfnet/") and "impossible" not in found:
                     ran.setdefault(column.split("/")[1], set()).add(content["device"])
+    errors = errors_on_devices()
     lines = ["| backend | CPU | CUDA device |", "| --- | --- | --- |"]
     for name, (cpu, cuda) in WITHOUT_DEVICE.items():
         devices = sorted(d for d in ran.get(name, ()) if "NVIDIA" in d)
-        lines.append(f"| `{name}` | {cpu} | {'run: ' + ', '.join(devices) if devices else cuda} |")
-    return "\n".join(lines)
+        found = [*errors.get(name, ()), *(["steps run: " + ", ".join(devices)] if devices else ())]
+        lines.append(f"| `{name}` | {cpu} | {'; '.join(found) or cuda} |")
+    return "\n".join([*lines, *ended_early()])
+
+
+def ended_early() -> list[str]:
+    """Below the table: what was to compare on a device and did not."""
+    lines = []
+    for path in sorted(RESULTS.glob("numerics_*.json")):
+        content = json.loads(path.read_text())
+        names = [one["name"] for one in content["unfinished"]]
+        if names:
+            what = "test or process" if len(names) == 1 else "tests or processes"
+            lines += ["", f"{len(names)} {what} on {content['device']} ended without a comparison: "
+                      f"{', '.join(names)}."]  # fmt: skip
+    return lines
+
+
+def errors_on_devices() -> dict[str, list[str]]:
+    """By backend, what its kernels' errors came to on each device (`numerics_*.json`)."""
+    said: dict[str, list[str]] = {}
+    for path in sorted(RESULTS.glob("numerics_*.json")):
+        content = json.loads(path.read_text())
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for row in content["rows"]:
+            rows.setdefault(row["backend"], []).append(row)
+        for name, of_backend in rows.items():
+            total = sum(row["comparisons"] for row in of_backend)
+            good = total - sum(row["failures"] for row in of_backend)
+            ratios = [row["largest_ratio_to_eager"] for row in of_backend]
+            most = max((ratio for ratio in ratios if ratio is not None), default=None)
+            text = f"{content['device']}: {good:,} of {total:,} comparisons with fp64 passed"
+            if most is not None:
+                text += f", errors up to {most:.2f} times eager's"
+            said.setdefault(name, []).append(f"{text} (commit {content['commit']})")
+    return said
 
 
 def with_what(content: dict[str, Any]) -> str:

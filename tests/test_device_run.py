@@ -17,11 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import bench_data
 import bench_eval
 import bench_ops
+import bench_plan
 import bench_scaling
 import bench_step
 import device_run
 import device_setup
 import device_smoke
+import profile_layers
+import whole_run
 from device_run import Part, Stage
 
 ROOT = Path(__file__).parent.parent
@@ -234,6 +237,24 @@ def test_a_rehearsed_stage_has_results(tmp_path):
     assert result["pairs"] == 20
 
 
+def test_errors_of_kernels_are_summed_up_as_the_run_goes_on(tmp_path):
+    command = device_run.python(
+        "benchmarks/device_smoke.py", "eager", "gates", "--device", "cpu", "--dtypes", "float32",
+        "--output", "{results}/smoke-eager-gates.json",
+    )  # fmt: skip
+    ends = Part("smoke-eager-conv", (sys.executable, "-c", "raise SystemExit(3)"))
+    archive = tmp_path / "device.tar.gz"
+    run(tmp_path, Stage("smoke", "", 0.01, 60, (Part("smoke-eager-gates", command), ends)),
+        arguments=["--archive", str(archive)])  # fmt: skip
+    content = json.loads((tmp_path / "out" / "results" / "numerics.json").read_text())
+    assert {row["family"] for row in content["rows"]} == {"gates"}
+    assert content["unfinished"] == [
+        {"name": "smoke-eager-conv", "reason": "ended with status 3"},
+    ]  # fmt: skip
+    with tarfile.open(archive) as tar:
+        assert "results/numerics.json" in tar.getnames()
+
+
 # -- the real stages -------------------------------------------------------------------------------
 
 PARSERS = {
@@ -241,10 +262,13 @@ PARSERS = {
     "bench_eval.py": bench_eval.parse,
     "bench_ops.py": bench_ops.parse,
     "bench_scaling.py": bench_scaling.parse,
+    "bench_plan.py": bench_plan.parse,
     "bench_step.py": bench_step.parse,
     "device_setup.py": device_setup.parse,
     "device_smoke.py": device_smoke.parse,
+    "profile_layers.py": profile_layers.parse,
     "first_steps.py": lambda words: words == [] or pytest.fail(f"no steps {words}"),
+    "whole_run.py": whole_run.parse,
     "sanitized.py": lambda words: words == [] or pytest.fail(f"sanitized.py takes no {words}"),
 }
 
@@ -283,7 +307,7 @@ def test_every_device_test_is_in_exactly_one_group():
     ).stdout  # fmt: skip
     tests = [line.removeprefix("tests/gpu/") for line in listed.splitlines() if "::" in line]
     assert len(tests) > 100
-    groups = [group for made in device_run.TESTS.values() for group in made.values()]
+    groups = list(device_run.TESTS.values())
     for test in tests:
         file, _, name = test.partition("::")
         if file in device_run.NO_GROUP:
@@ -299,16 +323,21 @@ def test_every_device_test_is_in_exactly_one_group():
 
 def test_kernels_that_failed_are_left_out():
     made = {part.name: part for one in device_run.stages() for part in one.parts}
-    step = made["step-resnet18-triton"]
+    step = made["steps-resnet18-triton"]
     assert device_run.without(step, set()) == step
     assert device_run.without(step, {"triton"}) == "triton failed their first run"
     hopper = device_run.without(made["compiled-resnet18"], {"cuda-hopper"})
-    assert hopper.environment == {"WFNET_CUDA_HOPPER": "0"}
+    assert hopper.environment["WFNET_CUDA_HOPPER"] == "0"
     assert "wfnet/cuda/captured" in hopper.command
     both = device_run.without(made["compiled-resnet18"], {"triton", "cuda-portable", "cuda-hopper"})
     assert [word for word in both.command if word.startswith("wfnet/")] == [
-        "wfnet/eager/compiled", "wfnet/eager/compiled_captured",
+        "wfnet/eager/compiled", "wfnet/auto/captured", "wfnet/eager/compiled_captured",
     ]  # fmt: skip
+    profile = made["profile-resnet50-cuda"]
+    assert device_run.without(profile, {"cuda-portable"}) == "cuda failed their first run"
+    assert device_run.without(profile, {"cuda-hopper"}).command == profile.command
+    whole = device_run.without(made["whole-1000-resnet50"], {"cuda-portable", "triton"})
+    assert whole_run.parse(list(whole.command[2:])).column == "wfnet/eager/compiled_captured"
     ops = device_run.without(made["ops"], {"cuda-portable"})
     assert ops.command[-4:] == ("--providers", "eager", "unmasked", "triton")
 
