@@ -36,6 +36,7 @@ from wfnet import backends
 from wfnet.backends import Backend, Below, ConvGeometry, PoolGeometry, cuda_launch
 from wfnet.benchmarking.steps import COLUMNS, StepSettings, make_problem, make_step
 from wfnet.cli.classifier import create_classifier
+from wfnet.optimizers import RowAdam
 from wfnet.pretrained import write_json
 from wfnet.tables import GatedLayer, GateTables
 
@@ -164,8 +165,24 @@ def gates(place: Place) -> Iterator[Case]:
             results[f"gradient {number}"] = pair
         return results
 
+    def row_adam() -> Results:
+        """A captured step's kernel, of which two of five rows do not occur."""
+        drawn, gradient = torch.randn(CLASSES, 1500), torch.randn(CLASSES, 1500)
+        occurred = torch.tensor([True, False, True, True, False])
+        moved = []
+        for kind, move in ((torch.float32, place.device), (torch.float64, "cpu")):
+            parameter = torch.nn.Parameter(drawn.to(move, kind, copy=True))
+            optimizer = RowAdam([parameter], lr=0.1)
+            for _ in range(3):
+                parameter.grad = gradient.to(move, kind)
+                optimizer.step(occurred=occurred.to(move))
+            moved.append({"filters": parameter.detach(), **optimizer.moments()})
+        return {name: (moved[0][name], moved[1][name]) for name in moved[0]}
+
     yield "rows", rows
     yield "tables", tables
+    if place.backend.name == "triton":
+        yield "row_adam", row_adam
 
 
 def conv(place: Place) -> Iterator[Case]:

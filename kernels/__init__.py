@@ -8,5 +8,7 @@ very same launches ahead of time, without a device.
     conv_dgrad    input gradient, with the layer below's elementwise backward in its epilogue
     linear        both directions for linear maps and for 1x1 convolutions of stride 1
     epilogue_bwd  the elementwise backward where no GEMM epilogue covers it, and its column sums
+    max_pool      pooling forward, and back with the elementwise backward of the layer below
     gate          filter matrices to scale and shift tables, all layers in one launch, and back
+    row_adam      Adam over the rows that occurred in a step
 """

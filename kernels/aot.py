@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from wfnet.kernels import gate as gates
 from wfnet.kernels import max_pool as pooling
+from wfnet.kernels import row_adam as optimizer
 from wfnet.kernels.config import (
     TARGETS,
     ConvShape,
@@ -53,6 +54,7 @@ _TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.bool: "i1",
     torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
@@ -259,7 +261,11 @@ def elementwise_cases(dtype: torch.dtype) -> Iterator[Case]:
             _table(49 * 512, 64), _table(512, 64), 3136, 49, block_m, 2 if block_m else 0
         )
         yield Case(f"column_sums {'flat' if block_m else 'grouped'}", launch, False)
-    for launch in (*gates.example_launches(_meta), *pooling.example_launches(_meta)):
+    for launch in (
+        launch
+        for module in (gates, pooling, optimizer)
+        for launch in module.example_launches(_meta)
+    ):
         yield Case(launch.kernel.fn.__name__, launch, False)
 
 

@@ -46,7 +46,7 @@ from wfnet.kernels.epilogue_bwd import (
 from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "W"])
 def conv_dgrad_kernel(
     ag,  # [B, P, Q, O] in boxes
     w,  # [O, R*S, C] in boxes [BK, 1, BN]
@@ -172,7 +172,7 @@ def conv_dgrad_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "H", "W", "P", "Q"])
 def conv_dgrad_gather_kernel(
     ag,  # [B, P, Q, O]
     w,  # [O, R, S, C]

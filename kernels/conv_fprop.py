@@ -38,7 +38,7 @@ from wfnet.kernels.epilogue import forward_epilogue
 from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "P", "Q"])
 def conv_fprop_kernel(
     x,  # [N, H, W, C] in boxes; with STEP 2 [N, H/2, 2, W/2, 2*C]
     w,  # [O, R*S, C] in boxes [BN, 1, BK]
@@ -129,7 +129,7 @@ def conv_fprop_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "B", "H", "W", "P", "Q"])
 def conv_fprop_gather_kernel(
     x,  # [N, H, W, C]
     w,  # [O, R, S, C]

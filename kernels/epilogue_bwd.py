@@ -159,7 +159,7 @@ class Gradient:
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T"])
 def epilogue_bwd_kernel(
     dout,  # [B, T, C]
     skip,  # [B, T, C] or None
@@ -274,7 +274,7 @@ def epilogue_bwd_kernel(
             store_tile(scaled_grad, at, total, row_ok, col_ok, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B", "T", "SLOTS"])
 def column_sums_kernel(
     partial,  # [slots, C] fp32
     total,  # [B, C] fp32

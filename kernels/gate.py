@@ -32,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from wfnet.kernels.epilogue_bwd import by_source
 from wfnet.kernels.launch import Launch
 
 from wfnet.tables import GatedLayer, check_layers
@@ -94,16 +95,7 @@ def gate_product(
     return product
 
 
-@triton.jit
-def has_label(forget, label, samples, samples_ok, J: tl.constexpr):
-    """``[BS]``: whether each sample forgets ``label``; repetitions in a row count once."""
-    found = samples < 0
-    for j in tl.static_range(0, J):
-        found = found | (tl.load(forget + samples * J + j, mask=samples_ok, other=-1) == label)
-    return found & samples_ok
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["B", "K"])
 def gate_rows_kernel(
     alpha,  # [K, O]
     forget,  # [B, J] int64
@@ -135,29 +127,23 @@ def gate_rows_kernel(
 def gate_rows_bwd_kernel(
     t,  # [B, O] fp32
     alpha,  # [K, O]
-    forget,  # [B, J] int64
+    order,  # [B * J] int64: entries of the labels, sorted by label
+    first_of,  # [K + 1] int64: where each label starts in order
     dalpha,  # [K, O]
-    B,
     O,
     J: tl.constexpr,
-    BS: tl.constexpr,
     BN: tl.constexpr,
 ):
     label = tl.program_id(0)
     cols = tl.program_id(1) * BN + tl.arange(0, BN)
     col_ok = cols < O
-    total = tl.zeros((BS, BN), dtype=tl.float32)
-    for start in range(0, B, BS):
-        samples = start + tl.arange(0, BS)
-        mine = has_label(forget, label, samples, samples < B, J)
-        total += tl.load(
-            t + (samples[:, None] * O + cols[None, :]),
-            mask=mine[:, None] & col_ok[None, :],
-            other=0.0,
-        )
+    total = tl.zeros((BN,), dtype=tl.float32)
+    for position in range(tl.load(first_of + label), tl.load(first_of + label + 1)):
+        sample = tl.load(order + position) // J
+        total += tl.load(t + sample * O + cols, mask=col_ok, other=0.0)
     at = label.to(tl.int64) * O + cols
     slope = tl.sigmoid(-tl.load(alpha + at, mask=col_ok, other=0.0).to(tl.float32))
-    tl.store(dalpha + at, (slope * tl.sum(total, axis=0)).to(dalpha.dtype.element_ty), mask=col_ok)
+    tl.store(dalpha + at, (slope * total).to(dalpha.dtype.element_ty), mask=col_ok)
 
 
 @triton.jit
@@ -179,7 +165,7 @@ def folded_norm(row, cols, col_ok, eps):
     return gamma, beta - mean * gamma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])  # tables start at multiples of B
 def gate_tables_kernel(
     addresses,  # [rows, FIELDS] int64
     numbers,  # [rows, 2] fp32: gate_scale, eps
@@ -223,11 +209,13 @@ def gate_tables_kernel(
     tl.store(shift + at, offset + beta[None, :], mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["K"])  # tables start at multiples of B
 def gate_tables_bwd_kernel(
     addresses,  # [rows, FIELDS] int64
     numbers,  # [rows, 2] fp32: gate_scale, eps
     forget,  # [B, J] int64
+    order,  # [B * J] int64, as in gate_rows_bwd_kernel
+    first_of,  # [K + 1] int64
     t1,  # flat fp32, as scale
     t0,  # flat fp32, as shift
     dalpha,  # [K, LD] fp32: the gradients of all filter matrices side by side
@@ -237,7 +225,6 @@ def gate_tables_bwd_kernel(
     FIELDS: tl.constexpr,
     J: tl.constexpr,
     NEAR_ONE: tl.constexpr,
-    BS: tl.constexpr,
     BN: tl.constexpr,
 ):
     row = addresses + tl.program_id(0) * FIELDS
@@ -251,29 +238,29 @@ def gate_tables_bwd_kernel(
     biased = tl.load(row + 1) != 0
     filters = tl.load(row + 1).to(tl.pointer_type(tl.float32))
     stride = tl.load(row + 13)
-    weight_total = tl.zeros((BS, BN), dtype=tl.float32)
-    bias_total = tl.zeros((BS, BN), dtype=tl.float32)
-    for start in range(0, B, BS):
-        samples = start + tl.arange(0, BS)
-        mine = has_label(forget, label, samples, samples < B, J)
-        at = base + samples[:, None] * O + cols[None, :]
-        ok = mine[:, None] & col_ok[None, :]
-        weight_total += tl.load(t1 + at, mask=ok, other=0.0)
+    weight_total = tl.zeros((BN,), dtype=tl.float32)
+    bias_total = tl.zeros((BN,), dtype=tl.float32)
+    one = tl.arange(0, 1)
+    for position in range(tl.load(first_of + label), tl.load(first_of + label + 1)):
+        sample = tl.load(order + position) // J
+        at = base + sample * O + cols
+        weight_total += tl.load(t1 + at, mask=col_ok, other=0.0)
         if biased:
             gates = gate_product(
-                filters, forget, gate_scale, samples, mine, cols, col_ok, K, stride, J, NEAR_ONE
-            )
-            bias_total += gates * tl.load(t0 + at, mask=ok, other=0.0)
+                filters, forget, gate_scale, sample + one, one == 0, cols, col_ok, K, stride, J,
+                NEAR_ONE,
+            )  # fmt: skip
+            bias_total += tl.sum(gates, axis=0) * tl.load(t0 + at, mask=col_ok, other=0.0)
     weight = tl.load(row).to(tl.pointer_type(tl.float32)) + label * tl.load(row + 12)
     slope = tl.sigmoid(-tl.load(weight + cols, mask=col_ok, other=0.0))
     dalpha += label.to(tl.int64) * LD
-    tl.store(dalpha + tl.load(row + 7) + cols, slope * tl.sum(weight_total, axis=0), mask=col_ok)
+    tl.store(dalpha + tl.load(row + 7) + cols, slope * weight_total, mask=col_ok)
     if biased:
         gamma, _ = folded_norm(row, cols, col_ok, eps)
         bias = load_vector(tl.load(row + 2), cols, col_ok, 0.0)
         slope = tl.sigmoid(-tl.load(filters + label * stride + cols, mask=col_ok, other=0.0))
         slope *= gamma * bias
-        tl.store(dalpha + tl.load(row + 8) + cols, slope * tl.sum(bias_total, axis=0), mask=col_ok)
+        tl.store(dalpha + tl.load(row + 8) + cols, slope * bias_total, mask=col_ok)
 
 
 def _check_labels(forget: Tensor) -> None:
@@ -324,17 +311,31 @@ def gate_rows(alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
     return out
 
 
-def plan_gate_rows_bwd(t: Tensor, alpha: Tensor, forget: Tensor, dalpha: Tensor) -> Launch:
-    """The launch of ``gate_rows_bwd``."""
+def by_label(forget: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    """Entries of ``forget`` ``[B, J]`` grouped by label: ``order`` and ``first_of``, int64.
+
+    ``order[first_of[l]:first_of[l + 1]]`` are the entries (``sample * J + j``) of label l, samples
+    in ascending order, each once: most labels occur in few samples or none, and nobody has to
+    look for them. Labels out of range are in no group. No synchronisation, as :func:`by_source`.
+    """
+    if forget.shape[1] > 1:  # a label counts once in a row
+        same = forget[:, :, None] == forget[:, None, :]
+        forget = torch.where(same.tril(-1).any(2), -1, forget)
+    return by_source(forget.flatten(), classes)
+
+
+def plan_gate_rows_bwd(
+    t: Tensor, alpha: Tensor, order: Tensor, first_of: Tensor, dalpha: Tensor, labels: int
+) -> Launch:
+    """The launch of ``gate_rows_bwd``, for ``labels`` in a row of ``forget``."""
     arguments = {
         "t": t,
         "alpha": alpha,
-        "forget": forget,
+        "order": order,
+        "first_of": first_of,
         "dalpha": dalpha,
-        "B": t.shape[0],
         "O": t.shape[1],
-        "J": forget.shape[1],
-        "BS": _SAMPLES,
+        "J": labels,
         "BN": _COLUMNS,
     }
     grid = (alpha.shape[0], triton.cdiv(alpha.shape[1], _COLUMNS))
@@ -350,7 +351,8 @@ def gate_rows_bwd(t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
     alpha = alpha.contiguous()
     dalpha = torch.empty_like(alpha)
     if dalpha.numel():
-        plan_gate_rows_bwd(t.contiguous(), alpha, forget.contiguous(), dalpha).run()
+        groups = by_label(forget, alpha.shape[0])
+        plan_gate_rows_bwd(t.contiguous(), alpha, *groups, dalpha, forget.shape[1]).run()
     return dalpha
 
 
@@ -435,7 +437,6 @@ class GateTables:
             FIELDS=len(_FIELDS),
             J=forget.shape[1],
             NEAR_ONE=_NEAR_ONE,
-            BS=_SAMPLES,
             BN=_COLUMNS,
         )
         return Launch(kernel, grid, arguments, 4, 1)
@@ -456,7 +457,8 @@ class GateTables:
         if batch:
             grid = (self._addresses.shape[0], triton.cdiv(batch, _SAMPLES))
             forget = forget.contiguous()
-            self._plan(gate_tables_kernel, grid, forget, scale=scale, shift=shift).run()
+            buffers = {"scale": scale, "shift": shift, "BS": _SAMPLES}
+            self._plan(gate_tables_kernel, grid, forget, **buffers).run()
         return list(zip(self.views(scale, batch), self.views(shift, batch), strict=True))
 
     def backward(
@@ -478,9 +480,9 @@ class GateTables:
             raise ValueError(f"into must be contiguous float32 {shape}, not {tuple(into.shape)}")
         grid = (self._addresses.shape[0], self.classes)
         forget = forget.contiguous()
-        self._plan(
-            gate_tables_bwd_kernel, grid, forget, t1=t1, t0=t0, dalpha=into, LD=shape[1]
-        ).run()
+        order, first_of = by_label(forget, self.classes)
+        buffers = {"order": order, "first_of": first_of, "t1": t1, "t0": t0, "dalpha": into}
+        self._plan(gate_tables_bwd_kernel, grid, forget, **buffers, LD=shape[1]).run()
         matrices = [matrix for layer in self.layers for matrix in layer.filters]
         return list(into.split([matrix.shape[1] for matrix in matrices], 1))
 
@@ -498,15 +500,16 @@ def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
         "FIELDS": len(_FIELDS),
         "J": 1,
         "NEAR_ONE": _NEAR_ONE,
-        "BS": _SAMPLES,
         "BN": _COLUMNS,
     }
+    groups = meta(torch.int64, 512), meta(torch.int64, 1001)
     flat = meta(torch.float32, 512 * 4800)
-    tables = {"scale": flat, "shift": flat}
+    tables = {"scale": flat, "shift": flat, "BS": _SAMPLES}
     sums = {"t1": flat, "t0": flat, "dalpha": meta(torch.float32, 1000, 4800), "LD": 4800}
+    sums |= dict(zip(("order", "first_of"), groups, strict=True))
     return [
         plan_gate_rows(alpha, forget, rows, 1.0),
-        plan_gate_rows_bwd(rows, alpha, forget, alpha),
+        plan_gate_rows_bwd(rows, alpha, *groups, alpha, 1),
         Launch(gate_tables_kernel, (40, 32), {**shared, **tables}, 4, 1),
         Launch(gate_tables_bwd_kernel, (40, 1000), {**shared, **sums}, 4, 1),
     ]

@@ -11,6 +11,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+# Kernels are not specialised on numbers of samples, images, pixels and tokens
+# (`do_not_specialize`) where no address gains from what is known of these: every batch of another
+# size, the last of an epoch for one, would be compiled anew.
+#
 # Descriptors are built on the host and passed as kernel parameters: no device-side workspace (so no
 # `triton.set_allocator`), nothing to fence in the kernel, and a captured CUDA graph keeps them.
 

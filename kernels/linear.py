@@ -45,7 +45,7 @@ from wfnet.kernels.epilogue_bwd import (
 from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "B", "T"])
 def linear_fprop_kernel(
     x,  # [M, K] in boxes [BM, BK]
     w,  # [O, K] in boxes [BN, BK]
@@ -101,7 +101,7 @@ def linear_fprop_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "B", "T"])
 def linear_dgrad_kernel(
     ag,  # [M, O] in boxes [BM, BK]
     w,  # [O, C] in boxes [BK, BN]

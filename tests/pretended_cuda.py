@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
 import torch
+import torch._dynamo  # lists torch's functions as it is imported: before some are replaced
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -36,12 +37,17 @@ class WaitsInCapture(RuntimeError):
     """What a capture on a device would end with."""
 
 
+class NoValues(RuntimeError):
+    """What reading a tensor raises where there are no values."""
+
+
 class Device:
     """What happened on the pretended device."""
 
     def __init__(self) -> None:
         self.waits: list[tuple[str, str]] = []  # operation, line of the project that asked for it
         self.launches: list[tuple[str, dict]] = []
+        self.beside = 0  # tensors made in one stream for another
         self.recording: list[Callable[[], None]] | None = None
         self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory as it was before the capture
         self.stream = 0  # the current stream
@@ -141,6 +147,10 @@ class Pretended(torch.Tensor):
 
     def is_pinned(self, *_) -> bool:
         return False
+
+    def record_stream(self, stream: Stream) -> None:
+        assert isinstance(stream, Stream)
+        device.beside += 1
 
     def __reduce_ex__(self, protocol):
         raise NotImplementedError("pretended tensors are not pickled")
@@ -246,6 +256,8 @@ def _check_devices(func, args, kwargs) -> None:
 
 def _note_waits(func, args, kwargs) -> None:
     if func in _READS:
+        if device.place.type == "meta":
+            raise NoValues(f"{_READS[func]} at {_asked_by()}")
         device.wait(_READS[func])
     elif func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
         masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
@@ -527,6 +539,9 @@ class Graph:
 def _capture(graph: Graph, pool=None, stream=None, capture_error_mode="global") -> Iterator[None]:
     assert device.recording is None, "captures do not nest"
     assert isinstance(graph, Graph)
+    if any("/wfnet/" in frame.filename for frame in traceback.extract_stack()):
+        # In the other modes a thread that pins memory, a loader's for example, ends the capture.
+        assert capture_error_mode == "thread_local", capture_error_mode
     device.recording = []
     try:
         with stream or Stream():
@@ -616,7 +631,9 @@ def pretended_cuda(compile_kernels: bool = False, values: bool = True) -> Iterat
         values: False for tensors of any size, without memory and values: reading one raises.
     """
     import pytest
+    from torch._dynamo import trace_rules
 
+    trace_rules.get_torch_obj_rule_map()  # made once in a process, of the functions that are there
     patch = pytest.MonkeyPatch()
     device.__init__()
     device.stream = Stream()
@@ -828,6 +845,13 @@ def _triton_gate_tables(a) -> None:
         a["shift"][span] = shift.flatten()
 
 
+def _triton_gate_rows_bwd(a) -> None:
+    for label, alpha in enumerate(a["alpha"].float()):
+        first, last = a["first_of"][label : label + 2].tolist()
+        total = a["t"][a["order"][first:last] // a["J"]].sum(0)
+        a["dalpha"][label] = torch.sigmoid(-alpha) * total
+
+
 def _triton_gate_tables_bwd(a) -> None:
     for row, gate_scale, weight, of_bias, bias, gamma, _ in _layers_at(a):
         span = slice(row[11] * a["B"], (row[11] + row[10]) * a["B"])
@@ -841,7 +865,60 @@ def _triton_gate_tables_bwd(a) -> None:
             )
 
 
+def _pooled(x: Tensor, window: tuple, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Maxima of ``[B, H, W, C]`` and which tap of its window each of them was."""
+    kernel, stride, padding = window
+    full = F.pad(x.permute(0, 3, 1, 2).float(), (padding[1], 10**3, padding[0], 10**3),
+                 value=-torch.inf)  # fmt: skip
+    taps = full.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
+    taps = taps[:, :, : size[0], : size[1]].flatten(-2)
+    return tuple(t.permute(0, 2, 3, 1) for t in taps.max(-1))
+
+
+def _unpooled(dout: Tensor, positions: Tensor, window: tuple, size: tuple[int, int]) -> Tensor:
+    """The gradient ``[B, H, W, C]`` of what was pooled."""
+    kernel, stride, padding = window
+    taps = F.one_hot(positions.long(), kernel[0] * kernel[1]) * dout.unsqueeze(-1)
+    columns = taps.permute(0, 3, 4, 1, 2).flatten(1, 2).flatten(2)
+    out = dout.shape[1:3]
+    reach = [(n - 1) * s + k for n, s, k in zip(out, stride, kernel, strict=True)]
+    whole = F.fold(columns, reach, kernel, stride=stride)
+    missing = [n + p - r for n, p, r in zip(size, padding, reach, strict=True)]
+    whole = F.pad(whole, (0, missing[1], 0, missing[0]))
+    return whole[:, :, padding[0] :, padding[1] :].permute(0, 2, 3, 1)
+
+
+def _triton_window(a) -> tuple:
+    return tuple((a[f"{name}H"], a[f"{name}W"]) for name in "KSP")
+
+
+def _triton_max_pool_fwd(a) -> None:
+    out, positions = _pooled(a["x"], _triton_window(a), (a["P"], a["Q"]))
+    a["out"].copy_(out)
+    if a["positions"] is not None:
+        a["positions"].copy_(positions)
+
+
+def _triton_max_pool_bwd(a) -> None:
+    a["relu"] = a["RELU"]
+    size = (a["H"], a["W"])
+    _backward(_unpooled(a["dout"].float(), a["positions"], _triton_window(a), size), a)
+
+
+def _triton_row_adam(a) -> None:
+    rows = a["occurred"].nonzero().flatten()
+    gradient = a["grad"][rows]
+    a["exp_avg"][rows] += a["weight1"] * (gradient - a["exp_avg"][rows])
+    a["exp_avg_sq"][rows] += a["weight2"] * (gradient**2 - a["exp_avg_sq"][rows])
+    correction1, correction2 = (a[f"correction{i}"][rows, None] for i in (1, 2))
+    root = (a["exp_avg_sq"][rows] / correction2).sqrt() + a["eps"]
+    a["alpha"][rows] -= a["lr"] * a["exp_avg"][rows] / correction1 / root
+
+
 _TRITON_KERNELS = {
+    "max_pool_fwd_kernel": _triton_max_pool_fwd,
+    "max_pool_bwd_kernel": _triton_max_pool_bwd,
+    "row_adam_kernel": _triton_row_adam,
     "conv_fprop_kernel": _triton_conv_fprop,
     "conv_fprop_gather_kernel": _triton_conv_fprop,
     "conv_dgrad_kernel": _triton_conv_dgrad,
@@ -853,9 +930,7 @@ _TRITON_KERNELS = {
     "gate_rows_kernel": lambda a: a["out"].copy_(
         gates.gate_rows(a["alpha"].float(), a["forget"], a["gate_scale"])
     ),
-    "gate_rows_bwd_kernel": lambda a: a["dalpha"].copy_(
-        gates.gate_rows_backward(a["t"], a["alpha"].float(), a["forget"])
-    ),
+    "gate_rows_bwd_kernel": _triton_gate_rows_bwd,
     "gate_tables_kernel": _triton_gate_tables,
     "gate_tables_bwd_kernel": _triton_gate_tables_bwd,
 }
@@ -960,9 +1035,17 @@ def _pretend_triton(patch, compile_kernels: bool) -> None:
 
 
 def _jit_functions() -> list:
-    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, linear
+    from wfnet.kernels import (
+        conv_dgrad,
+        conv_fprop,
+        epilogue_bwd,
+        gate,
+        linear,
+        max_pool,
+        row_adam,
+    )
 
-    modules = (conv_dgrad, conv_fprop, epilogue_bwd, gate, linear)
+    modules = (conv_dgrad, conv_fprop, epilogue_bwd, gate, linear, max_pool, row_adam)
     return [vars(module)[name] for module in modules for name in _TRITON_KERNELS
             if name in vars(module)]  # fmt: skip
 
@@ -999,7 +1082,27 @@ def _library_dgrad(a) -> None:
     _library_backward(_input_gradient(a["ag"], a["weight"], size, *pairs), a)
 
 
+def _library_window(a) -> tuple:
+    axes = a["height"], a["width"]
+    return tuple(
+        tuple(getattr(axis, name) for axis in axes) for name in ("kernel", "stride", "padding")
+    )
+
+
+def _library_max_pool(a) -> None:
+    size = (a["height"].output, a["width"].output)
+    out, positions = _pooled(a["x"], _library_window(a), size)
+    a["out"].copy_(out)
+    if a["positions"] is not None:
+        a["positions"].copy_(positions)
+
+
 def _library_epilogue(a) -> None:
+    if a["positions"] is not None:
+        size = (a["height"].input, a["width"].input)
+        dout = _unpooled(a["dout"].float(), a["positions"], _library_window(a), size)
+        _library_backward(dout, a)
+        return
     strides = (a["sample_stride"], a["pixel_stride"], 1)
     dout = a["dout"].as_strided((a["batch"], a["pixels"], a["columns"]), strides)
     _library_backward(dout.float(), a)
@@ -1023,6 +1126,7 @@ _LIBRARY_KERNELS = {
     "sm90.fprop": _library_fprop,
     "conv_dgrad": _library_dgrad,
     "sm90.dgrad": _library_dgrad,
+    "max_pool": _library_max_pool,
     "epilogue_bwd": _library_epilogue,
     "sum_by_source": lambda a: _grouped_sum(
         a["dout"].float(), a["scale"], a["order"], a["first_of"], a["scaled"]

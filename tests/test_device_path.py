@@ -252,8 +252,10 @@ def test_a_step_at_the_sizes_of_a_benchmark(backend, name, monkeypatch):
         expected = {
             ("triton", "resnet50"): {"conv_fprop_kernel", "conv_dgrad_kernel",
                                      "linear_fprop_kernel", "linear_dgrad_kernel",
-                                     "conv_fprop_gather_kernel", "gate_tables_bwd_kernel"},
-            ("cuda", "resnet50"): {"sm90.fprop", "sm90.dgrad", "conv_fprop", "gate_rows_bwd"},
+                                     "conv_fprop_gather_kernel", "gate_tables_bwd_kernel",
+                                     "max_pool_bwd_kernel", "row_adam_kernel"},
+            ("cuda", "resnet50"): {"sm90.fprop", "sm90.dgrad", "conv_fprop", "gate_rows_bwd",
+                                   "max_pool", "row_adam_kernel"},
             ("triton", "vit_tiny_patch16_224"): {"linear_fprop_kernel", "linear_dgrad_kernel"},
             ("cuda", "vit_tiny_patch16_224"): {"sm90.fprop", "sm90.dgrad"},
         }  # fmt: skip

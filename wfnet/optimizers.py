@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from wfnet import backends
 from wfnet.tables import flat_matrix, side_by_side
+from wfnet.transfer import sent
 
 _ROWS_AT_A_TIME = 256  # of 16-bit filters: bounds the fp32 copies
 
@@ -21,7 +23,8 @@ class RowAdam(torch.optim.Optimizer):
 
     All matrices are updated together as one ``[K, sum O_i]`` matrix: a dozen tensor operations for
     any number of layers, none of which waits for a device. Nothing is copied for it where they are
-    views of such a matrix (:func:`wfnet.tables.flatten_filters`).
+    views of such a matrix (:func:`wfnet.tables.flatten_filters`); on a CUDA device a captured step
+    is then one pass over the rows that occurred (:mod:`wfnet.kernels.row_adam`).
 
     Filters in bfloat16 have moments in bfloat16. A step is computed in fp32, some rows at a time,
     and rounded stochastically: an update of less than half a unit in the last place, which
@@ -100,10 +103,13 @@ class RowAdam(torch.optim.Optimizer):
         elif rows.numel() == grad.shape[0]:
             self._step_masked(grad, None)
         else:
-            self._step_rows(grad, rows.to(grad.device, non_blocking=True))
+            self._step_rows(grad, sent(rows, grad.device))
         return loss
 
     def _step_masked(self, grad: Tensor, occurred: Tensor | None) -> None:
+        if occurred is not None and self._fused(grad):
+            self._step_fused(grad, occurred)
+            return
         update = self._advance(grad, self._exp_avg, self._exp_avg_sq, self._steps, occurred)
         if occurred is not None:
             update = torch.where(occurred, update, 0)
@@ -112,6 +118,27 @@ class RowAdam(torch.optim.Optimizer):
             flat.sub_(update)
         else:
             torch._foreach_sub_(self._params, list(update.split(self._widths, 1)))
+
+    def _fused(self, grad: Tensor) -> bool:
+        """Whether one kernel can do it: fp32 filters that are one matrix, where Triton runs."""
+        if not grad.is_cuda or grad.dtype != torch.float32:
+            return False
+        kernels_run = backends.get("triton").refuse_linear(grad[None], grad) is None
+        return kernels_run and flat_matrix(self._params) is not None
+
+    def _step_fused(self, grad: Tensor, occurred: Tensor) -> None:
+        from wfnet.kernels.row_adam import row_adam  # where Triton may be missing
+
+        group = self.param_groups[0]
+        self._steps.add_(occurred)
+        corrections = [(1 - beta**self._steps).flatten() for beta in group["betas"]]
+        lr = group["lr"]
+        if not isinstance(lr, Tensor):
+            lr = grad.new_full((), lr)  # filled there: nothing is sent, nothing waits
+        row_adam(
+            flat_matrix(self._params), grad.contiguous(), self._exp_avg, self._exp_avg_sq,
+            *corrections, occurred.flatten(), lr, group["betas"], group["eps"],
+        )  # fmt: skip
 
     def _step_rows(self, grad: Tensor, rows: Tensor) -> None:
         exp_avg, exp_avg_sq = self._exp_avg[rows], self._exp_avg_sq[rows]
@@ -132,7 +159,7 @@ class RowAdam(torch.optim.Optimizer):
         if rows is None:
             rows = torch.arange(grad.shape[0], device=grad.device)
         flat = flat_matrix(self._params)
-        for index in rows.to(grad.device, non_blocking=True).split(_ROWS_AT_A_TIME):
+        for index in sent(rows, grad.device).split(_ROWS_AT_A_TIME):
             old = [self._exp_avg, self._exp_avg_sq]
             exp_avg, exp_avg_sq = (matrix[index].to(self._wide) for matrix in old)
             steps = self._steps[index]

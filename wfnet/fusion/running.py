@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 
 from wfnet.layers import MaskedLayer
 from wfnet.tables import GateTables, StepTables
@@ -195,6 +194,8 @@ class CompiledGraph:
 
     def __call__(self, *inputs: object) -> Tensor | None:
         """Logits; None if compiling fails (without a C++ compiler, say), with a line in the log."""
+        from torch._dynamo.exc import TorchDynamoException  # half of the time of `import wfnet`
+
         try:
             return self._compiled(*inputs)
         except TorchDynamoException as error:
