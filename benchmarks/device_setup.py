@@ -60,6 +60,7 @@ def facts(output: Path, device: str) -> int:
     tell("nvidia-smi")
     tell("nvcc", "--version")
     tell("compute-sanitizer", "--version")
+    tell("gcc", "--version")  # Triton compiles its launchers with it
     import torch
 
     from wfnet.backends import cuda_launch

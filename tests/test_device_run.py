@@ -321,6 +321,23 @@ def test_every_device_test_is_in_exactly_one_group():
         assert len(chosen) == 1, f"{test} is in {chosen}"
 
 
+@pytest.mark.parametrize(("answer", "images"), [("143771", 256), ("81559", 128), ("?", 256)])
+def test_steps_are_smaller_where_their_peers_do_not_fit(monkeypatch, answer, images):
+    def nvidia_smi(command, **options):
+        assert command[0] == "nvidia-smi"
+        return subprocess.CompletedProcess(command, 0, stdout=f"{answer}\n")
+
+    monkeypatch.setattr(device_run.subprocess, "run", nvidia_smi)
+    device_run.images_of_a_step.cache_clear()
+    try:
+        made = {part.name: part.command for one in device_run.stages() for part in one.parts}
+    finally:
+        device_run.images_of_a_step.cache_clear()
+    for name in ("step-vgg16", "steps-resnet18-cuda", "compiled-resnet50", "plan-vgg16",
+                 "profile-resnet50-cuda"):  # fmt: skip
+        assert made[name][made[name].index("-b") + 1] == str(images), name
+
+
 def test_kernels_that_failed_are_left_out():
     made = {part.name: part for one in device_run.stages() for part in one.parts}
     step = made["steps-resnet18-triton"]

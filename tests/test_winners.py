@@ -269,6 +269,37 @@ def test_a_mixed_plan_computes_the_network(kernels, own_table, monkeypatch, capl
         assert error < 2 * theirs + 1e-3
 
 
+def test_tables_of_several_backends_are_kept(kernels, own_table, monkeypatch):
+    """A step runs the original network over fewer images than samples: nobody makes tables anew."""
+    net = network()
+    images = torch.randn(2, 3, 8, 8)
+    few = every_operation(net, images, lambda n: "eager")
+    for one in few:
+        one["shape"] = one["shape"].replace("n4_", "n2_")
+    own_table(*few, *every_operation(net, images, lambda n: "cuda"))
+    net.fuse, made = True, []
+    for name in ("cuda", "eager"):
+        backend = backends.get(name)
+        plain = backend.gate_tables
+
+        def count(layers, name=name, plain=plain):
+            made.append(name)
+            return plain(layers)
+
+        monkeypatch.setattr(backend, "gate_tables", count)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            run(net, images)
+            with torch.no_grad():
+                net(images, torch.tensor([-1, -1]))
+    assert sorted(made) == ["cuda", "eager"]
+    with torch.no_grad():
+        net.filter_parameters()[0].data = net.filter_parameters()[0].clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        run(net, images)
+    assert sorted(made) == ["cuda", "cuda", "eager"]  # those whose filters moved
+
+
 def test_auto_is_eager_bit_by_bit_without_a_measurement(own_table):
     own_table({"device": "another one"})
     net = network()

@@ -5,11 +5,14 @@ device; the bound is twice the error of the eager path in the same dtype. On com
 every numerical test runs twice: with the Hopper kernels and with the portable ones.
 """
 
+import functools
 import itertools
 
+import closeness
 import pytest
 import torch
 import torch.nn.functional as F
+from closeness import assert_within
 
 import wfnet
 import wfnet.functional as wf
@@ -28,6 +31,8 @@ pytestmark = [
 ]
 DTYPES = [torch.bfloat16, torch.float16]
 CLASSES = 20
+# The floor of the bound: a few roundings of fp32 sums.
+assert_as_good = functools.partial(closeness.assert_as_good, floor=1e-6)
 
 # Samples, pixels a side, channels in and out, filter, stride.
 CONVS = {
@@ -77,17 +82,6 @@ def path(request, monkeypatch):
         monkeypatch.setattr(cuda_launch, "hopper_processors", lambda device: 0)
     elif cuda_launch.hopper_processors(torch.device(DEVICE, 0)) == 0:
         pytest.skip("not compute capability 9.0, or built without 9.0a")
-
-
-def relative_error(result, truth):
-    difference = (result.double() - truth).norm() / truth.norm().clamp_min(1e-30)
-    return difference.item()
-
-
-def assert_as_good(result, theirs, truth, what):
-    """At most twice the eager error, with a floor of a few roundings of fp32 sums."""
-    error, bound = relative_error(result, truth), 2 * relative_error(theirs, truth)
-    assert error <= max(bound, 1e-6), f"{what}: error {error:.2e}, bound {bound:.2e}"
 
 
 def randn(*shape, dtype=torch.float32):
@@ -380,15 +374,15 @@ def test_offsets_past_32_bits(path):
     scale, geometry = torch.rand(batch, 256, device=DEVICE), ConvGeometry()
     truth = scale[-1] * (x[-1].float() @ weight[:, :, 0, 0].float().T)
     out, _ = mine.conv2d(x.permute(0, 3, 1, 2), weight, scale, None, None, geometry, False)
-    assert relative_error(out[-1].permute(1, 2, 0), truth.double()) < 1e-2
+    assert_within(out[-1].permute(1, 2, 0), truth.double(), "out", 1e-2)
     assert (out[0] == 0).all()
     t0 = torch.empty(batch, 256, device=DEVICE)
     mine.finish(out, Below(out, None, scale, scale, False, torch.empty_like(t0), t0,
                            need_scaled_grad=False))  # fmt: skip
-    assert relative_error(t0[-1], out[-1].double().sum((1, 2))) < 1e-3
+    assert_within(t0[-1], out[-1].double().sum((1, 2)), "t0", 1e-3)
     dx = mine.conv2d_dgrad(out, weight, (batch, 64, 224, 224), geometry).grad
     truth = out[-1].double().permute(1, 2, 0) @ weight[:, :, 0, 0].double()
-    assert relative_error(dx[-1].permute(1, 2, 0), truth) < 1e-2
+    assert_within(dx[-1].permute(1, 2, 0), truth, "dx", 1e-2)
 
 
 @pytest.mark.parametrize("labels", [1, 3])
@@ -414,17 +408,16 @@ def test_gate_tables_of_a_network(labels):
     ]
     forget = torch.randint(-1, 1000, (512, labels), device=DEVICE)
     found, truth = mine.gate_tables(layers)(forget, True), GateTables(exact)(forget, True)
-    for a, b in itertools.chain(
-        zip(found.scales, truth.scales, strict=True), zip(found.shifts, truth.shifts, strict=True)
-    ):
-        assert relative_error(a, b) < 1e-6
+    for what in ("scales", "shifts"):
+        for a, b in zip(getattr(found, what), getattr(truth, what), strict=True):
+            assert_within(a, b, what, 1e-6)
     for a, b in itertools.chain(
         zip(found.t1, truth.t1, strict=True), zip(found.t0, truth.t0, strict=True)
     ):
         if a is not None:
             b.copy_(a.normal_())
     for a, b in zip(found.gradients(), truth.gradients(), strict=True):
-        assert relative_error(a, b) < 1e-6
+        assert_within(a, b, "dalpha", 1e-6)
 
 
 def test_fused_resnet(path):
