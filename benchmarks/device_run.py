@@ -136,10 +136,12 @@ def stages(rehearse: bool = False) -> list[Stage]:
         *(_step(name, rehearse) for name in ("vit-small", "vgg16", "resnet18", "vit-tiny")),
         *(_plan(name, rehearse) for name in ("resnet18", "vgg16")),
         _compiled("resnet18", rehearse, 3),
+        _tuned("resnet18", rehearse),
         _whole(1000, "resnet50", rehearse, 4),
         _whole(100, "resnet18", rehearse, 2.5),
         _compiled("vit-small", rehearse, 3),
         _compiled("resnet50", rehearse, 5),
+        _tuned("resnet50", rehearse),
         _sanitizer("racecheck", rehearse),
         *(_profile(name, rehearse) for name in ("resnet18", "vit-small", "vgg16", "vit-tiny")),
         *(_compiled(name, rehearse, 3) for name in ("vgg16", "vit-tiny")),
@@ -254,6 +256,17 @@ def _compiled(network: str, rehearse: bool, minutes: float) -> Stage:
                  minutes, 420, (part,), measures=True)  # fmt: skip
 
 
+def _tuned(network: str, rehearse: bool) -> Stage:
+    """A plan again, with a search among the nearest few tiles of every Triton kernel."""
+    plan = _plan(network, rehearse).parts[0]
+    rename = {f"{{results}}/plan-{network}.json": f"{{results}}/tuned-{network}.json"}
+    command = tuple(rename.get(word, word) for word in plan.command if word != "cuda")
+    environment = {"WFNET_AUTOTUNE": "quick", "XDG_CACHE_HOME": "{results}/cache"}
+    part = Part(f"tuned-{network}", command, environment)
+    return Stage(f"tuned-{network}", "the same with searched tiles, stored in results/cache", 4,
+                 400, (part,), measures=True)  # fmt: skip
+
+
 def _plan(network: str, rehearse: bool) -> Stage:
     """Who is fastest at every convolution; with a commit to name, as a table that `auto` reads."""
     options = ["--model", NETWORKS[network], "-b", str(images_of_a_step()), "--providers",
@@ -365,7 +378,6 @@ def _others(rehearse: bool) -> list[Stage]:
     scaling = ("--model", "resnet18", "--columns", "eager", "unmasked", "wfnet/triton/captured",
                "wfnet/cuda/captured")  # fmt: skip
     data = ("--workers", "0", "8", "--images", "512")
-    autotune = ("--layers", "resnet18.layer1.conv", "vit_small", "--providers", "eager", "triton")
     peers = "resnet18", "vit-tiny"
     if rehearse:
         evaluation = ("--model", "small/resnet", "--image-size", "16", "--images", "4", "--classes",
@@ -374,8 +386,6 @@ def _others(rehearse: bool) -> list[Stage]:
                    "--repeats", "1", "--columns", "eager", "unmasked", *tiny)  # fmt: skip
         data = ("--workers", "0", "--images", "16", "--image-size", "32", "-b", "8", "--repeats",
                 "1", *tiny)  # fmt: skip
-        autotune = ("--layers", "vit_tiny", "--providers", "eager", "triton", "--scale", "16",
-                    "-b", "2", "--repeats", "1")  # fmt: skip
 
     def one(name: str, what: str, minutes: float, limit: float, *command: str, **environment: str):
         part = Part(name, python(*command), environment)
@@ -394,9 +404,6 @@ def _others(rehearse: bool) -> list[Stage]:
         Stage("peers", "one masked weight copy per sample", 3, 300, copying, measures=True),
         one("scaling", "growth with batch, M, classes, pixels", 4, 360,
             "benchmarks/bench_scaling.py", *scaling, "--output", "{results}/scaling.json"),
-        one("autotune", "a search over tiles, stored under results/cache", 5, 400,
-            "benchmarks/bench_ops.py", *autotune, "--output", "{results}/autotune",
-            WFNET_AUTOTUNE="1", XDG_CACHE_HOME="{results}/cache"),
     ]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Searched configs: measured on a device only when asked for, stored for that device and versions.
 
-``WFNET_AUTOTUNE=1`` searches shapes that have no stored result; unset, stored results are used and
+``WFNET_AUTOTUNE=1`` searches shapes that have no stored result, ``quick`` among the nearest few
+configs (about five compilations a kernel instead of sixty); unset, stored results are used and
 nothing is searched; ``0`` ignores the store, so that the defaults of ``config.py`` run. Results lie
 in ``$XDG_CACHE_HOME/wfnet/autotune/`` (default ``~/.cache``), one JSON file per device, compute
 capability and versions of torch and triton. This is the one place that reads these variables.
@@ -28,17 +29,18 @@ _decided: dict[tuple, Choice] = {}
 
 
 def mode() -> str:
-    """``search``, ``stored`` or ``defaults``, from WFNET_AUTOTUNE.
+    """``search``, ``quick``, ``stored`` or ``defaults``, from WFNET_AUTOTUNE.
 
     Raises:
-        ValueError: if the variable is neither unset, ``0`` nor ``1``.
+        ValueError: if the variable is neither unset, ``0``, ``1`` nor ``quick``.
     """
     value = os.environ.get("WFNET_AUTOTUNE", "")
     try:
-        return {"": "stored", "0": "defaults", "1": "search"}[value]
+        return {"": "stored", "0": "defaults", "1": "search", "quick": "quick"}[value]
     except KeyError:
         raise ValueError(
-            f"WFNET_AUTOTUNE is {value!r}; set it to 1 (search), 0 (defaults) or leave it unset"
+            f"WFNET_AUTOTUNE is {value!r}; set it to 1 (search), quick (search the nearest few), "
+            "0 (defaults) or leave it unset"
         ) from None
 
 
@@ -107,8 +109,9 @@ def _choose(op, key, dtype, device, default, plan) -> Choice:
     entry = _load(path).get(name)
     if entry is not None:
         return Choice(_parse(entry), f"searched on {device.name}: {entry['ms']:.4f} ms")
-    if wanted == "search" and plan is not None and _can_measure():
-        config, ms = search(plan, candidates(default.config), device, dtype.itemsize)
+    if wanted in ("search", "quick") and plan is not None and _can_measure():
+        configs = (candidates if wanted == "search" else neighbours)(default.config)
+        config, ms = search(plan, configs, device, dtype.itemsize)
         if config is not None:
             _save(path, name, {"config": asdict(config), "ms": ms})
             return Choice(config, f"searched on {device.name}: {ms:.4f} ms")
@@ -146,6 +149,24 @@ def candidates(default: GemmConfig) -> list[GemmConfig]:
                             )
                         ] = None
     return list(found)
+
+
+def neighbours(default: GemmConfig) -> list[GemmConfig]:
+    """The default; half and twice its columns; one stage less and one more.
+
+    Columns decide how many tiles a multiprocessor holds, and how often an operand is read.
+    """
+    found = [default]
+    for block_n in (default.block_n // 2, default.block_n * 2):
+        if 32 <= block_n <= 256 and default.block_m * block_n <= 128 * 256:
+            warps = 4 if default.block_m * block_n <= 64 * 128 else 8
+            found.append(replace(default, block_n=block_n, warps=warps))
+    found += [
+        replace(default, stages=stages)
+        for stages in (default.stages - 1, default.stages + 1)
+        if stages > 1
+    ]
+    return found
 
 
 def _resize(box: tuple[int, int, int], pixels: int) -> tuple[int, int, int] | None:

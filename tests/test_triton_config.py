@@ -272,7 +272,8 @@ def test_search_needs_a_device(store, monkeypatch):
     assert choose(plan=lambda config: pytest.fail("nothing may be launched")) == DEFAULT
 
 
-def test_search_stores_the_fastest(store, monkeypatch):
+@pytest.mark.parametrize(("wanted", "most"), [("1", 100), ("quick", 5)])
+def test_search_stores_the_fastest(store, monkeypatch, wanted, most):
     times = {}
 
     class Timed:
@@ -287,12 +288,13 @@ def test_search_stores_the_fastest(store, monkeypatch):
         times[config] = 2.0 if config.block_n != 128 else 1.0 / config.stages
         return times[config]
 
-    monkeypatch.setenv("WFNET_AUTOTUNE", "1")
+    monkeypatch.setenv("WFNET_AUTOTUNE", wanted)
     monkeypatch.setattr(autotune, "_can_measure", lambda: True)
     monkeypatch.setattr(autotune.triton.testing, "do_bench", bench)
     config = choose(plan=Timed).config
     assert times[config] == min(times.values())
     assert DEFAULT.config in times
+    assert 2 < len(times) <= most
     autotune._decided.clear()
     assert choose(plan=lambda c: pytest.fail("already stored")).config == config
 
@@ -305,10 +307,10 @@ def test_unknown_mode_is_an_error(monkeypatch):
 
 @pytest.mark.parametrize("config", [DEFAULT.config, OTHER])
 def test_candidates_are_valid_and_few(config):
-    found = autotune.candidates(config)
-    assert found[0] == config
-    assert len(set(found)) == len(found) < 200
-    assert all(c.path == config.path for c in found)
+    for found in (autotune.candidates(config), autotune.neighbours(config)):
+        assert found[0] == config
+        assert len(set(found)) == len(found) < 200
+        assert all(c.path == config.path for c in found)
 
 
 # -- refusals -------------------------------------------------------------------------------------
