@@ -9,10 +9,11 @@ and input gradient (with the elementwise backward of the layer below): the same 
 compared, interleaved, medians. Operations of one shape and epilogue are measured once. On a CUDA
 device the second-level cache is flushed before each call.
 
-`eager` is cuDNN's convolution with passes of PyTorch; beside kernels it is timed with the pass that
-makes its branch theirs. The floor is the longer of products and bytes at the rates that this device
-was measured to have in this run. Operations are listed by what they lose to the floor in a whole
-step; in front of them stand the sums, for each backend alone and for the fastest at each.
+`eager` is cuDNN's convolution with passes of PyTorch; beside kernels it is timed with the passes
+that make its branch theirs, and without them (`eager alone` in the sums: a plan of its own). The
+floor is the longer of products and bytes at the rates that this device was measured to have in
+this run. Operations are listed by what they lose to the floor in a whole step; in front of them
+stand the sums, for each backend alone and for the fastest at each.
 
 `--winners` records who was fastest in the table that `auto` reads (needs a CUDA device and a
 committed checkout): wfnet/backends/winners.json, or a table of one's own that WFNET_WINNERS names.
@@ -39,6 +40,7 @@ from wfnet.benchmarking.steps import StepSettings, make_problem
 from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name
 from wfnet.benchmarking.winners import add_winners, refuse_winners
 from wfnet.cli.classifier import create_classifier
+from wfnet.fusion import NotFusable
 from wfnet.pretrained import write_json
 
 
@@ -81,6 +83,11 @@ def sums(operations: Sequence[dict]) -> dict[str, float | None]:
             found[name] = sum(
                 len(op["layers"]) * ms for op, ms in zip(operations, times, strict=True)
             )
+    alone = [op["alone_ms"].get("eager") for op in operations]
+    if alone and None not in alone:
+        found["eager alone"] = sum(
+            len(op["layers"]) * ms for op, ms in zip(operations, alone, strict=True)
+        )
     timed = [op for op in operations if op["ms"]]
     found["fastest at each"] = sum(len(op["layers"]) * min(op["ms"].values()) for op in timed)
     found["floor"] = sum(len(op["layers"]) * op["floor_ms"] for op in operations)
@@ -110,8 +117,12 @@ def measurements(record: dict) -> list[dict]:
             for name in backends.KERNELS
             if name in names
         }
+        alone = {}
+        if "eager" in ms and all("eager" in one["alone_ms"] for one in alike):
+            times = (len(one["layers"]) * one["alone_ms"]["eager"] for one in alike)
+            alone = {"alone_ms": {"eager": sum(times) / layers}}
         entries.append({
-            "op": op, "shape": shape, "ms": ms, "dtype": record["settings"]["dtype"],
+            "op": op, "shape": shape, "ms": ms, **alone, "dtype": record["settings"]["dtype"],
             **{name: record[name] for name in ("device", "torch", "triton", "commit")},
         })  # fmt: skip
     return entries
@@ -305,8 +316,19 @@ def measure(
             model, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
         )
         problem = make_problem(network, args.measured, stack)
-        operations = time_plan(problem, names, clock, args.repeats, progress)
-    rows = [{**asdict(op), "ms": op.medians(), "floor_ms": op.floor_ms(rates)} for op in operations]
+        try:
+            operations = time_plan(problem, names, clock, args.repeats, progress)
+        except (NotFusable, RuntimeError) as error:
+            raise SystemExit(f"{model}: {error}") from error
+    rows = [
+        {
+            **asdict(op),
+            "ms": op.medians(),
+            "alone_ms": op.alone_medians(),
+            "floor_ms": op.floor_ms(rates),
+        }
+        for op in operations
+    ]
     return {"samples": len(problem.batch), "sums": sums(rows), "operations": rows}
 
 

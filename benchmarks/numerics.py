@@ -136,7 +136,7 @@ def parts_that_ended(stages: Iterable[dict], results: Path) -> Iterator[Unfinish
         for part in stage["parts"]:
             name, status, code = part["name"], part["status"], part.get("exit_code")
             file = results / f"{name}.json"
-            if stage["name"].startswith("tests-"):
+            if stage["name"] == "tests":
                 file = results / f"tests-{name}.xml"
             elif stage["name"] != "smoke":
                 continue

@@ -59,6 +59,7 @@ def test_every_convolution_is_measured_once_for_each_shape_and_epilogue(kernels)
     assert len(keys) == len(set(keys))
     for op in found:
         assert set(op.medians()) == {"cuda", "eager"}
+        assert set(op.alone_medians()) == {"eager"}
         assert not op.failed
         assert all(len(ms) == 2 for ms in op.milliseconds.values())
 
@@ -122,23 +123,31 @@ def test_writes_what_it_found(bench, kernels, tmp_path, capsys):
     assert best <= min(network["sums"]["cuda"], network["sums"]["eager"])
     assert record["rates"]["bytes_per_second"] > 0
     lines = capsys.readouterr().out.splitlines()
-    lost = [float(line.split()[0]) for line in lines[lines.index("") + 7 :]]
+    lost = [float(line.split()[0]) for line in lines[lines.index("") + 8 :]]
     assert len(lost) == len(found)
     assert lost == sorted(lost, reverse=True)
 
 
 def test_sums_of_a_backend_that_lacks_an_operation(bench):
     found = bench.sums([
-        {"layers": ["a", "b"], "ms": {"eager": 2.0, "cuda": 1.0}, "floor_ms": 0.5},
-        {"layers": ["c"], "ms": {"eager": 3.0}, "floor_ms": 1.0},
-        {"layers": ["d"], "ms": {}, "floor_ms": 1.0},
-    ][:2])  # fmt: skip
-    assert found == {"cuda": None, "eager": 7.0, "fastest at each": 5.0, "floor": 2.0}
+        {"layers": ["a", "b"], "ms": {"eager": 2.0, "cuda": 1.0}, "alone_ms": {"eager": 1.5},
+         "floor_ms": 0.5},
+        {"layers": ["c"], "ms": {"eager": 3.0}, "alone_ms": {"eager": 2.0}, "floor_ms": 1.0},
+    ])  # fmt: skip
+    assert found == {"cuda": None, "eager": 7.0, "eager alone": 5.0, "fastest at each": 5.0,
+                     "floor": 2.0}  # fmt: skip
 
 
 def record_of(*found):
     operations = [
-        {"op": op, "shape": shape, "layers": ["l"] * times, "ms": ms, "failed": {}}
+        {
+            "op": op,
+            "shape": shape,
+            "layers": ["l"] * times,
+            "ms": ms,
+            "failed": {},
+            "alone_ms": {"eager": ms["eager"] / 2},
+        }
         for op, shape, times, ms in found
     ]
     return {
@@ -161,6 +170,7 @@ def test_winners_of_a_shape_are_those_of_all_its_epilogues(bench, tmp_path):
     dgrad, forward = winners.read(table)
     assert (forward["op"], forward["winner"]) == ("fused_conv2d", "cuda")
     assert forward["ms"] == {"eager": 3.0, "cuda": 2.0}
+    assert forward["alone_ms"] == {"eager": 1.5}
     assert (dgrad["op"], dgrad["winner"]) == ("conv2d_dgrad", "eager")
 
 
@@ -191,6 +201,14 @@ def test_bad_arguments_are_refused_before_work(bench, arguments, message, capsys
     with pytest.raises(SystemExit):
         bench.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_a_layer_that_no_candidate_takes_is_named(bench, kernels):
+    pytest.importorskip("timm")
+    arguments = ["--model", "regnety_002", "--image-size", "32", "-b", "2", "-M", "1",
+                 "--repeats", "1", "--dtype", "bfloat16", "--providers", "cuda"]  # fmt: skip
+    with pytest.raises(SystemExit, match=r"no candidate takes '.+' \(cuda: .*groups.*add eager"):
+        bench.main(arguments)
 
 
 def test_a_backend_asked_for_runs_or_is_refused(bench):

@@ -648,6 +648,19 @@ def test_max_pool_of_nan_and_of_what_the_kernels_refuse(kernels):
         check(found.grad, dx.double(), 3e-3)  # PyTorch sums in fp16
 
 
+def test_a_layer_of_other_channels_is_not_finished(kernels):
+    """Kernels of 8 channels would read past its tables. Without a layer any number will do."""
+    ag, weight = torch.randn(1, 4, 4, 16).half(), torch.randn(16, 1, 1, 12).half()
+    axis, scale = Axis(4, 4, 1), torch.rand(1, 12)
+    below = Layer(branch=torch.randn(1, 4, 4, 12).half(), scale=scale)
+    with pytest.raises(ValueError, match="multiple of 8 channels, not 12"):
+        cuda_launch.conv_dgrad(ag, weight, axis, axis, below, Want(scaled_grad=True))
+    with pytest.raises(ValueError, match="multiple of 8 channels, not 12"):
+        cuda_launch.epilogue_bwd(torch.randn(1, 4, 4, 12).half(), below, Want(scaled_grad=True))
+    found = cuda_launch.conv_dgrad(ag, weight, axis, axis, Layer(), Want(grad=True)).grad
+    check(found, (ag.double() @ weight[:, 0, 0].double()), TOLERANCE[torch.float16])
+
+
 def test_a_window_that_does_not_fit_is_refused(kernels):
     x = torch.zeros(1, 4, 4, 8).half()
     axis = cuda_launch.Axis(4, 4, 2, 2)  # three windows would begin outside

@@ -122,6 +122,32 @@ def test_equals_the_unfused_network(name: str):
         )
 
 
+@pytest.mark.parametrize(
+    "window", [{"kernel_size": (2,)}, {"kernel_size": 3, "stride": (2,), "padding": (1,)},
+               {"kernel_size": (2, 3), "stride": (1, 2), "ceil_mode": True},
+               {"kernel_size": 2, "stride": 1, "dilation": 2}],
+)  # fmt: skip
+def test_poolings_finish_the_layer_below(window):
+    """Outputs and gradients of the unfused network, however the window is written."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(**window), nn.Conv2d(8, 8, 3),
+        nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(**window), nn.Flatten(), nn.LazyLinear(5),
+    )  # fmt: skip
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 20, 20))
+    plain, fused = pair_of(model)
+    images, source = torch.randn(2, 3, 20, 20, dtype=torch.float64), torch.tensor([0, 1, 1])
+    results = []
+    for net in (fused, plain):
+        out = net(images, torch.tensor([0, 3, -1]), source)
+        results.append([out, *torch.autograd.grad(out.square().sum(), net.filter_parameters())])
+    assert fused.fused_network(images) is not None
+    finished = [s.finishes for s in plan_of(fused).steps if isinstance(s, fusion.CallStep)]
+    assert sum(step is not None for step in finished) == 2
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("labels", [3, torch.tensor([0, -1, 4]), torch.tensor([[1], [1], [2]])])
 def test_without_source(labels, channels_last: bool):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from wfnet.optimizers import RowAdam, clip_filters
+from wfnet.tables import flatten_filters
 
 
 def make_params(rows=5, widths=(3, 4), dtype=torch.float64, seed=0):
@@ -166,3 +167,34 @@ def test_clipping():
     params = [nn.Parameter(torch.tensor([[-5.0, 0.5, 9.0]]))]
     clip_filters(params, 3)
     assert params[0].tolist() == [[-3.0, 0.5, 3.0]]
+
+
+def test_where_the_kernel_does_not_run_the_tensor_operations_do(monkeypatch, caplog):
+    """Triton may be there and have no C compiler: nothing is lost, and it is tried once."""
+    pytest.importorskip("triton")
+    from wfnet.kernels import row_adam
+
+    calls = []
+
+    def fails(*arguments):
+        calls.append(arguments)
+        raise RuntimeError("Failed to find C compiler\nmore")
+
+    monkeypatch.setattr(row_adam, "row_adam", fails)
+    params, twin = make_params(dtype=torch.float32), make_params(dtype=torch.float32)
+    ours, theirs = RowAdam(params, lr=0.1), RowAdam(twin, lr=0.1)
+    monkeypatch.setattr(ours, "_fused", lambda grad: ours._kernel_works)
+    occurred = torch.tensor([True, False, True, True, False])
+    with flatten_filters(params):
+        for step in range(3):
+            set_grads(params, step)
+            set_grads(twin, step)
+            ours.step(occurred=occurred)
+            theirs.step(occurred=occurred)
+    for a, b in zip(params, twin, strict=True):
+        assert torch.equal(a, b)
+    assert torch.equal(ours.moments()["steps"], theirs.moments()["steps"])
+    assert len(calls) == 1
+    assert "tensor operations: Failed to find C compiler" in caplog.text
+    *_, lr, _betas, _eps = calls[0]
+    assert lr.shape == ()

@@ -56,9 +56,15 @@ def test_entries_without_provenance_are_refused(tmp_path):
     path.write_text(json.dumps([{k: v for k, v in ENTRY.items() if k not in ("commit", "ms")}]))
     with pytest.raises(ValueError, match="lacks ms, commit"):
         winners.read(path)
-    path.write_text("[")
-    with pytest.raises(ValueError, match="not valid JSON"):
-        winners.read(path)
+    for text, message in (
+        ("[", "not valid JSON"),
+        ("{}", "must be a list"),
+        (json.dumps([{**ENTRY, "ms": {"triton": "fast"}}]), "must be milliseconds"),
+        (json.dumps([{**ENTRY, "winner": "cuda"}]), "winner 'cuda' has no time"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            winners.read(path)
 
 
 def test_a_table_of_ones_own_that_is_not_there(monkeypatch, tmp_path):
@@ -68,7 +74,8 @@ def test_a_table_of_ones_own_that_is_not_there(monkeypatch, tmp_path):
 
 
 def test_the_nearest_batch_answers(own_table):
-    own_table({"shape": "n64_s", "winner": "triton"}, {"shape": "n1024_s", "winner": "cuda"})
+    cuda = {"winner": "cuda", "ms": {"eager": 2.0, "cuda": 1.0}}
+    own_table({"shape": "n64_s"}, {"shape": "n1024_s", **cuda})
     for batch, name in ((1, "triton"), (64, "triton"), (250, "triton"), (260, "cuda"),
                         (9000, "cuda")):  # fmt: skip
         assert winners.winner("conv2d", f"n{batch}_s", "bfloat16", "D") == name
@@ -79,10 +86,10 @@ def test_the_nearest_batch_answers(own_table):
 
 def test_ones_own_table_comes_before_the_committed_one(own_table, tmp_path, monkeypatch):
     committed = tmp_path / "committed.json"
-    other = {**ENTRY, "shape": "n64_other", "winner": "cuda"}
-    committed.write_text(json.dumps([{**ENTRY, "winner": "cuda"}, other]))
+    cuda = {**ENTRY, "winner": "cuda", "ms": {"eager": 2.0, "cuda": 1.0}}
+    committed.write_text(json.dumps([cuda, {**cuda, "shape": "n64_other"}]))
     monkeypatch.setattr(winners, "TABLE", committed)
-    own_table({"winner": "triton"})
+    own_table({})
     assert winners.winner("conv2d", "n64_s", "bfloat16", "D") == "triton"
     assert winners.winner("conv2d", "n64_other", "bfloat16", "D") == "cuda"
 
@@ -121,6 +128,18 @@ def entry(op, ms, shape=f"n64_{KEY}"):
             "winner": winner}  # fmt: skip
 
 
+@pytest.fixture
+def all_run(monkeypatch):
+    """Backends of kernels refuse nothing; returns who refuses a call, to be filled."""
+    refusing = set()
+    for name in ("cuda", "triton"):
+        monkeypatch.setattr(
+            backends.get(name), "refuse_conv2d",
+            lambda *call, name=name: f"{name} refuses" if name in refusing else None,
+        )  # fmt: skip
+    return refusing
+
+
 def chosen(*convolutions):
     found = measured.PlanWinners(convolutions, 512, torch.float16, torch.device("cpu"))
     return found, found.convolutions()
@@ -133,24 +152,26 @@ def test_eager_where_nothing_was_measured(own_table):
     assert "0 of 2 operations" in found.describe()
 
 
-def test_eager_where_it_is_faster_in_sum(own_table):
+def test_eager_where_it_is_faster_in_sum(own_table, all_run):
     own_table(entry("fused_conv2d", {"eager": 1.0, "cuda": 0.9}),
               entry("conv2d_dgrad", {"eager": 1.0, "cuda": 1.2}))  # fmt: skip
     assert chosen(convolution())[1].shares_branch  # the mixture is faster than eager
     own_table(entry("fused_conv2d", {"eager": 1.0, "cuda": 1.1}),
               entry("conv2d_dgrad", {"eager": 1.0, "cuda": 1.2}))  # fmt: skip
     assert chosen(convolution())[1] is backends.get("eager")
+    # In a plan of its own eager takes no passes for the others' sake.
+    own_table({**entry("fused_conv2d", {"eager": 1.0, "cuda": 0.9}), "alone_ms": {"eager": 0.7}},
+              entry("conv2d_dgrad", {"eager": 1.0, "cuda": 1.2}))  # fmt: skip
+    assert chosen(convolution())[1] is backends.get("eager")
 
 
-def test_kernels_where_half_was_measured(own_table):
+def test_kernels_where_half_was_measured(own_table, all_run):
     own_table(entry("fused_conv2d", {"eager": 2.0, "cuda": 1.0}))
     assert chosen(convolution())[1].shares_branch
     assert chosen(convolution(), convolution(size=None))[1] is backends.get("eager")
 
 
-def test_unmeasured_operations_go_to_the_kernels_that_won_most(own_table, monkeypatch):
-    monkeypatch.setattr(backends.get("cuda"), "refuse_conv2d", lambda *call: None)
-    monkeypatch.setattr(backends.get("triton"), "refuse_conv2d", lambda *call: None)
+def test_unmeasured_operations_go_to_the_kernels_that_won_most(own_table, all_run):
     small, large = f"n64_{KEY}", f"n64_8x8{KEY[3:]}"
     own_table(entry("fused_conv2d", {"eager": 9.0, "triton": 2.0, "cuda": 1.0}, small),
               entry("fused_conv2d", {"eager": 9.0, "triton": 4.0, "cuda": 5.0}, large))  # fmt: skip
@@ -163,13 +184,33 @@ def test_unmeasured_operations_go_to_the_kernels_that_won_most(own_table, monkey
     assert name("fused_conv2d", (4, 4)) == "cuda"
     assert name("fused_conv2d", (8, 8)) == "triton"
     assert name("conv2d_dgrad", (8, 8)) == "triton"
-    monkeypatch.setattr(backends.get("triton"), "refuse_conv2d", lambda *call: "not this one")
-    assert name("conv2d_dgrad", (4, 4)) == "cuda"
-    monkeypatch.setattr(backends.get("cuda"), "refuse_conv2d", lambda *call: "nor this one")
-    assert name("fused_conv2d", (8, 8), GROUPED) == "eager"
     text = found.describe()
     assert "2 of 4 operations were measured in float16 on cpu" in text
     assert "cuda is the fastest at 1, triton is the fastest at 1" in text
+    all_run.add("triton")
+    assert name("conv2d_dgrad", (4, 4)) == "cuda"
+    all_run.add("cuda")
+    assert name("fused_conv2d", (8, 8), GROUPED) == "eager"
+
+
+def test_backends_that_are_not_there_win_nothing(own_table, all_run):
+    """A table of a machine with nvcc serves one without: the second fastest runs, or eager."""
+    own_table(entry("fused_conv2d", {"eager": 9.0, "triton": 2.0, "cuda": 1.0}))
+    all_run.add("cuda")
+    found, backend = chosen(convolution())
+    assert backend.kernels is backends.get("triton")
+    assert found.choose("fused_conv2d", (512, 8, 4, 4), WEIGHT, GEOMETRY, 512) == "triton"
+    all_run.add("triton")
+    assert chosen(convolution())[1] is backends.get("eager")
+
+
+def test_kernels_that_cannot_finish_a_layer_take_no_part(own_table, all_run):
+    """Whose output has 12 channels: kernels of 8 would read past its tables."""
+    own_table(entry("fused_conv2d", {"eager": 9.0, "triton": 2.0, "cuda": 1.0}))
+    odd = measured.Convolution(WEIGHT[:12], GEOMETRY, None, False)
+    found, backend = chosen(convolution(), convolution(learns=False), odd)
+    assert backend.kernels is backends.get("triton")
+    assert found.choose("fused_conv2d", (512, 8, 4, 4), WEIGHT, GEOMETRY, 512) == "triton"
 
 
 # -- a network whose convolutions are run by several ----------------------------------------------
@@ -312,6 +353,15 @@ def test_auto_is_eager_bit_by_bit_without_a_measurement(own_table):
         layer.backend = "eager"
     for one, other in zip(found, run(net, images), strict=True):
         assert torch.equal(one, other)
+
+
+def test_a_table_that_cannot_be_read_is_an_error_before_work(monkeypatch, tmp_path):
+    """Not a reason to run unfused."""
+    monkeypatch.setenv("WFNET_WINNERS", str(tmp_path / "none.json"))
+    net = network()
+    net.fuse = True
+    with pytest.raises(ValueError, match=r"none\.json cannot be read"):
+        net(torch.randn(2, 3, 8, 8), 0)
 
 
 def test_fuse_compile_stays_with_the_backend_that_has_a_graph(kernels, own_table):

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from wfnet import backends, fusion, pretrained
+from wfnet.backends import winners
 from wfnet.gates import gather_samples
 from wfnet.labels import (
     DeferredLabelCheck,
@@ -220,6 +221,8 @@ class WFNet(nn.Module):
 
     def _make_plan(self, images: Tensor) -> fusion.PlanNetwork:
         backend = fusion.backend_for(self.masked_layers.values())
+        if backend is None:
+            winners.know(images.device)  # a table that cannot be read is no reason to run unfused
         if self.fuse == "compile" and backend is None:
             backend = backends.get("eager")  # the one that has a graph to compile
         network = fusion.PlanNetwork(fusion.make_plan(self.model, images[:2]), backend)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from wfnet import backends
 from wfnet.tables import flat_matrix, side_by_side
 from wfnet.transfer import sent
+
+logger = logging.getLogger("wfnet")
 
 _ROWS_AT_A_TIME = 256  # of 16-bit filters: bounds the fp32 copies
 
@@ -65,6 +68,7 @@ class RowAdam(torch.optim.Optimizer):
         self._exp_avg = first.new_zeros((rows, width), requires_grad=False)
         self._exp_avg_sq = torch.zeros_like(self._exp_avg)
         self._wide = torch.promote_types(first.dtype, torch.float32)
+        self._kernel_works = True
         # 8 bits of bfloat16 count to 256.
         self._steps = first.new_zeros((rows, 1), dtype=self._wide, requires_grad=False)
 
@@ -107,8 +111,7 @@ class RowAdam(torch.optim.Optimizer):
         return loss
 
     def _step_masked(self, grad: Tensor, occurred: Tensor | None) -> None:
-        if occurred is not None and self._fused(grad):
-            self._step_fused(grad, occurred)
+        if occurred is not None and self._fused(grad) and self._step_fused(grad, occurred):
             return
         update = self._advance(grad, self._exp_avg, self._exp_avg_sq, self._steps, occurred)
         if occurred is not None:
@@ -121,24 +124,32 @@ class RowAdam(torch.optim.Optimizer):
 
     def _fused(self, grad: Tensor) -> bool:
         """Whether one kernel can do it: fp32 filters that are one matrix, where Triton runs."""
-        if not grad.is_cuda or grad.dtype != torch.float32:
+        if not self._kernel_works or not grad.is_cuda or grad.dtype != torch.float32:
             return False
         kernels_run = backends.get("triton").refuse_linear(grad[None], grad) is None
         return kernels_run and flat_matrix(self._params) is not None
 
-    def _step_fused(self, grad: Tensor, occurred: Tensor) -> None:
+    def _step_fused(self, grad: Tensor, occurred: Tensor) -> bool:
+        """One pass over the rows that occurred; False, and nothing done, if it does not run."""
         from wfnet.kernels.row_adam import row_adam  # where Triton may be missing
 
-        group = self.param_groups[0]
-        self._steps.add_(occurred)
-        corrections = [(1 - beta**self._steps).flatten() for beta in group["betas"]]
-        lr = group["lr"]
-        if not isinstance(lr, Tensor):
-            lr = grad.new_full((), lr)  # filled there: nothing is sent, nothing waits
-        row_adam(
-            flat_matrix(self._params), grad.contiguous(), self._exp_avg, self._exp_avg_sq,
-            *corrections, occurred.flatten(), lr, group["betas"], group["eps"],
-        )  # fmt: skip
+        group, lr = self.param_groups[0], self.param_groups[0]["lr"]
+        if not isinstance(lr, Tensor) or lr.device != grad.device:
+            lr = grad.new_full((), float(lr))  # filled there: nothing is sent, nothing waits
+        steps = self._steps + occurred
+        corrections = [(1 - beta**steps).flatten() for beta in group["betas"]]
+        try:
+            row_adam(
+                flat_matrix(self._params), grad.contiguous(), self._exp_avg, self._exp_avg_sq,
+                *corrections, occurred.flatten(), lr, group["betas"], group["eps"],
+            )  # fmt: skip
+        except Exception as error:  # Triton cannot compile: no C compiler, a broken cache
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            logger.warning("the optimiser runs as tensor operations: %s", reason)
+            self._kernel_works = False
+            return False
+        self._steps.copy_(steps)
+        return True
 
     def _step_rows(self, grad: Tensor, rows: Tensor) -> None:
         exp_avg, exp_avg_sq = self._exp_avg[rows], self._exp_avg_sq[rows]

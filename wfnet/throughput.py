@@ -67,10 +67,9 @@ class Throughput:
 
     def look(self) -> None:
         """Reads the events so far; call it where the device has been waited for."""
-        ended = [pause for pause in self.pauses if pause[1].query()]
-        for before, begun, waited in ended:
+        while self.pauses and self.pauses[0][1].query():
+            before, begun, waited = self.pauses.pop(0)
             self.waited += min(waited, before.elapsed_time(begun) / 1e3)
-        self.pauses = self.pauses[len(ended) :]
 
     def restart(self) -> None:
         """Leaves out what was no training (a validation, a checkpoint) since the last record."""

@@ -652,7 +652,7 @@ class _Untraining:
             if self.finished:
                 return
         self.throughput.restart()
-        others = self.spent["validation"] + self.spent["checkpoints"]
+        others = self._counted()
         with contextlib.ExitStack() as inside:
             for number, group in enumerate(stream):
                 if number == 0:
@@ -660,7 +660,7 @@ class _Untraining:
                 self._one_step(group)
                 if number + 1 == self.work.first_steps:
                     self._look()  # waits for the device
-                    others = self.spent["validation"] + self.spent["checkpoints"] - others
+                    others = self._counted() - others
                     self.spent["start"] += time.perf_counter() - begun - others
                     self.throughput.restart()
                 self.throughput.images += sum(
@@ -916,9 +916,14 @@ class _Untraining:
         finally:
             self.spent[what] += time.perf_counter() - started
 
+    def _counted(self) -> float:
+        """Seconds that went to something else than steps and the start."""
+        return self.spent["validation"] + self.spent["checkpoints"] + self.throughput.total
+
     def _spent(self) -> dict[str, float]:
         """Seconds by purpose, which add up to the run's."""
-        spent = {**self.spent, "data": self.spent["data"] + self.throughput.total}
+        waited = self.throughput.total + self.throughput.waited
+        spent = {**self.spent, "data": self.spent["data"] + waited}
         return spent | {"steps": max(0.0, self.seconds - sum(spent.values()))}
 
     def _keep_best(self) -> None:

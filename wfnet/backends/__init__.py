@@ -120,6 +120,10 @@ class FusedConvolutions:
     # `out` itself: such backends can finish each other's layers.
     shares_branch = False
 
+    def refuse_finish(self, channels: int) -> str | None:
+        """Why this backend cannot finish a layer of so many channels; None if it can."""
+        return None
+
     def fused_conv2d(
         self,
         x: Tensor,

@@ -179,6 +179,9 @@ class CudaBackend(Backend):
     fuses = True
     shares_branch = True
 
+    def refuse_finish(self, channels: int) -> str | None:
+        return _refuse_columns(channels)
+
     def fused_conv2d(
         self,
         x: Tensor,

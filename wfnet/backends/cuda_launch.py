@@ -111,6 +111,11 @@ class Layer:
     def check(self, shape: tuple[int, ...], dtype: torch.dtype, want: Want) -> None:
         """Raises ValueError for tensors that do not fit an output ``[B, H, W, C]``, or missing."""
         table = (shape[0], shape[3])
+        reads = (self.branch, self.activation, self.scale, self.shift)
+        if shape[3] % VECTOR and (self.relu or any(t is not None for t in reads)):
+            raise ValueError(
+                f"the CUDA kernels finish layers of a multiple of {VECTOR} channels, not {shape[3]}"
+            )
         for name in ("branch", "activation", "skip"):
             _check(name, getattr(self, name), shape, dtype)
         for name, tensor in (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -164,6 +164,31 @@ class Convolution:
     learns: bool  # whether an input gradient is taken
 
 
+@dataclass(frozen=True)
+class _Times:
+    """Milliseconds of one operation by each backend, and by ``eager`` in a plan of its own."""
+
+    ms: dict[str, float]
+    eager_alone: float
+
+    @property
+    def fastest(self) -> list[str]:
+        """All backends, the fastest first."""
+        return sorted(self.ms, key=self.ms.__getitem__)
+
+
+def _usable(channels: Iterable[int], dtype: torch.dtype, device: torch.device) -> set[str]:
+    """Backends that run here, and finish layers of so many channels."""
+    x = torch.empty((8, 8, 8, 8), dtype=dtype, device=device)
+    found = set()
+    for name in backends.KERNELS:
+        backend = backends.get(name)
+        runs = backend.refuse_conv2d(x, x[:, :, :1, :1], ConvGeometry()) is None
+        if runs and all(backend.refuse_finish(number) is None for number in channels):
+            found.add(name)
+    return found
+
+
 class PlanWinners:
     """The table's word on the convolutions of one plan.
 
@@ -182,40 +207,47 @@ class PlanWinners:
     ):
         self.dtype_name = winners.dtype_name(dtype)
         self.device_name = winners.device_name(device)
+        self.usable = _usable([conv.weight.shape[0] for conv in convolutions], dtype, device)
         self.asked = sum(1 + conv.learns for conv in convolutions)
-        self.entries = [
-            entry
+        self.times = [
+            times
             for conv in convolutions
             if conv.input_size is not None
             for op in (FORWARD, DGRAD)[: 1 + conv.learns]
-            if (entry := self._entry(op, conv.input_size, conv.weight, conv.geometry, batch))
+            if (times := self._times(op, conv.input_size, conv.weight, conv.geometry, batch))
         ]
         self.won: dict[str, float] = {}  # milliseconds of the operations a backend is fastest at
-        for entry in self.entries:
-            name = entry["winner"]
-            self.won[name] = self.won.get(name, 0.0) + entry["ms"][name]
+        for times in self.times:
+            name = times.fastest[0]
+            self.won[name] = self.won.get(name, 0.0) + times.ms[name]
         kernels = [name for name in self.won if backends.get(name).shares_branch]
         self.kernels = sorted(kernels, key=self.won.__getitem__, reverse=True)
         self._chosen: dict[tuple, str] = {}
 
-    def _entry(
+    def _times(
         self,
         op: str,
         size: tuple[int, int],
         weight: Tensor,
         geometry: ConvGeometry,
         batch: int,
-    ) -> winners.Entry | None:
+    ) -> _Times | None:
+        """What was measured of an operation, of backends that can run here."""
         if geometry.groups != 1:
             return None
         shape = (batch, weight.shape[1], *size)
         key = winners.conv_key(shape, weight, geometry, batch)
-        return winners.measured(op, key, self.dtype_name, self.device_name)
+        entry = winners.measured(op, key, self.dtype_name, self.device_name)
+        if entry is None:
+            return None
+        ms = {name: time for name, time in entry["ms"].items() if name in self.usable}
+        alone = entry.get("alone_ms", {}).get("eager", entry["ms"].get("eager", math.inf))
+        return _Times(ms, alone) if ms else None
 
     def convolutions(self) -> FusedConvolutions:
         """``eager``, unless kernels won: measured at half of the operations, and faster in sum."""
-        eager = sum(entry["ms"].get("eager", math.inf) for entry in self.entries)
-        known = 2 * len(self.entries) >= self.asked
+        eager = sum(times.eager_alone for times in self.times)
+        known = 2 * len(self.times) >= self.asked
         if not self.kernels or not known or sum(self.won.values()) >= eager:
             return backends.get("eager")
         return MeasuredConvolutions(self.choose, backends.get(self.kernels[0]))
@@ -229,10 +261,8 @@ class PlanWinners:
         """
         key = (op, shape, tuple(weight.shape), geometry, batch)
         if key not in self._chosen:
-            entry = self._entry(op, shape[2:], weight, geometry, batch)
-            names = self.kernels
-            if entry is not None:
-                names = sorted(entry["ms"], key=entry["ms"].__getitem__)
+            times = self._times(op, shape[2:], weight, geometry, batch)
+            names = self.kernels if times is None else times.fastest
             x = weight.new_empty(1).expand(shape)  # shape, dtype and device are all that is read
             self._chosen[key] = next(
                 name
@@ -243,9 +273,9 @@ class PlanWinners:
 
     def describe(self) -> str:
         """One line for the log: what was measured, and who is the fastest."""
-        count = Counter(entry["winner"] for entry in self.entries)
+        count = Counter(times.fastest[0] for times in self.times)
         best = ", ".join(f"{name} is the fastest at {number}" for name, number in count.items())
         return (
-            f"{len(self.entries)} of {self.asked} operations were measured in {self.dtype_name} on "
+            f"{len(self.times)} of {self.asked} operations were measured in {self.dtype_name} on "
             f"{self.device_name}" + (f": {best}" if best else "")
         )

@@ -10,6 +10,9 @@ measured with::
      "device": "NVIDIA H100 80GB HBM3", "winner": "triton", "ms": {"eager": 1.9, "triton": 1.1},
      "torch": "2.11.0", "triton": "3.6.0", "commit": "0123abc"}
 
+``alone_ms``, where it is there, has the time of ``eager`` in a plan of its own, without the passes
+that it takes beside kernels.
+
 Shape keys are those of ``wfnet.kernels.config.ConvShape.key()`` and ``LinearShape.key()``. A batch
 that was not measured takes the entry of the nearest one, by ratio.
 
@@ -59,10 +62,19 @@ def read(path: Path = TABLE) -> list[Entry]:
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise ValueError(f"{path} is no table of winners: it must be a list of entries")
     for position, entry in enumerate(found):
         missing = [name for name in FIELDS if name not in entry]
         if missing:
             raise ValueError(f"entry {position} of {path} lacks {', '.join(missing)}")
+        ms, winner = entry["ms"], entry["winner"]
+        if not isinstance(ms, dict) or not all(
+            isinstance(time, int | float) and time > 0 for time in ms.values()
+        ):
+            raise ValueError(f"entry {position} of {path}: ms must be milliseconds by backend")
+        if winner not in ms:
+            raise ValueError(f"entry {position} of {path}: its winner {winner!r} has no time")
     return found
 
 

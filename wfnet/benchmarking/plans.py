@@ -7,10 +7,11 @@ give and keeps their times. Operations of one shape and epilogue are measured on
 
 from __future__ import annotations
 
+import functools
 import logging
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,7 @@ class Operation:
         flops: multiplications and additions, twice the products.
         bytes: read and written at least.
         milliseconds: of each candidate, every repeat.
+        alone: the same of those that keep another branch than kernels, in a plan of their own.
         failed: why a candidate has no time.
     """
 
@@ -62,11 +64,16 @@ class Operation:
     flops: float = 0.0
     bytes: float = 0.0
     milliseconds: dict[str, list[float]] = field(default_factory=dict)
+    alone: dict[str, list[float]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
     def medians(self) -> dict[str, float]:
         """Milliseconds of every candidate that has computed it rightly."""
         return {name: statistics.median(ms) for name, ms in self.milliseconds.items() if ms}
+
+    def alone_medians(self) -> dict[str, float]:
+        """Milliseconds of :attr:`alone`."""
+        return {name: statistics.median(ms) for name, ms in self.alone.items() if ms}
 
     def floor_ms(self, rates: Rates) -> float:
         """The longer of products and bytes at a device's rates."""
@@ -78,6 +85,7 @@ class _Call(NamedTuple):
 
     run: Callable[[], object]
     results: Callable[[object], list[Tensor]]
+    alone: Callable[[], object] | None = None  # in a plan of its own, for its time only
 
 
 class TimedConvolutions(FusedConvolutions):
@@ -148,8 +156,16 @@ class TimedConvolutions(FusedConvolutions):
         samples = scale.shape[0]
 
         def call(backend: Backend) -> _Call:
-            run = shared_forward if self.shared else type(backend).fused_conv2d
-            return _Call(lambda: run(backend, *arguments), lambda found: [found[0]])
+            def alone() -> object:
+                return backend.fused_conv2d(*arguments)
+
+            def results(found: tuple) -> list[Tensor]:
+                return [found[0]]
+
+            if not self.shared:
+                return _Call(alone, results)
+            own = None if backend.shares_branch else alone
+            return _Call(lambda: shared_forward(backend, *arguments), results, own)
 
         parts = {
             "residual": residual is not None,
@@ -174,11 +190,15 @@ class TimedConvolutions(FusedConvolutions):
         def call(backend: Backend) -> _Call:
             # It may be overwritten: the others need it as it was.
             own = scaled_grad.clone(memory_format=torch.preserve_format)
-            if self.shared:
-                return _Call(
-                    lambda: shared_dgrad(backend, self.kernels, own, *rest), _gradients_of(below)
-                )
-            return _Call(lambda: backend.conv2d_dgrad(own, *rest), _gradients_of(below))
+            results = _gradients_of(below)
+            if not self.shared:
+                return _Call(lambda: backend.conv2d_dgrad(own, *rest), results)
+            alone = None
+            if not backend.shares_branch:
+                given = (weight, input_shape, geometry, skip, _as_its_own(below))
+                alone = functools.partial(backend.conv2d_dgrad, own, *given)
+            shared = functools.partial(shared_dgrad, backend, self.kernels, own, *rest)
+            return _Call(shared, results, alone)
 
         parts = {"skip": skip is not None}
         if below is not None:
@@ -207,8 +227,12 @@ class TimedConvolutions(FusedConvolutions):
         counted: dict[str, object],
     ) -> object:
         """What the first candidate computes; measured if there was no such operation yet."""
-        taking = [b for b in self.candidates if b.refuse_conv2d(x, weight, geometry) is None]
         name = self.name_of.get(weight.data_ptr(), "unknown")
+        reasons = {b.name: b.refuse_conv2d(x, weight, geometry) for b in self.candidates}
+        taking = [b for b in self.candidates if reasons[b.name] is None]
+        if not taking:
+            said = "; ".join(f"{who}: {reason}" for who, reason in reasons.items())
+            raise RuntimeError(f"no candidate takes {name!r} ({said}); add eager, which takes all")
         if key in self.operations:
             self.operations[key].layers.append(name)
             return call(taking[0]).run()
@@ -224,9 +248,13 @@ class TimedConvolutions(FusedConvolutions):
             for backend in taking:
                 if backend.name in operation.failed:
                     continue
-                ms = self.clock(call(backend).run)
+                one = call(backend)
+                ms = self.clock(one.run)
+                alone = None if one.alone is None else self.clock(call(backend).alone)
                 if repeat >= 0:
                     operation.milliseconds.setdefault(backend.name, []).append(ms)
+                    if alone is not None:
+                        operation.alone.setdefault(backend.name, []).append(alone)
         self.progress(operation)
         return call(taking[0]).run()
 
@@ -269,6 +297,14 @@ class TimedConvolutions(FusedConvolutions):
 
 def _words(parts: dict[str, bool]) -> str:
     return ", ".join(word for word, there in parts.items() if there) or "nothing"
+
+
+def _as_its_own(below: Below | None) -> Below | None:
+    """A layer with tensors of the kinds that ``eager`` keeps; for its time, not for its results."""
+    if below is None:
+        return None
+    mask = None if below.mask is None else below.mask > 0
+    return replace(below, mask=mask, source=None, shortcut=_as_its_own(below.shortcut))
 
 
 def _gradients_of(below: Below | None) -> Callable[[Finished], list[Tensor]]:

@@ -27,7 +27,8 @@ def add_winners(path: Path, measurements: Iterable[Entry]) -> None:
         ms = entry["ms"]
         if len(ms) > 1:
             complete = {**entry, "winner": min(ms, key=ms.__getitem__)}
-            known[key(entry)] = {field: complete[field] for field in winners.FIELDS}
+            fields = (*winners.FIELDS, *(name for name in ("alone_ms",) if name in entry))
+            known[key(entry)] = {name: complete[name] for name in fields}
     text = json.dumps([known[name] for name in sorted(known)], indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 

@@ -300,7 +300,8 @@ def _uniform(seed: int, position: int, indices: Tensor, count: int) -> Tensor:
     SplitMix64, for all rows at once: a generator for every image takes a step's worth of time.
     """
     with np.errstate(over="ignore"):
-        state = _mixed(np.array([seed % (1 << 64)], np.uint64) + np.uint64(position))
+        state = _mixed(np.array([seed % (1 << 64)], np.uint64))
+        state = _mixed(state ^ np.uint64(position))
         state = _mixed(state ^ indices.numpy().astype(np.uint64)[:, None])  # [n, 1]
         steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         bits = _mixed(state + steps) >> np.uint64(40)  # 24 bits: all that fp32 holds below 1

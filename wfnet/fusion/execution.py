@@ -166,7 +166,8 @@ def max_pool_window(step: CallStep) -> PoolGeometry | None:
     if type(pool) is not nn.MaxPool2d or pool.return_indices or is_hooked(pool):
         return None
     sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    pairs = ((value, value) if isinstance(value, int) else tuple(value) for value in sizes)
+    # One number serves both axes, be it in a tuple or not.
+    pairs = ((size, size) if isinstance(size, int) else (size[0], size[-1]) for size in sizes)
     return PoolGeometry(*pairs, pool.ceil_mode)
 
 
