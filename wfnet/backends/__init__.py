@@ -120,6 +120,10 @@ class FusedConvolutions:
     # `out` itself: such backends can finish each other's layers.
     shares_branch = False
 
+    # Whether max_pool2d_backward finishes a layer in its own pass: elsewhere finish() comes after
+    # it, when positions and gradient of the pooling are gone.
+    finishes_pooled = False
+
     def refuse_finish(self, channels: int) -> str | None:
         """Why this backend cannot finish a layer of so many channels; None if it can."""
         return None

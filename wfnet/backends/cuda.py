@@ -178,6 +178,7 @@ class CudaBackend(Backend):
 
     fuses = True
     shares_branch = True
+    finishes_pooled = True
 
     def refuse_finish(self, channels: int) -> str | None:
         return _refuse_columns(channels)

@@ -50,6 +50,7 @@ class MeasuredConvolutions(FusedConvolutions):
         self.name = f"auto ({kernels.name} first)"
         self.choose = choose
         self.kernels = kernels
+        self.finishes_pooled = kernels.finishes_pooled
 
     def fused_conv2d(
         self,

@@ -178,6 +178,7 @@ class TritonBackend(Backend):
 
     fuses = True
     shares_branch = True
+    finishes_pooled = True
 
     def fused_conv2d(
         self,

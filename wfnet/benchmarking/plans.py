@@ -119,6 +119,7 @@ class TimedConvolutions(FusedConvolutions):
         self.kernels = sharing[0] if sharing else self.candidates[0]
         self.shared = bool(sharing)
         self.shares_branch = self.shared
+        self.finishes_pooled = self.kernels.finishes_pooled
         self.name = f"timed ({', '.join(candidates)})"
         self.name_of, self.clock, self.repeats = name_of, clock, repeats
         self.progress = progress

@@ -381,17 +381,18 @@ class PlanRun(TableRun):
     def _pool_backward(self, step: CallStep, kept: _Pooled, gradient: Tensor) -> None:
         node = step.reads[0]
         skip = below = None
-        if step.finishes is not None:
-            skip, below = self._cast(self.of_values.pop(node, None)), self._below(step.finishes)
+        finishes = step.finishes if self.backend.finishes_pooled else None
+        if finishes is not None:
+            skip, below = self._cast(self.of_values.pop(node, None)), self._below(finishes)
             self.owned.discard(node)
             gradient = self._cast(gradient)
         finished = self.backend.max_pool2d_backward(
             gradient, kept.positions, kept.like, kept.window, skip, below
         )
-        if step.finishes is None:
+        if finishes is None:
             self._add(node, finished.grad, own=True)
         else:
-            self._finished(step.finishes, finished)
+            self._finished(finishes, finished)
 
     def _add_part(self, step: CallStep, whole: _Part, gradient: Tensor) -> None:
         (node,) = step.reads
