@@ -3,9 +3,10 @@
     python benchmarks/device_setup.py facts --output runs/environment.json
     python benchmarks/device_setup.py build
 
-`facts` installs this checkout where `import wfnet` finds none (offline, without dependencies and
-without compiling), prints what the driver and the compilers say of themselves, and writes device,
-versions and commit. `build` compiles wfnet._C for this device alone, unless there is a usable one.
+`facts` makes this checkout importable where `import wfnet` finds none (by pip, offline, without
+dependencies and without compiling; where pip cannot, by two files among the installed packages),
+prints what the driver and the compilers say of themselves, and writes device, versions and commit.
+`build` compiles wfnet._C for this device alone, unless there is a usable one.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import shutil
+import site
 import subprocess
 import sys
 import time
@@ -32,18 +34,60 @@ def installed() -> bool:
     return found.returncode == 0 and Path(found.stdout.strip()).resolve().is_relative_to(ROOT)
 
 
+# Where pip cannot install (setuptools before 77, say): what an editable installation comes to.
+_FINDER = """import importlib.util
+import sys
+
+PLACES = {{"wfnet": {package!r}, "wfnet.kernels": {kernels!r}}}
+
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        place = PLACES.get(name)
+        if place is None:
+            return None
+        return importlib.util.spec_from_file_location(
+            name, place + "/__init__.py", submodule_search_locations=[place]
+        )
+
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def place(folder: Path, root: Path = ROOT) -> None:
+    """Writes to a folder of installed packages what makes the checkout at ``root`` importable."""
+    text = _FINDER.format(package=str(root / "wfnet"), kernels=str(root / "kernels"))
+    (folder / "_wfnet_checkout.py").write_text(text)
+    (folder / "_wfnet_checkout.pth").write_text("import _wfnet_checkout\n")
+
+
 def install() -> None:
     """Makes this checkout importable.
 
     Raises:
-        SystemExit: with what pip said if that did not help.
+        SystemExit: with what pip said if nothing helped.
     """
     command = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps",
                "--no-index", "-e", str(ROOT)]  # fmt: skip
     environment = {**os.environ, "WFNET_BUILD_CUDA": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode or not installed():
-        sys.exit(f"wfnet could not be installed:\n{done.stdout}{done.stderr}")
+    if done.returncode == 0 and installed():
+        return
+    said = f"{done.stdout}{done.stderr}"
+    print(f"pip could not install this checkout:\n{said}", flush=True)
+    for folder in (*site.getsitepackages(), site.getusersitepackages()):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            place(Path(folder))
+        except OSError as error:
+            print(f"{folder}: {error}", flush=True)
+            continue
+        if installed():
+            print(f"it is importable by {folder}/_wfnet_checkout.py", flush=True)
+            return
+    sys.exit(f"wfnet could not be installed:\n{said}")
 
 
 def tell(*command: str) -> None:

@@ -393,3 +393,20 @@ def test_make_device_passes_its_arguments():
     words = shlex.split(shown.splitlines()[-1])
     options = device_run.parse(words[words.index("benchmarks/device_run.py") + 1 :])
     assert (options.output.name, options.budget, options.stages) == ("there", 60, ["eval"])
+
+
+def test_a_checkout_is_importable_where_pip_cannot_install_it(tmp_path):
+    """As an editable installation: kernels/ lies beside the package."""
+    root, packages = tmp_path / "checkout", tmp_path / "site-packages"
+    for name, text in (("wfnet", "from wfnet.kernels import WORD"), ("kernels", "WORD = 'here'")):
+        (root / name).mkdir(parents=True)
+        (root / name / "__init__.py").write_text(text + "\n")
+    (root / "wfnet" / "inner.py").write_text("WORD = 'inner'\n")
+    packages.mkdir()
+    device_setup.place(packages, root)
+    code = f"import site; site.addsitedir({str(packages)!r}); import wfnet, wfnet.inner; "
+    code += "print(wfnet.WORD, wfnet.inner.WORD, wfnet.__file__)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["here", "inner", str(root / "wfnet/__init__.py")]
