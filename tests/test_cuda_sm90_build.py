@@ -75,10 +75,7 @@ def compiled(*more: str) -> tuple[str, str]:
             [cuobjdump(), "-sass", str(target)], check=True, capture_output=True, text=True
         )
         code.write_text(dump.stdout)
-    disassembly = code.read_text()
-    if "Function :" not in disassembly:
-        pytest.skip("this Triton's cuobjdump does not read what this nvcc writes")
-    return log.read_text(), disassembly
+    return log.read_text(), code.read_text()
 
 
 def mangled(element: str, block_n: int, keep: bool, direction: str) -> str:
@@ -89,7 +86,8 @@ def mangled(element: str, block_n: int, keep: bool, direction: str) -> str:
 
 def functions(code: str, arch: str) -> list[str]:
     """Disassembled functions of one target, each beginning with its mangled name."""
-    parts = re.split(r"\n\s*code for (sm_\w+)", code)
+    # The line "code for" names sm_90a or sm_90, by version.
+    parts = re.split(r"\narch = (sm_\w+)", code)
     sections = [
         text for target, text in zip(parts[1::2], parts[2::2], strict=True) if target == arch
     ]
