@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wfnet.benchmarking.timing import about, device_name
+from wfnet.benchmarking.timing import about, device_name, settings_of
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
 from wfnet.data.shards import find_shards
 from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> dict:
         count = len(list(root.glob("*/*")))
         result = {
             "benchmark": "data",
-            "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+            "settings": settings_of(args),
             "files": count,
             "mean_bytes": size,
             **about(args.device, ["benchmarks/bench_data.py", *(argv or sys.argv[1:])]),

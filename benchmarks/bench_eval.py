@@ -30,6 +30,7 @@ from wfnet.benchmarking.timing import (
     choose_convolutions_by_trial,
     device_name,
     peak_mebibytes,
+    settings_of,
     timed,
 )
 from wfnet.cli.classifier import create_classifier
@@ -139,7 +140,7 @@ def main(argv: list[str] | None = None) -> dict:
     pairs = args.images * args.classes
     result = {
         "benchmark": "eval",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "settings": settings_of(args),
         "pairs": pairs,
         **about(device, ["benchmarks/bench_eval.py", *(argv or sys.argv[1:])]),
         "milliseconds": milliseconds,

@@ -53,7 +53,7 @@ import wfnet.functional as wf
 from wfnet import backends, reference
 from wfnet.backends import ConvGeometry
 from wfnet.benchmarking.floors import Rates, measure_rates
-from wfnet.benchmarking.timing import about, choose_convolutions_by_trial
+from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, settings_of
 from wfnet.benchmarking.winners import add_winners, refuse_winners
 from wfnet.pretrained import write_atomically, write_json
 
@@ -569,7 +569,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     record = {
         "benchmark": "ops",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items()},
+        "settings": settings_of(arguments),
         **measured_with,
         "rates": {"flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth},
         "layers": [asdict(layer) for layer in layers],

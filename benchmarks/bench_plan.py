@@ -37,7 +37,7 @@ from wfnet import backends
 from wfnet.benchmarking import floors
 from wfnet.benchmarking.plans import Operation, time_plan
 from wfnet.benchmarking.steps import StepSettings, make_problem
-from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name
+from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name, settings_of
 from wfnet.benchmarking.winners import add_winners, refuse_winners
 from wfnet.cli.classifier import create_classifier
 from wfnet.fusion import NotFusable
@@ -281,11 +281,7 @@ def main(argv: list[str] | None = None) -> dict | None:
           f"{rates.bandwidth / 1e9:,.1f} GB/s (copy); {', '.join(names)}")  # fmt: skip
     record = {
         "benchmark": "plan",
-        "settings": {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in vars(args).items()
-            if key != "measured"
-        },
+        "settings": settings_of(args),
         **provenance,
         "rates": {"flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth},
         "networks": {},

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from wfnet.benchmarking.steps import COLUMNS, StepSettings, make_problem, measure
-from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name
+from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name, settings_of
 from wfnet.cli.classifier import create_classifier
 from wfnet.pretrained import write_json
 
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> dict:
     choose_convolutions_by_trial(device)
     result = {
         "benchmark": "scaling",
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "settings": settings_of(args),
         **about(device, ["benchmarks/bench_scaling.py", *(argv or sys.argv[1:])]),
         "points": points,
     }

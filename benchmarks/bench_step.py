@@ -52,7 +52,7 @@ from wfnet.benchmarking.steps import (
     print_table,
     summary,
 )
-from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name
+from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name, settings_of
 from wfnet.cli.classifier import create_classifier
 from wfnet.pretrained import write_json
 
@@ -149,11 +149,7 @@ def main(argv: list[str] | None = None) -> dict:
           f"{rates.bandwidth / 1e9:,.1f} GB/s (copy)")  # fmt: skip
     record = {
         "benchmark": "step",
-        "settings": {
-            k: str(v) if isinstance(v, Path) else v
-            for k, v in vars(args).items()
-            if k != "measured"
-        },
+        "settings": settings_of(args),
         **about(device, ["benchmarks/bench_step.py", *(argv or sys.argv[1:])]),
         "rates": {"flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth},
         "networks": {},

@@ -39,7 +39,7 @@ from wfnet import backends
 from wfnet.benchmarking import floors
 from wfnet.benchmarking.layers import DIRECTIONS, Call, Group, LayerRun, Measured
 from wfnet.benchmarking.steps import StepSettings, make_problem
-from wfnet.benchmarking.timing import about, device_name, short_kernel_name
+from wfnet.benchmarking.timing import about, device_name, settings_of, short_kernel_name
 from wfnet.cli.classifier import create_classifier
 from wfnet.pretrained import write_json
 
@@ -340,11 +340,7 @@ def main(argv: list[str] | None = None) -> dict | None:
           f"{rates.bandwidth / 1e9:,.1f} GB/s (copy); {arguments.model}")  # fmt: skip
     record = {
         "benchmark": "layers",
-        "settings": {
-            key: str(value) if isinstance(value, Path) else value
-            for key, value in vars(arguments).items()
-            if key not in ("measured", "layers", "calls")
-        },
+        "settings": settings_of(arguments, "layers", "calls"),
         **about(device, ["benchmarks/profile_layers.py", *(argv or sys.argv[1:])]),
         "rates": {"flops_per_second": rates.flops, "bytes_per_second": rates.bandwidth},
         "columns": {},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import logging
@@ -264,6 +265,15 @@ def clocks(device: torch.device) -> str:
         return "unknown"
     rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
     return f"{sum(rates) / len(rates):.0f} MHz" if rates else "unknown"
+
+
+def settings_of(arguments: argparse.Namespace, *inner: str) -> dict[str, object]:
+    """A command line's arguments as JSON takes them, without ``measured`` and ``inner`` ones."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(arguments).items()
+        if name not in ("measured", *inner)
+    }
 
 
 def about(device: torch.device | str, command: Sequence[str]) -> dict[str, str | None]:
