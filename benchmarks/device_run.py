@@ -201,8 +201,8 @@ def _first(rehearse: bool) -> list[Stage]:
 def images_of_a_step() -> int:
     """n, of which 2 n expanded samples: 256, as the goals have it, where the peers fit.
 
-    Masks written by hand keep ten bytes of every activation: 69 GB of a VGG-16 at 512 samples, and
-    each captured step has a memory of its own beside it.
+    Masks written by hand keep about ten bytes of every activation: 69 GB of a VGG-16 at 512
+    samples, an estimate, and each captured step has a memory of its own beside it.
     """
     query = ("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
     with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
