@@ -26,7 +26,6 @@ import argparse
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +36,13 @@ from wfnet import backends
 from wfnet.benchmarking import floors
 from wfnet.benchmarking.plans import Operation, time_plan
 from wfnet.benchmarking.steps import StepSettings, make_problem
-from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name, settings_of
+from wfnet.benchmarking.timing import (
+    about,
+    choose_convolutions_by_trial,
+    device_name,
+    settings_of,
+    timed,
+)
 from wfnet.benchmarking.winners import add_winners, refuse_winners
 from wfnet.cli.classifier import create_classifier
 from wfnet.fusion import NotFusable
@@ -53,17 +58,9 @@ class Clock:
             self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
 
     def __call__(self, call: Callable[[], object]) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            call()
-            return (time.perf_counter() - start) * 1e3
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush.zero_()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        if self.device.type == "cuda":
+            self.flush.zero_()
+        return timed(call, self.device)
 
 
 # -- what the numbers say --------------------------------------------------------------------------

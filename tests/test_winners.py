@@ -28,6 +28,11 @@ ENTRY = {
 }
 
 
+def forget_tables():
+    winners._by_shape.cache_clear()
+    winners._devices.cache_clear()
+
+
 @pytest.fixture
 def own_table(tmp_path, monkeypatch):
     """Entries to the table that WFNET_WINNERS names."""
@@ -36,11 +41,11 @@ def own_table(tmp_path, monkeypatch):
 
     def write(*entries):
         path.write_text(json.dumps([{**ENTRY, **entry} for entry in entries]))
-        winners._by_shape.cache_clear()
+        forget_tables()
         return path
 
     yield write
-    winners._by_shape.cache_clear()
+    forget_tables()
 
 
 # -- the table ------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ is asked for by name runs or raises; ``auto`` asks :func:`choose`.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -38,6 +39,9 @@ class ConvGeometry:
         )
 
 
+_MOST_TAPS = 255  # of a pooling's window, where a position is a byte and 255 is none
+
+
 class PoolGeometry(NamedTuple):
     """A maximum pooling, each as (height, width): what PyTorch's operators take, in their order."""
 
@@ -46,6 +50,11 @@ class PoolGeometry(NamedTuple):
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     ceil_mode: bool = False
+
+    @property
+    def takes_bytes(self) -> bool:
+        """Whether the kernels take it: no dilation, and a byte tells which of its taps it was."""
+        return self.dilation == (1, 1) and math.prod(self.kernel) <= _MOST_TAPS
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of the result for ``height`` x ``width``, by PyTorch's rule."""
@@ -113,7 +122,7 @@ class FusedConvolutions:
 
     name: str
 
-    # Whether the three methods below exist.
+    # Whether fused_conv2d, finish and conv2d_dgrad exist.
     fuses = False
 
     # Whether the branch that fused_conv2d keeps is `v = scale * u` of every sample and the mask is

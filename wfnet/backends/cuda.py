@@ -8,7 +8,6 @@ gradient, ReLU mask, both column sums and ``scale * g``. Launchers:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -212,8 +211,8 @@ class CudaBackend(Backend):
         self, x: Tensor, window: PoolGeometry, save: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One pass; positions take a byte."""
-        fits = window.dilation == (1, 1) and math.prod(window.kernel) <= cuda_launch.MOST_TAPS
-        if not fits or x.dtype not in cuda_launch.DTYPES or x.shape[1] % cuda_launch.VECTOR:
+        fits = x.dtype in cuda_launch.DTYPES and x.shape[1] % cuda_launch.VECTOR == 0
+        if not (fits and window.takes_bytes):
             return super().max_pool2d(x, window, save)
         axes = _pool_axes(x.shape, window)
         out, positions = cuda_launch.max_pool(_channels_last(x), *axes, save)

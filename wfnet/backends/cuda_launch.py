@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 VECTOR = 8  # channels of one 16-byte access
-MOST_TAPS = 255  # of a pooling's window
 HOPPER_DEPTH = 64  # channels that the Hopper kernels multiply at a time
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 REFUSED_DTYPE = "the CUDA kernels take float16 and bfloat16, not {} (use autocast)"
@@ -497,7 +496,7 @@ def max_pool(
 
     Args:
         x: ``[B, H, W, C]`` contiguous, ``C`` a multiple of 8.
-        height, width: without dilation; windows of at most ``MOST_TAPS``.
+        height, width: without dilation; windows of at most 255 taps.
 
     Returns:
         ``[B, P, Q, C]``, and uint8 of the same shape or None: the first of equal values, taps row

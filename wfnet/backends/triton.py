@@ -238,10 +238,9 @@ class TritonBackend(Backend):
         self, x: Tensor, window: PoolGeometry, save: bool
     ) -> tuple[Tensor, Tensor | None]:
         """One pass; positions take a byte."""
-        own = _window_of(window)
-        if own is None or x.dtype not in _DTYPES:
+        if x.dtype not in _DTYPES or not window.takes_bytes:
             return super().max_pool2d(x, window, save)
-        size = window.output_size(*x.shape[2:])
+        size, own = window.output_size(*x.shape[2:]), max_pool.Window(*window[:3])
         out, positions = max_pool.max_pool(_channels_last(x), size, own, save)
         return _channels_first(out), None if positions is None else _channels_first(positions)
 
@@ -260,8 +259,8 @@ class TritonBackend(Backend):
         layer, want, sums = _layer_or_none(below, skip)
         size = tuple(like.shape[2:])
         gradient = max_pool.max_pool_bwd(
-            _channels_last(dout), _channels_last(positions), size, _window_of(window), layer,
-            want=want, sums=sums,
+            _channels_last(dout), _channels_last(positions), size, max_pool.Window(*window[:3]),
+            layer, want=want, sums=sums,
         )  # fmt: skip
         if below is None:
             return Finished(_pixels_of(gradient.grad, size), None)
@@ -463,12 +462,6 @@ def _layer_or_none(
         return _layer_below(below, skip)
     layer = epilogue_bwd.LayerBelow(skip=None if skip is None else _channels_last(skip))
     return layer, ("grad",), epilogue_bwd.NO_SUMS
-
-
-def _window_of(window: PoolGeometry) -> max_pool.Window | None:
-    """As the kernels take it; None if they do not."""
-    own = max_pool.Window(window.kernel, window.stride, window.padding)
-    return own if window.dilation == (1, 1) and own.refuse() is None else None
 
 
 def _pixels_of(tensor: Tensor | None, size: tuple[int, int]) -> Tensor | None:

@@ -92,6 +92,12 @@ def _by_shape(
     return {key: list(batches.items()) for key, batches in found.items()}
 
 
+@functools.cache
+def _devices(path: Path, own: str | None) -> frozenset[str]:
+    """Names of all devices in the tables: asked at every run, where nothing was measured."""
+    return frozenset(device for _, _, _, device in _by_shape(path, own))
+
+
 def _split(shape_key: str) -> tuple[int, str]:
     """Batch and the rest of a shape's key."""
     parts = _BATCH.fullmatch(shape_key)
@@ -116,8 +122,7 @@ def measured(op: str, shape_key: str, dtype: str, device_name: str) -> Entry | N
 
 def know(device: torch.device) -> bool:
     """Whether anything was measured on a device like this one."""
-    name = device_name(device)
-    return any(key[3] == name for key in _by_shape(TABLE, os.environ.get(_OWN)))
+    return device_name(device) in _devices(TABLE, os.environ.get(_OWN))
 
 
 def winner(op: str, shape_key: str, dtype: str, device_name: str) -> str | None:

@@ -29,8 +29,8 @@ logger = logging.getLogger("wfnet")
 Step = Callable[[], Tensor]  # one step; returns its loss
 
 
-def timed(step: Step, device: torch.device) -> float:
-    """Milliseconds of one step."""
+def timed(step: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one step, or of any call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -27,8 +27,9 @@ def add_winners(path: Path, measurements: Iterable[Entry]) -> None:
         ms = entry["ms"]
         if len(ms) > 1:
             complete = {**entry, "winner": min(ms, key=ms.__getitem__)}
-            fields = (*winners.FIELDS, *(name for name in ("alone_ms",) if name in entry))
-            known[key(entry)] = {name: complete[name] for name in fields}
+            kept = known[key(entry)] = {name: complete[name] for name in winners.FIELDS}
+            if "alone_ms" in entry:
+                kept["alone_ms"] = entry["alone_ms"]
     text = json.dumps([known[name] for name in sorted(known)], indent=1) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text))
 

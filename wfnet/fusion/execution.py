@@ -57,10 +57,10 @@ class PlanNetwork(FusedNetwork):
         """Who runs the convolutions of ``batch`` samples."""
         if self.backend is not None:
             return self.backend
-        if not winners.know(device):
-            return backends.get("eager")
         key = (batch, dtype, device)
         if key not in self._measured:
+            if not winners.know(device):
+                return backends.get("eager")
             found = PlanWinners([_measurable(step) for step in self.convs], batch, dtype, device)
             self._measured[key] = found.convolutions()
             logger.info("auto takes %s: %s", self._measured[key].name, found.describe())
