@@ -2,7 +2,8 @@
 
     python benchmarks/bench_allreduce.py --ranks 2 4 --classes 1000 --gates 26560
 
-For every global batch size, an expanded minibatch is drawn and shared as `wfnet.distributed` does
+For every global batch size, an expanded minibatch is drawn and shared as
+`wfnet.untraining.distributed` does
 it, and each rank's gradient is added up in three ways. Shown are the bytes that a rank sends by
 formula, the bytes that went over the loopback interface (per rank; with everything that the
 protocol adds, and whatever else uses the interface), and the median time. Gloo on the CPU: bytes
@@ -25,9 +26,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from wfnet.benchmarking.timing import about
-from wfnet.distributed import Ranks, bytes_sent
-from wfnet.expansion import RoundRobinSampler, expand, generator_for
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
+from wfnet.services.ranks import Ranks
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.distributed import bytes_sent
+from wfnet.untraining.expansion import RoundRobinSampler, expand
 
 WAYS = ("dense", "rows", "gather")
 

@@ -37,7 +37,7 @@ from wfnet.benchmarking.timing import about, device_name, settings_of
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
 from wfnet.data.shards import find_shards
 from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 CLASSES = 8
 Epoch = Callable[[int], Iterator[int]]  # number of the epoch -> sizes of batches

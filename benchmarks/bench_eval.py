@@ -34,7 +34,7 @@ from wfnet.benchmarking.timing import (
     timed,
 )
 from wfnet.cli.classifier import create_classifier
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 COLUMNS = ("baked", "unfused", "fused", "plain")
 

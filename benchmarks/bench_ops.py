@@ -55,7 +55,7 @@ from wfnet.backends import ConvGeometry
 from wfnet.benchmarking.floors import Rates, measure_rates
 from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, settings_of
 from wfnet.benchmarking.winners import add_winners, refuse_winners
-from wfnet.pretrained import write_atomically, write_json
+from wfnet.services.files import write_atomically, write_json
 
 PROVIDERS = ("loop", "eager", "compile", "unmasked", "triton", "cuda")
 FUSED_PROVIDERS = ("eager", "triton", "cuda", "cudnn")

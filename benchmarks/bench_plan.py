@@ -46,7 +46,7 @@ from wfnet.benchmarking.timing import (
 from wfnet.benchmarking.winners import add_winners, refuse_winners
 from wfnet.cli.classifier import create_classifier
 from wfnet.fusion import NotFusable
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 
 class Clock:

@@ -21,7 +21,7 @@ import torch
 from wfnet.benchmarking.steps import COLUMNS, StepSettings, make_problem, measure
 from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name, settings_of
 from wfnet.cli.classifier import create_classifier
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 QUANTITIES = {
     "batch_size": "images n", "label_expansion": "label expansion M", "classes": "classes",

@@ -54,7 +54,7 @@ from wfnet.benchmarking.steps import (
 )
 from wfnet.benchmarking.timing import about, choose_convolutions_by_trial, device_name, settings_of
 from wfnet.cli.classifier import create_classifier
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 
 def draw(results: dict[str, dict], title: str, path: Path) -> None:

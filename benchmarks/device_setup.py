@@ -109,7 +109,7 @@ def facts(output: Path, device: str) -> int:
 
     from wfnet.backends import cuda_launch
     from wfnet.benchmarking.timing import about
-    from wfnet.pretrained import write_json
+    from wfnet.services.files import write_json
 
     found = about(device, sys.argv)
     found |= {"cpus": os.cpu_count(), "compiled_kernels": cuda_launch.library().missing or "usable"}

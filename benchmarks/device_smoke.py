@@ -36,9 +36,9 @@ from wfnet import backends
 from wfnet.backends import Backend, Below, ConvGeometry, PoolGeometry, cuda_launch
 from wfnet.benchmarking.steps import COLUMNS, StepSettings, make_problem, make_step
 from wfnet.cli.classifier import create_classifier
-from wfnet.optimizers import RowAdam
-from wfnet.pretrained import write_json
-from wfnet.tables import GatedLayer, GateTables
+from wfnet.gate_tables import GatedLayer, GateTables
+from wfnet.services.files import write_json
+from wfnet.untraining.optimizers import RowAdam
 
 # Found and true, by name.
 Results = dict[str, tuple[Tensor, Tensor]]

@@ -26,7 +26,7 @@ from bench_data import photograph
 from PIL import Image
 
 from wfnet.data.glyphs import HUNDRED, characters_of, render
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 PARTS = ("train", "val", "test")
 _COMPLETE = "complete.json"

@@ -27,7 +27,7 @@ from torch import nn
 import wfnet
 from wfnet.benchmarking.timing import commit
 from wfnet.data import TensorImages
-from wfnet.pretrained import fingerprint
+from wfnet.services.files import fingerprint
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10

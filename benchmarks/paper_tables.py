@@ -22,7 +22,7 @@ from wfnet.baselines import METHODS
 from wfnet.benchmarking.timing import about, commit
 from wfnet.cli import main as wfnet
 from wfnet.cli.train import BASE_NAME
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -37,11 +37,11 @@ from ncu_counters import Kernel, Refused
 
 from wfnet import backends
 from wfnet.benchmarking import floors
-from wfnet.benchmarking.layers import DIRECTIONS, Call, Group, LayerRun, Measured
+from wfnet.benchmarking.layer_calls import DIRECTIONS, Call, Group, LayerRun, Measured
 from wfnet.benchmarking.steps import StepSettings, make_problem
 from wfnet.benchmarking.timing import about, device_name, settings_of, short_kernel_name
 from wfnet.cli.classifier import create_classifier
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 COLUMNS = tuple(f"wfnet/{name}/fused" for name in backends.KERNELS)
 # Starts the calls of one layer and direction among the launches that `ncu` sees; nothing else in a

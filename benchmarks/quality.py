@@ -31,7 +31,7 @@ from wfnet import UntrainConfig, models, training
 from wfnet.benchmarking.timing import about
 from wfnet.data import Splits, open_data
 from wfnet.data.glyphs import glyphs
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 from wfnet.wrapping import wrap
 
 RESULTS = Path(__file__).parent / "results"

@@ -31,10 +31,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import wfnet
-from wfnet import UntrainConfig, models, optimizers, training
+from wfnet import UntrainConfig, models, training
 from wfnet.benchmarking.timing import about
 from wfnet.data import Batch, Splits, TensorImages, open_data
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
+from wfnet.untraining import optimizers
 from wfnet.wrapping import wrap
 
 PARTS = ("rounding", "ranks", "evaluation")

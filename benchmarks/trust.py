@@ -30,7 +30,7 @@ from wfnet.cli.classifier import load_weights
 from wfnet.data import open_data
 from wfnet.execution_order import execution_order
 from wfnet.network import WFNet
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 PRUNED = ("acc_f", "acc_r", "acc_f_batchnorm_all", "acc_f_batchnorm_retain", "acc_f_equalised",
           "acc_f_base_norms", "acc_f_offset", "acc_f_recovered", "auc_logit")  # fmt: skip

@@ -59,7 +59,7 @@ from wfnet.cli.classifier import create_classifier
 from wfnet.cli.train import BASE_NAME
 from wfnet.data import open_data
 from wfnet.data.glyphs import HUNDRED
-from wfnet.pretrained import write_json, write_tensors
+from wfnet.services.files import write_json, write_tensors
 
 SAMPLES = 1_400_000  # expanded ones that 1,000 classes cost, by what a class costs of 10 and 100
 PURPOSES = ("program", "start", "data", "steps", "validation", "checkpoints")

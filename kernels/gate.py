@@ -35,7 +35,7 @@ from torch import Tensor
 from wfnet.kernels.epilogue_bwd import by_source
 from wfnet.kernels.launch import Launch
 
-from wfnet.tables import GatedLayer, check_layers
+from wfnet.gate_tables import GatedLayer, check_layers
 
 _SAMPLES = 16
 _COLUMNS = 128

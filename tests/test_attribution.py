@@ -6,8 +6,8 @@ import torch
 from evaluated_networks import K, make_dataset, make_model, make_net, uneven_dataset
 
 import wfnet
-from wfnet import metrics
-from wfnet.attribution import CURVES, attribution, network_with_filters
+from wfnet.evaluation import metrics
+from wfnet.evaluation.attribution import CURVES, attribution, network_with_filters
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_an_interrupted_call_goes_on_and_foreign_records_are_refused(
     net, path = make_net(), tmp_path / "attribution.json"
     whole = attribution(net, dataset, steps=2, progress=False)
     calls = []
-    inner = wfnet.attribution._changed_rows
+    inner = wfnet.evaluation.attribution._changed_rows
 
     def interrupt(*arguments):
         calls.append(arguments[1].tolist())
@@ -155,7 +155,7 @@ def test_an_interrupted_call_goes_on_and_foreign_records_are_refused(
             raise KeyboardInterrupt
         return inner(*arguments)
 
-    monkeypatch.setattr("wfnet.attribution._changed_rows", interrupt)
+    monkeypatch.setattr("wfnet.evaluation.attribution._changed_rows", interrupt)
     options = {"steps": 2, "classes_together": 2, "records": path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         attribution(net, dataset, **options)

@@ -7,10 +7,9 @@ from evaluated_networks import K, make_model, uneven_dataset
 from test_relearning import CLASSES, linear, patches
 from torch import nn
 
-from wfnet import metrics
 from wfnet.baselines import METHODS, BaselineConfig, BaselineModels, run_baseline, unlearn
-from wfnet.evaluation import evaluate_models, reinitialise
-from wfnet.relearning import RelearnConfig
+from wfnet.evaluation import evaluate_models, metrics, reinitialise
+from wfnet.evaluation.relearning import RelearnConfig
 
 QUICK = BaselineConfig(epochs=30, lr=0.05, batch_size=20, max_norm=10.0, retain_weight=0.8)
 TRAINING = {"epochs": 6, "lr": 0.02, "batch_size": 20, "channels_last": False}

@@ -8,9 +8,10 @@ import resource
 import pytest
 import torch
 
-from wfnet import checkpoints, pretrained
-from wfnet.checkpoints import CHECKPOINT_NAME, Checkpoints, read_checkpoint, read_state
-from wfnet.pretrained import write_tensors
+from wfnet import pretrained
+from wfnet.services.files import write_tensors
+from wfnet.untraining import checkpoints
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints, read_checkpoint, read_state
 
 
 def tensors(step):

@@ -9,11 +9,12 @@ from image_files import truncate
 from safetensors.torch import load_file
 
 import wfnet
-from wfnet import figures, models
+from wfnet import models
 from wfnet.cli import bake, build_parser, main
 from wfnet.cli.classifier import create_classifier, load_weights
-from wfnet.optimizers import RowAdam
-from wfnet.pretrained import write_tensors
+from wfnet.report import figures
+from wfnet.services.files import write_tensors
+from wfnet.untraining.optimizers import RowAdam
 
 NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")

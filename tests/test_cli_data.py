@@ -5,9 +5,10 @@ import torch
 from image_files import pack_folder
 from safetensors.torch import load_file
 
-from wfnet import figures, models
+from wfnet import models
 from wfnet.cli import main
-from wfnet.pretrained import write_tensors
+from wfnet.report import figures
+from wfnet.services.files import write_tensors
 
 
 @pytest.fixture(autouse=True)

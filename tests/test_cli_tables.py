@@ -15,7 +15,7 @@ from wfnet import baselines, models, recipes
 from wfnet.cli import build_parser, main
 from wfnet.cli.options import fill_from_files
 from wfnet.data.image_lists import ImageList
-from wfnet.pretrained import write_tensors
+from wfnet.services.files import write_tensors
 
 SMALL = ["--model-kwargs", "width=8", "--workers", "0", "--quiet"]
 QUICK = ["--relearn-epochs", "1", "--relearn-samples", "20"]

@@ -8,13 +8,14 @@ import torch
 from safetensors.torch import load_file
 
 import wfnet
-from wfnet import figures, models
-from wfnet.attribution import AttributionRecord, AttributionResult
+from wfnet import models
 from wfnet.baselines import BaselineConfig, BaselineModels
 from wfnet.cli import main, trust
 from wfnet.cli.drawing import read_attribution
 from wfnet.data import open_data
-from wfnet.pretrained import write_json, write_tensors
+from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
+from wfnet.report import figures
+from wfnet.services.files import write_json, write_tensors
 
 pytest.importorskip("sklearn")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wfnet.checkpoints import Checkpoints
 from wfnet.cli import main
+from wfnet.untraining.checkpoints import Checkpoints
 
 NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
 QUICK = ("-b", "4", "-M", "2", "--workers", "0", "--seed", "3")

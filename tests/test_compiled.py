@@ -11,7 +11,7 @@ from torch import nn
 
 import wfnet
 from wfnet import fusion
-from wfnet.fusion import running
+from wfnet.fusion import run as running
 
 
 @pytest.fixture(autouse=True)

@@ -8,9 +8,9 @@ from torch import nn
 
 import wfnet
 from wfnet import models
-from wfnet.attribution import AttributionRecord, AttributionResult
-from wfnet.confusion import ConfusionChange, confusion_change
 from wfnet.data.tensor_images import TensorImages
+from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
+from wfnet.evaluation.confusion import ConfusionChange, confusion_change
 from wfnet.execution_order import execution_order
 from wfnet.trust import TrustRecord, TrustResult
 
@@ -124,7 +124,7 @@ def test_a_network_that_cannot_be_traced_keeps_its_order():
 @pytest.fixture
 def figures(monkeypatch):
     pytest.importorskip("matplotlib")
-    from wfnet import figures
+    from wfnet.report import figures
 
     monkeypatch.setattr(figures, "_DPI", 40)
     return figures

@@ -15,10 +15,11 @@ import torch.nn.functional as F
 
 import wfnet
 import wfnet.functional as wf
-from wfnet import gates, tables
+from wfnet import gate_tables as tables
+from wfnet import gates
 from wfnet.backends import Below, ConvGeometry, PoolGeometry, cuda, cuda_launch
 from wfnet.backends.cuda_launch import Axis, Layer, Want
-from wfnet.tables import GatedLayer
+from wfnet.gate_tables import GatedLayer
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import wfnet
 from wfnet import models
 from wfnet.cli import bake, main
 from wfnet.network import CUT_LOGIT
-from wfnet.pretrained import write_tensors
-from wfnet.report import statements
+from wfnet.report.contents import statements
+from wfnet.services.files import write_tensors
 from wfnet.trust import TrustRecord, TrustResult
 
 CLASSES = 4

@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wfnet import figures
 from wfnet.cli import main
-from wfnet.optimizers import RowAdam
+from wfnet.report import figures
+from wfnet.untraining.optimizers import RowAdam
 
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")

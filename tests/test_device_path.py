@@ -27,15 +27,15 @@ from wfnet.kernels.launch import Launch, interpreted
 import wfnet
 import wfnet.functional as wf
 from wfnet import fusion, models
-from wfnet.attribution import attribution
 from wfnet.backends import cuda_launch
 from wfnet.cli import main
 from wfnet.evaluation import evaluate
-from wfnet.expansion import expand
-from wfnet.objectives import BalancedObjective, PaperObjective
-from wfnet.optimizers import RowAdam
-from wfnet.step import UntrainingStep
-from wfnet.tables import flatten_filters
+from wfnet.evaluation.attribution import attribution
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.expansion import expand
+from wfnet.untraining.objectives import BalancedObjective, PaperObjective
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device: tests/gpu"),

@@ -25,13 +25,14 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 import wfnet
-from wfnet import distributed
-from wfnet.checkpoints import Checkpoints
 from wfnet.cli import main
 from wfnet.data import Batch, CorruptImage
-from wfnet.distributed import PeerFailed, Ranks, add_rows, bytes_sent
-from wfnet.stopping import Stopped
-from wfnet.untraining import UntrainConfig, untrain
+from wfnet.services import ranks
+from wfnet.services.ranks import PeerFailed, Ranks
+from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.distributed import add_rows, bytes_sent
+from wfnet.untraining.loop import UntrainConfig, untrain
+from wfnet.untraining.signals import Stopped
 
 CLASSES = 5
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -152,7 +153,7 @@ def both_ranks(folder, work, seconds=120):
     def joined(rank):
         dist.init_process_group(
             "gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2,
-            timeout=distributed.TIMEOUT,
+            timeout=ranks.TIMEOUT,
         )  # fmt: skip
         work(rank)
         dist.destroy_process_group()

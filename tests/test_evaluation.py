@@ -11,9 +11,8 @@ from evaluated_networks import K, make_dataset, make_model, make_net, uneven_dat
 from torch import nn
 
 import wfnet
-from wfnet import metrics
 from wfnet.data import TensorImages
-from wfnet.evaluation import EvaluationResult, evaluate, reinitialise
+from wfnet.evaluation import EvaluationResult, evaluate, metrics, reinitialise
 
 
 @pytest.fixture

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from wfnet.expansion import (
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.expansion import (
     HalvesSampler,
     RoundRobinSampler,
     ShuffledSampler,
     expand,
-    generator_for,
     random_other_rows,
 )
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import wfnet
-from wfnet import figures
 from wfnet.evaluation import ClassRecord, EvaluationResult, Scores
+from wfnet.report import figures
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 

@@ -8,9 +8,9 @@ import torch
 from small_runs import assert_same_run, config, images, network
 from torch import nn
 
-from wfnet.optimizers import RowAdam, stochastic_round
-from wfnet.tables import flatten_filters
-from wfnet.untraining import untrain
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.loop import untrain
+from wfnet.untraining.optimizers import RowAdam, stochastic_round
 
 BF16 = torch.bfloat16
 

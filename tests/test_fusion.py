@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import wfnet
-from wfnet import fusion, tables
+from wfnet import fusion
+from wfnet import gate_tables as tables
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")

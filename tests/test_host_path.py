@@ -17,10 +17,10 @@ import pretended_cuda
 from wfnet import UntrainConfig, models, untrain
 from wfnet.data import CachedImages, batches, open_data
 from wfnet.data.cache import _uniform
-from wfnet.objectives import BalancedObjective, Losses
-from wfnet.optimizers import RowAdam
-from wfnet.throughput import Throughput
-from wfnet.transfer import sent, sent_beside
+from wfnet.services.device_copies import sent, sent_beside
+from wfnet.untraining.objectives import BalancedObjective, Losses
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.throughput import Throughput
 from wfnet.wrapping import wrap
 
 pytestmark = pytest.mark.skipif(
@@ -95,11 +95,11 @@ def test_losses_are_read_in_one_piece(device, image_folder):
 
 
 def test_a_validation_waits_for_no_batch(device, image_folder, monkeypatch):
-    monkeypatch.setattr("wfnet.untraining._VALIDATION_PAIRS", 6)
+    monkeypatch.setattr("wfnet.untraining.loop._VALIDATION_PAIRS", 6)
     data = opened(image_folder, "device")
     waits_of(device, data, 1, validate=True)
     few = waits_of(device, data, 1, validate=True)
-    monkeypatch.setattr("wfnet.untraining._VALIDATION_PAIRS", 3)
+    monkeypatch.setattr("wfnet.untraining.loop._VALIDATION_PAIRS", 3)
     assert waits_of(device, data, 1, validate=True) == few
 
 
@@ -199,7 +199,7 @@ class Clock:
                 return 1e3 * (end.at - self.at)
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr("wfnet.throughput.time.perf_counter", lambda: self.host)
+        monkeypatch.setattr("wfnet.untraining.throughput.time.perf_counter", lambda: self.host)
 
 
 @pytest.mark.parametrize("busy", [0.0, 3.0, 10.0])

@@ -25,14 +25,14 @@ from small_runs import (
     wait_until,
 )
 
-from wfnet import checkpoints, throughput
-from wfnet.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.cli import main
 from wfnet.data import CorruptImage
 from wfnet.data.loading import LostWorker
-from wfnet.objectives import BalancedObjective
-from wfnet.stopping import Stopped, StopSignals
-from wfnet.untraining import untrain
+from wfnet.untraining import checkpoints, throughput
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
+from wfnet.untraining.loop import untrain
+from wfnet.untraining.objectives import BalancedObjective
+from wfnet.untraining.signals import Stopped, StopSignals
 
 TEMPORARY = f".{CHECKPOINT_NAME}.*"
 

@@ -5,13 +5,14 @@ import torch
 from small_runs import network
 
 from wfnet import models
-from wfnet.expansion import expand, generator_for
-from wfnet.memory import filter_memory, peak_bytes, step_memory
+from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
-from wfnet.objectives import BalancedObjective
-from wfnet.optimizers import RowAdam
-from wfnet.step import UntrainingStep
-from wfnet.tables import flatten_filters
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.expansion import expand
+from wfnet.untraining.memory import filter_memory, peak_bytes, step_memory
+from wfnet.untraining.objectives import BalancedObjective
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep
 
 
 @pytest.mark.parametrize("fuse", [True, False])

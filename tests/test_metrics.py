@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from wfnet import metrics
+from wfnet.evaluation import metrics
 
 
 def test_topk_hits_by_hand():

@@ -15,10 +15,14 @@ from torch.nn import functional as F
 import wfnet
 from wfnet.cli import main
 from wfnet.data import MultiLabelTensors, multi_hot_of, open_data, select
-from wfnet.data.multilabel import MultiLabelFiles, rarest_labels
+from wfnet.data.multi_hot import MultiLabelFiles, rarest_labels
 from wfnet.evaluation import average_precision, evaluate_multi_label
-from wfnet.multilabel import MultiLabelObjective, bernoulli_divergence, expand_multi_label
-from wfnet.objectives import BalancedObjective, PaperObjective
+from wfnet.untraining.multilabel import (
+    MultiLabelObjective,
+    bernoulli_divergence,
+    expand_multi_label,
+)
+from wfnet.untraining.objectives import BalancedObjective, PaperObjective
 
 
 def random_labels(count, classes=K, seed=0):

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from wfnet import WFNet
-from wfnet.expansion import expand, generator_for
-from wfnet.objectives import (
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.expansion import expand
+from wfnet.untraining.objectives import (
     BalancedObjective,
     Objective,
     PaperObjective,
@@ -140,7 +141,7 @@ def test_an_objective_of_ones_own():
             return F.cross_entropy(logits, target, reduction="none")
 
         def total(self, forget, retain, net):
-            from wfnet.objectives import Losses
+            from wfnet.untraining.objectives import Losses
 
             return Losses(forget + retain, {"forget": forget.detach()})
 

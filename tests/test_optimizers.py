@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from wfnet.optimizers import RowAdam, clip_filters
-from wfnet.tables import flatten_filters
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.optimizers import RowAdam, clip_filters
 
 
 def make_params(rows=5, widths=(3, 4), dtype=torch.float64, seed=0):

@@ -26,7 +26,8 @@ from ncu_counters import COUNTERS, Kernel, Refused
 import wfnet
 from wfnet import backends, fusion
 from wfnet.backends import cuda_launch
-from wfnet.benchmarking import floors, layers
+from wfnet.benchmarking import floors
+from wfnet.benchmarking import layer_calls as layers
 from wfnet.benchmarking.floors import Rates
 from wfnet.benchmarking.steps import StepSettings, make_problem
 

@@ -5,9 +5,9 @@ import torch
 from evaluated_networks import K, make_net, uneven_dataset
 from torch import nn
 
-from wfnet import metrics
 from wfnet.data import TensorImages
-from wfnet.relearning import RelearnConfig, relearn, relearn_times
+from wfnet.evaluation import metrics
+from wfnet.evaluation.relearning import RelearnConfig, relearn, relearn_times
 
 
 @pytest.fixture
@@ -138,7 +138,7 @@ def test_an_interrupted_call_goes_on(dataset, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return inner(model, train, images, label, *rest, **more)
 
-    monkeypatch.setattr("wfnet.relearning.relearn", interrupt)
+    monkeypatch.setattr("wfnet.evaluation.relearning.relearn", interrupt)
     options = {"config": config, "records": path, "progress": False}
     with pytest.raises(KeyboardInterrupt):
         relearn_times(net, dataset, dataset, **options)

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import pytest
 
 from wfnet.evaluation import ClassRecord, EvaluationResult
-from wfnet.report import PICTURES, read_contents, statements, write_report
+from wfnet.report.contents import PICTURES, read_contents, statements, write_report
 from wfnet.trust import CHECKS, TrustRecord, TrustResult
 
 EVIL = '</td><script>document.title="owned"</script><img src=x onerror="document.title=1">'
@@ -168,7 +168,7 @@ def test_names_from_data_are_escaped(tmp_path):
 def test_definitions_are_plain_text(run):
     text = "".join(Page(write_report(run).read_text()).text)
     assert "phi(x) = log(p_y / (1 - p_y))" in text
-    assert "wfnet.relearning.relearn" in text
+    assert "wfnet.evaluation.relearning.relearn" in text
     assert "`" not in text.partition("Definitions")[2].partition("Configuration")[0]
     for module in CHECKS.values():
         assert module.TITLE in text
@@ -262,7 +262,7 @@ def test_bad_folders(tmp_path):
 def test_an_old_report_survives_a_failure(run, monkeypatch):
     path = write_report(run)
     before = path.read_bytes()
-    monkeypatch.setattr("wfnet.report.render", lambda contents: 1 / 0)
+    monkeypatch.setattr("wfnet.report.contents.render", lambda contents: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_report(run)
     assert path.read_bytes() == before

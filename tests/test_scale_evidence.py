@@ -11,8 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import render
 import scale_evidence
 
-from wfnet import optimizers
 from wfnet.benchmarking.timing import commit
+from wfnet.untraining import optimizers
 
 
 def test_a_part_keeps_what_the_file_has_of_the_others(tmp_path, monkeypatch):

@@ -9,12 +9,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import wfnet
 from wfnet import gates
-from wfnet import step as step_module
-from wfnet.expansion import expand
-from wfnet.objectives import BalancedObjective, PaperObjective, closed_share
-from wfnet.optimizers import RowAdam
-from wfnet.step import StaticBatch, UntrainingStep, refuse_capture
-from wfnet.tables import flat_matrix, flatten_filters
+from wfnet.gate_tables import flat_matrix, flatten_filters
+from wfnet.untraining import step as step_module
+from wfnet.untraining.expansion import expand
+from wfnet.untraining.objectives import BalancedObjective, PaperObjective, closed_share
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import StaticBatch, UntrainingStep, refuse_capture
 
 CLASSES = 6
 

@@ -4,15 +4,15 @@ import math
 
 import pytest
 
-from wfnet.attribution import AttributionRecord, AttributionResult
 from wfnet.evaluation import ClassRecord, EvaluationResult, GroupRecord, GroupResult
-from wfnet.evaluation.tables import (
+from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
+from wfnet.evaluation.paper_tables import (
     make_tables,
     published,
     published_cell,
     read_baselines,
 )
-from wfnet.relearning import RelearnConfig, RelearnRecord, RelearnResult
+from wfnet.evaluation.relearning import RelearnConfig, RelearnRecord, RelearnResult
 
 
 def evaluation(acc_r=0.9, acc_f=0.05, base=math.e):

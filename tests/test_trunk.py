@@ -14,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 import wfnet
 from wfnet import backends, fusion, models
 from wfnet.benchmarking.timing import peak_mebibytes
-from wfnet.fusion import running, trunk
+from wfnet.fusion import run as running
+from wfnet.fusion import trunk
 
 timm = pytest.importorskip("timm")
 

@@ -13,7 +13,9 @@ import wfnet
 from wfnet import trust
 from wfnet.data import Splits
 from wfnet.data.tensor_images import TensorImages
-from wfnet.trust import closeness, collateral, membership, probing, relearning, removal, running
+from wfnet.trust import closeness, collateral, membership, probing, removal
+from wfnet.trust import relearn as relearning
+from wfnet.trust import runner as running
 from wfnet.trust.subject import ImageReader, Sample, Subject, TrustSettings
 
 pytest.importorskip("sklearn")

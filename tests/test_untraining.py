@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from wfnet import WFNet
-from wfnet.checkpoints import CHECKPOINT_NAME
 from wfnet.data import TensorImages
-from wfnet.objectives import BalancedObjective, not_label
-from wfnet.optimizers import RowAdam
-from wfnet.untraining import UntrainConfig, Validator, untrain
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME
+from wfnet.untraining.loop import UntrainConfig, Validator, untrain
+from wfnet.untraining.objectives import BalancedObjective, not_label
+from wfnet.untraining.optimizers import RowAdam
 
 CLASSES = 4
 MEASURED = ("seconds", "samples_per_second", "images_per_second", "data_wait")
@@ -479,7 +479,7 @@ def test_resuming_with_other_layers(base, interrupted):
 def test_a_damaged_checkpoint(base, interrupted, damage, resume):
     for path in interrupted.glob("untraining*.safetensors"):
         if damage == "foreign":
-            from wfnet.pretrained import write_tensors
+            from wfnet.services.files import write_tensors
 
             write_tensors(path, {"x": torch.zeros(1)})
         else:

@@ -17,7 +17,7 @@ from image_folders import ImageFolder
 from wfnet.cli import main as wfnet
 from wfnet.cli.classifier import create_classifier
 from wfnet.data import open_data
-from wfnet.pretrained import read_tensors
+from wfnet.services.files import read_tensors
 
 TINY = ["--networks", "small/resnet", "--image-size", "16", "--epochs", "1", "--samples", "48",
         "-b", "8", "-M", "2", "--loop-steps", "2", "--workers", "0", "--device", "cpu"]  # fmt: skip

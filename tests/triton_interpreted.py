@@ -27,8 +27,8 @@ from wfnet import fusion, gates
 from wfnet.backends import Below, ConvGeometry, PoolGeometry, cuda, cuda_launch
 from wfnet.backends.measured import MeasuredConvolutions
 from wfnet.backends.triton import backend
-from wfnet.optimizers import RowAdam
-from wfnet.tables import flatten_filters
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.optimizers import RowAdam
 
 torch.set_num_threads(1)
 

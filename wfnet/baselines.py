@@ -39,14 +39,15 @@ from wfnet.data import (
     select,
 )
 from wfnet.evaluation.initialisation import reinitialise
-from wfnet.evaluation.models import evaluate_models
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import check_identity, data_identity
+from wfnet.evaluation.plain_models import evaluate_models
+from wfnet.evaluation.relearning import RelearnConfig, RelearnResult, relearn_times
 from wfnet.evaluation.results import EvaluationResult
-from wfnet.expansion import generator_for, random_other_rows
-from wfnet.pretrained import fingerprint, read_tensors, write_tensors
-from wfnet.relearning import RelearnConfig, RelearnResult, relearn_times
+from wfnet.services.files import fingerprint, read_tensors, write_tensors
+from wfnet.services.seeds import generator_for
 from wfnet.training import fit_classifier
+from wfnet.untraining.expansion import random_other_rows
 
 METHODS = ("retrained", "random_labels", "negative_gradient", "neggrad_plus")
 RECORDS = "evaluation_records.json"
@@ -395,7 +396,7 @@ def run_baseline(
 
     Raises:
         As :func:`unlearn`, :func:`wfnet.evaluation.evaluate_models` and
-        :func:`wfnet.relearning.relearn_times`.
+        :func:`wfnet.evaluation.relearning.relearn_times`.
     """
     labels = labels_of(models.train)
     rows = check_classes(classes, labels, len(classes_of(models.train))).tolist()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.extras import require
+from wfnet.services.extras import require
 
 
 class BasicBlock(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.data.loading import CorruptImages, batches, corrupt_limit
-from wfnet.data.multilabel import multi_hot_of
-from wfnet.transfer import sent
+from wfnet.data.multi_hot import multi_hot_of
+from wfnet.services.device_copies import sent
 
 logger = logging.getLogger("wfnet")
 
@@ -58,7 +58,7 @@ def fit_classifier(
 ) -> FitHistory:
     """Train `model` in place to classify `dataset`; it is left in evaluation mode.
 
-    Images with several labels (`wfnet.data.multilabel`) are learned by binary cross entropy; their
+    Images with several labels (`wfnet.data.multi_hot`) are learned by binary cross entropy; their
     accuracy is the share of images whose largest logit is a true label.
 
     lr:        highest learning rate; None: 4e-3 for "adam" (AdamW), 0.1 for "sgd" (Nesterov).

@@ -9,7 +9,7 @@ from wfnet.kernels.gate import GatedLayer, GateTables
 
 import wfnet.functional as wf
 from wfnet.backends import Below, ConvGeometry, cuda, cuda_launch
-from wfnet.tables import GatedLayer as TableLayer
+from wfnet.gate_tables import GatedLayer as TableLayer
 
 
 def conv_steps(backend: str) -> None:

@@ -19,7 +19,7 @@ import wfnet.functional as wf
 from wfnet.backends import Below, ConvGeometry, cuda_launch
 from wfnet.backends.cuda import backend as mine
 from wfnet.backends.eager import backend as eager
-from wfnet.tables import GatedLayer, GateTables
+from wfnet.gate_tables import GatedLayer, GateTables
 
 DEVICE = "cuda"
 pytestmark = [

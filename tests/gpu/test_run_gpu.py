@@ -8,7 +8,7 @@ from image_files import CLASS_NAMES, write_image
 
 from wfnet import UntrainConfig, models, untrain
 from wfnet.data import batches, open_data
-from wfnet.transfer import sent_beside
+from wfnet.services.device_copies import sent_beside
 from wfnet.wrapping import wrap
 
 pytestmark = [

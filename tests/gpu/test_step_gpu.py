@@ -8,11 +8,11 @@ from closeness import assert_as_good
 from torch import nn
 
 import wfnet
-from wfnet.expansion import expand
-from wfnet.objectives import BalancedObjective
-from wfnet.optimizers import RowAdam
-from wfnet.step import UntrainingStep
-from wfnet.tables import flatten_filters
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.expansion import expand
+from wfnet.untraining.objectives import BalancedObjective
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep
 
 pytestmark = [
     pytest.mark.gpu,

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wfnet import gates, tables
+from wfnet import gate_tables as tables
+from wfnet import gates
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from wfnet.backends import (
 )
 from wfnet.backends.cuda_launch import Axis, Gradient, Layer, Want
 from wfnet.backends.winners import winner_conv2d, winner_linear
-from wfnet.tables import GatedLayer, GateTables, StepTables, side_by_side
+from wfnet.gate_tables import GatedLayer, GateTables, StepTables, side_by_side
 
 _MOST_LABELS = 16
 _MOST_ROWS = 2**31

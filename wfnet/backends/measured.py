@@ -25,8 +25,8 @@ from wfnet.backends import (
     PoolGeometry,
     winners,
 )
+from wfnet.gate_tables import GatedLayer, GateTables
 from wfnet.gates import gather_samples
-from wfnet.tables import GatedLayer, GateTables
 
 FORWARD, DGRAD = "fused_conv2d", "conv2d_dgrad"
 

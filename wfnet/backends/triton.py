@@ -15,7 +15,7 @@ from torch import Tensor
 
 from wfnet.backends import Backend, Below, ConvGeometry, Finished, PoolGeometry, gates
 from wfnet.backends.winners import winner_conv2d, winner_linear
-from wfnet.tables import GatedLayer, GateTables, StepTables
+from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 
 try:
     import triton

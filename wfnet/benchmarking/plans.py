@@ -29,9 +29,9 @@ from wfnet.backends import (
 )
 from wfnet.backends.measured import DGRAD, FORWARD, shared_dgrad, shared_forward
 from wfnet.benchmarking.floors import Rates
-from wfnet.benchmarking.layers import Work
+from wfnet.benchmarking.layer_calls import Work
 from wfnet.benchmarking.steps import Problem
-from wfnet.tables import GatedLayer, GateTables
+from wfnet.gate_tables import GatedLayer, GateTables
 
 logger = logging.getLogger("wfnet")
 

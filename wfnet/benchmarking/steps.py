@@ -25,11 +25,12 @@ from wfnet.benchmarking.timing import (
     peak_mebibytes,
     timed,
 )
-from wfnet.expansion import ExpandedBatch, expand, generator_for
-from wfnet.objectives import BalancedObjective, full_precision
-from wfnet.optimizers import RowAdam
-from wfnet.step import UntrainingStep, refuse_capture
-from wfnet.tables import flatten_filters
+from wfnet.gate_tables import flatten_filters
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.expansion import ExpandedBatch, expand
+from wfnet.untraining.objectives import BalancedObjective, full_precision
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep, refuse_capture
 
 logger = logging.getLogger("wfnet")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from wfnet.backends import winners
 from wfnet.backends.winners import Entry
-from wfnet.pretrained import write_atomically
+from wfnet.services.files import write_atomically
 
 
 def add_winners(path: Path, measurements: Iterable[Entry]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from wfnet.cli import bake, baseline, bench, demo, evaluate, report, train, trust, untrain
 from wfnet.cli.options import HelpFormatter, add_help_options, fill_from_files
-from wfnet.distributed import launched, launched_rank
+from wfnet.services.ranks import launched, launched_rank
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")

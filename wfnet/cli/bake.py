@@ -30,7 +30,7 @@ from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
 from wfnet.data import batches, multi_hot_of
 from wfnet.gates import gate_rows
 from wfnet.network import CUT_LOGIT, WFNet
-from wfnet.pretrained import write_atomically, write_json, write_tensors
+from wfnet.services.files import write_atomically, write_json, write_tensors
 from wfnet.trust import TrustSettings, check_export, removal
 
 logger = logging.getLogger("wfnet")

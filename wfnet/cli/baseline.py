@@ -43,7 +43,7 @@ from wfnet.cli.train import (
     recorded_training,
 )
 from wfnet.data import multi_hot_of
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 FOLDER = "baselines"
 EXAMPLE = """example:

@@ -29,7 +29,7 @@ from wfnet.benchmarking.timing import choose_convolutions_by_trial, commit, devi
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
 from wfnet.cli.options import HelpFormatter, key_value, whole
-from wfnet.pretrained import write_atomically
+from wfnet.services.files import write_atomically
 from wfnet.version import __version__
 
 EXAMPLE = """example:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from wfnet import models
 from wfnet.data import model_data_config
-from wfnet.extras import require
 from wfnet.network import find_head
-from wfnet.pretrained import read_tensors
+from wfnet.services.extras import require
+from wfnet.services.files import read_tensors
 
 SMALL_IMAGE_SIZE = 32
 _TORCHVISION = ("torchvision/", "tv.")

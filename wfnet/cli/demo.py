@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from wfnet import models
-from wfnet.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.cli.bake import baked_name, save_baked, verify
 from wfnet.cli.classifier import load_weights
 from wfnet.cli.drawing import draw_report, draw_training
@@ -34,14 +33,16 @@ from wfnet.cli.runs import (
     versions,
     write_run,
 )
-from wfnet.confusion import confusion_change
 from wfnet.data import Splits, open_data
 from wfnet.evaluation import EvaluationResult, evaluate
+from wfnet.evaluation.confusion import confusion_change
 from wfnet.network import WFNet
-from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_tensors
-from wfnet.report import REPORT, write_report
+from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
+from wfnet.report.contents import REPORT, write_report
+from wfnet.services.files import write_tensors
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
-from wfnet.untraining import UntrainConfig, untrain
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
+from wfnet.untraining.loop import UntrainConfig, untrain
 from wfnet.wrapping import wrap
 
 logger = logging.getLogger("wfnet")

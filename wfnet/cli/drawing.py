@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from wfnet.attribution import AttributionRecord, AttributionResult
 from wfnet.cli.runs import CURVES, FIGURES
-from wfnet.confusion import ConfusionChange
 from wfnet.evaluation import EvaluationResult
+from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
+from wfnet.evaluation.confusion import ConfusionChange
 from wfnet.network import WFNet
 from wfnet.trust import TrustResult
 
@@ -113,4 +113,4 @@ def _figures() -> ModuleType | None:
     if importlib.util.find_spec("matplotlib") is None:
         logger.warning("no figures: matplotlib is not installed (`pip install wfnet[viz]`)")
         return None
-    return importlib.import_module("wfnet.figures")
+    return importlib.import_module("wfnet.report.figures")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from wfnet.attribution import ORDERS, attribution
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.drawing import draw_evaluation
 from wfnet.cli.inputs import (
@@ -35,7 +34,6 @@ from wfnet.cli.options import (
 )
 from wfnet.cli.runs import check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
-from wfnet.distributed import Ranks, joined, local_device
 from wfnet.evaluation import (
     EvaluationResult,
     choose_groups,
@@ -43,17 +41,19 @@ from wfnet.evaluation import (
     evaluate_groups,
     evaluate_multi_label,
 )
-from wfnet.evaluation.tables import (
+from wfnet.evaluation.attribution import ORDERS, attribution
+from wfnet.evaluation.metrics import ZRF_MODES
+from wfnet.evaluation.paper_tables import (
     check_baselines,
     make_tables,
     published,
     published_cell,
     read_baselines,
 )
-from wfnet.metrics import ZRF_MODES
+from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.network import WFNet
-from wfnet.pretrained import write_json
-from wfnet.relearning import RelearnConfig, relearn_times
+from wfnet.services.files import write_json
+from wfnet.services.ranks import Ranks, joined, local_device
 
 EXAMPLE = """example:
   wfnet evaluate runs/r50                   (network and data as `wfnet untrain` recorded them)

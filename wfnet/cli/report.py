@@ -17,10 +17,10 @@ from wfnet.cli.options import (
     whole,
 )
 from wfnet.cli.runs import CONFUSION, RUN_FILE, check_writable, read_run
-from wfnet.confusion import ConfusionChange, confusion_change
 from wfnet.data import multi_hot_of
+from wfnet.evaluation.confusion import ConfusionChange, confusion_change
 from wfnet.network import WFNet
-from wfnet.report import Contents, read_contents, retrained_records, write_report
+from wfnet.report.contents import Contents, read_contents, retrained_records, write_report
 
 EXAMPLE = """example:
   wfnet report runs/r50

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from wfnet.checkpoints import CHECKPOINT_NAME
-from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, write_json
+from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
+from wfnet.services.files import write_json
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.version import __version__
 
 RUN_FILE = "config.json"

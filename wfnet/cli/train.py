@@ -23,7 +23,7 @@ from wfnet.cli.options import (
 )
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, write_run
 from wfnet.data import labels_of
-from wfnet.pretrained import write_tensors
+from wfnet.services.files import write_tensors
 from wfnet.training import LEARNING_RATES, SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 
 logger = logging.getLogger("wfnet")

@@ -33,7 +33,8 @@ from wfnet.cli.runs import check_writable
 from wfnet.data import Dataset
 from wfnet.evaluation.partial import data_identity
 from wfnet.execution_order import execution_order
-from wfnet.pretrained import FILTERS_NAME, fingerprint, read_tensors
+from wfnet.pretrained import FILTERS_NAME
+from wfnet.services.files import fingerprint, read_tensors
 
 EXAMPLE = """example:
   wfnet trust runs/r50 --classes 3 281

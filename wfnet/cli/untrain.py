@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.checkpoints import Checkpoints
 from wfnet.cli.chosen_images import add_list_options, untraining_images
 from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
@@ -51,11 +50,12 @@ from wfnet.data import (
     multi_hot_of,
     select,
 )
-from wfnet.distributed import Ranks, joined, local_device
-from wfnet.extras import require
-from wfnet.memory import filter_memory, step_memory
 from wfnet.network import WFNet
-from wfnet.untraining import UntrainConfig, UntrainResult, untrain
+from wfnet.services.extras import require
+from wfnet.services.ranks import Ranks, joined, local_device
+from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.loop import UntrainConfig, UntrainResult, untrain
+from wfnet.untraining.memory import filter_memory, step_memory
 from wfnet.wrapping import QKV_ALPHA_INIT, wrap
 
 logger = logging.getLogger("wfnet")

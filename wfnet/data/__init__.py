@@ -12,7 +12,7 @@ from wfnet.data.dataset import (
 )
 from wfnet.data.folder import ImageFiles
 from wfnet.data.loading import CorruptImages, batches, corrupt_limit
-from wfnet.data.multilabel import MultiLabelFiles, MultiLabelTensors, multi_hot_of
+from wfnet.data.multi_hot import MultiLabelFiles, MultiLabelTensors, multi_hot_of
 from wfnet.data.open import folder_classes, open_data
 from wfnet.data.shards import ImageShards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset, stratified_split

@@ -30,8 +30,8 @@ from wfnet.data.dali import DaliReader
 from wfnet.data.dataset import Batch, CorruptImage, name_of
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.transforms import evaluation_transform, training_transform
-from wfnet.extras import require
-from wfnet.transfer import sent, sent_beside
+from wfnet.services.device_copies import sent, sent_beside
+from wfnet.services.extras import require
 
 logger = logging.getLogger("wfnet")
 

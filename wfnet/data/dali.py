@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wfnet.data.dataset import CorruptImage
 from wfnet.data.encoded import EncodedImages
-from wfnet.extras import require
+from wfnet.services.extras import require
 
 Pixels = tuple[Tensor, Tensor, Tensor]  # [n, C, S, S] uint8, labels [n], indices [n]
 Corrupt = list[tuple[str, str]]  # name and reason

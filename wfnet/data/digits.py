@@ -5,7 +5,7 @@ import torch
 from wfnet.data.dataset import Dataset
 from wfnet.data.splits import split_dataset
 from wfnet.data.tensor_images import TensorImages
-from wfnet.extras import require
+from wfnet.services.extras import require
 
 MEAN, STD = (0.3053,), (0.3761,)
 TEST_FRACTION = 0.2

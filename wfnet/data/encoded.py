@@ -10,7 +10,7 @@ from torch import Tensor
 from wfnet.data.dataset import CorruptImage
 from wfnet.data.loading import is_decoding_error
 from wfnet.data.transforms import Transform
-from wfnet.extras import require
+from wfnet.services.extras import require
 
 # What file names end in; other files are no images.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")

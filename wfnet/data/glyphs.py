@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from wfnet.data.dataset import Dataset
 from wfnet.data.splits import Splits, split_dataset
 from wfnet.data.tensor_images import TensorImages
-from wfnet.extras import require
+from wfnet.services.extras import require
 
 DIGITS = "0123456789"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

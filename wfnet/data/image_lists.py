@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wfnet.data.dataset import Dataset, classes_of, labels_of, name_of
 from wfnet.data.splits import limit_per_class
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 FORMAT = 1
 

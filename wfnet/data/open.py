@@ -12,7 +12,7 @@ from wfnet.data.cache import CachedImages
 from wfnet.data.dataset import Dataset
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.folder import ImageFiles, class_folders
-from wfnet.data.multilabel import MultiLabelFiles, find_labels
+from wfnet.data.multi_hot import MultiLabelFiles, find_labels
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
 from wfnet.data.transforms import (
@@ -55,7 +55,7 @@ def open_data(
                  `glyphs10`, `glyphs26`, `glyphs100` (rendered), else a folder with `train/<class>/`
                  and `val/<class>/`, or with WebDataset shards (`train/*.tar` or `*train*.tar`, and
                  `val`), or with `train/labels.csv` beside images of several labels each
-                 (`wfnet.data.multilabel`); a relative folder is looked for in `data_dir` first.
+                 (`wfnet.data.multi_hot`); a relative folder is looked for in `data_dir` first.
     image_size, channels: of the tensors; default 32 pixels for the named sets, 224 for folders.
     mean, std:   per channel, on a scale of 0 to 1; default: the data set's own, ImageNet's for
                  folders.

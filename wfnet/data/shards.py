@@ -24,7 +24,7 @@ import torch
 from wfnet.data.cache import cache_folder
 from wfnet.data.encoded import EXTENSIONS, EncodedImages
 from wfnet.data.transforms import Transform
-from wfnet.pretrained import read_tensors, write_tensors
+from wfnet.services.files import read_tensors, write_tensors
 
 logger = logging.getLogger("wfnet")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.extras import require
+from wfnet.services.extras import require
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -2,13 +2,13 @@
 
 from wfnet.evaluation.groups import GroupRecord, GroupResult, choose_groups, evaluate_groups
 from wfnet.evaluation.initialisation import reinitialise
-from wfnet.evaluation.models import evaluate_models
-from wfnet.evaluation.multilabel import (
+from wfnet.evaluation.multilabel_rows import (
     MultiLabelRecord,
     MultiLabelResult,
     average_precision,
     evaluate_multi_label,
 )
+from wfnet.evaluation.plain_models import evaluate_models
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts, Scores
 from wfnet.evaluation.rows import evaluate
 

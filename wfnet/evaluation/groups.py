@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet import metrics
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation import metrics
+from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.evaluation.rows import broken_logits
-from wfnet.evaluation.running import Progress, as_input, evaluation_mode
 from wfnet.network import WFNet
 
 _GROUPS_TOGETHER = 64

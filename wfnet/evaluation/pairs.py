@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wfnet import metrics
+from wfnet.evaluation import metrics
 
 # Images whose rows are drawn together: bounds the memory of the random keys (images x rows).
 _DRAWN_TOGETHER = 1024

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from wfnet.data import Dataset, classes_of, labels_of
-from wfnet.data.multilabel import multi_hot_of
+from wfnet.data.multi_hot import multi_hot_of
 from wfnet.network import WFNet
-from wfnet.pretrained import fingerprint, write_json
+from wfnet.services.files import fingerprint, write_json
 
 FORMAT = 1
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from wfnet import metrics
-from wfnet.pretrained import write_atomically, write_json
+from wfnet.evaluation import metrics
+from wfnet.services.files import write_atomically, write_json
 
 FORMAT = 1
 
@@ -24,9 +24,9 @@ class Scores:
     """The measures of one row, or their means over rows; all are fractions in [0, 1].
 
     Attributes:
-        acc_r, acc_f: :func:`wfnet.metrics.accuracy_retain` and ``accuracy_forget``.
+        acc_r, acc_f: :func:`wfnet.evaluation.metrics.accuracy_retain` and ``accuracy_forget``.
         acc_r_top5, acc_f_top5: the same with the true class among the five largest logits.
-        zrf: :func:`wfnet.metrics.zrf`, in the log base that stands in the result.
+        zrf: :func:`wfnet.evaluation.metrics.zrf`, in the log base that stands in the result.
     """
 
     acc_r: float

@@ -1,7 +1,7 @@
 """Evaluation of a filtered network: every class in mixed batches, one record per class.
 
 A batch holds (image, row) pairs: the same images under many rows of the filter matrices. The
-measures themselves are defined in :mod:`wfnet.metrics`.
+measures themselves are defined in :mod:`wfnet.evaluation.metrics`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from wfnet import metrics
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
-from wfnet.distributed import Ranks
+from wfnet.evaluation import metrics
+from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pairs import (
     Hits,
@@ -32,9 +32,9 @@ from wfnet.evaluation.pairs import (
 )
 from wfnet.evaluation.partial import check_identity, data_identity, network_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
-from wfnet.evaluation.running import Progress, as_input, evaluation_mode
 from wfnet.network import WFNet
-from wfnet.pretrained import fingerprint, read_tensors, write_tensors
+from wfnet.services.files import fingerprint, read_tensors, write_tensors
+from wfnet.services.ranks import Ranks
 from wfnet.version import __version__
 
 # Lists of a run that grow by one tensor per chunk of images.
@@ -85,13 +85,14 @@ def evaluate(
             counted in ``settings["corrupt_images"]``.
         amp_dtype: autocast dtype, for example torch.bfloat16; None for none.
         channels_last: send images in channels-last layout.
-        zrf_mode: one of :data:`wfnet.metrics.ZRF_MODES`: how other code departs from ZRF's
+        zrf_mode: one of :data:`wfnet.evaluation.metrics.ZRF_MODES`: how other code departs from
+        ZRF's
             definition, to compare with its numbers.
         records: safetensors file in which the counts so far are kept: an interrupted call goes on
             there, and one that was finished gives its result again. Several ranks have a file each
             beside it.
         ranks: processes that share the images, each evaluating a part of them
-            (:class:`wfnet.distributed.Ranks`); all get the result of one process, bit by bit in
+            (:class:`wfnet.services.ranks.Ranks`); all get the result of one process, bit by bit in
             its counts. By default this process evaluates alone.
 
     Raises:

@@ -1,7 +1,8 @@
 """A fused plan for a frozen, masked network: one autograd node, one pass per convolution.
 
 Everything that follows a convolution in a frozen network folds into two tables per sample and
-channel (design: ``out = act(A * u + C + residual)``; :mod:`wfnet.tables`). :func:`make_plan` finds
+channel (design: ``out = act(A * u + C + residual)``; :mod:`wfnet.gate_tables`). :func:`make_plan`
+finds
 what folds, :class:`PlanNetwork` executes it. Its backward needs no layer input: one branch per
 convolution is kept, and a mask where a residual decides about the ReLU. Every input-gradient GEMM
 finishes the layer below it (:meth:`wfnet.backends.Backend.conv2d_dgrad`), so that between two GEMMs
@@ -12,7 +13,7 @@ Networks that mask linear maps (transformers) keep their own operations: :class:
 what comes before the first mask once per source image, gates of all layers come from one table, and
 what attention would keep of a masked result is computed again. :class:`CompiledNetwork`, and the
 trunk on request, let ``torch.compile`` fuse what lies between convolutions or products. All are
-called and run in one way (:mod:`wfnet.fusion.running`).
+called and run in one way (:mod:`wfnet.fusion.run`).
 
 None changes anything in the module: tree, hooks and state-dict keys stay as they are.
 """
@@ -21,7 +22,7 @@ from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.cut import split_at_first_mask
 from wfnet.fusion.execution import PlanNetwork, backend_for, check_plan
 from wfnet.fusion.plan import CallStep, ConvStep, NotFusable, Plan, make_plan
-from wfnet.fusion.running import FusedNetwork
+from wfnet.fusion.run import FusedNetwork
 from wfnet.fusion.trunk import TrunkNetwork
 
 __all__ = [

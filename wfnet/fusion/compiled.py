@@ -21,7 +21,7 @@ from wfnet.backends import ConvGeometry
 from wfnet.backends.eager import conv2d_input_gradient
 from wfnet.fusion.execution import PlanNetwork, TableRun, max_pool_window
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
-from wfnet.fusion.running import CompiledGraph, Run, write_sums
+from wfnet.fusion.run import CompiledGraph, Run, write_sums
 from wfnet.operators import memory_format_of
 
 

@@ -16,10 +16,10 @@ from wfnet.backends import Below, Finished, FusedConvolutions, PoolGeometry, win
 from wfnet.backends.measured import Convolution, PlanWinners
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
 from wfnet.fusion.rewriting import is_hooked
-from wfnet.fusion.running import FusedNetwork, Run
+from wfnet.fusion.run import FusedNetwork, Run
+from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
-from wfnet.tables import GatedLayer, GateTables, StepTables
 
 logger = logging.getLogger("wfnet")
 

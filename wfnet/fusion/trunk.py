@@ -6,7 +6,7 @@ differentiated; the tensors that cross the cut are expanded to the samples there
 of masked layers, which read source images and expand their result.
 
 The rest is the network's own operations, with scales and shifts of all masked layers from one
-table (:mod:`wfnet.tables`). :class:`TrunkRun` runs it in one of three ways:
+table (:mod:`wfnet.gate_tables`). :class:`TrunkRun` runs it in one of three ways:
 
 - as it is: a masked layer keeps its branch ``u``, from which its result ``scale * u + shift`` is
   computed again when attention wants it in backward. What attention would keep of it, query, key
@@ -31,10 +31,10 @@ from wfnet import backends, functional, gates
 from wfnet.backends import Backend
 from wfnet.fusion.cut import MaskedCall, Part
 from wfnet.fusion.plan import NotFusable
-from wfnet.fusion.running import CompiledGraph, FusedNetwork, Run, write_sums
+from wfnet.fusion.run import CompiledGraph, FusedNetwork, Run, write_sums
+from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
-from wfnet.tables import GatedLayer, GateTables, StepTables
 
 
 class TrunkNetwork(FusedNetwork):

@@ -14,7 +14,7 @@ of what an attacker can do: a stronger attack may exist.
 """
 
 from wfnet.trust.export import ExportCheck, check_export
-from wfnet.trust.running import (
+from wfnet.trust.runner import (
     CHECKS,
     TrustRecord,
     TrustResult,

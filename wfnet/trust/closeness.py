@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet import metrics
+from wfnet.evaluation import metrics
 from wfnet.trust.subject import Subject
 
 TITLE = "Closeness to retraining"

@@ -27,9 +27,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.evaluation.running import evaluation_mode
-from wfnet.extras import require
+from wfnet.evaluation.forward import evaluation_mode
 from wfnet.network import find_head
+from wfnet.services.extras import require
 from wfnet.trust.subject import BATCH, Subject
 
 TITLE = "Linear probes"

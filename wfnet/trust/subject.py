@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.data import Dataset, batches, labels_of, multi_hot_of
-from wfnet.evaluation.running import evaluation_mode
+from wfnet.evaluation.forward import evaluation_mode
 
 BATCH = 256
 

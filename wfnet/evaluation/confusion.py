@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation.forward import Progress, evaluation_mode
 from wfnet.evaluation.pairs import Pairing, check_classes, check_settings
-from wfnet.evaluation.running import Progress, evaluation_mode
 from wfnet.network import WFNet
-from wfnet.pretrained import write_json
+from wfnet.services.files import write_json
 
 FORMAT = 1
 

@@ -1,7 +1,8 @@
 """One untraining step on a device: expanded batch in, gradients of all filters, filters moved.
 
 The step works on one ``[K, total]`` matrix of filters and one of gradients
-(:func:`wfnet.tables.flatten_filters`). Where the network is fused, the gradients are written there
+(:func:`wfnet.gate_tables.flatten_filters`). Where the network is fused, the gradients are written
+there
 directly: autograd sees the loss as a function of logits only. Nothing in a step reads device data
 on the host and no shape depends on labels, so that on a CUDA device it is captured as a CUDA graph:
 images, forget labels, sources and targets are copied into static buffers and the graph is replayed.
@@ -22,12 +23,12 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor
 
-from wfnet.expansion import ExpandedBatch
+from wfnet.gate_tables import flat_matrix
 from wfnet.network import WFNet
-from wfnet.objectives import Losses, Objective, full_precision
-from wfnet.optimizers import RowAdam, clip_filters
-from wfnet.tables import flat_matrix
-from wfnet.transfer import ready_for
+from wfnet.services.device_copies import ready_for
+from wfnet.untraining.expansion import ExpandedBatch
+from wfnet.untraining.objectives import Losses, Objective, full_precision
+from wfnet.untraining.optimizers import RowAdam, clip_filters
 
 logger = logging.getLogger("wfnet")
 
@@ -42,7 +43,7 @@ class UntrainingStep:
 
     Args:
         net: its filters must be columns of one matrix (inside
-            :func:`wfnet.tables.flatten_filters`).
+            :func:`wfnet.gate_tables.flatten_filters`).
         objective: what the step minimises.
         optimizer: over ``net.filter_parameters()``: a :class:`RowAdam`, or any other.
         amp: autocast dtype, or None.
@@ -75,7 +76,7 @@ class UntrainingStep:
         if filters is None:
             raise ValueError(
                 "the filter matrices are not columns of one matrix; make the step inside "
-                "`with wfnet.tables.flatten_filters(net.filter_parameters()):`"
+                "`with wfnet.gate_tables.flatten_filters(net.filter_parameters()):`"
             )
         reason = refuse_capture(net, optimizer) if capture else None
         if reason is not None:

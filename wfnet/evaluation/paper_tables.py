@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from wfnet.evaluation.groups import GroupResult
 from wfnet.evaluation.results import EvaluationResult, base_name
-from wfnet.pretrained import write_atomically, write_json
+from wfnet.services.files import write_atomically, write_json
 
 if TYPE_CHECKING:
-    from wfnet.attribution import AttributionResult
-    from wfnet.relearning import RelearnResult
+    from wfnet.evaluation.attribution import AttributionResult
+    from wfnet.evaluation.relearning import RelearnResult
 
 FORMAT = 1
 METHODS = {

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet import gates
-from wfnet.expansion import ExpandedBatch
+from wfnet.gate_tables import side_by_side
 from wfnet.network import WFNet
-from wfnet.tables import side_by_side
+from wfnet.untraining.expansion import ExpandedBatch
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,19 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wfnet.data import CorruptImages, Dataset, batches
-from wfnet.data.multilabel import multi_hot_of
-from wfnet.evaluation.multilabel import average_precision
-from wfnet.expansion import ExpandedBatch, generator_for
+from wfnet.data.multi_hot import multi_hot_of
+from wfnet.evaluation.multilabel_rows import average_precision
 from wfnet.network import WFNet
-from wfnet.objectives import BalancedObjective, Losses, Objective, PaperObjective, full_precision
-from wfnet.validation import Validation
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.expansion import ExpandedBatch
+from wfnet.untraining.objectives import (
+    BalancedObjective,
+    Losses,
+    Objective,
+    PaperObjective,
+    full_precision,
+)
+from wfnet.untraining.validation import Validation
 
 # Rows that are looked at in a validation: an average precision needs every image under its row.
 _VALIDATED_ROWS = 16
@@ -34,7 +41,8 @@ def expand_multi_label(
     share_images: bool = False,
     forget_size: int | None = None,
 ) -> ExpandedBatch:
-    """Expands a minibatch of multi-label images (:func:`wfnet.expansion.expand` for one label).
+    """Expands a minibatch of multi-label images (:func:`wfnet.untraining.expansion.expand` for one
+    label).
 
     Args:
         multi_hot: ``[n, K]`` bool, true labels; every image has one and lacks one.

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from wfnet import backends
-from wfnet.tables import flat_matrix, side_by_side
-from wfnet.transfer import sent
+from wfnet.gate_tables import flat_matrix, side_by_side
+from wfnet.services.device_copies import sent
 
 logger = logging.getLogger("wfnet")
 
@@ -26,8 +26,8 @@ class RowAdam(torch.optim.Optimizer):
 
     All matrices are updated together as one ``[K, sum O_i]`` matrix: a dozen tensor operations for
     any number of layers, none of which waits for a device. Nothing is copied for it where they are
-    views of such a matrix (:func:`wfnet.tables.flatten_filters`); on a CUDA device a captured step
-    is then one pass over the rows that occurred (:mod:`wfnet.kernels.row_adam`).
+    views of such a matrix (:func:`wfnet.gate_tables.flatten_filters`); on a CUDA device a captured
+    step is then one pass over the rows that occurred (:mod:`wfnet.kernels.row_adam`).
 
     Filters in bfloat16 have moments in bfloat16. A step is computed in fp32, some rows at a time,
     and rounded stochastically: an update of less than half a unit in the last place, which

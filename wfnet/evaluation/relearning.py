@@ -3,7 +3,8 @@
 Paper, section "Measures": the unlearned model (baked, all weights trainable) is fine-tuned on 500
 random training samples an epoch until it regains the original network's accuracy on the class, at
 most 100 epochs. The mean over classes is reported, and how many classes never regained it
-(:func:`wfnet.metrics.relearn_time`). The paper names no optimiser: ours stands in every result.
+(:func:`wfnet.evaluation.metrics.relearn_time`). The paper names no optimiser: ours stands in every
+result.
 
 Ordinary fine-tuning updates the running statistics of BatchNorm, and for a network with BatchNorm
 that alone may bring the class back, at any learning rate: the statistics were frozen when its
@@ -25,13 +26,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet import metrics
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation import metrics
+from wfnet.evaluation.forward import evaluation_mode
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
-from wfnet.evaluation.running import evaluation_mode
-from wfnet.expansion import generator_for
 from wfnet.network import WFNet
+from wfnet.services.seeds import generator_for
 from wfnet.training import progress_bar
 
 logger = logging.getLogger("wfnet")

@@ -4,8 +4,8 @@ Paper, section "Measures". *Insertion* starts from the learned row of class c an
 sets the most relevant gates (lowest learned values first, in every matrix the same share) back to
 1. *Deletion* starts from all gates at 1 and sets the same gates to 0. At each step: confidence in
 the true class on samples of c, divided by the original network's and capped at 1
-(:func:`wfnet.metrics.confidence_kept`). The score is the area under that curve; good is near 1 for
-insertion and near 0 for deletion. A random order is shown beside it.
+(:func:`wfnet.evaluation.metrics.confidence_kept`). The score is the area under that curve; good is
+near 1 for insertion and near 0 for deletion. A random order is shown beside it.
 
 All steps of several classes go through the network at once, in mixed batches: every (class, curve,
 step) is a row of temporary filter matrices, which hold exactly the learned entry, the entry whose
@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet import gates, metrics
+from wfnet import gates
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation import metrics
+from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
-from wfnet.evaluation.running import Progress, as_input, evaluation_mode
-from wfnet.expansion import generator_for
 from wfnet.network import WFNet
+from wfnet.services.seeds import generator_for
 
 ORDERS = ("lowest", "farthest")
 CURVES = ("insertion", "deletion", "insertion_random", "deletion_random")

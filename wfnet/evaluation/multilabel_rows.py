@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit
-from wfnet.data.multilabel import multi_hot_of
+from wfnet.data.multi_hot import multi_hot_of
+from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.evaluation.rows import broken_logits
-from wfnet.evaluation.running import Progress, as_input, evaluation_mode
-from wfnet.extras import require
 from wfnet.network import WFNet
-from wfnet.pretrained import write_atomically, write_json
+from wfnet.services.extras import require
+from wfnet.services.files import write_atomically, write_json
 from wfnet.version import __version__
 
 FORMAT = 1
@@ -159,7 +159,7 @@ def evaluate_multi_label(
 
     Args:
         net: the filtered network.
-        dataset: with ``multi_hot`` (:mod:`wfnet.data.multilabel`).
+        dataset: with ``multi_hot`` (:mod:`wfnet.data.multi_hot`).
         classes: labels to forget; by default all that some image has.
         rows_together: rows whose scores are in memory at once, ``[N, K]`` each.
         batch_size, records, progress, workers, max_corrupt, amp_dtype, channels_last: as in

@@ -22,7 +22,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from wfnet.pretrained import read_tensors, write_tensors
+from wfnet.services.files import read_tensors, write_tensors
 
 logger = logging.getLogger("wfnet")
 

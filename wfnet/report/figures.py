@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from wfnet.attribution import AttributionResult
-from wfnet.confusion import ConfusionChange
 from wfnet.evaluation import ClassRecord, EvaluationResult
+from wfnet.evaluation.attribution import AttributionResult
+from wfnet.evaluation.confusion import ConfusionChange
 from wfnet.execution_order import execution_order
-from wfnet.extras import require
 from wfnet.network import WFNet
-from wfnet.pretrained import write_atomically
+from wfnet.services.extras import require
+from wfnet.services.files import write_atomically
 from wfnet.trust import CHECKS, TrustResult
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> No
     """Draws insertion and deletion curves: mean over classes, spread, and a random order.
 
     Args:
-        result: of :func:`wfnet.attribution.attribution`.
+        result: of :func:`wfnet.evaluation.attribution.attribution`.
         path: file to write.
 
     Raises:
@@ -331,7 +331,7 @@ def confusion(change: ConfusionChange, path: str | os.PathLike) -> None:
     classes by name.
 
     Args:
-        change: of :func:`wfnet.confusion.confusion_change`.
+        change: of :func:`wfnet.evaluation.confusion.confusion_change`.
         path: file to write.
 
     Raises:

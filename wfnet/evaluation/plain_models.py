@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet import metrics
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.evaluation import metrics
+from wfnet.evaluation.forward import evaluation_mode
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pairs import Hits, accuracies, check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
 from wfnet.evaluation.rows import broken_logits
-from wfnet.evaluation.running import evaluation_mode
-from wfnet.pretrained import fingerprint
+from wfnet.services.files import fingerprint
 from wfnet.training import progress_bar
 from wfnet.version import __version__
 

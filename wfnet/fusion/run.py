@@ -2,7 +2,8 @@
 
 A :class:`FusedNetwork` makes a :class:`Run` for every batch: forward, then the filters' gradients
 from that of the logits. Called as a function it is one autograd node around such a run
-(:class:`wfnet.step.UntrainingStep` uses runs directly, and has the gradients written in place).
+(:class:`wfnet.untraining.step.UntrainingStep` uses runs directly, and has the gradients written in
+place).
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from wfnet.gate_tables import GateTables, StepTables
 from wfnet.layers import MaskedLayer
-from wfnet.tables import GateTables, StepTables
 
 logger = logging.getLogger("wfnet")
 

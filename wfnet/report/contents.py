@@ -22,13 +22,14 @@ from types import ModuleType
 from typing import Any
 
 from wfnet.evaluation import ClassRecord, EvaluationResult
+from wfnet.evaluation.metrics import TOP_K
+from wfnet.evaluation.paper_tables import read_baselines
 from wfnet.evaluation.results import base_name
-from wfnet.evaluation.tables import read_baselines
-from wfnet.metrics import TOP_K
-from wfnet.pretrained import FILTERS_NAME, write_atomically
-from wfnet.report_page import cell, number, page, percent, sortable_table, table
+from wfnet.pretrained import FILTERS_NAME
+from wfnet.report.page import cell, number, page, percent, sortable_table, table
+from wfnet.services.files import write_atomically
 from wfnet.trust import CHECKS, TrustResult
-from wfnet.trust.relearning import describe as describe_relearning
+from wfnet.trust.relearn import describe as describe_relearning
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")

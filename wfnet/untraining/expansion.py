@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfnet.transfer import sent
-
-_MASK64 = (1 << 64) - 1
+from wfnet.services.device_copies import sent
+from wfnet.services.seeds import generator_for
 
 
 @dataclass(frozen=True)
@@ -126,18 +125,6 @@ def expand(
         target=labels[source],
         forget_size=len(forgetting),
     )
-
-
-def generator_for(*key: int) -> torch.Generator:
-    """A generator of its own for every key, for example ``(seed, stream, step)``."""
-    state = 0
-    for part in key:
-        state = (state ^ (part & _MASK64)) + 0x9E3779B97F4A7C15 & _MASK64
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & _MASK64
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & _MASK64
-        state ^= state >> 31
-    # The generator uses 32 bits of its seed.
-    return torch.Generator().manual_seed((state ^ (state >> 32)) & 0xFFFFFFFF)
 
 
 class Sampler(ABC):

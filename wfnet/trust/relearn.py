@@ -1,6 +1,7 @@
 """Relearning: how soon does fine-tuning bring the class back?
 
-All weights of a copy are fine-tuned (:func:`wfnet.relearning.relearn`: SGD as for the relearn time,
+All weights of a copy are fine-tuned (:func:`wfnet.evaluation.relearning.relearn`: SGD as for the
+relearn time,
 BatchNorm as in ordinary training) for a number of steps on training images that an attacker may
 have:
 
@@ -26,7 +27,7 @@ import torch
 from torch import nn
 
 from wfnet.data.tensor_images import TensorImages
-from wfnet.relearning import RelearnConfig, relearn
+from wfnet.evaluation.relearning import RelearnConfig, relearn
 from wfnet.trust.subject import Sample, Subject
 
 TITLE = "Relearning"

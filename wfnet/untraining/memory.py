@@ -16,12 +16,13 @@ from functools import partial
 
 import torch
 
-from wfnet.expansion import expand, generator_for
+from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
-from wfnet.objectives import BalancedObjective, Objective
-from wfnet.optimizers import RowAdam
-from wfnet.step import UntrainingStep
-from wfnet.tables import flatten_filters
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.expansion import expand
+from wfnet.untraining.objectives import BalancedObjective, Objective
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep
 
 
 @dataclass(frozen=True)

@@ -25,36 +25,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.checkpoints import Checkpoints
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
 from wfnet.data.loading import LostWorker
-from wfnet.data.multilabel import multi_hot_of
-from wfnet.distributed import Part, Ranks, SharedReader, SharedStep
-from wfnet.expansion import (
+from wfnet.data.multi_hot import multi_hot_of
+from wfnet.gate_tables import flat_matrix, flatten_filters
+from wfnet.network import WFNet
+from wfnet.pretrained import assign_filters
+from wfnet.services.files import fingerprint, write_atomically, write_json
+from wfnet.services.ranks import Ranks
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.distributed import Part, SharedReader, SharedStep
+from wfnet.untraining.expansion import (
     ExpandedBatch,
     HalvesSampler,
     RoundRobinSampler,
     Sampler,
     ShuffledSampler,
     expand,
-    generator_for,
 )
-from wfnet.multilabel import MultiLabelObjective, MultiLabelValidator, expand_multi_label
-from wfnet.network import WFNet
-from wfnet.objectives import (
+from wfnet.untraining.multilabel import MultiLabelObjective, MultiLabelValidator, expand_multi_label
+from wfnet.untraining.objectives import (
     BalancedObjective,
     Losses,
     Objective,
     PaperObjective,
     full_precision,
 )
-from wfnet.optimizers import RowAdam
-from wfnet.pretrained import assign_filters, fingerprint, write_atomically, write_json
-from wfnet.step import UntrainingStep, refuse_capture
-from wfnet.stopping import Stopped, StopSignals, lost_workers_wait
-from wfnet.tables import flat_matrix, flatten_filters
-from wfnet.throughput import Throughput
-from wfnet.validation import Validation
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
+from wfnet.untraining.step import UntrainingStep, refuse_capture
+from wfnet.untraining.throughput import Throughput
+from wfnet.untraining.validation import Validation
 
 logger = logging.getLogger("wfnet")
 
@@ -72,7 +74,7 @@ class UntrainConfig:
     """Settings of :func:`untrain`; :meth:`recipe` gives the shipped ones.
 
     Attributes:
-        objective: "balanced" or "paper" (see :mod:`wfnet.objectives`).
+        objective: "balanced" or "paper" (see :mod:`wfnet.untraining.objectives`).
         steps, epochs: length of the run, one of the two. An epoch is one pass over as many images
             as the training set has.
         batch_size: images n of a minibatch, even: one half unlearns, one half is retained.
@@ -100,8 +102,8 @@ class UntrainConfig:
         max_nan_steps: steps whose loss is NaN or infinite that may be left out, with a line in the
             log each; the next one ends the run. Above 0 the host waits for every loss.
         grad_accum_steps: minibatches whose mean gradient makes one step.
-        capture: run steps as a CUDA graph (:mod:`wfnet.step`); None: where that is possible.
-        checkpoint_every: steps between checkpoints; None: at every validation.
+        capture: run steps as a CUDA graph (:mod:`wfnet.untraining.step`); None: where that is
+        possible. checkpoint_every: steps between checkpoints; None: at every validation.
         keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
 
     Raises:
@@ -173,7 +175,8 @@ class UntrainConfig:
     def recipe(cls, name: str = "balanced", num_classes: int = 10, **changes: Any) -> UntrainConfig:
         """A shipped recipe for a number of classes, with ``changes`` to single settings.
 
-        "balanced" (the default of the package): see :class:`wfnet.objectives.BalancedObjective`.
+        "balanced" (the default of the package): see
+        :class:`wfnet.untraining.objectives.BalancedObjective`.
         "paper": the authors' settings, for a ``WFNet(..., normalize_gate=False)``.
 
         Raises:
@@ -450,7 +453,7 @@ def untrain(
     """Learns the filters of all classes in one round; the best ones end up on ``net``.
 
     Called on every rank of an initialised ``torch.distributed`` group, all ranks share the run
-    (:mod:`wfnet.distributed`); the first one writes and shows progress.
+    (:mod:`wfnet.untraining.distributed`); the first one writes and shows progress.
 
     Args:
         net: a wrapped classifier on any device; training starts from its present filters.
@@ -472,7 +475,7 @@ def untrain(
         FloatingPointError: if the loss is NaN or infinite; the last good filters are on ``net``
             and saved.
         Stopped: with ``output``, after SIGTERM or SIGINT: a checkpoint of the last whole step is
-            written (:mod:`wfnet.stopping`).
+            written (:mod:`wfnet.untraining.signals`).
         OSError: if checkpoints cannot be written (on a full disk: several in a row).
         RuntimeError: for more corrupt images than ``config.max_corrupt``.
     """

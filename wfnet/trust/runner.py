@@ -20,8 +20,9 @@ import torch
 from torch import nn
 
 from wfnet.data import Splits
-from wfnet.pretrained import fingerprint, write_atomically, write_json
-from wfnet.trust import closeness, collateral, membership, probing, relearning, removal
+from wfnet.services.files import fingerprint, write_atomically, write_json
+from wfnet.trust import closeness, collateral, membership, probing, removal
+from wfnet.trust import relearn as relearning
 from wfnet.trust.subject import ImageReader, Subject, TrustSettings
 from wfnet.version import __version__
 

@@ -1,0 +1,1 @@
+"""Small shared services that stand below everything: they know nothing of networks or data."""
