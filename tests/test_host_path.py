@@ -17,7 +17,7 @@ import pretended_cuda
 from wfnet import UntrainConfig, models, untrain
 from wfnet.data import CachedImages, batches, open_data
 from wfnet.data.cache import _uniform
-from wfnet.services.device_copies import sent, sent_beside
+from wfnet.services.device_copies import to_device_async, to_device_overlapped
 from wfnet.untraining.objectives import BalancedObjective, Losses
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.throughput import Throughput
@@ -91,7 +91,7 @@ def test_losses_are_read_in_one_piece(device, image_folder):
     few, many = waits_of(device, data, 24), waits_of(device, data, 60)
     more = many - few
     assert sum(more.values()) <= 4, more
-    assert {place for _, place in more} <= {"untraining.py:_look"}
+    assert {place for _, place in more} <= {"loop.py:_look"}
 
 
 def test_a_validation_waits_for_no_batch(device, image_folder, monkeypatch):
@@ -147,22 +147,22 @@ def test_draws_of_an_image_depend_on_seed_position_and_index_alone():
 
 def test_labels_are_sent_from_page_locked_memory(device):
     labels = torch.arange(5)
-    assert torch.equal(sent(labels, "cuda").cpu(), labels)
+    assert torch.equal(to_device_async(labels, "cuda").cpu(), labels)
     assert [what for what, _ in device.waits] == ["copy to the host"]
-    assert sent(labels, "cpu") is labels
+    assert to_device_async(labels, "cpu") is labels
 
 
 def test_only_page_locked_images_are_sent_beside_the_work(device):
     images = torch.rand(2, 3)
     pinned = images.pin_memory()
     device.waits.clear()
-    moved = sent_beside(pinned, "cuda")
+    moved = to_device_overlapped(pinned, "cuda")
     assert device.waits == []
     assert device.beside == 1
     assert torch.equal(moved.cpu(), images)
-    sent_beside(images, "cuda")
+    to_device_overlapped(images, "cuda")
     assert device.beside == 1
-    assert sent_beside(images, "cpu") is images
+    assert to_device_overlapped(images, "cpu") is images
 
 
 def test_rows_that_occurred_are_given_on_the_host(device):

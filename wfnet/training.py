@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +13,8 @@ from torch.nn import functional as F
 
 from wfnet.data.loading import CorruptImages, batches, corrupt_limit
 from wfnet.data.multi_hot import multi_hot_of
-from wfnet.services.device_copies import sent
+from wfnet.services.device_copies import to_device_async
+from wfnet.services.progress import Progress
 
 logger = logging.getLogger("wfnet")
 
@@ -66,7 +66,7 @@ def fit_classifier(
     shift:     images are moved by up to that many pixels, at random, edges repeated.
     channels_last: memory format of images and weights; faster convolutions on CPU and GPU.
     amp:       autocast dtype, "bfloat16" or None; weights and loss stay in fp32.
-    progress:  a tqdm bar, if tqdm is installed and the terminal is one.
+    progress:  show a bar on a terminal, or lines in a log.
 
     Deterministic given `seed`, the number of threads and the device; the caller's random state is
     left as it is. Raises ValueError for settings that make no sense and FloatingPointError at the
@@ -97,7 +97,7 @@ def fit_classifier(
     corrupt = CorruptImages(corrupt_limit(dataset) if max_corrupt is None else max_corrupt)
     history = FitHistory()
     started = time.perf_counter()
-    bar = progress_bar(steps, "training", progress)
+    bar = Progress(steps, "training", progress)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)  # dropout
@@ -112,7 +112,9 @@ def fit_classifier(
             for batch in batches(dataset, order, workers, corrupt, pin, seed=seed, start=start):
                 if len(batch.labels) < 2:
                     continue  # corrupt images left too few for BatchNorm
-                images, labels = (sent(part, device) for part in (batch.images, batch.labels))
+                images, labels = (
+                    to_device_async(part, device) for part in (batch.images, batch.labels)
+                )
                 if shift:
                     images = shift_images(images, shift, generator)
                 if channels_last:
@@ -183,7 +185,7 @@ def accuracy(
     multi_hot = multi_hot_of(dataset)
     order, pin = torch.arange(len(dataset)).split(batch_size), device.type == "cuda"
     for batch in batches(dataset, order, workers, pin_memory=pin):
-        images = sent(batch.images, device).contiguous(memory_format=torch.channels_last)
+        images = to_device_async(batch.images, device).contiguous(memory_format=torch.channels_last)
         with _autocast(device, amp):
             logits = model(images).cpu()
         if multi_hot is None:
@@ -246,20 +248,3 @@ def _schedule(
             optimizer, max_lr=lr, total_steps=steps, pct_start=0.25, cycle_momentum=False
         )
     return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=0.01 * lr)
-
-
-class _NoBar:
-    def update(self, steps: int) -> None: ...
-    def set_postfix(self, **values: str) -> None: ...
-    def close(self) -> None: ...
-
-
-def progress_bar(steps: int, title: str, wanted: bool) -> Any:
-    """A tqdm bar on a terminal, or something that takes the same calls and shows nothing."""
-    if wanted and sys.stderr.isatty():
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return _NoBar()
-        return tqdm(total=steps, desc=title, leave=False)
-    return _NoBar()

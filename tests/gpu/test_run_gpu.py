@@ -8,7 +8,7 @@ from image_files import CLASS_NAMES, write_image
 
 from wfnet import UntrainConfig, models, untrain
 from wfnet.data import batches, open_data
-from wfnet.services.device_copies import sent_beside
+from wfnet.services.device_copies import to_device_overlapped
 from wfnet.wrapping import wrap
 
 pytestmark = [
@@ -72,6 +72,6 @@ def test_what_is_sent_beside_a_whole_run_is_there_when_it_is_read():
         host = torch.full((1 + number % 7, 3, 256, 256), number % 251, dtype=torch.uint8)
         expected.append(host.sum(dtype=torch.int64))
         busy = (busy @ busy).clamp_(-1, 1)
-        sums.append(sent_beside(host.pin_memory(), "cuda").sum(dtype=torch.int64))
+        sums.append(to_device_overlapped(host.pin_memory(), "cuda").sum(dtype=torch.int64))
         del host
     assert torch.equal(torch.stack(sums).cpu(), torch.stack(expected))

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from wfnet.cli import bake, baseline, bench, demo, evaluate, report, train, trust, untrain
 from wfnet.cli.options import HelpFormatter, add_help_options, fill_from_files
@@ -107,11 +108,10 @@ class _AboveBars(logging.StreamHandler):
     """Writes lines above a tqdm bar, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm = sys.modules.get("tqdm")
-        if tqdm is None or not self.stream.isatty():
-            super().emit(record)
+        if self.stream.isatty():
+            tqdm.write(self.format(record), file=self.stream)
         else:
-            tqdm.tqdm.write(self.format(record), file=self.stream)
+            super().emit(record)
 
 
 class _Lines(logging.Formatter):

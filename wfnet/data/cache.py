@@ -30,7 +30,7 @@ from wfnet.data.dali import DaliReader
 from wfnet.data.dataset import Batch, CorruptImage, name_of
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.transforms import evaluation_transform, training_transform
-from wfnet.services.device_copies import sent, sent_beside
+from wfnet.services.device_copies import to_device_async, to_device_overlapped
 from wfnet.services.extras import require
 
 logger = logging.getLogger("wfnet")
@@ -90,7 +90,9 @@ class Preparation:
         theta[:, 1, 1] = down
         theta[:, 0, 2] = (1 - across) * (2 * draw[:, 3] - 1)
         theta[:, 1, 2] = (1 - down) * (2 * draw[:, 4] - 1)
-        grid = F.affine_grid(sent(theta, images.device), [n, 1, self.size, self.size], False)
+        grid = F.affine_grid(
+            to_device_async(theta, images.device), [n, 1, self.size, self.size], False
+        )
         return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
@@ -257,7 +259,7 @@ class CachedImages(torch.utils.data.Dataset):
         draw = None
         if self.prepare.scale is not None:
             draw = _uniform(seed, position, indices, 5)
-        pixels = sent_beside(pixels, self.device)
+        pixels = to_device_overlapped(pixels, self.device)
         return Batch(self.prepare(pixels, draw), self.labels[indices], indices)
 
     def select(self, indices: Tensor) -> "CachedImages":
@@ -344,13 +346,15 @@ class _MemoryStore(_Store):
         return self.filled[indices]
 
     def put(self, indices: Tensor, pixels: Tensor) -> None:
-        self.pixels[sent(indices, self.pixels.device)] = sent(pixels, self.pixels.device)
+        self.pixels[to_device_async(indices, self.pixels.device)] = to_device_async(
+            pixels, self.pixels.device
+        )
         self.filled[indices] = True
 
     def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
         if self.pixels.device.type == "cpu":
             return _gathered(self.pixels, indices, pin_memory)
-        return self.pixels[sent(indices, self.pixels.device)]
+        return self.pixels[to_device_async(indices, self.pixels.device)]
 
 
 class _DiskStore(_Store):

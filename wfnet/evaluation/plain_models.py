@@ -21,7 +21,7 @@ from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
 from wfnet.evaluation.rows import broken_logits
 from wfnet.services.files import fingerprint
-from wfnet.training import progress_bar
+from wfnet.services.progress import Progress
 from wfnet.version import __version__
 
 
@@ -99,7 +99,7 @@ def evaluate_models(
     if left:
         before, seen = run(original)
         new, _ = run(reinitialise(original, seed) if initialised is None else initialised)
-    bar = progress_bar(len(rows), "evaluating", progress)
+    bar = Progress(len(rows), "evaluating", progress)
     bar.update(len(rows) - len(left))
     for label in left:
         after, _ = run(models(label))

@@ -32,8 +32,8 @@ from wfnet.evaluation.forward import evaluation_mode
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
+from wfnet.services.progress import Progress
 from wfnet.services.seeds import generator_for
-from wfnet.training import progress_bar
 
 logger = logging.getLogger("wfnet")
 
@@ -214,7 +214,7 @@ def relearn_times(
         else {},
     )
     started = time.perf_counter()
-    bar = progress_bar(len(rows), "relearning", progress)
+    bar = Progress(len(rows), "relearning", progress)
     for label in rows:
         if label not in kept:
             images = _images_of(test, (labels == label).nonzero().flatten(), workers, corrupt)

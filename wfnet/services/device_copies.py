@@ -1,8 +1,8 @@
-"""Tensors on their way from the host to a device, for which the host does not wait.
+"""Copies from the host to a device for which the host does not wait.
 
 A device works behind the host: while it computes one step, the host prepares the next. A copy from
-ordinary memory may end that, because it may wait for all that the device was asked to do before.
-From page-locked memory it is done when the device comes to it.
+pageable memory may end that, because it may wait for all the work queued before it. A copy from
+page-locked (pinned) memory is queued as well.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 
-def ready_for(tensor: Tensor, device: torch.device) -> Tensor:
-    """What a copy to ``device`` that does not wait reads: of host memory a page-locked copy.
+def pinned_for(tensor: Tensor, device: torch.device) -> Tensor:
+    """Returns a page-locked copy of a host tensor for a CUDA ``device``; any other as it is.
 
-    For labels and indices: what is large is better read into page-locked memory from the start
+    For labels and indices. Large tensors are better read into page-locked memory from the start
     (``pin_memory`` of :func:`wfnet.data.batches`) than copied there.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -24,30 +24,30 @@ def ready_for(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor
 
 
-def sent(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """``tensor.to(device)``, without waiting for a CUDA device."""
+def to_device_async(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Returns ``tensor.to(device)``, without waiting for a CUDA device."""
     device = torch.device(device)
-    return ready_for(tensor, device).to(device, non_blocking=True)
+    return pinned_for(tensor, device).to(device, non_blocking=True)
 
 
-def sent_beside(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """``tensor.to(device)`` beside what a CUDA device computes; later work there finds it whole.
+def to_device_overlapped(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Returns ``tensor.to(device)``, copied on a stream of its own while the device computes.
 
-    The copy has a stream of its own: in the stream of the work it would be done after the step
-    before, while the device computes nothing. For tensors that are large, in page-locked memory;
-    any other is sent as it is.
+    On the stream of the computation the copy would wait for the step before. Work that is queued
+    afterwards on the current stream waits for the copy. Only page-locked host tensors are copied
+    that way; others are copied on the current stream.
     """
     device = torch.device(device)
     if device.type != "cuda" or tensor.device.type != "cpu" or not tensor.is_pinned():
         return tensor.to(device, non_blocking=True)
-    copying, working = _copying(device), torch.cuda.current_stream(device)
-    with torch.cuda.stream(copying):
+    copy_stream, current = _copy_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(copy_stream):
         moved = tensor.to(device, non_blocking=True)
-    working.wait_stream(copying)
-    moved.record_stream(working)  # its memory is not given away before that work is done
+    current.wait_stream(copy_stream)
+    moved.record_stream(current)  # its memory is not reused before that work is done
     return moved
 
 
 @lru_cache(16)
-def _copying(device: torch.device) -> torch.cuda.Stream:
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)

@@ -29,7 +29,7 @@ from wfnet.data import Batch, CorruptImages
 from wfnet.data.dataset import name_of
 from wfnet.data.loading import LostWorker
 from wfnet.network import WFNet
-from wfnet.services.device_copies import sent
+from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks, _note
 from wfnet.untraining.expansion import ExpandedBatch, Sampler
 from wfnet.untraining.objectives import Losses, Objective, full_precision
@@ -272,7 +272,7 @@ def add_rows(gradient: Tensor, rows: Tensor, ranks: Ranks) -> int:
     if len(rows) > _FEW * gradient.shape[0]:
         ranks.add(gradient)
         return bytes_sent(gradient.shape[0], row_bytes, ranks.size)
-    rows = sent(rows, gradient.device)
+    rows = to_device_async(rows, gradient.device)
     gradient.index_copy_(0, rows, ranks.add(gradient.index_select(0, rows)))
     return bytes_sent(len(rows), row_bytes, ranks.size)
 

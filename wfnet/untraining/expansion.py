@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfnet.services.device_copies import sent
+from wfnet.services.device_copies import to_device_async
 from wfnet.services.seeds import generator_for
 
 
@@ -55,9 +55,9 @@ class ExpandedBatch:
     def to(self, device: torch.device | str) -> ExpandedBatch:
         """The same batch on ``device``; copies do not wait for the device."""
         return ExpandedBatch(
-            sent(self.forget, device),
-            sent(self.source, device),
-            sent(self.target, device),
+            to_device_async(self.forget, device),
+            to_device_async(self.source, device),
+            to_device_async(self.target, device),
             self.forget_size,
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from wfnet import backends
 from wfnet.gate_tables import flat_matrix, side_by_side
-from wfnet.services.device_copies import sent
+from wfnet.services.device_copies import to_device_async
 
 logger = logging.getLogger("wfnet")
 
@@ -107,7 +107,7 @@ class RowAdam(torch.optim.Optimizer):
         elif rows.numel() == grad.shape[0]:
             self._step_masked(grad, None)
         else:
-            self._step_rows(grad, sent(rows, grad.device))
+            self._step_rows(grad, to_device_async(rows, grad.device))
         return loss
 
     def _step_masked(self, grad: Tensor, occurred: Tensor | None) -> None:
@@ -170,7 +170,7 @@ class RowAdam(torch.optim.Optimizer):
         if rows is None:
             rows = torch.arange(grad.shape[0], device=grad.device)
         flat = flat_matrix(self._params)
-        for index in sent(rows, grad.device).split(_ROWS_AT_A_TIME):
+        for index in to_device_async(rows, grad.device).split(_ROWS_AT_A_TIME):
             old = [self._exp_avg, self._exp_avg_sq]
             exp_avg, exp_avg_sq = (matrix[index].to(self._wide) for matrix in old)
             steps = self._steps[index]

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from wfnet.gate_tables import flat_matrix
 from wfnet.network import WFNet
-from wfnet.services.device_copies import ready_for
+from wfnet.services.device_copies import pinned_for
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.objectives import Losses, Objective, full_precision
 from wfnet.untraining.optimizers import RowAdam, clip_filters
@@ -281,7 +281,7 @@ class StaticBatch:
             value = getattr(batch, field.name)
             if isinstance(value, Tensor):
                 buffer = getattr(self.batch, field.name)
-                buffer.copy_(ready_for(value, buffer.device), non_blocking=True)
+                buffer.copy_(pinned_for(value, buffer.device), non_blocking=True)
 
 
 class _Graphs:
