@@ -11,7 +11,7 @@ from torch import nn
 import wfnet
 from wfnet import models
 from wfnet.cli import bake, main
-from wfnet.network import CUT_LOGIT
+from wfnet.head import CUT_LOGIT
 from wfnet.report.contents import statements
 from wfnet.services.files import write_tensors
 from wfnet.trust import TrustRecord, TrustResult
@@ -83,15 +83,24 @@ def test_a_masked_head_is_cut_as_well(images):
     torch.testing.assert_close(found[:, :2], net(images, forget=2)[:, :2])
 
 
-@pytest.mark.parametrize("forget", [None, [], -1, [-1, -1]])
-def test_without_a_class_there_is_nothing_to_cut(forget):
+def test_without_a_class_there_is_nothing_to_cut():
     with pytest.raises(ValueError, match="has no class to cut from the head: name one in forget="):
-        make_net().bake(forget, cut_output=True)
+        make_net().bake(None, cut_output=True)
 
 
-class TwoHeads(nn.Sequential):
-    def get_classifier(self):
-        return self[1], self[2]
+class Auxiliary(nn.Module):
+    """The auxiliary head is registered last and serves training only."""
+
+    def __init__(self, average=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.fc = nn.Linear(6, CLASSES)
+        self.aux = nn.Linear(6, CLASSES)
+        self.average = average
+
+    def forward(self, x):
+        x = self.conv(x).mean((2, 3))
+        return (self.fc(x) + self.aux(x)) / 2 if self.average else self.fc(x)
 
 
 @pytest.mark.parametrize(
@@ -102,10 +111,10 @@ class TwoHeads(nn.Sequential):
                           targets=["0"]), "has the Conv2d '7'"),
         (lambda: make_net(nn.utils.parametrizations.weight_norm(nn.Linear(6, CLASSES)),
                           targets=nn.Conv2d), "computes the weight of '6' from other parameters"),
-        (lambda: wfnet.WFNet(TwoHeads(nn.Conv2d(3, 6, 3), nn.Linear(6, CLASSES),
-                                      nn.Linear(6, CLASSES)), CLASSES), "has 2 heads"),
+        (lambda: wfnet.WFNet(Auxiliary(average=True), CLASSES), "(tried 'fc', 'aux')"),
         (lambda: wfnet.WFNet(nn.Sequential(wfnet.WFConv2d(3, 6, 3, num_classes=CLASSES)), CLASSES),
-         "has the Conv2d '0'"),
+         "has no linear layer with 4 outputs"),
+        (lambda: make_net(nn.Linear(6, CLASSES), nn.ReLU()), "outputs are its logits (tried '6')"),
     ],
 )  # fmt: skip
 def test_a_head_that_cannot_be_cut_is_refused(make, reason):
@@ -139,12 +148,18 @@ def test_verify_notices_what_is_wrong(tmp_path, images):
         bake.verify(net, original, [1], path, images, cut_output=True)
 
 
-def test_verify_names_a_network_that_computes_with_its_logits(tmp_path, images):
-    net = make_net(nn.Linear(6, CLASSES), nn.ReLU())
-    path = tmp_path / "cut.safetensors"
-    bake.save_baked(net, [1], path, cut_output=True)
-    with pytest.raises(RuntimeError, match="if Sequential computes with the outputs of its head"):
-        bake.verify(net, net.bake(None), [1], path, images, cut_output=True)
+@torch.no_grad()
+def test_the_head_is_the_layer_that_gives_the_logits(images):
+    net = wfnet.WFNet(Auxiliary(), CLASSES)
+    plain = net.bake(1, cut_output=True)
+    assert plain(images)[:, 1].eq(CUT_LOGIT).all()
+    assert plain.aux.weight[1].any()
+    with pytest.raises(ValueError, match=r"tried 'fc', 'aux'.*name the head in head="):
+        wfnet.WFNet(Auxiliary(average=True), CLASSES).bake(1, cut_output=True)
+    with pytest.raises(ValueError, match="tried 'aux'"):
+        wfnet.WFNet(Auxiliary(), CLASSES, head="aux").bake(1, cut_output=True)
+    with pytest.raises(ValueError, match="head='fd' is no linear map"):
+        wfnet.WFNet(Auxiliary(), CLASSES, head="fd")
 
 
 # -- commands -------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import wfnet
 from wfnet import WFConv2d, WFNet
+from wfnet.head import find_head
+from wfnet.targets import choose_targets
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -353,8 +354,9 @@ def test_unknown_targets_are_named(wrong):
 def test_odd_targets():
     with pytest.raises(ValueError, match="targets is empty"):
         WFNet(tm("resnet10t"), CLASSES, targets=[])
-    with pytest.raises(TypeError, match="got 3"):
-        WFNet(tm("resnet10t"), CLASSES, targets=[3])
+    for wrong in ([3], 3):
+        with pytest.raises(TypeError, match="got 3"):
+            WFNet(tm("resnet10t"), CLASSES, targets=wrong)
     with pytest.raises(ValueError, match=r"'bn1'.*no convolution or linear"):
         WFNet(tm("resnet10t"), CLASSES, targets="bn1")
 
@@ -368,10 +370,10 @@ def test_a_pattern_does_not_skip_what_cannot_be_masked():
 def test_default_targets_leave_head_and_stem_of_transformers_alone():
     with torch.device("meta"):
         vgg = tm("vgg11")
-    assert not any("pre_logits" in n or "head" in n for n in wfnet.network._default_targets(vgg))
-    squeeze = wfnet.network._default_targets(tv("squeezenet1_1"))
+    assert not any("pre_logits" in n or "head" in n for n in choose_targets(vgg))
+    squeeze = choose_targets(tv("squeezenet1_1"))
     assert "classifier.1" not in squeeze
-    vit = wfnet.network._default_targets(tm("vit_tiny_patch16_224", img_size=32, depth=1))
+    vit = choose_targets(tm("vit_tiny_patch16_224", img_size=32, depth=1))
     assert vit == ["blocks.0.attn.qkv"]
 
 
@@ -385,6 +387,33 @@ def test_num_classes_must_fit_the_head():
         with pytest.raises(ValueError, match="at least 2"):
             WFNet(tm("resnet10t"), wrong)
     assert type(WFNet(tm("resnet10t"), np.int64(CLASSES)).num_classes) is int
+
+
+@pytest.mark.parametrize(
+    ("layers", "says"),
+    [
+        ([nn.Flatten(), nn.Linear(192, 1)], "one logit for two classes needs two"),
+        ([nn.Flatten()], r"none of its layers has 10 outputs.*if it only computes features"),
+        ([nn.Flatten(), nn.Linear(144, 7)], r"'2' with 7: pass num_classes=7 if"),
+    ],
+)
+def test_networks_without_a_fitting_head(layers, says):
+    with pytest.raises(ValueError, match=says):
+        WFNet(nn.Sequential(nn.Conv2d(3, 4, 3), *layers), CLASSES)
+
+
+def test_a_projection_behind_the_head_is_not_the_head():
+    model = small(nn.Conv2d(3, 4, 3))
+    model.projection = nn.Linear(4, 128)
+    assert find_head(model, CLASSES)[0] == "3"
+
+
+@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
+def test_weights_that_are_not_finite_are_refused(name):
+    model = small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model.state_dict()[name].view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match=f"'{name}' of the model holds 1 values that are NaN"):
+        WFNet(model, CLASSES)
 
 
 def test_wrapping_copies_and_freezes():
@@ -466,6 +495,15 @@ def test_kinds_of_labels_agree():
     torch.testing.assert_close(mixed[0], y[0])
     torch.testing.assert_close(mixed[1], net(X)[1])
     assert torch.equal(net(X, torch.tensor([3, 3, 4]), torch.tensor([0, 0, 1]))[0], y[0])
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("source", [torch.tensor([2]), torch.tensor([-1]), torch.zeros(1), [0]])
+def test_sources_that_do_not_exist(source, fuse):
+    net = trainable()
+    net.fuse = fuse
+    with pytest.raises(ValueError, match="source must"):
+        net(X, torch.tensor([1]), source)
 
 
 def test_an_empty_batch():
@@ -596,7 +634,7 @@ def test_data_parallel_is_refused():
 # -- bake -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("forget", [None, -1, 3, [3], [3, 5], torch.tensor([5, 3]), np.int64(3)])
+@pytest.mark.parametrize("forget", [None, 3, [3], [3, 5], torch.tensor([5, 3]), np.int64(3)])
 def test_bake(forget):
     net = trainable()
     baked = net.bake(forget)
@@ -604,7 +642,7 @@ def test_bake(forget):
     assert all(p.requires_grad for p in baked.parameters())
     labels = torch.as_tensor(-1 if forget is None else forget).reshape(1, -1).expand(2, -1)
     torch.testing.assert_close(baked(X), net(X, labels))
-    if not isinstance(forget, list | torch.Tensor) and forget in (None, -1):
+    if forget is None:
         assert torch.equal(baked(X), net(X))
     baked[0].weight.data.zero_()
     assert net.model[0].weight.any()
@@ -612,8 +650,8 @@ def test_bake(forget):
 
 @pytest.mark.parametrize(
     ("forget", "error"),
-    [(10, ValueError), ([1, 99], ValueError)]
-    + [(wrong, TypeError) for wrong in (True, "1", 1.0, [1, 2.0])],
+    [(wrong, ValueError) for wrong in (10, [1, 99], [], -1, [-1, -1], torch.tensor([]).long())]
+    + [(wrong, TypeError) for wrong in (True, "1", "cat", 1.0, [1, 2.0])],
 )
 def test_bake_refuses_wrong_labels(forget, error):
     with pytest.raises(error, match="forget"):

@@ -13,6 +13,7 @@ from torch import nn
 import wfnet
 from wfnet import pretrained
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
+from wfnet.services import files
 
 
 class Net(nn.Module):
@@ -201,7 +202,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pretrained.write_atomically(path, write)
+        files.write_atomically(path, write)
     assert contents(tmp_path) == {"file": b"old"}
 
 
@@ -225,7 +226,7 @@ def test_a_full_disk_at_fsync(tmp_path, monkeypatch):
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", no_space)
     with pytest.raises(OSError, match="No space left"):
-        pretrained.write_json(path, {})
+        files.write_json(path, {})
     assert contents(tmp_path) == {"file": b"old"}
 
 
@@ -248,3 +249,44 @@ def test_written_files_have_ordinary_permissions(tmp_path):
     os.umask(umask)
     for path in (tmp_path / "new" / "folder").iterdir():
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("bit", range(0, 8 * 700, 97))
+def test_a_flipped_bit_is_noticed(tmp_path, bit):
+    net = trained()
+    net.save_pretrained(tmp_path)
+    path = tmp_path / FILTERS_NAME
+    data = bytearray(path.read_bytes())
+    at = len(data) * 8 * bit // (8 * 700)
+    data[at // 8] ^= 1 << at % 8
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=FILTERS_NAME):
+        wfnet.WFNet.from_pretrained(tmp_path, Net())
+
+
+def test_filters_of_another_run_on_the_same_base_are_refused(tmp_path):
+    for name, net in (("a", trained()), ("b", wfnet.WFNet(Net(), 10))):
+        net.save_pretrained(tmp_path / name)
+    (tmp_path / "a" / FILTERS_NAME).write_bytes((tmp_path / "b" / FILTERS_NAME).read_bytes())
+    with pytest.raises(ValueError, match="not written together"):
+        wfnet.WFNet.from_pretrained(tmp_path / "a", Net())
+
+
+def test_filters_that_are_nan_are_refused(tmp_path):
+    net = trained()
+    with torch.no_grad():
+        net.filter_parameters()[1][3] = torch.nan
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has NaN in 'conv\.alpha|has NaN in 'block"):
+        wfnet.WFNet.from_pretrained(tmp_path, Net())
+
+
+def test_a_file_without_a_digest_loads(tmp_path):
+    """As earlier versions wrote them."""
+    net = trained()
+    net.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    del config["filters_digest"]
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config))
+    save_file(load_file(tmp_path / FILTERS_NAME), tmp_path / FILTERS_NAME)
+    assert torch.equal(wfnet.WFNet.from_pretrained(tmp_path, Net())(X, 3), net(X, 3))

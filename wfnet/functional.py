@@ -17,7 +17,7 @@ from torch import Tensor
 from wfnet import backends, operators, reference
 from wfnet.backends import ConvGeometry
 from wfnet.gates import gather_samples
-from wfnet.labels import ForgetLabels, Selection, select
+from wfnet.labels import ForgetLabels, Selection, check_source, select
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -346,17 +346,7 @@ def _resolve_rows(
     """Labels ``[B, J]`` and ``source`` ``[B]`` on the device of ``x``."""
     if source is None:
         return selection.expand(images, x.device, num_classes), None
-    if source.dim() != 1 or source.dtype != torch.int64:
-        raise ValueError(
-            f"source must be a LongTensor [B]; got {source.dtype} {list(source.shape)}"
-        )
-    if source.device.type == "cpu" and source.numel() and not torch.compiler.is_compiling():
-        low, high = (int(v) for v in torch.aminmax(source))
-        if low < 0 or high >= images:
-            raise ValueError(
-                f"source must lie in 0 .. {images - 1} (positions in the batch of {images}); "
-                f"got {low if low < 0 else high}"
-            )
+    check_source(source, images)
     return (
         selection.expand(source.shape[0], x.device, num_classes),
         source.to(x.device, non_blocking=True),

@@ -101,6 +101,27 @@ def check_range(low: int | None, high: int | None, num_classes: int) -> None:
             )
 
 
+def check_source(source: Tensor, images: int) -> None:
+    """Raises ValueError unless ``source`` is a LongTensor ``[B]`` of positions among ``images``.
+
+    The positions of a tensor on a device are not read: that would wait for the device.
+    """
+    if not isinstance(source, Tensor) or source.dim() != 1 or source.dtype != torch.int64:
+        found = (
+            f"{source.dtype} {list(source.shape)}"
+            if isinstance(source, Tensor)
+            else type(source).__name__
+        )
+        raise ValueError(f"source must be a LongTensor [B]; got {found}")
+    if source.device.type == "cpu" and source.numel() and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(source))
+        if low < 0 or high >= images:
+            raise ValueError(
+                f"source must lie in 0 .. {images - 1} (positions in the batch of {images}); "
+                f"got {low if low < 0 else high}"
+            )
+
+
 class _Active(threading.local):
     """The selection bound in this thread (None where no labels are bound), and the outer ones."""
 

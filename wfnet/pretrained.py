@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.layers import LayerNames
-from wfnet.services.files import fingerprint, read_tensors, write_json, write_tensors
+from wfnet.services.files import digest, fingerprint, read_tensors, write_json, write_tensors
 from wfnet.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
         "normalize_gate": net.normalize_gate,
         "filter_dtype": str(net.filter_parameters()[0].dtype).removeprefix("torch."),
         "base_fingerprint": fingerprint(net.model),
+        "filters_digest": digest(net.named_filters()),
     }
     # The filters carry a copy, so that a save interrupted between the two files is noticed.
     metadata = {"format": "pt", "wf_config": json.dumps(config)}
@@ -78,9 +79,15 @@ def read_config(folder: str | os.PathLike) -> dict:
 
 def _check_belongs_together(folder: Path, config: dict) -> None:
     """Filters under another configuration's gate_scale would be wrong in silence."""
-    with safetensors.safe_open(folder / FILTERS_NAME, "pt") as file:
-        written = (file.metadata() or {}).get("wf_config")
-    if written is not None and json.loads(written) != config:
+    try:
+        with safetensors.safe_open(folder / FILTERS_NAME, "pt") as file:
+            written = json.loads((file.metadata() or {}).get("wf_config", "null"))
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"the header of {folder / FILTERS_NAME} is damaged ({error}); restore the file from a "
+            "copy or save again"
+        ) from error
+    if written is not None and written != config:
         raise ValueError(
             f"{folder / CONFIG_NAME} was not written together with {FILTERS_NAME} (was a save "
             "interrupted, or the file edited?); save again, or restore it from the entry "
@@ -113,6 +120,12 @@ def load_filters(
         filter_dtype=getattr(torch, config.get("filter_dtype", "float32")),
     )
     assign_filters(net, tensors, folder / FILTERS_NAME)
+    # Files of earlier versions have no digest.
+    if config.get("filters_digest", "") not in ("", digest(tensors)):
+        raise ValueError(
+            f"{folder / FILTERS_NAME} is damaged or belongs to another run: its tensors are not "
+            f"those that {CONFIG_NAME} was written with; restore both from a copy or save again"
+        )
     return net
 
 
@@ -120,7 +133,7 @@ def assign_filters(net: WFNet, tensors: dict[str, Tensor], origin: object) -> No
     """Copies ``tensors`` into the filters of ``net``.
 
     Raises:
-        ValueError: if names or shapes differ from those of ``net``.
+        ValueError: if names or shapes differ from those of ``net``, or a value is NaN.
     """
     filters = net.named_filters()
     odd = sorted(set(filters) ^ set(tensors))
@@ -134,6 +147,11 @@ def assign_filters(net: WFNet, tensors: dict[str, Tensor], origin: object) -> No
             raise ValueError(
                 f"{origin} does not fit this network: {name!r} is {list(tensors[name].shape)}, "
                 f"expected {list(parameter.shape)}"
+            )
+        if tensors[name].isnan().any():
+            raise ValueError(
+                f"{origin} has NaN in {name!r}: the untraining that wrote it diverged, or the file "
+                "is damaged; untrain again with a smaller learning rate, or restore a copy"
             )
     with torch.no_grad():
         for name, parameter in filters.items():

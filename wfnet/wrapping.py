@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from wfnet.layers import WFLinear
 from wfnet.network import WFNet
+from wfnet.targets import choose_targets
 
 # Where qkv projections alone are masked, patches also reach the head past them. Gates that range up
 # to 1 / sigmoid(-1) = 3.7 can amplify instead of only attenuate, and forget far better.
@@ -37,9 +37,8 @@ def wrap(
         ValueError: as :class:`wfnet.WFNet`.
     """
     arguments["normalize_gate"] = recipe != "paper"
-    start = 3.0 if alpha_init is None else alpha_init
-    net = WFNet(classifier, num_classes, alpha_init=start, **arguments)
-    only_linear = all(isinstance(layer, WFLinear) for layer in net.masked_layers.values())
-    if recipe == "balanced" and alpha_init is None and only_linear:
-        return WFNet(classifier, num_classes, alpha_init=QKV_ALPHA_INIT, **arguments)
-    return net
+    if alpha_init is None:
+        chosen = choose_targets(classifier, arguments.get("targets"), num_classes)
+        only_linear = all(isinstance(classifier.get_submodule(n), nn.Linear) for n in chosen)
+        alpha_init = QKV_ALPHA_INIT if recipe == "balanced" and chosen and only_linear else 3.0
+    return WFNet(classifier, num_classes, alpha_init=alpha_init, **arguments)

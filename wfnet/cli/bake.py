@@ -29,7 +29,8 @@ from wfnet.cli.options import (
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
 from wfnet.data import batches, multi_hot_of
 from wfnet.gates import gate_rows
-from wfnet.network import CUT_LOGIT, WFNet
+from wfnet.head import CUT_LOGIT
+from wfnet.network import WFNet
 from wfnet.services.files import write_atomically, write_json, write_tensors
 from wfnet.trust import TrustSettings, check_export, removal
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wfnet import models
 from wfnet.data import model_data_config
-from wfnet.network import find_head
+from wfnet.head import find_head
 from wfnet.services.extras import require
 from wfnet.services.files import read_tensors
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -72,15 +72,24 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         ) from error
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of the base weights and floating buffers."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name.rpartition(".")[2].startswith("alpha_") or not isinstance(tensor, Tensor):
-            continue
-        if not tensor.is_floating_point():
-            continue
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of ``tensors``, in the order of names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the base weights and floating buffers of ``model``, without its filters."""
+    return digest(
+        {
+            name: tensor
+            for name, tensor in model.state_dict().items()
+            if isinstance(tensor, Tensor)
+            and tensor.is_floating_point()
+            and not name.rpartition(".")[2].startswith("alpha_")
+        }
+    )

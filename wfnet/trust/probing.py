@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.evaluation.forward import evaluation_mode
-from wfnet.network import find_head
+from wfnet.head import find_head
 from wfnet.services.extras import require
 from wfnet.trust.subject import BATCH, Subject
 

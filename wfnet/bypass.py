@@ -1,0 +1,95 @@
+"""Finds models that compute with a masked layer's weight themselves, past the mask.
+
+``F.linear(x, self.qkv.weight)`` in a parent module, for example. Their source is searched when they
+are wrapped, and the first forward pass is watched.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from wfnet.layers import MaskedLayer
+
+
+class WeightWatch(TorchFunctionMode):
+    """Raises if a masked layer's weight or bias enters a computation outside its own forward."""
+
+    # Take only dtype, device or shape from a tensor argument.
+    _NO_VALUES = frozenset(
+        ("empty_like", "full_like", "ones_like", "zeros_like", "type_as")
+        + ("new_empty", "new_full", "new_ones", "new_zeros", "new_tensor")
+    )
+
+    def __init__(self, model: nn.Module, masked_layers: dict[str, MaskedLayer]):
+        super().__init__()
+        self.model = model
+        self.names = {layer: name for name, layer in masked_layers.items()}
+        self.owners: dict[int, list[MaskedLayer]] = {}
+        for layer in self.names:
+            for parameter in (layer.weight, layer.bias):
+                if parameter is not None:
+                    self.owners.setdefault(id(parameter), []).append(layer)
+        for module in model.modules():  # tied weights have an unmasked use of their own
+            if not isinstance(module, MaskedLayer):
+                for parameter in module._parameters.values():
+                    self.owners.pop(id(parameter), None)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        kind = getattr(func, "__name__", "")
+        if kind not in self._NO_VALUES and any(isinstance(r, Tensor) for r in tree_leaves(result)):
+            used = args[:1] if kind == "to" else tree_leaves((args, kwargs))
+            for value in used:
+                layers = self.owners.get(id(value))
+                if layers and not _called_by_forward_of(layers):
+                    name = self.names[layers[0]]
+                    parent = self.model.get_submodule(name.rpartition(".")[0])
+                    raise ValueError(bypass_message(name, parent))
+        return result
+
+
+def _called_by_forward_of(layers: list[MaskedLayer]) -> bool:
+    frame = sys._getframe(2)
+    while frame is not None:
+        caller = frame.f_locals.get("self") if frame.f_code.co_name == "forward" else None
+        if any(caller is layer for layer in layers):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def uses_weight_directly(parent: nn.Module, child: str) -> bool:
+    """Whether the parent's forward, or a method it calls, computes with ``self.<child>.weight``."""
+    harmless = r"(?!\.(dtype|device|shape|size|ndim|dim|requires_grad)\b)"
+    use = re.compile(rf"(?<!_like\()(?<!type_as\()\bself\.{re.escape(child)}\.weight\b{harmless}")
+    pending, seen = ["forward"], set()
+    while pending:
+        name = pending.pop()
+        seen.add(name)
+        try:
+            source = inspect.getsource(getattr(type(parent), name))
+        except (OSError, TypeError):
+            continue
+        if use.search(source):
+            return True
+        pending += {
+            called
+            for called in re.findall(r"\bself\.(\w+)\(", source)
+            if inspect.isfunction(getattr(type(parent), called, None))
+        } - seen
+    return False
+
+
+def bypass_message(name: str, parent: nn.Module) -> str:
+    return (
+        f"layer {name!r} cannot be masked: the model (its parent is a {type(parent).__name__}) "
+        "computes with the layer's weight without calling the layer (a fused F.linear, for "
+        "example), which would bypass the mask; use an implementation that calls the layer, or "
+        "leave it out of targets="
+    )

@@ -1,0 +1,152 @@
+"""Which layers a network masks: named by the user, or the qkv projections or convolutions."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from wfnet.bypass import bypass_message, uses_weight_directly
+from wfnet.head import head_modules
+from wfnet.layers import LayerNames, MaskedLayer, masked_type, refuse_layer
+
+Targets = str | type | Sequence[str | type] | None
+
+# Last part of the name of a query, key or value projection in the transformers of timm,
+# torchvision and transformers.
+_QKV_NAME = re.compile(r"(to_)?(qkv|kv|q|k|v)(_proj)?|query|key|value")
+# Never masked by default: patch embeddings, and what prepares features for the head (timm's VGG).
+_NOT_BY_DEFAULT = {"patch_embed", "conv_proj", "pre_logits"}
+
+
+def choose_targets(
+    model: nn.Module, targets: Targets = None, num_classes: int | None = None
+) -> list[str]:
+    """Names of the layers to mask, in the order of the network.
+
+    Args:
+        model: the classifier.
+        targets: names, shell-style patterns or layer types, or a list of them; None: the qkv
+            projections if the model has any, else all convolutions, but never the head.
+        num_classes: outputs of the head, by which it is told from other layers.
+
+    Raises:
+        TypeError, ValueError: for targets that are none of these, that match nothing, or that name
+            a layer which cannot be masked correctly.
+    """
+    if targets is None:
+        return _default_targets(model, num_classes)
+    if not isinstance(targets, str | type | Sequence):
+        raise TypeError(
+            f"targets is a name, a pattern, a layer type or a list of them; got {targets!r}"
+        )
+    wanted = [targets] if isinstance(targets, str | type) else list(targets)
+    if not wanted:
+        raise ValueError(
+            f"targets is empty, so nothing would be masked; maskable layers of "
+            f"{type(model).__name__} are: {_some(_maskable_names(model))}"
+        )
+    exact = isinstance(targets, LayerNames)
+    if exact:  # a checkpoint also names the WF layers that its model came with
+        wanted = [n for n in wanted if not isinstance(_find(model, n), MaskedLayer)]
+    names: set[str] = set()
+    for target in wanted:
+        if not isinstance(target, str | type):
+            raise TypeError(f"a target is a name, a pattern or a layer type; got {target!r}")
+        found = [
+            name
+            for name, m in model.named_modules()
+            if name
+            and (
+                isinstance(m, target)
+                if isinstance(target, type)
+                else name == target or (not exact and _matches(name, target))
+            )
+        ]
+        if isinstance(target, str) and any(c in target for c in "*?["):
+            # what is no layer to mask is passed over, a convolution that cannot be masked is not
+            found = [n for n in found if _is_layer(model.get_submodule(n))]
+        if not found:
+            raise ValueError(
+                f"target {target!r} matches no layer of {type(model).__name__}; its maskable "
+                f"layers are: {_some(_maskable_names(model))}"
+            )
+        names.update(found)
+    ordered = [name for name, _ in model.named_modules() if name in names]
+    for name in ordered:
+        _check_target(model, name)
+    return ordered
+
+
+def _find(model: nn.Module, name: str) -> nn.Module | None:
+    return dict(model.named_modules()).get(name)
+
+
+def _is_layer(m: nn.Module) -> bool:
+    if isinstance(m, MaskedLayer):
+        return False
+    return isinstance(m, nn.Conv2d | nn.Linear) or masked_type(m) is not None
+
+
+def _matches(name: str, target: str) -> bool:
+    """A full name, a suffix of whole parts (as PEFT's target_modules), or a shell-style pattern."""
+    return name == target or name.endswith(f".{target}") or fnmatch.fnmatchcase(name, target)
+
+
+def _default_targets(model: nn.Module, num_classes: int | None = None) -> list[str]:
+    if any(isinstance(m, MaskedLayer) for m in model.modules()):
+        return []
+    heads = head_modules(model, num_classes)
+    candidates = {
+        name: m
+        for name, m in model.named_modules()
+        if name and m not in heads and not _NOT_BY_DEFAULT & set(name.split("."))
+    }
+    for name, m in model.named_modules():  # a patch embedding by another name (MLP-Mixer's stem)
+        if "PatchEmbed" in type(m).__name__:
+            candidates = {n: c for n, c in candidates.items() if not n.startswith(f"{name}.")}
+    qkv = [
+        name
+        for name, m in candidates.items()
+        if isinstance(m, nn.Linear) and _QKV_NAME.fullmatch(name.rpartition(".")[2])
+    ]
+    attention = [n for n, m in candidates.items() if isinstance(m, nn.MultiheadAttention)]
+    if not qkv and attention:
+        raise ValueError(
+            f"the qkv projection of {attention[0]!r} (nn.MultiheadAttention) is not a module of "
+            "its own, so it cannot be masked; use an implementation with a qkv linear layer "
+            "(timm's, for example), or name other layers in targets="
+        )
+    chosen = qkv or [name for name, m in candidates.items() if isinstance(m, nn.Conv2d)]
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no convolution and no qkv projection that could be "
+            f"masked; name layers in targets=, for example one of: {_some(_maskable_names(model))}"
+        )
+    for name in chosen:
+        _check_target(model, name)
+    return chosen
+
+
+def _check_target(model: nn.Module, name: str) -> None:
+    layer = model.get_submodule(name)
+    if isinstance(layer, MaskedLayer):
+        raise ValueError(f"layer {name!r} is masked already; leave it out of targets")
+    if masked_type(layer) is None:
+        raise ValueError(refuse_layer(layer, name))
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if uses_weight_directly(parent, name.rpartition(".")[2]):
+        raise ValueError(bypass_message(name, parent))
+
+
+def _maskable_names(model: nn.Module) -> list[str]:
+    return [name for name, m in model.named_modules() if name and masked_type(m) is not None]
+
+
+def _some(names: list[str], limit: int = 8) -> str:
+    if not names:
+        return "none"
+    more = f", ... ({len(names)} in all)" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
