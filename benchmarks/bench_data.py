@@ -11,7 +11,6 @@ real one), packs the same files into shards, and reads batches at --image-size i
     shards        wfnet, WebDataset shards
     first epoch   wfnet with --cache host, while the cache fills
     host, disk, device   wfnet, later epochs from that cache
-    dali          wfnet with --decoder dali
 
 Prints a table and writes JSON with the raw timings after every repeat, a picture beside it. A
 column whose package is missing says so.
@@ -131,10 +130,10 @@ def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) ->
     files = ImageFiles(root, transform)
     shards = ImageShards(find_shards(folder, "shards"), transform)
 
-    def cached(place: str | None, decoder: str = "pil") -> CachedImages:
+    def cached(place: str | None) -> CachedImages:
         return CachedImages(
             files, place, args.image_size, IMAGENET_MEAN, IMAGENET_STD, device=args.device,
-            folder=folder / "cache", decoder=decoder,
+            folder=folder / "cache",
         )  # fmt: skip
 
     def filled(place: str) -> Epoch:
@@ -147,7 +146,6 @@ def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) ->
     for name, make in (
         ("torchvision", lambda: torchvision_epoch(root, args, workers)),
         ("timm", lambda: timm_epoch(root, args, workers)),
-        ("dali", lambda: ours(cached(None, decoder="dali"), args, workers)),
     ):
         try:
             made[name] = make()

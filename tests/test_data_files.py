@@ -23,6 +23,7 @@ from image_files import (
 from PIL import Image
 
 from wfnet.data import (
+    CachedImages,
     CorruptImage,
     CorruptImages,
     ImageFiles,
@@ -34,6 +35,7 @@ from wfnet.data import (
     training_transform,
 )
 from wfnet.data.cifar10 import decode_pickle
+from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 16
 
@@ -170,6 +172,34 @@ def test_too_many_corrupt_images_end_the_run(image_folder, workers):
     with pytest.raises(RuntimeError, match=r"3 corrupt images, more than max_corrupt=2.*4\.bmp"):
         list(batches(data, index_batches(18), workers, max_corrupt=2))
     assert corrupt_limit(data) == 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", [None, "host"])
+def test_in_training_the_next_of_its_class_replaces_a_corrupt_image(image_folder, workers, place):
+    damage(image_folder / "train")
+    data = files(image_folder / "train")
+    if place:
+        data = CachedImages(data, place, SIZE, IMAGENET_MEAN, IMAGENET_STD, crop_pct=1.0)
+    truncate(next((image_folder / "train" / "cat").glob("5.*")))
+    corrupt = CorruptImages(limit=4)
+    for _ in range(2):  # the second time from the cache, where there is one
+        read = list(batches(data, index_batches(18, 6), workers, corrupt, replace_corrupt=True))
+        assert [batch.indices.tolist() for batch in read] == [
+            [1, 1, 2, 3, 4, 5],
+            [6, 8, 8, 9, 10, 11],
+            [12, 13, 14, 15, 12, 12],
+        ]
+        assert torch.equal(torch.cat([batch.labels for batch in read]), data.labels)
+        assert torch.equal(read[1].images[1], data[8][0])
+    assert len(corrupt.found) == 4
+
+
+def test_a_class_without_a_readable_image_ends_training(image_folder):
+    for file in (image_folder / "train" / "bee").iterdir():
+        truncate(file)
+    with pytest.raises(RuntimeError, match=r"no image of the class of .*bee.* can be read"):
+        list(batches(files(image_folder / "train"), [[0, 6]], replace_corrupt=True))
 
 
 def test_a_batch_of_corrupt_images_is_not_yielded(image_folder):

@@ -214,11 +214,9 @@ class _FineTuning:
             order = list(self._order(epoch))
             stream = batches(
                 self.train, order, self.workers, self.corrupt, self.device.type == "cuda",
-                self.config.seed, epoch * len(order),
+                self.config.seed, epoch * len(order), replace_corrupt=True,
             )  # fmt: skip
             for batch in stream:
-                if len(batch.labels) < 2:
-                    continue  # too few for BatchNorm
                 own = (batch.labels == self.label).to(self.device)
                 logits = self.model(batch.images.to(self.device))
                 right += int((logits.detach().argmax(1) == self.label)[own].sum())

@@ -107,11 +107,17 @@ def fit_classifier(
             loss_sum = torch.zeros((), device=device, dtype=torch.float64)
             correct = torch.zeros((), device=device, dtype=torch.int64)
             seen = 0
-            start = epoch * _batches_per_epoch(len(dataset), batch_size)
-            pin = device.type == "cuda"
-            for batch in batches(dataset, order, workers, corrupt, pin, seed=seed, start=start):
-                if len(batch.labels) < 2:
-                    continue  # corrupt images left too few for BatchNorm
+            stream = batches(
+                dataset,
+                order,
+                workers,
+                corrupt,
+                pin_memory=device.type == "cuda",
+                seed=seed,
+                start=epoch * _batches_per_epoch(len(dataset), batch_size),
+                replace_corrupt=True,
+            )
+            for batch in stream:
                 images, labels = (
                     to_device_async(part, device) for part in (batch.images, batch.labels)
                 )

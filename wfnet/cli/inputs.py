@@ -124,7 +124,6 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
         seed=options.seed,
         cache=options.cache,
         cache_dir=options.cache_dir,
-        decoder=options.decoder,
         device=choose_device(options.device),
     )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from wfnet import backends, recipes
 from wfnet.cli.runs import RUN_FILE, read_run
-from wfnet.data.cache import DECODERS, PLACES
+from wfnet.data.cache import PLACES
 from wfnet.data.open import NAMES as DATA_NAMES
 
 # Of each set, an option on the command line takes the place of the others' recorded values.
@@ -182,11 +182,7 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
     group.add_argument(
         "--cache-dir", metavar="DIR", help="folder of --cache disk (default: ~/.cache/wfnet)"
     )
-    group.add_argument(
-        "--decoder", choices=DECODERS, default="pil",
-        help="who decodes image files; dali needs `pip install wfnet[dali]`, and decodes on the "
-        "GPU where there is one",
-    )  # fmt: skip
+    group.add_argument("--decoder", choices=("pil",), default="pil", help="who decodes image files")
     add_threads_option(group)
 
 

@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wfnet.data.dali import DaliReader
-from wfnet.data.dataset import Batch, CorruptImage, name_of
+from wfnet.data.dataset import Batch, name_of
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.transforms import evaluation_transform, training_transform
 from wfnet.services.device_copies import to_device_async, to_device_overlapped
@@ -36,7 +35,6 @@ from wfnet.services.extras import require
 logger = logging.getLogger("wfnet")
 
 PLACES = ("device", "host", "disk")
-DECODERS = ("pil", "dali")
 # Part of the free space that a cache may take: the network, batches and everybody else need some.
 _SHARE = 0.8
 
@@ -119,7 +117,6 @@ class CachedImages(torch.utils.data.Dataset):
               stored pixels, or of the whole image (`training_transform`) where none are kept.
     device:   where batches are wanted; pixels are normalised there.
     folder:   of the disk cache; default: `cache_folder()`.
-    decoder:  "pil", or "dali" (`wfnet.data.dali`).
 
     The size is logged first, and space on disk is reserved. Raises ValueError for a place that is
     none of these, or too small for the cache.
@@ -137,15 +134,12 @@ class CachedImages(torch.utils.data.Dataset):
         augment: bool = False,
         device: torch.device | str = "cpu",
         folder: str | Path | None = None,
-        decoder: str = "pil",
     ):
         if place not in (None, *PLACES):
             raise ValueError(f"a cache is on {', '.join(PLACES)}, not on {place!r}")
-        if decoder not in DECODERS:
-            raise ValueError(f"a decoder is one of {', '.join(DECODERS)}, not {decoder!r}")
         self.device = torch.device(device)
         # With augmentation all of the resized square is kept, otherwise what the crop leaves of it.
-        if augment and place is None and decoder == "pil":
+        if augment and place is None:
             decode, augment = _PixelTransform(size, interpolation), False
         elif augment:
             decode = _PixelTransform(math.floor(size / crop_pct), interpolation, 1.0)
@@ -158,14 +152,11 @@ class CachedImages(torch.utils.data.Dataset):
         self.prepare = Preparation(
             size, tuple(mean), tuple(std), scale=(0.25, 1.0) if augment else None
         )
-        self.dali = None
-        if decoder == "dali":
-            self.dali = DaliReader(*decode.settings, self.device)
         shape = (len(dataset), dataset.channels, decode.size, decode.size)
         self.store: _Store | None = None
         if place == "disk":
             folder = cache_folder() if folder is None else Path(folder)
-            marks = "\n".join([*dataset.versions(), repr(decode), repr(shape), decoder])
+            marks = "\n".join([*dataset.versions(), repr(decode), repr(shape), "pil"])
             digest = hashlib.sha256(marks.encode()).hexdigest()[:32]
             _check_room(place, shape, _free_on_disk(folder, digest))
             self.store = _DiskStore(folder, digest, shape)
@@ -184,21 +175,12 @@ class CachedImages(torch.utils.data.Dataset):
         if self.store is not None and self.store.has(position):
             pixels = self.store.get(position)
         else:
-            pixels = self._decoded(index).unsqueeze(0)
+            pixels = self.dataset[index][0].unsqueeze(0)
             if self.store is not None:
                 self.store.put(position, pixels)
         plain = Preparation(self.prepare.size, self.prepare.mean, self.prepare.std)
         images = plain(pixels.to(self.device))
         return images[0], int(self.labels[index])
-
-    def _decoded(self, index: int) -> Tensor:
-        """Pixels [C, S, S] of one image."""
-        if self.dali is None:
-            return self.dataset[index][0]
-        ((batch, corrupt),) = self.dali.read(self.dataset, iter([(0, [index])]), workers=1)
-        if batch is None:
-            raise CorruptImage(*corrupt[0])
-        return batch[0][0]
 
     def name_of(self, index: int) -> str:
         return name_of(self.dataset, index)
@@ -211,49 +193,46 @@ class CachedImages(torch.utils.data.Dataset):
     def stream(
         self,
         requests: Iterator[tuple[int, list[int]]],
-        read: Callable[..., Iterator[tuple[Any, list]]],
-        report: Callable[[str, str], None],
-        workers: int,
+        read: Callable[..., Iterator[Batch | None]],
         seed: int,
         pin_memory: bool,
     ) -> Iterator[Batch]:
-        """Batches on `device`, in the order of `requests`; called by `wfnet.data.batches`.
+        """Yields batches on `device`, in the order of `requests`; called by `wfnet.data.batches`.
 
-        requests: (position, indices) of each batch.
-        read:     reads (position, indices) of a data set in worker processes, in order; with
-                  `pin_memory=True` into page-locked memory, beside this thread.
-        report:   takes name and reason of a corrupt image.
-        workers:  threads that read files for DALI.
+        Args:
+            requests: (position, indices) of each batch.
+            read: yields for each (position, indices) a batch of a data set, or None; with
+                `pin_memory=True` in page-locked memory.
         """
-        waiting: deque[tuple[int, Tensor]] = deque()
+        waiting: deque[tuple[int, Tensor, Tensor]] = deque()
 
         def missing() -> Iterator[tuple[int, list[int]]]:
             for position, indices in requests:
                 wanted = torch.tensor(indices, dtype=torch.int64)
-                waiting.append((position, wanted))
-                there = False if self.store is None else self.store.has(wanted)
-                yield position, wanted[~torch.as_tensor(there).expand(len(wanted))].tolist()
+                there = torch.zeros(len(wanted), dtype=torch.bool)
+                if self.store is not None:
+                    there = self.store.has(wanted)
+                waiting.append((position, wanted, there))
+                yield position, wanted[~there].tolist()
 
         if self.filled == len(self):  # no worker has to be started
-            decoded = ((None, []) for _ in missing())
-        elif self.dali is not None:
-            decoded = self.dali.read(self.dataset, missing(), workers)
+            decoded = (None for _ in missing())
         else:
             # What goes into a store is not sent from where the workers leave it.
             decoded = read(self.dataset, missing(), pin_memory=pin_memory and self.store is None)
-        for batch, corrupt in decoded:
-            for name, reason in corrupt:
-                report(name, reason)
-            position, indices = waiting.popleft()
+        for batch in decoded:
+            position, indices, there = waiting.popleft()
             if self.store is None:
-                pixels, _, indices = batch or (None, None, indices[:0])
-            else:
                 if batch is not None:
-                    self.store.put(batch[2], batch[0])
-                indices = indices[self.store.has(indices)]
-                pixels = self.store.get(indices, pin_memory)
+                    yield self._batch(batch.images, batch.indices, seed, position)
+                continue
+            if batch is not None:
+                self.store.put(batch.indices, batch.images)
+                if len(batch.indices) == int((~there).sum()):
+                    indices[~there] = batch.indices  # replacements of corrupt images among them
+            indices = indices[self.store.has(indices)]
             if len(indices):
-                yield self._batch(pixels, indices, seed, position)
+                yield self._batch(self.store.get(indices, pin_memory), indices, seed, position)
 
     def _batch(self, pixels: Tensor, indices: Tensor, seed: int, position: int) -> Batch:
         draw = None

@@ -1,4 +1,4 @@
-"""Reading batches in a given order, with corrupt images left out, named and counted."""
+"""Reading batches in a given order; corrupt images are named, counted, and left out or replaced."""
 
 import logging
 import random
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfnet.data.dataset import Batch, CorruptImage, name_of
+from wfnet.data.dataset import Batch, CorruptImage, labels_of, name_of
+from wfnet.services.ranks import Ranks
 
 logger = logging.getLogger("wfnet")
 
@@ -21,10 +22,13 @@ class LostWorker(RuntimeError):
 
 
 class CorruptImages:
-    """The corrupt images met so far: each is logged once, and counts once however often it is met.
+    """The unreadable images met so far: each is logged and counted once, however often it is met.
 
     Hand the same object to several calls of `batches` to count over epochs and data sets.
-    `found` maps names to reasons. Raises RuntimeError as soon as more than `limit` are found.
+
+    Attributes:
+        limit: as soon as more are found, RuntimeError is raised.
+        found: names and reasons.
     """
 
     def __init__(self, limit: int):
@@ -34,25 +38,36 @@ class CorruptImages:
         self.found: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:
+        """Counts an image, and logs it the first time."""
         if name in self.found:
             return
-        self.found[name] = reason
         logger.warning(
             "corrupt image left out (%d of at most %d): %s: %s",
-            len(self.found),
+            len(self.found) + 1,
             self.limit,
             name,
             reason,
         )
+        self._count(name, reason, "")
+
+    def merge(self, ranks: Ranks) -> None:
+        """Counts what the other processes of a run have found, and logged, on every one of them."""
+        for found in ranks.gather(self.found):
+            for name, reason in found.items():
+                if name not in self.found:
+                    self._count(name, reason, " on all ranks")
+
+    def _count(self, name: str, reason: str, where: str) -> None:
+        self.found[name] = reason
         if len(self.found) > self.limit:
             raise RuntimeError(
-                f"{len(self.found)} corrupt images, more than max_corrupt={self.limit}; the last "
-                f"is {name} ({reason}): repair or remove them, or raise the limit"
+                f"{len(self.found)} corrupt images{where}, more than max_corrupt={self.limit}; the "
+                f"last is {name} ({reason}): repair or remove them, or raise the limit"
             )
 
 
 def corrupt_limit(dataset: Any) -> int:
-    """How many corrupt images pass unless the caller says otherwise: 10, or one in a thousand."""
+    """Returns how many corrupt images pass by default: 10, or one in a thousand."""
     return max(10, len(dataset) // 1000)
 
 
@@ -64,72 +79,72 @@ def batches(
     pin_memory: bool = False,
     seed: int = 0,
     start: int = 0,
+    replace_corrupt: bool = False,
 ) -> Iterator[Batch]:
-    """Read batches of a data set in exactly the order of `index_batches`.
+    """Reads batches of a data set in exactly the order of `index_batches`.
 
-    dataset:       `wfnet.data.Dataset`, or anything whose items are (tensor [C, H, W], label).
-    index_batches: LongTensor [n] (or lists of int) for each batch; may be endless. It is read a few
-                   batches ahead when there are workers.
-    workers:       processes that read files; 0 reads in this one. In-memory data sets (those with
-                   `batch(indices)`) are indexed directly and need none; cached ones (those with
-                   `stream`) need them for what is not in the cache yet.
-    max_corrupt:   how many distinct images may be corrupt; None: `corrupt_limit(dataset)`.
-                   A `CorruptImages` object counts over several calls.
-    pin_memory:    page-locked batches, for copies to a GPU that overlap with its work.
-    seed, start:   random transforms of an image in batch number p (counted from `start`) are drawn
-                   from (seed, p, index) alone: the same for any number of workers and of processes
-                   that share a batch, and a resumed run that passes its position as `start`
-                   repeats what it would have seen. The caller's random states are left as they are.
+    Args:
+        dataset: `wfnet.data.Dataset`, or anything whose items are (tensor [C, H, W], label).
+        index_batches: LongTensor [n] (or lists of int) for each batch; may be endless. It is read a
+            few batches ahead when there are workers.
+        workers: processes that read files; 0 reads in this one. In-memory data sets (those with
+            `batch(indices)`) are indexed directly and need none; cached ones (those with `stream`)
+            need them for what is not in the cache yet.
+        max_corrupt: how many distinct images may be corrupt; None: `corrupt_limit(dataset)`.
+            A `CorruptImages` object counts over several calls.
+        pin_memory: page-locked batches, for copies to a GPU that overlap with its work.
+        seed, start: random transforms of an image in batch number p (counted from `start`) are
+            drawn from (seed, p, index) alone: the same for any number of workers and of processes
+            that share a batch, and a resumed run that passes its position as `start` repeats what
+            it would have seen. The caller's random states are left as they are.
+        replace_corrupt: for training: the next readable image of its class takes the place of a
+            corrupt one, so that every batch has the size and the labels that were asked for;
+            `indices` says what was read. False, for evaluation: corrupt images are left out, and a
+            batch of which nothing remains is not yielded.
 
-    Corrupt images are left out of their batch and a batch of which nothing remains is not yielded.
-    Raises IndexError for indices outside the data set, ValueError for items that are not tensors
-    of one shape, RuntimeError past the limit of corrupt images, LostWorker when a worker dies.
+    Raises:
+        IndexError: for indices outside the data set.
+        ValueError: for items that are not tensors of one shape.
+        RuntimeError: past the limit of corrupt images, or if none of a class can be read.
+        LostWorker: when a worker dies.
     """
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
     if max_corrupt is None:
         max_corrupt = corrupt_limit(dataset)
     corrupt = max_corrupt if isinstance(max_corrupt, CorruptImages) else CorruptImages(max_corrupt)
-    return _batches(dataset, index_batches, workers, corrupt, pin_memory, seed, start)
-
-
-def _batches(
-    dataset: Any,
-    index_batches: Iterable[Tensor],
-    workers: int,
-    corrupt: CorruptImages,
-    pin_memory: bool,
-    seed: int,
-    start: int,
-) -> Iterator[Batch]:
     pin_memory = pin_memory and torch.cuda.is_available()
     requests = _requests(index_batches, len(dataset), start)
     if hasattr(dataset, "batch"):
-        for _, indices in requests:
-            batch = dataset.batch(torch.tensor(indices, dtype=torch.int64))
-            yield Batch(*(part.pin_memory() for part in batch)) if pin_memory else batch
-        return
+        return _from_memory(dataset, requests, pin_memory)
+    read = partial(
+        _read, workers=workers, seed=seed, corrupt=corrupt, replace_corrupt=replace_corrupt
+    )
     if hasattr(dataset, "stream"):
-        read = partial(_read, workers=workers, seed=seed)
-        yield from dataset.stream(requests, read, corrupt.add, workers, seed, pin_memory)
-        return
-    for batch, left_out in _read(dataset, requests, workers, pin_memory, seed):
-        for name, reason in left_out:
-            corrupt.add(name, reason)
-        if batch is not None:
-            yield Batch(*batch)
+        return dataset.stream(requests, read, seed, pin_memory)
+    return (batch for batch in read(dataset, requests, pin_memory=pin_memory) if batch is not None)
+
+
+def _from_memory(
+    dataset: Any, requests: Iterator[tuple[int, list[int]]], pin_memory: bool
+) -> Iterator[Batch]:
+    for _, indices in requests:
+        batch = dataset.batch(torch.tensor(indices, dtype=torch.int64))
+        yield Batch(*(part.pin_memory() for part in batch)) if pin_memory else batch
 
 
 def _read(
     dataset: Any,
     requests: Iterator[tuple[int, list[int]]],
     workers: int,
-    pin_memory: bool,
     seed: int,
-) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor] | None, list[tuple[str, str]]]]:
-    """For each request images, labels and indices (None: none remained), and corrupt images."""
+    corrupt: CorruptImages,
+    replace_corrupt: bool,
+    pin_memory: bool,
+) -> Iterator[Batch | None]:
+    """Yields a batch for each request, in order; None where nothing remains."""
     loader = torch.utils.data.DataLoader(
-        _Reader(dataset, seed),
+        _Reader(dataset, seed, replace_corrupt),
         batch_size=None,
         sampler=requests,
         collate_fn=_as_it_is,
@@ -138,6 +153,20 @@ def _read(
         # Without a generator of its own the loader would draw from the caller's random state.
         generator=torch.Generator().manual_seed(seed),
     )
+    for batch, left_out in _with_plain_errors(loader, workers):
+        for name, reason in left_out:
+            corrupt.add(name, reason)
+        if batch is None and left_out and replace_corrupt:
+            name, reason = left_out[-1]
+            raise RuntimeError(
+                f"no image of the class of {name} can be read ({reason}): repair them, or leave "
+                "the class out"
+            )
+        yield None if batch is None else Batch(*batch)
+
+
+def _with_plain_errors(loader: torch.utils.data.DataLoader, workers: int) -> Iterator[Any]:
+    """Iterates over the loader; errors of its workers are raised as if they had been read here."""
     try:
         yield from loader
     except Exception as error:
@@ -203,35 +232,61 @@ class _Reader(torch.utils.data.Dataset):
     The corrupt images travel with their batch, so that one process names and counts them all.
     """
 
-    def __init__(self, dataset: Any, seed: int):
+    def __init__(self, dataset: Any, seed: int, replace_corrupt: bool):
         self.dataset = dataset
         self.seed = seed
+        self.replace_corrupt = replace_corrupt
 
     def __getitem__(
         self, request: tuple[int, list[int]]
     ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, list[tuple[str, str]]]:
+        """Returns images, labels and indices, and names and reasons of corrupt images.
+
+        None in place of a batch of which nothing remains, or in which an image has no replacement.
+        """
         position, indices = request
-        images, labels, kept, corrupt = [], [], [], []
+        images, labels, found = [], [], []
+        corrupt: list[tuple[str, str]] = []
         with _random_states_put_back():
             for index in indices:
-                _seed_all(mixed_seed(self.seed, position, index))
-                try:
-                    image, label = self.dataset[index]
-                except CorruptImage as error:
-                    corrupt.append((error.name, error.reason))
-                    continue
-                except Exception as error:
-                    if not is_decoding_error(error):
-                        raise
-                    corrupt.append((name_of(self.dataset, index), str(error)))
-                    continue
-                self._check(index, image, images)
-                images.append(image)
-                labels.append(int(label))
-                kept.append(index)
+                for candidate in self._candidates(index):
+                    _seed_all(mixed_seed(self.seed, position, index))
+                    item = self._item(candidate, corrupt)
+                    if item is not None:
+                        self._check(candidate, item[0], images)
+                        images.append(item[0])
+                        labels.append(int(item[1]))
+                        found.append(candidate)
+                        break
+                else:
+                    if self.replace_corrupt:
+                        return None, corrupt
         if not images:
             return None, corrupt
-        return (torch.stack(images), torch.tensor(labels), torch.tensor(kept)), corrupt
+        return (torch.stack(images), torch.tensor(labels), torch.tensor(found)), corrupt
+
+    def _candidates(self, index: int) -> Iterator[int]:
+        """Yields `index`, then what may replace it: the others of its class from there on."""
+        yield index
+        if self.replace_corrupt:
+            labels = labels_of(self.dataset)
+            same = (labels == labels[index]).nonzero().flatten()
+            yield from same[same > index].tolist()
+            yield from same[same < index].tolist()
+
+    def _item(self, index: int, corrupt: list[tuple[str, str]]) -> tuple[Any, Any] | None:
+        """Returns image and label; None for a corrupt image, which is added to `corrupt`."""
+        try:
+            image, label = self.dataset[index]
+        except CorruptImage as error:
+            corrupt.append((error.name, error.reason))
+        except Exception as error:
+            if not is_decoding_error(error):
+                raise
+            corrupt.append((name_of(self.dataset, index), str(error)))
+        else:
+            return image, label
+        return None
 
     def _check(self, index: int, image: Any, images: list[Tensor]) -> None:
         if not isinstance(image, Tensor):

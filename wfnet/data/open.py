@@ -47,7 +47,6 @@ def open_data(
     cache: str | None = None,
     cache_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
-    decoder: str = "pil",
 ) -> Splits:
     """Open a data set as training, validation and test parts.
 
@@ -63,9 +62,8 @@ def open_data(
                  cropped and mirrored at random, and a transform that replaces all of it.
     train_per_class, test_per_class: at most that many images of each class, drawn by seed.
     validation_fraction: the part of the training images, drawn by seed, that `train` does not have.
-    cache, cache_dir, device, decoder: for folders: keep decoded pixels ("device", "host" or
-                 "disk"), where batches are wanted, and who decodes ("pil" or "dali"); see
-                 `CachedImages`.
+    cache, cache_dir, device: for folders: keep decoded pixels ("device", "host" or "disk"), and
+                 where batches are wanted; see `CachedImages`.
 
     `test` is the data set's own test part (for folders `val/`; with a folder `test/` beside it,
     `test/` is the test part and `val/` the validation part). Settings are chosen on `validation`.
@@ -109,7 +107,6 @@ def open_data(
             cache=cache,
             cache_dir=cache_dir,
             device=device,
-            decoder=decoder,
         )
         train, validation, test = _open_folder(root, reading, validation_fraction, seed)
         name = root.name
@@ -151,13 +148,10 @@ class _Reading:
     cache: str | None
     cache_dir: str | Path | None
     device: torch.device | str
-    decoder: str
 
     def __post_init__(self) -> None:
-        on_device = self.cache is not None or self.decoder != "pil"
-        if self.transform is not None and (self.augment or on_device):
+        if self.transform is not None and (self.augment or self.cache is not None):
             option = "augment=True" if self.augment else f"cache={self.cache!r}"
-            option = f"decoder={self.decoder!r}" if self.decoder != "pil" else option
             raise ValueError(
                 f"{option} and a transform of one's own exclude each other: describe the transform "
                 "by image_size, interpolation and crop_pct, or leave it out"
@@ -172,19 +166,15 @@ class _Reading:
     def finish(self, images: EncodedImages, augment: bool) -> Dataset:
         """`images` with augmentation and cache as they were asked for."""
         several = isinstance(images, MultiLabelFiles)
-        asked = self.cache is not None or self.decoder != "pil"
-        if asked and several:
-            raise ValueError(
-                "images with several labels are neither cached nor decoded on the device: "
-                "leave out the cache and the decoder"
-            )
+        if self.cache is not None and several:
+            raise ValueError("images with several labels are not cached: leave out the cache")
         # Without a cache, too, a GPU gets bytes and normalises them itself: that takes the workers
         # half their time, and a quarter of the way.
         on_gpu = torch.device(self.device).type == "cuda"
-        if asked or (on_gpu and self.transform is None and not several):
+        if self.cache is not None or (on_gpu and self.transform is None and not several):
             return CachedImages(
                 images, self.cache, self.size, self.mean, self.std, self.interpolation,
-                self.crop_pct, augment, self.device, self.cache_dir, self.decoder,
+                self.crop_pct, augment, self.device, self.cache_dir,
             )  # fmt: skip
         if augment:
             return images.with_transform(

@@ -285,11 +285,16 @@ def relearn(
             order = [part for part in drawn.split(config.batch_size) if len(part) > 1]
             start = (len(accuracy) - 1) * len(order)
             stream = batches(
-                train, order, workers, max_corrupt, device.type == "cuda", config.seed, start
+                train,
+                order,
+                workers,
+                max_corrupt,
+                device.type == "cuda",
+                config.seed,
+                start,
+                replace_corrupt=True,
             )
             for batch in stream:
-                if len(batch.labels) < 2:
-                    continue  # corrupt images left too few for BatchNorm
                 logits = model(batch.images.to(device))
                 loss = F.cross_entropy(logits, batch.labels.to(device))
                 optimizer.zero_grad(set_to_none=True)

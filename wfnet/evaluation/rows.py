@@ -142,7 +142,7 @@ def evaluate(
         kept.save(last)
     net.check_labels()
     run.merge(ranks)
-    ranks.merge_corrupt(corrupt)
+    corrupt.merge(ranks)
     seconds = time.perf_counter() - start
     settings = {
         "wfnet_version": __version__,

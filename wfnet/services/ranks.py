@@ -6,14 +6,11 @@ import contextlib
 import datetime
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from wfnet.data import CorruptImages
 
 Result = TypeVar("Result")
 
@@ -142,17 +139,6 @@ class Ranks:
                     "the same options, data and weights"
                 )
 
-    def merge_corrupt(self, corrupt: CorruptImages) -> None:
-        """Lets every rank know all corrupt images.
-
-        Raises:
-            RuntimeError: on every rank, if together they are too many.
-        """
-        if not self.alone:
-            for found in self.gather(corrupt.found):
-                for name, reason in found.items():
-                    _note(corrupt, name, reason)
-
     def join(self, parts: dict[int, Tensor], device: torch.device | str = "cpu") -> list[Tensor]:
         """The numbered tensors of all ranks on ``device``, in the order of their numbers."""
         if not self.alone:
@@ -165,19 +151,6 @@ class Ranks:
         if not self.alone:
             with _in_touch():
                 dist.barrier(group=self.host)
-
-
-def _note(corrupt: CorruptImages, name: str, reason: str) -> None:
-    """Counts a corrupt image that another rank has met, and logged."""
-    if name in corrupt.found:
-        return
-    corrupt.found[name] = reason
-    if len(corrupt.found) > corrupt.limit:
-        raise RuntimeError(
-            f"{len(corrupt.found)} corrupt images on all ranks, more than max_corrupt="
-            f"{corrupt.limit}; the last is {name} ({reason}): repair or remove them, or raise the "
-            "limit"
-        )
 
 
 def launched() -> bool:

@@ -30,7 +30,7 @@ from wfnet.data.dataset import name_of
 from wfnet.data.loading import LostWorker
 from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
-from wfnet.services.ranks import Ranks, _note
+from wfnet.services.ranks import Ranks
 from wfnet.untraining.expansion import ExpandedBatch, Sampler
 from wfnet.untraining.objectives import Losses, Objective, full_precision
 from wfnet.untraining.step import UntrainingStep, mean_losses
@@ -150,7 +150,9 @@ class SharedReader:
             part = there[rank::size]
             part.copy_(found[rank, 1 : 1 + len(part)] != 0)
         for index in chosen[~there].tolist():
-            _note(self.corrupt, name_of(self.dataset, index), "left out by the rank that met it")
+            name = name_of(self.dataset, index)
+            if name not in self.corrupt.found:
+                self.corrupt._count(name, "left out by the rank that met it", " on all ranks")
         return there, int(found[:, 0].max())
 
     def _part(self, chosen: Tensor, there: Tensor, batch: Batch | None, stop: int) -> Part:

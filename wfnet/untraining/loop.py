@@ -388,7 +388,7 @@ class Validator:
             correct = logits.argmax(1) == moved.target
             hits[number] = torch.stack((moved.forget, moved.target, correct.long()))
         if self.corrupt is not None:
-            self.ranks.merge_corrupt(self.corrupt)
+            self.corrupt.merge(self.ranks)
         hits = self.ranks.join(hits, device)
         if not hits:
             raise RuntimeError("no validation image can be read: repair those that the log names")
