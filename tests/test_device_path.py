@@ -292,14 +292,19 @@ def test_a_backend_without_the_dtype_says_so(device, caplog):
 
 # -- evaluation and the command line ---------------------------------------------------------------
 
-# Where the host waits, and why that is right: once per chunk of images, never per pair.
+# Where the host waits, and why that is right: never per pair.
 EVALUATION_WAITS = {
-    "rows.py:chunk",  # labels and rows travel; broken logits are an error; divergences are kept
-    "rows.py:evaluate", "rows.py:<listcomp>", "rows.py:_summarise",  # counts, at the end
-    "initialisation.py:_initialise_raw", "partial.py:network_identity",  # once
-    "execution.py:check_plan",  # once
-    "running.py:as_input", "labels.py:wait",
-}  # fmt: skip
+    "pair_engine.py:_run_pairs",  # rows travel to the device
+    "rows.py:add",  # and labels
+    "pair_engine.py:_check_finite",  # once per chunk of images: broken logits are an error
+    "rows.py:end",  # once per chunk: divergences are kept
+    "rows.py:evaluate",  # at the end: counts
+    "rows.py:<listcomp>",
+    "initialisation.py:_initialise_raw",  # once
+    "partial.py:network_identity",
+    "execution.py:check_plan",
+    "labels.py:wait",
+}
 
 
 def test_all_class_evaluation(device):

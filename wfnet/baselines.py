@@ -34,7 +34,7 @@ from wfnet.data import (
     Dataset,
     batches,
     classes_of,
-    corrupt_limit,
+    corrupt_counter,
     labels_of,
     select,
 )
@@ -165,9 +165,7 @@ def unlearn(
         fit_classifier(model, select(train, others), **given)
         return model.eval()
     config = config or DEFAULTS[method]
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(train) if corrupt is None else corrupt)
+    corrupt = corrupt_counter(train, max_corrupt)
     model = copy.deepcopy(original).requires_grad_(True)
     tuning = _FineTuning(method, model, train, labels, label, config, workers, corrupt)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

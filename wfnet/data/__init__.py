@@ -11,7 +11,7 @@ from wfnet.data.dataset import (
     select,
 )
 from wfnet.data.folder import ImageFiles
-from wfnet.data.loading import CorruptImages, batches, corrupt_limit
+from wfnet.data.loading import CorruptImages, batches, corrupt_counter, corrupt_limit
 from wfnet.data.multi_hot import MultiLabelFiles, MultiLabelTensors, multi_hot_of
 from wfnet.data.open import folder_classes, open_data
 from wfnet.data.shards import ImageShards
@@ -34,6 +34,7 @@ __all__ = [
     "TensorImages",
     "batches",
     "classes_of",
+    "corrupt_counter",
     "corrupt_limit",
     "evaluation_transform",
     "folder_classes",

@@ -71,6 +71,14 @@ def corrupt_limit(dataset: Any) -> int:
     return max(10, len(dataset) // 1000)
 
 
+def corrupt_counter(dataset: Any, max_corrupt: int | CorruptImages | None) -> CorruptImages:
+    """Returns the counter that several calls of `batches` share: `max_corrupt` itself, or a new one
+    with this limit (None: `corrupt_limit(dataset)`)."""
+    if isinstance(max_corrupt, CorruptImages):
+        return max_corrupt
+    return CorruptImages(corrupt_limit(dataset) if max_corrupt is None else max_corrupt)
+
+
 def batches(
     dataset: Any,
     index_batches: Iterable[Tensor],
@@ -110,9 +118,7 @@ def batches(
     """
     if workers < 0:
         raise ValueError(f"workers must be 0 or more, got {workers}")
-    if max_corrupt is None:
-        max_corrupt = corrupt_limit(dataset)
-    corrupt = max_corrupt if isinstance(max_corrupt, CorruptImages) else CorruptImages(max_corrupt)
+    corrupt = corrupt_counter(dataset, max_corrupt)
     pin_memory = pin_memory and torch.cuda.is_available()
     requests = _requests(index_batches, len(dataset), start)
     if hasattr(dataset, "batch"):

@@ -2,10 +2,10 @@
 
 from wfnet.evaluation.groups import GroupRecord, GroupResult, choose_groups, evaluate_groups
 from wfnet.evaluation.initialisation import reinitialise
+from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.multilabel_rows import (
     MultiLabelRecord,
     MultiLabelResult,
-    average_precision,
     evaluate_multi_label,
 )
 from wfnet.evaluation.plain_models import evaluate_models

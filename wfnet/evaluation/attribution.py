@@ -18,7 +18,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,12 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from wfnet import gates
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.data import Batch, CorruptImages, Dataset, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
-from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, all_pairs
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
+from wfnet.services.progress import Progress
 from wfnet.services.seeds import generator_for
 
 ORDERS = ("lowest", "farthest")
@@ -135,7 +136,7 @@ def attribution(
     Raises:
         ValueError: before work starts, for arguments or labels that do not fit, or a file of
             something else in ``records``.
-        FloatingPointError: if confidences are not finite.
+        FloatingPointError: if logits are NaN or infinite.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size),
                         ("classes_together", classes_together)):  # fmt: skip
@@ -146,47 +147,30 @@ def attribution(
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
     names = classes_of(dataset)
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
+    corrupt = corrupt_counter(dataset, max_corrupt)
     settings = {"steps": steps, "order": order, "seed": seed}
     identity = {**network_identity(net), **data_identity(dataset), "settings": settings}
     kept = PartialResults(records, identity if records else {})
     started = time.perf_counter()
     left = torch.tensor([row for row in rows.tolist() if row not in kept], dtype=torch.int64)
-    bar = Progress(int(torch.isin(labels, left).sum()) * 4 * (steps + 1), progress, "attributing")
-    weight = next(iter(net.masked_layers.values())).weight
-    for part in left.split(classes_together):
-        changed = _changed_rows(net, part, steps, seed, order)
-        total = torch.zeros(len(part), 4 * (steps + 1), dtype=torch.float64)
-        seen = torch.zeros(len(part), dtype=torch.int64)
-        place = torch.full((net.num_classes,), -1).scatter_(0, part, torch.arange(len(part)))
-        chosen = torch.isin(labels, part).nonzero().flatten()
-        with evaluation_mode(net, changed), torch.inference_mode():
-            for batch in batches(dataset, chosen.split(batch_size), workers, corrupt):
-                images = as_input(batch.images, weight, channels_last)
-                kept_share = _confidences(
-                    net, changed, images, batch.labels, place[batch.labels], 4 * (steps + 1),
-                    batch_size, amp_dtype,
-                )  # fmt: skip
-                if not bool(kept_share.isfinite().all()):
-                    raise FloatingPointError(
-                        "confidences are not finite; check the images and the filters, or "
-                        "evaluate without 16-bit autocast"
-                    )
-                total.index_add_(0, place[batch.labels], kept_share)
-                seen += torch.bincount(place[batch.labels], minlength=len(part))
-                bar.advance(kept_share.numel())
-        if not seen.all():
-            raise ValueError(
-                f"class {int(part[seen.argmin()])} has no readable image; repair the images, or "
-                "leave it out of classes="
+    total = int(torch.isin(labels, left).sum()) * 4 * (steps + 1)
+    with Progress(total, "attributing", progress, unit="samples") as bar:
+        for part in left.split(classes_together):
+            engine = PairEngine(
+                _changed_rows(net, part, steps, seed, order),
+                dataset,
+                batch_size,
+                workers,
+                corrupt,
+                amp_dtype,
+                channels_last,
+                outputs=net.num_classes,
             )
-        curves = (total / seen.unsqueeze(1)).unflatten(1, (4, steps + 1))
-        for index, label in enumerate(part.tolist()):
-            record = _record(label, names[label], int(seen[index]), curves[index])
-            kept.add(label, asdict(record))
-    bar.close()
+            engine.progress = bar
+            confidences = Confidences(part, steps, net.num_classes)
+            engine.run(confidences, torch.isin(labels, part).nonzero().flatten().split(batch_size))
+            for label, images, curves in confidences.curves():
+                kept.add(label, asdict(_record(label, names[label], images, curves)))
     return AttributionResult(
         shares=_shares(steps).tolist(),
         records=[AttributionRecord(**kept[label]) for label in rows.tolist()],
@@ -210,34 +194,54 @@ def _record(label: int, name: str, images: int, curves: Tensor) -> AttributionRe
     )
 
 
-def _confidences(
-    net: WFNet,
-    changed: WFNet,
-    images: Tensor,
-    labels: Tensor,
-    place: Tensor,
-    rows: int,
-    batch_size: int,
-    amp_dtype: torch.dtype | None,
-) -> Tensor:
-    """``[n, rows]`` fp64: confidence kept by each image under each of the rows of its class.
+class Confidences(Measure):
+    """Mean confidence kept in the true class, under the rows of every image's own class.
 
-    ``place [n]``: class of each image as a position among the classes of ``changed``.
+    Args:
+        classes: ``[C]``, whose rows follow each other in the network, ``4 (S + 1)`` each.
+        steps: S.
+        num_classes: of the labels.
     """
-    device = images.device
-    source = torch.arange(len(images)).repeat_interleave(rows)
-    row = (place.unsqueeze(1) * rows + torch.arange(rows)).flatten()
-    found = []
-    with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-        original = net(images, forget=None)
-        for pairs in torch.arange(len(row)).split(batch_size):
-            first, last = int(source[pairs[0]]), int(source[pairs[-1]])
-            local = (source[pairs] - first).to(device)
-            logits = changed(images[first : last + 1], row[pairs].to(device), local)
-            label = labels[source[pairs]].to(device)
-            before = original[first : last + 1][local]
-            found.append(metrics.confidence_kept(logits, before, label).cpu())
-    return torch.cat(found).unflatten(0, (len(images), rows))
+
+    def __init__(self, classes: Tensor, steps: int, num_classes: int):
+        self.classes, self.each = classes, 4 * (steps + 1)
+        self.rows = torch.arange(len(classes) * self.each)
+        self.place = torch.full((num_classes,), -1)
+        self.place[classes] = torch.arange(len(classes))
+        self.total = torch.zeros(len(classes), self.each, dtype=torch.float64)
+        self.seen = torch.zeros(len(classes), dtype=torch.int64)
+        self._found: list[Tensor] = []
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        image, step = all_pairs(len(batch.labels), self.each)
+        return image, self.place[batch.labels][image] * self.each + step
+
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        device = pairs.logits.device
+        label, before = chunk.labels[pairs.image].to(device), chunk.original[pairs.image.to(device)]
+        self._found.append(metrics.confidence_kept(pairs.logits, before, label).cpu())
+
+    def end(self, chunk: Chunk) -> None:
+        place = self.place[chunk.labels]
+        self.total.index_add_(0, place, torch.cat(self._found).view(-1, self.each))
+        self.seen += torch.bincount(place, minlength=len(self.seen))
+        self._found.clear()
+
+    def curves(self) -> Iterator[tuple[int, int, Tensor]]:
+        """Of every class its label, its images, and its curves ``[4, S + 1]`` fp64.
+
+        Raises:
+            ValueError: for a class without readable images.
+        """
+        for label, images, total in zip(
+            self.classes.tolist(), self.seen.tolist(), self.total, strict=True
+        ):
+            if not images:
+                raise ValueError(
+                    f"class {label} has no readable image; repair the images, or leave it out of "
+                    "classes="
+                )
+            yield label, images, (total / images).unflatten(0, (4, -1))
 
 
 def _changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str) -> WFNet:

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
-from wfnet.evaluation.forward import Progress, evaluation_mode
+from wfnet.data import Batch, CorruptImages, Dataset, classes_of, labels_of
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
 from wfnet.evaluation.pairs import Pairing, check_classes, check_settings
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
+from wfnet.services.progress import Progress
 
 FORMAT = 1
 
@@ -143,46 +144,64 @@ def confusion_change(
 
     Raises:
         ValueError: before work starts, for classes or labels that do not fit.
+        FloatingPointError: if logits are NaN or infinite.
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
     check_settings(batch_size, 2.0, other_rows, len(rows))
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
     pairing = Pairing(rows, labels, other_rows, seed)
-    weight = next(iter(net.masked_layers.values())).weight
-    total = net.num_classes
-    own, seen, correct = (torch.zeros(len(rows) * total, dtype=torch.int64) for _ in range(3))
-    original = torch.zeros(total * total, dtype=torch.int64)
-    bar = Progress(pairing.pairs, enabled=progress)
-    chunks = torch.arange(len(labels)).split(batch_size)
-    with evaluation_mode(net), torch.inference_mode():
-        for batch in batches(dataset, chunks, workers, corrupt):
-            images = batch.images.to(weight.device, weight.dtype)
-            plain = net(images, forget=None).argmax(1).cpu()
-            original += torch.bincount(batch.labels * total + plain, minlength=total * total)
-            image, row = pairing.of(batch.indices)
-            for pairs in torch.arange(len(image)).split(batch_size):
-                source, at = image[pairs], row[pairs]
-                found = net(
-                    images,
-                    forget=rows[at].to(weight.device),
-                    source=source.to(weight.device),
-                ).argmax(1).cpu()  # fmt: skip
-                truth = batch.labels[source]
-                is_own = rows[at] == truth
-                own += torch.bincount((at * total + found)[is_own], minlength=len(own))
-                cell = at * total + truth
-                seen += torch.bincount(cell, minlength=len(seen))
-                correct += torch.bincount(cell[found == truth], minlength=len(seen))
-            bar.advance(len(image))
-    bar.close()
-    net.check_labels()
-    shape = (len(rows), total)
+    engine = PairEngine(net, dataset, batch_size, workers, max_corrupt)
+    predictions = Predictions(pairing, net.num_classes)
+    with Progress(pairing.pairs, "evaluating", progress, unit="samples") as engine.progress:
+        engine.run(predictions, engine.chunks())
     names = classes_of(dataset)
-    names = [names[k] if k < len(names) else str(k) for k in range(total)]
-    return ConfusionChange(
-        names, rows, own.view(shape), original.view(total, total), seen.view(shape),
-        correct.view(shape),
-    )  # fmt: skip
+    names = [names[k] if k < len(names) else str(k) for k in range(net.num_classes)]
+    return predictions.change(names)
+
+
+class Predictions(Measure):
+    """Counts of predictions, of the original network and under every row.
+
+    Args:
+        pairing: under which rows each image is run.
+        num_classes: outputs of the network.
+    """
+
+    def __init__(self, pairing: Pairing, num_classes: int):
+        self.pairing, self.rows, self.total = pairing, pairing.classes, num_classes
+        shape = len(self.rows) * num_classes
+        self.own, self.seen, self.correct = (
+            torch.zeros(shape, dtype=torch.int64) for _ in range(3)
+        )
+        self.original = torch.zeros(num_classes * num_classes, dtype=torch.int64)
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.pairing.of(batch.indices)
+
+    def begin(self, chunk: Chunk) -> None:
+        found = chunk.original.argmax(1).cpu()
+        cell = chunk.labels * self.total + found
+        self.original += torch.bincount(cell, minlength=len(self.original))
+
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        found, truth = pairs.logits.argmax(1).cpu(), chunk.labels[pairs.image]
+        is_own = self.rows[pairs.row] == truth
+        place = pairs.row * self.total
+        for counts, cell in (
+            (self.own, (place + found)[is_own]),
+            (self.seen, place + truth),
+            (self.correct, (place + truth)[found == truth]),
+        ):
+            counts += torch.bincount(cell, minlength=len(counts))
+
+    def change(self, names: list[str]) -> ConfusionChange:
+        """What was counted, with the names of all classes."""
+        shape = (len(self.rows), self.total)
+        return ConfusionChange(
+            names=names,
+            classes=self.rows,
+            destinations=self.own.view(shape),
+            original_destinations=self.original.view(self.total, self.total),
+            seen=self.seen.view(shape),
+            correct=self.correct.view(shape),
+        )

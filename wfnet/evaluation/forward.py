@@ -1,19 +1,20 @@
-"""What every evaluation does around its forward passes: modes kept, progress shown."""
+"""How images reach a network in an evaluation: device, dtype, layout, autocast, evaluation mode."""
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from wfnet.network import WFNet
+
 
 @contextmanager
 def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has the mode it had."""
+    """Sets evaluation mode inside; afterwards every module has the mode it had."""
     modes = [(module, module.training) for model in models for module in model.modules()]
     for model in models:
         model.eval()
@@ -24,38 +25,42 @@ def evaluation_mode(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def as_input(images: Tensor, like: Tensor, channels_last: bool) -> Tensor:
-    """``images [n, C, H, W]`` with device and dtype of ``like``, in the layout asked for."""
-    layout = torch.channels_last if channels_last else torch.preserve_format
-    return images.to(like.device, like.dtype, non_blocking=True, memory_format=layout)
+@dataclass(frozen=True)
+class Forward:
+    """How images reach a network.
 
-
-class Progress:
-    """One line on stderr: share done, pairs per second, time left.
-
-    A terminal's line is rewritten; a log file gets a line every half minute.
+    Attributes:
+        device, dtype: of the network's weights, to which images are brought.
+        amp_dtype: autocast dtype; None for none.
+        channels_last: images in channels-last layout.
     """
 
-    def __init__(self, total: int, enabled: bool, what: str = "evaluating"):
-        self.total, self.done, self.enabled, self.what = total, 0, enabled, what
-        self.live = sys.stderr.isatty()
-        self.interval = 0.2 if self.live else 30.0
-        self.start = self.shown = time.perf_counter()
+    device: torch.device
+    dtype: torch.dtype
+    amp_dtype: torch.dtype | None = None
+    channels_last: bool = False
 
-    def advance(self, count: int) -> None:
-        self.done += count
-        now = time.perf_counter()
-        if self.enabled and now - self.shown >= self.interval:
-            self.shown = now
-            rate = self.done / (now - self.start)
-            left = max(0, round((self.total - self.done) / rate))
-            text = (
-                f"{self.what} {self.done / self.total:4.0%}  {self.done:,}/{self.total:,} samples  "
-                f"{rate:,.0f}/s  {left // 60}:{left % 60:02d} left"
-            )
-            print(f"\r{text:<78}" if self.live else text, end="" if self.live else "\n",
-                  file=sys.stderr, flush=True)  # fmt: skip
+    @classmethod
+    def of(
+        cls, model: nn.Module, amp_dtype: torch.dtype | None = None, channels_last: bool = False
+    ) -> Forward:
+        """For the device and dtype of ``model``'s weights."""
+        if isinstance(model, WFNet):
+            weight = next(iter(model.masked_layers.values())).weight
+        else:
+            weight = next(model.parameters())
+        return cls(weight.device, weight.dtype, amp_dtype, channels_last)
 
-    def close(self) -> None:
-        if self.enabled and self.live and self.shown > self.start:
-            print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
+    def images(self, images: Tensor) -> Tensor:
+        """``images [n, C, H, W]`` as the network takes them."""
+        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        return images.to(self.device, self.dtype, non_blocking=True, memory_format=layout)
+
+    def autocast(self) -> torch.autocast:
+        """The context of every forward pass."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+
+def broken_logits(logits: Tensor) -> Tensor:
+    """Whether a sample has NaN or +inf among its logits, or nothing but -inf: scalar bool."""
+    return ~logits.amax(1).isfinite().all()

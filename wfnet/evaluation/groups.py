@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
-from wfnet.evaluation import metrics
-from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
+from wfnet.data import CorruptImages, Dataset, classes_of, labels_of
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
+from wfnet.evaluation.pairs import Hits
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
-from wfnet.evaluation.rows import broken_logits
 from wfnet.network import WFNet
+from wfnet.services.progress import Progress
 
 _GROUPS_TOGETHER = 64
 
@@ -142,22 +142,19 @@ def evaluate_groups(
     labels = labels_of(dataset)
     names = classes_of(dataset)
     chosen = _check_groups(groups, labels, net.num_classes)
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
+    engine = PairEngine(net, dataset, batch_size, workers, max_corrupt, amp_dtype, channels_last)
     identity = {**network_identity(net), **data_identity(dataset)} if records else {}
     kept = PartialResults(records, identity)
     started = time.perf_counter()
     left = [group for group in chosen.tolist() if _key(group) not in kept]
-    bar = Progress(len(left) * len(labels), progress, "groups")
-    for part in torch.tensor(left, dtype=torch.int64).split(_GROUPS_TOGETHER) if left else ():
-        seen, right, before = _count(
-            net, dataset, part, batch_size, bar, workers, corrupt, amp_dtype, channels_last
-        )
-        for index, group in enumerate(part.tolist()):
-            record = _record(group, names, seen, right[index], before)
-            kept.add(_key(group), asdict(record))
-    bar.close()
+    total = len(left) * len(labels)
+    with Progress(total, "groups", progress, unit="samples") as engine.progress:
+        for start in range(0, len(left), _GROUPS_TOGETHER):
+            part = left[start : start + _GROUPS_TOGETHER]
+            hits = GroupHits(torch.tensor(part), net.num_classes)
+            engine.run(hits, engine.chunks())
+            for index, group in enumerate(part):
+                kept.add(_key(group), asdict(hits.record(index, names)))
     found = [GroupRecord(**kept[_key(group)]) for group in chosen.tolist()]
     return GroupResult(found, time.perf_counter() - started)
 
@@ -193,76 +190,47 @@ def _check_groups(groups: Sequence[Sequence[int]], labels: Tensor, num_classes: 
     return chosen
 
 
-def _count(
-    net: WFNet,
-    dataset: Dataset,
-    groups: Tensor,
-    batch_size: int,
-    bar: Progress,
-    workers: int,
-    corrupt: CorruptImages,
-    amp_dtype: torch.dtype | None,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Images per class ``[K]``, hits per group and class ``[G, K]``, the original's ``[K]``."""
-    weight = next(iter(net.masked_layers.values())).weight
-    device = weight.device
-    count = len(groups)
-    seen = torch.zeros(net.num_classes, dtype=torch.int64)
-    before = torch.zeros_like(seen)
-    right = torch.zeros(count, net.num_classes, dtype=torch.int64)
-    order = torch.arange(len(labels_of(dataset))).split(batch_size)
-    with (
-        evaluation_mode(net),
-        torch.inference_mode(),
-        torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
-    ):
-        for batch in batches(dataset, order, workers, corrupt):
-            images = as_input(batch.images, weight, channels_last)
-            plain = net(images, forget=None)
-            broken = broken_logits(plain)
-            seen += torch.bincount(batch.labels, minlength=len(seen))
-            before.index_add_(0, batch.labels, _hits(plain, batch.labels))
-            image = torch.arange(len(batch.labels)).repeat_interleave(count)
-            group = torch.arange(count).repeat(len(batch.labels))
-            for pairs in torch.arange(len(image)).split(batch_size):
-                first, last = int(image[pairs[0]]), int(image[pairs[-1]])
-                source = (image[pairs] - first).to(device)
-                forget = groups[group[pairs]].to(device)
-                logits = net(images[first : last + 1], forget, source)
-                broken = broken | broken_logits(logits)
-                label = batch.labels[image[pairs]]
-                cell = group[pairs] * net.num_classes + label
-                right.view(-1).index_add_(0, cell, _hits(logits, label))
-            if bool(broken):
-                raise FloatingPointError(
-                    f"logits are NaN or infinite for images {int(batch.indices[0])} to "
-                    f"{int(batch.indices[-1])}; check the images and the filters"
-                )
-            bar.advance(len(image))
-    return seen, right, before
+class GroupHits(Measure):
+    """Hits of every class under every group, and of the original network.
 
+    Args:
+        groups: ``[G, J]`` int64, classes that are forgotten together.
+        num_classes: outputs of the network.
+    """
 
-def _hits(logits: Tensor, labels: Tensor) -> Tensor:
-    return metrics.topk_hits(logits.cpu(), labels).long()
+    def __init__(self, groups: Tensor, num_classes: int):
+        self.rows = groups
+        self.filtered = Hits(len(groups), num_classes, torch.device("cpu"), top_k=(1,))
+        self.original = Hits(1, num_classes, torch.device("cpu"), top_k=(1,))
 
+    def begin(self, chunk: Chunk) -> None:
+        self.original.add(chunk.original.cpu(), chunk.labels)
 
-def _record(
-    group: list[int], names: list[str], seen: Tensor, right: Tensor, before: Tensor
-) -> GroupRecord:
-    inside = torch.zeros(len(seen), dtype=torch.bool)
-    inside[group] = True
-    if not seen[group].all() or not seen[~inside].any():
-        raise ValueError(f"group {group} lacks readable images; repair them, or leave it out")
-    each = right[group] / seen[group]
-    return GroupRecord(
-        classes=group,
-        names=[names[label] for label in group],
-        n_forget=int(seen[group].sum()),
-        n_retain=int(seen[~inside].sum()),
-        acc_f=each.mean().item(),
-        acc_f_worst=each.max().item(),
-        acc_r=(right[~inside].sum() / seen[~inside].sum()).item(),
-        original_acc_f=(before[group] / seen[group]).mean().item(),
-        original_acc_r=(before[~inside].sum() / seen[~inside].sum()).item(),
-    )
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        self.filtered.add(pairs.logits.cpu(), chunk.labels[pairs.image], pairs.row)
+
+    def record(self, index: int, names: list[str]) -> GroupRecord:
+        """What was found of the group at row position ``index``.
+
+        Raises:
+            ValueError: if one of its classes, or all others, have no readable image.
+        """
+        group = self.rows[index].tolist()
+        seen, before = self.original.seen[0], self.original.right[1][0]
+        right = self.filtered.right[1][index]
+        inside = torch.zeros(len(seen), dtype=torch.bool)
+        inside[group] = True
+        if not seen[group].all() or not seen[~inside].any():
+            raise ValueError(f"group {group} lacks readable images; repair them, or leave it out")
+        each = right[group] / seen[group]
+        return GroupRecord(
+            classes=group,
+            names=[names[label] for label in group],
+            n_forget=int(seen[group].sum()),
+            n_retain=int(seen[~inside].sum()),
+            acc_f=each.mean().item(),
+            acc_f_worst=each.max().item(),
+            acc_r=(right[~inside].sum() / seen[~inside].sum()).item(),
+            original_acc_f=(before[group] / seen[group]).mean().item(),
+            original_acc_r=(before[~inside].sum() / seen[~inside].sum()).item(),
+        )

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wfnet.services.extras import require
+
 TOP_K = 5
 
 
@@ -230,6 +232,28 @@ def confidence_kept(logits: Tensor, original_logits: Tensor, labels: Tensor) -> 
     before = torch.log_softmax(original_logits.double(), 1).gather(1, index)
     ratio = (own - before).clamp_max(0).exp().squeeze(1)
     return torch.where(before.squeeze(1).exp() > 0, ratio, 1.0)
+
+
+def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
+    """Average precision of each label: mean precision at the ranks of its images.
+
+    scikit-learn's ``average_precision_score``, the step-wise area under the curve of precision over
+    recall, without interpolation.
+
+    Args:
+        scores: ``[N, K]``, larger is more likely; logits will do.
+        truth: ``[N, K]`` bool.
+
+    Returns:
+        ``[K]`` fp64; NaN for a label that no image has. A label whose scores say nothing has its
+        share of the images.
+    """
+    score = require("sklearn.metrics", "eval").average_precision_score
+    values = [
+        score(truth[:, k].numpy(), scores[:, k].float().numpy()) if truth[:, k].any() else torch.nan
+        for k in range(truth.shape[1])
+    ]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def check_base(base: float) -> None:

@@ -7,46 +7,25 @@ import io
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit
+from wfnet.data import CorruptImages, Dataset, classes_of
 from wfnet.data.multi_hot import multi_hot_of
-from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
+from wfnet.evaluation.metrics import average_precision
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
-from wfnet.evaluation.rows import broken_logits
 from wfnet.network import WFNet
-from wfnet.services.extras import require
 from wfnet.services.files import write_atomically, write_json
+from wfnet.services.progress import Progress
+from wfnet.services.ranks import Ranks
 from wfnet.version import __version__
 
 FORMAT = 1
-
-
-def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
-    """Average precision of each label: mean precision at the ranks of its images.
-
-    scikit-learn's ``average_precision_score``, the step-wise area under the curve of precision over
-    recall, without interpolation.
-
-    Args:
-        scores: ``[N, K]``, larger is more likely; logits will do.
-        truth: ``[N, K]`` bool.
-
-    Returns:
-        ``[K]`` fp64; NaN for a label that no image has. A label whose scores say nothing has its
-        share of the images.
-    """
-    score = require("sklearn.metrics", "eval").average_precision_score
-    values = [
-        score(truth[:, k].numpy(), scores[:, k].float().numpy()) if truth[:, k].any() else torch.nan
-        for k in range(truth.shape[1])
-    ]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -152,6 +131,7 @@ def evaluate_multi_label(
     max_corrupt: int | CorruptImages | None = None,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
+    ranks: Ranks | None = None,
 ) -> MultiLabelResult:
     """Average precisions of every label under its row, and of all others; nothing is changed.
 
@@ -162,7 +142,8 @@ def evaluate_multi_label(
         dataset: with ``multi_hot`` (:mod:`wfnet.data.multi_hot`).
         classes: labels to forget; by default all that some image has.
         rows_together: rows whose scores are in memory at once, ``[N, K]`` each.
-        batch_size, records, progress, workers, max_corrupt, amp_dtype, channels_last: as in
+        records: JSON file in which finished labels are kept: an interrupted call goes on there.
+        batch_size, progress, workers, max_corrupt, amp_dtype, channels_last, ranks: as in
             :func:`wfnet.evaluate`.
 
     Raises:
@@ -182,27 +163,88 @@ def evaluate_multi_label(
     for label in chosen:
         if not 0 <= label < net.num_classes or not present[label]:
             raise ValueError(f"no image has label {label}, so it cannot be evaluated")
-    if batch_size < 1 or rows_together < 1:
-        raise ValueError(f"batch_size and rows_together must be 1 or more; got {batch_size}")
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
+    if rows_together < 1:
+        raise ValueError(f"rows_together must be at least 1; got {rows_together}")
+    engine = PairEngine(
+        net, dataset, batch_size, workers, max_corrupt, amp_dtype, channels_last, ranks=ranks
+    )
+    ranks = engine.ranks
     identity = {**network_identity(net), **data_identity(dataset)} if records else {}
-    kept = PartialResults(records, identity)
+    kept = PartialResults(records if ranks.first else None, identity)
+    kept.records = ranks.first_does(lambda: kept.records)
     names = classes_of(dataset)
     started = time.perf_counter()
-    left = [label for label in chosen if label not in kept]
-    bar = Progress(len(left) * len(multi_hot), progress)
-    for part in torch.tensor(left, dtype=torch.int64).split(rows_together) if left else ():
-        scores, before, truth = _scores(
-            net, dataset, part, batch_size, bar, workers, corrupt, amp_dtype, channels_last
-        )
-        original = average_precision(before, truth)
-        for index, label in enumerate(part.tolist()):
-            found = average_precision(scores[:, index], truth)
-            others = torch.arange(net.num_classes) != label
+    left = torch.tensor([label for label in chosen if label not in kept], dtype=torch.int64)
+    total = len(left) * len(multi_hot) // ranks.size
+    with Progress(total, "evaluating", progress and ranks.first, unit="samples") as engine.progress:
+        for part in left.split(rows_together) if len(left) else ():
+            scores = LabelScores(part, multi_hot)
+            engine.run(scores, engine.chunks(max(1, batch_size // len(part))))
+            scores.merge(ranks)
+            for record in scores.records(names):
+                kept.add(record.index, asdict(record))
+    engine.corrupt.merge(ranks)
+    settings = {
+        "wfnet_version": __version__,
+        "model": type(net.model).__name__,
+        "num_classes": net.num_classes,
+        "classes": "all" if classes is None else chosen,
+        "images": len(multi_hot),
+        "corrupt_images": len(engine.corrupt.found),
+    }
+    found = [MultiLabelRecord(**kept[label]) for label in chosen]
+    return MultiLabelResult(found, settings, time.perf_counter() - started)
+
+
+class LabelScores(Measure):
+    """Logits of all images, of the original network and under each row: rankings need all.
+
+    Args:
+        rows: ``[R]`` int64, labels that are forgotten.
+        multi_hot: ``[N, K]`` bool, true labels of the data set.
+    """
+
+    def __init__(self, rows: Tensor, multi_hot: Tensor):
+        self.rows, self.multi_hot = rows, multi_hot
+        classes = multi_hot.shape[1]
+        # Parts in the order of the images: [n, K], [n * R, K] and [n, K].
+        self.original = [torch.zeros(0, classes)]
+        self.filtered = [torch.zeros(0, classes)]
+        self.truth = [torch.zeros(0, classes, dtype=torch.bool)]
+
+    def begin(self, chunk: Chunk) -> None:
+        self.original.append(chunk.original.float().cpu())
+        self.truth.append(self.multi_hot[chunk.indices])
+
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        self.filtered.append(pairs.logits.float().cpu())
+
+    def merge(self, ranks: Ranks) -> None:
+        """Gathers the logits of every rank; the images of lower ranks come first."""
+        if not ranks.alone:
+            for name in ("original", "filtered", "truth"):
+                parts = ranks.gather(torch.cat(getattr(self, name)).numpy())
+                setattr(self, name, [torch.from_numpy(part) for part in parts])
+
+    def records(self, names: list[str]) -> Iterator[MultiLabelRecord]:
+        """What was found of every row.
+
+        Raises:
+            ValueError: for a label that no readable image has.
+        """
+        truth = torch.cat(self.truth)
+        original = average_precision(torch.cat(self.original), truth)
+        scores = torch.cat(self.filtered).unflatten(0, (len(truth), len(self.rows)))
+        for index, label in enumerate(self.rows.tolist()):
             images = int(truth[:, label].sum())
-            record = MultiLabelRecord(
+            if not images:
+                raise ValueError(
+                    f"label {label} has no readable image; repair the images, or leave it out of "
+                    "classes="
+                )
+            found = average_precision(scores[:, index], truth)
+            others = torch.arange(truth.shape[1]) != label
+            yield MultiLabelRecord(
                 index=label,
                 name=names[label],
                 images=images,
@@ -212,55 +254,3 @@ def evaluate_multi_label(
                 original_ap_f=original[label].item(),
                 original_map_r=original[others].nanmean().item(),
             )
-            kept.add(label, asdict(record))
-    bar.close()
-    settings = {
-        "wfnet_version": __version__,
-        "model": type(net.model).__name__,
-        "num_classes": net.num_classes,
-        "classes": "all" if classes is None else chosen,
-        "images": len(multi_hot),
-        "corrupt_images": len(corrupt.found),
-    }
-    found = [MultiLabelRecord(**kept[label]) for label in chosen]
-    return MultiLabelResult(found, settings, time.perf_counter() - started)
-
-
-def _scores(
-    net: WFNet,
-    dataset: Dataset,
-    rows: Tensor,
-    batch_size: int,
-    bar: Progress,
-    workers: int,
-    corrupt: CorruptImages,
-    amp_dtype: torch.dtype | None,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits ``[N, R, K]`` under each of ``rows``, the original's ``[N, K]``, truth ``[N, K]``."""
-    weight = next(iter(net.masked_layers.values())).weight
-    device = weight.device
-    multi_hot = multi_hot_of(dataset)
-    count = len(rows)
-    filtered, before, truth = [], [], []
-    with (
-        evaluation_mode(net),
-        torch.inference_mode(),
-        torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
-    ):
-        order = torch.arange(len(multi_hot)).split(max(1, batch_size // count))
-        for batch in batches(dataset, order, workers, corrupt):
-            images = as_input(batch.images, weight, channels_last)
-            plain = net(images, forget=None)
-            source = torch.arange(len(images)).repeat_interleave(count).to(device)
-            logits = net(images, rows.repeat(len(images)).to(device), source)
-            if bool(broken_logits(plain) | broken_logits(logits)):
-                raise FloatingPointError(
-                    f"logits are NaN or infinite for images {int(batch.indices[0])} to "
-                    f"{int(batch.indices[-1])}; check the images and the filters"
-                )
-            filtered.append(logits.float().cpu().unflatten(0, (len(images), count)))
-            before.append(plain.float().cpu())
-            truth.append(multi_hot[batch.indices])
-            bar.advance(len(source))
-    return torch.cat(filtered), torch.cat(before), torch.cat(truth)

@@ -120,21 +120,34 @@ class Pairing:
 
 
 class Hits:
-    """Counts of samples and of top-1 and top-5 hits per (row position, image class)."""
+    """Counts of samples, and of those whose class is among the k largest logits.
 
-    def __init__(self, rows: int, num_classes: int, device: torch.device):
-        self.seen, self.top1, self.top5 = (
-            torch.zeros(rows, num_classes, dtype=torch.int64, device=device) for _ in range(3)
-        )
+    Attributes:
+        seen: ``[R, K]`` int64: samples of class k under row position r.
+        right: by k the hits among them, like ``seen``.
+    """
 
-    def add(self, logits: Tensor, labels: Tensor, row: Tensor) -> None:
-        cell = row * self.seen.shape[1] + labels
-        for counts, hits in (
-            (self.seen, torch.ones_like(labels)),
-            (self.top1, metrics.topk_hits(logits, labels, 1).long()),
-            (self.top5, metrics.topk_hits(logits, labels, metrics.TOP_K).long()),
-        ):
-            counts.view(-1).index_add_(0, cell, hits)
+    def __init__(
+        self,
+        rows: int,
+        num_classes: int,
+        device: torch.device,
+        top_k: tuple[int, ...] = (1, metrics.TOP_K),
+    ):
+        shape = (rows, num_classes)
+        self.seen = torch.zeros(shape, dtype=torch.int64, device=device)
+        self.right = {k: torch.zeros_like(self.seen) for k in top_k}
+
+    def add(self, logits: Tensor, labels: Tensor, row: Tensor | None = None) -> None:
+        """Counts samples: ``logits [p, K]``, ``labels [p]``, ``row [p]`` (all 0 if None)."""
+        cell = labels if row is None else row * self.seen.shape[1] + labels
+        self.seen.view(-1).index_add_(0, cell, torch.ones_like(labels))
+        for k, counts in self.right.items():
+            counts.view(-1).index_add_(0, cell, metrics.topk_hits(logits, labels, k).long())
+
+    def tables(self) -> dict[str, Tensor]:
+        """All counts by name: ``seen``, ``top1``, ``top5``."""
+        return {"seen": self.seen, **{f"top{k}": counts for k, counts in self.right.items()}}
 
 
 def accuracies(seen: Tensor, top1: Tensor, top5: Tensor, classes: Tensor) -> dict[str, Tensor]:

@@ -1,22 +1,31 @@
-"""Records of an evaluation that may be interrupted: kept in one file, bound to what they are of."""
+"""What is known of an evaluation that may be interrupted: kept in a file, bound to what it is of.
+
+:class:`PartialResults` keeps finished records by key, :class:`PartialCounts` the counts over the
+images that were seen.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import safetensors
 import torch
+from torch import Tensor
 
-from wfnet.data import Dataset, classes_of, labels_of
+from wfnet.data import CorruptImages, Dataset, classes_of, labels_of
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.network import WFNet
-from wfnet.services.files import fingerprint, write_json
+from wfnet.services.files import fingerprint, read_tensors, write_json, write_tensors
+from wfnet.services.ranks import Ranks
 
 FORMAT = 1
+_SAVE_EVERY = 30.0  # seconds between two files of counts
 
 
 class PartialResults:
@@ -66,6 +75,81 @@ class PartialResults:
         if self.path is not None:
             content = {"format": FORMAT, "identity": self.identity, "records": self.records}
             write_json(self.path, content)
+
+
+class Counts(Protocol):
+    """What is counted: a measure whose state are tensors."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was counted, by name."""
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes what :meth:`state` gave."""
+
+
+class PartialCounts:
+    """The counts over the images seen so far, in one file that is replaced atomically.
+
+    Args:
+        path: the file; with several ranks each has its own beside it.
+        identity: what the counts depend on; a file of another identity is refused.
+        counts: filled by :meth:`load`, and saved.
+        corrupt: images that were left out, saved with the counts.
+        ranks: processes that share the images.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        identity: Mapping[str, Any],
+        counts: Counts,
+        corrupt: CorruptImages,
+        ranks: Ranks,
+    ):
+        self.path, self.counts, self.corrupt = Path(path), counts, corrupt
+        if not ranks.alone:
+            name = f"{self.path.stem}-{ranks.rank}-of-{ranks.size}{self.path.suffix}"
+            self.path = self.path.with_name(name)
+        self.identity = json.loads(json.dumps(dict(identity)))
+        self.saved = time.perf_counter()
+
+    def load(self) -> int:
+        """Fills the counts; returns the position of the first image that they have not seen.
+
+        Raises:
+            ValueError: if the file is damaged or of something else.
+        """
+        if not self.path.is_file():
+            return 0
+        tensors = read_tensors(self.path)
+        with safetensors.safe_open(self.path, "pt") as file:
+            metadata = file.metadata() or {}
+        try:
+            state = json.loads(metadata["state"])
+            position, found = int(state["position"]), dict(state["corrupt"])
+            check_identity(self.path, dict(state["identity"]), self.identity)
+            self.counts.load_state(tensors)
+        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
+            raise ValueError(
+                f"{self.path} is damaged ({error}); delete it to evaluate anew"
+            ) from error
+        self.corrupt.found.update(found)
+        return position
+
+    def save_now_and_then(self, position: int) -> None:
+        """Saves the counts of the images before ``position``, at most twice a minute."""
+        if time.perf_counter() - self.saved >= _SAVE_EVERY:
+            self.save(position)
+
+    def save(self, position: int) -> None:
+        """Writes the counts of the images before ``position``."""
+        state = {
+            "identity": self.identity,
+            "position": position,
+            "corrupt": self.corrupt.found,
+        }
+        write_tensors(self.path, self.counts.state(), {"state": json.dumps(state)})
+        self.saved = time.perf_counter()
 
 
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
-from wfnet.evaluation.forward import evaluation_mode
+from wfnet.evaluation.forward import Forward, broken_logits, evaluation_mode
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pairs import Hits, accuracies, check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
-from wfnet.evaluation.rows import broken_logits
 from wfnet.services.files import fingerprint
 from wfnet.services.progress import Progress
 from wfnet.version import __version__
@@ -64,28 +63,24 @@ def evaluate_models(
     metrics.check_base(zrf_base)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
-    kept = PartialResults(records, {
-        **(identity or {}), **data_identity(dataset), "original": fingerprint(original),
-        "settings": {"zrf_base": zrf_base, "seed": seed, "amp": str(amp_dtype)},
-    } if records else {})  # fmt: skip
+    corrupt = corrupt_counter(dataset, max_corrupt)
+    if records:
+        identity = {
+            **(identity or {}),
+            **data_identity(dataset),
+            "original": fingerprint(original),
+            "settings": {"zrf_base": zrf_base, "seed": seed, "amp": str(amp_dtype)},
+        }
+    kept = PartialResults(records, identity if records else {})
     started = time.perf_counter()
 
     def run(model: nn.Module) -> tuple[Tensor, Tensor]:
         """Logits ``[n, K]`` and labels ``[n]`` of all readable images, on the CPU."""
-        device = next(model.parameters()).device
-        found, seen = [], []
-        with (
-            evaluation_mode(model),
-            torch.inference_mode(),
-            torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None),
-        ):
-            for batch in batches(
-                dataset, torch.arange(len(labels)).split(batch_size), workers, corrupt
-            ):
-                logits = model(batch.images.to(device))
+        forward, found, seen = Forward.of(model, amp_dtype), [], []
+        chunks = torch.arange(len(labels)).split(batch_size)
+        with evaluation_mode(model), torch.no_grad(), forward.autocast():
+            for batch in batches(dataset, chunks, workers, corrupt):
+                logits = model(forward.images(batch.images))
                 if bool(broken_logits(logits)):
                     raise FloatingPointError(
                         f"logits are NaN or infinite for images {int(batch.indices[0])} to "
@@ -99,8 +94,7 @@ def evaluate_models(
     if left:
         before, seen = run(original)
         new, _ = run(reinitialise(original, seed) if initialised is None else initialised)
-    bar = Progress(len(rows), "evaluating", progress)
-    bar.update(len(rows) - len(left))
+    bar = Progress(len(rows), "evaluating", progress, done=len(rows) - len(left), unit="class")
     for label in left:
         after, _ = run(models(label))
         scores = _scores(after, new, seen, label, zrf_base)
@@ -133,10 +127,10 @@ def _scores(
     logits: Tensor, new: Tensor, labels: Tensor, label: int, zrf_base: float
 ) -> dict[str, float]:
     hits = Hits(1, logits.shape[1], logits.device)
-    hits.add(logits, labels, torch.zeros_like(labels))
+    hits.add(logits, labels)
     row = torch.tensor([label])
     own = labels == label
     return {
-        **{k: v.item() for k, v in accuracies(hits.seen, hits.top1, hits.top5, row).items()},
+        **{k: v.item() for k, v in accuracies(*hits.tables().values(), row).items()},
         "zrf": metrics.zrf(logits[own], new[own], zrf_base).item(),
     }

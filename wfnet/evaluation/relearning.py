@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.forward import evaluation_mode
 from wfnet.evaluation.pairs import check_classes
@@ -199,9 +199,7 @@ def relearn_times(
     rows = check_classes(classes, labels, num_classes).tolist()
     names = classes_of(test)
     check_classes(rows, labels_of(train), num_classes)
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(train) if corrupt is None else corrupt)
+    corrupt = corrupt_counter(train, max_corrupt)
     kept = PartialResults(
         records,
         {
@@ -214,7 +212,7 @@ def relearn_times(
         else {},
     )
     started = time.perf_counter()
-    bar = Progress(len(rows), "relearning", progress)
+    bar = Progress(len(rows), "relearning", progress, unit="class")
     for label in rows:
         if label not in kept:
             images = _images_of(test, (labels == label).nonzero().flatten(), workers, corrupt)

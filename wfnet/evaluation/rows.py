@@ -1,27 +1,23 @@
 """Evaluation of a filtered network: every class in mixed batches, one record per class.
 
-A batch holds (image, row) pairs: the same images under many rows of the filter matrices. The
-measures themselves are defined in :mod:`wfnet.evaluation.metrics`.
+The measures themselves are defined in :mod:`wfnet.evaluation.metrics`.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
-from pathlib import Path
+from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, corrupt_limit, labels_of
+from wfnet.data import Batch, CorruptImages, Dataset, classes_of, labels_of
 from wfnet.evaluation import metrics
-from wfnet.evaluation.forward import Progress, as_input, evaluation_mode
 from wfnet.evaluation.initialisation import reinitialise
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
 from wfnet.evaluation.pairs import (
     Hits,
     Pairing,
@@ -30,16 +26,13 @@ from wfnet.evaluation.pairs import (
     check_settings,
     zrf_per_class,
 )
-from wfnet.evaluation.partial import check_identity, data_identity, network_identity
+from wfnet.evaluation.partial import PartialCounts, data_identity, network_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
 from wfnet.network import WFNet
-from wfnet.services.files import fingerprint, read_tensors, write_tensors
+from wfnet.services.files import fingerprint
+from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.version import __version__
-
-# Lists of a run that grow by one tensor per chunk of images.
-_PER_IMAGE = ("own_class", "divergence", "original_divergence")
-_SAVE_EVERY = 30.0  # seconds between two files of counts
 
 
 def evaluate(
@@ -107,271 +100,206 @@ def evaluate(
         raise ValueError(f"zrf_mode={zrf_mode!r} is not one of {', '.join(metrics.ZRF_MODES)}")
     if initialised is not None and isinstance(initialised, WFNet):
         raise ValueError("initialised must be a plain classifier; pass its .bake(None)")
-    corrupt = max_corrupt
-    if not isinstance(corrupt, CorruptImages):
-        corrupt = CorruptImages(corrupt_limit(dataset) if corrupt is None else corrupt)
     pairing = Pairing(rows, labels, retained_rows, seed)
     initial = reinitialise(net, seed) if initialised is None else initialised
     start = time.perf_counter()
-    ranks = ranks or Ranks(shared=False)
-    run = Run(net, initial, pairing, batch_size, zrf_base, amp_dtype, channels_last, zrf_mode)
-    kept = None
+    engine = PairEngine(
+        net,
+        dataset,
+        batch_size,
+        workers,
+        max_corrupt,
+        amp_dtype,
+        channels_last,
+        beside={"initialised": initial},
+        ranks=ranks,
+    )
+    ranks = engine.ranks
+    scores = RowScores(pairing, net.num_classes, engine.device, zrf_base, zrf_mode)
+    kept, position = None, 0
     if records is not None:
         identity = {
             **network_identity(net),
             **data_identity(dataset),
             "settings": {
-                "classes": rows.tolist(), "zrf_base": zrf_base, "zrf_mode": zrf_mode,
-                "seed": seed, "retained_rows": retained_rows, "amp": str(amp_dtype),
+                "classes": rows.tolist(),
+                "zrf_base": zrf_base,
+                "zrf_mode": zrf_mode,
+                "seed": seed,
+                "retained_rows": retained_rows,
+                "amp": str(amp_dtype),
                 "initialised": "own" if initialised is None else fingerprint(initialised),
             },
-        }  # fmt: skip
-        kept = Counted(_of_rank(Path(records), ranks), identity, run, corrupt)
+        }
+        kept = PartialCounts(records, identity, scores, engine.corrupt, ranks)
+        position = kept.load()
     first, last = ranks.range(len(labels))
-    position = max(first, 0 if kept is None else kept.load())
-    own_pairs = pairing.pairs * (last - first) // len(labels)
-    bar = Progress(own_pairs - int(run.filtered.seen.sum()), enabled=progress and ranks.first)
-    chunks = [part for part in torch.arange(position, last).split(batch_size) if len(part)]
-    with evaluation_mode(net, initial), torch.inference_mode():
-        for batch in batches(dataset, chunks, workers, corrupt, pin_memory=run.on_gpu):
-            bar.advance(run.chunk(batch))
-            if kept is not None:
-                kept.save_now_and_then(int(batch.indices[-1]) + 1)
-    bar.close()
+    engine.progress = Progress(
+        pairing.pairs * (last - first) // len(labels),
+        "evaluating",
+        progress and ranks.first,
+        done=int(scores.filtered.seen.sum()),
+        unit="samples",
+    )
+    with engine.progress:
+        engine.run(scores, engine.chunks(start=position), kept)
     if kept is not None:
         kept.save(last)
-    net.check_labels()
-    run.merge(ranks)
-    corrupt.merge(ranks)
-    seconds = time.perf_counter() - start
+    scores.merge(ranks)
+    engine.corrupt.merge(ranks)
     settings = {
         "wfnet_version": __version__,
         "model": type(net.model).__name__,
         "num_classes": net.num_classes,
         "classes": "all" if classes is None else rows.tolist(),
-        "images": int(run.original.seen.sum()),
-        "corrupt_images": len(corrupt.found),
-        "pairs": int(run.filtered.seen.sum()),
+        "images": int(scores.original.seen.sum()),
+        "corrupt_images": len(engine.corrupt.found),
+        "pairs": int(scores.filtered.seen.sum()),
         "retained_rows": "all" if retained_rows is None else retained_rows,
         "seed": seed,
         "initialised": "reinitialise(net, seed)" if initialised is None else "given by the caller",
         "batch_size": batch_size,
         "zrf_mode": zrf_mode,
-        "dtype": str(amp_dtype or run.dtype).removeprefix("torch."),
-        "device": str(run.device),
+        "dtype": str(amp_dtype or engine.forward.dtype).removeprefix("torch."),
+        "device": str(engine.device),
     }
-    return _summarise(run, classes_of(dataset), zrf_base, settings, seconds)
+    counts, values = scores.values()
+    return _result(rows, classes_of(dataset), counts, values, zrf_base, settings, start)
 
 
-class Run:
-    """One evaluation in progress."""
+class RowScores(Measure):
+    """Hits of every row, and divergences from a new network under each image's own row.
+
+    Args:
+        pairing: under which rows each image is run.
+        num_classes: outputs of the network.
+        device: of the network.
+        zrf_base, zrf_mode: as in :func:`evaluate`.
+    """
+
+    # Lists that grow by one tensor per chunk, in the order of the images.
+    _PER_IMAGE = ("own_class", "divergence", "original_divergence")
 
     def __init__(
         self,
-        net: WFNet,
-        initial: nn.Module,
         pairing: Pairing,
-        batch_size: int,
+        num_classes: int,
+        device: torch.device,
         zrf_base: float,
-        amp_dtype: torch.dtype | None,
-        channels_last: bool,
         zrf_mode: str,
     ):
-        weight = next(iter(net.masked_layers.values())).weight
-        self.weight, self.device, self.dtype = weight, weight.device, weight.dtype
-        self.on_gpu = self.device.type == "cuda"
-        found = next((p.device for p in initial.parameters()), self.device)
-        if found != self.device:
-            raise ValueError(
-                f"initialised is on {found}, the network on {self.device}; move one to the other"
-            )
-        self.net, self.initial, self.pairing = net, initial, pairing
-        self.batch_size, self.zrf_base = batch_size, zrf_base
-        self.amp_dtype, self.channels_last, self.zrf_mode = amp_dtype, channels_last, zrf_mode
-        classes = len(pairing.classes)
-        self.filtered = Hits(classes, net.num_classes, self.device)
-        self.original = Hits(1, net.num_classes, self.device)
-        # Divergences of own rows from the new network, in the order of the images: parts of [n].
+        self.pairing, self.rows = pairing, pairing.classes
+        self.zrf_base, self.zrf_mode = zrf_base, zrf_mode
+        self.filtered = Hits(len(self.rows), num_classes, device)
+        self.original = Hits(1, num_classes, device)
         self.own_class: list[Tensor] = []
         self.divergence: list[Tensor] = []
         self.original_divergence: list[Tensor] = []
+        # Of the chunk that is run: labels on the device, logits of each image under its own row.
+        self._labels = self._own = torch.empty(0)
 
-    def chunk(self, batch: Batch) -> int:
-        """Runs some images under all their rows; returns the number of pairs."""
-        images = as_input(batch.images, self.weight, self.channels_last)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        autocast = nullcontext()
-        if self.amp_dtype is not None:
-            autocast = torch.autocast(self.device.type, self.amp_dtype)
-        image, row = self.pairing.of(batch.indices)
-        with autocast:
-            plain = self.net(images, forget=None)
-            new = self.initial(images)
-            self._check_shape(plain, "the network")
-            self._check_shape(new, "initialised")
-            broken = torch.stack((broken_logits(plain), broken_logits(new)))
-            self.original.add(plain, labels, torch.zeros_like(labels))
-            own = torch.full_like(plain, torch.nan)  # logits of each image under its own row
-            for pairs in torch.arange(len(image)).split(self.batch_size):
-                part, part_row = image[pairs], row[pairs]
-                first, last = int(part[0]), int(part[-1])
-                position = part_row.to(self.device)
-                forget = self.pairing.classes[part_row].to(self.device)
-                source = (part - first).to(self.device)
-                logits = self.net(images[first : last + 1], forget=forget, source=source)
-                label = labels[first : last + 1][source]
-                broken = torch.cat((broken, broken_logits(logits).reshape(1)))
-                self.filtered.add(logits, label, position)
-                # Found on the host, where the labels are: a device would have to be waited for.
-                is_own = self.pairing.classes[part_row] == batch.labels[part]
-                at = is_own.nonzero().squeeze(1)
-                own[part[at].to(self.device)] = logits[at.to(self.device)].to(own.dtype)
-        if bool(broken.any()):
-            which = ["the original network", "the newly initialised network"]
-            which += ["the filtered network"] * (len(broken) - 2)
-            raise FloatingPointError(
-                f"logits of {which[int(broken.int().argmax())]} are NaN or infinite for images "
-                f"{int(batch.indices[0])} to {int(batch.indices[-1])}; check the images and the "
-                "filters, or evaluate without 16-bit autocast"
-            )
-        has_row = self.pairing.position[batch.labels] >= 0
-        chosen = has_row.to(self.device)
-        self.own_class.append(batch.labels[has_row])
-        for kept, logits in ((self.divergence, own), (self.original_divergence, plain)):
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.pairing.of(batch.indices)
+
+    def begin(self, chunk: Chunk) -> None:
+        self._labels = chunk.labels.to(chunk.original.device, non_blocking=True)
+        self._own = torch.full_like(chunk.original, torch.nan)
+        self.original.add(chunk.original, self._labels)
+
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        device = pairs.logits.device
+        image, row = pairs.image.to(device), pairs.row.to(device)
+        self.filtered.add(pairs.logits, self._labels[image], row)
+        # Found on the host, where the labels are: a device would have to be waited for.
+        is_own = self.rows[pairs.row] == chunk.labels[pairs.image]
+        at = is_own.nonzero().squeeze(1).to(device)
+        self._own[image[at]] = pairs.logits[at].to(self._own.dtype)
+
+    def end(self, chunk: Chunk) -> None:
+        has_row = self.pairing.position[chunk.labels] >= 0
+        chosen = has_row.to(self._own.device)
+        (new,) = chunk.beside
+        self.own_class.append(chunk.labels[has_row])
+        for kept, logits in (
+            (self.divergence, self._own),
+            (self.original_divergence, chunk.original),
+        ):
             divergence = metrics.zrf_divergence(
                 logits[chosen], new[chosen], self.zrf_base, self.zrf_mode
             )
             kept.append(divergence.cpu())
-        return len(image)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was counted, by name."""
+        state = {name: torch.cat(getattr(self, name)) for name in self._PER_IMAGE if self.own_class}
+        for prefix in ("filtered", "original"):
+            tables = getattr(self, prefix).tables()
+            state |= {f"{prefix}.{name}": table for name, table in tables.items()}
+        return state
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Takes what :meth:`state` gave."""
+        for prefix in ("filtered", "original"):
+            for name, table in getattr(self, prefix).tables().items():
+                table.copy_(state[f"{prefix}.{name}"])
+        for name in self._PER_IMAGE:
+            setattr(self, name, [state[name]])
 
     def merge(self, ranks: Ranks) -> None:
         """Adds up what every rank has counted; the images of lower ranks come first."""
         if ranks.alone:
             return
         for hits in (self.filtered, self.original):
-            for counts in (hits.seen, hits.top1, hits.top5):
-                ranks.add(counts)
-        for name in _PER_IMAGE:
+            for table in hits.tables().values():
+                ranks.add(table)
+        for name in self._PER_IMAGE:
             own = getattr(self, name)
             parts = ranks.gather(torch.cat(own).numpy() if own else None)
             setattr(self, name, [torch.from_numpy(part) for part in parts if part is not None])
 
-    def _check_shape(self, logits: Tensor, what: str) -> None:
-        if logits.dim() != 2 or logits.shape[1] != self.net.num_classes:
-            raise ValueError(
-                f"{what} gave outputs of shape {list(logits.shape)}; expected "
-                f"[{len(logits)}, {self.net.num_classes}]"
-            )
-
-
-def _of_rank(path: Path, ranks: Ranks) -> Path:
-    """Where a rank keeps its counts."""
-    if ranks.alone:
-        return path
-    return path.with_name(f"{path.stem}-{ranks.rank}-of-{ranks.size}{path.suffix}")
-
-
-class Counted:
-    """The counts of an unfinished evaluation, in one file that is replaced atomically.
-
-    Args:
-        path: the file.
-        identity: what the counts depend on; a file of another identity is refused.
-        run: the evaluation that is filled and saved.
-        corrupt: images that were left out, saved with the counts.
-    """
-
-    def __init__(self, path: str | os.PathLike, identity: dict, run: Run, corrupt: CorruptImages):
-        self.path, self.run, self.corrupt = Path(path), run, corrupt
-        self.identity = json.loads(json.dumps(identity))
-        self.saved = time.perf_counter()
-
-    def load(self) -> int:
-        """Fills the run; returns the position of the first image that it has not seen.
-
-        Raises:
-            ValueError: if the file is damaged or of something else.
-        """
-        if not self.path.is_file():
-            return 0
-        tensors = read_tensors(self.path)
-        with safetensors.safe_open(self.path, "pt") as file:
-            metadata = file.metadata() or {}
-        try:
-            state = json.loads(metadata["state"])
-            position, found = int(state["position"]), dict(state["corrupt"])
-            check_identity(self.path, dict(state["identity"]), self.identity)
-            run = self.run
-            for prefix, hits in (("filtered", run.filtered), ("original", run.original)):
-                for name in ("seen", "top1", "top5"):
-                    getattr(hits, name).copy_(tensors[f"{prefix}.{name}"])
-            for name in _PER_IMAGE:
-                setattr(run, name, [tensors[name]])
-        except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"{self.path} is damaged ({error}); delete it to evaluate anew"
-            ) from error
-        self.corrupt.found.update(found)
-        return position
-
-    def save_now_and_then(self, position: int) -> None:
-        if time.perf_counter() - self.saved >= _SAVE_EVERY:
-            self.save(position)
-
-    def save(self, position: int) -> None:
-        """Writes the counts of the images before ``position``."""
-        run = self.run
-        tensors = {name: torch.cat(getattr(run, name)) for name in _PER_IMAGE if run.own_class}
-        for prefix, hits in (("filtered", run.filtered), ("original", run.original)):
-            for name in ("seen", "top1", "top5"):
-                tensors[f"{prefix}.{name}"] = getattr(hits, name)
-        state = {
-            "identity": self.identity,
-            "position": position,
-            "corrupt": self.corrupt.found,
+    def values(self) -> tuple[PairCounts, dict[str, Tensor]]:
+        """The counts, and ``[R]`` fp64 by name of :class:`ClassRecord`'s measures."""
+        filtered = [table.cpu() for table in self.filtered.tables().values()]
+        original = [table.cpu() for table in self.original.tables().values()]
+        own_class = torch.cat(self.own_class)
+        # The original network has the same counts under every row.
+        before = [table.expand(len(self.rows), -1) for table in original]
+        values = {
+            **accuracies(*filtered, self.rows),
+            "zrf": zrf_per_class(self.divergence, own_class, self.rows),
+            **{f"original_{k}": v for k, v in accuracies(*before, self.rows).items()},
+            "original_zrf": zrf_per_class(self.original_divergence, own_class, self.rows),
         }
-        write_tensors(self.path, tensors, {"state": json.dumps(state)})
-        self.saved = time.perf_counter()
+        return PairCounts(self.rows, *filtered, *(table[0] for table in original)), values
 
 
-def broken_logits(logits: Tensor) -> Tensor:
-    """Whether a sample has NaN or +inf among its logits, or nothing but -inf: scalar bool."""
-    return ~logits.amax(1).isfinite().all()
-
-
-def _summarise(
-    run: Run, names: list[str], zrf_base: float, settings: dict, seconds: float
+def _result(
+    classes: Tensor,
+    names: list[str],
+    counts: PairCounts,
+    values: dict[str, Tensor],
+    zrf_base: float,
+    settings: dict[str, Any],
+    start: float,
 ) -> EvaluationResult:
-    classes = run.pairing.classes
-    filtered = [t.cpu() for t in (run.filtered.seen, run.filtered.top1, run.filtered.top5)]
-    original = [t.cpu() for t in (run.original.seen, run.original.top1, run.original.top5)]
-    own_class = torch.cat(run.own_class)
-    counts = PairCounts(classes, *filtered, *(t[0] for t in original))
-    # The original network has the same counts under every row.
-    before = [t.expand(len(classes), -1) for t in original]
-    columns = {
-        **accuracies(*filtered, classes),
-        "zrf": zrf_per_class(run.divergence, own_class, classes),
-        **{f"original_{k}": v for k, v in accuracies(*before, classes).items()},
-        "original_zrf": zrf_per_class(run.original_divergence, own_class, classes),
-    }
-    lost = columns["acc_f"].isnan() | columns["acc_r"].isnan()
+    lost = values["acc_f"].isnan() | values["acc_r"].isnan()
     if lost.any():
         raise ValueError(
             f"class {int(classes[lost][0])} has no readable image, or no readable retained image; "
             "repair the images, or leave it out of classes="
         )
-    n_forget = filtered[0].gather(1, classes.unsqueeze(1)).squeeze(1)
-    n_retain = filtered[0].sum(1) - n_forget
-    values = {name: column.tolist() for name, column in columns.items()}
+    n_forget = counts.seen.gather(1, classes.unsqueeze(1)).squeeze(1)
+    n_retain = counts.seen.sum(1) - n_forget
+    columns = {name: column.tolist() for name, column in values.items()}
     records = [
         ClassRecord(
             index=index,
             name=names[index] if index < len(names) else str(index),
             n_forget=int(n_forget[i]),
             n_retain=int(n_retain[i]),
-            **{name: column[i] for name, column in values.items()},
+            **{name: column[i] for name, column in columns.items()},
         )
         for i, index in enumerate(classes.tolist())
     ]
+    seconds = time.perf_counter() - start
     return EvaluationResult.from_records(records, zrf_base, settings, seconds, counts)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from wfnet.data import CorruptImages, Dataset, batches
 from wfnet.data.multi_hot import multi_hot_of
-from wfnet.evaluation.multilabel_rows import average_precision
+from wfnet.evaluation.metrics import average_precision
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch
