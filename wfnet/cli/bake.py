@@ -23,14 +23,13 @@ from wfnet.cli.options import (
     add_compute_options,
     add_data_options,
     add_model_options,
-    not_negative,
-    whole,
 )
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
 from wfnet.data import batches, multi_hot_of
 from wfnet.gates import gate_rows
 from wfnet.head import CUT_LOGIT
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.files import write_atomically, write_json, write_tensors
 from wfnet.trust import TrustSettings, check_export, removal
 
@@ -67,7 +66,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
     group.add_argument("--onnx", metavar="FILE", help="also export as ONNX, for any batch size")
     group.add_argument(
-        "--prune-below", type=not_negative, default=0.0, metavar="T",
+        "--prune-below", type=settings.non_negative_float, default=0.0, metavar="T",
         help="make gates below T exactly 0, so that what they scaled cannot be scaled back",
     )  # fmt: skip
     group.add_argument(
@@ -84,14 +83,16 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "file beside it",
     )  # fmt: skip
     group.add_argument(
-        "--images", type=whole(1), default=256, metavar="N",
+        "--images", type=settings.positive_int, default=256, metavar="N",
         help="for --verify: images to compare outputs on, test images if the run knows its data",
     )  # fmt: skip
     group.add_argument(
-        "--samples", type=whole(2), default=TrustSettings().samples, metavar="N",
+        "--samples", type=settings.int_from(2), default=TrustSettings().samples, metavar="N",
         help="for --verify: the most images of each kind in the attacks",
     )  # fmt: skip
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of splits and draws")
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
+    )
     add_model_options(parser)
     add_data_options(parser)
     add_compute_options(parser, workers=0)

@@ -33,7 +33,6 @@ from wfnet.cli.options import (
     add_model_options,
     key_value,
     log_base,
-    whole,
 )
 from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.train import (
@@ -43,6 +42,7 @@ from wfnet.cli.train import (
     recorded_training,
 )
 from wfnet.data import multi_hot_of
+from wfnet.services import settings
 from wfnet.services.files import write_json
 
 FOLDER = "baselines"
@@ -93,11 +93,21 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="base of the logarithm in ZRF: e or 2 (default: e)",
     )  # fmt: skip
     group.add_argument(
-        "-b", "--batch-size", type=whole(1), default=256, metavar="N", help="of evaluation"
+        "-b",
+        "--batch-size",
+        type=settings.batch_size,
+        default=256,
+        metavar="N",
+        help="of evaluation",
     )
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
     group.add_argument(
-        "--max-corrupt", type=whole(0), metavar="N", help="corrupt images that are left out"
+        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
+    )
+    group.add_argument(
+        "--max-corrupt",
+        type=settings.non_negative_int,
+        metavar="N",
+        help="corrupt images that are left out",
     )
     group.add_argument("--output", metavar="DIR", help=f"folder (default: RUN/{FOLDER})")
     group.add_argument("--config", metavar="FILE", help="options from a file, or a recipe by name")

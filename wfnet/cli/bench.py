@@ -28,7 +28,8 @@ from wfnet.benchmarking.steps import (
 from wfnet.benchmarking.timing import choose_convolutions_by_trial, commit, device_name, timed
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
-from wfnet.cli.options import HelpFormatter, key_value, whole
+from wfnet.cli.options import HelpFormatter, key_value
+from wfnet.services import settings
 from wfnet.services.files import write_atomically
 from wfnet.version import __version__
 
@@ -67,17 +68,25 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="arguments of the model's constructor",
     )  # fmt: skip
     group.add_argument(
-        "--img-size", type=whole(8), default=224, metavar="PIXELS", help="of the random images"
+        "--img-size",
+        type=settings.image_size,
+        default=224,
+        metavar="PIXELS",
+        help="of the random images",
     )
     group.add_argument(
-        "--num-classes", type=whole(2), default=1000, metavar="N", help="rows of the filters"
+        "--num-classes",
+        type=settings.class_count,
+        default=1000,
+        metavar="N",
+        help="rows of the filters",
     )
     group.add_argument(
-        "-b", "--batch-size", type=whole(2), default=32, metavar="N",
+        "-b", "--batch-size", type=settings.int_from(2, 10**6), default=32, metavar="N",
         help="images of a minibatch, even",
     )  # fmt: skip
     group.add_argument(
-        "-M", "--label-expansion", type=whole(1), default=3, metavar="M",
+        "-M", "--label-expansion", type=settings.positive_int, default=3, metavar="M",
         help="rows that each retained image goes through",
     )  # fmt: skip
     group.add_argument(
@@ -88,8 +97,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--columns", nargs="+", choices=COLUMNS, metavar="COLUMN",
         help=f"of {', '.join(COLUMNS)} (default: eager, unmasked, and ours that can run here)",
     )  # fmt: skip
-    group.add_argument("--repeats", type=whole(1), default=10, metavar="N", help="timed steps")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    group.add_argument(
+        "--repeats", type=settings.positive_int, default=10, metavar="N", help="timed steps"
+    )
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
+    )
     group.add_argument(
         "--output", metavar="FILE", help="CSV with the columns of timm's benchmark.py, and more"
     )
@@ -100,7 +113,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--channels-last", action=argparse.BooleanOptionalAction, default=True,
         help="memory layout in which convolutions are faster (default: yes)",
     )  # fmt: skip
-    group.add_argument("--threads", type=whole(1), metavar="N", help="CPU threads")
+    group.add_argument("--threads", type=settings.cpu_threads, metavar="N", help="CPU threads")
     return parser
 
 

@@ -6,9 +6,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from wfnet.cli.options import whole
 from wfnet.data import Dataset, Splits, select, split_dataset
 from wfnet.data.image_lists import ImageList
+from wfnet.services import settings
 
 LIST_NAME = "evaluation_images.json"
 PER_CLASS = 5  # the paper's number for ImageNet
@@ -17,12 +17,12 @@ PER_CLASS = 5  # the paper's number for ImageNet
 def add_list_options(group: argparse._ActionsContainer) -> None:
     """Options of all commands that evaluate."""
     group.add_argument(
-        "--eval-per-class", type=whole(1), metavar="N",
+        "--eval-per-class", type=settings.positive_int, metavar="N",
         help="evaluate on N images of each class, drawn with --eval-seed and saved as a list "
         f"({LIST_NAME}), which later commands on the run take up (default: all images)",
     )  # fmt: skip
     group.add_argument(
-        "--eval-seed", type=whole(0), default=0, metavar="N", help="of the drawn images"
+        "--eval-seed", type=settings.seed, default=0, metavar="N", help="of the drawn images"
     )
 
 

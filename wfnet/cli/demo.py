@@ -22,7 +22,7 @@ from wfnet import models
 from wfnet.cli.bake import baked_name, save_baked, verify
 from wfnet.cli.classifier import load_weights
 from wfnet.cli.drawing import draw_report, draw_training
-from wfnet.cli.options import HelpFormatter, add_threads_option, whole
+from wfnet.cli.options import HelpFormatter, add_threads_option
 from wfnet.cli.runs import (
     CONFUSION,
     CURVES,
@@ -39,6 +39,7 @@ from wfnet.evaluation.confusion import confusion_change
 from wfnet.network import WFNet
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
 from wfnet.report.contents import REPORT, write_report
+from wfnet.services import settings
 from wfnet.services.files import write_tensors
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
@@ -76,16 +77,21 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="balanced forgets evenly; paper has the authors' settings",
     )  # fmt: skip
     group.add_argument("--output", metavar="DIR", default="demo", help="folder for everything")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
+    )
     group.add_argument(
         "--forget", type=int, choices=range(CLASSES), default=3, metavar="DIGIT",
         help="class that is baked into a plain model",
     )  # fmt: skip
     group.add_argument(
-        "--steps", type=whole(1), metavar="N", help="of untraining (default: the recipe's)"
+        "--steps",
+        type=settings.positive_int,
+        metavar="N",
+        help="of untraining (default: the recipe's)",
     )
     group.add_argument(
-        "--train-epochs", type=whole(1), metavar="N",
+        "--train-epochs", type=settings.positive_int, metavar="N",
         help="of training the network (default: "
         + ", ".join(f"{name} {given['epochs']}" for name, given in SMALL_MODEL_SETTINGS.items())
         + ")",

@@ -25,12 +25,10 @@ from wfnet.cli.inputs import (
 )
 from wfnet.cli.options import (
     HelpFormatter,
-    above_zero,
     add_compute_options,
     add_data_options,
     add_model_options,
     log_base,
-    whole,
 )
 from wfnet.cli.runs import check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
@@ -52,6 +50,7 @@ from wfnet.evaluation.paper_tables import (
 )
 from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.files import write_json
 from wfnet.services.ranks import Ranks, joined, local_device
 
@@ -90,17 +89,22 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="base of the logarithm in ZRF: e or 2 (default: e)",
     )  # fmt: skip
     group.add_argument(
-        "--retained-rows", type=whole(1), metavar="N",
+        "--retained-rows", type=settings.positive_int, metavar="N",
         help="for many classes: run each image under its own row and N random others, which makes "
         "Acc_r an estimate (default: all rows)",
     )  # fmt: skip
     group.add_argument(
-        "-b", "--batch-size", type=whole(1), default=256, metavar="N",
+        "-b", "--batch-size", type=settings.batch_size, default=256, metavar="N",
         help="samples of a forward pass: an image under a row each",
     )  # fmt: skip
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of splits and draws")
     group.add_argument(
-        "--max-corrupt", type=whole(0), metavar="N", help="corrupt images that are left out"
+        "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
+    )
+    group.add_argument(
+        "--max-corrupt",
+        type=settings.non_negative_int,
+        metavar="N",
+        help="corrupt images that are left out",
     )
     group.add_argument("--eval-list", metavar="FILE", help="list of the images to evaluate on")
     add_list_options(group)
@@ -128,18 +132,22 @@ def add_relearn_options(parser: argparse.ArgumentParser) -> None:
         help="measure it (default: yes; it needs the training images)",
     )  # fmt: skip
     group.add_argument(
-        "--relearn-samples", type=whole(2), default=default.samples, metavar="N",
+        "--relearn-samples", type=settings.int_from(2), default=default.samples, metavar="N",
         help="training images of an epoch",
     )  # fmt: skip
     group.add_argument(
-        "--relearn-epochs", type=whole(1), default=default.max_epochs, metavar="N",
+        "--relearn-epochs", type=settings.positive_int, default=default.max_epochs, metavar="N",
         help="epochs after which a class counts as never relearned",
     )  # fmt: skip
     group.add_argument(
         "--relearn-opt", choices=("sgd", "adam"), default=default.optimizer, help="optimiser"
     )
     group.add_argument(
-        "--relearn-lr", type=above_zero, default=default.lr, metavar="X", help="learning rate"
+        "--relearn-lr",
+        type=settings.positive_float,
+        default=default.lr,
+        metavar="X",
+        help="learning rate",
     )
     group.add_argument(
         "--relearn-batch-norm", choices=("train", "frozen"), default=default.batch_norm,
@@ -175,7 +183,7 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
         "--baselines", metavar="DIR", help="results of `wfnet baseline` (default: RUN/baselines)"
     )
     group.add_argument(
-        "--attribution-steps", type=whole(0), default=20, metavar="N",
+        "--attribution-steps", type=settings.non_negative_int, default=20, metavar="N",
         help="steps of the insertion and deletion curves; 0 for no curves",
     )  # fmt: skip
     group.add_argument(
@@ -183,11 +191,11 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
         help="which gates count as most relevant: the lowest (the paper's), or the farthest from 1",
     )  # fmt: skip
     group.add_argument(
-        "--group-sizes", nargs="*", type=whole(2), default=[2], metavar="N",
+        "--group-sizes", nargs="*", type=settings.int_from(2), default=[2], metavar="N",
         help="how many classes are forgotten at once; none for no groups (default: 2)",
     )  # fmt: skip
     group.add_argument(
-        "--groups", type=whole(1), default=100, metavar="N",
+        "--groups", type=settings.positive_int, default=100, metavar="N",
         help="groups of each size that are drawn by --seed, where there are more",
     )  # fmt: skip
 

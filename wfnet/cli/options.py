@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import difflib
 import importlib
 import json
@@ -20,6 +21,7 @@ from wfnet import backends, recipes
 from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data.cache import PLACES
 from wfnet.data.open import NAMES as DATA_NAMES
+from wfnet.services import settings
 
 # Of each set, an option on the command line takes the place of the others' recorded values.
 _ALTERNATIVES = (
@@ -86,13 +88,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--num-classes",
-        type=whole(2),
+        type=settings.class_count,
         metavar="N",
         help="classes of the classifier; known from the data and from pretrained weights",
     )
     group.add_argument(
         "--in-chans",
-        type=whole(1),
+        type=settings.positive_int,
         metavar="N",
         help="image channels; known from the model, and from the data for small networks",
     )
@@ -116,19 +118,26 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--data", choices=DATA_NAMES, help="a data set by name")
     group.add_argument(
-        "--img-size", type=whole(8), metavar="PIXELS", help="image size; known from the model"
+        "--img-size",
+        type=settings.image_size,
+        metavar="PIXELS",
+        help="image size; known from the model",
     )
     group.add_argument(
-        "--mean", nargs="+", type=float, metavar="X", help="normalisation; known from the model"
+        "--mean",
+        nargs="+",
+        type=settings.finite,
+        metavar="X",
+        help="normalisation; known from the model",
     )
-    group.add_argument("--std", nargs="+", type=above_zero, metavar="X")
+    group.add_argument("--std", nargs="+", type=settings.positive_float, metavar="X")
     group.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic, ...")
     group.add_argument(
-        "--crop-pct", type=fraction, metavar="X", help="part kept by the centre crop"
+        "--crop-pct", type=settings.fraction, metavar="X", help="part kept by the centre crop"
     )
     group.add_argument(
         "--val-split",
-        type=fraction,
+        type=settings.fraction,
         default=0.1,
         metavar="X",
         help="part of the training images on which settings are judged (a folder with test/ has "
@@ -168,7 +177,7 @@ def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = N
     group.add_argument(
         "-j",
         "--workers",
-        type=whole(0),
+        type=settings.workers,
         default=workers,
         metavar="N",
         help="processes that decode images",
@@ -202,63 +211,77 @@ def fuse_of(options: argparse.Namespace) -> bool | str:
 
 def add_threads_option(group: argparse._ActionsContainer, default: str = "PyTorch's") -> None:
     text = f"CPU threads (default: {default})"
-    group.add_argument("--threads", type=whole(1), metavar="N", help=text)
+    group.add_argument("--threads", type=settings.cpu_threads, metavar="N", help=text)
+
+
+# -- options of configurations --------------------------------------------------------------------
+
+
+def add_config_options(
+    group: argparse._ActionsContainer,
+    config: type,
+    *names: str,
+    prefix: str = "",
+    defaults: Any = None,
+) -> None:
+    """Adds an option for each field of a configuration that has a help text.
+
+    Args:
+        group: where they go.
+        config: a dataclass with fields made by :func:`wfnet.services.settings.setting`.
+        names: the fields, in the order of the help; by default all.
+        prefix: before the name of each option, which then has no short form: ``"relearn-"``.
+        defaults: a configuration with the defaults. None: an option that is not given is None, as
+            where a recipe decides.
+    """
+    for field in _option_fields(config, names):
+        about = field.metadata
+        default = None if defaults is None else getattr(defaults, field.name)
+        arguments: dict[str, Any] = {"default": default, "help": about["help"]}
+        if isinstance(about["values"], tuple):
+            arguments["choices"] = about["values"]
+        elif about["values"] is bool:
+            arguments["action"] = argparse.BooleanOptionalAction
+        else:
+            arguments |= {"type": about["values"], "metavar": about["metavar"]}
+        group.add_argument(*_flags(field, prefix), **arguments)
+
+
+def config_changes(
+    options: argparse.Namespace, config: type, *names: str, prefix: str = ""
+) -> dict[str, Any]:
+    """Returns the fields of a configuration that the command line gives; see
+    :func:`add_config_options`."""
+    values = {
+        field.name: getattr(options, _flags(field, prefix)[-1].lstrip("-").replace("-", "_"))
+        for field in _option_fields(config, names)
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _option_fields(config: type, names: Sequence[str]) -> list[dataclasses.Field]:
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    if names:
+        return [fields[name] for name in names]
+    return [field for field in fields.values() if field.metadata.get("help")]
+
+
+def _flags(field: dataclasses.Field, prefix: str) -> list[str]:
+    flags = (field.metadata["flags"] or f"--{field.name.replace('_', '-')}").split()
+    return [f"--{prefix}{flags[-1].lstrip('-')}"] if prefix else flags
 
 
 # -- types ----------------------------------------------------------------------------------------
 
 
-def whole(least: int):
-    """An integer of at least ``least``."""
-
-    def convert(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        if value is None or value < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-        return value
-
-    return convert
-
-
-def above_zero(text: str) -> float:
-    value = _number(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
-
-
-def not_negative(text: str) -> float:
-    value = _number(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-    return value
-
-
-def fraction(text: str) -> float:
-    value = _number(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number between 0 and 1")
-    return value
-
-
 def log_base(text: str) -> float:
     """Base of a logarithm: a number above 1, or e."""
-    value = math.e if text == "e" else _number(text)
-    if not value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not e or a number above 1")
-    return value
-
-
-def _number(text: str) -> float:
     try:
-        value = float(text)
+        value = math.e if text == "e" else float(text)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    if not 1 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not e or a number above 1")
     return value
 
 

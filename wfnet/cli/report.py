@@ -14,13 +14,13 @@ from wfnet.cli.options import (
     add_compute_options,
     add_data_options,
     add_model_options,
-    whole,
 )
 from wfnet.cli.runs import CONFUSION, RUN_FILE, check_writable, read_run
 from wfnet.data import multi_hot_of
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
 from wfnet.network import WFNet
 from wfnet.report.contents import Contents, read_contents, retrained_records, write_report
+from wfnet.services import settings
 
 EXAMPLE = """example:
   wfnet report runs/r50
@@ -51,10 +51,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="only what the folder holds: no figure is drawn, no network loaded",
     )  # fmt: skip
     group.add_argument(
-        "-b", "--batch-size", type=whole(1), default=256, metavar="N",
+        "-b", "--batch-size", type=settings.batch_size, default=256, metavar="N",
         help="samples of a forward pass, for the figure of confusion",
     )  # fmt: skip
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of splits and draws")
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
+    )
     add_data_options(parser)
     add_model_options(parser)
     add_compute_options(parser)

@@ -13,16 +13,14 @@ from wfnet.cli.classifier import is_small
 from wfnet.cli.inputs import choose_device, count_classes, data_name, make_classifier, open_images
 from wfnet.cli.options import (
     HelpFormatter,
-    above_zero,
     add_compute_options,
     add_data_options,
     add_model_options,
-    not_negative,
     recorded,
-    whole,
 )
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, write_run
 from wfnet.data import labels_of
+from wfnet.services import settings
 from wfnet.services.files import write_tensors
 from wfnet.training import LEARNING_RATES, SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 
@@ -61,7 +59,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     group.add_argument("--output", metavar="DIR", help="folder for weights and settings")
     group.add_argument("--force", action="store_true", help="replace what is in the output folder")
     group.add_argument("--config", metavar="FILE", help="options from a file, or a recipe by name")
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
+    )
     add_compute_options(parser)
     return parser
 
@@ -70,18 +70,30 @@ def add_training_options(parser: argparse.ArgumentParser, prefix: str) -> None:
     """Ordinary training; names start with ``prefix`` where a command has others of that name."""
     group = parser.add_argument_group("training", "Small networks have settings of their own.")
     p = f"--{prefix}"
-    group.add_argument(f"{p}epochs", type=whole(1), metavar="N", help="passes over the images")
-    group.add_argument(f"{p}lr", type=above_zero, metavar="X", help="highest learning rate")
+    group.add_argument(
+        f"{p}epochs", type=settings.positive_int, metavar="N", help="passes over the images"
+    )
+    group.add_argument(
+        f"{p}lr", type=settings.positive_float, metavar="X", help="highest learning rate"
+    )
     group.add_argument(f"{p}opt", choices=tuple(LEARNING_RATES), help="AdamW, or Nesterov SGD")
     group.add_argument(f"{p}sched", choices=("one_cycle", "cosine"), help="of the learning rate")
     names = (f"{p}batch-size",) if prefix else ("-b", "--batch-size")
-    group.add_argument(*names, type=whole(2), metavar="N", help="images of a minibatch")
+    group.add_argument(*names, type=settings.int_from(2), metavar="N", help="images of a minibatch")
     group.add_argument(
-        f"{p}weight-decay", type=not_negative, metavar="X", help="of kernels and matrices"
+        f"{p}weight-decay",
+        type=settings.non_negative_float,
+        metavar="X",
+        help="of kernels and matrices",
     )
-    group.add_argument(f"{p}smoothing", type=not_negative, metavar="X", help="of labels")
     group.add_argument(
-        f"{p}shift", type=whole(0), metavar="PIXELS", help="images are moved by up to that many"
+        f"{p}smoothing", type=settings.non_negative_float, metavar="X", help="of labels"
+    )
+    group.add_argument(
+        f"{p}shift",
+        type=settings.non_negative_int,
+        metavar="PIXELS",
+        help="images are moved by up to that many",
     )
 
 

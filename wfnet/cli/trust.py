@@ -26,14 +26,13 @@ from wfnet.cli.options import (
     add_compute_options,
     add_data_options,
     add_model_options,
-    not_negative,
-    whole,
 )
 from wfnet.cli.runs import check_writable
 from wfnet.data import Dataset
 from wfnet.evaluation.partial import data_identity
 from wfnet.execution_order import execution_order
 from wfnet.pretrained import FILTERS_NAME
+from wfnet.services import settings
 from wfnet.services.files import fingerprint, read_tensors
 
 EXAMPLE = """example:
@@ -72,7 +71,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )  # fmt: skip
     defaults = trust.TrustSettings()
     group.add_argument(
-        "--prune-below", type=not_negative, default=0.0, metavar="T",
+        "--prune-below", type=settings.non_negative_float, default=0.0, metavar="T",
         help="check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
     )  # fmt: skip
     group.add_argument(
@@ -80,15 +79,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="check exports whose class is cut from the head, as of `wfnet bake --cut-output`",
     )  # fmt: skip
     group.add_argument(
-        "--samples", type=whole(2), default=defaults.samples, metavar="N",
+        "--samples", type=settings.int_from(2), default=defaults.samples, metavar="N",
         help="the most images of each kind: forgotten and other, of training and test part",
     )  # fmt: skip
     group.add_argument(
-        "--relearn-steps", type=whole(1), default=defaults.relearn_steps, metavar="N",
+        "--relearn-steps", type=settings.positive_int, default=defaults.relearn_steps, metavar="N",
         help="steps of each relearning attack",
     )  # fmt: skip
     group.add_argument(
-        "--relearn-images", nargs="+", type=whole(1), metavar="N",
+        "--relearn-images", nargs="+", type=settings.positive_int, metavar="N",
         default=list(defaults.relearn_images),
         help="images of the class that relearning attacks have (default: "
         f"{' '.join(map(str, defaults.relearn_images))})",
@@ -98,7 +97,9 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="more folders in which `wfnet baseline` has put retrained models, of other seeds for "
         "example (those in RUN are found)",
     )  # fmt: skip
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of splits and draws")
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
+    )
     group.add_argument("--output", metavar="DIR", help="folder for the results (default: RUN)")
     add_data_options(parser)
     add_model_options(parser)

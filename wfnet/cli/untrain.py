@@ -31,14 +31,11 @@ from wfnet.cli.inputs import (
 )
 from wfnet.cli.options import (
     HelpFormatter,
-    above_zero,
     add_compute_options,
     add_data_options,
     add_model_options,
     fuse_of,
-    not_negative,
     recorded,
-    whole,
 )
 from wfnet.cli.runs import RUN_FILES, check_writable, read_run, write_run
 from wfnet.data import (
@@ -51,6 +48,7 @@ from wfnet.data import (
     select,
 )
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.ranks import Ranks, joined, local_device
 from wfnet.untraining.checkpoints import Checkpoints
@@ -108,17 +106,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "(mnist/resnet18)",
     )
     group.add_argument(
-        "--checkpoint-every", type=whole(1), metavar="N",
+        "--checkpoint-every", type=settings.positive_int, metavar="N",
         help="steps between checkpoints (default: five an epoch)",
     )  # fmt: skip
     group.add_argument(
-        "--keep-checkpoints", type=whole(1), metavar="K",
+        "--keep-checkpoints", type=settings.positive_int, metavar="K",
         help="checkpoints that stay: a damaged newest one falls back to the one before "
         "(default: 2)",
     )  # fmt: skip
     group.add_argument(
         "--log-interval",
-        type=above_zero,
+        type=settings.positive_float,
         default=60.0,
         metavar="SECONDS",
         help="least time between lines of progress, where no terminal shows a bar",
@@ -157,14 +155,18 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "--targets", nargs="+", metavar="NAME",
         help="layers to mask: names or patterns (default: qkv projections, else convolutions)",
     )  # fmt: skip
-    group.add_argument("--steps", type=whole(1), metavar="N", help="length of the run in steps ...")
-    group.add_argument("--epochs", type=above_zero, metavar="N", help="... or in epochs")
     group.add_argument(
-        "-b", "--batch-size", type=whole(2), metavar="N",
+        "--steps", type=settings.positive_int, metavar="N", help="length of the run in steps ..."
+    )
+    group.add_argument(
+        "--epochs", type=settings.positive_float, metavar="N", help="... or in epochs"
+    )
+    group.add_argument(
+        "-b", "--batch-size", type=settings.int_from(2, 10**6), metavar="N",
         help="images of a minibatch on all GPUs together, even",
     )  # fmt: skip
     group.add_argument(
-        "--grad-accum-steps", type=whole(1), metavar="N",
+        "--grad-accum-steps", type=settings.positive_int, metavar="N",
         help="minibatches whose mean gradient makes one step (default: 1)",
     )  # fmt: skip
     group.add_argument(
@@ -173,16 +175,19 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "stochastically",
     )  # fmt: skip
     group.add_argument(
-        "-M", "--label-expansion", type=whole(1), metavar="M",
+        "-M", "--label-expansion", type=settings.positive_int, metavar="M",
         help="rows that each retained image goes through",
     )  # fmt: skip
-    group.add_argument("--lr", type=above_zero, metavar="X", help="learning rate")
+    group.add_argument("--lr", type=settings.positive_float, metavar="X", help="learning rate")
     group.add_argument("--opt", choices=("row_adam", "sgd"), help="optimiser")
     group.add_argument("--sched", choices=("cosine", "constant"), help="learning-rate schedule")
     for number, meaning in enumerate(("retaining", "forgetting", "open gates")):
         also = "" if number == 1 else " (recipe paper)"
         group.add_argument(
-            f"--lambda{number}", type=not_negative, metavar="X", help=f"weight of {meaning}{also}"
+            f"--lambda{number}",
+            type=settings.non_negative_float,
+            metavar="X",
+            help=f"weight of {meaning}{also}",
         )
     group.add_argument(
         "--distil", action=argparse.BooleanOptionalAction,
@@ -193,7 +198,9 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         help="the same images serve the forget and the retain half",
     )  # fmt: skip
     group.add_argument("--sampler", choices=("round_robin", "shuffled"), help="order of images")
-    group.add_argument("--clip", type=above_zero, metavar="X", help="bound on filter entries")
+    group.add_argument(
+        "--clip", type=settings.positive_float, metavar="X", help="bound on filter entries"
+    )
     group.add_argument(
         "--alpha-init", type=float, metavar="X",
         help=f"first value of filter entries (default: 3; {QKV_ALPHA_INIT:g} where recipe balanced "
@@ -203,23 +210,31 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "--augment", action="store_true", help="crop and mirror training images at random"
     )
     group.add_argument(
-        "--patience", type=whole(1), metavar="N",
+        "--patience", type=settings.positive_int, metavar="N",
         help="stop after so many validations without improvement",
     )  # fmt: skip
     group.add_argument(
-        "--validations-per-epoch", type=above_zero, metavar="N", help="looks at validation images"
+        "--validations-per-epoch",
+        type=settings.positive_float,
+        metavar="N",
+        help="looks at validation images",
     )
     group.add_argument(
         "--stop-on", choices=("accuracy", "loss"), help="what validations are compared by"
     )
     group.add_argument(
-        "--max-corrupt", type=whole(0), metavar="N", help="corrupt images that are left out"
+        "--max-corrupt",
+        type=settings.non_negative_int,
+        metavar="N",
+        help="corrupt images that are left out",
     )
     group.add_argument(
-        "--max-nan-steps", type=whole(0), metavar="N",
+        "--max-nan-steps", type=settings.non_negative_int, metavar="N",
         help="steps with a loss that is NaN or infinite that are left out (default: 0)",
     )  # fmt: skip
-    group.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
+    )
 
 
 # Options of UntrainConfig that have the same name on the command line, and those that have timm's.

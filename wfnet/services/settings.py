@@ -1,0 +1,123 @@
+"""Values that users set: their ranges, checked alike on the command line and in configurations.
+
+A configuration is a dataclass whose fields are made by :func:`setting`. It calls
+:func:`check_settings` in ``__post_init__``; the command line derives its options from the same
+fields (``wfnet.cli.options.add_config_options``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Number:
+    """A range of numbers. Called with text, as argparse calls a ``type``, it returns the number.
+
+    Attributes:
+        least, most: the bounds, which belong to the range.
+        whole: only integers.
+        above: the number must be larger than ``least``.
+    """
+
+    least: float
+    most: float
+    whole: bool = False
+    above: bool = False
+
+    def __call__(self, text: str) -> int | float:
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            value = math.nan
+        wrong = self.violation(value)
+        if wrong:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wrong}")
+        return value
+
+    def violation(self, value: Any) -> str | None:
+        """Returns what ``value`` is not ("a number above 0"); None if it is in the range."""
+        kind = "a whole number" if self.whole else "a number"
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+            return f"{kind} {self._lower()}" if math.isfinite(self.least) else kind
+        if self.whole and value != int(value):
+            return kind
+        if value < self.least or (self.above and value == self.least):
+            return f"{kind} {self._lower()}"
+        if value > self.most:
+            return f"{kind} of at most {self.most:,}".replace(",", "")
+        return None
+
+    def _lower(self) -> str:
+        return f"above {self.least:g}" if self.above else f"of at least {self.least:g}"
+
+
+# Upper bounds are far above what anybody needs: beyond them a value is a slip.
+_LARGEST = 10**9
+_COUNTS = 10**6
+
+
+def int_from(least: int, most: int = _LARGEST) -> Number:
+    """Returns the range of the integers from ``least`` to ``most``."""
+    return Number(least, most, whole=True)
+
+
+positive_int = int_from(1)
+non_negative_int = int_from(0)
+seed = int_from(0, 2**63 - 1)
+batch_size = int_from(1, _COUNTS)
+image_size = int_from(8, 2**14)
+class_count = int_from(2, _COUNTS)
+cpu_threads = int_from(1, 4096)
+workers = int_from(0, 4096)
+finite = Number(-1e30, 1e30)
+positive_float = Number(0.0, 1e6, above=True)
+non_negative_float = Number(0.0, 1e6)
+fraction = Number(0.0, 1.0, above=True)
+below_one = Number(0.0, math.nextafter(1.0, 0.0))
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    values: Number | tuple[Any, ...] | type[bool] | None = None,
+    *,
+    flags: str | None = None,
+    metavar: str | None = None,
+    help: str | None = None,
+) -> Any:
+    """Returns a dataclass field whose values are checked, and which may be an option.
+
+    Args:
+        default: of the field. Where it is None, None is allowed beside ``values``.
+        values: a range of numbers, the allowed values, or ``bool`` for a switch; None: anything.
+        flags: how the command line calls it, separated by spaces (``"-b --batch-size"``); by
+            default ``--`` and the field's name.
+        metavar, help: as in argparse. Fields without ``help`` are no options.
+    """
+    metadata = {"values": values, "flags": flags, "metavar": metavar, "help": help}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_settings(config: Any) -> None:
+    """Checks every field of a dataclass that was made by :func:`setting`.
+
+    Raises:
+        ValueError: for a value that is out of range, by its name.
+    """
+    for field in dataclasses.fields(config):
+        values, value = field.metadata.get("values"), getattr(config, field.name)
+        if values is None or (value is None and field.default is None):
+            continue
+        if values is bool:
+            values = (True, False)
+        if isinstance(values, Number):
+            wrong = values.violation(value)
+            if wrong:
+                raise ValueError(f"{field.name} must be {wrong}, got {value!r}")
+        elif value not in values:
+            listed = ", ".join(repr(allowed) for allowed in values)
+            raise ValueError(f"{field.name}={value!r} is not one of {listed}")
