@@ -331,21 +331,6 @@ def test_csv(dataset, tmp_path):
     assert float(rows[-1]["acc_r"]) == result.original.acc_r
 
 
-def test_a_failed_write_keeps_the_old_file(dataset, tmp_path, monkeypatch):
-    result = run(make_net(), dataset)
-    result.to_csv(tmp_path / "result.csv")
-    before = (tmp_path / "result.csv").read_text()
-
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("pathlib.Path.write_text", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        result.to_csv(tmp_path / "result.csv")
-    assert (tmp_path / "result.csv").read_text() == before
-    assert len(list(tmp_path.iterdir())) == 1
-
-
 def test_table_of_few_classes(dataset):
     result = run(make_net(), dataset)
     lines = result.table().splitlines()

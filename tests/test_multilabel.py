@@ -93,7 +93,7 @@ def test_a_folder_of_images_beside_a_file_of_labels(folder, caplog):
     image, label = val[1]
     assert image.shape == (1, 8, 8)
     assert val.multi_hot[1, label]
-    with pytest.raises(ValueError, match="neither cached"):
+    with pytest.raises(ValueError, match="are not cached"):
         open_data(folder, image_size=8, cache="host")
 
 

@@ -155,6 +155,6 @@ def test_what_does_not_fit_is_refused(tmp_path):
     (tmp_path / "retrained.json").write_text(json.dumps(baseline("retrained")))
     assert [b["method"] for b in read_baselines(tmp_path)] == ["retrained"]
     (tmp_path / "retrained.json").write_text("{}")
-    with pytest.raises(ValueError, match="damaged or no result"):
+    with pytest.raises(ValueError, match="damaged or not a result"):
         read_baselines(tmp_path)
     assert read_baselines(tmp_path / "none") == []

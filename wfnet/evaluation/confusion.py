@@ -9,11 +9,10 @@ Two tables over classes, from the same mixed batches of (image, row) pairs:
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from wfnet.evaluation.pairs import Pairing, check_classes, check_settings
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
 from wfnet.services.progress import Progress
+from wfnet.services.records import check_format, read_json
 
 FORMAT = 1
 
@@ -87,22 +87,21 @@ class ConfusionChange:
         Raises:
             FileNotFoundError, ValueError: if the file is missing, damaged or something else.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; `wfnet report` writes such a file")
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
-            rows, total = len(content["classes"]), len(content["names"])
-            shapes = {"destinations": rows, "original_destinations": total, "seen": rows,
-                      "correct": rows}  # fmt: skip
-            tables = {n: _dense(content[n], height, total) for n, height in shapes.items()}
-            return cls(content["names"], torch.tensor(content["classes"]), **tables)
-        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
-            raise ValueError(
-                f"{path} is damaged or not a confusion table of wfnet ({error}); delete it"
-            ) from error
+        what = "a confusion table of `wfnet report`"
+        return read_json(path, cls._from_dict, what, "delete it and write the report again")
+
+    @classmethod
+    def _from_dict(cls, content: Mapping[str, Any]) -> ConfusionChange:
+        check_format(content, FORMAT)
+        rows, total = len(content["classes"]), len(content["names"])
+        heights = {
+            "destinations": rows,
+            "original_destinations": total,
+            "seen": rows,
+            "correct": rows,
+        }
+        tables = {name: _dense(content[name], height, total) for name, height in heights.items()}
+        return cls(content["names"], torch.tensor(content["classes"]), **tables)
 
 
 def _sparse(table: Tensor) -> list[list[int]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import statistics
 import time
@@ -20,9 +18,10 @@ from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
-from wfnet.services.files import write_atomically, write_json
+from wfnet.services.files import write_json
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
+from wfnet.services.records import write_csv
 from wfnet.version import __version__
 
 FORMAT = 1
@@ -86,13 +85,8 @@ class MultiLabelResult:
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per label, then the means, atomically."""
-        text = io.StringIO()
-        columns = [field.name for field in fields(MultiLabelRecord)]
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(record) for record in self.records)
-        writer.writerow({"name": "mean", **self.mean})
-        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+        rows = [asdict(record) for record in self.records] + [{"name": "mean", **self.mean}]
+        write_csv(path, rows, [field.name for field in fields(MultiLabelRecord)])
 
     def table(self, max_rows: int = 40) -> str:
         """An aligned table in %; of many labels those that were forgotten worst."""

@@ -6,8 +6,6 @@ backbone, ``cifar10/resnet18``.
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -22,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from wfnet.evaluation.groups import GroupResult
 from wfnet.evaluation.results import EvaluationResult, base_name
 from wfnet.services.files import write_atomically, write_json
+from wfnet.services.records import read_json, write_csv
 
 if TYPE_CHECKING:
     from wfnet.evaluation.attribution import AttributionResult
@@ -140,15 +139,17 @@ class PaperTables:
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """One line per method: ours, then ``published_*``; atomically."""
-        text = io.StringIO()
+        rows = [
+            {
+                "title": self.title,
+                "method": row.method,
+                **{name: _rounded(getattr(row, name)) for name in _VALUES},
+                **{f"published_{name}": value for name, value in row.published.items()},
+            }
+            for row in self.rows
+        ]
         columns = ["title", "method", *_VALUES, *(f"published_{name}" for name in _VALUES)]
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for row in self.rows:
-            values = {name: _rounded(getattr(row, name)) for name in _VALUES}
-            theirs = {f"published_{name}": value for name, value in row.published.items()}
-            writer.writerow({"title": self.title, "method": row.method, **values, **theirs})
-        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+        write_csv(path, rows, columns)
 
     def to_markdown(self, path: str | os.PathLike) -> None:
         """The tables as Markdown, atomically."""
@@ -403,14 +404,11 @@ def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
         path = Path(folder) / f"{method}.json"
         if not path.is_file():
             continue
-        try:
-            content = json.loads(path.read_text())
-            EvaluationResult.from_dict(content["evaluation"])
-            found.append({name: content[name] for name in
-                          ("method", "evaluation", "relearning", "settings")})  # fmt: skip
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is damaged or no result of `wfnet baseline` ({error}); delete it and run "
-                "the baseline again"
-            ) from error
+        what = "a result of `wfnet baseline`"
+        found.append(read_json(path, _baseline, what, "delete it and run the baseline again"))
     return found
+
+
+def _baseline(content: Mapping[str, Any]) -> dict[str, Any]:
+    EvaluationResult.from_dict(content["evaluation"])
+    return {name: content[name] for name in ("method", "evaluation", "relearning", "settings")}

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
 import os
 import statistics
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 
 from torch import Tensor
 
 from wfnet.evaluation import metrics
-from wfnet.services.files import write_atomically, write_json
+from wfnet.services.files import write_json
+from wfnet.services.records import check_format, read_json, write_csv
 
 FORMAT = 1
 
@@ -149,16 +146,8 @@ class EvaluationResult:
         Raises:
             FileNotFoundError, ValueError: if the file is missing, damaged or something else.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist; `wfnet evaluate` writes such a file")
-        try:
-            return cls.from_dict(json.loads(path.read_text()))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f"{path} is damaged or not a result of wfnet's evaluation ({error}); run the "
-                "evaluation again"
-            ) from error
+        what = "a result of wfnet's evaluation"
+        return read_json(path, cls.from_dict, what, "run `wfnet evaluate` again")
 
     @classmethod
     def from_dict(cls, content: dict) -> EvaluationResult:
@@ -167,8 +156,7 @@ class EvaluationResult:
         Raises:
             ValueError, TypeError, KeyError: if it is something else.
         """
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
+        check_format(content, FORMAT)
         return cls(
             records=[ClassRecord(**record) for record in content["classes"]],
             mean=Scores(**content["mean"]),
@@ -184,19 +172,13 @@ class EvaluationResult:
         Column ``kind`` is class, mean or original; values are fractions; ``zrf_base`` stands
         beside every ``zrf``.
         """
-        columns = [f.name for f in fields(ClassRecord)]
-        columns = ["kind", "index", "name", "n_forget", "n_retain"] + [
-            c for c in columns if c not in ("index", "name", "n_forget", "n_retain")
-        ]
+        first = ["kind", "index", "name", "n_forget", "n_retain"]
+        columns = first + [f.name for f in fields(ClassRecord) if f.name not in first]
         columns.insert(columns.index("zrf") + 1, "zrf_base")
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-        writer.writeheader()
-        for record in self.records:
-            writer.writerow({"kind": "class", "zrf_base": self.zrf_base, **asdict(record)})
-        for kind, scores in (("mean", self.mean), ("original", self.original)):
-            writer.writerow({"kind": kind, "zrf_base": self.zrf_base, **asdict(scores)})
-        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+        lines = [("class", record) for record in self.records]
+        lines += [("mean", self.mean), ("original", self.original)]
+        rows = [{"kind": kind, "zrf_base": self.zrf_base, **asdict(row)} for kind, row in lines]
+        write_csv(path, rows, columns)
 
     def table(self, max_rows: int = 40) -> str:
         """An aligned table in % for the terminal: classes, mean, original network.

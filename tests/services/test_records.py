@@ -1,0 +1,85 @@
+import csv
+import json
+from dataclasses import dataclass
+
+import pytest
+
+from wfnet.services.records import check_format, csv_text, read_csv, read_json, write_csv
+
+
+@dataclass
+class Row:
+    name: str
+    value: float | None
+
+
+FORMULAS = ["=1+1", "+SUM(A1)", "-1+2|cmd", "@x", "\t=1", " =1", "\r=1", "＝1", "'=1", "''+x"]  # noqa: RUF001
+HARMLESS = ["cat", "it's", "'quoted'", "-1.5e3", "+7", "", 'a,b;"c"\nd']
+
+
+def test_formulas_are_quoted_and_all_texts_read_back(tmp_path):
+    path = tmp_path / "new" / "rows.csv"
+    write_csv(path, [Row(name, -0.5) for name in FORMULAS + HARMLESS])
+    with open(path, newline="") as file:
+        cells = [row["name"] for row in csv.DictReader(file)]
+    assert cells == [f"'{name}" for name in FORMULAS] + HARMLESS
+    rows = read_csv(path)
+    assert [row["name"] for row in rows] == FORMULAS + HARMLESS
+    assert {row["value"] for row in rows} == {"-0.5"}
+    assert [item.name for item in path.parent.iterdir()] == ["rows.csv"]
+
+
+def test_missing_values_are_empty_and_unknown_names_an_error():
+    assert csv_text([{"a": 1}, {"b": None}], ["a", "b"]) == "a,b\n1,\n,\n"
+    with pytest.raises(ValueError, match="'c'"):
+        csv_text([{"c": 1}], ["a", "b"])
+    with pytest.raises(ValueError, match="needs columns"):
+        csv_text([])
+
+
+def test_names_that_are_no_utf8_are_kept(tmp_path):
+    name = b"caf\xe9".decode(errors="surrogateescape")
+    write_csv(tmp_path / "rows.csv", [{"name": name}])
+    assert read_csv(tmp_path / "rows.csv") == [{"name": name}]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    write_csv(path, [{"a": 1}])
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_csv(path, [{"a": 2}])
+    assert path.read_text() == "a\n1\n"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1\n", "a,b\n1,2,3\n"])
+def test_a_damaged_csv_is_an_error(tmp_path, text):
+    (tmp_path / "rows.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"rows\.csv is (empty|damaged)"):
+        read_csv(tmp_path / "rows.csv")
+
+
+def test_json_that_is_missing_damaged_or_something_else(tmp_path):
+    path = tmp_path / "result.json"
+
+    def build(content):
+        check_format(content, 1)
+        return content["value"] + 1
+
+    def read():
+        return read_json(path, build, "a result", "run it again")
+
+    with pytest.raises(FileNotFoundError, match=r"does not exist; it should be a result"):
+        read()
+    whole = json.dumps({"format": 1, "value": 2})
+    for text in (whole[:10], "[]", "{}", whole.replace("1", "9"), whole.replace("2", '"x"')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"damaged or not a result .*; run it again"):
+            read()
+    path.write_text(whole)
+    assert read() == 3
