@@ -30,9 +30,9 @@ import device_smoke
 import pretended_cuda
 import triton
 
-from wfnet import network
 from wfnet.benchmarking.steps import StepSettings, make_problem, make_step
 from wfnet.cli.classifier import create_classifier
+from wfnet.fusion import checked
 from wfnet.labels import DeferredLabelCheck
 
 _STEPS = 5  # until a captured step is captured
@@ -41,19 +41,19 @@ _STEPS = 5  # until a captured step is captured
 @contextlib.contextmanager
 def without_values() -> Iterator[None]:
     """A pretended device without memory: what compares or checks values cannot, and is left out."""
-    check, submit = network.fusion.check_plan, DeferredLabelCheck.submit
+    check, submit = checked.check_plan, DeferredLabelCheck.submit
 
     def launches_alone(*arguments: object) -> None:
         with contextlib.suppress(pretended_cuda.NoValues):
             check(*arguments)
 
-    network.fusion.check_plan = launches_alone
+    checked.check_plan = launches_alone
     DeferredLabelCheck.submit = lambda *_: None
     try:
         with pretended_cuda.pretended_cuda(compile_kernels=True, values=False):
             yield
     finally:
-        network.fusion.check_plan, DeferredLabelCheck.submit = check, submit
+        checked.check_plan, DeferredLabelCheck.submit = check, submit
 
 
 def steps_of(model: str, settings: StepSettings) -> None:

@@ -28,7 +28,7 @@ from wfnet.baselines import BaselineConfig, BaselineModels
 from wfnet.benchmarking.timing import about
 from wfnet.cli.classifier import load_weights
 from wfnet.data import open_data
-from wfnet.execution_order import execution_order
+from wfnet.fusion.trace import execution_order
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
 

@@ -61,7 +61,7 @@ def check_equal(net: wfnet.WFNet, compiled: wfnet.WFNet, images: torch.Tensor, *
 def test_equals_the_unfused_network(name: str):
     net, compiled = compiled_pair(NETWORKS[name]())
     check_equal(net, compiled, BATCH, LABELS, SOURCE)
-    assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
+    assert isinstance(compiled._fusion.network, fusion.CompiledNetwork)
 
 
 def test_calls_between_convolutions():
@@ -85,7 +85,7 @@ def test_calls_between_convolutions():
 
     net, compiled = compiled_pair(Net())
     check_equal(net, compiled, BATCH, LABELS, SOURCE)
-    assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
+    assert isinstance(compiled._fusion.network, fusion.CompiledNetwork)
 
 
 @pytest.mark.parametrize("compiler", ["inductor"], indirect=True)
@@ -179,7 +179,7 @@ def test_frees_what_it_kept_and_says_so():
 def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate: float):
     torch.manual_seed(0)  # at the smallest gates the ratio of two draws is between 0.3 and 4
     compiled, error, unfused = bfloat16_errors(gate, fuse="compile")
-    assert isinstance(compiled._fusion[1], fusion.CompiledNetwork)
+    assert isinstance(compiled._fusion.network, fusion.CompiledNetwork)
     assert error <= 2 * unfused
 
 

@@ -11,7 +11,7 @@ from wfnet import models
 from wfnet.data.tensor_images import TensorImages
 from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
-from wfnet.execution_order import execution_order
+from wfnet.fusion.trace import execution_order
 from wfnet.trust import TrustRecord, TrustResult
 
 CLASSES = 5

@@ -717,7 +717,7 @@ def test_fused_network(kernels, bias):
 
     truth = gradients("reference", torch.float64)
     mine = gradients("cuda", torch.float32)
-    assert networks["cuda"]._fusion[1] is not None, "the network runs unfused"
+    assert networks["cuda"]._fusion.network is not None, "the network runs unfused"
     assert_as_good(mine, gradients("eager", torch.float32), truth)
     kernels.set_schedule(5, RANDOM, False)
     assert torch.equal(mine["gradients"], gradients("cuda", torch.float32)["gradients"])

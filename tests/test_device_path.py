@@ -190,7 +190,7 @@ def test_captured_steps_equal_ordinary_ones(device, make, backend):
     expected = untrained(network(make, "eager", "cpu"), sizes)
     net = network(make, backend, "cuda")
     ordinary = untrained(net, sizes)
-    assert net._fusion[1] is not None, "the network runs unfused"
+    assert net._fusion.network is not None, "the network runs unfused"
     assert relative_error(ordinary[0], expected[0]) < 5e-2
     captured = untrained(network(make, backend, "cuda"), sizes, capture=True)
     for one, other in zip(captured, ordinary, strict=True):
@@ -247,7 +247,7 @@ def test_a_step_at_the_sizes_of_a_benchmark(backend, name, monkeypatch):
             assert len(batch) == 512
             for _ in range(4 if captured else 1):
                 step([(torch.empty(256, 3, 224, 224), batch)], lr=0.1)
-        assert net._fusion[1] is not None
+        assert net._fusion.network is not None
         names = {name for name, _ in device.launches}
         expected = {
             ("triton", "resnet50"): {"conv_fprop_kernel", "conv_dgrad_kernel",
@@ -273,7 +273,7 @@ def test_launches_compile_as_the_jit_would():
             "triton", "cuda",
         )  # fmt: skip
         untrained(net, [4])
-        assert net._fusion[1] is not None
+        assert net._fusion.network is not None
         assert len({name for name, _ in device.launches}) >= 5
 
 

@@ -113,7 +113,7 @@ def test_equals_the_unfused_network(name: str):
     labels = torch.tensor([[0, -1], [4, 1], [-1, -1], [2, 2], [0, 3]])
     weights = torch.randn(5, CLASSES, dtype=torch.float64)
     expected, found = net(images, labels, source), fused(images, labels, source)
-    assert fused._fusion[1] is not None, "the network runs unfused"
+    assert fused._fusion.network is not None, "the network runs unfused"
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
     (expected * weights).sum().backward()
     (found * weights).sum().backward()
@@ -251,7 +251,7 @@ def test_evaluation_runs_fused_once_per_source():
         torch.testing.assert_close(found, net(images, labels, source), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(found[3:4], base(images[1:]), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(fused(images, -1), base(images), rtol=1e-11, atol=1e-12)
-    assert fused._fusion[1] is not None
+    assert fused._fusion.network is not None
 
 
 @pytest.mark.parametrize("make", [Toy, lambda: timm.create_model(
@@ -262,7 +262,7 @@ def test_a_network_made_in_inference_mode_runs_fused(make):
         net, fused = pair_of(make())
         images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
         torch.testing.assert_close(fused(images, 1), net(images, 1), rtol=1e-11, atol=1e-12)
-    assert fused._fusion[1] is not None
+    assert fused._fusion.network is not None
 
 
 def test_prefix_and_stem_run_once_per_source_image():
@@ -336,7 +336,7 @@ def bfloat16_errors(gate: float, fuse: bool | str) -> tuple[wfnet.WFNet, float, 
 @pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
 def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate: float):
     fused, error, unfused = bfloat16_errors(gate, fuse=True)
-    assert fused._fusion[1] is not None
+    assert fused._fusion.network is not None
     assert error <= 2 * unfused
 
 

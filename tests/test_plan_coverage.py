@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import wfnet
 from wfnet import fusion
-from wfnet.fusion import rewriting
+from wfnet.fusion import rewrite
 from wfnet.layers import WFConv2d, register_maskable
 
 timm = pytest.importorskip("timm")
@@ -70,7 +70,7 @@ def calls(plan: fusion.Plan) -> list[fusion.CallStep]:
 def check_equal(net: wfnet.WFNet, fused: wfnet.WFNet, images: torch.Tensor = IMAGES) -> None:
     """Outputs and the gradient of every filter matrix, of mixed labels over shared images."""
     expected, found = net(images, LABELS, SOURCE), fused(images, LABELS, SOURCE)
-    assert fused._fusion[1] is not None, "the network runs unfused"
+    assert fused._fusion.network is not None, "the network runs unfused"
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
     weights = torch.randn(expected.shape, dtype=torch.float64)
     for network, logits in ((net, expected), (fused, found)):
@@ -155,9 +155,9 @@ def test_which_norms_fold(name: str):
 
 
 def test_norms_over_the_batch_do_not_fold():
-    assert rewriting.is_frozen_norm(nn.BatchNorm2d(8).eval())
-    assert not rewriting.is_frozen_norm(nn.BatchNorm2d(8))
-    assert not rewriting.is_frozen_norm(nn.BatchNorm2d(8, track_running_stats=False).eval())
+    assert rewrite.is_frozen_norm(nn.BatchNorm2d(8).eval())
+    assert not rewrite.is_frozen_norm(nn.BatchNorm2d(8))
+    assert not rewrite.is_frozen_norm(nn.BatchNorm2d(8, track_running_stats=False).eval())
 
 
 def test_a_norm_whose_forward_is_another_does_not_fold():
@@ -377,7 +377,7 @@ def test_an_operation_in_place_keeps_the_dtype():
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     node = graph.call_method("add_", (x, 1.0))
-    call = rewriting.out_of_place(node, rewriting.Method("add_"))
+    call = rewrite.out_of_place(node, rewrite.Method("add_"))
     value = torch.ones(2, dtype=torch.bfloat16)
     assert call(value, torch.ones(2)).dtype is torch.bfloat16
     assert value.tolist() == [1, 1]
@@ -488,7 +488,7 @@ def test_padded_convolutions_fold(name: str, size: int):
     model = Net(nn.Sequential(nn.ReLU(), PADDING[name](), nn.BatchNorm2d(8), nn.ReLU()))
     plan = plan_of(model)
     assert folded(plan) == (2, 1, 2, 0)
-    apart = any(isinstance(step.call, rewriting.Padded) for step in calls(plan))
+    apart = any(isinstance(step.call, rewrite.Padded) for step in calls(plan))
     assert apart == (name not in ("same", "valid"))
     check_equal(*pair_of(model), images=IMAGES[..., :size])
 
@@ -635,7 +635,7 @@ def test_masked_layers_run_by_themselves_run_uncompiled(caplog):
     with caplog.at_level(logging.WARNING, logger="wfnet"):
         check_equal(net, fused)
     assert "runs uncompiled" in caplog.text
-    assert not isinstance(fused._fusion[1], fusion.CompiledNetwork)
+    assert not isinstance(fused._fusion.network, fusion.CompiledNetwork)
 
 
 def test_untraining_moves_filters_of_all_kinds():
@@ -650,7 +650,7 @@ def test_untraining_moves_filters_of_all_kinds():
     )
     for network in (net, fused):
         wfnet.untrain(network, data, None, config, progress=False)
-    assert fused._fusion[1] is not None
+    assert fused._fusion.network is not None
     for expected, found in zip(net.filter_parameters(), fused.filter_parameters(), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 

@@ -161,7 +161,7 @@ def test_a_step_reads_nothing_on_the_host(fuse: bool, objective, monkeypatch):
         step([minibatch(0)], 0.1)  # as the warm-up before a capture
         monkeypatch.setattr(gates, "_all_inside", lambda labels, classes: False)  # as on a device
         images, batch = minibatch(1)
-        assert not fuse or net._fusion[1] is not None
+        assert not fuse or net._fusion.network is not None
         if not fuse:  # the labels of a host are looked at; those of a device are not
             monkeypatch.setattr("wfnet.labels.torch.aminmax", lambda rows: (0, 0))
         with NoHostReads():

@@ -15,7 +15,7 @@ import wfnet
 from wfnet import backends, fusion, models
 from wfnet.benchmarking.timing import peak_mebibytes
 from wfnet.fusion import run as running
-from wfnet.fusion import trunk
+from wfnet.fusion import transformer as trunk
 
 timm = pytest.importorskip("timm")
 
@@ -127,7 +127,7 @@ def test_equals_the_unfused_network(name: str):
     net, fused = pair_of(MODELS[name]())
     x = images()
     expected, found = net(x, LABELS, SOURCE), fused(x, LABELS, SOURCE)
-    assert isinstance(fused._fusion[1], fusion.TrunkNetwork), "the network runs unfused"
+    assert isinstance(fused._fusion.network, fusion.TrunkNetwork), "the network runs unfused"
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
     weights = torch.randn(expected.shape, dtype=torch.float64)
     (expected * weights).sum().backward()
@@ -175,7 +175,7 @@ def test_compiled_as_one_graph_that_new_labels_do_not_compile_anew(monkeypatch):
         torch.testing.assert_close(
             fused(x, labels, SOURCE), net(x, labels, SOURCE), rtol=1e-10, atol=1e-11
         )
-    assert fused._fusion[1].compiled
+    assert fused._fusion.network.compiled
     before = len(compiled)
     fused(x, LABELS.roll(2, 0), SOURCE).sum().backward()
     assert len(compiled) == before
@@ -394,7 +394,7 @@ def test_under_autocast_it_errs_no_more_than_the_unfused_network():
                 for p, q in zip(network.filter_parameters(), exact.filter_parameters(), strict=True)
             ])
         )  # fmt: skip
-    assert isinstance(fused._fusion[1], fusion.TrunkNetwork)
+    assert isinstance(fused._fusion.network, fusion.TrunkNetwork)
     assert errors[1].mean() <= 1.5 * errors[0].mean()
 
 

@@ -683,7 +683,7 @@ def check_fused_network(name, dtype, bias):
         mine.data.copy_(other)
     truth = gradients(exact.double(), False, torch.float64)
     first = gradients(net, True, torch.float32)
-    assert net._fusion[1] is not None, "the network runs unfused"
+    assert net._fusion.network is not None, "the network runs unfused"
     error = (first.double() - truth).norm() / truth.norm()
     assert error < {torch.float32: 2e-5, torch.float16: 2e-2}[dtype], f"relative error {error:.1e}"
     assert torch.equal(first, gradients(net, True, torch.float32))

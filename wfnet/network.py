@@ -12,8 +12,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from wfnet import backends, export, fusion, pretrained
-from wfnet.backends import winners
+from wfnet import export, fusion, pretrained
 from wfnet.bypass import WeightWatch
 from wfnet.gates import gather_samples
 from wfnet.head import check_head
@@ -121,10 +120,9 @@ class WFNet(nn.Module):
                     )
         self._all_called = False
         self._image_shape: tuple[int, ...] | None = None  # (C, H, W) of the last images
-        _check_fuse(fuse)
+        fusion.check_mode(fuse)
         self.fuse = fuse
-        # (what it was made for, the fused network or None); a plan holds references, not weights
-        self._fusion: tuple[object, fusion.FusedNetwork | None] | None = None
+        self._fusion = fusion.Fusion()
         self._label_check = DeferredLabelCheck()
         self.train()
 
@@ -182,76 +180,20 @@ class WFNet(nn.Module):
             return self.model(_expand(images, source))
 
     def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
-        """The fused network, made and checked on first use with two of ``images``.
+        """Returns the fused network, made and checked with two of ``images`` on first use.
 
-        None where it cannot be made, and without ``fuse``.
+        It is made anew where modules, hooks, modes or settings have changed since. None where it
+        cannot be made, and without ``fuse``.
         """
         if not self.fuse:
             return None
-        key = (
+        return self._fusion.of(
+            self.model,
+            list(self.masked_layers.values()),
             self.fuse,
-            images.device,
-            images.dtype,
-            *(layer.backend for layer in self.masked_layers.values()),
-        )
-        if self._fusion is None or self._fusion[0] != key:
-            self._fusion = (key, self._make_fused(images))
-        return self._fusion[1]
-
-    def _make_fused(self, images: Tensor) -> fusion.FusedNetwork | None:
-        _check_fuse(self.fuse)  # it can be set at any time
-        name = type(self.model).__name__
-        try:
-            if any(isinstance(layer, nn.Conv2d) for layer in self.masked_layers.values()):
-                network = self._make_plan(images)
-            else:
-                network = self._make_trunk(images)
-        except fusion.NotFusable as reason:
-            logger.warning("%s runs unfused: %s", name, reason)
-            return None
-        logger.info("%s: %s", name, network.describe())
-        return network
-
-    def _make_plan(self, images: Tensor) -> fusion.PlanNetwork:
-        backend = fusion.backend_for(self.masked_layers.values())
-        if backend is None:
-            winners.know(images.device)  # a table that cannot be read is no reason to run unfused
-        if self.fuse == "compile" and backend is None:
-            backend = backends.get("eager")  # the one that has a graph to compile
-        network = fusion.PlanNetwork(fusion.make_plan(self.model, images[:2]), backend)
-        self._check_fused(network, images)
-        if self.fuse != "compile" or backend is not backends.get("eager"):
-            return network
-        if network.plan.masked_calls:
-            logger.warning(
-                "%s runs uncompiled: some of its masked layers do not fold",
-                type(self.model).__name__,
-            )
-            return network
-        return fusion.CompiledNetwork(network)
-
-    def _make_trunk(self, images: Tensor) -> fusion.TrunkNetwork:
-        parts = fusion.split_at_first_mask(self.model, images[:2])
-        network = fusion.TrunkNetwork(*parts, compiled=False)
-        self._check_fused(network, images)
-        if self.fuse == "compile" or images.device.type == "cuda":
-            return fusion.TrunkNetwork(*parts, compiled=True)
-        return network
-
-    def _check_fused(self, network: fusion.FusedNetwork, images: Tensor) -> None:
-        fusion.check_plan(
-            network,
-            lambda few, rows: self._unfused(few, select(rows)),
             images,
-            self.num_classes,
+            lambda few, rows: self._unfused(few, select(rows)),
         )
-
-    def __deepcopy__(self, memo: dict) -> WFNet:
-        copied = self.__class__.__new__(self.__class__)
-        memo[id(self)] = copied
-        state = {key: value for key, value in self.__dict__.items() if key != "_fusion"}
-        copied.__dict__ = {**copy.deepcopy(state, memo), "_fusion": None}
-        return copied
 
     def check_labels(self) -> None:
         """Waits for the range checks of labels that were given on a device.
@@ -387,11 +329,6 @@ class WFNet(nn.Module):
                 the one that the filters were trained on.
         """
         return pretrained.load_filters(cls, folder, base_model, backend)
-
-
-def _check_fuse(fuse: object) -> None:
-    if fuse not in (True, False, "compile"):
-        raise ValueError(f"fuse={fuse!r} is none of True, False and 'compile'")
 
 
 def _expand(images: Tensor, source: Tensor | None) -> Tensor:

@@ -441,7 +441,7 @@ def test_fused_resnet(path):
             parameter.data.normal_(2, 1)
         with torch.autocast(DEVICE, torch.bfloat16, enabled=kind is None):
             out = net(inputs.to(kind or torch.float32), labels, source)
-        assert net._fusion[1] is not None, "the network runs unfused"
+        assert net._fusion.network is not None, "the network runs unfused"
         gradients = torch.autograd.grad(out, net.filter_parameters(), weights.to(out.dtype))
         found.append((out.detach(), torch.cat([g.flatten() for g in gradients])))
     for what, *values in zip(("logits", "gradients"), *found, strict=True):

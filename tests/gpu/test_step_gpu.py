@@ -128,7 +128,7 @@ def test_gradients_of_a_resnet_in_bf16(backend: str, gate: float):
         with torch.autocast("cuda", torch.bfloat16, enabled=dtype is torch.bfloat16):
             out = network(x, labels, source)
         (out.double() * weights).sum().backward()
-        assert not fuse or network._fusion[1] is not None, "the network runs unfused"
+        assert not fuse or network._fusion.network is not None, "the network runs unfused"
         return torch.cat([p.grad.double().flatten() for p in network.filter_parameters()])
 
     exact = gradients("eager", False, torch.float64)

@@ -30,7 +30,7 @@ from wfnet.cli.options import (
 from wfnet.cli.runs import check_writable
 from wfnet.data import Dataset
 from wfnet.evaluation.partial import data_identity
-from wfnet.execution_order import execution_order
+from wfnet.fusion.trace import execution_order
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.services import settings
 from wfnet.services.files import fingerprint, read_tensors

@@ -18,24 +18,29 @@ called and run in one way (:mod:`wfnet.fusion.run`).
 None changes anything in the module: tree, hooks and state-dict keys stay as they are.
 """
 
+from wfnet.fusion.checked import Fusion, backend_for, check_mode, check_plan
 from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.cut import split_at_first_mask
-from wfnet.fusion.execution import PlanNetwork, backend_for, check_plan
-from wfnet.fusion.plan import CallStep, ConvStep, NotFusable, Plan, make_plan
+from wfnet.fusion.execution import PlanNetwork
+from wfnet.fusion.plan import CallStep, ConvStep, Plan, make_plan
 from wfnet.fusion.run import FusedNetwork
-from wfnet.fusion.trunk import TrunkNetwork
+from wfnet.fusion.trace import NotFusable, execution_order
+from wfnet.fusion.transformer import TrunkNetwork
 
 __all__ = [
     "CallStep",
     "CompiledNetwork",
     "ConvStep",
+    "Fusion",
     "FusedNetwork",
     "NotFusable",
     "Plan",
     "PlanNetwork",
     "TrunkNetwork",
     "backend_for",
+    "check_mode",
     "check_plan",
+    "execution_order",
     "make_plan",
     "split_at_first_mask",
 ]

@@ -1,9 +1,9 @@
 """Cutting a traced network before its first masked layer.
 
 The part before the cut takes images; the rest takes a run, which it asks for masked layers and for
-tensors of the cut as samples see them (:class:`wfnet.fusion.trunk.Samples`), and the tensors that
-cross. A masked layer is called together with the views that are first taken of its result, query,
-key and value (:class:`MaskedCall`).
+tensors of the cut as samples see them (:class:`Samples`), and the tensors that cross. A masked
+layer is called together with the views that are first taken of its result
+(:class:`wfnet.fusion.views.MaskedCall`).
 """
 
 from __future__ import annotations
@@ -12,20 +12,33 @@ import inspect
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from wfnet.fusion.plan import EXPANDED, SOURCE, NotFusable, check_traceable, trace
-from wfnet.fusion.rewriting import changed_in_place, erase_idle, name_of
+from wfnet.fusion.plan import EXPANDED, SOURCE
+from wfnet.fusion.rewrite import changed_in_place, erase_idle
 from wfnet.fusion.tokens import drop_unread_tokens
-from wfnet.labels import forgetting
+from wfnet.fusion.trace import NotFusable, check_traceable, run_example, trace
+from wfnet.fusion.views import MaskedCall, is_view
 from wfnet.layers import MaskedLayer, WFLinear
 
-if TYPE_CHECKING:
-    from wfnet.fusion.trunk import Samples
+
+class Samples(Protocol):
+    """What the rest asks of a run (:class:`wfnet.fusion.transformer.Samples`)."""
+
+    watches: bool
+
+    def expanded(self, x: Tensor) -> Tensor: ...
+
+    def shaped(self, x: Tensor) -> Tensor: ...
+
+    def masked(self, call: MaskedCall, x: Tensor, sizes: tuple) -> tuple: ...
+
+    def pack(self, t: Tensor) -> tuple: ...
+
+    def unpack(self, packed: tuple) -> Tensor: ...
 
 
 def split_at_first_mask(
@@ -43,12 +56,12 @@ def split_at_first_mask(
         NotFusable: if the network cannot be traced, has hooks or a second input, or masks anything
             but linear maps.
     """
-    check_traceable(model)
+    check_traceable(model, model.named_modules())
     graph, image = _graph_of(model)
     modules = dict(model.named_modules())
     erase_idle(graph, modules)
-    shapes = _shapes_of(model, graph, images)
-    drop_unread_tokens(graph, modules, shapes)
+    run_example(model, graph, images)
+    drop_unread_tokens(graph, modules)
     level: dict[fx.Node, int] = {image: SOURCE}
     called: set[nn.Module] = set()
     for node in graph.nodes:
@@ -62,7 +75,7 @@ def split_at_first_mask(
         if module in called and type(module).forward is not WFLinear.forward:
             raise NotFusable(f"{name!r} is no linear map")
     layers = [module for module in modules.values() if module in called]
-    cut = _Cut(graph, level, set(shapes))
+    cut = _Cut(graph, level)
     return cut.prefix(model), cut.rest(model, layers), layers
 
 
@@ -90,30 +103,11 @@ def _erase_assertions(graph: fx.Graph, node: fx.Node) -> None:
     graph.erase_node(node)
 
 
-def _shapes_of(model: nn.Module, graph: fx.Graph, images: Tensor) -> dict[fx.Node, torch.Size]:
-    """Shapes of the values that are tensors; the others are sizes and the like."""
-    shapes: dict[fx.Node, torch.Size] = {}
-
-    class Watch(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> object:
-            value = super().run_node(node)
-            if isinstance(value, Tensor):
-                shapes[node] = value.shape
-            return value
-
-    with torch.no_grad(), forgetting(None):
-        try:
-            Watch(fx.GraphModule(model, graph), graph=graph).run(images.clone())
-        except Exception as error:
-            raise NotFusable(f"running its graph failed ({error})") from error
-    return shapes
-
-
 class _Cut:
     """Copies the nodes of a graph to both sides of the cut."""
 
-    def __init__(self, graph: fx.Graph, level: dict[fx.Node, int], tensors: set[fx.Node]):
-        self.graph, self.level, self.tensors = graph, level, tensors
+    def __init__(self, graph: fx.Graph, level: dict[fx.Node, int]):
+        self.graph, self.level = graph, level
         self.late = {n for n in graph.nodes if level[n] == EXPANDED or n.op == "output"}
         # A size of the batch counts source images before the cut: behind it, sizes are read anew.
         self.crossing: list[fx.Node] = []
@@ -126,7 +120,7 @@ class _Cut:
     def _cross(self, node: fx.Node) -> None:
         if node in self.late or node in self.again or node in self.crossing:
             return
-        if node in self.tensors and self.level[node] == SOURCE:
+        if "shape" in node.meta and self.level[node] == SOURCE:
             self.crossing.append(node)
             return
         self.again.add(node)
@@ -182,7 +176,7 @@ class _Cut:
                 continue
             module = modules.get(node.target) if node.op == "call_module" else None
             inside = dict.fromkeys(regions[n] for n in node.all_input_nodes if n in regions)
-            if len(inside) == 1 and _is_view(node):
+            if len(inside) == 1 and is_view(node):
                 (region,) = inside
                 region.members.append(node)
                 regions[node] = region
@@ -195,7 +189,7 @@ class _Cut:
             how = "shaped" if node in self.again else "expanded"
             copies[node] = copy = graph.node_copy(node, lambda n, how=how: read(n, how))
             if of_masks.intersection(node.all_input_nodes) and node.op != "output":
-                if _is_view(node):
+                if is_view(node):
                     of_masks.add(node)
                 else:
                     _watch(copy, run, module)
@@ -250,18 +244,6 @@ def _named(function: Callable, name: str) -> Callable:
     return function
 
 
-# Operations whose result is a view of their first argument, or a copy that stands for it.
-_VIEWS = {
-    "chunk", "contiguous", "expand", "flatten", "getitem", "movedim", "narrow", "permute",
-    "reshape", "select", "split", "squeeze", "swapaxes", "tensor_split", "transpose", "unbind",
-    "unflatten", "unsqueeze", "view",
-}  # fmt: skip
-
-
-def _is_view(node: fx.Node) -> bool:
-    return node.op != "call_module" and name_of(node) in _VIEWS
-
-
 def _watch(node: fx.Node, run: fx.Node, module: nn.Module | None) -> None:
     """Lets the run see what autograd saves in the operation of ``node``."""
     call = node.target if module is None else module
@@ -276,124 +258,3 @@ def _watch(node: fx.Node, run: fx.Node, module: nn.Module | None) -> None:
 
     node.op, node.args = "call_function", (run, *node.args)
     node.target = _named(watched, f"watched_{node.name}")
-
-
-# -- a masked layer and the views of its result ---------------------------------------------------
-
-
-@dataclass(eq=False)
-class MaskedCall:
-    """A call of a masked layer, with the views of its result that are taken first.
-
-    Attributes:
-        index: of the layer.
-        at_source: whether its input has one row per source image.
-        constant: whether nobody changes the result in place.
-        views: the result, in the shape of the layer's output, and sizes to a tuple of its views.
-    """
-
-    index: int
-    at_source: bool
-    constant: bool
-    views: Callable[..., tuple]
-
-    def __post_init__(self) -> None:
-        self._tiled: dict[tuple, bool] = {}
-        self._parts: dict[tuple, list[Part] | None] = {}
-
-    def tiles(self, shape: tuple[int, ...], sizes: tuple) -> bool:
-        """Whether the views are tensors that hold every element of the result exactly once."""
-        if not self.constant or any(not isinstance(size, int) for size in sizes):
-            return False
-        if (shape, sizes) not in self._tiled:
-            seen = torch.zeros(shape, dtype=torch.uint8)
-            views = self.views(seen, *sizes)
-            whole = all(isinstance(view, Tensor) for view in views)
-            if whole and sum(view.numel() for view in views) == seen.numel():
-                for view in views:
-                    view.fill_(1)
-            self._tiled[shape, sizes] = whole and bool(seen.all())
-        return self._tiled[shape, sizes]
-
-    def parts(self, plain: torch.Size, shape: torch.Size, sizes: tuple) -> list[Part] | None:
-        """Where the views of :meth:`tiles` lie; None if a table has no such views of it.
-
-        A table is the same for every token: a view that joins samples and tokens (windows among
-        images, say) has no strides in it.
-
-        Args:
-            plain: ``(B, T, O)``.
-            shape: of the same elements, as :attr:`views` take them, with ``sizes``.
-        """
-        key = (plain, shape, sizes)
-        if key not in self._parts:
-            self._parts[key] = self._find_parts(*key)
-        return self._parts[key]
-
-    def _find_parts(self, plain: torch.Size, shape: torch.Size, sizes: tuple) -> list[Part] | None:
-        batch, tokens, columns = plain
-        whole = torch.empty(shape, dtype=torch.uint8)
-        wide = torch.empty((batch, 2 * columns + 1), dtype=torch.uint8)  # its rows tell themselves
-        try:
-            table = wide[:, None, :columns].expand(-1, tokens, -1).view(shape)
-            views = zip(self.views(whole, *sizes), self.views(table, *sizes), strict=True)
-            views = list(views)
-        except RuntimeError:
-            return None
-        memory, row = wide.untyped_storage().data_ptr(), wide.stride(0)
-        for _, of_table in views:
-            steps = [s for n, s in zip(of_table.shape, of_table.stride(), strict=True) if n > 1]
-            if of_table.untyped_storage().data_ptr() != memory or any(
-                step >= columns and step != row for step in steps
-            ):
-                return None
-        return [Part.of_views(*pair, row) for pair in views]
-
-
-@dataclass(frozen=True)
-class Part:
-    """Where a view lies in ``[B, T, O]``, and in a table ``[B, O]`` that all tokens share.
-
-    Attributes:
-        size, stride, offset: in the contiguous result.
-        steps: strides in a table; None for the stride of its rows.
-        first: offset in a table's row.
-        spread: dimensions of tokens, which have no stride in a table.
-    """
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    steps: tuple[int | None, ...]
-    first: int
-    spread: tuple[int, ...]
-
-    @classmethod
-    def of_views(cls, view: Tensor, of_table: Tensor, row: int) -> Part:
-        sizes_and_steps = list(zip(of_table.shape, of_table.stride(), strict=True))
-        return cls(
-            size=tuple(view.shape),
-            stride=view.stride(),
-            offset=view.storage_offset(),
-            steps=tuple(None if step == row else step for _, step in sizes_and_steps),
-            first=of_table.storage_offset(),
-            spread=tuple(i for i, (n, step) in enumerate(sizes_and_steps) if n > 1 and step == 0),
-        )
-
-    def of(self, whole: Tensor) -> Tensor:
-        return whole.as_strided(self.size, self.stride, whole.storage_offset() + self.offset)
-
-    def of_table(self, table: Tensor) -> Tensor:
-        row = table.stride(0)
-        steps = [row if step is None else step for step in self.steps]
-        return table.as_strided(self.size, steps, table.storage_offset() + self.first)
-
-    def add_up(self, g: Tensor, table: Tensor) -> None:
-        """Writes the sums of ``g`` over tokens."""
-        into = self.of_table(table)
-        if not self.spread:
-            into.copy_(g)
-            return
-        for axis in reversed(self.spread):
-            into = into.select(axis, 0)
-        torch.sum(g, self.spread, dtype=table.dtype, out=into)

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves
 from wfnet import backends, gates
 from wfnet.backends import Below, Finished, FusedConvolutions, PoolGeometry, winners
 from wfnet.backends.measured import Convolution, PlanWinners
-from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, NotFusable, Plan
-from wfnet.fusion.rewriting import is_hooked
+from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
 from wfnet.fusion.run import FusedNetwork, Run
+from wfnet.fusion.trace import NotFusable, is_hooked
 from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
@@ -458,65 +458,3 @@ class PlanRun(TableRun):
         for done in (step, step.shortcut):
             if done is not None:  # only its input shape is still of use
                 self.kept[done].branch = self.kept[done].mask = None
-
-
-def check_plan(
-    network: FusedNetwork,
-    unfused: Callable[[Tensor, Tensor], Tensor],
-    images: Tensor,
-    classes: int,
-) -> None:
-    """Compares the fused with the unfused network on a few images under mixed rows.
-
-    The backward pass is run too, with nothing to compare its values with. Not of a network that was
-    made in inference mode, which has none.
-
-    Args:
-        classes: rows of the filters.
-
-    Raises:
-        NotFusable: if they differ by more than rounding.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        few = images[:2].clone()  # outside of inference mode a tensor like any other
-        source = torch.tensor([0, few.shape[0] - 1, 0], device=images.device)
-        rows = torch.tensor([[0], [classes - 1], [-1]], device=images.device)
-        try:
-            fused = network(few, rows, source)
-            if not any(matrix.is_inference() for matrix in network.filters()):
-                run = network.start(few, rows, source)
-                run.backward(torch.ones_like(run.forward()))
-        except NotFusable:
-            raise
-        except Exception as error:
-            raise NotFusable(f"running the plan failed ({error})") from error
-        expected = unfused(gates.gather_samples(few, source), rows)
-    span = expected.abs().max().clamp_min(1e-6)
-    error = ((fused - expected).abs().max() / span).item()
-    eps = torch.finfo(fused.dtype).eps
-    if fused.is_cuda and fused.dtype is torch.float32:  # products may be in TF32
-        eps = 2.0**-10
-    # In fp32, Inception's 94 layers round by 74 of these units; a wrong plan is off by about 1.
-    limit = min(256 * eps * len(network.layers) ** 0.5, 0.1)
-    if not error <= limit:
-        raise NotFusable(f"fused and unfused outputs differ by {error:.1e} (limit {limit:.1e})")
-
-
-def backend_for(layers: Iterable[MaskedLayer]) -> FusedConvolutions | None:
-    """The one backend that ``layers`` ask for; None if they leave it to measurements (``auto``).
-
-    Raises:
-        NotFusable: if they ask for different backends, or for one without fused convolutions.
-    """
-    names = {backends.requested(layer.backend) for layer in layers}
-    name = names.pop() if len(names) == 1 else None
-    if name is None:
-        raise NotFusable("its layers ask for different backends")
-    if name == "auto":
-        return None
-    if name == "reference":
-        raise NotFusable("the reference backend is never fused")
-    backend = backends.get(name)
-    if not backend.fuses:
-        raise NotFusable(f"backend {name!r} has no fused convolutions")
-    return backend

@@ -1,7 +1,7 @@
 """Making the plan: which operations of a frozen network fold into which fused convolution.
 
 :func:`make_plan` traces the network with torch.fx, rewrites the graph
-(:mod:`wfnet.fusion.rewriting`), and folds convolution, BatchNorm, residual sum and ReLU into
+(:mod:`wfnet.fusion.rewrite`), and folds convolution, BatchNorm, residual sum and ReLU into
 :class:`ConvStep`. Whatever it does not recognise stays an ordinary call (:class:`CallStep`), masked
 layers of other kinds and blocks that cannot be traced included. :func:`_link` then says, for every
 convolution, what its backward finishes: when the gradient that a convolution sends down is the last
@@ -11,7 +11,7 @@ one to reach its input, the layer that made that input is finished in the same p
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from wfnet.backends import ConvGeometry
-from wfnet.fusion import rewriting
-from wfnet.fusion.rewriting import Method, NormSlice, NotFusable, Padded, is_hooked
+from wfnet.fusion import rewrite
+from wfnet.fusion.rewrite import Method, NormSlice, Padded
+from wfnet.fusion.trace import NotFusable, check_traceable, is_hooked, trace_around
 from wfnet.layers import MaskedLayer, WFConv2d
 
 _ADD = {operator.add, operator.iadd, torch.add}
@@ -143,34 +144,6 @@ class Plan:
 # -- making the plan ------------------------------------------------------------------------------
 
 
-class _Tracer(fx.Tracer):
-    """Leaves are masked layers, what holds none, and what is ``opaque``."""
-
-    def __init__(self, opaque: set[nn.Module]):
-        super().__init__()
-        self.opaque = opaque
-        self.failed: nn.Module | None = None  # the innermost module that cannot be traced
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, MaskedLayer | nn.BatchNorm2d) or m in self.opaque:
-            return True
-        if isinstance(m, nn.Sequential):
-            return False
-        # What holds no masked layer is called as it is, whatever control flow it contains.
-        return not any(isinstance(inner, MaskedLayer) for inner in m.modules())
-
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        count = rewriting.items_of(obj.node)
-        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
-
-    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
-        try:
-            return super().call_module(m, forward, args, kwargs)
-        except Exception:
-            self.failed = self.failed or m
-            raise
-
-
 def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
     """Traces ``model`` and folds what follows each masked convolution.
 
@@ -186,62 +159,14 @@ def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
         NotFusable: if the network cannot be traced, or no convolution folds.
     """
     masked = {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
-    if is_hooked(model):
-        raise NotFusable(f"{type(model).__name__!r} has hooks, which fusion would skip")
-    _check_checkpoints(model)
-    graph, failure = _trace_around(model)
+    check_traceable(model, [("", model)])
+    graph, failure = trace_around(model)
     folder = _Folder(model, graph, masked)
     folder.rewrite(images)
     folder.grow_all()
     if not folder.grown:
         raise failure or NotFusable("it has no masked convolution that folds")
     return folder.plan()
-
-
-def check_traceable(model: nn.Module) -> None:
-    """Raises NotFusable for what a trace would lose: hooks, and checkpointed activations."""
-    for name, module in model.named_modules():
-        if is_hooked(module):
-            raise NotFusable(f"{name or type(model).__name__!r} has hooks, which fusion would skip")
-    _check_checkpoints(model)
-
-
-def _check_checkpoints(model: nn.Module) -> None:
-    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
-        raise NotFusable("the network checkpoints its activations")
-
-
-def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Graph:
-    """The network as a graph whose leaves are masked layers and what holds none.
-
-    Args:
-        constants: values of inputs that control flow depends on.
-
-    Raises:
-        NotFusable: if torch.fx cannot follow its control flow.
-    """
-    try:
-        return _Tracer(set()).trace(model, constants)
-    except Exception as error:
-        raise NotFusable(f"torch.fx cannot trace it ({error})") from error
-
-
-def _trace_around(model: nn.Module) -> tuple[fx.Graph, NotFusable | None]:
-    """As :func:`trace`, with modules that have hooks, or that torch.fx cannot follow, as leaves.
-
-    With it comes the first thing that torch.fx could not follow.
-    """
-    opaque = {module for module in model.modules() if is_hooked(module)}
-    first: NotFusable | None = None
-    while True:
-        tracer = _Tracer(opaque)
-        try:
-            return tracer.trace(model), first
-        except Exception as error:
-            first = first or NotFusable(f"torch.fx cannot trace it ({error})")
-            if tracer.failed is None or tracer.failed in opaque:
-                raise first from error
-            opaque.add(tracer.failed)
 
 
 class _Folder:
@@ -266,17 +191,17 @@ class _Folder:
 
     def rewrite(self, images: Tensor | None) -> None:
         """Brings the graph into a form of which more folds."""
-        rewriting.erase_idle(self.graph, self.modules)
-        rewriting.check_in_place(self.graph, self.modules)
+        rewrite.erase_idle(self.graph, self.modules)
+        rewrite.check_in_place(self.graph, self.modules)
         if images is not None:
-            rewriting.run_example(self.model, self.graph, self.modules, images)
-        rewriting.take_items(self.graph)
-        rewriting.distribute_norms(self.graph, self.modules)
+            rewrite.run_example_in_place(self.model, self.graph, self.modules, images)
+        rewrite.take_items(self.graph)
+        rewrite.distribute_norms(self.graph, self.modules)
 
     def grow_all(self) -> None:
         for node in list(self.graph.nodes):
             layer = self.masked.get(node.target) if node.op == "call_module" else None
-            if layer is not None and rewriting.folds(layer):
+            if layer is not None and rewrite.folds(layer):
                 self._grow(node)
 
     def plan(self) -> Plan:
@@ -329,11 +254,11 @@ class _Folder:
         module = self.modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, nn.Module) and is_hooked(module):
             return False
-        if rewriting.is_frozen_norm(module):
+        if rewrite.is_frozen_norm(module):
             if step.norm or step.residual:
                 return False
             step.norm = module
-            rewriting.split_norm(self.graph, node, self.modules)
+            rewrite.split_norm(self.graph, node, self.modules)
             return True
         if _is_relu(node, module):
             step.relu = True
@@ -364,13 +289,13 @@ class _Folder:
             call = _Attribute(self.model, node.target)
         else:
             raise NotFusable(f"operation {node.op!r} is not known")
-        in_place = rewriting.changed_in_place(node, self.modules) is not None
+        in_place = rewrite.changed_in_place(node, self.modules) is not None
         if in_place:
-            plain = rewriting.out_of_place(node, call)
+            plain = rewrite.out_of_place(node, call)
             if plain is not None:
                 call, in_place = plain, False
                 kwargs.pop("inplace", None)
-        part = rewriting.is_part(node)
+        part = rewrite.is_part(node)
         return CallStep(call, (node.args, kwargs), node, in_place, layers, part)
 
 

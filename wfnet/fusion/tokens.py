@@ -13,7 +13,7 @@ import operator
 import torch
 from torch import fx, nn
 
-from wfnet.fusion.rewriting import title_of
+from wfnet.fusion.rewrite import title_of
 
 # Of [..., C]: they treat every token alone. LayerNorm is one where it norms the last dimension.
 _PER_TOKEN = {
@@ -36,52 +36,51 @@ _NORMS = {"timm.layers.norm.LayerNorm", "torch.nn.modules.normalization.LayerNor
 _SUMS = {operator.add, operator.mul, torch.add, torch.mul}
 
 
-def drop_unread_tokens(
-    graph: fx.Graph, modules: dict[str, nn.Module], shapes: dict[fx.Node, torch.Size]
-) -> None:
+def drop_unread_tokens(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Changes ``graph`` so that values hold their first tokens only, where no others are read.
 
     Args:
+        graph: with shapes (:func:`wfnet.fusion.trace.run_example`), which are kept up to date.
         modules: of the network, by name.
-        shapes: of the tensors among the graph's values; new values are added.
     """
-    read = _tokens_read(graph, modules, shapes)
+    read = _tokens_read(graph, modules)
     most = max(read.values(), default=0)
-    read = {node: shapes[node] for node in read if shapes[node][1] > most}
-    moved = {node for node in read if _is_per_token(node, modules, shapes)}
+    read = {node: _shape(node) for node in read if _shape(node)[1] > most}
+    moved = {node for node in read if _is_per_token(node, modules)}
     for node in [node for node in graph.nodes if node in read]:
         if node not in moved:
-            first = _first_tokens(graph, node, most, shapes)
+            first = _first_tokens(graph, node, most)
             node.replace_all_uses_with(first, lambda user, first=first: user is not first)
             continue
         for source in node.all_input_nodes:
-            if shapes[source][1] > most:  # others read more of it
-                node.replace_input_with(source, _first_tokens(graph, source, most, shapes))
-        shapes[node] = torch.Size((read[node][0], most, read[node][2]))
+            if _shape(source)[1] > most:  # others read more of it
+                node.replace_input_with(source, _first_tokens(graph, source, most))
+        node.meta["shape"] = torch.Size((read[node][0], most, read[node][2]))
 
 
-def _first_tokens(
-    graph: fx.Graph, node: fx.Node, count: int, shapes: dict[fx.Node, torch.Size]
-) -> fx.Node:
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape of a tensor; empty for any other value."""
+    return node.meta.get("shape", ())
+
+
+def _first_tokens(graph: fx.Graph, node: fx.Node, count: int) -> fx.Node:
     """A new value: ``node[:, :count]``."""
     with graph.inserting_after(node):
         first = graph.call_function(operator.getitem, (node, (slice(None), slice(None, count))))
-    shapes[first] = torch.Size((shapes[node][0], count, shapes[node][2]))
+    first.meta["shape"] = torch.Size((_shape(node)[0], count, _shape(node)[2]))
     return first
 
 
-def _tokens_read(
-    graph: fx.Graph, modules: dict[str, nn.Module], shapes: dict[fx.Node, torch.Size]
-) -> dict[fx.Node, int]:
+def _tokens_read(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, int]:
     """Values ``[B, T, C]`` of which only the first few tokens are read, and how many these are."""
     read: dict[fx.Node, int] = {}
     for node in reversed(graph.nodes):
-        if len(shapes.get(node, ())) != 3 or not node.users:
+        if len(_shape(node)) != 3 or not node.users:
             continue
         counts = []
         for user in node.users:
             count = _selected(user, node)
-            if count is None and user in read and _is_per_token(user, modules, shapes):
+            if count is None and user in read and _is_per_token(user, modules):
                 count = read[user]
             counts.append(count)
         if None not in counts:
@@ -105,14 +104,9 @@ def _selected(user: fx.Node, node: fx.Node) -> int | None:
     return None
 
 
-def _is_per_token(
-    node: fx.Node, modules: dict[str, nn.Module], shapes: dict[fx.Node, torch.Size]
-) -> bool:
+def _is_per_token(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether ``node`` computes every token ``[b, t]`` from that token of its inputs."""
-    if any(
-        len(shapes.get(x, ())) != 3 or shapes[x][:2] != shapes[node][:2]
-        for x in node.all_input_nodes
-    ):
+    if any(len(_shape(x)) != 3 or _shape(x)[:2] != _shape(node)[:2] for x in node.all_input_nodes):
         return False
     if node.op == "call_function":
         return node.target in _SUMS and not node.kwargs

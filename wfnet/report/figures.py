@@ -17,7 +17,7 @@ import torch
 from wfnet.evaluation import ClassRecord, EvaluationResult
 from wfnet.evaluation.attribution import AttributionResult
 from wfnet.evaluation.confusion import ConfusionChange
-from wfnet.execution_order import execution_order
+from wfnet.fusion.trace import execution_order
 from wfnet.network import WFNet
 from wfnet.services.extras import require
 from wfnet.services.files import write_atomically

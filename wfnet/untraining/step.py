@@ -335,7 +335,8 @@ class _Graphs:
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, **mode):
                 result = work()
         self.graphs[key] = (graph, result)
-        self.read.append(self.step.net._fusion)  # the network may make another for other images
+        # The network may make another for other images.
+        self.read.append(self.step.net._fusion.network)
         logger.info("captured %s as a CUDA graph", key[0])
         graph.replay()
         return result

@@ -20,84 +20,10 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from wfnet.functional import same_padding
-from wfnet.labels import forgetting
+from wfnet.fusion.trace import NotFusable, is_hooked, name_of, run_example, splits
 from wfnet.layers import WFConv2d, WFConv2dSame
 
-
-class NotFusable(Exception):
-    """Why a network (or a part of it) runs unfused; one sentence."""
-
-
-# -- an example ------------------------------------------------------------------------------------
-
-
-def run_example(
-    model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], images: Tensor
-) -> None:
-    """Runs ``graph`` on one of ``images`` ``[N, C, H, W]``, twice side by side.
-
-    In ``node.meta`` it leaves the ``shape`` of tensors, and the ``count`` of tuples and lists.
-
-    Raises:
-        NotFusable: if that fails, or if a value is changed in place that is read later, be it
-            through another view of its memory.
-    """
-
-    class Watch(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> object:
-            changed = changed_in_place(node, modules)
-            if changed is not None:
-                self._check_alone(node, changed)
-            value = super().run_node(node)
-            if isinstance(value, Tensor):
-                node.meta["shape"] = value.shape
-            elif isinstance(value, tuple | list):
-                node.meta["count"] = len(value)
-            return value
-
-        def _check_alone(self, node: fx.Node, changed: fx.Node) -> None:
-            for other, value in self.env.items():
-                if other is not changed and any(
-                    _overlap(self.env[changed], tensor)
-                    for user in other.users
-                    if user > node
-                    for tensor in _read_by(user, value)
-                ):
-                    raise _changed(node)
-
-    with torch.no_grad(), forgetting(None):
-        try:
-            Watch(model, graph=graph).run(images[:1].repeat(2, 1, 1, 1))
-        except NotFusable:
-            raise
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise NotFusable(f"running its graph failed ({reason})") from error
-
-
-def _read_by(user: fx.Node, value: object) -> list[Tensor]:
-    """The tensors of ``value`` that ``user`` reads: one, where it takes an item."""
-    if isinstance(value, tuple | list) and user.target is operator.getitem:
-        value = value[user.args[1]] if _is_constant(user.args[1]) else value
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-
-
-def _overlap(value: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have elements in common."""
-    memory = value.untyped_storage()
-    if memory.data_ptr() != other.untyped_storage().data_ptr():
-        return False
-    marks = torch.zeros(memory.nbytes() // value.element_size(), dtype=torch.bool)
-    marks.as_strided(value.shape, value.stride(), value.storage_offset()).fill_(True)
-    return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
-
-
 # -- values changed in place ----------------------------------------------------------------------
-
-
-def name_of(node: fx.Node) -> str:
-    """Of a function, method or module that ``node`` calls."""
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 _IN_PLACE_OPERATORS = {
@@ -142,6 +68,49 @@ def check_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 def _changed(node: fx.Node) -> NotFusable:
     return NotFusable(f"{node.name!r} changes a value in place that others read")
+
+
+def run_example_in_place(
+    model: nn.Module, graph: fx.Graph, modules: dict[str, nn.Module], images: Tensor
+) -> None:
+    """As :func:`wfnet.fusion.trace.run_example`, watching what is changed in place.
+
+    Raises:
+        NotFusable: also if a value is changed that is read later through another view of its
+            memory.
+    """
+
+    def check_alone(node: fx.Node, values: dict[fx.Node, object]) -> None:
+        changed = changed_in_place(node, modules)
+        if changed is None:
+            return
+        for other, value in values.items():
+            if other is not changed and any(
+                _overlap(values[changed], tensor)
+                for user in other.users
+                if user > node
+                for tensor in _read_by(user, value)
+            ):
+                raise _changed(node)
+
+    run_example(model, graph, images, check_alone)
+
+
+def _read_by(user: fx.Node, value: object) -> list[Tensor]:
+    """The tensors of ``value`` that ``user`` reads: one, where it takes an item."""
+    if isinstance(value, tuple | list) and user.target is operator.getitem:
+        value = value[user.args[1]] if _is_constant(user.args[1]) else value
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _overlap(value: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have elements in common."""
+    memory = value.untyped_storage()
+    if memory.data_ptr() != other.untyped_storage().data_ptr():
+        return False
+    marks = torch.zeros(memory.nbytes() // value.element_size(), dtype=torch.bool)
+    marks.as_strided(value.shape, value.stride(), value.storage_offset()).fill_(True)
+    return bool(marks.as_strided(other.shape, other.stride(), other.storage_offset()).any())
 
 
 @dataclass(frozen=True)
@@ -196,27 +165,6 @@ def out_of_place(node: fx.Node, call: Callable[..., object]) -> Callable[..., ob
 
 # -- operations with several results --------------------------------------------------------------
 
-_SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
-
-
-def _splits(node: fx.Node) -> bool:
-    known = name_of(node) in _SPLITS
-    if node.op == "call_function":
-        return known and getattr(torch, name_of(node)) is node.target
-    return known and node.op == "call_method"
-
-
-def items_of(node: fx.Node) -> int | None:
-    """How many tensors a split returns, where its arguments tell (at most so many, of chunks)."""
-    if not _splits(node) or len(node.args) < 2 or name_of(node) == "unbind":
-        return None
-    parts = node.args[1]
-    if isinstance(parts, int):  # split: the size of each
-        return None if name_of(node) == "split" else parts
-    if not isinstance(parts, tuple | list):
-        return None
-    return len(parts) + (name_of(node) == "tensor_split")  # it takes the places of the cuts
-
 
 @dataclass(frozen=True, eq=False)  # slices have no hash
 class Item:
@@ -243,7 +191,7 @@ def take_items(graph: fx.Graph) -> None:
         NotFusable: if somebody reads all items and their number is not known.
     """
     for node in list(graph.nodes):
-        if _splits(node):
+        if splits(node):
             split = node.target if node.op == "call_function" else Method(node.target)
             _take_items(graph, node, _Split(node, split), ())
 
@@ -328,16 +276,6 @@ _IDLE = {
 def title_of(module: nn.Module) -> str:
     """The type of ``module``, of a package that need not be installed."""
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than its forward: then it must be called as it is."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def is_idle(module: nn.Module) -> bool:

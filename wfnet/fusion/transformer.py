@@ -29,9 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from wfnet import backends, functional, gates
 from wfnet.backends import Backend
-from wfnet.fusion.cut import MaskedCall, Part
-from wfnet.fusion.plan import NotFusable
 from wfnet.fusion.run import CompiledGraph, FusedNetwork, Run, write_sums
+from wfnet.fusion.trace import NotFusable
+from wfnet.fusion.views import MaskedCall, Part
 from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer

@@ -1,0 +1,266 @@
+"""Making a network's fused form, comparing it with the network, and noticing when it has changed.
+
+A plan holds modules, not their weights: those are read anew, or compared by version. What it was
+made from beyond them (which modules there are, their hooks, modes and settings) is noted in a
+:class:`_Structure`; where that has changed, the fused form is made anew.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType, MethodType, NoneType
+
+import torch
+from torch import Tensor, nn
+
+from wfnet import backends, gates
+from wfnet.backends import FusedConvolutions, winners
+from wfnet.fusion.compiled import CompiledNetwork
+from wfnet.fusion.cut import split_at_first_mask
+from wfnet.fusion.execution import PlanNetwork
+from wfnet.fusion.plan import make_plan
+from wfnet.fusion.run import FusedNetwork
+from wfnet.fusion.trace import NotFusable, because, global_hooks_of_torch, is_hooked
+from wfnet.fusion.transformer import TrunkNetwork
+from wfnet.layers import MaskedLayer
+
+logger = logging.getLogger("wfnet")
+
+# Images and labels [B, J] to logits, unfused.
+Unfused = Callable[[Tensor, Tensor], Tensor]
+
+
+class Fusion:
+    """The fused form of one network, made on first use and whenever the network has changed.
+
+    A copy, or a pickled one, starts without: plans hold modules of the original, and compiled code.
+
+    Attributes:
+        network: the fused form that was last asked for; None where the network runs unfused.
+    """
+
+    def __init__(self) -> None:
+        self.network: FusedNetwork | None = None
+        self._made_for: tuple[object, ...] | None = None
+        self._structure: _Structure | None = None
+
+    def __reduce__(self) -> tuple:
+        return Fusion, ()
+
+    def of(
+        self,
+        model: nn.Module,
+        layers: Sequence[MaskedLayer],
+        mode: bool | str,
+        images: Tensor,
+        unfused: Unfused,
+    ) -> FusedNetwork | None:
+        """Returns the fused form of ``model``; None, with a line in the log, where there is none.
+
+        Args:
+            layers: masked layers of the model.
+            mode: True or "compile".
+            images: ``[N, C, H, W]``; two of them are what a new plan is made and checked with.
+            unfused: what the fused form is compared with.
+
+        Raises:
+            ValueError: for another mode.
+        """
+        check_mode(mode)
+        made_for = (mode, images.device, images.dtype)
+        if made_for != self._made_for or not self._structure.holds(model):
+            self.network, self._made_for = None, None
+            self._structure = _Structure(model)
+            self.network = _make(model, layers, mode, images, unfused)
+            self._structure.leave_out_what_changed()
+            self._made_for = made_for
+        return self.network
+
+
+def check_mode(mode: object) -> None:
+    """Raises ValueError unless ``mode`` is a way to fuse, or none."""
+    if mode not in (True, False, "compile"):
+        raise ValueError(f"fuse={mode!r} is none of True, False and 'compile'")
+
+
+# -- what a plan was made from --------------------------------------------------------------------
+
+_PLAIN = frozenset((bool, int, float, str, NoneType, FunctionType, MethodType))
+
+
+class _Structure:
+    """Modules of a model, their types, children, hooks and plain attributes, at one time."""
+
+    def __init__(self, model: nn.Module):
+        self.global_hooks = global_hooks_of_torch()
+        self.modules = [_Noted(module) for module in model.modules()]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether ``model`` still is what was noted."""
+        same = model is self.modules[0].module and self.global_hooks == global_hooks_of_torch()
+        return same and all(noted.holds() for noted in self.modules)
+
+    def leave_out_what_changed(self) -> None:
+        """Lets go of the attributes of modules that change in every run: counters of calls, say."""
+        for noted in self.modules:
+            noted.restless = not noted.holds()
+
+
+class _Noted:
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.kind = type(module)
+        self.children = dict(module._modules)
+        self.hooks = _hooks_of(module)
+        self.state = dict(vars(module))
+        self.restless = False
+
+    def holds(self) -> bool:
+        module = self.module
+        if module._modules != self.children or type(module) is not self.kind:
+            return False
+        if (self.hooks or is_hooked(module)) and self.hooks != _hooks_of(module):
+            return False
+        return self.restless or self._same_settings()
+
+    def _same_settings(self) -> bool:
+        state = vars(self.module)
+        try:  # in C, and mostly of the very same objects
+            same = state == self.state
+        except Exception:  # tensors are not simply equal
+            same = False
+        if not same and _settings_of(state) == _settings_of(self.state):
+            self.state, same = dict(state), True
+        return same
+
+
+def _hooks_of(module: nn.Module) -> list[tuple[int, ...]]:
+    if not is_hooked(module):
+        return []
+    kinds = (module._forward_hooks, module._forward_pre_hooks)
+    return [tuple(hooks) for hooks in (*kinds, module._backward_hooks, module._backward_pre_hooks)]
+
+
+def _settings_of(state: dict[str, object]) -> dict[str, object]:
+    """Attributes that say what a module computes: mode, stride, a forward of its own."""
+    return {
+        name: value
+        for name, value in state.items()
+        if type(value) in _PLAIN
+        or (type(value) is tuple and all(type(part) in _PLAIN for part in value))
+    }
+
+
+# -- making and checking --------------------------------------------------------------------------
+
+
+def _make(
+    model: nn.Module,
+    layers: Sequence[MaskedLayer],
+    mode: bool | str,
+    images: Tensor,
+    unfused: Unfused,
+) -> FusedNetwork | None:
+    name = type(model).__name__
+    make = _make_plan if any(isinstance(layer, nn.Conv2d) for layer in layers) else _make_trunk
+    try:
+        network = make(model, layers, mode, images, unfused)
+    except NotFusable as reason:
+        logger.warning("%s runs unfused: %s", name, reason)
+        return None
+    logger.info("%s: %s", name, network.describe())
+    return network
+
+
+def _make_plan(
+    model: nn.Module,
+    layers: Sequence[MaskedLayer],
+    mode: bool | str,
+    images: Tensor,
+    unfused: Unfused,
+) -> PlanNetwork:
+    backend = backend_for(layers)
+    if backend is None:
+        winners.know(images.device)  # a table that cannot be read is no reason to run unfused
+    if mode == "compile" and backend is None:
+        backend = backends.get("eager")  # the one that has a graph to compile
+    network = PlanNetwork(make_plan(model, images[:2]), backend)
+    check_plan(network, unfused, images)
+    if mode != "compile" or backend is not backends.get("eager"):
+        return network
+    if network.plan.masked_calls:
+        name = type(model).__name__
+        logger.warning("%s runs uncompiled: some of its masked layers do not fold", name)
+        return network
+    return CompiledNetwork(network)
+
+
+def _make_trunk(
+    model: nn.Module,
+    layers: Sequence[MaskedLayer],
+    mode: bool | str,
+    images: Tensor,
+    unfused: Unfused,
+) -> TrunkNetwork:
+    parts = split_at_first_mask(model, images[:2])
+    network = TrunkNetwork(*parts, compiled=False)
+    check_plan(network, unfused, images)
+    if mode == "compile" or images.device.type == "cuda":
+        return TrunkNetwork(*parts, compiled=True)
+    return network
+
+
+def check_plan(network: FusedNetwork, unfused: Unfused, images: Tensor) -> None:
+    """Compares the fused with the unfused network on a few images under mixed rows.
+
+    The backward pass is run too, with nothing to compare its values with. Not of a network that was
+    made in inference mode, which has none.
+
+    Raises:
+        NotFusable: if they differ by more than rounding.
+    """
+    classes = network.layers[0].num_classes
+    with torch.inference_mode(False), torch.no_grad():
+        few = images[:2].clone()  # outside of inference mode a tensor like any other
+        source = torch.tensor([0, few.shape[0] - 1, 0], device=images.device)
+        rows = torch.tensor([[0], [classes - 1], [-1]], device=images.device)
+        try:
+            fused = network(few, rows, source)
+            if not any(matrix.is_inference() for matrix in network.filters()):
+                run = network.start(few, rows, source)
+                run.backward(torch.ones_like(run.forward()))
+        except NotFusable:
+            raise
+        except Exception as error:
+            raise because("running the plan failed", error) from error
+        expected = unfused(gates.gather_samples(few, source), rows)
+    span = expected.abs().max().clamp_min(1e-6)
+    error = ((fused - expected).abs().max() / span).item()
+    eps = torch.finfo(fused.dtype).eps
+    if fused.is_cuda and fused.dtype is torch.float32:  # products may be in TF32
+        eps = 2.0**-10
+    # In fp32, Inception's 94 layers round by 74 of these units; a wrong plan is off by about 1.
+    limit = min(256 * eps * len(network.layers) ** 0.5, 0.1)
+    if not error <= limit:
+        raise NotFusable(f"fused and unfused outputs differ by {error:.1e} (limit {limit:.1e})")
+
+
+def backend_for(layers: Iterable[MaskedLayer]) -> FusedConvolutions | None:
+    """Returns the one backend that ``layers`` ask for; None where measurements decide (``auto``).
+
+    Raises:
+        NotFusable: if they ask for different backends, or for one without fused convolutions.
+    """
+    names = {backends.requested(layer.backend) for layer in layers}
+    name = names.pop() if len(names) == 1 else None
+    if name is None:
+        raise NotFusable("its layers ask for different backends")
+    if name == "auto":
+        return None
+    if name == "reference":
+        raise NotFusable("the reference backend is never fused")
+    backend = backends.get(name)
+    if not backend.fuses:
+        raise NotFusable(f"backend {name!r} has no fused convolutions")
+    return backend

@@ -1,0 +1,235 @@
+"""Tracing a network with torch.fx, and running the trace on an example for its shapes.
+
+Leaves of a trace are masked layers and whatever holds none: what is inside of those is called as it
+is, with any control flow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as global_hooks
+
+from wfnet.labels import forgetting
+from wfnet.layers import MaskedLayer
+
+
+class NotFusable(Exception):
+    """Why a network (or a part of it) runs unfused; one sentence."""
+
+
+def because(what: str, error: Exception) -> NotFusable:
+    """Returns a :class:`NotFusable` that says ``what``, with the first line of ``error``."""
+    reason = str(error).strip().partition("\n")[0]
+    return NotFusable(f"{what} ({reason})")
+
+
+# -- what a trace would lose ----------------------------------------------------------------------
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than its forward: then it must be called as it is."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def global_hooks_of_torch() -> tuple[int, ...]:
+    """Returns the ids of hooks that PyTorch calls for every module."""
+    kinds = ("forward", "forward_pre", "backward", "backward_pre")
+    return tuple(i for kind in kinds for i in getattr(global_hooks, f"_global_{kind}_hooks"))
+
+
+def check_traceable(model: nn.Module, unhooked: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raises NotFusable for what a trace of ``model`` would lose: hooks, checkpoints.
+
+    Args:
+        unhooked: modules by name that may have no hooks of their own.
+    """
+    for name, module in unhooked:
+        if is_hooked(module):
+            raise NotFusable(f"{name or type(model).__name__!r} has hooks, which fusion would skip")
+    if global_hooks_of_torch():
+        raise NotFusable("PyTorch calls hooks for every module, which fusion would skip")
+    if any(getattr(module, "grad_checkpointing", False) for module in model.modules()):
+        raise NotFusable("the network checkpoints its activations")
+
+
+# -- tracing --------------------------------------------------------------------------------------
+
+
+def name_of(node: fx.Node) -> str:
+    """Returns the name of the function, method or module that ``node`` calls."""
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+_SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
+
+
+def splits(node: fx.Node) -> bool:
+    """Whether ``node`` splits a tensor into several."""
+    known = name_of(node) in _SPLITS
+    if node.op == "call_function":
+        return known and getattr(torch, name_of(node)) is node.target
+    return known and node.op == "call_method"
+
+
+def items_of(node: fx.Node) -> int | None:
+    """How many tensors a split returns, where its arguments tell (at most so many, of chunks)."""
+    if not splits(node) or len(node.args) < 2 or name_of(node) == "unbind":
+        return None
+    parts = node.args[1]
+    if isinstance(parts, int):  # split: the size of each
+        return None if name_of(node) == "split" else parts
+    if not isinstance(parts, tuple | list):
+        return None
+    return len(parts) + (name_of(node) == "tensor_split")  # it takes the places of the cuts
+
+
+class _Tracer(fx.Tracer):
+    """Leaves are masked layers, what holds none, and what is ``opaque``."""
+
+    def __init__(self, opaque: set[nn.Module]):
+        super().__init__()
+        self.opaque = opaque
+        self.failed: nn.Module | None = None  # the innermost module that cannot be traced
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, MaskedLayer | nn.BatchNorm2d) or m in self.opaque:
+            return True
+        if isinstance(m, nn.Sequential):
+            return False
+        return not any(isinstance(inner, MaskedLayer) for inner in m.modules())
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        count = items_of(obj.node)
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+
+    def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m
+            raise
+
+
+def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Graph:
+    """Returns the network as a graph.
+
+    Args:
+        constants: values of inputs that control flow depends on.
+
+    Raises:
+        NotFusable: if torch.fx cannot follow its control flow.
+    """
+    try:
+        return _Tracer(set()).trace(model, constants)
+    except Exception as error:
+        raise because("torch.fx cannot trace it", error) from error
+
+
+def trace_around(model: nn.Module) -> tuple[fx.Graph, NotFusable | None]:
+    """As :func:`trace`, with modules that have hooks, or that torch.fx cannot follow, as leaves.
+
+    Returns:
+        The graph, and the first thing that torch.fx could not follow.
+    """
+    opaque = {module for module in model.modules() if is_hooked(module)}
+    first: NotFusable | None = None
+    while True:
+        tracer = _Tracer(opaque)
+        try:
+            return tracer.trace(model), first
+        except Exception as error:
+            first = first or because("torch.fx cannot trace it", error)
+            if tracer.failed is None or tracer.failed in opaque:
+                raise first from error
+            opaque.add(tracer.failed)
+
+
+class _OrderTracer(fx.Tracer):
+    """Does not look inside the layers that are asked for."""
+
+    def __init__(self, names: set[str]):
+        super().__init__()
+        self.names = names
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return module_qualified_name in self.names or super().is_leaf_module(
+            m, module_qualified_name
+        )
+
+
+def execution_order(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Returns ``names`` in the order of their first call in the forward pass of ``model``.
+
+    A projection shortcut, say, is registered after the convolutions of its block but may run before
+    them. Nothing is computed. Where the network cannot be traced (control flow that depends on
+    data), the order of registration stays; so do names that are not called, at the end.
+
+    Args:
+        model: a plain classifier or the ``model`` of a :class:`wfnet.WFNet`.
+        names: of modules of ``model``.
+    """
+    wanted = set(names)
+    try:
+        graph = _OrderTracer(wanted).trace(model)
+    except Exception:  # whatever a forward pass raises when it is traced
+        return list(names)
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    found = [name for name in dict.fromkeys(called) if name in wanted]
+    return found + [name for name in names if name not in set(found)]
+
+
+# -- an example -----------------------------------------------------------------------------------
+
+
+class _Example(fx.Interpreter):
+    def __init__(
+        self,
+        model: nn.Module,
+        graph: fx.Graph,
+        before: Callable[[fx.Node, dict[fx.Node, object]], None] | None,
+    ):
+        super().__init__(model, graph=graph)
+        self.before = before
+
+    def run_node(self, node: fx.Node) -> object:
+        if self.before is not None:
+            self.before(node, self.env)
+        value = super().run_node(node)
+        if isinstance(value, Tensor):
+            node.meta["shape"] = value.shape
+        elif isinstance(value, tuple | list):
+            node.meta["count"] = len(value)
+        return value
+
+
+def run_example(
+    model: nn.Module,
+    graph: fx.Graph,
+    images: Tensor,
+    before: Callable[[fx.Node, dict[fx.Node, object]], None] | None = None,
+) -> None:
+    """Runs ``graph`` without labels on one of ``images`` ``[N, ...]``, twice side by side.
+
+    In ``node.meta`` it leaves the ``shape`` of tensors, and the ``count`` of tuples and lists.
+
+    Args:
+        before: called before each node, with the values that are still read.
+
+    Raises:
+        NotFusable: if that fails, or ``before`` raises it.
+    """
+    with torch.no_grad(), forgetting(None):
+        try:
+            _Example(model, graph, before).run(images[:1].repeat(2, *[1] * (images.dim() - 1)))
+        except NotFusable:
+            raise
+        except Exception as error:
+            raise because("running its graph failed", error) from error
