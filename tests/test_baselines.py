@@ -123,7 +123,7 @@ def test_a_run_goes_on_class_by_class(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return unlearn(method, *rest)
 
-    monkeypatch.setattr("wfnet.baselines.unlearn", count)
+    monkeypatch.setattr("wfnet.baselines.per_class.unlearn", count)
 
     def models(**changes):
         config = BaselineConfig(**{**vars(QUICK), **changes})

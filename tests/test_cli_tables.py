@@ -46,7 +46,7 @@ def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return inner(method, original, train, label, *rest)
 
-    monkeypatch.setattr(baselines, "unlearn", interrupt)
+    monkeypatch.setattr(baselines.per_class, "unlearn", interrupt)
     assert main(baseline) == 130
     assert "finished classes are kept" in capsys.readouterr().err
     assert main(baseline) == 0

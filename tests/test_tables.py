@@ -4,13 +4,13 @@ import math
 
 import pytest
 
+from wfnet.baselines import read_baselines
 from wfnet.evaluation import ClassRecord, EvaluationResult, GroupRecord, GroupResult
 from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
 from wfnet.evaluation.paper_tables import (
     make_tables,
     published,
     published_cell,
-    read_baselines,
 )
 from wfnet.evaluation.relearning import RelearnConfig, RelearnRecord, RelearnResult
 

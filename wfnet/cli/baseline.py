@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from wfnet.baselines import (
-    DEFAULTS,
     METHODS,
     BaselineConfig,
     BaselineModels,
@@ -192,7 +191,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _config(method: str, options: argparse.Namespace) -> BaselineConfig:
-    config = replace(DEFAULTS.get(method, BaselineConfig()), seed=options.seed)
+    config = replace(METHODS[method].defaults, seed=options.seed)
     changes = {name: value for of, name, value in options.set if of == method}
     known = asdict(config)
     for name, value in changes.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from wfnet.baselines import read_baselines
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.drawing import draw_evaluation
 from wfnet.cli.inputs import (
@@ -46,7 +47,6 @@ from wfnet.evaluation.paper_tables import (
     make_tables,
     published,
     published_cell,
-    read_baselines,
 )
 from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.network import WFNet

@@ -14,20 +14,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wfnet.evaluation.groups import GroupResult
 from wfnet.evaluation.results import EvaluationResult, base_name
 from wfnet.services.files import write_atomically, write_json
-from wfnet.services.records import read_json, write_csv
+from wfnet.services.records import write_csv
 
 if TYPE_CHECKING:
     from wfnet.evaluation.attribution import AttributionResult
     from wfnet.evaluation.relearning import RelearnResult
 
 FORMAT = 1
-METHODS = {
+# Rows of the tables in their order; other baselines stand before the last one.
+TITLES = {
     "original": "original",
     "retrained": "retrained",
     "random_labels": "random labels",
@@ -77,7 +77,7 @@ class TableRow:
     """One method: ours, and what was published for it.
 
     Attributes:
-        method: a key of ``METHODS``.
+        method: a key of ``TITLES``, or another baseline's name.
         acc_r, acc_f, zrf: in %.
         rt, rt_never: relearn time in epochs (mean over classes) and classes never relearned;
             None where it was not measured.
@@ -175,7 +175,7 @@ class PaperTables:
             header.append("published: Acc_r / Acc_f / ZRF / RT")
         lines = []
         for row in self.rows:
-            cells = [METHODS[row.method], *(_percent(v) for v in (row.acc_r, row.acc_f, row.zrf))]
+            cells = [_title(row.method), *(_percent(v) for v in (row.acc_r, row.acc_f, row.zrf))]
             if timed:
                 cells += [_epochs(row.rt, row.rt_never)]
                 cells += [_epochs(row.rt_tolerant, row.rt_tolerant_never)]
@@ -194,7 +194,7 @@ class PaperTables:
             if row.insertion is None and "insertion" not in row.published:
                 continue
             values = (row.insertion, row.deletion, row.insertion_random, row.deletion_random)
-            cells = [METHODS[row.method], *("-" if v is None else f"{v:.3f}" for v in values)]
+            cells = [_title(row.method), *("-" if v is None else f"{v:.3f}" for v in values)]
             if beside:
                 theirs = (row.published.get(name) for name in ("insertion", "deletion"))
                 cells.append(" / ".join("-" if v is None else f"{v:.2f}" for v in theirs))
@@ -289,7 +289,9 @@ def make_tables(
         settings[method] = {**baseline["settings"], "classes": found.settings["classes"]}
     for method in theirs:
         rows.setdefault(method, TableRow(method))
-    ordered = [rows[method] for method in METHODS if method in rows]
+    first = [method for method in TITLES if method != "wfnet"]
+    first += [method for method in rows if method not in TITLES]
+    ordered = [rows[method] for method in (*first, "wfnet") if method in rows]
     return PaperTables(
         title=title,
         cell=cell,
@@ -313,7 +315,7 @@ def check_baselines(
     """Raises ValueError for baselines that were not measured as the filtered network is.
 
     Args:
-        baselines: as :func:`read_baselines` gives them.
+        baselines: as :func:`wfnet.baselines.read_baselines` gives them.
         zrf_base, zrf_mode: of the filtered network's evaluation.
         relearning: settings of its relearn time, as in a result; None without.
     """
@@ -340,6 +342,10 @@ def check_baselines(
                 f"others with {relearning[differ[0]]}: relearn all alike, or leave it out "
                 "(--no-relearn)"
             )
+
+
+def _title(method: str) -> str:
+    return TITLES.get(method, method.replace("_", " "))
 
 
 def _accuracies(scores: Any) -> dict[str, float]:
@@ -391,24 +397,3 @@ def _aligned(header: list[str], lines: list[list[str]]) -> list[str]:
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return [line(header), f"| {' | '.join(rule)} |", *(line(cells) for cells in lines)]
-
-
-def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The finished baselines that `wfnet baseline` left in ``folder``; none if it is missing.
-
-    Raises:
-        ValueError: for a damaged file.
-    """
-    found = []
-    for method in METHODS:
-        path = Path(folder) / f"{method}.json"
-        if not path.is_file():
-            continue
-        what = "a result of `wfnet baseline`"
-        found.append(read_json(path, _baseline, what, "delete it and run the baseline again"))
-    return found
-
-
-def _baseline(content: Mapping[str, Any]) -> dict[str, Any]:
-    EvaluationResult.from_dict(content["evaluation"])
-    return {name: content[name] for name in ("method", "evaluation", "relearning", "settings")}

@@ -21,9 +21,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from wfnet.baselines import read_baselines
 from wfnet.evaluation import ClassRecord, EvaluationResult
 from wfnet.evaluation.metrics import TOP_K
-from wfnet.evaluation.paper_tables import read_baselines
 from wfnet.evaluation.results import base_name
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.report.page import cell, number, page, percent, sortable_table, table

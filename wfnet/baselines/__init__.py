@@ -1,0 +1,26 @@
+"""What weight filtering is compared with: one unlearned model per class, made in the usual ways.
+
+Each costs a training or fine-tuning run per class, where filters learn all classes in one. The
+paper leaves their settings open: ours stand in every result.
+"""
+
+from wfnet.baselines.method import BaselineConfig, Method, Task
+from wfnet.baselines.per_class import (
+    BaselineModels,
+    BaselineResult,
+    read_baselines,
+    run_baseline,
+)
+from wfnet.baselines.registry import METHODS, unlearn
+
+__all__ = [
+    "METHODS",
+    "BaselineConfig",
+    "BaselineModels",
+    "BaselineResult",
+    "Method",
+    "Task",
+    "read_baselines",
+    "run_baseline",
+    "unlearn",
+]

@@ -1,0 +1,204 @@
+"""One baseline for all classes: models kept in a folder, their measures, their results in files."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import nn
+
+from wfnet.baselines.method import BaselineConfig
+from wfnet.baselines.registry import METHODS, method_named, unlearn
+from wfnet.data import CorruptImages, Dataset, classes_of, labels_of
+from wfnet.evaluation.pairs import check_classes
+from wfnet.evaluation.partial import check_identity, data_identity
+from wfnet.evaluation.plain_models import evaluate_models
+from wfnet.evaluation.relearning import RelearnConfig, RelearnResult, relearn_times
+from wfnet.evaluation.results import EvaluationResult
+from wfnet.services.files import fingerprint, read_tensors, write_tensors
+from wfnet.services.records import read_json
+
+RECORDS = "evaluation_records.json"
+RELEARNED = "relearning_records.json"
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """One method, all classes.
+
+    Attributes:
+        method: one of ``METHODS``.
+        evaluation: accuracies and ZRF, as of the filtered network.
+        relearning: relearn times; None if not asked for.
+        settings: how the models were made.
+    """
+
+    method: str
+    evaluation: EvaluationResult
+    relearning: RelearnResult | None
+    settings: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "method": self.method,
+            "settings": self.settings,
+            "evaluation": self.evaluation.as_dict(),
+            "relearning": None if self.relearning is None else self.relearning.as_dict(),
+        }
+
+
+class BaselineModels:
+    """The models of one method, kept in a folder: made when first asked for, read after that.
+
+    An interrupted run therefore goes on with the first class that is missing. Call an object with
+    a class to get its model.
+
+    Args:
+        method: one of ``METHODS``.
+        folder: files ``class_<number>.safetensors`` are written here.
+        original: the plain classifier.
+        train: the images that it was trained on.
+        config, training, fresh, workers, max_corrupt: as in :func:`unlearn`.
+
+    Raises:
+        ValueError: when called, for a file that is damaged or was made otherwise.
+    """
+
+    def __init__(
+        self,
+        method: str,
+        folder: str | os.PathLike,
+        original: nn.Module,
+        train: Dataset,
+        config: BaselineConfig | None = None,
+        training: Mapping[str, Any] | None = None,
+        fresh: Callable[[], nn.Module] | None = None,
+        workers: int = 0,
+        max_corrupt: int | CorruptImages | None = None,
+    ):
+        known = method_named(method)
+        self.method, self.folder, self.original, self.train = method, Path(folder), original, train
+        self.config = config or known.defaults
+        self.training, self.fresh = training, fresh
+        self.workers, self.max_corrupt = workers, max_corrupt
+        settings = known.settings(self.config, training or {})
+        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.identity = {
+            "method": method,
+            "original": fingerprint(original),
+            **data_identity(train, "training data"),
+            "settings": self.settings,
+        }
+
+    def path(self, label: int) -> Path:
+        """Where the model of a class is kept."""
+        return self.folder / f"class_{label}.safetensors"
+
+    def __call__(self, label: int) -> nn.Module:
+        path = self.path(label)
+        if path.is_file():
+            tensors = read_tensors(path)
+            with safetensors.safe_open(path, "pt") as file:
+                found = json.loads((file.metadata() or {}).get("identity", "{}"))
+            check_identity(path, found, self.identity)
+            model = copy.deepcopy(self.original)
+            model.load_state_dict(tensors)
+            return model.requires_grad_(True).eval()
+        model = unlearn(
+            self.method,
+            self.original,
+            self.train,
+            label,
+            self.config,
+            self.training,
+            self.fresh,
+            self.workers,
+            self.max_corrupt,
+        )
+        metadata = {"format": "pt", "identity": json.dumps(self.identity), "class": str(label)}
+        write_tensors(path, model.state_dict(), metadata)
+        return model
+
+    def remove(self) -> None:
+        """Deletes the files of all classes."""
+        for path in self.folder.glob("class_*.safetensors"):
+            path.unlink()
+
+
+def run_baseline(
+    models: BaselineModels,
+    test: Dataset,
+    classes: Sequence[int] | None = None,
+    relearn: RelearnConfig | None = None,
+    zrf_base: float = math.e,
+    batch_size: int = 256,
+    seed: int = 0,
+    progress: bool = True,
+) -> BaselineResult:
+    """Makes and evaluates one baseline for every class; goes on where it was interrupted.
+
+    Args:
+        models: of one method; its folder also keeps the records of finished classes.
+        test: images for the measures.
+        classes: all by default.
+        relearn: relearn times with these settings; None for none.
+        zrf_base, batch_size, seed, progress: as in :func:`wfnet.evaluate`.
+
+    Raises:
+        As :func:`unlearn`, :func:`wfnet.evaluation.evaluate_models` and
+        :func:`wfnet.evaluation.relearning.relearn_times`.
+    """
+    labels = labels_of(models.train)
+    rows = check_classes(classes, labels, len(classes_of(models.train))).tolist()
+    shared = {
+        "classes": rows,
+        "original": models.original,
+        "identity": models.identity,
+        "progress": progress,
+        "workers": models.workers,
+        "max_corrupt": models.max_corrupt,
+    }
+    evaluation = evaluate_models(
+        models,
+        dataset=test,
+        batch_size=batch_size,
+        zrf_base=zrf_base,
+        seed=seed,
+        records=models.folder / RECORDS,
+        **shared,
+    )
+    relearning = None
+    if relearn is not None:
+        relearning = relearn_times(
+            models, models.train, test, config=relearn, records=models.folder / RELEARNED, **shared
+        )
+    return BaselineResult(models.method, evaluation, relearning, models.settings)
+
+
+def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
+    """The finished baselines that `wfnet baseline` left in ``folder``; none if it is missing.
+
+    Raises:
+        ValueError: for a damaged file.
+    """
+    found = []
+    for method in METHODS:
+        path = Path(folder) / f"{method}.json"
+        if not path.is_file():
+            continue
+        what = "a result of `wfnet baseline`"
+        found.append(read_json(path, _baseline, what, "delete it and run the baseline again"))
+    return found
+
+
+def _baseline(content: Mapping[str, Any]) -> dict[str, Any]:
+    EvaluationResult.from_dict(content["evaluation"])
+    return {name: content[name] for name in ("method", "evaluation", "relearning", "settings")}
