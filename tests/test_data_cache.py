@@ -14,10 +14,11 @@ from wfnet.data import (
     CorruptImages,
     ImageFiles,
     batches,
+    cache,
     evaluation_transform,
     open_data,
+    pixel_store,
 )
-from wfnet.data import cache as cache_module
 
 SIZE, MEAN, STD = 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 PLACES = ("host", "device", "disk")
@@ -131,12 +132,12 @@ def test_augmentation_depends_on_seed_and_position_alone(image_folder):
 
 def test_whole_crops_without_flip_are_the_image(image_folder):
     data = CachedImages(files(image_folder), "host", SIZE, MEAN, STD, crop_pct=1.0, augment=True)
-    data.prepare = cache_module.Preparation(SIZE, MEAN, STD, scale=(2.0, 2.0), flip=0.0)
+    data.prepare = cache.Preparation(SIZE, MEAN, STD, scale=(2.0, 2.0), flip=0.0)
     (batch,) = batches(data, [torch.arange(3)])
     plain = files(image_folder, 1.0)
     expected = torch.stack([plain[i][0] for i in range(3)])
     torch.testing.assert_close(batch.images, expected, atol=1e-5, rtol=0)
-    data.prepare = cache_module.Preparation(SIZE, MEAN, STD, scale=(2.0, 2.0), flip=1.0)
+    data.prepare = cache.Preparation(SIZE, MEAN, STD, scale=(2.0, 2.0), flip=1.0)
     (batch,) = batches(data, [torch.arange(3)])
     torch.testing.assert_close(batch.images, expected.flip(3), atol=1e-5, rtol=0)
 
@@ -156,11 +157,11 @@ def test_the_size_is_logged_and_checked(image_folder, tmp_path, monkeypatch, cap
     with caplog.at_level(logging.INFO, "wfnet"):
         cached(image_folder)
     assert "18 images of 3 x 16 x 16 bytes" in caplog.text
-    monkeypatch.setattr(cache_module, "free_memory", lambda: 1000)
+    monkeypatch.setattr(pixel_store, "free_memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"does not fit.*on host.*put it on device or disk"):
         cached(image_folder)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(pixel_store.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="on disk"):
         cached(image_folder, "disk", tmp_path / "not" / "there")
     assert not (tmp_path / "not").exists()
@@ -176,7 +177,7 @@ def _errors(number):
 @pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the platform reserves nothing")
 def test_space_on_disk_is_reserved_when_the_file_is_made(image_folder, tmp_path, monkeypatch):
     """A write through the map would kill the process once others have filled the disk."""
-    monkeypatch.setattr(cache_module, "_RESERVED_AT_ONCE", 5000)  # in several pieces
+    monkeypatch.setattr(pixel_store, "_RESERVED_AT_ONCE", 5000)  # in several pieces
     data = cached(image_folder, "disk", tmp_path / "c")
     for path, size in zip(
         sorted((tmp_path / "c").iterdir(), reverse=True), (18 * 3 * SIZE**2, 18), strict=True
@@ -191,7 +192,7 @@ def test_a_sparse_cache_of_earlier_keeps_its_images_and_gets_its_space(
     image_folder, tmp_path, monkeypatch, decoded
 ):
     with monkeypatch.context() as sparse:
-        sparse.setattr(cache_module, "_allocate", lambda file, start, size: False)
+        sparse.setattr(pixel_store, "_allocate", lambda file, start, size: False)
         (first,) = batches(cached(image_folder, "disk", tmp_path), [torch.arange(3)])
     again = cached(image_folder, "disk", tmp_path)
     assert again.filled == 3
@@ -213,7 +214,7 @@ def test_a_full_disk_is_said_before_any_work_and_nothing_is_left(
         if len(reserved) == 3:
             _errors(number)(file, start, size)
 
-    monkeypatch.setattr(cache_module, "_RESERVED_AT_ONCE", 5000)
+    monkeypatch.setattr(pixel_store, "_RESERVED_AT_ONCE", 5000)
     monkeypatch.setattr(os, "posix_fallocate", full_after_a_while, raising=False)
     with pytest.raises(ValueError, match=rf"made in .*/not/there: {os.strerror(number)}; make"):
         cached(image_folder, "disk", tmp_path / "not" / "there")

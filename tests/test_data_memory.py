@@ -27,7 +27,6 @@ from wfnet.data.glyphs import (
     font_folder,
     glyphs,
     render,
-    write_class_folders,
 )
 
 
@@ -265,15 +264,3 @@ def test_bad_glyphs_are_refused(arguments):
     with pytest.raises(ValueError, match=r"glyphs|noise"):
         glyphs(**arguments)
     assert characters_of(12) == HUNDRED[:12]
-
-
-def test_glyph_folders_are_read_back(tmp_path):
-    splits = glyphs(10, per_class=10, channels=3)
-    root = write_class_folders(splits, tmp_path / "glyphs")
-    read = open_data(root, image_size=32, crop_pct=1.0, mean=0.5, std=0.25)
-    assert read.num_classes == 10
-    assert read.classes[0] == "000_u0030"
-    assert len(read.train) + len(read.validation) == 80
-    torch.testing.assert_close(read.test[0][0], splits.test[0][0], atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match="only in-memory"):
-        write_class_folders(read, tmp_path / "again")

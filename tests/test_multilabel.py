@@ -93,8 +93,10 @@ def test_a_folder_of_images_beside_a_file_of_labels(folder, caplog):
     image, label = val[1]
     assert image.shape == (1, 8, 8)
     assert val.multi_hot[1, label]
-    with pytest.raises(ValueError, match="are not cached"):
-        open_data(folder, image_size=8, cache="host")
+    cached = open_data(folder, image_size=8, channels=1, cache="host").test
+    assert torch.equal(multi_hot_of(cached), val.multi_hot)
+    assert torch.equal(multi_hot_of(cached.select(torch.tensor([1]))), val.multi_hot[1:])
+    assert torch.equal(cached[1][0], image)
 
 
 @pytest.mark.parametrize(

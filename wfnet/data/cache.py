@@ -6,14 +6,8 @@ then on batches are gathered from there. Normalisation and augmentation run on t
 batches; a byte per value crosses the bus instead of four, beside what the device computes.
 """
 
-import contextlib
-import errno
 import hashlib
-import logging
 import math
-import os
-import shutil
-from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,20 +22,10 @@ from torch.nn import functional as F
 
 from wfnet.data.dataset import Batch, name_of
 from wfnet.data.encoded import EncodedImages
+from wfnet.data.pixel_store import PLACES, PixelStore, cache_folder
 from wfnet.data.transforms import evaluation_transform, training_transform
 from wfnet.services.device_copies import to_device_async, to_device_overlapped
 from wfnet.services.extras import require
-
-logger = logging.getLogger("wfnet")
-
-PLACES = ("device", "host", "disk")
-# Part of the free space that a cache may take: the network, batches and everybody else need some.
-_SHARE = 0.8
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/wfnet`, or `~/.cache/wfnet`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
 
 
 @dataclass(frozen=True)
@@ -153,18 +137,20 @@ class CachedImages(torch.utils.data.Dataset):
             size, tuple(mean), tuple(std), scale=(0.25, 1.0) if augment else None
         )
         shape = (len(dataset), dataset.channels, decode.size, decode.size)
-        self.store: _Store | None = None
+        self.store: PixelStore | None = None
         if place == "disk":
             folder = cache_folder() if folder is None else Path(folder)
             marks = "\n".join([*dataset.versions(), repr(decode), repr(shape), "pil"])
             digest = hashlib.sha256(marks.encode()).hexdigest()[:32]
-            _check_room(place, shape, _free_on_disk(folder, digest))
-            self.store = _DiskStore(folder, digest, shape)
+            self.store = PixelStore.on_disk(folder, digest, shape)
         elif place is not None:
-            on_gpu = place == "device" and self.device.type == "cuda"
-            free = torch.cuda.mem_get_info(self.device)[0] if on_gpu else free_memory()
-            _check_room(place, shape, free)
-            self.store = _MemoryStore(shape, self.device if place == "device" else "cpu")
+            where = self.device if place == "device" else torch.device("cpu")
+            self.store = PixelStore.in_memory(place, shape, where)
+
+    @property
+    def multi_hot(self) -> Tensor | None:
+        """True labels [N, K] bool of images with several labels; None for others."""
+        return getattr(self.dataset, "multi_hot", None)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -247,7 +233,7 @@ class CachedImages(torch.utils.data.Dataset):
         chosen.__dict__.update(self.__dict__)
         chosen.dataset = self.dataset.select(indices)
         chosen.labels = self.labels[indices]
-        chosen.store = None if self.store is None else _PartOfStore(self.store, indices)
+        chosen.store = None if self.store is None else self.store.select(indices)
         return chosen
 
 
@@ -294,200 +280,3 @@ def _mixed(state: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
-
-
-# -- where pixels lie -----------------------------------------------------------------------------
-
-
-class _Store(ABC):
-    """Pixels [N, C, S, S] uint8 of the images that were put there."""
-
-    @abstractmethod
-    def has(self, indices: Tensor) -> Tensor:
-        """[n] bool: which of the images are there."""
-
-    @abstractmethod
-    def put(self, indices: Tensor, pixels: Tensor) -> None:
-        """Keeps pixels [n, C, S, S]."""
-
-    @abstractmethod
-    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
-        """Pixels [n, C, S, S], a copy; on the host page-locked if that is asked for."""
-
-
-class _MemoryStore(_Store):
-    def __init__(self, shape: tuple[int, ...], device: torch.device | str):
-        # Pages that are never written to take no memory on the host.
-        self.pixels = torch.empty(shape, dtype=torch.uint8, device=device)
-        self.filled = torch.zeros(shape[0], dtype=torch.bool)
-
-    def has(self, indices: Tensor) -> Tensor:
-        return self.filled[indices]
-
-    def put(self, indices: Tensor, pixels: Tensor) -> None:
-        self.pixels[to_device_async(indices, self.pixels.device)] = to_device_async(
-            pixels, self.pixels.device
-        )
-        self.filled[indices] = True
-
-    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
-        if self.pixels.device.type == "cpu":
-            return _gathered(self.pixels, indices, pin_memory)
-        return self.pixels[to_device_async(indices, self.pixels.device)]
-
-
-class _DiskStore(_Store):
-    """A file of pixels and a file of marks, named by a digest of what they hold.
-
-    Pixels are written before their mark, so that an interrupted run leaves no half image that
-    counts. Several processes may fill one cache: they write the same bytes.
-    """
-
-    def __init__(self, folder: Path, digest: str, shape: tuple[int, ...]):
-        pixels, filled = _pixel_file(folder, digest), folder / f"images-{digest}.filled"
-        _reserve({pixels: math.prod(shape), filled: shape[0]})
-        self.pixels = np.memmap(pixels, np.uint8, "r+", shape=shape)
-        self.filled = np.memmap(filled, np.uint8, "r+", shape=shape[:1])
-        there = int(self.filled.sum())
-        if there:
-            logger.info("cache: %d of %d images are there from an earlier run", there, shape[0])
-
-    def has(self, indices: Tensor) -> Tensor:
-        return torch.from_numpy(self.filled[indices.numpy()] != 0)
-
-    def put(self, indices: Tensor, pixels: Tensor) -> None:
-        self.pixels[indices.numpy()] = pixels.cpu().numpy()
-        self.filled[indices.numpy()] = 1
-
-    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
-        if not pin_memory:
-            return torch.from_numpy(self.pixels[indices.numpy()])
-        return _gathered(torch.from_numpy(self.pixels), indices, pin_memory)
-
-
-def _gathered(pixels: Tensor, indices: Tensor, pin_memory: bool) -> Tensor:
-    """``pixels[indices]`` [n, C, S, S] on the host, written where it is to lie at once."""
-    shape = (len(indices), *pixels.shape[1:])
-    out = torch.empty(shape, dtype=pixels.dtype, pin_memory=pin_memory)
-    return torch.index_select(pixels, 0, indices, out=out)
-
-
-class _PartOfStore(_Store):
-    """Some images of a store."""
-
-    def __init__(self, store: _Store, chosen: Tensor):
-        self.store = store
-        self.chosen = chosen
-
-    def has(self, indices: Tensor) -> Tensor:
-        return self.store.has(self.chosen[indices])
-
-    def put(self, indices: Tensor, pixels: Tensor) -> None:
-        self.store.put(self.chosen[indices], pixels)
-
-    def get(self, indices: Tensor, pin_memory: bool = False) -> Tensor:
-        return self.store.get(self.chosen[indices], pin_memory)
-
-
-def _pixel_file(folder: Path, digest: str) -> Path:
-    return folder / f"images-{digest}.uint8"
-
-
-# -- room -----------------------------------------------------------------------------------------
-
-_RESERVED_AT_ONCE = 256 * 2**20  # bytes; between two pieces a signal is heard
-# What a file system answers that reserves nothing.
-_NO_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-
-
-def _reserve(files: dict[Path, int]) -> None:
-    """Gives every file its size and its space on disk; bytes that are there stay.
-
-    A write through a memory map to a file without its space kills the process when the disk is
-    full. Where the file system cannot reserve, the space is taken as it is written to.
-
-    Raises ValueError if there is no room, and leaves nothing behind that was not there before.
-    """
-    fresh: list[Path] = []
-    try:
-        for path, size in files.items():
-            fresh += [folder for folder in path.parents if not folder.exists()][::-1]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                fresh.append(path)
-            with open(path, "ab") as file:
-                if file.tell() != size:
-                    file.truncate(size)
-                for start in range(0, size, _RESERVED_AT_ONCE):
-                    if not _allocate(file.fileno(), start, min(_RESERVED_AT_ONCE, size - start)):
-                        break
-    except BaseException as error:
-        for made in reversed(fresh):
-            with contextlib.suppress(OSError):
-                made.rmdir() if made.is_dir() else made.unlink()
-        if isinstance(error, OSError):
-            needed = sum(files.values()) / 2**30
-            raise ValueError(
-                f"the cache of {needed:.2f} GiB cannot be made in {path.parent}: "
-                f"{error.strerror or error}; make room there, choose another folder, or put it on "
-                "host or device"
-            ) from error
-        raise
-
-
-def _allocate(file: int, start: int, size: int) -> bool:
-    """Space for a piece of a file; False where that cannot be had in advance."""
-    if not hasattr(os, "posix_fallocate"):
-        return False
-    try:
-        os.posix_fallocate(file, start, size)
-    except OSError as error:
-        if error.errno in _NO_RESERVATION:
-            return False
-        raise
-    return True
-
-
-def _check_room(place: str, shape: tuple[int, ...], free: int) -> None:
-    """Logs how large the cache becomes.
-
-    Raises ValueError if it does not fit into `free` bytes.
-    """
-    needed = math.prod(shape)
-    images = f"{shape[0]:,} images of {shape[1]} x {shape[2]} x {shape[3]} bytes"
-    text = f"{images} = {needed / 2**30:.2f} GiB on {place}, {free / 2**30:.2f} GiB are free there"
-    if needed > _SHARE * free:
-        others = [other for other in PLACES if other != place]
-        raise ValueError(
-            f"the cache does not fit: {text} and {_SHARE:.0%} of that may be used; put it on "
-            f"{' or '.join(others)}, or do without"
-        )
-    logger.info("cache: %s", text)
-
-
-def _free_on_disk(folder: Path, digest: str) -> int:
-    """Free bytes, with those that this cache takes already."""
-    existing = folder.absolute()
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    pixels = _pixel_file(folder, digest)
-    return free + (pixels.stat().st_blocks * 512 if pixels.exists() else 0)
-
-
-def free_memory() -> int:
-    """Bytes of main memory that can be had, under the limit of the container if there is one."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = (
-            next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
-        )
-    except (OSError, StopIteration):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        used = int((group / "memory.current").read_text())
-    except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)

@@ -1,9 +1,12 @@
 """Images that are decoded when asked for, whatever they are stored in."""
 
+import os
 import warnings
 from abc import abstractmethod
+from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,3 +93,46 @@ class EncodedImages(torch.utils.data.Dataset):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
+
+
+class EncodedFiles(EncodedImages):
+    """Images in files of their own below a folder.
+
+    root:  the folder.
+    files: paths relative to it, as bytes.
+    """
+
+    _per_image = ("labels", "_files")
+
+    def __init__(
+        self,
+        root: Path,
+        files: list[bytes],
+        labels: Tensor,
+        classes: list[str],
+        transform: Transform,
+        channels: int,
+    ):
+        super().__init__(labels, classes, transform, channels)
+        self.root = root
+        # One array of bytes: millions of Python strings would be copied by every worker, because
+        # touching their reference counts writes to shared pages.
+        self._files = np.array(files)
+
+    def path(self, index: int) -> Path:
+        return self.root / os.fsdecode(bytes(self._files[index]))
+
+    def name_of(self, index: int) -> str:
+        return str(self.path(index))
+
+    def open(self, index: int) -> BinaryIO:
+        return open(self.path(index), "rb")
+
+    def versions(self) -> list[str]:
+        return [file_version(self.path(index)) for index in range(len(self))]
+
+
+def file_version(path: Path) -> str:
+    """Returns a line that changes when a file is moved or written to."""
+    state = path.stat()
+    return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"

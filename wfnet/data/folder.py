@@ -3,16 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import torch
 
-from wfnet.data.encoded import EXTENSIONS, EncodedImages
+from wfnet.data.encoded import EXTENSIONS, EncodedFiles
 from wfnet.data.transforms import Transform
 
 
-class ImageFiles(EncodedImages):
+class ImageFiles(EncodedFiles):
     """The images under `root/<class>/`, decoded when asked for.
 
     root:      a folder with one sub-folder for each class; images may lie deeper.
@@ -25,8 +23,6 @@ class ImageFiles(EncodedImages):
     class list that differs. An item that cannot be decoded raises `CorruptImage`.
     """
 
-    _per_image = ("labels", "_files")
-
     def __init__(
         self,
         root: str | Path,
@@ -34,43 +30,24 @@ class ImageFiles(EncodedImages):
         channels: int = 3,
         classes: Sequence[str] | None = None,
     ):
-        self.root = Path(root)
-        found = class_folders(self.root)
+        root = Path(root)
+        found = class_folders(root)
         if classes is not None and list(classes) != found:
-            raise ValueError(_difference(self.root, list(classes), found))
+            raise ValueError(_difference(root, list(classes), found))
         files, labels, empty = [], [], []
         for label, name in enumerate(found):
-            images = _image_files(self.root, name)
+            images = _image_files(root, name)
             if not images:
                 empty.append(name)
             files += images
             labels += [label] * len(images)
         if empty:
             raise ValueError(
-                f"{_listed(empty)} in {self.root} {'has' if len(empty) == 1 else 'have'} no images "
+                f"{_listed(empty)} in {root} {'has' if len(empty) == 1 else 'have'} no images "
                 f"({', '.join(EXTENSIONS)}): add some or remove the folder"
             )
-        super().__init__(torch.tensor(labels, dtype=torch.int64), found, transform, channels)
-        # One array of bytes: millions of Python strings would be copied by every worker, because
-        # touching their reference counts writes to shared pages.
-        self._files = np.array(files)
-
-    def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(bytes(self._files[index]))
-
-    def name_of(self, index: int) -> str:
-        return str(self.path(index))
-
-    def open(self, index: int) -> BinaryIO:
-        return open(self.path(index), "rb")
-
-    def versions(self) -> list[str]:
-        found = []
-        for index in range(len(self)):
-            path = self.path(index)
-            state = os.stat(path)
-            found.append(f"{path.absolute()} {state.st_size} {state.st_mtime_ns}")
-        return found
+        labels = torch.tensor(labels, dtype=torch.int64)
+        super().__init__(root, files, labels, found, transform, channels)
 
 
 def class_folders(root: Path) -> list[str]:

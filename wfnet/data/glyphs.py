@@ -4,7 +4,6 @@ Characters of the fonts that ship with matplotlib go through a random affine map
 contrast and noise. Nothing is downloaded; the same arguments give the same images.
 """
 
-import math
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -239,37 +238,3 @@ def font_folder() -> Path:
     if spec is None:
         require("matplotlib", "viz")
     return Path(spec.submodule_search_locations[0], "mpl-data", "fonts", "ttf")
-
-
-def write_class_folders(splits: Splits, root: str | Path, extension: str = "png") -> Path:
-    """Write in-memory splits as `root/train|val/<class>/<number>.<extension>`.
-
-    Training and validation images go to `train/`, test images to `val/`, as `open_data` reads them.
-    Folders are named `000_u0041` (class number and code point of its name), so that their sorted
-    order is the order of classes. `extension`: png, jpg, webp or bmp.
-    """
-    image_module = require("PIL.Image", "train")
-    root = Path(root)
-    digits = max(3, math.ceil(math.log10(max(splits.num_classes, 2))))
-    folders = [
-        f"{label:0{digits}d}_" + "".join(f"u{ord(character):04x}" for character in name)
-        for label, name in enumerate(splits.classes)
-    ]
-    counters = [0] * splits.num_classes
-    for part, dataset in (
-        ("train", splits.train),
-        ("train", splits.validation),
-        ("val", splits.test),
-    ):
-        if not isinstance(dataset, TensorImages):
-            raise ValueError(f"only in-memory images can be written, not {type(dataset).__name__}")
-        for image, label in zip(dataset.images, dataset.labels.tolist(), strict=True):
-            if image.dtype != torch.uint8:
-                image = image.mul(255).round().clamp(0, 255).byte()
-            pixels = image[0].numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy()
-            folder = root / part / folders[label]
-            if counters[label] == 0 or not folder.is_dir():
-                folder.mkdir(parents=True, exist_ok=True)
-            image_module.fromarray(pixels).save(folder / f"{counters[label]:05d}.{extension}")
-            counters[label] += 1
-    return root

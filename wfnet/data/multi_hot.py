@@ -17,13 +17,12 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from wfnet.data.encoded import EncodedImages
+from wfnet.data.encoded import EncodedFiles
 from wfnet.data.tensor_images import TensorImages
 from wfnet.data.transforms import Transform
 
@@ -76,7 +75,7 @@ class MultiLabelTensors(TensorImages):
         return chosen
 
 
-class MultiLabelFiles(EncodedImages):
+class MultiLabelFiles(EncodedFiles):
     """Image files under `root` with the labels of a file there, decoded when asked for.
 
     classes: the class names in their order; None takes those of the file, sorted. Images without a
@@ -95,10 +94,10 @@ class MultiLabelFiles(EncodedImages):
         channels: int = 3,
         classes: Sequence[str] | None = None,
     ):
-        self.root = Path(root)
-        path = find_labels(self.root)
+        root = Path(root)
+        path = find_labels(root)
         if path is None:
-            raise FileNotFoundError(f"{self.root} has neither {' nor '.join(LABEL_FILES)}")
+            raise FileNotFoundError(f"{root} has neither {' nor '.join(LABEL_FILES)}")
         table = read_labels(path)
         names = sorted({name for labels in table.values() for name in labels})
         if classes is not None:
@@ -112,8 +111,8 @@ class MultiLabelFiles(EncodedImages):
         if len(known) < len(table):
             logger.warning("%s: %d images have no label: left out", path, len(table) - len(known))
         for image in known:
-            if not (self.root / image).is_file():
-                raise FileNotFoundError(f"{self.root / image} does not exist, but {path} names it")
+            if not (root / image).is_file():
+                raise FileNotFoundError(f"{root / image} does not exist, but {path} names it")
         number = {name: index for index, name in enumerate(names)}
         multi_hot = torch.zeros(len(known), len(names), dtype=torch.bool)
         for row, labels in enumerate(known.values()):
@@ -123,24 +122,8 @@ class MultiLabelFiles(EncodedImages):
             labels = rarest_labels(multi_hot)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        super().__init__(labels, names, transform, channels)
-        self._files = np.array([os.fsencode(image) for image in known])
-
-    def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(bytes(self._files[index]))
-
-    def name_of(self, index: int) -> str:
-        return str(self.path(index))
-
-    def open(self, index: int) -> BinaryIO:
-        return open(self.path(index), "rb")
-
-    def versions(self) -> list[str]:
-        found = []
-        for index in range(len(self)):
-            state = os.stat(self.path(index))
-            found.append(f"{self.path(index).absolute()} {state.st_size} {state.st_mtime_ns}")
-        return found
+        files = [os.fsencode(image) for image in known]
+        super().__init__(root, files, labels, names, transform, channels)
 
 
 def find_labels(root: Path) -> Path | None:

@@ -165,13 +165,10 @@ class _Reading:
 
     def finish(self, images: EncodedImages, augment: bool) -> Dataset:
         """`images` with augmentation and cache as they were asked for."""
-        several = isinstance(images, MultiLabelFiles)
-        if self.cache is not None and several:
-            raise ValueError("images with several labels are not cached: leave out the cache")
         # Without a cache, too, a GPU gets bytes and normalises them itself: that takes the workers
         # half their time, and a quarter of the way.
         on_gpu = torch.device(self.device).type == "cuda"
-        if self.cache is not None or (on_gpu and self.transform is None and not several):
+        if self.cache is not None or (on_gpu and self.transform is None):
             return CachedImages(
                 images, self.cache, self.size, self.mean, self.std, self.interpolation,
                 self.crop_pct, augment, self.device, self.cache_dir,

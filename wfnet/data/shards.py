@@ -21,8 +21,8 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from wfnet.data.cache import cache_folder
-from wfnet.data.encoded import EXTENSIONS, EncodedImages
+from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version
+from wfnet.data.pixel_store import cache_folder
 from wfnet.data.transforms import Transform
 from wfnet.services.files import read_tensors, write_tensors
 
@@ -97,7 +97,7 @@ class ImageShards(EncodedImages):
 
     def versions(self) -> list[str]:
         positions = hashlib.sha256(self._shard.numpy().tobytes() + self._offset.numpy().tobytes())
-        return [*(_version(shard) for shard in self.shards), positions.hexdigest()]
+        return [*(file_version(shard) for shard in self.shards), positions.hexdigest()]
 
 
 class _OpenFiles:
@@ -155,7 +155,7 @@ def _read_index(shards: list[Path], limit: int) -> dict[str, torch.Tensor]:
                 f"{shard} is compressed, and images in it cannot be read at random: unpack it to "
                 "a plain .tar (gunzip, zstd -d); JPEG files gain nothing from compression"
             )
-    versions = "\n".join(_version(shard) for shard in shards)
+    versions = "\n".join(file_version(shard) for shard in shards)
     digest = hashlib.sha256(f"{_INDEX_FORMAT}\n{limit}\n{versions}".encode()).hexdigest()
     kept = cache_folder() / f"shards-{digest[:32]}.safetensors"
     try:
@@ -243,11 +243,6 @@ def _class_index(file: BinaryIO, member: tarfile.TarInfo, shard: Path) -> int:
             f"{shard}: {member.name} holds {content!r}, not the number of a class (0, 1, ...)"
         )
     return int(content)
-
-
-def _version(shard: Path) -> str:
-    state = shard.stat()
-    return f"{shard.absolute()} {state.st_size} {state.st_mtime_ns}"
 
 
 def _class_names(shard: Path) -> list[str] | None:
