@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
+import torch
 from torch import Tensor, nn
 
-from wfnet.head import cut_from_head
+from wfnet.durable_layers import DurableLayer
+from wfnet.head import cut_from_head, example_images, first_output
 from wfnet.labels import check_range
 from wfnet.layers import MaskedLayer
+from wfnet.services.modes import evaluation_mode
+
+logger = logging.getLogger("wfnet")
 
 
 def bake(
@@ -46,6 +52,9 @@ def bake(
             replace_module(plain, layer, baked)
         else:
             plain = baked
+    _close_producers(
+        plain, [n for n, m in masked_layers.items() if isinstance(m, DurableLayer)], image_shape
+    )
     if cut_output:
         cut_from_head(plain, labels, num_classes, head, image_shape)
     return plain.requires_grad_(True).eval()
@@ -92,3 +101,79 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for child, module in parent._modules.items():
             if module is old:
                 parent._modules[child] = new
+
+
+def _close_producers(plain: nn.Module, names: list[str], image_shape: Sequence[int] | None) -> None:
+    """Zeroes what convolutions compute for closed channels of the BatchNorms ``names``."""
+    norms = {n: m for n in names if isinstance(m := plain.get_submodule(n), nn.BatchNorm2d)}
+    closed = {n: (m.weight.eq(0) & m.bias.eq(0)) for n, m in norms.items()}
+    if not any(channels.any() for channels in closed.values()):
+        return
+    try:
+        images = example_images(plain, image_shape or ())
+    except ValueError as error:
+        logger.warning("closed channels keep their convolutions' weights: %s", error)
+        return
+    for name, producer in sole_producers(plain, norms, images).items():
+        with torch.no_grad():
+            for parameter in (producer.weight, producer.bias):
+                if parameter is not None:
+                    parameter[closed[name]] = 0.0
+
+
+def sole_producers(
+    model: nn.Module, norms: Mapping[str, nn.Module], images: Tensor
+) -> dict[str, nn.Conv2d]:
+    """The convolution in front of each of ``norms``, where it computes for that layer alone.
+
+    Found by running the model: a convolution is one if its output is what the norm takes, and if
+    the logits stay when noise is added to that output everywhere but in the norm.
+
+    Args:
+        model: in evaluation mode inside; its weights stay as they are.
+        norms: modules of ``model`` by name.
+        images: ``[N, C, H, W]`` that it takes.
+    """
+    outputs: dict[int, nn.Conv2d] = {}
+    kept: dict[int, Tensor] = {}
+    found: dict[str, nn.Conv2d] = {}
+    noisy: set[nn.Conv2d] = set()
+
+    def computed(module: nn.Conv2d, args: object, output: Tensor) -> Tensor | None:
+        if module in noisy:
+            changed = output + 1 + output.abs().amax()
+            kept[id(changed)] = (changed, output)
+            return changed
+        outputs[id(output)] = module
+        kept[id(output)] = (output, output)
+        return None
+
+    def taken(name: str, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        x = args[0]
+        if not noisy and id(x) in outputs:
+            found[name] = outputs[id(x)]
+        return (kept[id(x)][1],) if noisy and id(x) in kept else None
+
+    handles = [
+        m.register_forward_hook(computed) for m in model.modules() if isinstance(m, nn.Conv2d)
+    ]
+    handles += [
+        m.register_forward_pre_hook(lambda module, args, name=name: taken(name, args))
+        for name, m in norms.items()
+    ]
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            logits = first_output(model(images))
+
+            def alone(convolutions: set[nn.Conv2d]) -> bool:
+                noisy.clear()
+                noisy.update(convolutions)
+                kept.clear()
+                return torch.equal(first_output(model(images)), logits)
+
+            if alone(set(found.values())):
+                return found
+            return {name: conv for name, conv in found.items() if alone({conv})}
+    finally:
+        for handle in handles:
+            handle.remove()

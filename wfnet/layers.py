@@ -179,7 +179,7 @@ class MaskedLayer(nn.Module):
 
 _FILTER_STATE = {
     "num_classes", "alpha_init", "normalize_gate", "gate_scale", "backend", "layer_name",
-    "_base_type", "_parameters", "_buffers",
+    "mode", "_base_type", "_parameters", "_buffers",
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wfnet import export, fusion, pretrained
 from wfnet.bypass import WeightWatch
+from wfnet.durable_layers import DurableLayer, GateMode, durable_type
 from wfnet.gates import gather_samples
 from wfnet.head import check_head
 from wfnet.labels import (
@@ -31,6 +32,8 @@ from wfnet.targets import Targets, choose_targets
 
 logger = logging.getLogger("wfnet")
 
+GATES = ("sigmoid", "durable")
+
 
 class WFNet(nn.Module):
     """A frozen classifier with filter matrices: one network that can forget any class on demand.
@@ -44,7 +47,8 @@ class WFNet(nn.Module):
         targets: layers to mask: module names, shell-style patterns or layer types (or a list of
             them). By default the qkv projections if the model has any, else all convolutions;
             never the head, ``pre_logits`` or the patch embedding.
-        alpha_init, normalize_gate, filter_dtype: see :class:`wfnet.WFConv2d`.
+        alpha_init, normalize_gate, filter_dtype: see :class:`wfnet.WFConv2d`. With durable gates,
+            ``alpha_init`` is the start of the hard ones.
         backend: backend of all masked layers.
         fuse: True: fold each convolution with its BatchNorm, residual sum and ReLU and run the
             network as one autograd node (:mod:`wfnet.fusion`). A transformer keeps its own
@@ -56,6 +60,9 @@ class WFNet(nn.Module):
             network once; where fusing is not possible, the network runs unfused, with a line in
             the log. Can be set later: ``net.fuse = True``.
         head: name of the layer that gives the logits, where the model has several that could.
+        gate: "sigmoid": gates in front of BatchNorm, as in the paper. "durable": gates behind it
+            that can be exactly 0, with statistics per row (:mod:`wfnet.durable_layers`): baked
+            networks then withstand the re-estimation of BatchNorm.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
@@ -79,6 +86,7 @@ class WFNet(nn.Module):
         filter_dtype: torch.dtype | None = None,
         fuse: bool | str = False,
         head: str | None = None,
+        gate: str = "sigmoid",
     ):
         super().__init__()
         if isinstance(model, WFNet):
@@ -86,16 +94,22 @@ class WFNet(nn.Module):
         _check_weights(model)
         check_head(model, num_classes, head)
         self.num_classes = num_classes = int(num_classes)
+        if gate not in GATES:
+            raise ValueError(f"gate={gate!r} is none of {', '.join(GATES)}")
+        self.gate = gate
+        durable = gate == "durable"
         self.alpha_init = float(alpha_init)
         self.normalize_gate = normalize_gate
         self.head = head
-        chosen = choose_targets(model, targets, num_classes)
+        self.gate_mode = GateMode()
+        type_of = durable_type if durable else masked_type
+        chosen = choose_targets(model, targets, num_classes, durable)
         self.model = copy.deepcopy(model).requires_grad_(False)
         self._check_masked_before()
         for name in chosen:
             layer = self.model.get_submodule(name)
             try:
-                masked = masked_type(layer).adopt(
+                masked = type_of(layer).adopt(
                     layer,
                     num_classes,
                     alpha_init=alpha_init,
@@ -110,6 +124,7 @@ class WFNet(nn.Module):
         for name, layer in self.model.named_modules():
             if isinstance(layer, MaskedLayer):
                 layer.layer_name = name
+                layer.mode = self.gate_mode
                 self.masked_layers[name] = layer
                 for parameter in layer.named_filters().values():
                     parameter.requires_grad_(True)
@@ -185,7 +200,7 @@ class WFNet(nn.Module):
         It is made anew where modules, hooks, modes or settings have changed since. None where it
         cannot be made, and without ``fuse``.
         """
-        if not self.fuse:
+        if not self.fuse or self.gate == "durable":
             return None
         return self._fusion.of(
             self.model,
@@ -255,12 +270,23 @@ class WFNet(nn.Module):
             for kind, parameter in layer.named_filters().items()
         }
 
+    def named_statistics(self) -> dict[str, Tensor]:
+        """Tables ``[num_classes, O]`` of durable layers that are measured, not learned."""
+        return {
+            f"{name}.{kind}": table
+            for name, layer in self.masked_layers.items()
+            if isinstance(layer, DurableLayer)
+            for kind, table in layer.named_statistics().items()
+        }
+
     def filter_parameters(self) -> list[nn.Parameter]:
         """The trainable parameters, for any optimiser."""
         return list(self.named_filters().values())
 
     def gates(self) -> dict[str, Tensor]:
         """Gates ``[num_classes, out_channels]`` per filter matrix, in the order of the network."""
+        if self.gate == "durable":
+            return {f"{name}.gate": layer.gates() for name, layer in self.masked_layers.items()}
         return {
             f"{name}.{kind}": layer.gates(kind.removeprefix("alpha_"))
             for name, layer in self.masked_layers.items()

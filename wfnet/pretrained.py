@@ -26,6 +26,7 @@ FORMAT = 1
 def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
     """Writes the filters of ``net`` and what is needed to wrap the same base again."""
     folder = Path(folder)
+    tensors = {**net.named_filters(), **net.named_statistics()}
     config = {
         "format": FORMAT,
         "wfnet_version": __version__,
@@ -36,11 +37,12 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
         "normalize_gate": net.normalize_gate,
         "filter_dtype": str(net.filter_parameters()[0].dtype).removeprefix("torch."),
         "base_fingerprint": fingerprint(net.model),
-        "filters_digest": digest(net.named_filters()),
+        "gate": net.gate,
+        "filters_digest": digest(tensors),
     }
     # The filters carry a copy, so that a save interrupted between the two files is noticed.
     metadata = {"format": "pt", "wf_config": json.dumps(config)}
-    write_tensors(folder / FILTERS_NAME, net.named_filters(), metadata)
+    write_tensors(folder / FILTERS_NAME, tensors, metadata)
     write_json(folder / CONFIG_NAME, config)
 
 
@@ -118,6 +120,7 @@ def load_filters(
         normalize_gate=config.get("normalize_gate", True),
         backend=backend,
         filter_dtype=getattr(torch, config.get("filter_dtype", "float32")),
+        gate=config.get("gate", "sigmoid"),
     )
     assign_filters(net, tensors, folder / FILTERS_NAME)
     # Files of earlier versions have no digest.
@@ -135,7 +138,7 @@ def assign_filters(net: WFNet, tensors: dict[str, Tensor], origin: object) -> No
     Raises:
         ValueError: if names or shapes differ from those of ``net``, or a value is NaN.
     """
-    filters = net.named_filters()
+    filters = {**net.named_filters(), **net.named_statistics()}
     odd = sorted(set(filters) ^ set(tensors))
     if odd:
         raise ValueError(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from wfnet.bypass import bypass_message, uses_weight_directly
+from wfnet.durable_layers import DurableBatchNorm2d, durable_type
 from wfnet.head import head_modules
 from wfnet.layers import LayerNames, MaskedLayer, masked_type, refuse_layer
 
@@ -17,12 +18,17 @@ Targets = str | type | Sequence[str | type] | None
 # Last part of the name of a query, key or value projection in the transformers of timm,
 # torchvision and transformers.
 _QKV_NAME = re.compile(r"(to_)?(qkv|kv|q|k|v)(_proj)?|query|key|value")
+# And of the other linear maps of a transformer's block.
+_BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|out_proj|fc1|fc2")
 # Never masked by default: patch embeddings, and what prepares features for the head (timm's VGG).
 _NOT_BY_DEFAULT = {"patch_embed", "conv_proj", "pre_logits"}
 
 
 def choose_targets(
-    model: nn.Module, targets: Targets = None, num_classes: int | None = None
+    model: nn.Module,
+    targets: Targets = None,
+    num_classes: int | None = None,
+    durable: bool = False,
 ) -> list[str]:
     """Names of the layers to mask, in the order of the network.
 
@@ -31,11 +37,15 @@ def choose_targets(
         targets: names, shell-style patterns or layer types, or a list of them; None: the qkv
             projections if the model has any, else all convolutions, but never the head.
         num_classes: outputs of the head, by which it is told from other layers.
+        durable: layers with gates behind them: every BatchNorm, else the linear maps of a
+            transformer's blocks, else all convolutions. Patterns choose among these.
 
     Raises:
         TypeError, ValueError: for targets that are none of these, that match nothing, or that name
             a layer which cannot be masked correctly.
     """
+    if durable:
+        return _durable_targets(model, targets, num_classes)
     if targets is None:
         return _default_targets(model, num_classes)
     if not isinstance(targets, str | type | Sequence):
@@ -78,6 +88,43 @@ def choose_targets(
     for name in ordered:
         _check_target(model, name)
     return ordered
+
+
+def _durable_targets(model: nn.Module, targets: Targets, num_classes: int | None) -> list[str]:
+    heads = head_modules(model, num_classes)
+    layers = {n: m for n, m in model.named_modules() if n and m not in heads and durable_type(m)}
+    inner = {n: m for n, m in layers.items() if not _NOT_BY_DEFAULT & set(n.split("."))}
+    norms = [n for n, m in inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)]
+    maps = [
+        n
+        for n, m in inner.items()
+        if isinstance(m, nn.Linear) and _BLOCK_LINEAR.fullmatch(n.rpartition(".")[2])
+    ]
+    usual = norms or maps or [n for n, m in inner.items() if isinstance(m, nn.Conv2d)]
+    if targets is None:
+        chosen = set(usual)
+    else:
+        chosen = set()
+        for target in [targets] if isinstance(targets, str | type) else targets:
+            exact = isinstance(targets, LayerNames)
+            if isinstance(target, type):
+                found = [n for n, m in layers.items() if isinstance(m, target)]
+            elif target in layers:
+                found = [target]
+            else:
+                found = [] if exact else [n for n in usual if _matches(n, target)]
+            if not found:
+                raise ValueError(
+                    f"target {target!r} matches no layer of {type(model).__name__} that can have "
+                    f"durable gates; those are: {_some(list(layers))}"
+                )
+            chosen.update(found)
+    if not chosen:
+        raise ValueError(
+            f"{type(model).__name__} has no BatchNorm, linear map or convolution that could have "
+            "durable gates"
+        )
+    return [name for name in layers if name in chosen]
 
 
 def _find(model: nn.Module, name: str) -> nn.Module | None:

@@ -12,6 +12,8 @@ from wfnet.targets import choose_targets
 # Where qkv projections alone are masked, patches also reach the head past them. Gates that range up
 # to 1 / sigmoid(-1) = 3.7 can amplify instead of only attenuate, and forget far better.
 QKV_ALPHA_INIT = -1.0
+# Hard gates close from here within the first visits of a row (design section 7).
+DURABLE_ALPHA_INIT = 2.0
 
 
 def wrap(
@@ -29,7 +31,7 @@ def wrap(
     Args:
         classifier: copied, not changed.
         num_classes: of the classifier.
-        recipe: "balanced" or "paper".
+        recipe: "balanced", "paper" or "durable" (gates behind BatchNorm).
         alpha_init: first value of the filters instead of the recipe's.
         arguments: of :class:`wfnet.WFNet`.
 
@@ -37,6 +39,9 @@ def wrap(
         ValueError: as :class:`wfnet.WFNet`.
     """
     arguments["normalize_gate"] = recipe != "paper"
+    if recipe == "durable":
+        arguments["gate"] = "durable"
+        alpha_init = DURABLE_ALPHA_INIT if alpha_init is None else alpha_init
     if alpha_init is None:
         chosen = choose_targets(classifier, arguments.get("targets"), num_classes)
         only_linear = all(isinstance(classifier.get_submodule(n), nn.Linear) for n in chosen)

@@ -83,13 +83,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the base weights and floating buffers of ``model``, without its filters."""
+    """SHA-256 over the base weights and floating buffers of ``model``.
+
+    Filters and their statistics (``alpha_*``, ``row_*``) are left out.
+    """
     return digest(
         {
             name: tensor
             for name, tensor in model.state_dict().items()
             if isinstance(tensor, Tensor)
             and tensor.is_floating_point()
-            and not name.rpartition(".")[2].startswith("alpha_")
+            and not name.rpartition(".")[2].startswith(("alpha_", "row_"))
         }
     )

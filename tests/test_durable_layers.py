@@ -1,0 +1,239 @@
+"""Durable layers: fresh rows, statistics per row, mixed rows, exact zeros, gradients, bake."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import wfnet
+from wfnet import durable_layers, models
+from wfnet.durable_layers import hard_gate, soft_gate
+
+CLASSES = 5
+
+
+def make_net(kind="resnet", seed=0, moved=True, **options):
+    torch.manual_seed(seed)
+    model = models.create(kind, CLASSES, seed=seed, **({} if kind == "vit" else {"width": 8}))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    net = wfnet.WFNet(model.double().eval(), CLASSES, gate="durable", **options)
+    if moved:
+        for name, table in {**net.named_filters(), **net.named_statistics()}.items():
+            with torch.no_grad():
+                table.add_(torch.randn_like(table)).abs_() if "var" in name else table.add_(
+                    2 * torch.randn_like(table)
+                )
+    return net
+
+
+def images(count=4):
+    return torch.randn(count, 1, 32, 32, generator=torch.Generator().manual_seed(5)).double()
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vgg", "vit"])
+@torch.no_grad()
+def test_a_fresh_row_is_the_original_network_bit_by_bit(kind):
+    net = make_net(kind, moved=False)
+    forget = torch.tensor([0, -1, 4, 2])
+    assert torch.equal(net(images(), forget), net(images(), None))
+    assert torch.equal(net.bake(None)(images()), net(images(), None))
+
+
+@pytest.mark.parametrize("options", [{"batch_norm": True}, {"batch_norm": False}])
+def test_default_targets_of_convolutional_networks(options):
+    net = wfnet.WFNet(models.create("vgg", CLASSES, width=8, **options), CLASSES, gate="durable")
+    kind = nn.BatchNorm2d if options["batch_norm"] else nn.Conv2d
+    assert all(isinstance(layer, kind) for layer in net.masked_layers.values())
+    assert len(net.masked_layers) == 5
+
+
+def test_targets_of_transformers_and_patterns():
+    net = make_net("vit")
+    ends = {name.split(".", 2)[2] for name in net.masked_layers}
+    assert ends == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    assert list(make_net(targets="layer3.*").masked_layers) == [
+        f"layer3.0.{n}" for n in ("bn1", "bn2", "downsample.1")
+    ]
+    with pytest.raises(ValueError, match=r"'layer9' matches no layer.*durable gates; those are"):
+        make_net(targets="layer9")
+    with pytest.raises(ValueError, match="gate='hard' is none of sigmoid, durable"):
+        wfnet.WFNet(models.create("vgg", CLASSES, width=8), CLASSES, gate="hard")
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vgg", "vit"])
+@torch.no_grad()
+def test_mixed_rows_equal_baked_networks(kind):
+    net = make_net(kind)
+    x = images(2)
+    forget = torch.tensor([[3, -1], [-1, -1], [0, 3], [2, 2]])
+    source = torch.tensor([0, 1, 1, 0])
+    found = net(x, forget, source)
+    for sample, (labels, image) in enumerate(zip([[3], None, [0, 3], [2]], source, strict=True)):
+        truth = net.bake(labels)(x[image : image + 1])
+        torch.testing.assert_close(found[sample : sample + 1], truth, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_rows_out_of_range_give_nan_and_never_a_wrong_row():
+    layer = make_net().masked_layers["bn1"]
+    scale, shift = layer.tables(torch.tensor([[CLASSES], [-2], [1]]))
+    assert scale[:2].isnan().all()
+    assert shift[:2].isnan().all()
+    assert scale[2].isfinite().all()
+
+
+def naive(norm, x, rows, gates):
+    """The formula of design section 7, row by row."""
+    y = torch.empty_like(x)
+    for group, row in enumerate(rows.unique().tolist()):
+        own = x[rows == row]
+        mean = own.mean((0, 2, 3), keepdim=True)
+        var = own.var((0, 2, 3), unbiased=False, keepdim=True)
+        shape = (1, -1, 1, 1)
+        normal = (own - mean) / (var + norm.eps).sqrt()
+        plain = norm.weight.reshape(shape) * normal + norm.bias.reshape(shape)
+        y[rows == row] = gates[group].reshape(shape) * plain
+    return y
+
+
+def test_moments_of_groups_and_gradients_equal_the_formula():
+    net = make_net()
+    norm = net.masked_layers["bn1"]
+    rows = torch.tensor([3, 0, 3, 3, 0])
+    x = torch.randn(5, 8, 4, 3, dtype=torch.double, requires_grad=True)
+    noise = {"bn1": torch.rand(2, 8, dtype=torch.double)}
+    with net.gate_mode.grouped(rows, noise) as labels, wfnet.forgetting(rows):
+        found = norm(x)
+    assert labels.tolist() == [0, 3]
+    gates = hard_gate(norm.alpha_hard[labels], noise["bn1"]) * soft_gate(norm.alpha_soft[labels])
+    truth = naive(norm, x, rows, gates)
+    torch.testing.assert_close(found, truth)
+    leaves = (x, norm.alpha_hard, norm.alpha_soft)
+    weight = torch.randn_like(truth)
+    for a, b in zip(
+        torch.autograd.grad((found * weight).sum(), leaves),
+        torch.autograd.grad((truth * weight).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+    assert net.gate_mode.groups is None
+
+
+def test_gradients_of_a_whole_step_are_those_of_finite_differences():
+    net = make_net("resnet")
+    rows = torch.tensor([1, 1, 2, 2])
+    noise = {
+        name: torch.rand(2, layer.alpha_hard.shape[1]).double()
+        for name, layer in net.masked_layers.items()
+    }
+    alpha = net.masked_layers["layer2.0.bn1"].alpha_soft
+
+    def loss():
+        with net.gate_mode.grouped(rows, noise):
+            return net(images(), rows).square().sum()
+
+    (gradient,) = torch.autograd.grad(loss(), alpha)
+    step = torch.zeros_like(alpha)
+    step[2, 3] = 1e-6
+    with torch.no_grad():
+        before = loss()
+        alpha.add_(step)
+        after = loss()
+    torch.testing.assert_close(gradient[2, 3], (after - before) / 1e-6, rtol=1e-3, atol=1e-6)
+    assert not gradient[[0, 3, 4]].any()
+
+
+def test_hard_gates_are_exact_zeros_and_ones_without_noise():
+    alpha = torch.tensor([-1.0, -1e-6, 1e-6, 4.0], requires_grad=True)
+    assert hard_gate(alpha).tolist() == [0, 0, 1, 1]
+    noisy = hard_gate(alpha, torch.tensor([0.5, 0.5, 0.5, 1 - 1e-6]))
+    assert noisy[3] == 1
+    assert 0 < noisy[0] < noisy[2] < 1
+    assert soft_gate(torch.full((2,), 3.0)).tolist() == [1, 1]
+
+
+@torch.no_grad()
+def test_closed_channels_leave_nothing_in_the_export():
+    net = make_net("resnet")
+    before = copy.deepcopy(net.state_dict())
+    layer = net.masked_layers["layer2.0.bn1"]
+    layer.alpha_hard[2, :3] = -1
+    layer.alpha_hard[2, 3:] = 1
+    plain = net.bake(2)
+    norm, conv = plain.layer2[0].bn1, plain.layer2[0].conv1
+    assert conv.weight.flatten(1).abs().sum(1).eq(0).tolist() == [True] * 3 + [False] * 13
+    assert not norm.weight[:3].any()
+    assert not norm.bias[:3].any()
+    assert norm.running_var[:3].eq(1).all()
+    torch.testing.assert_close(plain(images()), net(images(), 2), rtol=1e-9, atol=1e-9)
+    # whoever opens the channels again finds nothing but a constant in them
+    norm.weight.fill_(1)
+    norm.bias.zero_()
+    hidden = []
+    norm.register_forward_hook(lambda module, args, output: hidden.append(output))
+    plain(images())
+    assert hidden[0][:, :3].eq(0).all()
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items() if "bn1.al" not in k)
+
+
+@torch.no_grad()
+def test_a_convolution_that_also_feeds_a_skip_keeps_its_weights():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.conv2, self.bn2 = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.head = nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            x = self.conv(x)
+            x = x + self.bn2(self.conv2(self.bn(x).relu()))
+            return self.head(x.mean((2, 3)))
+
+    net = wfnet.WFNet(Skips(), CLASSES, gate="durable")
+    for layer in net.masked_layers.values():
+        layer.alpha_hard[1, :2] = -1
+    plain = net.bake(1)
+    assert plain.conv.weight.flatten(1).any(1).all()
+    assert not plain.conv2.weight[:2].any()
+    torch.testing.assert_close(plain(images(2).float()), net(images(2).float(), 1))
+
+
+def test_round_trip_with_statistics(tmp_path):
+    net = make_net("resnet")
+    net.save_pretrained(tmp_path)
+    again = wfnet.WFNet.from_pretrained(tmp_path, net.bake(None).requires_grad_(False))
+    assert again.gate == "durable"
+    forget = torch.tensor([0, 1, 2, 3])
+    with torch.no_grad():
+        assert torch.equal(again(images(), forget), net(images(), forget))
+
+
+def test_timm_batch_norm_with_activation():
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES).eval()
+    net = wfnet.WFNet(model, CLASSES, gate="durable")
+    kinds = {type(layer) for layer in net.masked_layers.values()}
+    assert kinds == {durable_layers.DurableBatchNormAct2d}
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        for layer in net.masked_layers.values():
+            layer.alpha_hard[1, ::3] = -1
+            layer.alpha_soft[1] += torch.randn(layer.alpha_soft.shape[1])
+        torch.testing.assert_close(net.bake(1)(x), net(x, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_a_base_without_running_statistics_is_refused_by_name():
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()
+    )
+    model.head = nn.LazyLinear(CLASSES)
+    model(torch.randn(2, 1, 8, 8))
+    with pytest.raises(ValueError, match="'1' cannot be masked: it has no running statistics"):
+        wfnet.WFNet(model.eval(), CLASSES, gate="durable")

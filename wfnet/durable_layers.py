@@ -1,0 +1,394 @@
+"""Masked layers of recipe ``durable``: gates behind a layer, with statistics of their own per row.
+
+A gate in front of BatchNorm that is not exactly 0 is divided out when statistics are estimated
+anew. These layers put it behind (design section 7)::
+
+    y[b,o] = g * (gamma * (u - mean_c) / sqrt(var_c + eps) + beta)        c = forget[b]
+    g      = h(alpha_hard) * sigmoid(alpha_soft) / sigmoid(3)
+
+``h`` is the hard concrete gate (Louizos et al., "Learning Sparse Neural Networks through L0
+Regularization", ICLR 2018): random in untraining, exactly 0 or 1 elsewhere. ``mean_c`` and
+``var_c`` are what a network that never knew class c would have measured. Layers without BatchNorm
+are multiplied by ``g`` behind their bias.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wfnet.gates import distinct_labels
+from wfnet.labels import active_selection, check_range
+from wfnet.layers import MaskedLayer
+
+SOFT_INIT = 3.0
+# Shape of the hard concrete distribution: stretched to (LOW, HIGH), then clipped to [0, 1].
+LOW, HIGH, TEMPERATURE = -0.1, 1.1, 0.66
+
+_DURABLE: dict[type | str, type[DurableLayer]] = {}
+
+
+@dataclass
+class GateMode:
+    """How the durable layers of one network compute; shared by all of them.
+
+    Attributes:
+        groups: positions of the samples' rows among ``labels``, ``[B]`` int64: moments are taken
+            over the samples of a group. None: the tables of the rows.
+        labels: ``[G]`` int64, the row of each group.
+        noise: ``[G, O]`` uniform in (0, 1) by the name of a layer; None: gates without noise.
+        soft: whether soft gates take part.
+        moments: called with a layer's name and the moments ``[G, O]`` of its groups, if given.
+    """
+
+    groups: Tensor | None = None
+    labels: Tensor | None = None
+    noise: dict[str, Tensor] | None = None
+    soft: bool = True
+    moments: Callable[[str, Tensor, Tensor], None] | None = None
+
+    @contextmanager
+    def grouped(
+        self,
+        rows: Tensor,
+        noise: dict[str, Tensor] | None = None,
+        soft: bool = True,
+        moments: Callable[[str, Tensor, Tensor], None] | None = None,
+    ) -> Iterator[Tensor]:
+        """Moments of the samples that share a row, inside; yields the rows of the groups, sorted.
+
+        Args:
+            rows: ``[B]`` int64, the row of every sample, none of them -1.
+            noise, soft, moments: see the attributes.
+        """
+        before = dict(self.__dict__)
+        self.labels, self.groups = rows.unique(return_inverse=True)
+        self.noise, self.soft, self.moments = noise, soft, moments
+        try:
+            yield self.labels
+        finally:
+            self.__dict__.update(before)
+
+
+def hard_gate(alpha: Tensor, uniform: Tensor | None = None) -> Tensor:
+    """Hard concrete gate: ``clamp(1.2 * sigmoid((alpha + logit(u)) / 0.66) - 0.1, 0, 1)``.
+
+    Args:
+        alpha: any shape.
+        uniform: u in (0, 1), the same shape; None: ``1[alpha > 0]``, without gradient.
+    """
+    if uniform is None:
+        return (alpha > 0).to(alpha.dtype)
+    noisy = torch.sigmoid((alpha + torch.logit(uniform)) / TEMPERATURE)
+    return (noisy * (HIGH - LOW) + LOW).clamp(0, 1)
+
+
+def soft_gate(alpha: Tensor) -> Tensor:
+    """``sigmoid(alpha) / sigmoid(3)``: exactly 1 at the start."""
+    start = torch.sigmoid(torch.full((), SOFT_INIT, dtype=alpha.dtype, device=alpha.device))
+    return torch.sigmoid(alpha) / start
+
+
+def durable_type(layer: nn.Module) -> type[DurableLayer] | None:
+    """The durable class for exactly the type of ``layer``; None if there is none."""
+    kind = type(layer)
+    return _DURABLE.get(kind) or _DURABLE.get(f"{kind.__module__}.{kind.__qualname__}")
+
+
+def register_durable(base: type | str) -> Callable[[type], type]:
+    """Class decorator: layers of exactly type ``base`` get the decorated class's gates."""
+
+    def register(wrapper: type) -> type:
+        _DURABLE[base] = wrapper
+        return wrapper
+
+    return register
+
+
+class DurableLayer(MaskedLayer):
+    """What durable layers share: two filter matrices, and gates behind the layer.
+
+    Attributes:
+        alpha_hard: ``[num_classes, O]``, which channels are closed.
+        alpha_soft: ``[num_classes, O]``, how far the open ones are attenuated.
+        mode: see :class:`GateMode`; of the network that the layer belongs to.
+    """
+
+    normalize_gate = True
+    mode: GateMode
+
+    def _add_filters(
+        self,
+        num_classes: int,
+        alpha_init: float,
+        normalize_gate: bool,
+        backend: str,
+        filter_dtype: torch.dtype | None,
+    ) -> None:
+        if not (math.isfinite(alpha_init) and alpha_init > 0):
+            raise ValueError(
+                f"alpha_init={alpha_init} must be above 0 for durable gates: a fresh gate is open"
+            )
+        self.num_classes, self.alpha_init, self.backend = (
+            int(num_classes),
+            float(alpha_init),
+            backend,
+        )
+        dtype = filter_dtype or torch.promote_types(self.weight.dtype, torch.float32)
+        shape = (self.num_classes, self.weight.shape[0])
+        device = self.weight.device
+        self.alpha_hard = nn.Parameter(torch.full(shape, alpha_init, dtype=dtype, device=device))
+        self.alpha_soft = nn.Parameter(torch.full(shape, SOFT_INIT, dtype=dtype, device=device))
+        self.mode = GateMode()
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    def named_statistics(self) -> dict[str, Tensor]:
+        """Tables ``[num_classes, O]`` that are measured, not learned, by name."""
+        return {}
+
+    def gates(self, kind: str = "weight") -> Tensor:
+        """Gates ``[num_classes, O]`` as they are outside untraining."""
+        return hard_gate(self.alpha_hard) * soft_gate(self.alpha_soft)
+
+    def _group_gates(self) -> Tensor:
+        """Gates ``[G, O]`` of the groups, with the noise and the parts that the mode says."""
+        labels = self.mode.labels
+        noise = self.mode.noise
+        uniform = None if noise is None else noise[self.layer_name]
+        gate = hard_gate(self.alpha_hard.index_select(0, labels), uniform)
+        if self.mode.soft:
+            gate = gate * soft_gate(self.alpha_soft.index_select(0, labels))
+        return gate
+
+    def _row_gates(self, rows: Tensor) -> Tensor:
+        """``[B, O]``: the product of the gates of ``rows [B, J]``."""
+        return _rows_of(self.gates(), rows, 1.0).prod(1)
+
+    def _label_list(self, forget: Sequence[int]) -> Tensor:
+        check_range(min(forget), max(forget), self.num_classes)
+        return torch.tensor([list(forget)], device=self.alpha_hard.device)
+
+
+def _rows_of(table: Tensor, rows: Tensor, neutral: float | Tensor) -> Tensor:
+    """``[B, J, O]`` of ``table [K, O]``: ``neutral`` for -1 and repetitions, NaN out of range."""
+    rows = distinct_labels(rows)
+    found = table.index_select(0, rows.clamp(0, len(table) - 1).flatten()).unflatten(0, rows.shape)
+    found = torch.where((rows == -1).unsqueeze(2), neutral, found)
+    return found.masked_fill(((rows < -1) | (rows >= len(table))).unsqueeze(2), torch.nan)
+
+
+class _GatedOutput(DurableLayer):
+    """A layer without statistics whose output is multiplied by its gates, bias included."""
+
+    _channel_dim: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        selection = active_selection(self._title())
+        if selection.rows is None:
+            return y
+        if self.mode.groups is not None:
+            gate = self._group_gates().index_select(0, self.mode.groups)
+        else:
+            count = y.shape[0] if selection.uniform else selection.rows.shape[0]
+            gate = self._row_gates(selection.expand(count, y.device, self.num_classes))
+        if y.shape[0] != gate.shape[0]:  # windows of an image lie side by side
+            if y.shape[0] % max(gate.shape[0], 1):
+                raise ValueError(
+                    f"{gate.shape[0]} forget labels were given for a batch of {y.shape[0]} samples"
+                )
+            gate = gate.repeat_interleave(y.shape[0] // gate.shape[0], 0)
+        shape = [len(gate)] + [1] * (y.dim() - 1)
+        shape[self._channel_dim] = gate.shape[1]
+        return y * gate.to(y.dtype).reshape(shape)
+
+    def _baked(
+        self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
+    ) -> Tensor:
+        if not forget:
+            return parameter.detach().clone()
+        gate = self._row_gates(self._label_list(forget))[0]
+        gate = gate.masked_fill(gate < prune_below, 0.0)
+        scaled = parameter.to(gate.dtype) * gate.reshape(-1, *[1] * (parameter.dim() - 1))
+        return scaled.detach().to(parameter.dtype)
+
+
+@register_durable(nn.Linear)
+class DurableLinear(_GatedOutput, nn.Linear):
+    """``nn.Linear`` with durable gates behind its bias."""
+
+    _base_type = nn.Linear
+    _channel_dim = -1
+
+
+@register_durable(nn.Conv2d)
+class DurableConv2d(_GatedOutput, nn.Conv2d):
+    """``nn.Conv2d`` without a BatchNorm behind it, with durable gates behind its bias."""
+
+    _base_type = nn.Conv2d
+    _channel_dim = 1
+
+
+@register_durable(nn.BatchNorm2d)
+class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` with durable gates behind it, and a mean and a variance for every row.
+
+    Attributes:
+        row_mean, row_var: ``[num_classes, O]``, statistics under each row; at the start those of
+            the base, so that a fresh row is the original layer, bit by bit.
+        producer: name of the convolution that computes for this layer alone, or None.
+    """
+
+    _base_type = nn.BatchNorm2d
+    producer: str | None = None
+
+    def _add_filters(self, num_classes: int, *options: object, **more: object) -> None:
+        if not self.track_running_stats or self.running_mean is None or not self.affine:
+            raise ValueError(
+                "it has no running statistics or no scale, which durable filters replace per row"
+            )
+        super()._add_filters(num_classes, *options, **more)
+        self.register_buffer("row_mean", self.running_mean.repeat(num_classes, 1))
+        self.register_buffer("row_var", self.running_var.repeat(num_classes, 1))
+
+    def named_statistics(self) -> dict[str, Tensor]:
+        return {"row_mean": self.row_mean, "row_var": self.row_var}
+
+    def row_statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``[B, O]`` under ``rows [B, J]``.
+
+        Several rows: what each changes in the mean is added, and in the variance multiplied.
+        """
+        mean, var = self.running_mean, self.running_var + self.eps
+        moved = _rows_of(self.row_mean - mean, rows, 0.0).sum(1)
+        ratio = _rows_of((self.row_var + self.eps) / var, rows, 1.0).prod(1)
+        return mean + moved, var * ratio - self.eps
+
+    def tables(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift ``[B, O]`` of the plain layer's output under ``rows [B, J]``.
+
+        Of an untouched row they are exactly 1 and 0.
+        """
+        gate = self._row_gates(rows)
+        mean, var = self.row_statistics(rows)
+        ratio = torch.sqrt((self.running_var + self.eps) / (var + self.eps))
+        slope = self.weight * torch.rsqrt(var + self.eps)
+        scale = gate * ratio
+        shift = gate * (self.bias + slope * (self.running_mean - mean)) - scale * self.bias
+        return scale, shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._behind(self._normalised(x))
+
+    def _behind(self, y: Tensor) -> Tensor:
+        """What the base type computes behind its normalisation."""
+        return y
+
+    def _normalised(self, x: Tensor) -> Tensor:
+        selection = active_selection(self._title())
+        if selection.rows is not None and self.mode.groups is not None:
+            gate = self._group_gates()
+            y, mean, var = _GroupNorm.apply(
+                x, gate, self.weight, self.bias, self.mode.groups, self.eps
+            )
+            if self.mode.moments is not None:
+                self.mode.moments(self.layer_name, mean, var)
+            return y
+        y = F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
+        if selection.rows is None:
+            return y
+        scale, shift = self.tables(selection.expand(len(y), y.device, self.num_classes))
+        return torch.addcmul(_wide(shift, y), y, _wide(scale, y))
+
+    def bake(self, forget: Sequence[int], prune_below: float = 0.0) -> nn.Module:
+        """The plain layer of one row: its statistics, and its gates in weight and bias.
+
+        A closed channel gets mean 0 and variance 1, so that nothing of its input is left in it.
+        """
+        plain = super().bake(forget, prune_below)
+        for name in self.named_statistics():
+            del plain._buffers[name]
+        if forget:
+            rows = self._label_list(forget)
+            mean, var = (t[0] for t in self.row_statistics(rows))
+            closed = plain.weight.eq(0) & plain.bias.eq(0)
+            plain.running_mean.copy_(mean.masked_fill(closed, 0.0))
+            plain.running_var.copy_(var.masked_fill(closed, 1.0))
+        return plain
+
+    def _baked(
+        self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
+    ) -> Tensor:
+        if not forget:
+            return parameter.detach().clone()
+        gate = self._row_gates(self._label_list(forget))[0]
+        gate = gate.masked_fill(gate < prune_below, 0.0)
+        return (parameter.to(gate.dtype) * gate).detach().to(parameter.dtype)
+
+
+@register_durable("timm.layers.norm_act.BatchNormAct2d")
+class DurableBatchNormAct2d(DurableBatchNorm2d):
+    """timm's ``BatchNormAct2d``: BatchNorm, dropout and activation in one module."""
+
+    def _behind(self, y: Tensor) -> Tensor:
+        return self.act(self.drop(y))
+
+
+def _wide(table: Tensor, like: Tensor) -> Tensor:
+    return table.to(like.dtype)[:, :, None, None]
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Normalises by the moments of groups of samples, and gates: two passes each way.
+
+    ``y = A[k] * x + C[k]`` with ``A = gate * gamma / sqrt(var + eps)``, ``C = gate * beta - mean *
+    A`` for the group ``k`` of a sample; the gradient runs through the moments too. Returns the
+    moments ``[G, O]`` as well, without gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, gate, gamma, beta, groups, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        var_b, mean_b = torch.var_mean(x.to(wide), (2, 3), correction=0)  # [B, O]
+        share = F.one_hot(groups, len(gate)).to(wide)  # [B, G]
+        share = share / share.sum(0)
+        mean = share.T @ mean_b  # [G, O]
+        var = share.T @ (var_b + (mean_b - mean[groups]).square())
+        slope = gamma * torch.rsqrt(var + eps)
+        scale = gate * slope
+        shift = gate * beta - mean * scale
+        ctx.save_for_backward(x, gate, gamma, beta, groups, mean, var)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, var)
+        return torch.addcmul(_wide(shift[groups], x), x, _wide(scale[groups], x)), mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy, *_):
+        x, gate, gamma, beta, groups, mean, var = ctx.saved_tensors
+        wide = mean.dtype
+        inverse = torch.rsqrt(var + ctx.eps)
+        scale = gate * gamma * inverse
+        member = F.one_hot(groups, len(gate)).to(wide)  # [B, G]
+        sum_b = dy.sum((2, 3), dtype=wide)  # [B, O]
+        dot_b = (dy * x).sum((2, 3), dtype=wide)
+        sum_g, dot_g = member.T @ sum_b, member.T @ dot_b  # [G, O]
+        dscale = dot_g - mean * sum_g
+        dgate = dscale * gamma * inverse + sum_g * beta
+        count = member.sum(0).unsqueeze(1) * x[0, 0].numel()
+        dvar = -0.5 * dscale * scale * inverse.square()
+        on_x = 2 * dvar / count
+        constant = (-scale * sum_g) / count - on_x * mean
+        dx = torch.addcmul(_wide(constant[groups], x), x, _wide(on_x[groups], x))
+        dx = torch.addcmul(dx, dy, _wide(scale[groups], x))
+        return dx, dgate, None, None, None, None

@@ -1,0 +1,240 @@
+"""Recipe ``durable``: forgetting that no repair without the class's images brings back.
+
+A step takes a few rows in round robin. Each has its own group of images, some of its class and
+more of the others, whose moments stand for the statistics of a network that never knew the class
+(:mod:`wfnet.durable_layers`). Every other step the hard gates must forget alone (design section 7).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wfnet.network import WFNet
+from wfnet.services.seeds import generator_for
+from wfnet.untraining.expansion import ExpandedBatch, Sampler
+from wfnet.untraining.objectives import Losses, Objective, distillation, full_precision
+
+_NOISE_STREAM, _ROWS_STREAM, _IMAGES_STREAM = 21, 22, 23
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Sizes of a step of recipe ``durable``.
+
+    Attributes:
+        rows: R, rows in a step, each with a group of images.
+        forget_images: images of the row's class in its group.
+        retain_images: images of other classes in its group.
+    """
+
+    rows: int = 4
+    forget_images: int = 8
+    retain_images: int = 32
+
+    @property
+    def size(self) -> int:
+        return self.forget_images + self.retain_images
+
+
+class GroupSampler(Sampler):
+    """Rows in round robin, shuffled anew every round, each with a group of images.
+
+    Args:
+        labels: ``[N]`` int64.
+        groups: rows of a step and images of a row.
+        seed: of both.
+
+    Raises:
+        ValueError: with fewer than two classes among ``labels``.
+    """
+
+    def __init__(self, labels: Tensor, groups: Groups, seed: int):
+        self.groups = groups
+        self.seed = seed
+        self.present = labels.unique()
+        if len(self.present) < 2:
+            raise ValueError("recipe durable needs images of at least two classes")
+        self._own = {c: (labels == c).nonzero().flatten() for c in self.present.tolist()}
+        self._labels = labels
+        self.rows = min(groups.rows, len(self.present))
+        self._round = lru_cache(8)(
+            lambda number: self.present[
+                torch.randperm(
+                    len(self.present), generator=generator_for(seed, _ROWS_STREAM, number)
+                )
+            ].tolist()
+        )
+
+    def rows_of(self, step: int) -> list[int]:
+        """The rows of a step."""
+        places = range(step * self.rows, (step + 1) * self.rows)
+        return [self._round(p // len(self.present))[p % len(self.present)] for p in places]
+
+    def batch(self, step: int) -> Tensor:
+        """``[R * size]`` positions, group by group, images of the row's class first."""
+        draw = generator_for(self.seed, _IMAGES_STREAM, step)
+        chosen = []
+        for row in self.rows_of(step):
+            own = self._own[row]
+            chosen.append(
+                own[torch.randint(len(own), (self.groups.forget_images,), generator=draw)]
+            )
+            chosen.append(self._others(row, draw))
+        return torch.cat(chosen)
+
+    def _others(self, row: int, draw: torch.Generator) -> Tensor:
+        """Distinct images of other classes, each equally likely: drawn and thrown away."""
+        wanted = self.groups.retain_images
+        if len(self._labels) - len(self._own[row]) <= 2 * wanted:
+            rest = (self._labels != row).nonzero().flatten()
+            repeats = math.ceil(wanted / len(rest))
+            order = torch.randperm(len(rest) * repeats, generator=draw) % len(rest)
+            return rest[order[:wanted]]
+        found: dict[int, None] = {}
+        while len(found) < wanted:
+            drawn = torch.randint(len(self._labels), (2 * wanted,), generator=draw)
+            for position in drawn[self._labels[drawn] != row].tolist():
+                found.setdefault(position)
+                if len(found) == wanted:
+                    break
+        return torch.tensor(list(found))
+
+
+def expand_groups(labels: Tensor, groups: Groups) -> ExpandedBatch:
+    """The samples of a step: every image once, under the row of its group.
+
+    Args:
+        labels: ``[R * size]`` int64, in the order of :meth:`GroupSampler.batch`.
+    """
+    by_group = labels.unflatten(0, (-1, groups.size))
+    rows = by_group[:, :1].expand_as(by_group)
+    position = torch.arange(len(labels)).view_as(by_group)
+    cut = groups.forget_images
+    source = torch.cat((position[:, :cut].flatten(), position[:, cut:].flatten()))
+    return ExpandedBatch(
+        forget=rows.flatten()[source],
+        source=source,
+        target=labels[source],
+        forget_size=len(by_group) * cut,
+    )
+
+
+@dataclass(frozen=True)
+class DurableObjective(Objective):
+    """Loss of recipe ``durable``, with ``gap = z_c - logsumexp(other logits)`` for a row c::
+
+        L = w * mean_others KL(original || row) + lambda1 * mean_c softplus(gap)
+            + match * relu((mean gap of c - mean gap of others) / max(std of others, 0.5) - 0.5)
+
+    w is 1 with soft gates and ``retain_hard`` without. The last term is a mean over rows, with the
+    moments of the others taken as constants: it draws the class's logit to where it lies for
+    images of other classes.
+
+    Args:
+        lambda1: weight of the forget term.
+        match: weight of the matching term; 0 leaves it out.
+        retain_hard: weight of retaining in steps of hard gates alone.
+    """
+
+    lambda1: float = 0.3
+    match: float = 0.1
+    retain_hard: float = 0.5
+    slack: float = 0.5
+    least_deviation: float = 0.5
+
+    needs_original = True
+
+    def forget(self, logits: Tensor, target: Tensor) -> Tensor:
+        return F.softplus(class_gap(logits, target))
+
+    def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
+        return distillation(logits, original)
+
+    def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
+        weight = 1.0 if net.gate_mode.soft else self.retain_hard
+        terms = {"retain": retain.detach(), "forget": forget.detach()}
+        return Losses(weight * retain + self.lambda1 * forget, terms)
+
+    def __call__(
+        self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
+    ) -> Losses:
+        losses = super().__call__(logits, batch, original, net)
+        if not self.match:
+            return losses
+        gap = class_gap(full_precision(logits), batch.forget)
+        rows, group = batch.forget.unique(return_inverse=True)
+        member = F.one_hot(group, len(rows)).to(gap.dtype)  # [B, R]
+        own, others = member[batch.forget_half], member[batch.retain_half]
+        own_mean = (own * gap[batch.forget_half, None]).sum(0) / own.sum(0).clamp_min(1)
+        fixed = gap[batch.retain_half, None].detach()
+        count = others.sum(0).clamp_min(2)
+        mean = (others * fixed).sum(0) / count
+        deviation = ((others * (fixed - mean).square()).sum(0) / (count - 1)).sqrt()
+        excess = (own_mean - mean) / deviation.clamp_min(self.least_deviation) - self.slack
+        match = F.relu(excess).mean()
+        return Losses(losses.total + self.match * match, {**losses.terms, "match": match.detach()})
+
+
+def class_gap(logits: Tensor, labels: Tensor) -> Tensor:
+    """``z_label - logsumexp(z without z_label)`` per sample, ``[m, K]`` and ``[m]`` -> ``[m]``."""
+    index = labels.unsqueeze(1)
+    others = logits.scatter(1, index, -torch.inf).logsumexp(1)
+    return logits.gather(1, index).squeeze(1) - others
+
+
+@contextmanager
+def durable_step(net: WFNet, batch: ExpandedBatch, seed: int, step: int) -> Iterator[None]:
+    """The gates of untraining step ``step``, inside: noise of ``(seed, step)``, moments of groups.
+
+    Even steps have soft gates, odd steps hard gates alone.
+    """
+    draw = generator_for(seed, _NOISE_STREAM, step)
+    groups = len(batch.forget.unique())
+    noise = {}
+    for name, layer in net.masked_layers.items():
+        uniform = torch.rand((groups, layer.alpha_hard.shape[1]), generator=draw)
+        noise[name] = uniform.clamp(1e-6, 1 - 1e-6).to(layer.alpha_hard)
+    with net.gate_mode.grouped(batch.forget, noise, soft=step % 2 == 0):
+        yield
+
+
+@torch.no_grad()
+def measure_row_statistics(net: WFNet, row: int, batches: Iterator[Tensor]) -> None:
+    """Sets the statistics of one row: means of the moments of ``batches`` under that row.
+
+    Every layer is normalised by the moments of its batch, as the re-estimation of a baked network
+    would do it. Networks without BatchNorm have none.
+
+    Args:
+        net: a network with durable gates.
+        row: the forget label.
+        batches: images ``[n, C, H, W]`` of other classes, on the device of ``net``.
+    """
+    layers = {n: m for n, m in net.masked_layers.items() if m.named_statistics()}
+    if not layers:
+        return
+    sums: dict[str, list[Tensor]] = {}
+    weight = 0
+
+    def keep(name: str, mean: Tensor, var: Tensor) -> None:
+        found = sums.setdefault(name, [torch.zeros_like(mean[0]), torch.zeros_like(var[0])])
+        found[0] += count * mean[0]
+        found[1] += count * var[0]
+
+    for images in batches:
+        count = len(images)
+        rows = torch.full((count,), row, dtype=torch.int64, device=images.device)
+        with net.gate_mode.grouped(rows, moments=keep):
+            net(images, rows)
+        weight += count
+    for name, (mean, var) in sums.items():
+        layers[name].row_mean[row] = mean / weight
+        layers[name].row_var[row] = var / weight
