@@ -105,7 +105,7 @@ def test_an_interrupted_evaluation_goes_on(digits, tmp_path, monkeypatch, capsys
     assert "goes on there" in capsys.readouterr().err
     assert (run / "unfinished_evaluation" / "counts.safetensors").is_file()
     with monkeypatch.context() as patch:  # counted images are not run again
-        patch.setattr("wfnet.evaluation.rows.Run.chunk", interrupt)
+        patch.setattr("wfnet.evaluation.rows.RowScores.end", interrupt)
         assert main(call) == 0
     fails(capsys, ["evaluate", str(run), "--published", "mnist/alexnet", *SMALL],
           "nothing was published for 'mnist/alexnet'")  # fmt: skip
