@@ -42,10 +42,18 @@ def trained(**options):
     return net
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"normalize_gate": False}, {"alpha_init": 1.5}, {"filter_dtype": torch.float64},
-    {"targets": "block.conv"}, {"targets": nn.Conv2d},
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalize_gate": False},
+        {"alpha_init": 1.5},
+        {"filter_dtype": torch.float64},
+        {"targets": "block.conv"},
+        {"targets": nn.Conv2d},
+    ],
+    ids=str,
+)
 def test_round_trip(tmp_path, options):
     net = trained(**options)
     net.save_pretrained(tmp_path)

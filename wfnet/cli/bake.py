@@ -58,38 +58,52 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("folder", metavar="RUN", help="folder of a run")
     group = parser.add_argument_group("export")
     group.add_argument(
-        "--forget", nargs="+", required=True, metavar="CLASS",
+        "--forget",
+        nargs="+",
+        required=True,
+        metavar="CLASS",
         help="the class to forget, by number or name; several are forgotten together",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--output", metavar="FILE", help="safetensors file (default: RUN/forget_CLASS.safetensors)"
     )
     group.add_argument("--onnx", metavar="FILE", help="also export as ONNX, for any batch size")
     group.add_argument(
-        "--prune-below", type=settings.non_negative_float, default=0.0, metavar="T",
+        "--prune-below",
+        type=settings.non_negative_float,
+        default=0.0,
+        metavar="T",
         help="make gates below T exactly 0, so that what they scaled cannot be scaled back",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--cut-output", action="store_true",
+        "--cut-output",
+        action="store_true",
         help="also cut the class from the head (its logit becomes a constant): re-estimated "
         "BatchNorm, rescaled rows and fine-tuning on other classes find nothing to bring back "
         "there; the outputs differ from a retrained model's in that entry, and whoever has images "
         "of the class can still teach it again",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--verify", action="store_true",
+        "--verify",
+        action="store_true",
         help="load the file again, compare its outputs with the filtered network's, and, where the "
         "run knows its data, attack it: accuracies and what brings the class back go into a JSON "
         "file beside it",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--images", type=settings.positive_int, default=256, metavar="N",
+        "--images",
+        type=settings.positive_int,
+        default=256,
+        metavar="N",
         help="for --verify: images to compare outputs on, test images if the run knows its data",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--samples", type=settings.int_from(2), default=TrustSettings().samples, metavar="N",
+        "--samples",
+        type=settings.int_from(2),
+        default=TrustSettings().samples,
+        metavar="N",
         help="for --verify: the most images of each kind in the attacks",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
     )
@@ -147,9 +161,13 @@ def save_baked(
     Its metadata say what was done, under ``wfnet``.
     """
     state = net.bake(list(forget), prune_below, cut_output).state_dict()
-    record = {"model": type(net.model).__name__, "num_classes": net.num_classes,
-              "forget": list(forget), "prune_below": prune_below,
-              "cut_output": cut_output}  # fmt: skip
+    record = {
+        "model": type(net.model).__name__,
+        "num_classes": net.num_classes,
+        "forget": list(forget),
+        "prune_below": prune_below,
+        "cut_output": cut_output,
+    }
     # Clones: a tensor under two names is written under both.
     write_tensors(
         path,
@@ -365,7 +383,12 @@ def _check_onnx(path: Path) -> None:
 def _export_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch")
     program = torch.onnx.export(
-        model.eval(), (images,), dynamo=True, dynamic_shapes=({0: batch},), verbose=False,
-        input_names=["images"], output_names=["logits"],
-    )  # fmt: skip
+        model.eval(),
+        (images,),
+        dynamo=True,
+        dynamic_shapes=({0: batch},),
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+    )
     write_atomically(path, lambda temporary: program.save(str(temporary)))

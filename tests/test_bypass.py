@@ -1,0 +1,110 @@
+"""Models that compute with a masked layer's weight past the mask are found and named."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from wfnet import WFNet
+
+CLASSES = 10
+
+
+def small(*layers, channels=4):
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)
+    ).eval()
+
+
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+class Bypass(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 1)])
+
+    def forward(self, x):
+        return self.convs[0](self.conv(x))
+
+
+class Helper(Bypass):
+    def forward(self, x):
+        return self.convs[0](self.first(x))
+
+    def first(self, x):
+        return self.second(x)
+
+    def second(self, x):
+        return F.conv2d(x, self.conv.weight, self.conv.bias)
+
+
+class Alias(Bypass):
+    def forward(self, x):
+        conv = self.conv
+        return self.convs[0](F.conv2d(x, conv.weight))
+
+
+class InAList(Bypass):
+    def forward(self, x):
+        return F.conv2d(self.conv(x), self.convs[0].weight)
+
+
+class Inner(Bypass):
+    def forward(self, x):
+        return self.convs[0](self.conv._conv_forward(x, self.conv._parameters["weight"], None))
+
+
+class Harmless(Bypass):
+    """Uses the weight's dtype, an unused layer, and a layer's forward directly."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        x = x.to(self.conv.weight.dtype).type_as(self.conv.weight).to(self.conv.weight.device)
+        x = x + torch.zeros_like(self.conv.weight).sum()
+        return self.convs[0](self.conv.forward(x))
+
+
+def test_a_bypass_in_a_helper_method_is_found_before_work_starts():
+    with pytest.raises(ValueError, match=r"layer '0\.conv' cannot be masked.*Helper"):
+        WFNet(small(Helper()), CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Alias, "conv"), (InAList, r"convs\.0"), (Inner, "conv")]
+)
+def test_a_hidden_bypass_is_found_on_the_first_forward(kind, name):
+    net = WFNet(small(kind()), CLASSES)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=rf"layer '0\.{name}' cannot be masked"):
+            net(X, 1)
+
+
+def test_a_bypass_at_the_root_is_found():
+    class Root(Alias):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            return self.head(super().forward(x).mean((2, 3)))
+
+    with pytest.raises(ValueError, match="layer 'conv' cannot be masked"):
+        WFNet(Root().eval(), CLASSES)(X, 1)
+
+
+def test_what_bypasses_nothing_is_not_refused():
+    net = WFNet(small(Harmless()), CLASSES)
+    net(X, 1)
+    net(X, 2)
+
+
+def test_a_replaced_forward_is_refused():
+    model = small(nn.Conv2d(3, 4, 3))
+    model[0].forward = lambda x: F.conv2d(x, model[0].weight)
+    with pytest.raises(ValueError, match=r"layer '0'.*replaced"):
+        WFNet(model, CLASSES)

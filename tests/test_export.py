@@ -1,0 +1,60 @@
+"""Baking: a plain network of one row, or several; what is refused; how it exports."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wfnet import WFNet
+
+CLASSES = 10
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+
+
+def trainable():
+    torch.manual_seed(0)
+    body = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1))
+    net = WFNet(
+        nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, CLASSES)), CLASSES
+    )
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, 2, 1)
+    return net
+
+
+@pytest.mark.parametrize("forget", [None, 3, [3], [3, 5], torch.tensor([5, 3]), np.int64(3)])
+def test_bake(forget):
+    net = trainable()
+    baked = net.bake(forget)
+    assert not baked.training
+    assert all(p.requires_grad for p in baked.parameters())
+    labels = torch.as_tensor(-1 if forget is None else forget).reshape(1, -1).expand(2, -1)
+    torch.testing.assert_close(baked(X), net(X, labels))
+    if forget is None:
+        assert torch.equal(baked(X), net(X))
+    baked[0].weight.data.zero_()
+    assert net.model[0].weight.any()
+
+
+@pytest.mark.parametrize(
+    ("forget", "error"),
+    [(wrong, ValueError) for wrong in (10, [1, 99], [], -1, [-1, -1], torch.tensor([]).long())]
+    + [(wrong, TypeError) for wrong in (True, "1", "cat", 1.0, [1, 2.0])],
+)
+def test_bake_refuses_wrong_labels(forget, error):
+    with pytest.raises(error, match="forget"):
+        trainable().bake(forget)
+
+
+def test_a_baked_network_exports():
+    baked = trainable().bake(3)
+    exported = torch.export.export(baked, (X,)).module()
+    torch.testing.assert_close(exported(X), baked(X))
+
+
+def test_a_baked_network_shares_no_hooks():
+    net = trainable()
+    calls = []
+    net.bake(3)[0].register_forward_hook(lambda *_: calls.append(1))
+    net(X, 1)
+    assert not calls

@@ -1,0 +1,111 @@
+"""Which layers are masked: by default, by name, pattern and type; what is refused by name."""
+
+import pytest
+import torch
+from torch import nn
+
+from wfnet import WFNet
+from wfnet.targets import choose_targets
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+from timm.models.mlp_mixer import MlpMixer  # noqa: E402
+from timm.models.swin_transformer_v2 import SwinTransformerV2  # noqa: E402
+
+CLASSES = 10
+
+
+def tv(name, **options):
+    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
+
+
+def tm(name, **options):
+    return timm.create_model(name, num_classes=CLASSES, **options)
+
+
+def small(*layers, channels=4):
+    return nn.Sequential(
+        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: tm("resnetv2_50x1_bit"), r"stem\.conv.*StdConv2d"),
+        (lambda: tm("beit_base_patch16_224", embed_dim=24, depth=1, num_heads=2), r"attn\.qkv"),
+        (
+            lambda: SwinTransformerV2(
+                64, num_classes=CLASSES, embed_dim=24, depths=(1,), num_heads=(2,), window_size=8
+            ),
+            r"layers\.0\.blocks\.0\.attn\.qkv.*leave it out",
+        ),
+        (
+            lambda: torchvision.models.SwinTransformer(
+                [4, 4], 24, [1, 1], [2, 2], [7, 7], num_classes=CLASSES
+            ),
+            r"attn\.qkv",
+        ),
+        (
+            lambda: torchvision.models.VisionTransformer(32, 16, 1, 2, 24, 48, num_classes=CLASSES),
+            r"self_attention.*MultiheadAttention.*timm",
+        ),
+        (lambda: MlpMixer(CLASSES, 32, patch_size=8, num_blocks=1, embed_dim=16), "no convolution"),
+        (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(CLASSES)), "lazy"),
+        (lambda: small(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), "'0'.*param"),
+    ],
+)
+def test_refused_by_name(make, says):
+    with pytest.raises(ValueError, match=says):
+        WFNet(make(), CLASSES)
+
+
+def names(model, targets):
+    return list(WFNet(model, CLASSES, targets=targets).masked_layers)
+
+
+def test_targets_by_name_suffix_pattern_and_type():
+    model = tm("resnet10t")
+    assert names(model, "layer1.0.conv1") == ["layer1.0.conv1"]
+    assert names(model, ["layer2.0.conv1", "layer1.0.conv2"]) == [
+        "layer1.0.conv2",
+        "layer2.0.conv1",
+    ]
+    assert names(model, "conv2") == [f"layer{i}.0.conv2" for i in (1, 2, 3, 4)]
+    assert names(model, "layer1.*") == ["layer1.0.conv1", "layer1.0.conv2"]
+    assert len(names(model, nn.Conv2d)) == 14
+    assert names(model, nn.Linear) == ["fc"]
+    assert len(names(model, [nn.Conv2d, "fc"])) == 15
+
+
+@pytest.mark.parametrize("wrong", ["conv9", "layer9.*", nn.Conv3d, ["conv1", "blocks.0"]])
+def test_unknown_targets_are_named(wrong):
+    with pytest.raises(ValueError, match=r"matches no layer of ResNet; its maskable layers are"):
+        WFNet(tm("resnet10t"), CLASSES, targets=wrong)
+
+
+def test_odd_targets():
+    with pytest.raises(ValueError, match="targets is empty"):
+        WFNet(tm("resnet10t"), CLASSES, targets=[])
+    for wrong in ([3], 3):
+        with pytest.raises(TypeError, match="got 3"):
+            WFNet(tm("resnet10t"), CLASSES, targets=wrong)
+    with pytest.raises(ValueError, match=r"'bn1'.*no convolution or linear"):
+        WFNet(tm("resnet10t"), CLASSES, targets="bn1")
+
+
+def test_a_pattern_does_not_skip_what_cannot_be_masked():
+    model = tm("resnetv2_50x1_bit")
+    with pytest.raises(ValueError, match="StdConv2d"):
+        WFNet(model, CLASSES, targets="stages.*")
+
+
+def test_default_targets_leave_head_and_stem_of_transformers_alone():
+    with torch.device("meta"):
+        vgg = tm("vgg11")
+    assert not any("pre_logits" in n or "head" in n for n in choose_targets(vgg))
+    squeeze = choose_targets(tv("squeezenet1_1"))
+    assert "classifier.1" not in squeeze
+    vit = choose_targets(tm("vit_tiny_patch16_224", img_size=32, depth=1))
+    assert vit == ["blocks.0.attn.qkv"]
