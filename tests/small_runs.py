@@ -9,7 +9,7 @@ import torch
 
 from wfnet import WFNet, models
 from wfnet.data import TensorImages
-from wfnet.untraining.loop import UntrainConfig
+from wfnet.untraining import UntrainConfig
 
 CLASSES = 6
 MEASURED = ("seconds", "samples_per_second", "images_per_second", "data_wait")

@@ -29,9 +29,9 @@ from wfnet.cli import main
 from wfnet.data import Batch, CorruptImage
 from wfnet.services import ranks
 from wfnet.services.ranks import PeerFailed, Ranks
+from wfnet.untraining import UntrainConfig, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.distributed import add_rows, bytes_sent
-from wfnet.untraining.loop import UntrainConfig, untrain
 from wfnet.untraining.signals import Stopped
 
 CLASSES = 5

@@ -9,7 +9,7 @@ from small_runs import assert_same_run, config, images, network
 from torch import nn
 
 from wfnet.gate_tables import flatten_filters
-from wfnet.untraining.loop import untrain
+from wfnet.untraining import untrain
 from wfnet.untraining.optimizers import RowAdam, stochastic_round
 
 BF16 = torch.bfloat16

@@ -95,11 +95,11 @@ def test_losses_are_read_in_one_piece(device, image_folder):
 
 
 def test_a_validation_waits_for_no_batch(device, image_folder, monkeypatch):
-    monkeypatch.setattr("wfnet.untraining.loop._VALIDATION_PAIRS", 6)
+    monkeypatch.setattr("wfnet.untraining.validation.PAIRS_PER_PASS", 6)
     data = opened(image_folder, "device")
     waits_of(device, data, 1, validate=True)
     few = waits_of(device, data, 1, validate=True)
-    monkeypatch.setattr("wfnet.untraining.loop._VALIDATION_PAIRS", 3)
+    monkeypatch.setattr("wfnet.untraining.validation.PAIRS_PER_PASS", 3)
     assert waits_of(device, data, 1, validate=True) == few
 
 

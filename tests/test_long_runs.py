@@ -28,9 +28,8 @@ from small_runs import (
 from wfnet.cli import main
 from wfnet.data import CorruptImage
 from wfnet.data.loading import LostWorker
-from wfnet.untraining import checkpoints, throughput
+from wfnet.untraining import checkpoints, throughput, untrain
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
-from wfnet.untraining.loop import untrain
 from wfnet.untraining.objectives import BalancedObjective
 from wfnet.untraining.signals import Stopped, StopSignals
 
@@ -307,7 +306,7 @@ def test_a_damaged_newest_checkpoint_costs_one_interval(tmp_path, uninterrupted,
     caplog.set_level(logging.INFO, "wfnet")
     net, result = go_on(tmp_path)
     assert "do not have the checksum" in caplog.text
-    assert "at step 9 of 24" in caplog.text
+    assert "at step 9" in caplog.text
     assert_same_run(net, result, *uninterrupted)
 
 

@@ -11,10 +11,11 @@ from torch import nn
 
 from wfnet import WFNet
 from wfnet.data import TensorImages
+from wfnet.untraining import UntrainConfig, untrain
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME
-from wfnet.untraining.loop import UntrainConfig, Validator, untrain
 from wfnet.untraining.objectives import BalancedObjective, not_label
 from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.validation import Validator
 
 CLASSES = 4
 MEASURED = ("seconds", "samples_per_second", "images_per_second", "data_wait")
@@ -624,10 +625,10 @@ def test_too_many_corrupt_images(base):
         ({"objective": "best"}, "objective='best' is not one of 'balanced', 'paper'"),
         ({"steps": None}, "steps or as epochs"),
         ({"epochs": 1.0}, "steps or as epochs"),
-        ({"steps": 0}, "steps must be a number of at least 1, got 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"epochs": -1.0, "steps": None}, "epochs must be a number above 0"),
         ({"batch_size": 7}, "batch_size must be even"),
-        ({"batch_size": 0}, "batch_size must be a number of at least 2"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 2"),
         ({"label_expansion": 0}, "label_expansion"),
         ({"lr": 0}, "lr must be a number above 0, got 0"),
         ({"lr": math.nan}, "lr must be a number above 0, got nan"),
@@ -637,8 +638,8 @@ def test_too_many_corrupt_images(base):
         ({"amp": "float16"}, "amp='float16' is not one of None, 'bfloat16'"),
         ({"workers": -1}, "workers"),
         ({"clip": 0.0}, "clip"),
-        ({"batch_size": "32"}, "batch_size must be a number"),
-        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"batch_size": "32"}, "batch_size must be a whole number"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
     ],
     ids=str,
 )

@@ -6,7 +6,7 @@ from wfnet.functional import explain
 from wfnet.labels import checkpoint_context, forgetting
 from wfnet.layers import WFConv2d, WFLinear
 from wfnet.network import WFNet
-from wfnet.untraining.loop import UntrainConfig, UntrainResult, untrain
+from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.version import __version__
 
 __all__ = [

@@ -42,8 +42,8 @@ from wfnet.report.contents import REPORT, write_report
 from wfnet.services import settings
 from wfnet.services.files import write_tensors
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
+from wfnet.untraining import UntrainConfig, untrain
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
-from wfnet.untraining.loop import UntrainConfig, untrain
 from wfnet.wrapping import wrap
 
 logger = logging.getLogger("wfnet")

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import logging
 import math
 import os
-import sys
-import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -32,8 +29,10 @@ from wfnet.cli.inputs import (
 from wfnet.cli.options import (
     HelpFormatter,
     add_compute_options,
+    add_config_options,
     add_data_options,
     add_model_options,
+    config_changes,
     fuse_of,
     recorded,
 )
@@ -51,8 +50,8 @@ from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.ranks import Ranks, joined, local_device
+from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
-from wfnet.untraining.loop import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.memory import filter_memory, step_memory
 from wfnet.wrapping import QKV_ALPHA_INIT, wrap
 
@@ -105,15 +104,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="options from a YAML or JSON file, a run's config.json, or a recipe by name "
         "(mnist/resnet18)",
     )
-    group.add_argument(
-        "--checkpoint-every", type=settings.positive_int, metavar="N",
-        help="steps between checkpoints (default: five an epoch)",
-    )  # fmt: skip
-    group.add_argument(
-        "--keep-checkpoints", type=settings.positive_int, metavar="K",
-        help="checkpoints that stay: a damaged newest one falls back to the one before "
-        "(default: 2)",
-    )  # fmt: skip
+    add_config_options(group, UntrainConfig, "checkpoint_every", "keep_checkpoints")
     group.add_argument(
         "--log-interval",
         type=settings.positive_float,
@@ -122,13 +113,15 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="least time between lines of progress, where no terminal shows a bar",
     )
     group.add_argument(
-        "--log-wandb", action="store_true",
+        "--log-wandb",
+        action="store_true",
         help="log to Weights & Biases, too (TensorBoard events are written where it is installed)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--dry-run", action="store_true",
+        "--dry-run",
+        action="store_true",
         help="check everything, run two small batches, show the plan and the memory it takes",
-    )  # fmt: skip
+    )
     add_compute_options(parser)
     return parser
 
@@ -152,105 +145,45 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     add_list_options(group)
     group.add_argument(
-        "--targets", nargs="+", metavar="NAME",
+        "--targets",
+        nargs="+",
+        metavar="NAME",
         help="layers to mask: names or patterns (default: qkv projections, else convolutions)",
-    )  # fmt: skip
-    group.add_argument(
-        "--steps", type=settings.positive_int, metavar="N", help="length of the run in steps ..."
     )
+    add_config_options(group, UntrainConfig, "steps", "epochs", "batch_size", "grad_accum_steps")
     group.add_argument(
-        "--epochs", type=settings.positive_float, metavar="N", help="... or in epochs"
-    )
-    group.add_argument(
-        "-b", "--batch-size", type=settings.int_from(2, 10**6), metavar="N",
-        help="images of a minibatch on all GPUs together, even",
-    )  # fmt: skip
-    group.add_argument(
-        "--grad-accum-steps", type=settings.positive_int, metavar="N",
-        help="minibatches whose mean gradient makes one step (default: 1)",
-    )  # fmt: skip
-    group.add_argument(
-        "--filter-dtype", choices=tuple(_FILTER_DTYPES), default="float32",
+        "--filter-dtype",
+        choices=tuple(_FILTER_DTYPES),
+        default="float32",
         help="of filters and optimiser state; bfloat16 takes half the memory and is rounded "
         "stochastically",
-    )  # fmt: skip
-    group.add_argument(
-        "-M", "--label-expansion", type=settings.positive_int, metavar="M",
-        help="rows that each retained image goes through",
-    )  # fmt: skip
-    group.add_argument("--lr", type=settings.positive_float, metavar="X", help="learning rate")
-    group.add_argument("--opt", choices=("row_adam", "sgd"), help="optimiser")
-    group.add_argument("--sched", choices=("cosine", "constant"), help="learning-rate schedule")
-    for number, meaning in enumerate(("retaining", "forgetting", "open gates")):
-        also = "" if number == 1 else " (recipe paper)"
-        group.add_argument(
-            f"--lambda{number}",
-            type=settings.non_negative_float,
-            metavar="X",
-            help=f"weight of {meaning}{also}",
-        )
-    group.add_argument(
-        "--distil", action=argparse.BooleanOptionalAction,
-        help="retain by distillation, or by cross entropy",
-    )  # fmt: skip
-    group.add_argument(
-        "--share-images", action=argparse.BooleanOptionalAction,
-        help="the same images serve the forget and the retain half",
-    )  # fmt: skip
-    group.add_argument("--sampler", choices=("round_robin", "shuffled"), help="order of images")
-    group.add_argument(
-        "--clip", type=settings.positive_float, metavar="X", help="bound on filter entries"
     )
+    add_config_options(group, UntrainConfig, "label_expansion", "lr", "optimizer", "schedule")
+    add_config_options(
+        group, UntrainConfig, "lambda0", "lambda1", "lambda2", "distil", "share_images", "sampler"
+    )
+    add_config_options(group, UntrainConfig, "clip")
     group.add_argument(
-        "--alpha-init", type=float, metavar="X",
+        "--alpha-init",
+        type=float,
+        metavar="X",
         help=f"first value of filter entries (default: 3; {QKV_ALPHA_INIT:g} where recipe balanced "
         "masks qkv projections)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--augment", action="store_true", help="crop and mirror training images at random"
     )
-    group.add_argument(
-        "--patience", type=settings.positive_int, metavar="N",
-        help="stop after so many validations without improvement",
-    )  # fmt: skip
-    group.add_argument(
-        "--validations-per-epoch",
-        type=settings.positive_float,
-        metavar="N",
-        help="looks at validation images",
-    )
-    group.add_argument(
-        "--stop-on", choices=("accuracy", "loss"), help="what validations are compared by"
-    )
-    group.add_argument(
-        "--max-corrupt",
-        type=settings.non_negative_int,
-        metavar="N",
-        help="corrupt images that are left out",
-    )
-    group.add_argument(
-        "--max-nan-steps", type=settings.non_negative_int, metavar="N",
-        help="steps with a loss that is NaN or infinite that are left out (default: 0)",
-    )  # fmt: skip
+    add_config_options(group, UntrainConfig, "patience", "validations_per_epoch", "stop_on")
+    add_config_options(group, UntrainConfig, "max_corrupt", "max_nan_steps")
     group.add_argument(
         "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
     )
 
 
-# Options of UntrainConfig that have the same name on the command line, and those that have timm's.
-_SAME_NAME = (
-    "steps", "epochs", "batch_size", "label_expansion", "lr", "lambda0", "lambda1", "lambda2",
-    "distil", "share_images", "sampler", "clip", "patience", "validations_per_epoch", "stop_on",
-    "max_corrupt", "seed", "workers", "channels_last", "checkpoint_every", "keep_checkpoints",
-    "grad_accum_steps", "max_nan_steps",
-)  # fmt: skip
-_TIMM_NAME = {"optimizer": "opt", "schedule": "sched"}
-
-
 def make_config(options: argparse.Namespace, num_classes: int) -> UntrainConfig:
     """The recipe with what the command line changes."""
-    changes = {name: getattr(options, name) for name in _SAME_NAME}
-    changes |= {name: getattr(options, theirs) for name, theirs in _TIMM_NAME.items()}
+    changes = config_changes(options, UntrainConfig)
+    changes["channels_last"], changes["workers"] = options.channels_last, options.workers
     changes["amp"] = "bfloat16" if options.amp else None
     changes["fuse"] = fuse_of(options)
     changes = {name: value for name, value in changes.items() if value is not None}
@@ -327,14 +260,10 @@ def _run(options: argparse.Namespace, ranks: Ranks, wandb: ModuleType | None) ->
     if ranks.first and not started:
         _check_before(net, data.validation, options, config)
         write_run(folder, "untrain", recorded(options), **about)
-    bar = sys.stderr.isatty()
-    lines = contextlib.nullcontext()
-    if not bar and ranks.first:
-        lines = _Lines(folder, options.log_interval)
     log = contextlib.nullcontext()
     if wandb is not None and ranks.first:
         log = _log_to_wandb(wandb, folder, about)
-    with lines, log as log_record:
+    with log as log_record:
         result = untrain(
             net,
             data.train,
@@ -342,8 +271,9 @@ def _run(options: argparse.Namespace, ranks: Ranks, wandb: ModuleType | None) ->
             config,
             folder,
             resume=options.resume is not None,
-            progress=bar and not options.quiet,
+            progress=not options.quiet,
             log=log_record,
+            log_interval=options.log_interval,
         )
     if not ranks.first:
         return
@@ -364,9 +294,13 @@ def _log_to_wandb(
     wandb: ModuleType, folder: Path, about: dict[str, Any]
 ) -> Iterator[Callable[[dict[str, float]], None]]:
     run = wandb.init(
-        project="wfnet", name=folder.name, id=about["wandb"], resume="allow", dir=str(folder),
+        project="wfnet",
+        name=folder.name,
+        id=about["wandb"],
+        resume="allow",
+        dir=str(folder),
         config=about["untraining"],
-    )  # fmt: skip
+    )
     try:
         yield lambda record: run.log(record, step=int(record["step"]))
     finally:
@@ -419,10 +353,7 @@ def _show_plan(
 ) -> None:
     weights = sum(p.numel() for p in net.model.parameters())
     filters = sum(p.numel() for p in net.filter_parameters())
-    images = config.batch_size // 2 if config.share_images else config.batch_size
     accumulated = config.grad_accum_steps
-    steps = config.steps or max(1, round(config.epochs * len(data.train) / images / accumulated))
-    samples = config.batch_size // 2 * (1 + config.label_expansion)
     memory = filter_memory(net, config.optimizer)
     several = f" x {accumulated} minibatches" if accumulated > 1 else ""
     shared = "" if ranks.alone else f", shared by {ranks.size} processes"
@@ -432,9 +363,9 @@ def _show_plan(
         f"filters     {len(net.masked_layers)} layers, {filters // net.num_classes:,} gates for "
         f"each of {net.num_classes} classes: {_size(memory.filters)} in {options.filter_dtype}, "
         f"with the optimiser's state {_size(memory.filters + memory.moments)}",
-        f"untraining  recipe {options.recipe}: up to {steps:,} steps of {images} images"
-        f"{several}, {samples} samples each under its row{shared}; lr {config.lr:g}, "
-        f"seed {config.seed}",
+        f"untraining  recipe {options.recipe}: up to {config.total_steps(len(data.train)):,} "
+        f"steps of {config.images} images{several}, {config.samples} samples each under its row"
+        f"{shared}; lr {config.lr:g}, seed {config.seed}",
         f"output      {folder}",
     ]
     print("\n".join(lines), flush=True)
@@ -447,12 +378,11 @@ def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Rank
         raise ValueError("none of the training images can be read; see the log")
     amp = None if config.amp is None else getattr(torch, config.amp)
     net.fuse = config.fuse
+    shape = tuple(few.images.shape[1:])
     measured = step_memory(
-        net, tuple(few.images.shape[1:]), config.label_expansion, config.share_images, amp,
-        config.channels_last,
-    )  # fmt: skip
-    on_all = config.batch_size // 2 if config.share_images else config.batch_size
-    of_one = math.ceil(on_all / ranks.size)
+        net, shape, config.label_expansion, config.share_images, amp, config.channels_last
+    )
+    of_one = math.ceil(config.images / ranks.size)
     filters = filter_memory(net, config.optimizer)
     entries = {id(p) for p in net.filter_parameters()}
     weights = sum(
@@ -529,45 +459,6 @@ def _refuse_backend(net: WFNet, images: Tensor) -> None:
         net(images, forget=0)
     finally:
         net.fuse = fuse
-
-
-class _Lines(threading.Thread):
-    """A line of progress every so often, where there is no terminal to draw a bar on.
-
-    Reads the history that the run writes at every checkpoint; it is replaced atomically.
-    """
-
-    def __init__(self, folder: Path, seconds: float):
-        super().__init__(daemon=True)
-        self.path = folder / "history.json"
-        self.seconds = seconds
-        self.done = threading.Event()
-        self.shown = self._last().get("step")
-
-    def __enter__(self) -> _Lines:
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.done.set()
-        self.join()
-
-    def run(self) -> None:
-        while not self.done.wait(self.seconds):
-            record = self._last()
-            if record.get("step") == self.shown:
-                continue
-            self.shown = record["step"]
-            text = f"step {record['step']:,}: loss {record.get('loss', math.nan):.4f}"
-            if "acc_r" in record:
-                text += f", Acc_r {record['acc_r']:.2%}, Acc_f {record['acc_f']:.2%}"
-            logger.info("%s, %s samples/s", text, f"{record['samples_per_second']:,.0f}")
-
-    def _last(self) -> dict[str, Any]:
-        """The latest record; nothing before the first one."""
-        with contextlib.suppress(OSError, ValueError, LookupError):
-            return json.loads(self.path.read_text())["history"][-1]
-        return {}
 
 
 def _show_result(result: UntrainResult, folder: Path) -> None:

@@ -49,9 +49,24 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes ``tensors`` as safetensors, atomically."""
+    """Writes ``tensors`` as safetensors, atomically; equal contents give equal bytes."""
     data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
+    data = _with_sorted_header(data)
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _with_sorted_header(data: bytes) -> bytes:
+    """Returns a safetensors file with the metadata in the order of names.
+
+    The library writes them in the order of a hash table, which is another one in every process.
+    """
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ _LOG_LINE = (
 
 
 class Progress(tqdm):
-    """A tqdm bar on a terminal; in a log file the same text as a line every half minute.
+    """A tqdm bar on a terminal; in a log file the same text as a line now and then.
 
     Use it as a context manager, or close it. ``update(n)`` counts, ``set_postfix(loss=...)`` adds
     values to the text.
@@ -27,6 +27,7 @@ class Progress(tqdm):
         done: steps that are done already; they do not count for the rate.
         unit: name of a step.
         leave: keep the last state on the screen, and put the first and the last one into a log.
+        log_seconds: least time between two lines in a log.
     """
 
     # tqdm's thread that watches for bars that are late: it does not survive a fork.
@@ -41,9 +42,10 @@ class Progress(tqdm):
         done: int = 0,
         unit: str = "it",
         leave: bool = False,
+        log_seconds: float = _LOG_SECONDS,
     ):
         live = sys.stderr.isatty()
-        seconds = _BAR_SECONDS if live else _LOG_SECONDS
+        seconds = _BAR_SECONDS if live else log_seconds
         super().__init__(
             total=total,
             initial=done,

@@ -97,10 +97,10 @@ class Checkpoints:
                     str(self.newest),
                 ) from error
             logger.warning(
-                "the checkpoint of step %d could not be written (%s; %d of at most %d in a row): "
-                "free some space in %s; the one before is intact",
-                state["step"], error.strerror, self.failed, _FAILED_SAVES, self.folder,
-            )  # fmt: skip
+                f"the checkpoint of step {state['step']} could not be written ({error.strerror}; "
+                f"{self.failed} of at most {_FAILED_SAVES} in a row): free some space in "
+                f"{self.folder}; the one before is intact"
+            )
             return False
         self.failed = 0
         return True

@@ -27,11 +27,10 @@ from wfnet.untraining.objectives import (
     PaperObjective,
     full_precision,
 )
-from wfnet.untraining.validation import Validation
+from wfnet.untraining.validation import PAIRS_PER_PASS, Validation
 
 # Rows that are looked at in a validation: an average precision needs every image under its row.
 _VALIDATED_ROWS = 16
-_VALIDATION_PAIRS = 512
 
 
 def expand_multi_label(
@@ -188,7 +187,7 @@ class MultiLabelValidator:
         device = net.filter_parameters()[0].device
         count = len(self.rows)
         scores, seen, forgotten, retained = [], [], [], []
-        order = torch.arange(len(self.multi_hot)).split(max(1, _VALIDATION_PAIRS // count))
+        order = torch.arange(len(self.multi_hot)).split(max(1, PAIRS_PER_PASS // count))
         for batch in batches(self.dataset, order, self.workers, self.corrupt):
             if interrupted():
                 return None

@@ -140,9 +140,16 @@ class RowAdam(torch.optim.Optimizer):
         corrections = [(1 - beta**steps).flatten() for beta in group["betas"]]
         try:
             row_adam(
-                flat_matrix(self._params), grad.contiguous(), self._exp_avg, self._exp_avg_sq,
-                *corrections, occurred.flatten(), lr, group["betas"], group["eps"],
-            )  # fmt: skip
+                flat_matrix(self._params),
+                grad.contiguous(),
+                self._exp_avg,
+                self._exp_avg_sq,
+                *corrections,
+                occurred.flatten(),
+                lr,
+                group["betas"],
+                group["eps"],
+            )
         except Exception as error:  # Triton cannot compile: no C compiler, a broken cache
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             logger.warning("the optimiser runs as tensor operations: %s", reason)

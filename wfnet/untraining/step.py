@@ -2,10 +2,9 @@
 
 The step works on one ``[K, total]`` matrix of filters and one of gradients
 (:func:`wfnet.gate_tables.flatten_filters`). Where the network is fused, the gradients are written
-there
-directly: autograd sees the loss as a function of logits only. Nothing in a step reads device data
-on the host and no shape depends on labels, so that on a CUDA device it is captured as a CUDA graph:
-images, forget labels, sources and targets are copied into static buffers and the graph is replayed.
+there directly: autograd sees the loss as a function of logits only. Nothing in a step reads device
+data on the host and no shape depends on labels, so that on a CUDA device it is captured as a CUDA
+graph: images, labels, sources and targets are copied into static buffers and the graph is replayed.
 New labels never capture anew; a batch of another shape runs as it is.
 
     with flatten_filters(net.filter_parameters()):
@@ -197,8 +196,7 @@ class UntrainingStep:
         if flat is not None:
             into.add_(flat)
             return
-        for part, gradient in zip(self._columns_of(into), of_filters,
-                                  strict=True):  # fmt: skip
+        for part, gradient in zip(self._columns_of(into), of_filters, strict=True):
             if gradient is not None:
                 part.add_(gradient)
 

@@ -1,7 +1,8 @@
-"""How fast images come, beside how fast the network takes them."""
+"""Where the time of a run goes, and how fast images come beside how fast the network takes them."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Iterator
@@ -87,11 +88,64 @@ class Throughput:
         starved = share >= _STARVED and self.waited >= _WORTH_SAYING
         if starved and self.images and not self.told:
             self.told = True
+            possible = rate / max(1 - share, 1e-3)
             logger.warning(
-                "the data starve the network: %s images/s come, it could take %s (%.0f%% of the "
-                "time is spent waiting); more --workers, or --cache, keeps it busy",
-                f"{rate:,.0f}", f"{rate / max(1 - share, 1e-3):,.0f}", 100 * share,
-            )  # fmt: skip
+                f"the data starve the network: {rate:,.0f} images/s come, it could take "
+                f"{possible:,.0f} ({share:.0%} of the time is spent waiting); more --workers, or "
+                "--cache, keeps it busy"
+            )
         self.total += self.waited
         self._clear()
         return {"images_per_second": rate, "data_wait": share}
+
+
+class RunClock:
+    """Seconds of a run by what they were spent on, all sessions together.
+
+    Args:
+        device: of the network.
+        spent: of the sessions before.
+        seconds: duration of the sessions before.
+
+    Attributes:
+        throughput: counts the waiting for images.
+    """
+
+    def __init__(
+        self, device: torch.device | str, spent: dict[str, float] | None = None, seconds: float = 0
+    ):
+        self.throughput = Throughput(device)
+        self._spent = dict.fromkeys(("start", "data", "validation", "checkpoints"), 0.0)
+        self._spent |= {k: v for k, v in (spent or {}).items() if k in self._spent}
+        self._began = time.perf_counter()
+        self._before = seconds
+        self._counted_before = self._counted()
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the run so far."""
+        return self._before + time.perf_counter() - self._began
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the time inside as spent on ``what``: "validation" or "checkpoints"."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[what] += time.perf_counter() - started
+
+    def started(self) -> None:
+        """Counts this session's time so far as start, unless it was spent on something else."""
+        others = self._counted() - self._counted_before
+        self._spent["start"] += time.perf_counter() - self._began - others
+        self.throughput.restart()
+
+    def _counted(self) -> float:
+        return self._spent["validation"] + self._spent["checkpoints"] + self.throughput.total
+
+    def spent(self, seconds: float) -> dict[str, float]:
+        """Returns seconds by purpose, which add up to ``seconds``; the rest were steps."""
+        waited = self.throughput.total + self.throughput.waited
+        spent = {**self._spent, "data": self._spent["data"] + waited}
+        return spent | {"steps": max(0.0, seconds - sum(spent.values()))}

@@ -1,0 +1,80 @@
+"""The parts of a run: labels that were checked, and what its settings choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from wfnet.data import Dataset, classes_of, labels_of
+from wfnet.untraining.expansion import HalvesSampler, RoundRobinSampler, Sampler, ShuffledSampler
+from wfnet.untraining.multilabel import MultiLabelObjective
+from wfnet.untraining.objectives import BalancedObjective, Objective, PaperObjective
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.untrain_config import UntrainConfig
+
+
+def configured_objective(config: UntrainConfig, multi_label: bool) -> Objective:
+    """Returns the objective of the settings, for images with one label or several."""
+    if config.objective == "paper":
+        objective = PaperObjective(config.lambda0, config.lambda1, config.lambda2)
+    else:
+        objective = BalancedObjective(config.lambda1, config.distil)
+    return MultiLabelObjective(objective) if multi_label else objective
+
+
+def configured_optimizer(
+    config: UntrainConfig, params: list[nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Returns the optimiser of the settings over filter matrices."""
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=config.lr)
+    return RowAdam(params, lr=config.lr)
+
+
+def configured_sampler(config: UntrainConfig, labels: Tensor) -> Sampler:
+    """Returns the sampler of the settings over images with these ``labels``."""
+    half, seed = config.batch_size // 2, config.seed
+    if config.sampler == "shuffled":
+        images = half if config.share_images else config.batch_size
+        return ShuffledSampler(len(labels), images, seed)
+    forgetting = RoundRobinSampler(labels, half, seed)
+    if config.share_images:
+        return forgetting
+    return HalvesSampler(forgetting, RoundRobinSampler(labels, half, seed, stream=1))
+
+
+def checked_labels(dataset: Dataset, num_classes: int, what: str) -> Tensor:
+    """Returns the labels of the ``what`` data.
+
+    Raises:
+        ValueError: if there are none, or if they are not those of a network of ``num_classes``.
+    """
+    labels = labels_of(dataset)
+    if len(labels) == 0:
+        raise ValueError(f"the {what} data have no images")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= num_classes:
+        raise ValueError(
+            f"the {what} data have label {low if low < 0 else high}, but the network has "
+            f"{num_classes} classes (0 to {num_classes - 1}); use the data set that it classifies"
+        )
+    known = len(classes_of(dataset))
+    if getattr(dataset, "classes", None) is not None and known != num_classes:
+        raise ValueError(
+            f"the {what} data have {known} classes, the network has {num_classes}; use the data "
+            "set that it classifies"
+        )
+    return labels
+
+
+def check_every_class(labels: Tensor, dataset: Dataset, num_classes: int) -> None:
+    """Raises ValueError if a class has no image, by its name."""
+    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+    if missing:
+        names = classes_of(dataset)
+        name = names[missing[0]] if missing[0] < len(names) else str(missing[0])
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ValueError(
+            f"class {name!r}{more} has no training image, so its row could not learn to forget it; "
+            "add images of every class that the network knows"
+        )

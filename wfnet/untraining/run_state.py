@@ -1,0 +1,206 @@
+"""What a run of untraining has come to: its state, its checkpoints, and its mark of identity."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wfnet.data import Dataset, classes_of, labels_of, multi_hot_of
+from wfnet.network import WFNet
+from wfnet.pretrained import assign_filters
+from wfnet.services.files import fingerprint
+from wfnet.services.ranks import Ranks
+from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.objectives import Objective
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.untrain_config import FREE_TO_CHANGE, UntrainConfig
+from wfnet.untraining.validation import Validation
+
+logger = logging.getLogger("wfnet")
+
+
+@dataclass
+class RunState:
+    """Where a run stands: all that a checkpoint holds beside tensors.
+
+    Attributes:
+        step: steps that are done.
+        position: minibatches that were drawn; more than steps after steps that were left out.
+        best: validation of the best filters so far; None before the first one.
+        best_step: the step after which they were taken.
+        stale: validations since then.
+        history: one record per validation.
+        seconds: duration, all sessions together.
+        samples: expanded samples that went through the network.
+        finished, stopped_early: whether the run is over, and whether patience ended it.
+        nan_steps: steps that were left out because their loss was not finite.
+        sums, summed: of losses since the last record, and how many.
+        spent: seconds by what they were spent on.
+    """
+
+    step: int = 0
+    position: int = 0
+    best: Validation | None = None
+    best_step: int = 0
+    stale: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    samples: int = 0
+    finished: bool = False
+    stopped_early: bool = False
+    nan_steps: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    summed: int = 0
+    spent: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> RunState:
+        """Returns the state whose ``asdict`` is part of ``content``."""
+        state = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
+        if state.best is not None:
+            state.best = Validation(**state.best)
+        return state
+
+
+class RunStore:
+    """Saves a run's state and tensors to its checkpoints, and restores them.
+
+    Args:
+        checkpoints: of the folder of the run.
+        config: its settings.
+        net, optimizer: whose tensors are saved and restored.
+        identity: what a resumed run must have in common with the interrupted one
+            (:func:`identity_of`).
+    """
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        config: UntrainConfig,
+        net: WFNet,
+        optimizer: torch.optim.Optimizer,
+        identity: dict[str, str],
+    ):
+        self.checkpoints = checkpoints
+        self.config = config
+        self.net = net
+        self.optimizer = optimizer
+        self.identity = identity
+
+    def save(self, state: RunState, best_filters: Sequence[Tensor] | None, must: bool) -> None:
+        """Writes one file with all that the run needs to go on, so that it is never half a state.
+
+        Args:
+            state: where the run stands.
+            best_filters: the best ones so far; None without validation.
+            must: as for :meth:`Checkpoints.save`.
+        """
+        filters = self.net.named_filters()
+        tensors = {f"filters.{name}": p for name, p in filters.items()}
+        if best_filters is not None:
+            best = zip(filters, best_filters, strict=True)
+            tensors |= {f"best.{name}": p for name, p in best}
+        if isinstance(self.optimizer, RowAdam):
+            tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.moments().items()}
+        content = {"config": asdict(self.config), "identity": self.identity, **asdict(state)}
+        self.checkpoints.save(tensors, content, must)
+
+    def load(self, ranks: Ranks) -> tuple[RunState, list[Tensor] | None]:
+        """Restores the newest checkpoint that is whole; returns its state and the best filters.
+
+        Filters and the optimiser's moments are put back. Every rank gets what the first one reads.
+
+        Raises:
+            ValueError: if none is whole, or for another configuration, data set or network.
+        """
+        tensors, content, path = ranks.first_does(self.checkpoints.load)
+        self._check_same_run(content, path)
+        state = RunState.from_json(content)
+        best_filters = None
+        if state.best is not None:  # through the network, which checks names and shapes
+            assign_filters(self.net, _with_prefix(tensors, "best."), path)
+            best_filters = [p.detach().clone() for p in self.net.filter_parameters()]
+        assign_filters(self.net, _with_prefix(tensors, "filters."), path)
+        if isinstance(self.optimizer, RowAdam):
+            self.optimizer.load_moments(_with_prefix(tensors, "optimizer."))
+        logger.info("resumed %s at step %d", path, state.step)
+        return state, best_filters
+
+    def refuse_to_overwrite(self, ranks: Ranks) -> None:
+        """Raises FileExistsError if the run in the folder is unfinished."""
+        folder = self.checkpoints.folder
+        try:
+            _, content, _ = ranks.first_does(self.checkpoints.load)
+        except ValueError as error:
+            raise FileExistsError(
+                f"{error}; it is in the way of a new run: move it away or choose another output"
+            ) from error
+        if not content["finished"]:
+            raise FileExistsError(
+                f"{folder} holds an unfinished run (step {content['step']}): pass resume=True "
+                "to continue it, choose another output, or delete untraining*.safetensors there"
+            )
+
+    def _check_same_run(self, content: dict[str, Any], path: Path) -> None:
+        for name, value in asdict(self.config).items():
+            before = content["config"].get(name, getattr(UntrainConfig, name, None))
+            if name not in FREE_TO_CHANGE and before != value:
+                raise ValueError(
+                    f"{path} was written with {name}={before!r}, now it is {value!r}; resume with "
+                    "the same settings, or start anew in another folder"
+                )
+        for name, value in self.identity.items():
+            if content["identity"].get(name) != value:
+                raise ValueError(
+                    f"{path} was written with another {name}; resume with the same one, or start "
+                    "anew in another folder"
+                )
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def identity_of(
+    net: WFNet, train: Dataset, validation: Dataset | None, objective: Objective
+) -> dict[str, str]:
+    """Returns what a resumed run must have in common with the interrupted one, as digests."""
+    filters = {name: [list(p.shape), str(p.dtype)] for name, p in net.named_filters().items()}
+    gate = [net.alpha_init, net.normalize_gate]
+    return {
+        "base network": fingerprint(net.model),
+        "filters": _digest(json.dumps([filters, gate])),
+        "training data": _data_digest(train),
+        "validation data": "none" if validation is None else _data_digest(validation),
+        "objective": repr(objective),
+    }
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part)
+    return digest.hexdigest()
+
+
+def _data_digest(dataset: Dataset) -> str:
+    """Returns a digest of labels and class names, and of three images that are in memory.
+
+    Images in files may be transformed at random, so their content is no mark of the data set.
+    """
+    labels, multi_hot = labels_of(dataset), multi_hot_of(dataset)
+    content = b""
+    if hasattr(dataset, "batch"):
+        images = dataset.batch(torch.tensor([0, len(labels) // 2, len(labels) - 1])).images
+        content = images.float().contiguous().numpy().tobytes()
+    if multi_hot is not None:
+        content += multi_hot.contiguous().numpy().tobytes()
+    return _digest(json.dumps(classes_of(dataset)), labels.numpy().tobytes(), content)

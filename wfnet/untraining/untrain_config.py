@@ -1,0 +1,248 @@
+"""The settings of a run of untraining, their ranges, and the shipped recipes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from wfnet.services import settings
+from wfnet.services.settings import check_settings, setting
+
+
+@dataclass(frozen=True)
+class UntrainConfig:
+    """Settings of :func:`wfnet.untrain`; :meth:`recipe` returns the shipped ones.
+
+    Attributes:
+        objective: "balanced" or "paper" (see :mod:`wfnet.untraining.objectives`).
+        steps, epochs: length of the run, one of the two. An epoch is one pass over as many images
+            as the training set has.
+        batch_size: images n of a minibatch, even: one half unlearns, one half is retained.
+        label_expansion: M, rows that each retained image goes through.
+        share_images: the same n / 2 images serve both halves.
+        sampler: "round_robin" (every class unlearns equally often) or "shuffled".
+        optimizer: "row_adam" or "sgd".
+        lr, schedule, lr_final: learning rate; "cosine" takes it to ``lr * lr_final``, "constant"
+            leaves it.
+        clip: bound on the absolute value of filter entries after each step; None for none.
+        lambda0, lambda1, lambda2: weights of the objective's terms.
+        distil: balanced: retain by distillation from the original network, else cross entropy.
+        seed: decides everything random.
+        patience: validations without improvement after which the run stops.
+        validations_per_epoch: how often the validation split is looked at.
+        stop_on: "accuracy", ``0.5 * ((1 - Acc_f) + Acc_r)``, or "loss", the objective on the
+            validation split. Equal accuracies are decided by the loss.
+        validation_rows: other rows that each validation image is retained under; with more
+            classes than that, Acc_r is an estimate over rows drawn once.
+        amp: autocast dtype, "bfloat16" or None.
+        channels_last: images and weights in channels-last layout.
+        fuse: run the network as one fused plan where it can be (:mod:`wfnet.fusion`); "compile":
+            with what lies between the convolutions compiled (:class:`wfnet.WFNet`).
+        workers: processes that read images.
+        max_corrupt: images that may be unreadable; None: 10, or one in a thousand.
+        max_nan_steps: steps whose loss is NaN or infinite that may be left out, with a line in the
+            log each; the next one ends the run. Above 0 the host waits for every loss.
+        grad_accum_steps: minibatches whose mean gradient makes one step.
+        capture: run steps as a CUDA graph (:mod:`wfnet.untraining.step`); None: where that is
+            possible.
+        checkpoint_every: steps between checkpoints; None: at every validation.
+        keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
+
+    Raises:
+        ValueError: for values out of range, before any work starts.
+    """
+
+    objective: str = setting("balanced", ("balanced", "paper"))
+    steps: int | None = setting(
+        None, settings.positive_int, metavar="N", help="length of the run in steps ..."
+    )
+    epochs: float | None = setting(
+        None, settings.positive_float, metavar="N", help="... or in epochs"
+    )
+    batch_size: int = setting(
+        32,
+        settings.int_from(2, 10**6),
+        flags="-b --batch-size",
+        metavar="N",
+        help="images of a minibatch on all GPUs together, even",
+    )
+    label_expansion: int = setting(
+        3,
+        settings.positive_int,
+        flags="-M --label-expansion",
+        metavar="M",
+        help="rows that each retained image goes through",
+    )
+    share_images: bool = setting(
+        True, bool, help="the same images serve the forget and the retain half"
+    )
+    sampler: str = setting("round_robin", ("round_robin", "shuffled"), help="order of images")
+    optimizer: str = setting("row_adam", ("row_adam", "sgd"), flags="--opt", help="optimiser")
+    lr: float = setting(0.2, settings.positive_float, metavar="X", help="learning rate")
+    schedule: str = setting(
+        "cosine", ("cosine", "constant"), flags="--sched", help="learning-rate schedule"
+    )
+    lr_final: float = setting(0.01, settings.non_negative_float)
+    clip: float | None = setting(
+        None, settings.positive_float, metavar="X", help="bound on filter entries"
+    )
+    lambda0: float = setting(
+        1.0,
+        settings.non_negative_float,
+        metavar="X",
+        help="weight of retaining (recipe paper)",
+    )
+    lambda1: float = setting(
+        0.3, settings.non_negative_float, metavar="X", help="weight of forgetting"
+    )
+    lambda2: float = setting(
+        1.0,
+        settings.non_negative_float,
+        metavar="X",
+        help="weight of open gates (recipe paper)",
+    )
+    distil: bool = setting(True, bool, help="retain by distillation, or by cross entropy")
+    seed: int = setting(0, settings.seed, metavar="N", help="of everything random")
+    patience: int = setting(
+        10,
+        settings.positive_int,
+        metavar="N",
+        help="stop after so many validations without improvement",
+    )
+    validations_per_epoch: float = setting(
+        5, settings.positive_float, metavar="N", help="looks at validation images"
+    )
+    stop_on: str = setting(
+        "accuracy", ("accuracy", "loss"), help="what validations are compared by"
+    )
+    validation_rows: int = setting(4, settings.positive_int)
+    amp: str | None = setting(None, (None, "bfloat16"))
+    channels_last: bool = setting(True, bool)
+    fuse: bool | str = setting(True, (True, False, "compile"))
+    workers: int = setting(0, settings.workers)
+    max_corrupt: int | None = setting(
+        None, settings.non_negative_int, metavar="N", help="corrupt images that are left out"
+    )
+    max_nan_steps: int = setting(
+        0,
+        settings.non_negative_int,
+        metavar="N",
+        help="steps with a loss that is NaN or infinite that are left out (default: 0)",
+    )
+    grad_accum_steps: int = setting(
+        1,
+        settings.positive_int,
+        metavar="N",
+        help="minibatches whose mean gradient makes one step (default: 1)",
+    )
+    capture: bool | None = setting(None, (None, True, False))
+    checkpoint_every: int | None = setting(
+        None,
+        settings.positive_int,
+        metavar="N",
+        help="steps between checkpoints (default: five an epoch)",
+    )
+    keep_checkpoints: int = setting(
+        2,
+        settings.positive_int,
+        metavar="K",
+        help="checkpoints that stay: a damaged newest one falls back to the one before "
+        "(default: 2)",
+    )
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"give the length of the run as steps or as epochs, one of them; got "
+                f"steps={self.steps}, epochs={self.epochs}"
+            )
+        check_settings(self)
+        if self.batch_size % 2:
+            raise ValueError(
+                f"batch_size must be even, for two halves of a minibatch; got {self.batch_size}"
+            )
+
+    @property
+    def images(self) -> int:
+        """Images that are read for a minibatch."""
+        return self.batch_size // 2 if self.share_images else self.batch_size
+
+    @property
+    def samples(self) -> int:
+        """Samples that a minibatch is expanded to."""
+        return self.batch_size // 2 * (1 + self.label_expansion)
+
+    def steps_per_epoch(self, images: int) -> float:
+        """Returns how many steps read as many images as the training set has."""
+        return images / (self.images * self.grad_accum_steps)
+
+    def total_steps(self, images: int) -> int:
+        """Returns the length of the run on a training set of so many images."""
+        return self.steps or max(1, round(self.epochs * self.steps_per_epoch(images)))
+
+    @classmethod
+    def recipe(cls, name: str = "balanced", num_classes: int = 10, **changes: Any) -> UntrainConfig:
+        """Returns a shipped recipe for a number of classes, with ``changes`` to single settings.
+
+        "balanced" (the default of the package): see
+        :class:`wfnet.untraining.objectives.BalancedObjective`.
+        "paper": the authors' settings, for a ``WFNet(..., normalize_gate=False)``.
+
+        Raises:
+            ValueError: for an unknown name or values out of range.
+            TypeError: for changes that are no settings.
+        """
+        if name == "balanced":
+            chosen = _balanced_settings(num_classes, changes.get("batch_size"))
+        elif name == "paper":
+            chosen = dict(_PAPER_SETTINGS)
+        else:
+            raise ValueError(f"there is no recipe {name!r}; recipes are 'balanced' and 'paper'")
+        if changes.get("epochs") is not None and "steps" not in changes:
+            chosen["steps"] = None
+        if changes.get("steps") is not None and "epochs" not in changes:
+            chosen["epochs"] = None
+        return cls(**{**chosen, **changes})
+
+
+# Settings that change neither the result nor the order of anything: a resumed run may change them.
+FREE_TO_CHANGE = frozenset(
+    ("workers", "max_corrupt", "max_nan_steps", "checkpoint_every", "keep_checkpoints")
+)
+
+_PAPER_SETTINGS = {
+    "objective": "paper",
+    "epochs": 20,
+    "label_expansion": 5,
+    "share_images": False,
+    "sampler": "shuffled",
+    "optimizer": "sgd",
+    "lr": 100.0,
+    "schedule": "constant",
+    "clip": 3.0,
+    "lambda1": 1.0,
+}
+
+
+def _balanced_settings(num_classes: int, batch_size: int | None) -> dict[str, Any]:
+    """Returns the settings of recipe "balanced", chosen on validation images of 10 and 100 classes.
+
+    What a class costs is about constant (some 3,000 samples), so steps grow with classes. More
+    classes crowd the same gates: rows move more carefully, a forget sample counts for more because
+    its row meets it more rarely, and every image is retained under more rows. The best filters are
+    those of the least validation loss: on a small split accuracies jump by whole images, and a
+    lucky early one would end the run before the learning rate has decayed.
+    """
+    crowding = max(num_classes, 10) / 10
+    if batch_size is None:
+        batch_size = 32 if num_classes <= 200 else 256
+    steps = max(600, 30 * num_classes)
+    return {
+        "steps": max(300, math.ceil(steps * 32 / batch_size)),
+        "batch_size": batch_size,
+        "label_expansion": 3 if num_classes <= 30 else 5,
+        "stop_on": "loss",
+        "lr": 0.2 * crowding**-0.3,
+        "lambda1": min(1.0, 0.3 * crowding**0.25),
+    }
