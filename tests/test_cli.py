@@ -310,7 +310,8 @@ def test_force_replaces_a_run(arguments, finished):
 def test_progress_where_there_is_no_terminal(arguments, tmp_path, capsys):
     call = ["untrain", *arguments, "--steps", "6", "--output", str(tmp_path / "run")]
     assert main([*call, "--checkpoint-every", "1", "--log-interval", "0.001"]) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("step ")]
+    shown = capsys.readouterr().err.splitlines()
+    lines = [line for line in shown if line.startswith("untraining: ")]
     assert lines
     assert "Acc_r" in lines[-1]
     assert "samples/s" in lines[-1]

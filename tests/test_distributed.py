@@ -135,7 +135,7 @@ RUNS = {
     "accumulated": (config(steps=4, batch_size=6, grad_accum_steps=2), None),
     "paper": (PAPER, None),
     "corrupt": (config(steps=10, batch_size=4, share_images=False, max_corrupt=30),
-                set(range(0, 48, 3)) | set(range(1, 30, 2))),
+                set(range(0, 36, 3)) | set(range(1, 30, 2))),
 }  # fmt: skip
 
 

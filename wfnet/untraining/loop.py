@@ -420,6 +420,7 @@ class _Untraining:
             )
             if scores is None:
                 return False
+        self.corrupt.merge(self.ranks)
         record: Record = {
             "step": state.step,
             "epoch": state.step / self.steps_per_epoch,

@@ -110,7 +110,7 @@ class MinibatchReader:
     def _read(self, position: int, stop: int) -> Iterator[Batch | None]:
         """Yields this rank's images of each minibatch; None where it has none of them."""
         if self.ranks.rank >= self.config.images:
-            return iter([None] * (stop - position))
+            return (None for _ in range(position, stop))
         return batches(
             self.dataset,
             map(self.ranks.share, self.sampler.batches(position, stop)),

@@ -126,8 +126,6 @@ class Validator:
             # Everything stays on the device until the end: reading a number waits for it.
             correct = logits.argmax(1) == moved.target
             hits[number] = torch.stack((moved.forget, moved.target, correct.long()))
-        if self.corrupt is not None:
-            self.corrupt.merge(self.ranks)
         hits = self.ranks.join(hits, device)
         if not hits:
             raise RuntimeError("no validation image can be read: repair those that the log names")
