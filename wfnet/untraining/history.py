@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from wfnet.services.files import write_atomically, write_json
+from wfnet.services.files import write_json
+from wfnet.services.records import write_csv
 from wfnet.untraining.untrain_config import UntrainConfig
 
 Record = dict[str, float]
@@ -52,9 +51,5 @@ class HistoryLog:
 def write_history(folder: Path, config: UntrainConfig, history: list[Record]) -> None:
     """Writes ``history.json`` (with the settings) and ``history.csv``."""
     write_json(folder / "history.json", {"config": asdict(config), "history": history})
-    text = io.StringIO()
     columns = list(dict.fromkeys(name for record in history for name in record))
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    write_atomically(folder / "history.csv", lambda path: path.write_text(text.getvalue()))
+    write_csv(folder / "history.csv", history, columns)
