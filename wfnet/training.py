@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.data.loading import CorruptImages, batches, corrupt_limit
+from wfnet.data.loading import batches, corrupt_counter
 from wfnet.data.multi_hot import multi_hot_of
+from wfnet.evaluation.forward import Forward, evaluation_mode
+from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.progress import Progress
+from wfnet.services.settings import check_settings, setting
 
 logger = logging.getLogger("wfnet")
 
@@ -26,6 +29,49 @@ SMALL_MODEL_SETTINGS: dict[str, dict[str, Any]] = {
     "vgg": {"epochs": 6},
     "vit": {"epochs": 25, "lr": 5e-3, "shift": 1},
 }
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """What `fit_classifier` takes of the optimisation, with ranges and options.
+
+    Raises ValueError for values out of range.
+    """
+
+    epochs: int = setting(8, settings.positive_int, metavar="N", help="passes over the images")
+    lr: float | None = setting(
+        None, settings.positive_float, metavar="X", help="highest learning rate"
+    )
+    optimizer: str = setting(
+        "adam", tuple(LEARNING_RATES), flags="--opt", help="AdamW, or Nesterov SGD"
+    )
+    schedule: str = setting(
+        "one_cycle", ("one_cycle", "cosine"), flags="--sched", help="of the learning rate"
+    )
+    batch_size: int = setting(
+        64,
+        settings.pair_batch_size,
+        flags="-b --batch-size",
+        metavar="N",
+        help="images of a minibatch",
+    )
+    weight_decay: float = setting(
+        1e-3, settings.non_negative_float, metavar="X", help="of kernels and matrices"
+    )
+    label_smoothing: float = setting(
+        0.0, settings.below_one, flags="--smoothing", metavar="X", help="of labels"
+    )
+    shift: int = setting(
+        0,
+        settings.int_from(0, 1024),
+        metavar="PIXELS",
+        help="images are moved by up to that many",
+    )
+    amp: str | None = setting(None, ("bfloat16",))
+    seed: int = setting(0, settings.seed)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass
@@ -56,118 +102,108 @@ def fit_classifier(
     amp: str | None = None,
     progress: bool = True,
 ) -> FitHistory:
-    """Train `model` in place to classify `dataset`; it is left in evaluation mode.
+    """Trains `model` in place to classify `dataset`; it is left in evaluation mode.
 
     Images with several labels (`wfnet.data.multi_hot`) are learned by binary cross entropy; their
-    accuracy is the share of images whose largest logit is a true label.
+    accuracy is the share of images whose largest logit is a true label. The result is deterministic
+    given `seed`, the number of threads and the device; the caller's random state is left as it is.
 
-    lr:        highest learning rate; None: 4e-3 for "adam" (AdamW), 0.1 for "sgd" (Nesterov).
-    schedule:  "one_cycle" (warm-up over 25%, then cosine to about 0) or "cosine".
-    shift:     images are moved by up to that many pixels, at random, edges repeated.
-    channels_last: memory format of images and weights; faster convolutions on CPU and GPU.
-    amp:       autocast dtype, "bfloat16" or None; weights and loss stay in fp32.
-    progress:  show a bar on a terminal, or lines in a log.
+    Args:
+        model: a classifier, images [n, C, H, W] -> logits [n, K], on any device.
+        dataset: see `wfnet.data`; an unreadable image is replaced by the next one of its class.
+        lr: highest learning rate; None: 4e-3 for "adam" (AdamW), 0.1 for "sgd" (Nesterov).
+        schedule: "one_cycle" (warm-up over 25%, then cosine to about 0) or "cosine".
+        shift: images are moved by up to that many pixels, at random, edges repeated.
+        workers, max_corrupt: as in `wfnet.data.batches`.
+        channels_last: memory format of images and weights; faster convolutions on CPU and GPU.
+        amp: autocast dtype, "bfloat16" or None; weights and loss stay in fp32.
+        progress: show a bar on a terminal, or lines in a log.
 
-    Deterministic given `seed`, the number of threads and the device; the caller's random state is
-    left as it is. Raises ValueError for settings that make no sense and FloatingPointError at the
-    end of the first epoch whose loss is not finite.
+    Raises:
+        ValueError: for settings that make no sense.
+        FloatingPointError: at the end of the first epoch whose loss is not finite.
     """
-    if optimizer not in LEARNING_RATES:
-        raise ValueError(f"optimizer {optimizer!r} is unknown: choose adam or sgd")
-    if schedule not in ("one_cycle", "cosine"):
-        raise ValueError(f"schedule {schedule!r} is unknown: choose one_cycle or cosine")
-    if amp not in (None, "bfloat16"):
-        raise ValueError(f"amp {amp!r} is unknown: choose 'bfloat16' or None")
-    if epochs < 1 or batch_size < 2 or shift < 0:
-        raise ValueError(
-            "epochs must be 1 or more, batch_size 2 or more and shift 0 or more, got "
-            f"{epochs}, {batch_size} and {shift}"
-        )
+    chosen = TrainingSettings(
+        epochs,
+        lr,
+        optimizer,
+        schedule,
+        batch_size,
+        weight_decay,
+        label_smoothing,
+        shift,
+        amp,
+        seed,
+    )
     if len(dataset) < 2:
         raise ValueError(f"training needs at least 2 images, the data set has {len(dataset)}")
     lr = LEARNING_RATES[optimizer] if lr is None else lr
-    device = next(model.parameters()).device
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    steps = epochs * _batches_per_epoch(len(dataset), batch_size)
+    forward = Forward.of(model, None if amp is None else getattr(torch, amp), channels_last)
+    device = forward.device
+    per_epoch = _batches_per_epoch(len(dataset), batch_size)
     stepper = _optimizer(model, optimizer, lr, weight_decay)
-    scheduler = _schedule(stepper, schedule, lr, steps)
+    scheduler = _schedule(stepper, schedule, lr, epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
     multi_hot = multi_hot_of(dataset)
-    corrupt = CorruptImages(corrupt_limit(dataset) if max_corrupt is None else max_corrupt)
+    corrupt = corrupt_counter(dataset, max_corrupt)
     history = FitHistory()
     started = time.perf_counter()
-    bar = Progress(steps, "training", progress)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        Progress(epochs * per_epoch, "training", progress) as bar,
+    ):
         torch.manual_seed(seed)  # dropout
         model.train()
         for epoch in range(epochs):
-            order = _epoch_order(len(dataset), batch_size, generator)
             loss_sum = torch.zeros((), device=device, dtype=torch.float64)
             correct = torch.zeros((), device=device, dtype=torch.int64)
             seen = 0
             stream = batches(
                 dataset,
-                order,
+                _epoch_order(len(dataset), batch_size, generator),
                 workers,
                 corrupt,
                 pin_memory=device.type == "cuda",
                 seed=seed,
-                start=epoch * _batches_per_epoch(len(dataset), batch_size),
+                start=epoch * per_epoch,
                 replace_corrupt=True,
             )
             for batch in stream:
-                images, labels = (
-                    to_device_async(part, device) for part in (batch.images, batch.labels)
-                )
+                images = to_device_async(batch.images, device)
                 if shift:
                     images = shift_images(images, shift, generator)
-                if channels_last:
-                    images = images.contiguous(memory_format=torch.channels_last)
-                with _autocast(device, amp):
-                    logits = model(images)
-                if amp is not None:
-                    logits = logits.float()
-                if multi_hot is None:
-                    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-                    right = logits.detach().argmax(1) == labels
-                else:
-                    truth = multi_hot[batch.indices].to(device)
-                    loss = F.binary_cross_entropy_with_logits(logits, truth.float())
-                    right = _named_right(logits.detach(), truth)
+                truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
+                truth = to_device_async(truth, device)
+                with forward.autocast():
+                    logits = model(forward.images(images))
+                loss = _loss(logits if amp is None else logits.float(), truth, label_smoothing)
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
                 stepper.step()
                 scheduler.step()
-                loss_sum += loss.detach().double() * len(labels)
-                correct += right.sum()
-                seen += len(labels)
-                bar.update(1)
-            history.loss.append(float(loss_sum) / max(seen, 1))
-            history.accuracy.append(int(correct) / max(seen, 1))
+                loss_sum += loss.detach().double() * len(truth)
+                correct += _right(logits.detach(), truth).sum()
+                seen += len(truth)
+                bar.update()
+            history.loss.append(float(loss_sum) / seen)
+            history.accuracy.append(int(correct) / seen)
             if not math.isfinite(history.loss[-1]):
-                bar.close()
                 raise FloatingPointError(
                     f"the loss became {history.loss[-1]} in epoch {epoch + 1}: lower lr ({lr:g})"
                 )
             bar.set_postfix(loss=f"{history.loss[-1]:.3f}", accuracy=f"{history.accuracy[-1]:.2%}")
-    bar.close()
     model.eval()
     history.seconds = time.perf_counter() - started
     logger.info(
         "trained %d epochs in %.1f s: loss %.4f, training accuracy %.2f%%",
-        epochs,
+        chosen.epochs,
         history.seconds,
         history.loss[-1],
         100 * history.accuracy[-1],
     )
     return history
-
-
-def _autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    dtype = None if amp is None else getattr(torch, amp)
-    return torch.autocast(device.type, dtype, enabled=amp is not None)
 
 
 @torch.no_grad()
@@ -178,34 +214,38 @@ def accuracy(
     workers: int = 0,
     amp: str | None = None,
 ) -> float:
-    """The fraction of `dataset` whose largest logit is the label, in evaluation mode.
+    """Returns the fraction of `dataset` whose largest logit is the label, in evaluation mode.
 
     The model's mode is put back after. Raises ValueError for an empty data set.
     """
     if len(dataset) == 0:
         raise ValueError("the accuracy of an empty data set is not defined")
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    correct = seen = 0
+    forward = Forward.of(model, None if amp is None else getattr(torch, amp), channels_last=True)
     multi_hot = multi_hot_of(dataset)
-    order, pin = torch.arange(len(dataset)).split(batch_size), device.type == "cuda"
-    for batch in batches(dataset, order, workers, pin_memory=pin):
-        images = to_device_async(batch.images, device).contiguous(memory_format=torch.channels_last)
-        with _autocast(device, amp):
-            logits = model(images).cpu()
-        if multi_hot is None:
-            correct += int((logits.argmax(1) == batch.labels).sum())
-        else:
-            correct += int(_named_right(logits, multi_hot[batch.indices]).sum())
-        seen += len(batch.labels)
-    model.train(was_training)
+    order, pin = torch.arange(len(dataset)).split(batch_size), forward.device.type == "cuda"
+    correct = seen = 0
+    with evaluation_mode(model), forward.autocast():
+        for batch in batches(dataset, order, workers, pin_memory=pin):
+            logits = model(forward.images(batch.images)).cpu()
+            truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
+            correct += int(_right(logits, truth).sum())
+            seen += len(truth)
     return correct / max(seen, 1)
 
 
-def _named_right(logits: Tensor, truth: Tensor) -> Tensor:
-    """[n] bool: whether the largest of `logits` [n, K] is a true label by `truth` [n, K] bool."""
-    return truth.gather(1, logits.argmax(1, keepdim=True)).squeeze(1)
+def _loss(logits: Tensor, truth: Tensor, smoothing: float) -> Tensor:
+    """Returns the mean loss of logits [n, K] for labels [n] int64, or several each, [n, K] bool."""
+    if truth.dim() == 1:
+        return F.cross_entropy(logits, truth, label_smoothing=smoothing)
+    return F.binary_cross_entropy_with_logits(logits, truth.float())
+
+
+def _right(logits: Tensor, truth: Tensor) -> Tensor:
+    """Returns whether the largest of logits [n, K] is a true label: [n] bool."""
+    best = logits.argmax(1)
+    if truth.dim() == 1:
+        return best == truth
+    return truth.gather(1, best.unsqueeze(1)).squeeze(1)
 
 
 def shift_images(images: Tensor, most: int, generator: torch.Generator) -> Tensor:
@@ -249,7 +289,8 @@ def _optimizer(
 def _schedule(
     optimizer: torch.optim.Optimizer, name: str, lr: float, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    if name == "one_cycle":
+    # The warm-up of OneCycleLR divides by zero where it would have a single step.
+    if name == "one_cycle" and steps > 4:
         return torch.optim.lr_scheduler.OneCycleLR(
             optimizer, max_lr=lr, total_steps=steps, pct_start=0.25, cycle_momentum=False
         )

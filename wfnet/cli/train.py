@@ -14,15 +14,17 @@ from wfnet.cli.inputs import choose_device, count_classes, data_name, make_class
 from wfnet.cli.options import (
     HelpFormatter,
     add_compute_options,
+    add_config_options,
     add_data_options,
     add_model_options,
+    config_changes,
     recorded,
 )
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, write_run
 from wfnet.data import labels_of
 from wfnet.services import settings
 from wfnet.services.files import write_tensors
-from wfnet.training import LEARNING_RATES, SMALL_MODEL_SETTINGS, accuracy, fit_classifier
+from wfnet.training import SMALL_MODEL_SETTINGS, TrainingSettings, accuracy, fit_classifier
 
 logger = logging.getLogger("wfnet")
 
@@ -32,12 +34,6 @@ EXAMPLE = """example:
   wfnet untrain --config digits/resnet --checkpoint runs/base/base.safetensors --output runs/wf
   wfnet baseline runs/wf
   wfnet evaluate runs/wf --tables"""
-# Options of training -> arguments of fit_classifier.
-_TRAINING = {
-    "epochs": "epochs", "lr": "lr", "opt": "optimizer", "sched": "schedule",
-    "batch_size": "batch_size", "weight_decay": "weight_decay", "smoothing": "label_smoothing",
-    "shift": "shift",
-}  # fmt: skip
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -67,43 +63,16 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 
 def add_training_options(parser: argparse.ArgumentParser, prefix: str) -> None:
-    """Ordinary training; names start with ``prefix`` where a command has others of that name."""
+    """Adds ordinary training; names start with ``prefix`` where a command has others of that
+    name."""
     group = parser.add_argument_group("training", "Small networks have settings of their own.")
-    p = f"--{prefix}"
-    group.add_argument(
-        f"{p}epochs", type=settings.positive_int, metavar="N", help="passes over the images"
-    )
-    group.add_argument(
-        f"{p}lr", type=settings.positive_float, metavar="X", help="highest learning rate"
-    )
-    group.add_argument(f"{p}opt", choices=tuple(LEARNING_RATES), help="AdamW, or Nesterov SGD")
-    group.add_argument(f"{p}sched", choices=("one_cycle", "cosine"), help="of the learning rate")
-    names = (f"{p}batch-size",) if prefix else ("-b", "--batch-size")
-    group.add_argument(*names, type=settings.int_from(2), metavar="N", help="images of a minibatch")
-    group.add_argument(
-        f"{p}weight-decay",
-        type=settings.non_negative_float,
-        metavar="X",
-        help="of kernels and matrices",
-    )
-    group.add_argument(
-        f"{p}smoothing", type=settings.non_negative_float, metavar="X", help="of labels"
-    )
-    group.add_argument(
-        f"{p}shift",
-        type=settings.non_negative_int,
-        metavar="PIXELS",
-        help="images are moved by up to that many",
-    )
+    add_config_options(group, TrainingSettings, prefix=prefix)
 
 
 def chosen_training(options: argparse.Namespace, prefix: str) -> dict[str, Any]:
-    """Arguments of :func:`wfnet.training.fit_classifier` that the command line gives."""
-    values = {
-        theirs: getattr(options, f"{prefix}{ours}".replace("-", "_"))
-        for ours, theirs in _TRAINING.items()
-    }
-    return {name: value for name, value in values.items() if value is not None}
+    """Returns the arguments of :func:`wfnet.training.fit_classifier` that the command line
+    gives."""
+    return config_changes(options, TrainingSettings, prefix=prefix)
 
 
 def recorded_training(checkpoint: str | None) -> dict[str, Any] | None:
@@ -140,9 +109,14 @@ def run(options: argparse.Namespace) -> int:
         training["amp"] = "bfloat16"  # `wfnet baseline` retrains in it, too
     print(f"data        {data}\nnetwork     {options.model}, new weights\noutput      {folder}")
     history = fit_classifier(
-        model, data.train, seed=options.seed, workers=options.workers,
-        channels_last=options.channels_last, progress=not options.quiet, **training,
-    )  # fmt: skip
+        model,
+        data.train,
+        seed=options.seed,
+        workers=options.workers,
+        channels_last=options.channels_last,
+        progress=not options.quiet,
+        **training,
+    )
     write_tensors(folder / BASE_NAME, model.state_dict(), {"format": "pt"})
     shares = {
         part: accuracy(model, getattr(data, part), workers=options.workers, amp=training.get("amp"))

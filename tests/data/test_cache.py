@@ -1,26 +1,24 @@
-"""Cached pixels: the values are those of the files, nothing is decoded twice, room is checked."""
-
-import errno
 import logging
-import os
-import resource
 
 import pytest
 import torch
-from image_files import CLASS_NAMES, truncate, write_image
+from image_files import CLASS_NAMES, write_image
 
 from wfnet.data import (
     CachedImages,
-    CorruptImages,
     ImageFiles,
     batches,
     cache,
     evaluation_transform,
     open_data,
-    pixel_store,
 )
 
+"""Cached pixels: the values are those of the files, nothing is decoded twice, room is checked."""
+
+
 SIZE, MEAN, STD = 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+
+
 PLACES = ("host", "device", "disk")
 
 
@@ -82,18 +80,6 @@ def test_an_image_twice_in_a_batch(image_folder, decoded):
     assert batch.indices.tolist() == [4, 4, 2]
 
 
-def test_corrupt_images_are_left_out(image_folder, decoded):
-    bad = truncate(image_folder / "train" / "bee" / "1.png")
-    data = cached(image_folder)
-    corrupt = CorruptImages(1)
-    for _ in range(2):
-        first, second = batches(data, torch.arange(6, 10).split(2), max_corrupt=corrupt)
-        assert first.indices.tolist() == [6]
-        assert second.indices.tolist() == [8, 9]
-    assert list(corrupt.found) == [str(bad)]
-    assert list(batches(data, [torch.tensor([7])], max_corrupt=corrupt)) == []
-
-
 def test_a_disk_cache_is_found_again_until_an_image_changes(image_folder, tmp_path, decoded):
     order = torch.arange(18).split(6)
     list(batches(cached(image_folder, "disk", tmp_path / "c"), order))
@@ -151,120 +137,6 @@ def test_a_selection_shares_the_store(image_folder, decoded):
     assert (part.filled, data.filled) == (2, 2)
     assert decoded == [2, 0]  # positions in the selected files
     assert part.name_of(1) == data.name_of(2)
-
-
-def test_the_size_is_logged_and_checked(image_folder, tmp_path, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "wfnet"):
-        cached(image_folder)
-    assert "18 images of 3 x 16 x 16 bytes" in caplog.text
-    monkeypatch.setattr(pixel_store, "free_memory", lambda: 1000)
-    with pytest.raises(ValueError, match=r"does not fit.*on host.*put it on device or disk"):
-        cached(image_folder)
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(pixel_store.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="on disk"):
-        cached(image_folder, "disk", tmp_path / "not" / "there")
-    assert not (tmp_path / "not").exists()
-
-
-def _errors(number):
-    def fails(file, start, size):
-        raise OSError(number, os.strerror(number))
-
-    return fails
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the platform reserves nothing")
-def test_space_on_disk_is_reserved_when_the_file_is_made(image_folder, tmp_path, monkeypatch):
-    """A write through the map would kill the process once others have filled the disk."""
-    monkeypatch.setattr(pixel_store, "_RESERVED_AT_ONCE", 5000)  # in several pieces
-    data = cached(image_folder, "disk", tmp_path / "c")
-    for path, size in zip(
-        sorted((tmp_path / "c").iterdir(), reverse=True), (18 * 3 * SIZE**2, 18), strict=True
-    ):
-        assert path.stat().st_size == size
-        assert path.stat().st_blocks * 512 >= size
-    assert data.filled == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the platform reserves nothing")
-def test_a_sparse_cache_of_earlier_keeps_its_images_and_gets_its_space(
-    image_folder, tmp_path, monkeypatch, decoded
-):
-    with monkeypatch.context() as sparse:
-        sparse.setattr(pixel_store, "_allocate", lambda file, start, size: False)
-        (first,) = batches(cached(image_folder, "disk", tmp_path), [torch.arange(3)])
-    again = cached(image_folder, "disk", tmp_path)
-    assert again.filled == 3
-    (batch,) = batches(again, [torch.arange(3)])
-    assert torch.equal(batch.images, first.images)
-    assert decoded == [0, 1, 2]
-    (pixels,) = tmp_path.glob("*.uint8")
-    assert pixels.stat().st_blocks * 512 >= pixels.stat().st_size
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_said_before_any_work_and_nothing_is_left(
-    image_folder, tmp_path, monkeypatch, decoded, number
-):
-    reserved = []
-
-    def full_after_a_while(file, start, size):
-        reserved.append(start)
-        if len(reserved) == 3:
-            _errors(number)(file, start, size)
-
-    monkeypatch.setattr(pixel_store, "_RESERVED_AT_ONCE", 5000)
-    monkeypatch.setattr(os, "posix_fallocate", full_after_a_while, raising=False)
-    with pytest.raises(ValueError, match=rf"made in .*/not/there: {os.strerror(number)}; make"):
-        cached(image_folder, "disk", tmp_path / "not" / "there")
-    assert reserved == [0, 5000, 10000]
-    assert not (tmp_path / "not").exists()
-    assert decoded == []
-
-
-def test_a_full_disk_leaves_an_earlier_cache_as_it_was(image_folder, tmp_path, monkeypatch):
-    (before,) = batches(cached(image_folder, "disk", tmp_path), [torch.arange(3)])
-    monkeypatch.setattr(os, "posix_fallocate", _errors(errno.ENOSPC), raising=False)
-    with pytest.raises(ValueError, match="No space left"):
-        cached(image_folder, "disk", tmp_path)
-    monkeypatch.undo()
-    again = cached(image_folder, "disk", tmp_path)
-    assert again.filled == 3
-    (batch,) = batches(again, [torch.arange(3)])
-    assert torch.equal(batch.images, before.images)
-
-
-@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EINVAL])
-def test_file_systems_that_reserve_nothing(image_folder, tmp_path, monkeypatch, number):
-    monkeypatch.setattr(os, "posix_fallocate", _errors(number), raising=False)
-    data = cached(image_folder, "disk", tmp_path)
-    (batch,) = batches(data, [torch.tensor([2])])
-    assert torch.equal(batch.images[0], files(image_folder)[2][0])
-
-
-def test_a_file_past_the_limit_of_the_process(image_folder, tmp_path):
-    """The real system's refusal, not a pretended one."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
-    try:
-        with pytest.raises(ValueError, match=r"cannot be made in .*File too large"):
-            cached(image_folder, "disk", tmp_path / "c")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not (tmp_path / "c").exists()
-
-
-def test_an_interruption_while_space_is_reserved_leaves_nothing(
-    image_folder, tmp_path, monkeypatch
-):
-    def interrupted(file, start, size):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "posix_fallocate", interrupted, raising=False)
-    with pytest.raises(KeyboardInterrupt):
-        cached(image_folder, "disk", tmp_path / "c")
-    assert not (tmp_path / "c").exists()
 
 
 def test_bad_places(image_folder):

@@ -1,0 +1,203 @@
+import logging
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from image_files import (
+    truncate,
+    write_image,
+)
+
+from wfnet.data import (
+    CachedImages,
+    CorruptImage,
+    CorruptImages,
+    ImageFiles,
+    batches,
+    corrupt_limit,
+    evaluation_transform,
+    training_transform,
+)
+from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+SIZE = 16
+
+
+def files(root, **kwargs):
+    return ImageFiles(root, evaluation_transform(SIZE, crop_pct=1.0), **kwargs)
+
+
+def index_batches(count, size=4):
+    return torch.arange(count).split(size)
+
+
+def damage(root):
+    """Three corrupt files of three kinds; returns their paths in order."""
+    return [
+        truncate(root / "ant" / "0.jpg"),
+        truncate(root / "bee" / "1.png"),
+        truncate(root / "cat" / "4.bmp", keep=0.0),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_corrupt_images_are_left_out_named_and_counted(image_folder, caplog, workers):
+    root = image_folder / "train"
+    damaged = damage(root)
+    data = files(root)
+    corrupt = CorruptImages(limit=3)
+    with caplog.at_level(logging.WARNING, "wfnet"):
+        read = list(batches(data, index_batches(18), workers, corrupt))
+        list(batches(data, index_batches(18), workers, corrupt))  # met again: not counted again
+    assert [batch.indices.tolist() for batch in read] == [
+        [1, 2, 3],
+        [4, 5, 6],
+        [8, 9, 10, 11],
+        [12, 13, 14, 15],
+        [17],
+    ]
+    assert torch.equal(read[2].images[0], data[8][0])
+    assert torch.equal(read[2].labels, data.labels[8:12])
+    assert set(corrupt.found) == {str(path) for path in damaged}
+    assert [sum(str(path) in text for text in caplog.messages) for path in damaged] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_corrupt_images_end_the_run(image_folder, workers):
+    damage(image_folder / "train")
+    data = files(image_folder / "train")
+    with pytest.raises(RuntimeError, match=r"3 corrupt images, more than max_corrupt=2.*4\.bmp"):
+        list(batches(data, index_batches(18), workers, max_corrupt=2))
+    assert corrupt_limit(data) == 10
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", [None, "host"])
+def test_in_training_the_next_of_its_class_replaces_a_corrupt_image(image_folder, workers, place):
+    damage(image_folder / "train")
+    data = files(image_folder / "train")
+    if place:
+        data = CachedImages(data, place, SIZE, IMAGENET_MEAN, IMAGENET_STD, crop_pct=1.0)
+    truncate(next((image_folder / "train" / "cat").glob("5.*")))
+    corrupt = CorruptImages(limit=4)
+    for _ in range(2):  # the second time from the cache, where there is one
+        read = list(batches(data, index_batches(18, 6), workers, corrupt, replace_corrupt=True))
+        assert [batch.indices.tolist() for batch in read] == [
+            [1, 1, 2, 3, 4, 5],
+            [6, 8, 8, 9, 10, 11],
+            [12, 13, 14, 15, 12, 12],
+        ]
+        assert torch.equal(torch.cat([batch.labels for batch in read]), data.labels)
+        assert torch.equal(read[1].images[1], data[8][0])
+    assert len(corrupt.found) == 4
+
+
+def test_a_class_without_a_readable_image_ends_training(image_folder):
+    for file in (image_folder / "train" / "bee").iterdir():
+        truncate(file)
+    with pytest.raises(RuntimeError, match=r"no image of the class of .*bee.* can be read"):
+        list(batches(files(image_folder / "train"), [[0, 6]], replace_corrupt=True))
+
+
+def test_a_batch_of_corrupt_images_is_not_yielded(image_folder):
+    truncate(image_folder / "train" / "ant" / "0.jpg")
+    read = list(batches(files(image_folder / "train"), [[0], [1]]))
+    assert [batch.indices.tolist() for batch in read] == [[1]]
+
+
+def test_corrupt_images_of_foreign_data_sets(image_folder, caplog):
+    from torchvision.datasets import ImageFolder
+
+    damaged = truncate(image_folder / "train" / "ant" / "0.jpg")
+    data = ImageFolder(str(image_folder / "train"), evaluation_transform(SIZE))
+    read = list(batches(data, [[0, 1]]))
+    assert read[0].indices.tolist() == [1]
+    assert str(damaged) in caplog.text
+
+
+def test_a_vanished_file_is_no_corrupt_image(image_folder):
+    data = files(image_folder / "train")
+    data.path(3).unlink()
+    with pytest.raises(FileNotFoundError):
+        list(batches(data, index_batches(18)))
+
+
+def test_corrupt_image_error_survives_pickling():
+    error = pickle.loads(pickle.dumps(CorruptImage("a.jpg", "short")))
+    assert (error.name, error.reason, str(error)) == ("a.jpg", "short", "a.jpg: short")
+
+
+def test_random_transforms_depend_on_seed_and_position_alone(image_folder):
+    data = ImageFiles(image_folder / "train", training_transform(SIZE))
+    order = list(index_batches(18, 6))
+    alone = list(batches(data, order, 0, seed=5))
+    for other in (
+        list(batches(data, order, 2, seed=5)),
+        [alone[0], *batches(data, order[1:], 0, seed=5, start=1)],
+    ):
+        assert all(torch.equal(a.images, b.images) for a, b in zip(alone, other, strict=True))
+    assert not torch.equal(alone[0].images, next(batches(data, order, seed=6)).images)
+
+
+def test_reading_leaves_random_states_alone(image_folder):
+    data = ImageFiles(image_folder / "train", training_transform(SIZE))
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1]  # noqa: NPY002
+    list(batches(data, index_batches(18)))
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    assert np.array_equal(before[2], np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_an_endless_order_is_read_as_far_as_wanted(image_folder):
+    def endless():
+        while True:
+            yield [1, 2]
+
+    reading = batches(files(image_folder / "train"), endless(), workers=1)
+    assert [next(reading).indices.tolist() for _ in range(5)] == [[1, 2]] * 5
+    reading.close()
+
+
+@pytest.mark.parametrize("index", [18, -1])
+def test_bad_indices(image_folder, index):
+    with pytest.raises(IndexError, match=f"index {index} is outside 0..17"):
+        list(batches(files(image_folder / "train"), [[0, index]]))
+    with pytest.raises(ValueError, match="workers must be 0 or more"):
+        batches(files(image_folder / "train"), [[0]], workers=-1)
+    with pytest.raises(ValueError, match="max_corrupt must be 0 or more"):
+        batches(files(image_folder / "train"), [[0]], max_corrupt=-1)
+
+
+def test_items_must_be_tensors_of_one_size(image_folder):
+    write_image(image_folder / "train" / "ant" / "0.jpg", 0, size=(50, 20))
+    raw = ImageFiles(image_folder / "train", lambda image: image)
+    with pytest.raises(ValueError, match="is a Image, not a tensor: give the data set a transform"):
+        list(batches(raw, [[0, 1]]))
+    from torchvision.transforms import ToTensor
+
+    with pytest.raises(ValueError, match="give the data set a transform with one size"):
+        list(batches(ImageFiles(image_folder / "train", ToTensor()), [[0, 1]]))
+
+
+class Dies:
+    """A data set whose second item takes its worker process down."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 1:
+            import os
+
+            os._exit(1)
+        return torch.zeros(1, 2, 2), 0
+
+
+def test_a_dead_worker_is_reported():
+    with pytest.raises(RuntimeError, match="a data worker died"):
+        list(batches(Dies(), [[0], [1]], workers=1))

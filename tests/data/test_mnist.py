@@ -1,0 +1,49 @@
+import gzip
+
+import numpy as np
+import pytest
+import torch
+from image_files import (
+    truncate,
+)
+
+from wfnet.data import (
+    open_data,
+)
+
+
+def test_mnist(mnist_folder):
+    splits = open_data("mnist", mnist_folder, image_size=28, mean=0.0, std=1.0, seed=2)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (30, 10, 20)
+    raw = np.frombuffer((mnist_folder / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8)
+    expected = torch.from_numpy(raw.copy()).view(20, 1, 28, 28).float() / 255
+    torch.testing.assert_close(splits.test.batch(torch.arange(20)).images, expected)
+    assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
+    upscaled = open_data("mnist", mnist_folder, channels=3)
+    assert upscaled.test[0][0].shape == (3, 32, 32)
+
+
+def test_mnist_in_torchvisions_folder(mnist_folder, tmp_path):
+    (tmp_path / "MNIST").mkdir()
+    mnist_folder.rename(tmp_path / "MNIST" / "raw")
+    assert len(open_data("mnist", tmp_path).test) == 20
+
+
+def test_damaged_mnist_files_are_named(mnist_folder):
+    path = mnist_folder / "t10k-labels-idx1-ubyte"
+    good = path.read_bytes()
+    for content in (good[:-3], good[:6], good[:2], b"", b"\x00\x00\x0d" + good[3:]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte is .*fetch it again"):
+            open_data("mnist", mnist_folder)
+    path.write_bytes(good)
+    truncate(mnist_folder / "train-images-idx3-ubyte.gz")
+    with pytest.raises(ValueError, match=r"train-images.*gz is truncated or damaged"):
+        open_data("mnist", mnist_folder)
+
+
+def test_mnist_files_must_belong_together(mnist_folder):
+    content = (mnist_folder / "t10k-labels-idx1-ubyte").read_bytes()
+    (mnist_folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(ValueError, match="do not belong together"):
+        open_data("mnist", mnist_folder)
