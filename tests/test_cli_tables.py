@@ -117,7 +117,7 @@ def test_bad_settings_of_baselines(digits, capsys):
         main(["baseline", str(run), "--set", "retrained=3"])
     assert "METHOD.NAME=VALUE" in capsys.readouterr().err
     fails(capsys, ["baseline", run, "--set", "random_labels.lr=high", *SMALL], "must be like")
-    fails(capsys, ["baseline", run, "--set", "random_labels.lr=-1", *SMALL], "above 0; got -1")
+    fails(capsys, ["baseline", run, "--set", "random_labels.lr=-1", *SMALL], "above 0, got -1")
     fails(capsys, ["baseline"], "name the folder of a run")
     fails(capsys, ["train", "--config", "digits/resnet"], "--output DIR")
     fails(capsys, ["train", "--config", "digits/resnet", "--output", digits / "base"], "--force")

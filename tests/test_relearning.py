@@ -155,7 +155,7 @@ def test_an_interrupted_call_goes_on(dataset, tmp_path, monkeypatch):
 def test_bad_settings_are_refused(dataset):
     with pytest.raises(ValueError, match="optimizer='lion'"):
         RelearnConfig(optimizer="lion")
-    with pytest.raises(ValueError, match="samples must be at least 2; got 1"):
+    with pytest.raises(ValueError, match="samples must be a whole number of at least 2, got 1"):
         RelearnConfig(samples=1)
     with pytest.raises(ValueError, match="original="):
         relearn_times(lambda label: linear(), dataset, dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.data import CorruptImages, Dataset, labels_of
+from wfnet.services import settings
+from wfnet.services.settings import check_settings, setting
 
 
 @dataclass(frozen=True)
@@ -34,30 +35,19 @@ class BaselineConfig:
         ValueError: for values out of range.
     """
 
-    epochs: int = 3
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: int = 64
-    max_norm: float = 1.0
-    retain_weight: float = 0.9
-    stop_below: float = 0.0
-    batch_norm: str = "train"
-    seed: int = 0
+    epochs: int = setting(3, settings.positive_int)
+    lr: float = setting(0.01, settings.positive_float)
+    momentum: float = setting(0.9, settings.below_one)
+    weight_decay: float = setting(0.0, settings.non_negative_float)
+    batch_size: int = setting(64, settings.int_from(2))
+    max_norm: float = setting(1.0, settings.positive_float)
+    retain_weight: float = setting(0.9, settings.Number(0.0, 1.0))
+    stop_below: float = setting(0.0, settings.Number(0.0, 1.0))
+    batch_norm: str = setting("train", ("train", "frozen"))
+    seed: int = setting(0, settings.seed)
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        for name in ("lr", "max_norm"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a number above 0; got {value}")
-        for name in ("retain_weight", "stop_below"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must lie in [0, 1]; got {getattr(self, name)}")
-        if self.batch_norm not in ("train", "frozen"):
-            raise ValueError(f"batch_norm={self.batch_norm!r} is not one of ('train', 'frozen')")
+        check_settings(self)
 
 
 @dataclass(frozen=True)

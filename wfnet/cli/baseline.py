@@ -15,8 +15,8 @@ from wfnet.baselines import (
     BaselineModels,
     run_baseline,
 )
-from wfnet.cli.chosen_images import add_list_options, evaluated_images
-from wfnet.cli.evaluate import PARTS, add_relearn_options, relearn_config
+from wfnet.cli.chosen_images import evaluated_images
+from wfnet.cli.evaluate import add_measure_options, add_relearn_options, relearn_config
 from wfnet.cli.inputs import (
     check_class_count,
     check_run_folder,
@@ -31,7 +31,6 @@ from wfnet.cli.options import (
     add_data_options,
     add_model_options,
     key_value,
-    log_base,
 )
 from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.train import (
@@ -41,7 +40,6 @@ from wfnet.cli.train import (
     recorded_training,
 )
 from wfnet.data import multi_hot_of
-from wfnet.services import settings
 from wfnet.services.files import write_json
 
 FOLDER = "baselines"
@@ -69,45 +67,31 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--resume", metavar="RUN", help="the same, as in timm")
     group = parser.add_argument_group("baselines")
     group.add_argument(
-        "--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME",
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=list(METHODS),
+        metavar="NAME",
         help=f"of {', '.join(METHODS)} (default: all)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="by number or name (default: all)"
     )
     group.add_argument(
-        "--set", nargs="+", default=[], type=_setting, metavar="METHOD.NAME=VALUE",
-        help="settings of a method: "
-        + ", ".join(field.name for field in fields(BaselineConfig)),
-    )  # fmt: skip
+        "--set",
+        nargs="+",
+        default=[],
+        type=_setting,
+        metavar="METHOD.NAME=VALUE",
+        help="settings of a method: " + ", ".join(field.name for field in fields(BaselineConfig)),
+    )
     group.add_argument(
-        "--keep-models", action=argparse.BooleanOptionalAction, default=True,
+        "--keep-models",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="keep the weights of every class and method (default: yes)",
-    )  # fmt: skip
-    group.add_argument("--split", choices=PARTS, default="test", help="part of the data")
-    group.add_argument("--eval-list", metavar="FILE", help="list of the images to evaluate on")
-    add_list_options(group)
-    group.add_argument(
-        "--zrf-base", type=log_base, default=log_base("e"), metavar="BASE",
-        help="base of the logarithm in ZRF: e or 2 (default: e)",
-    )  # fmt: skip
-    group.add_argument(
-        "-b",
-        "--batch-size",
-        type=settings.batch_size,
-        default=256,
-        metavar="N",
-        help="of evaluation",
     )
-    group.add_argument(
-        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
-    )
-    group.add_argument(
-        "--max-corrupt",
-        type=settings.non_negative_int,
-        metavar="N",
-        help="corrupt images that are left out",
-    )
+    add_measure_options(group, "of evaluation")
     group.add_argument("--output", metavar="DIR", help=f"folder (default: RUN/{FOLDER})")
     group.add_argument("--config", metavar="FILE", help="options from a file, or a recipe by name")
     add_relearn_options(parser)
@@ -174,9 +158,15 @@ def run(options: argparse.Namespace) -> int:
             options.max_corrupt,
         )
         result = run_baseline(
-            models, test, classes, relearn, options.zrf_base, options.batch_size, options.seed,
+            models,
+            test,
+            classes,
+            relearn,
+            options.zrf_base,
+            options.batch_size,
+            options.seed,
             progress=not options.quiet,
-        )  # fmt: skip
+        )
         write_json(output / f"{method}.json", {**result.as_dict(), "versions": versions()})
         if not options.keep_models:
             models.remove()

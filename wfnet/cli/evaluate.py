@@ -27,14 +27,17 @@ from wfnet.cli.inputs import (
 from wfnet.cli.options import (
     HelpFormatter,
     add_compute_options,
+    add_config_options,
     add_data_options,
     add_model_options,
+    config_changes,
     log_base,
 )
 from wfnet.cli.runs import check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
 from wfnet.evaluation import (
     EvaluationResult,
+    MultiLabelResult,
     choose_groups,
     evaluate,
     evaluate_groups,
@@ -80,38 +83,23 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("folder", nargs="?", metavar="RUN", help="folder of a run")
     parser.add_argument("--resume", metavar="RUN", help="the same, as in timm")
     group = parser.add_argument_group("evaluation")
-    group.add_argument("--split", choices=PARTS, default="test", help="part of the data")
     group.add_argument(
         "--classes", nargs="+", metavar="CLASS", help="rows, by number or name (default: all)"
     )
     group.add_argument(
-        "--zrf-base", type=log_base, default=log_base("e"), metavar="BASE",
-        help="base of the logarithm in ZRF: e or 2 (default: e)",
-    )  # fmt: skip
-    group.add_argument(
-        "--retained-rows", type=settings.positive_int, metavar="N",
+        "--retained-rows",
+        type=settings.positive_int,
+        metavar="N",
         help="for many classes: run each image under its own row and N random others, which makes "
         "Acc_r an estimate (default: all rows)",
-    )  # fmt: skip
-    group.add_argument(
-        "-b", "--batch-size", type=settings.batch_size, default=256, metavar="N",
-        help="samples of a forward pass: an image under a row each",
-    )  # fmt: skip
-    group.add_argument(
-        "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
     )
     group.add_argument(
-        "--max-corrupt",
-        type=settings.non_negative_int,
-        metavar="N",
-        help="corrupt images that are left out",
-    )
-    group.add_argument("--eval-list", metavar="FILE", help="list of the images to evaluate on")
-    add_list_options(group)
-    group.add_argument(
-        "--zrf-mode", choices=tuple(ZRF_MODES), default="definition",
+        "--zrf-mode",
+        choices=tuple(ZRF_MODES),
+        default="definition",
         help="how other code departs from the definition of ZRF",
-    )  # fmt: skip
+    )
+    add_measure_options(group, "samples of a forward pass: an image under a row each")
     group.add_argument("--output", metavar="DIR", help="folder for the results (default: RUN)")
     group.add_argument("--config", metavar="FILE", help="options from a file, or a recipe by name")
     group.add_argument("--no-figures", action="store_true", help="table, JSON and CSV only")
@@ -123,47 +111,50 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return parser
 
 
+def add_measure_options(group: argparse._ActionsContainer, samples: str) -> None:
+    """On which images and how accuracies and ZRF are measured; ``samples`` explains a batch."""
+    group.add_argument("--split", choices=PARTS, default="test", help="part of the data")
+    group.add_argument("--eval-list", metavar="FILE", help="list of the images to evaluate on")
+    add_list_options(group)
+    group.add_argument(
+        "--zrf-base",
+        type=log_base,
+        default=log_base("e"),
+        metavar="BASE",
+        help="base of the logarithm in ZRF: e or 2 (default: e)",
+    )
+    group.add_argument(
+        "-b", "--batch-size", type=settings.batch_size, default=256, metavar="N", help=samples
+    )
+    group.add_argument(
+        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
+    )
+    group.add_argument(
+        "--max-corrupt",
+        type=settings.non_negative_int,
+        metavar="N",
+        help="corrupt images that are left out",
+    )
+
+
 def add_relearn_options(parser: argparse.ArgumentParser) -> None:
     """Relearn time: options of `wfnet evaluate --tables` and `wfnet baseline`."""
     group = parser.add_argument_group("relearn time")
-    default = RelearnConfig()
     group.add_argument(
-        "--relearn", action=argparse.BooleanOptionalAction, default=True,
+        "--relearn",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="measure it (default: yes; it needs the training images)",
-    )  # fmt: skip
-    group.add_argument(
-        "--relearn-samples", type=settings.int_from(2), default=default.samples, metavar="N",
-        help="training images of an epoch",
-    )  # fmt: skip
-    group.add_argument(
-        "--relearn-epochs", type=settings.positive_int, default=default.max_epochs, metavar="N",
-        help="epochs after which a class counts as never relearned",
-    )  # fmt: skip
-    group.add_argument(
-        "--relearn-opt", choices=("sgd", "adam"), default=default.optimizer, help="optimiser"
     )
-    group.add_argument(
-        "--relearn-lr",
-        type=settings.positive_float,
-        default=default.lr,
-        metavar="X",
-        help="learning rate",
-    )
-    group.add_argument(
-        "--relearn-batch-norm", choices=("train", "frozen"), default=default.batch_norm,
-        help="whether running statistics are updated",
-    )  # fmt: skip
+    add_config_options(group, RelearnConfig, prefix="relearn-", defaults=RelearnConfig())
 
 
 def relearn_config(options: argparse.Namespace) -> RelearnConfig | None:
     """Settings of the relearn time; None with ``--no-relearn``."""
     if not options.relearn:
         return None
-    return RelearnConfig(
-        samples=options.relearn_samples, max_epochs=options.relearn_epochs,
-        optimizer=options.relearn_opt, lr=options.relearn_lr,
-        batch_norm=options.relearn_batch_norm, seed=options.seed,
-    )  # fmt: skip
+    changes = config_changes(options, RelearnConfig, prefix="relearn-")
+    return RelearnConfig(seed=options.seed, **changes)
 
 
 def _add_table_options(parser: argparse.ArgumentParser) -> None:
@@ -171,33 +162,47 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
         "tables", "The paper's Table 1 and Table 2 for this network, with the baselines in RUN."
     )
     group.add_argument(
-        "--tables", action="store_true",
+        "--tables",
+        action="store_true",
         help="relearn time, insertion, deletion and groups of classes too, as JSON, CSV, Markdown",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--published", metavar="CELL",
+        "--published",
+        metavar="CELL",
         help="published numbers to stand beside, for example cifar10/resnet18 (default: those of "
         "the same data and backbone)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--baselines", metavar="DIR", help="results of `wfnet baseline` (default: RUN/baselines)"
     )
     group.add_argument(
-        "--attribution-steps", type=settings.non_negative_int, default=20, metavar="N",
+        "--attribution-steps",
+        type=settings.non_negative_int,
+        default=20,
+        metavar="N",
         help="steps of the insertion and deletion curves; 0 for no curves",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--attribution-order", choices=ORDERS, default="lowest",
+        "--attribution-order",
+        choices=ORDERS,
+        default="lowest",
         help="which gates count as most relevant: the lowest (the paper's), or the farthest from 1",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--group-sizes", nargs="*", type=settings.int_from(2), default=[2], metavar="N",
+        "--group-sizes",
+        nargs="*",
+        type=settings.int_from(2),
+        default=[2],
+        metavar="N",
         help="how many classes are forgotten at once; none for no groups (default: 2)",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--groups", type=settings.positive_int, default=100, metavar="N",
+        "--groups",
+        type=settings.positive_int,
+        default=100,
+        metavar="N",
         help="groups of each size that are drawn by --seed, where there are more",
-    )  # fmt: skip
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -220,30 +225,18 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     output = Path(options.output or folder)
     check_class_count(options, folder, config["num_classes"], "evaluate on")
     cell = _cell(options, config["num_classes"])
-    relearn = relearn_config(options)
-    baselines = read_baselines(options.baselines or folder / "baselines") if options.tables else []
-    check_baselines(
-        baselines, options.zrf_base, options.zrf_mode, None if relearn is None else asdict(relearn)
-    )
+    tables = _TableParts(options, folder, cell) if options.tables else None
     check_writable(output)
     net, classifier = load_network(options, folder)
     data = open_images(options, classifier)
-    if options.tables and relearn is not None and not len(data.train):
-        raise ValueError(
-            f"{data.name} has no training images, from which the relearn time is measured: give "
-            "--no-relearn"
-        )
+    if tables is not None:
+        tables.check_data(data)
     with ranks.first_ahead():
         images = evaluated_images(options, data, folder)
     classes = None
     if options.classes:
         classes = class_indices(options.classes, images.classes, net.num_classes)
     partial = output / PARTIAL
-    if multi_hot_of(images) is not None and options.tables:
-        raise ValueError(
-            "the paper's tables are of images with one label each: leave out --tables to evaluate "
-            "average precisions"
-        )
     shared = {
         "progress": not options.quiet,
         "workers": options.workers,
@@ -252,55 +245,39 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
         "channels_last": options.channels_last,
     }
     if multi_hot_of(images) is not None:
-        if not ranks.alone:
-            raise ValueError("images with several labels are evaluated by one process: no torchrun")
-        _evaluate_multi_label(options, net, images, classes, output, shared)
-        return
-    result = evaluate(
-        net,
-        images,
-        classes=classes,
-        batch_size=options.batch_size,
-        zrf_base=options.zrf_base,
-        seed=options.seed,
-        retained_rows=options.retained_rows,
-        zrf_mode=options.zrf_mode,
-        records=partial / "counts.safetensors",
-        ranks=ranks,
-        **shared,
-    )
+        result = evaluate_multi_label(
+            net,
+            images,
+            classes,
+            options.batch_size,
+            records=partial / "average_precisions.json",
+            ranks=ranks,
+            **shared,
+        )
+    else:
+        result = evaluate(
+            net,
+            images,
+            classes,
+            options.batch_size,
+            zrf_base=options.zrf_base,
+            seed=options.seed,
+            retained_rows=options.retained_rows,
+            zrf_mode=options.zrf_mode,
+            records=partial / "counts.safetensors",
+            ranks=ranks,
+            **shared,
+        )
     if not ranks.first:
         return
     result.settings["split"] = options.split
-    written = write_results(result, net, images, output, figures=not options.no_figures)
+    figures = not options.no_figures and isinstance(result, EvaluationResult)
+    written = write_results(result, net, images, output, figures)
     print(result.table())
-    if options.tables:
-        written += _tables(
-            options, net, data, images, classes, result, baselines, output, cell, relearn, shared
-        )
+    if tables is not None:
+        written += tables.write(net, data, images, classes, result, output, shared)
     print(f"\nin {output}: {', '.join(written)}  ({result.seconds:.1f} s)")
     shutil.rmtree(partial, ignore_errors=True)
-
-
-def _evaluate_multi_label(
-    options: argparse.Namespace,
-    net: WFNet,
-    images: Dataset,
-    classes: list[int] | None,
-    output: Path,
-    shared: dict[str, Any],
-) -> None:
-    """Average precisions instead of accuracies."""
-    records = output / PARTIAL / "average_precisions.json"
-    result = evaluate_multi_label(
-        net, images, classes, options.batch_size, records=records, **shared
-    )
-    result.settings["split"] = options.split
-    result.to_json(output / "evaluation.json")
-    result.to_csv(output / "evaluation.csv")
-    print(result.table())
-    print(f"\nin {output}: evaluation.json, evaluation.csv  ({result.seconds:.1f} s)")
-    shutil.rmtree(output / PARTIAL, ignore_errors=True)
 
 
 def _cell(options: argparse.Namespace, num_classes: int) -> str | None:
@@ -315,65 +292,98 @@ def _cell(options: argparse.Namespace, num_classes: int) -> str | None:
     return options.published
 
 
-def _tables(
-    options: argparse.Namespace,
-    net: WFNet,
-    data: Splits,
-    images: Dataset,
-    classes: list[int] | None,
-    result: EvaluationResult,
-    baselines: list[dict[str, Any]],
-    output: Path,
-    cell: str | None,
-    relearn: RelearnConfig | None,
-    shared: dict[str, Any],
-) -> list[str]:
-    """Measures what else the tables need, prints and writes them; returns the names."""
-    partial = output / PARTIAL
-    relearning = curves = None
-    if relearn is not None:
-        few = {name: shared[name] for name in ("progress", "workers", "max_corrupt")}
-        relearning = relearn_times(
-            net, data.train, images, classes=classes, config=relearn,
-            records=partial / "relearning.json", **few,
-        )  # fmt: skip
-        write_json(output / "relearning.json", relearning.as_dict())
-    if options.attribution_steps:
-        curves = attribution(
-            net, images, classes, options.attribution_steps, options.attribution_order,
-            options.seed, options.batch_size,
-            records=partial / "attribution.json", **shared,
-        )  # fmt: skip
-        write_json(output / "attribution.json", curves.as_dict())
-    groups = []
-    for size in dict.fromkeys(options.group_sizes):
-        if classes is not None or not 2 <= size < net.num_classes:
-            continue
-        chosen = choose_groups(net.num_classes, size, options.groups, options.seed)
-        records = partial / f"groups_of_{size}.json"
-        found = evaluate_groups(net, images, chosen, options.batch_size, records, **shared)
-        groups.append(found)
-    tables = make_tables(
-        f"{data.name} x {options.model}",
-        result,
-        relearning,
-        curves,
-        baselines,
-        groups,
-        cell,
-    )
-    tables.settings["versions"] = versions()
-    tables.to_json(output / "tables.json")
-    tables.to_csv(output / "tables.csv")
-    tables.to_markdown(output / "tables.md")
-    print(f"\n{tables.markdown()}")
-    names = ["tables.json", "tables.csv", "tables.md"]
-    names += ["relearning.json"] if relearning is not None else []
-    return names + (["attribution.json"] if curves is not None else [])
+class _TableParts:
+    """What ``--tables`` adds: its options are checked first, the long work comes last.
+
+    Raises:
+        ValueError: for options or baselines that do not fit.
+    """
+
+    def __init__(self, options: argparse.Namespace, folder: Path, cell: str | None):
+        self.options, self.cell = options, cell
+        self.relearn = relearn_config(options)
+        self.baselines = read_baselines(options.baselines or folder / "baselines")
+        relearning = None if self.relearn is None else asdict(self.relearn)
+        check_baselines(self.baselines, options.zrf_base, options.zrf_mode, relearning)
+
+    def check_data(self, data: Splits) -> None:
+        """Raises ValueError for data on which the tables cannot be made."""
+        if multi_hot_of(data.test) is not None:
+            raise ValueError(
+                "the paper's tables are of images with one label each: leave out --tables to "
+                "evaluate average precisions"
+            )
+        if self.relearn is not None and not len(data.train):
+            raise ValueError(
+                f"{data.name} has no training images, from which the relearn time is measured: "
+                "give --no-relearn"
+            )
+
+    def write(
+        self,
+        net: WFNet,
+        data: Splits,
+        images: Dataset,
+        classes: list[int] | None,
+        result: EvaluationResult,
+        output: Path,
+        shared: dict[str, Any],
+    ) -> list[str]:
+        """Measures what else the tables need, prints and writes them; returns the names."""
+        options, partial = self.options, output / PARTIAL
+        written = ["tables.json", "tables.csv", "tables.md"]
+        relearning = curves = None
+        if self.relearn is not None:
+            relearning = relearn_times(
+                net,
+                data.train,
+                images,
+                classes=classes,
+                config=self.relearn,
+                records=partial / "relearning.json",
+                **{name: shared[name] for name in ("progress", "workers", "max_corrupt")},
+            )
+            write_json(output / "relearning.json", relearning.as_dict())
+            written.append("relearning.json")
+        if options.attribution_steps:
+            curves = attribution(
+                net,
+                images,
+                classes,
+                options.attribution_steps,
+                options.attribution_order,
+                options.seed,
+                options.batch_size,
+                records=partial / "attribution.json",
+                **shared,
+            )
+            write_json(output / "attribution.json", curves.as_dict())
+            written.append("attribution.json")
+        groups = []
+        for size in dict.fromkeys(options.group_sizes):
+            if classes is not None or size >= net.num_classes:
+                continue
+            chosen = choose_groups(net.num_classes, size, options.groups, options.seed)
+            records = partial / f"groups_of_{size}.json"
+            groups.append(
+                evaluate_groups(net, images, chosen, options.batch_size, records, **shared)
+            )
+        title = f"{data.name} x {options.model}"
+        tables = make_tables(title, result, relearning, curves, self.baselines, groups, self.cell)
+        tables.settings["versions"] = versions()
+        tables.to_json(output / "tables.json")
+        tables.to_csv(output / "tables.csv")
+        tables.to_markdown(output / "tables.md")
+        print(f"\n{tables.markdown()}")
+        return written
 
 
 def write_results(
-    result: EvaluationResult, net: WFNet, images: Dataset, folder: Path, figures: bool = True
+    result: EvaluationResult | MultiLabelResult,
+    net: WFNet,
+    images: Dataset,
+    folder: Path,
+    figures: bool = True,
 ) -> list[str]:
     """Writes JSON, CSV and, where matplotlib is installed, figures; returns their names."""
     result.to_json(folder / "evaluation.json")

@@ -138,8 +138,11 @@ def attribution(
             something else in ``records``.
         FloatingPointError: if logits are NaN or infinite.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size),
-                        ("classes_together", classes_together)):  # fmt: skip
+    for name, value in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("classes_together", classes_together),
+    ):
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
     if order not in ORDERS:

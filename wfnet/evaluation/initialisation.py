@@ -17,9 +17,16 @@ logger = logging.getLogger("wfnet")
 # Raw parameters (owned by a module that has no way to reset them) by the last part of their name,
 # as timm and torchvision initialise them.
 _TOKENS = {
-    "cls_token", "class_token", "dist_token", "reg_token", "mask_token", "pos_embed",
-    "pos_embedding", "position_embedding", "relative_position_bias_table",
-}  # fmt: skip
+    "cls_token",
+    "class_token",
+    "dist_token",
+    "reg_token",
+    "mask_token",
+    "pos_embed",
+    "pos_embedding",
+    "position_embedding",
+    "relative_position_bias_table",
+}
 _TOKEN_STD = 0.02
 _LAYER_SCALES = {"gamma", "gamma1", "gamma2", "gamma_1", "gamma_2", "layer_scale", "ls1", "ls2"}
 _LAYER_SCALE = 1e-6
@@ -53,8 +60,12 @@ def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.is_floating_point():
                 parameter.fill_(torch.nan)
         for module in reversed(list(new.modules())):  # a parent's own initialisation comes last
-            for method in ("reset_parameters", "_reset_parameters", "init_weights",
-                           "_initialize_weights"):  # fmt: skip
+            for method in (
+                "reset_parameters",
+                "_reset_parameters",
+                "init_weights",
+                "_initialize_weights",
+            ):
                 _call_without_arguments(module, method)
             _reset_running_statistics(module)
         _initialise_raw(new, old)

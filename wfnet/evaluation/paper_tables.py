@@ -37,10 +37,13 @@ TITLES = {
 }
 # Last part of a model's name, without sizes of patches and images -> backbone of the paper.
 _BACKBONES = (
-    (r"resnet18", "resnet18"), (r"resnet50", "resnet50"), (r"resnet101", "resnet101"),
-    (r"vgg16(_bn)?", "vgg16"), (r"(vit|deit)_t(iny|i)?(_.*)?", "vit_tiny"),
+    (r"resnet18", "resnet18"),
+    (r"resnet50", "resnet50"),
+    (r"resnet101", "resnet101"),
+    (r"vgg16(_bn)?", "vgg16"),
+    (r"(vit|deit)_t(iny|i)?(_.*)?", "vit_tiny"),
     (r"(vit|deit)_s(mall)?(_.*)?", "vit_small"),
-)  # fmt: skip
+)
 
 
 @cache
@@ -202,8 +205,15 @@ class PaperTables:
         return _aligned(header, lines)
 
     def _table3(self) -> list[str]:
-        header = ["several classes at once", "groups", "Acc_r", "original", "Acc_f", "original",
-                  "worst class"]  # fmt: skip
+        header = [
+            "several classes at once",
+            "groups",
+            "Acc_r",
+            "original",
+            "Acc_f",
+            "original",
+            "worst class",
+        ]
         lines = []
         for group in self.groups:
             mean = group["mean"]
@@ -262,10 +272,12 @@ def make_tables(
     rows = {
         "original": TableRow("original", **_accuracies(evaluation.original)),
         "wfnet": TableRow(
-            "wfnet", **_accuracies(evaluation.mean), **_times(relearning),
+            "wfnet",
+            **_accuracies(evaluation.mean),
+            **_times(relearning),
             **({} if attribution is None else attribution.mean),
         ),
-    }  # fmt: skip
+    }
     check_baselines(
         baselines,
         evaluation.zrf_base,

@@ -14,8 +14,6 @@ filters were learned. ``batch_norm="frozen"`` measures how soon the weights rele
 from __future__ import annotations
 
 import copy
-import logging
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -32,10 +30,10 @@ from wfnet.evaluation.forward import evaluation_mode
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.progress import Progress
 from wfnet.services.seeds import generator_for
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.settings import check_settings, setting
 
 _EVALUATED_TOGETHER = 256
 
@@ -59,28 +57,29 @@ class RelearnConfig:
         ValueError: for values out of range.
     """
 
-    samples: int = 500
-    max_epochs: int = 100
-    tolerance: float = 0.03
-    optimizer: str = "sgd"
-    lr: float = 0.01
-    momentum: float = 0.9
-    weight_decay: float = 0.0
-    batch_size: int = 50
-    batch_norm: str = "train"
-    seed: int = 0
+    samples: int = setting(
+        500, settings.int_from(2), metavar="N", help="training images of an epoch"
+    )
+    max_epochs: int = setting(
+        100,
+        settings.positive_int,
+        flags="--epochs",
+        metavar="N",
+        help="epochs after which a class counts as never relearned",
+    )
+    tolerance: float = setting(0.03, settings.below_one)
+    optimizer: str = setting("sgd", ("sgd", "adam"), flags="--opt", help="optimiser")
+    lr: float = setting(0.01, settings.positive_float, metavar="X", help="learning rate")
+    momentum: float = setting(0.9, settings.below_one)
+    weight_decay: float = setting(0.0, settings.non_negative_float)
+    batch_size: int = setting(50, settings.int_from(2))
+    batch_norm: str = setting(
+        "train", ("train", "frozen"), help="whether running statistics are updated"
+    )
+    seed: int = setting(0, settings.seed)
 
     def __post_init__(self) -> None:
-        for name, allowed in (("optimizer", ("sgd", "adam")), ("batch_norm", ("train", "frozen"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {allowed}")
-        for name, least in (("samples", 2), ("max_epochs", 1), ("batch_size", 2)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}; got {getattr(self, name)}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr must be a number above 0; got {self.lr}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance must lie in [0, 1); got {self.tolerance}")
+        check_settings(self)
 
 
 @dataclass(frozen=True)
