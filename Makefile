@@ -44,7 +44,7 @@ test-gpu: ## the tests that need a CUDA device; installs this checkout offline, 
 # Results go to $(OUT); those that are committed were written to benchmarks/results.
 OUT ?= runs/bench
 bench: $(READY) ## operators, whole steps, evaluation, data loading and scaling on this CPU (10 minutes)
-	$(BIN)/python benchmarks/bench_ops.py --layers resnet18.layer1 resnet18.layer4.conv vit_tiny --output $(OUT)/ops
+	$(BIN)/python benchmarks/bench_ops.py --layers resnet18.layer1 resnet18.layer4.conv vit_tiny --output $(OUT)/ops.json
 	$(BIN)/python benchmarks/bench_step.py --models small/resnet resnet18 -b 16 --output $(OUT)/step_cpu.json
 	$(BIN)/python benchmarks/bench_eval.py --output $(OUT)/eval_cpu.json
 	$(BIN)/python benchmarks/bench_data.py --output $(OUT)/data_cpu.json

@@ -3,11 +3,10 @@
     python benchmarks/bench_allreduce.py --ranks 2 4 --classes 1000 --gates 26560
 
 For every global batch size, an expanded minibatch is drawn and shared as
-`wfnet.untraining.distributed` does
-it, and each rank's gradient is added up in three ways. Shown are the bytes that a rank sends by
-formula, the bytes that went over the loopback interface (per rank; with everything that the
-protocol adds, and whatever else uses the interface), and the median time. Gloo on the CPU: bytes
-carry over to other links, milliseconds do not.
+`wfnet.untraining.distributed` does it, and each rank's gradient is added up in three ways. Shown
+are the bytes that a rank sends by formula, the bytes that went over the loopback interface (per
+rank; with everything that the protocol adds, and whatever else uses the interface), and the median
+time. Gloo on the CPU: bytes carry over to other links, milliseconds do not.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from script import begin, make_parser, markdown_table
 
-from wfnet.benchmarking.timing import about
 from wfnet.services.files import write_json
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
@@ -36,7 +34,7 @@ WAYS = ("dense", "rows", "gather")
 
 
 def rows_of(batch_size: int, expansion: int, classes: int, ranks: int) -> list[torch.Tensor]:
-    """Distinct forget labels of every rank, for one expanded minibatch with shared images."""
+    """Returns the distinct forget labels of every rank for one expanded minibatch."""
     labels = torch.arange(classes).repeat(4)
     chosen = labels[RoundRobinSampler(labels, batch_size // 2, seed=0).batch(0)]
     batch = expand(chosen, classes, expansion, generator_for(0, 4, 0), share_images=True)
@@ -112,42 +110,34 @@ def work(rank: int, size: int, folder: str, options: argparse.Namespace) -> None
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = make_parser(__doc__)
+    parser.set_defaults(device="cpu")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[32, 128, 512, 2048])
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--gates", type=int, default=26560, help="of ResNet-50 by default")
     parser.add_argument("--expansion", type=int, default=5)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--output", metavar="FILE", help="JSON with all numbers")
     options = parser.parse_args()
+    record = begin("bench_allreduce", options, None)
     found = []
     for size in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(work, (size, folder, options), nprocs=size)
             found += json.loads(Path(folder, "found.json").read_text())
-    print("| ranks | batch | rows, of one rank | " + " | ".join(
-        f"{way}: MiB sent (on the wire), ms" for way in WAYS) + " |")  # fmt: skip
-    print("| --- " * (3 + len(WAYS)) + "|")
-    for record in found:
-        cells = [
-            f"{record[way]['sent'] / 2**20:.1f} ({record[way]['on_the_wire'] / 2**20:.1f}), "
-            f"{record[way]['milliseconds']:.0f}"
+    head = [f"{way}: MiB sent (on the wire), ms" for way in WAYS]
+    rows = [
+        [one["ranks"], one["batch_size"], f"{one['union']}, {one['most']}"]
+        + [
+            f"{one[way]['sent'] / 2**20:.1f} ({one[way]['on_the_wire'] / 2**20:.1f}), "
+            f"{one[way]['milliseconds']:.0f}"
             for way in WAYS
         ]
-        print(
-            f"| {record['ranks']} | {record['batch_size']} | {record['union']}, "
-            f"{record['most']} | {' | '.join(cells)} |"
-        )
+        for one in found
+    ]
+    print(markdown_table(["ranks", "batch", "rows, of one rank", *head], rows))
     if options.output:
-        record = {
-            "benchmark": "allreduce",
-            "settings": vars(options),
-            "backend": "gloo",
-            **about("cpu", ["benchmarks/bench_allreduce.py", *sys.argv[1:]]),
-            "records": found,
-        }
-        write_json(options.output, record)
+        write_json(options.output, {**record, "backend": "gloo", "records": found})
 
 
 if __name__ == "__main__":

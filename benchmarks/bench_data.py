@@ -31,8 +31,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from script import begin, chart, make_parser
 
-from wfnet.benchmarking.timing import about, device_name, settings_of
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
 from wfnet.data.shards import find_shards
 from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -43,7 +43,7 @@ Epoch = Callable[[int], Iterator[int]]  # number of the epoch -> sizes of batche
 
 
 def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Pixels [height, width, 3] uint8 with the spectrum of photographs.
+    """Returns pixels [height, width, 3] uint8 with the spectrum of photographs.
 
     Noise whose amplitude falls with frequency. It goes on at the opposite edge where it ends.
     """
@@ -56,7 +56,7 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def write_images(root: Path, count: int, seed: int = 0) -> None:
-    """JPEG files of ImageNet's average size."""
+    """Writes JPEG files of ImageNet's average size."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         image = Image.fromarray(photograph(rng, 375, 500))
@@ -66,7 +66,7 @@ def write_images(root: Path, count: int, seed: int = 0) -> None:
 
 
 def pack(root: Path, packed: Path, per_shard: int = 128) -> None:
-    """The files of `root/<class>/` as shards."""
+    """Writes the files of `root/<class>/` as shards."""
     files = sorted(root.glob("*/*"))
     classes = sorted({path.parent.name for path in files})
     packed.mkdir(parents=True, exist_ok=True)
@@ -125,16 +125,21 @@ def timm_epoch(root: Path, args: argparse.Namespace, workers: int) -> Epoch:
 
 
 def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) -> dict[str, Epoch]:
-    """One epoch per column; those of a missing package are left out."""
+    """Returns one epoch per column; those of a missing package are left out."""
     transform = evaluation_transform(args.image_size)
     files = ImageFiles(root, transform)
     shards = ImageShards(find_shards(folder, "shards"), transform)
 
-    def cached(place: str | None) -> CachedImages:
+    def cached(place: str) -> CachedImages:
         return CachedImages(
-            files, place, args.image_size, IMAGENET_MEAN, IMAGENET_STD, device=args.device,
+            files,
+            place,
+            args.image_size,
+            IMAGENET_MEAN,
+            IMAGENET_STD,
+            device=args.device,
             folder=folder / "cache",
-        )  # fmt: skip
+        )
 
     def filled(place: str) -> Epoch:
         epoch = ours(cached(place), args, workers)
@@ -160,7 +165,7 @@ def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) ->
 
 
 def rate(epoch: Epoch, number: int) -> float:
-    """Images per second of one epoch, the start of workers included."""
+    """Returns images per second of one epoch, the start of workers included."""
     start = time.perf_counter()
     images = sum(epoch(number))
     if torch.cuda.is_available():
@@ -168,91 +173,74 @@ def rate(epoch: Epoch, number: int) -> float:
     return images / (time.perf_counter() - start)
 
 
-def draw(results: dict[str, dict[str, list[float]]], path: Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+def draw(record: dict, path: Path, title: str) -> None:
+    """Draws images per second of every column."""
+    results = record["images_per_second"]
     names = list(next(iter(results.values())))
-    figure, axes = plt.subplots(figsize=(8, 0.45 * len(names) * len(results) / 2 + 1.6))
+    size = 8, 0.45 * len(names) * len(results) / 2 + 1.6
     height = 0.8 / len(results)
-    for position, (workers, rates) in enumerate(results.items()):
-        medians = [statistics.median(rates[name]) for name in names]
-        places = [index + position * height for index in range(len(names))]
-        bars = axes.barh(places, medians, height, label=f"{workers} workers")
-        axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=3, fontsize=8)
-    axes.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.set_xlabel("images per second")
-    axes.margins(x=0.15)
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    with chart(path, 1, size, title) as (axis,):
+        for position, (workers, rates) in enumerate(results.items()):
+            medians = [statistics.median(rates[name]) for name in names]
+            places = [index + position * height for index in range(len(names))]
+            bars = axis.barh(places, medians, height, label=f"{workers} workers")
+            axis.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=3, fontsize=8)
+        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
+        axis.invert_yaxis()
+        axis.set_xscale("log")
+        axis.set_xlabel("images per second")
+        axis.margins(x=0.15)
+        axis.legend(fontsize=8)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data-dir", type=Path, help="folder <class>/*.jpg instead of made files")
-    parser.add_argument("--images", type=int, default=512, help="made files")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("-b", "--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser = make_parser(__doc__, repeats=3)
+    add = parser.add_argument
+    add("--data-dir", type=Path, help="folder <class>/*.jpg instead of made files")
+    add("--images", type=int, default=512, help="made files")
+    add("--image-size", type=int, default=224)
+    add("-b", "--batch-size", type=int, default=64)
+    add("--workers", type=int, nargs="+", default=[0, 2])
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    results: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        root = args.data_dir or folder / "files"
+    record = begin("bench_data", args, argv)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        root = args.data_dir or folder / "images"
         if args.data_dir is None:
             write_images(root, args.images)
         pack(root, folder / "shards")
-        size = statistics.mean(path.stat().st_size for path in root.glob("*/*"))
-        count = len(list(root.glob("*/*")))
-        result = {
-            "benchmark": "data",
-            "settings": settings_of(args),
-            "files": count,
-            "mean_bytes": size,
-            **about(args.device, ["benchmarks/bench_data.py", *(argv or sys.argv[1:])]),
-            "images_per_second": results,
-        }
+        sizes = [path.stat().st_size for path in root.glob("*/*")]
+        record |= {"files": len(sizes), "mean_bytes": statistics.mean(sizes)}
+        results = record["images_per_second"] = {}
         for workers in args.workers:
             epochs = columns(root, folder, args, workers)
-            rates: dict[str, list[float]] = {name: [] for name in epochs}
-            results[str(workers)] = rates
+            rates = results[str(workers)] = {column: [] for column in epochs}
             for number in range(args.repeats):
-                for name, epoch in epochs.items():
-                    rates[name].append(rate(epoch, number))
+                for column, epoch in epochs.items():
+                    rates[column].append(rate(epoch, number))
                 if args.output:
-                    write_json(args.output, result)
-    where = device_name(torch.device(args.device))
-    title = f"{count} JPEG files of {size / 1024:.0f} KiB at {args.image_size} px; {where}"
+                    write_json(args.output, record)
+    title = (
+        f"{len(sizes)} JPEG files of {record['mean_bytes'] / 1024:.0f} KiB at {args.image_size} "
+        f"px; {record['device']}"
+    )
     print(title)
     for workers, rates in results.items():
         base = statistics.median(rates["folder"])
         print(f"\n{workers} workers    images/s       min       max   x folder")
-        for name, values in rates.items():
+        for column, values in rates.items():
             median = statistics.median(values)
             print(
-                f"{name:12} {median:10,.0f} {min(values):9,.0f} {max(values):9,.0f} "
+                f"{column:12} {median:10,.0f} {min(values):9,.0f} {max(values):9,.0f} "
                 f"{median / base:10.2f}"
             )
     if args.output:
-        draw(results, args.output.with_suffix(".png"), title)
-    return result
+        draw(record, args.output.with_suffix(".png"), title)
+    return record
 
 
 if __name__ == "__main__":

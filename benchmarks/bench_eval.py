@@ -7,32 +7,24 @@ Columns, all of which see `images x classes` samples and return the predicted cl
     baked      one plain model per class (`bake`), class after class
     unfused    a mixed batch of (image, row) pairs, layer by layer
     fused      the same through the fused plan: what comes before the first mask once per image
-    plain      the original network on as many samples, without any row: the floor without sharing
+    plain      the original network on as many samples, without any row: the least without sharing
 
 Interleaved, medians, pairs per second, peak memory that a pass adds. Columns must agree in their
-predictions. Writes JSON with raw timings, versions, commit and command, after every repeat.
+predictions. Writes JSON with raw timings, versions, commit and command.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from script import CUDA, begin, make_parser
 from torch import Tensor, nn
 
 import wfnet
-from wfnet.benchmarking.timing import (
-    about,
-    choose_convolutions_by_trial,
-    device_name,
-    peak_mebibytes,
-    settings_of,
-    timed,
-)
+from wfnet.benchmarking.timing import interleaved, peak_mebibytes, timed
 from wfnet.cli.classifier import create_classifier
 from wfnet.services.files import write_json
 
@@ -40,7 +32,7 @@ COLUMNS = ("baked", "unfused", "fused", "plain")
 
 
 def predictions(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Tensor]]:
-    """One function per column: predicted classes ``[images, classes]``."""
+    """Returns one function per column: predicted classes ``[images, classes]``."""
     torch.manual_seed(args.seed)
     net = wfnet.WFNet(
         create_classifier(
@@ -89,7 +81,7 @@ def predictions(args: argparse.Namespace, device: torch.device) -> dict[str, Cal
 
 
 def agreement(found: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> dict[str, float]:
-    """Share of the samples for which a column predicts the class that `unfused` does.
+    """Returns the share of the samples for which a column predicts the class that `unfused` does.
 
     Random weights leave logits close to each other: in 16 bits the largest one may change.
 
@@ -110,70 +102,48 @@ def agreement(found: dict[str, Callable[[], Tensor]], dtype: torch.dtype) -> dic
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default="resnet18", help="timm name, torchvision/, small/NAME")
-    parser.add_argument("--image-size", type=int, default=224 if cuda else 64)
-    parser.add_argument("--images", type=int, default=256 if cuda else 16)
-    parser.add_argument("--classes", type=int, default=1000 if cuda else 20)
-    parser.add_argument("-b", "--batch-size", type=int, default=1024 if cuda else 80)
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--dtype", default="bfloat16" if cuda else "float32",
-                        choices=["float32", "bfloat16", "float16"])  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser = make_parser(__doc__, repeats=5, dtype="bfloat16" if CUDA else "float32")
+    add = parser.add_argument
+    add("--model", default="resnet18", help="timm name, torchvision/, small/NAME")
+    add("--image-size", type=int, default=224 if CUDA else 64)
+    add("--images", type=int, default=256 if CUDA else 16)
+    add("--classes", type=int, default=1000 if CUDA else 20)
+    add("-b", "--batch-size", type=int, default=1024 if CUDA else 80)
+    add("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    record = begin("bench_eval", args, argv)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    choose_convolutions_by_trial(device)
     autocast = torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
-    milliseconds: dict[str, list[float]] = {}
-    pairs = args.images * args.classes
-    result = {
-        "benchmark": "eval",
-        "settings": settings_of(args),
-        "pairs": pairs,
-        **about(device, ["benchmarks/bench_eval.py", *(argv or sys.argv[1:])]),
-        "milliseconds": milliseconds,
-        "peak_mebibytes": {},
-    }
-
-    def keep() -> None:
-        if args.output:
-            write_json(args.output, result)
-
+    record["pairs"] = pairs = args.images * args.classes
     with torch.inference_mode(), autocast:
-        found = predictions(args, device)
-        result["agreement"] = agreement(found, dtype)
-        found["plain"]()
-        milliseconds |= {name: [] for name in found}
-        for _ in range(args.repeats):
-            for name, predict in found.items():
-                milliseconds[name].append(timed(predict, device))
-            keep()
-        memory = {name: peak_mebibytes(predict, device) for name, predict in found.items()}
-    result["peak_mebibytes"] = memory
-    keep()
-    print(f"{args.model}, {args.image_size} px, {args.images} images x {args.classes} classes, "
-          f"{device_name(device)}")  # fmt: skip
+        calls = predictions(args, device)
+        record["agreement"] = agreement(calls, dtype)
+        calls["plain"]()
+        times, failed = interleaved(calls, args.repeats, lambda call: timed(call, device))
+        if failed:
+            raise SystemExit(f"columns failed: {failed}")
+        record["milliseconds"] = times
+        memory = {name: peak_mebibytes(call, device) for name, call in calls.items()}
+    record["peak_mebibytes"] = memory
+    if args.output:
+        write_json(args.output, record)
+    print(
+        f"{args.model}, {args.image_size} px, {args.images} images x {args.classes} classes, "
+        f"{record['device']}"
+    )
     print("column          ms      least   largest    pairs/s   x baked      MiB")
-    base = statistics.median(milliseconds["baked"])
-    for name, values in milliseconds.items():
+    base = statistics.median(times["baked"])
+    for name, values in times.items():
         median = statistics.median(values)
         print(
             f"{name:10}{median:9.1f}{min(values):10.1f}{max(values):10.1f}"
             f"{pairs / median * 1e3:11,.0f}{base / median:10.2f}{memory[name]:9.1f}"
         )
-    return result
+    return record
 
 
 if __name__ == "__main__":

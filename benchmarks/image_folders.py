@@ -15,8 +15,6 @@ import hashlib
 import json
 import multiprocessing
 import shutil
-import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,7 +41,7 @@ class ImageFolder:
     Attributes:
         classes: above 100 the images show nothing.
         train, val, test: images of each class in each part.
-        width, height: of the files, in pixels; characters are square.
+        pixels: of the files, a side.
         noise: on characters (:func:`wfnet.data.glyphs.render`).
         seed: of everything random.
 
@@ -55,58 +53,41 @@ class ImageFolder:
     train: int
     val: int
     test: int
-    width: int = 224
-    height: int = 224
+    pixels: int = 224
     noise: float = 0.15
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.classes < 2 or min(self.train, self.val, self.test) < 1:
+        if self.classes < 2 or min(self.train, self.val, self.test) < 1 or self.pixels < 8:
             raise ValueError(
-                f"a folder needs 2 classes and an image of each in every part, not {self.classes} "
-                f"classes with {self.train}, {self.val} and {self.test}"
+                "a folder needs 2 classes, an image of each in every part and 8 pixels, not "
+                f"{self.classes} classes with {self.train}, {self.val} and {self.test} images of "
+                f"{self.pixels} pixels"
             )
-        if min(self.width, self.height) < 8:
-            raise ValueError(f"images need 8 pixels a side, not {self.width} x {self.height}")
-        if self.shows_characters and self.width != self.height:
-            raise ValueError(f"characters are square, not {self.width} x {self.height} pixels")
 
     @property
     def shows_characters(self) -> bool:
         return self.classes <= len(HUNDRED)
 
     @property
-    def per_class(self) -> int:
-        return self.train + self.val + self.test
-
-    @property
     def files(self) -> int:
-        return self.classes * self.per_class
+        return self.classes * (self.train + self.val + self.test)
 
     @property
     def most_bytes(self) -> int:
         """Space that the folder takes, at most."""
-        return int(self.files * (self.width * self.height * _BYTES_PER_PIXEL + 4096))
+        return int(self.files * (self.pixels**2 * _BYTES_PER_PIXEL + 4096))
 
-    def place(self, index: int) -> tuple[str, int, str]:
-        """Part, label and path below the folder of file number ``index``."""
+    def place(self, index: int) -> tuple[int, str]:
+        """Returns label and path below the folder of file number ``index``."""
         number, label = divmod(index, self.classes)
         part = "train" if number < self.train else "val"
         part = "test" if number >= self.train + self.val else part
-        return part, label, f"{part}/{label:04d}/{number:05d}.jpg"
+        return label, f"{part}/{label:04d}/{number:05d}.jpg"
 
 
-def make(
-    wanted: ImageFolder, below: Path, processes: int, say: Callable[[str], None] = print
-) -> tuple[Path, float | None]:
-    """The folder, made below ``below`` unless it is there.
-
-    Args:
-        processes: that write files.
-        say: takes lines of progress.
-
-    Returns:
-        The folder, and the seconds that it took; None if it was there.
+def make(wanted: ImageFolder, below: Path, processes: int) -> Path:
+    """Returns the folder, made below ``below`` by so many processes unless it is there.
 
     Raises:
         ValueError: if there is no room for it.
@@ -115,8 +96,7 @@ def make(
     name = f"images-{wanted.classes}-{hashlib.sha256(described.encode()).hexdigest()[:8]}"
     root = below / name
     if (root / _COMPLETE).is_file():
-        say(f"{wanted.files:,} images are there from an earlier run")
-        return root, None
+        return root
     if root.exists():
         shutil.rmtree(root)
     below.mkdir(parents=True, exist_ok=True)
@@ -126,52 +106,45 @@ def make(
             f"{wanted.files:,} images may take {wanted.most_bytes / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} GiB are free in {below}: choose another --scratch, or fewer images"
         )
-    started = time.perf_counter()
     for part in PARTS:
         for label in range(wanted.classes):
             (root / part / f"{label:04d}").mkdir(parents=True)
     write = functools.partial(_write, root, wanted)
-    told = started
     with multiprocessing.get_context("fork").Pool(processes, torch.set_num_threads, (1,)) as pool:
-        starts = range(0, wanted.files, _AT_ONCE)
-        for number, _ in enumerate(pool.imap_unordered(write, starts), 1):
-            if time.perf_counter() - told > 5:
-                told = time.perf_counter()
-                say(f"{min(number * _AT_ONCE, wanted.files):,} of {wanted.files:,} images")
-    seconds = time.perf_counter() - started
+        for _ in pool.imap_unordered(write, range(0, wanted.files, _AT_ONCE)):
+            pass
     write_json(root / _COMPLETE, asdict(wanted))
-    say(f"{wanted.files:,} images in {seconds:.1f} s")
-    return root, seconds
+    return root
 
 
 def _write(root: Path, wanted: ImageFolder, first: int) -> None:
-    """Files ``first .. first + _AT_ONCE - 1``: the same ones whoever writes them."""
+    """Writes files ``first .. first + _AT_ONCE - 1``."""
     indices = range(first, min(first + _AT_ONCE, wanted.files))
     pixels = _characters if wanted.shows_characters else _pictures
     for index, image in zip(indices, pixels(wanted, indices), strict=True):
-        Image.fromarray(image).save(root / wanted.place(index)[2], quality=_QUALITY)
+        Image.fromarray(image).save(root / wanted.place(index)[1], quality=_QUALITY)
 
 
 def _characters(wanted: ImageFolder, indices: range) -> np.ndarray:
-    labels = torch.tensor([wanted.place(index)[1] for index in indices])
+    labels = torch.tensor([wanted.place(index)[0] for index in indices])
     seed = wanted.seed * 2**31 + indices.start
-    images = render(characters_of(wanted.classes), labels, seed, wanted.width, noise=wanted.noise)
+    images = render(characters_of(wanted.classes), labels, seed, wanted.pixels, noise=wanted.noise)
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _pictures(wanted: ImageFolder, indices: range) -> list[np.ndarray]:
     rng = np.random.default_rng([wanted.seed, indices.start])
-    drawn = _drawn(wanted.seed, wanted.height, wanted.width)
+    drawn = _drawn(wanted.seed, wanted.pixels)
     made = []
     for _ in indices:
         image = drawn[rng.integers(len(drawn))][:, :, rng.permutation(3)]
-        moved = rng.integers(wanted.height), rng.integers(wanted.width)
+        moved = rng.integers(wanted.pixels), rng.integers(wanted.pixels)
         image = np.roll(image, moved, (0, 1))
         made.append(np.ascontiguousarray(image[:, :: rng.choice((-1, 1))]))
     return made
 
 
 @functools.lru_cache(1)
-def _drawn(seed: int, height: int, width: int) -> list[np.ndarray]:
+def _drawn(seed: int, pixels: int) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [photograph(rng, height, width) for _ in range(_PICTURES)]
+    return [photograph(rng, pixels, pixels) for _ in range(_PICTURES)]

@@ -11,56 +11,47 @@ table `docs/models.md`. `--models NAME ...` tries others, without writing anythi
 from __future__ import annotations
 
 import argparse
-import json
 import logging
-import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 import torchvision
+from script import RESULTS, ROOT, first_line, markdown_table
 from torch import nn
 
 import wfnet
-from wfnet.benchmarking.timing import commit
+from wfnet.benchmarking.provenance import provenance
 from wfnet.data import TensorImages
-from wfnet.services.files import fingerprint
+from wfnet.services.files import fingerprint, write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 10
-# timm names, and torchvision's after a slash; arguments where 64 pixels do not do.
-MODELS: dict[str, dict[str, Any]] = {
-    "resnet18": {}, "resnet34": {}, "resnet50": {}, "resnet101": {}, "resnet50d": {},
-    "wide_resnet50_2": {}, "resnext50_32x4d": {}, "seresnet50": {}, "ecaresnet50t": {},
-    "skresnet18": {}, "resnet50_gn": {}, "resnetv2_50": {}, "res2net50_26w_4s": {},
-    "vgg11": {}, "vgg16": {}, "vgg16_bn": {}, "densenet121": {}, "dla34": {}, "dpn68": {},
-    "darknet53": {}, "cspresnet50": {}, "hrnet_w18_small": {}, "selecsls42b": {},
-    "ese_vovnet19b_dw": {}, "repvgg_a0": {}, "regnetx_002": {}, "regnety_002": {},
-    "inception_v3": {"px": 96}, "xception41": {}, "nfnet_l0": {},
-    "mobilenetv2_100": {}, "mobilenetv3_large_100": {}, "mnasnet_100": {}, "ghostnet_100": {},
-    "lcnet_050": {}, "mixnet_s": {}, "rexnet_100": {}, "efficientnet_b0": {},
-    "tf_efficientnet_b0": {}, "efficientnetv2_rw_t": {}, "convnext_atto": {},
-    "convnextv2_atto": {}, "poolformer_s12": {}, "mobilevit_xxs": {"px": 128},
-    "vit_tiny_patch16_224": {"img_size": 64}, "vit_small_patch16_224": {"img_size": 64},
-    "deit_tiny_patch16_224": {"img_size": 64}, "deit3_small_patch16_224": {"img_size": 64},
-    "beit_base_patch16_224": {"img_size": 64}, "eva02_tiny_patch14_224": {"img_size": 56},
-    "cait_xxs24_224": {"img_size": 64}, "xcit_nano_12_p16_224": {"px": 64},
-    "swin_tiny_patch4_window7_224": {"img_size": 112}, "pvt_v2_b0": {},
-    "mixer_s16_224": {"px": 224},
-    "torchvision/resnet18": {}, "torchvision/resnet50": {}, "torchvision/vgg11_bn": {},
-    "torchvision/vgg16": {}, "torchvision/alexnet": {}, "torchvision/squeezenet1_1": {},
-    "torchvision/googlenet": {"px": 96}, "torchvision/shufflenet_v2_x1_0": {},
-    "torchvision/mobilenet_v2": {}, "torchvision/efficientnet_b0": {},
-    "torchvision/convnext_tiny": {}, "torchvision/densenet121": {},
-    "torchvision/swin_t": {"px": 64}, "torchvision/vit_b_16": {"image_size": 64},
-}  # fmt: skip
+# timm names, and torchvision's after a slash; arguments where 64 pixels do not do: px is the size
+# of the images, others are of the constructor.
+MODELS = """
+    resnet18 resnet34 resnet50 resnet101 resnet50d wide_resnet50_2 resnext50_32x4d seresnet50
+    ecaresnet50t skresnet18 resnet50_gn resnetv2_50 res2net50_26w_4s vgg11 vgg16 vgg16_bn
+    densenet121 dla34 dpn68 darknet53 cspresnet50 hrnet_w18_small selecsls42b ese_vovnet19b_dw
+    repvgg_a0 regnetx_002 regnety_002 inception_v3:px=96 xception41 nfnet_l0 mobilenetv2_100
+    mobilenetv3_large_100 mnasnet_100 ghostnet_100 lcnet_050 mixnet_s rexnet_100 efficientnet_b0
+    tf_efficientnet_b0 efficientnetv2_rw_t convnext_atto convnextv2_atto poolformer_s12
+    mobilevit_xxs:px=128 vit_tiny_patch16_224:img_size=64 vit_small_patch16_224:img_size=64
+    deit_tiny_patch16_224:img_size=64 deit3_small_patch16_224:img_size=64
+    beit_base_patch16_224:img_size=64 eva02_tiny_patch14_224:img_size=56
+    cait_xxs24_224:img_size=64 xcit_nano_12_p16_224:px=64
+    swin_tiny_patch4_window7_224:img_size=112 pvt_v2_b0 mixer_s16_224:px=224
+    torchvision/resnet18 torchvision/resnet50 torchvision/vgg11_bn torchvision/vgg16
+    torchvision/alexnet torchvision/squeezenet1_1 torchvision/googlenet:px=96
+    torchvision/shufflenet_v2_x1_0 torchvision/mobilenet_v2 torchvision/efficientnet_b0
+    torchvision/convnext_tiny torchvision/densenet121 torchvision/swin_t:px=64
+    torchvision/vit_b_16:image_size=64
+"""
 
 
 def create(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, int]:
-    """The network with seeded random weights in evaluation mode, and its image size."""
+    """Returns the network with seeded random weights in evaluation mode, and its image size."""
     arguments = dict(arguments)
     size = arguments.pop("px", None) or arguments.get("img_size") or arguments.get("image_size", 64)
     torch.manual_seed(0)
@@ -100,17 +91,26 @@ class _Lines(logging.Handler):
 
 
 def examine(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What works for one network, and why not what does not."""
+    """Finds what works for one network, and why not what does not."""
     model, size = create(name, arguments)
-    found: dict[str, Any] = {"model": name, "px": size, "wrap": False, "fuse": "", "untrain": False,
-                             "bake": False, "masked": 0, "gates": 0, "note": ""}  # fmt: skip
+    found: dict[str, Any] = {
+        "model": name,
+        "px": size,
+        "wrap": False,
+        "fuse": "",
+        "untrain": False,
+        "bake": False,
+        "masked": 0,
+        "gates": 0,
+        "note": "",
+    }
     images = torch.rand(4, 3, size, size)
     try:
         net = wfnet.WFNet(model, CLASSES)
         original = net(images, None)
         opened = net(images, torch.arange(4))
     except (ValueError, RuntimeError, TypeError) as error:
-        found["note"] = _first_line(error)
+        found["note"] = first_line(error)
         return found
     with torch.no_grad():
         expected = model(images)
@@ -131,7 +131,7 @@ def examine(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             found["bake"] &= torch.equal(net.bake(None)(images), expected)
         found["untrain"] = _untrain_once(net, images)
     except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
-        found["note"] = _first_line(error)
+        found["note"] = first_line(error)
     return found
 
 
@@ -175,44 +175,46 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
-
-
 def table(records: list[dict[str, Any]], about: str) -> str:
-    """The records as Markdown."""
+    """Returns the records as Markdown."""
     mark = {True: "yes", False: "no"}
-    lines = [
-        "# Networks that were tried",
-        "",
-        "Made by `python benchmarks/model_support.py`: random weights, default targets, CPU. "
-        "*fuse* tells what the fused plan covers, or that the network runs unfused; *untrain*: one "
-        "step moves every filter matrix and no weight; *bake*: an exported class equals the "
-        "filtered network.",
-        "",
-        f"{sum(r['wrap'] for r in records)} of {len(records)} wrap, "
-        f"{sum(r['untrain'] and r['bake'] for r in records)} untrain and bake. {about}",
-        "",
-        "| network | px | masked layers | gates a class | fuse | untrain | bake | remark |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["network", "px", "masked layers", "gates a class", "fuse", "untrain", "bake", "remark"]
+    rows = []
     for r in records:
-        cells = [r["model"], r["px"], r["masked"], f"{r['gates']:,}", r["fuse"] or "-"]
-        cells += [mark[r["untrain"]], mark[r["bake"]], r["note"].replace("|", "\\|")]
-        if not r["wrap"]:
-            cells = [r["model"], r["px"], *["-"] * 5, r["note"].replace("|", "\\|")]
-        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
+        cells = [r["masked"], f"{r['gates']:,}", r["fuse"] or "-", mark[r["untrain"]]]
+        cells = [*cells, mark[r["bake"]]] if r["wrap"] else ["-"] * 5
+        rows.append([r["model"], r["px"], *cells, r["note"].replace("|", "\\|")])
+    return f"""# Networks that were tried
+
+Made by `python benchmarks/model_support.py`: random weights, default targets, CPU. \
+*fuse* tells what the fused plan covers, or that the network runs unfused; *untrain*: one \
+step moves every filter matrix and no weight; *bake*: an exported class equals the \
+filtered network.
+
+{sum(r["wrap"] for r in records)} of {len(records)} wrap, \
+{sum(r["untrain"] and r["bake"] for r in records)} untrain and bake. {about}
+
+{markdown_table(head, rows)}
+"""
+
+
+def listed() -> dict[str, dict[str, int]]:
+    """Returns the networks of :data:`MODELS` with their arguments."""
+    found = {}
+    for word in MODELS.split():
+        name, *arguments = word.split(":")
+        pairs = (argument.split("=") for argument in arguments)
+        found[name] = {key: int(value) for key, value in pairs}
+    return found
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--models", nargs="+", help="names instead of the list; writes no files")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
-    chosen = {name: MODELS.get(name, {}) for name in args.models} if args.models else MODELS
+    known = listed()
+    chosen = {name: known.get(name, {}) for name in args.models} if args.models else known
     records = []
     for name, arguments in chosen.items():
         start = time.perf_counter()
@@ -224,15 +226,10 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             flush=True,
         )
     if args.models is None:
-        versions = {
-            "torch": torch.__version__, "timm": timm.__version__,
-            "torchvision": torchvision.__version__, "wfnet": wfnet.__version__, "commit": commit(),
-        }  # fmt: skip
-        content = {"command": " ".join(["python", *sys.argv]), **versions, "models": records}
-        results = ROOT / "benchmarks" / "results" / "model_support.json"
-        results.write_text(json.dumps(content, indent=1) + "\n")
-        about = ", ".join(f"{key} {value}" for key, value in versions.items() if key != "wfnet")
-        (ROOT / "docs" / "models.md").write_text(table(records, f"({about})"))
+        made = provenance("cpu", ["benchmarks/model_support.py"])
+        write_json(RESULTS / "model_support.json", {**made, "models": records})
+        versions = (f"{key} {made[key]}" for key in ("torch", "timm", "torchvision", "commit"))
+        (ROOT / "docs" / "models.md").write_text(table(records, f"({', '.join(versions)})"))
     return records
 
 

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from script import RESULTS, ROOT, markdown_table
+
 README = ROOT / "README.md"
 SCALE = ROOT / "docs" / "scale.md"
 CHART = ROOT / "docs" / "throughput.png"
@@ -36,13 +36,19 @@ QUALITY = {
 }
 NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}
 STEP_COLUMNS = {
-    "loop": "`loop`", "grouped": "`grouped`", "vmap": "`vmap`", "eager": "`eager`",
-    "compile": "`compile`", "unmasked": "`unmasked`", "unmasked_compiled": "`unmasked` compiled",
-    "wfnet/eager/unfused": "wfnet, unfused", "wfnet/eager/fused": "**wfnet, fused**",
+    "loop": "`loop`",
+    "grouped": "`grouped`",
+    "vmap": "`vmap`",
+    "eager": "`eager`",
+    "compile": "`compile`",
+    "unmasked": "`unmasked`",
+    "unmasked_compiled": "`unmasked` compiled",
+    "wfnet/eager/unfused": "wfnet, unfused",
+    "wfnet/eager/fused": "**wfnet, fused**",
     "wfnet/eager/compiled": "**wfnet, fused and compiled**",
     "wfnet/triton/captured": "**wfnet, Triton, captured**",
     "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
-}  # fmt: skip
+}
 # What the tests show of a backend without a device.
 WITHOUT_DEVICE = {
     "reference": ("tested; the truth for the others", "not run"),
@@ -52,19 +58,20 @@ WITHOUT_DEVICE = {
 }
 
 
+_SAME_RUN = ("device", "torch", "commit")
+_SAME_SETTINGS = ("dtype", "image_size", "batch_size", "label_expansion", "share_images")
+_SAME_SETTINGS += ("classes", "columns")
+NOT_RUN = "Not run."
+
+
 def read(name: str) -> dict[str, Any] | None:
-    """A file of results; None if there is none."""
+    """Returns a file of results; None if there is none."""
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-_SAME_RUN = ("device", "torch", "commit")
-_SAME_SETTINGS = ("dtype", "image_size", "batch_size", "label_expansion", "share_images", "classes",
-                  "columns")  # fmt: skip
-
-
 def step_files() -> list[dict[str, Any]]:
-    """Whole-step results of every device; networks measured alike in runs of their own are one."""
+    """Returns whole-step results of every device; networks measured alike apart are one."""
     found: dict[tuple, dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("step_*.json")):
         content = json.loads(path.read_text())
@@ -82,190 +89,143 @@ def step_files() -> list[dict[str, Any]]:
 
 
 def quality() -> str:
-    lines = [
-        "| data, network | original: Acc_r | all classes, one round: Acc_r | Acc_f |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, label in QUALITY.items():
         content = read(name)
         if content is None:
-            lines.append(f"| {label} | not run | not run | not run |")
+            rows.append([label, *["not run"] * 3])
             continue
         for row in content["summary"]:
             seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
             network = NETWORKS.get(row["network"].rpartition("/")[2], row["network"])
-            lines.append(
-                f"| {label}, {network} ({seeds}, {row['steps']:,.0f} steps) | "
-                f"{row['original_acc_r']:.2f} | {row['acc_r']:.2f} | {row['acc_f']:.2f} |"
+            rows.append(
+                [
+                    f"{label}, {network} ({seeds}, {row['steps']:,.0f} steps)",
+                    *(f"{row[key]:.2f}" for key in ("original_acc_r", "acc_r", "acc_f")),
+                ]
             )
-    return "\n".join(lines)
+    head = ["data, network", "original: Acc_r", "all classes, one round: Acc_r", "Acc_f"]
+    return markdown_table(head, rows)
+
+
+def _step_cell(column: dict[str, Any] | None) -> str:
+    if column is None:
+        return "not run"
+    if "impossible" in column:
+        return "impossible"
+    return f"{column['median_ms']:,.1f} ({column['peak_mebibytes']:,.1f})"
 
 
 def step() -> str:
-    """One table per device: rows are columns of the benchmark, columns are networks."""
+    """Makes one table per device: rows are columns of the benchmark, columns are networks."""
     parts = []
     for content in step_files():
         settings, networks = content["settings"], content["networks"]
-        names = list(networks)
-        lines = [
+        head = [f"{n}, {one['expanded_samples']} samples" for n, one in networks.items()]
+        rows = []
+        for column, label in STEP_COLUMNS.items():
+            cells = [_step_cell(network["columns"].get(column)) for network in networks.values()]
+            if any(cell not in ("not run", "impossible") for cell in cells):
+                rows.append([label, *cells])
+        floors = [
+            (network["expanded_samples"], network["floor_samples_per_second"].get("fused_with_v"))
+            for network in networks.values()
+        ]
+        if any(rate for _, rate in floors):
+            cells = [f"{samples / rate * 1e3:,.1f}" if rate else "-" for samples, rate in floors]
+            rows.append(["roofline", *cells])
+        parts.append(
             f"{content['device']}, {settings['dtype']}, {settings['image_size']} px, "
             f"n = {settings['batch_size']}, M = {settings['label_expansion']}, torch "
-            f"{content['torch']}, commit {content['commit']}: milliseconds (peak MiB)",
-            "",
-            "| | " + " | ".join(f"{n}, {networks[n]['expanded_samples']} samples" for n in names)
-            + " |",
-            "| --- |" + " --- |" * len(names),
-        ]  # fmt: skip
-        for column, label in STEP_COLUMNS.items():
-            if not any(column in networks[name]["columns"] for name in names):
-                continue
-            cells = []
-            for name in names:
-                found = networks[name]["columns"].get(column)
-                if found is None:
-                    cells.append("not run")
-                elif "impossible" in found:
-                    cells.append("impossible")
-                else:
-                    cells.append(f"{found['median_ms']:,.1f} ({found['peak_mebibytes']:,.1f})")
-            if any(cell not in ("not run", "impossible") for cell in cells):
-                lines.append(f"| {label} | " + " | ".join(cells) + " |")
-        floors = [networks[name]["floor_samples_per_second"].get("fused_with_v") for name in names]
-        if any(floors):
-            cells = [
-                "-" if rate is None else f"{networks[name]['expanded_samples'] / rate * 1e3:,.1f}"
-                for name, rate in zip(names, floors, strict=True)
-            ]
-            lines.append("| counted floor | " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) or "Not run."
+            f"{content['torch']}, commit {content['commit']}: milliseconds (peak MiB)\n\n"
+            + markdown_table(["", *head], rows)
+        )
+    return "\n\n".join(parts) or NOT_RUN
 
 
 def data() -> str:
     content = read("data_cpu")
     if content is None:
-        return "Not run."
-    counts = list(content["images_per_second"])
-    names = list(content["images_per_second"][counts[0]])
-    lines = [
+        return NOT_RUN
+    by_workers = content["images_per_second"]
+    rows = [
+        [name, *(f"{statistics.median(rates[name]):,.0f}" for rates in by_workers.values())]
+        for name in next(iter(by_workers.values()))
+    ]
+    return (
         f"{content['files']} JPEG files of {content['mean_bytes'] / 1024:.0f} KiB at "
         f"{content['settings']['image_size']} px, {content['device']}, commit "
-        f"{content['commit']}: images per second",
-        "",
-        "| | " + " | ".join(f"{count} workers" for count in counts) + " |",
-        "| --- |" + " --- |" * len(counts),
-    ]
-    for name in names:
-        rates = [statistics.median(content["images_per_second"][count][name]) for count in counts]
-        lines.append(f"| {name} | " + " | ".join(f"{rate:,.0f}" for rate in rates) + " |")
-    return "\n".join(lines)
+        f"{content['commit']}: images per second\n\n"
+    ) + markdown_table(["", *(f"{count} workers" for count in by_workers)], rows)
 
 
 def evaluation() -> str:
     content = read("eval_cpu")
     if content is None:
-        return "Not run."
+        return NOT_RUN
     settings = content["settings"]
-    lines = [
-        f"{settings['model']}, {settings['image_size']} px, {settings['images']} images x "
-        f"{settings['classes']} classes, {content['device']}, commit {content['commit']}",
-        "",
-        "| | ms | (image, row) pairs per second | peak MiB |",
-        "| --- | --- | --- | --- |",
-    ]
+    rows = []
     for name, values in content["milliseconds"].items():
-        median = statistics.median(values)
-        lines.append(
-            f"| `{name}` | {median:,.0f} | {content['pairs'] / median * 1e3:,.0f} | "
-            f"{content['peak_mebibytes'][name]:,.1f} |"
-        )
-    return "\n".join(lines)
+        median, peak = statistics.median(values), content["peak_mebibytes"][name]
+        rate = content["pairs"] / median * 1e3
+        rows.append([f"`{name}`", f"{median:,.0f}", f"{rate:,.0f}", f"{peak:,.1f}"])
+    return (
+        f"{settings['model']}, {settings['image_size']} px, {settings['images']} images x "
+        f"{settings['classes']} classes, {content['device']}, commit {content['commit']}\n\n"
+    ) + markdown_table(["", "ms", "(image, row) pairs per second", "peak MiB"], rows)
 
 
 def backends() -> str:
-    """Which backend ran where: from the devices of the committed step results."""
+    """Lists which backend ran where: from the devices of the committed step results."""
     ran: dict[str, set[str]] = {}
     for content in step_files():
         for network in content["networks"].values():
             for column, found in network["columns"].items():
                 if column.startswith("wfnet/") and "impossible" not in found:
                     ran.setdefault(column.split("/")[1], set()).add(content["device"])
-    errors = errors_on_devices()
-    lines = ["| backend | CPU | CUDA device |", "| --- | --- | --- |"]
+    rows = []
     for name, (cpu, cuda) in WITHOUT_DEVICE.items():
-        devices = sorted(d for d in ran.get(name, ()) if "NVIDIA" in d)
-        found = [*errors.get(name, ()), *(["steps run: " + ", ".join(devices)] if devices else ())]
-        lines.append(f"| `{name}` | {cpu} | {'; '.join(found) or cuda} |")
-    return "\n".join([*lines, *ended_early()])
-
-
-def ended_early() -> list[str]:
-    """Below the table: what was to compare on a device and did not."""
-    lines = []
-    for path in sorted(RESULTS.glob("numerics_*.json")):
-        content = json.loads(path.read_text())
-        names = [one["name"] for one in content["unfinished"]]
-        if names:
-            what = "test or process" if len(names) == 1 else "tests or processes"
-            lines += ["", f"{len(names)} {what} on {content['device']} ended without a comparison: "
-                      f"{', '.join(names)}."]  # fmt: skip
-    return lines
-
-
-def errors_on_devices() -> dict[str, list[str]]:
-    """By backend, what its kernels' errors came to on each device (`numerics_*.json`)."""
-    said: dict[str, list[str]] = {}
-    for path in sorted(RESULTS.glob("numerics_*.json")):
-        content = json.loads(path.read_text())
-        rows: dict[str, list[dict[str, Any]]] = {}
-        for row in content["rows"]:
-            rows.setdefault(row["backend"], []).append(row)
-        for name, of_backend in rows.items():
-            total = sum(row["comparisons"] for row in of_backend)
-            good = total - sum(row["failures"] for row in of_backend)
-            ratios = [row["largest_ratio_to_eager"] for row in of_backend]
-            most = max((ratio for ratio in ratios if ratio is not None), default=None)
-            text = f"{content['device']}: {good:,} of {total:,} comparisons with fp64 passed"
-            if most is not None:
-                text += f", errors up to {most:.2f} times eager's"
-            said.setdefault(name, []).append(f"{text} (commit {content['commit']})")
-    return said
+        devices = sorted(device for device in ran.get(name, ()) if "NVIDIA" in device)
+        rows.append([f"`{name}`", cpu, f"steps run: {', '.join(devices)}" if devices else cuda])
+    return markdown_table(["backend", "CPU", "CUDA device"], rows)
 
 
 def with_what(content: dict[str, Any]) -> str:
-    """What belongs beside numbers of one machine."""
+    """Returns what belongs beside numbers of one machine."""
     return f"{content['device']}, torch {content['torch']}, commit {content['commit']}"
 
 
 def rounding() -> str:
     content = (read("scale_cpu") or {}).get("rounding")
     if content is None:
-        return "Not run."
+        return NOT_RUN
     runs = {(run["seed"], run["filters"]): run for run in content["runs"]}
     seeds = sorted({seed for seed, _ in runs})
-    names = {"float32": "fp32", "bfloat16": "bfloat16, rounded stochastically",
-             "nearest": "bfloat16, rounded to nearest"}  # fmt: skip
-    lines = [
-        f"{content['data']}, {content['network']}, {content['steps']} steps "
-        f"(`python benchmarks/scale_evidence.py`; {with_what(content)})",
-        "",
-        "| filters | " + " | ".join(f"seed {n}: validation loss, Acc_r, Acc_f" for n in seeds)
-        + " |",
-        "| --- |" + " --- |" * len(seeds),
-    ]  # fmt: skip
+    names = {
+        "float32": "fp32",
+        "bfloat16": "bfloat16, rounded stochastically",
+        "nearest": "bfloat16, rounded to nearest",
+    }
+    rows = []
     for name, label in names.items():
-        cells = [
+        of_seeds = (runs[seed, name] for seed in seeds)
+        cells = (
             f"{run['validation_loss']:.4f}, {run['acc_r']:.2f}, {run['acc_f']:.2f}"
-            for run in (runs[seed, name] for seed in seeds)
-        ]
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            for run in of_seeds
+        )
+        rows.append([label, *cells])
+    return (
+        f"{content['data']}, {content['network']}, {content['steps']} steps "
+        f"(`python benchmarks/scale_evidence.py`; {with_what(content)})\n\n"
+    ) + markdown_table(
+        ["filters", *(f"seed {n}: validation loss, Acc_r, Acc_f" for n in seeds)], rows
+    )
 
 
 def ranks() -> str:
     content = (read("scale_cpu") or {}).get("ranks")
     if content is None:
-        return "Not run."
+        return NOT_RUN
     return (
         f"After {content['steps']} steps on {content['data']} ({content['network']}, fp32, filters "
         f"that moved by up to {content['largest_movement_float32']:.2f}) those of two ranks and of "
@@ -278,7 +238,7 @@ def ranks() -> str:
 def many_classes() -> str:
     content = (read("scale_cpu") or {}).get("evaluation")
     if content is None:
-        return "Not run."
+        return NOT_RUN
     return (
         f"{content['images']:,} images x {content['classes']:,} rows ({content['pixels']} x "
         f"{content['pixels']} pixels, a {content['network']}, fused) took "
@@ -291,39 +251,31 @@ def many_classes() -> str:
 def allreduce() -> str:
     content = read("allreduce_gloo")
     if content is None:
-        return "Not run."
-    settings = content["settings"]
-    lines = [
-        f"Gradients of {settings['gates']:,} gates (ResNet-50's) x {settings['classes']:,} "
-        f"classes, M = {settings['expansion']}, two ranks, {content['backend']} "
-        f"(`python benchmarks/bench_allreduce.py`; {with_what(content)})",
-        "",
-        "| images of a minibatch | rows that occur | a rank sends: all rows | these rows |",
-        "| --- | --- | --- | --- |",
-    ]
-    for record in content["records"]:
-        if record["ranks"] != 2:
-            continue
-        dense, rows = (record[way]["sent"] / 2**20 for way in ("dense", "rows"))
-        few = f"{rows:.1f} MiB"
+        return NOT_RUN
+    settings, rows = content["settings"], []
+    of_two = [record for record in content["records"] if record["ranks"] == 2]
+    for record in of_two:
+        dense, few = (f"{record[way]['sent'] / 2**20:.1f} MiB" for way in ("dense", "rows"))
         if 2 * record["union"] > settings["classes"]:
             few = "all are sent"
-        lines.append(
-            f"| {record['batch_size'] // 2:,} | {record['union']:,} | {dense:.1f} MiB | {few} |"
-        )
+        rows.append([f"{record['batch_size'] // 2:,}", f"{record['union']:,}", dense, few])
     slower = [
         record["gather"]["milliseconds"]
         / min(record[way]["milliseconds"] for way in ("dense", "rows"))
-        for record in content["records"]
-        if record["ranks"] == 2
+        for record in of_two
     ]
     off = max(
         abs(record[way]["on_the_wire"] / record[way]["sent"] - 1)
         for record in content["records"]
         for way in ("dense", "rows", "gather")
     )
-    return "\n".join(lines) + (
-        f"\n\nWhat went over the wire agrees with the formula to {off:.1%}. Gathering each rank's "
+    head = ["images of a minibatch", "rows that occur", "a rank sends: all rows", "these rows"]
+    return (
+        f"Gradients of {settings['gates']:,} gates (ResNet-50's) x {settings['classes']:,} "
+        f"classes, M = {settings['expansion']}, two ranks, {content['backend']} "
+        f"(`python benchmarks/bench_allreduce.py`; {with_what(content)})\n\n"
+        f"{markdown_table(head, rows)}\n\n"
+        f"What went over the wire agrees with the formula to {off:.1%}. Gathering each rank's "
         f"own rows would send down to half of that,\nand took {min(slower):.1f} to "
         f"{max(slower):.1f} times as long as the faster of both."
     )
@@ -345,14 +297,14 @@ SCALE_SECTIONS: dict[str, Callable[[], str]] = {
 
 
 def documents() -> list[tuple[Path, dict[str, Callable[[], str]]]]:
-    """Files with tables, and what makes them."""
+    """Returns files with tables, and what makes them."""
     return [(README, SECTIONS), (SCALE, SCALE_SECTIONS)]
 
 
 def rendered(
     text: str, sections: dict[str, Callable[[], str]] = SECTIONS, name: str = "README.md"
 ) -> str:
-    """A document with its tables as the results have them.
+    """Returns a document with its tables as the results have them.
 
     Raises:
         ValueError: for a marker without a table, or a table without a marker.
@@ -366,25 +318,25 @@ def rendered(
 
 
 def digest() -> str:
-    """Of the results that the chart shows."""
+    """Returns a hash of the results that the chart shows."""
     return hashlib.sha256(json.dumps(step_files(), sort_keys=True).encode()).hexdigest()[:32]
 
 
 def draw(path: Path) -> None:
-    """Time of a step relative to eager masking, and its memory, one group per network."""
+    """Draws the time of a step relative to eager masking, and its memory, one group per network."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = {"compile": "compiled eager masks", "unmasked": "without masks",
-             "wfnet/eager/fused": "wfnet, fused",
-             "wfnet/eager/compiled": "wfnet, fused and compiled",
-             "wfnet/triton/captured": "wfnet, Triton",
-             "wfnet/cuda/captured": "wfnet, CUDA"}  # fmt: skip
-    shown = tuple(names)
-    palette = ("#888888", "#bbbbbb", "#d55e00", "#e69f00", "#0072b2", "#009e73")
-    colours = dict(zip(shown, palette, strict=True))
+    names = {
+        "compile": ("compiled eager masks", "#888888"),
+        "unmasked": ("without masks", "#bbbbbb"),
+        "wfnet/eager/fused": ("wfnet, fused", "#d55e00"),
+        "wfnet/eager/compiled": ("wfnet, fused and compiled", "#e69f00"),
+        "wfnet/triton/captured": ("wfnet, Triton", "#0072b2"),
+        "wfnet/cuda/captured": ("wfnet, CUDA", "#009e73"),
+    }
     groups = [
         (
             f"{name}, {content['settings']['image_size']} px\n"
@@ -397,7 +349,7 @@ def draw(path: Path) -> None:
     ]
     present = [
         column
-        for column in shown
+        for column in names
         if any("median_ms" in columns.get(column, {}) for _, columns in groups)
     ]
     figure, axes = pyplot.subplots(1, 2, figsize=(2 + 2.2 * len(groups), 3.8), layout="constrained")
@@ -413,7 +365,7 @@ def draw(path: Path) -> None:
                 heights.append(1 / ratio if key == "median_ms" else ratio)
             width = 0.8 / len(present)
             places = [i + (position - (len(present) - 1) / 2) * width for i in range(len(groups))]
-            bars = axis.bar(places, heights, width, color=colours[column], label=names[column])
+            bars = axis.bar(places, heights, width, label=names[column][0], color=names[column][1])
             axis.bar_label(bars, [f"{h:.2f}" for h in heights], fontsize=7, padding=2)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(groups)), [label for label, _ in groups], fontsize=8)
@@ -428,7 +380,7 @@ def draw(path: Path) -> None:
 
 
 def drawn_from(path: Path) -> str | None:
-    """The digest in a chart."""
+    """Returns the digest in a chart."""
     if not path.is_file():
         return None
     from PIL import Image

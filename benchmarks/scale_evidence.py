@@ -23,23 +23,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from script import RESULTS
 from torch import Tensor
 
 import wfnet
 from wfnet import UntrainConfig, models, training
-from wfnet.benchmarking.timing import about
+from wfnet.benchmarking.provenance import provenance
 from wfnet.data import Batch, Splits, TensorImages, open_data
 from wfnet.services.files import write_json
 from wfnet.untraining import optimizers
 from wfnet.wrapping import wrap
 
 PARTS = ("rounding", "ranks", "evaluation")
-RESULTS = Path(__file__).parent / "results" / "scale_cpu.json"
 
 
 @contextmanager
@@ -70,17 +70,20 @@ def rounding(seeds: list[int], steps: int) -> dict:
         for name in ("float32", "bfloat16", "nearest"):
             dtype = torch.float32 if name == "float32" else torch.bfloat16
             net = wrap(base, data.num_classes, filter_dtype=dtype)
-            if name == "nearest":
-                with rounding_to_nearest():
-                    result = wfnet.untrain(net, data.train, data.validation, config, progress=False)
-            else:
+            with rounding_to_nearest() if name == "nearest" else nullcontext():
                 result = wfnet.untrain(net, data.train, data.validation, config, progress=False)
             found = wfnet.evaluate(net, data.test, progress=False, seed=seed)
-            runs.append({
-                "seed": seed, "filters": name, "steps": result.steps,
-                "validation_loss": result.best.loss, "acc_r": 100 * found.mean.acc_r,
-                "acc_f": 100 * found.mean.acc_f, "original_acc_r": 100 * found.original.acc_r,
-            })  # fmt: skip
+            runs.append(
+                {
+                    "seed": seed,
+                    "filters": name,
+                    "steps": result.steps,
+                    "validation_loss": result.best.loss,
+                    "acc_r": 100 * found.mean.acc_r,
+                    "acc_f": 100 * found.mean.acc_f,
+                    "original_acc_r": 100 * found.original.acc_r,
+                }
+            )
             print(runs[-1], flush=True)
     return {"data": "digits", "network": "ResNet-8", "steps": steps, "runs": runs}
 
@@ -148,11 +151,18 @@ def _evaluate_many(pipe: multiprocessing.connection.Connection, images: int, cla
     net = wfnet.WFNet(models.create("resnet", classes, 1, seed=1, width=4), classes, fuse=True)
     before, start, cpu = _mebibytes("VmRSS"), time.perf_counter(), time.process_time()
     wfnet.evaluate(net, data, progress=False)
-    pipe.send({
-        "images": images, "classes": classes, "pixels": 8, "network": "ResNet-8 of width 4",
-        "seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu,
-        "mebibytes_before": before, "mebibytes_added": _mebibytes("VmHWM") - before,
-    })  # fmt: skip
+    pipe.send(
+        {
+            "images": images,
+            "classes": classes,
+            "pixels": 8,
+            "network": "ResNet-8 of width 4",
+            "seconds": time.perf_counter() - start,
+            "cpu_seconds": time.process_time() - cpu,
+            "mebibytes_before": before,
+            "mebibytes_added": _mebibytes("VmHWM") - before,
+        }
+    )
 
 
 def evaluation(images: int, classes: int) -> dict:
@@ -181,7 +191,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--few-steps", type=int, default=6, help="of the runs on two ranks")
     parser.add_argument("--images", type=int, default=5000)
     parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS / "scale_cpu.json")
     return parser.parse_args(argv)
 
 
@@ -196,7 +206,7 @@ def main(argv: list[str] | None = None) -> dict:
         "evaluation": lambda: evaluation(args.images, args.classes),
     }
     for part in args.parts:
-        measured_with = about(
+        measured_with = provenance(
             "cpu", ["benchmarks/scale_evidence.py", *(sys.argv[1:] if argv is None else argv)]
         )
         record[part] = {**measured_with, **run[part]()}

@@ -6,10 +6,8 @@ said here. Numbers are compared all the same: the pretended device computes what
 for, from its arguments alone.
 """
 
-import importlib
 import logging
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -335,19 +333,6 @@ def test_commands_run_on_the_device(device, backend, image_folder, tmp_path, cap
     assert main(["evaluate", str(tmp_path / "run"), "-j", "0", "--no-figures", "--device", "cuda",
                  "--amp", "--backend", backend]) == 0  # fmt: skip
     assert device.launches
-
-
-@pytest.mark.parametrize("backend", KERNELS)
-def test_the_first_command_on_a_new_device(device, backend, monkeypatch, capsys):
-    """benchmarks/device_smoke.py finds nothing wrong with kernels that compute what they should."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    smoke = importlib.import_module("device_smoke")
-    families = ("gates", "conv", "expansion", "linear", "fused", "chain")
-    try:
-        assert smoke.main([backend, *families, "--dtypes", "bfloat16"]) == 0
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert "FAILED" not in capsys.readouterr().out
 
 
 # -- what the pretended device finds ---------------------------------------------------------------

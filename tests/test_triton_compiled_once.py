@@ -1,11 +1,5 @@
 """What Triton compiles, and when: not for another size of a batch, not again on another machine."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -23,7 +17,6 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real device"),
     pytest.mark.skipif(interpreted(gate.gate_rows_kernel), reason="TRITON_INTERPRET=1"),
 ]
-ROOT = Path(__file__).parent.parent
 
 
 def launch_all(batch: int) -> None:
@@ -62,23 +55,3 @@ def test_another_size_of_a_batch_compiles_nothing():
                 "column_sums_kernel", "gate_rows_kernel"} <= launched  # fmt: skip
         launch_all(500)
         assert compiled() == first
-
-
-def test_kernels_are_compiled_beforehand(tmp_path):
-    """benchmarks/device_precompile.py: whoever has its folder finds every kernel there."""
-    command = [
-        sys.executable, str(ROOT / "benchmarks/device_precompile.py"), "--networks", "small/vit",
-        "--families", "gates", "--image-size", "32", "--classes", "10", "-b", "4", "-M", "2",
-    ]  # fmt: skip
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    found = []
-    for _ in range(2):
-        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-4000:]
-        found.append(re.findall(r"(\d+) kernels compiled, (\d+) were there", run.stdout))
-    (gates, vit), again = found
-    assert int(gates[0]) >= 4
-    assert int(vit[0]) >= 2
-    assert [compiled for compiled, _ in again] == ["0", "0"]
-    assert list(tmp_path.rglob("*.cubin"))
-    assert not list(tmp_path.rglob("*.ptx"))

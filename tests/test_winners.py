@@ -12,7 +12,6 @@ import torch
 import wfnet
 from wfnet import backends
 from wfnet.backends import ConvGeometry, cuda_launch, measured, winners
-from wfnet.benchmarking.winners import add_winners
 from wfnet.models import SmallResNet
 
 ENTRY = {
@@ -104,15 +103,6 @@ def test_what_is_known_of_a_device(own_table):
     assert winners.know(torch.device("cpu"))
     own_table({"device": "NVIDIA H200"})
     assert not winners.know(torch.device("cpu"))
-
-
-def test_measurements_are_merged_into_a_table(tmp_path):
-    path = tmp_path / "table.json"
-    new = {k: v for k, v in ENTRY.items() if k != "winner"}
-    add_winners(path, [new, {**new, "shape": "n1_lonely", "ms": {"cuda": 1.0}}])
-    add_winners(path, [{**new, "ms": {"eager": 2.0, "cuda": 0.5, "triton": 0.6}, "extra": 1}])
-    (entry,) = json.loads(path.read_text())
-    assert entry == {**ENTRY, "winner": "cuda", "ms": {"eager": 2.0, "cuda": 0.5, "triton": 0.6}}
 
 
 # -- what a plan makes of it ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """How close kernels come to the truth, and to what PyTorch's own operations make of the same.
 
 Every comparison is noted before it is judged: conftest.py puts a test's comparisons into its report
-(the junit XML), where benchmarks/numerics.py counts them.
+(the junit XML).
 """
 
 from __future__ import annotations

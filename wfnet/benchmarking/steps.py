@@ -8,7 +8,7 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 import wfnet
 from wfnet import backends
-from wfnet.benchmarking import floors, peers
+from wfnet.benchmarking import roofline, step_baselines
 from wfnet.benchmarking.timing import (
-    DeviceWork,
-    Step,
-    device_work,
+    KernelTime,
     graph_pool_mebibytes,
+    interleaved,
+    kernels_of,
     peak_mebibytes,
+    reason_of,
     timed,
 )
 from wfnet.gate_tables import flatten_filters
@@ -34,7 +35,9 @@ from wfnet.untraining.step import UntrainingStep, refuse_capture
 
 logger = logging.getLogger("wfnet")
 
-PEERS = ("loop", "grouped", "vmap", "eager", "compile", "unmasked", "unmasked_compiled")
+Step = Callable[[], Tensor]  # one step; returns its loss
+
+BASELINES = ("loop", "grouped", "vmap", "eager", "compile", "unmasked", "unmasked_compiled")
 _FUSE = {
     "unfused": False,
     "fused": True,
@@ -48,9 +51,9 @@ OURS = tuple(
     for how in _FUSE
     if backend == "eager" or _FUSE[how] != "compile"  # kernels leave nothing to compile
 )
-# What a user gets who asks for no backend: one of the above, by the table of winners.
+# What a user gets who asks for no backend: one of the above.
 AUTO = tuple(f"wfnet/auto/{how}" for how, fuse in _FUSE.items() if fuse != "compile")
-COLUMNS = (*PEERS, *OURS, *AUTO)
+COLUMNS = (*BASELINES, *OURS, *AUTO)
 _OBJECTIVE = BalancedObjective(distil=False)
 _LR = 1e-3
 
@@ -131,7 +134,7 @@ class Column:
         prepare_seconds: making it and its first steps: compiling, choosing kernels, capturing.
         pool_mebibytes: memory that its CUDA graphs keep for themselves.
         peak_mebibytes: largest amount of tensor memory that a step adds, those pools included.
-        work: the kernels of a step on a CUDA device.
+        kernels: of a step on a CUDA device, the longest first.
         first_loss: by which columns are compared before anything is timed.
         wrong: it differs from the others'.
     """
@@ -141,7 +144,7 @@ class Column:
     prepare_seconds: float | None = None
     pool_mebibytes: float = 0.0
     peak_mebibytes: float | None = None
-    work: DeviceWork | None = None
+    kernels: list[KernelTime] | None = None
     first_loss: float | None = None
     wrong: bool = False
 
@@ -175,7 +178,8 @@ def make_problem(model: nn.Module, settings: StepSettings, stack: contextlib.Exi
     return Problem(net, images, expanded, batch, settings, stack)
 
 
-def peer_step(problem: Problem, model: nn.Module) -> Step:
+def baseline_step(problem: Problem, model: nn.Module) -> Step:
+    """Returns the step of a model of :mod:`wfnet.benchmarking.step_baselines`."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     learned = [p for p in parameters if p.dim() == 2]  # not the offset that starts a gradient
     optimizer = torch.optim.Adam(learned, lr=_LR, betas=(0.9, 0.99)) if learned else None
@@ -195,7 +199,7 @@ def peer_step(problem: Problem, model: nn.Module) -> Step:
 
 
 def on_backend(problem: Problem, backend: str, fuse: bool | str) -> wfnet.WFNet:
-    """A copy of the network that runs on ``backend``, tried with one image.
+    """Returns a copy of the network that runs on ``backend``, tried with one image.
 
     Raises:
         ValueError, RuntimeError: with the reason if it cannot, or would run unfused against
@@ -213,7 +217,11 @@ def on_backend(problem: Problem, backend: str, fuse: bool | str) -> wfnet.WFNet:
 
 
 def our_step(problem: Problem, backend: str, how: str) -> Step:
-    """Raises ValueError or RuntimeError with the reason if it is impossible."""
+    """Returns the step of a column of this package.
+
+    Raises:
+        ValueError, RuntimeError: with the reason if it is impossible.
+    """
     net = on_backend(problem, backend, _FUSE[how])
     params = net.filter_parameters()
     optimizer = RowAdam(params, lr=_LR)
@@ -236,7 +244,7 @@ def our_step(problem: Problem, backend: str, how: str) -> Step:
 
 
 def make_step(problem: Problem, name: str) -> Step:
-    """The step of one column.
+    """Returns the step of one column.
 
     Raises:
         ValueError, RuntimeError: with the reason if the column is impossible here.
@@ -245,19 +253,19 @@ def make_step(problem: Problem, name: str) -> Step:
         _, backend, how = name.split("/")
         return our_step(problem, backend, how)
     kind = {"compile": "eager", "unmasked_compiled": "unmasked"}.get(name, name)
-    if kind in peers.COPYING:
+    if kind in step_baselines.COPYING:
         # The copy itself, and its gradient while the layer's backward runs.
-        needed = peers.copied_bytes(problem.net, len(problem.batch)) / 2**30
+        needed = step_baselines.copied_bytes(problem.net, len(problem.batch)) / 2**30
         if needed > problem.settings.most_copied:
             raise ValueError(
                 f"one masked weight copy per sample needs {needed:.1f} GiB "
                 f"(--copy-limit {problem.settings.most_copied:g})"
             )
-    model = peers.peer(problem.net, kind, problem.batch.forget)
+    model = step_baselines.baseline(problem.net, kind, problem.batch.forget)
     if name != kind:
         mode = "max-autotune" if problem.device.type == "cuda" else None
         model = torch.compile(model, mode=mode)
-    return peer_step(problem, model)
+    return baseline_step(problem, model)
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -271,27 +279,19 @@ def first_steps(problem: Problem, names: list[str]) -> tuple[dict[str, Step], di
         logger.info("preparing %s", name)
         columns[name] = column = Column()
         before, start = graph_pool_mebibytes(problem.device), time.perf_counter()
-        with _impossible_if_it_fails(name, column):
+        try:
             step = make_step(problem, name)
             column.first_loss = step().item()
-            for _ in range(1 if name in peers.COPYING else 4):
+            for _ in range(1 if name in step_baselines.COPYING else 4):
                 step()
-            column.prepare_seconds = time.perf_counter() - start
-            column.pool_mebibytes = graph_pool_mebibytes(problem.device) - before
-            steps[name] = step
+        except Exception as error:  # of compilers, drivers and our own code
+            logger.info("%s failed", name, exc_info=True)
+            column.impossible = reason_of(error)
+            continue
+        column.prepare_seconds = time.perf_counter() - start
+        column.pool_mebibytes = graph_pool_mebibytes(problem.device) - before
+        steps[name] = step
     return steps, columns
-
-
-@contextlib.contextmanager
-def _impossible_if_it_fails(name: str, column: Column) -> Iterator[None]:
-    """One column that fails, with whatever its compiler or driver raises, costs no other."""
-    try:
-        yield
-    except Exception as error:
-        expected = isinstance(error, ValueError | RuntimeError)
-        logger.info("%s failed", name, exc_info=True)
-        reason = next(iter(str(error).strip().splitlines()), "")
-        column.impossible = reason if expected and reason else f"{type(error).__name__}: {reason}"
 
 
 def check_losses(columns: dict[str, Column], dtype: torch.dtype) -> None:
@@ -315,46 +315,50 @@ def check_losses(columns: dict[str, Column], dtype: torch.dtype) -> None:
 
 
 def measure(problem: Problem, names: list[str]) -> dict[str, Column]:
-    """All columns, interleaved; those that fail or are wrong say so in ``impossible``."""
+    """Times all columns, interleaved; those that fail or are wrong say so in ``impossible``."""
     steps, columns = first_steps(problem, names)
     check_losses(columns, problem.settings.dtype)
     repeats = problem.settings.repeats
-    for repeat in range(repeats):
-        for name, step in steps.items():
-            column = columns[name]
-            few = name in peers.COPYING and repeat >= max(3, repeats // 5)
-            if not few and column.impossible is None:
-                with _impossible_if_it_fails(name, column):
-                    column.milliseconds.append(timed(step, problem.device))
-    for name, step in steps.items():
+    few = dict.fromkeys(step_baselines.COPYING, max(3, repeats // 5))
+    right = {name: step for name, step in steps.items() if columns[name].impossible is None}
+    milliseconds, failed = interleaved(
+        right, repeats, lambda step: timed(step, problem.device), at_most=few
+    )
+    for name, step in right.items():
         column = columns[name]
+        column.milliseconds, column.impossible = milliseconds[name], failed.get(name)
         if column.impossible is not None:
             continue
         gc.collect()
-        with _impossible_if_it_fails(name, column):
+        try:
             column.peak_mebibytes = peak_mebibytes(step, problem.device) + column.pool_mebibytes
-            column.work = device_work(step, problem.device)
+            column.kernels = kernels_of(step, problem.device)
+        except Exception as error:  # of compilers, drivers and our own code
+            logger.info("%s failed", name, exc_info=True)
+            column.impossible = reason_of(error)
     return columns
 
 
-def floors_of(problem: Problem, rates: floors.Rates) -> dict[str, float | str]:
-    """Expanded samples per second that each floor allows, or why it is not counted."""
+def roofline_of(problem: Problem, rates: roofline.Rates) -> dict[str, float | str]:
+    """Returns expanded samples per second that each roofline allows, or why it is not counted."""
     samples, sources = len(problem.batch), problem.images.shape[0]
-    try:
-        return {
-            kind: samples
-            / floors.floor_seconds(
-                floors.operations_of(problem.net, problem.settings.image_size, kind),
-                samples, sources, rates,
-            )
-            for kind in floors.KINDS
-        }  # fmt: skip
-    except ValueError as error:
-        return {"none": str(error)}
+    found: dict[str, float | str] = {}
+    for kind in roofline.KINDS:
+        try:
+            operations = roofline.operations_of(problem.net, problem.settings.image_size, kind)
+        except ValueError as error:
+            return {"none": str(error)}
+        found[kind] = samples / roofline.least_seconds(operations, samples, sources, rates)
+    return found
+
+
+# -- results ---------------------------------------------------------------------------------------
+
+_KERNELS_WRITTEN, _KERNELS_SHOWN = 40, 10
 
 
 def summary(columns: dict[str, Column], samples: int, floor: dict[str, float | str]) -> dict:
-    """JSON of one network: per column its numbers, or why there are none."""
+    """Returns JSON of one network: per column its numbers, or why there are none."""
     rows: dict[str, dict] = {}
     for name, column in columns.items():
         if column.impossible is not None:
@@ -369,63 +373,41 @@ def summary(columns: dict[str, Column], samples: int, floor: dict[str, float | s
             "samples_per_second": rate,
             "share_of_floor": rate / floor["fused_with_v"] if "fused_with_v" in floor else None,
             "peak_mebibytes": column.peak_mebibytes,
-            "kernel_launches": None if column.work is None else column.work.launches,
+            "kernel_launches": None,
             "prepare_seconds": column.prepare_seconds,
             "milliseconds": column.milliseconds,
         }
-        if column.work is not None:
-            rows[name]["device_time"] = _device_time(column.work, median)
+        if column.kernels is not None:
+            copies = ("Memcpy", "Memset")
+            rows[name]["kernel_launches"] = sum(
+                one.launches for one in column.kernels if not one.name.startswith(copies)
+            )
+            rows[name]["kernels"] = [asdict(one) for one in column.kernels[:_KERNELS_WRITTEN]]
     return {"expanded_samples": samples, "floor_samples_per_second": floor, "columns": rows}
 
 
-_KERNELS_WRITTEN, _KERNELS_SHOWN = 40, 10
-
-
-def _device_time(work: DeviceWork, median_ms: float) -> dict:
-    """JSON of where the time of a step goes on a CUDA device.
-
-    ``idle_ms`` is the median step less the time in which something ran: launches that come late,
-    gaps between kernels. The kernels are those of one more step, under the profiler, so that it may
-    be a little below 0 where the device never waits.
-    """
-    busy = work.busy_microseconds / 1e3
-    return {
-        "busy_ms": busy,
-        "idle_ms": median_ms - busy,
-        "kernels": [asdict(kernel) for kernel in work.table(_KERNELS_WRITTEN)],
-    }
-
-
-def print_kernels(column: str, row: dict) -> None:
-    """Where a column's time goes on a CUDA device: its longest kernels."""
-    device = row["device_time"]
-    print(f"\n{column}: {row['kernel_launches']:,} kernels, busy {device['busy_ms']:.3f} ms, "
-          f"idle {device['idle_ms']:.3f} ms of {row['median_ms']:.3f} ms")  # fmt: skip
-    for kernel in device["kernels"][:_KERNELS_SHOWN]:
-        print(f"{kernel['microseconds']:12,.1f} us {kernel['share']:6.1%} "
-              f"{kernel['launches']:6,} x {kernel['name']}")  # fmt: skip
-
-
 def print_table(name: str, result: dict) -> None:
+    """Prints the columns of one network, then the longest kernels of each."""
     samples, rows = result["expanded_samples"], result["columns"]
     eager = rows.get("eager", {}).get("median_ms")
     print(f"\n{name}: {samples} expanded samples", flush=True)
     for kind, rate in result["floor_samples_per_second"].items():
         shown = f"{rate:,.0f} samples/s" if isinstance(rate, float) else rate
-        print(f"  floor {kind}: {shown}")
-    print(f"{'column':26}{'ms':>9}{'least':>9}{'largest':>9}{'samples/s':>11}{'x eager':>9}"
-          f"{'of floor':>9}{'MiB':>9}")  # fmt: skip
+        print(f"  roofline {kind}: {shown}")
+    heads = ("ms", "least", "largest", "samples/s", "x eager", "of roof", "MiB")
+    print(f"{'column':26}" + "".join(f"{head:>10}" for head in heads))
     for column, row in rows.items():
         if "impossible" in row:
             print(f"{column:26}impossible: {row['impossible']}")
             continue
-        ratio = f"{eager / row['median_ms']:9.2f}" if eager else " " * 9
-        share = row["share_of_floor"]
-        share = " " * 9 if share is None else f"{share:9.0%}"
+        ratio = f"{eager / row['median_ms']:.2f}" if eager else ""
+        share = "" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}"
         print(
-            f"{column:26}{row['median_ms']:9.1f}{row['least_ms']:9.1f}{row['largest_ms']:9.1f}"
-            f"{row['samples_per_second']:11,.0f}{ratio}{share}{row['peak_mebibytes']:9.1f}"
+            f"{column:26}{row['median_ms']:10.1f}{row['least_ms']:10.1f}{row['largest_ms']:10.1f}"
+            f"{row['samples_per_second']:10,.0f}{ratio:>10}{share:>10}{row['peak_mebibytes']:10.1f}"
         )
     for column, row in rows.items():
-        if "device_time" in row:
-            print_kernels(column, row)
+        if "kernels" in row:
+            print(f"\n{column}: {row['kernel_launches']:,} kernels in {row['median_ms']:.3f} ms")
+            for one in row["kernels"][:_KERNELS_SHOWN]:
+                print(f"{one['microseconds']:12,.1f} us {one['launches']:6,} x {one['name']}")

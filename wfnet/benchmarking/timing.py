@@ -1,55 +1,115 @@
-"""Time and memory of a step on this machine, and where a number comes from."""
+"""Time, peak memory and kernels of a call on this machine."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib.metadata
 import logging
-import math
 import os
-import platform
-import re
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
-
-from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
 
-Step = Callable[[], Tensor]  # one step; returns its loss
+Call = Callable[[], object]
 
 
-def timed(step: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one step, or of any call."""
+def timed(call: Call, device: torch.device) -> float:
+    """Returns the milliseconds of one call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        step()
+        call()
         end.record()
         end.synchronize()
         return start.elapsed_time(end)
     start = time.perf_counter()
-    step()
+    call()
     return (time.perf_counter() - start) * 1e3
 
 
-def peak_mebibytes(step: Step, device: torch.device) -> float:
-    """Largest amount of tensor memory that one step adds to what is allocated before it."""
+class ColdCacheClock:
+    """Milliseconds of a call after the second-level cache was flushed (on a CUDA device)."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        if device.type == "cuda":
+            self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
+
+    def __call__(self, call: Call) -> float:
+        if self.device.type == "cuda":
+            self.flush.zero_()
+        return timed(call, self.device)
+
+
+def interleaved(
+    calls: Mapping[str, Call],
+    repeats: int,
+    clock: Callable[[Call], float],
+    warm_up: int = 0,
+    at_most: Mapping[str, int] | None = None,
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Times calls in turn, round after round, so that a drift of clock rates meets all alike.
+
+    Args:
+        repeats: timed rounds.
+        warm_up: rounds before them.
+        at_most: fewer rounds for calls that take long, by name.
+
+    Returns:
+        The milliseconds of every call by name, and for those that raised the reason. One that
+        raised is not called again, and costs no other its time.
+    """
+    milliseconds: dict[str, list[float]] = {name: [] for name in calls}
+    failed: dict[str, str] = {}
+    for repeat in range(-warm_up, repeats):
+        for name, call in calls.items():
+            if name in failed or repeat >= (at_most or {}).get(name, repeats):
+                continue
+            try:
+                found = clock(call)
+            except Exception as error:  # of compilers, drivers and our own code
+                logger.info("%s failed", name, exc_info=True)
+                failed[name] = reason_of(error)
+                continue
+            if repeat >= 0:
+                milliseconds[name].append(found)
+    return milliseconds, failed
+
+
+def reason_of(error: Exception) -> str:
+    """Returns the first line of an error, after its class where that is no plain refusal."""
+    reason = next(iter(str(error).strip().splitlines()), "")
+    if reason and isinstance(error, ValueError | RuntimeError):
+        return reason
+    return f"{type(error).__name__}: {reason}"
+
+
+def choose_convolutions_by_trial(device: torch.device) -> None:
+    """Has cuDNN time its algorithms once for every shape, for the rest of the process.
+
+    What everybody sets who measures convolutions, so that baselines are at their best;
+    `wfnet.untrain` leaves it off, because a choice by time may differ from run to run, and with it
+    the last bits.
+    """
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+def peak_mebibytes(call: Call, device: torch.device) -> float:
+    """Returns the most tensor memory that one call adds to what is allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        step()
+        call()
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -57,7 +117,7 @@ def peak_mebibytes(step: Step, device: torch.device) -> float:
         _silent_stderr(),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
-        step()
+        call()
     changes = [
         (event.start_ns(), event.nbytes())
         for event in profile.profiler.kineto_results.events()
@@ -71,130 +131,15 @@ def peak_mebibytes(step: Step, device: torch.device) -> float:
 
 
 def graph_pool_mebibytes(device: torch.device) -> float:
-    """Memory that all CUDA graphs of the process keep: a replay allocates nothing; 0 on a CPU."""
+    """Returns the memory that all CUDA graphs of the process keep: a replay allocates nothing."""
     if device.type != "cuda":
         return 0.0
-    segments = torch.cuda.memory_snapshot()
-    return (
-        sum(s["total_size"] for s in segments if tuple(s.get("segment_pool_id", (0, 0))) != (0, 0))
-        / 2**20
+    pools = (
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
     )
-
-
-@dataclass(frozen=True)
-class KernelTime:
-    """All launches of one kernel within a step; copies and fills of memory are rows too."""
-
-    name: str  # demangled, without namespaces and parameters
-    launches: int
-    microseconds: float
-    share: float  # of the time of all rows
-
-
-@dataclass(frozen=True)
-class DeviceWork:
-    """What a step has a CUDA device do.
-
-    Attributes:
-        launches: kernels that it starts, those of a graph's replay too.
-        busy_microseconds: time in which anything runs on the device; kernels side by side count
-            once. What a step takes beyond that, the device waits.
-        kernels: by time, the longest first; its sum is larger than ``busy_microseconds`` where
-            kernels run side by side.
-    """
-
-    launches: int
-    busy_microseconds: float
-    kernels: tuple[KernelTime, ...]
-
-    def table(self, rows: int) -> list[KernelTime]:
-        """The ``rows`` longest kernels, then the sum of all others, if there are more."""
-        if len(self.kernels) <= rows:
-            return list(self.kernels)
-        others = self.kernels[rows:]
-        total = KernelTime(
-            f"{len(others)} others",
-            sum(kernel.launches for kernel in others),
-            sum(kernel.microseconds for kernel in others),
-            sum(kernel.share for kernel in others),
-        )
-        return [*self.kernels[:rows], total]
-
-
-def device_work(step: Step, device: torch.device) -> DeviceWork | None:
-    """The kernels of one step on a CUDA device, and their time.
-
-    None on a CPU, and where the profiler may not look at the device.
-    """
-    if device.type != "cuda":
-        return None
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    try:
-        with torch.profiler.profile(activities=activities) as profile:
-            step()
-            torch.cuda.synchronize()
-        events = profile.events()
-    except (AssertionError, RuntimeError) as error:  # the step itself has run many times
-        logger.info("kernels are not counted: %s", error)
-        return None
-    work = work_of(events)
-    if not work.kernels:
-        logger.info("kernels are not counted: the profiler saw none")
-        return None
-    return work
-
-
-def work_of(events: Iterable[FunctionEvent]) -> DeviceWork:
-    """Sums the profiler's events of one step by kernel."""
-    spans: list[tuple[float, float]] = []
-    found: dict[str, list[float]] = {}
-    launches = 0
-    for event in events:
-        # Ranges that the program names are laid over the device's time line as well.
-        if event.device_type != DeviceType.CUDA or getattr(event, "is_user_annotation", False):
-            continue
-        start, end = event.time_range.start, event.time_range.end
-        spans.append((start, end))
-        found.setdefault(short_kernel_name(event.name), []).append(end - start)
-        launches += not event.name.startswith(("Memcpy", "Memset"))
-    total = sum(map(sum, found.values()))
-    rows = [
-        KernelTime(name, len(times), sum(times), sum(times) / total if total else 0.0)
-        for name, times in found.items()
-    ]
-    rows.sort(key=lambda row: (-row.microseconds, row.name))
-    return DeviceWork(launches, _covered(spans), tuple(rows))
-
-
-def _covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of intervals."""
-    covered, reached = 0.0, -math.inf
-    for start, end in sorted(spans):
-        covered += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return covered
-
-
-_NAME_LENGTH = 120
-
-
-def short_kernel_name(name: str) -> str:
-    """A kernel's name, demangled, without namespaces, result and parameters; at most 120 letters.
-
-    Template arguments stay: they tell kernels of one function apart.
-    """
-    if name.startswith("_Z"):
-        name = torch._C._demangle(name)
-    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
-    if name.endswith(")") and not name.startswith(("Memcpy", "Memset")):
-        depth = 0
-        for place in range(len(name) - 1, 0, -1):
-            depth += {")": 1, "(": -1}.get(name[place], 0)
-            if depth == 0:
-                name = name[:place]
-                break
-    name = " ".join(re.sub(r"\b\w+::", "", name).split())
-    return name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 3]}..."
+    return sum(pools) / 2**20
 
 
 @contextlib.contextmanager
@@ -211,103 +156,39 @@ def _silent_stderr() -> Iterator[None]:
         os.close(kept)
 
 
-def commit() -> str:
-    """The checkout's commit, "+changes" if files differ from it.
+# -- kernels ---------------------------------------------------------------------------------------
 
-    WFNET_COMMIT names it where files were copied without their repository; else "unknown" there.
+_NAME_LENGTH = 120
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All launches of one kernel within a step; copies and fills of memory are rows too."""
+
+    name: str  # cut after 120 letters
+    launches: int
+    microseconds: float
+
+
+def kernels_of(call: Call, device: torch.device) -> list[KernelTime] | None:
+    """Returns the kernels that one call starts, those of a graph's replay too, the longest first.
+
+    None on a CPU, or where the profiler sees no kernel.
     """
-    told = os.environ.get("WFNET_COMMIT")
-    if told:
-        return told
-    git = ["git", "-C", str(Path(__file__).parent)]
+    if device.type != "cuda":
+        return None
     try:
-        head = subprocess.run(
-            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-        )
-        dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True
-        )
-    except OSError:
-        return "unknown"
-    return (head.stdout.strip() or "unknown") + ("+changes" if dirty.stdout.strip() else "")
-
-
-def device_name(device: torch.device) -> str:
-    """The device as people call it; of a CPU, the threads too."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{line.partition(':')[2].strip()}, {torch.get_num_threads()} threads"
-    return f"{platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def _nvidia_smi(device: torch.device, query: str) -> str:
-    """What the driver's tool answers to ``--query-gpu=query``; "unknown" if it does not."""
-    try:
-        found = subprocess.run(
-            ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader",
-             f"--id={device.index or 0}"],
-            capture_output=True, text=True, timeout=20,
-        )  # fmt: skip
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return found.stdout.strip() or "unknown"
-
-
-def clocks(device: torch.device) -> str:
-    """Clock rates at this moment: a GPU's as its driver tells them, the mean over a CPU's cores."""
-    if device.type == "cuda":
-        return _nvidia_smi(device, "clocks.sm,clocks.mem,power.limit")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-    return f"{sum(rates) / len(rates):.0f} MHz" if rates else "unknown"
-
-
-def settings_of(arguments: argparse.Namespace, *inner: str) -> dict[str, object]:
-    """A command line's arguments as JSON takes them, without ``measured`` and ``inner`` ones."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(arguments).items()
-        if name not in ("measured", *inner)
-    }
-
-
-def about(device: torch.device | str, command: Sequence[str]) -> dict[str, str | None]:
-    """What belongs beside every number: device, driver, clocks, versions, commit, command, date.
-
-    Args:
-        command: script and arguments, as they were typed.
-    """
-    device = torch.device(device)
-    found: dict[str, str | None] = {
-        "device": device_name(device),
-        "clocks": clocks(device),
-        "python": platform.python_version(),
-        "driver": _nvidia_smi(device, "driver_version") if device.type == "cuda" else None,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
-    }
-    for package in ("torch", "triton", "timm", "torchvision", "numpy", "scikit-learn"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found | {
-        "wfnet": __version__,
-        "commit": commit(),
-        "command": " ".join(["python", *command]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def choose_convolutions_by_trial(device: torch.device) -> None:
-    """Has cuDNN time its algorithms once for every shape, for the rest of the process.
-
-    What everybody sets who measures convolutions, so that peers are at their best; `wfnet.untrain`
-    leaves it off, because a choice by time may differ from run to run, and with it the last bits.
-    """
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        events = profile.key_averages()
+    except (AssertionError, RuntimeError) as error:  # the call itself has run many times
+        logger.info("kernels are not counted: %s", error)
+        return None
+    found = [
+        KernelTime(event.key[:_NAME_LENGTH], event.count, event.self_device_time_total)
+        for event in events
+        # Ranges that the program names are laid over the device's time line as well.
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return sorted(found, key=lambda kernel: -kernel.microseconds) or None

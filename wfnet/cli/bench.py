@@ -1,36 +1,33 @@
-"""`wfnet bench`: throughput of a whole untraining step on this machine, beside its peers."""
+"""`wfnet bench`: throughput of a whole untraining step on this machine, beside the alternatives."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
-import io
 import statistics
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from wfnet import backends
-from wfnet.benchmarking import floors
+from wfnet.benchmarking import roofline
+from wfnet.benchmarking.provenance import commit, device_name
 from wfnet.benchmarking.steps import (
     COLUMNS,
-    Column,
     Problem,
     StepSettings,
-    floors_of,
     make_problem,
     measure,
     print_table,
+    roofline_of,
     summary,
 )
-from wfnet.benchmarking.timing import choose_convolutions_by_trial, commit, device_name, timed
+from wfnet.benchmarking.timing import choose_convolutions_by_trial, interleaved, timed
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
 from wfnet.cli.options import HelpFormatter, key_value
 from wfnet.services import settings
-from wfnet.services.files import write_atomically
+from wfnet.services.records import write_csv
 from wfnet.version import __version__
 
 EXAMPLE = """example:
@@ -39,11 +36,30 @@ EXAMPLE = """example:
 # Names of timm's benchmark.py where it has the quantity; ours where it has not. Times are in ms,
 # parameters in millions; batches are samples: images under a row each.
 FIELDS = (
-    "model", "column", "train_samples_per_sec", "train_step_time", "train_batch_size",
-    "train_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size",
-    "infer_img_size", "param_count", "filter_count", "label_expansion", "images", "peak_mib",
-    "kernel_launches", "share_of_floor", "dtype", "device", "torch", "wfnet", "commit", "remark",
-)  # fmt: skip
+    "model",
+    "column",
+    "train_samples_per_sec",
+    "train_step_time",
+    "train_batch_size",
+    "train_img_size",
+    "infer_samples_per_sec",
+    "infer_step_time",
+    "infer_batch_size",
+    "infer_img_size",
+    "param_count",
+    "filter_count",
+    "label_expansion",
+    "images",
+    "peak_mib",
+    "kernel_launches",
+    "share_of_floor",
+    "dtype",
+    "device",
+    "torch",
+    "wfnet",
+    "commit",
+    "remark",
+)
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -58,62 +74,34 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=run, saved=lambda options: "the table is written at the end")
-    group = parser.add_argument_group("what is measured")
-    group.add_argument(
-        "--model", nargs="+", metavar="NAME",
-        help="names of timm, of torchvision (torchvision/resnet50), or small/resnet, ...",
-    )  # fmt: skip
-    group.add_argument(
-        "--model-kwargs", nargs="*", type=key_value, metavar="KEY=VALUE",
-        help="arguments of the model's constructor",
-    )  # fmt: skip
-    group.add_argument(
-        "--img-size",
-        type=settings.image_size,
-        default=224,
-        metavar="PIXELS",
-        help="of the random images",
-    )
-    group.add_argument(
-        "--num-classes",
-        type=settings.class_count,
-        default=1000,
-        metavar="N",
-        help="rows of the filters",
-    )
-    group.add_argument(
-        "-b", "--batch-size", type=settings.int_from(2, 10**6), default=32, metavar="N",
-        help="images of a minibatch, even",
-    )  # fmt: skip
-    group.add_argument(
-        "-M", "--label-expansion", type=settings.positive_int, default=3, metavar="M",
-        help="rows that each retained image goes through",
-    )  # fmt: skip
-    group.add_argument(
-        "--share-images", action=argparse.BooleanOptionalAction, default=True,
-        help="the same n / 2 images serve both halves (default: yes)",
-    )  # fmt: skip
-    group.add_argument(
-        "--columns", nargs="+", choices=COLUMNS, metavar="COLUMN",
-        help=f"of {', '.join(COLUMNS)} (default: eager, unmasked, and ours that can run here)",
-    )  # fmt: skip
-    group.add_argument(
-        "--repeats", type=settings.positive_int, default=10, metavar="N", help="timed steps"
-    )
-    group.add_argument(
-        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
-    )
-    group.add_argument(
-        "--output", metavar="FILE", help="CSV with the columns of timm's benchmark.py, and more"
-    )
-    group = parser.add_argument_group("computing")
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    group.add_argument("--amp", action="store_true", help="compute in bfloat16 where it is safe")
-    group.add_argument(
-        "--channels-last", action=argparse.BooleanOptionalAction, default=True,
-        help="memory layout in which convolutions are faster (default: yes)",
-    )  # fmt: skip
-    group.add_argument("--threads", type=settings.cpu_threads, metavar="N", help="CPU threads")
+    switch = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("what is measured").add_argument
+    names = "names of timm, of torchvision (torchvision/resnet50), or small/resnet, ..."
+    add("--model", nargs="+", metavar="NAME", help=names)
+    names = "arguments of the model's constructor"
+    add("--model-kwargs", nargs="*", type=key_value, metavar="KEY=VALUE", help=names)
+    size = {"type": settings.image_size, "default": 224, "metavar": "PIXELS"}
+    add("--img-size", help="of the random images", **size)
+    count = {"type": settings.class_count, "default": 1000, "metavar": "N"}
+    add("--num-classes", help="rows of the filters", **count)
+    count = {"type": settings.int_from(2, 10**6), "default": 32, "metavar": "N"}
+    add("-b", "--batch-size", help="images of a minibatch, even", **count)
+    count = {"type": settings.positive_int, "default": 3, "metavar": "M"}
+    add("-M", "--label-expansion", help="rows that each retained image goes through", **count)
+    text = "the same n / 2 images serve both halves (default: yes)"
+    add("--share-images", action=switch, default=True, help=text)
+    text = f"of {', '.join(COLUMNS)} (default: eager, unmasked, and ours that can run here)"
+    add("--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help=text)
+    add("--repeats", type=settings.positive_int, default=10, metavar="N", help="timed steps")
+    add("--seed", type=settings.seed, default=0, metavar="N", help="of everything random")
+    text = "CSV with the columns of timm's benchmark.py, and more"
+    add("--output", metavar="FILE", help=text)
+    add = parser.add_argument_group("computing").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--amp", action="store_true", help="compute in bfloat16 where it is safe")
+    text = "memory layout in which convolutions are faster (default: yes)"
+    add("--channels-last", action=switch, default=True, help=text)
+    add("--threads", type=settings.cpu_threads, metavar="N", help="CPU threads")
     return parser
 
 
@@ -138,11 +126,8 @@ def run(options: argparse.Namespace) -> int:
         seed=options.seed,
     )
     columns = options.columns or default_columns(device)
-    rates = floors.measure_rates(device, dtype)
-    print(
-        f"{device_name(device)}: {rates.flops / 1e9:,.0f} GFLOP/s (product), "
-        f"{rates.bandwidth / 1e9:,.1f} GB/s (copy), {str(dtype).removeprefix('torch.')}"
-    )
+    rates = roofline.measure_rates(device, dtype)
+    print(f"{device_name(device)}: {rates}, {str(dtype).removeprefix('torch.')}")
     rows: list[dict[str, Any]] = []
     for name in options.model:
         model = create_classifier(
@@ -156,19 +141,19 @@ def run(options: argparse.Namespace) -> int:
         with contextlib.ExitStack() as stack:
             problem = make_problem(model, settings, stack)
             measured = measure(problem, columns)
-            floor = floors_of(problem, rates)
+            result = summary(measured, len(problem.batch), roofline_of(problem, rates))
             forward = infer_milliseconds(problem)
-            rows += table_rows(name, problem, measured, floor, forward)
-        print_table(name, summary(measured, len(problem.batch), floor))
+            rows += table_rows(name, problem, result["columns"], forward)
+        print_table(name, result)
         print(f"{'filtered forward pass':26}{forward:9.1f}")
     if options.output:
-        write_csv(Path(options.output), rows)
+        write_csv(options.output, rows, FIELDS)
         print(f"\nwritten to {options.output}")
     return 0
 
 
 def default_columns(device: torch.device) -> list[str]:
-    """Two peers that are made in no time, and what this package can do on the device."""
+    """Returns two baselines that are made in no time, and what this package can do here."""
     ours = [f"wfnet/eager/{how}" for how in ("unfused", "fused")]
     if device.type == "cuda":
         ours += [f"wfnet/{name}/captured" for name in backends.KERNELS]
@@ -176,33 +161,34 @@ def default_columns(device: torch.device) -> list[str]:
 
 
 def infer_milliseconds(problem: Problem) -> float:
-    """Median time of one forward pass of all samples, each under its row."""
+    """Returns the median time of one forward pass of all samples, each under its row."""
     net, batch = problem.net, problem.batch
     net.fuse = True
-    times = []
+
+    def forward() -> object:
+        return net(problem.images, batch.forget, batch.source)
+
     with torch.inference_mode(), problem.autocast():
-        for repeat in range(problem.settings.repeats + 2):
-            milliseconds = timed(
-                lambda: net(problem.images, batch.forget, batch.source), problem.device
-            )
-            if repeat >= 2:  # made, checked, warm
-                times.append(milliseconds)
-    return statistics.median(times)
+        times, failed = interleaved(
+            {"forward": forward},
+            problem.settings.repeats,
+            lambda call: timed(call, problem.device),
+            warm_up=2,  # made, checked
+        )
+    if failed:
+        raise RuntimeError(f"the filtered forward pass: {failed['forward']}")
+    return statistics.median(times["forward"])
 
 
 def table_rows(
-    name: str,
-    problem: Problem,
-    measured: dict[str, Column],
-    floor: dict[str, float | str],
-    forward: float,
+    name: str, problem: Problem, columns: dict[str, dict], forward: float
 ) -> list[dict[str, Any]]:
-    """One row per column, by the names of :data:`FIELDS`."""
+    """Returns one row per column, by the names of :data:`FIELDS`."""
     settings, samples = problem.settings, len(problem.batch)
     filters = sum(p.numel() for p in problem.net.filter_parameters())
     weights = sum(p.numel() for p in problem.net.model.parameters()) - filters
     rows = []
-    for column, found in summary(measured, samples, floor)["columns"].items():
+    for column, found in columns.items():
         row = {
             "model": name,
             "column": column,
@@ -237,11 +223,3 @@ def table_rows(
             }
         rows.append(row)
     return rows
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, FIELDS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))

@@ -32,8 +32,8 @@ _ALTERNATIVES = (
 # Named data sets whose files lie in --data-dir.
 DATA_WITH_FILES = ("mnist", "cifar10")
 # Say what the command does this time; never taken from a file.
-_CALLS = {"command", "run", "saved", "config", "resume", "folder", "force", "dry_run", "help"}
-_OF_THIS_CALL = _CALLS | {"debug", "quiet"}
+_OF_THIS_CALL = {"command", "run", "saved", "config", "resume", "folder", "force", "dry_run",
+                 "debug", "quiet", "help"}  # fmt: skip
 # What evaluate and bake take over from the run that they work on.
 DESCRIPTION = frozenset(
     ("model", "pretrained", "checkpoint", "num_classes", "model_kwargs", "in_chans", "img_size")

@@ -1,8 +1,8 @@
-"""What an untraining step cannot be faster than: floating-point operations and bytes, counted.
+"""The roofline of an untraining step: floating-point operations and bytes, counted.
 
 A network becomes a list of operations (GEMMs with what their epilogues may do, poolings,
-attention, passes). An operation takes at least ``max(flops / rate, bytes / bandwidth)``; the floor
-of a step is the sum over its forward and input-gradient operations. Three floors:
+attention, passes). An operation takes at least ``max(flops / rate, bytes / bandwidth)``; the
+roofline of a step is the sum over its forward and input-gradient operations. Three of them:
 
     fused           every elementwise operation is part of a GEMM; only operands are read and
                     only results that somebody needs are written
@@ -16,8 +16,7 @@ Bytes are counted per expanded sample, except for what comes before the first ma
 
 from __future__ import annotations
 
-import math
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +25,7 @@ from torch import nn
 
 import wfnet
 from wfnet import fusion
+from wfnet.benchmarking.timing import timed
 
 KINDS = ("fused", "fused_with_v", "nothing_fused")
 
@@ -50,12 +50,20 @@ class Rates:
     element: int  # bytes of an element
 
     def seconds(self, flops: float, size: float) -> float:
-        """Least time of so many operations, and so many bytes moved."""
+        """Returns the least time of so many operations, and so many bytes moved."""
         return max(flops / self.flops, size / self.bandwidth)
 
+    def as_json(self) -> dict[str, float]:
+        """Returns the rates by the names that records have for them."""
+        return {"flops_per_second": self.flops, "bytes_per_second": self.bandwidth}
 
-def floor_seconds(operations: list[Operation], samples: int, sources: int, rates: Rates) -> float:
-    """Least time of a step over ``samples`` expanded samples of ``sources`` images."""
+    def __str__(self) -> str:
+        products = f"{self.flops / 1e9:,.0f} GFLOP/s (product)"
+        return f"{products}, {self.bandwidth / 1e9:,.1f} GB/s (copy)"
+
+
+def least_seconds(operations: list[Operation], samples: int, sources: int, rates: Rates) -> float:
+    """Returns the least time of a step over ``samples`` expanded samples of ``sources`` images."""
     total = 0.0
     for op in operations:
         images = sources if op.at_source else samples
@@ -65,23 +73,24 @@ def floor_seconds(operations: list[Operation], samples: int, sources: int, rates
 
 
 def operations_of(net: wfnet.WFNet, image_size: int, kind: str) -> list[Operation]:
-    """The operations of forward and backward of ``net``; its weights may be on ``meta``.
+    """Counts the operations of forward and backward of ``net``; its weights may be on ``meta``.
 
     Raises:
         ValueError: for a network that is neither a fusable CNN nor a timm vision transformer.
     """
-    shapes = _shapes(net.model, image_size)
+    shapes = elements_per_image(net.model, image_size)
     if hasattr(net.model, "blocks") and hasattr(net.model, "patch_embed"):
         return _transformer(net.model, shapes, kind)
     try:
         plan = fusion.make_plan(net.model)
     except fusion.NotFusable as error:
-        raise ValueError(f"no floor is counted for {type(net.model).__name__}: {error}") from error
+        name = type(net.model).__name__
+        raise ValueError(f"no roofline is counted for {name}: {error}") from error
     return _convolutional(plan, shapes, kind)
 
 
-def _shapes(model: nn.Module, image_size: int) -> dict[nn.Module, tuple[int, int]]:
-    """Elements of input and output per image of every module, without computing anything."""
+def elements_per_image(model: nn.Module, image_size: int) -> dict[nn.Module, tuple[int, int]]:
+    """Returns elements of input and output of every module, without computing anything."""
     found: dict[nn.Module, tuple[int, int]] = {}
 
     def record(module: nn.Module, inputs: tuple, output: object) -> None:
@@ -173,7 +182,7 @@ def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
         hidden = block.mlp.fc1.out_features
         h = tokens * hidden
         first = number == 0
-        # Forward. LayerNorm is a pass of its own in every floor: a row of it spans all tiles.
+        # Forward. LayerNorm is a pass of its own in every roofline: a row of it spans all tiles.
         passes(2 * e, at_source=first)
         gemm(width, 3 * width, 4 * e + kept)
         if loose:
@@ -206,38 +215,28 @@ def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, repeats: int = 20) -> Rates:
-    """Products and copy as this device does them, best of some: what else runs slows them.
+    """Measures products and copies of this device, best of some: what else runs slows them.
 
     Of a matrix product and a convolution the faster one counts: on AMD's processors PyTorch's
     matrix product, which is not made for them, has less than half of a convolution's rate.
 
     On a processor whose caches hold a layer's tensors, less than the counted bytes reach memory,
-    and a step may pass the floor.
+    and a step may pass the roofline.
     """
-    size = 8192 if device.type == "cuda" else 1024
+    cuda = device.type == "cuda"
+    size = 8192 if cuda else 1024
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    images, channels, pixels = (128, 256, 56) if device.type == "cuda" else (16, 256, 16)
+    images, channels, pixels = (128, 256, 56) if cuda else (16, 256, 16)
     x = torch.randn(images, channels, pixels, pixels, device=device, dtype=dtype)
     weight = torch.randn(channels, channels, 3, 3, device=device, dtype=dtype)
     x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
-    source = torch.empty((2**30 if device.type == "cuda" else 2**26), dtype=torch.uint8,
-                         device=device)  # fmt: skip
+    source = torch.empty(2**30 if cuda else 2**26, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
 
-    def best(work) -> float:
-        least = math.inf
-        for _ in range(repeats + 1):
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            start = time.perf_counter()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            least = min(least, time.perf_counter() - start)
-        return least
+    def best(work: Callable[[], object]) -> float:
+        return min(timed(work, device) for _ in range(repeats + 1)) / 1e3
 
     product = 2 * size**3 / best(lambda: a @ b)
     convolution = 2 * x.numel() * channels * 9 / best(lambda: F.conv2d(x, weight, padding=1))
     copied = best(lambda: target.copy_(source))
-    element = torch.empty((), dtype=dtype).element_size()
-    return Rates(max(product, convolution), 2 * source.numel() / copied, element)
+    return Rates(max(product, convolution), 2 * source.numel() / copied, dtype.itemsize)

@@ -1,17 +1,13 @@
 """benchmarks/scale_evidence.py at a size that takes seconds."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import render
 import scale_evidence
+import torch
 
-from wfnet.benchmarking.timing import commit
+from wfnet.benchmarking.provenance import commit
 from wfnet.untraining import optimizers
 
 

@@ -1,16 +1,16 @@
-"""Floors of the step benchmark: the counted numbers, and that less traffic is never slower."""
+"""Rooflines of the step benchmark: the counted numbers, and that less traffic is never slower."""
 
 import pytest
 import torch
 from torch import nn
 
 import wfnet
-from wfnet.benchmarking import floors
+from wfnet.benchmarking import roofline
 
 timm = pytest.importorskip("timm")
 
 # Rates of one H200 in bf16; 256 images, half of them under three rows each: 512 samples.
-H200 = floors.Rates(flops=790e12, bandwidth=4.3e12, element=2)
+H200 = roofline.Rates(flops=790e12, bandwidth=4.3e12, element=2)
 # Expanded samples per second: fused, with v kept, nothing fused.
 PUBLISHED = {
     "resnet18": (87_600, 80_600, 29_600),
@@ -22,15 +22,15 @@ PUBLISHED = {
 
 
 def rate(net: wfnet.WFNet, kind: str) -> float:
-    operations = floors.operations_of(net, 224, kind)
-    return 512 / floors.floor_seconds(operations, 512, 256, H200)
+    operations = roofline.operations_of(net, 224, kind)
+    return 512 / roofline.least_seconds(operations, 512, 256, H200)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_floors(name: str):
+def test_published_rooflines(name: str):
     with torch.device("meta"):
         net = wfnet.WFNet(timm.create_model(name), 1000)
-    found = [rate(net, kind) for kind in floors.KINDS]
+    found = [rate(net, kind) for kind in roofline.KINDS]
     for value, expected, tolerance in zip(found, PUBLISHED[name], (0.02, 0.02, 0.05), strict=True):
         if expected is not None:
             assert abs(value / expected - 1) < tolerance, (name, found)
@@ -49,17 +49,17 @@ def test_counts_of_one_convolution_by_hand():
             return self.fc(self.second(self.first(x).relu()).mean((2, 3)))
 
     net = wfnet.WFNet(Net().eval(), 5)
-    first, second, gradient = floors.operations_of(net, 8, "fused")
-    assert first == floors.Operation(2 * 256 * 27, 256, 108, source_elements=192)
-    assert second == floors.Operation(2 * 512 * 4, 256 + 512, 32)
-    assert gradient == floors.Operation(2 * 512 * 4, 512 + 2 * 256, 32)
-    rates = floors.Rates(1e12, 1e3, 4)  # bandwidth decides
-    seconds = floors.floor_seconds([first], 10, 2, rates)
+    first, second, gradient = roofline.operations_of(net, 8, "fused")
+    assert first == roofline.Operation(2 * 256 * 27, 256, 108, source_elements=192)
+    assert second == roofline.Operation(2 * 512 * 4, 256 + 512, 32)
+    assert gradient == roofline.Operation(2 * 512 * 4, 512 + 2 * 256, 32)
+    rates = roofline.Rates(1e12, 1e3, 4)  # bandwidth decides
+    seconds = roofline.least_seconds([first], 10, 2, rates)
     assert seconds == pytest.approx((108 + 256 * 10 + 192 * 2) * 4 / 1e3)
 
 
-def test_what_has_no_floor_says_so():
+def test_what_has_no_roofline_says_so():
     mixer = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Linear(8, 5))
     net = wfnet.WFNet(mixer, 5, targets="1")
-    with pytest.raises(ValueError, match="no floor is counted"):
-        floors.operations_of(net, 2, "fused")
+    with pytest.raises(ValueError, match="no roofline is counted"):
+        roofline.operations_of(net, 2, "fused")

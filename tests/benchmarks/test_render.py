@@ -1,12 +1,8 @@
 """The README's tables and its chart are those of the committed results."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import render
 
 
@@ -50,27 +46,3 @@ def test_networks_of_one_device_and_commit_share_a_table(tmp_path, monkeypatch):
     (tmp_path / "step_3.json").write_text(json.dumps({**content, "commit": "other"}))
     with pytest.raises(ValueError, match="a second time"):
         render.step_files()
-
-
-def test_errors_of_kernels_on_a_device_stand_where_the_backends_are_listed(tmp_path, monkeypatch):
-    monkeypatch.setattr(render, "RESULTS", tmp_path)
-    before = render.backends()
-    assert "compiles, not yet run" in before
-    rows = [
-        {"backend": "cuda", "comparisons": 1200, "failures": 3, "largest_ratio_to_eager": 1.5},
-        {"backend": "cuda", "comparisons": 34, "failures": 0, "largest_ratio_to_eager": None},
-        {"backend": "eager", "comparisons": 2, "failures": 0, "largest_ratio_to_eager": None},
-    ]
-    content = {"device": "NVIDIA X", "commit": "0123abc", "rows": rows,
-               "unfinished": [{"name": "hopper-rest", "reason": "out of time"}]}  # fmt: skip
-    (tmp_path / "numerics_x.json").write_text(json.dumps(content))
-    _, _, *lines = render.backends().splitlines()[:6]
-    assert "1 test or process on NVIDIA X ended without a comparison" in render.backends()
-    cells = {line.split("`")[1]: line.split("|")[3].strip() for line in lines}
-    assert cells == {
-        "reference": "not run",
-        "eager": "NVIDIA X: 2 of 2 comparisons with fp64 passed (commit 0123abc)",
-        "triton": "compiles, not yet run",
-        "cuda": "NVIDIA X: 1,231 of 1,234 comparisons with fp64 passed, errors up to 1.50 times "
-        "eager's (commit 0123abc)",
-    }

@@ -1,0 +1,85 @@
+"""What the scripts of this folder share: options, the record that they write, charts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from wfnet.benchmarking.provenance import provenance, settings_of
+from wfnet.benchmarking.timing import choose_convolutions_by_trial
+
+CUDA = torch.cuda.is_available()
+DTYPES = ("float32", "bfloat16", "float16")
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def make_parser(
+    doc: str, repeats: int | None = None, dtype: str | None = None
+) -> argparse.ArgumentParser:
+    """Returns a parser with the options that scripts share; ``dtype`` is the default."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda" if CUDA else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    if repeats is not None:
+        parser.add_argument("--repeats", type=int, default=repeats, help="timed rounds")
+    if dtype is not None:
+        parser.add_argument("--dtype", default=dtype, choices=DTYPES)
+    return parser
+
+
+def begin(
+    name: str, args: argparse.Namespace, argv: list[str] | None, *inner: str
+) -> dict[str, Any]:
+    """Sets threads and cuDNN's choice; returns the start of the record of a run.
+
+    Args:
+        name: of the script, without its ending.
+        inner: arguments that are no settings.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    choose_convolutions_by_trial(torch.device(args.device))
+    words = sys.argv[1:] if argv is None else argv
+    return {
+        "benchmark": name.removeprefix("bench_"),
+        "settings": settings_of(args, *inner),
+        **provenance(args.device, [f"benchmarks/{name}.py", *words]),
+    }
+
+
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+@contextmanager
+def chart(path: Path, columns: int, size: tuple[float, float], title: str) -> Iterator[Any]:
+    """Draws a chart: yields its axes ``[columns]`` and writes the file at the end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
+    yield axes[0]
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def markdown_table(head: list[str], rows: list[list[object]]) -> str:
+    """Returns a table as Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

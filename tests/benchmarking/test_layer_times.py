@@ -1,0 +1,81 @@
+import contextlib
+
+import pytest
+import torch
+
+from wfnet.benchmarking import layer_times
+from wfnet.benchmarking.steps import StepSettings, make_problem
+from wfnet.cli.classifier import create_classifier
+
+
+@pytest.fixture
+def problem():
+    settings = StepSettings(image_size=8, batch_size=2, label_expansion=2)
+    with contextlib.ExitStack() as stack:
+        model = create_classifier("small/resnet", 10, in_channels=3, image_size=8, seed=0)
+        yield make_problem(model, settings, stack)
+
+
+def test_every_call_of_a_step_is_timed_and_its_work_counted(problem):
+    calls, failed = layer_times.time_layers(problem, ["eager"], repeats=2)
+    assert not failed
+    layers = {
+        direction: [call.layer for call in calls if call.direction == direction]
+        for direction in ("forward", "backward")
+    }
+    assert len(layers["forward"]) == len(set(layers["forward"])) == 9
+    assert set(layers["backward"]) == set(layers["forward"]) - {"conv1"}
+    assert all(len(call.milliseconds["eager"]) == 2 for call in calls)
+    by_key = {(call.layer, call.direction): call for call in calls}
+    samples, pixels, channels = 3, 16, 24
+    for direction in ("forward", "backward"):
+        call = by_key["layer1.0.conv2", direction]
+        assert call.flops == 2 * samples * pixels * channels * channels * 9
+        tensors = samples * pixels * channels
+        assert (
+            4 * (2 * tensors + channels * channels * 9)
+            <= call.size
+            <= 2 * 4 * (4 * tensors + channels * channels * 9)
+        )
+    # The stem is computed once per image; expanded samples read it.
+    assert by_key["conv1", "forward"].flops == 2 * 1 * pixels * channels * 27
+
+
+def test_a_backend_that_fails_or_is_wrong_has_no_times(problem, monkeypatch):
+    class Run(layer_times.BackendRun):
+        def __init__(self, problem, name):
+            super().__init__(problem, "eager" if name == "wrong" else name)
+            self.factor = 2 if name == "wrong" else 1
+
+        def count(self, calls):
+            return self.factor * super().count(calls)
+
+    monkeypatch.setattr(layer_times, "BackendRun", Run)
+    calls, failed = layer_times.time_layers(problem, ["eager", "wrong", "cuda"], repeats=1)
+    assert list(failed) == ["wrong", "cuda"]
+    assert failed["wrong"] == "computes something else: gradients differ by 1.0e+00"
+    assert "cannot run" in failed["cuda"]
+    assert all(set(call.milliseconds) == {"eager"} for call in calls)
+
+
+def test_calls_inside_of_calls_are_part_of_them():
+    class Inner:
+        def linear(self, x):
+            return self.fused_conv2d(x) + 1
+
+        def fused_conv2d(self, x):
+            return 2 * x
+
+        conv2d_dgrad = linear_backward = fused_conv2d
+
+    inner, seen = Inner(), []
+
+    def around(method, arguments, call):
+        seen.append((method, arguments))
+        return call()
+
+    with layer_times.watched(inner, around):
+        assert inner.linear(torch.tensor(3)) == 7
+    assert [method for method, _ in seen] == ["linear"]
+    inner.linear(torch.tensor(3))
+    assert len(seen) == 1

@@ -1,0 +1,49 @@
+import pytest
+import torch
+
+from wfnet.benchmarking.timing import interleaved, kernels_of, peak_mebibytes, reason_of, timed
+
+CPU = torch.device("cpu")
+
+
+def test_calls_take_turns_and_one_that_fails_costs_no_other():
+    order = []
+
+    def fails():
+        order.append("b")
+        if order.count("b") == 3:
+            raise KeyError("gone")
+
+    def clock(call):
+        call()
+        return float(len(order))
+
+    calls = {"a": lambda: order.append("a"), "b": fails, "c": lambda: order.append("c")}
+    times, failed = interleaved(calls, 3, clock, warm_up=1, at_most={"c": 1})
+    assert order == list("abcabcaba")
+    assert times == {"a": [4.0, 7.0, 9.0], "b": [5.0], "c": [6.0]}
+    assert failed == {"b": "KeyError: 'gone'"}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("first\nsecond"), "first"),
+        (RuntimeError(""), "RuntimeError: "),
+        (TypeError("no"), "TypeError: no"),
+    ],
+)
+def test_reason_of(error, reason):
+    assert reason_of(error) == reason
+
+
+def test_peak_is_what_a_call_holds_at_once():
+    def call():
+        one = torch.zeros(2**18)
+        del one
+        two = torch.zeros(2**19)
+        return two + torch.zeros(2**19)
+
+    assert peak_mebibytes(call, CPU) == pytest.approx(6, abs=0.1)
+    assert timed(call, CPU) > 0
+    assert kernels_of(call, CPU) is None

@@ -1,0 +1,107 @@
+"""benchmarks/bench_step.py at a size that takes seconds: its columns, its files, its refusals."""
+
+import json
+
+import bench_step
+import pytest
+
+from wfnet.benchmarking import steps
+
+BASELINES = ["loop", "grouped", "vmap", "eager", "unmasked"]
+OURS = ["wfnet/eager/unfused", "wfnet/eager/fused", "wfnet/eager/captured"]
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    arguments = [
+        "--models",
+        "small/resnet",
+        "small/vit",
+        "--image-size",
+        "32",
+        "-b",
+        "4",
+        "-M",
+        "2",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "--output",
+        str(folder / "step.json"),
+        "--columns",
+        *BASELINES,
+        *OURS,
+    ]
+    returned = bench_step.main(arguments)
+    written = json.loads((folder / "step.json").read_text())
+    assert written["networks"].keys() == returned["networks"].keys()
+    assert (folder / "step.png").stat().st_size > 10_000
+    return written
+
+
+def test_every_column_has_numbers_or_a_reason(record):
+    """The losses of all masked columns were compared before anything was timed."""
+    for result in record["networks"].values():
+        rows = result["columns"]
+        assert list(rows) == [*BASELINES, *OURS]
+        assert result["expanded_samples"] == 6
+        assert "CUDA" in rows["wfnet/eager/captured"]["impossible"]
+        for name in (*BASELINES, "wfnet/eager/unfused"):
+            row = rows[name]
+            assert row["least_ms"] <= row["median_ms"] <= row["largest_ms"]
+            assert row["samples_per_second"] == pytest.approx(6e3 / row["median_ms"])
+            assert row["peak_mebibytes"] > 0
+
+
+def test_convolutions_run_fused_and_have_a_roofline(record):
+    result = record["networks"]["small/resnet"]
+    row = result["columns"]["wfnet/eager/fused"]
+    floor = result["floor_samples_per_second"]["fused_with_v"]
+    assert 0 < row["share_of_floor"] == pytest.approx(row["samples_per_second"] / floor)
+    assert row["peak_mebibytes"] < result["columns"]["eager"]["peak_mebibytes"]
+
+
+def test_masked_copies_past_the_limit_say_what_they_need():
+    arguments = ["--models", "small/resnet", "--image-size", "16", "-b", "4", "-M", "1"]
+    arguments += ["--repeats", "1", "--device", "cpu", "--copy-limit", "1e-6"]
+    record = bench_step.main([*arguments, "--columns", "loop", "eager"])
+    rows = record["networks"]["small/resnet"]["columns"]
+    assert "one masked weight copy per sample needs" in rows["loop"]["impossible"]
+    assert "median_ms" in rows["eager"]
+
+
+def test_a_column_that_fails_costs_no_other(monkeypatch, tmp_path):
+    class CompilerError(Exception):
+        """Not of the kinds that a refusal is made of, as a kernel compiler's errors."""
+
+    make = steps.make_step
+
+    def failing(problem, name):
+        step = make(problem, name)
+        calls = iter(range(100))
+
+        def run():
+            if next(calls) == 7:  # while it is timed
+                raise CompilerError("out of registers")
+            return step()
+
+        return run if name == "wfnet/eager/unfused" else step
+
+    monkeypatch.setattr(steps, "make_step", failing)
+    arguments = ["--models", "small/resnet", "--image-size", "16", "-b", "4", "-M", "1"]
+    arguments += ["--repeats", "4", "--device", "cpu", "--output", str(tmp_path / "step.json")]
+    columns = ["wfnet/eager/unfused", "eager"]
+    bench_step.main([*arguments, "--columns", *columns])
+    rows = json.loads((tmp_path / "step.json").read_text())["networks"]["small/resnet"]["columns"]
+    assert rows["wfnet/eager/unfused"]["impossible"] == "CompilerError: out of registers"
+    assert rows["eager"]["median_ms"] > 0
+    assert rows["eager"]["prepare_seconds"] > 0
+
+
+@pytest.mark.parametrize("arguments", [["-b", "3"], ["--repeats", "0"], ["--columns", "magic"]])
+def test_bad_arguments(arguments, capsys):
+    with pytest.raises(SystemExit):
+        bench_step.parse(arguments)
+    assert "error:" in capsys.readouterr().err

@@ -1,0 +1,273 @@
+"""benchmarks/device_run.py without a device: what hangs, crashes, is out of time, or goes on."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import bench_data
+import bench_eval
+import bench_ops
+import bench_plan
+import bench_scaling
+import bench_step
+import device_run
+import pytest
+import whole_run
+from _pytest.mark.expression import Expression
+from device_run import Plan, Stage
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def stage(name, code, limit=60.0, **options):
+    return Stage(name, (sys.executable, "-c", code, "{results}"), limit, **options)
+
+
+def run(folder, *stages, arguments=()):
+    """Status and the stages of the summary, by name."""
+    status = device_run.main(["--output", str(folder), *arguments], list(stages))
+    summary = json.loads((folder / "summary.json").read_text())
+    return status, {record["name"]: record for record in summary["stages"]}
+
+
+def runs(pid):
+    """Whether a process is there and no zombie."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_a_crash_costs_no_other_stage(tmp_path):
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1], 'made.json').write_text('{}')"
+    status, stages = run(
+        tmp_path,
+        stage("crash", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+        stage("error", "print('a word'); raise SystemExit(3)"),
+        Stage("missing", (str(tmp_path / "no-such-program"),), 10),
+        stage("after", write),
+    )
+    assert status == 1
+    assert (stages["crash"]["status"], stages["crash"]["note"]) == ("failed", "SIGSEGV")
+    assert (stages["error"]["exit_code"], stages["error"]["tail"]) == (3, ["a word"])
+    assert "not started" in stages["missing"]["tail"][0]
+    assert stages["after"]["status"] == "passed"
+    with tarfile.open(tmp_path / "device.tar.gz") as tar:
+        assert {"summary.json", "logs/error.log", "results/made.json"} <= set(tar.getnames())
+
+
+def test_what_hangs_is_killed_with_its_children_and_leaves_its_stack(tmp_path, monkeypatch):
+    monkeypatch.setattr(device_run, "_GRACE", 1.0)
+    ignore = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+    hang = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {ignore + 'time.sleep(60)'!r}])\n"
+        "print(child.pid, flush=True)\n"
+        "def waits_forever():\n    time.sleep(60)\n"
+        "waits_forever()\n"
+    )
+    start = time.monotonic()
+    _, stages = run(tmp_path, stage("hang", hang, limit=3.0), stage("after", "pass"))
+    assert time.monotonic() - start < 30
+    assert stages["hang"]["status"] == "out of time"
+    assert stages["after"]["status"] == "passed"
+    assert any("waits_forever" in line for line in stages["hang"]["tail"])
+    assert not runs(int(stages["hang"]["tail"][0]))
+
+
+def test_a_spent_budget_leaves_the_rest_for_the_next_call(tmp_path):
+    slow = stage("slow", "import time; time.sleep(60)", limit=8)
+    quick, never = stage("quick", "pass", limit=8), stage("never", "pass")
+    status, stages = run(tmp_path, quick, slow, never, arguments=["--budget", "5"])
+    assert status == 1
+    statuses = {name: record["status"] for name, record in stages.items()}
+    assert statuses == {"quick": "passed", "slow": "out of time", "never": "no time left"}
+    (tmp_path / "logs/quick.log").unlink()
+    slow = stage("slow", "pass")
+    assert run(tmp_path, quick, slow, never)[0] == 0
+    assert not (tmp_path / "logs/quick.log").exists(), "what has passed is not repeated"
+
+
+def test_results_of_other_sources_are_not_gone_on_with(tmp_path, monkeypatch):
+    run(tmp_path, stage("good", "pass"))
+    monkeypatch.setattr(device_run, "sources_digest", lambda: "others")
+    with pytest.raises(SystemExit, match="of other sources; choose another --output"):
+        run(tmp_path, stage("good", "pass"))
+
+
+def test_a_failed_need_leaves_out_what_rests_on_it_and_nothing_else(tmp_path):
+    """One out of time does not: a kernel that is slow to compile is no wrong one."""
+    portable = {"WFNET_CUDA_HOPPER": "0"}
+    shows = "import os; assert os.environ['WFNET_CUDA_HOPPER'] == '0'"
+    _, stages = run(
+        tmp_path,
+        stage("forward", "raise SystemExit(1)"),
+        stage("gradient", "import time; time.sleep(60)", limit=2),
+        stage("left", "pass", needs=("gradient", "forward")),
+        stage("portable", shows, needs=("forward",), instead=portable),
+        stage("other", "pass", needs=("gradient", "nothing")),
+    )
+    assert (stages["left"]["status"], stages["left"]["note"]) == ("left out", "forward failed")
+    assert stages["portable"]["status"] == stages["other"]["status"] == "passed"
+    assert stages["portable"]["instead"] == portable
+
+
+def test_nothing_runs_where_the_first_stage_fails(tmp_path, capsys):
+    failing = stage("facts", "raise SystemExit('no device')")
+    status, stages = run(tmp_path, failing, stage("eval", "pass"))
+    assert (status, list(stages)) == (1, ["facts"])
+    assert "nothing can run" in capsys.readouterr().out
+
+
+RUNNER = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import device_run
+program = (
+    "import os, pathlib, sys, time\\n"
+    "pathlib.Path(sys.argv[1], 'partial').write_text(str(os.getpid()))\\n"
+    "time.sleep(60)"
+)
+stages = [device_run.Stage("long", (sys.executable, "-c", program, "{results}"), 60)]
+sys.exit(device_run.main(None, stages))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_runner_that_is_ended_leaves_its_results_and_no_process(tmp_path, how):
+    runner = subprocess.Popen(
+        [sys.executable, "-c", RUNNER, str(ROOT / "benchmarks"), "--output", str(tmp_path)]
+    )
+    partial = tmp_path / "results" / "partial"
+    for _ in range(400):
+        if partial.exists() and partial.read_text():
+            break
+        time.sleep(0.05)
+    pid = int(partial.read_text())
+    runner.send_signal(how)
+    runner.wait(30)
+    for _ in range(100):
+        if not runs(pid):
+            break
+        time.sleep(0.05)
+    assert not runs(pid)
+    (record,) = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert record["status"] == ("running" if how is signal.SIGKILL else "interrupted")
+    if how is not signal.SIGKILL:
+        with tarfile.open(tmp_path / "device.tar.gz") as tar:
+            assert "results/partial" in tar.getnames()
+
+
+def test_the_checkout_is_importable_without_an_installation(tmp_path):
+    device_run.make_importable(tmp_path)
+    code = "import wfnet.kernels, wfnet.benchmarking.provenance as p; print(wfnet.__file__)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, "-S", "-c", f"import sys; {code.partition(', ')[0]}"]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, check=False)
+    # Without site-packages there is no torch: the package was found where it was put.
+    assert str(tmp_path / "wfnet/__init__.py").encode() in done.stderr
+
+
+# -- the real stages -------------------------------------------------------------------------------
+
+PARSERS = {
+    "bench_data.py": bench_data.parse,
+    "bench_eval.py": bench_eval.parse,
+    "bench_ops.py": bench_ops.parse,
+    "bench_scaling.py": bench_scaling.parse,
+    "bench_plan.py": bench_plan.parse,
+    "bench_step.py": bench_step.parse,
+    "whole_run.py": whole_run.parse,
+    "device_run.py": device_run.parse,
+}
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_every_stage_is_a_valid_command_line(rehearse):
+    stages, checked = Plan(rehearse).stages(), set()
+    names = [one.name for one in stages]
+    assert len(set(names)) == len(names)
+    assert names[:2] == list(device_run.FIRST)
+    for one in stages:
+        assert rehearse or set(one.needs) <= set(names[: names.index(one.name)])
+        words = one.command[one.command.index(sys.executable) + 1 :]
+        if words[:2] == ("-P", "-m"):
+            continue
+        script = ROOT / words[0]
+        assert script.is_file()
+        if script.parent.name == "benchmarks":
+            PARSERS[script.name](list(words[1:]))
+            checked.add(script.name)
+    assert checked == PARSERS.keys()
+
+
+def test_the_claim_comes_first():
+    names = [one.name for one in Plan().stages()]
+    order = ["first-steps", "smoke-hopper-forward", "step-resnet18-cuda", "plan-resnet50"]
+    order += ["step-resnet50-cuda", "tests-hopper-errors", "memcheck", "whole-100-resnet18"]
+    assert sorted(order, key=names.index) == order
+    step = next(one for one in Plan().stages() if one.name == "step-resnet18-cuda")
+    columns = ("eager", "unmasked_compiled", "compile", "wfnet/cuda/captured")
+    assert step.command[-4:] == columns
+
+
+def test_every_device_test_is_in_exactly_one_group():
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-m", "gpu", "-p"]
+    listed = subprocess.run(
+        [*command, "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    tests = [line.removeprefix("tests/gpu/") for line in listed.splitlines() if "::" in line]
+    tests = [test for test in tests if not test.startswith("test_sanitizer.py")]  # own stages
+    assert len(tests) > 100
+
+    def chosen(test, groups):
+        file, _, name = test.partition("::")
+        names = f"{file} {name}"  # -k also looks at the file's name
+        return [
+            expression
+            for group_file, expression in groups.values()
+            if group_file == file and Expression.compile(expression).evaluate(names.__contains__)
+        ]
+
+    for test in tests:
+        assert len(chosen(test, device_run.TESTS)) == 1, test
+    smoked = [group for test in tests for group in chosen(test, device_run.SMOKE)]
+    assert set(smoked) == {expression for _, expression in device_run.SMOKE.values()}
+
+
+def test_bad_arguments(tmp_path, capsys):
+    for arguments in (["--stages", "magic"], ["--budget", "0"]):
+        with pytest.raises(SystemExit):
+            device_run.parse([*arguments, "--output", str(tmp_path)])
+        assert "error:" in capsys.readouterr().err
+
+
+def test_make_device_passes_its_arguments():
+    command = ["make", "-n", "--no-print-directory", "device", "OUT=there", "BUDGET=60"]
+    shown = subprocess.run(
+        [*command, "ARGS=--stages eval"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "MAKEFLAGS": ""},
+    ).stdout
+    words = shlex.split(shown.splitlines()[-1])
+    options = device_run.parse(words[words.index("benchmarks/device_run.py") + 1 :])
+    assert (options.output.name, options.budget, options.stages) == ("there", 60, ["eval"])
+
+
+def test_facts_of_this_machine(tmp_path):
+    """A real stage, in the process that the plan gives it."""
+    facts = Plan(rehearse=True).stages()[0]
+    status, stages = run(tmp_path, facts, arguments=["--rehearse"])
+    assert status == 0, stages
+    found = json.loads((tmp_path / "results/facts.json").read_text())
+    assert {"device", "torch", "commit", "driver", "cpus"} <= found.keys()

@@ -1,0 +1,149 @@
+"""The same masked network as others would write it: baselines of the step benchmark.
+
+Every baseline is a copy of a WFNet's model whose masked layers compute differently; weights and
+filters are equal. Gates are rows of ``gate_scale * sigmoid(alpha)``, one per sample.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import wfnet
+from wfnet.layers import MaskedLayer
+
+
+class _Gated(nn.Module):
+    """A masked convolution or linear map, and the gates of the samples' labels."""
+
+    labels: Tensor  # [B]
+
+    @property
+    def convolves(self) -> bool:
+        return self.weight.dim() == 4
+
+    def product(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1
+    ) -> Tensor:
+        """Computes the ordinary layer."""
+        if not self.convolves:
+            return F.linear(x, weight, bias)
+        groups *= self.groups
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
+
+    def gate(self, alpha: Tensor) -> Tensor:
+        """Returns ``[B, O]``."""
+        return self.gate_scale * torch.sigmoid(alpha[self.labels])
+
+    def masked_bias(self) -> Tensor | None:
+        """Returns ``[B, O]``."""
+        return None if self.bias is None else self.gate(self.alpha_bias) * self.bias
+
+    def masked_copies(self) -> Tensor:
+        """Returns ``[B, *weight.shape]``."""
+        gate = self.gate(self.alpha_weight)
+        return self.weight * gate.view(*gate.shape, *(1,) * (self.weight.dim() - 1))
+
+    def per_output(self, table: Tensor) -> Tensor:
+        """Returns ``[B, O]`` in a shape that multiplies the layer's result."""
+        return table[:, :, None, None] if self.convolves else table[:, None]
+
+
+class Eager(_Gated):
+    """The ordinary layer, then broadcast multiplies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x, self.weight) * self.per_output(self.gate(self.alpha_weight))
+        bias = self.masked_bias()
+        return y if bias is None else y + self.per_output(bias)
+
+
+class Loop(_Gated):
+    """A masked weight copy and a convolution or product per sample."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, bias = self.gate(self.alpha_weight), self.masked_bias()
+        ones = (1,) * (self.weight.dim() - 1)
+        return torch.cat(
+            [
+                self.product(
+                    sample, self.weight * gate[b].view(-1, *ones), None if bias is None else bias[b]
+                )
+                for b, sample in enumerate(x.split(1))
+            ]
+        )
+
+
+class Grouped(_Gated):
+    """The batch folded into the groups of one convolution; a batched product of linear maps."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.masked_copies(), self.masked_bias()
+        if not self.convolves:
+            y = torch.bmm(x, weight.transpose(1, 2))
+            return y if bias is None else y + bias[:, None]
+        batch = x.shape[0]
+        y = self.product(
+            x.reshape(1, -1, *x.shape[2:]),
+            weight.flatten(0, 1),
+            None if bias is None else bias.flatten(),
+            batch,
+        )
+        return y.reshape(batch, -1, *y.shape[2:])
+
+
+class Vmap(_Gated):
+    """torch.func.vmap over samples with masked copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def one(sample: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+            return self.product(sample[None], weight, bias)[0]
+
+        operands = [x, self.masked_copies(), self.masked_bias()]
+        return torch.vmap(one)(*(t for t in operands if t is not None))
+
+
+class Unmasked(_Gated):
+    """The frozen layer. ``offset`` (a scalar 0) on the first one starts the gradient there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.product(x, self.weight, self.bias)
+        return y + self.offset if hasattr(self, "offset") else y
+
+
+KINDS = {"eager": Eager, "loop": Loop, "grouped": Grouped, "vmap": Vmap, "unmasked": Unmasked}
+# These hold a masked copy of every masked weight per sample until backward.
+COPYING = ("loop", "grouped", "vmap")
+
+
+def baseline(net: wfnet.WFNet, kind: str, labels: Tensor) -> nn.Module:
+    """Returns a copy of the network of ``net`` with its masked layers computed as ``kind`` says.
+
+    Args:
+        kind: one of :data:`KINDS`.
+        labels: ``[B]`` int64, one forget label per sample.
+    """
+    model = copy.deepcopy(net.model)
+    first = True
+    for module in model.modules():
+        if not isinstance(module, MaskedLayer):
+            continue
+        module.__class__ = KINDS[kind]
+        module.labels = labels
+        if kind == "unmasked":
+            for name in [n for n in module._parameters if n.startswith("alpha_")]:
+                del module._parameters[name]
+            if first:
+                module.offset = nn.Parameter(torch.zeros((), device=module.weight.device))
+        first = False
+    return model
+
+
+def copied_bytes(net: wfnet.WFNet, samples: int) -> int:
+    """Returns the memory of one masked weight copy per sample."""
+    return samples * sum(
+        layer.weight.numel() * layer.weight.element_size() for layer in net.masked_layers.values()
+    )
