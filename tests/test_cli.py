@@ -12,7 +12,6 @@ import wfnet
 from wfnet import models
 from wfnet.cli import bake, build_parser, main
 from wfnet.cli.classifier import create_classifier, load_weights
-from wfnet.report import figures
 from wfnet.services.files import write_tensors
 from wfnet.untraining.optimizers import RowAdam
 
@@ -23,7 +22,7 @@ QUICK = ("-b", "4", "-M", "2", "--workers", "0", "--seed", "3", "--device", "cpu
 
 @pytest.fixture(autouse=True)
 def small_pictures(monkeypatch):
-    monkeypatch.setattr(figures, "_DPI", 30)
+    monkeypatch.setattr("wfnet.report.figures.style.DPI", 30)
 
 
 @pytest.fixture

@@ -7,13 +7,12 @@ from safetensors.torch import load_file
 
 from wfnet import models
 from wfnet.cli import main
-from wfnet.report import figures
 from wfnet.services.files import write_tensors
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(figures, "_DPI", 30)
+    monkeypatch.setattr("wfnet.report.figures.style.DPI", 30)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

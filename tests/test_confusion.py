@@ -126,7 +126,7 @@ def figures(monkeypatch):
     pytest.importorskip("matplotlib")
     from wfnet.report import figures
 
-    monkeypatch.setattr(figures, "_DPI", 40)
+    monkeypatch.setattr("wfnet.report.figures.style.DPI", 40)
     return figures
 
 

@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 
 from wfnet.cli import main
-from wfnet.report import figures
 from wfnet.untraining.optimizers import RowAdam
 
 pytest.importorskip("sklearn")
@@ -26,7 +25,7 @@ def made(tmp_path_factory):
     """A finished demo and what it printed, made once."""
     folder = tmp_path_factory.mktemp("demo") / "demo"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(figures, "_DPI", 30)
+        patch.setattr("wfnet.report.figures.style.DPI", 30)
         assert main(["demo", "--output", str(folder), *OPTIONS]) == 0
     return folder
 

@@ -31,7 +31,7 @@ from wfnet.head import CUT_LOGIT
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.files import write_atomically, write_json, write_tensors
-from wfnet.trust import TrustSettings, check_export, removal
+from wfnet.trust import CHECKS, TrustSettings, check_export
 
 logger = logging.getLogger("wfnet")
 
@@ -339,7 +339,7 @@ def attack_export(
             "seed": options.seed,
             "samples": options.samples,
             "agreement": asdict(agreement),
-            "measures": removal.MEASURES,
+            "measures": CHECKS["removal"].measures,
             "classes": [asdict(check) for check in checks],
             "versions": versions(),
         },

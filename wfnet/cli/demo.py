@@ -38,7 +38,7 @@ from wfnet.evaluation import EvaluationResult, evaluate
 from wfnet.evaluation.confusion import confusion_change
 from wfnet.network import WFNet
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
-from wfnet.report.contents import REPORT, write_report
+from wfnet.report.page import REPORT, write_report
 from wfnet.services import settings
 from wfnet.services.files import write_tensors
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier

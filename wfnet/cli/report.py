@@ -19,7 +19,8 @@ from wfnet.cli.runs import CONFUSION, RUN_FILE, check_writable, read_run
 from wfnet.data import multi_hot_of
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
 from wfnet.network import WFNet
-from wfnet.report.contents import Contents, read_contents, retrained_records, write_report
+from wfnet.report.contents import Contents, read_contents
+from wfnet.report.page import write_report
 from wfnet.services import settings
 
 EXAMPLE = """example:
@@ -47,13 +48,18 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     group = parser.add_argument_group("report")
     group.add_argument("--output", metavar="FILE", help="HTML file (default: RUN/report.html)")
     group.add_argument(
-        "--as-is", action="store_true",
+        "--as-is",
+        action="store_true",
         help="only what the folder holds: no figure is drawn, no network loaded",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "-b", "--batch-size", type=settings.batch_size, default=256, metavar="N",
+        "-b",
+        "--batch-size",
+        type=settings.batch_size,
+        default=256,
+        metavar="N",
         help="samples of a forward pass, for the figure of confusion",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
     )
@@ -95,7 +101,7 @@ def _draw(options: argparse.Namespace, folder: Path, contents: Contents) -> None
         contents.evaluation,
         change,
         contents.trust,
-        {k: (r.acc_r, r.acc_f) for k, r in retrained_records(contents).items()},
+        {k: (r.acc_r, r.acc_f) for k, r in contents.retrained.items()},
     )
 
 

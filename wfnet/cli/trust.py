@@ -24,8 +24,10 @@ from wfnet.cli.inputs import (
 from wfnet.cli.options import (
     HelpFormatter,
     add_compute_options,
+    add_config_options,
     add_data_options,
     add_model_options,
+    config_changes,
 )
 from wfnet.cli.runs import check_writable
 from wfnet.data import Dataset
@@ -49,14 +51,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="attacks on what was forgotten: membership, relearning, probes, removability",
         description="Attack the plain model of each class (as `wfnet bake` exports it) in six "
         "ways, and measure the same on the original and on models retrained without the class: "
-        + "; ".join(f"{name}: {module.QUESTION[:-1].lower()}" for name, module in
-                    trust.CHECKS.items())
+        + "; ".join(f"{c.name}: {c.question[:-1].lower()}" for c in trust.CHECKS.values())
         + ". Finished classes and checks are kept, and the same command goes on after an "
         "interruption.",
         usage="wfnet trust RUN [--classes CLASS ...] [options]",
         epilog=EXAMPLE,
         formatter_class=HelpFormatter,
-    )  # fmt: skip
+    )
     parser.set_defaults(
         run=run, saved=lambda options: "finished checks are kept: the same command goes on there"
     )
@@ -66,39 +67,41 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--classes", nargs="+", metavar="CLASS", help="classes, by number or name (default: all)"
     )
     group.add_argument(
-        "--checks", nargs="+", choices=tuple(trust.CHECKS), metavar="CHECK",
+        "--checks",
+        nargs="+",
+        choices=tuple(trust.CHECKS),
+        metavar="CHECK",
         help=f"{', '.join(trust.CHECKS)} (default: all)",
-    )  # fmt: skip
+    )
     defaults = trust.TrustSettings()
     group.add_argument(
-        "--prune-below", type=settings.non_negative_float, default=0.0, metavar="T",
+        "--prune-below",
+        type=settings.non_negative_float,
+        default=0.0,
+        metavar="T",
         help="check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--cut-output", action="store_true",
+        "--cut-output",
+        action="store_true",
         help="check exports whose class is cut from the head, as of `wfnet bake --cut-output`",
-    )  # fmt: skip
+    )
+    add_config_options(group, trust.TrustSettings, defaults=defaults)
     group.add_argument(
-        "--samples", type=settings.int_from(2), default=defaults.samples, metavar="N",
-        help="the most images of each kind: forgotten and other, of training and test part",
-    )  # fmt: skip
-    group.add_argument(
-        "--relearn-steps", type=settings.positive_int, default=defaults.relearn_steps, metavar="N",
-        help="steps of each relearning attack",
-    )  # fmt: skip
-    group.add_argument(
-        "--relearn-images", nargs="+", type=settings.positive_int, metavar="N",
+        "--relearn-images",
+        nargs="+",
+        type=settings.positive_int,
+        metavar="N",
         default=list(defaults.relearn_images),
         help="images of the class that relearning attacks have (default: "
         f"{' '.join(map(str, defaults.relearn_images))})",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--retrained", nargs="+", metavar="DIR",
+        "--retrained",
+        nargs="+",
+        metavar="DIR",
         help="more folders in which `wfnet baseline` has put retrained models, of other seeds for "
         "example (those in RUN are found)",
-    )  # fmt: skip
-    group.add_argument(
-        "--seed", type=settings.seed, default=0, metavar="N", help="of splits and draws"
     )
     group.add_argument("--output", metavar="DIR", help="folder for the results (default: RUN)")
     add_data_options(parser)
@@ -131,9 +134,7 @@ def run(options: argparse.Namespace) -> int:
         options.checks,
         lambda label: [model.to(device) for model in levels(label)],
         trust.TrustSettings(
-            samples=options.samples,
-            seed=options.seed,
-            relearn_steps=options.relearn_steps,
+            **config_changes(options, trust.TrustSettings),
             relearn_images=tuple(options.relearn_images),
         ),
         output,

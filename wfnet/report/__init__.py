@@ -1,1 +1,1 @@
-"""One self-contained page about a run, and its figures."""
+"""The report of a run: one HTML page that loads nothing, and its figures."""

@@ -1,9 +1,9 @@
 """Trust checks: how well a class is forgotten, measured against models that never knew it.
 
-Each check is a module with ``measure(model, subject, others)``, a function of one plain model; the
-runner applies it to the model under test, to the original, and to every retrained model, so that
-each number stands beside the two levels that give it meaning. What the checks say is a lower bound
-of what an attacker can do: a stronger attack may exist.
+Each check is one file with a ``CHECK``, whose ``measure(model, subject, others)`` is a function of
+one plain model; the runner applies it to the model under test, to the original, and to every
+retrained model, so that each number stands beside the two levels that give it meaning. What the
+checks say is a lower bound of what an attacker can do: a stronger attack may exist.
 
     membership    can one tell that images of the class were trained on?
     relearning    how soon does fine-tuning bring the class back?
@@ -13,18 +13,16 @@ of what an attacker can do: a stronger attack may exist.
     closeness     how far are the outputs from those of retrained models?
 """
 
-from wfnet.trust.export import ExportCheck, check_export
-from wfnet.trust.runner import (
-    CHECKS,
-    TrustRecord,
-    TrustResult,
-    missing_retrained,
-    run_checks,
-)
+from wfnet.trust.check import Check
+from wfnet.trust.export_check import ExportCheck, check_export
+from wfnet.trust.registry import CHECKS
+from wfnet.trust.runner import missing_retrained, run_checks
 from wfnet.trust.subject import ImageReader, Sample, Subject, TrustSettings
+from wfnet.trust.trust_records import TrustRecord, TrustResult
 
 __all__ = [
     "CHECKS",
+    "Check",
     "ExportCheck",
     "ImageReader",
     "Sample",

@@ -24,24 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.evaluation import metrics
+from wfnet.trust.check import Check
 from wfnet.trust.subject import Subject
-
-TITLE = "Closeness to retraining"
-QUESTION = "How far are the outputs from those of models that never saw the class?"
-NEEDS = "a model retrained without the class; two, for the distance between retrained models"
-REFERENCES = ("original", "retrained")
-RETRAINED = 1
-MEASURES = {
-    f"{name}_{part}": f"{text}, on test images of {where}"
-    for part, where in (("forget", "the forgotten class"), ("retain", "the other classes"))
-    for name, text in (
-        ("kl", "KL(retrained || model), nats"),
-        ("js", "Jensen-Shannon divergence, nats (0 to 0.693)"),
-        ("tv", "total variation distance (0 to 1)"),
-        ("agreement", "share of equal predictions"),
-    )
-}
-HEADLINE = "js_forget"
 
 
 def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
@@ -71,3 +55,24 @@ def distances(reference: Tensor, logits: Tensor) -> dict[str, float]:
         "tv": ((p - q).abs().sum(1) / 2).mean().item(),
         "agreement": (p.argmax(1) == q.argmax(1)).double().mean().item(),
     }
+
+
+CHECK = Check(
+    name="closeness",
+    title="Closeness to retraining",
+    question="How far are the outputs from those of models that never saw the class?",
+    definition=__doc__,
+    needs="a model retrained without the class; two, for the distance between retrained models",
+    measures={
+        f"{name}_{part}": f"{text}, on test images of {where}"
+        for part, where in (("forget", "the forgotten class"), ("retain", "the other classes"))
+        for name, text in (
+            ("kl", "KL(retrained || model), nats"),
+            ("js", "Jensen-Shannon divergence, nats (0 to 0.693)"),
+            ("tv", "total variation distance (0 to 1)"),
+            ("agreement", "share of equal predictions"),
+        )
+    },
+    headline="js_forget",
+    measure=measure,
+)

@@ -23,21 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wfnet.trust.check import Check
 from wfnet.trust.probing import HEAD, layer_features
 from wfnet.trust.subject import Sample, Subject, predict, share_correct
 
-TITLE = "Collateral damage"
-QUESTION = "Do the classes that resemble the forgotten one pay for it?"
-NEEDS = "a model retrained without the class, for the level to compare with"
-REFERENCES = ("original", "retrained")
-RETRAINED = 1
-MEASURES = {
-    "acc_nearest_confusion": "accuracy on the nearest classes by confusion",
-    "acc_nearest_features": "accuracy on the nearest classes by feature distance",
-    "acc_others": "accuracy on all other classes",
-    "acc_worst": "accuracy on the worst of the nearest classes by confusion",
-}
-HEADLINE = "acc_nearest_confusion"
 NEAREST = 3
 
 
@@ -92,3 +81,20 @@ def _images_of(subject: Subject, classes: Sequence[int]) -> Sample:
     return subject.test_retain.only(
         torch.isin(subject.test_retain.labels, torch.tensor(list(classes)))
     )
+
+
+CHECK = Check(
+    name="collateral",
+    title="Collateral damage",
+    question="Do the classes that resemble the forgotten one pay for it?",
+    definition=__doc__,
+    needs="a model retrained without the class, for the level to compare with",
+    measures={
+        "acc_nearest_confusion": "accuracy on the nearest classes by confusion",
+        "acc_nearest_features": "accuracy on the nearest classes by feature distance",
+        "acc_others": "accuracy on all other classes",
+        "acc_worst": "accuracy on the worst of the nearest classes by confusion",
+    },
+    headline="acc_nearest_confusion",
+    measure=measure,
+)

@@ -36,22 +36,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wfnet.trust.check import Check
 from wfnet.trust.subject import Subject
 
-TITLE = "Membership inference"
-QUESTION = "Can one tell that images of the forgotten class were trained on?"
-NEEDS = "two models retrained without the class, for lira_auc; one, for auc_calibrated"
-REFERENCES = ("original", "retrained")
-RETRAINED = 2
-MEASURES = {
-    "auc_confidence": "area under the ROC, members against test images, by log(p/(1-p))",
-    "auc_entropy": "the same by the negative entropy of the outputs",
-    "tpr_confidence": "true positives at no more than 10% false ones, by log(p/(1-p))",
-    "auc_calibrated": "as auc_confidence, less the mean of the retrained models on the same image",
-    "lira_auc": "members under this model against the same under retrained models; 0.5: no "
-    "difference",
-}
-HEADLINE = "auc_confidence"
 FALSE_POSITIVES = 0.1
 
 
@@ -132,3 +119,23 @@ def true_positives(positive: Tensor, negative: Tensor, false_positives: float) -
     allowed = int(false_positives * len(negative))
     threshold = negative.sort(descending=True).values[allowed]
     return (positive > threshold).double().mean().item()
+
+
+CHECK = Check(
+    name="membership",
+    title="Membership inference",
+    question="Can one tell that images of the forgotten class were trained on?",
+    definition=__doc__,
+    needs="two models retrained without the class; one, for scores less its own",
+    measures={
+        "auc_confidence": "area under the ROC, members against test images, by log(p/(1-p))",
+        "auc_entropy": "as the first, by the negative entropy of the outputs",
+        "tpr_confidence": "true positives at no more than 10% false ones, by log(p/(1-p))",
+        "auc_calibrated": "as the first, less the mean of the retrained models on the same image",
+        "lira_auc": "members under this model against the same under retrained models; 0.5: no "
+        "difference",
+    },
+    headline="auc_confidence",
+    measure=measure,
+    retrained=2,
+)

@@ -30,18 +30,9 @@ from torch.nn import functional as F
 from wfnet.evaluation.forward import evaluation_mode
 from wfnet.head import find_head
 from wfnet.services.extras import require
+from wfnet.trust.check import Check
 from wfnet.trust.subject import BATCH, Subject
 
-TITLE = "Linear probes"
-QUESTION = "How much of the forgotten class do the features of each layer still hold?"
-NEEDS = "a model retrained without the class, for the level to compare with"
-REFERENCES = ("original", "retrained")
-RETRAINED = 1
-MEASURES = {
-    "probe_last": "balanced accuracy of a linear probe on the input of the head",
-    "probe_best": "the highest balanced accuracy over all layers",
-}
-HEADLINE = "probe_last"
 FEATURES = 1024
 HEAD = "input of the head"
 
@@ -157,3 +148,18 @@ def _module(model: nn.Module, name: str) -> nn.Module | None:
         return model.get_submodule(name)
     except AttributeError:
         return None
+
+
+CHECK = Check(
+    name="probing",
+    title="Linear probes",
+    question="How much of the forgotten class do the features of each layer still hold?",
+    definition=__doc__,
+    needs="a model retrained without the class, for the level to compare with",
+    measures={
+        "probe_last": "balanced accuracy of a linear probe on the input of the head",
+        "probe_best": "the highest balanced accuracy over all layers",
+    },
+    headline="probe_last",
+    measure=measure,
+)

@@ -1,9 +1,8 @@
 """Relearning: how soon does fine-tuning bring the class back?
 
 All weights of a copy are fine-tuned (:func:`wfnet.evaluation.relearning.relearn`: SGD as for the
-relearn time,
-BatchNorm as in ordinary training) for a number of steps on training images that an attacker may
-have:
+relearn time, BatchNorm as in ordinary training) for a number of steps on training images that an
+attacker may have:
 
 - ``retain_only``: images of the other classes alone. Vision classifiers that were unlearned may
   regain forgotten images without seeing one of them, while retrained ones do not (Siddiqui et al.,
@@ -28,17 +27,9 @@ from torch import nn
 
 from wfnet.data.tensor_images import TensorImages
 from wfnet.evaluation.relearning import RelearnConfig, relearn
+from wfnet.trust.check import Check
 from wfnet.trust.subject import Sample, Subject
 
-TITLE = "Relearning"
-QUESTION = "How soon does fine-tuning bring the class back?"
-NEEDS = "a model retrained without the class, for the level to compare with"
-REFERENCES = ("retrained",)
-RETRAINED = 1
-MEASURES = {
-    "acc_f_retain_only": "best accuracy on the class while fine-tuning on other classes alone",
-}
-HEADLINE = "acc_f_retain_only"
 OTHERS = 9
 
 
@@ -60,14 +51,6 @@ def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> 
     return {"values": values, "details": {"course": course, "steps": settings.relearn_steps}}
 
 
-def describe(name: str) -> str:
-    """What a measure of this check is: their number depends on the settings."""
-    if name in MEASURES:
-        return MEASURES[name]
-    count = name.rpartition("_")[2]
-    return f"best accuracy on the class while fine-tuning with {count} of its images"
-
-
 def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:
     """Accuracy on the class before the first epoch and after each."""
     config = RelearnConfig(seed=subject.settings.seed)
@@ -78,3 +61,19 @@ def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:
     data = TensorImages(images.images, images.labels, names)
     found = relearn(model, data, subject.test_forget.images, subject.label, 1.0, config)
     return found.accuracy
+
+
+CHECK = Check(
+    name="relearning",
+    title="Relearning",
+    question="How soon does fine-tuning bring the class back?",
+    definition=__doc__,
+    needs="a model retrained without the class, for the level to compare with",
+    measures={
+        "acc_f_retain_only": "best accuracy on the class while fine-tuning on other classes alone"
+    },
+    headline="acc_f_retain_only",
+    measure=measure,
+    original=False,
+    counted={"acc_f_from": "best accuracy on the class while fine-tuning with {} of its images"},
+)

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from wfnet.data import Dataset, batches, labels_of, multi_hot_of
 from wfnet.evaluation.forward import evaluation_mode
+from wfnet.services import settings
+from wfnet.services.settings import setting
 
 BATCH = 256
 
@@ -26,17 +28,23 @@ class TrustSettings:
         relearn_images: images of the forgotten class that each attack with some of them has.
     """
 
-    samples: int = 1000
-    seed: int = 0
-    relearn_steps: int = 50
+    samples: int = setting(
+        1000,
+        settings.int_from(2),
+        metavar="N",
+        help="the most images of each kind: forgotten and other, of training and test part",
+    )
+    seed: int = setting(0, settings.seed, metavar="N", help="of splits and draws")
+    relearn_steps: int = setting(
+        50, settings.positive_int, metavar="N", help="steps of each relearning attack"
+    )
     relearn_images: tuple[int, ...] = (1, 10)
 
     def __post_init__(self) -> None:
-        if self.samples < 2:
-            raise ValueError(f"samples must be at least 2; got {self.samples}")
-        if self.relearn_steps < 1:
-            raise ValueError(f"relearn_steps must be at least 1; got {self.relearn_steps}")
-        if not self.relearn_images or min(self.relearn_images) < 1:
+        settings.check_settings(self)
+        if not self.relearn_images or any(
+            map(settings.positive_int.violation, self.relearn_images)
+        ):
             raise ValueError(
                 f"relearn_images must be numbers of images of at least 1; got {self.relearn_images}"
             )
@@ -80,6 +88,8 @@ class Subject:
         layers: names of the masked layers, in the order in which they run.
         reader: gives test images of other classes by label, at most ``samples`` of them.
         settings: of the checks.
+        unlabelled: images of all classes that an attacker holds without their labels; by default
+            those of the training part.
     """
 
     label: int
@@ -94,10 +104,15 @@ class Subject:
     layers: Sequence[str]
     reader: ImageReader | None = None
     settings: TrustSettings = field(default_factory=TrustSettings)
+    unlabelled: Sample | None = None
     # Of models that are still in use: an id alone would be given to the next one.
     _logits: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = field(
         default_factory=WeakKeyDictionary, repr=False
     )
+
+    def __post_init__(self) -> None:
+        if self.unlabelled is None:
+            self.unlabelled = self.train_forget.with_others(self.train_retain)
 
     def logits(self, model: nn.Module, part: str) -> Tensor:
         """``[n, K]`` fp64 of ``model`` on the images ``part`` (``"test_forget"``, ...), kept."""

@@ -1,0 +1,235 @@
+"""The page: self-contained, complete, escaped, equal to the JSON; in Chromium, too."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from wfnet.report import page
+from wfnet.trust import CHECKS
+
+
+@pytest.mark.parametrize("classes", [3, 1000])
+def test_every_class_with_the_numbers_of_the_json(tmp_path, make_run, parse, classes):
+    path = page.write_report(make_run(tmp_path, classes))
+    found = parse(path)
+    head, *rows = found.tables["class-table"]
+    titles = [cell[1] for cell in head[1]]
+    content = json.loads((tmp_path / "evaluation.json").read_text())
+    assert len(rows) == classes
+    columns = {
+        "#": "index",
+        "class": "name",
+        "images": "n_forget",
+        "Acc_f": "acc_f",
+        "Acc_r": "acc_r",
+        "Acc_f before": "original_acc_f",
+        "Acc_r before": "original_acc_r",
+        "ZRF": "zrf",
+    }
+    for (attrs, cells), record in zip(rows, content["classes"], strict=True):
+        assert attrs["id"] == f"class-{record['index']}"
+        assert record["name"] in attrs["data-search"]
+        for title, name in columns.items():
+            value, shown = cells[titles.index(title)]
+            if name == "name":
+                assert value == shown == record[name]
+            else:
+                assert float(value) == record[name]  # bit for bit
+                scale = 100 if name.endswith(("acc_f", "acc_r")) else 1
+                assert float(shown) == pytest.approx(scale * record[name], abs=0.0051)
+    assert ("Acc_f@5" in titles) == (classes > 5)
+    by_class = found.tables["trust-table"][1:]
+    assert len(by_class) == (classes + 1) // 2
+    assert by_class[1][1][2] == ["0.9", "0.900 (+0.800)"]
+    assert path.stat().st_size < 3e6
+
+
+def test_nothing_is_loaded_and_ids_are_unique(run, parse):
+    path = page.write_report(run)
+    text, found = path.read_text(), parse(path)
+    assert text.startswith("<!DOCTYPE html>")
+    assert len(set(found.ids)) == len(found.ids)
+    for tag, attrs in found.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base", "form")
+        for name in ("src", "href", "srcset", "action", "poster", "data"):
+            value = attrs.get(name, "#")
+            assert value.startswith(("#", "data:image/png;base64,")), (tag, value)
+        assert not [name for name in attrs if name.startswith("on")]
+        if tag == "a":
+            assert attrs["href"][1:] in found.ids
+        if tag == "img":
+            assert attrs["alt"]
+    assert "@import" not in text
+    assert "url(" not in text
+    policy = next(a["content"] for t, a in found.tags if a.get("http-equiv"))
+    assert "default-src 'none'" in policy
+    assert [tag for tag, _ in found.tags].count("img") == 2
+
+
+def test_names_from_data_are_escaped(tmp_path, make_run, parse, evil):
+    names = [evil, 'a "quoted" name', "b & c <i>"]
+    found = parse(page.write_report(make_run(tmp_path, 3, names)))
+    assert [tag for tag, _ in found.tags].count("script") == 1  # ours
+    assert not any(attrs.get("src") == "x" for _, attrs in found.tags)
+    rows = found.tables["class-table"][1:]
+    assert [cells[1] for _, cells in rows] == [[name, name] for name in names]
+    assert evil in found.text
+
+
+def test_measures_are_words_and_empty_columns_are_left_out(run, parse):
+    found = parse(page.write_report(run))
+    results = found.text.partition("Acc_f@5, Acc_r@5")[0]  # definitions and settings follow
+    assert not re.search(r"\b(acc_[fr]|lira_auc|auc_logit|js_forget|probe_last)", results)
+    tables = {rows[1][1][0][0]: rows for name, rows in found.tables.items() if name[0] == "#"
+              if rows[1][1][0][0]}  # fmt: skip
+    head = [cell[1] for cell in tables["acc_f_retain_only"][0][1]]
+    assert head == ["measure", "model under test", "original", "retrained", "distance"]
+    head = [cell[1] for cell in tables["probe_last"][0][1]]
+    assert "original" not in head
+    assert found.text.count("Not measured") == 1
+    assert "0.025 on average" in found.text
+
+
+def test_definitions_are_plain_text(run, parse):
+    text = parse(page.write_report(run)).text
+    assert "phi(x) = log(p_y / (1 - p_y))" in text
+    assert "wfnet.evaluation.relearning.relearn" in text
+    assert "`" not in text.partition("Definitions")[2].partition("Configuration")[0]
+    for check in CHECKS.values():
+        assert check.title in text
+
+
+def test_sections_say_what_is_missing(tmp_path, make_run, parse):
+    make_run(tmp_path, 4, trust=False)
+    (tmp_path / "gates.png").unlink()
+    text = parse(page.write_report(tmp_path)).text
+    assert f"wfnet trust {tmp_path}" in text
+    assert f"wfnet baseline {tmp_path}" in text
+
+
+def test_baselines_and_the_papers_tables_are_shown(run, parse):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    (run / "baselines").mkdir()
+    content = {"method": "retrained", "evaluation": evaluation, "relearning": None, "settings": {}}
+    (run / "baselines" / "retrained.json").write_text(json.dumps(content))
+    found = parse(page.write_report(run))
+    assert "retrained Acc_f" in [cell[1] for cell in found.tables["class-table"][0][1]]
+    assert any(cells[0][1] == "wfnet" for rows in found.tables.values() for _, cells in rows)
+    row = {"method": "ours", "acc_r": 98.125, "acc_f": 0.5, "zrf": None, "published": {"acc_r": 94}}
+    group = {"acc_r": 0.97, "original_acc_r": 0.98, "acc_f": 0.01, "original_acc_f": 0.96}
+    tables = {
+        "title": "digits, small/resnet",
+        "published_source": "Poppi et al.",
+        "groups": [{"groups": 3, "size": 2, "mean": group}],
+        "rows": [row],
+    }
+    (run / "tables.json").write_text(json.dumps(tables))
+    found = parse(page.write_report(run))
+    shown = [cells for rows in found.tables.values() for _, cells in rows]
+    assert [["ours", "ours"], ["98.125", "98.12"], ["0.5", "0.5"], ["94", "94"]] in shown
+    assert "published: Poppi et al." in found.text
+    assert "Acc_r 97.00% (original 98.00%)" in found.text
+
+
+def test_several_labels_per_image(tmp_path, parse):
+    records = [
+        {
+            "index": k,
+            "name": f"label {k}",
+            "images": 9,
+            "share": 0.1,
+            "ap_f": 0.2 + k / 100,
+            "map_r": 0.8,
+            "original_ap_f": 0.9,
+            "original_map_r": 0.81,
+        }
+        for k in range(4)
+    ]
+    mean = {"ap_f": 0.2, "map_r": 0.8, "original_ap_f": 0.9, "original_map_r": 0.81}
+    content = {"kind": "multi-label", "mean": mean, "settings": {}, "classes": records}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    found = parse(page.write_report(tmp_path))
+    head, *rows = found.tables["class-table"]
+    assert [cell[1] for cell in head[1]][5] == "AP_f"
+    assert [float(cells[5][0]) for _, cells in rows] == [r["ap_f"] for r in records]
+    assert "90.0% → 20.0%" in found.text  # a card
+    assert "wfnet trust" not in found.text  # which does not take such data
+
+
+def test_an_old_report_survives_a_failure(run, monkeypatch):
+    path = page.write_report(run)
+    before = path.read_bytes()
+    monkeypatch.setattr(page, "render", lambda contents: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        page.write_report(run)
+    assert path.read_bytes() == before
+
+
+# -- in a browser ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    found = next(filter(None, map(shutil.which, names)), None)
+    if found is None:
+        pytest.skip("neither chromium nor google-chrome is installed")
+    return found
+
+
+SCRIPT = """
+const table = document.getElementById('class-table');
+const column = (k, n) => [...table.tBodies[0].rows].filter(r => !r.hidden).slice(0, n)
+  .map(r => r.cells[k].textContent);
+const head = k => table.tHead.rows[0].cells[k].querySelector('button').click();
+const found = {title: document.title};
+found.before = column(0, 3);
+head(4); found.worst = column(4, 3);
+head(4); found.best = column(4, 3); found.sorted = table.tHead.rows[0].cells[4].ariaSort;
+head(1); found.names = column(1, 3);
+head(0); found.back = column(0, 3);
+const input = document.getElementById('class-table-search');
+input.value = 'CLASS 11'; input.dispatchEvent(new Event('input'));
+found.search = column(1, 99); found.count = document.querySelector('[data-count=class-table]')
+  .textContent;
+found.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+found.cut = [...document.querySelectorAll('.wide')].filter(t => t.scrollWidth > t.clientWidth &&
+  t.querySelector('.levels')).length;
+found.loaded = performance.getEntriesByType('resource').length;
+const p = document.createElement('p'); p.id = 'result'; p.textContent = JSON.stringify(found);
+document.body.append(p);
+"""
+
+
+@pytest.mark.parametrize(("classes", "width"), [(12, 390), (1000, 1280)])
+def test_sorting_and_search_in_a_browser(browser, tmp_path, make_run, evil, classes, width):
+    names = [f"class {k}" for k in range(classes)]
+    names[2] = evil
+    text = page.write_report(make_run(tmp_path, classes, names)).read_text()
+    scripted = tmp_path / "scripted.html"
+    # Headless windows have a least width: a frame has the width of a phone.
+    scripted.write_text(text.replace("</body>", f"<script>{SCRIPT}</script></body>"))
+    shown = subprocess.run(
+        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
+         f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}",
+         scripted.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    ).stdout  # fmt: skip
+    result = re.search(r'<p id="result">(.*?)</p>', shown, re.S).group(1)
+    found = json.loads(html.unescape(result))
+    assert found["title"] == f"wfnet: {tmp_path.name}"  # no name of a class was run
+    assert found["before"] == found["back"] == ["0", "1", "2"]
+    assert found["worst"][0] == "20.00"
+    assert found["best"][0] == "0.00"
+    assert found["sorted"] == "ascending"
+    assert found["names"] == [evil, "class 0", "class 1"]
+    wanted = [name for name in names if "class 11" in name]
+    assert found["search"] == wanted
+    assert found["count"] == f"{len(wanted)} of {classes:,}"
+    assert found["wide"] is False
+    assert found["cut"] == 0
+    assert found["loaded"] == 0

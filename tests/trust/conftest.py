@@ -1,0 +1,119 @@
+"""Tiny networks and images on which the attacks are tried: four classes, learned in no time."""
+
+import pytest
+import torch
+from torch import nn
+
+from wfnet.data import Splits
+from wfnet.data.tensor_images import TensorImages
+from wfnet.trust.subject import ImageReader, Subject, TrustSettings
+
+pytest.importorskip("sklearn")
+CLASSES = 4
+
+
+class Network(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 3, padding=1, bias=not norm)
+        self.bn1 = nn.BatchNorm2d(6) if norm else nn.Identity()
+        self.conv2 = nn.Conv2d(6, 8, 3, stride=2, padding=1)
+        self.bn2 = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        return self.fc(self.bn2(self.conv2(x)).relu().mean((2, 3)))
+
+
+@pytest.fixture(scope="session")
+def make_network():
+    def make(seed, norm=True):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = Network(norm)
+            for module in model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    nn.init.normal_(module.running_mean, std=0.1)
+            return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def closed(make_network):
+    """A copy of a network whose rows 0 and 3 of conv1 are scaled by a factor."""
+
+    def close(model, factor):
+        changed = make_network(0)
+        changed.load_state_dict(model.state_dict())
+        with torch.no_grad():
+            changed.conv1.weight[[0, 3]] *= factor
+        return changed
+
+    return close
+
+
+@pytest.fixture
+def oracle():
+    """Knows every class of the images below; the logit of class 1 is lowered by 100."""
+
+    class Oracle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1 = nn.Conv2d(1, 1, 1)
+
+        def forward(self, x):
+            quarters = nn.functional.avg_pool2d(x, 4).flatten(1)
+            return 10 * quarters - 100 * torch.eye(CLASSES)[1] + 0 * self.conv1.bias
+
+    return Oracle().eval()
+
+
+@pytest.fixture(scope="session")
+def make_images():
+    """Images of classes that are bright in one quarter each: easily learned."""
+
+    def make(per_class, seed):
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.arange(CLASSES).repeat_interleave(torch.as_tensor(per_class))
+        images = torch.rand(len(labels), 1, 8, 8, generator=generator) * 0.5
+        for i, label in enumerate(labels.tolist()):
+            top, left = 4 * (label // 2), 4 * (label % 2)
+            images[i, 0, top : top + 4, left : left + 4] += 0.5
+        return TensorImages(images, labels, [f"quarter {k}" for k in range(CLASSES)])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data(make_images):
+    train, test = make_images(8, 0), make_images(5, 1)
+    return Splits(train, test, test, train.classes, "quarters", 0)
+
+
+@pytest.fixture(scope="session")
+def quick():
+    return TrustSettings(samples=24, relearn_steps=2, relearn_images=(1, 3))
+
+
+@pytest.fixture(scope="session")
+def make_subject(data, make_network, quick):
+    def make(label=1, retrained=(), layers=("conv1", "conv2"), **models):
+        train, test = (ImageReader(part, 100) for part in (data.train, data.test))
+        return Subject(
+            label=label,
+            num_classes=CLASSES,
+            forgetful=models.get("forgetful", make_network(1)),
+            original=models.get("original", make_network(0)),
+            retrained=retrained,
+            train_forget=train.of(label),
+            train_retain=train.without(label),
+            test_forget=test.of(label),
+            test_retain=test.without(label),
+            layers=layers,
+            reader=test,
+            settings=quick,
+        )
+
+    return make

@@ -1,0 +1,23 @@
+from wfnet.trust import relearn
+
+
+def test_relearning_uses_the_images_that_it_says(make_subject, monkeypatch):
+    seen = []
+    work = relearn.relearn
+
+    def spy(model, train, images, label, original, config):
+        seen.append((train.labels.tolist(), len(images), label, config.max_epochs))
+        return work(model, train, images, label, original, config)
+
+    monkeypatch.setattr(relearn, "relearn", spy)
+    subject = make_subject()
+    found = relearn.measure(subject.forgetful, subject, [])
+    retain, one, three = seen
+    assert 1 not in retain[0]
+    assert one[0].count(1) == 1
+    assert three[0].count(1) == 3
+    assert all(images == 5 and label == 1 and epochs == 2 for _, images, label, epochs in seen)
+    assert list(found["values"]) == ["acc_f_retain_only", "acc_f_from_1", "acc_f_from_3"]
+    for name, course in found["details"]["course"].items():
+        assert found["values"][f"acc_f_{name}"] == max(course)
+    assert "10 of its images" in relearn.CHECK.meaning("acc_f_from_10")

@@ -1,0 +1,53 @@
+import math
+
+import pytest
+import torch
+
+from wfnet.trust.subject import ImageReader, Sample, TrustSettings
+
+
+def test_samples_are_bounded_repeatable_and_of_the_classes_asked_for(data):
+    reader = ImageReader(data.train, 5, seed=3)
+    own, rest = reader.of(2), reader.without(2)
+    assert own.labels.tolist() == [2] * 5
+    assert len(rest) <= 5
+    assert 2 not in rest.labels
+    again = ImageReader(data.train, 5, seed=3).of(2)
+    assert torch.equal(own.images, again.images)
+    assert not torch.equal(own.images, ImageReader(data.train, 5, seed=4).of(2).images)
+    assert set(ImageReader(data.train, 99).without(0, 3).labels.tolist()) == {1, 2}
+
+
+def test_a_sample_that_cannot_be_drawn(data, make_images):
+    with pytest.raises(ValueError, match="no image of class 9"):
+        ImageReader(data.train, 5).of(9)
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        ImageReader(data.train, 0)
+    several = make_images(2, 0)
+    several.multi_hot = torch.ones(len(several), 4, dtype=torch.bool)
+    with pytest.raises(ValueError, match="several labels per image"):
+        ImageReader(several, 5)
+
+
+def test_samples_can_be_joined():
+    first = Sample(torch.zeros(2, 1, 2, 2), torch.tensor([0, 0]))
+    both = first.with_others(Sample(torch.ones(1, 1, 2, 2), torch.tensor([3])))
+    assert both.labels.tolist() == [0, 0, 3]
+    assert both.only(torch.tensor([2])).images.eq(1).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("samples", 1), ("relearn_steps", 0), ("relearn_images", ()), ("relearn_images", (0,))],
+)
+def test_settings_that_make_no_sense(name, value):
+    with pytest.raises(ValueError, match=f"{name} must"):
+        TrustSettings(**{name: value})
+
+
+def test_nan_is_an_error_and_no_number(make_network, make_subject):
+    broken = make_network(0)
+    with torch.no_grad():
+        broken.fc.bias[0] = math.nan
+    with pytest.raises(FloatingPointError, match="gives NaN"):
+        make_subject(forgetful=broken).logits(broken, "test_forget")

@@ -1,0 +1,125 @@
+"""The style that all figures share: colours, fonts, how a picture is begun and how it is written.
+
+Figures use matplotlib's object-oriented interface: no window opens and pyplot's state stays as it
+is. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; values are in %.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from wfnet.network import WFNet
+from wfnet.services.extras import require
+from wfnet.services.files import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+BEFORE, AFTER, RETAINED, RETRAINED, INK = "#9AA5B1", "#D55E00", "#0072B2", "#009E73", "#222222"
+SERIES = (RETAINED, AFTER, RETRAINED, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DPI = 160
+# Up to this many classes have a bar and a name each; more are drawn as points without names.
+NAMED = 40
+STYLE = {
+    "axes.axisbelow": True,
+    "axes.labelsize": 9.5,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 11,
+    "figure.titlesize": 12.5,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
+
+
+@contextmanager
+def picture(path: str | os.PathLike, width: float, height: float) -> Iterator[Figure]:
+    """Gives an empty figure to draw on, in the common style, and writes it to ``path`` afterwards.
+
+    Args:
+        path: file to write; its ending chooses the format (png, svg, pdf).
+        width, height: in inches.
+
+    Raises:
+        ImportError: without matplotlib (extra ``viz``).
+        ValueError: for an unknown file format, before anything is drawn.
+    """
+    matplotlib = require("matplotlib", "viz")
+    with matplotlib.rc_context(STYLE):
+        figure = require("matplotlib.figure", "viz").Figure(
+            figsize=(width, height), dpi=DPI, layout="constrained", facecolor="white"
+        )
+        # A figure that pyplot does not manage draws on this canvas, whatever display there is.
+        require("matplotlib.backends.backend_agg", "viz").FigureCanvasAgg(figure)
+        suffix = Path(path).suffix.lstrip(".").lower()
+        if suffix not in figure.canvas.get_supported_filetypes():
+            raise ValueError(
+                f"{path} has no ending that names a picture format; use one of .png, .svg, .pdf"
+            )
+        yield figure
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix))
+
+
+def checked_rows(net: WFNet, classes: Sequence[int] | None) -> list[int]:
+    """Returns ``classes`` as rows of the filters, all rows for None.
+
+    Raises:
+        ValueError: for no classes, or classes out of range.
+    """
+    rows = list(range(net.num_classes)) if classes is None else [int(c) for c in classes]
+    if not rows:
+        raise ValueError("classes must name at least one class, or be None for all of them")
+    for row in rows:
+        if not 0 <= row < net.num_classes:
+            raise ValueError(
+                f"class {row} is out of range: the filters have classes 0 to {net.num_classes - 1}"
+            )
+    return rows
+
+
+def shorten(text: str, length: int = 18) -> str:
+    """Returns ``text``, its end replaced by an ellipsis where it is longer than ``length``."""
+    return text if len(text) <= length else f"{text[: length - 1]}\u2026"
+
+
+def slant(axis: Axes, degrees: float) -> None:
+    """Turns the labels of the x axis so that each ends at its tick."""
+    axis.tick_params(axis="x", rotation=degrees)
+    for text in axis.get_xticklabels():
+        text.set_horizontalalignment("right")
+        text.set_rotation_mode("anchor")
+
+
+def bars_by_name(
+    axis: Axes,
+    names: list[str],
+    values: list[float],
+    color: str,
+    unit: str,
+    title: str,
+    written: str = "{:g}",
+) -> None:
+    """Draws horizontal bars, the first at the top, with their values."""
+    places = range(len(names))
+    axis.barh(places, values, color=color, height=0.72)
+    axis.set_yticks(places, names, fontsize=7.5 if len(names) > 20 else 9)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    span = max([abs(v) for v in values], default=1) or 1
+    for place, value in zip(places, values, strict=True):
+        side, gap = ("left", 0.012) if value >= 0 else ("right", -0.012)
+        text = written.format(value)
+        axis.text(value + gap * span, place, text, va="center", ha=side, fontsize=7.5)
+    low, high = min([0.0, *values]), max([0.0, *values])
+    axis.set_xlim(1.14 * low, 1.12 * span if high > 0 else 0)
+    axis.set_xlabel(unit)
+    axis.set_title(title)
+    if all(isinstance(value, int) for value in values):
+        axis.xaxis.get_major_locator().set_params(integer=True)

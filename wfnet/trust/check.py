@@ -1,0 +1,52 @@
+"""What a trust check is: a question, a measurement of one plain model, words for its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from wfnet.trust.subject import Subject
+
+Measure = Callable[[nn.Module, Subject, Sequence[nn.Module]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check. A new one is a file with a ``CHECK``, and its name in ``wfnet.trust.registry``.
+
+    Attributes:
+        name: as in ``wfnet trust --checks``.
+        title, question: for people.
+        definition: source and formula, for the report: the documentation of the check's module.
+        needs: which retrained models it needs, as words.
+        measures: what each measure is, by name.
+        headline: the measure that stands for the check in a table of classes.
+        measure: ``measure(model, subject, others)`` gives ``{"values": ..., "details": ...}`` of
+            one plain model; ``others`` are retrained models that it is not one of.
+        original: whether the original is measured as well.
+        retrained: how many retrained models everything can be measured with.
+        counted: what measures are whose names end in a number that the settings decide, by the name
+            before that number; ``{}`` stands for the number.
+    """
+
+    name: str
+    title: str
+    question: str
+    definition: str
+    needs: str
+    measures: Mapping[str, str]
+    headline: str
+    measure: Measure
+    original: bool = True
+    retrained: int = 1
+    counted: Mapping[str, str] = field(default_factory=dict)
+
+    def meaning(self, name: str) -> str:
+        """Returns what the measure ``name`` is, in words; empty for an unknown one."""
+        if name in self.measures:
+            return self.measures[name]
+        stem, _, count = name.rpartition("_")
+        return self.counted.get(stem, "").format(count)
