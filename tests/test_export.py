@@ -1,5 +1,7 @@
 """Baking: a plain network of one row, or several; what is refused; how it exports."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -58,3 +60,30 @@ def test_a_baked_network_shares_no_hooks():
     net.bake(3)[0].register_forward_hook(lambda *_: calls.append(1))
     net(X, 1)
     assert not calls
+
+
+@pytest.mark.parametrize("forget", [1, [0, 2]])
+def test_gates_below_become_zero_and_others_stay(forget):
+    net, threshold = trainable(), 0.9
+    whole, pruned = net.bake(forget), net.bake(forget, prune_below=threshold)
+    rows = torch.tensor([forget]).reshape(-1)
+    closed = 0
+    for name, layer in net.masked_layers.items():
+        for kind in ("weight", "bias"):
+            gate = layer.gates(kind)[rows].prod(0)
+            before = getattr(whole.get_submodule(name), kind)
+            after = getattr(pruned.get_submodule(name), kind)
+            below = gate < threshold
+            closed += int(below.sum())
+            assert not after[below].any()
+            assert torch.equal(after[~below], before[~below])
+    assert closed > 2
+    assert torch.equal(pruned[6].weight, whole[6].weight)  # the head is not masked
+    original = net.bake(None, prune_below=1.0).state_dict()  # has no gates to prune
+    assert all(torch.equal(original[n], v) for n, v in net.bake(None).state_dict().items())
+
+
+@pytest.mark.parametrize("threshold", [-0.1, math.nan, math.inf])
+def test_a_threshold_that_makes_no_sense_is_refused(threshold):
+    with pytest.raises(ValueError, match="must be a finite number of at least 0"):
+        trainable().bake(1, prune_below=threshold)

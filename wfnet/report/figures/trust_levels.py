@@ -38,8 +38,8 @@ def trust_checks(result: TrustResult, path: str | os.PathLike) -> None:
     means = result.means()
     if not means:
         raise ValueError("the trust result has no records to draw")
-    with picture(path, 13.5, 7.2) as figure:
-        left, right = figure.subfigures(1, 2, width_ratios=[1.25, 1])
+    with picture(path, 15.0, 7.6) as figure:
+        left, right = figure.subfigures(1, 2, width_ratios=[1.6, 1])
         _draw_levels(left.subplots(), means)
         upper, lower = right.subplots(2, 1)
         _draw_probes(upper, [r for r in result.records if r.details.get("layers")])
@@ -66,7 +66,8 @@ def _draw_levels(axis: Axes, means: Mapping[str, Mapping[str, Mapping[str, float
             x, y = zip(*points, strict=True)
             look = {"color": color, "marker": marker, "s": size, "label": label}
             axis.scatter(x, y, zorder=3, edgecolors="white", linewidths=0.7, **look)
-    axis.set_yticks(range(len(wanted)), [name for _, name, _ in wanted], fontsize=8)
+    labels = [_label(check, name) for check, name, _ in wanted]
+    axis.set_yticks(range(len(wanted)), labels, fontsize=7.5)
     edges = [i for i in range(1, len(wanted)) if wanted[i][0] != wanted[i - 1][0]]
     for edge in edges:
         axis.axhline(edge - 0.5, color="#C4CAD0", lw=0.8)
@@ -78,6 +79,11 @@ def _draw_levels(axis: Axes, means: Mapping[str, Mapping[str, Mapping[str, float
     axis.set_xlabel("fraction (accuracy, area under the ROC, total variation, agreement)")
     axis.grid(axis="x")
     axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _label(check: str, name: str) -> str:
+    text = CHECKS[check].meaning(name) or name
+    return shorten(text.removeprefix("accuracy on the forgotten class, "), 60)
 
 
 def _draw_probes(axis: Axes, found: list[TrustRecord]) -> None:

@@ -1,0 +1,32 @@
+import pytest
+
+from wfnet.cli import main
+
+
+@pytest.mark.usefixtures("small_pictures")
+def test_the_page_of_a_run(digits_run, tmp_path, capsys):
+    assert main(["evaluate", str(digits_run), "--no-figures", "--quiet", "-j0"]) == 0
+    assert main(["report", str(digits_run), "--quiet", "-j0"]) == 0
+    assert "open it in a browser" in capsys.readouterr().out
+    page = digits_run / "report.html"
+    text = page.read_text()
+    assert 'id="class-9"' in text
+    for name in ("overview", "gates", "associations", "confusion"):
+        assert f'id="figure-{name}"' in text
+    other = tmp_path / "other.html"
+    assert main(["report", str(digits_run), "--as-is", "--output", str(other)]) == 0
+    assert other.read_text() == text
+
+
+def test_nothing_to_report(tmp_path, fails):
+    fails(["report", tmp_path], "holds nothing to report yet")
+
+
+@pytest.mark.parametrize("command", ["trust", "report"])
+def test_help_has_an_example_and_no_none(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    shown = capsys.readouterr().out
+    assert f"example:\n  wfnet {command}" in shown
+    assert "None" not in shown

@@ -1,0 +1,91 @@
+import csv
+import json
+
+import pytest
+import torch
+
+from wfnet.baselines import BaselineConfig, BaselineModels
+from wfnet.cli import main, trust
+from wfnet.data import open_data
+
+QUICK = ("--samples", "40", "--relearn-steps", "1", "--relearn-images", "1", "--quiet", "-j0")
+
+
+def test_json_and_csv_and_what_is_missing(digits_run, capsys):
+    assert main(["trust", str(digits_run), "--classes", "3", "7", *QUICK]) == 0
+    capsys.readouterr()
+    assert main(["trust", str(digits_run), "--classes", "3", *QUICK]) == 0  # reused
+    shown = capsys.readouterr().out
+    assert "Can one tell that images of the forgotten class were trained on?" in shown
+    assert f"wfnet baseline {digits_run} --methods retrained --classes 3" in shown
+    content = json.loads((digits_run / "trust.json").read_text())
+    pairs = [(r["index"], r["check"]) for r in content["records"]]
+    assert len(pairs) == len(set(pairs)) == 12
+    assert {index for index, _ in pairs} == {3, 7}
+    assert content["settings"]["settings"]["samples"] == 40
+    assert content["settings"]["data"] == "digits"
+    lines = list(csv.DictReader((digits_run / "trust.csv").open()))
+    assert {line["check"] for line in lines} >= {"membership", "removal", "relearning"}
+
+
+def test_retrained_models_of_this_classifier_and_data_only(digits_run, small_network, tmp_path):
+    data = open_data("digits", seed=3)
+    base = small_network()
+
+    def retrain(folder, base, train, seed=0):
+        config = BaselineConfig(seed=seed)
+        made = BaselineModels("retrained", tmp_path / folder, base, train, config, {"epochs": 1})
+        return made(3)
+
+    first = retrain("a/retrained", base, data.train)
+    retrain("b", base, data.train, seed=1)
+    retrain("other_base", small_network(seed=2), data.train)
+    retrain("other_images", base, data.test)
+    (tmp_path / "copy").mkdir()
+    copied = tmp_path / "a" / "retrained" / "class_3.safetensors"
+    (tmp_path / "copy" / "class_3.safetensors").write_bytes(copied.read_bytes())
+    found = trust.RetrainedModels([tmp_path], base, data.train)
+    assert found(4) == []
+    same = [
+        all(
+            torch.equal(value, model.state_dict()[name])
+            for name, value in first.state_dict().items()
+        )
+        for model in found(3)
+    ]
+    assert same == [True, False]
+    output = tmp_path / "out"
+    call = ["trust", str(digits_run), "--classes", "3", "--checks", "closeness", "membership"]
+    assert main([*call, "--retrained", str(tmp_path), "--output", str(output), *QUICK]) == 0
+    records = json.loads((output / "trust.json").read_text())["records"]
+    assert all(record["retrained_models"] == 2 for record in records)
+    assert records[0]["missing"] is None
+    assert "js_forget" in records[1]["forgetful"]
+
+
+def test_exports_that_are_cut_are_not_mixed_with_others(digits_run, tmp_path):
+    call = ["trust", str(digits_run), "--checks", "removal", "--output", str(tmp_path), *QUICK]
+
+    def records(*more):
+        assert main([*call, *more]) == 0
+        content = json.loads((tmp_path / "trust.json").read_text())
+        return content["settings"], {r["index"]: r["forgetful"] for r in content["records"]}
+
+    settings, _ = records("--classes", "3", "4")
+    assert "cut_output" not in settings
+    settings, found = records("--classes", "3", "--cut-output")
+    assert settings["cut_output"] is True
+    assert set(found) == {3}  # class 4 was checked without
+    assert found[3]["auc_logit"] == 0.5
+    _, found = records("--classes", "4")
+    assert set(found) == {4}
+
+
+def test_bad_input(digits_run, tmp_path, fails, capsys):
+    fails(["trust", digits_run, "--classes", "eleven"], "there is no class 'eleven'")
+    fails(["trust", tmp_path / "none"], "is not a folder")
+    fails(["trust", digits_run, "--retrained", tmp_path / "none", *QUICK], "does not exist")
+    fails(["trust", digits_run, "--data", "glyphs26", *QUICK], "26 classes", "10")
+    with pytest.raises(SystemExit):
+        main(["trust", str(digits_run), "--checks", "magic"])
+    assert "invalid choice: 'magic'" in capsys.readouterr().err
