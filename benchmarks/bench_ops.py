@@ -43,7 +43,7 @@ from torch import Tensor
 
 import wfnet.functional as wf
 from wfnet import backends, reference
-from wfnet.backends import ConvGeometry
+from wfnet.backends.contract import ConvGeometry, Epilogue
 from wfnet.benchmarking.roofline import measure_rates
 from wfnet.benchmarking.timing import ColdCacheClock, interleaved, reason_of
 from wfnet.services.files import write_json
@@ -266,9 +266,8 @@ def fused_of(provider: str, problem: Problem) -> Callable[[], Tensor] | None:
     if provider != "eager" and _refusal(provider, problem) is not None:
         return None
     backend, geometry = backends.get(provider), _geometry(problem)
-    return lambda: backend.fused_conv2d(
-        x, problem.weight, scale, shift, residual, True, None, geometry, False
-    )[0]
+    epilogue = Epilogue(scale, shift, residual, relu=True)
+    return lambda: backend.conv2d(x, problem.weight, geometry, epilogue).out
 
 
 def measure(

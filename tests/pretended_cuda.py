@@ -195,10 +195,12 @@ class Pretended(torch.Tensor):
 
 
 _OPERATORS = {
-    operators.conv2d: operators._conv2d,
-    operators.conv2d_backward: operators._conv2d_backward,
-    operators.linear: operators._linear,
-    operators.linear_backward: operators._linear_backward,
+    registered: implementation
+    for masked in operators.OPERATORS
+    for registered, implementation in (
+        (masked.operator, masked.forward),
+        (masked.backward_operator, masked.backward),
+    )
 }
 _READS = {
     aten._local_scalar_dense.default: "item",

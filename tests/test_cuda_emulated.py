@@ -17,7 +17,8 @@ import wfnet
 import wfnet.functional as wf
 from wfnet import gate_tables as tables
 from wfnet import gates
-from wfnet.backends import Below, ConvGeometry, PoolGeometry, cuda, cuda_launch
+from wfnet.backends import cuda, cuda_launch
+from wfnet.backends.contract import ConvGeometry, LayerBelow, PoolGeometry
 from wfnet.backends.cuda_launch import Axis, Layer, Want
 from wfnet.gate_tables import GatedLayer
 
@@ -615,7 +616,7 @@ def test_max_pool(kernels, case, dtype):
     scale, shift = torch.rand(table) + 0.5, torch.randn(table)
     branch = torch.randn(x.shape).to(dtype)
     t1, t0 = torch.full(table, torch.nan), torch.full(table, torch.nan)
-    below = Below(branch, None, scale, shift, True, t1, t0, need_grad=True)
+    below = LayerBelow(scale, shift, branch, None, True, t1, t0, need_grad=True)
     finished = cuda.backend.max_pool2d_backward(dout, positions, like, window, skip, below)
     v = branch.double()
     g = (dx + skip) * (v + shift.double()[:, :, None, None] > 0)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wfnet.backends import Below, ConvGeometry, cuda, cuda_launch
+from wfnet.backends import cuda, cuda_launch
+from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
 
 TOLERANCE = 4e-4  # roundings to fp16
 
@@ -47,9 +48,8 @@ def test_fused_convolution_and_its_chain(launched, stride, kernel):
     x, weight, scale, shift = operands(3, 40, 72, (9, 8), kernel)
     u = F.conv2d(x.double(), weight.double(), None, stride, pad)
     residual = torch.randn(u.shape).half()
-    out, branch, mask = cuda.backend.fused_conv2d(
-        x, weight, scale, shift, residual, True, None, geometry, True
-    )
+    epilogue = Epilogue(scale, shift, residual, relu=True, save=True)
+    out, branch, mask = cuda.backend.conv2d(x, weight, geometry, epilogue)
     v = u * scale[:, :, None, None]
     check(branch, v)
     check(out, (v.half().double() + shift[:, :, None, None] + residual.double()).relu())
@@ -61,7 +61,7 @@ def test_fused_convolution_and_its_chain(launched, stride, kernel):
     tables = torch.rand(3, 80)
     tables[:, 40:] = torch.randn(3, 40)
     sums = torch.full((3, 80), float("nan"))
-    below = Below(
+    below = LayerBelow(
         branch=below_v,
         mask=None,
         scale=tables[:, :40],
@@ -84,14 +84,14 @@ def test_fused_convolution_and_its_chain(launched, stride, kernel):
 def test_linear_maps(launched):
     x, weight = torch.randn(3, 7, 64).half(), (torch.randn(192, 64) / 8).half()
     scale = torch.rand(3, 192)
-    out, saved = cuda.backend.linear(x, weight, scale, None, None, True)
+    out, saved, _ = cuda.backend.linear(x, weight, Epilogue(scale, save=True))
     truth = scale[:, None] * (x.double() @ weight.double().T)
     check(out, truth)
     check(saved, truth)
     dout = torch.randn(3, 7, 192).half()
-    dx, t1, t0 = cuda.backend.linear_backward(
-        dout, saved, weight, scale, None, tuple(x.shape), True, True, True
-    )
+    t1, t0 = torch.full((2, 3, 192), torch.nan).unbind()
+    layer = LayerBelow(scale, branch=saved, t1=t1, t0=t0)
+    dx = cuda.backend.linear_backward(dout, layer, weight, tuple(x.shape))
     scaled = (dout.double() * scale[:, None]).half().double()
     check(dx, scaled @ weight.double())
     check(t1, (dout.double() * saved.double()).sum(1))
@@ -104,10 +104,10 @@ def test_what_they_refuse_takes_the_portable_kernels(launched):
     x, weight, scale, _ = operands(2, 40, 16, (5, 5), 1)
     source = torch.tensor([1, 0, 1])
     scale = torch.rand(3, 16)
-    out, _ = cuda.backend.conv2d(x, weight, scale, None, source, ConvGeometry(), False)
+    out, _, _ = cuda.backend.conv2d(x, weight, ConvGeometry(), Epilogue(scale, source=source))
     check(out, F.conv2d(x[source].double(), weight.double()) * scale[:, :, None, None])
     x, weight, scale, _ = operands(2, 8, 16, (5, 5), 3)
-    out, _ = cuda.backend.conv2d(x, weight, scale, None, None, ConvGeometry(), False)
+    out, _, _ = cuda.backend.conv2d(x, weight, ConvGeometry(), Epilogue(scale))
     check(out, F.conv2d(x.double(), weight.double()) * scale[:, :, None, None])
     x, weight, _, _ = operands(2, 40, 40, (7, 7), 3)
     ag = torch.randn(2, 40, 2, 2).half()

@@ -469,7 +469,7 @@ def test_explain_says_what_would_run_and_why():
     weight, *_ = tensors(6, (4,), (3, 3), dtype=torch.float32)
     x = torch.randn(2, 4, 6, 6)
     lines = explain(x, weight, padding="same").splitlines()
-    assert lines[0].startswith("eager: chosen (auto, and no measurement")
+    assert lines[0].startswith("eager: chosen (auto)")
     assert any(line.startswith("triton: refused: ") for line in lines)
     assert explain(x, weight, backend="eager").startswith("eager: chosen (asked for by name)")
     for tokens in (torch.randn(2, 4), torch.randn(2, 3, 4), torch.randn(0, 3, 4)):

@@ -22,8 +22,8 @@ def conv_arguments(layout, bias, source, columns, save, dtype, groups=1):
     return (
         x, weight, torch.randn(out, dtype=dtype) if bias else None,
         leaf(K, out) if save else torch.randn(K, out), leaf(K, out) if bias else None,
-        torch.randint(-1, K, (batch, columns)), source, [2, 1], [1, 0], [1, 2], groups, 1.1,
-        "eager", save,
+        torch.randint(-1, K, (batch, columns)), source, 1.1, "eager", save,
+        [2, 1], [1, 0], [1, 2], groups,
     )  # fmt: skip
 
 
@@ -48,14 +48,14 @@ def test_conv2d(pattern):
 def test_conv2d_backward(pattern, need_dx):
     arguments = conv_arguments(*pattern)
     arguments = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
-    x, weight, bias, aw, ab, forget, source, *geometry, _, backend, save = arguments
+    x, weight, bias, aw, ab, forget, source, _, backend, save, *geometry = arguments
     out, saved, scale, shift = operators.conv2d(*arguments)
     channels_last = pattern[0] == "channels_last"
     torch.library.opcheck(
         operators.conv2d_backward,
         (
             torch.randn_like(out), saved, weight, aw, ab, forget, source, scale, shift,
-            list(x.shape), channels_last, *geometry, backend, need_dx, save, bias is not None,
+            list(x.shape), channels_last, backend, need_dx, save, bias is not None, *geometry,
         ),
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ def test_linear_backward(pattern):
         operators.linear_backward,
         (
             torch.randn_like(out), saved, weight, aw, ab, forget, source, scale, shift,
-            list(x.shape), backend, True, save, bias is not None,
+            list(x.shape), False, backend, True, save, bias is not None,
         ),
     )  # fmt: skip
 

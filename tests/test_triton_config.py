@@ -30,7 +30,7 @@ from wfnet.kernels.launch import descriptor
 from wfnet.kernels.linear import linear_fprop
 
 import wfnet.functional as wf
-from wfnet.backends import ConvGeometry
+from wfnet.backends.contract import ConvGeometry
 from wfnet.backends.triton import backend
 
 H100 = TARGETS[90]

@@ -5,9 +5,6 @@ kernels must be decorated with TRITON_INTERPRET=1 set, and interpreted kernels c
 The interpreter's bf16 products are wrong, so bf16 is tested on devices only (tests/gpu).
 """
 
-import itertools
-
-import cuda_modules
 import numpy as np
 import pytest
 import torch
@@ -23,9 +20,9 @@ from wfnet.kernels.linear import linear_dgrad, linear_fprop
 
 import wfnet
 import wfnet.functional as wf
-from wfnet import fusion, gates
-from wfnet.backends import Below, ConvGeometry, PoolGeometry, cuda, cuda_launch
-from wfnet.backends.measured import MeasuredConvolutions
+from wfnet import gates
+from wfnet.backends import contract
+from wfnet.backends.contract import ConvGeometry, Epilogue, PoolGeometry
 from wfnet.backends.triton import backend
 from wfnet.gate_tables import flatten_filters
 from wfnet.untraining.optimizers import RowAdam
@@ -521,7 +518,8 @@ def test_fused_conv2d(kernel, residual):
     scale, shift = torch.rand(2, 40)[:, 8:24], torch.randn(2, 40)[:, 8:24]
     r = torch.randn(2, 16, 6, 6) if residual else None
     geometry = ConvGeometry(padding=(kernel // 2, kernel // 2))
-    out, branch, kept = backend.fused_conv2d(x, weight, scale, shift, r, True, None, geometry, True)
+    epilogue = Epilogue(scale, shift, r, relu=True, save=True)
+    out, branch, kept = backend.conv2d(x, weight, geometry, epilogue)
     inputs = [t.double().requires_grad_() for t in (x, scale.contiguous(), shift.contiguous())]
     xs, a, c = inputs
     u = F.conv2d(xs, weight.double(), padding=kernel // 2)
@@ -532,8 +530,8 @@ def test_fused_conv2d(kernel, residual):
     dout = torch.randn(y.shape)
     dx, da, dc, dr = torch.autograd.grad(y, (*inputs, rs), dout.double())
     t1, t0 = torch.full((2, 16), torch.nan), torch.full((2, 16), torch.nan)
-    below = Below(branch, kept, scale, shift, True, t1, t0, need_grad=residual)
-    finished = backend.finish(dout, below)
+    below = contract.LayerBelow(scale, shift, branch, kept, True, t1, t0, need_grad=residual)
+    finished = backend.epilogue_backward(dout, below)
     if residual:
         check(finished.grad, dr)
     check(t1, da * a)
@@ -576,7 +574,7 @@ def test_max_pool(case, dtype):
     scale, shift = torch.rand(table) + 0.5, torch.randn(table)
     branch = torch.randn(x.shape).to(dtype)
     t1, t0 = torch.full(table, torch.nan), torch.full(table, torch.nan)
-    below = Below(branch, None, scale, shift, True, t1, t0, need_grad=True)
+    below = contract.LayerBelow(scale, shift, branch, None, True, t1, t0, need_grad=True)
     finished = backend.max_pool2d_backward(dout, positions, like, window, skip, below)
     v = branch.double()
     g = (dx + skip) * (v + shift.double()[:, :, None, None] > 0)
@@ -630,41 +628,13 @@ class Block(torch.nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.fixture(params=[backend, cuda.backend], ids=["triton first", "cuda first"])
-def both_kernels(request, monkeypatch):
-    """Fused plans whose convolutions run by ``triton`` and by the emulated ``cuda`` in turn."""
-    module = cuda_modules.emulated_kernels()
-    monkeypatch.setattr(cuda_launch, "library", lambda: cuda_launch.Library(module, None))
-    called, names = [], {}
-    turns = itertools.cycle(["triton", "triton", "cuda", "cuda", "cuda"])
-
-    def choose(op, shape, weight, *call):
-        called.append(op)
-        return names.setdefault((op, shape, weight.shape), next(turns))
-
-    mixed = MeasuredConvolutions(choose, request.param)  # its tables and elementwise passes
-    monkeypatch.setattr(fusion.PlanNetwork, "backend_for", lambda *call: mixed)
-    return called
-
-
 @pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.float16, False)])
 def test_fused_network(dtype, bias):
     """The whole chain against the unfused network in fp64, and its bits on a second run."""
-    check_fused_network("triton", dtype, bias)
-
-
-def test_fused_network_of_two_kinds_of_kernels(both_kernels):
-    """They finish each other's layers."""
-    check_fused_network("auto", torch.float16, bias=True)
-    # Checked on a few images, then run twice: forward, and input gradients but for the stem.
-    assert len(both_kernels) == 6 + 3 * (6 + 5)
-
-
-def check_fused_network(name, dtype, bias):
     model = Block(bias).eval()
     model.norm.running_mean.normal_()
     model.norm.running_var.uniform_(0.5, 1.5)
-    net = wfnet.WFNet(model, 5, backend=name)
+    net = wfnet.WFNet(model, 5, backend="triton")
     for parameter in net.filter_parameters():
         parameter.data.normal_(1, 2)
     images, source = torch.randn(2, 3, 12, 12), torch.tensor([0, 1, 1])

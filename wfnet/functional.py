@@ -7,7 +7,7 @@ ever computed. ``torch.func`` transforms and forward-mode differentiation raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.autograd.forward_ad
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet import backends, operators, reference
-from wfnet.backends import ConvGeometry
+from wfnet.backends.contract import Backend, ConvGeometry
 from wfnet.gates import gather_samples
 from wfnet.labels import ForgetLabels, Selection, check_source, select
 
@@ -95,8 +95,7 @@ def wf_conv2d(
     x, weight, bias = _autocast(x, weight, bias)
     _check_call(x, weight, bias, alpha_weight, alpha_bias)
     rows, source = _resolve_rows(selection, source, x, x.shape[0], alpha_weight.shape[0])
-    batch = rows.shape[0]
-    name = _choose(backend, x, lambda b: b.measured_fastest_conv2d(x, weight, geometry, batch))
+    name = backends.resolve(backend)
     if name == "reference":
         return reference.wf_conv2d(
             x, weight, bias, alpha_weight, alpha_bias, rows, geometry.stride, geometry.padding,
@@ -104,9 +103,8 @@ def wf_conv2d(
         )  # fmt: skip
     _check_transforms(x, weight, bias, alpha_weight, alpha_bias)
     return operators.conv2d(
-        x, weight, bias, alpha_weight, alpha_bias, rows, source, list(geometry.stride),
-        list(geometry.padding), list(geometry.dilation), groups, gate_scale, name,
-        _saves(alpha_weight),
+        x, weight, bias, alpha_weight, alpha_bias, rows, source, gate_scale, name,
+        _saves(alpha_weight), geometry.stride, geometry.padding, geometry.dilation, groups,
     )[0]  # fmt: skip
 
 
@@ -158,8 +156,7 @@ def wf_linear(
     images, windows = _images_and_windows(x, selection, source)
     rows, source = _resolve_rows(selection, source, x, images, alpha_weight.shape[0])
     tokens = x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
-    batch = rows.shape[0]
-    name = _choose(backend, x, lambda b: b.measured_fastest_linear(tokens, weight, batch))
+    name = backends.resolve(backend)
     if name == "reference":
         y = reference.wf_linear(
             tokens, weight, bias, alpha_weight, alpha_bias, rows, gate_scale, source
@@ -193,57 +190,33 @@ def explain(
     Returns:
         The choice and its reason, then one line per backend.
     """
-    samples = x.shape[0] if batch is None else batch
     if weight.dim() == 4:
         x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
-        chosen = _choose(
-            backend, x, lambda b: b.measured_fastest_conv2d(x, weight, geometry, samples)
-        )
         says = {
             name: backends.get(name).explain_conv2d(x, weight, geometry, batch)
             for name in backends.KERNELS
         }
     else:
         tokens = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
-        chosen = _choose(backend, x, lambda b: b.measured_fastest_linear(tokens, weight, samples))
         says = {
             name: backends.get(name).explain_linear(tokens, weight, batch)
             for name in backends.KERNELS
         }
-    if backends.requested(backend) != "auto":
-        why = "asked for by name"
-    elif chosen == "eager":
-        why = "auto, and no measurement on this device says that another backend is faster"
-    else:
-        why = "auto, measured fastest on this device"
-    lines = [f"{chosen}: chosen ({why})"]
+    why = "auto" if backends.requested(backend) == "auto" else "asked for by name"
+    lines = [f"{backends.resolve(backend)}: chosen ({why})"]
     return "\n".join(lines + [f"{name}: {text}" for name, text in says.items()])
 
 
-def linear_backend(backend: str, tokens: Tensor, weight: Tensor, batch: int) -> backends.Backend:
+def linear_backend(backend: str, tokens: Tensor, weight: Tensor) -> Backend:
     """Who computes a masked linear map: ``tokens`` ``[N, T, C]``, ``weight`` ``[O, C]``.
 
     Args:
         backend: what the layer asks for, not "reference".
-        batch: samples that ``tokens`` are expanded to.
 
     Raises:
         RuntimeError: if the named backend cannot run the call.
     """
-    name = _choose(backend, tokens, lambda b: b.measured_fastest_linear(tokens, weight, batch))
-    return operators.linear_backend(name, tokens, weight)
-
-
-def _choose(backend: str, x: Tensor, fastest: Callable[[backends.Backend], bool]) -> str:
-    """The backend's name. ``auto`` leaves eager only where a measurement on this device says so."""
-    name = backends.requested(backend)
-    if name != "auto":
-        return name
-    if x.device.type == "cuda" and not torch.compiler.is_compiling():
-        for other in backends.KERNELS:
-            if other != "eager" and fastest(backends.get(other)):
-                return other
-    return "eager"
+    return operators.linear_backend(backends.resolve(backend), tokens, weight)
 
 
 def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:

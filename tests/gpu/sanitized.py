@@ -8,7 +8,7 @@ from wfnet.kernels.epilogue_bwd import LayerBelow
 from wfnet.kernels.gate import GatedLayer, GateTables
 
 import wfnet.functional as wf
-from wfnet.backends import Below, ConvGeometry, cuda, cuda_launch
+from wfnet.backends import contract, cuda, cuda_launch
 from wfnet.gate_tables import GatedLayer as TableLayer
 
 
@@ -66,10 +66,10 @@ def compiled_chain() -> None:
         weight = torch.randn(32, channels, 3, 3, device="cuda", dtype=torch.bfloat16)
         branch = torch.randn(3, channels, 7, 7, device="cuda", dtype=torch.bfloat16)
         scale, shift, t1, t0 = torch.rand(4, 3, channels, device="cuda").unbind()
-        below = Below(branch, None, scale, shift, True, t1, t0, need_grad=True)
-        geometry = ConvGeometry((2, 2), (1, 1))
+        below = contract.LayerBelow(scale, shift, branch, None, True, t1, t0, need_grad=True)
+        geometry = contract.ConvGeometry((2, 2), (1, 1))
         cuda.backend.conv2d_dgrad(ag, weight, tuple(branch.shape), geometry, branch, below)
-        cuda.backend.finish(branch.mean((2, 3), keepdim=True).expand_as(branch), below)
+        cuda.backend.epilogue_backward(branch.mean((2, 3), keepdim=True).expand_as(branch), below)
     tables = cuda.backend.gate_tables([TableLayer(torch.randn(5, 20, device="cuda"))])
     step = tables(torch.tensor([[1], [9], [-1]], device="cuda"), save=True)
     step.gradients()

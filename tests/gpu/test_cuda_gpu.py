@@ -16,7 +16,8 @@ from closeness import assert_within
 
 import wfnet
 import wfnet.functional as wf
-from wfnet.backends import Below, ConvGeometry, cuda_launch
+from wfnet.backends import cuda_launch
+from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
 from wfnet.backends.cuda import backend as mine
 from wfnet.backends.eager import backend as eager
 from wfnet.gate_tables import GatedLayer, GateTables
@@ -121,14 +122,14 @@ def test_conv2d_error(path, name, dtype):
     found, dout = [], None
     for engine, kind in engines(dtype):
         tables = scale.to(wide(kind)), shift.to(wide(kind))
-        out, saved = engine.conv2d(x.to(kind), weight.to(kind), *tables, None, geometry, True)
+        epilogue = Epilogue(*tables, save=True)
+        out, saved, _ = engine.conv2d(x.to(kind), weight.to(kind), geometry, epilogue)
         dout = torch.randn_like(out) if dout is None else dout
-        gradients = engine.conv2d_backward(
-            dout.to(kind), saved, weight.to(kind), tables[0], None, tuple(x.shape), geometry,
-            need_dx, True, True,
-        )  # fmt: skip
-        found.append((out, *(g for g in gradients if g is not None)))
-    names = ("out", "dx", "t1", "t0") if need_dx else ("out", "t1", "t0")
+        t1, t0 = torch.empty_like(tables[0]), torch.empty_like(tables[0])
+        layer = LayerBelow(tables[0], branch=saved, t1=t1, t0=t0, need_scaled_grad=need_dx)
+        dx = engine.conv2d_backward(dout.to(kind), layer, weight.to(kind), tuple(x.shape), geometry)
+        found.append((out, t1, t0, *([dx] if need_dx else [])))
+    names = ("out", "t1", "t0", "dx") if need_dx else ("out", "t1", "t0")
     for what, *values in zip(names, *found, strict=True):
         assert_as_good(*values, what)
 
@@ -144,11 +145,11 @@ def test_linear_error(path, name, dtype):
     found = []
     for engine, kind in engines(dtype):
         tables = scale.to(wide(kind)), shift.to(wide(kind))
-        out, saved = engine.linear(x.to(kind), weight.to(kind), *tables, None, True)
-        gradients = engine.linear_backward(
-            dout.to(kind), saved, weight.to(kind), tables[0], None, tuple(x.shape), True, True, True
-        )
-        found.append((out, *gradients))
+        out, saved, _ = engine.linear(x.to(kind), weight.to(kind), Epilogue(*tables, save=True))
+        t1, t0 = torch.empty_like(tables[0]), torch.empty_like(tables[0])
+        layer = LayerBelow(tables[0], branch=saved, t1=t1, t0=t0)
+        dx = engine.linear_backward(dout.to(kind), layer, weight.to(kind), tuple(x.shape))
+        found.append((out, dx, t1, t0))
     for what, *values in zip(("out", "dx", "t1", "t0"), *found, strict=True):
         assert_as_good(*values, what)
 
@@ -165,22 +166,20 @@ def test_chain_error(path, name, dtype, masked):
     below_shift = randn(batch, channels)
     found, residual, ag = [], None, None
     for engine, kind in engines(dtype):
-        out, _ = engine.conv2d(x[:1].to(kind), weight.to(kind), scale[:1].to(wide(kind)), None,
-                               None, geometry, False)  # fmt: skip
+        epilogue = Epilogue(scale[:1].to(wide(kind)))
+        out, _, _ = engine.conv2d(x[:1].to(kind), weight.to(kind), geometry, epilogue)
         if residual is None:
             residual, ag = (images(batch, *out.shape[1:], dtype=dtype) for _ in range(2))
         tables = scale.to(wide(kind)), shift.to(wide(kind))
-        out, _, _ = engine.fused_conv2d(
-            x.to(kind), weight.to(kind), *tables, residual.to(kind), True, None, geometry, True
-        )
+        epilogue = Epilogue(*tables, residual.to(kind), relu=True, save=True)
+        out, _, _ = engine.conv2d(x.to(kind), weight.to(kind), geometry, epilogue)
         kept, open_ = branch.to(kind), mask.to(kind)
         if engine is eager:  # which keeps u where the kernels keep v = scale * u, and its own mask
             kept, open_ = kept / below_scale.to(kind)[:, :, None, None], mask > 0
         t1, t0 = torch.empty(2, batch, channels, device=DEVICE, dtype=wide(kind)).unbind()
-        below = Below(
-            kept, open_ if masked else None, below_scale.to(wide(kind)),
-            below_shift.to(wide(kind)), True, t1, t0, need_grad=True,
-        )  # fmt: skip
+        tables = below_scale.to(wide(kind)), below_shift.to(wide(kind))
+        mask_ = open_ if masked else None
+        below = LayerBelow(*tables, kept, mask_, True, t1, t0, need_grad=True)
         finished = engine.conv2d_dgrad(
             ag.to(kind), weight.to(kind), tuple(x.shape), geometry, skip.to(kind), below
         )
@@ -237,7 +236,7 @@ def test_fused_column_sums_repeat_bitwise(path):
 
     def run():
         t1, t0 = torch.empty(2, 16, 256, device=DEVICE).unbind()
-        below = Below(branch, None, scale, shift, True, t1, t0)
+        below = LayerBelow(scale, shift, branch, None, True, t1, t0)
         geometry = ConvGeometry(padding=(1, 1))
         scaled = mine.conv2d_dgrad(ag, weight, tuple(ag.shape), geometry, None, below).scaled_grad
         return scaled, t1, t0
@@ -373,12 +372,12 @@ def test_offsets_past_32_bits(path):
     weight = randn(256, 64, 1, 1, dtype=torch.bfloat16) / 8
     scale, geometry = torch.rand(batch, 256, device=DEVICE), ConvGeometry()
     truth = scale[-1] * (x[-1].float() @ weight[:, :, 0, 0].float().T)
-    out, _ = mine.conv2d(x.permute(0, 3, 1, 2), weight, scale, None, None, geometry, False)
+    out, _, _ = mine.conv2d(x.permute(0, 3, 1, 2), weight, geometry, Epilogue(scale))
     assert_within(out[-1].permute(1, 2, 0), truth.double(), "out", 1e-2)
     assert (out[0] == 0).all()
     t0 = torch.empty(batch, 256, device=DEVICE)
-    mine.finish(out, Below(out, None, scale, scale, False, torch.empty_like(t0), t0,
-                           need_scaled_grad=False))  # fmt: skip
+    below = LayerBelow(scale, branch=out, t1=torch.empty_like(t0), t0=t0, need_scaled_grad=False)
+    mine.epilogue_backward(out, below)
     assert_within(t0[-1], out[-1].double().sum((1, 2)), "t0", 1e-3)
     dx = mine.conv2d_dgrad(out, weight, (batch, 64, 224, 224), geometry).grad
     truth = out[-1].double().permute(1, 2, 0) @ weight[:, :, 0, 0].double()

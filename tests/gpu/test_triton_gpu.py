@@ -23,7 +23,8 @@ from wfnet.kernels.epilogue_bwd import LayerBelow, epilogue_bwd
 from wfnet.kernels.gate import GatedLayer, GateTables
 from wfnet.kernels.linear import linear_dgrad, linear_fprop
 
-from wfnet.backends import ConvGeometry
+from wfnet.backends import contract
+from wfnet.backends.contract import ConvGeometry, Epilogue
 from wfnet.backends.eager import backend as eager
 from wfnet.backends.triton import backend as triton_backend
 
@@ -139,15 +140,15 @@ def test_conv2d_error(name, dtype, tf32, products):
             scale.to(torch.promote_types(kind, torch.float32)),
             shift.to(torch.promote_types(kind, torch.float32)),
         )
-        out, saved = engine.conv2d(x.to(kind), weight.to(kind), *tables, None, geometry, True)
+        epilogue = Epilogue(*tables, save=True)
+        out, saved, _ = engine.conv2d(x.to(kind), weight.to(kind), geometry, epilogue)
         if dout is None:
             dout = torch.randn_like(out)
-        gradients = engine.conv2d_backward(
-            dout.to(kind), saved, weight.to(kind), tables[0], None, tuple(x.shape), geometry,
-            need_dx, True, True,
-        )  # fmt: skip
-        found[key] = (out, *(g for g in gradients if g is not None))
-    names = ("out", "dx", "t1", "t0") if need_dx else ("out", "t1", "t0")
+        t1, t0 = torch.empty_like(tables[0]), torch.empty_like(tables[0])
+        layer = contract.LayerBelow(tables[0], branch=saved, t1=t1, t0=t0, need_scaled_grad=need_dx)
+        dx = engine.conv2d_backward(dout.to(kind), layer, weight.to(kind), tuple(x.shape), geometry)
+        found[key] = (out, t1, t0, *([dx] if need_dx else []))
+    names = ("out", "t1", "t0", "dx") if need_dx else ("out", "t1", "t0")
     depth = weight.shape[2] ** 2 * max(weight.shape[:2])
     for what, *values in zip(names, *found.values(), strict=True):
         assert_as_good(*values, what, depth, in_tf32(dtype))
@@ -169,16 +170,13 @@ def test_linear_error(name, dtype):
         ("truth", eager, torch.float64),
     ):
         wide = torch.promote_types(kind, torch.float32)
-        out, saved = engine.linear(
-            x.to(kind), weight.to(kind), scale.to(wide), shift.to(wide), None, True
-        )
-        found[key] = (
-            out,
-            *engine.linear_backward(
-                dout.to(kind), saved, weight.to(kind), scale.to(wide), None, tuple(x.shape), True,
-                True, True,
-            ),
-        )  # fmt: skip
+        table = scale.to(wide)
+        epilogue = Epilogue(table, shift.to(wide), save=True)
+        out, saved, _ = engine.linear(x.to(kind), weight.to(kind), epilogue)
+        t1, t0 = torch.empty_like(table), torch.empty_like(table)
+        layer = contract.LayerBelow(table, branch=saved, t1=t1, t0=t0)
+        dx = engine.linear_backward(dout.to(kind), layer, weight.to(kind), tuple(x.shape))
+        found[key] = (out, dx, t1, t0)
     depth = max(features, columns)
     for what, *values in zip(("out", "dx", "t1", "t0"), *found.values(), strict=True):
         assert_as_good(*values, what, depth, in_tf32(dtype, "linear"))

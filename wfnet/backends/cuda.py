@@ -14,17 +14,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wfnet.backends import (
+from wfnet import gates
+from wfnet.backends import cuda_launch
+from wfnet.backends.contract import (
+    Activation,
     Backend,
-    Below,
     ConvGeometry,
-    Finished,
+    Epilogue,
+    LayerBelow,
+    LayerGradient,
     PoolGeometry,
-    cuda_launch,
-    gates,
 )
 from wfnet.backends.cuda_launch import Axis, Gradient, Layer, Want
-from wfnet.backends.winners import winner_conv2d, winner_linear
 from wfnet.gate_tables import GatedLayer, GateTables, StepTables, side_by_side
 
 _MOST_LABELS = 16
@@ -130,82 +131,65 @@ class CudaBackend(Backend):
         pixels = _pixels_of(x)
         return _explained(pixels, weight, *_token_axes(x.shape[1]), batch is not None)
 
-    def measured_fastest_conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int
-    ) -> bool:
-        if geometry.groups != 1 or self.refuse_conv2d(x, weight, geometry) is not None:
-            return False
-        return winner_conv2d(x, weight, geometry, batch) == self.name
-
-    def measured_fastest_linear(self, x: Tensor, weight: Tensor, batch: int) -> bool:
-        if self.refuse_linear(x, weight) is not None:
-            return False
-        return winner_linear(x, weight, batch) == self.name
-
     def conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        source: Tensor | None,
-        geometry: ConvGeometry,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return _forward(x, weight, scale, shift, None, False, source, geometry, save)
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
+    ) -> Activation:
+        height, width = _axes(x.shape, tuple(weight.shape[2:]), geometry)
+        out, branch = cuda_launch.conv_fprop(
+            _channels_last(x),
+            _channels_last(weight),
+            height,
+            width,
+            epilogue.scale,
+            epilogue.shift,
+            residual=_channels_last(epilogue.residual),
+            relu=epilogue.relu,
+            source=epilogue.source,
+            save_branch=epilogue.save,
+        )
+        out, branch = _channels_first(out), _channels_first(branch)
+        masked = epilogue.save and epilogue.relu and epilogue.residual is not None
+        return Activation(out, branch, out if masked else None)
 
-    def conv2d_backward(
+    def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
+        height, width = _token_axes(x.shape[1])
+        out, branch = cuda_launch.conv_fprop(
+            x.contiguous().unsqueeze(2),
+            _pointwise(weight),
+            height,
+            width,
+            epilogue.scale,
+            epilogue.shift,
+            source=epilogue.source,
+            save_branch=epilogue.save,
+        )
+        return Activation(out.squeeze(2), None if branch is None else branch.squeeze(2))
+
+    pools_with_epilogue = True
+
+    def epilogue_backward(
         self,
         dout: Tensor,
-        saved: Tensor | None,
-        weight: Tensor,
-        scale: Tensor,
-        source: Tensor | None,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        need_dx: bool,
-        need_t1: bool,
-        need_t0: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        scaled, t1, t0 = _elementwise_backward(
-            dout, saved, scale, source, input_shape[0], need_dx, need_t1, need_t0
-        )
-        dx = None
-        if need_dx:
-            dx = self.conv2d_dgrad(scaled, weight, input_shape, geometry).grad
-        return dx, t1, t0
-
-    fuses = True
-    shares_branch = True
-    finishes_pooled = True
-
-    def refuse_finish(self, channels: int) -> str | None:
-        return _refuse_columns(channels)
-
-    def fused_conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        source: Tensor | None,
-        geometry: ConvGeometry,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        out, branch = _forward(x, weight, scale, shift, residual, relu, source, geometry, save)
-        return out, branch, out if save and relu and residual is not None else None
-
-    def finish(
-        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
-    ) -> Finished:
+        below: LayerBelow,
+        skip: Tensor | None = None,
+        may_overwrite: bool = False,
+    ) -> LayerGradient:
         """One pass over ``dout``; a projection shortcut takes a second one over ``g``."""
         layer, want = _layer_below(below, skip)
-        gradient = cuda_launch.epilogue_bwd(
-            dout.to(below.branch.dtype).permute(0, 2, 3, 1), layer, want
+        sums_sources = below.source is not None and below.need_scaled_grad
+        if sums_sources:
+            want = replace(want, scaled_grad=False)
+        gradient = Gradient(None, None)
+        if want.grad or want.scaled_grad or want.t0 is not None or want.t1 is not None:
+            dtype = dout.dtype if below.branch is None else below.branch.dtype
+            gradient = cuda_launch.epilogue_bwd(dout.to(dtype).permute(0, 2, 3, 1), layer, want)
+        finished = _finished(gradient, below)
+        if not sums_sources:
+            return finished
+        scaled = cuda_launch.sum_by_source(
+            _channels_last(dout), below.scale, below.source, below.images
         )
-        return _finished(gradient, below)
+        return finished._replace(scaled_grad=_channels_first(scaled))
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool
@@ -225,16 +209,14 @@ class CudaBackend(Backend):
         like: Tensor,
         window: PoolGeometry,
         skip: Tensor | None = None,
-        below: Below | None = None,
-    ) -> Finished:
+        below: LayerBelow | None = None,
+    ) -> LayerGradient:
         """One pass, the elementwise backward of the layer below included."""
         if positions.dtype != torch.uint8:  # another one's
             return super().max_pool2d_backward(dout, positions, like, window, skip, below)
         pooling = cuda_launch.Pooling(_channels_last(positions), *_pool_axes(like.shape, window))
         layer, want = _layer_or_none(below, skip)
         gradient = cuda_launch.epilogue_bwd(_channels_last(dout), layer, want, pooling)
-        if below is None:
-            return Finished(_channels_first(gradient.grad), None)
         return _finished(gradient, below)
 
     def conv2d_dgrad(
@@ -244,16 +226,14 @@ class CudaBackend(Backend):
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
         skip: Tensor | None = None,
-        below: Below | None = None,
-    ) -> Finished:
+        below: LayerBelow | None = None,
+    ) -> LayerGradient:
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
         layer, want = _layer_or_none(below, skip)
         height, width = _axes(input_shape, tuple(weight.shape[2:]), geometry)
         gradient = cuda_launch.conv_dgrad(
             _channels_last(scaled_grad), _channels_last(weight), height, width, layer, want
         )
-        if below is None:
-            return Finished(_channels_first(gradient.grad), None)
         return _finished(gradient, below)
 
     def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
@@ -263,45 +243,17 @@ class CudaBackend(Backend):
             return _Tables(layers)
         return super().gate_tables(layers)
 
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        source: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        height, width = _token_axes(x.shape[1])
-        out, branch = cuda_launch.conv_fprop(
-            x.contiguous().unsqueeze(2), _pointwise(weight), height, width, scale, shift,
-            source=source, save_branch=save,
-        )  # fmt: skip
-        return out.squeeze(2), None if branch is None else branch.squeeze(2)
-
     def linear_backward(
-        self,
-        dout: Tensor,
-        saved: Tensor | None,
-        weight: Tensor,
-        scale: Tensor,
-        source: Tensor | None,
-        input_shape: tuple[int, ...],
-        need_dx: bool,
-        need_t1: bool,
-        need_t0: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        scaled, t1, t0 = _elementwise_backward(
-            _pixels_of(dout), None if saved is None else _pixels_of(saved), scale, source,
-            input_shape[0], need_dx, need_t1, need_t0,
-        )  # fmt: skip
-        dx = None
-        if need_dx:
-            height, width = _token_axes(input_shape[1])
-            dx = cuda_launch.conv_dgrad(
-                _channels_last(scaled), _pointwise(weight), height, width, Layer(), Want(grad=True)
-            ).grad.squeeze(2)
-        return dx, t1, t0
+        self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
+    ) -> Tensor | None:
+        pixels = replace(layer, branch=None if layer.branch is None else _pixels_of(layer.branch))
+        scaled = self.epilogue_backward(_pixels_of(dout), pixels).scaled_grad
+        if scaled is None:
+            return None
+        height, width = _token_axes(input_shape[1])
+        return cuda_launch.conv_dgrad(
+            _channels_last(scaled), _pointwise(weight), height, width, Layer(), Want(grad=True)
+        ).grad.squeeze(2)
 
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
         if not _takes_gates(alpha, forget):
@@ -380,61 +332,13 @@ def _axes(
     return height, width
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    source: Tensor | None,
-    geometry: ConvGeometry,
-    save: bool,
-) -> tuple[Tensor, Tensor | None]:
-    height, width = _axes(x.shape, tuple(weight.shape[2:]), geometry)
-    out, branch = cuda_launch.conv_fprop(
-        _channels_last(x), _channels_last(weight), height, width, scale, shift,
-        residual=_channels_last(residual), relu=relu, source=source, save_branch=save,
-    )  # fmt: skip
-    return _channels_first(out), _channels_first(branch)
-
-
-def _elementwise_backward(
-    dout: Tensor,
-    branch: Tensor | None,
-    scale: Tensor,
-    source: Tensor | None,
-    sources: int,
-    need_dx: bool,
-    need_t1: bool,
-    need_t0: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``scale * dout`` (summed over equal sources), T1 and T0 of ``dout`` ``[B, O, P, Q]``."""
-    shape = (dout.shape[0], dout.shape[1])
-    pixels = dout.permute(0, 2, 3, 1)
-
-    def sums(needed: bool) -> Tensor | None:
-        return torch.empty(shape, dtype=torch.float32, device=dout.device) if needed else None
-
-    t1, t0 = sums(need_t1), sums(need_t0)
-    want = Want(scaled_grad=need_dx and source is None, t0=t0, t1=t1)
-    scaled = None
-    if want.scaled_grad or need_t1 or need_t0:
-        layer = Layer(branch=_channels_last(branch) if need_t1 else None, scale=scale)
-        scaled = cuda_launch.epilogue_bwd(pixels, layer, want).scaled_grad
-    if need_dx and source is not None:
-        scaled = cuda_launch.sum_by_source(pixels.contiguous(), scale, source, sources)
-    return _channels_first(scaled), t1, t0
-
-
-def _layer_below(below: Below, skip: Tensor | None) -> tuple[Layer, Want]:
-    dtype = below.branch.dtype
+def _layer_below(below: LayerBelow, skip: Tensor | None) -> tuple[Layer, Want]:
     layer = Layer(
         branch=_channels_last(below.branch),
         scale=below.scale,
         shift=below.shift,
         activation=_channels_last(below.mask),
-        skip=None if skip is None else _channels_last(skip.to(dtype)),
+        skip=None if skip is None else _channels_last(skip.to(below.branch.dtype)),
         relu=below.relu,
     )
     want = Want(
@@ -446,7 +350,7 @@ def _layer_below(below: Below, skip: Tensor | None) -> tuple[Layer, Want]:
     return layer, want
 
 
-def _layer_or_none(below: Below | None, skip: Tensor | None) -> tuple[Layer, Want]:
+def _layer_or_none(below: LayerBelow | None, skip: Tensor | None) -> tuple[Layer, Want]:
     """As :func:`_layer_below`; without a layer the gradient itself is all that is wanted."""
     if below is not None:
         return _layer_below(below, skip)
@@ -460,12 +364,12 @@ def _pool_axes(shape: Sequence[int], window: PoolGeometry) -> tuple[Axis, Axis]:
     return height, width
 
 
-def _finished(gradient: Gradient, below: Below) -> Finished:
+def _finished(gradient: Gradient, below: LayerBelow | None) -> LayerGradient:
     grad, scaled = _channels_first(gradient.grad), _channels_first(gradient.scaled_grad)
-    if below.shortcut is None:
-        return Finished(grad, scaled)
-    shortcut = backend.finish(grad, below.shortcut)
-    return Finished(grad if below.need_grad else None, scaled, shortcut.scaled_grad)
+    if below is None or below.shortcut is None:
+        return LayerGradient(grad, scaled)
+    shortcut = backend.epilogue_backward(grad, below.shortcut)
+    return LayerGradient(grad if below.need_grad else None, scaled, shortcut.scaled_grad)
 
 
 class _Tables(GateTables):

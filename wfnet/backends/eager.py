@@ -10,34 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wfnet.backends import Backend, Below, ConvGeometry, Finished
+from wfnet.backends.contract import (
+    Activation,
+    Backend,
+    ConvGeometry,
+    Epilogue,
+    LayerBelow,
+    LayerGradient,
+)
 from wfnet.gates import gather_samples, segment_sum
-
-
-def _scale_shift(u: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> Tensor:
-    """``out = scale * u + shift`` in one pass; scale and shift are broadcastable views."""
-    if shift is None:
-        return torch.mul(u, scale, out=out)
-    return torch.addcmul(shift, u, scale, out=out)
-
-
-def _column_sums(
-    dout: Tensor,
-    saved: Tensor | None,
-    scale: Tensor,
-    over: tuple[int, ...],
-    need_t1: bool,
-    need_t0: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A scratch tensor shaped like ``dout``, and ``t1`` and ``t0`` in the dtype of ``scale``."""
-    scratch = torch.empty_like(dout)
-    t1 = t0 = None
-    if need_t1:
-        torch.mul(dout, saved, out=scratch)
-        t1 = scratch.sum(over, dtype=scale.dtype) * scale
-    if need_t0:
-        t0 = dout.sum(over, dtype=scale.dtype)
-    return scratch, t1, t0
 
 
 def conv2d_input_gradient(
@@ -108,9 +89,50 @@ def _rows(x: Tensor, part: slice | None, source: Tensor | None) -> Tensor:
     return gather_samples(x, _part_of(source, part))
 
 
-def _per_pixel(table: Tensor) -> Tensor:
+def _per_pixel(table: Tensor | None) -> Tensor | None:
     """``[B, O]`` as ``[B, O, 1, 1]``."""
-    return table[:, :, None, None]
+    return None if table is None else table[:, :, None, None]
+
+
+def _scale_shift(u: Tensor, scale: Tensor, shift: Tensor | None, out: Tensor) -> None:
+    """``out = scale * u + shift`` in one pass; scale and shift are broadcastable views."""
+    if shift is None:
+        torch.mul(u, scale, out=out)
+    else:
+        torch.addcmul(shift, u, scale, out=out)
+
+
+def _scaled(u: Tensor, scale: Tensor, shift: Tensor | None, epilogue: Epilogue) -> Activation:
+    """The epilogue without residual and ReLU; scale and shift are broadcastable views."""
+    expanded = gather_samples(u, epilogue.source)
+    in_place = epilogue.source is not None or not epilogue.save
+    out = expanded if in_place else torch.empty_like(expanded)
+    _scale_shift(expanded, scale, shift, out)
+    return Activation(out, u if epilogue.save else None)
+
+
+def _scaled_backward(
+    dout: Tensor, layer: LayerBelow, scale: Tensor, over: tuple[int, ...]
+) -> Tensor | None:
+    """``scale * dout``, one row per image, of a layer without residual and ReLU; writes its sums.
+
+    Args:
+        scale: broadcastable view of the layer's.
+        over: the dimensions of pixels or tokens.
+    """
+    scratch = torch.empty_like(dout)
+    if layer.t1 is not None:
+        torch.mul(dout, gather_samples(layer.branch, layer.source), out=scratch)
+        torch.sum(scratch, over, dtype=layer.t1.dtype, out=layer.t1)
+        layer.t1.mul_(layer.scale)
+    if layer.t0 is not None:
+        torch.sum(dout, over, dtype=layer.t0.dtype, out=layer.t0)
+    if not layer.need_scaled_grad:
+        return None
+    du = torch.mul(dout, scale, out=scratch)
+    if layer.source is None:
+        return du
+    return segment_sum(du, layer.source, layer.images)  # the product that comes next is linear
 
 
 class _Part:
@@ -118,7 +140,7 @@ class _Part:
 
     def __init__(
         self,
-        below: Below,
+        below: LayerBelow,
         part: slice | None,
         scale: Tensor,
         shift: Tensor | None,
@@ -141,9 +163,10 @@ class _Part:
     def write_sums(self, g: Tensor) -> None:
         """``t1`` and ``t0`` of these samples."""
         t1, t0 = _part_of(self.below.t1, self.part), _part_of(self.below.t0, self.part)
-        torch.mul(g, self.u, out=self.scratch)
-        torch.sum(self.scratch, (2, 3), dtype=t1.dtype, out=t1)
-        t1.mul_(_part_of(self.below.scale, self.part))
+        if t1 is not None:
+            torch.mul(g, self.u, out=self.scratch)
+            torch.sum(self.scratch, (2, 3), dtype=t1.dtype, out=t1)
+            t1.mul_(_part_of(self.below.scale, self.part))
         if t0 is not None:
             torch.sum(g, (2, 3), dtype=t0.dtype, out=t0)
 
@@ -151,102 +174,59 @@ class _Part:
 class EagerBackend(Backend):
     """PyTorch's convolution or linear map followed by one fused pointwise pass.
 
-    ``saved`` is ``u`` itself, at the un-expanded batch size where ``source`` is given.
+    The branch is ``u`` itself, one row per image where ``source`` is given.
     """
 
     name = "eager"
-
-    def saved_batch(self, sources: int, batch: int) -> int:
-        return sources
+    keeps_scaled_branch = False
 
     def conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        source: Tensor | None,
-        geometry: ConvGeometry,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
+    ) -> Activation:
         u = F.conv2d(
             x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
-        expanded = gather_samples(u, source)
-        out = torch.empty_like(expanded) if source is None and save else expanded
-        _scale_shift(
-            expanded,
-            scale[:, :, None, None],
-            None if shift is None else shift[:, :, None, None],
-            out=out,
-        )
-        return out, u if save else None
-
-    def conv2d_backward(
-        self,
-        dout: Tensor,
-        saved: Tensor | None,
-        weight: Tensor,
-        scale: Tensor,
-        source: Tensor | None,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        need_dx: bool,
-        need_t1: bool,
-        need_t0: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if need_t1:
-            saved = gather_samples(saved, source)
-        scratch, t1, t0 = _column_sums(dout, saved, scale, (2, 3), need_t1, need_t0)
-        if not need_dx:
-            return None, t1, t0
-        du = torch.mul(dout, scale[:, :, None, None], out=scratch)
-        if source is not None:  # the convolution is linear: sum the variants of an image first
-            du = segment_sum(du, source, input_shape[0])
-        return conv2d_input_gradient(du, weight, input_shape, geometry), t1, t0
-
-    fuses = True
-
-    def fused_conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        source: Tensor | None,
-        geometry: ConvGeometry,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The branch is ``u`` itself (one row per source image where ``source`` is given)."""
-        u = F.conv2d(
-            x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
-        )
+        scale, shift = _per_pixel(epilogue.scale), _per_pixel(epilogue.shift)
+        residual, relu, source = epilogue.residual, epilogue.relu, epilogue.source
+        if residual is None and not relu:
+            return _scaled(u, scale, shift, epilogue)
         out = u
         if source is not None:
             out = _empty_batch(u, scale.shape[0])
-        elif save:
+        elif epilogue.save:
             out = torch.empty_like(u)
         mask = None
-        if save and relu and residual is not None:
+        if epilogue.save and relu and residual is not None:
             mask = torch.empty_like(out, dtype=torch.bool)
-        scale, shift = _per_pixel(scale), _per_pixel(shift)
         for part in _cache_sized(out):
             y = _part_of(out, part)
-            branch = _rows(u, part, source)
-            torch.addcmul(_part_of(shift, part), branch, _part_of(scale, part), out=y)
+            _scale_shift(_rows(u, part, source), _part_of(scale, part), _part_of(shift, part), y)
             if residual is not None:
                 y.add_(_part_of(residual, part))
             if relu:
                 y.relu_()
             if mask is not None:  # nothing is below 0 now; copying is faster than comparing
                 _part_of(mask, part).copy_(y)
-        return out, u if save else None, mask
+        return Activation(out, u if epilogue.save else None, mask)
 
-    def finish(
-        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
-    ) -> Finished:
+    def conv2d_backward(
+        self,
+        dout: Tensor,
+        layer: LayerBelow,
+        weight: Tensor,
+        input_shape: tuple[int, ...],
+        geometry: ConvGeometry,
+    ) -> Tensor | None:
+        du = _scaled_backward(dout, layer, _per_pixel(layer.scale), (2, 3))
+        return None if du is None else conv2d_input_gradient(du, weight, input_shape, geometry)
+
+    def epilogue_backward(
+        self,
+        dout: Tensor,
+        below: LayerBelow,
+        skip: Tensor | None = None,
+        may_overwrite: bool = False,
+    ) -> LayerGradient:
         """All passes run over a few samples at a time, which stay in the cache between them."""
         shortcut, samples = below.shortcut, dout.shape[0]
         passes = not below.relu and skip is None  # g is dout
@@ -282,7 +262,9 @@ class EagerBackend(Backend):
                     torch.mul(g, other.scale, out=_part_of(shortcut_scaled, part))
             if scaled is not None:
                 torch.mul(g, layer.scale, out=_part_of(scaled, part))
-        return Finished(grad, scaled, shortcut_scaled)
+        if scaled is not None and below.source is not None:
+            scaled = segment_sum(scaled, below.source, below.images)
+        return LayerGradient(grad, scaled, shortcut_scaled)
 
     def conv2d_dgrad(
         self,
@@ -291,49 +273,23 @@ class EagerBackend(Backend):
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
         skip: Tensor | None = None,
-        below: Below | None = None,
-    ) -> Finished:
+        below: LayerBelow | None = None,
+    ) -> LayerGradient:
         dx = conv2d_input_gradient(scaled_grad, weight, input_shape, geometry)
         if below is not None:
-            return self.finish(dx, below, skip, may_overwrite=True)
-        return Finished(dx if skip is None else dx.add_(skip), None)
+            return self.epilogue_backward(dx, below, skip, may_overwrite=True)
+        return LayerGradient(dx if skip is None else dx.add_(skip))
 
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        source: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        u = F.linear(x, weight)
-        expanded = gather_samples(u, source)
-        out = torch.empty_like(expanded) if source is None and save else expanded
-        _scale_shift(expanded, scale[:, None], None if shift is None else shift[:, None], out=out)
-        return out, u if save else None
+    def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
+        scale, shift = epilogue.scale, epilogue.shift
+        per_token = None if shift is None else shift[:, None]
+        return _scaled(F.linear(x, weight), scale[:, None], per_token, epilogue)
 
     def linear_backward(
-        self,
-        dout: Tensor,
-        saved: Tensor | None,
-        weight: Tensor,
-        scale: Tensor,
-        source: Tensor | None,
-        input_shape: tuple[int, ...],
-        need_dx: bool,
-        need_t1: bool,
-        need_t0: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        if need_t1:
-            saved = gather_samples(saved, source)
-        scratch, t1, t0 = _column_sums(dout, saved, scale, (1,), need_t1, need_t0)
-        if not need_dx:
-            return None, t1, t0
-        du = torch.mul(dout, scale[:, None], out=scratch)
-        if source is not None:
-            du = segment_sum(du, source, input_shape[0])
-        return du @ weight, t1, t0
+        self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
+    ) -> Tensor | None:
+        du = _scaled_backward(dout, layer, layer.scale[:, None], (1,))
+        return None if du is None else du @ weight
 
 
 backend = EagerBackend()

@@ -13,8 +13,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from wfnet.backends import Backend, Below, ConvGeometry, Finished, PoolGeometry, gates
-from wfnet.backends.winners import winner_conv2d, winner_linear
+from wfnet import gates
+from wfnet.backends.contract import (
+    Activation,
+    Backend,
+    ConvGeometry,
+    Epilogue,
+    LayerBelow,
+    LayerGradient,
+    PoolGeometry,
+)
 from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 
 try:
@@ -122,90 +130,69 @@ class TritonBackend(Backend):
             forward = conv_fprop.config_conv_fprop(x, weight, pixels, True, op="linear")
         return _explained(forward, linear.config_linear_dgrad(ag, weight, own))
 
-    def measured_fastest_conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int
-    ) -> bool:
-        if triton is None or geometry.groups != 1:
-            return False
-        return winner_conv2d(x, weight, geometry, batch) == self.name
-
-    def measured_fastest_linear(self, x: Tensor, weight: Tensor, batch: int) -> bool:
-        if triton is None:
-            return False
-        return winner_linear(x, weight, batch) == self.name
-
     def conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        source: Tensor | None,
-        geometry: ConvGeometry,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return _forward(x, weight, scale, shift, None, False, source, geometry, save)
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
+    ) -> Activation:
+        images, filters = _channels_last(x), _channels_last(weight)
+        scale, shift = _tables(epilogue)
+        residual = None if epilogue.residual is None else _channels_last(epilogue.residual)
+        shape = _conv_shape(images, filters, scale.shape[0], geometry)
+        if shape.pointwise and epilogue.source is None:
+            out, branch = linear.linear_fprop(
+                images.flatten(1, 2),
+                filters.flatten(1),
+                scale,
+                shift,
+                residual=None if residual is None else residual.flatten(1, 2),
+                relu=epilogue.relu,
+                save_branch=epilogue.save,
+                op="conv",
+            )
+        else:
+            out, branch = conv_fprop.conv_fprop(
+                images,
+                filters,
+                scale,
+                shift,
+                stride=geometry.stride,
+                padding=geometry.padding,
+                dilation=geometry.dilation,
+                source=epilogue.source,
+                residual=residual,
+                relu=epilogue.relu,
+                save_branch=epilogue.save,
+            )
+        size = (shape.out_height, shape.out_width)
+        out, branch = _pixels_of(out, size), _pixels_of(branch, size)
+        masked = epilogue.save and epilogue.relu and residual is not None
+        return Activation(out, branch, out if masked else None)
 
-    def conv2d_backward(
+    def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
+        out, branch = linear.linear_fprop(
+            x.contiguous(),
+            weight.contiguous(),
+            *_tables(epilogue),
+            source=epilogue.source,
+            save_branch=epilogue.save,
+        )
+        return Activation(out, branch)
+
+    def epilogue_backward(
         self,
         dout: Tensor,
-        saved: Tensor | None,
-        weight: Tensor,
-        scale: Tensor,
-        source: Tensor | None,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        need_dx: bool,
-        need_t1: bool,
-        need_t0: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        gradient = _elementwise_backward(
-            _channels_last(dout).flatten(1, 2),
-            _channels_last(saved).flatten(1, 2) if need_t1 else None,
-            scale,
-            source,
-            input_shape[0],
-            need_dx,
-            need_t1,
-            need_t0,
-        )
-        dx = None
-        if need_dx:
-            dx = _input_gradient(
-                gradient.scaled_grad, weight, tuple(dout.shape[2:]), input_shape, geometry
-            )
-        return dx, gradient.t1, gradient.t0
-
-    fuses = True
-    shares_branch = True
-    finishes_pooled = True
-
-    def fused_conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        residual: Tensor | None,
-        relu: bool,
-        source: Tensor | None,
-        geometry: ConvGeometry,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        if residual is not None:
-            residual = _channels_last(residual)
-        scale, shift = scale.contiguous(), shift.contiguous()
-        out, branch = _forward(x, weight, scale, shift, residual, relu, source, geometry, save)
-        return out, branch, out if save and relu and residual is not None else None
-
-    def finish(
-        self, dout: Tensor, below: Below, skip: Tensor | None = None, may_overwrite: bool = False
-    ) -> Finished:
+        below: LayerBelow,
+        skip: Tensor | None = None,
+        may_overwrite: bool = False,
+    ) -> LayerGradient:
         """One pass over ``dout``."""
         layer, want, sums = _layer_below(below, skip)
+        if not want:
+            return LayerGradient()
         tokens = _channels_last(dout).flatten(1, 2)
-        gradient = epilogue_bwd.epilogue_bwd(tokens, layer.as_tokens(), want=want, sums=sums)
-        return _finished(gradient, below, tuple(below.branch.shape[2:]))
+        gradient = epilogue_bwd.epilogue_bwd(
+            tokens, layer.as_tokens(), want=want, sums=sums, **_grouping(below)
+        )
+        return _finished(gradient, below, tuple(dout.shape[2:]))
 
     def conv2d_dgrad(
         self,
@@ -214,25 +201,45 @@ class TritonBackend(Backend):
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
         skip: Tensor | None = None,
-        below: Below | None = None,
-    ) -> Finished:
+        below: LayerBelow | None = None,
+    ) -> LayerGradient:
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
         ag, filters = _channels_last(scaled_grad), _channels_last(weight)
         layer, want, sums = _layer_or_none(below, skip)
         size = tuple(input_shape[2:])
         if _is_linear(weight, geometry):
             gradient = linear.linear_dgrad(
-                ag.flatten(1, 2), filters.flatten(1), layer.as_tokens(), want=want, sums=sums,
+                ag.flatten(1, 2),
+                filters.flatten(1),
+                layer.as_tokens(),
+                want=want,
+                sums=sums,
                 op="conv",
-            )  # fmt: skip
+            )
         else:
             gradient = conv_dgrad.conv_dgrad(
-                ag, filters, size, layer, want=want, sums=sums, stride=geometry.stride,
-                padding=geometry.padding, dilation=geometry.dilation,
-            )  # fmt: skip
-        if below is None:
-            return Finished(_pixels_of(gradient.grad, size), None)
+                ag,
+                filters,
+                size,
+                layer,
+                want=want,
+                sums=sums,
+                stride=geometry.stride,
+                padding=geometry.padding,
+                dilation=geometry.dilation,
+            )
         return _finished(gradient, below, size)
+
+    def linear_backward(
+        self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
+    ) -> Tensor | None:
+        pixels = replace(layer, branch=None if layer.branch is None else _as_pixels(layer.branch))
+        scaled = self.epilogue_backward(_as_pixels(dout), pixels).scaled_grad
+        if scaled is None:
+            return None
+        return linear.linear_dgrad(_channels_last(scaled).squeeze(2), weight.contiguous()).grad
+
+    pools_with_epilogue = True
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool
@@ -251,8 +258,8 @@ class TritonBackend(Backend):
         like: Tensor,
         window: PoolGeometry,
         skip: Tensor | None = None,
-        below: Below | None = None,
-    ) -> Finished:
+        below: LayerBelow | None = None,
+    ) -> LayerGradient:
         """One pass, the elementwise backward of the layer below included."""
         if positions.dtype != torch.uint8:  # another one's
             return super().max_pool2d_backward(dout, positions, like, window, skip, below)
@@ -262,8 +269,6 @@ class TritonBackend(Backend):
             _channels_last(dout), _channels_last(positions), size, max_pool.Window(*window[:3]),
             layer, want=want, sums=sums,
         )  # fmt: skip
-        if below is None:
-            return Finished(_pixels_of(gradient.grad, size), None)
         return _finished(gradient, below, size)
 
     def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
@@ -272,46 +277,6 @@ class TritonBackend(Backend):
         if all(t.dtype == torch.float32 for t in tensors):
             return _Tables(layers)
         return super().gate_tables(layers)
-
-    def linear(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor,
-        shift: Tensor | None,
-        source: Tensor | None,
-        save: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        return linear.linear_fprop(
-            x.contiguous(), weight.contiguous(), scale, shift, source=source, save_branch=save
-        )
-
-    def linear_backward(
-        self,
-        dout: Tensor,
-        saved: Tensor | None,
-        weight: Tensor,
-        scale: Tensor,
-        source: Tensor | None,
-        input_shape: tuple[int, ...],
-        need_dx: bool,
-        need_t1: bool,
-        need_t0: bool,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        gradient = _elementwise_backward(
-            dout.contiguous(),
-            saved.contiguous() if need_t1 else None,
-            scale,
-            source,
-            input_shape[0],
-            need_dx,
-            need_t1,
-            need_t0,
-        )
-        dx = None
-        if need_dx:
-            dx = linear.linear_dgrad(gradient.scaled_grad, weight.contiguous()).grad
-        return dx, gradient.t1, gradient.t0
 
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
         if alpha.dtype == torch.float64 or forget.shape[1] not in range(1, _MOST_LABELS + 1):
@@ -359,51 +324,6 @@ def _explained(forward, backward) -> str:
     )
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    relu: bool,
-    source: Tensor | None,
-    geometry: ConvGeometry,
-    save: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``act(scale * u + shift + residual)`` and ``scale * u``; ``residual`` is channels last."""
-    images, filters = _channels_last(x), _channels_last(weight)
-    shape = _conv_shape(images, filters, scale.shape[0], geometry)
-    size = (shape.out_height, shape.out_width)
-    if shape.pointwise and source is None:
-        out, branch = linear.linear_fprop(
-            images.flatten(1, 2),
-            filters.flatten(1),
-            scale,
-            shift,
-            residual=None if residual is None else residual.flatten(1, 2),
-            relu=relu,
-            save_branch=save,
-            op="conv",
-        )
-        out = out.unflatten(1, size)
-        branch = None if branch is None else branch.unflatten(1, size)
-    else:
-        out, branch = conv_fprop.conv_fprop(
-            images,
-            filters,
-            scale,
-            shift,
-            stride=geometry.stride,
-            padding=geometry.padding,
-            dilation=geometry.dilation,
-            source=source,
-            residual=residual,
-            relu=relu,
-            save_branch=save,
-        )
-    return _channels_first(out), None if branch is None else _channels_first(branch)
-
-
 def _is_linear(weight: Tensor, geometry: ConvGeometry) -> bool:
     """Whether a convolution is a linear map of every pixel."""
     return (
@@ -413,27 +333,33 @@ def _is_linear(weight: Tensor, geometry: ConvGeometry) -> bool:
     )
 
 
-def _input_gradient(
-    ag: Tensor,
-    weight: Tensor,
-    size: tuple[int, int],
-    input_shape: tuple[int, ...],
-    geometry: ConvGeometry,
-) -> Tensor:
-    """``dx`` ``[N, C, H, W]`` from ``ag`` ``[N, P*Q, O]`` over ``size`` = (P, Q) pixels."""
-    ag = _channels_first(ag.unflatten(1, size))
-    return backend.conv2d_dgrad(ag, weight, input_shape, geometry).grad
+def _tables(epilogue: Epilogue) -> tuple[Tensor, Tensor | None]:
+    """Scale and shift as rows of one stride."""
+    shift = epilogue.shift
+    return epilogue.scale.contiguous(), None if shift is None else shift.contiguous()
+
+
+def _as_pixels(tokens: Tensor) -> Tensor:
+    """``[B, T, C]`` as ``[B, C, T, 1]``, channels-last in memory."""
+    return tokens.unsqueeze(2).permute(0, 3, 1, 2)
+
+
+def _grouping(below: LayerBelow) -> dict[str, object]:
+    """Options of ``epilogue_bwd`` for samples that share images."""
+    if below.source is None or not below.need_scaled_grad:
+        return {}
+    return {"source": below.source, "sources": below.images}
 
 
 def _layer_below(
-    below: Below, skip: Tensor | None
+    below: LayerBelow, skip: Tensor | None
 ) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], epilogue_bwd.Sums]:
     """The layer as the kernels take it, what they are to write, and where the sums go."""
     shortcut = below.shortcut
     layer = epilogue_bwd.LayerBelow(
-        branch=_channels_last(below.branch),
+        branch=None if below.branch is None else _channels_last(below.branch),
         scale=below.scale.contiguous(),
-        shift=below.shift.contiguous(),
+        shift=None if below.shift is None else below.shift.contiguous(),
         activation=None if below.mask is None else _channels_last(below.mask),
         skip=None if skip is None else _channels_last(skip),
         shortcut_branch=None if shortcut is None else _channels_last(shortcut.branch),
@@ -444,7 +370,7 @@ def _layer_below(
         ("grad", below.need_grad),
         ("scaled_grad", below.need_scaled_grad),
         ("t0", below.t0 is not None or (shortcut is not None and shortcut.t0 is not None)),
-        ("t1", True),
+        ("t1", below.t1 is not None),
         ("shortcut_scaled_grad", shortcut is not None and shortcut.need_scaled_grad),
         ("shortcut_t1", shortcut is not None),
     )
@@ -455,7 +381,7 @@ def _layer_below(
 
 
 def _layer_or_none(
-    below: Below | None, skip: Tensor | None
+    below: LayerBelow | None, skip: Tensor | None
 ) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], epilogue_bwd.Sums]:
     """As :func:`_layer_below`; without a layer the gradient itself is all that is wanted."""
     if below is not None:
@@ -471,7 +397,11 @@ def _pixels_of(tensor: Tensor | None, size: tuple[int, int]) -> Tensor | None:
     return _channels_first(tensor if tensor.dim() == 4 else tensor.unflatten(1, size))
 
 
-def _finished(gradient: epilogue_bwd.Gradient, below: Below, size: tuple[int, int]) -> Finished:
+def _finished(
+    gradient: epilogue_bwd.Gradient, below: LayerBelow | None, size: tuple[int, int]
+) -> LayerGradient:
+    if below is None:
+        return LayerGradient(_pixels_of(gradient.grad, size))
     shortcut = below.shortcut
     places = [(gradient.t0, below.t0), (gradient.t1, below.t1)]
     if shortcut is not None:  # both receive the same g, so that their T0 are the same
@@ -479,7 +409,7 @@ def _finished(gradient: epilogue_bwd.Gradient, below: Below, size: tuple[int, in
     for sums, place in places:
         if place is not None and sums is not place:
             place.copy_(sums)
-    return Finished(
+    return LayerGradient(
         _pixels_of(gradient.grad, size),
         _pixels_of(gradient.scaled_grad, size),
         _pixels_of(gradient.shortcut_scaled_grad, size),
@@ -520,27 +450,6 @@ class _StepTables(StepTables):
 
     def gradients(self, into: Tensor | None = None) -> list[Tensor]:
         return self.kernels.backward(self.forget, self.sums1, self.sums0, into)
-
-
-def _elementwise_backward(
-    dout: Tensor,
-    branch: Tensor | None,
-    scale: Tensor,
-    source: Tensor | None,
-    sources: int,
-    need_dx: bool,
-    need_t1: bool,
-    need_t0: bool,
-) -> epilogue_bwd.Gradient:
-    """``scale * dout`` (summed over equal sources), T1 and T0 of ``dout`` ``[B, T, O]``."""
-    wanted = (("scaled_grad", need_dx), ("t1", need_t1), ("t0", need_t0))
-    want = tuple(name for name, needed in wanted if needed)
-    if not want:
-        return epilogue_bwd.Gradient(None, None, None, None)
-    below = epilogue_bwd.LayerBelow(branch=branch, scale=scale)
-    return epilogue_bwd.epilogue_bwd(
-        dout, below, want=want, source=source if need_dx else None, sources=sources
-    )
 
 
 backend = TritonBackend()

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from wfnet import backends, fusion
+from wfnet.backends.contract import Backend
 from wfnet.benchmarking import roofline
 from wfnet.benchmarking.steps import Problem, on_backend
 from wfnet.benchmarking.timing import reason_of
 
 # What multiplies: method of a backend, direction.
 METHODS = {
-    "fused_conv2d": "forward",
+    "conv2d": "forward",
     "conv2d_dgrad": "backward",
     "linear": "forward",
     "linear_backward": "backward",
@@ -59,7 +60,7 @@ class LayerCall:
 
 
 @contextmanager
-def watched(backend: backends.Backend, around: Around) -> Iterator[None]:
+def watched(backend: Backend, around: Around) -> Iterator[None]:
     """Inside, ``around(method, arguments, call)`` stands in for a backend's methods.
 
     It calls ``call`` and returns what that returns. Calls that a method makes of another one are
@@ -237,7 +238,7 @@ def time_layers(
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
-    """Yields all tensors in containers and dataclasses, such as :class:`wfnet.backends.Below`."""
+    """Yields all tensors in containers and dataclasses, such as those of a backend."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):

@@ -5,9 +5,10 @@ channel (design: ``out = act(A * u + C + residual)``; :mod:`wfnet.gate_tables`).
 finds
 what folds, :class:`PlanNetwork` executes it. Its backward needs no layer input: one branch per
 convolution is kept, and a mask where a residual decides about the ReLU. Every input-gradient GEMM
-finishes the layer below it (:meth:`wfnet.backends.Backend.conv2d_dgrad`), so that between two GEMMs
-nothing remains. What comes before the first mask is computed once per source image and not
-differentiated; tensors that cross that cut are expanded to the samples there.
+runs the elementwise backward of the layer below it
+(:meth:`wfnet.backends.contract.Backend.conv2d_dgrad`), so that between two GEMMs nothing remains.
+What comes before the first mask is computed once per source image and not differentiated; tensors
+that cross that cut are expanded to the samples there.
 
 Networks that mask linear maps (transformers) keep their own operations: :class:`TrunkNetwork` runs
 what comes before the first mask once per source image, gates of all layers come from one table, and

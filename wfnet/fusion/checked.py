@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet import backends, gates
-from wfnet.backends import FusedConvolutions, winners
+from wfnet.backends.contract import Backend
 from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.cut import split_at_first_mask
 from wfnet.fusion.execution import PlanNetwork
@@ -181,13 +181,9 @@ def _make_plan(
     unfused: Unfused,
 ) -> PlanNetwork:
     backend = backend_for(layers)
-    if backend is None:
-        winners.know(images.device)  # a table that cannot be read is no reason to run unfused
-    if mode == "compile" and backend is None:
-        backend = backends.get("eager")  # the one that has a graph to compile
     network = PlanNetwork(make_plan(model, images[:2]), backend)
     check_plan(network, unfused, images)
-    if mode != "compile" or backend is not backends.get("eager"):
+    if mode != "compile" or backend is not backends.get("eager"):  # which has a graph to compile
         return network
     if network.plan.masked_calls:
         name = type(model).__name__
@@ -246,21 +242,16 @@ def check_plan(network: FusedNetwork, unfused: Unfused, images: Tensor) -> None:
         raise NotFusable(f"fused and unfused outputs differ by {error:.1e} (limit {limit:.1e})")
 
 
-def backend_for(layers: Iterable[MaskedLayer]) -> FusedConvolutions | None:
-    """Returns the one backend that ``layers`` ask for; None where measurements decide (``auto``).
+def backend_for(layers: Iterable[MaskedLayer]) -> Backend:
+    """Returns the one backend that ``layers`` ask for.
 
     Raises:
-        NotFusable: if they ask for different backends, or for one without fused convolutions.
+        NotFusable: if they ask for different backends, or for the reference.
     """
     names = {backends.requested(layer.backend) for layer in layers}
-    name = names.pop() if len(names) == 1 else None
-    if name is None:
+    if len(names) > 1:
         raise NotFusable("its layers ask for different backends")
-    if name == "auto":
-        return None
+    (name,) = names
     if name == "reference":
         raise NotFusable("the reference backend is never fused")
-    backend = backends.get(name)
-    if not backend.fuses:
-        raise NotFusable(f"backend {name!r} has no fused convolutions")
-    return backend
+    return backends.get(backends.resolve(name))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from wfnet import gates
-from wfnet.backends import ConvGeometry
+from wfnet.backends.contract import ConvGeometry
 from wfnet.backends.eager import conv2d_input_gradient
 from wfnet.fusion.execution import PlanNetwork, TableRun, max_pool_window
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
@@ -161,7 +161,7 @@ def fused_convolution(
     source: Tensor | None,
     *geometry: object,
 ) -> Tensor:
-    """``act(scale * conv(x) + shift + residual)`` (:meth:`wfnet.backends.Backend.fused_conv2d`)."""
+    """``act(scale * conv(x) + shift + residual)`` (:class:`wfnet.backends.contract.Epilogue`)."""
     u = gates.gather_samples(
         _FrozenConvolution.apply(x.to(weight.dtype), weight, *geometry), source
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -11,9 +10,8 @@ from torch import Tensor, fx, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
-from wfnet import backends, gates
-from wfnet.backends import Below, Finished, FusedConvolutions, PoolGeometry, winners
-from wfnet.backends.measured import Convolution, PlanWinners
+from wfnet import gates
+from wfnet.backends.contract import Backend, Epilogue, LayerBelow, LayerGradient, PoolGeometry
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
 from wfnet.fusion.run import FusedNetwork, Run
 from wfnet.fusion.trace import NotFusable, is_hooked
@@ -21,23 +19,19 @@ from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 
-logger = logging.getLogger("wfnet")
-
 
 class PlanNetwork(FusedNetwork):
     """Executes a :class:`Plan`; the filters of all its convolutions become tables at once.
 
     Args:
         plan: from :func:`make_plan`.
-        backend: who runs the fused convolutions; None: whoever measured fastest
-            (:mod:`wfnet.backends.measured`).
+        backend: who runs the fused convolutions.
     """
 
-    def __init__(self, plan: Plan, backend: FusedConvolutions | None):
+    def __init__(self, plan: Plan, backend: Backend):
         super().__init__()
         self.plan = plan
         self.backend = backend
-        self._measured: dict[tuple, FusedConvolutions] = {}
         # In the order of the network's modules, as `WFNet.filter_parameters`.
         self.convs = sorted(plan.convolutions, key=lambda step: step.index)
 
@@ -51,35 +45,14 @@ class PlanNetwork(FusedNetwork):
     def describe(self) -> str:
         return self.plan.describe()
 
-    def backend_for(
-        self, batch: int, dtype: torch.dtype, device: torch.device
-    ) -> FusedConvolutions:
-        """Who runs the convolutions of ``batch`` samples."""
-        if self.backend is not None:
-            return self.backend
-        key = (batch, dtype, device)
-        if key not in self._measured:
-            if not winners.know(device):
-                return backends.get("eager")
-            found = PlanWinners([_measurable(step) for step in self.convs], batch, dtype, device)
-            self._measured[key] = found.convolutions()
-            logger.info("auto takes %s: %s", self._measured[key].name, found.describe())
-        return self._measured[key]
-
-    def tables(self, backend: FusedConvolutions) -> GateTables:
+    def tables(self) -> GateTables:
         """Tables over the present filters and frozen constants; made anew when these change."""
         return self._tables_over(
             (matrix for step in self.convs for matrix in step.layer.named_filters().values()),
             (tensor for step in self.convs for tensor in _constants_of(step)),
-            lambda: backend.gate_tables([_gated(step) for step in self.convs]),
-            made_by=backend.name,
+            lambda: self.backend.gate_tables([_gated(step) for step in self.convs]),
+            made_by=self.backend.name,
         )
-
-
-def _measurable(step: ConvStep) -> Convolution:
-    shape = step.input.meta.get("shape")
-    size = None if shape is None else tuple(shape[2:])
-    return Convolution(step.layer.weight, step.geometry, size, not step.at_source)
 
 
 def _constants_of(step: ConvStep) -> Iterable[Tensor]:
@@ -182,8 +155,8 @@ class TableRun(Run):
 
     def __init__(self, network: PlanNetwork, *batch: object):
         super().__init__(network, *batch)
-        self.backend = network.backend_for(self.rows.shape[0], self.dtype, self.images.device)
-        self.tables: StepTables = network.tables(self.backend)(self.rows, self.save)
+        self.backend = network.backend
+        self.tables: StepTables = network.tables()(self.rows, self.save)
         self.of_calls: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
 
     def gradients(self, into: Tensor | None) -> list[Tensor]:
@@ -253,20 +226,19 @@ class PlanRun(TableRun):
     def _convolve(self, step: ConvStep) -> None:
         x = self.values[step.input]
         residual = None if step.residual is None else self._expanded(step.residual)
-        out, branch, mask = self.backend.fused_conv2d(
-            self._cast(x),
-            self.network.weight(step.layer, self.dtype),
-            self.tables.scales[step.index],
-            self.tables.shifts[step.index],
-            self._cast(residual),
-            step.relu,
-            self.source if step.at_source else None,
-            step.geometry,
-            self.save,
+        epilogue = Epilogue(
+            scale=self.tables.scales[step.index],
+            shift=self.tables.shifts[step.index],
+            residual=self._cast(residual),
+            relu=step.relu,
+            source=self.source if step.at_source else None,
+            save=self.save,
         )
-        self.values[step.output] = out
+        weight = self.network.weight(step.layer, self.dtype)
+        found = self.backend.conv2d(self._cast(x), weight, step.geometry, epilogue)
+        self.values[step.output] = found.out
         if self.save:
-            self.kept[step] = _Kept(branch, mask, tuple(x.shape))
+            self.kept[step] = _Kept(found.branch, found.mask, tuple(x.shape))
 
     def _call(self, step: CallStep) -> None:
         plan = self.network.plan
@@ -381,7 +353,7 @@ class PlanRun(TableRun):
     def _pool_backward(self, step: CallStep, kept: _Pooled, gradient: Tensor) -> None:
         node = step.reads[0]
         skip = below = None
-        finishes = step.finishes if self.backend.finishes_pooled else None
+        finishes = step.finishes if self.backend.pools_with_epilogue else None
         if finishes is not None:
             skip, below = self._cast(self.of_values.pop(node, None)), self._below(finishes)
             self.owned.discard(node)
@@ -412,8 +384,9 @@ class PlanRun(TableRun):
             own = step.output in self.owned
             self.owned.discard(step.output)
             below = self._below(step)
-            self._finished(step, self.backend.finish(self._cast(dout), below, may_overwrite=own))
-            del dout, below
+            finished = self.backend.epilogue_backward(self._cast(dout), below, may_overwrite=own)
+            self._finished(step, finished)
+            del dout, below, finished
         scaled = self.scaled.pop(step)
         kept = self.kept.pop(step)
         if step.at_source:
@@ -433,9 +406,9 @@ class PlanRun(TableRun):
         else:
             self._finished(step.finishes, finished)
 
-    def _below(self, step: ConvStep) -> Below:
+    def _below(self, step: ConvStep) -> LayerBelow:
         kept, tables = self.kept[step], self.tables
-        return Below(
+        return LayerBelow(
             branch=kept.branch,
             mask=kept.mask,
             scale=tables.scales[step.index],
@@ -449,7 +422,7 @@ class PlanRun(TableRun):
             shortcut=None if step.shortcut is None else self._below(step.shortcut),
         )
 
-    def _finished(self, step: ConvStep, finished: Finished) -> None:
+    def _finished(self, step: ConvStep, finished: LayerGradient) -> None:
         self.scaled[step] = finished.scaled_grad
         if step.shortcut is not None:
             self.scaled[step.shortcut] = finished.shortcut

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from wfnet.backends import ConvGeometry
+from wfnet.backends.contract import ConvGeometry
 from wfnet.fusion import rewrite
 from wfnet.fusion.rewrite import Method, NormSlice, Padded
 from wfnet.fusion.trace import NotFusable, check_traceable, is_hooked, trace_around

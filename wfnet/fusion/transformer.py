@@ -28,7 +28,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from wfnet import backends, functional, gates
-from wfnet.backends import Backend
+from wfnet.backends.contract import Backend, Epilogue, LayerBelow
 from wfnet.fusion.run import CompiledGraph, FusedNetwork, Run, write_sums
 from wfnet.fusion.trace import NotFusable
 from wfnet.fusion.views import MaskedCall, Part
@@ -321,11 +321,6 @@ class _Kept:
         self.again: Tensor | None = None  # the result, computed a second time
 
 
-def _keeps_u(backend: Backend) -> bool:
-    """Whether the branch is ``u`` itself (one row per source image), not ``scale * u``."""
-    return backend.saved_batch(1, 2) == 1
-
-
 class _Recorded(Samples):
     """Masked layers as nodes of PyTorch's autograd, which write the column sums of ``tables``.
 
@@ -360,7 +355,7 @@ class _Recorded(Samples):
             x = x.to(torch.get_autocast_dtype(device))
         tokens = self.tokens(x, images).contiguous()
         layer, weight = self.layers[call.index], self.weight(call.index, x.dtype)
-        backend = functional.linear_backend(layer.backend, tokens, weight, self.batch)
+        backend = functional.linear_backend(layer.backend, tokens, weight)
         shape = self.shape_of(weight.shape[0], x, images)
         if not self.save:
             out, _ = self.run(tokens, backend, call.index, source, False)
@@ -380,10 +375,11 @@ class _Recorded(Samples):
         if self.layers[index].bias is not None:
             shift = self.tables.shifts[index]
             # Kernels read both with one stride, which tables of the eager backend do not share.
-            if not _keeps_u(backend) and shift.stride() != scale.stride():
+            if backend.keeps_scaled_branch and shift.stride() != scale.stride():
                 scale, shift = scale.contiguous(), shift.contiguous()
         weight = self.weight(index, tokens.dtype)
-        return backend.linear(tokens, weight, scale, shift, source, save)
+        found = backend.linear(tokens, weight, Epilogue(scale, shift, source=source, save=save))
+        return found.out, found.branch
 
     def weight(self, index: int, dtype: torch.dtype) -> Tensor:
         """The frozen weight of a layer in ``dtype``."""
@@ -393,7 +389,8 @@ class _Recorded(Samples):
 
     def keep(self, kept: _Kept, out: Tensor) -> None:
         """Notes the result ``out`` ``[B, T, O]`` of a layer, to be known again by its storage."""
-        if _keeps_u(kept.backend) and out.is_contiguous() and out.storage_offset() == 0:
+        known = not kept.backend.keeps_scaled_branch  # from the branch, by one product and sum
+        if known and out.is_contiguous() and out.storage_offset() == 0:
             storage = StorageWeakRef(out.untyped_storage())
             kept.out = (storage, out._version)
             self.kept[storage.cdata] = kept
@@ -471,14 +468,20 @@ def _by_backend(ctx, branch: Tensor, gradients: Sequence[Tensor]) -> Tensor | No
         for part, gradient in zip(views, gradients, strict=True):
             part.copy_(gradient)
     t1, t0 = layers.tables.t1[kept.index], layers.tables.t0[kept.index]
-    dx, sums1, sums0 = kept.backend.linear_backward(
-        dout, branch, layers.weight(kept.index, dout.dtype),
-        layers.tables.scales[kept.index], kept.source, tuple(ctx.input_shape),
-        ctx.needs_input_grad[0], True, t0 is not None,
-    )  # fmt: skip
-    t1.add_(sums1)  # a layer may run twice
+    layer = LayerBelow(
+        branch=branch,
+        scale=layers.tables.scales[kept.index],
+        t1=torch.empty(t1.shape, dtype=t1.dtype, device=t1.device),
+        t0=None if t0 is None else torch.empty(t0.shape, dtype=t0.dtype, device=t0.device),
+        source=kept.source,
+        need_scaled_grad=ctx.needs_input_grad[0],
+        images=ctx.input_shape[0],
+    )
+    weight = layers.weight(kept.index, dout.dtype)
+    dx = kept.backend.linear_backward(dout, layer, weight, tuple(ctx.input_shape))
+    t1.add_(layer.t1)  # a layer may run twice
     if t0 is not None:
-        t0.add_(sums0)
+        t0.add_(layer.t0)
     return dx
 
 
