@@ -1,8 +1,12 @@
 import argparse
+import json
 from dataclasses import dataclass
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from wfnet.cli import main
 from wfnet.cli.options import add_config_options, config_changes
 from wfnet.services import settings
 from wfnet.services.settings import setting
@@ -41,3 +45,53 @@ def test_values_out_of_range_are_refused(capsys):
     with pytest.raises(SystemExit):
         parse(["--steps", "0"])
     assert "'0' is not a whole number of at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["yaml", "json"])
+def test_options_from_a_file(kind, arguments, tmp_path, capsys):
+    content = {"lr": 0.25, "epochs": 1, "label-expansion": 3, "amp": False, "targets": ["conv1"]}
+    content["model_kwargs"] = {"width": 8}
+    path = tmp_path / f"run.{kind}"
+    if kind == "json":
+        path.write_text(json.dumps(content))
+    else:
+        path.write_text(pytest.importorskip("yaml").safe_dump(content))
+    folder = tmp_path / "run"
+    call = ["untrain", *arguments, "--config", str(path), "--steps", "2", "--output", str(folder)]
+    assert main(call) == 0
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert options["lr"] == 0.25
+    assert options["label_expansion"] == 2  # the command line wins
+    assert (options["steps"], options["epochs"]) == (2, None)  # one of the two, the given one
+    assert options["targets"] == ["conv1"]
+    again = ["untrain", "--config", str(folder / "config.json"), "--output", str(tmp_path / "b")]
+    assert main(again) == 0
+    first, second = (load_file(f / "wf_model.safetensors") for f in (folder, tmp_path / "b"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ({"learning_rate": 1}, ["no option 'learning_rate'"]),
+        ({"label_expansoin": 1}, ["did you mean 'label_expansion'?"]),
+        ({"lr": "fast"}, ["lr: 'fast' is not a number"]),
+        ({"amp": "yes"}, ["amp must be true or false"]),
+        ({"recipe": "secret"}, ["'secret' is not one of balanced, paper"]),
+        ({"lr": [1, 2]}, ["lr must be a single value"]),
+        ([1, 2], ["must hold options by name"]),
+    ],
+)
+def test_bad_options_in_a_file(content, parts, tmp_path, fails):
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(content))
+    fails(["untrain", "--config", path], str(path), *parts)
+
+
+def test_unreadable_option_files(tmp_path, fails):
+    fails(["untrain", "--config", tmp_path / "no.yaml"], "no.yaml does not exist")
+    (tmp_path / "bad.json").write_text("{")
+    fails(["untrain", "--config", tmp_path / "bad.json"], "not a readable options file")
+    (tmp_path / "config.json").write_text("{}")
+    fails(["evaluate", tmp_path], "config.json is damaged or no record of a run")
+    fails(["untrain", "--resume", tmp_path / "nowhere"], "is no run of wfnet")

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from image_files import pack_folder
+from safetensors.torch import load_file
+
+from wfnet.cli import main
+
+NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
+
+
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (["--model", "resnet81"], ["timm has no model 'resnet81'", "near it are"]),
+        (["--model", "tv.resnet81"], ["torchvision has no classifier 'resnet81'"]),
+        (["--model", "small/lenet"], ["no small model 'lenet'"]),
+        (["--model-kwargs", "size=8"], ["small/resnet does not take {'size': 8}"]),
+        (["--num-classes", "10"], ["--num-classes 10 does not match", "3 classes"]),
+        (["--in-chans", "1"], ["does not fit this SmallResNet", "--in-chans"]),
+        (["--pretrained"], ["one of them"]),
+        (["--targets", "conv9"], ["target 'conv9' matches no layer"]),
+        (["-b", "5"], ["batch_size must be even"]),
+        (["--epochs", "1"], ["steps or as epochs"]),
+        (["--device", "abacus"], ["--device abacus cannot be used"]),
+        pytest.param(["--backend", "triton"], ["'triton'"], marks=no_gpu),
+        (["--data-dir", "/nowhere"], ["image folder /nowhere does not exist"]),
+        (["--data", "mnist", "--data-dir", "/nowhere"], ["MNIST"]),
+        (["--checkpoint", "/no.pth"], ["the weights /no.pth do not exist"]),
+        (["--std", "0.5", "0.5"], ["2 mean or std values"]),
+    ],
+)
+def test_bad_options(change, parts, arguments, tmp_path, fails):
+    folder = tmp_path / "run"
+    call = ["untrain", *arguments, "--steps", "2", "--output", folder, "--debug"]
+    fails([*call[:-1], *change], *parts)
+    assert not (folder / "config.json").exists()  # before work starts
+
+
+@pytest.mark.parametrize("model", ["test_resnet.r160_in1k", "torchvision/squeezenet1_1"])
+def test_networks_of_libraries(model, image_folder, tmp_path, capsys):
+    pytest.importorskip("timm")
+    pytest.importorskip("torchvision")
+    call = ["untrain", "--data-dir", str(image_folder), "--model", model, "--dry-run"]
+    assert main([*call, "--output", str(tmp_path / "run")]) == 0
+    assert f"network     {model}" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def untrain(base, tmp_path, small_pictures, monkeypatch):
+    """Untrains three steps and returns the filters."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(data, name, *options):
+        call = "--model small/resnet --model-kwargs width=8 --img-size 32 -b 4 -M 2 --steps 3"
+        arguments = [*call.split(), "--quiet", "--output", str(tmp_path / name)]
+        arguments += ["--data-dir", str(data), "--checkpoint", str(base), *options]
+        assert main(["untrain", *arguments]) == 0
+        return load_file(tmp_path / name / "wf_model.safetensors")
+
+    return run
+
+
+def same(first, second):
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--cache", "host", "--workers", "0"),
+        ("--cache", "device", "--workers", "1"),
+        ("--cache", "disk", "--workers", "0"),
+    ],
+)
+def test_caches_change_nothing(untrain, image_folder, options):
+    plain = untrain(image_folder, "plain", "--workers", "0")
+    assert same(plain, untrain(image_folder, "cached", *options))
+
+
+def test_shards_change_nothing(untrain, image_folder, tmp_path, capsys):
+    plain = untrain(image_folder, "plain", "--workers", "0")
+    packed = pack_folder(image_folder, tmp_path / "packed")
+    assert same(plain, untrain(packed, "shards", "--workers", "0", "--cache", "disk"))
+    assert main(["evaluate", str(tmp_path / "shards"), "--no-figures", "--workers", "0"]) == 0
+    assert "bee" in capsys.readouterr().out

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wfnet.cli import main
+from wfnet.untraining.optimizers import RowAdam
+
+
+def interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+QUICK = ("-b", "4", "-M", "2", "--workers", "0", "--seed", "3", "--device", "cpu")
+
+
+@pytest.mark.parametrize("recipe", ["balanced", "paper"])
+def test_transformers_and_recipes(recipe, image_folder, tmp_path, capsys):
+    pytest.importorskip("timm")
+    folder = tmp_path / "vit"
+    call = ["untrain", "--data-dir", str(image_folder), "--model", "small/vit", "--steps", "2"]
+    call += ["--model-kwargs", "width=32", "depth=1", "--recipe", recipe, "--output", str(folder)]
+    assert main([*call, *QUICK]) == 0
+    assert "small/vit has random weights" in capsys.readouterr().err
+    config = json.loads((folder / "wf_config.json").read_text())
+    assert config["normalize_gate"] is (recipe == "balanced")
+    assert config["alpha_init"] == (-1.0 if recipe == "balanced" else 3.0)
+    assert (
+        main(["evaluate", str(folder), "--no-figures", "-j", "0"]) == 0
+    )  # random weights come from the seed
+
+
+def test_a_resumed_run_ends_as_an_uninterrupted_one(
+    arguments, tmp_path, monkeypatch, capsys, fails
+):
+    call = ["untrain", *arguments, "--steps", "7", "--checkpoint-every", "2"]
+    assert main([*call, "--output", str(tmp_path / "whole")]) == 0
+    step, taken = RowAdam.step, []
+
+    def interrupted_step(self, *args, **kwargs):
+        taken.append(None)
+        if len(taken) == 6:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    parts = str(tmp_path / "parts")
+    with monkeypatch.context() as patch:
+        patch.setattr(RowAdam, "step", interrupted_step)
+        assert main([*call, "--output", parts]) == 130
+    assert f"wfnet untrain --resume {parts}" in capsys.readouterr().err
+    fails([*call, "--output", parts], "--resume goes on with it")
+    fails([*call, "--output", parts, "--resume", "--lr", "0.17"], "was written with lr")
+    assert main(["untrain", "--resume", parts]) == 0  # every option is remembered
+    whole, resumed = (load_file(tmp_path / f / "wf_model.safetensors") for f in ("whole", "parts"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert json.loads((tmp_path / "parts" / "config.json").read_text())["result"]["steps"] == 7
+
+
+def test_a_compiled_run_is_remembered_as_one(arguments, tmp_path, monkeypatch, fails):
+    make, made = torch.compile, []
+
+    def traced(graph, **options):  # generated code is torch's own, and takes long to make
+        made.append(graph)
+        return make(graph, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    folder = str(tmp_path / "run")
+    call = ["untrain", *arguments, "--output", folder]
+    fails([*call, "--steps", "2", "--torchcompile", "--no-fuse"], "--no-fuse")
+    assert main([*call, "--steps", "2", "--torchcompile"]) == 0
+    remembered = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert remembered["untraining"]["fuse"] == "compile"
+    assert main(["untrain", "--resume", folder]) == 0  # of a finished run: nothing is made
+    assert main(["evaluate", folder, *arguments[:4], "--torchcompile"]) == 0
+    assert len(made) == 2
+
+
+def test_resume_auto_starts_anew_where_there_is_nothing(arguments, tmp_path, capsys):
+    folder = tmp_path / "run"
+    call = ["untrain", *arguments, "--steps", "2", "--output", str(folder), "--resume", "auto"]
+    assert main(call) == 0
+    before = (folder / "wf_model.safetensors").read_bytes()
+    assert main(call) == 0  # finished: only loaded
+    assert (folder / "wf_model.safetensors").read_bytes() == before
+
+
+def test_force_replaces_a_run(arguments, finished):
+    (finished / "evaluation.json").write_text("of the old filters")
+    call = ["untrain", *arguments, "--steps", "1", "--output", str(finished), "--force"]
+    assert main(call) == 0
+    assert not (finished / "evaluation.json").exists()
+    assert json.loads((finished / "config.json").read_text())["result"]["steps"] == 1
+
+
+def test_progress_where_there_is_no_terminal(arguments, tmp_path, capsys):
+    call = ["untrain", *arguments, "--steps", "6", "--output", str(tmp_path / "run")]
+    assert main([*call, "--checkpoint-every", "1", "--log-interval", "0.001"]) == 0
+    shown = capsys.readouterr().err.splitlines()
+    lines = [line for line in shown if line.startswith("untraining: ")]
+    assert lines
+    assert "Acc_r" in lines[-1]
+    assert "samples/s" in lines[-1]
+
+
+def test_interrupted_before_anything_was_saved(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(RowAdam, "step", interrupt)
+    assert main(["untrain", *arguments, "--steps", "2", "--output", str(tmp_path / "run")]) == 130
+    assert "interrupted; no checkpoint was written yet" in capsys.readouterr().err
