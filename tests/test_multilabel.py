@@ -1,28 +1,24 @@
-"""Images with several labels each: reading, expansion, objective, untraining, evaluation."""
+"""Images with several labels each: reading, expansion, objective, untraining."""
 
-import copy
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from evaluated_networks import K, make_net, uneven_dataset
 from PIL import Image
-from test_cli import fails
 from torch.nn import functional as F
 
 import wfnet
-from wfnet.cli import main
 from wfnet.data import MultiLabelTensors, multi_hot_of, open_data, select
 from wfnet.data.multi_hot import MultiLabelFiles, rarest_labels
-from wfnet.evaluation import average_precision, evaluate_multi_label
 from wfnet.untraining.multilabel import (
     MultiLabelObjective,
     bernoulli_divergence,
     expand_multi_label,
 )
 from wfnet.untraining.objectives import BalancedObjective, PaperObjective
+
+K = 7
 
 
 def random_labels(count, classes=K, seed=0):
@@ -154,7 +150,7 @@ def test_every_true_label_of_an_image_is_drawn():
 
 
 @pytest.mark.parametrize("distil", [True, False])
-def test_objective_is_its_definition(distil):
+def test_objective_is_its_definition(distil, make_net):
     net = make_net()
     multi_hot = random_labels(6)
     batch = expand_multi_label(multi_hot, 2, torch.Generator().manual_seed(1), True)
@@ -202,52 +198,10 @@ def test_the_forget_term_has_a_gradient_where_the_network_is_sure():
     assert bernoulli_divergence(same, same).abs().max() == 0
 
 
-# -- evaluation -----------------------------------------------------------------------------------
+# -- untraining ---------------------------------------------------------------------------------
 
 
-def test_average_precision_by_hand():
-    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
-    truth = torch.tensor([[1, 0], [0, 0], [1, 0]]).bool()
-    found = average_precision(scores, truth)
-    assert found[0].item() == pytest.approx((1 + 2 / 3) / 2)
-    assert found[1].isnan()
-
-
-def test_evaluation_equals_baked_networks(tmp_path):
-    net, dataset = make_net(), tensors()
-    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    path = tmp_path / "records.json"
-    result = evaluate_multi_label(
-        net, dataset, batch_size=13, rows_together=3, records=path, progress=False
-    )
-    images = dataset.batch(torch.arange(len(dataset))).images
-    for record in result.records:
-        with torch.no_grad():
-            found = average_precision(net.bake(record.index)(images), dataset.multi_hot)
-            plain = average_precision(net.bake(None)(images), dataset.multi_hot)
-        others = torch.arange(K) != record.index
-        assert record.ap_f == pytest.approx(found[record.index].item(), abs=1e-9)
-        assert record.map_r == pytest.approx(found[others].mean().item(), abs=1e-9)
-        assert record.original_map_r == pytest.approx(plain[others].mean().item(), abs=1e-9)
-        assert record.images == int(dataset.multi_hot[:, record.index].sum())
-    assert len({record.map_r for record in result.records}) > 3
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
-    again = evaluate_multi_label(net, dataset, records=path, progress=False)
-    assert again.records == result.records
-    with pytest.raises(ValueError, match="another filters"):
-        evaluate_multi_label(make_net(seed=5), dataset, records=path)
-    assert f"{100 * result.mean['map_r']:.1f}" in result.table()
-
-
-def test_data_with_one_label_are_refused():
-    with pytest.raises(ValueError, match="one label per image"):
-        evaluate_multi_label(make_net(), uneven_dataset())
-    with pytest.raises(ValueError, match="no image has label 9"):
-        evaluate_multi_label(make_net(), tensors(), classes=[9])
-
-
-def test_untraining_repeats_and_resumes(tmp_path):
+def test_untraining_repeats_and_resumes(tmp_path, make_net):
     config = wfnet.UntrainConfig.recipe("balanced", K, steps=6, batch_size=8, checkpoint_every=3)
     dataset, found = tensors(), []
     for _ in range(2):
@@ -257,49 +211,3 @@ def test_untraining_repeats_and_resumes(tmp_path):
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
     assert 0 < found[0][0].acc_r <= 1
-
-
-# -- from images to a table -----------------------------------------------------------------------
-
-
-def two_digits(root, count, seed):
-    """Pictures of two different digits (0 to 3) side by side, with both as labels."""
-    bunch = pytest.importorskip("sklearn.datasets").load_digits(n_class=4)
-    rng = np.random.default_rng(seed)
-    root.mkdir(parents=True)
-    lines = ["image,labels"]
-    for number in range(count):
-        pair = rng.choice(len(bunch.target), 2, replace=False)
-        names = sorted({str(bunch.target[i]) for i in pair})
-        canvas = np.zeros((16, 16), np.uint8)
-        for place, i in enumerate(pair):
-            canvas[4:12, 8 * place : 8 * place + 8] = bunch.images[i] * 15.9
-        Image.fromarray(canvas).resize((32, 32), Image.Resampling.BILINEAR).save(
-            root / f"{number}.png"
-        )
-        lines.append(f"{number}.png,{';'.join(names)}")
-    (root / "labels.csv").write_text("\n".join(lines) + "\n")
-
-
-def test_two_digits_side_by_side(tmp_path, capsys):
-    two_digits(tmp_path / "data" / "train", 300, 0)
-    two_digits(tmp_path / "data" / "val", 80, 1)
-    shared = ["--data-dir", str(tmp_path / "data"), "--model", "small/resnet", "--model-kwargs",
-              "width=8", "--in-chans", "1", "--mean", "0.15", "--std", "0.3", "--crop-pct", "1",
-              "--workers", "0", "--quiet"]  # fmt: skip
-    base, run = tmp_path / "base", tmp_path / "run"
-    assert main(["train", *shared, "--epochs", "8", "-b", "32", "--output", str(base)]) == 0
-    untrain = ["untrain", *shared, "--checkpoint", str(base / "base.safetensors"), "--steps", "120",
-               "--lambda1", "1", "--output", str(run)]  # fmt: skip
-    assert main(untrain) == 0
-    assert main(["evaluate", str(run), "--workers", "0", "--quiet"]) == 0
-    assert "mAP_r" in capsys.readouterr().out
-    content = json.loads((run / "evaluation.json").read_text())
-    mean = content["mean"]
-    assert content["kind"] == "multi-label"
-    assert mean["original_ap_f"] > 0.85
-    # Rankings forget slowly: thresholds are of what a short run reaches.
-    assert mean["ap_f"] < mean["original_ap_f"] - 0.15
-    assert mean["map_r"] > mean["original_map_r"] - 0.08
-    fails(capsys, ["evaluate", run, "--tables", "--workers", "0"], "leave out --tables")
-    fails(capsys, ["baseline", run, "--workers", "0"], "one label each")

@@ -166,3 +166,18 @@ def test_confidence_kept_is_a_capped_ratio_of_probabilities():
     after = torch.tensor([[0.0, 0.0], [5.0, 0.0], [-2000.0, 0.0]])
     kept = metrics.confidence_kept(after, before, torch.tensor([0, 0, 0]))
     assert kept.tolist() == pytest.approx([0.5 / before[0].softmax(0)[0].item(), 1.0, 1.0])
+
+
+def test_average_precision_by_hand():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.3]])
+    truth = torch.tensor([[1, 0], [0, 0], [1, 0]]).bool()
+    found = metrics.average_precision(scores, truth)
+    assert found[0].item() == pytest.approx((1 + 2 / 3) / 2)
+    assert found[1].isnan()
+
+
+def test_mean_relearn_time_counts_the_cap_for_classes_that_never_came_back():
+    assert metrics.relearn_time([None] * 10, 100) == (100, 10)
+    assert metrics.relearn_time([3, None, 0], 100) == (103 / 3, 1)
+    with pytest.raises(ValueError, match="at least one class"):
+        metrics.relearn_time([], 100)

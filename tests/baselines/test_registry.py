@@ -3,19 +3,17 @@ import math
 
 import pytest
 import torch
-from evaluated_networks import K, make_model, uneven_dataset
-from test_relearning import CLASSES, linear, patches
 from torch import nn
 
-from wfnet.baselines import METHODS, BaselineConfig, BaselineModels, run_baseline, unlearn
-from wfnet.evaluation import evaluate_models, metrics, reinitialise
-from wfnet.evaluation.relearning import RelearnConfig
+from wfnet.baselines import METHODS, BaselineConfig, unlearn
 
+CLASSES = 3
 QUICK = BaselineConfig(epochs=30, lr=0.05, batch_size=20, max_norm=10.0, retain_weight=0.8)
 TRAINING = {"epochs": 6, "lr": 0.02, "batch_size": 20, "channels_last": False}
 
 
-def unsure():
+@pytest.fixture
+def unsure(linear):
     """A classifier whose ascent does not start in a saturated softmax."""
     model = linear()
     with torch.no_grad():
@@ -32,8 +30,8 @@ def accuracy(model, dataset, label):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_baseline_forgets_its_class_and_keeps_the_others(method):
-    train, test, original = patches(), patches(10, seed=1), unsure()
+def test_every_baseline_forgets_its_class_and_keeps_the_others(method, unsure, patches):
+    train, test, original = patches(), patches(10, seed=1), unsure
     weights = copy.deepcopy(original.state_dict())
     state = torch.get_rng_state()
     config = BaselineConfig(epochs=60, lr=0.01, batch_size=20) if "neg" in method else QUICK
@@ -48,7 +46,7 @@ def test_every_baseline_forgets_its_class_and_keeps_the_others(method):
     assert all(torch.equal(t, weights[n]) for n, t in original.state_dict().items())
 
 
-def test_baselines_repeat_and_see_what_they_should():
+def test_baselines_repeat_and_see_what_they_should(patches, linear):
     train, original = patches(), linear()
     first, again = (unlearn("random_labels", original, train, 1, QUICK) for _ in range(2))
     assert torch.equal(first[1].weight, again[1].weight)
@@ -70,16 +68,16 @@ def test_baselines_repeat_and_see_what_they_should():
     assert torch.cat(seen).bincount().tolist() == [40, 80, 40]  # as many of the class as of others
 
 
-def test_ascent_stops_when_the_class_is_forgotten():
+def test_ascent_stops_when_the_class_is_forgotten(unsure, patches):
     steps = []
-    model = unsure()
+    model = unsure
     model.register_forward_hook(lambda *_: steps.append(1))
     config = BaselineConfig(epochs=500, lr=0.05, batch_size=40, momentum=0.0, batch_norm="frozen")
     unlearn("negative_gradient", model, patches(), 0, config)
     assert 1 < len(steps) < 400
 
 
-def test_retraining_starts_from_new_weights():
+def test_retraining_starts_from_new_weights(patches, linear):
     built = []
 
     def fresh():
@@ -90,67 +88,7 @@ def test_retraining_starts_from_new_weights():
     assert model is built[0]
 
 
-def test_models_evaluated_one_by_one_equal_the_definitions():
-    dataset, original = uneven_dataset(), make_model().eval()
-    changed = {label: copy.deepcopy(original) for label in range(K)}
-    for label, model in changed.items():
-        with torch.no_grad():
-            model[-1].bias[label] -= 5.0
-    result = evaluate_models(changed.__getitem__, original, dataset, batch_size=8, progress=False)
-    images, labels, _ = dataset.batch(torch.arange(len(dataset)))
-    new = reinitialise(original, 0)
-    for label, record in enumerate(result.records):
-        own = labels == label
-        with torch.no_grad():
-            logits = changed[label](images)
-            right = (logits.argmax(1) == labels).double()
-            zrf = metrics.zrf(logits[own], new(images[own]))
-            before = (original(images).argmax(1) == labels).double()
-        assert record.acc_f == pytest.approx(right[own].mean().item())
-        assert record.acc_r == pytest.approx(right[~own].mean().item())
-        assert record.original_acc_r == pytest.approx(before[~own].mean().item())
-        assert record.zrf == pytest.approx(zrf.item(), abs=1e-6)
-    assert len({record.acc_r for record in result.records}) > 2
-
-
-def test_a_run_goes_on_class_by_class(tmp_path, monkeypatch):
-    train, test, original = patches(), patches(10, seed=1), linear()
-    made = []
-
-    def count(method, *rest):
-        made.append(rest[2])
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return unlearn(method, *rest)
-
-    monkeypatch.setattr("wfnet.baselines.per_class.unlearn", count)
-
-    def models(**changes):
-        config = BaselineConfig(**{**vars(QUICK), **changes})
-        return BaselineModels("random_labels", tmp_path, original, train, config)
-
-    options = {"relearn": RelearnConfig(max_epochs=2), "progress": False}
-    with pytest.raises(KeyboardInterrupt):
-        run_baseline(models(), test, **options)
-    result = run_baseline(models(), test, **options)
-    assert made == [0, 1, 1, 2]
-    assert [record.index for record in result.evaluation.records] == [0, 1, 2]
-    assert len(result.relearning.records) == CLASSES
-    assert result.settings["lr"] == QUICK.lr
-    again = run_baseline(models(), test, **options)
-    assert made == [0, 1, 1, 2]
-    assert again.evaluation.records == result.evaluation.records
-    with pytest.raises(ValueError, match="records of another settings"):
-        models(lr=0.01)(0)
-    path = models().path(0)
-    path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(ValueError, match="truncated"):
-        models()(0)
-    models().remove()
-    assert not path.exists()
-
-
-def test_bad_input_is_refused():
+def test_bad_input_is_refused(patches, linear):
     with pytest.raises(ValueError, match="lr must be a number above 0, got nan"):
         BaselineConfig(lr=math.nan)
     with pytest.raises(ValueError, match="retain_weight must be a number of at most 1"):

@@ -2,46 +2,15 @@ import copy
 
 import pytest
 import torch
-from evaluated_networks import K, make_net, uneven_dataset
-from torch import nn
 
 from wfnet.data import TensorImages
-from wfnet.evaluation import metrics
 from wfnet.evaluation.relearning import RelearnConfig, relearn, relearn_times
 
-
-@pytest.fixture
-def dataset():
-    return uneven_dataset()
-
-
 CLASSES = 3
+K = 7
 
 
-def patches(per_class=40, seed=0):
-    """Images whose class is the place of a bright square: learned in an epoch or two."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(CLASSES).repeat(per_class)
-    images = 0.1 * torch.rand(len(labels), 1, 6, 6, generator=generator)
-    for image, label in zip(images, labels.tolist(), strict=True):
-        image[0, 2 * label : 2 * label + 2] += 0.8
-    return TensorImages(images, labels, [str(c) for c in range(CLASSES)])
-
-
-def linear(forgotten=None):
-    """Sums of the bright rows; a forgotten class never wins."""
-    head = nn.Linear(36, CLASSES)
-    with torch.no_grad():
-        head.weight.zero_()
-        for label in range(CLASSES):
-            head.weight[label, 12 * label : 12 * label + 12] = 1.0
-        head.bias.zero_()
-        if forgotten is not None:
-            head.bias[forgotten] = -20.0
-    return nn.Sequential(nn.Flatten(), head)
-
-
-def test_a_class_is_relearned_and_the_epochs_counted():
+def test_a_class_is_relearned_and_the_epochs_counted(patches, linear):
     train, test = patches(), patches(10, seed=1)
     config = RelearnConfig(samples=60, batch_size=20, lr=0.1, max_epochs=40)
     result = relearn_times(linear, train, test, original=linear(), config=config, progress=False)
@@ -60,7 +29,9 @@ def test_a_class_is_relearned_and_the_epochs_counted():
     assert slower.mean[0] > result.mean[0]
 
 
-def test_what_was_never_lost_takes_no_epoch_and_what_never_comes_back_counts_the_cap():
+def test_what_was_never_lost_takes_no_epoch_and_what_never_comes_back_counts_the_cap(
+    patches, linear
+):
     train, test = patches(), patches(10, seed=1)
     config = RelearnConfig(samples=30, batch_size=10, lr=1e-6, max_epochs=2)
     kept = relearn_times(
@@ -72,7 +43,7 @@ def test_what_was_never_lost_takes_no_epoch_and_what_never_comes_back_counts_the
     assert [record.epochs for record in lost.records] == [None] * CLASSES
 
 
-def test_the_tolerance_is_counted_in_points():
+def test_the_tolerance_is_counted_in_points(patches, linear):
     images = patches(10, seed=1).batch(torch.arange(0, 30, CLASSES)).images  # class 0
     model = linear()
     with torch.no_grad():
@@ -86,7 +57,7 @@ def test_the_tolerance_is_counted_in_points():
     assert relearn(model, patches(), images, 0, 1.0, wide).epochs_tolerant == 0
 
 
-def test_images_come_from_the_pool_alone():
+def test_images_come_from_the_pool_alone(patches, linear):
     train, test = patches(), patches(10, seed=1)
     config = RelearnConfig(samples=60, batch_size=20, lr=0.1, max_epochs=5)
     seen = []
@@ -109,7 +80,7 @@ def test_images_come_from_the_pool_alone():
         relearn(linear(), train, test.images, 0, 1.0, config, pool=torch.tensor([1]))
 
 
-def test_runs_repeat_and_nothing_that_was_given_changes(dataset):
+def test_runs_repeat_and_nothing_that_was_given_changes(dataset, make_net, patches, linear):
     net = make_net()
     before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     config = RelearnConfig(samples=8, batch_size=4, max_epochs=2)
@@ -125,34 +96,7 @@ def test_runs_repeat_and_nothing_that_was_given_changes(dataset):
     assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
 
 
-def test_an_interrupted_call_goes_on(dataset, tmp_path, monkeypatch):
-    net, path = make_net(), tmp_path / "relearning.json"
-    config = RelearnConfig(samples=8, batch_size=4, max_epochs=1)
-    whole = relearn_times(net, dataset, dataset, config=config, progress=False)
-    done = []
-    inner = relearn
-
-    def interrupt(model, train, images, label, *rest, **more):
-        done.append(label)
-        if len(done) == 4:
-            raise KeyboardInterrupt
-        return inner(model, train, images, label, *rest, **more)
-
-    monkeypatch.setattr("wfnet.evaluation.relearning.relearn", interrupt)
-    options = {"config": config, "records": path, "progress": False}
-    with pytest.raises(KeyboardInterrupt):
-        relearn_times(net, dataset, dataset, **options)
-    resumed = relearn_times(net, dataset, dataset, **options)
-    assert done == [0, 1, 2, 3, 3, 4, 5, 6]
-    assert resumed.records == whole.records
-    with pytest.raises(ValueError, match="records of another settings"):
-        relearn_times(net, dataset, dataset, **{**options, "config": RelearnConfig()})
-    path.write_text(path.read_text()[:40])
-    with pytest.raises(ValueError, match="is damaged"):
-        relearn_times(net, dataset, dataset, **options)
-
-
-def test_bad_settings_are_refused(dataset):
+def test_bad_settings_are_refused(dataset, make_net, linear):
     with pytest.raises(ValueError, match="optimizer='lion'"):
         RelearnConfig(optimizer="lion")
     with pytest.raises(ValueError, match="samples must be a whole number of at least 2, got 1"):
@@ -161,10 +105,3 @@ def test_bad_settings_are_refused(dataset):
         relearn_times(lambda label: linear(), dataset, dataset)
     with pytest.raises(ValueError, match=f"0 to {K - 1}"):
         relearn_times(make_net(), dataset, dataset, classes=[K])
-
-
-def test_mean_relearn_time_counts_the_cap_for_classes_that_never_came_back():
-    assert metrics.relearn_time([None] * 10, 100) == (100, 10)
-    assert metrics.relearn_time([3, None, 0], 100) == (103 / 3, 1)
-    with pytest.raises(ValueError, match="at least one class"):
-        metrics.relearn_time([], 100)

@@ -1,20 +1,14 @@
-import copy
-
 import pytest
 import torch
-from evaluated_networks import K, make_net, uneven_dataset
 
 from wfnet.evaluation import choose_groups, evaluate_groups
 
-
-@pytest.fixture
-def dataset():
-    return uneven_dataset()
+K = 7
 
 
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("batch_size", [3, 64])
-def test_equals_networks_baked_for_the_group(dataset, size, batch_size):
+def test_equals_networks_baked_for_the_group(dataset, size, batch_size, make_net):
     net = make_net()
     groups = choose_groups(K, size, 6, seed=1)
     result = evaluate_groups(net, dataset, groups, batch_size=batch_size, progress=False)
@@ -51,33 +45,6 @@ def test_groups_are_all_or_drawn_once_each():
         choose_groups(1000, 3)
 
 
-def test_an_interrupted_call_goes_on_and_nothing_changes(dataset, tmp_path, monkeypatch):
-    net, path = make_net().train(), tmp_path / "groups.json"
-    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
-    groups = choose_groups(K, 2)
-    whole = evaluate_groups(net, dataset, groups, progress=False)
-    monkeypatch.setattr("wfnet.evaluation.groups._GROUPS_TOGETHER", 8)
-    forward, calls = type(net).forward, []
-
-    def interrupt(self, images, forget=None, source=None):
-        calls.append(forget)
-        if len(calls) == 7:
-            raise KeyboardInterrupt
-        return forward(self, images, forget, source)
-
-    monkeypatch.setattr(type(net), "forward", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate_groups(net, dataset, groups, records=path, progress=False)
-    assert path.is_file()
-    resumed = evaluate_groups(net, dataset, groups, records=path, progress=False)
-    assert resumed.records == whole.records
-    assert net.training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
-    with pytest.raises(ValueError, match="another filters"):
-        evaluate_groups(make_net(seed=7), dataset, groups, records=path)
-
-
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
@@ -88,6 +55,6 @@ def test_an_interrupted_call_goes_on_and_nothing_changes(dataset, tmp_path, monk
         ([tuple(range(K))], "to retain"),
     ],
 )
-def test_bad_groups_are_refused(dataset, groups, message):
+def test_bad_groups_are_refused(dataset, groups, message, make_net):
     with pytest.raises(ValueError, match=message):
         evaluate_groups(make_net(), dataset, groups)

@@ -1,18 +1,13 @@
-import copy
 import math
 
 import pytest
 import torch
-from evaluated_networks import K, make_dataset, make_model, make_net, uneven_dataset
 
 import wfnet
 from wfnet.evaluation import metrics
-from wfnet.evaluation.attribution import CURVES, attribution, network_with_filters
+from wfnet.evaluation.attribution import attribution, network_with_filters
 
-
-@pytest.fixture
-def dataset():
-    return uneven_dataset()
+K = 7
 
 
 def curve_by_hand(net, dataset, label, steps, closing, order_of):
@@ -48,7 +43,7 @@ def farthest_first(number, gate):
     return gate.log().abs().argsort(stable=True, descending=True)
 
 
-def test_gates_farthest_from_1_first(dataset):
+def test_gates_farthest_from_1_first(dataset, make_model):
     net = wfnet.WFNet(make_model(), K, alpha_init=-1.0)
     with torch.no_grad():
         for alpha in net.filter_parameters():
@@ -69,8 +64,8 @@ def test_gates_farthest_from_1_first(dataset):
 
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("fuse", [True, False])
-def test_equals_baked_networks_masked_by_hand(dataset, normalize, fuse):
-    net = make_net() if normalize else plain_gates()
+def test_equals_baked_networks_masked_by_hand(dataset, normalize, fuse, make_net, plain_gates):
+    net = make_net() if normalize else plain_gates
     net.fuse = fuse
     result = attribution(net, dataset, steps=5, batch_size=37, classes_together=3, progress=False)
     assert [record.index for record in result.records] == list(range(K))
@@ -87,7 +82,8 @@ def test_equals_baked_networks_masked_by_hand(dataset, normalize, fuse):
     assert result.mean["deletion"] != result.mean["deletion_random"]
 
 
-def plain_gates():
+@pytest.fixture
+def plain_gates(make_model):
     net = wfnet.WFNet(make_model(), K, normalize_gate=False)
     with torch.no_grad():
         for alpha in net.filter_parameters():
@@ -95,7 +91,7 @@ def plain_gates():
     return net
 
 
-def test_ends_of_the_curves_are_exact(dataset):
+def test_ends_of_the_curves_are_exact(dataset, make_net):
     net = make_net()
     result = attribution(net, dataset, steps=3, progress=False)
     for name in ("insertion", "insertion_random"):
@@ -108,8 +104,7 @@ def test_ends_of_the_curves_are_exact(dataset):
     assert result.shares == [0, 1 / 3, 2 / 3, 1]
 
 
-def test_gates_of_zero_and_one_are_exact():
-    net = make_net()
+def test_gates_of_zero_and_one_are_exact(make_model):
     for start in (3.0, -1.0):
         net = wfnet.WFNet(make_model(), K, alpha_init=start)
         rows = torch.tensor([[-math.inf], [start]])
@@ -127,51 +122,7 @@ def test_gates_of_zero_and_one_are_exact():
         network_with_filters(net, {})
 
 
-def test_network_and_random_state_stay_as_they_are(dataset):
-    net = make_net().train()
-    before = copy.deepcopy(net.state_dict())
-    state, torch_state = net.training, torch.get_rng_state()
-    attribution(net, dataset, steps=2, progress=False)
-    assert net.training == state
-    assert torch.equal(torch.get_rng_state(), torch_state)
-    assert before.keys() == net.state_dict().keys()
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-
-
-def test_an_interrupted_call_goes_on_and_foreign_records_are_refused(
-    dataset,
-    tmp_path,
-    monkeypatch,
-):
-    net, path = make_net(), tmp_path / "attribution.json"
-    whole = attribution(net, dataset, steps=2, progress=False)
-    calls = []
-    inner = wfnet.evaluation.attribution._changed_rows
-
-    def interrupt(*arguments):
-        calls.append(arguments[1].tolist())
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return inner(*arguments)
-
-    monkeypatch.setattr("wfnet.evaluation.attribution._changed_rows", interrupt)
-    options = {"steps": 2, "classes_together": 2, "records": path, "progress": False}
-    with pytest.raises(KeyboardInterrupt):
-        attribution(net, dataset, **options)
-    resumed = attribution(net, dataset, **options)
-    assert calls == [[0, 1], [2, 3], [4, 5], [4, 5], [6]]
-    for name in CURVES:
-        assert torch.allclose(resumed.curve(name), whole.curve(name), atol=1e-6)
-    with pytest.raises(ValueError, match="records of another settings"):
-        attribution(net, dataset, **{**options, "steps": 3})
-    with pytest.raises(ValueError, match="records of another filters"):
-        attribution(make_net(seed=9), dataset, **options)
-    with pytest.raises(ValueError, match="records of another data"):
-        attribution(net, make_dataset(list(range(K))), **options)
-
-
-def test_bad_arguments_are_refused(dataset):
+def test_bad_arguments_are_refused(dataset, make_net):
     with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
         attribution(make_net(), dataset, steps=0)
     with pytest.raises(ValueError, match="class 9"):

@@ -1,14 +1,10 @@
-"""Where images of forgotten classes go, and the order of layers."""
-
 import pytest
 import torch
 from torch import nn
 
 import wfnet
-from wfnet import models
 from wfnet.data.tensor_images import TensorImages
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
-from wfnet.fusion.trace import execution_order
 
 CLASSES = 5
 
@@ -80,35 +76,3 @@ def test_the_table_survives_a_file(net, images, tmp_path):
         ConfusionChange.from_json(tmp_path / "confusion.json")
     with pytest.raises(FileNotFoundError):
         ConfusionChange.from_json(tmp_path / "none.json")
-
-
-def test_the_network_is_not_changed(net, images):
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    modes = [m.training for m in net.modules()]
-    state = torch.get_rng_state()
-    confusion_change(net, images, progress=False)
-    assert all(torch.equal(before[n], v) for n, v in net.state_dict().items())
-    assert [m.training for m in net.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-def test_layers_in_the_order_of_the_forward_pass():
-    net = wfnet.WFNet(models.create("resnet", 3, width=8), 3)
-    names = list(net.masked_layers)
-    assert names[-1] == "layer3.0.downsample.0"
-    order = execution_order(net.model, names)
-    assert order[-3:] == ["layer3.0.downsample.0", "layer3.0.conv1", "layer3.0.conv2"]
-    assert sorted(order) == sorted(names)
-    assert execution_order(net.bake(0), names) == order  # plain models, too
-
-
-def test_a_network_that_cannot_be_traced_keeps_its_order():
-    class Branching(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.second, self.first = nn.Conv2d(1, 1, 1), nn.Conv2d(1, 1, 1)
-
-        def forward(self, x):
-            return self.second(self.first(x)) if x.sum() > 0 else x
-
-    assert execution_order(Branching(), ["second", "first"]) == ["second", "first"]

@@ -1,0 +1,44 @@
+import pytest
+
+from wfnet.baselines import BaselineConfig, BaselineModels, run_baseline, unlearn
+from wfnet.evaluation.relearning import RelearnConfig
+
+CLASSES = 3
+QUICK = BaselineConfig(epochs=30, lr=0.05, batch_size=20, max_norm=10.0, retain_weight=0.8)
+
+
+def test_a_run_goes_on_class_by_class(tmp_path, monkeypatch, patches, linear):
+    train, test, original = patches(), patches(10, seed=1), linear()
+    made = []
+
+    def count(method, *rest):
+        made.append(rest[2])
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return unlearn(method, *rest)
+
+    monkeypatch.setattr("wfnet.baselines.per_class.unlearn", count)
+
+    def models(**changes):
+        config = BaselineConfig(**{**vars(QUICK), **changes})
+        return BaselineModels("random_labels", tmp_path, original, train, config)
+
+    options = {"relearn": RelearnConfig(max_epochs=2), "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        run_baseline(models(), test, **options)
+    result = run_baseline(models(), test, **options)
+    assert made == [0, 1, 1, 2]
+    assert [record.index for record in result.evaluation.records] == [0, 1, 2]
+    assert len(result.relearning.records) == CLASSES
+    assert result.settings["lr"] == QUICK.lr
+    again = run_baseline(models(), test, **options)
+    assert made == [0, 1, 1, 2]
+    assert again.evaluation.records == result.evaluation.records
+    with pytest.raises(ValueError, match="records of another settings"):
+        models(lr=0.01)(0)
+    path = models().path(0)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ValueError, match="truncated"):
+        models()(0)
+    models().remove()
+    assert not path.exists()

@@ -1,0 +1,83 @@
+import csv
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from wfnet.evaluation import EvaluationResult, evaluate
+
+K = 7
+
+
+@pytest.fixture(scope="module")
+def result(make_net, make_dataset):
+    labels = [c for c in range(K) for _ in range(c + 1)]
+    return evaluate(make_net(), make_dataset(labels), progress=False)
+
+
+def test_json_round_trip(result, tmp_path):
+    result.to_json(tmp_path / "out" / "result.json")
+    read = EvaluationResult.from_json(tmp_path / "out" / "result.json")
+    assert read == result
+    assert read.counts is None
+    content = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert content["zrf_base"] == math.e
+    assert content["settings"]["images"] == result.settings["images"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["result.json"]
+
+
+def test_json_that_is_something_else(result, tmp_path):
+    path = tmp_path / "result.json"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        EvaluationResult.from_json(path)
+    result.to_json(path)
+    whole = path.read_text()
+    for text in (whole[: len(whole) // 2], "[]", "{}", whole.replace('"format": 1', '"format": 9')):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="damaged or not a result"):
+            EvaluationResult.from_json(path)
+
+
+def test_csv(result, tmp_path):
+    result = replace(result, zrf_base=2)
+    result.to_csv(tmp_path / "result.csv")
+    with open(tmp_path / "result.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["kind"] for row in rows] == ["class"] * K + ["mean", "original"]
+    assert all(float(row["zrf_base"]) == 2 for row in rows)
+    for row, record in zip(rows[:K], result.records, strict=True):
+        assert (int(row["index"]), row["name"]) == (record.index, record.name)
+        for name in ("acc_r", "acc_f", "acc_r_top5", "zrf", "original_acc_f"):
+            assert float(row[name]) == getattr(record, name)
+    assert float(rows[-2]["acc_r"]) == result.mean.acc_r
+    assert float(rows[-1]["acc_r"]) == result.original.acc_r
+
+
+def test_table_of_few_classes(result):
+    lines = result.table().splitlines()
+    assert lines[0].split()[:2] == ["class", "images"]
+    assert "Acc_r@5" in lines[0]
+    assert len(lines) == 1 + 1 + K + 1 + 2 + 1
+    assert lines[2].startswith("0 name0")
+    assert f"{100 * result.records[0].acc_r:.2f}" in lines[2]
+    assert f"{100 * result.mean.acc_f:.2f}" in lines[-3]
+    assert "log base e" in lines[-1]
+    assert max(map(len, lines)) <= 100
+
+
+def test_table_of_many_classes_leaves_out_the_middle(result):
+    records = [
+        type(r)(**{**r.__dict__, "index": i, "name": f"a very long class name, {i}, and more"})
+        for i in range(1000)
+        for r in (result.records[i % K],)
+    ]
+    result = EvaluationResult(records, result.mean, result.original, 2, {"num_classes": 1000}, 0.0)
+    table = result.table()
+    lines = table.splitlines()
+    assert len(lines) < 60
+    assert max(map(len, lines)) <= 110
+    assert "... 980 more classes" in table
+    assert "forgotten worst" in table
+    assert "999 a very long class" in table
+    assert "log base 2" in table
