@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from wfnet.data import Batch, CorruptImages, Dataset, batches, corrupt_counter, labels_of
 from wfnet.evaluation.forward import Forward, broken_logits, evaluation_mode
 from wfnet.network import WFNet
+from wfnet.services.device_copies import to_device_async
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 
@@ -220,7 +221,8 @@ class PairEngine:
     def _run_pairs(self, images: Tensor, image: Tensor, row: Tensor, rows: Tensor) -> Pairs:
         # Only the images that occur are sent: they are neighbours.
         first, last = int(image.min()), int(image.max())
-        forget, source = rows[row].to(self.device), (image - first).to(self.device)
+        forget = to_device_async(rows[row], self.device)
+        source = to_device_async(image - first, self.device)
         with self.forward.autocast():
             logits = self.net(images[first : last + 1], forget=forget, source=source)
         return Pairs(image, row, logits)

@@ -31,7 +31,6 @@ from wfnet.untraining.distributed import SharedStep
 from wfnet.untraining.history import HistoryLog, Record, write_history
 from wfnet.untraining.loss_watch import LossWatch, NotFinite
 from wfnet.untraining.minibatches import MinibatchReader, Share
-from wfnet.untraining.multilabel import MultiLabelValidator
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.run_parts import (
@@ -46,7 +45,13 @@ from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import UntrainingStep, refuse_capture
 from wfnet.untraining.throughput import RunClock
 from wfnet.untraining.untrain_config import UntrainConfig
-from wfnet.untraining.validation import Validation, Validator
+from wfnet.untraining.validation import (
+    AccuracyValidator,
+    HowToRun,
+    MultiLabelValidator,
+    Validation,
+    Validator,
+)
 
 logger = logging.getLogger("wfnet")
 
@@ -220,19 +225,14 @@ class _Untraining:
             self.store = RunStore(checkpoints, config, net, self.optimizer, self.identity)
         self.signals = StopSignals(output is not None)
 
-    def _make_validator(self, validation: Dataset) -> Validator | MultiLabelValidator:
-        config = self.config
-        shared = {
-            "amp": self.amp,
-            "channels_last": config.channels_last,
-            "workers": config.workers,
-            "corrupt": self.corrupt,
-        }
-        about = validation, self.net.num_classes
+    def _make_validator(self, validation: Dataset) -> Validator:
+        config, num_classes = self.config, self.net.num_classes
+        how = HowToRun(self.amp, config.channels_last, config.workers, self.corrupt, self.ranks)
         if self.multi_hot is not None:
-            return MultiLabelValidator(*about, config.seed, self.objective, **shared)
-        rows = config.validation_rows
-        return Validator(*about, rows, config.seed, self.objective, ranks=self.ranks, **shared)
+            about = config.seed, self.objective, how
+            return MultiLabelValidator(validation, num_classes, *about)
+        about = config.validation_rows, config.seed, self.objective, how
+        return AccuracyValidator(validation, num_classes, *about)
 
     def _can_capture(self) -> bool:
         """Returns whether steps are captured as a CUDA graph; raises if that was asked in vain."""

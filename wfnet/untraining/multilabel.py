@@ -1,4 +1,4 @@
-"""Untraining on images with several labels each: expansion, objective, validation.
+"""Untraining on images with several labels each: expansion and objective.
 
 Paper, "Multi-class unlearning": a random true label of the image selects the row in the unlearning
 half; binary cross entropy takes the place of cross entropy. Outputs are independent: under the row
@@ -7,18 +7,13 @@ of a label only its own output is to be unlearned, the outputs of the image's ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wfnet.data import CorruptImages, Dataset, batches
-from wfnet.data.multi_hot import multi_hot_of
-from wfnet.evaluation.metrics import average_precision
 from wfnet.network import WFNet
-from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.objectives import (
     BalancedObjective,
@@ -27,10 +22,6 @@ from wfnet.untraining.objectives import (
     PaperObjective,
     full_precision,
 )
-from wfnet.untraining.validation import PAIRS_PER_PASS, Validation
-
-# Rows that are looked at in a validation: an average precision needs every image under its row.
-_VALIDATED_ROWS = 16
 
 
 def expand_multi_label(
@@ -145,92 +136,3 @@ def bernoulli_divergence(logits: Tensor, original: Tensor) -> Tensor:
     on = F.logsigmoid(original) - F.logsigmoid(logits)
     off = F.logsigmoid(-original) - F.logsigmoid(-logits)
     return p * on + (1 - p) * off
-
-
-class MultiLabelValidator:
-    """Average precision of the forgotten and the retained labels, and loss, on a validation split.
-
-    Every image runs under up to 16 rows, drawn once by seed. The scores stand where those for one
-    label have accuracies.
-
-    Args:
-        dataset: with ``multi_hot``.
-        seed: of the rows.
-        objective, amp, channels_last, workers, corrupt: as for one label.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        num_classes: int,
-        seed: int,
-        objective: MultiLabelObjective,
-        amp: torch.dtype | None = None,
-        channels_last: bool = False,
-        workers: int = 0,
-        corrupt: CorruptImages | None = None,
-    ):
-        self.dataset, self.objective, self.amp = dataset, objective, amp
-        self.channels_last, self.workers, self.corrupt = channels_last, workers, corrupt
-        self.num_classes = num_classes
-        self.multi_hot = multi_hot_of(dataset)
-        # An average precision is defined where a label occurs.
-        present = self.multi_hot.any(0).nonzero().flatten()
-        order = torch.randperm(len(present), generator=generator_for(seed, 5))
-        self.rows = present[order[:_VALIDATED_ROWS]].sort().values
-
-    @torch.no_grad()
-    def __call__(
-        self, net: WFNet, interrupted: Callable[[], bool] = lambda: False
-    ) -> Validation | None:
-        """Scores of ``net``; None if ``interrupted`` said so."""
-        device = net.filter_parameters()[0].device
-        count = len(self.rows)
-        scores, seen, forgotten, retained = [], [], [], []
-        order = torch.arange(len(self.multi_hot)).split(max(1, PAIRS_PER_PASS // count))
-        for batch in batches(self.dataset, order, self.workers, self.corrupt):
-            if interrupted():
-                return None
-            images = batch.images.to(device)
-            if self.channels_last:
-                images = images.contiguous(memory_format=torch.channels_last)
-            source = torch.arange(len(images)).repeat_interleave(count)
-            row = self.rows.repeat(len(images))
-            truth = self.multi_hot[batch.indices][source]
-            own = truth.gather(1, row.unsqueeze(1)).squeeze(1)
-            # Samples of the forget half come first, as in a minibatch.
-            by_half = torch.cat((own.nonzero().flatten(), (~own).nonzero().flatten()))
-            pairs = ExpandedBatch(
-                row[by_half], source[by_half], truth[by_half].float(), int(own.sum())
-            ).to(device)
-            with torch.autocast(device.type, self.amp, enabled=self.amp is not None):
-                original = None
-                if self.objective.needs_original:
-                    original = full_precision(net(images, forget=None))[pairs.source]
-                logits = full_precision(net(images, pairs.forget, pairs.source))
-            forget, retain = self.objective.terms(logits, pairs, original)
-            forgotten.append(forget)
-            retained.append(retain)
-            ordered = torch.empty_like(logits, device="cpu")
-            ordered[by_half] = logits.cpu()
-            scores.append(ordered.unflatten(0, (len(images), count)))
-            seen.append(self.multi_hot[batch.indices])
-        truth = torch.cat(seen)
-        precision = torch.stack(
-            [average_precision(part, truth) for part in torch.cat(scores).unbind(1)]
-        )  # [rows, K]
-        inside = self.rows.unsqueeze(1)
-        ap_f = precision.gather(1, inside).squeeze(1)
-        ap_r = precision.scatter(1, inside, torch.nan).nanmean(1)
-        losses = self.objective.total(torch.cat(forgotten).mean(), torch.cat(retained).mean(), net)
-        return Validation(
-            acc_r=float(ap_r.nanmean()),
-            acc_f=float(ap_f.nanmean()),
-            acc_r_per_class=self._per_class(ap_r),
-            acc_f_per_class=self._per_class(ap_f),
-            loss=float(losses.total),
-        )
-
-    def _per_class(self, values: Tensor) -> list[float]:
-        whole = torch.full((self.num_classes,), torch.nan, dtype=values.dtype)
-        return whole.scatter(0, self.rows, values).tolist()

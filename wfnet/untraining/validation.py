@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, batches, labels_of
+from wfnet.data import Batch, CorruptImages, Dataset, labels_of
+from wfnet.data.multi_hot import multi_hot_of
+from wfnet.evaluation.metrics import average_precision
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, all_pairs
 from wfnet.network import WFNet
+from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch
+from wfnet.untraining.multilabel import MultiLabelObjective
 from wfnet.untraining.objectives import Objective, full_precision
 
 PAIRS_PER_PASS = 512  # (image, row) pairs per forward pass
+# Rows that a multi-label validation looks at: an average precision needs every image under its row.
+_MULTI_LABEL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -54,11 +62,89 @@ class Validation:
         return (loss,) if stop_on == "loss" else (round(self.score, 9), loss)
 
 
-class Validator:
-    """Quick Acc_r, Acc_f and loss on a validation split, in batches that mix rows.
+@dataclass(frozen=True)
+class HowToRun:
+    """How a validation runs the network.
+
+    Attributes:
+        amp: autocast dtype; None for none.
+        channels_last: images in channels-last layout.
+        workers: processes that read images.
+        corrupt: counts unreadable images, which are left out; None: a new count.
+        ranks: processes that share the images; this one alone by default.
+    """
+
+    amp: torch.dtype | None = None
+    channels_last: bool = False
+    workers: int = 0
+    corrupt: CorruptImages | None = None
+    ranks: Ranks | None = None
+
+
+class Validator(ABC):
+    """Scores filters on a validation split, in batches that mix rows.
+
+    Args:
+        dataset: the split.
+        images_per_pass: images that run together, each under all of its rows.
+        how: how the network is run.
+    """
+
+    def __init__(self, dataset: Dataset, images_per_pass: int, how: HowToRun):
+        self.dataset = dataset
+        self.images_per_pass = max(1, images_per_pass)
+        self.how = how
+        self.ranks = how.ranks or Ranks(shared=False)
+
+    def __call__(
+        self, net: WFNet, interrupted: Callable[[], bool] = lambda: False
+    ) -> Validation | None:
+        """Returns the scores of ``net``; None if ``interrupted`` said so between two batches.
+
+        Raises:
+            RuntimeError: if no image can be read, or too many cannot.
+        """
+        how = self.how
+        engine = PairEngine(
+            net,
+            self.dataset,
+            None,
+            how.workers,
+            how.corrupt,
+            how.amp,
+            how.channels_last,
+            ranks=self.ranks,
+            refuse_broken=False,
+        )
+        measure = self.measure()
+        images = torch.arange(len(labels_of(self.dataset))).split(self.images_per_pass)
+        if not engine.run(measure, self.ranks.share(images), stopped=interrupted):
+            return None
+        with torch.no_grad():
+            return self.scores(measure, net)
+
+    @abstractmethod
+    def measure(self) -> Measure:
+        """Returns what takes the logits of one validation."""
+
+    @abstractmethod
+    def scores(self, measure: Measure, net: WFNet) -> Validation:
+        """Returns the scores from what ``measure`` has taken."""
+
+
+class AccuracyValidator(Validator):
+    """Quick Acc_r, Acc_f and loss.
 
     Every image runs under its own row (Acc_f) and under ``rows`` other rows (Acc_r), chosen once by
     seed: all other rows where there are no more than that.
+
+    Args:
+        dataset: images with one label each.
+        num_classes: K.
+        rows: other rows for each image.
+        seed: of their choice.
+        objective: gives the loss.
+        how: how the network is run.
     """
 
     def __init__(
@@ -68,71 +154,33 @@ class Validator:
         rows: int,
         seed: int,
         objective: Objective,
-        amp: torch.dtype | None = None,
-        channels_last: bool = False,
-        workers: int = 0,
-        corrupt: CorruptImages | None = None,
-        ranks: Ranks | None = None,
+        how: HowToRun | None = None,
     ):
-        self.ranks = ranks or Ranks(shared=False)
-        self.dataset = dataset
-        self.labels = labels_of(dataset)
         self.num_classes = num_classes
-        self.rows = min(rows, num_classes - 1)
         self.objective = objective
-        self.amp = amp
-        self.channels_last = channels_last
-        self.workers = workers
-        self.corrupt = corrupt
+        rows = min(rows, num_classes - 1)
+        super().__init__(dataset, PAIRS_PER_PASS // (rows + 1), how or HowToRun())
         # Image i is retained under the rows that follow its own at these distances (modulo K):
         # distinct, and every distance equally often.
         generator = generator_for(seed, 5)
-        start = torch.randint(num_classes - 1, (len(self.labels), 1), generator=generator)
-        self.distances = 1 + (start + torch.arange(self.rows)) % (num_classes - 1)
+        start = torch.randint(num_classes - 1, (len(labels_of(dataset)), 1), generator=generator)
+        self.distances = 1 + (start + torch.arange(rows)) % (num_classes - 1)
 
-    def pairs(self, labels: Tensor, indices: Tensor) -> ExpandedBatch:
-        """All (image, row) pairs of some images: labels ``[n]``, positions in the split ``[n]``."""
-        n = len(labels)
-        others = (labels.unsqueeze(1) + self.distances[indices]) % self.num_classes
-        source = torch.cat((torch.arange(n), torch.arange(n).repeat_interleave(self.rows)))
-        return ExpandedBatch(torch.cat((labels, others.flatten())), source, labels[source], n)
+    def measure(self) -> _Hits:
+        return _Hits(self.objective, self.num_classes, self.distances)
 
-    @torch.no_grad()
-    def __call__(
-        self, net: WFNet, interrupted: Callable[[], bool] = lambda: False
-    ) -> Validation | None:
-        """Scores of ``net``; None if ``interrupted`` said so between two batches."""
+    def scores(self, measure: _Hits, net: WFNet) -> Validation:
         device = net.filter_parameters()[0].device
-        per_batch = max(1, PAIRS_PER_PASS // (self.rows + 1))
-        order = self.ranks.share(torch.arange(len(self.labels)).split(per_batch))
-        hits, forgotten, retained = {}, {}, {}  # by batch
-        pin = device.type == "cuda"
-        for batch in batches(self.dataset, order, self.workers, self.corrupt, pin):
-            number = int(batch.indices[0]) // per_batch
-            pairs = self.pairs(batch.labels, batch.indices)
-            moved = pairs.to(device)
-            if interrupted():
-                return None
-            logits, original = _logits_of(
-                net, batch.images, moved, self.objective, self.amp, self.channels_last
-            )
-            half = moved.retain_half
-            forgotten[number] = self.objective.forget(
-                logits[moved.forget_half], moved.target[moved.forget_half]
-            )
-            if original is not None:
-                original = original[moved.source[half]]
-            retained[number] = self.objective.retain(logits[half], moved.target[half], original)
-            # Everything stays on the device until the end: reading a number waits for it.
-            correct = logits.argmax(1) == moved.target
-            hits[number] = torch.stack((moved.forget, moved.target, correct.long()))
-        hits = self.ranks.join(hits, device)
+        chunks = {first // self.images_per_pass: found for first, found in measure.found.items()}
+        hits, forget, retain = (
+            self.ranks.join({number: found[part] for number, found in chunks.items()}, device)
+            for part in range(3)
+        )
         if not hits:
             raise RuntimeError("no validation image can be read: repair those that the log names")
         row, target, correct = torch.cat(hits, 1).cpu()
         own = row == target
-        means = [torch.cat(self.ranks.join(c, device)).mean() for c in (forgotten, retained)]
-        losses = self.objective.total(*means, net)
+        losses = self.objective.total(torch.cat(forget).mean(), torch.cat(retain).mean(), net)
         acc_f = self._per_row(row[own], correct[own])
         acc_r = self._per_row(row[~own], correct[~own])
         return Validation(
@@ -148,26 +196,137 @@ class Validator:
         return row.bincount(correct.double(), self.num_classes) / seen
 
 
-def _logits_of(
-    net: WFNet,
-    images: Tensor,
-    batch: ExpandedBatch,
-    objective: Objective,
-    amp: torch.dtype | None,
-    channels_last: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Logits ``[B, K]`` of an expanded batch, and the original network's for its images ``[n, K]``.
+class _Hits(Measure):
+    """Rows, labels, hits and costs of every pair, by the first image of their chunk.
 
-    Both in at least fp32; ``batch`` is on the network's device.
+    They stay on the device until the end: reading a number waits for it.
     """
-    device = batch.forget.device
-    images = images.to(device, non_blocking=True)
-    if channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, amp, enabled=amp is not None):
+
+    def __init__(self, objective: Objective, num_classes: int, distances: Tensor):
+        self.objective = objective
+        self.needs_original = objective.needs_original
+        self.rows = torch.arange(num_classes)
+        self.distances = distances
+        self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Every image under its own row first, then all under their other rows."""
+        images = torch.arange(len(batch.labels))
+        distances = self.distances[batch.indices]
+        others = (batch.labels.unsqueeze(1) + distances) % len(self.rows)
+        image = torch.cat((images, images.repeat_interleave(distances.shape[1])))
+        return image, torch.cat((batch.labels, others.flatten()))
+
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        logits, own = full_precision(pairs.logits), len(chunk.labels)
+        image, row, target = (
+            to_device_async(part, logits.device)
+            for part in (pairs.image, pairs.row, chunk.labels[pairs.image])
+        )
         original = None
-        if objective.needs_original:
-            with torch.no_grad():
-                original = net(images, forget=None)
-        logits = net(images, forget=batch.forget, source=batch.source)
-    return full_precision(logits), None if original is None else full_precision(original)
+        if chunk.original is not None:
+            original = full_precision(chunk.original)[image[own:]]
+        forget = self.objective.forget(logits[:own], target[:own])
+        retain = self.objective.retain(logits[own:], target[own:], original)
+        hits = torch.stack((row, target, (logits.argmax(1) == target).long()))
+        self.found[int(chunk.indices[0])] = hits, forget, retain
+
+
+class MultiLabelValidator(Validator):
+    """Average precision of the forgotten and the retained labels, and loss.
+
+    Every image runs under up to 16 rows, drawn once by seed. The scores stand where those for one
+    label have accuracies.
+
+    Args:
+        dataset: images with several labels each (``multi_hot``).
+        num_classes: K.
+        seed: of the rows.
+        objective: gives the loss.
+        how: how the network is run.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_classes: int,
+        seed: int,
+        objective: MultiLabelObjective,
+        how: HowToRun | None = None,
+    ):
+        self.num_classes = num_classes
+        self.objective = objective
+        self.multi_hot = multi_hot_of(dataset)
+        # An average precision is defined where a label occurs.
+        present = self.multi_hot.any(0).nonzero().flatten()
+        order = torch.randperm(len(present), generator=generator_for(seed, 5))
+        self.rows = present[order[:_MULTI_LABEL_ROWS]].sort().values
+        super().__init__(dataset, PAIRS_PER_PASS // len(self.rows), how or HowToRun())
+
+    def measure(self) -> _Rankings:
+        return _Rankings(self.objective, self.rows, self.multi_hot)
+
+    def scores(self, measure: _Rankings, net: WFNet) -> Validation:
+        if not measure.scores:
+            raise RuntimeError("no validation image can be read: repair those that the log names")
+        truth = torch.cat(measure.truth)
+        precision = torch.stack(
+            [average_precision(part, truth) for part in torch.cat(measure.scores).unbind(1)]
+        )  # [rows, K]
+        inside = self.rows.unsqueeze(1)
+        ap_f = precision.gather(1, inside).squeeze(1)
+        ap_r = precision.scatter(1, inside, torch.nan).nanmean(1)
+        means = torch.cat(measure.forget).mean(), torch.cat(measure.retain).mean()
+        losses = self.objective.total(*means, net)
+        return Validation(
+            acc_r=float(ap_r.nanmean()),
+            acc_f=float(ap_f.nanmean()),
+            acc_r_per_class=self._per_class(ap_r),
+            acc_f_per_class=self._per_class(ap_f),
+            loss=float(losses.total),
+        )
+
+    def _per_class(self, values: Tensor) -> list[float]:
+        whole = torch.full((self.num_classes,), torch.nan, dtype=values.dtype)
+        return whole.scatter(0, self.rows, values).tolist()
+
+
+class _Rankings(Measure):
+    """Logits ``[n, rows, K]`` and true labels of every chunk, and costs of its pairs."""
+
+    def __init__(self, objective: MultiLabelObjective, rows: Tensor, multi_hot: Tensor):
+        self.objective = objective
+        self.needs_original = objective.needs_original
+        self.rows = rows
+        self.multi_hot = multi_hot
+        self.scores: list[Tensor] = []
+        self.truth: list[Tensor] = []
+        self.forget: list[Tensor] = []
+        self.retain: list[Tensor] = []
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Every image under every row; pairs that forget a label of the image come first."""
+        image, row = all_pairs(len(batch.labels), len(self.rows))
+        own = self.multi_hot[batch.indices][image, self.rows[row]]
+        order = torch.cat((own.nonzero().flatten(), (~own).nonzero().flatten()))
+        return image[order], row[order]
+
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        logits = full_precision(pairs.logits)
+        truth, row = self.multi_hot[chunk.indices], self.rows[pairs.row]
+        samples = ExpandedBatch(
+            row,
+            pairs.image,
+            truth[pairs.image].float(),
+            int(truth[pairs.image, row].sum()),
+        ).to(logits.device)
+        original = None
+        if chunk.original is not None:
+            original = full_precision(chunk.original)[samples.source]
+        forget, retain = self.objective.terms(logits, samples, original)
+        self.forget.append(forget)
+        self.retain.append(retain)
+        scores = torch.empty(len(truth), len(self.rows), logits.shape[1], dtype=logits.dtype)
+        scores[pairs.image, pairs.row] = logits.cpu()
+        self.scores.append(scores)
+        self.truth.append(truth)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from small_runs import network
 
 from wfnet import models
 from wfnet.gate_tables import flatten_filters
@@ -46,8 +45,8 @@ def test_the_peak_is_the_most_at_a_time():
 
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_filters_and_optimiser(dtype, size):
-    net = network(filter_dtype=dtype)
+def test_filters_and_optimiser(runs, dtype, size):
+    net = runs.network(filter_dtype=dtype)
     entries = sum(p.numel() for p in net.filter_parameters())
     memory = filter_memory(net)
     assert (memory.entries, memory.filters) == (entries, size * entries)

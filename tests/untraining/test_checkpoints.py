@@ -8,7 +8,7 @@ import resource
 import pytest
 import torch
 
-from wfnet import pretrained
+from wfnet import untrain
 from wfnet.services.files import write_tensors
 from wfnet.untraining import checkpoints
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints, read_checkpoint, read_state
@@ -60,9 +60,8 @@ def test_the_same_step_again_takes_no_place(tmp_path):
 def test_a_later_process_keeps_what_is_there(tmp_path):
     save(Checkpoints(tmp_path), 5, 10)
     save(Checkpoints(tmp_path, 3), 15)
-    assert names(tmp_path) == [
-        "untraining-00000005.safetensors", "untraining-00000010.safetensors", CHECKPOINT_NAME,
-    ]  # fmt: skip
+    older = [f"untraining-{step:08d}.safetensors" for step in (5, 10)]
+    assert names(tmp_path) == [*older, CHECKPOINT_NAME]
     save(Checkpoints(tmp_path, 1), 20)  # fewer are wanted now
     assert names(tmp_path) == [CHECKPOINT_NAME]
 
@@ -103,8 +102,8 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path, damage, cap
     else:
         # A new file: the old one shares its content with nobody, but a test must not rely on it.
         path.unlink()
-        path.write_bytes({"cut": content[:-3], "empty": b"",
-                          "flipped": content[:-1] + bytes([content[-1] ^ 1])}[damage])  # fmt: skip
+        flipped = content[:-1] + bytes([content[-1] ^ 1])
+        path.write_bytes({"cut": content[:-3], "empty": b"", "flipped": flipped}[damage])
     later = Checkpoints(tmp_path, 3)
     with caplog.at_level(logging.WARNING, "wfnet"):
         assert_holds(later, 10)
@@ -162,7 +161,7 @@ def test_leftovers_of_a_killed_save_are_removed(tmp_path):
 
 def full_disk(monkeypatch, room):
     """Writing raises ENOSPC unless ``room()``."""
-    write = pretrained.write_tensors
+    write = checkpoints.write_tensors
 
     def limited(path, *args):
         if not room():
@@ -230,3 +229,47 @@ def test_other_errors_of_the_system_are_not_survived(tmp_path, monkeypatch):
 def test_at_least_one_is_kept(tmp_path):
     with pytest.raises(ValueError, match="keep_checkpoints must be at least 1, got 0"):
         Checkpoints(tmp_path, 0)
+
+
+# -- runs on a disk that fails --------------------------------------------------------------------
+
+
+@pytest.fixture
+def go(runs):
+    def run(folder, train=None):
+        net = runs.network()
+        data = train or runs.images(), runs.images(4, 1)
+        return net, untrain(net, *data, runs.config(), folder, True, False)
+
+    return run
+
+
+def test_a_disk_that_is_full_for_a_while(tmp_path, runs, go, monkeypatch, caplog):
+    write, attempts = checkpoints.write_tensors, []
+
+    def full_for_a_while(*arguments):
+        attempts.append(None)
+        if 5 <= len(attempts) < 8:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    expected = go(None)
+    monkeypatch.setattr(checkpoints, "write_tensors", full_for_a_while)
+    runs.assert_same_run(*go(tmp_path), *expected)
+    assert "could not be written (No space left on device; 1 of at most 3" in caplog.text
+
+
+def test_a_damaged_newest_checkpoint_costs_one_interval(tmp_path, runs, go, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, runs.raising(runs.images(), 4, 11))
+    path = tmp_path / CHECKPOINT_NAME
+    assert Checkpoints(tmp_path).load()[1]["step"] == 10
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 16
+    path.unlink()
+    path.write_bytes(content)
+    caplog.set_level(logging.INFO, "wfnet")
+    found = go(tmp_path)
+    assert "do not have the checksum" in caplog.text
+    assert "at step 9" in caplog.text
+    runs.assert_same_run(*found, *go(None))

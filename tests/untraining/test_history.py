@@ -1,0 +1,55 @@
+"""The history of a run: files, progress, TensorBoard, a callback."""
+
+import importlib
+import json
+
+import pytest
+
+from wfnet import WFNet, untrain
+from wfnet.services.records import read_csv
+
+
+@pytest.fixture
+def go(base, runs):
+    def run(*arguments, **options):
+        net = WFNet(base, runs.BARS)
+        settings = runs.config(steps=6)
+        return net, untrain(net, runs.bars(), runs.bars(4, 1), settings, *arguments, **options)
+
+    return run
+
+
+def test_files_and_callback(go, base, runs, tmp_path):
+    records = []
+    net, result = go(tmp_path, progress=False, log=records.append)
+    assert records == result.history
+    assert result.filters == tmp_path
+    runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
+    content = json.loads((tmp_path / "history.json").read_text())
+    assert content["config"]["steps"] == 6
+    assert content["history"] == result.history
+    rows = read_csv(tmp_path / "history.csv")
+    assert [int(row["step"]) for row in rows] == [record["step"] for record in result.history]
+    assert {"acc_r", "acc_f", "score", "loss", "retain", "forget", "lr"} <= set(rows[0])
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_progress_shows_losses_and_accuracies(go, capsys):
+    go(log_interval=1e-6)
+    lines = [line for line in capsys.readouterr().err.splitlines() if "untraining" in line]
+    assert len(lines) >= 6
+    for word in ("retain", "forget", "Acc_r", "Acc_f", "samples/s"):
+        assert word in lines[-1]
+
+
+def test_without_tensorboard(go, tmp_path, monkeypatch):
+    real_import = importlib.import_module
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("torch.utils.tensorboard"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
+    go(tmp_path, progress=False)
+    assert not (tmp_path / "tensorboard").exists()

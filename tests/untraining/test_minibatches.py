@@ -1,0 +1,186 @@
+"""Reading minibatches: unreadable images are replaced, lost workers too, errors are plain."""
+
+import contextlib
+import os
+import signal
+
+import pytest
+import torch
+
+from wfnet import untrain
+from wfnet.data import CorruptImages
+from wfnet.data.loading import LostWorker
+from wfnet.services.ranks import Ranks
+from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.expansion import RoundRobinSampler
+from wfnet.untraining.minibatches import MinibatchReader
+from wfnet.untraining.signals import lost_workers_wait
+
+
+def reader(runs, dataset, ranks=None, **changes) -> MinibatchReader:
+    config = runs.config(**changes)
+    sampler = RoundRobinSampler(dataset.labels, config.images, seed=0)
+    return MinibatchReader(
+        dataset,
+        dataset.labels,
+        None,
+        runs.CLASSES,
+        sampler,
+        config,
+        ranks or Ranks(shared=False),
+        CorruptImages(100),
+        pin_memory=False,
+    )
+
+
+def read(reader, stop=3):
+    return list(reader.shares(0, stop, lambda: False))
+
+
+@pytest.mark.parametrize("share_images", [True, False])
+def test_an_unreadable_image_is_replaced_by_one_of_its_class(runs, share_images):
+    data, corrupt = runs.images(), {*range(12), 20, 31}
+    changes = {"batch_size": 12 if share_images else 6, "share_images": share_images}
+    broken = reader(runs, runs.corrupted(data, corrupt), **changes)
+    whole = read(reader(runs, data, **changes), 9)
+    of_image = {image.numpy().tobytes(): i for i, image in enumerate(data.batch(range(48)).images)}
+    replaced = 0
+    for share, expected in zip(read(broken, 9), whole, strict=True):
+        assert torch.equal(share.batch.forget, expected.batch.forget)
+        assert torch.equal(share.batch.target, expected.batch.target)
+        for image, other in zip(share.images, expected.images, strict=True):
+            found, meant = (of_image[i.numpy().tobytes()] for i in (image, other))
+            assert found not in corrupt
+            assert data.labels[found] == data.labels[meant]
+            replaced += found != meant
+    assert replaced >= 5
+    assert set(broken.corrupt.found) <= {f"image {i}" for i in corrupt}
+
+
+def test_a_class_without_a_readable_image_is_an_error(runs):
+    broken = runs.corrupted(runs.images(), set(range(2, 48, 6)))
+    with pytest.raises(RuntimeError, match="no image of the class of image"):
+        read(reader(runs, broken))
+
+
+def test_too_many_unreadable_images(runs):
+    broken = runs.corrupted(runs.images(), set(range(36)))
+    with pytest.raises(RuntimeError, match="more than max_corrupt=3"):
+        untrain(runs.network(), broken, config=runs.config(max_corrupt=3), progress=False)
+
+
+class Rank(Ranks):
+    """One of several ranks, without the others."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size, self.host = rank, size, None
+
+
+@pytest.mark.parametrize("images", [4, 3, 1])
+def test_shares_of_ranks_make_up_the_minibatch(runs, images):
+    data, changes = runs.images(), {"batch_size": 2 * images}
+    for whole, *shares in zip(
+        read(reader(runs, data, **changes)),
+        *(read(reader(runs, data, Rank(rank, 2), **changes)) for rank in range(2)),
+        strict=True,
+    ):
+        samples = {
+            (row, target, image.sum().item())
+            for share in shares
+            if share.images is not None
+            for row, target, image in zip(
+                share.batch.forget.tolist(),
+                share.batch.target.tolist(),
+                share.images[share.batch.source],
+                strict=True,
+            )
+        }
+        batch = whole.batch
+        sums = whole.images.sum((1, 2, 3))[batch.source].tolist()
+        expected = zip(batch.forget.tolist(), batch.target.tolist(), sums, strict=True)
+        assert samples == set(expected)
+        assert sum(len(share.batch) for share in shares) == len(batch)
+        assert sum(share.batch.forget_size for share in shares) == batch.forget_size
+        assert all(torch.equal(share.rows, whole.rows) for share in shares)
+        assert {share.leader for share in shares} == {0}
+
+
+# -- broken ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Dead workers are noticed after a tenth of a second."""
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.1,))
+
+
+def test_lost_data_workers_are_replaced(runs, tmp_path, impatient, caplog):
+    """Killed in the middle of the run, as for lack of memory; it ends as it would have."""
+    mark, main_process = tmp_path / "killed", os.getpid()
+
+    def kill_once(index):
+        if index == 13 and not mark.exists() and os.getpid() != main_process:
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    broken = reader(runs, runs.Files(runs.images(), kill_once), workers=1)
+    found = []
+    with contextlib.ExitStack() as inside:
+        for share in broken.shares(0, 12, lambda: False):
+            if not found:  # the loader has set its handler
+                inside.enter_context(lost_workers_wait())
+            found.append(share)
+    assert mark.exists()
+    assert "a data worker died" in caplog.text
+    assert "(1 of at most 3 times)" in caplog.text
+    for share, expected in zip(found, read(reader(runs, runs.images()), 12), strict=True):
+        assert torch.equal(share.images, expected.images)
+        assert torch.equal(share.batch.forget, expected.batch.forget)
+
+
+def test_workers_that_die_again_and_again_end_the_run(runs, tmp_path, impatient):
+    main_process, read = os.getpid(), []
+
+    def kill_always(index):
+        read.append(index)
+        if len(read) > 18 and os.getpid() != main_process:  # every worker: it has a list of its own
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    settings = runs.config(workers=1, checkpoint_every=1000)
+    train = runs.Files(runs.images(), kill_always)
+    with pytest.raises(LostWorker, match="a data worker died"):
+        untrain(runs.network(), train, None, settings, tmp_path, progress=False)
+    assert Checkpoints(tmp_path).load()[1]["step"] >= 1  # what was done is kept
+
+
+def test_a_disk_that_fails_to_read_ends_the_run_and_nothing_is_lost(runs, tmp_path):
+    class Failing(Exception):
+        pass
+
+    def fail(index):
+        calls.append(index)
+        if len(calls) == 30:
+            raise Failing("the disk is gone")
+
+    def go(train, folder):
+        net = runs.network()
+        settings = runs.config(checkpoint_every=1000)
+        return net, untrain(net, train, None, settings, folder, True, False)
+
+    calls = []
+    with pytest.raises(Failing, match="the disk is gone"):
+        go(runs.Files(runs.images(), fail), tmp_path)
+    assert Checkpoints(tmp_path).load()[1]["step"] == 7
+    runs.assert_same_run(*go(runs.Files(runs.images()), tmp_path), *go(runs.images(), None))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_system_in_a_worker_is_one_sentence(runs, workers):
+    def gone(index):
+        if index >= 12:
+            raise FileNotFoundError(2, "No such file or directory", "/data/train-007.tar")
+
+    message = r"^\[Errno 2\] No such file or directory: '/data/train-007.tar'$"
+    with pytest.raises(FileNotFoundError, match=message):
+        read(reader(runs, runs.Files(runs.images(), gone), workers=workers), 12)

@@ -1,0 +1,97 @@
+"""Runs that are cut off, resumed, changed, or in the way of others."""
+
+import pytest
+import torch
+
+from wfnet import WFNet, untrain
+from wfnet.services.files import write_tensors
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME
+
+CLASSES = 4
+
+
+@pytest.fixture
+def go(base, runs):
+    """Untrains on the bars with a checkpoint every third step, a validation every eighth."""
+
+    def run(folder, train=None, validation=None, resume=True, net=None, **changes):
+        net = net or WFNet(base, CLASSES)
+        settings = {"steps": 20, "validations_per_epoch": 3, "checkpoint_every": 3, **changes}
+        train = train or runs.bars()
+        result = untrain(net, train, validation, runs.config(**settings), folder, resume, False)
+        return net, result
+
+    return run
+
+
+@pytest.fixture
+def interrupted(go, runs, tmp_path):
+    """A folder with an unfinished run."""
+    with pytest.raises(runs.Interrupted):
+        go(tmp_path, runs.interrupting(runs.bars(), 7), resume=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("after", "changes"),
+    [
+        (5, {}),
+        (9, {"share_images": False}),
+        (16, {"optimizer": "sgd", "lr": 1.0}),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(base, runs, go, tmp_path, after, changes):
+    train, validation = runs.bars(), runs.bars(4, seed=1)
+    whole, expected = go(tmp_path / "whole", train, validation, **changes)
+    with pytest.raises(runs.Interrupted):
+        go(tmp_path / "cut", runs.interrupting(train, after), validation, **changes)
+    net, result = go(tmp_path / "cut", train, validation, **changes)
+    runs.assert_same_run(net, result, whole, expected)
+    runs.assert_same_filters(WFNet.from_pretrained(tmp_path / "cut", base), whole)
+    again, loaded = go(tmp_path / "cut", train, validation, **changes)  # finished: only loaded
+    runs.assert_same_run(again, loaded, whole, expected)
+    assert loaded.history == result.history
+
+
+def test_an_unfinished_run_is_not_overwritten(go, interrupted):
+    before = (interrupted / CHECKPOINT_NAME).read_bytes()
+    with pytest.raises(FileExistsError, match=r"unfinished run \(step 6\).*resume=True"):
+        go(interrupted, resume=False)
+    assert (interrupted / CHECKPOINT_NAME).read_bytes() == before
+
+
+def test_a_resumed_run_must_be_the_same(base, runs, go, interrupted):
+    torch.manual_seed(5)
+    other_base = WFNet(runs.BarNet(), CLASSES)
+    other_layers = WFNet(base, CLASSES, targets=["conv1"])
+    for message, arguments in {
+        r"lr=0.2, now it is 0.1": {"lr": 0.1},
+        "another training data": {"train": runs.bars(seed=3)},
+        "another validation data": {"validation": runs.bars(seed=3)},
+        "another base network": {"net": other_base},
+        r"another (base network|filters)": {"net": other_layers},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            go(interrupted, **arguments)
+    assert go(interrupted, checkpoint_every=5)[1].steps == 20  # what does not matter
+
+
+@pytest.mark.parametrize("damage", ["cut", "foreign", "empty"])
+def test_a_damaged_checkpoint(go, interrupted, damage):
+    for path in interrupted.glob("untraining*.safetensors"):
+        if damage == "foreign":
+            write_tensors(path, {"x": torch.zeros(1)})
+        else:
+            path.write_bytes(path.read_bytes()[:500] if damage == "cut" else b"")
+    for resume, error in ((True, ValueError), (False, FileExistsError)):
+        with pytest.raises(error, match=r"truncated|not a checkpoint"):
+            go(interrupted, resume=resume)
+
+
+def test_the_base_is_hashed_once_a_run(go, runs, tmp_path, monkeypatch):
+    hashed = []
+    monkeypatch.setattr(
+        "wfnet.untraining.run_state.fingerprint", lambda model: hashed.append(model) or "same"
+    )
+    go(tmp_path, checkpoint_every=1)
+    assert len(hashed) == 1

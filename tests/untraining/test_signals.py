@@ -1,0 +1,173 @@
+"""Runs that are killed or stopped come to the same end as if nothing had happened."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from wfnet import untrain
+from wfnet.cli import main
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
+from wfnet.untraining.signals import Stopped, StopSignals
+
+TEMPORARY = f".{CHECKPOINT_NAME}.*"
+
+
+@pytest.fixture
+def go_on(runs):
+    """Starts or resumes the run in a folder."""
+
+    def run(folder, train=None, validation=None, **changes):
+        net = runs.network()
+        data = train or runs.images(), validation or runs.images(4, 1)
+        return net, untrain(net, *data, runs.config(**changes), folder, True, False)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs):
+    net = runs.network()
+    data = runs.images(), runs.images(4, 1)
+    return net, untrain(net, *data, runs.config(), progress=False)
+
+
+def newest_step(folder):
+    store = Checkpoints(folder)
+    return store.load()[1]["step"] if store.exist() else 0
+
+
+def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(
+    tmp_path, runs, go_on, uninterrupted
+):
+    """Every other time in the middle of a save. The interval is two steps: no more is lost."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    steps = multiprocessing.get_context("fork").Value("i", 0)  # that children have begun
+
+    def count(indices):
+        steps.value += len(indices) == 4
+
+    def work():
+        sync = os.fsync
+        os.fsync = lambda handle: (time.sleep(0.004), sync(handle))  # saves take their time
+        go_on(folder, runs.InMemory(runs.images(), count), checkpoint_every=2)
+
+    chance = random.Random(0)
+    killed = saving = 0
+    while True:
+        assert killed < 30
+        start = steps.value = newest_step(folder)
+        more = chance.randint(1, 8)
+        child = runs.forked(work)
+        status = runs.wait_until(lambda: steps.value >= start + more, child)  # noqa: B023
+        if status is None and killed % 2:
+            status = runs.wait_until(lambda: list(folder.glob(TEMPORARY)), child)
+        elif status is None:
+            time.sleep(chance.uniform(0, 0.02))
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            status = runs.ended(child)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        killed += 1
+        saving += bool(list(folder.glob(TEMPORARY)))
+        # The step that had begun was not done, and may have been the one after a save.
+        assert newest_step(folder) >= steps.value - 3
+    assert killed >= 3
+    assert saving >= 1
+    net, result = go_on(folder, checkpoint_every=2)
+    runs.assert_same_run(net, result, *uninterrupted)
+    saved = load_file(folder / "wf_model.safetensors")
+    assert all(torch.equal(saved[name], p) for name, p in net.named_filters().items())
+    assert not list(folder.glob(TEMPORARY))
+
+
+@pytest.mark.parametrize(
+    ("number", "when", "step"), [(signal.SIGTERM, 1, 0), (signal.SIGINT, 8, 7)]
+)
+def test_a_signal_stops_at_the_step_boundary(
+    tmp_path, runs, go_on, uninterrupted, number, when, step, caplog
+):
+    handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    # No checkpoint is due for long: the one that is found was written for the signal.
+    with pytest.raises(Stopped, match=rf"stopped after step {step} of 24") as stopped:
+        go_on(tmp_path, runs.raising(runs.images(), 4, when, number), checkpoint_every=1000)
+    assert isinstance(stopped.value, KeyboardInterrupt)
+    assert stopped.value.signal == number
+    assert f"{number.name}: a checkpoint is written after this step" in caplog.text
+    assert newest_step(tmp_path) == step
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    runs.assert_same_run(*go_on(tmp_path), *uninterrupted)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_signal_breaks_off_a_validation_which_comes_first_when_the_run_goes_on(
+    tmp_path, runs, go_on, uninterrupted, last
+):
+    expected = [record["step"] for record in uninterrupted[1].history]
+    number = len(expected) if last else 2
+    step = expected[number - 1]
+    with pytest.raises(Stopped, match=rf"stopped after step {step} of 24"):
+        go_on(tmp_path, validation=runs.raising(runs.images(4, 1), 24, number))
+    state = Checkpoints(tmp_path).load()[1]
+    assert state["step"] == step
+    assert [record["step"] for record in state["history"]] == expected[: number - 1]
+    assert not (tmp_path / "wf_model.safetensors").exists()
+    runs.assert_same_run(*go_on(tmp_path), *uninterrupted)
+    assert (tmp_path / "wf_model.safetensors").exists()
+
+
+def test_without_a_folder_an_interrupt_is_an_interrupt(runs):
+    train = runs.raising(runs.images(), 4, 3, signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        untrain(runs.network(), train, None, runs.config(), progress=False)
+    assert not isinstance(stopped.value, Stopped)
+
+
+def test_the_second_signal_ends_it_at_once(tmp_path, runs):
+    def work():
+        with StopSignals():
+            (tmp_path / "ready").touch()
+            time.sleep(30)
+            time.sleep(30)
+
+    child = runs.forked(work)
+    assert runs.wait_until((tmp_path / "ready").exists, child) is None
+    os.kill(child, signal.SIGTERM)
+    assert runs.ended(child, 0.2) is None
+    os.kill(child, signal.SIGTERM)
+    assert os.WTERMSIG(runs.ended(child)) == signal.SIGTERM
+
+
+def test_the_command_line_ends_with_128_plus_the_signal(image_folder, tmp_path, runs):
+    folder, shown = tmp_path / "run", tmp_path / "shown"
+    call = ["untrain", "--data-dir", str(image_folder), "--model", "small/resnet"]
+    call += ["--model-kwargs", "width=8", "--img-size", "32", "-b", "4", "-M", "2", "-j", "0"]
+    call += ["--steps", "100000", "--patience", "9999", "--output", str(folder)]
+    call += ["--keep-checkpoints", "3"]
+
+    def work():
+        handle = os.open(shown, os.O_CREAT | os.O_WRONLY)
+        sys.stderr = os.fdopen(handle, "w", buffering=1)
+        os._exit(main(call))
+
+    child = runs.forked(work)
+    assert runs.wait_until(lambda: Checkpoints(folder).older(), child) is None
+    os.kill(child, signal.SIGTERM)
+    assert os.WEXITSTATUS(runs.ended(child)) == 143, shown.read_text()
+    assert "Traceback" not in shown.read_text()
+    assert f"the last checkpoint is in {folder}" in shown.read_text()
+    assert newest_step(folder) >= 2
+    assert 1 <= len(Checkpoints(folder).older()) <= 2
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert options["keep_checkpoints"] == 3
+    assert main(["untrain", "--resume", str(folder), "--steps", "3"]) == 2  # another length

@@ -1,0 +1,62 @@
+"""Settings: ranges, choices, lengths and the shipped recipes."""
+
+import math
+
+import pytest
+
+from wfnet import UntrainConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "best"}, "objective='best' is not one of 'balanced', 'paper'"),
+        ({"steps": None}, "steps or as epochs"),
+        ({"epochs": 1.0}, "steps or as epochs"),
+        ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
+        ({"epochs": -1.0, "steps": None}, "epochs must be a number above 0"),
+        ({"batch_size": 7}, "batch_size must be even"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 2"),
+        ({"label_expansion": 0}, "label_expansion"),
+        ({"lr": 0}, "lr must be a number above 0, got 0"),
+        ({"lr": math.nan}, "lr must be a number above 0, got nan"),
+        ({"lambda1": -0.1}, "lambda1"),
+        ({"patience": 0}, "patience"),
+        ({"stop_on": "acc"}, "stop_on='acc' is not one of 'accuracy', 'loss'"),
+        ({"amp": "float16"}, "amp='float16' is not one of None, 'bfloat16'"),
+        ({"workers": -1}, "workers"),
+        ({"clip": 0.0}, "clip"),
+        ({"batch_size": "32"}, "batch_size must be a whole number"),
+        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"share_images": "yes"}, "share_images='yes' is not one of True, False"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        UntrainConfig(**{"steps": 20, **changes})
+
+
+def test_lengths_and_sizes():
+    config = UntrainConfig(epochs=0.5, batch_size=8, label_expansion=3, grad_accum_steps=2)
+    assert (config.images, config.samples) == (4, 16)
+    assert config.steps_per_epoch(96) == 12
+    assert config.total_steps(96) == 6
+    assert UntrainConfig(steps=7, batch_size=8, share_images=False).images == 8
+
+
+def test_recipes():
+    ten, hundred = (UntrainConfig.recipe(num_classes=k) for k in (10, 100))
+    assert ten.objective == hundred.objective == "balanced"
+    assert hundred.steps > ten.steps
+    assert hundred.lr < ten.lr
+    assert UntrainConfig.recipe(num_classes=100, batch_size=64).steps == hundred.steps // 2
+    paper = UntrainConfig.recipe("paper")
+    assert (paper.lr, paper.clip, paper.optimizer, paper.batch_size) == (100, 3, "sgd", 32)
+    assert (paper.lambda0, paper.lambda1, paper.lambda2, paper.label_expansion) == (1, 1, 1, 5)
+    assert UntrainConfig.recipe(num_classes=10, epochs=2).steps is None
+    assert UntrainConfig.recipe("paper", steps=7).epochs is None
+    with pytest.raises(ValueError, match="no recipe 'nicest'"):
+        UntrainConfig.recipe("nicest")
+    with pytest.raises(TypeError, match="unexpected"):
+        UntrainConfig.recipe(leraning_rate=1)
