@@ -91,7 +91,7 @@ def test_losses_are_read_in_one_piece(device, image_folder):
     few, many = waits_of(device, data, 24), waits_of(device, data, 60)
     more = many - few
     assert sum(more.values()) <= 4, more
-    assert {place for _, place in more} <= {"loop.py:_look"}
+    assert {place for _, place in more} <= {"loss_watch.py:read"}
 
 
 def test_a_validation_waits_for_no_batch(device, image_folder, monkeypatch):
