@@ -11,7 +11,6 @@ import types
 
 import pytest
 import torch
-from evaluated_networks import make_net, uneven_dataset
 from torch import nn
 
 pytest.importorskip("triton")
@@ -305,20 +304,20 @@ EVALUATION_WAITS = {
 }
 
 
-def test_all_class_evaluation(device):
-    expected = evaluate(make_net(), uneven_dataset(), batch_size=16, progress=False)
+def test_all_class_evaluation(device, make_net, uneven_dataset):
+    expected = evaluate(make_net(), uneven_dataset, batch_size=16, progress=False)
     net = make_net().cuda()
     device.waits.clear()
-    found = evaluate(net, uneven_dataset(), batch_size=16, progress=False)
+    found = evaluate(net, uneven_dataset, batch_size=16, progress=False)
     assert device.waited_at() <= EVALUATION_WAITS, device.waited_at() - EVALUATION_WAITS
     for mine, theirs in zip(found.records, expected.records, strict=True):
         assert (mine.acc_f, mine.acc_r) == (theirs.acc_f, theirs.acc_r)
 
 
-def test_attribution(device):
+def test_attribution(device, make_net, uneven_dataset):
     options = {"steps": 2, "progress": False, "classes": [0, 2]}
-    expected = attribution(make_net(), uneven_dataset(), **options)
-    found = attribution(make_net().cuda(), uneven_dataset(), **options)
+    expected = attribution(make_net(), uneven_dataset, **options)
+    found = attribution(make_net().cuda(), uneven_dataset, **options)
     assert found.mean == pytest.approx(expected.mean, abs=1e-5)
 
 

@@ -1,6 +1,30 @@
 import json
+import shutil
 
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from wfnet import baselines, models
 from wfnet.cli import main
+
+SMALL = ["--model-kwargs", "width=8", "--workers", "0", "--quiet"]
+QUICK = ["--relearn-epochs", "1", "--relearn-samples", "20"]
+METHODS = ["retrained", "neggrad_plus"]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A classifier and its filters, by the recipe."""
+    folder = tmp_path_factory.mktemp("digits")
+    config = ["--config", "digits/resnet", *SMALL]
+    assert main(["train", *config, "--epochs", "1", "--output", f"{folder}/base"]) == 0
+    base = f"{folder}/base/base.safetensors"
+    untrain = ["untrain", *config, "--steps", "4", "--checkpoint", base]
+    assert main([*untrain, "--output", f"{folder}/run"]) == 0
+    return folder
 
 
 def test_evaluate_takes_what_the_command_line_says_over_what_was_recorded(finished, tmp_path):
@@ -14,3 +38,123 @@ def test_evaluate_takes_what_the_command_line_says_over_what_was_recorded(finish
     assert result["settings"]["images"] == 15
     assert {path.name for path in output.iterdir()} == {"evaluation.json", "evaluation.csv"}
     assert not (finished / "evaluation.json").exists()
+
+
+def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch, fails):
+    run = shutil.copytree(digits / "run", tmp_path / "run")
+    baseline = ["baseline", str(run), "--classes", "0", "3", "--methods", *METHODS, "--set",
+                "neggrad_plus.epochs=1", *QUICK, *SMALL]  # fmt: skip
+    inner, made = baselines.unlearn, []
+
+    def interrupt(method, original, train, label, *rest):
+        made.append((method, label))
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        return inner(method, original, train, label, *rest)
+
+    monkeypatch.setattr(baselines.per_class, "unlearn", interrupt)
+    assert main(baseline) == 130
+    assert "finished classes are kept" in capsys.readouterr().err
+    assert main(baseline) == 0
+    # Class by class: what was finished is not made again, the interrupted one is.
+    order = [(method, label) for method in METHODS for label in (0, 3)]
+    assert made == [*order[:2], *order[1:]]
+    content = json.loads((run / "baselines" / "neggrad_plus.json").read_text())
+    assert content["settings"]["epochs"] == 1
+    assert content["settings"]["lr"] == 0.001
+    assert [record["index"] for record in content["evaluation"]["classes"]] == [0, 3]
+    retrained = json.loads((run / "baselines" / "retrained.json").read_text())
+    assert retrained["settings"]["training"] == {"epochs": 1}  # as the classifier was trained
+    weights = load_file(run / "baselines" / "retrained" / "class_3.safetensors")
+    assert set(weights) == set(models.create("resnet", 10, 1, width=8).state_dict())
+
+    tables = ["evaluate", str(run), "--tables", "--published", "mnist/resnet18", *QUICK, *SMALL,
+              "--attribution-steps", "2", "--group-sizes", "2", "3", "--groups", "3",
+              "--no-figures"]  # fmt: skip
+    before = load_file(run / "wf_model.safetensors")
+    capsys.readouterr()
+    fails([*tables, "--relearn-lr", "0.5"], "relearned with lr=0.01, others with 0.5")
+    assert not (run / "evaluation.json").exists()  # noticed before the work
+    assert main(tables) == 0
+    shown = capsys.readouterr().out
+    content = json.loads((run / "tables.json").read_text())
+    rows = {row["method"]: row for row in content["rows"]}
+    assert rows.keys() == {"original", *METHODS, "random_labels", "negative_gradient", "wfnet"}
+    assert rows["random_labels"]["acc_r"] is None  # published, not made
+    assert rows["retrained"]["rt"] is not None
+    filtered = content["rows"][-1]
+    assert filtered["published"]["acc_f"] == 9.68
+    assert filtered["rt"] is not None
+    assert 0 < filtered["insertion"] <= 1
+    assert [group["size"] for group in content["groups"]] == [2, 3]
+    assert content["cell"] == "mnist/resnet18"
+    assert (run / "tables.md").read_text() in shown
+    assert "| NegGrad+ " in shown
+    curves = json.loads((run / "attribution.json").read_text())
+    assert curves["shares"] == [0, 0.5, 1]
+    assert not (run / "unfinished_evaluation").exists()
+    assert all(torch.equal(t, before[n]) for n, t in
+               load_file(run / "wf_model.safetensors").items())  # fmt: skip
+
+
+def test_an_interrupted_evaluation_goes_on(digits, tmp_path, monkeypatch, capsys, fails):
+    run = shutil.copytree(digits / "run", tmp_path / "run")
+    call = ["evaluate", str(run), "--tables", "--no-relearn", *SMALL, "--attribution-steps", "1",
+            "--no-figures", "--classes", "0", "1"]  # fmt: skip
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wfnet.cli.evaluate.attribution", interrupt)
+        assert main(call) == 130
+    assert "goes on there" in capsys.readouterr().err
+    assert (run / "unfinished_evaluation" / "counts.safetensors").is_file()
+    with monkeypatch.context() as patch:  # counted images are not run again
+        patch.setattr("wfnet.evaluation.rows.RowScores.end", interrupt)
+        assert main(call) == 0
+    fails(["evaluate", str(run), "--published", "mnist/alexnet", *SMALL],
+          "nothing was published for 'mnist/alexnet'")  # fmt: skip
+
+
+def two_digits(root, count, seed):
+    """Pictures of two different digits (0 to 3) side by side, with both as labels."""
+    bunch = pytest.importorskip("sklearn.datasets").load_digits(n_class=4)
+    rng = np.random.default_rng(seed)
+    root.mkdir(parents=True)
+    lines = ["image,labels"]
+    for number in range(count):
+        pair = rng.choice(len(bunch.target), 2, replace=False)
+        names = sorted({str(bunch.target[i]) for i in pair})
+        canvas = np.zeros((16, 16), np.uint8)
+        for place, i in enumerate(pair):
+            canvas[4:12, 8 * place : 8 * place + 8] = bunch.images[i] * 15.9
+        Image.fromarray(canvas).resize((32, 32), Image.Resampling.BILINEAR).save(
+            root / f"{number}.png"
+        )
+        lines.append(f"{number}.png,{';'.join(names)}")
+    (root / "labels.csv").write_text("\n".join(lines) + "\n")
+
+
+def test_images_with_several_labels(tmp_path, capsys, fails):
+    two_digits(tmp_path / "data" / "train", 300, 0)
+    two_digits(tmp_path / "data" / "val", 80, 1)
+    shared = ["--data-dir", str(tmp_path / "data"), "--model", "small/resnet", "--model-kwargs",
+              "width=8", "--in-chans", "1", "--mean", "0.15", "--std", "0.3", "--crop-pct", "1",
+              "--workers", "0", "--quiet"]  # fmt: skip
+    base, run = tmp_path / "base", tmp_path / "run"
+    assert main(["train", *shared, "--epochs", "8", "-b", "32", "--output", str(base)]) == 0
+    untrain = ["untrain", *shared, "--checkpoint", str(base / "base.safetensors"), "--steps", "120",
+               "--lambda1", "1", "--output", str(run)]  # fmt: skip
+    assert main(untrain) == 0
+    assert main(["evaluate", str(run), "--workers", "0", "--quiet"]) == 0
+    assert "mAP_r" in capsys.readouterr().out
+    content = json.loads((run / "evaluation.json").read_text())
+    mean = content["mean"]
+    assert content["kind"] == "multi-label"
+    assert mean["original_ap_f"] > 0.85
+    # Rankings forget slowly: thresholds are of what a short run reaches.
+    assert mean["ap_f"] < mean["original_ap_f"] - 0.15
+    assert mean["map_r"] > mean["original_map_r"] - 0.08
+    fails(["evaluate", run, "--tables", "--workers", "0"], "leave out --tables")
+    fails(["baseline", run, "--workers", "0"], "one label each")

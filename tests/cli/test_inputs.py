@@ -87,3 +87,16 @@ def test_shards_change_nothing(untrain, image_folder, tmp_path, capsys):
     assert same(plain, untrain(packed, "shards", "--workers", "0", "--cache", "disk"))
     assert main(["evaluate", str(tmp_path / "shards"), "--no-figures", "--workers", "0"]) == 0
     assert "bee" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("data", "missing"), [("mnist", "train-images"), ("cifar10", "cifar-10")])
+def test_missing_files_are_noticed_before_the_model_is_made(
+    data, missing, tmp_path, capsys, monkeypatch, fails
+):
+    def never(*args, **kwargs):
+        raise AssertionError("the model was made")
+
+    monkeypatch.setattr("wfnet.cli.inputs.create_classifier", never)
+    config = ["--config", f"{data}/resnet18", "--data-dir", str(tmp_path)]
+    fails(["untrain", *config], missing)
+    fails(["train", *config, "--output", str(tmp_path / "base")], missing)

@@ -95,3 +95,7 @@ def test_unreadable_option_files(tmp_path, fails):
     (tmp_path / "config.json").write_text("{}")
     fails(["evaluate", tmp_path], "config.json is damaged or no record of a run")
     fails(["untrain", "--resume", tmp_path / "nowhere"], "is no run of wfnet")
+
+
+def test_an_unknown_recipe_is_refused_with_the_known_ones(capsys, fails):
+    fails(["untrain", "--config", "mnist/alexnet"], "mnist/alexnet", "cifar10/vgg16")

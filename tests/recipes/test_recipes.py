@@ -1,0 +1,70 @@
+"""Recipes fit their commands, and run on files in the real formats."""
+
+import json
+
+import numpy as np
+import pytest
+from image_files import cifar10_binary, cifar10_names, write_idx
+
+from wfnet import models, recipes
+from wfnet.cli import build_parser, main
+from wfnet.cli.options import fill_from_files
+
+
+def mnist_files(folder):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 60), ("t10k", 20)):
+        images = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        write_idx(folder / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
+
+
+def cifar10_files(folder):
+    folder.mkdir()
+    for number, name in cifar10_names().items():
+        (folder / f"{name}.bin").write_bytes(cifar10_binary(number))
+
+
+@pytest.mark.parametrize(
+    ("cell", "write", "kwargs"),
+    [
+        ("mnist/vgg16", mnist_files, ["width=8"]),
+        ("cifar10/resnet18", cifar10_files, ["width=8"]),
+    ],
+)
+def test_recipes_run_on_files_in_the_real_formats(cell, write, kwargs, tmp_path):
+    write(tmp_path / "files")
+    config = ["--config", cell, "--data-dir", str(tmp_path / "files"), "--model-kwargs", *kwargs,
+              "--workers", "0", "--quiet"]  # fmt: skip
+    base, run = tmp_path / "base", tmp_path / "run"
+    assert main(["train", *config, "--epochs", "1", "--output", str(base)]) == 0
+    untrain = ["untrain", *config, "--steps", "2", "-b", "4", "-M", "1", "--output", str(run)]
+    assert main([*untrain, "--checkpoint", str(base / "base.safetensors")]) == 0
+    more = ["--no-figures", "--attribution-steps", "1", "--groups", "2", "--relearn-epochs", "1"]
+    assert main(["evaluate", str(run), "--config", cell, *config[2:], *more]) == 0
+    content = json.loads((run / "tables.json").read_text())
+    assert content["cell"] == cell  # found by the names of data and model
+    assert content["rows"][-1]["published"]["insertion"] > 0.6
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_fits_its_commands(name, tmp_path):
+    parser = build_parser()
+    sections = ("train", "untrain", "evaluate", "baseline")
+    for command in sections:
+        arguments = [command, "--config", name]
+        options = fill_from_files(parser, arguments)
+        for key, value in recipes.read(name, command).items():
+            assert getattr(options, key) == value, (command, key)
+        parser = build_parser()
+    kind = options.model.removeprefix("small/")
+    if options.model.startswith("small/"):
+        assert kind in models.SMALL_MODELS
+    else:
+        timm = pytest.importorskip("timm")
+        assert options.model in timm.list_pretrained()
+
+
+def test_an_unknown_recipe_is_refused():
+    with pytest.raises(ValueError, match="there is no recipe"):
+        recipes.read("mnist/alexnet", "train")
