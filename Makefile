@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format build build-all test-gpu bench device tables clean help
+.PHONY: demo test lint format build test-gpu bench device tables clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -31,11 +31,8 @@ format: $(READY) ## ruff: mend style and formatting
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-build: $(READY) ## wfnet/_C in place, the CUDA kernels for WFNET_CUDA_ARCHS (needs nvcc, no GPU)
+build: $(READY) ## wfnet/_C in place, the CUDA kernels for Hopper (needs nvcc, no GPU)
 	$(BIN)/python csrc/build.py
-
-build-all: $(READY) ## the same for every target that nvcc knows
-	$(BIN)/python csrc/build.py --all
 
 test-gpu: ## the tests that need a CUDA device; installs this checkout offline, without dependencies
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .

@@ -1,8 +1,8 @@
 """Maps the top-level kernels/ to wfnet.kernels and builds wfnet._C; the rest is in pyproject.toml.
 
 WFNET_BUILD_CUDA=0 leaves the extension out, 1 makes it an error if it cannot be built; by default
-it is built where nvcc is, and left out in one line where it is not. WFNET_CUDA_ARCHS="8.0 9.0a"
-chooses the targets. No GPU is needed to build or to import it.
+it is built where nvcc is, and left out in one line where it is not. No GPU is needed to build or to
+import it.
 """
 
 import importlib.util

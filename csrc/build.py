@@ -3,11 +3,10 @@
 ``setup.py`` calls :func:`build_extension`; tests call :func:`build_emulated`. Both write a
 ``build.ninja`` and run ninja, so a second build compiles what changed.
 
-    python csrc/build.py               wfnet/_C*.so in place, for the targets in WFNET_CUDA_ARCHS
-    python csrc/build.py --all         the same for every target that nvcc knows, from sm_80
+    python csrc/build.py               wfnet/_C*.so in place, for compute capability 9.0 (Hopper)
     python csrc/build.py --emulated    build/emulated/..., for WFNET_CUDA_EMULATE; needs no nvcc
 
-With WFNET_CUDA_DEADLINE=SECONDS a wait of the Hopper kernels that lasts longer is an error: to find
+With WFNET_CUDA_DEADLINE=SECONDS a wait of the kernels that lasts longer is an error: to find
 the one that never ends.
 """
 
@@ -18,7 +17,6 @@ import fcntl
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -28,7 +26,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-DEFAULT_ARCHS = "8.0 9.0a 10.0"
+_ARCH = "-gencode=arch=compute_90a,code=sm_90a"
+# 177: constants and functions that only the emulated device asks for.
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-diag-suppress=177"]
+NVCC_FLAGS += ["--cudart=static", _ARCH]
 _HOST_FLAGS = ["-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
@@ -72,48 +73,6 @@ def nvcc() -> str:
     )
 
 
-def known_archs(compiler: str) -> list[str]:
-    """Targets from sm_80 on that this nvcc compiles, as ``8.0`` or ``9.0a``."""
-    listed = subprocess.run(
-        [compiler, "--list-gpu-code"], check=True, capture_output=True, text=True
-    ).stdout
-    codes = re.findall(r"sm_(\d+)(\d)([a-z]?)", listed)
-    return [f"{major}.{minor}{kind}" for major, minor, kind in codes if int(major) >= 8]
-
-
-def chosen_archs(compiler: str, every: bool = False) -> list[str]:
-    """Targets of this build: WFNET_CUDA_ARCHS, else the defaults that nvcc knows.
-
-    Raises:
-        BuildError: for a target that nvcc does not know.
-    """
-    known = known_archs(compiler)
-    if every:
-        return [arch for arch in known if arch[-1].isdigit()] + ["9.0a"]
-    asked = os.environ.get("WFNET_CUDA_ARCHS")
-    if not asked:
-        return [arch for arch in DEFAULT_ARCHS.split() if arch in known or arch == "9.0a"]
-    archs = re.split(r"[\s,;]+", asked.strip())
-    for arch in archs:
-        if arch not in known and arch.rstrip("af") not in known:
-            raise BuildError(
-                f"WFNET_CUDA_ARCHS has {arch!r}, which {compiler} does not know; "
-                f"choose among {' '.join(known)}"
-            )
-    return archs
-
-
-def gencode(archs: Sequence[str]) -> list[str]:
-    """nvcc's flags; the newest target without a suffix also as PTX, for later devices."""
-    numbers = [arch.replace(".", "") for arch in archs]
-    flags = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in numbers]
-    portable = [n for n in numbers if n.isdigit()]
-    if portable:
-        newest = max(portable, key=int)
-        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    return flags
-
-
 def _write_ninja(folder: Path, rules: dict[str, str], edges: list[tuple[str, str, list[Path]]]):
     """``edges``: (output, rule, inputs). Header dependencies come from the compilers."""
     lines = ["ninja_required_version = 1.8"]
@@ -136,26 +95,24 @@ def _run_ninja(folder: Path) -> None:
 
 
 def kernel_sources() -> list[Path]:
-    """What the extension consists of, and its emulation."""
+    """What the extension is compiled from."""
     return sorted(HERE.glob("*.cu")) + sorted(HERE.glob("*.cpp"))
 
 
+def emulated_sources() -> list[Path]:
+    """The same on the emulated device, and the functions that steer it."""
+    return [*kernel_sources(), *sorted(HERE.glob("emulation/*.cpp"))]
+
+
 def sources_digest() -> str:
-    """A hash of all C++ and CUDA sources: what tells a stale extension from a fresh one."""
+    """A hash of the extension's sources: what tells a stale extension from a fresh one."""
     digest = hashlib.sha256()
-    for path in sorted(HERE.iterdir()):
-        if path.suffix in (".h", ".cuh", ".cu", ".cpp"):
-            digest.update(path.read_bytes())
+    for path in sorted([*kernel_sources(), *HERE.glob("*.h")]):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _rule(source: Path) -> str:
-    if source.suffix != ".cu":
-        return "cxx"
-    return "nvcc_sm90" if source.name.startswith("sm90_") else "nvcc"
-
-
-def build_extension(folder: Path, every: bool = False) -> Path:
+def build_extension(folder: Path) -> Path:
     """Compiles ``_C`` with nvcc into ``folder`` and returns the shared library.
 
     Raises:
@@ -165,24 +122,18 @@ def build_extension(folder: Path, every: bool = False) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     include = " ".join(f"-I{path}" for path in includes())
     host = " ".join(_HOST_FLAGS)
-    archs = chosen_archs(compiler, every)
-    arch = " ".join(gencode(archs))
-    define = f"-DWF_SOURCES={sources_digest()} '-DWF_ARCHS=\"{' '.join(archs)}\"'"
     deadline = os.environ.get("WFNET_CUDA_DEADLINE")
-    # 177: the constants by which a kernel tells the emulation about itself are not used here.
-    flags = "-std=c++17 -O3 -Xcompiler -fPIC,-fvisibility=hidden --cudart=static -diag-suppress=177"
-    if deadline:
-        flags += f" -DWF_DEADLINE={int(deadline)}"
-    hopper = " ".join(gencode(["9.0a"]))
+    flags = " ".join(NVCC_FLAGS) + (f" -DWF_DEADLINE={int(deadline)}" if deadline else "")
+    define = f"-DWF_SOURCES={sources_digest()}"
     rules = {
-        "nvcc": f"{compiler} -MD -MF $out.d {flags} {arch} -I{HERE} -c $in -o $out",
-        "nvcc_sm90": f"{compiler} -MD -MF $out.d {flags} {hopper} -I{HERE} -c $in -o $out",
+        "nvcc": f"{compiler} -MD -MF $out.d {flags} -I{HERE} -c $in -o $out",
         "cxx": f"{os.environ.get('CXX', 'g++')} -MD -MF $out.d {host} {define} {include} "
         "-c $in -o $out",
-        "link": f"{compiler} -shared --cudart=static {arch} $in -o $out",
+        "link": f"{compiler} -shared --cudart=static {_ARCH} $in -o $out",
     }
     sources = kernel_sources()
-    edges = [(f"{source.name}.o", _rule(source), [source]) for source in sources]
+    rule = {".cu": "nvcc", ".cpp": "cxx"}
+    edges = [(f"{source.name}.o", rule[source.suffix], [source]) for source in sources]
     edges.append((f"_C{SUFFIX}", "link", [Path(edge[0]) for edge in edges]))
     _write_ninja(folder, rules, edges)
     _run_ninja(folder)
@@ -203,7 +154,7 @@ def build_emulated(name: str, sources: Sequence[Path], root: Path) -> Path:
     flags = [*_HOST_FLAGS, "-U_FORTIFY_SOURCE", "-DWF_EMULATED", f"-DWF_MODULE={name}"]
     include = " ".join(f"-I{path}" for path in includes())
     digest = hashlib.sha256(" ".join([compiler, *flags, include, SUFFIX]).encode())
-    for path in sorted({*sources, *HERE.glob("*.h"), *HERE.glob("*.cuh")}):
+    for path in sorted({*sources, *HERE.rglob("*.h")}):
         digest.update(path.read_bytes())
     folder = root / f"{name}-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -212,7 +163,7 @@ def build_emulated(name: str, sources: Sequence[Path], root: Path) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             command = f"{compiler} -MD -MF $out.d {' '.join(flags)} {include} -x c++ -c $in -o $out"
-            edges = [(f"{path.name}.o", "cxx", [path]) for path in sources]
+            edges = [(f"{i}-{path.name}.o", "cxx", [path]) for i, path in enumerate(sources)]
             link = f"{compiler} -shared $in -o $out"
             edges.append((library.name, "link", [Path(edge[0]) for edge in edges]))
             _write_ninja(folder, {"cxx": command, "link": link}, edges)
@@ -223,14 +174,12 @@ def build_emulated(name: str, sources: Sequence[Path], root: Path) -> Path:
 def main() -> None:
     """Builds ``wfnet/_C`` of this checkout in place, or the emulated module."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--all", action="store_true", help="every target that nvcc knows")
     parser.add_argument("--emulated", action="store_true", help="the kernels on the host")
-    options = parser.parse_args()
-    every, root = options.all, HERE.parent
-    if options.emulated:
-        print(build_emulated("_emulated", kernel_sources(), root / "build/emulated"))
+    root = HERE.parent
+    if parser.parse_args().emulated:
+        print(build_emulated("_emulated", emulated_sources(), root / "build/emulated"))
         return
-    library = build_extension(root / "build" / ("cuda-all" if every else "cuda"), every)
+    library = build_extension(root / "build" / "cuda")
     shutil.copy2(library, root / "wfnet" / library.name)
     print(f"wrote wfnet/{library.name}")
 

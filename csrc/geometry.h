@@ -1,153 +1,326 @@
-// Index arithmetic of convolutions as GEMMs; host and device.
+// What the kernels compute and in which order: convolutions as implicit GEMMs, their tiles,
+// and the schedule of the persistent thread blocks. Plain integers, the same on host and device;
+// tested exhaustively on the host (tests/csrc/test_geometry.py).
 //
-// Forward and input gradient are the same product: output row (b, i, j), depth (tap, channel),
-//     sum over taps (a, b) of input[b, i * step + offset_h(a), j * step + offset_w(b), :] * filter
+// One GEMM for everything:
 //
-// - forward: every output pixel, step = stride, offset = tap * dilation - padding;
-// - input gradient: pixel h of the input receives from output row p where p * stride =
-//   h + padding - r * dilation. For the pixels of one phase, h = i * stride + phase, the taps r
-//   that divide are an arithmetic progression and p = i + offset: a convolution of step 1 over
-//   fewer taps, so that a stride costs no wasted multiplication. A phase may have no tap at all.
+//   out[m, n] = sum over taps and depth of A[pixel(m) + tap, k] * B[tap, k, n]
+//
+//              A            rows m               taps         depth k        columns n
+//   fprop      x            samples x P x Q      R x S        in channels    out channels
+//   dgrad      A * g        samples x H x W      R x S        out channels   in channels
+//   linear     x or A * g   samples x tokens     1            in / out       out / in
+//
+// The pixels of dgrad with stride s fall into s x s phases (h % s, w % s). A pixel of one phase
+// sees a fixed subset of the taps, and within a phase
+//
+//   dx[f + s*i] = sum of ag[i + d / s] * w[r] over taps r whose d = f + pad - r*dilation divides
+//
+// is a convolution with stride 1: no product with a zero is ever computed, and all phases are tiles
+// of one launch.
 #pragma once
 
 #include <cstdint>
 
-#include "device.h"
+#if defined(__CUDACC__)
+#define WF_HOST_DEVICE __host__ __device__ inline
+#else
+#define WF_HOST_DEVICE inline
+#endif
 
 namespace wf {
 
-template <class Integer>
-WF_HOST_DEVICE Integer ceil_div(Integer a, Integer b) {
-  return (a + b - 1) / b;
-}
-
-// n / divisor for 0 <= n < 2^31 by one multiplication.
-struct Divider {
-  uint32_t divisor = 1, multiplier = 0, shift = 0;
-
-  Divider() = default;
-  WF_HOST_DEVICE explicit Divider(uint32_t d) : divisor(d) {
-    if (d <= 1) return;
-    uint32_t log = 0;
-    while ((1ull << log) < d) ++log;
-    const uint64_t power = 1ull << (31 + log);
-    multiplier = static_cast<uint32_t>((power + d - 1) / d);
-    shift = log - 1;
-  }
-  WF_HOST_DEVICE uint32_t operator()(uint32_t n) const {
-    if (divisor == 1) return n;
-#if defined(__CUDA_ARCH__)
-    return __umulhi(n, multiplier) >> shift;
-#else
-    return static_cast<uint32_t>((uint64_t{n} * multiplier) >> 32) >> shift;
-#endif
-  }
-};
-
-// One dimension of a convolution.
-struct Axis {
-  int input;   // pixels of x
-  int output;  // pixels of the result
-  int kernel, stride, padding, dilation;
-
-  // Pixels that the result must have; 0 where the filter does not fit.
-  WF_HOST_DEVICE int expected_output() const {
-    const int reach = input + 2 * padding - dilation * (kernel - 1) - 1;
-    return reach < 0 ? 0 : reach / stride + 1;
-  }
-};
-
-// Taps that contribute, filter position first + n * step, to the pixel at offset + n * offset_step.
-struct Taps {
-  int first = 0, step = 1, count = 0, offset = 0, offset_step = 0;
-};
-
-WF_HOST_DEVICE Taps forward_taps(const Axis& axis) {
-  return {0, 1, axis.kernel, -axis.padding, axis.dilation};
-}
-
-WF_HOST_DEVICE Taps gradient_taps(const Axis& axis, int phase) {
-  Taps taps;
-  int found = 0;
-  for (int r = 0; r < axis.kernel && found < 2; ++r) {
-    const int reach = phase + axis.padding - r * axis.dilation;
-    if (reach % axis.stride != 0) continue;
-    if (found == 0)
-      taps.first = r, taps.step = axis.kernel, taps.offset = reach / axis.stride;
-    else
-      taps.step = r - taps.first, taps.offset_step = reach / axis.stride - taps.offset;
-    ++found;
-  }
-  if (found > 0) taps.count = (axis.kernel - taps.first - 1) / taps.step + 1;
-  return taps;
-}
-
-// Pixels h = i * stride + phase of a dimension.
-WF_HOST_DEVICE int phase_pixels(const Axis& axis, int phase) {
-  return phase < axis.input ? (axis.input - phase - 1) / axis.stride + 1 : 0;
-}
-
-// Rows of the GEMM that one phase contributes: (b, i, j) in order.
-struct Phase {
-  int h = 0, w = 0;              // of the pixels
-  int rows_h = 0, rows_w = 0;    // pixels of a sample
-  int64_t first_tile = 0;        // tiles of all phases before
-  WF_HOST_DEVICE int pixels() const { return rows_h * rows_w; }
-};
-
-// Calls visit(phase, tiles) for the phases of an input gradient, in order, until it returns false.
-#if defined(__CUDACC__)
-#pragma nv_exec_check_disable  // visitors are host or device functions, as their callers are
-#endif
-template <class Visit>
-WF_HOST_DEVICE void for_each_phase(const Axis& height, const Axis& width, int batch, int block_rows,
-                                   Visit visit) {
-  Phase phase;
-  for (int h = 0; h < height.stride; ++h)
-    for (int w = 0; w < width.stride; ++w) {
-      phase.h = h, phase.w = w;
-      phase.rows_h = phase_pixels(height, h), phase.rows_w = phase_pixels(width, w);
-      const int64_t tiles =
-          ceil_div<int64_t>(int64_t{batch} * phase.rows_h * phase.rows_w, block_rows);
-      if (!visit(phase, tiles)) return;
-      phase.first_tile += tiles;
-    }
-}
-
-WF_HOST_DEVICE int64_t gradient_row_tiles(const Axis& height, const Axis& width, int batch,
-                                          int block_rows) {
-  int64_t total = 0;
-  for_each_phase(height, width, batch, block_rows, [&](const Phase&, int64_t tiles) {
-    total += tiles;
-    return true;
-  });
-  return total;
-}
-
-// --- column sums ---------------------------------------------------------------------------------
+// One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work
+// on different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up
+// to five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128
+// fp32 accumulators take 128 of a thread's 232 registers.
 //
-// Rows (b, pixel) are summed per sample in strips of consecutive rows. A strip touches up to `span`
-// samples and writes the sum of each to a slot of its own: slot = strip * span + (sample - first).
-// A second kernel adds the slots of a sample in order: the same bits on every run.
+// Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B
+// for both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP, 85 FLOP per byte: 790
+// TFLOP/s take 9.3 TB/s. A block alone would need 32 KB, 12.3 TB/s.
+constexpr int kBlockM = 128;
+constexpr int kBlockK = 64;  // 128 bytes: one swizzle row
+constexpr int kMostPhases = 4;
+constexpr int kCluster = 2;  // thread blocks of a cluster
 
-WF_HOST_DEVICE int strip_span(int strip_rows, int pixels, int batch) {
-  if (pixels <= 0) return 1;
-  const int touched = (strip_rows + pixels - 2) / pixels + 1;
-  return touched < batch ? touched : (batch > 0 ? batch : 1);
-}
+// Slices of a filter of 64 columns that fit into shared memory beside 8 stages of A: 72 KB, a 3x3
+// filter of 64 channels. Loaded for every tile again, they would be a third of what arrives.
+constexpr int kMostKeptSlices = 9;
 
-// Strips of the rows of a sample, first to last.
-struct StripRange {
-  int64_t first, last;
+// A cross-correlation of [batch, height, width, in_channels] with [out_channels, filter_h,
+// filter_w, in_channels]; all memory dense, channels last.
+struct Convolution {
+  int batch, height, width, in_channels, out_channels;
+  int filter_h, filter_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+
+  WF_HOST_DEVICE int out_height() const {
+    return (height + 2 * pad_h - dilation_h * (filter_h - 1) - 1) / stride_h + 1;
+  }
+  WF_HOST_DEVICE int out_width() const {
+    return (width + 2 * pad_w - dilation_w * (filter_w - 1) - 1) / stride_w + 1;
+  }
 };
-WF_HOST_DEVICE StripRange strips_of_sample(int strip_rows, int pixels, int sample) {
-  const int64_t begin = int64_t{sample} * pixels;
-  return {begin / strip_rows, (begin + pixels - 1) / strip_rows};
+
+// One spatial axis of one phase.
+struct Axis {
+  int size;                       // pixels of the output in this phase
+  int out_first, out_step;        // position of pixel i in the output: out_first + i * out_step
+  int base, base_step;            // filter base of pixel i in A: base + i * base_step
+  int taps;                       // taps that this phase sees
+  int tap_first, tap_step;        // filter index of the k-th of them
+  int offset_first, offset_step;  // its distance from the filter base in A, never negative
+
+  WF_HOST_DEVICE int tap(int k) const { return tap_first + k * tap_step; }
+  WF_HOST_DEVICE int offset(int k) const { return offset_first + k * offset_step; }
+};
+
+WF_HOST_DEVICE Axis fprop_axis(int out_size, int filter, int stride, int pad, int dilation) {
+  return Axis{out_size, 0, 1, -pad, stride, filter, 0, 1, 0, dilation};
 }
 
-WF_HOST_DEVICE int64_t slot_of(int64_t strip, int strip_rows, int pixels, int span, int sample) {
-  const int first = static_cast<int>(strip * strip_rows / pixels);
-  return strip * span + (sample - first);
+WF_HOST_DEVICE Axis dgrad_axis(int phase, int in_size, int filter, int stride, int pad,
+                               int dilation) {
+  Axis axis{};
+  axis.size = in_size > phase ? (in_size - phase + stride - 1) / stride : 0;
+  axis.out_first = phase;
+  axis.out_step = stride;
+  axis.base_step = 1;
+  axis.tap_step = 1;
+  // Taps r0, r0 + tap_step, ... divide: r * dilation runs through the residues of stride.
+  while (axis.tap_step * dilation % stride != 0) ++axis.tap_step;
+  int first = 0;
+  while (first < axis.tap_step && (phase + pad - first * dilation) % stride != 0) ++first;
+  if (first == axis.tap_step || first >= filter) return axis;  // no taps: this phase gets zeros
+  axis.taps = (filter - 1 - first) / axis.tap_step + 1;
+  axis.tap_first = first;
+  const int step = axis.tap_step * dilation / stride;
+  axis.offset_first = (axis.taps - 1) * step;
+  axis.offset_step = -step;
+  axis.base = (phase + pad - first * dilation) / stride - axis.offset_first;
+  return axis;
+}
+
+struct Phase {
+  Axis h, w;
+  int rows;              // batch * h.size * w.size
+  int pixels;            // h.size * w.size
+  int m_tiles;           // ceil(rows / kBlockM)
+  int slices;            // 64-deep slices of one tile's sum: taps * ceil(depth / 64)
+  int samples_per_tile;  // most samples that the rows of one tile belong to
+  int first_partial;     // row of this phase's first tile in the partial column sums
+};
+
+struct Problem {
+  Phase phases[kMostPhases];
+  int num_phases;
+  int batch, out_height, out_width;  // of the tensor that is written
+  int a_height, a_width;             // of the tensor that A is
+  int depth, columns;
+  int filter_h, filter_w;
+  int depth_slices;
+  int block_n, n_tiles;
+  int m_pairs;      // pairs of row tiles, most of any phase
+  int tiled;        // A is read as the matrix [rows, depth], without im2col
+  int keep_filter;  // all tiles need the same slices of B, and these fit: they are loaded once
+  int tile_slots;   // m_pairs * num_phases * n_tiles; a few of them may be empty
+  int partial_rows;
+};
+
+WF_HOST_DEVICE void finish_problem(Problem& problem, int block_n) {
+  problem.block_n = block_n;
+  problem.n_tiles = (problem.columns + block_n - 1) / block_n;
+  problem.depth_slices = (problem.depth + kBlockK - 1) / kBlockK;
+  problem.m_pairs = 0;
+  problem.partial_rows = 0;
+  for (int i = 0; i < problem.num_phases; ++i) {
+    Phase& phase = problem.phases[i];
+    phase.pixels = phase.h.size * phase.w.size;
+    phase.rows = problem.batch * phase.pixels;
+    phase.m_tiles = (phase.rows + kBlockM - 1) / kBlockM;
+    phase.slices = phase.h.taps * phase.w.taps * problem.depth_slices;
+    const int most = phase.pixels > 0 ? (kBlockM - 2) / phase.pixels + 2 : 0;
+    phase.samples_per_tile = most < problem.batch ? most : problem.batch;
+    phase.first_partial = problem.partial_rows;
+    problem.partial_rows += phase.m_tiles * phase.samples_per_tile;
+    const int pairs = (phase.m_tiles + kCluster - 1) / kCluster;
+    if (pairs > problem.m_pairs) problem.m_pairs = pairs;
+  }
+  problem.tile_slots = problem.m_pairs * problem.num_phases * problem.n_tiles;
+  problem.keep_filter = block_n == 64 && problem.n_tiles * problem.num_phases == 1 &&
+                        problem.phases[0].slices <= kMostKeptSlices;
+}
+
+// 128 columns, unless that computes more than a quarter too many: for 64 and 192 channels.
+WF_HOST_DEVICE int choose_block_n(int columns) {
+  const int wide = (columns + 127) / 128 * 128;
+  const int narrow = (columns + 63) / 64 * 64;
+  return 4 * wide > 5 * narrow ? 64 : 128;
+}
+
+WF_HOST_DEVICE bool is_matrix(const Convolution& conv) {
+  return conv.filter_h * conv.filter_w * conv.stride_h * conv.stride_w == 1 && conv.pad_h == 0 &&
+         conv.pad_w == 0;
+}
+
+WF_HOST_DEVICE Problem fprop_problem(const Convolution& conv) {
+  Problem problem{};
+  problem.num_phases = 1;
+  problem.phases[0].h =
+      fprop_axis(conv.out_height(), conv.filter_h, conv.stride_h, conv.pad_h, conv.dilation_h);
+  problem.phases[0].w =
+      fprop_axis(conv.out_width(), conv.filter_w, conv.stride_w, conv.pad_w, conv.dilation_w);
+  problem.batch = conv.batch;
+  problem.out_height = conv.out_height();
+  problem.out_width = conv.out_width();
+  problem.a_height = conv.height;
+  problem.a_width = conv.width;
+  problem.depth = conv.in_channels;
+  problem.columns = conv.out_channels;
+  problem.filter_h = conv.filter_h;
+  problem.filter_w = conv.filter_w;
+  problem.tiled = is_matrix(conv);
+  finish_problem(problem, choose_block_n(problem.columns));
+  return problem;
+}
+
+WF_HOST_DEVICE Problem dgrad_problem(const Convolution& conv) {
+  Problem problem{};
+  problem.num_phases = conv.stride_h * conv.stride_w;
+  for (int i = 0; i < problem.num_phases && i < kMostPhases; ++i) {
+    problem.phases[i].h = dgrad_axis(i / conv.stride_w, conv.height, conv.filter_h, conv.stride_h,
+                                     conv.pad_h, conv.dilation_h);
+    problem.phases[i].w = dgrad_axis(i % conv.stride_w, conv.width, conv.filter_w, conv.stride_w,
+                                     conv.pad_w, conv.dilation_w);
+  }
+  problem.batch = conv.batch;
+  problem.out_height = conv.height;
+  problem.out_width = conv.width;
+  problem.a_height = conv.out_height();
+  problem.a_width = conv.out_width();
+  problem.depth = conv.out_channels;
+  problem.columns = conv.in_channels;
+  problem.filter_h = conv.filter_h;
+  problem.filter_w = conv.filter_w;
+  problem.tiled = is_matrix(conv);
+  finish_problem(problem, choose_block_n(problem.columns));
+  return problem;
+}
+
+// --- schedule ---
+
+// What a cluster works on at a time: row tiles 2 * pair and 2 * pair + 1, one for each of its
+// blocks. Where the number of tiles is odd, the last one does not exist; its block loads zeros,
+// multiplies along, because the other one needs its half of B, and writes nothing.
+struct Work {
+  int slot;  // position in the order of all work; problem.tile_slots or more: no more work
+  int phase, pair, n;
+};
+
+// Column tiles are neighbours: they run at the same time and share their rows of A in L2 (A is read
+// from memory once, the filter stays in L2). Then come the phases of the same rows, which share A
+// too. They have 1, 2, 2 and 4 taps for a 3x3 filter: the order rotates with the rows, so that no
+// cluster meets the same phase again and again.
+WF_HOST_DEVICE Work work_at(const Problem& problem, int slot) {
+  Work work{slot, 0, 0, 0};
+  const int row = slot / problem.n_tiles;
+  work.n = slot - row * problem.n_tiles;
+  work.pair = row / problem.num_phases;
+  work.phase = (row + work.pair) % problem.num_phases;
+  return work;
+}
+
+// The first work that exists at `slot` or `step`, 2*step, ... behind it.
+WF_HOST_DEVICE Work next_work(const Problem& problem, int slot, int step) {
+  while (slot < problem.tile_slots) {
+    const Work work = work_at(problem, slot);
+    if (work.pair * kCluster < problem.phases[work.phase].m_tiles) return work;
+    slot += step;
+  }
+  return Work{slot, 0, 0, 0};
+}
+
+// A slice of a tile's sum: which tap of the phase, which 64 channels. Slices are walked by
+// additions to numbers of its own: divisions, or a phase's numbers read again for every slice,
+// would take the producer longer than the slice takes to multiply.
+struct Slice {
+  int channel = 0;         // first channel
+  int tap;                 // of the filter
+  int offset_h, offset_w;  // its distance from the filter base in A
+
+  WF_HOST_DEVICE Slice(const Problem& problem, const Phase& phase)
+      : tap(phase.h.tap_first * problem.filter_w + phase.w.tap_first),
+        offset_h(phase.h.offset_first),
+        offset_w(phase.w.offset_first),
+        depth(problem.depth),
+        row_taps(phase.w.taps),
+        left(phase.w.taps),
+        tap_step(phase.w.tap_step),
+        step_w(phase.w.offset_step),
+        step_h(phase.h.offset_step),
+        next_row(phase.h.tap_step * problem.filter_w - (phase.w.taps - 1) * phase.w.tap_step) {}
+
+  WF_HOST_DEVICE void advance() {
+    channel += kBlockK;
+    if (channel < depth) return;
+    channel = 0;
+    if (--left > 0) {
+      tap += tap_step, offset_w += step_w;
+      return;
+    }
+    left = row_taps;
+    tap += next_row, offset_w -= (row_taps - 1) * step_w, offset_h += step_h;
+  }
+
+ private:
+  int depth, row_taps, left, tap_step, step_w, step_h;
+  int next_row;  // from the last tap of a row of the filter to the first of the next one
+};
+
+// A row of a tile: its sample and its pixel in the tensor that is written.
+struct Row {
+  int sample;
+  int64_t pixel;
+};
+
+WF_HOST_DEVICE Row row_at(const Problem& problem, const Phase& phase, int row) {
+  const int sample = row / phase.pixels;
+  const int pixel = row - sample * phase.pixels;
+  const int i = pixel / phase.w.size;
+  const int h = phase.h.out_first + i * phase.h.out_step;
+  const int w = phase.w.out_first + (pixel - i * phase.w.size) * phase.w.out_step;
+  return Row{sample,
+             (static_cast<int64_t>(sample) * problem.out_height + h) * problem.out_width + w};
+}
+
+// Filter base of the first row of a tile, as im2col loads want it.
+struct Base {
+  int sample, h, w;
+};
+
+WF_HOST_DEVICE Base base_at(const Phase& phase, int row) {
+  const int sample = row / phase.pixels;
+  const int pixel = row - sample * phase.pixels;
+  const int i = pixel / phase.w.size;
+  const int j = pixel - i * phase.w.size;
+  return Base{sample, phase.h.base + i * phase.h.base_step, phase.w.base + j * phase.w.base_step};
+}
+
+// --- column sums ---
+
+// Partial sums are kept per tile and sample: row first_partial + m * samples_per_tile + j holds the
+// sum over the rows of tile m that belong to the j-th sample of that tile. The second stage adds a
+// sample's rows phase by phase, tile by tile: always in the same order, whichever block computed
+// them.
+WF_HOST_DEVICE int partial_row(const Phase& phase, int m, int sample) {
+  return phase.first_partial + m * phase.samples_per_tile + sample - m * kBlockM / phase.pixels;
+}
+
+struct TileRange {
+  int first, last;  // inclusive
+};
+
+WF_HOST_DEVICE TileRange tiles_of_sample(const Phase& phase, int sample) {
+  return TileRange{sample * phase.pixels / kBlockM, ((sample + 1) * phase.pixels - 1) / kBlockM};
 }
 
 }  // namespace wf

@@ -1,7 +1,10 @@
-"""What several rooms test with: small networks, images, and folders of files in real formats."""
+"""What several rooms test with: networks, images, folders of files, the emulated CUDA kernels."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +14,61 @@ from torch import nn
 
 import wfnet
 from wfnet.data import TensorImages
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def load_module(name: str, path: Path) -> ModuleType:
+    """The module at ``path``, which is not on ``sys.path``."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def csrc_build() -> ModuleType:
+    """csrc/build.py, which is not part of the installed package."""
+    return load_module("csrc_build", ROOT / "csrc/build.py")
+
+
+@pytest.fixture(scope="session")
+def emulated_module(csrc_build):
+    """A function that builds and loads an emulated module; it skips without a C++ compiler."""
+
+    def load(name: str, sources: list[Path]) -> ModuleType:
+        try:
+            library = csrc_build.build_emulated(name, sources, ROOT / "build/emulated")
+        except csrc_build.BuildError as error:
+            if "ninja failed" in str(error):
+                raise
+            pytest.skip(str(error))
+        return load_module(name, library)
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def emulated_kernels(csrc_build, emulated_module) -> ModuleType:
+    """The compiled kernels on the emulated device."""
+    return emulated_module("_emulated", csrc_build.emulated_sources())
+
+
+@pytest.fixture
+def emulated_cuda(emulated_kernels, monkeypatch) -> ModuleType:
+    """The launchers of backend ``cuda`` on CPU tensors, late completions, nothing left out.
+
+    The backend's part in Triton runs on CPU tensors with TRITON_INTERPRET=1 alone.
+    """
+    from wfnet.backends import cuda_launch
+
+    loaded = cuda_launch.Library(emulated_kernels, None)
+    monkeypatch.setattr(cuda_launch, "library", lambda: loaded)
+    emulated_kernels.set_schedule(0, emulated_kernels.Completion.LATE)
+    emulated_kernels.leave_out(emulated_kernels.Fault.NONE)
+    yield emulated_kernels
+    emulated_kernels.leave_out(emulated_kernels.Fault.NONE)
 
 
 @pytest.fixture

@@ -1055,87 +1055,27 @@ def _jit_functions() -> list:
 # -- the compiled extension ------------------------------------------------------------------------
 
 
-def _axis(axis) -> tuple[int, int, int]:
-    return axis.stride, axis.padding, axis.dilation
+def _geometry(a) -> tuple:
+    """Strides, paddings and dilations of (height, width)."""
+    return tuple(zip(a["height"][3:], a["width"][3:], strict=True))
 
 
 def _library_fprop(a) -> None:
-    pairs = zip(_axis(a["height"]), _axis(a["width"]), strict=True)
-    u = _convolved(a["x"], a["weight"], *pairs)
-    if a.get("order") is not None:
-        source = torch.full((a["samples"],), -1)
-        for image in range(a["batch"]):
-            source[a["order"][a["first_of"][image] : a["first_of"][image + 1]]] = image
-        u = u.index_select(0, source)
+    u = _convolved(a["x"], a["weight"], *_geometry(a))
     _forward(u, a["scale"], a["shift"], None, a["residual"], a["branch"], a["out"], a["relu"])
 
 
-def _library_backward(g, a) -> None:
+def _library_dgrad(a) -> None:
     totals = {f"partial{i}": a.get(f"t{i}") for i in range(2)}
     for name, total in totals.items():
         if total is not None:
             a[name].fill_(torch.nan)
+    size = (a["height"][0], a["width"][0])
+    g = _input_gradient(a["ag"], a["weight"], size, *_geometry(a))
     _backward(g, {**a, **totals})
 
 
-def _library_dgrad(a) -> None:
-    pairs = zip(_axis(a["height"]), _axis(a["width"]), strict=True)
-    size = (a["height"].input, a["width"].input)
-    _library_backward(_input_gradient(a["ag"], a["weight"], size, *pairs), a)
-
-
-def _library_window(a) -> tuple:
-    axes = a["height"], a["width"]
-    return tuple(
-        tuple(getattr(axis, name) for axis in axes) for name in ("kernel", "stride", "padding")
-    )
-
-
-def _library_max_pool(a) -> None:
-    size = (a["height"].output, a["width"].output)
-    out, positions = _pooled(a["x"], _library_window(a), size)
-    a["out"].copy_(out)
-    if a["positions"] is not None:
-        a["positions"].copy_(positions)
-
-
-def _library_epilogue(a) -> None:
-    if a["positions"] is not None:
-        size = (a["height"].input, a["width"].input)
-        dout = _unpooled(a["dout"].float(), a["positions"], _library_window(a), size)
-        _library_backward(dout, a)
-        return
-    strides = (a["sample_stride"], a["pixel_stride"], 1)
-    dout = a["dout"].as_strided((a["batch"], a["pixels"], a["columns"]), strides)
-    _library_backward(dout.float(), a)
-
-
-def _library_gates(a) -> Tensor:
-    scale = a["gate_scale"] if a["scales"] is None else a["scales"]
-    rows = gates.gate_rows(a["alpha"], a["forget"], scale)
-    a["rows"].copy_(rows if a["factor"] is None else rows * a["factor"])
-
-
-def _library_gates_bwd(a) -> None:
-    t = a["t"]
-    if a["products"] is not None:
-        t = torch.where(a["chosen"] != 0, t * a["products"], t)
-    a["dalpha"].copy_(gates.gate_rows_backward(t, a["alpha"], a["forget"]))
-
-
-_LIBRARY_KERNELS = {
-    "conv_fprop": _library_fprop,
-    "sm90.fprop": _library_fprop,
-    "conv_dgrad": _library_dgrad,
-    "sm90.dgrad": _library_dgrad,
-    "max_pool": _library_max_pool,
-    "epilogue_bwd": _library_epilogue,
-    "sum_by_source": lambda a: _grouped_sum(
-        a["dout"].float(), a["scale"], a["order"], a["first_of"], a["scaled"]
-    ),
-    "gate_rows": _library_gates,
-    "gate_rows_bwd": _library_gates_bwd,
-}
+_LIBRARY_KERNELS = {"fprop": _library_fprop, "dgrad": _library_dgrad}
 
 
 def _pretend_library(patch) -> None:
@@ -1169,8 +1109,7 @@ def _pretend_library(patch) -> None:
             work()
 
     patch.setattr(cuda_launch, "_launch", pretended)
-    uncached = cuda_launch._hopper_processors.__wrapped__
-    patch.setattr(cuda_launch, "_hopper_processors", uncached)
+    patch.setattr(cuda_launch, "_processors", cuda_launch._processors.__wrapped__)
 
 
 _NO_DRIVER = ("driver", "libcuda", "no CUDA-capable device")

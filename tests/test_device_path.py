@@ -401,24 +401,26 @@ def test_wrong_launches_of_triton_are_found(device):
 
 @_BUILT
 def test_wrong_launches_of_the_extension_are_found(device):
-    tensors = {
-        "reads": {
-            "dout": torch.zeros(2, 1, 4, 8).cuda().bfloat16(),
-            "scale": torch.ones(2, 8).cuda(),
-            "order": torch.arange(2).cuda(),
-            "first_of": torch.arange(3).cuda(),
-        },
-        "writes": {"scaled": torch.empty(2, 1, 4, 8).cuda().bfloat16()},
-    }  # fmt: skip
-    numbers = {"table_stride": 8, "images": 2, "pixels": 4, "columns": 8, "dtype": "bfloat16"}
-    cuda_launch._launch("sum_by_source", **tensors, **numbers)
+    axis = (4, 4, 1, 1, 0, 1)
+    pixels = torch.zeros(2, 4, 4, 64).cuda().bfloat16()
+    reads = {
+        "x": pixels,
+        "weight": torch.zeros(64, 1, 1, 64).cuda().bfloat16(),
+        "scale": torch.ones(2, 64).cuda(),
+        "shift": None,
+        "residual": None,
+    }
+    tensors = {"reads": reads, "writes": {"branch": None, "out": torch.empty_like(pixels)}}
+    numbers = {"batch": 2, "in_channels": 64, "out_channels": 64, "height": axis, "width": axis}
+    numbers |= {"table_stride": 64, "relu": False, "dtype": "bfloat16"}
+    cuda_launch._launch("fprop", **tensors, **numbers)
     with pytest.raises(TypeError, match="incompatible function arguments"):
-        cuda_launch._launch("sum_by_source", **tensors, **numbers, relu=True)
+        cuda_launch._launch("fprop", **tensors, **numbers, images=2)
     with pytest.raises(ValueError, match="bfloat16 and float16"):
-        cuda_launch._launch("sum_by_source", **tensors, **{**numbers, "dtype": "float32"})
-    tensors["reads"]["scale"] = torch.ones(2, 8)
+        cuda_launch._launch("fprop", **tensors, **{**numbers, "dtype": "float32"})
+    reads["scale"] = torch.ones(2, 64)
     with pytest.raises(AssertionError, match="scale on the host"):
-        cuda_launch._launch("sum_by_source", **tensors, **numbers)
+        cuda_launch._launch("fprop", **tensors, **numbers)
 
 
 def test_the_pretended_device_ends_with_its_context():

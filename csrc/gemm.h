@@ -1,0 +1,263 @@
+// The kernels of wfnet._C, for compute capability 9.0: one persistent, warp-specialised implicit
+// GEMM with two epilogues.
+//
+// Everything here is ours, written on the instructions of device.h (no CUTLASS): the kernels
+// compile in seconds, and the same source runs on the host's emulation, tested against plain loops.
+//
+// Thread blocks of 384 threads, in clusters of two, stay on their multiprocessors for the whole
+// launch:
+//
+//   producer     1 thread loads 64-deep slices of A (128 rows) and B (64 or 128 columns) by TMA
+//                into a ring of 6 or 8 stages, B half by half for both blocks of the cluster; it
+//                runs ahead over tile borders: the next tile's operands come during this epilogue.
+//                A filter of 64 columns and few slices is loaded once and kept for all tiles
+//   consumer 0   tiles 0, 2, 4, ... of the block: wgmma, then the epilogue, from registers
+//   consumer 1   tiles 1, 3, 5, ...; takes turns with consumer 0 at the tensor cores (ping-pong)
+//
+// What bounds it: a 3x3 layer with 64 channels has 9 slices per tile, 2,304 cycles at the tensor
+// cores (128 x 64), in which another tile's epilogue moves 128 x 64 x 2 B x 3 (residual, v, out) =
+// 48 KB. At one multiprocessor's share of 4.3 TB/s, 18 B per cycle, those take 2,700 cycles: bound
+// by memory, and that only because the epilogue is hidden. From 128 channels on, the tensor cores
+// are the bound, as far as operands come in time: shared memory moves 128 bytes a cycle, and a
+// slice of 128 x 128 is written once (32 KB) and read by wgmma (48 KB), 640 cycles beside 512; a
+// slice of 128 x 64 whose filter is kept takes 384 beside 256. How much of that adds up, a device
+// must say (tests/csrc/first_steps.py prints it).
+#pragma once
+
+#include "tile_epilogue.h"
+
+namespace wf {
+
+constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 232;
+// setmaxnreg moves registers within the block: what it has at entry, 65,536 / 384 each.
+static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
+                  (kConsumers + 1) * (65536 / kThreads / 8 * 8),
+              "more registers than the block has");
+
+enum class Direction { kForward, kBackward };
+
+template <Direction kDirection>
+struct EpilogueOf;
+template <>
+struct EpilogueOf<Direction::kForward> {
+  using Type = ForwardEpilogue;
+};
+template <>
+struct EpilogueOf<Direction::kBackward> {
+  using Type = BackwardEpilogue;
+};
+
+template <Direction kDirection>
+struct Params {
+  TensorMap a[kMostPhases];
+  TensorMap b;
+  Problem problem;
+  typename EpilogueOf<kDirection>::Type epilogue;
+};
+
+// Position in the ring of stages: every role walks it slice by slice.
+template <int kStages>
+struct RingPosition {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  WF_DEVICE void advance() {
+    if (++stage == kStages) stage = 0, parity ^= 1;
+  }
+  // Over the slices of a tile that the other consumer takes.
+  WF_DEVICE void skip(int slices) {
+    stage += slices;
+    parity ^= stage / kStages & 1;
+    stage %= kStages;
+  }
+};
+
+// Barriers 1 and 2: a consumer's turn at the tensor cores. 3 and 4: its four warps.
+WF_DEVICE void wait_for_turn(int consumer) { sync_block_named(1 + consumer, 2 * kWarpgroup); }
+WF_DEVICE void give_turn(int consumer) { arrive_block_named(2 - consumer, 2 * kWarpgroup); }
+// --- producer ---
+
+// This block's half of a slice of B, for both blocks of the cluster; n0: first column.
+template <class L, Direction kDirection>
+WF_DEVICE void load_filter(const Params<kDirection>& params, uint32_t b, uint32_t barrier,
+                           const Slice& slice, int n0, int rank) {
+  b += rank * L::kFilterRows * 128;
+  if constexpr (kDirection == Direction::kForward) {  // rows are columns of the result
+    tma_load_filter(b, &params.b, barrier, slice.channel, slice.tap, n0 + rank * L::kFilterRows);
+  } else if constexpr (L::kBlockN == 128) {  // rows are depth; each block has 64 of the columns
+    tma_load_filter(b, &params.b, barrier, n0 + rank * 64, slice.tap, slice.channel);
+  } else {  // rows are depth; each block has 32 of them
+    tma_load_filter(b, &params.b, barrier, n0, slice.tap, slice.channel + rank * L::kFilterRows);
+  }
+}
+
+template <class L, Direction kDirection>
+WF_DEVICE void produce(const Params<kDirection>& params) {
+  const Problem& problem = params.problem;
+  const int rank = cluster_rank();
+  const int step = cluster_count();
+  if constexpr (L::kKeepFilter) {
+    const Phase& phase = problem.phases[0];  // the only one
+    mbarrier_arrive_expect(L::filter(), phase.slices * L::kBBytes);
+    Slice slice(problem, phase);
+    WF_ROLLED
+    for (int i = 0; i < phase.slices; ++i, slice.advance())
+      load_filter<L, kDirection>(params, L::b(0, i), L::filter(), slice, 0, rank);
+  }
+  RingPosition<L::kStages> ring;
+  for (Work work = next_work(problem, cluster_index(), step); work.slot < problem.tile_slots;
+       work = next_work(problem, work.slot + step, step)) {
+    const Phase& phase = problem.phases[work.phase];
+    const TensorMap* map_a = &params.a[work.phase];
+    const int m0 = (work.pair * kCluster + rank) * kBlockM;
+    const Base base = base_at(phase, m0);
+    Slice slice(problem, phase);
+    WF_ROLLED
+    for (int left = phase.slices; left > 0; --left) {
+      mbarrier_wait(L::empty(ring.stage), ring.parity ^ 1);
+      const uint32_t full = L::full(ring.stage);
+      mbarrier_arrive_expect(full, L::kStageBytes);
+      if (problem.tiled) {
+        tma_load_matrix(L::a(ring.stage), map_a, full, slice.channel, m0);
+      } else {
+        tma_load_im2col(L::a(ring.stage), map_a, full, slice.channel, base.w, base.h, base.sample,
+                        slice.offset_w, slice.offset_h);
+      }
+      if constexpr (!L::kKeepFilter)
+        load_filter<L, kDirection>(params, L::b(ring.stage, 0), full, slice, work.n * L::kBlockN,
+                                   rank);
+      ring.advance();
+      slice.advance();
+    }
+  }
+}
+
+// --- consumers ---
+
+// Frees a stage: one arrival per warp (its own share of wgmma is done) at each block whose producer
+// writes into it, which is both blocks of the cluster where they share B.
+template <class L>
+WF_DEVICE void free_stage(int stage) {
+  const int lane = thread_index() % 32;
+  if constexpr (L::kKeepFilter) {
+    if (lane == 0) mbarrier_arrive(L::empty(stage), cluster_rank());
+  } else {
+    if (lane < kCluster) mbarrier_arrive(L::empty(stage), lane);
+  }
+}
+
+// From the second tile on it is there.
+template <class L>
+WF_DEVICE void wait_for_filter() {
+  if (is_broken(Fault::kFilterWait)) return;
+  mbarrier_wait(L::filter(), 0);
+}
+
+// Issues the wgmma of a tile; all but those of the last slice are complete. Returns its stage,
+// which finish_multiply() waits for and frees.
+template <class T, class L, bool kTransposedB>
+WF_DEVICE int multiply(Accumulators<L::kBlockN>& acc, RingPosition<L::kStages>& ring, int slices) {
+  int previous = 0;
+  for (int i = 0; i < slices; ++i) {
+    mbarrier_wait(L::full(ring.stage), ring.parity);
+    pin_registers(acc.half[0]);
+    pin_registers(acc.half[1]);
+    wgmma_fence();
+    WF_UNROLL
+    for (int k = 0; k < kBlockK / 16; ++k) {
+      // A: 8 rows of 128 bytes per swizzle atom, 16 of K are 32 bytes within its rows. B forward:
+      // the same. B backward, [64 of K][64 columns] per box: 16 of K are two atoms, boxes follow.
+      const uint32_t at = L::b(ring.stage, i);
+      const uint64_t b = kTransposedB ? wgmma_descriptor(at + k * 2048, kBlockK * 128, 1024)
+                                      : wgmma_descriptor(at + k * 32, 16, 1024);
+      WF_UNROLL
+      for (int half = 0; half < 2; ++half)
+        wgmma<T, kTransposedB>(acc.half[half],
+                               wgmma_descriptor(L::a(ring.stage) + half * 8192 + k * 32, 16, 1024),
+                               b, (i | k) != 0);
+    }
+    wgmma_commit();
+    if (i > 0) {
+      wgmma_wait<1>();
+      free_stage<L>(previous);
+    }
+    previous = ring.stage;
+    ring.advance();
+  }
+  return previous;
+}
+
+template <class L>
+WF_DEVICE void finish_multiply(Accumulators<L::kBlockN>& acc, int last_stage, int slices) {
+  wgmma_wait<0>();
+  pin_registers(acc.half[0]);
+  pin_registers(acc.half[1]);
+  if (slices > 0) free_stage<L>(last_stage);
+}
+
+template <class T, class L, Direction kDirection>
+WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
+  constexpr int kBlockN = L::kBlockN;
+  const Problem& problem = params.problem;
+  RingPosition<L::kStages> ring;
+  const int step = cluster_count();
+  Work work = next_work(problem, cluster_index(), step);
+  for (int i = 0; work.slot < problem.tile_slots; ++i) {
+    const Work next = next_work(problem, work.slot + step, step);
+    const Phase& phase = problem.phases[work.phase];
+    if (i % kConsumers == consumer) {
+      Accumulators<kBlockN> acc;
+      WF_UNROLL
+      for (int half = 0; half < 2; ++half) WF_UNROLL
+      for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
+      const int m = work.pair * kCluster + cluster_rank();
+      prefetch_tile<T, kBlockN>(problem, params.epilogue, phase, m, work.n);
+      if (L::kKeepFilter) wait_for_filter<L>();
+      if (i > 0) wait_for_turn(consumer);
+      const int last = multiply<T, L, kDirection == Direction::kBackward>(acc, ring, phase.slices);
+      // The other consumer issues its first wgmma while the last ones of this tile are at work.
+      if (next.slot < problem.tile_slots) give_turn(consumer);
+      finish_multiply<L>(acc, last, phase.slices);
+      finish_tile<T, L>(acc, problem, params.epilogue, phase, m, work.n, consumer);
+    } else {
+      ring.skip(phase.slices);
+    }
+    work = next;
+  }
+}
+
+// --- the kernel ---
+
+template <class T, class L, Direction kDirection>
+WF_DEVICE void gemm(const Params<kDirection>& params) {
+  if (block_thread() == 0) {
+    for (int stage = 0; stage < L::kStages; ++stage) {
+      mbarrier_init(L::full(stage), 1);
+      mbarrier_init(L::empty(stage), L::kReaders);
+    }
+    if (L::kKeepFilter) mbarrier_init(L::filter(), 1);
+    fence_mbarrier_init();
+  }
+  sync_cluster();
+  const int uniform_warp = shuffle(block_thread() / 32, 0);  // uniform, and known to be
+  const int role = uniform_warp / 4;
+  if (role == kConsumers) {
+    give_registers<kProducerRegisters>();
+    if (uniform_warp == kConsumers * 4 && elect_one()) {
+      for (int i = 0; i < params.problem.num_phases; ++i)
+        if (params.problem.phases[i].slices > 0 && params.problem.phases[i].rows > 0)
+          prefetch_tensor_map(&params.a[i]);
+      prefetch_tensor_map(&params.b);
+      produce<L, kDirection>(params);
+    }
+  } else {
+    take_registers<kConsumerRegisters>();
+    consume<T, L, kDirection>(params, role);
+  }
+  if (is_broken(Fault::kJointExit)) return;
+  // Until both are done, the other block may still arrive at barriers of this one.
+  sync_cluster();
+}
+
+}  // namespace wf

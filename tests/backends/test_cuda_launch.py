@@ -1,0 +1,116 @@
+"""Launchers of the compiled kernels, on the emulated device: what they make of tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from wfnet.backends import cuda_launch
+from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
+
+POINTWISE = ConvGeometry()
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def check(result, truth, tolerance=4e-4):
+    error = (result.double() - truth).norm() / truth.norm()
+    assert error < tolerance, f"relative error {error:.1e}"
+
+
+@pytest.mark.parametrize("start", [8, 3], ids=["in place", "copied"])
+def test_tables_and_sums_that_are_columns_of_wider_ones(start):
+    """Read and written where they lie, neighbours untouched; odd offsets of tables are copied."""
+    x, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(16, 16, 1, 1).half() / 4
+    wide, sums = torch.randn(2, 80), torch.zeros(2, 40)
+    part = slice(start, start + 16)
+    scale, shift = wide[:, part], wide[:, 40:][:, part]
+    taken, _, stride = cuda_launch._tables(scale, shift)
+    assert (taken is scale) == (start == 8) == (stride == 80)
+    u = F.conv2d(x.double(), weight.double())
+    out = cuda_launch.conv2d(x, weight, POINTWISE, Epilogue(scale, shift)).out
+    check(out, u * scale[:, :, None, None] + shift[:, :, None, None])
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+    branch = torch.randn(2, 16, 3, 3).half()
+    below = LayerBelow(scale, branch=branch, t1=sums[:, part])
+    found = cuda_launch.conv2d_dgrad(x, weight, (2, 16, 3, 3), POINTWISE, None, below)
+    g = torch.nn.grad.conv2d_input((2, 16, 3, 3), weight.double(), x.double())
+    check(found.scaled_grad, scale[:, :, None, None] * g)
+    check(sums[:, part], (g * branch).sum((2, 3)), 2e-6)
+    assert not sums[:, :start].any()
+    assert not sums[:, start + 16 :].any()
+    assert found.grad is None
+
+
+def test_sums_of_different_strides_are_copied():
+    ag, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(16, 16, 1, 1).half() / 4
+    t0, t1 = torch.empty(2, 16), torch.empty(2, 20)[:, :16]
+    below = LayerBelow(torch.rand(2, 16), branch=torch.randn(2, 16, 3, 3).half(), t0=t0, t1=t1)
+    cuda_launch.conv2d_dgrad(ag, weight, (2, 16, 3, 3), POINTWISE, None, below)
+    g = torch.nn.grad.conv2d_input((2, 16, 3, 3), weight.double(), ag.double())
+    check(t0, g.sum((2, 3)), 2e-6)
+    check(t1, (g * below.branch).sum((2, 3)), 2e-6)
+
+
+def test_a_gradient_without_a_layer_takes_a_skip_gradient():
+    ag, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(16, 24, 1, 1).half() / 4
+    skip = torch.randn(2, 24, 3, 3)  # fp32: as a network without autocast between may bring it
+    found = cuda_launch.conv2d_dgrad(ag, weight, (2, 24, 3, 3), POINTWISE, skip)
+    g = torch.nn.grad.conv2d_input((2, 24, 3, 3), weight.double(), ag.double())
+    check(found.grad, g + skip.half())
+    assert found.scaled_grad is None
+
+
+def test_an_empty_batch_launches_nothing():
+    weight = torch.randn(24, 16, 3, 3).half()
+    epilogue = Epilogue(torch.rand(0, 24), save=True)
+    out, branch, mask = cuda_launch.conv2d(
+        weight.new_empty(0, 16, 5, 5), weight, POINTWISE, epilogue
+    )
+    assert out.shape == branch.shape == (0, 24, 3, 3)
+    assert mask is None
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("scale", torch.rand(2, 15)),
+        ("scale", torch.rand(2, 16).double()),
+        ("shift", torch.rand(1, 16)),
+        ("residual", torch.zeros(2, 16, 3, 3)),
+        ("residual", torch.zeros(2, 16, 3, 4).half()),
+        ("weight", torch.zeros(16, 8, 1, 1).half()),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_tensors_that_do_not_fit_are_refused(name, tensor):
+    """A kernel would read past them."""
+    weight = tensor if name == "weight" else torch.randn(16, 16, 1, 1).half()
+    given = {"scale": torch.rand(2, 16)} | ({name: tensor} if name != "weight" else {})
+    with pytest.raises(ValueError, match=f"^{name} must be "):
+        cuda_launch.conv2d(torch.randn(2, 16, 3, 3).half(), weight, POINTWISE, Epilogue(**given))
+
+
+def test_tensors_of_two_devices_are_refused():
+    x, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(16, 16, 1, 1).half()
+    with pytest.raises(ValueError, match="scale is on meta, the results are on cpu"):
+        cuda_launch.conv2d(x, weight, POINTWISE, Epilogue(torch.rand(2, 16, device="meta")))
+
+
+@pytest.mark.parametrize(
+    ("backward", "channels", "columns", "message"),
+    [
+        (False, 32, 8, None),
+        (False, 24, 64, "24 channels would fill less than half of a 64-deep slice"),
+        (True, 24, 64, None),
+        (True, 64, 24, "24 channels"),
+        (False, 64, 60, "multiples of 8"),
+    ],
+)
+def test_what_the_kernels_refuse(backward, channels, columns, message):
+    reason = cuda_launch.refuse(backward, (2, channels, 5, 5), (columns, channels, 3, 3), POINTWISE)
+    assert reason is None if message is None else message in reason

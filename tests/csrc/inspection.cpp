@@ -1,0 +1,281 @@
+// What Python tests look at beside the kernels' results: host-side arithmetic, single instructions
+// of the emulated device, and faults that it must name.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <string>
+#include <utility>
+
+#include "gemm.h"
+
+namespace py = pybind11;
+using namespace wf;
+
+namespace {
+
+py::dict axis_fields(const Axis& axis) {
+  py::dict fields;
+  fields["size"] = axis.size;
+  fields["out"] = py::make_tuple(axis.out_first, axis.out_step);
+  fields["base"] = py::make_tuple(axis.base, axis.base_step);
+  py::list taps, offsets;
+  for (int k = 0; k < axis.taps; ++k) taps.append(axis.tap(k)), offsets.append(axis.offset(k));
+  fields["taps"] = taps;
+  fields["offsets"] = offsets;
+  return fields;
+}
+
+Problem problem_of(const Convolution& conv, bool backward) {
+  return backward ? dgrad_problem(conv) : fprop_problem(conv);
+}
+
+// One 128 x 16k x 64 product by one warpgroup of each block of a cluster, with the descriptors that
+// the test asks for: what the emulation makes of right and wrong ones. d: [2 blocks][128
+// threads][32].
+struct Product {
+  TensorMap a, b;  // [64, 64] K-major; [64, 64], K-major or N-major
+  uint32_t leading, stride_a, stride_b, step_b;
+  bool transposed, fenced;
+  float* d;
+};
+
+template <bool kTransposed>
+void multiply_once(const Product& p) {
+  const uint32_t a = 0, b = 8192, barrier = 16384;
+  if (block_thread() == 0) {
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+  }
+  sync_cluster();
+  if (block_thread() == 0) {
+    mbarrier_arrive_expect(barrier, 16384);
+    tma_load_matrix(a, &p.a, barrier, 0, 0);
+    tma_load_matrix(b, &p.b, barrier, 0, 0);
+  }
+  mbarrier_wait(barrier, 0);
+  float d[32] = {};
+  if (p.fenced) wgmma_fence();
+  for (int k = 0; k < 4; ++k)
+    wgmma<Bf16, kTransposed>(d, wgmma_descriptor(a + k * 32, 16, p.stride_a),
+                             wgmma_descriptor(b + k * p.step_b, p.leading, p.stride_b), k > 0);
+  wgmma_commit();
+  wgmma_wait<0>();
+  for (int i = 0; i < 32; ++i) p.d[(cluster_rank() * kWarpgroup + block_thread()) * 32 + i] = d[i];
+  sync_cluster();
+}
+
+struct Memory {
+  float* input;   // [32]
+  float* output;  // [32]
+};
+
+// One fault each, in a cluster of two blocks of a warpgroup: the emulation must name it.
+void misuse(const std::string& name, const Memory& memory) {
+  const uint32_t barrier = 0;
+  if (block_thread() == 0) {
+    mbarrier_init(barrier, 1);
+    if (name != "unfenced barrier") fence_mbarrier_init();
+    if (name == "unannounced barrier") mbarrier_arrive(barrier, cluster_rank());
+  }
+  sync_cluster();
+  if (name == "unfenced barrier" && block_thread() == 0) mbarrier_wait(barrier, 0);
+  if (name == "too many bytes" && block_thread() == 0) mbarrier_arrive_expect(barrier, 1 << 20);
+  if (name == "named barrier") sync_block_named(8, kWarpgroup);
+  if (name == "arrival at a named barrier") arrive_block_named(8, kWarpgroup);
+  if (name == "parity") mbarrier_wait(barrier, 2);
+  if (name == "half a warp elects" && block_thread() % 32 < 16) elect_one();
+  if (name == "lanes apart at a named barrier") {
+    if (block_thread() % 32 < 16) shuffle_xor(0.0f, 1);
+    sync_block_named(1, kWarpgroup);
+  }
+  if (name == "lanes apart at a fence") {
+    if (block_thread() % 32 < 16) wgmma_fence();
+    sync_warp();
+  }
+  if (name == "part of a warp") sync_block_named(1, 48);
+  if (name == "three warps give registers" && block_thread() < 96) give_registers<40>();
+  if (name == "registers from nowhere") take_registers<256>();
+  if (name == "give more registers") give_registers<40>(), give_registers<48>();
+  if (name == "lanes apart at a shuffle") {
+    if (thread_index() % 32 == 3) shuffle_xor(1.0f, 1);
+    sync_warp();
+  }
+  if (name == "a warp waits alone" && thread_index() < 32) sync_block();
+  if (name == "shared outside") store_shared(16 * (block_thread() + 64), 0.0f);
+  if (name == "misaligned") load_constant(memory.input + 1);
+  if (name == "reads outside") load_global<float>(memory.input + 32);
+  if (name == "writes input") store_global(memory.input + thread_index() % 32, 0.0f);
+  if (name == "writes twice") store_global(memory.output + thread_index() % 31, 0.0f);
+  if (name == "unwritten is a number" && load_shared(16) == load_shared(16))
+    emulation::block().fail("shared memory begins as a number");
+  if (name == "arrival at an ended block") {
+    if (cluster_rank() == 1) return;
+    for (int i = 0; i < 1000; ++i) sync_warp();  // long enough for the other block to end
+    if (block_thread() == 0) mbarrier_arrive(barrier, 1);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(inspection, module) {
+  // Made of a tuple: batch, height, width, channels in and out, and four pairs.
+  py::class_<Convolution>(module, "Convolution").def(py::init([](const py::tuple& t) {
+    const auto number = [&](int i) { return t[i].cast<int>(); };
+    const auto pair = [&](int i) { return t[i].cast<std::pair<int, int>>(); };
+    const auto [filter, stride, pad, dilation] = std::array{pair(5), pair(6), pair(7), pair(8)};
+    return Convolution{number(0),    number(1),      number(2),      number(3),     number(4),
+                       filter.first, filter.second,  stride.first,   stride.second, pad.first,
+                       pad.second,   dilation.first, dilation.second};
+  }));
+  py::implicitly_convertible<py::tuple, Convolution>();
+
+  module.def("as_float", [](uint32_t bits, bool bf16) {
+    const float value = float_of_bits(bits);
+    return bits_of_float(bf16 ? to_float(from_float<Bf16>(value))
+                              : to_float(from_float<Fp16>(value)));
+  });
+
+  module.def(
+      "multiply_once",
+      [](uintptr_t a, uintptr_t b, uintptr_t d, bool transposed, uint32_t leading,
+         uint32_t stride_a, uint32_t stride_b, uint32_t step_b, bool fenced) {
+        const auto map = [](uintptr_t address) {
+          return TensorMap{matrix_map(reinterpret_cast<void*>(address), true, 64, 64, 64)};
+        };
+        emulation::Device& device = emulation::device();
+        device.memory.clear();
+        for (uintptr_t operand : {a, b}) device.memory.add(operand, 64 * 64 * 2, false, "operand");
+        const Product product{map(a),     map(b),   leading,
+                              stride_a,   stride_b, step_b,
+                              transposed, fenced,   reinterpret_cast<float*>(d)};
+        device.run(1, kCluster * kWarpgroup, kCluster * 17408, [&] {
+          transposed ? multiply_once<true>(product) : multiply_once<false>(product);
+        });
+      },
+      py::arg("a"), py::arg("b"), py::arg("d"), py::arg("transposed"), py::arg("leading"),
+      py::arg("stride_a"), py::arg("stride_b"), py::arg("step_b"), py::arg("fenced"));
+  module.def("misuse", [](const std::string& name) {
+    alignas(16) float input[64] = {}, output[64] = {};
+    const Memory memory{input, output};
+    emulation::Device& device = emulation::device();
+    device.memory.clear();
+    device.memory.add(reinterpret_cast<uintptr_t>(input), 128, false, "input");
+    device.memory.add(reinterpret_cast<uintptr_t>(output), 128, true, "output");
+    device.run(1, kCluster * kWarpgroup, kCluster * 1024, [&] { misuse(name, memory); });
+  });
+  // What the driver would say to the tensor map of phase 0 with one number changed.
+  module.def("refuse_changed_map",
+             [](const Convolution& conv, const std::string& name, int64_t value) -> py::object {
+               const Problem problem = problem_of(conv, false);
+               TensorMapParameters map = im2col_map(nullptr, true, problem, problem.phases[0]);
+               if (name == "address") map.address = reinterpret_cast<void*>(value);
+               if (name == "size") map.size[1] = value;
+               if (name == "stride") map.stride[2] = value;
+               if (name == "element_step") map.element_step[1] = static_cast<uint32_t>(value);
+               if (name == "lower") map.lower[0] = static_cast<int>(value);
+               if (name == "upper") map.upper[1] = static_cast<int>(value);
+               if (name == "channels") map.channels = static_cast<uint32_t>(value);
+               if (name == "pixels") map.pixels = static_cast<uint32_t>(value);
+               const char* reason = refuse_map(map);
+               return reason == nullptr ? py::object(py::none()) : py::str(reason);
+             });
+  module.def("problem", [](const Convolution& conv, bool backward) {
+    const Problem problem = problem_of(conv, backward);
+    py::dict fields;
+    py::list phases;
+    for (int i = 0; i < problem.num_phases; ++i) {
+      const Phase& phase = problem.phases[i];
+      py::dict p;
+      p["h"] = axis_fields(phase.h);
+      p["w"] = axis_fields(phase.w);
+      p["rows"] = phase.rows;
+      p["m_tiles"] = phase.m_tiles;
+      p["slices"] = phase.slices;
+      phases.append(p);
+    }
+    fields["phases"] = phases;
+    fields["block_n"] = problem.block_n;
+    fields["n_tiles"] = problem.n_tiles;
+    fields["tiled"] = problem.tiled;
+    fields["keep_filter"] = problem.keep_filter != 0;
+    fields["partial_rows"] = problem.partial_rows;
+    return fields;
+  });
+  // Tiles of every thread block in their order, [(phase, m, n), ...]; the blocks of a cluster
+  // follow each other. A tile that does not exist has m at or past the end.
+  module.def("schedule_of", [](const Convolution& conv, bool backward, int clusters) {
+    const Problem problem = problem_of(conv, backward);
+    std::vector<std::vector<std::tuple<int, int, int>>> blocks(clusters * kCluster);
+    for (int cluster = 0; cluster < clusters; ++cluster)
+      for (Work work = next_work(problem, cluster, clusters); work.slot < problem.tile_slots;
+           work = next_work(problem, work.slot + clusters, clusters))
+        for (int rank = 0; rank < kCluster; ++rank)
+          blocks[cluster * kCluster + rank].emplace_back(work.phase, work.pair * kCluster + rank,
+                                                         work.n);
+    return blocks;
+  });
+  // (sample, pixel) of the tensor that is written, for every row of a phase.
+  module.def("rows_of", [](const Convolution& conv, bool backward, int phase) {
+    const Problem problem = problem_of(conv, backward);
+    std::vector<std::pair<int, int64_t>> rows;
+    for (int m = 0; m < problem.phases[phase].rows; ++m) {
+      const Row row = row_at(problem, problem.phases[phase], m);
+      rows.emplace_back(row.sample, row.pixel);
+    }
+    return rows;
+  });
+  module.def("row_of", [](const Convolution& conv, bool backward, int phase, int row) {
+    const Problem problem = problem_of(conv, backward);
+    const Row r = row_at(problem, problem.phases[phase], row);
+    return std::make_pair(r.sample, r.pixel);
+  });
+  // (tap, offset_h, offset_w, channel) of every slice of a phase's sum.
+  module.def("slices_of", [](const Convolution& conv, bool backward, int phase) {
+    const Problem problem = problem_of(conv, backward);
+    std::vector<std::tuple<int, int, int, int>> slices;
+    const Phase& p = problem.phases[phase];
+    Slice slice(problem, p);
+    for (int i = 0; i < p.slices; ++i, slice.advance())
+      slices.emplace_back(slice.tap, slice.offset_h, slice.offset_w, slice.channel);
+    return slices;
+  });
+  // (sample, h, w) of the filter base of a row.
+  module.def("base_of", [](const Convolution& conv, bool backward, int phase, int row) {
+    const Base base = base_at(problem_of(conv, backward).phases[phase], row);
+    return std::make_tuple(base.sample, base.h, base.w);
+  });
+  // Row of the partial sums for (phase, m, sample), and the tiles that hold a sample.
+  module.def("partial_row",
+             [](const Convolution& conv, bool backward, int phase, int m, int sample) {
+               return partial_row(problem_of(conv, backward).phases[phase], m, sample);
+             });
+  module.def("tiles_of_sample", [](const Convolution& conv, bool backward, int phase, int sample) {
+    const TileRange tiles = tiles_of_sample(problem_of(conv, backward).phases[phase], sample);
+    return std::make_pair(tiles.first, tiles.last);
+  });
+  module.def("tensor_map", [](const Convolution& conv, bool backward, int phase) {
+    const Problem problem = problem_of(conv, backward);
+    const TensorMapParameters map = im2col_map(nullptr, true, problem, problem.phases[phase]);
+    py::dict fields;
+    const auto four = [](const auto& values) {
+      return py::make_tuple(values[0], values[1], values[2], values[3]);
+    };
+    fields["size"] = four(map.size);
+    fields["stride"] = four(map.stride);
+    fields["element_step"] = four(map.element_step);
+    fields["lower"] = py::make_tuple(map.lower[0], map.lower[1]);
+    fields["upper"] = py::make_tuple(map.upper[0], map.upper[1]);
+    fields["channels"] = map.channels;
+    fields["pixels"] = map.pixels;
+    return fields;
+  });
+  module.def("descriptor", [](uint32_t address, uint32_t leading, uint32_t stride) {
+    return wgmma_descriptor(address, leading, stride);
+  });
+  module.def("shared_bytes", [](int block_n, bool keep_filter) {
+    return block_n == 128 ? Layout<128, false>::kBytes
+           : keep_filter  ? Layout<64, true>::kBytes
+                          : Layout<64, false>::kBytes;
+  });
+}
