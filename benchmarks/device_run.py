@@ -45,34 +45,30 @@ NETWORKS = {
 # Tests of tests/gpu by file and -k expression: few share a process, because an illegal address
 # takes down all that come after it. Every test is in one of them.
 TESTS = {
-    "hopper-errors": ("test_cuda_gpu.py", "hopper and _error"),
-    "hopper-rest": ("test_cuda_gpu.py", "hopper and not _error"),
-    "portable-errors": ("test_cuda_gpu.py", "portable and _error"),
-    "portable-rest": ("test_cuda_gpu.py", "portable and not _error"),
-    "cuda-rest": ("test_cuda_gpu.py", "not portable and not hopper"),
-    "triton-conv": ("test_triton_gpu.py", "conv2d_error"),
-    "triton-errors": ("test_triton_gpu.py", "_error and not conv2d"),
-    "triton-rest": ("test_triton_gpu.py", "not _error"),
+    "hopper-errors": ("test_kernels_gpu.py", "cuda and _error"),
+    "hopper-rest": ("test_kernels_gpu.py", "cuda and not _error"),
+    "triton-conv": ("test_kernels_gpu.py", "triton and conv2d_error"),
+    "triton-errors": ("test_kernels_gpu.py", "triton and _error and not conv2d"),
+    "triton-rest": ("test_kernels_gpu.py", "not cuda and not _error"),
     "step": ("test_step_gpu.py", "test"),
     "run": ("test_run_gpu.py", "test"),
 }
 # One operation of one backend each, in bfloat16: what the measurements below need.
 SMOKE = {
-    "hopper-forward": ("test_cuda_gpu.py", "hopper and conv2d_error and bfloat16"),
-    "hopper-gradient": ("test_cuda_gpu.py", "hopper and chain_error and bfloat16"),
-    "hopper-linear": ("test_cuda_gpu.py", "hopper and linear_error and bfloat16"),
-    "triton-forward": ("test_triton_gpu.py", "conv2d_error and bfloat16"),
-    "triton-gradient": ("test_triton_gpu.py", "epilogues_error and bfloat16"),
-    "triton-linear": ("test_triton_gpu.py", "linear_error and bfloat16"),
+    "hopper-forward": ("test_kernels_gpu.py", "cuda and conv2d_error and bfloat16"),
+    "hopper-gradient": ("test_kernels_gpu.py", "cuda and chain_error and bfloat16"),
+    "hopper-linear": ("test_kernels_gpu.py", "cuda and linear_error and bfloat16"),
+    "triton-forward": ("test_kernels_gpu.py", "triton and conv2d_error and bfloat16"),
+    "triton-gradient": ("test_kernels_gpu.py", "triton and chain_error and bfloat16"),
+    "triton-linear": ("test_kernels_gpu.py", "triton and linear_error and bfloat16"),
 }
 _CONVOLVES = {
     "cuda": ("smoke-hopper-forward", "smoke-hopper-gradient"),
     "triton": ("smoke-triton-forward", "smoke-triton-gradient"),
 }
 _LINEAR = {"cuda": ("smoke-hopper-linear",), "triton": ("smoke-triton-linear",)}
-_PORTABLE = {"WFNET_CUDA_HOPPER": "0"}
-_SOURCES = ("wfnet", "kernels", "csrc", "benchmarks", "tests/gpu", "tests/cuda")
-_SUFFIXES = (".py", ".json", ".cu", ".cuh", ".cpp", ".h")
+_SOURCES = ("wfnet", "kernels", "csrc", "benchmarks", "tests/gpu", "tests/csrc")
+_SUFFIXES = (".py", ".json", ".cu", ".cpp", ".h")
 _GRACE = 5.0  # seconds between the signal that asks for a stack and the one that ends
 _LARGEST_ARCHIVED = 8 * 2**20
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -88,7 +84,6 @@ class Stage:
         limit: seconds after which it is killed.
         needs: stages without which it means nothing. One that failed leaves it out; one that was
             out of time, or did not run, does not.
-        instead: environment with which it runs although a need has failed.
     """
 
     name: str
@@ -96,7 +91,6 @@ class Stage:
     limit: float
     needs: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
-    instead: dict[str, str] = field(default_factory=dict)
 
 
 # -- the plan --------------------------------------------------------------------------------------
@@ -122,7 +116,7 @@ class Plan:
         return [
             self.own("facts", 90),
             self.own("build", 240),
-            *self.on_device(Stage("first-steps", python("tests/cuda/first_steps.py"), 120)),
+            *self.on_device(Stage("first-steps", python("tests/csrc/first_steps.py"), 120)),
             *self.tests(SMOKE, "smoke", 60),
             self.step("resnet18", "cuda", *compiled),
             self.step("resnet18", "triton", *compiled),
@@ -172,12 +166,11 @@ class Plan:
         columns = ("eager", *columns, *(f"wfnet/{backend}/{how}" for how in hows))
         words = f"benchmarks/bench_step.py --models {model} {self.sizes} --no-share-images"
         words += f" --output {{results}}/{name}.json --columns {' '.join(columns)}"
-        return Stage(name, python(*words.split()), 180, *self.kernels(backend, network))
+        return Stage(name, python(*words.split()), 180, self.kernels(backend, network))
 
-    def kernels(self, backend: str, network: str) -> tuple:
-        """Returns needs, environment and what runs instead, of a stage that measures a backend."""
-        needs = (_LINEAR if network.startswith("vit") else _CONVOLVES).get(backend, ())
-        return needs, {}, _PORTABLE if backend == "cuda" else {}
+    def kernels(self, backend: str, network: str) -> tuple[str, ...]:
+        """Returns the needs of a stage that measures a backend."""
+        return (_LINEAR if network.startswith("vit") else _CONVOLVES).get(backend, ())
 
     def plan(self, network: str) -> Stage:
         name, model = f"plan-{network}", NETWORKS[network]
@@ -196,7 +189,7 @@ class Plan:
             words += " --workers 1 --threads 1 --device cpu"
         command = python("benchmarks/whole_run.py", *words.split())
         command += ("--output", f"{{results}}/{name}.json")
-        return Stage(name, command, 400, *self.kernels("cuda", network))
+        return Stage(name, command, 400, self.kernels("cuda", network))
 
     def sanitizer(self, tool: str) -> tuple[Stage, ...]:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
@@ -259,12 +252,10 @@ def facts(device: str, output: str) -> None:
 
 def build(device: str, output: str) -> None:
     """Compiles the kernels for this device where they are missing; on the CPU, their emulation."""
-    command, environment = [sys.executable, str(ROOT / "csrc/build.py")], dict(os.environ)
+    command = [sys.executable, str(ROOT / "csrc/build.py")]
     if device == "cpu":
         command.append("--emulated")
     else:
-        import torch
-
         from wfnet.backends import cuda_launch
 
         missing = cuda_launch.library().missing
@@ -272,10 +263,7 @@ def build(device: str, output: str) -> None:
             print("wfnet._C is usable as it is")
             return
         print(missing)
-        major, minor = torch.cuda.get_device_capability()
-        hopper = "a" if (major, minor) == (9, 0) else ""
-        environment.setdefault("WFNET_CUDA_ARCHS", f"{major}.{minor}{hopper}")
-    sys.exit(subprocess.run(command, env=environment, check=False).returncode)
+    sys.exit(subprocess.run(command, check=False).returncode)
 
 
 # -- processes -------------------------------------------------------------------------------------
@@ -396,20 +384,15 @@ class Runner:
     def run_stage(self, stage: Stage, record: dict) -> None:
         failed = {one["name"] for one in self.records if one["status"] == "failed"}
         broken = [name for name in stage.needs if name in failed]
-        environment = {**self.environment, **stage.environment}
         if broken:
-            record["note"] = f"{', '.join(broken)} failed"
-            if not stage.instead:
-                record["status"] = "left out"
-                return
-            environment |= stage.instead
-            record["instead"] = stage.instead
+            record |= {"status": "left out", "note": f"{', '.join(broken)} failed"}
+            return
         left = self.end - time.monotonic()
         if left < min(stage.limit / 4, 30):
             record["status"] = "no time left"
             return
         make_importable(self.output / "site")
-        process = Process(stage, self.output, environment)
+        process = Process(stage, self.output, {**self.environment, **stage.environment})
         record["command"] = " ".join(process.command)
         try:
             record["status"] = process.wait(min(stage.limit, left))

@@ -72,6 +72,30 @@ def emulated_cuda(emulated_kernels, monkeypatch) -> ModuleType:
 
 
 @pytest.fixture
+def exact_interpreter(monkeypatch):
+    """Undoes two novelties of Triton 3.9's interpreter.
+
+    It spreads the result of a scalar comparison as integers, and then refuses a mask that is
+    combined with it ("mask has unsupported dtype"). And it rounds fp32 to TF32 where a tensor
+    descriptor allows it, as devices do: here indices are tested, by numbers that are exact.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    spread = interpreter.InterpreterBuilder.create_splat
+
+    def create_splat(self, *arguments):
+        scalar = arguments[-1]
+        found = spread(self, *arguments)
+        if np.asarray(scalar.data).dtype != np.bool_:
+            return found
+        return interpreter.TensorHandle(found.data.astype(np.bool_), tl.int1)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", create_splat)
+    monkeypatch.setattr(interpreter, "_round_f32_to_tf32", lambda data: data, raising=False)
+
+
+@pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """`train/` with 6 and `val/` with 2 images for each of three classes, in five formats."""
     root = tmp_path / "images"

@@ -5,12 +5,9 @@ kernels must be decorated with TRITON_INTERPRET=1 set, and interpreted kernels c
 The interpreter's bf16 products are wrong, so bf16 is tested on devices only (tests/gpu).
 """
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton.language as tl
-from triton.runtime import interpreter
 from wfnet.kernels.config import GemmConfig
 from wfnet.kernels.conv_dgrad import conv_dgrad
 from wfnet.kernels.conv_fprop import conv_fprop
@@ -38,25 +35,7 @@ GATHER = GemmConfig("gather", 64, 16, 16, 4, 2)
 FLAT = GemmConfig("flat", 32, 16, 16, 4, 2)
 
 
-@pytest.fixture(autouse=True)
-def exact_interpreter(monkeypatch):
-    """Undoes two novelties of Triton 3.9's interpreter.
-
-    It spreads the result of a scalar comparison as integers, and then refuses a mask that is
-    combined with it ("mask has unsupported dtype"). And it rounds fp32 to TF32 where a tensor
-    descriptor allows it, as devices do: here indices are tested, by numbers that are exact.
-    """
-    spread = interpreter.InterpreterBuilder.create_splat
-
-    def create_splat(self, *arguments):
-        scalar = arguments[-1]
-        found = spread(self, *arguments)
-        if np.asarray(scalar.data).dtype != np.bool_:
-            return found
-        return interpreter.TensorHandle(found.data.astype(np.bool_), tl.int1)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", create_splat)
-    monkeypatch.setattr(interpreter, "_round_f32_to_tf32", lambda data: data, raising=False)
+pytestmark = pytest.mark.usefixtures("exact_interpreter")
 
 
 @pytest.fixture(autouse=True)

@@ -234,7 +234,7 @@ def test_fused_network(emulated_cuda, launched, name):
 
     exact = run("reference", torch.float64)
     mine, eager = run("cuda", torch.float32), run("eager", torch.float32)
-    assert nets["cuda"]._fusion[1] is not None, "the network runs unfused"
+    assert nets["cuda"]._fusion.network is not None, "the network runs unfused"
     # Forward of the five convolutions behind the expanded stem; gradients of all of them.
     assert launched[-10:] == ["fprop"] * 5 + ["dgrad"] * 5
     for result, theirs, truth in zip(mine, eager, exact, strict=True):

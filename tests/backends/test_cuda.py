@@ -70,19 +70,17 @@ def test_a_missing_extension_is_refused_with_the_remedy(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hopper", "message"),
+    ("capability", "message"),
     [
-        ((9, 0), None, None),
-        ((9, 0), "0", "WFNET_CUDA_HOPPER=0 switches"),
-        ((8, 0), None, "compute capability 9.0 .Hopper., and the device has 8.0; .* 'triton'"),
-        ((10, 0), None, "the device has 10.0"),
+        ((9, 0), None),
+        ((8, 0), "compute capability 9.0 .Hopper., and the device has 8.0; .* 'triton'"),
+        ((10, 0), "the device has 10.0"),
     ],
 )
-def test_other_devices_are_refused_with_the_remedy(monkeypatch, capability, hopper, message):
+def test_other_devices_are_refused_with_the_remedy(monkeypatch, capability, message):
     built = cuda_launch.Library(SimpleNamespace(emulated=False), None)
     monkeypatch.setattr(cuda_launch, "library", lambda: built)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setenv("WFNET_CUDA_HOPPER", hopper or "1")
     x = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0))
     found = cuda._refuse_tensor(x)
     assert found is None if message is None else re.search(message, found)

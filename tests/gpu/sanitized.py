@@ -3,85 +3,68 @@
 import sys
 
 import torch
-from wfnet.kernels.conv_dgrad import conv_dgrad
-from wfnet.kernels.epilogue_bwd import LayerBelow
-from wfnet.kernels.gate import GatedLayer, GateTables
 
 import wfnet.functional as wf
-from wfnet.backends import contract, cuda, cuda_launch
-from wfnet.gate_tables import GatedLayer as TableLayer
+from wfnet import backends
+from wfnet.backends import cuda
+from wfnet.backends.contract import ConvGeometry, LayerBelow
+from wfnet.gate_tables import GatedLayer
+
+DEVICE = "cuda"
 
 
-def conv_steps(backend: str) -> None:
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.randn(*shape, device=DEVICE, dtype=dtype)
+
+
+def convolutions(backend: str) -> None:
     """Forward and backward of masked convolutions, with labels and sources out of range."""
     for channels, kernel, stride, size in (
         (16, 3, 1, 7),
-        (16, 3, 2, 8),
-        (16, 1, 1, 7),
+        (40, 3, 2, 8),
+        (40, 1, 1, 7),
         (3, 7, 2, 9),
     ):
-        x = torch.randn(2, channels, size, size, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(24, channels, kernel, kernel, device="cuda", dtype=torch.bfloat16)
-        alpha = torch.randn(5, 24, device="cuda", requires_grad=True)
-        forget = torch.tensor([[0, 1], [7, -1], [2, 2]], device="cuda")
-        source = torch.tensor([0, 1, 1], device="cuda")
-        y = wf.wf_conv2d(
-            x.requires_grad_(), weight, None, alpha, None, forget, stride, kernel // 2,
-            source=source, backend=backend,
-        )  # fmt: skip
-        y.backward(torch.ones_like(y))
+        weight = randn(24, channels, kernel, kernel)
+        alpha = torch.randn(5, 24, device=DEVICE, requires_grad=True)
+        forget = torch.tensor([[0, 1], [7, -1], [2, 2]], device=DEVICE)
+        for source in (None, torch.tensor([0, 1, 1], device=DEVICE)):
+            x = randn(3 if source is None else 2, channels, size, size).requires_grad_()
+            geometry = (stride, kernel // 2)
+            how = {"source": source, "backend": backend}
+            y = wf.wf_conv2d(x, weight, None, alpha, None, forget, *geometry, **how)
+            y.backward(torch.ones_like(y))
 
 
-def linear_steps(backend: str) -> None:
+def linear_maps(backend: str) -> None:
     """Flat tiles that meet one, two and many samples."""
     for tokens in (1, 49, 130):
-        x = torch.randn(3, tokens, 32, device="cuda", dtype=torch.float16, requires_grad=True)
-        weight = torch.randn(40, 32, device="cuda", dtype=torch.float16)
-        alpha = torch.randn(5, 40, device="cuda", requires_grad=True)
+        x = randn(3, tokens, 32, dtype=torch.float16).requires_grad_()
+        weight = randn(40, 32, dtype=torch.float16)
+        alpha = torch.randn(5, 40, device=DEVICE, requires_grad=True)
         y = wf.wf_linear(x, weight, None, alpha, None, 3, backend=backend)
         y.backward(torch.ones_like(y))
 
 
-def fused_steps() -> None:
-    """Column sums in the epilogue, and the tables of a network."""
-    ag = torch.randn(3, 7, 7, 32, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(32, 3, 3, 16, device="cuda", dtype=torch.bfloat16)
-    below = LayerBelow(
-        torch.randn(3, 7, 7, 16, device="cuda", dtype=torch.bfloat16),
-        torch.rand(3, 16, device="cuda"),
-        torch.rand(3, 16, device="cuda"),
-        relu=True,
-    )
-    conv_dgrad(ag, weight, (7, 7), below, padding=(1, 1), want=("scaled_grad", "t0", "t1"))
-    tables = GateTables([GatedLayer(torch.randn(5, 20, device="cuda"))])
-    forget = torch.tensor([[1], [9], [-1]], device="cuda")
-    tables.scale_and_shift(forget)
-    tables.backward(forget, tables.empty(3).zero_(), tables.empty(3).zero_())
-
-
-def compiled_chain() -> None:
+def chain(backend: str) -> None:
     """A link of the backward chain, its top, and the tables of a network; both widths of tiles."""
+    kernels = backends.get(backend)
     for channels in (16, 136):
-        ag = torch.randn(3, 32, 4, 4, device="cuda", dtype=torch.bfloat16)
-        weight = torch.randn(32, channels, 3, 3, device="cuda", dtype=torch.bfloat16)
-        branch = torch.randn(3, channels, 7, 7, device="cuda", dtype=torch.bfloat16)
-        scale, shift, t1, t0 = torch.rand(4, 3, channels, device="cuda").unbind()
-        below = contract.LayerBelow(scale, shift, branch, None, True, t1, t0, need_grad=True)
-        geometry = contract.ConvGeometry((2, 2), (1, 1))
-        cuda.backend.conv2d_dgrad(ag, weight, tuple(branch.shape), geometry, branch, below)
-        cuda.backend.epilogue_backward(branch.mean((2, 3), keepdim=True).expand_as(branch), below)
-    tables = cuda.backend.gate_tables([TableLayer(torch.randn(5, 20, device="cuda"))])
-    step = tables(torch.tensor([[1], [9], [-1]], device="cuda"), save=True)
-    step.gradients()
+        ag, weight, branch = randn(3, 32, 4, 4), randn(32, channels, 3, 3), randn(3, channels, 7, 7)
+        scale, shift, t1, t0 = torch.rand(4, 3, channels, device=DEVICE).unbind()
+        below = LayerBelow(scale, shift, branch, relu=True, t1=t1, t0=t0, need_grad=True)
+        geometry = ConvGeometry((2, 2), (1, 1))
+        kernels.conv2d_dgrad(ag, weight, tuple(branch.shape), geometry, branch, below)
+        kernels.epilogue_backward(branch.mean((2, 3), keepdim=True).expand_as(branch), below)
+    tables = kernels.gate_tables([GatedLayer(torch.randn(5, 20, device=DEVICE))])
+    tables(torch.tensor([[1], [9], [-1]], device=DEVICE), save=True).gradients()
 
 
 if __name__ == "__main__":
-    conv_steps("triton")
-    linear_steps("triton")
-    fused_steps()
-    if cuda_launch.library().missing is None:
-        conv_steps("cuda")
-        linear_steps("cuda")
-        compiled_chain()
+    names = ["triton"] if cuda._refuse_tensor(randn(1)) else ["triton", "cuda"]
+    for name in names:
+        convolutions(name)
+        linear_maps(name)
+        chain(name)
     torch.cuda.synchronize()
     print("every kernel ran", file=sys.stderr)

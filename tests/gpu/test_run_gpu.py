@@ -34,9 +34,14 @@ def opened(folder, place="cuda", **options):
 def run(data, workers: int):
     net = wrap(models.create("resnet", len(CLASS_NAMES), 3, seed=0, width=16), len(CLASS_NAMES))
     config = UntrainConfig.recipe(
-        "balanced", len(CLASS_NAMES), steps=STEPS, batch_size=8, amp="bfloat16", workers=workers,
+        "balanced",
+        len(CLASS_NAMES),
+        steps=STEPS,
+        batch_size=8,
+        amp="bfloat16",
+        workers=workers,
         validations_per_epoch=0.2,
-    )  # fmt: skip
+    )
     result = untrain(net.cuda(), data.train, data.validation, config, progress=False)
     return torch.cat([p.detach().flatten() for p in net.filter_parameters()]).cpu(), result
 

@@ -8,6 +8,7 @@ from closeness import assert_as_good
 from torch import nn
 
 import wfnet
+from wfnet.backends import cuda
 from wfnet.gate_tables import flatten_filters
 from wfnet.untraining.expansion import expand
 from wfnet.untraining.objectives import BalancedObjective
@@ -20,17 +21,33 @@ pytestmark = [
 ]
 
 CLASSES = 10
-BACKENDS = ["eager", "triton"]
+BACKENDS = ["eager", "triton", "cuda"]
+
+
+@pytest.fixture(autouse=True)
+def usable(request):
+    """Skips what backend ``cuda`` cannot run here."""
+    named = getattr(getattr(request.node, "callspec", None), "params", {}).get("backend")
+    refusal = named == "cuda" and cuda._refuse_tensor(torch.empty(0, device="cuda").bfloat16())
+    if refusal:
+        pytest.skip(refusal)
 
 
 def network(backend: str) -> wfnet.WFNet:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Conv2d(3, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(64, 64, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
         nn.Linear(64, CLASSES),
-    )  # fmt: skip
+    )
     net = wfnet.WFNet(model.eval(), CLASSES, fuse=True, backend=backend).cuda()
     return net.to(memory_format=torch.channels_last)
 
@@ -49,9 +66,13 @@ def run(backend: str, capture: bool, accumulate: int = 1):
     losses = []
     with flatten_filters(net.filter_parameters()) as flat:
         step = UntrainingStep(
-            net, BalancedObjective(), RowAdam(net.filter_parameters()), torch.bfloat16, True,
+            net,
+            BalancedObjective(),
+            RowAdam(net.filter_parameters()),
+            torch.bfloat16,
+            True,
             capture=capture,
-        )  # fmt: skip
+        )
         parts = list(minibatches(sizes))
         for number, start in enumerate(range(0, len(parts), accumulate)):
             found = step(parts[start : start + accumulate], lr=0.2 / (number + 1))
@@ -75,9 +96,13 @@ def test_replays_allocate_nothing_and_wait_for_nothing(backend: str):
     net = network(backend)
     with flatten_filters(net.filter_parameters()):
         step = UntrainingStep(
-            net, BalancedObjective(), RowAdam(net.filter_parameters()), torch.bfloat16, True,
+            net,
+            BalancedObjective(),
+            RowAdam(net.filter_parameters()),
+            torch.bfloat16,
+            True,
             capture=True,
-        )  # fmt: skip
+        )
         parts = [(images.cuda(), batch.to("cuda")) for images, batch in minibatches([8] * 8)]
         for part in parts:
             step([part], lr=0.1)

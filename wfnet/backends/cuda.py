@@ -52,8 +52,6 @@ def _refuse_tensor(x: Tensor) -> str | None:
             "the CUDA kernels need compute capability 9.0 (Hopper), and the device has "
             f"{major}.{minor}; take the backend 'triton'"
         )
-    if os.environ.get("WFNET_CUDA_HOPPER") == "0":
-        return "WFNET_CUDA_HOPPER=0 switches the CUDA kernels off"
     return None
 
 
