@@ -150,6 +150,12 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torc
         )
 
 
+def _name_of(dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
+        raise ValueError(REFUSED_DTYPE.format(dtype))
+    return DTYPES[dtype]
+
+
 def _launch(
     function: str, reads: dict[str, Tensor | None], writes: dict[str, Tensor | None], **numbers
 ) -> None:
@@ -254,7 +260,7 @@ def conv2d(x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
             **sizes,
             table_stride=stride,
             relu=epilogue.relu,
-            dtype=DTYPES[x.dtype],
+            dtype=_name_of(x.dtype),
         )
     out = _channels_first(out)
     masked = epilogue.save and epilogue.relu and residual is not None
@@ -314,7 +320,7 @@ def conv2d_dgrad(
             table_stride=stride,
             relu=below.relu,
             total_stride=sums.stride,
-            dtype=DTYPES[dtype],
+            dtype=_name_of(dtype),
         )
         sums.copy()
     return LayerGradient(_channels_first(grad), _channels_first(scaled))
