@@ -1,0 +1,233 @@
+"""Running a plan: outputs and gradients of the unfused network, and what is kept meanwhile."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import wfnet
+from wfnet import fusion
+
+timm = pytest.importorskip("timm")
+torchvision = pytest.importorskip("torchvision")
+
+CLASSES = 5
+
+
+def images(count: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.randn(count, 3, size, size, dtype=torch.float64)
+
+
+def small_vgg(make) -> nn.Module:
+    model = make(num_classes=CLASSES, init_weights=False)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Sequential(
+        nn.Linear(512, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, CLASSES)
+    )
+    return model
+
+
+def timm_model(name: str, **options) -> nn.Module:
+    return timm.create_model(name, num_classes=CLASSES, **options)
+
+
+NETWORKS = {
+    "toy": lambda toy: toy(),
+    "toy with biases": lambda toy: toy(bias=True, inplace=False),
+    "torchvision resnet18": lambda toy: torchvision.models.resnet18(num_classes=CLASSES),
+    "torchvision vgg11_bn": lambda toy: small_vgg(torchvision.models.vgg11_bn),
+    "torchvision shufflenet": lambda toy: torchvision.models.shufflenet_v2_x0_5(
+        num_classes=CLASSES
+    ),
+    "timm resnet26": lambda toy: timm_model("resnet26", channels=(8, 16, 16, 16), stem_width=8),
+    "timm mobilenetv3": lambda toy: timm_model("mobilenetv3_small_050"),
+    "timm densenet": lambda toy: timm_model("densenet121", block_config=(2, 2), growth_rate=8),
+    "timm convnext": lambda toy: timm_model(
+        "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)
+    ),
+    "timm res2net": lambda toy: timm_model("res2net50_26w_4s", layers=(1, 1, 1, 1), base_width=8),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_equals_the_unfused_network(name, toy, pair_of, check_equal):
+    torch.manual_seed(0)
+    check_equal(*pair_of(NETWORKS[name](toy)), images())
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        {"kernel_size": (2,)},
+        {"kernel_size": 3, "stride": (2,), "padding": (1,)},
+        {"kernel_size": (2, 3), "stride": (1, 2), "ceil_mode": True},
+        {"kernel_size": 2, "stride": 1, "dilation": 2},
+    ],
+    ids=str,
+)
+def test_poolings_finish_the_layer_below(window, pair_of, check_equal):
+    """However the window is written."""
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(**window)),
+        *(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(**window)),
+        *(nn.Flatten(), nn.LazyLinear(CLASSES)),
+    )
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 20, 20))
+    net, fused = pair_of(model)
+    check_equal(net, fused, images(size=20))
+    steps = fusion.make_plan(net.model).steps
+    finished = [step.finishes for step in steps if isinstance(step, fusion.CallStep)]
+    assert sum(step is not None for step in finished) == 2
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("labels", [3, torch.tensor([0, -1, 4]), torch.tensor([[1], [1], [2]])])
+def test_without_source(labels, channels_last, toy, pair_of):
+    net, fused = pair_of(toy(bias=True))
+    x = images(size=9)
+    if channels_last:
+        fused = fused.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fused(x, labels), net(x, labels), rtol=1e-11, atol=1e-12)
+
+
+def test_mixed_rows_while_evaluating_and_the_original_network(toy, randomised, pair_of):
+    base = randomised(toy(bias=True))
+    net, fused = pair_of(base)
+    x = images(2, 9)
+    source, labels = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 4, 2, -1, 1])
+    with torch.inference_mode():
+        found = fused(x, labels, source)
+        torch.testing.assert_close(found, net(x, labels, source), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(found[3:4], base(x[1:]), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(fused(x, -1), base(x), rtol=1e-11, atol=1e-12)
+        assert torch.equal(fused(x), base(x))
+    assert fused.fused_network(x) is not None
+
+
+def test_a_plan_made_while_evaluating_can_be_trained(toy, pair_of, check_equal):
+    net, fused = pair_of(toy())
+    x = images()
+    with torch.inference_mode():
+        fused(x, 1)
+    check_equal(net, fused, x)
+
+
+def test_prefix_and_stem_run_once_per_source_image(network_of, pair_of):
+    seen = []
+
+    class Stem(nn.Module):
+        def forward(self, x):
+            seen.append(x.shape[0])
+            return x * 2
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv = Stem(), nn.Conv2d(3, 3, 3, padding=1)
+            self.fc = nn.Linear(3, CLASSES)
+
+        def forward(self, x):
+            x = self.stem(x)
+            return self.fc((self.conv(x) + x).mean((2, 3)))
+
+    net, fused = pair_of(Net())
+    x = images(2, 6)
+    source, labels = torch.tensor([0, 0, 0, 1, 1, 1]), torch.tensor([0, 1, 2, 3, 4, -1])
+    expected = net(x, labels, source)
+    fused(x, labels, source)
+    seen.clear()
+    torch.testing.assert_close(fused(x, labels, source), expected)
+    assert seen == [2]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["at once", "one by one"])
+def test_gradients_of_a_run_come_in_the_order_of_the_filters(several, network_of, pair_of):
+    """With a layer that does not fold among those that do; into one matrix as a step has it."""
+
+    def body(net, x):
+        return net.conv(net.linear(net.conv(x).movedim(1, -1)).movedim(-1, 1))
+
+    model = network_of(body, linear=nn.Linear(8, 8), conv=nn.Conv2d(8, 8, 3))
+    net, fused = pair_of(model, targets=[nn.Conv2d, "linear"])
+    x, labels = images(size=12), torch.tensor([1, 0, 4])
+    net(x, labels).square().sum().backward()
+    network = fused.fused_network(x)
+    assert all(a is b for a, b in zip(network.filters(), fused.filter_parameters(), strict=True))
+    run = network.start(x, labels[:, None], None)
+    logits = run.forward()
+    into = torch.empty(CLASSES, sum(f.shape[1] for f in network.filters())).double()
+    found = run.backward(2 * logits, None if several else into)
+    for gradient, parameter in zip(found, net.filter_parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-12)
+        assert several or gradient.untyped_storage().data_ptr() == into.data_ptr()
+
+
+@pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
+def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate, bfloat16_errors):
+    _, error, unfused = bfloat16_errors(gate, True)
+    assert error <= 2 * unfused
+
+
+# -- what is kept from forward to backward ---------------------------------------------------------
+
+
+class Live(TorchDispatchMode):
+    """How many bytes of what was made inside are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor) and result.device.type != "meta":
+                storage = result.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.made[reference.cdata] = (reference, storage.nbytes())
+        return results
+
+    def bytes(self) -> int:
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def kept_by(net: wfnet.WFNet, x: torch.Tensor) -> float:
+    """Bytes that wait for the backward pass, in activations of 8 channels."""
+    net(x, 1)
+    with Live() as live:
+        out = net(x, 1).sum()
+        kept = live.bytes()
+    out.backward()
+    return kept / (x.shape[0] * 8 * x.shape[2] * x.shape[3] * 8)
+
+
+def conv() -> nn.Conv2d:
+    return nn.Conv2d(8, 8, 3, padding=1, bias=False)
+
+
+def test_calls_keep_no_more_than_autograd_needs(network_of, pair_of):
+    """A branch and what the activation keeps, per layer: neither the clone of an activation in
+    place, nor results that nobody needs."""
+    layers = 6
+    norms = [timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU) for _ in range(layers)]
+    model = network_of(nn.Sequential(*(nn.Sequential(conv(), norm) for norm in norms)))
+    net, fused = pair_of(model)
+    x = images(4)
+    assert kept_by(fused, x) < 2 * layers + 1.5
+    assert kept_by(fused, x) < kept_by(net, x)
+
+
+def test_sums_concatenations_and_views_keep_nothing(network_of, pair_of, check_equal):
+    def body(net, x):
+        y = torch.cat([net.first(x), x + 1], 1)
+        y = F.pad(y, [1, 1, 1, 1])[:, :, 1:-1, 1:-1]
+        return net.second(y[:, :8] - y[:, 8:])
+
+    net, fused = pair_of(network_of(body, first=conv(), second=conv()))
+    assert kept_by(fused, images(4)) < 3.5  # the branches of three convolutions
+    check_equal(net, fused, images())

@@ -1,0 +1,83 @@
+"""A fused network as an autograd node: gradients that repeat, and what is refused."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+CLASSES = 5
+
+
+@pytest.fixture(params=["plan", "trunk"])
+def pair(request, toy, small_vit, pair_of):
+    return pair_of(toy(bias=True) if request.param == "plan" else small_vit())
+
+
+def test_gradients_repeat_bit_by_bit_and_accumulate(pair):
+    net, fused = pair
+    labels, found = torch.tensor([1, 1, 0]), []
+    for _ in range(3):
+        fused.zero_grad()
+        fused(IMAGES, labels).square().sum().backward()
+        found.append([p.grad.clone() for p in fused.filter_parameters()])
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+    for network in (net, fused):
+        network.zero_grad()
+        for _ in range(2):
+            network(IMAGES, labels).square().sum().backward()
+    for mine, other in zip(fused.filter_parameters(), net.filter_parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-12)
+
+
+def test_a_second_backward_pass_and_a_double_one_raise(pair):
+    _, fused = pair
+    out = fused(IMAGES, 1).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward()
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(fused(IMAGES, 1).sum(), fused.filter_parameters(), create_graph=True)
+
+
+def test_filters_changed_before_backward_raise(pair):
+    _, fused = pair
+    out = fused(IMAGES, 1).sum()
+    with torch.no_grad():
+        fused.filter_parameters()[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
+def test_images_that_need_a_gradient_and_no_labels_run_unfused(pair):
+    net, fused = pair
+    images = IMAGES.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(net(images, 1).sum(), images)
+    (found,) = torch.autograd.grad(fused(images, 1).sum(), images)
+    assert torch.equal(found, expected)
+    with torch.no_grad():
+        assert torch.equal(fused(IMAGES), net.bake(None)(IMAGES))
+
+
+def test_out_of_range_labels_are_refused_before_work(pair):
+    with pytest.raises(ValueError, match="forget label 5 is out of range"):
+        pair[1](IMAGES, torch.tensor([0, 5, 1]))
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        return self.fc(self.conv(x if x.sum() > 0 else -x).mean((2, 3)))
+
+
+def test_runs_unfused_with_a_line_in_the_log(caplog, pair_of):
+    net, fused = pair_of(Branching())
+    with caplog.at_level(logging.WARNING, logger="wfnet"):
+        torch.testing.assert_close(fused(IMAGES, 1), net(IMAGES, 1))
+    assert "Branching runs unfused: torch.fx cannot trace it" in caplog.text
+    assert "\n" not in caplog.records[0].getMessage()
