@@ -99,12 +99,59 @@ class AsksForCodec:
         ({"data": np.zeros((2, 3), np.uint8), "labels": [0, 1]}, "it lacks `data`"),
         ({"data": np.zeros((2, 3072), np.uint8), "labels": [0]}, "it lacks `data`"),
         ({"data": np.zeros((1, 3072), np.uint8), "labels": ["a"]}, "labels are not integers"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [True]}, "labels are not integers"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": [10]}, "labels are not 0 to 9"),
+        ({"data": np.zeros((1, 3072), np.float32), "labels": [1]}, "'f4', which is refused"),
         ([1, 2], "it lacks `data`"),
     ],
 )
 def test_pickles_build_arrays_and_nothing_else(value, message):
     with pytest.raises(ValueError, match=message):
         decode_pickle("batch", pickle.dumps(value, protocol=2))
+
+
+class Raw:
+    """Pickles as a numpy array with a state of one's own."""
+
+    def __init__(self, *state):
+        self.state = state
+
+    def __reduce__(self):
+        return np.ndarray(0, np.uint8).__reduce__()[0], (np.ndarray, (0,), b"b"), self.state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        (1, (1 << 40, 3072), np.dtype("u1"), False, b"x"),
+        (1, (-1, 3072), np.dtype("u1"), False, bytes(3072)),
+        (1, (1,), np.dtype("O"), False, b"12345678"),
+        (1, (1,), np.dtype([("a", "u1")]), False, b"1"),
+        (1, (1, 3072), np.dtype("u1"), False, [1] * 3072),
+        (1, (1, 3072), None, False, bytes(3072)),
+        ({}, (), 0),
+    ],
+)
+def test_crafted_arrays_are_refused(state):
+    content = pickle.dumps({"data": Raw(*state), "labels": [1]}, protocol=2)
+    with pytest.raises(ValueError, match=r"is not a CIFAR-10 batch|truncated or damaged"):
+        decode_pickle("batch", content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"N" + b"r\xff\xff\xff\x7f.",  # a memo of two thousand million entries
+        b"cnumpy\nndarray\n}X\x04\x00\x00\x00makeNsb.",  # changes a stand-in
+        b"cnumpy\ndtype\n(X\x02\x00\x00\x00u1tR(I3\nX\x01\x00\x00\x00?tb.",
+        b"}}X\x01\x00\x00\x00aNsb.",  # a state for a dict
+        b"(" * 100_000 + b"t" * 100_000 + b".",
+        b"\x80\x05\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
+    ],
+)
+def test_crafted_pickles_end_in_one_sentence(content):
+    with pytest.raises(ValueError, match="batch is"):
+        decode_pickle("batch", content)
 
 
 def test_labels_outside_cifar10(tmp_path):

@@ -1,8 +1,6 @@
 import pytest
 import torch
-from image_files import (
-    CLASS_NAMES,
-)
+from image_files import CLASS_NAMES, write_image
 
 from wfnet.data import (
     ImageFiles,
@@ -52,3 +50,50 @@ def test_folder_without_classes(tmp_path):
         open_data(tmp_path)
     with pytest.raises(FileNotFoundError, match="is not a folder"):
         files(tmp_path / "nothing")
+
+
+def test_every_folder_is_read_once_whatever_links_to_it(image_folder, caplog):
+    root = image_folder / "train"
+    (root / "ant" / "up").symlink_to(root)
+    (root / "bee" / "up").symlink_to(image_folder)
+    (root / "bee" / "side").symlink_to(root / "ant")
+    (root / "bee" / "twice").mkdir()
+    write_image(root / "bee" / "twice" / "6.png", 6)
+    (root / "bee" / "zz").symlink_to(root / "bee" / "twice")
+    (root / "loop").symlink_to(image_folder)
+    data = files(root)
+    assert data.classes == list(CLASS_NAMES)
+    assert data.labels.bincount().tolist() == [6, 7, 6]
+    for link in ("ant/up", "bee/up", "bee/side", "bee/zz", "loop"):
+        assert link in caplog.text
+
+
+def test_a_class_may_be_a_link_but_two_classes_are_not_one_folder(image_folder, tmp_path):
+    root = image_folder / "train"
+    (root / "cat").rename(tmp_path / "elsewhere")
+    (root / "cat").symlink_to(tmp_path / "elsewhere")
+    assert files(root).labels.bincount().tolist() == [6, 6, 6]
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"'cat', 'dog' in .* are one and the same folder"):
+        files(root)
+
+
+def test_what_is_passed_over_is_named_once(image_folder, caplog):
+    root = image_folder / "train"
+    (root / "ant" / "a.heic").write_bytes(b"x")
+    (root / "ant" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "stray.png").write_bytes(b"x")
+    (root / "ant" / ".DS_Store").write_bytes(b"x")
+    assert files(root).labels.bincount().tolist() == [6, 6, 6]
+    (line,) = caplog.messages
+    assert "1 files that are no images (ant/a.heic)" in line
+    assert "1 links that lead nowhere (ant/gone.jpg)" in line
+    assert "1 files outside a class (stray.png)" in line
+    assert ".DS_Store" not in line
+
+
+def test_an_empty_class_of_another_part_gets_advice_that_can_be_followed(image_folder):
+    for file in (image_folder / "val" / "bee").iterdir():
+        file.unlink()
+    with pytest.raises(ValueError, match=r"'bee' in .*val has no images .* from every part"):
+        files(image_folder / "val", classes=CLASS_NAMES)

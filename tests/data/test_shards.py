@@ -3,6 +3,7 @@
 import io
 import logging
 import pickle
+import tarfile
 
 import numpy as np
 import pytest
@@ -104,7 +105,7 @@ def test_other_members_are_never_looked_into(tmp_path):
     assert data[0][0].shape == (3, SIZE, SIZE)
 
 
-def test_class_names(shards):
+def test_class_names_stand_beside_the_shards_or_above(shards):
     (shards[0].parent.parent / "classes.txt").write_text("ant\nbee\ncat\n")
     assert read(shards).classes == ["ant", "bee", "cat"]
     (shards[0].parent / "classnames.txt").write_text("ant\nbee\n")
@@ -125,6 +126,57 @@ def test_class_names(shards):
 def test_bad_shards_are_refused(tmp_path, members, message):
     with pytest.raises(ValueError, match=message):
         read([write_shard(tmp_path / "s.tar", members)])
+
+
+def test_keys_may_have_dots_and_accompanying_images_are_passed_over(tmp_path, caplog):
+    members = {}
+    for number in range(5):
+        members[f"a/img.{number}.v2.jpg"] = jpeg(number)
+        members[f"a/img.{number}.v2.cls"] = str(number % 2).encode()
+    members |= {"7.jpg": jpeg(7), "7.cls": b"1", "7.seg.png": b"a mask"}
+    data = read([write_shard(tmp_path / "s.tar", members)])
+    assert data.labels.tolist() == [0, 1, 0, 1, 0, 1]
+    assert data.name_of(1).endswith("a/img.1.v2")
+    assert "passed over 1 images" in caplog.text
+    assert "7.seg.png" in caplog.text
+
+
+def test_a_key_that_comes_twice_is_two_samples(tmp_path):
+    first, second = samples(0, [0, 1]), {"n0000.jpg": jpeg(9), "n0000.cls": b"2"}
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w:") as tar:
+        for name, content in [*first.items(), *second.items()]:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    data = read([path])
+    assert sorted(data.labels.tolist()) == [0, 1, 2]
+    assert not torch.equal(data[0][0], data[1][0])
+
+
+def test_two_images_with_one_class_index_are_refused(tmp_path):
+    members = {"0.jpg": jpeg(0), "0.png": jpeg(1), "0.cls": b"1"}
+    with pytest.raises(ValueError, match=r"key '0' has 2 images \(0\.jpg, 0\.png\) and 1 class"):
+        read([write_shard(tmp_path / "s.tar", members)])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["ant\nbee\ncat", "\ufeffant\r\nbee\r\ncat\r\n\r\n", "ant \nbee\ncat\n\n"],
+)
+def test_files_of_class_names(shards, text):
+    (shards[0].parent / "classes.txt").write_bytes(text.encode())
+    assert read(shards).classes == ["ant", "bee", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("ant\n\nbee\n", "line 2 is blank"), ("ant\nbee\nant\n", "the class 'ant' twice")],
+)
+def test_bad_files_of_class_names(shards, text, message):
+    (shards[0].parent / "classes.txt").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(shards)
 
 
 def test_missing_and_compressed_shards(tmp_path):

@@ -1,12 +1,13 @@
 """CIFAR-10, from its binary or its Python version, unpacked or in the original archive."""
 
 import io
+import math
 import pickle
 import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -144,7 +145,7 @@ def decode_binary(where: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
 def decode_pickle(where: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
     """The Python version: a pickled dict with `data` [N, 3072] and `labels`, str or bytes keys.
 
-    Only numpy arrays and plain values are built; anything else in the file is refused.
+    Only plain values and descriptions of arrays are built; anything else in the file is refused.
     """
     try:
         table = _ArrayUnpickler(io.BytesIO(content), encoding="latin1").load()
@@ -154,7 +155,10 @@ def decode_pickle(where: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"{where} is truncated or damaged ({error}): fetch it again") from error
     table = table if isinstance(table, dict) else {}
     table = {key.decode("latin1") if isinstance(key, bytes) else key: table[key] for key in table}
-    images, labels = table.get("data"), table.get("labels")
+    images, labels = (
+        value.values if isinstance(value, _Array) else value
+        for value in (table.get("data"), table.get("labels"))
+    )
     if (
         not isinstance(images, np.ndarray)
         or images.dtype != np.uint8
@@ -164,41 +168,104 @@ def decode_pickle(where: str, content: bytes) -> tuple[np.ndarray, np.ndarray]:
         or len(labels) != len(images)
     ):
         raise ValueError(f"{where} is not a CIFAR-10 batch: it lacks `data` [N, 3072] and `labels`")
-    labels = np.asarray(labels)
-    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+    if isinstance(labels, list) and not all(type(label) is int for label in labels):
         raise ValueError(f"{where} is not a CIFAR-10 batch: its labels are not integers")
-    return images.reshape(-1, 3, 32, 32), labels.astype(np.int64)
+    if any(not 0 <= label < len(CLASSES) for label in labels):
+        raise ValueError(f"{where} is not a CIFAR-10 batch: its labels are not 0 to 9")
+    return images.reshape(-1, 3, 32, 32).copy(), np.array(labels, dtype=np.int64)
 
 
 class _RefusedPickle(Exception):
     """A pickle that asks for something other than arrays and plain values."""
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
+class _Stand:
+    """Stands for a name in a pickle: may be called, and nothing else may be done with it."""
+
+    __slots__ = ("make",)
+
+    def __init__(self, make: Callable[..., Any]):
+        self.make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise _RefusedPickle("it changes a function, which is refused")
+
+
+class _ArrayType:
+    """What a pickled `numpy.dtype` describes: bytes or integers, else refused."""
+
+    __slots__ = ("code", "order")
+
+    def __init__(self, code: Any, *_: Any):
+        if code not in ("u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8"):
+            raise _RefusedPickle(f"it has an array of type {code!r}, which is refused")
+        self.code, self.order = code, "|"
+
+    def __setstate__(self, state: Any) -> None:
+        order = state[1] if isinstance(state, tuple) and len(state) > 1 else None
+        if order not in ("<", ">", "|", "="):
+            raise _RefusedPickle("it has an array of an unknown byte order")
+        self.order = order
+
+
+class _Array:
+    """What a pickled array describes; `values` is made from its bytes alone."""
+
+    __slots__ = ("values",)
+
+    def __init__(self, *_: Any):
+        self.values = None
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, tuple) or len(state) != 5:
+            raise _RefusedPickle("it has an array without a shape")
+        _, shape, kind, fortran, raw = state
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
+        if not (
+            isinstance(kind, _ArrayType)
+            and isinstance(raw, bytes)
+            and isinstance(shape, tuple)
+            and all(type(side) is int and side >= 0 for side in shape)
+        ):
+            raise _RefusedPickle("it has an array that is not made of bytes")
+        values = np.frombuffer(raw, np.dtype(kind.code).newbyteorder(kind.order))
+        if math.prod(shape) != len(values):
+            raise _RefusedPickle(f"it has an array of {len(values)} values and shape {shape}")
+        self.values = values.reshape(shape, order="F" if fortran else "C")
+
+
+def _encode_latin1(text: Any, encoding: Any) -> bytes:
     """How Python 3 pickles bytes in protocol 2; no other codec is let through."""
-    if encoding != "latin1":
+    if encoding != "latin1" or not isinstance(text, str):
         raise _RefusedPickle(f"it asks for the codec {encoding!r}, which is refused")
     return text.encode("latin1")
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays, numbers, text, lists and dicts: no other name can be reached."""
+# The unpickler in Python: the one in C reserves memory for numbers that a file makes up.
+class _ArrayUnpickler(pickle._Unpickler):
+    """Builds numbers, text, lists, dicts and descriptions of arrays: no real class is reached."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            if name == "_reconstruct":
-                return _reconstruct_array
-        elif (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        elif (module, name) == ("numpy", "dtype"):
-            return np.dtype
-        elif (module, name) == ("_codecs", "encode"):
-            return _encode_latin1
+        if (module, name) in (
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+        ):
+            return _Stand(_Array)
+        if (module, name) == ("numpy", "ndarray"):
+            return _Stand(_Array)
+        if (module, name) == ("numpy", "dtype"):
+            return _Stand(_ArrayType)
+        if (module, name) == ("_codecs", "encode"):
+            return _Stand(_encode_latin1)
         raise _RefusedPickle(f"it refers to {module}.{name}, which is refused")
 
+    def load_build(self) -> None:
+        """Only the stand-ins have a state; the original would write into any object."""
+        if not hasattr(self.stack[-2], "__setstate__"):
+            raise _RefusedPickle("it gives a state to a plain value, which is refused")
+        super().load_build()
 
-def _reconstruct_array(kind: type, shape: tuple[int, ...], code: bytes) -> np.ndarray:
-    """numpy's `_reconstruct`, for plain arrays: an empty array that its state then fills."""
-    if kind is not np.ndarray:
-        raise _RefusedPickle(f"it builds a {kind!r}, which is refused")
-    return np.ndarray.__new__(np.ndarray, (0,), "b")
+    dispatch: ClassVar = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}

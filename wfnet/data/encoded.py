@@ -4,7 +4,7 @@ import os
 import warnings
 from abc import abstractmethod
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -15,8 +15,19 @@ from wfnet.data.loading import is_decoding_error
 from wfnet.data.transforms import Transform
 from wfnet.services.extras import require
 
-# What file names end in; other files are no images.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# What file names end in, of images that Pillow always decodes; other files are no images.
+EXTENSIONS = (
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+) + (".ppm", ".pgm", ".pbm", ".pnm")
 
 Encoded = TypeVar("Encoded", bound="EncodedImages")
 
@@ -67,7 +78,7 @@ class EncodedImages(torch.utils.data.Dataset):
                 # Pillow warns of odd metadata in files that decode well.
                 warnings.simplefilter("ignore")
                 with self.open(index) as file, image_module.open(file) as opened:
-                    image = opened.convert("L" if self.channels == 1 else "RGB")
+                    image = _in_8_bits(opened).convert("L" if self.channels == 1 else "RGB")
         except Exception as error:
             if is_decoding_error(error) or isinstance(error, (ValueError, EOFError)):
                 reason = str(error) or type(error).__name__
@@ -93,6 +104,19 @@ class EncodedImages(torch.utils.data.Dataset):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         return other
+
+
+def _in_8_bits(image: Any) -> Any:
+    """Returns a PIL image with 8 bits a value: of 16 bits the upper 8, as Pillow does for colour.
+
+    Raises ValueError for pixels of 32 bits, whose range no format says.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
+        return require("PIL.Image", "train").fromarray(grey)
+    if image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits and no known range: convert it to 8 bits")
+    return image
 
 
 class EncodedFiles(EncodedImages):

@@ -1,5 +1,6 @@
 """Image files in class folders: `train/<class>/*.jpg`, `val/<class>/*.jpg`."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +9,8 @@ import torch
 
 from wfnet.data.encoded import EXTENSIONS, EncodedFiles
 from wfnet.data.transforms import Transform
+
+logger = logging.getLogger("wfnet")
 
 
 class ImageFiles(EncodedFiles):
@@ -31,49 +34,123 @@ class ImageFiles(EncodedFiles):
         classes: Sequence[str] | None = None,
     ):
         root = Path(root)
-        found = class_folders(root)
+        found, passed_over = class_folders(root), PassedOver()
         if classes is not None and list(classes) != found:
             raise ValueError(_difference(root, list(classes), found))
-        files, labels, empty = [], [], []
-        for label, name in enumerate(found):
-            images = _image_files(root, name)
-            if not images:
-                empty.append(name)
-            files += images
-            labels += [label] * len(images)
+        scan = _FolderScan(root, found, passed_over)
+        images = [scan.images(name) for name in found]
+        empty = [name for name, files in zip(found, images, strict=True) if not files]
+        passed_over.log(root)
         if empty:
-            raise ValueError(
-                f"{_listed(empty)} in {root} {'has' if len(empty) == 1 else 'have'} no images "
-                f"({', '.join(EXTENSIONS)}): add some or remove the folder"
-            )
-        labels = torch.tensor(labels, dtype=torch.int64)
+            raise ValueError(_no_images(root, empty, classes is not None))
+        labels = torch.arange(len(found)).repeat_interleave(
+            torch.tensor([len(files) for files in images])
+        )
+        files = [file for files in images for file in files]
         super().__init__(root, files, labels, found, transform, channels)
 
 
+class PassedOver:
+    """What lies in a data set and is not read: counted by reason, named in the log once."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        self.found.setdefault(reason, []).append(name)
+
+    def log(self, root: Path) -> None:
+        """Warns of all that was passed over, in one line."""
+        if self.found:
+            reasons = "; ".join(
+                f"{len(names)} {reason} ({', '.join(names[:5])}{', ...' if len(names) > 5 else ''})"
+                for reason, names in self.found.items()
+            )
+            logger.warning("%s: passed over %s", root, reasons)
+
+
+class _FolderScan:
+    """Lists the images of class folders; every folder is entered once, whatever links to it.
+
+    root:        the folder of the class folders `classes`.
+    passed_over: gets what is no image, and links that lead nowhere or back.
+    """
+
+    def __init__(self, root: Path, classes: list[str], passed_over: PassedOver):
+        self.root, self.passed_over = root, passed_over
+        # A link to a folder above would bring in other classes, and other parts of the data.
+        above = [root, *root.resolve().parents]
+        self.seen = {_identity(folder) for folder in above}
+        self.tops = {name: _identity(root / name) for name in classes}
+        self.seen |= set(self.tops.values())
+        for entry in os.scandir(root):
+            if entry.name.startswith(".") or entry.name in self.tops:
+                continue
+            kind = "links back to a folder above" if entry.is_dir() else "files outside a class"
+            passed_over.add(kind, entry.name)
+
+    def images(self, name: str) -> list[bytes]:
+        """Returns the paths of a class's images, relative to `root`."""
+        twins = [other for other, top in self.tops.items() if top == self.tops[name]]
+        if len(twins) > 1:
+            raise ValueError(
+                f"{_listed(twins)} in {self.root} are one and the same folder: its images cannot "
+                "belong to several classes"
+            )
+        return self._below(name)
+
+    def _below(self, below: str) -> list[bytes]:
+        files, folders = [], []
+        # Entries know their kind without a look at each file: a million files take seconds.
+        for entry in sorted(os.scandir(self.root / below), key=lambda entry: entry.name):
+            path = f"{below}{os.sep}{entry.name}"
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                identity = _identity(entry.path)
+                if identity in self.seen:
+                    self.passed_over.add("links to folders that are read already", path)
+                else:
+                    self.seen.add(identity)
+                    folders.append(path)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                self.passed_over.add("links that lead nowhere", path)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                files.append(os.fsencode(path))
+            else:
+                self.passed_over.add("files that are no images", path)
+        return files + [file for folder in folders for file in self._below(folder)]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    state = os.stat(folder)
+    return state.st_dev, state.st_ino
+
+
 def class_folders(root: Path) -> list[str]:
-    """Names of the class folders under `root`, sorted. Hidden folders are no classes."""
+    """Returns the names of the class folders under `root`, sorted.
+
+    Hidden folders are no classes, nor are links to a folder that `root` lies in.
+    """
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: it should hold one folder for each class")
+    above = {_identity(folder) for folder in (root, *root.resolve().parents)}
     names = sorted(
-        entry.name for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != "."
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and entry.name[0] != "." and _identity(entry.path) not in above
     )
     if not names:
         raise ValueError(f"{root} has no class folders: images belong in {root / '<class>'}")
     return names
 
 
-def _image_files(root: Path, name: str) -> list[bytes]:
-    """Paths of the images of one class, relative to `root`."""
-    files = []
-    for parent, folders, names in os.walk(root / name, followlinks=True):
-        folders.sort()
-        below = os.path.relpath(parent, root)  # once a folder: a million files take seconds
-        files += [
-            os.fsencode(f"{below}{os.sep}{name}")
-            for name in sorted(names)
-            if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        ]
-    return files
+def _no_images(root: Path, empty: list[str], named_elsewhere: bool) -> str:
+    remedy = "add some or remove the folder"
+    if named_elsewhere:
+        remedy = "add some, or remove the class from every part of the data"
+    has = "has" if len(empty) == 1 else "have"
+    return f"{_listed(empty)} in {root} {has} no images ({', '.join(EXTENSIONS)}): {remedy}"
 
 
 def _difference(root: Path, expected: list[str], found: list[str]) -> str:

@@ -4,8 +4,9 @@ A shard is indexed once (its headers are read, nothing is unpacked) and then rea
 shards are drawn from in any order, as image folders are. Only image members and the class index
 (`.cls`, a decimal number) are ever decoded; nothing is unpickled.
 
-Format: https://github.com/webdataset/webdataset (a sample is the run of members with one key: the
-path up to the first dot of the file name).
+Format: https://github.com/webdataset/webdataset. A sample is an image and a class index of one key,
+the path up to the extension; keys may have dots. The same key may come again: each image then has
+the class index that stands in the same place among those of the key.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ logger = logging.getLogger("wfnet")
 # Shards held open by a process; systems allow 1,024 open files or more.
 _OPEN_SHARDS = 64
 _LARGEST_CLASS_INDEX = 32  # bytes of a .cls member that is a number
-_INDEX_FORMAT = "1"
+_INDEX_FORMAT = "2"
 # Text files in which data sets keep the names of their classes, a line each.
 _CLASS_FILES = ("classes.txt", "classnames.txt")
 
@@ -201,9 +202,8 @@ def _scan(shard: Path, number: int) -> dict[str, list]:
 
     Raises tarfile.TarError if it is no tar file or is cut off, ValueError for what is wrong in it.
     """
-    found: dict[str, list] = {name: [] for name in ("shard", "offset", "size", "label", "key")}
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
+    images: dict[str, list[tarfile.TarInfo]] = {}
+    labels: dict[str, list[int]] = {}
     end = shard.stat().st_size
     after = 0  # where the last member ends, rounded up to whole blocks
     with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
@@ -212,27 +212,51 @@ def _scan(shard: Path, number: int) -> dict[str, list]:
             after = member.offset_data + blocks * tarfile.BLOCKSIZE
             if not member.isfile():
                 continue
-            folder, _, name = member.name.rpartition("/")
-            stem, _, extension = name.partition(".")
-            key, extension = f"{folder}/{stem}" if folder else stem, f".{extension.lower()}"
             if member.offset_data + member.size > end:
                 raise tarfile.ReadError(f"it is cut off within {member.name}")
-            if extension in EXTENSIONS:
-                images[key] = (member.offset_data, member.size)
-            elif extension == ".cls":
-                labels[key] = _class_index(file, member, shard)
+            key, extension = os.path.splitext(member.name)
+            if extension.lower() in EXTENSIONS:
+                images.setdefault(key, []).append(member)
+            elif extension.lower() == ".cls":
+                labels.setdefault(key, []).append(_class_index(file, member, shard))
         file.seek(after)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it has no end-of-archive mark, so it is cut off")
-    for key, (offset, size) in images.items():
+    found: dict[str, list] = {name: [] for name in ("shard", "offset", "size", "label", "key")}
+    beside = [key for key in images if key not in labels and _is_beside(key, images, labels)]
+    if beside:
+        logger.warning(
+            "%s: passed over %d images that belong to a sample's image (%s, ...)",
+            shard,
+            len(beside),
+            images[beside[0]][0].name,
+        )
+    for key, members in images.items():
+        if key in beside:
+            continue
         if key not in labels:
             raise ValueError(
                 f"{shard}: the image {key!r} has no class index: a member {key}.cls with its "
                 "number is missing"
             )
-        for name, value in zip(found, (number, offset, size, labels[key], key), strict=True):
-            found[name].append(value)
+        if len(members) != len(labels[key]):
+            raise ValueError(
+                f"{shard}: the key {key!r} has {len(members)} images "
+                f"({', '.join(member.name for member in members)}) and {len(labels[key])} class "
+                "indices; a sample is one image with one .cls: rename or remove the others"
+            )
+        for member, label in zip(members, labels[key], strict=True):
+            values = (number, member.offset_data, member.size, label, key)
+            for name, value in zip(found, values, strict=True):
+                found[name].append(value)
     return found
+
+
+def _is_beside(key: str, images: dict[str, Any], labels: dict[str, Any]) -> bool:
+    """Whether an image such as `7.seg.png` accompanies the sample `7`, as webdataset has it."""
+    folder, _, name = key.rpartition("/")
+    sample = f"{folder}/{name.partition('.')[0]}".lstrip("/")
+    return sample != key and sample in images and sample in labels
 
 
 def _class_index(file: BinaryIO, member: tarfile.TarInfo, shard: Path) -> int:
@@ -249,8 +273,25 @@ def _class_names(shard: Path) -> list[str] | None:
     for folder in (shard.parent, shard.parent.parent):
         for name in _CLASS_FILES:
             if (folder / name).is_file():
-                return (folder / name).read_text().splitlines()
+                return read_names(folder / name)
     return None
+
+
+def read_names(path: Path) -> list[str]:
+    """Returns the class names of a text file, one a line; blank lines at its end are none.
+
+    Raises ValueError for a blank line between names, and for a name that comes twice.
+    """
+    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if "" in names:
+        raise ValueError(
+            f"{path}: line {names.index('') + 1} is blank; each line names a class, in the order "
+            "of their numbers"
+        )
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path} names the class {twice!r} twice")
+    return names
 
 
 def _numbered(count: int) -> list[str]:

@@ -1,0 +1,41 @@
+import numpy as np
+import pytest
+import torch
+from image_files import write_image
+from PIL import Image
+
+from wfnet.data import CorruptImage, ImageFiles, evaluation_transform
+
+
+def opened(root, channels=3):
+    transform = evaluation_transform(16, mean=[0.0], std=[1.0], crop_pct=1.0)
+    return ImageFiles(root, transform, channels)
+
+
+@pytest.mark.parametrize(
+    "suffix", ["jpg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"]
+)
+def test_formats(tmp_path, suffix):
+    write_image(tmp_path / "ant" / f"0.{suffix}", 0, mode="L" if suffix == "pgm" else "RGB")
+    image, label = opened(tmp_path)[0]
+    assert image.shape == (3, 16, 16)
+    assert label == 0
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_a_pixel_keep_their_brightness(tmp_path, suffix, channels):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    (tmp_path / "ant").mkdir()
+    Image.fromarray(grey).save(tmp_path / "ant" / f"8.{suffix}")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "ant" / f"16.{suffix}")
+    data = opened(tmp_path, channels)
+    assert torch.equal(data[0][0], data[1][0])
+    assert 0.4 < float(data[0][0].mean()) < 0.6
+
+
+def test_32_bits_a_pixel_are_refused(tmp_path):
+    (tmp_path / "ant").mkdir()
+    Image.fromarray(np.ones((16, 16), np.float32)).save(tmp_path / "ant" / "0.tif")
+    with pytest.raises(CorruptImage, match="have 32 bits and no known range"):
+        opened(tmp_path)[0]
