@@ -223,3 +223,15 @@ def linear() -> Callable[..., nn.Module]:
         return nn.Sequential(nn.Flatten(), head)
 
     return make
+
+
+@pytest.fixture
+def pretended_device():
+    """A CUDA device on the host that notices every wait (tests/pretended_cuda.py)."""
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("there is a real device: tests/gpu")
+    import pretended_cuda
+
+    with pretended_cuda.pretended_cuda() as pretended:
+        yield pretended

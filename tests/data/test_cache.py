@@ -174,3 +174,44 @@ def test_without_a_place_nothing_is_kept(image_folder, workers):
         assert torch.equal(batch.images, torch.stack([plain[i][0] for i in (2, 2, 7)]))
     assert data.filled == 0
     assert torch.equal(data.select(torch.tensor([7]))[0][0], plain[7][0])
+
+
+# -- on a device (pretended: it finds every wait) -------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", [False, True], ids=["plain", "augmented"])
+def test_a_gpu_normalises_what_the_host_would(pretended_device, image_folder, augment):
+    """Bytes cross the bus; the images are those that the host's transforms make."""
+    settings = {"image_size": SIZE, "augment": augment, "validation_fraction": 0.34}
+    on_host = open_data(image_folder, device="cpu", **settings)
+    on_device = open_data(image_folder, device="cuda", **settings)
+    assert not isinstance(on_host.train, CachedImages)
+    assert isinstance(on_device.train, CachedImages)
+    order = [torch.tensor([3, 0, 5]), torch.tensor([0, 8])]
+    for part in ("train", "validation", "test"):
+        chosen = order if part == "train" else [torch.tensor([0, 1])]
+        found = list(batches(getattr(on_device, part), chosen, pin_memory=True, seed=7, start=2))
+        expected = batches(getattr(on_host, part), chosen, seed=7, start=2)
+        for mine, theirs in zip(found, expected, strict=True):
+            assert mine.images.is_cuda
+            assert torch.equal(mine.images.cpu(), theirs.images)
+            assert torch.equal(mine.labels, theirs.labels)
+            assert torch.equal(mine.indices, theirs.indices)
+
+
+def test_draws_of_an_image_depend_on_seed_position_and_index_alone():
+    uniform, indices = cache._uniform, torch.arange(4000)
+    found = uniform(3, 5, indices, 5)
+    assert found.dtype == torch.float32
+    assert (found >= 0).all()
+    assert (found < 1).all()
+    assert torch.equal(uniform(3, 5, indices[17:18], 5), found[17:18])
+    for others in (uniform(4, 5, indices, 5), uniform(3, 6, indices, 5), found.roll(1, 0)):
+        assert (others != found).float().mean() > 0.99
+    # Even, and columns and neighbours independent of each other.
+    assert (found.mean(0) - 0.5).abs().max() < 0.02
+    correlation = torch.corrcoef(found.T.double())
+    assert (correlation - torch.eye(5)).abs().max() < 0.06
+    neighbours = torch.stack((found[:-1, 0], found[1:, 0])).double()
+    assert torch.corrcoef(neighbours)[0, 1].abs() < 0.06
+    assert uniform(-1, 0, indices[:2], 5).shape == (2, 5)  # as for every other seed

@@ -1,5 +1,6 @@
 """The untraining step: gradients in one matrix, accumulation, static buffers, no host reads."""
 
+import collections
 import copy
 
 import pytest
@@ -8,13 +9,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import wfnet
-from wfnet import gates
+from wfnet import UntrainConfig, gates, models, untrain
+from wfnet.data import open_data
 from wfnet.gate_tables import flat_matrix, flatten_filters
 from wfnet.untraining import step as step_module
 from wfnet.untraining.expansion import expand
 from wfnet.untraining.objectives import BalancedObjective, PaperObjective, closed_share
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.step import StaticBatch, UntrainingStep, refuse_capture
+from wfnet.wrapping import wrap
 
 CLASSES = 6
 
@@ -276,3 +279,93 @@ def test_replayed_work_equals_ordinary_steps_bitwise(accumulate: int):
             found.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
     assert torch.equal(found[0], found[2])
     assert torch.equal(found[1], found[3])
+
+
+# -- a run on a device: the host waits only where it must -----------------------------------------
+
+
+@pytest.fixture
+def opened(image_folder, tmp_path):
+    """Images of three classes for a device that is pretended: it finds every wait."""
+
+    def images(cache="device", augment=False):
+        return open_data(
+            image_folder,
+            image_size=16,
+            cache=cache,
+            cache_dir=tmp_path,
+            augment=augment,
+            device="cuda",
+            validation_fraction=0.34,
+        )
+
+    return images
+
+
+@pytest.fixture
+def waits_of(pretended_device):
+    """Places that waited in a run of so many steps, and how often."""
+
+    def run(data, steps, validation=None, dtype=torch.float32, **changes):
+        net = wrap(models.create("resnet", 3, 3, seed=0, width=8), 3, filter_dtype=dtype).to("cuda")
+        changes = {"amp": "bfloat16", "fuse": False, "validations_per_epoch": 0.01, **changes}
+        config = UntrainConfig.recipe("balanced", 3, steps=steps, batch_size=4, **changes)
+        pretended_device.waits.clear()
+        assert untrain(net, data.train, validation, config, progress=False).steps == steps
+        return collections.Counter(pretended_device.waits)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("cache", "augment", "capture"),
+    [
+        (None, False, None),
+        (None, True, False),
+        ("host", True, None),
+        ("device", False, False),
+        ("disk", True, None),
+    ],
+)
+def test_no_step_waits_for_the_device(waits_of, opened, cache, augment, capture):
+    """Twice as many steps wait no more often: for no image, no label and no loss."""
+    data = opened(cache, augment)
+    once = waits_of(data, 8, capture=capture)  # fills the cache
+    assert once, "a run waits at least for its last losses"
+    few, many = (waits_of(data, steps, capture=capture) for steps in (8, 16))
+    assert many == few, many - few
+
+
+def test_sixteen_bit_filters_do_not_wait_either(waits_of, opened):
+    settings = {"dtype": torch.bfloat16, "grad_accum_steps": 2, "capture": False}
+    data = opened()
+    waits_of(data, 6, **settings)
+    assert waits_of(data, 12, **settings) == waits_of(data, 6, **settings)
+
+
+def test_losses_are_read_in_one_piece(waits_of, opened):
+    """25 steps are looked at once, not number by number."""
+    data = opened()
+    more = waits_of(data, 60) - waits_of(data, 24)
+    assert sum(more.values()) <= 4, more
+    assert {place for _, place in more} <= {"loss_watch.py:read"}
+
+
+def test_a_validation_waits_for_no_batch(waits_of, opened, monkeypatch):
+    data, found = opened(), []
+    waits_of(data, 1, data.validation)
+    for pairs in (6, 3):
+        monkeypatch.setattr("wfnet.untraining.validation.PAIRS_PER_PASS", pairs)
+        found.append(waits_of(data, 1, data.validation))
+    assert found[0] == found[1]
+
+
+def test_rows_that_occurred_are_given_on_the_host(pretended_device):
+    parameter = nn.Parameter(torch.zeros(6, 4).cuda())
+    parameter.grad = torch.ones(6, 4).cuda()
+    optimizer = RowAdam([parameter], lr=0.1)
+    pretended_device.waits.clear()
+    optimizer.step(rows=torch.tensor([1, 4]))
+    assert pretended_device.waits == []
+    moved = (parameter.detach() != 0).any(1).cpu()
+    assert moved.tolist() == [False, True, False, False, True, False]
