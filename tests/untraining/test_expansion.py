@@ -86,13 +86,6 @@ def test_generators_of_different_keys_differ():
     assert len(draws) == 8
 
 
-def test_moving_keeps_everything():
-    batch = expand(torch.tensor([0, 1]), 2, 2, generator_for(0))
-    moved = batch.to("cpu")
-    assert torch.equal(moved.forget, batch.forget)
-    assert moved.forget_size == batch.forget_size
-
-
 @pytest.mark.parametrize("batch_size", [3, 7, 16])
 def test_round_robin_trains_every_row_equally_often(batch_size):
     labels = torch.tensor([0] * 20 + [1] * 3 + [2] + [3] * 9 + [5] * 2)  # uneven, class 4 absent
@@ -123,11 +116,6 @@ def test_shuffled_passes_over_all_images():
     assert sorted(seen[:10].tolist()) == list(range(10))
     assert sorted(seen[10:].tolist()) == list(range(10))
     assert not torch.equal(seen[:10], seen[10:])
-
-
-def test_a_batch_may_be_larger_than_the_data():
-    assert len(ShuffledSampler(3, 8, seed=0).batch(0)) == 8
-    assert len(RoundRobinSampler(torch.tensor([0, 1]), 7, seed=0).batch(2)) == 7
 
 
 def make_samplers():

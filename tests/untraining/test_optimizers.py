@@ -68,34 +68,6 @@ def test_each_row_is_adam_over_the_steps_in_which_it_occurred(named):
             torch.testing.assert_close(p[row : row + 1], q, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("named", [True, False])
-def test_absent_rows_keep_every_bit(named):
-    params = make_params(dtype=torch.float32)
-    optimizer = RowAdam(params, lr=1.0)
-    set_grads(params, 0)
-    optimizer.step()
-    before = [p.detach().clone() for p in params]
-    rows = torch.tensor([1, 3])
-    set_grads(params, 1, rows)
-    optimizer.step(rows=rows if named else None)
-    for p, old in zip(params, before, strict=True):
-        assert torch.equal(p[[0, 2, 4]], old[[0, 2, 4]])
-        assert (p[[1, 3]] != old[[1, 3]]).all()
-
-
-def test_both_ways_of_naming_rows_agree_bitwise():
-    params, twin = make_params(dtype=torch.float32), make_params(dtype=torch.float32)
-    first, second = RowAdam(params), RowAdam(twin)
-    for step in range(6):
-        rows = torch.tensor([step % 5, (step + 2) % 5])
-        set_grads(params, step, rows)
-        set_grads(twin, step, rows)
-        first.step(rows=rows)
-        second.step()
-    for a, b in zip(params, twin, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-
-
 def test_state_goes_through_state_dict():
     params, twin = make_params(), make_params()
     first = RowAdam(params, lr=0.1)
@@ -122,20 +94,6 @@ def test_a_learning_rate_schedule_of_torch_works():
     optimizer.step()
     schedule.step()
     assert optimizer.param_groups[0]["lr"] == 0.5
-
-
-def test_a_closure_is_evaluated():
-    params = make_params()
-    optimizer = RowAdam(params)
-
-    def closure():
-        optimizer.zero_grad()
-        loss = sum((p**2).sum() for p in params)
-        loss.backward()
-        return loss
-
-    first = optimizer.step(closure)
-    assert optimizer.step(closure) < first
 
 
 def test_a_parameter_without_gradient_stays():
