@@ -11,7 +11,7 @@ from wfnet.baselines.per_class import (
     read_baselines,
     run_baseline,
 )
-from wfnet.baselines.registry import METHODS, unlearn
+from wfnet.baselines.unlearning import METHODS, unlearn
 
 __all__ = [
     "METHODS",

@@ -15,7 +15,7 @@ import safetensors
 from torch import nn
 
 from wfnet.baselines.method import BaselineConfig
-from wfnet.baselines.registry import METHODS, method_named, unlearn
+from wfnet.baselines.unlearning import METHODS, method_named, unlearn
 from wfnet.data import CorruptImages, Dataset, classes_of, labels_of
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import check_identity, data_identity
