@@ -78,16 +78,20 @@ def write_shard(path: Path, members: dict[str, bytes], compression: str = "") ->
     return path
 
 
-def pack_folder(root: Path, packed: Path) -> Path:
-    """The images of `root/<part>/<class>/` as shards `packed/<part>/0.tar`, in the same order."""
+def pack_folder(root: Path, packed: Path, order: list[str] | None = None) -> Path:
+    """The images of `root/<part>/<class>/` as shards `packed/<part>/0.tar`, in the same order.
+
+    Classes have the numbers of `order`, by default of their sorted names.
+    """
     for part in sorted(path for path in root.iterdir() if path.is_dir()):
         members = {}
-        for label, folder in enumerate(sorted(part.iterdir())):
+        names = order or sorted(path.name for path in part.iterdir())
+        for folder in sorted(part.iterdir()):
+            label = names.index(folder.name)
             for image in sorted(folder.iterdir()):
                 key = f"{folder.name}-{image.stem}-{image.suffix[1:].swapcase()}"
                 members[f"{key}{image.suffix}"] = image.read_bytes()
                 members[f"{key}.cls"] = str(label).encode()
         write_shard(packed / part.name / "0.tar", members)
-        names = "\n".join(sorted(path.name for path in part.iterdir()))
-        (packed / "classes.txt").write_text(names + "\n")
+        (packed / "classes.txt").write_text("\n".join(names) + "\n")
     return packed

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from image_files import pack_folder
@@ -100,3 +102,58 @@ def test_missing_files_are_noticed_before_the_model_is_made(
     config = ["--config", f"{data}/resnet18", "--data-dir", str(tmp_path)]
     fails(["untrain", *config], missing)
     fails(["train", *config, "--output", str(tmp_path / "base")], missing)
+
+
+RENAMED = {"ant": "asp", "bee": "boa", "cat": "cow"}
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate"],
+        ["evaluate", "--tables", "--no-relearn"],
+        ["baseline", "--train-epochs", "1"],
+        ["bake", "--forget", "1", "--verify"],
+        ["trust", "--checks", "removal"],
+        ["report"],
+    ],
+    ids=lambda command: "".join(command[:2]),
+)
+def test_data_of_other_classes_are_refused_by_name(command, finished, image_folder, fails):
+    name, *rest = command
+    if name == "report":  # it needs something to report
+        assert main(["evaluate", str(finished), "--no-figures", "-j0", "--quiet"]) == 0
+    for part in image_folder.iterdir():
+        for folder in list(part.iterdir()):
+            folder.rename(part / RENAMED[folder.name])
+    fails([name, finished, *rest], "other classes than the run", "'asp', 'boa', 'cow'")
+
+
+def test_untraining_compares_with_the_classes_of_the_weights(image_folder, base, tmp_path, fails):
+    config = {"command": "train", "options": {}, "classes": ["ant", "bee", "dog"]}
+    (base.parent / "config.json").write_text(json.dumps(config))
+    call = ["untrain", "--data-dir", image_folder, "--checkpoint", base, *NETWORK, "--steps", "2"]
+    fails([*call, "--output", tmp_path / "run"], "other classes than the classifier", "'cat'")
+    config["classes"] = ["cat", "ant", "bee"]
+    (base.parent / "config.json").write_text(json.dumps(config))
+    quick = ["-b", "2", "-M", "1", "-j0", "--quiet"]
+    assert main([*map(str, call), *quick, "--output", str(tmp_path / "run")]) == 0
+    run = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert run["classes"] == ["cat", "ant", "bee"]  # the order of the network's outputs
+
+
+def test_evaluation_finds_classes_by_name(finished, image_folder, tmp_path):
+    """Shards whose list of classes has another order give the same figures by name."""
+    call = ["evaluate", str(finished), "--no-figures", "-j0", "--quiet", "--output"]
+    assert main([*call, str(tmp_path / "plain")]) == 0
+    packed = pack_folder(image_folder, tmp_path / "packed", order=["cat", "ant", "bee"])
+    assert main([*call, str(tmp_path / "shards"), "--data-dir", str(packed)]) == 0
+    results = [
+        json.loads((tmp_path / name / "evaluation.json").read_text())
+        for name in ("plain", "shards")
+    ]
+    plain, shards = (
+        [(r["index"], r["name"], r["acc_f"], r["acc_r"]) for r in result["classes"]]
+        for result in results
+    )
+    assert plain == shards

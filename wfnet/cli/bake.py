@@ -305,7 +305,9 @@ def attack_export(
 ) -> None:
     """Attacks the file itself, prints what was found and writes it beside the file as JSON."""
     checks = []
-    data = open_images(options, classifier) if options.data or options.data_dir else None
+    folder = Path(options.folder)
+    asked = options.data or options.data_dir
+    data = open_images(options, classifier, folder=folder) if asked else None
     if data is not None and multi_hot_of(data.test) is None:
         device = next(net.parameters()).device
         checks = check_export(
@@ -353,7 +355,7 @@ def _images(
     """Test images of the run's data, or random ones of the size that the network takes."""
     count = few or options.images
     if options.data or options.data_dir:
-        images = open_images(options, classifier).test
+        images = open_images(options, classifier, folder=Path(options.folder)).test
         order = torch.arange(min(count, len(images))).split(64)
         read = [batch.images for batch in batches(images, order, options.workers)]
         if read:

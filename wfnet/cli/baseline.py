@@ -133,7 +133,7 @@ def run(options: argparse.Namespace) -> int:
     check_writable(output)
     device = choose_device(options.device)
     original = make_classifier(options, num_classes, str(folder)).to(device)
-    data = open_images(options, original)
+    data = open_images(options, original, folder=folder)
     if not len(data.train):
         raise ValueError(f"{data.name} has no training images, which baselines need: add train/")
     if multi_hot_of(data.train) is not None:

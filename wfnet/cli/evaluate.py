@@ -228,7 +228,7 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     tables = _TableParts(options, folder, cell) if options.tables else None
     check_writable(output)
     net, classifier = load_network(options, folder)
-    data = open_images(options, classifier)
+    data = open_images(options, classifier, folder=folder)
     if tables is not None:
         tables.check_data(data)
     with ranks.first_ahead():
@@ -313,6 +313,14 @@ class _TableParts:
                 "the paper's tables are of images with one label each: leave out --tables to "
                 "evaluate average precisions"
             )
+        for baseline in self.baselines:
+            for record in baseline["evaluation"]["classes"]:
+                if data.classes[record["index"]] != record["name"]:
+                    raise ValueError(
+                        f"baseline {baseline['method']} is of other classes: its class "
+                        f"{record['index']} is {record['name']!r}, that of {data.name} "
+                        f"{data.classes[record['index']]!r}; give the --baselines of this run"
+                    )
         if self.relearn is not None and not len(data.train):
             raise ValueError(
                 f"{data.name} has no training images, from which the relearn time is measured: "

@@ -13,6 +13,7 @@ from torch import nn
 
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
 from wfnet.cli.options import DATA_WITH_FILES, fuse_of
+from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data import Splits, cifar10, folder_classes, mnist, open_data
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
@@ -98,8 +99,20 @@ def make_classifier(
     return model
 
 
-def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = False) -> Splits:
-    """Training, validation and test images as the classifier expects them."""
+def open_images(
+    options: argparse.Namespace,
+    model: nn.Module,
+    augment: bool = False,
+    folder: Path | None = None,
+) -> Splits:
+    """Training, validation and test images as the classifier expects them.
+
+    Labels are those that the classes have, by their names, in the run in ``folder`` and in the one
+    that made the weights, as far as these are recorded.
+
+    Raises:
+        FileNotFoundError, ValueError: for data that are missing, damaged, or of other classes.
+    """
     settings = data_settings(model, options.model)
     if is_small(options.model):
         settings["channels"] = _input_channels(model)
@@ -114,10 +127,10 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
     chosen = {name: value for name, value in chosen.items() if value is not None}
     if chosen:
         settings.pop("transform", None)  # it was made for the settings that are replaced
-    folder = options.data is None
-    return open_data(
-        options.data_dir if folder else options.data,
-        None if folder else options.data_dir,
+    by_name = options.data is not None
+    data = open_data(
+        options.data if by_name else options.data_dir,
+        options.data_dir if by_name else None,
         **{**settings, **chosen},
         augment=augment,
         validation_fraction=options.val_split,
@@ -126,6 +139,28 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
         cache_dir=options.cache_dir,
         device=choose_device(options.device),
     )
+    for names, origin in known_classes(options, folder):
+        data = data.in_known_order(names, origin)
+    return data
+
+
+def known_classes(
+    options: argparse.Namespace, folder: Path | None = None
+) -> list[tuple[list[str], str]]:
+    """Returns recorded class names, and of what: of the run in ``folder``, and of the run that made
+    the weights of ``--checkpoint``. The last one's order is that of the network's outputs."""
+    found = []
+    weights = Path(options.checkpoint).parent if options.checkpoint else None
+    for place, command, what in (
+        (folder, None, "the run in {}"),
+        (weights, "train", "the classifier in {}"),
+    ):
+        if place is None or not (place / RUN_FILE).is_file():
+            continue
+        run = read_run(place)
+        if run.get("classes") and command in (None, run["command"]):
+            found.append((list(run["classes"]), what.format(place)))
+    return found
 
 
 def _input_channels(model: nn.Module) -> int:

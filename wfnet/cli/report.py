@@ -90,7 +90,7 @@ def _draw(options: argparse.Namespace, folder: Path, contents: Contents) -> None
     names = run.get("classes") or [str(label) for label in range(net.num_classes)]
     change = data = None
     if options.data or options.data_dir:
-        data = open_images(options, classifier)
+        data = open_images(options, classifier, folder=folder)
         names = data.classes
     if data is not None and multi_hot_of(data.test) is None:
         change = _confusion(options, folder, net, data.test)

@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
     check_writable(output)
     check_class_count(options, folder, config["num_classes"], "check them on")
     net, classifier = load_network(options, folder)
-    data = open_images(options, classifier)
+    data = open_images(options, classifier, folder=folder)
     classes = list(range(net.num_classes))
     if options.classes:
         classes = class_indices(options.classes, data.classes, net.num_classes)

@@ -236,7 +236,9 @@ def _run(options: argparse.Namespace, ranks: Ranks, wandb: ModuleType | None) ->
         ranks.first_does(lambda: _check_folder(folder, options))
     classifier = make_classifier(options, num_classes, data_name(options))
     with ranks.first_ahead():
-        data = untraining_images(options, open_images(options, classifier, options.augment), folder)
+        resumed = None if options.resume is None else folder
+        data = open_images(options, classifier, options.augment, resumed)
+        data = untraining_images(options, data, folder)
     net = wrap(
         classifier,
         num_classes,

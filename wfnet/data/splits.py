@@ -1,11 +1,12 @@
 """Training, validation and test parts, and how they are drawn."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from wfnet.data.class_names import in_known_order
 from wfnet.data.dataset import Dataset, select
 
 
@@ -27,6 +28,17 @@ class Splits:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
+
+    def in_known_order(self, known: Sequence[str], origin: str) -> "Splits":
+        """Returns the parts with the labels that their classes have among `known`, by name.
+
+        Raises ValueError if the names are others than those that `origin` knows.
+        """
+        parts = {
+            part: in_known_order(getattr(self, part), known, self.name, origin)
+            for part in ("train", "validation", "test")
+        }
+        return replace(self, **parts, classes=list(known))
 
     def __str__(self) -> str:
         return (
