@@ -23,6 +23,11 @@ FILTERS_NAME = "wf_model.safetensors"
 FORMAT = 1
 
 
+def filters_digest(net: WFNet) -> str:
+    """Returns SHA-256 over the filters of ``net`` and their statistics, as files record it."""
+    return digest({**net.named_filters(), **net.named_statistics()})
+
+
 def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
     """Writes the filters of ``net`` and what is needed to wrap the same base again."""
     folder = Path(folder)
@@ -38,7 +43,7 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
         "filter_dtype": str(net.filter_parameters()[0].dtype).removeprefix("torch."),
         "base_fingerprint": fingerprint(net.model),
         "gate": net.gate,
-        "filters_digest": digest(tensors),
+        "filters_digest": filters_digest(net),
     }
     # The filters carry a copy, so that a save interrupted between the two files is noticed.
     metadata = {"format": "pt", "wf_config": json.dumps(config)}

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from wfnet.cli import main
@@ -6,6 +8,9 @@ from wfnet.cli import main
 @pytest.mark.usefixtures("small_pictures")
 def test_the_page_of_a_run(digits_run, tmp_path, capsys):
     assert main(["evaluate", str(digits_run), "--no-figures", "--quiet", "-j0"]) == 0
+    settings = json.loads((digits_run / "evaluation.json").read_text())["settings"]
+    filters = json.loads((digits_run / "wf_config.json").read_text())
+    assert settings["filters_digest"] == filters["filters_digest"]  # the report compares them
     assert main(["report", str(digits_run), "--quiet", "-j0"]) == 0
     assert "open it in a browser" in capsys.readouterr().out
     page = digits_run / "report.html"

@@ -138,7 +138,7 @@ def make_run(make_evaluation, make_trust):
             make_trust(
                 dict.fromkeys(headlines, 0.9) | {("removal", "auc_logit"): 0.99},
                 dict.fromkeys(headlines, 0.1),
-                {"samples": 10},
+                {"samples": 10, "attackers_images": "in the natural mix"},
                 range(0, classes, 2),
                 names,
                 original=dict.fromkeys(headlines[1:2], 1.0),

@@ -103,6 +103,13 @@ def test_definitions_are_plain_text(run, parse):
         assert check.title in text
 
 
+def test_what_was_left_out_is_said_on_the_page_and_in_the_log(run, parse, caplog):
+    (run / "wf_config.json").write_text('{"num_classes": 9}')
+    sentence = "evaluation.json is of another network (num_classes 12, here 9) and left out"
+    assert sentence in parse(page.write_report(run)).text
+    assert sentence in caplog.text
+
+
 def test_sections_say_what_is_missing(tmp_path, make_run, parse):
     make_run(tmp_path, 4, trust=False)
     (tmp_path / "gates.png").unlink()

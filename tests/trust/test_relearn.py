@@ -20,4 +20,7 @@ def test_relearning_uses_the_images_that_it_says(make_subject, monkeypatch):
     assert list(found["values"]) == ["acc_f_retain_only", "acc_f_from_1", "acc_f_from_3"]
     for name, course in found["details"]["course"].items():
         assert found["values"][f"acc_f_{name}"] == max(course)
+    # one image of the class to three others, as in the data
+    assert found["details"]["images"]["from_3"] == {"of_the_class": 3, "others": 9}
+    assert (len(one[0]), len(three[0])) == (4, 12)
     assert "10 of its images" in relearn.CHECK.meaning("acc_f_from_10")

@@ -15,6 +15,10 @@ def test_removal_reports_every_attack_that_applies(make_subject, make_network, c
     found = removal.measure(subject.forgetful, subject, [])
     assert set(found["values"]) == set(removal.CHECK.measures)
     assert found["details"]["rows"]["multiples"] == 1.0
+    assert found["details"]["attackers_images"] == {"unlabelled": 32, "of_the_class": 8}
+    original = removal.measure(subject.original, subject, [])["values"]
+    assert set(removal.measure(make_network(7), subject, [])["values"]) == set(found["values"])
+    assert not {"acc_f_base_norms", "acc_f_base_head"} & set(original)  # it is the base
     plain = make_subject(
         forgetful=make_network(0, norm=False), original=make_network(2, norm=False)
     )

@@ -29,6 +29,7 @@ from wfnet.evaluation.pairs import (
 from wfnet.evaluation.partial import PartialCounts, data_identity, network_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
 from wfnet.network import WFNet
+from wfnet.pretrained import filters_digest
 from wfnet.services.files import fingerprint
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
@@ -150,6 +151,7 @@ def evaluate(
     settings = {
         "wfnet_version": __version__,
         "model": type(net.model).__name__,
+        "filters_digest": filters_digest(net),
         "num_classes": net.num_classes,
         "classes": "all" if classes is None else rows.tolist(),
         "images": int(scores.original.seen.sum()),

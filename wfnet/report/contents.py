@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +13,6 @@ from wfnet.baselines import read_baselines
 from wfnet.evaluation import ClassRecord, EvaluationResult
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.trust import TrustResult
-
-logger = logging.getLogger("wfnet")
 
 # Pictures by file, in the order of the page, with what is to be seen.
 PICTURES = {
@@ -51,6 +48,7 @@ class Contents:
         baselines: results of `wfnet baseline`, wherever in the folder.
         exports: reports beside baked files, by file name.
         pictures: file name -> bytes of a PNG.
+        remarks: what was left out, or cannot be told, as sentences.
     """
 
     folder: Path
@@ -63,6 +61,7 @@ class Contents:
     baselines: list[dict[str, Any]] = field(default_factory=list)
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def retrained(self) -> dict[int, ClassRecord]:
@@ -88,7 +87,6 @@ def read_contents(folder: str | os.PathLike) -> Contents:
         folder=folder,
         run=_json(folder / "config.json") or {},
         filters=_json(folder / "wf_config.json") or {},
-        trust=_trust_result(folder),
         tables=_json(folder / "tables.json"),
         baselines=[
             result
@@ -100,11 +98,8 @@ def read_contents(folder: str | os.PathLike) -> Contents:
             name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()
         },
     )
-    evaluation = _json(folder / "evaluation.json")
-    if evaluation is not None and evaluation.get("kind") == "multi-label":
-        found.multi_label = evaluation
-    elif evaluation is not None:
-        found.evaluation = EvaluationResult.from_json(folder / "evaluation.json")
+    _add_evaluation(found)
+    _add_trust(found)
     if found.evaluation is None and found.trust is None and found.multi_label is None:
         raise FileNotFoundError(
             f"{folder} holds nothing to report yet: `wfnet evaluate {folder}` and `wfnet trust "
@@ -113,19 +108,56 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     return found
 
 
-def _trust_result(folder: Path) -> TrustResult | None:
-    """Reads ``trust.json``, unless it was made for other filters than those in the folder."""
-    path, filters = folder / "trust.json", folder / FILTERS_NAME
+def _add_evaluation(found: Contents) -> None:
+    """Adds ``evaluation.json``, unless it was made of other filters than those in the folder."""
+    path = found.folder / "evaluation.json"
+    content = _json(path)
+    if content is None:
+        return
+    again = f"run `wfnet evaluate {found.folder}` again"
+    several = content.get("kind") == "multi-label"
+    result = None if several else EvaluationResult.from_json(path)
+    other = _other_network(found, content)
+    if other:
+        found.remarks.append(f"{path.name} is of another network ({other}) and left out; {again}.")
+        return
+    if found.filters and "filters_digest" not in content.get("settings", {}):
+        found.remarks.append(
+            f"{path.name} does not say of which filters it is; to be sure, {again}."
+        )
+    found.evaluation, found.multi_label = result, content if several else None
+
+
+def _other_network(found: Contents, content: dict[str, Any]) -> str:
+    """Returns how the network of an evaluation differs from that of the run; empty if it fits."""
+    settings = content.get("settings", {})
+    for name in ("filters_digest", "num_classes", "model"):
+        theirs, ours = settings.get(name), found.filters.get(name)
+        if theirs is not None and ours is not None and theirs != ours:
+            return "its filters" if name == "filters_digest" else f"{name} {theirs}, here {ours}"
+    names = found.run.get("classes")
+    for record in content["classes"] if names else ():
+        index, name = record["index"], record["name"]
+        if index >= len(names) or names[index] != name:
+            return f"class {index} is {name!r}"
+    return ""
+
+
+def _add_trust(found: Contents) -> None:
+    """Adds ``trust.json``, unless it was made of other filters than those in the folder."""
+    path, filters = found.folder / "trust.json", found.folder / FILTERS_NAME
     if not path.is_file():
-        return None
+        return
+    again = f"run `wfnet trust {found.folder}` again"
     result = TrustResult.from_json(path)
-    checked = result.settings.get("filters")
-    if checked and filters.is_file():
-        found = hashlib.sha256(filters.read_bytes()).hexdigest()
-        if found != checked:
-            logger.warning("%s is of other filters and left out; run `wfnet trust` again", path)
-            return None
-    return result
+    wanted = hashlib.sha256(filters.read_bytes()).hexdigest() if filters.is_file() else None
+    if wanted is not None and result.settings.get("filters", wanted) != wanted:
+        found.remarks.append(f"{path.name} is of other filters and left out; {again}.")
+        return
+    if "attackers_images" not in result.settings:
+        text = "comes from a version whose attackers had too many images of the forgotten class"
+        found.remarks.append(f"{path.name} {text}; {again}.")
+    found.trust = result
 
 
 def _json(path: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ which command makes them. The page loads nothing and escapes every name that com
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ from markupsafe import Markup, escape
 from wfnet.report.contents import Contents, read_contents
 from wfnet.report.view import make_view
 from wfnet.services.files import write_atomically
+
+logger = logging.getLogger("wfnet")
 
 REPORT = "report.html"
 
@@ -35,7 +38,10 @@ def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = Non
         FileNotFoundError: if there is no such folder, or nothing in it that a report could show.
         ValueError: for a damaged file.
     """
-    text = render(read_contents(folder))
+    contents = read_contents(folder)
+    for remark in contents.remarks:
+        logger.warning("%s", remark)
+    text = render(contents)
     path = Path(folder) / REPORT if path is None else Path(path)
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
     return path

@@ -14,8 +14,8 @@ checks say is a lower bound of what an attacker can do: a stronger attack may ex
 """
 
 from wfnet.trust.check import Check
+from wfnet.trust.checks import CHECKS
 from wfnet.trust.export_check import ExportCheck, check_export
-from wfnet.trust.registry import CHECKS
 from wfnet.trust.runner import missing_retrained, run_checks
 from wfnet.trust.subject import ImageReader, Sample, Subject, TrustSettings
 from wfnet.trust.trust_records import TrustRecord, TrustResult

@@ -15,7 +15,7 @@ Measure = Callable[[nn.Module, Subject, Sequence[nn.Module]], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Check:
-    """One check. A new one is a file with a ``CHECK``, and its name in ``wfnet.trust.registry``.
+    """One check. A new one is a file with a ``CHECK``, and its name in ``wfnet.trust.checks``.
 
     Attributes:
         name: as in ``wfnet trust --checks``.

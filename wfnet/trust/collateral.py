@@ -65,7 +65,9 @@ def nearest_by_confusion(logits: Tensor, label: int, count: int = NEAREST) -> li
 def nearest_by_features(subject: Subject, count: int = NEAREST) -> list[int]:
     """Other classes whose mean features of the original are nearest, nearest first."""
     own, rest = (
-        torch.from_numpy(layer_features(subject.original, (), part.images)[HEAD])
+        torch.from_numpy(
+            layer_features(subject.original, (), part.images, subject.num_classes)[HEAD]
+        )
         for part in (subject.train_forget, subject.train_retain)
     )
     labels = subject.train_retain.labels

@@ -14,6 +14,7 @@ from torch import nn
 
 from wfnet.data import Splits
 from wfnet.trust import removal
+from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.subject import ImageReader, Subject, TrustSettings, share_correct
 
 
@@ -26,7 +27,7 @@ class ExportCheck:
         values: measures of :mod:`wfnet.trust.removal` for the export; ``acc_f`` and ``acc_r`` are
             its accuracies as it is.
         original_acc_f, original_acc_r: of the original network, on the same images.
-        details: rows against the base.
+        details: of :mod:`wfnet.trust.removal`: the attackers' images, rows against the base.
         images: test images of the class and of classes that were not forgotten.
     """
 
@@ -39,20 +40,19 @@ class ExportCheck:
     images: dict[str, int]
 
     def __str__(self) -> str:
-        v = self.values
-        ways = {
-            "BatchNorm re-estimated on unlabelled images": "acc_f_batchnorm_all",
-            "without images of the class among them": "acc_f_batchnorm_retain",
-            "rows equalised": "acc_f_equalised",
-            "its logit shifted": "acc_f_offset",
-        }
-        found = ", ".join(f"{k} {v[n]:.1%}" for k, n in ways.items() if n in v)
-        return (
+        v, drawn = self.values, self.details["attackers_images"]
+        lines = [
             f"class {self.name}: accuracy on it {self.original_acc_f:.1%} -> {v['acc_f']:.1%}, on "
             f"the others {self.original_acc_r:.1%} -> {v['acc_r']:.1%} ({self.images['forget']} "
-            f"and {self.images['retain']} test images)\n"
-            f"  brought back by who holds the file and no label: {found}"
-        )
+            f"and {self.images['retain']} test images)",
+            "  brought back by who holds the file and no label, with images in the natural mix of "
+            f"classes ({drawn['of_the_class']} of {drawn['unlabelled']} of the class):",
+        ]
+        for name, attack in ATTACKS.items():
+            if f"acc_f_{name}" in v:
+                base = " (holds the base as well)" if attack.needs_base else ""
+                lines.append(f"  {v[f'acc_f_{name}']:7.1%}  {attack.text}{base}")
+        return "\n".join(lines)
 
 
 def check_export(
@@ -90,6 +90,7 @@ def check_export(
             retrained=(),
             train_forget=train.of(label),
             train_retain=train.without(*forget),
+            unlabelled=train.mixed(label),
             test_forget=test.of(label),
             test_retain=test.without(*forget),
             layers=layers,

@@ -10,6 +10,9 @@ A probe is a logistic regression on the frozen features of one layer (Alain and 
 never saw the class also has features that tell it apart, because classes look different: compare
 with the retrained models' level, not with 0.5.
 
+The probe's own training images are all that were drawn of the class and of the others; it weighs
+both sides equally, so that their mix does not matter.
+
 Features are the outputs of each masked layer and the input of the head, averaged over a grid of
 image regions (or over tokens) to at most 1,024 numbers, and standardised. Standardising undoes any
 gate that is not exactly zero, as an attacker would.
@@ -42,8 +45,8 @@ def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> 
     train = subject.train_forget.with_others(subject.train_retain)
     test = subject.test_forget.with_others(subject.test_retain)
     names = [name for name in subject.layers if _module(model, name) is not None]
-    trained_on = layer_features(model, names, train.images)
-    tested_on = layer_features(model, names, test.images)
+    trained_on = layer_features(model, names, train.images, subject.num_classes)
+    tested_on = layer_features(model, names, test.images, subject.num_classes)
     wanted, truth = (part.labels.numpy() == subject.label for part in (train, test))
     layers = {
         name: probe(trained_on[name], wanted, tested_on[name], truth, subject.settings.seed)
@@ -78,7 +81,9 @@ def probe(
     return float((found[truth].mean() + 1 - found[~truth].mean()) / 2)
 
 
-def layer_features(model: nn.Module, names: Sequence[str], images: Tensor) -> dict[str, np.ndarray]:
+def layer_features(
+    model: nn.Module, names: Sequence[str], images: Tensor, num_classes: int | None = None
+) -> dict[str, np.ndarray]:
     """Pooled features ``[n, d]`` of the layers ``names`` and of the input of the head.
 
     Of a layer that runs several times, those of its last run; layers that do not run, or whose
@@ -95,7 +100,7 @@ def layer_features(model: nn.Module, names: Sequence[str], images: Tensor) -> di
         )
         for name in names
     ]
-    head = find_head(model)
+    head = find_head(model, num_classes)
     if head is not None:
         handles.append(
             head[1].register_forward_hook(lambda module, inputs, output: keep(HEAD, inputs[0]))

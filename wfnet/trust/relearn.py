@@ -8,8 +8,10 @@ attacker may have:
   regain forgotten images without seeing one of them, while retrained ones do not (Siddiqui et al.,
   "From Dormant to Deleted: Tamper-Resistant Unlearning Through Weight-Space Regularization",
   NeurIPS 2025).
-- ``from_n``: ``n`` images of the forgotten class among nine times as many others, after Ha et al.,
-  "Unlearning's Blind Spots: Over-Unlearning and Prototypical Relearning Attack" (2025).
+- ``from_n``: ``n`` images of the forgotten class among others, after Ha et al., "Unlearning's Blind
+  Spots: Over-Unlearning and Prototypical Relearning Attack" (2025). The others are as many as the
+  class's natural share asks for (nine times ``n`` among ten equal classes), at most all that the
+  attacker has; the details count them.
 
 Reported is the highest accuracy on test images of the class before any step or after any epoch (an
 attacker stops when it is best), and the course in the details. A retrained model learns the class
@@ -30,8 +32,6 @@ from wfnet.evaluation.relearning import RelearnConfig, relearn
 from wfnet.trust.check import Check
 from wfnet.trust.subject import Sample, Subject
 
-OTHERS = 9
-
 
 def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
     """Best accuracy on the class of every attack; ``details["course"]`` has it epoch by epoch."""
@@ -39,16 +39,22 @@ def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> 
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(subject.train_forget), generator=generator)
     rest = torch.randperm(len(subject.train_retain), generator=generator)
+    ratio = (1 - subject.share) / subject.share  # of other images to those of the class
     course = {"retain_only": _attack(model, subject, subject.train_retain)}
+    used = {"retain_only": {"of_the_class": 0, "others": len(subject.train_retain)}}
     for count in settings.relearn_images:
         few = order[:count]
         if len(few) < count:
             break  # the class has fewer images
-        images = subject.train_forget.only(few)
-        images = images.with_others(subject.train_retain.only(rest[: OTHERS * count]))
+        others = subject.train_retain.only(rest[: round(ratio * count)])
+        images = subject.train_forget.only(few).with_others(others)
         course[f"from_{count}"] = _attack(model, subject, images)
+        used[f"from_{count}"] = {"of_the_class": count, "others": len(others)}
     values = {f"acc_f_{name}": max(accuracy) for name, accuracy in course.items()}
-    return {"values": values, "details": {"course": course, "steps": settings.relearn_steps}}
+    return {
+        "values": values,
+        "details": {"course": course, "steps": settings.relearn_steps, "images": used},
+    }
 
 
 def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:

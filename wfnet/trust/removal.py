@@ -4,6 +4,8 @@ The attacks of :mod:`wfnet.trust.attacks` need no training and no labels; each i
 Each reports the accuracy on the class (``acc_f_*``, low is good) and on the others (``acc_r_*``: an
 attack that destroys the rest is no attack). ``auc_logit`` is the area under the ROC of the class's
 logit, images of the class against others: what the outputs tell whatever offset is chosen.
+Attackers' images are a sample of the training part in which the class has its natural share
+(``details["attackers_images"]`` counts them): statistics and shifts depend on the mix.
 ``details["rows"]`` says how many of the export's rows are multiples of the base's.
 
 In an export whose class was cut from its head (``cut_output``), only attacks on the logits reach
@@ -50,7 +52,9 @@ def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> 
         if rest.get(f"acc_r{name}", -1) >= rest["acc_r"] - TOLERATED
     )
     values["auc_logit"] = roc_auc(forget, retain)
-    details = {}
+    of_class = int((subject.unlabelled.labels == subject.label).sum())
+    images = {"unlabelled": len(subject.unlabelled), "of_the_class": of_class}
+    details: dict[str, Any] = {"attackers_images": images}
     if model is subject.forgetful:
         details["rows"] = rows_against_base(model, subject.original, subject.layers)
     return {"values": values, "details": details}

@@ -19,11 +19,13 @@ from wfnet.data import Splits
 from wfnet.services.files import fingerprint
 from wfnet.services.progress import Progress
 from wfnet.trust.check import Check
-from wfnet.trust.registry import CHECKS
+from wfnet.trust.checks import CHECKS
 from wfnet.trust.subject import ImageReader, Subject, TrustSettings
 from wfnet.trust.trust_records import TrustRecord, TrustResult
 from wfnet.version import __version__
 
+# What is stated of the attackers' images; results of another mix are not reused.
+NATURAL = "classes in the proportion of the training part"
 # Finished pieces of work, one JSON object a line, until the result is written.
 JOURNAL = "trust.partial.jsonl"
 RESULT = "trust.json"
@@ -84,6 +86,7 @@ def run_checks(
         "images": [len(data.train), len(data.test)],
         "version": __version__,
         "original": fingerprint(original),
+        "attackers_images": NATURAL,
         **(identity or {}),
     }
     records: list[TrustRecord] = []
@@ -157,6 +160,7 @@ def _subject(
         retrained=retrained,
         train_forget=train.of(label),
         train_retain=train.without(label),
+        unlabelled=train.mixed(label),
         test_forget=test.of(label),
         test_retain=test.without(label),
         layers=layers,

@@ -88,8 +88,9 @@ class Subject:
         layers: names of the masked layers, in the order in which they run.
         reader: gives test images of other classes by label, at most ``samples`` of them.
         settings: of the checks.
-        unlabelled: images of all classes that an attacker holds without their labels; by default
-            those of the training part.
+        unlabelled: images of all classes that an attacker holds without their labels, in the
+            proportion in which classes occur in the training part; by default all of
+            ``train_forget`` and ``train_retain``.
     """
 
     label: int
@@ -113,6 +114,11 @@ class Subject:
     def __post_init__(self) -> None:
         if self.unlabelled is None:
             self.unlabelled = self.train_forget.with_others(self.train_retain)
+
+    @property
+    def share(self) -> float:
+        """The fraction of attackers' images that are of the class."""
+        return (self.unlabelled.labels == self.label).double().mean().item()
 
     def logits(self, model: nn.Module, part: str) -> Tensor:
         """``[n, K]`` fp64 of ``model`` on the images ``part`` (``"test_forget"``, ...), kept."""
@@ -154,6 +160,21 @@ class ImageReader:
         if not len(positions):
             raise ValueError(f"there is no image of class {', '.join(map(str, classes))}")
         return self._read(positions)
+
+    def mixed(self, label: int) -> Sample:
+        """About ``samples`` images of all classes, as many of ``label`` as there are by nature.
+
+        That is its share of the data set, and one image at least.
+
+        Raises:
+            ValueError: if there is no image of the class, or none of another.
+        """
+        own, others = self.of(label), self.without(label)
+        count = int((self.labels == label).sum())
+        ratio = count / (len(self.labels) - count)
+        wanted = max(1, round(ratio * len(others)))
+        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed))
+        return own.only(order[:wanted]).with_others(others)
 
     def without(self, *classes: int) -> Sample:
         """At most ``samples`` images of all classes but ``classes``; the draw is made once.

@@ -9,7 +9,7 @@ from typing import Any
 
 from wfnet.services.files import write_json
 from wfnet.services.records import check_format, read_json, write_csv
-from wfnet.trust.registry import CHECKS
+from wfnet.trust.checks import CHECKS
 
 FORMAT = 1
 MODELS = ("forgetful", "original", "retrained")

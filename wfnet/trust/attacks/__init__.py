@@ -4,9 +4,12 @@ A new attack is a file that makes an ``ATTACK``, and its name in ``ATTACKS`` bel
 """
 
 from wfnet.trust.attacks import (
+    affine_reset,
+    base_head,
     base_norms,
     batchnorm_statistics,
     equalised_rows,
+    reestimated_shift,
     shifted_logit,
     standardised_logits,
 )
@@ -17,9 +20,12 @@ ATTACKS: dict[str, Attack] = {
     for attack in (
         batchnorm_statistics.OF_ALL,
         batchnorm_statistics.OF_OTHERS,
+        affine_reset.ATTACK,
         equalised_rows.ATTACK,
         base_norms.ATTACK,
+        base_head.ATTACK,
         shifted_logit.ATTACK,
+        reestimated_shift.ATTACK,
         standardised_logits.ATTACK,
     )
 }

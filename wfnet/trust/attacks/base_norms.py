@@ -31,22 +31,24 @@ def with_base_norms(model: nn.Module, base: nn.Module, layers: Sequence[str]) ->
             if layer.weight.shape != public.weight.shape:
                 return None
             norms = row_norms(layer.weight)
-            scale = torch.where(norms > 0, row_norms(public.weight) / norms, 1)
+            wanted = row_norms(public.weight.to(layer.weight))
+            scale = torch.where(norms > 0, wanted / norms, 1)
             layer.weight.mul_(as_rows(scale, layer.weight))
             if layer.bias is not None:  # the bias has gates of its own; its sizes are the base's
-                layer.bias.copy_(layer.bias.sign() * public.bias.abs())
+                layer.bias.copy_(layer.bias.sign() * public.bias.abs().to(layer.bias))
     return changed
 
 
 def rows_against_base(
     model: nn.Module, base: nn.Module, layers: Sequence[str]
 ) -> dict[str, float | int]:
-    """Returns what the weights tell to a holder of the base.
+    """Reads what the weights tell to a holder of the base.
 
     Returns:
         rows: rows of all layers; zero_rows: those that are exactly 0; multiples: share of the other
         rows that are multiples of the base's; median_ratio: median of ``||row|| / ||base row||``
-        over these, the gates; closed: share of rows with a ratio below 0.1.
+        over these, the gates; closed: share of rows with a ratio below 0.1. Layers of another shape
+        than the base's are left out; empty if all are.
     """
     ratios, cosines = [], []
     for name in layers:
@@ -58,6 +60,8 @@ def rows_against_base(
         norms, wanted = own.norm(dim=1), public.norm(dim=1)
         ratios.append(norms / wanted.clamp_min(1e-300))
         cosines.append((own * public).sum(1) / (norms * wanted).clamp_min(1e-300))
+    if not ratios:
+        return {}
     ratio, cosine = torch.cat(ratios), torch.cat(cosines)
     kept = ratio > 0
     return {
@@ -70,7 +74,7 @@ def rows_against_base(
 
 
 def _apply(model: nn.Module, subject: Subject) -> Attacked | None:
-    if model is not subject.forgetful:
+    if model is subject.original:
         return None
     changed = with_base_norms(model, subject.original, subject.layers)
     return changed and Attacked(changed)

@@ -35,8 +35,7 @@ def shift(model: nn.Module, subject: Subject) -> Callable[[Tensor], Tensor]:
     """Returns the change of ``model``'s logits that predicts the class as often as it occurs."""
     label = subject.label
     seen = subject.logits(model, "unlabelled")
-    share = (subject.unlabelled.labels == label).double().mean().item()
-    offset = class_offset(seen, label, share)
+    offset = class_offset(seen, label, subject.share)
 
     def shifted(logits: Tensor) -> Tensor:
         logits = logits.clone()
