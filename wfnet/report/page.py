@@ -16,6 +16,7 @@ import jinja2
 from markupsafe import Markup, escape
 
 from wfnet.report.contents import Contents, read_contents
+from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT
 from wfnet.report.view import make_view
 from wfnet.services.files import write_atomically
 
@@ -58,7 +59,9 @@ def render(contents: Contents) -> str:
         keep_trailing_newline=True,
     )
     templates.filters["marked"] = _marked
-    return templates.get_template("page.html.jinja").render(view=make_view(contents)).lstrip()
+    template = templates.get_template("page.html.jinja")
+    text = template.render(view=make_view(contents), margin=MARGIN, margin_taught=MARGIN_TAUGHT)
+    return text.lstrip()
 
 
 def _marked(text: str) -> Markup:
