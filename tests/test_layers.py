@@ -57,10 +57,8 @@ def test_all_padding_modes(mode, padding, kernel):
     torch.testing.assert_close(eager, truth, rtol=0, atol=1e-10)
     torch.testing.assert_close(eager[1:], by_hand(conv, x[1:], 2), rtol=0, atol=1e-10)
     inputs = (x, conv.alpha_weight, conv.alpha_bias)
-    for a, b in zip(
-        torch.autograd.grad(eager.square().sum(), inputs),
-        torch.autograd.grad(truth.square().sum(), inputs), strict=True,
-    ):  # fmt: skip
+    found, expected = (torch.autograd.grad(y.square().sum(), inputs) for y in (eager, truth))
+    for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
@@ -163,15 +161,19 @@ def test_other_layers_are_refused():
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("make", [
-    lambda: parametrizations.weight_norm(nn.Conv2d(4, 6, 3)),
-    lambda: parametrizations.spectral_norm(nn.Conv2d(4, 6, 3)),
-    lambda: weight_norm(nn.Conv2d(4, 6, 3)),
-    lambda: prune.random_unstructured(nn.Conv2d(4, 6, 3), "weight", 0.5),
-])  # fmt: skip
-def test_computed_weights_are_refused_with_the_remedy(make):
+@pytest.mark.parametrize(
+    "compute",
+    [
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        weight_norm,
+        lambda conv: prune.random_unstructured(conv, "weight", 0.5),
+    ],
+    ids=["weight", "spectral", "old", "pruned"],
+)
+def test_computed_weights_are_refused_with_the_remedy(compute):
     with pytest.raises(ValueError, match="remove_parametrizations"):
-        WFConv2d.from_conv(make(), num_classes=3)
+        WFConv2d.from_conv(compute(nn.Conv2d(4, 6, 3)), num_classes=3)
 
 
 def test_after_removing_the_parametrization_it_works():

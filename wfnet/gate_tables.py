@@ -62,29 +62,6 @@ class GatedLayer:
         return gamma, beta - self.mean.to(dtype) * gamma
 
 
-class StepTables:
-    """Tables of one forward pass, and the column sums that its backward pass writes.
-
-    Attributes:
-        scales, shifts: ``A`` and ``C`` ``[B, O]`` of every layer.
-        t1, t0: ``[B, O]`` of every layer, to be written by the backward pass (``t0`` is None where
-            the layer has no bias); empty lists if nothing is saved. They start at 0.
-    """
-
-    scales: list[Tensor]
-    shifts: list[Tensor]
-    t1: list[Tensor]
-    t0: list[Tensor | None]
-
-    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
-        """Gradients ``[K, O]`` of all filter matrices, layer by layer, weight before bias.
-
-        Args:
-            into: ``[K, total]``, written instead of fresh memory; the results are its columns.
-        """
-        raise NotImplementedError
-
-
 class GateTables:
     """The definition in PyTorch, for any device and dtype; backends have faster ones.
 
@@ -124,11 +101,25 @@ class GateTables:
             )
 
     def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
-        """Tables for labels ``forget`` ``[B, J]`` int64; ``save``: with room for column sums."""
-        return _StepTables(self, side_by_side(self.filters), forget, save)
+        """Returns tables for labels ``forget`` ``[B, J]``; ``save``: with room for column sums."""
+        return StepTables(self, side_by_side(self.filters), forget, save)
 
 
-class _StepTables(StepTables):
+class StepTables:
+    """Tables of one forward pass, and the column sums that its backward pass writes.
+
+    Args:
+        tables: whose layers they are of.
+        flat: ``[K, total]``, the present filters side by side.
+        forget: labels ``[B, J]``.
+        save: whether column sums are wanted.
+
+    Attributes:
+        scales, shifts: ``A`` and ``C`` ``[B, O]`` of every layer.
+        t1, t0: ``[B, O]`` of every layer, to be written by the backward pass (``t0`` is None where
+            the layer has no bias); empty lists if nothing is saved. They start at 0.
+    """
+
     def __init__(self, tables: GateTables, flat: Tensor, forget: Tensor, save: bool):
         self.tables, self.flat, self.forget = tables, flat, forget
         products = gates.gate_rows(flat, forget, tables.gate_scale) * tables.factor  # [B, total]
@@ -149,6 +140,11 @@ class _StepTables(StepTables):
             self.t0 = [None if part is None else self.sums[:, part] for part in tables.of_bias]
 
     def gradients(self, into: Tensor | None = None) -> list[Tensor]:
+        """Returns gradients ``[K, O]`` of all filters, layer by layer, weight before bias.
+
+        Args:
+            into: ``[K, total]``, written instead of fresh memory; the results are its columns.
+        """
         total = self.sums
         for sums, bias in zip(self.t0, self.tables.of_bias, strict=True):
             if bias is not None:

@@ -177,10 +177,11 @@ class MaskedLayer(nn.Module):
         return f"{super().extra_repr()}, num_classes={self.num_classes}, backend={self.backend!r}"
 
 
-_FILTER_STATE = {
-    "num_classes", "alpha_init", "normalize_gate", "gate_scale", "backend", "layer_name",
-    "mode", "_base_type", "_parameters", "_buffers",
-}  # fmt: skip
+# Attributes that a baked layer leaves behind, or that it gets copies of.
+_FILTER_STATE = frozenset(
+    ("num_classes", "alpha_init", "normalize_gate", "gate_scale", "backend", "layer_name", "mode")
+    + ("_base_type", "_parameters", "_buffers")
+)
 
 
 @register_maskable(nn.Conv2d)
@@ -226,10 +227,8 @@ class WFConv2d(MaskedLayer, nn.Conv2d):
         backend: str = "auto",
         filter_dtype: torch.dtype | None = None,
     ):
-        super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
-            padding_mode, device, dtype,
-        )  # fmt: skip
+        shape = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
+        super().__init__(*shape, bias, padding_mode, device, dtype)
         self._add_filters(num_classes, alpha_init, normalize_gate, backend, filter_dtype)
 
     @classmethod
@@ -261,10 +260,9 @@ class WFConv2d(MaskedLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         selection = active_selection(self._title())
         x, padding = self._padded(x)
-        return functional.wf_conv2d(
-            x, self.weight, self.bias, self.alpha_weight, self.alpha_bias, selection, self.stride,
-            padding, self.dilation, self.groups, self.gate_scale, backend=self.backend,
-        )  # fmt: skip
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        masked = (x, self.weight, self.bias, self.alpha_weight, self.alpha_bias, selection)
+        return functional.wf_conv2d(*masked, *geometry, self.gate_scale, backend=self.backend)
 
 
 @register_maskable("timm.layers.conv2d_same.Conv2dSame")
@@ -327,10 +325,9 @@ class WFLinear(MaskedLayer, nn.Linear):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.wf_linear(
-            x, self.weight, self.bias, self.alpha_weight, self.alpha_bias,
-            active_selection(self._title()), self.gate_scale, backend=self.backend,
-        )  # fmt: skip
+        selection = active_selection(self._title())
+        masked = (x, self.weight, self.bias, self.alpha_weight, self.alpha_bias, selection)
+        return functional.wf_linear(*masked, self.gate_scale, backend=self.backend)
 
 
 def masked_type(layer: nn.Module) -> type[MaskedLayer] | None:
