@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wfnet.cli.classifier import data_settings, load_weights
+from wfnet.cli.classifier import data_settings
 from wfnet.cli.inputs import check_run_folder, class_indices, load_network, open_images
 from wfnet.cli.options import (
     HelpFormatter,
@@ -25,6 +25,7 @@ from wfnet.cli.options import (
     add_model_options,
 )
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
+from wfnet.cli.weights import load_weights
 from wfnet.data import batches, multi_hot_of
 from wfnet.gates import gate_rows
 from wfnet.head import CUT_LOGIT

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wfnet import models
+from wfnet.cli.weights import load_weights
 from wfnet.data import model_data_config
 from wfnet.head import find_head
 from wfnet.services.extras import require
-from wfnet.services.files import read_tensors
 
 SMALL_IMAGE_SIZE = 32
 _TORCHVISION = ("torchvision/", "tv.")
-# Under these names training scripts put the weights into their checkpoints; averaged ones first.
-_INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model", "module")
-# Wrappers prefix every name: DataParallel, torch.compile, Lightning, torchvision's averaging.
-_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 def create_classifier(
@@ -229,90 +224,3 @@ def _near(name: str, known: list[str]) -> str:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-# -- weights --------------------------------------------------------------------------------------
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Fills ``model`` from a safetensors file, or a ``.pth`` that holds tensors only.
-
-    Checkpoints of training scripts are looked into (``state_dict``, ``model``, averaged weights
-    first), and prefixes of wrappers (``module.``) are removed.
-
-    Raises:
-        FileNotFoundError, ValueError: for a file that is missing, damaged, not loadable without
-            running code, or does not fit the model.
-    """
-    path = Path(path)
-    tensors = read_weights(path)
-    wanted = model.state_dict()
-    tensors = _without_prefix(tensors, wanted)
-    missing = [name for name in wanted if name not in tensors and not _is_counter(name)]
-    extra = [name for name in tensors if name not in wanted and not _is_counter(name)]
-    wrong = [n for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape]
-    kind = type(model).__name__
-    head = find_head(model)
-    if head is not None and wrong and set(wrong) <= {f"{head[0]}.weight", f"{head[0]}.bias"}:
-        raise ValueError(
-            f"{path} has weights for {len(tensors[wrong[0]])} classes, not for "
-            f"{len(wanted[wrong[0]])}; use it with the data that it was trained on (is a class "
-            "folder missing, or one too many?)"
-        )
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"{path} does not fit this {kind}: {name!r} is {list(tensors[name].shape)} in the file "
-            f"and {list(wanted[name].shape)} in the model; check --model, --num-classes and "
-            "--in-chans"
-        )
-    if missing or extra:
-        names, what = (missing, "lacks") if missing else (extra, "has, unknown to the model,")
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise ValueError(
-            f"{path} does not fit this {kind}: it {what} {names[0]!r}{more}; is --model the "
-            "network that was trained?"
-        )
-    model.load_state_dict(tensors, strict=False)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors by name; see :func:`load_weights`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"the weights {path} do not exist")
-    if path.suffix == ".safetensors":
-        return read_tensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, or is no checkpoint of PyTorch; it is not unpickled, "
-            "because that can run any code: save model.state_dict() alone, or as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {_first_line(error)}") from error
-    for name in _INSIDE:
-        inner = content.get(name) if isinstance(content, dict) else None
-        if isinstance(inner, dict) and inner:
-            content = inner
-            break
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
-    odd = [name for name, value in content.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise ValueError(f"{path} holds {odd[0]!r}, which is no tensor: save model.state_dict()")
-    return dict(content)
-
-
-def _without_prefix(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    for _ in _PREFIXES:
-        for prefix in _PREFIXES:
-            if set(tensors) & set(wanted) or not all(n.startswith(prefix) for n in tensors):
-                continue
-            tensors = {name.removeprefix(prefix): t for name, t in tensors.items()}
-    return tensors
-
-
-def _is_counter(name: str) -> bool:
-    """BatchNorm's count of batches: of no use in a frozen network, and often left out."""
-    return name.endswith("num_batches_tracked")

@@ -20,7 +20,6 @@ from torch import nn
 
 from wfnet import models
 from wfnet.cli.bake import baked_name, save_baked, verify
-from wfnet.cli.classifier import load_weights
 from wfnet.cli.drawing import draw_report, draw_training
 from wfnet.cli.options import HelpFormatter, add_threads_option
 from wfnet.cli.runs import (
@@ -33,6 +32,7 @@ from wfnet.cli.runs import (
     versions,
     write_run,
 )
+from wfnet.cli.weights import load_weights
 from wfnet.data import Splits, open_data
 from wfnet.evaluation import EvaluationResult, evaluate
 from wfnet.evaluation.confusion import confusion_change

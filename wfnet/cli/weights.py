@@ -1,0 +1,247 @@
+"""Weights from the files that people have: checkpoints of training scripts, read without running
+any code from them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wfnet.head import find_head
+from wfnet.services.files import read_tensors
+
+# Under these names training scripts put the weights into their checkpoints; averaged ones first.
+_INSIDE = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema") + (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "net",
+    "network",
+    "module",
+    "weights",
+    "params",
+)
+# Wrappers prefix every name: DataParallel, torch.compile, Lightning, torchvision's averaging.
+_PREFIXES = ("", "module.", "_orig_mod.", "model.", "net.", "network.")
+_NAMES_AT_MOST = 200  # classes that a checkpoint refers to
+_NOT_UNPICKLED = (
+    "it is not unpickled, because that can run any code: save model.state_dict() alone, or as "
+    "safetensors"
+)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Fills ``model`` from a safetensors file or from a checkpoint of ``torch.save``.
+
+    Weights are looked for where training scripts put them (``state_dict``, ``model``, averaged
+    weights first); prefixes of wrappers (``module.``) are removed; weight norm and pruning masks
+    are folded into the weights they stand for. Objects of any class in the file are left out.
+
+    Raises:
+        FileNotFoundError, ValueError: for a file that is missing, damaged, or does not fit the
+            model.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights {path} do not exist")
+    wanted = model.state_dict()
+    if path.suffix == ".safetensors":
+        candidates = [read_tensors(path)]
+    else:
+        candidates = list(_tensor_tables(read_checkpoint(path)))
+    if not candidates:
+        raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
+    tables = [_folded(_without_prefix(path, table, wanted), wanted) for table in candidates]
+    fitting = (table for table in tables if not _problem(path, table, model, wanted))
+    tensors = next(fitting, None)
+    if tensors is None:
+        raise ValueError(_problem(path, tables[0], model, wanted))
+    model.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False)
+
+
+def read_checkpoint(path: Path) -> Any:
+    """Returns what ``torch.save`` wrote, with an empty table in place of every foreign object.
+
+    Only tensors and plain values are built (``weights_only``).
+
+    Raises:
+        ValueError: for a file that is damaged, a TorchScript program, or something else.
+    """
+    if _is_torchscript(path):
+        raise ValueError(
+            f"{path} is a TorchScript program, not weights: save them by "
+            "torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
+        )
+    foreign: set[str] = set()
+    tables = True
+    while True:
+        stand_ins = [(_stand_in(name, tables), name) for name in foreign]
+        try:
+            with torch.serialization.safe_globals(stand_ins):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            found = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
+            if found is None or found[1] in foreign or len(foreign) >= _NAMES_AT_MOST:
+                raise ValueError(
+                    f"{path} holds more than tensors, or is no checkpoint of PyTorch; "
+                    + _NOT_UNPICKLED
+                ) from error
+            foreign.add(found[1])
+            if zipfile.is_zipfile(path):
+                foreign |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+        except Exception as error:  # a damaged file fails in many ways
+            if foreign and tables:
+                tables = False
+                continue
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ValueError(f"{path} is truncated or damaged: {reason}") from error
+
+
+def _stand_in(name: str, table: bool) -> type:
+    """Returns a class for objects of the class ``name``, of which nothing is run.
+
+    Its objects are empty tables, since many classes are dicts; those of numpy, or all if not
+    ``table``, are empty objects that take any state.
+    """
+
+    def make(cls: type, *_: Any, **__: Any) -> Any:
+        made = OrderedDict() if table and not name.startswith("numpy") else object.__new__(cls)
+        made.stands_for = name
+        return made
+
+    return type("StandIn", (), {"__new__": make, "__setstate__": lambda self, state: None})
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
+
+
+def _tensor_tables(content: Any) -> Iterator[dict[str, Tensor]]:
+    """Yields the tables of tensors by name in a checkpoint, the likeliest first.
+
+    Raises:
+        ValueError: if a pickled object lies where the weights are expected.
+    """
+    if not isinstance(content, dict):
+        return
+    for place in (content, *(content.get(name) for name in _INSIDE)):
+        name = getattr(place, "stands_for", None)
+        if name is not None:
+            raise ValueError(f"the file holds an object of {name} as its weights; {_NOT_UNPICKLED}")
+    inside = [content[name] for name in _INSIDE if isinstance(content.get(name), dict)]
+    others = [value for value in content.values() if isinstance(value, dict)]
+    deeper = [table[name] for table in inside for name in _INSIDE if name in table]
+    for table in (*inside, content, *deeper, *others):
+        if isinstance(table, dict):
+            tensors = {k: v for k, v in table.items() if isinstance(v, Tensor)}
+            if tensors and all(isinstance(name, str) for name in tensors):
+                yield tensors
+
+
+def _without_prefix(
+    path: Path, tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the tensors under the prefix below which the model's own names stand.
+
+    With a prefix, what has another one belongs to something else, such as a loss or a metric.
+    """
+    # By modules, not by names: a weight may be computed from tensors of other names.
+    modules = {name.rpartition(".")[0] or name for name in wanted}
+    counts: Counter[str] = Counter()
+    for name in tensors:
+        parts = name.split(".")
+        for cut in range(len(parts)):
+            rest = parts[cut:]
+            if ".".join(rest[:-1]) in modules or ".".join(rest) in modules:
+                counts["".join(f"{part}." for part in parts[:cut])] += 1
+    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    if not best or "" in best:
+        return {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+    known = [prefix for prefix in best if _unwrapped(prefix) in _PREFIXES]
+    if len(best) > 1 and len(known) != 1:
+        raise ValueError(
+            f"{path} holds the weights of several networks ({', '.join(sorted(best))}): save the "
+            "state_dict of one of them"
+        )
+    prefix = known[0] if known else best[0]
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
+
+def _unwrapped(prefix: str) -> str:
+    """Returns a prefix without those that several wrappers put in front of it."""
+    for wrapper in ("module.", "_orig_mod."):
+        prefix = prefix.removeprefix(wrapper)
+    return prefix
+
+
+def _folded(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors with computed weights in place of what they are computed from.
+
+    ``torch.nn.utils.prune`` leaves ``weight_orig`` and ``weight_mask``, weight norm ``weight_g``
+    and ``weight_v``, or ``original0`` and ``original1`` as a parametrization.
+    """
+    tensors = dict(tensors)
+    for name in wanted:
+        module, _, own = name.rpartition(".")
+        parametrized = f"{module}.parametrizations.{own}.original".lstrip(".")
+        for first, second in (
+            (f"{name}_orig", f"{name}_mask"),
+            (f"{name}_g", f"{name}_v"),
+            (f"{parametrized}0", f"{parametrized}1"),
+        ):
+            if name not in tensors and {first, second} <= set(tensors):
+                a, b = tensors.pop(first), tensors.pop(second)
+                tensors[name] = a * b if first.endswith("_orig") else _weight_norm(a, b)
+    return tensors
+
+
+def _weight_norm(length: Tensor, direction: Tensor) -> Tensor:
+    kept = [dim for dim, size in enumerate(length.shape) if size > 1]
+    return torch._weight_norm(direction, length, kept[0] if kept else 0)
+
+
+def _problem(
+    path: Path, tensors: Mapping[str, Tensor], model: nn.Module, wanted: Mapping[str, Tensor]
+) -> str | None:
+    """Returns why the tensors do not fit the model, in a sentence; None if they do."""
+    missing = [name for name in wanted if name not in tensors and not _is_counter(name)]
+    extra = [name for name in tensors if name not in wanted and not _is_counter(name)]
+    wrong = [n for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape]
+    kind = type(model).__name__
+    head = find_head(model)
+    if head is not None and wrong and set(wrong) <= {f"{head[0]}.weight", f"{head[0]}.bias"}:
+        return (
+            f"{path} has weights for {len(tensors[wrong[0]])} classes, not for "
+            f"{len(wanted[wrong[0]])}; use it with the data that it was trained on (is a class "
+            "folder missing, or one too many?)"
+        )
+    if wrong:
+        name = wrong[0]
+        return (
+            f"{path} does not fit this {kind}: {name!r} is {list(tensors[name].shape)} in the file "
+            f"and {list(wanted[name].shape)} in the model; check --model, --num-classes and "
+            "--in-chans"
+        )
+    if missing or extra:
+        names, what = (missing, "lacks") if missing else (extra, "has, unknown to the model,")
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        return (
+            f"{path} does not fit this {kind}: it {what} {names[0]!r}{more}; is --model the "
+            "network that was trained?"
+        )
+    return None
+
+
+def _is_counter(name: str) -> bool:
+    """BatchNorm's count of batches: of no use in a frozen network, and often left out."""
+    return name.endswith("num_batches_tracked")
