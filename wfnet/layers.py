@@ -38,6 +38,17 @@ def register_maskable(base: type | str) -> Callable[[type], type]:
     return register
 
 
+def _plain_weight_remedy(layer: nn.Module) -> str:
+    """Returns the call that turns the computed weight of ``layer`` into a parameter."""
+    if "weight_mask" in layer._buffers:
+        return "torch.nn.utils.prune.remove(layer, 'weight')"
+    if "weight_g" in layer._parameters:
+        return "torch.nn.utils.remove_weight_norm(layer)"
+    if "weight_u" in layer._buffers:
+        return "torch.nn.utils.remove_spectral_norm(layer)"
+    return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+
+
 class MaskedLayer(nn.Module):
     """What all masked layers share: filter matrices next to a frozen weight and bias.
 
@@ -116,9 +127,8 @@ class MaskedLayer(nn.Module):
             raise ValueError(f"{type(layer).__name__} has no weight yet; run the model once first")
         if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
             raise ValueError(
-                f"the weight of this {type(layer).__name__} is computed (a parametrization or "
-                "weight_norm); make it a plain parameter first, for example with "
-                "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+                f"the weight of this {type(layer).__name__} is computed; make it a plain "
+                f"parameter first: {_plain_weight_remedy(layer)}"
             )
         masked = cls.__new__(cls)
         masked.__dict__ = layer.__dict__

@@ -49,10 +49,22 @@ def write_json(path: str | os.PathLike, content: object) -> None:
 def write_tensors(
     path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Writes ``tensors`` as safetensors, atomically; equal contents give equal bytes."""
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, metadata)
-    data = _with_sorted_header(data)
+    """Writes ``tensors`` as safetensors, atomically; equal contents give equal bytes.
+
+    Tensors that share memory, as those of modules used twice, are written once for each name.
+    """
+    data = _with_sorted_header(save(_in_memory_of_their_own(tensors), metadata))
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found, seen = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def _with_sorted_header(data: bytes) -> bytes:
@@ -100,12 +112,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 over the base weights and floating buffers of ``model``.
 
-    Filters and their statistics (``alpha_*``, ``row_*``) are left out.
+    Filters and their statistics (``alpha_*``, ``row_*``) are left out. The names are those of the
+    network itself: ``torch.compile`` and ``DataParallel`` put ``_orig_mod`` and ``module`` before
+    them.
     """
+    state = {name.replace("_orig_mod.", ""): t for name, t in model.state_dict().items()}
+    while state and all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
     return digest(
         {
             name: tensor
-            for name, tensor in model.state_dict().items()
+            for name, tensor in state.items()
             if isinstance(tensor, Tensor)
             and tensor.is_floating_point()
             and not name.rpartition(".")[2].startswith(("alpha_", "row_"))
