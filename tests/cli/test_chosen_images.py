@@ -33,3 +33,22 @@ def test_untraining_without_the_training_set(image_folder, base, tmp_path, capsy
     fails([*evaluate, "--eval-per-class", "2"], "1 images per class drawn with seed 4")
     fails([*evaluate, "--split", "validation"], "images of the test part")
     fails(["baseline", run, "--workers", "0", "--train-epochs", "1"], "training images")
+
+
+def test_a_list_for_another_output_leaves_the_run_alone(finished, tmp_path):
+    call = ["evaluate", str(finished), "--no-figures", "--workers", "0", "--quiet"]
+
+    def images(folder):
+        return json.loads((folder / "evaluation.json").read_text())["settings"]["images"]
+
+    other, before = tmp_path / "other", sorted(path.name for path in finished.iterdir())
+    assert main([*call, "--eval-per-class", "1", "--output", str(other)]) == 0
+    assert images(other) == 3
+    assert sorted(path.name for path in finished.iterdir()) == before
+    assert main(call) == 0
+    assert images(finished) == 6
+    assert main([*call, "--output", str(other)]) == 0  # there the list is taken up
+    assert images(other) == 3
+    assert main([*call, "--eval-per-class", "1"]) == 0
+    assert main([*call, "--output", str(tmp_path / "third")]) == 0  # the run's own list
+    assert images(tmp_path / "third") == 3

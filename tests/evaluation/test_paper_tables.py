@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from wfnet import models
 from wfnet.baselines import read_baselines
 from wfnet.evaluation import ClassRecord, EvaluationResult, GroupRecord, GroupResult
 from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
@@ -122,22 +123,29 @@ def test_every_published_cell_is_complete():
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "classes", "cell"),
+    ("data", "model", "millions", "cell"),
     [
-        ("mnist", "small/vgg16", 10, "mnist/vgg16"),
-        ("cifar10", "small/vit_tiny", 10, "cifar10/vit_tiny"),
-        ("/data/imagenet", "vit_small_patch16_224.augreg_in21k_ft_in1k", 1000,
-         "imagenet/vit_small"),
-        ("/data/imagenet", "torchvision/vgg16_bn", 1000, "imagenet/vgg16"),
-        ("/data/imagenet", "resnet50.a1_in1k", 1000, "imagenet/resnet50"),
-        ("/data/flowers", "resnet50", 102, None),
-        ("digits", "small/resnet18", 10, None),
-        ("mnist", "small/resnet", 10, None),
-        ("mnist", "resnet50", 10, None),
+        ("mnist", "small/vgg16", 14.73, "mnist/vgg16"),
+        ("mnist", "small/resnet18", 11.17, "mnist/resnet18"),
+        ("mnist", "small/resnet18", 0.7, None),  # a quarter of the width
+        ("cifar10", "small/vit_tiny", 5.36, "cifar10/vit_tiny"),
+        ("imagenet", "vit_small_patch16_224.augreg_in21k", 22.05, "imagenet/vit_small"),
+        ("imagenet", "torchvision/vgg16_bn", 138.37, "imagenet/vgg16"),
+        ("imagenet", "resnet50.a1_in1k", 25.56, "imagenet/resnet50"),
+        ("imagenet", "wide_resnet50_2", 68.9, None),
+        (None, "resnet50", 25.56, None),
+        ("mnist", "small/resnet", 0.3, None),
+        ("mnist", "resnet50", 25.56, None),
     ],
-)  # fmt: skip
-def test_cells_are_found_by_name(data, model, classes, cell):
-    assert published_cell(data, model, classes) == cell
+)
+def test_a_cell_is_found_by_data_and_architecture(data, model, millions, cell):
+    assert published_cell(data, model, round(1e6 * millions)) == cell
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vgg16", "vit_tiny", "vit_small"])
+def test_the_small_networks_have_the_sizes_of_the_paper(name):
+    model = models.create(name, 10, 1)
+    assert published_cell("mnist", name, sum(p.numel() for p in model.parameters()))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -43,8 +43,8 @@ def test_recipes_run_on_files_in_the_real_formats(cell, write, kwargs, tmp_path)
     more = ["--no-figures", "--attribution-steps", "1", "--groups", "2", "--relearn-epochs", "1"]
     assert main(["evaluate", str(run), "--config", cell, *config[2:], *more]) == 0
     content = json.loads((run / "tables.json").read_text())
-    assert content["cell"] == cell  # found by the names of data and model
-    assert content["rows"][-1]["published"]["insertion"] > 0.6
+    assert content["cell"] is None  # only the names of data and model are those of the paper
+    assert content["rows"][-1]["published"] == {}
 
 
 @pytest.mark.parametrize("name", recipes.names())

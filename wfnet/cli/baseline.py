@@ -140,7 +140,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{data.name} has several labels per image: baselines are of images with one label each"
         )
-    test = evaluated_images(options, data, folder)
+    test = evaluated_images(options, data, folder, Path(options.output or folder))
     classes = None
     if options.classes:
         classes = class_indices(options.classes, data.classes, num_classes)

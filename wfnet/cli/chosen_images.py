@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 from wfnet.data import Dataset, Splits, select, split_dataset
 from wfnet.data.image_lists import ImageList
 from wfnet.services import settings
+
+logger = logging.getLogger("wfnet")
 
 LIST_NAME = "evaluation_images.json"
 PER_CLASS = 5  # the paper's number for ImageNet
@@ -18,44 +21,53 @@ def add_list_options(group: argparse._ActionsContainer) -> None:
     """Options of all commands that evaluate."""
     group.add_argument(
         "--eval-per-class", type=settings.positive_int, metavar="N",
-        help="evaluate on N images of each class, drawn with --eval-seed and saved as a list "
-        f"({LIST_NAME}), which later commands on the run take up (default: all images)",
+        help="evaluate on N images of each class, drawn with --eval-seed and saved as a list in "
+        f"the output folder ({LIST_NAME}), which later commands there take up (default: all "
+        "images)",
     )  # fmt: skip
     group.add_argument(
         "--eval-seed", type=settings.seed, default=0, metavar="N", help="of the drawn images"
     )
 
 
-def evaluated_images(options: argparse.Namespace, data: Splits, folder: Path) -> Dataset:
+def evaluated_images(
+    options: argparse.Namespace, data: Splits, folder: Path, output: Path
+) -> Dataset:
     """The images that a command evaluates on: of ``--split``, or those of a list.
 
-    ``--eval-list FILE`` names the list; else it is the one in the folder of the run, if there is
-    one; ``--eval-per-class`` draws and saves it.
+    ``--eval-list FILE`` names the list; else it is the one in ``output``, or in the folder of the
+    run, if there is one, and the log says so. ``--eval-per-class`` draws a list and saves it in
+    ``output``: with an ``--output`` elsewhere the run is left as it was.
 
     Raises:
         FileNotFoundError, ValueError: for a list that is missing, damaged or of other data.
     """
-    path = Path(options.eval_list) if options.eval_list else folder / LIST_NAME
     part = getattr(data, options.split)
-    if options.eval_list or path.is_file():
-        images = ImageList.load(path)
-        drawn = options.eval_per_class
-        if drawn is not None and (drawn, options.eval_seed) != (images.per_class, images.seed):
-            raise ValueError(
-                f"{path} has {images.per_class} images per class drawn with seed {images.seed}, "
-                f"not {drawn} with seed {options.eval_seed}; leave out --eval-per-class and "
-                "--eval-seed to take it up, or delete it"
-            )
-        if images.part != options.split:
-            raise ValueError(
-                f"{path} lists images of the {images.part} part: give --split {images.part}, or "
-                "another --eval-list"
-            )
+    if options.eval_list:
+        path = Path(options.eval_list)
+    else:
+        lists = (output / LIST_NAME, folder / LIST_NAME)
+        path = next((path for path in lists if path.is_file()), None)
+    if path is None:
+        if options.eval_per_class is None:
+            return part
+        images = ImageList.draw(part, options.eval_per_class, options.eval_seed, options.split)
+        images.save(output / LIST_NAME)
         return select(part, images.positions(part))
-    if options.eval_per_class is None:
-        return part
-    images = ImageList.draw(part, options.eval_per_class, options.eval_seed, options.split)
-    images.save(path)
+    images = ImageList.load(path)
+    drawn = options.eval_per_class
+    if drawn is not None and (drawn, options.eval_seed) != (images.per_class, images.seed):
+        raise ValueError(
+            f"{path} has {images.per_class} images per class drawn with seed {images.seed}, not "
+            f"{drawn} with seed {options.eval_seed}; leave out --eval-per-class and --eval-seed to "
+            "take it up, or delete it"
+        )
+    if images.part != options.split:
+        raise ValueError(
+            f"{path} lists images of the {images.part} part: give --split {images.part}, or "
+            "another --eval-list"
+        )
+    logger.info("only the %d images of %s", len(images.images), path)
     return select(part, images.positions(part))
 
 

@@ -35,6 +35,7 @@ from wfnet.cli.options import (
 )
 from wfnet.cli.runs import check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
+from wfnet.data.standard_files import standard_name
 from wfnet.evaluation import (
     EvaluationResult,
     MultiLabelResult,
@@ -224,15 +225,15 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     config = check_run_folder(folder)
     output = Path(options.output or folder)
     check_class_count(options, folder, config["num_classes"], "evaluate on")
-    cell = _cell(options, config["num_classes"])
-    tables = _TableParts(options, folder, cell) if options.tables else None
+    _check_published(options.published)
+    tables = _TableParts(options, folder) if options.tables else None
     check_writable(output)
     net, classifier = load_network(options, folder)
     data = open_images(options, classifier, folder=folder)
     if tables is not None:
         tables.check_data(data)
     with ranks.first_ahead():
-        images = evaluated_images(options, data, folder)
+        images = evaluated_images(options, data, folder, output)
     classes = None
     if options.classes:
         classes = class_indices(options.classes, images.classes, net.num_classes)
@@ -280,16 +281,10 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _cell(options: argparse.Namespace, num_classes: int) -> str | None:
-    """The published cell: as asked for, or that of the same data and backbone."""
-    if not options.published:
-        return published_cell(data_name(options), options.model or "", num_classes)
+def _check_published(cell: str | None) -> None:
     cells = published()["cells"]
-    if options.published not in cells:
-        raise ValueError(
-            f"nothing was published for {options.published!r}; there is {', '.join(cells)}"
-        )
-    return options.published
+    if cell is not None and cell not in cells:
+        raise ValueError(f"nothing was published for {cell!r}; there is {', '.join(cells)}")
 
 
 class _TableParts:
@@ -299,8 +294,8 @@ class _TableParts:
         ValueError: for options or baselines that do not fit.
     """
 
-    def __init__(self, options: argparse.Namespace, folder: Path, cell: str | None):
-        self.options, self.cell = options, cell
+    def __init__(self, options: argparse.Namespace, folder: Path):
+        self.options = options
         self.relearn = relearn_config(options)
         self.baselines = read_baselines(options.baselines or folder / "baselines")
         relearning = None if self.relearn is None else asdict(self.relearn)
@@ -326,6 +321,21 @@ class _TableParts:
                 f"{data.name} has no training images, from which the relearn time is measured: "
                 "give --no-relearn"
             )
+
+    def _own_cell(
+        self, net: WFNet, data: Splits, images: Dataset, classes: list[int] | None
+    ) -> str | None:
+        """The published cell of the same experiment: all classes of the same test images."""
+        options = self.options
+        if options.split != "test" or classes is not None:
+            return None
+        known = standard_name(data_name(options), options.data_dir, data.classes)
+        # Of ImageNet the paper takes some images of each class, of the others all.
+        if known != "imagenet" and len(images) != len(data.test):
+            return None
+        parameters = sum(p.numel() for p in net.model.parameters())
+        parameters -= sum(p.numel() for p in net.filter_parameters())
+        return published_cell(known, options.model or "", parameters)
 
     def write(
         self,
@@ -377,7 +387,14 @@ class _TableParts:
                 evaluate_groups(net, images, chosen, options.batch_size, records, **shared)
             )
         title = f"{data.name} x {options.model}"
-        tables = make_tables(title, result, relearning, curves, self.baselines, groups, self.cell)
+        own = self._own_cell(net, data, images, classes)
+        cell = options.published or own
+        tables = make_tables(title, result, relearning, curves, self.baselines, groups, cell)
+        if cell != own:
+            tables.settings["published"] = (
+                "these data, this network or these classes are others than the paper's, as far as "
+                "their content shows"
+            )
         tables.settings["versions"] = versions()
         tables.to_json(output / "tables.json")
         tables.to_csv(output / "tables.csv")

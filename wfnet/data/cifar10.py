@@ -69,6 +69,17 @@ def check_files(data_dir: str | Path) -> None:
     _find(Path(data_dir))
 
 
+def found_files(data_dir: str | Path) -> list[Path]:
+    """The files from which CIFAR-10 is read: one archive, or those of its six batches.
+
+    Raises FileNotFoundError unless they are in `data_dir`.
+    """
+    read, _, suffix = _find(Path(data_dir))
+    if isinstance(read, _ArchiveFiles):
+        return [read.archive]
+    return [read.folder / (name + suffix) for name in (*TRAIN, TEST)]
+
+
 def _find(data_dir: Path) -> tuple[Callable[[str], tuple[str, bytes]], Decoder, str]:
     """How to read a batch file by name, how to decode it, and its suffix."""
     versions = (

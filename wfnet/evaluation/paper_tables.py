@@ -35,14 +35,31 @@ TITLES = {
     "neggrad_plus": "NegGrad+",
     "wfnet": "WF-Net",
 }
-# Last part of a model's name, without sizes of patches and images -> backbone of the paper.
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A network of the paper.
+
+    Attributes:
+        pattern: the last part of a model's name, without sizes of patches and images.
+        name: as in the published cells.
+        millions: ranges in which its number of parameters lies, whatever its head and first layer:
+            a narrower network of the same name is another one.
+    """
+
+    pattern: str
+    name: str
+    millions: tuple[tuple[float, float], ...]
+
+
 _BACKBONES = (
-    (r"resnet18", "resnet18"),
-    (r"resnet50", "resnet50"),
-    (r"resnet101", "resnet101"),
-    (r"vgg16(_bn)?", "vgg16"),
-    (r"(vit|deit)_t(iny|i)?(_.*)?", "vit_tiny"),
-    (r"(vit|deit)_s(mall)?(_.*)?", "vit_small"),
+    Backbone(r"resnet18", "resnet18", ((11.1, 11.8),)),
+    Backbone(r"resnet50", "resnet50", ((23.4, 25.7),)),
+    Backbone(r"resnet101", "resnet101", ((42.4, 44.7),)),
+    Backbone(r"vgg16(_bn)?", "vgg16", ((14.6, 14.8), (134.2, 138.5))),
+    Backbone(r"(vit|deit)_t(iny|i)?(_.*)?", "vit_tiny", ((5.3, 5.8),)),
+    Backbone(r"(vit|deit)_s(mall)?(_.*)?", "vit_small", ((21.2, 22.2),)),
 )
 
 
@@ -53,25 +70,21 @@ def published() -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def published_cell(data: str, model: str, num_classes: int) -> str | None:
-    """The paper's cell of a data set and a model by their names here; None if it has none.
+def published_cell(data: str | None, name: str, parameters: int) -> str | None:
+    """The paper's cell of a data set and a network; None if it has none.
 
     Args:
-        data: ``mnist``, ``cifar10``, or an image folder, which with 1,000 classes is ImageNet.
-        model: ``resnet18``, ``timm/vit_tiny_patch16_224.augreg``, ``small/vgg16``, ...
-        num_classes: of the data set.
+        data: ``mnist``, ``cifar10`` or ``imagenet``, as their content shows
+            (:func:`wfnet.data.standard_files.standard_name`), or None for other data.
+        name: of the model: ``resnet18``, ``timm/vit_tiny_patch16_224.augreg``, ``small/vgg16``.
+        parameters: how many the network has.
     """
-    if data in ("mnist", "cifar10"):
-        known = data
-    elif num_classes == 1000:
-        known = "imagenet"
-    else:
-        return None
-    name = model.rpartition("/")[2].partition(".")[0]
-    for pattern, backbone in _BACKBONES:
-        if re.fullmatch(pattern, name):
-            cell = f"{known}/{backbone}"
-            return cell if cell in published()["cells"] else None
+    last = name.rpartition("/")[2].partition(".")[0]
+    for backbone in _BACKBONES:
+        if re.fullmatch(backbone.pattern, last):
+            fits = any(low <= parameters / 1e6 <= high for low, high in backbone.millions)
+            cell = f"{data}/{backbone.name}"
+            return cell if fits and cell in published()["cells"] else None
     return None
 
 
@@ -234,6 +247,8 @@ class PaperTables:
                 "RT in epochs, in parentheses the classes that never came back (they count as the "
                 "cap)."
             )
+        if self.settings.get("published") is not None:
+            notes.append(f"The published cell was chosen by hand: {self.settings['published']}")
         if self.cell is not None:
             notes.append(
                 f"Published: {self.cell}, {published()['source']}. The paper states neither the "
