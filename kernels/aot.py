@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -39,16 +39,19 @@ from wfnet.kernels.config import (
     full_precision,
     linear_choice,
 )
-from wfnet.kernels.conv_dgrad import plan_conv_dgrad, tiles_per_sample
+from wfnet.kernels.conv_dgrad import plan_conv_dgrad, with_slots
 from wfnet.kernels.conv_fprop import plan_conv_fprop
-from wfnet.kernels.epilogue_bwd import (
-    Gradient,
-    LayerBelow,
+from wfnet.kernels.epilogue_arguments import (
+    BackwardArguments,
+    ForwardArguments,
+    channels_first,
     plan_column_sums,
-    plan_epilogue_bwd,
 )
+from wfnet.kernels.epilogue_bwd import plan_epilogue_bwd
 from wfnet.kernels.launch import Launch
 from wfnet.kernels.linear import plan_linear_dgrad, plan_linear_fprop
+
+from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
 
 _TYPES = {
     torch.float16: "fp16",
@@ -131,35 +134,53 @@ def _table(*shape: int) -> Tensor:
     return _meta(torch.float32, *shape)
 
 
-def _below(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> tuple[LayerBelow, tuple]:
-    """The layer below a dgrad: ``plain``, ``branch``, ``residual``, or one with a ``shortcut``."""
-    tables = {"scale": _table(shape[0], shape[-1]), "shift": _table(shape[0], shape[-1])}
-    branch = _meta(dtype, *shape)
+def _backward(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> BackwardArguments:
+    """What a gradient of ``[B, H, W, C]`` ends in.
+
+    Args:
+        kind: ``plain`` (nothing), or a layer: ``branch``, with a ``residual``, or also a projection
+            ``shortcut``.
+    """
+    like, columns = _meta(dtype, *shape), (shape[0], shape[-1])
     if kind == "plain":
-        return LayerBelow(), ("grad",)
-    if kind == "branch":
-        return LayerBelow(branch, **tables, relu=True), ("scaled_grad", "t0", "t1")
+        return BackwardArguments.of(None, None, like, shape)
+    pixels = channels_first(like)
+    shortcut = LayerBelow(_table(*columns), branch=pixels, t1=_table(*columns))
     below = LayerBelow(
-        branch, **tables, activation=_meta(dtype, *shape), skip=_meta(dtype, *shape), relu=True
+        scale=_table(*columns),
+        shift=_table(*columns),
+        branch=pixels,
+        mask=None if kind == "branch" else pixels,
+        relu=True,
+        t1=_table(*columns),
+        t0=_table(*columns),
+        need_grad=kind == "residual",
+        shortcut=shortcut if kind == "shortcut" else None,
     )
-    if kind == "shortcut":
-        of_shortcut = {"shortcut_branch": branch, "shortcut_scale": tables["scale"]}
-        wanted = ("scaled_grad", "t0", "t1", "shortcut_scaled_grad", "shortcut_t1")
-        return replace(below, **of_shortcut), wanted
-    return below, ("grad", "scaled_grad", "t0", "t1")
+    return BackwardArguments.of(below, None if kind == "branch" else pixels, like, shape)
+
+
+def _forward(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> ForwardArguments:
+    """Arguments of a forward epilogue over ``[B, P, Q, O]``."""
+    like, columns = _meta(dtype, *shape), (shape[0], shape[-1])
+    epilogue = Epilogue(
+        _table(*columns),
+        _table(*columns),
+        residual=channels_first(like) if kind == "residual" else None,
+        relu=kind in ("branch", "residual"),
+        save=kind != "plain",
+    )
+    return ForwardArguments.of(epilogue, like, shape)
 
 
 def conv_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) -> Iterator[Case]:
     """Forward and input gradient of one of ``CONVS``; ``kinds`` of epilogues for each."""
     batch, size, channels, columns, kernel, stride = CONVS[name]
-    pad = kernel // 2
-    shape = ConvShape(
-        batch, size, size, channels, columns, (kernel,) * 2, (stride,) * 2, (pad,) * 2, (1, 1)
-    )
-    p = shape.out_height
-    x = _meta(dtype, batch, size, size, channels)
-    weight = _meta(dtype, columns, kernel, kernel, channels)
-    out = _meta(dtype, batch, p, p, columns)
+    weight = _meta(dtype, columns, channels, kernel, kernel)
+    geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2)
+    shape = ConvShape.of(batch, (size, size), weight, geometry)
+    x, weight = _meta(dtype, batch, size, size, channels), weight.permute(0, 2, 3, 1).contiguous()
+    out = _meta(dtype, batch, shape.out_height, shape.out_width, columns)
     rows = (channels * dtype.itemsize) % 16 == 0 and (columns * dtype.itemsize) % 16 == 0
     cores = not full_precision(dtype, "conv")
     for kind in kinds:
@@ -167,32 +188,18 @@ def conv_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) -> I
         config = conv_choice(
             "fprop", shape, dtype, device, describable=rows, single_sample=expanded
         ).config
-        launch = plan_conv_fprop(
-            x,
-            weight,
-            _table(batch, columns),
-            _table(batch, columns),
-            _meta(torch.int64, batch) if expanded else None,
-            _meta(dtype, *out.shape) if kind == "residual" else None,
-            None if kind == "plain" else _meta(dtype, *out.shape),
-            out,
-            shape,
-            kind in ("branch", "residual"),
-            config,
-        )
+        source = _meta(torch.int64, batch) if expanded else None
+        forward = _forward(tuple(out.shape), dtype, kind)
         if kind != "shortcut":  # a matter of the backward pass alone
+            launch = plan_conv_fprop(x, weight, forward, source, shape, config)
             yield Case(f"{name} fprop {kind} {config}", launch, cores)
         if expanded or channels == 3:
             continue
-        below, want = _below(tuple(x.shape), dtype, kind)
+        backward = _backward(tuple(x.shape), dtype, kind)
         config = conv_choice(
-            "dgrad", shape, dtype, device, describable=rows, column_sums="t0" in want
+            "dgrad", shape, dtype, device, describable=rows, column_sums=backward.summing
         ).config
-        into = Gradient.empty(x, tuple(x.shape), want)
-        slots = 1 if config.path == "gather" else tiles_per_sample(shape, config)
-        launch = plan_conv_dgrad(
-            out, weight, below, into, into.partials(slots * batch, x), shape, config
-        )
+        launch = plan_conv_dgrad(out, weight, with_slots(backward, shape, config), shape, config)
         yield Case(f"{name} dgrad {kind} {config}", launch, cores)
 
 
@@ -201,60 +208,42 @@ def linear_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) ->
     batch, tokens, features, columns = LINEARS[name]
     shape = LinearShape(batch, tokens, features, columns)
     op = "conv" if "1x1" in name else "linear"
-    x, weight = _meta(dtype, batch, tokens, features), _meta(dtype, columns, features)
-    out = _meta(dtype, batch, tokens, columns)
-    tokenless = tokens == 1
+    x, weight = _meta(dtype, batch, tokens, 1, features), _meta(dtype, columns, features)
+    out = _meta(dtype, batch, tokens, 1, columns)
+    cores = not full_precision(dtype, op)
     for kind in kinds:
         if kind == "source":
             continue
         config = linear_choice(
             shape, dtype, device, columns=columns, describable=True, op=op
         ).config
-        launch = plan_linear_fprop(
-            x,
-            weight,
-            _table(batch, columns),
-            _table(batch, columns),
-            _meta(dtype, *out.shape) if kind == "residual" else None,
-            None if kind == "plain" else _meta(dtype, *out.shape),
-            out,
-            shape,
-            kind == "residual",
-            config,
-            device,
-            op,
-        )
-        cores = not full_precision(dtype, op)
+        forward = _forward(tuple(out.shape), dtype, kind)
         if kind != "shortcut":  # a matter of the backward pass alone
+            launch = plan_linear_fprop(x, weight, forward, shape, config, op, device)
             yield Case(f"{name} fprop {kind} {config}", launch, cores)
-        below, want = _below(tuple(x.shape), dtype, "plain" if tokenless else kind)
+        backward = _backward(tuple(x.shape), dtype, "plain" if tokens == 1 else kind)
         config = linear_choice(
             shape,
             dtype,
             device,
             columns=features,
             describable=True,
-            column_sums="t0" in want,
+            column_sums=backward.summing,
             op=op,
         ).config
-        into = Gradient.empty(x, tuple(x.shape), want)
-        launch = plan_linear_dgrad(
-            out, weight, below, into, into.partials(4, x), shape, config, device, op
-        )
+        slotted = backward.with_slots(4, grouped=False)
+        launch = plan_linear_dgrad(out, weight, slotted, shape, config, op, device)
         yield Case(f"{name} dgrad {kind} {config}", launch, cores)
 
 
 def elementwise_cases(dtype: torch.dtype) -> Iterator[Case]:
     """The kernels without a matrix product."""
-    shape = (512, 56 * 56, 64)
+    shape = (512, 56, 56, 64)
     dout = _meta(dtype, *shape)
     for kind in ("branch", "residual"):
-        below, want = _below(shape, dtype, kind)
-        into = Gradient.empty(dout, shape, want)
+        backward = _backward(shape, dtype, kind).with_slots(512 * 49, grouped=True)
         for grouping in (None, (_meta(torch.int64, 512), _meta(torch.int64, 257))):
-            launch = plan_epilogue_bwd(
-                dout, below, into, into.partials(512 * 49, dout), grouping, 512
-            )
+            launch = plan_epilogue_bwd(dout, backward, grouping, 512)
             yield Case(f"epilogue_bwd {kind} source={grouping is not None}", launch, False)
     for block_m in (0, 128):
         launch = plan_column_sums(

@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from wfnet.backends.contract import ConvGeometry
+
 
 @dataclass(frozen=True)
 class Device:
@@ -111,6 +113,33 @@ class ConvShape:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    @classmethod
+    def of(
+        cls, batch: int, size: tuple[int, int], weight: torch.Tensor, geometry: ConvGeometry
+    ) -> ConvShape:
+        """Returns the shape of a convolution of ``batch`` samples of ``size`` = (H, W).
+
+        Args:
+            weight: ``[O, C, R, S]``.
+        """
+        columns, channels, *kernel = weight.shape
+        return cls(
+            batch,
+            *size,
+            channels,
+            columns,
+            tuple(kernel),
+            geometry.stride,
+            geometry.padding,
+            geometry.dilation,
+        )
+
+    @property
+    def taps(self) -> dict[str, int]:
+        """The filter and its geometry as constants of kernels."""
+        (r, s), (ph, pw), (dh, dw) = self.kernel, self.padding, self.dilation
+        return {"R": r, "S": s, "PAD_H": ph, "PAD_W": pw, "DIL_H": dh, "DIL_W": dw}
+
     @property
     def out_height(self) -> int:
         return self._out(self.height, 0)
@@ -145,6 +174,12 @@ class LinearShape:
     tokens: int
     in_features: int
     out_features: int
+
+    @property
+    def as_pixels(self) -> ConvShape:
+        """The same as a 1x1 convolution over ``tokens`` x 1 pixels."""
+        sizes = self.batch, self.tokens, 1, self.in_features, self.out_features
+        return ConvShape(*sizes, (1, 1), (1, 1), (0, 0), (1, 1))
 
     def key(self) -> str:
         """``b512_t197_384-1152``."""

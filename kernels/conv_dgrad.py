@@ -21,6 +21,8 @@ The weight is read as [O, R*S, C] in boxes [BK, 1, BN]: no flipped or transposed
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,15 +37,11 @@ from wfnet.kernels.config import (
     span,
 )
 from wfnet.kernels.epilogue import backward_epilogue
-from wfnet.kernels.epilogue_bwd import (
-    NO_SUMS,
-    Gradient,
-    LayerBelow,
-    Sums,
-    add_column_sums,
-    epilogue_bwd,
-)
-from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
+from wfnet.kernels.epilogue_arguments import BackwardArguments, channels_last
+from wfnet.kernels.epilogue_bwd import epilogue_bwd
+from wfnet.kernels.launch import Launch, describable, descriptor, operand
+
+from wfnet.backends.contract import ConvGeometry, LayerBelow, LayerGradient
 
 
 @triton.jit(do_not_specialize=["B", "H", "W"])
@@ -299,68 +297,48 @@ def conv_dgrad_gather_kernel(
 def plan_conv_dgrad(
     ag: Tensor,
     weight: Tensor,
-    below: LayerBelow,
-    into: Gradient,
-    partials: Sums,
+    backward: BackwardArguments,
     shape: ConvShape,
     config: GemmConfig,
     op: str = "conv",
 ) -> Launch:
-    """The launch of ``conv_dgrad`` for a config; ``partials`` from ``sum_slots``."""
+    """The launch of ``conv_dgrad``: ``ag`` ``[B, P, Q, O]``, ``weight`` ``[O, R, S, C]``.
+
+    ``backward`` has the slots of :func:`with_slots`.
+    """
     batch, height, width, channels = shape.batch, shape.height, shape.width, shape.in_channels
     p, q, depth = shape.out_height, shape.out_width, shape.out_channels
     tiles_n = triton.cdiv(channels, config.block_n)
-    flags = {
-        "scale": below.scale,
-        "shift": below.shift,
-        "shortcut_scale": below.shortcut_scale,
-        "partial0": partials[0],
-        "partial1": partials[1],
-        "partial2": partials[2],
+    exact = full_precision(ag.dtype, op)
+    step = shape.stride[0]
+    shared = {
         "B": batch,
         "C": channels,
-        "LD": below.row_stride,
-        "R": shape.kernel[0],
-        "S": shape.kernel[1],
-        "PAD_H": shape.padding[0],
-        "PAD_W": shape.padding[1],
-        "DIL_H": shape.dilation[0],
-        "DIL_W": shape.dilation[1],
         "O": depth,
-        "RELU": below.relu,
-        "PRECISION": "ieee" if full_precision(ag.dtype, op) else "tf32",
+        **shape.taps,
+        "PRECISION": "ieee" if exact else "tf32",
         "BN": config.block_n,
         "BK": config.block_k,
     }
-    pixelwise = {
-        "skip": below.skip,
-        "branch": below.branch,
-        "activation": below.activation,
-        "shortcut_branch": below.shortcut_branch,
-        "grad": into.grad,
-        "scaled_grad": into.scaled_grad,
-        "shortcut_grad": into.shortcut_scaled_grad,
-    }
     if config.path == "gather":
-        arguments = dict(
-            ag=ag,
-            w=weight,
-            **pixelwise,
-            **flags,
-            H=height,
-            W=width,
-            P=p,
-            Q=q,
-            STRIDE_H=shape.stride[0],
-            STRIDE_W=shape.stride[1],
-            SPAN=span(config.block_m, height * width),
-            BM=config.block_m,
-        )
+        arguments = {
+            "ag": ag,
+            "w": weight,
+            **backward.bound(),
+            **shared,
+            "H": height,
+            "W": width,
+            "P": p,
+            "Q": q,
+            "STRIDE_H": shape.stride[0],
+            "STRIDE_W": shape.stride[1],
+            "SPAN": span(config.block_m, height * width),
+            "BM": config.block_m,
+        }
         grid = (triton.cdiv(batch * height * width, config.block_m) * tiles_n,)
         return Launch(conv_dgrad_gather_kernel, grid, arguments, config.warps, config.stages)
-    tiled = operand if flags["PRECISION"] == "tf32" else descriptor
+    tiled = descriptor if exact else operand
     samples, rows, cols = config.box
-    step = shape.stride[0]
     if step == 2 and channels % config.block_n:
         raise ValueError(
             f"stride 2 needs block_n={config.block_n} to divide {channels} input channels"
@@ -380,18 +358,18 @@ def plan_conv_dgrad(
         )
 
     taps = shape.kernel[0] * shape.kernel[1]
-    arguments = dict(
-        ag=tiled(ag, (batch, p, q, depth), (samples, rows, cols, config.block_k)),
-        w=tiled(weight, (depth, taps, channels), (config.block_k, 1, config.block_n)),
-        **{name: boxes(tensor) for name, tensor in pixelwise.items()},
-        **flags,
-        H=height // step,
-        W=width // step,
-        STEP=step,
-        BS=samples,
-        BH=rows,
-        BW=cols,
-    )
+    arguments = {
+        "ag": tiled(ag, (batch, p, q, depth), (samples, rows, cols, config.block_k)),
+        "w": tiled(weight, (depth, taps, channels), (config.block_k, 1, config.block_n)),
+        **backward.bound(boxes),
+        **shared,
+        "H": height // step,
+        "W": width // step,
+        "STEP": step,
+        "BS": samples,
+        "BH": rows,
+        "BW": cols,
+    }
     tiles = triton.cdiv(batch, samples) * tiles_per_sample(shape, config) * tiles_n
     return Launch(conv_dgrad_kernel, (tiles,), arguments, config.warps, config.stages)
 
@@ -405,107 +383,94 @@ def tiles_per_sample(shape: ConvShape, config: GemmConfig) -> int:
     )
 
 
-def config_conv_dgrad(ag, weight, shape, tensors=(), column_sums=False, plan=None) -> Choice:
+def with_slots(
+    backward: BackwardArguments, shape: ConvShape, config: GemmConfig
+) -> BackwardArguments:
+    """Returns ``backward`` with room for the column sums of all tiles."""
+    if config.path == "box":
+        return backward.with_slots(tiles_per_sample(shape, config) * shape.batch, grouped=True)
+    tokens = shape.height * shape.width
+    tiles = triton.cdiv(shape.batch * tokens, config.block_m)
+    return backward.with_slots(tiles * span(config.block_m, tokens), grouped=False)
+
+
+def config_conv_dgrad(
+    ag: Tensor,
+    weight: Tensor,
+    shape: ConvShape,
+    backward: BackwardArguments | None = None,
+    plan: Callable[[GemmConfig], Launch] | None = None,
+) -> Choice:
     """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
-    size = ag.element_size()
+    backward = backward or BackwardArguments()
     aligned = describable(ag, shape.out_channels) and describable(weight, shape.in_channels)
-    aligned = aligned and shape.in_channels * size % 16 == 0
-    aligned = aligned and all(describable(t, shape.in_channels) for t in tensors if t is not None)
+    aligned = aligned and all(
+        describable(t, shape.in_channels) for t in backward.pixels if t is not None
+    )
     device = device_of(ag)
     default = conv_choice(
-        "dgrad", shape, ag.dtype, device, describable=aligned, column_sums=column_sums
+        "dgrad", shape, ag.dtype, device, describable=aligned, column_sums=backward.summing
     )
-    key = shape.key() + ("_sums" if column_sums else "")
+    key = shape.key() + ("_sums" if backward.summing else "")
     return autotune.choose("conv_dgrad", key, ag.dtype, device, default, plan)
 
 
 def conv_dgrad(
-    ag: Tensor,
+    scaled_grad: Tensor,
     weight: Tensor,
-    input_size: tuple[int, int],
+    input_shape: tuple[int, ...],
+    geometry: ConvGeometry,
+    skip: Tensor | None = None,
     below: LayerBelow | None = None,
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    want: tuple[str, ...] = ("grad",),
-    sums: Sums = NO_SUMS,
     config: GemmConfig | None = None,
-) -> Gradient:
-    """Input gradient of a convolution, and the elementwise backward of the layer below it.
+) -> LayerGradient:
+    """Computes a layer's input gradient and the elementwise backward of the layer below it.
 
-    Equivalent to (NCHW for brevity)::
+    Equivalent to::
 
-        g  = torch.nn.grad.conv2d_input(x.shape, weight, ag, stride, padding, dilation) + skip
-        g  = g * (activation > 0), or g * (branch + shift > 0), if below.relu
+        g  = torch.nn.grad.conv2d_input(input_shape, weight, scaled_grad, ...) + skip
+        g  = g * (mask > 0), or g * (branch + shift > 0), if below.relu
         t0 = g.sum((2, 3));  t1 = (g * branch).sum((2, 3));  scaled_grad = scale * g
 
     Args:
-        ag: ``[B, P, Q, O]`` contiguous, ``A * g`` of this layer.
-        weight: ``[O, R, S, C]`` contiguous.
-        input_size: ``(H, W)``.
-        below: what the epilogue needs to know of the layer below; None: the plain gradient.
-        want: any of ``epilogue_bwd.RESULTS``.
-        sums: ``[B, C]`` fp32 to write the column sums to; fresh memory where None.
+        scaled_grad: ``[B, O, P, Q]``, ``A * g`` of this layer.
+        weight: ``[O, C, R, S]``.
+        skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
         config: tile sizes; None takes the default or a stored search result.
 
     Raises:
         ValueError: for shapes that do not fit, or a result without the tensor it is made from.
     """
-    below = below or LayerBelow()
-    below.check(want)
-    check_tables_and_layout(ag, weight, below.scale, below.shift)
-    batch = ag.shape[0]
-    shape = ConvShape(
-        batch,
-        *input_size,
-        weight.shape[3],
-        weight.shape[0],
-        (weight.shape[1], weight.shape[2]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-    )
-    expected = (batch, shape.out_height, shape.out_width, shape.out_channels)
-    if tuple(ag.shape) != expected or ag.dtype != weight.dtype:
+    batch, channels, height, width = input_shape
+    shape = ConvShape.of(batch, (height, width), weight, geometry)
+    expected = (batch, shape.out_channels, shape.out_height, shape.out_width)
+    if tuple(scaled_grad.shape) != expected or scaled_grad.dtype != weight.dtype:
         raise ValueError(
-            f"ag is {tuple(ag.shape)} {ag.dtype}, but the output is {expected} {weight.dtype}"
+            f"the gradient is {tuple(scaled_grad.shape)} {scaled_grad.dtype}, but the output is "
+            f"{expected} {weight.dtype}"
         )
-    into = Gradient.empty(ag, (batch, *input_size, shape.in_channels), want, sums)
-    if into.size == 0:
-        return into
-    summing = any(total is not None for total in into.sums)
+    ag, filters = channels_last(scaled_grad), channels_last(weight)
+    backward = BackwardArguments.of(below, skip, ag, (batch, height, width, channels))
+    if batch * channels * height * width == 0:
+        backward.zero_sums()
+        return backward.gradient(below)
 
     def plan(candidate: GemmConfig) -> Launch:
-        partials = _partials(into, shape, candidate, ag)
-        return plan_conv_dgrad(ag, weight, below, into, partials, shape, candidate)
+        slotted = with_slots(backward, shape, candidate)
+        return plan_conv_dgrad(ag, filters, slotted, shape, candidate)
 
     if config is None:
-        tensors = (below.skip, below.branch, below.activation, below.shortcut_branch)
-        config = config_conv_dgrad(ag, weight, shape, tensors, summing, plan).config
-    tokens = shape.height * shape.width
-    if summing and config.path == "gather" and span(config.block_m, tokens) == 0:
+        config = config_conv_dgrad(ag, filters, shape, backward, plan).config
+    tokens = height * width
+    if backward.summing and config.path == "gather" and span(config.block_m, tokens) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
-        geometry = {"stride": stride, "padding": padding, "dilation": dilation}
-        plain = conv_dgrad(ag, weight, input_size, config=config, **geometry).grad
-        flat = epilogue_bwd(plain.flatten(1, 2), below.as_tokens(), want=want, sums=sums)
-        return flat.over_pixels(tuple(input_size))
-    partials = _partials(into, shape, config, ag)
-    plan_conv_dgrad(ag, weight, below, into, partials, shape, config).run()
+        plain = conv_dgrad(scaled_grad, weight, input_shape, geometry, config=config).grad
+        return epilogue_bwd(plain, below, skip)
+    backward = with_slots(backward, shape, config)
+    plan_conv_dgrad(ag, filters, backward, shape, config).run()
     if config.path == "gather":
-        add_column_sums(partials, into, batch, tokens, block_m=config.block_m)
+        backward.add_column_sums(tokens, block_m=config.block_m)
     else:
-        add_column_sums(partials, into, batch, tokens, slots=tiles_per_sample(shape, config))
-    return into
-
-
-def _partials(into: Gradient, shape: ConvShape, config: GemmConfig, like: Tensor) -> Sums:
-    if config.path == "gather":
-        tokens = shape.height * shape.width
-        touched = span(config.block_m, tokens)
-        slots = triton.cdiv(shape.batch * tokens, config.block_m) * touched
-    else:
-        slots = tiles_per_sample(shape, config) * shape.batch
-        if slots == shape.batch:  # one tile per sample: its sums are the sums
-            return into.sums
-    return into.partials(slots, like)
+        backward.add_column_sums(tokens, slots=tiles_per_sample(shape, config))
+    return backward.gradient(below)

@@ -20,7 +20,8 @@ input tile run together.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,7 +36,10 @@ from wfnet.kernels.config import (
     span,
 )
 from wfnet.kernels.epilogue import forward_epilogue
-from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
+from wfnet.kernels.epilogue_arguments import ForwardArguments, channels_last
+from wfnet.kernels.launch import Launch, describable, descriptor, operand
+
+from wfnet.backends.contract import Activation, ConvGeometry, Epilogue
 
 
 @triton.jit(do_not_specialize=["B", "P", "Q"])
@@ -53,7 +57,7 @@ def conv_fprop_kernel(
     Q,
     O,
     LD,  # stride between rows of the tables
-    TAPS: tl.constexpr,
+    R: tl.constexpr,
     S: tl.constexpr,
     STEP: tl.constexpr,
     PAD_H: tl.constexpr,
@@ -86,7 +90,7 @@ def conv_fprop_kernel(
         image = tl.load(source + b0).to(tl.int32)
 
     acc = tl.zeros((BM, BN), dtype=tl.float32)
-    for k in range(0, TAPS * CHANNEL_STEPS):
+    for k in range(0, R * S * CHANNEL_STEPS):
         tap = k // CHANNEL_STEPS
         c0 = k % CHANNEL_STEPS * BK
         dh = tap // S * DIL_H - PAD_H
@@ -244,60 +248,45 @@ def conv_fprop_gather_kernel(
 def plan_conv_fprop(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
+    forward: ForwardArguments,
     source: Tensor | None,
-    residual: Tensor | None,
-    branch: Tensor | None,
-    out: Tensor,
     shape: ConvShape,
-    relu: bool,
     config: GemmConfig,
     op: str = "conv",
 ) -> Launch:
-    """The launch of ``conv_fprop`` for a config; arguments as there, all contiguous."""
-    tensors = {"source": source, "scale": scale, "shift": shift}
-    flags = {
-        "PAD_H": shape.padding[0],
-        "PAD_W": shape.padding[1],
-        "DIL_H": shape.dilation[0],
-        "DIL_W": shape.dilation[1],
+    """The launch of ``conv_fprop``: ``x`` ``[N, H, W, C]``, ``weight`` ``[O, R, S, C]``."""
+    batch, p, q, columns = shape.batch, shape.out_height, shape.out_width, shape.out_channels
+    exact = full_precision(x.dtype, op)
+    shared = {
+        "source": source,
+        "B": batch,
+        "P": p,
+        "Q": q,
+        "O": columns,
         "C": shape.in_channels,
-        "LD": scale.stride(0),
-        "RELU": relu,
-        "PRECISION": "ieee" if full_precision(x.dtype, op) else "tf32",
+        **shape.taps,
+        "PRECISION": "ieee" if exact else "tf32",
         "BN": config.block_n,
         "BK": config.block_k,
     }
-    batch, p, q, columns = shape.batch, shape.out_height, shape.out_width, shape.out_channels
     tiles_n = triton.cdiv(columns, config.block_n)
-    taps = shape.kernel[0] * shape.kernel[1]
     if config.path == "gather":
-        arguments = dict(
-            x=x,
-            w=weight,
-            **tensors,
-            residual=residual,
-            branch=branch,
-            out=out,
-            N=x.shape[0],
-            B=batch,
-            H=shape.height,
-            W=shape.width,
-            P=p,
-            Q=q,
-            O=columns,
-            R=shape.kernel[0],
-            S=shape.kernel[1],
-            STRIDE_H=shape.stride[0],
-            STRIDE_W=shape.stride[1],
-            **flags,
-            SPAN=span(config.block_m, p * q),
-            BM=config.block_m,
-        )
+        arguments = {
+            "x": x,
+            "w": weight,
+            **forward.bound(),
+            **shared,
+            "N": x.shape[0],
+            "H": shape.height,
+            "W": shape.width,
+            "STRIDE_H": shape.stride[0],
+            "STRIDE_W": shape.stride[1],
+            "SPAN": span(config.block_m, p * q),
+            "BM": config.block_m,
+        }
         grid = (triton.cdiv(batch * p * q, config.block_m) * tiles_n,)
         return Launch(conv_fprop_gather_kernel, grid, arguments, config.warps, config.stages)
-    tiled = operand if flags["PRECISION"] == "tf32" else descriptor
+    tiled = descriptor if exact else operand
     samples, rows, cols = config.box
     if source is not None and samples > 1:
         raise ValueError(
@@ -317,30 +306,22 @@ def plan_conv_fprop(
             (images, height // 2, 2, width // 2, 2 * channels),
             (samples, rows, 1, cols, config.block_k),
         )
-    tile = (samples, rows, cols, config.block_n)
 
     def boxes(tensor: Tensor | None):
+        tile = (samples, rows, cols, config.block_n)
         return None if tensor is None else descriptor(tensor, (batch, p, q, columns), tile)
 
-    arguments = dict(
-        x=view,
-        w=tiled(weight, (columns, taps, channels), (config.block_n, 1, config.block_k)),
-        **tensors,
-        residual=boxes(residual),
-        branch=boxes(branch),
-        out=boxes(out),
-        B=batch,
-        P=p,
-        Q=q,
-        O=columns,
-        TAPS=taps,
-        S=shape.kernel[1],
-        STEP=step,
-        **flags,
-        BS=samples,
-        BP=rows,
-        BQ=cols,
-    )
+    taps = shape.kernel[0] * shape.kernel[1]
+    arguments = {
+        "x": view,
+        "w": tiled(weight, (columns, taps, channels), (config.block_n, 1, config.block_k)),
+        **forward.bound(boxes),
+        **shared,
+        "STEP": step,
+        "BS": samples,
+        "BP": rows,
+        "BQ": cols,
+    }
     pixels = triton.cdiv(batch, samples) * triton.cdiv(p, rows) * triton.cdiv(q, cols)
     return Launch(conv_fprop_kernel, (pixels * tiles_n,), arguments, config.warps, config.stages)
 
@@ -348,77 +329,67 @@ def plan_conv_fprop(
 def conv_fprop(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None = None,
+    geometry: ConvGeometry,
+    epilogue: Epilogue,
     *,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    source: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    save_branch: bool = False,
     config: GemmConfig | None = None,
     op: str = "conv",
-) -> tuple[Tensor, Tensor | None]:
-    """Convolution with scale, shift, residual and activation in its epilogue, one launch.
+) -> Activation:
+    """Computes a convolution with its epilogue in one launch.
 
-    Equivalent to (NCHW for brevity)::
+    Equivalent to::
 
         v = scale[:, :, None, None] * F.conv2d(x[source], weight, None, stride, padding, dilation)
         out = act(v + shift[:, :, None, None] + residual)
 
     Args:
-        x: ``[N, H, W, C]`` contiguous; fp16, bf16 or fp32.
-        weight: ``[O, R, S, C]`` contiguous, dtype of ``x``.
-        scale: ``[B, O]`` fp32, the table ``A``.
-        shift: ``[B, O]`` fp32, the table ``C``, or None.
-        source: ``[B]`` int64 positions in ``x``, or None (then ``B == N``).
-        residual: ``[B, P, Q, O]`` dtype of ``x``, or None.
-        save_branch: also write ``v``, which backward needs.
+        x: ``[N, C, H, W]``; fp16, bf16 or fp32; copied unless channels-last.
+        weight: ``[O, C, R, S]``, dtype of ``x``.
         config: tile sizes; None takes the default or a stored search result.
         op: whose TF32 setting holds for fp32, ``conv`` or ``linear``.
 
-    Returns:
-        ``out`` ``[B, P, Q, O]`` and ``v`` of the same shape, or None.
-
     Raises:
-        ValueError: for shapes, dtypes or layouts that do not fit.
+        ValueError: for shapes or dtypes that do not fit.
     """
-    batch, columns = scale.shape
-    shape = ConvShape(
-        batch,
-        x.shape[1],
-        x.shape[2],
-        x.shape[3],
-        weight.shape[0],
-        (weight.shape[1], weight.shape[2]),
-        tuple(stride),
-        tuple(padding),
-        tuple(dilation),
-    )
-    _check(x, weight, scale, shift, source, shape)
-    out = x.new_empty((batch, shape.out_height, shape.out_width, columns))
-    branch = torch.empty_like(out) if save_branch else None
-    if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
+    source, scale = epilogue.source, epilogue.scale
+    shape = ConvShape.of(scale.shape[0], tuple(x.shape[2:]), weight, geometry)
+    if weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
         raise ValueError(
-            f"residual must be contiguous {tuple(out.shape)}, not {tuple(residual.shape)}"
+            f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
         )
-    if out.numel() == 0:
-        return out, branch
+    if source is None and scale.shape[0] != x.shape[0]:
+        raise ValueError(f"scale has {scale.shape[0]} rows for {x.shape[0]} samples without source")
+    if source is not None and source.shape != scale.shape[:1]:
+        raise ValueError(f"source {tuple(source.shape)} must have {scale.shape[0]} entries")
+    if shape.out_height < 1 or shape.out_width < 1:
+        raise ValueError(
+            f"a {shape.kernel} filter does not fit into {shape.height}x{shape.width} pixels"
+        )
+    images, filters = channels_last(x), channels_last(weight)
+    size = (shape.batch, shape.out_height, shape.out_width, shape.out_channels)
+    forward = ForwardArguments.of(epilogue, images, size)
 
     def plan(candidate: GemmConfig) -> Launch:
-        return plan_conv_fprop(
-            x, weight, scale, shift, source, residual, branch, out, shape, relu, candidate, op
-        )
+        return plan_conv_fprop(images, filters, forward, source, shape, candidate, op)
 
-    if config is None:
-        config = config_conv_fprop(x, weight, shape, source is not None, residual, op, plan).config
-    plan(config).run()
-    return out, branch
+    if forward.out.numel():
+        if config is None:
+            config = config_conv_fprop(
+                images, filters, shape, source is not None, forward.residual, op, plan
+            ).config
+        plan(config).run()
+    return forward.activation()
 
 
-def config_conv_fprop(x, weight, shape, expanded, residual=None, op="conv", plan=None) -> Choice:
+def config_conv_fprop(
+    x: Tensor,
+    weight: Tensor,
+    shape: ConvShape,
+    expanded: bool,
+    residual: Tensor | None = None,
+    op: str = "conv",
+    plan: Callable[[GemmConfig], Launch] | None = None,
+) -> Choice:
     """Default or stored config for these tensors; ``plan`` allows a search where asked for.
 
     ``expanded`` where ``source`` indices are given: a tile then holds pixels of one sample.
@@ -432,25 +403,3 @@ def config_conv_fprop(x, weight, shape, expanded, residual=None, op="conv", plan
     )
     key = shape.key() + ("_source" if expanded else "")
     return autotune.choose("conv_fprop", key, x.dtype, device, default, plan)
-
-
-def _check(x, weight, scale, shift, source, shape: ConvShape) -> None:
-    if weight.shape[3] != x.shape[3] or weight.dtype != x.dtype:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
-        )
-    if scale.shape[1] != weight.shape[0]:
-        raise ValueError(
-            f"scale has {scale.shape[1]} columns for {weight.shape[0]} output channels"
-        )
-    if source is None and scale.shape[0] != x.shape[0]:
-        raise ValueError(f"scale has {scale.shape[0]} rows for {x.shape[0]} samples without source")
-    if shift is not None and shift.shape != scale.shape:
-        raise ValueError(f"shift {tuple(shift.shape)} must have the shape {tuple(scale.shape)}")
-    if source is not None and source.shape != scale.shape[:1]:
-        raise ValueError(f"source {tuple(source.shape)} must have {scale.shape[0]} entries")
-    if shape.out_height < 1 or shape.out_width < 1:
-        raise ValueError(
-            f"a {shape.kernel} filter does not fit into {shape.height}x{shape.width} pixels"
-        )
-    check_tables_and_layout(x, weight, scale, shift)

@@ -91,19 +91,3 @@ def descriptor(base: Tensor, shape: Sequence[int], block: Sequence[int]) -> Tens
 def describable(tensor: Tensor, row: int) -> bool:
     """Whether rows of ``row`` elements satisfy the 16-byte rules of tensor descriptors."""
     return tensor.data_ptr() % 16 == 0 and row * tensor.element_size() % 16 == 0
-
-
-def check_tables_and_layout(x: Tensor, weight: Tensor, *tables: Tensor | None) -> None:
-    """Raises ValueError unless operands are contiguous and tables fp32 rows of equal stride."""
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} {tuple(tensor.shape)} must be contiguous (channels last)")
-    tables = [table for table in tables if table is not None]
-    for table in tables:
-        if table.dtype != torch.float32 or table.stride() != (tables[0].stride(0), 1):
-            raise ValueError(
-                f"tables must be float32 with contiguous rows of one stride, not {table.dtype} "
-                f"with strides {table.stride()}"
-            )
-        if table.shape[0] * table.stride(0) >= 2**31:
-            raise ValueError(f"a table of {table.numel()} entries is past 32-bit indexing")

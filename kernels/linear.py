@@ -15,14 +15,14 @@ kernels of ``conv_fprop`` and ``conv_dgrad`` run the same problem as a 1x1 convo
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 import triton
 import triton.language as tl
 from torch import Tensor
 from wfnet.kernels import autotune
 from wfnet.kernels.config import (
     Choice,
-    ConvShape,
     Device,
     GemmConfig,
     LinearShape,
@@ -32,17 +32,13 @@ from wfnet.kernels.config import (
     span,
 )
 from wfnet.kernels.conv_dgrad import plan_conv_dgrad
-from wfnet.kernels.conv_fprop import conv_fprop, plan_conv_fprop
+from wfnet.kernels.conv_fprop import plan_conv_fprop
 from wfnet.kernels.epilogue import backward_epilogue, forward_epilogue
-from wfnet.kernels.epilogue_bwd import (
-    NO_SUMS,
-    Gradient,
-    LayerBelow,
-    Sums,
-    add_column_sums,
-    epilogue_bwd,
-)
-from wfnet.kernels.launch import Launch, check_tables_and_layout, describable, descriptor, operand
+from wfnet.kernels.epilogue_arguments import BackwardArguments, ForwardArguments, channels_last
+from wfnet.kernels.epilogue_bwd import epilogue_bwd
+from wfnet.kernels.launch import Launch, describable, descriptor, operand
+
+from wfnet.backends.contract import Activation, Epilogue, LayerBelow, LayerGradient
 
 
 @triton.jit(do_not_specialize=["M", "B", "T"])
@@ -181,143 +177,90 @@ def _programs(rows: int, columns: int, config: GemmConfig, device: Device) -> tu
     return min(tiles, device.processors), tiles > device.processors
 
 
-def _as_pixels(shape: LinearShape) -> ConvShape:
-    return ConvShape(
-        shape.batch,
-        shape.tokens,
-        1,
-        shape.in_features,
-        shape.out_features,
-        (1, 1),
-        (1, 1),
-        (0, 0),
-        (1, 1),
-    )
+def _plan(
+    kernel: object,
+    operands: tuple[Tensor, Tensor, bool],
+    epilogue: ForwardArguments | BackwardArguments,
+    shape: LinearShape,
+    config: GemmConfig,
+    op: str,
+    device: Device,
+) -> Launch:
+    """The launch of a persistent kernel.
+
+    Args:
+        operands: rows ``[M, K]``, the weight ``[O, C]``, and whether it is read transposed.
+    """
+    rows, weight, transposed = operands
+    count, depth = shape.batch * shape.tokens, rows.shape[-1]
+    columns = weight.shape[0] if transposed else weight.shape[1]
+    programs, several = _programs(count, columns, config, device)
+    exact = full_precision(rows.dtype, op)
+    tiled = descriptor if exact else operand
+
+    def tile(tensor: Tensor | None):
+        if tensor is None:
+            return None
+        return descriptor(tensor, (count, columns), (config.block_m, config.block_n))
+
+    block = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
+    arguments = {
+        "x" if transposed else "ag": tiled(rows, (count, depth), (config.block_m, config.block_k)),
+        "w": tiled(weight, tuple(weight.shape[:2]), block),
+        **epilogue.bound(tile),
+        "M": count,
+        "B": shape.batch,
+        "T": shape.tokens,
+        "O" if transposed else "C": columns,
+        "K": depth,
+        "PRECISION": "ieee" if exact else "tf32",
+        "FLATTEN": several,
+        "SPAN": span(config.block_m, shape.tokens),
+        "BM": config.block_m,
+        "BN": config.block_n,
+        "BK": config.block_k,
+    }
+    return Launch(kernel, (programs,), arguments, config.warps, config.stages)
 
 
 def plan_linear_fprop(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None,
-    residual: Tensor | None,
-    branch: Tensor | None,
-    out: Tensor,
+    forward: ForwardArguments,
     shape: LinearShape,
-    relu: bool,
     config: GemmConfig,
+    op: str,
     device: Device,
-    op: str = "linear",
 ) -> Launch:
-    """The launch of ``linear_fprop`` for a config; arguments as there, all contiguous."""
+    """The launch of ``linear_fprop``: ``x`` ``[B, H, W, C]``, ``weight`` ``[O, C]``."""
     if config.path == "gather":
-        return plan_conv_fprop(
-            x,
-            weight,
-            scale,
-            shift,
-            None,
-            residual,
-            branch,
-            out,
-            _as_pixels(shape),
-            relu,
-            config,
-            op,
-        )
-    rows, depth, columns = shape.batch * shape.tokens, shape.in_features, shape.out_features
-    programs, several = _programs(rows, columns, config, device)
-    precision = "ieee" if full_precision(x.dtype, op) else "tf32"
-    tiled = operand if precision == "tf32" else descriptor
-
-    def tile(tensor: Tensor | None):
-        if tensor is None:
-            return None
-        return descriptor(tensor, (rows, columns), (config.block_m, config.block_n))
-
-    arguments = {
-        "x": tiled(x, (rows, depth), (config.block_m, config.block_k)),
-        "w": tiled(weight, (columns, depth), (config.block_n, config.block_k)),
-        "scale": scale,
-        "shift": shift,
-        "residual": tile(residual),
-        "branch": tile(branch),
-        "out": tile(out),
-        "M": rows,
-        "B": shape.batch,
-        "T": shape.tokens,
-        "O": columns,
-        "LD": scale.stride(0),
-        "K": depth,
-        "RELU": relu,
-        "PRECISION": precision,
-        "FLATTEN": several,
-        "SPAN": span(config.block_m, shape.tokens),
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "BK": config.block_k,
-    }
-    return Launch(linear_fprop_kernel, (programs,), arguments, config.warps, config.stages)
+        return plan_conv_fprop(x, weight, forward, None, shape.as_pixels, config, op)
+    return _plan(linear_fprop_kernel, (x, weight, True), forward, shape, config, op, device)
 
 
 def plan_linear_dgrad(
     ag: Tensor,
     weight: Tensor,
-    below: LayerBelow,
-    into: Gradient,
-    partials: Sums,
+    backward: BackwardArguments,
     shape: LinearShape,
     config: GemmConfig,
+    op: str,
     device: Device,
-    op: str = "linear",
 ) -> Launch:
-    """The launch of ``linear_dgrad`` for a config."""
+    """The launch of ``linear_dgrad``: ``ag`` ``[B, H, W, O]``, ``weight`` ``[O, C]``."""
     if config.path == "gather":
-        return plan_conv_dgrad(ag, weight, below, into, partials, _as_pixels(shape), config, op)
-    rows, depth, columns = shape.batch * shape.tokens, shape.out_features, shape.in_features
-    programs, several = _programs(rows, columns, config, device)
-    precision = "ieee" if full_precision(ag.dtype, op) else "tf32"
-    tiled = operand if precision == "tf32" else descriptor
-
-    def tile(tensor: Tensor | None):
-        if tensor is None:
-            return None
-        return descriptor(tensor, (rows, columns), (config.block_m, config.block_n))
-
-    arguments = {
-        "ag": tiled(ag, (rows, depth), (config.block_m, config.block_k)),
-        "w": tiled(weight, (depth, columns), (config.block_k, config.block_n)),
-        "skip": tile(below.skip),
-        "branch": tile(below.branch),
-        "activation": tile(below.activation),
-        "scale": below.scale,
-        "shift": below.shift,
-        "grad": tile(into.grad),
-        "scaled_grad": tile(into.scaled_grad),
-        "shortcut_branch": tile(below.shortcut_branch),
-        "shortcut_scale": below.shortcut_scale,
-        "shortcut_grad": tile(into.shortcut_scaled_grad),
-        "partial0": partials[0],
-        "partial1": partials[1],
-        "partial2": partials[2],
-        "M": rows,
-        "B": shape.batch,
-        "T": shape.tokens,
-        "C": columns,
-        "LD": below.row_stride,
-        "K": depth,
-        "RELU": below.relu,
-        "PRECISION": precision,
-        "FLATTEN": several,
-        "SPAN": span(config.block_m, shape.tokens),
-        "BM": config.block_m,
-        "BN": config.block_n,
-        "BK": config.block_k,
-    }
-    return Launch(linear_dgrad_kernel, (programs,), arguments, config.warps, config.stages)
+        return plan_conv_dgrad(ag, weight, backward, shape.as_pixels, config, op)
+    return _plan(linear_dgrad_kernel, (ag, weight, False), backward, shape, config, op, device)
 
 
-def config_linear_fprop(x, weight, shape, residual=None, op="linear", plan=None) -> Choice:
+def config_linear_fprop(
+    x: Tensor,
+    weight: Tensor,
+    shape: LinearShape,
+    residual: Tensor | None = None,
+    op: str = "linear",
+    plan: Callable[[GemmConfig], Launch] | None = None,
+) -> Choice:
     """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
     depth, columns = shape.in_features, shape.out_features
     aligned = describable(x, depth) and describable(weight, depth)
@@ -329,12 +272,18 @@ def config_linear_fprop(x, weight, shape, residual=None, op="linear", plan=None)
 
 
 def config_linear_dgrad(
-    ag, weight, shape, tensors=(), column_sums=False, op="linear", plan=None
+    ag: Tensor,
+    weight: Tensor,
+    shape: LinearShape,
+    backward: BackwardArguments | None = None,
+    op: str = "linear",
+    plan: Callable[[GemmConfig], Launch] | None = None,
 ) -> Choice:
     """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
+    backward = backward or BackwardArguments()
     depth, columns = shape.out_features, shape.in_features
     aligned = describable(ag, depth) and describable(weight, columns)
-    aligned = aligned and all(describable(t, columns) for t in tensors if t is not None)
+    aligned = aligned and all(describable(t, columns) for t in backward.pixels if t is not None)
     device = device_of(ag)
     default = linear_choice(
         shape,
@@ -342,158 +291,114 @@ def config_linear_dgrad(
         device,
         columns=columns,
         describable=aligned,
-        column_sums=column_sums,
+        column_sums=backward.summing,
         op=op,
     )
-    key = shape.key() + ("_sums" if column_sums else "")
+    key = shape.key() + ("_sums" if backward.summing else "")
     return autotune.choose(f"{op}_rows_dgrad", key, ag.dtype, device, default, plan)
 
 
 def linear_fprop(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor | None = None,
+    epilogue: Epilogue,
     *,
-    source: Tensor | None = None,
-    residual: Tensor | None = None,
-    relu: bool = False,
-    save_branch: bool = False,
     config: GemmConfig | None = None,
     op: str = "linear",
-) -> tuple[Tensor, Tensor | None]:
-    """Linear map with scale, shift, residual and activation in its epilogue, one launch.
+) -> Activation:
+    """Computes a linear map of pixels with its epilogue in one launch.
 
     Equivalent to::
 
-        v = scale[:, None] * F.linear(x[source], weight)
-        out = act(v + shift[:, None] + residual)
+        v = scale[:, :, None, None] * F.conv2d(x, weight[:, :, None, None])
+        out = act(v + shift[:, :, None, None] + residual)
 
     Args:
-        x: ``[N, T, C]`` contiguous; fp16, bf16 or fp32.
+        x: ``[B, C, H, W]``; fp16, bf16 or fp32; copied unless channels-last. Tokens ``[B, T, C]``
+            are the pixels ``[B, C, T, 1]``.
         weight: ``[O, C]`` contiguous, dtype of ``x``.
-        scale: ``[B, O]`` fp32.
-        shift: ``[B, O]`` fp32 or None.
-        source: ``[B]`` int64 positions in ``x``, or None; runs ``conv_fprop`` with 1x1 filters,
-            whose tiles follow the indices.
-        residual: ``[B, T, O]`` dtype of ``x``, or None.
-        save_branch: also write ``v``.
+        epilogue: without ``source``.
         config: tile sizes; None takes the default or a stored search result.
         op: whose TF32 setting holds for fp32, ``linear`` or ``conv``.
 
-    Returns:
-        ``out`` ``[B, T, O]`` and ``v`` of the same shape, or None.
-
     Raises:
-        ValueError: for shapes, dtypes or layouts that do not fit.
+        ValueError: for shapes or dtypes that do not fit.
     """
-    batch, columns = scale.shape
-    tokens, depth = x.shape[1], x.shape[2]
-    if weight.shape != (columns, depth) or weight.dtype != x.dtype:
+    batch, depth, height, width = x.shape
+    columns = weight.shape[0]
+    if weight.shape[1] != depth or weight.dtype != x.dtype:
         raise ValueError(
             f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
         )
-    if source is not None:
-        out, branch = conv_fprop(
-            x.unsqueeze(2),
-            weight[:, None, None],
-            scale,
-            shift,
-            source=source,
-            residual=None if residual is None else residual.unsqueeze(2),
-            relu=relu,
-            save_branch=save_branch,
-            config=config,
-            op=op,
-        )
-        return out.squeeze(2), None if branch is None else branch.squeeze(2)
-    if batch != x.shape[0]:
-        raise ValueError(f"scale has {batch} rows for {x.shape[0]} samples without source")
-    if shift is not None and shift.shape != scale.shape:
-        raise ValueError(f"shift {tuple(shift.shape)} must have the shape {tuple(scale.shape)}")
-    check_tables_and_layout(x, weight, scale, shift)
-    out = x.new_empty((batch, tokens, columns))
-    branch = torch.empty_like(out) if save_branch else None
-    if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
-        raise ValueError(
-            f"residual must be contiguous {tuple(out.shape)}, not {tuple(residual.shape)}"
-        )
-    if out.numel() == 0:
-        return out, branch
-    shape = LinearShape(batch, tokens, depth, columns)
-    device = device_of(x)
+    pixels = channels_last(x)
+    forward = ForwardArguments.of(epilogue, pixels, (batch, height, width, columns))
+    shape = LinearShape(batch, height * width, depth, columns)
 
     def plan(candidate: GemmConfig) -> Launch:
-        return plan_linear_fprop(
-            x, weight, scale, shift, residual, branch, out, shape, relu, candidate, device, op
-        )
+        return plan_linear_fprop(pixels, weight, forward, shape, candidate, op, device_of(x))
 
-    if config is None:
-        config = config_linear_fprop(x, weight, shape, residual, op, plan).config
-    plan(config).run()
-    return out, branch
+    if forward.out.numel():
+        if config is None:
+            config = config_linear_fprop(pixels, weight, shape, forward.residual, op, plan).config
+        plan(config).run()
+    return forward.activation()
 
 
 def linear_dgrad(
-    ag: Tensor,
+    scaled_grad: Tensor,
     weight: Tensor,
+    skip: Tensor | None = None,
     below: LayerBelow | None = None,
     *,
-    want: tuple[str, ...] = ("grad",),
-    sums: Sums = NO_SUMS,
     config: GemmConfig | None = None,
     op: str = "linear",
-) -> Gradient:
-    """Input gradient of a linear map, and the elementwise backward of the layer below it.
+) -> LayerGradient:
+    """Computes the input gradient of a linear map of pixels and the layer below's backward.
 
     Equivalent to::
 
-        g  = ag @ weight + skip
-        g  = g * (activation > 0), or g * (branch + shift > 0), if below.relu
-        t0 = g.sum(1);  t1 = (g * branch).sum(1);  scaled_grad = scale[:, None] * g
+        g  = conv_transpose2d(scaled_grad, weight[:, :, None, None]) + skip
+        g  = g * (mask > 0), or g * (branch + shift > 0), if below.relu
+        t0 = g.sum((2, 3));  t1 = (g * branch).sum((2, 3));  scaled_grad = scale * g
 
     Args:
-        ag: ``[B, T, O]`` contiguous, ``A * g`` of this layer.
+        scaled_grad: ``[B, O, H, W]``, ``A * g`` of this layer.
         weight: ``[O, C]`` contiguous.
-        below: what the epilogue needs to know of the layer below; None: the plain gradient.
-        want: any of ``epilogue_bwd.RESULTS``.
-        sums: ``[B, C]`` fp32 to write the column sums to; fresh memory where None.
+        skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
+        config, op: as in :func:`linear_fprop`.
 
     Raises:
         ValueError: for shapes that do not fit, or a result without the tensor it is made from.
     """
-    below = below or LayerBelow()
-    below.check(want)
-    if ag.shape[2] != weight.shape[0] or ag.dtype != weight.dtype:
+    batch, depth, height, width = scaled_grad.shape
+    if weight.shape[0] != depth or weight.dtype != scaled_grad.dtype:
         raise ValueError(
-            f"weight {tuple(weight.shape)} {weight.dtype} does not fit ag "
-            f"{tuple(ag.shape)} {ag.dtype}"
+            f"weight {tuple(weight.shape)} {weight.dtype} does not fit the gradient "
+            f"{tuple(scaled_grad.shape)} {scaled_grad.dtype}"
         )
-    check_tables_and_layout(ag, weight, below.scale, below.shift)
-    batch, tokens, _ = ag.shape
-    shape = LinearShape(batch, tokens, weight.shape[1], weight.shape[0])
-    into = Gradient.empty(ag, (batch, tokens, shape.in_features), want, sums)
-    if into.size == 0:
-        return into
-    device = device_of(ag)
-    summing = any(total is not None for total in into.sums)
+    columns, tokens = weight.shape[1], height * width
+    ag = channels_last(scaled_grad)
+    shape, device = LinearShape(batch, tokens, columns, depth), device_of(ag)
+    backward = BackwardArguments.of(below, skip, ag, (batch, height, width, columns))
+    if batch * tokens * columns == 0:
+        backward.zero_sums()
+        return backward.gradient(below)
 
-    def partials_of(candidate: GemmConfig) -> Sums:
-        touched = span(candidate.block_m, tokens)
-        return into.partials(triton.cdiv(batch * tokens, candidate.block_m) * touched, ag)
+    def with_slots(candidate: GemmConfig) -> BackwardArguments:
+        tiles = triton.cdiv(batch * tokens, candidate.block_m)
+        return backward.with_slots(tiles * span(candidate.block_m, tokens), grouped=False)
 
     def plan(candidate: GemmConfig) -> Launch:
-        partials = partials_of(candidate)
-        return plan_linear_dgrad(ag, weight, below, into, partials, shape, candidate, device, op)
+        slotted = with_slots(candidate)
+        return plan_linear_dgrad(ag, weight, slotted, shape, candidate, op, device)
 
     if config is None:
-        tensors = (below.skip, below.branch, below.activation, below.shortcut_branch)
-        config = config_linear_dgrad(ag, weight, shape, tensors, summing, op, plan).config
-    if summing and span(config.block_m, tokens) == 0:
+        config = config_linear_dgrad(ag, weight, shape, backward, op, plan).config
+    if backward.summing and span(config.block_m, tokens) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
-        plain = linear_dgrad(ag, weight, config=config, op=op)
-        return epilogue_bwd(plain.grad, below, want=want, sums=sums)
-    partials = partials_of(config)
-    plan_linear_dgrad(ag, weight, below, into, partials, shape, config, device, op).run()
-    add_column_sums(partials, into, batch, tokens, block_m=config.block_m)
-    return into
+        plain = linear_dgrad(scaled_grad, weight, config=config, op=op).grad
+        return epilogue_bwd(plain, below, skip)
+    backward = with_slots(config)
+    plan_linear_dgrad(ag, weight, backward, shape, config, op, device).run()
+    backward.add_column_sums(tokens, block_m=config.block_m)
+    return backward.gradient(below)

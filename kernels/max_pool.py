@@ -14,38 +14,19 @@ every run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from wfnet.kernels.epilogue import backward_epilogue, load_tile, store_tile
-from wfnet.kernels.epilogue_bwd import (
-    NO_SUMS,
-    Gradient,
-    LayerBelow,
-    Sums,
-    add_column_sums,
-    tile_of,
-)
-from wfnet.kernels.launch import Launch, check_tables_and_layout
+from wfnet.kernels.epilogue_arguments import BackwardArguments, channels_first, channels_last
+from wfnet.kernels.epilogue_bwd import tile_of
+from wfnet.kernels.launch import Launch
+
+from wfnet.backends.contract import LayerBelow, LayerGradient, PoolGeometry
 
 _NOWHERE = 255  # taps are numbered below
-
-
-class Window(NamedTuple):
-    """Of a pooling without dilation, each as (height, width)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-
-    def refuse(self) -> str | None:
-        """Why the kernels do not take it, in one sentence; None if they do."""
-        if self.kernel[0] * self.kernel[1] > _NOWHERE:
-            return f"a window of {self.kernel[0]} x {self.kernel[1]} has more than 255 taps"
-        return None
 
 
 @triton.jit(do_not_specialize=["H", "W", "P", "Q"])
@@ -191,13 +172,15 @@ def max_pool_bwd_kernel(
     )
 
 
-def _taps(window: Window) -> dict[str, int]:
+def _taps(window: PoolGeometry) -> dict[str, int]:
     (kh, kw), (sh, sw), (ph, pw) = window.kernel, window.stride, window.padding
     return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
 
 
-def plan_max_pool_fwd(x: Tensor, out: Tensor, positions: Tensor | None, window: Window) -> Launch:
-    """The launch of ``max_pool``."""
+def plan_max_pool_fwd(
+    x: Tensor, out: Tensor, positions: Tensor | None, window: PoolGeometry
+) -> Launch:
+    """The launch of ``max_pool``: ``x`` ``[B, H, W, C]``, ``out`` ``[B, P, Q, C]``."""
     batch, height, width, columns = x.shape
     pixels = out.shape[1] * out.shape[2]
     block_m, block_n = tile_of(pixels, columns)
@@ -223,39 +206,23 @@ def plan_max_pool_bwd(
     dout: Tensor,
     positions: Tensor,
     size: tuple[int, int],
-    window: Window,
-    below: LayerBelow,
-    into: Gradient,
-    partials: Sums,
+    window: PoolGeometry,
+    backward: BackwardArguments,
 ) -> Launch:
-    """The launch of ``max_pool_bwd``."""
+    """The launch of ``max_pool_bwd``: ``dout`` and ``positions`` ``[B, P, Q, C]``."""
     batch, _, _, columns = dout.shape
     pixels = size[0] * size[1]
     block_m, block_n = tile_of(pixels, columns)
     arguments = {
         "dout": dout,
         "positions": positions,
-        "skip": below.skip,
-        "branch": below.branch,
-        "activation": below.activation,
-        "scale": below.scale,
-        "shift": below.shift,
-        "grad": into.grad,
-        "scaled_grad": into.scaled_grad,
-        "partial0": partials[0],
-        "partial1": partials[1],
-        "partial2": partials[2],
-        "shortcut_branch": below.shortcut_branch,
-        "shortcut_scale": below.shortcut_scale,
-        "shortcut_grad": into.shortcut_scaled_grad,
+        **backward.bound(),
         "B": batch,
         "H": size[0],
         "W": size[1],
         "P": dout.shape[1],
         "Q": dout.shape[2],
         "C": columns,
-        "LD": below.row_stride,
-        "RELU": below.relu,
         **_taps(window),
         "BM": block_m,
         "BN": block_n,
@@ -264,85 +231,77 @@ def plan_max_pool_bwd(
     return Launch(max_pool_bwd_kernel, grid, arguments, 4, 2)
 
 
-def max_pool(
-    x: Tensor, size: tuple[int, int], window: Window, save_positions: bool = True
-) -> tuple[Tensor, Tensor | None]:
-    """Largest value of every window, and which of its taps that was.
+def max_pool(x: Tensor, window: PoolGeometry, save: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Computes the largest value of every window, and which of its taps that was.
 
-    Equivalent: ``F.max_pool2d`` on the ``[B, C, H, W]`` view; the first of equal values counts, and
-    NaN is above all.
+    Equivalent: ``F.max_pool2d``; the first of equal values counts, and NaN is above all.
 
     Args:
-        x: ``[B, H, W, C]`` contiguous; fp16, bf16 or fp32.
-        size: height and width of the result (``ceil_mode`` decides about the last windows).
-        window: its taps are numbered row by row.
+        x: ``[B, C, H, W]``; fp16, bf16 or fp32; copied unless channels-last.
+        window: one that ``takes_bytes``; its taps are numbered row by row.
+        save: whether positions are wanted.
 
     Returns:
-        ``[B, P, Q, C]`` in the dtype of ``x``, and uint8 of the same shape or None.
+        ``[B, C, P, Q]`` in the dtype of ``x``, and uint8 of the same shape or None.
 
     Raises:
-        ValueError: for a window or a layout that the kernels do not take.
+        ValueError: for a window that the kernels do not take.
     """
-    reason = window.refuse()
-    if reason is not None:
-        raise ValueError(reason)
-    check_tables_and_layout(x, x)
-    out = x.new_empty((x.shape[0], *size, x.shape[3]))
-    positions = torch.empty_like(out, dtype=torch.uint8) if save_positions else None
+    if not window.takes_bytes:
+        raise ValueError(f"{window} is dilated, or its window has more than {_NOWHERE} taps")
+    pixels = channels_last(x)
+    size = window.output_size(*x.shape[2:])
+    out = pixels.new_empty((x.shape[0], *size, x.shape[1]))
+    positions = torch.empty_like(out, dtype=torch.uint8) if save else None
     if out.numel():
-        plan_max_pool_fwd(x, out, positions, window).run()
-    return out, positions
+        plan_max_pool_fwd(pixels, out, positions, window).run()
+    return channels_first(out), channels_first(positions)
 
 
 def max_pool_bwd(
     dout: Tensor,
     positions: Tensor,
     size: tuple[int, int],
-    window: Window,
-    below: LayerBelow,
-    *,
-    want: tuple[str, ...] = ("grad",),
-    sums: Sums = NO_SUMS,
-) -> Gradient:
-    """From the gradient of the pooled tensor to what the layer below wants, in one pass.
+    window: PoolGeometry,
+    skip: Tensor | None = None,
+    below: LayerBelow | None = None,
+) -> LayerGradient:
+    """Computes what the layer below wants from the gradient of the pooled tensor, in one pass.
 
-    Equivalent to ``epilogue_bwd(dx, below)`` with ``dx`` the gradient by the pooling's input.
+    Equivalent to ``epilogue_bwd(dx, below, skip)`` with ``dx`` the gradient by the pooling's input.
 
     Args:
-        dout: ``[B, P, Q, C]`` contiguous; fp16, bf16 or fp32.
-        positions: ``[B, P, Q, C]`` uint8, of :func:`max_pool`.
+        dout: ``[B, C, P, Q]``; fp16, bf16 or fp32; copied unless channels-last.
+        positions: ``[B, C, P, Q]`` uint8, of :func:`max_pool`.
         size: height and width of the pooling's input.
-        below: the layer that made it; pixel tensors are ``[B, H, W, C]``.
-        want: any of ``epilogue_bwd.RESULTS``.
-        sums: ``[B, C]`` fp32 to write the column sums to; fresh memory where None.
+        skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
 
     Raises:
-        ValueError: if a result lacks the tensor it is made from, or a layout does not fit.
+        ValueError: if a result lacks the tensor it is made from, or shapes do not fit.
     """
-    below.check(want)
-    check_tables_and_layout(dout, positions, below.scale, below.shift)
-    batch, _, _, columns = dout.shape
-    into = Gradient.empty(dout, (batch, *size, columns), want, sums)
-    if into.size == 0:
-        return into
+    pooled, positions = channels_last(dout), channels_last(positions)
+    batch, _, _, columns = pooled.shape
     pixels = size[0] * size[1]
+    backward = BackwardArguments.of(below, skip, pooled, (batch, *size, columns))
+    if batch * pixels * columns == 0:
+        backward.zero_sums()
+        return backward.gradient(below)
     slots = triton.cdiv(pixels, tile_of(pixels, columns)[0])
-    partials = into.sums if slots == 1 else into.partials(slots * batch, dout)
-    plan_max_pool_bwd(dout, positions, size, window, below, into, partials).run()
-    add_column_sums(partials, into, batch, pixels, slots=slots)
-    return into
+    backward = backward.with_slots(slots * batch, grouped=True)
+    plan_max_pool_bwd(pooled, positions, size, window, backward).run()
+    backward.add_column_sums(pixels, slots=slots)
+    return backward.gradient(below)
 
 
 def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
     """A launch of each kernel, on tensors without memory, to compile it: a ResNet's pooling."""
-    window = Window((3, 3), (2, 2), (1, 1))
+    window = PoolGeometry((3, 3), (2, 2), (1, 1))
     x = meta(torch.bfloat16, 512, 112, 112, 64)
     out, positions = meta(torch.bfloat16, 512, 56, 56, 64), meta(torch.uint8, 512, 56, 56, 64)
-    tables = {"scale": meta(torch.float32, 512, 64), "shift": meta(torch.float32, 512, 64)}
-    below = LayerBelow(x, **tables, relu=True)
-    partial = meta(torch.float32, 512 * 196, 64)
-    into = Gradient(None, x, None, meta(torch.float32, 512, 64), x.numel())
+    scale, shift, t1 = (meta(torch.float32, 512, 64) for _ in range(3))
+    below = LayerBelow(scale, shift, channels_first(x), relu=True, t1=t1)
+    backward = BackwardArguments.of(below, None, x, tuple(x.shape)).with_slots(512 * 196, True)
     return [
         plan_max_pool_fwd(x, out, positions, window),
-        plan_max_pool_bwd(out, positions, (112, 112), window, below, into, (None, partial, None)),
+        plan_max_pool_bwd(out, positions, (112, 112), window, backward),
     ]

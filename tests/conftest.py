@@ -1,6 +1,7 @@
 """What several rooms test with: networks, images, folders of files, the emulated CUDA kernels."""
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import CLASS_NAMES, write_idx, write_image
-from torch import nn
+from torch import Tensor, nn
 
 import wfnet
 from wfnet.data import TensorImages
@@ -71,7 +72,18 @@ def emulated_cuda(emulated_kernels, monkeypatch) -> ModuleType:
     emulated_kernels.leave_out(emulated_kernels.Fault.NONE)
 
 
-@pytest.fixture
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves tests of interpreted kernels to a process that decorates kernels so."""
+    if not _INTERPRETED:
+        chosen = [item for item in items if item.get_closest_marker("interpreter") is not None]
+        config.hook.pytest_deselected(items=chosen)
+        items[:] = [item for item in items if item not in set(chosen)]
+
+
+@pytest.fixture(autouse=_INTERPRETED)
 def exact_interpreter(monkeypatch):
     """Undoes two novelties of Triton 3.9's interpreter.
 
@@ -82,6 +94,8 @@ def exact_interpreter(monkeypatch):
     import triton.language as tl
     from triton.runtime import interpreter
 
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
     spread = interpreter.InterpreterBuilder.create_splat
 
     def create_splat(self, *arguments):
@@ -235,3 +249,34 @@ def pretended_device():
 
     with pretended_cuda.pretended_cuda() as pretended:
         yield pretended
+
+
+# -- numerics of Triton's kernels, in its interpreter ---------------------------------------------
+
+# Relative to the fp64 result: a few roundings of the dtype.
+_ROUNDINGS = {torch.float32: 2e-6, torch.float16: 1e-3}
+
+
+@pytest.fixture
+def check() -> Callable[..., None]:
+    """Asserts that a kernel's result differs from the truth by a few roundings."""
+
+    def check(result: Tensor, truth: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        error = (result.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)
+        assert error < _ROUNDINGS[dtype], f"relative error {error:.2e}"
+
+    return check
+
+
+@pytest.fixture
+def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh memory reads as NaN: what a kernel forgets to write fails the comparison."""
+    fresh = {name: getattr(torch, name) for name in ("empty", "empty_like")}
+    new_empty = Tensor.new_empty
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    for name, make in fresh.items():
+        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: poison(make(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))

@@ -14,7 +14,6 @@ makes by device (cuDNN, attention kernels, the autocast policy of CUDA) are not 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -749,7 +748,7 @@ def _triton_conv_fprop(a) -> None:
         w = a["w"].view(a["O"], a["R"], a["S"], a["C"])
     else:
         stride = (a["STEP"],) * 2
-        w = a["w"].view(a["O"], a["TAPS"] // a["S"], a["S"], a["C"])
+        w = a["w"].view(a["O"], a["R"], a["S"], a["C"])
     u = _convolved(x, w, stride, (a["PAD_H"], a["PAD_W"]), (a["DIL_H"], a["DIL_W"]))
     assert u.shape[1:] == (a["P"], a["Q"], a["O"])
     assert len(a["scale"]) == a["B"]
@@ -811,60 +810,11 @@ def _triton_column_sums(a) -> None:
         total[b] = partial[tiles * a["SPAN"] + b - tiles * a["BM"] // a["T"]].sum(0)
 
 
-def _at(address: int, rows: int, columns: int, stride: int = 0) -> Tensor:
-    """The fp32 matrix at an address."""
-    size = (rows - 1) * stride + columns
-    memory = torch.frombuffer((ctypes.c_float * size).from_address(address), dtype=torch.float32)
-    return memory.as_strided((rows, columns), (stride, 1))
-
-
-def _layers_at(a) -> Iterator[tuple]:
-    """One layer after the other, from the table of addresses."""
-    rows = a["addresses"].tolist()
-    for row, (gate_scale, eps) in zip(rows, a["numbers"].tolist(), strict=True):
-        if row[9] == 0:  # the first channels of a layer
-            columns = row[10]
-            vectors = [_at(p, 1, columns)[0] if p else None for p in row[2:7]]
-            bias, gamma, beta, mean, var = vectors
-            gamma = torch.ones(columns) if gamma is None else gamma
-            beta = torch.zeros(columns) if beta is None else beta
-            if var is not None:
-                gamma = gamma / (var + eps).sqrt()
-                beta = beta - mean * gamma
-            weight = _at(row[0], a["K"], columns, row[12])
-            of_bias = _at(row[1], a["K"], columns, row[13]) if row[1] else None
-            yield row, gate_scale, weight, of_bias, bias, gamma, beta
-
-
-def _triton_gate_tables(a) -> None:
-    for row, gate_scale, weight, of_bias, bias, gamma, beta in _layers_at(a):
-        span = slice(row[11] * a["B"], (row[11] + row[10]) * a["B"])
-        scale = gates.gate_rows(weight, a["forget"], gate_scale) * gamma
-        shift = beta.expand_as(scale)
-        if of_bias is not None:
-            shift = shift + gates.gate_rows(of_bias, a["forget"], gate_scale) * gamma * bias
-        a["scale"][span] = scale.flatten()
-        a["shift"][span] = shift.flatten()
-
-
 def _triton_gate_rows_bwd(a) -> None:
     for label, alpha in enumerate(a["alpha"].float()):
         first, last = a["first_of"][label : label + 2].tolist()
         total = a["t"][a["order"][first:last] // a["J"]].sum(0)
         a["dalpha"][label] = torch.sigmoid(-alpha) * total
-
-
-def _triton_gate_tables_bwd(a) -> None:
-    for row, gate_scale, weight, of_bias, bias, gamma, _ in _layers_at(a):
-        span = slice(row[11] * a["B"], (row[11] + row[10]) * a["B"])
-        t1, t0 = (a[name][span].view(a["B"], row[10]) for name in ("t1", "t0"))
-        dalpha = gates.gate_rows_backward(t1, weight, a["forget"])
-        a["dalpha"][:, row[7] : row[7] + row[10]] = dalpha
-        if of_bias is not None:
-            t0 = t0 * gates.gate_rows(of_bias, a["forget"], gate_scale) * gamma * bias
-            a["dalpha"][:, row[8] : row[8] + row[10]] = gates.gate_rows_backward(
-                t0, of_bias, a["forget"]
-            )
 
 
 def _pooled(x: Tensor, window: tuple, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -933,8 +883,6 @@ _TRITON_KERNELS = {
         gates.gate_rows(a["alpha"].float(), a["forget"], a["gate_scale"])
     ),
     "gate_rows_bwd_kernel": _triton_gate_rows_bwd,
-    "gate_tables_kernel": _triton_gate_tables,
-    "gate_tables_bwd_kernel": _triton_gate_tables_bwd,
 }
 
 

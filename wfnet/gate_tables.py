@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -62,18 +63,28 @@ class GatedLayer:
         return gamma, beta - self.mean.to(dtype) * gamma
 
 
+class GateRows(Protocol):
+    """Who computes rows of gates and their gradients: :mod:`wfnet.gates`, or a backend."""
+
+    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor: ...
+
+    def gate_rows_backward(self, t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor: ...
+
+
 class GateTables:
-    """The definition in PyTorch, for any device and dtype; backends have faster ones.
+    """Makes the tables of all layers of a network.
 
     Args:
         layers: in network order, all with the same number of classes.
+        rows: who computes the gates of all layers, which stand side by side.
 
     Raises:
         ValueError: without layers, or for layers of different class counts.
     """
 
-    def __init__(self, layers: Sequence[GatedLayer]):
+    def __init__(self, layers: Sequence[GatedLayer], rows: GateRows = gates):
         check_layers(layers)
+        self.rows = rows
         self.layers = tuple(layers)
         self.filters = [matrix.detach() for layer in layers for matrix in layer.filters]
         self.columns = list(_columns_of(self.filters))
@@ -122,16 +133,16 @@ class StepTables:
 
     def __init__(self, tables: GateTables, flat: Tensor, forget: Tensor, save: bool):
         self.tables, self.flat, self.forget = tables, flat, forget
-        products = gates.gate_rows(flat, forget, tables.gate_scale) * tables.factor  # [B, total]
+        rows = tables.rows.gate_rows(flat, forget, tables.gate_scale)
+        products = rows * tables.factor  # [B, total]
         self.scales = [products[:, part] for part in tables.of_weight]
         self.products = products
-        self.with_bias = any(part is not None for part in tables.of_bias)
-        shift = tables.beta.expand(products.shape[0], -1)
-        if self.with_bias:
-            shift = shift.clone()
-            for bias, layer in zip(tables.of_bias, tables.of_layer, strict=True):
-                if bias is not None:
-                    shift[:, layer] += products[:, bias]
+        # Rows as far apart as those of the products: kernels take one stride for both tables.
+        shift = torch.empty_like(products)[:, : tables.beta.shape[0]]
+        shift.copy_(tables.beta)
+        for bias, layer in zip(tables.of_bias, tables.of_layer, strict=True):
+            if bias is not None:
+                shift[:, layer] += products[:, bias]
         self.shifts = [shift[:, part] for part in tables.of_layer]
         self.t1, self.t0 = [], []
         if save:
@@ -149,7 +160,7 @@ class StepTables:
         for sums, bias in zip(self.t0, self.tables.of_bias, strict=True):
             if bias is not None:
                 sums.mul_(self.products[:, bias])
-        gradient = gates.gate_rows_backward(total, self.flat, self.forget)
+        gradient = self.tables.rows.gate_rows_backward(total, self.flat, self.forget)
         if into is not None:
             gradient = into.copy_(gradient)
         return [gradient[:, part] for part in self.tables.columns]

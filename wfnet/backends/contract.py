@@ -161,6 +161,16 @@ class LayerGradient(NamedTuple):
     shortcut: Tensor | None = None  # scale * g with the scale of LayerBelow.shortcut
 
 
+def as_pixels(tokens: Tensor | None) -> Tensor | None:
+    """Returns ``[B, T, C]`` as ``[B, C, T, 1]``, channels-last in memory."""
+    return None if tokens is None else tokens.unsqueeze(2).permute(0, 3, 1, 2)
+
+
+def as_tokens(pixels: Tensor | None) -> Tensor | None:
+    """Returns ``[B, C, T, 1]`` as ``[B, T, C]``."""
+    return None if pixels is None else pixels.squeeze(3).transpose(1, 2)
+
+
 class Backend(ABC):
     """One implementation of masked convolutions and linear maps, forward and backward.
 
@@ -329,9 +339,9 @@ class Backend(ABC):
 
     def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
         """Returns what makes scale and shift of all ``layers``, and filter gradients of sums."""
-        return GateTables(layers)
+        return GateTables(layers, self)
 
-    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
+    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor:
         """``[B, O]`` scales from ``alpha`` ``[K, O]`` and labels ``[B, J]``; see wfnet.gates."""
         return gates.gate_rows(alpha, forget, gate_scale)
 

@@ -7,7 +7,6 @@ input-gradient GEMM. Kernels: :mod:`wfnet.kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -22,8 +21,9 @@ from wfnet.backends.contract import (
     LayerBelow,
     LayerGradient,
     PoolGeometry,
+    as_pixels,
+    as_tokens,
 )
-from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 
 try:
     import triton
@@ -32,6 +32,7 @@ except ImportError:  # no wheels for this platform; every call is refused with t
 else:
     from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, linear, max_pool
     from wfnet.kernels.config import ConvShape, LinearShape
+    from wfnet.kernels.epilogue_arguments import channels_last
     from wfnet.kernels.launch import interpreted
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -66,6 +67,7 @@ class TritonBackend(Backend):
     """
 
     name = "triton"
+    pools_with_epilogue = True
 
     def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         reason = _refuse_tensor(x)
@@ -93,89 +95,54 @@ class TritonBackend(Backend):
         refusal = self.refuse_conv2d(x, weight, geometry)
         if refusal is not None:
             return f"refused: {refusal}"
-        images, filters = _channels_last(x), _channels_last(weight)
-        gathers = batch is not None
-        batch = batch if gathers else x.shape[0]
-        shape = _conv_shape(images, filters, batch, geometry)
-        gradient_shape = _conv_shape(images, filters, x.shape[0], geometry)
-        ag = images.new_empty((x.shape[0], shape.out_height, shape.out_width, shape.out_channels))
-        if shape.pointwise and not gathers:
-            pixels = _pixels(shape)
-            forward = linear.config_linear_fprop(images, filters, pixels, op="conv")
-        else:
-            forward = conv_fprop.config_conv_fprop(images, filters, shape, gathers)
-        if shape.pointwise:
-            backward = linear.config_linear_dgrad(ag, filters, _pixels(gradient_shape), op="conv")
-        else:
-            backward = conv_dgrad.config_conv_dgrad(ag, filters, gradient_shape)
-        return _explained(forward, backward)
+        return self._explained(x, weight, geometry, batch, "conv")
 
     def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
         """Configs of forward and input gradient and the reasons for them, or the refusal."""
         refusal = self.refuse_linear(x, weight)
         if refusal is not None:
             return f"refused: {refusal}"
-        x, weight = x.contiguous(), weight.contiguous()
-        gathers = batch is not None
-        batch = batch if gathers else x.shape[0]
-        shape = LinearShape(batch, x.shape[1], x.shape[2], weight.shape[0])
-        own = LinearShape(x.shape[0], x.shape[1], x.shape[2], weight.shape[0])
-        ag = x.new_empty((x.shape[0], x.shape[1], weight.shape[0]))
-        if not gathers:
-            forward = linear.config_linear_fprop(x, weight, shape)
+        filters = weight[:, :, None, None]
+        return self._explained(as_pixels(x), filters, ConvGeometry(), batch, "linear")
+
+    @staticmethod
+    def _explained(
+        x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
+    ) -> str:
+        images, filters = channels_last(x), channels_last(weight)
+        size, samples = tuple(x.shape[2:]), x.shape[0] if batch is None else batch
+        shape = ConvShape.of(samples, size, weight, geometry)
+        own = ConvShape.of(x.shape[0], size, weight, geometry)
+        ag = images.new_empty((x.shape[0], shape.out_height, shape.out_width, shape.out_channels))
+        pixels = LinearShape(x.shape[0], size[0] * size[1], own.in_channels, own.out_channels)
+        if shape.pointwise and batch is None:
+            forward = linear.config_linear_fprop(images, filters, pixels, op=op)
         else:
-            pixels = ConvShape(
-                batch, x.shape[1], 1, x.shape[2], weight.shape[0], (1, 1), (1, 1), (0, 0), (1, 1)
-            )
-            forward = conv_fprop.config_conv_fprop(x, weight, pixels, True, op="linear")
-        return _explained(forward, linear.config_linear_dgrad(ag, weight, own))
+            forward = conv_fprop.config_conv_fprop(images, filters, shape, batch is not None, op=op)
+        if shape.pointwise:
+            backward = linear.config_linear_dgrad(ag, filters, pixels, op=op)
+        else:
+            backward = conv_dgrad.config_conv_dgrad(ag, filters, own)
+        return (
+            f"forward {forward.config} ({forward.reason}); "
+            f"input gradient {backward.config} ({backward.reason})"
+        )
 
     def conv2d(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
     ) -> Activation:
-        images, filters = _channels_last(x), _channels_last(weight)
-        scale, shift = _tables(epilogue)
-        residual = None if epilogue.residual is None else _channels_last(epilogue.residual)
-        shape = _conv_shape(images, filters, scale.shape[0], geometry)
-        if shape.pointwise and epilogue.source is None:
-            out, branch = linear.linear_fprop(
-                images.flatten(1, 2),
-                filters.flatten(1),
-                scale,
-                shift,
-                residual=None if residual is None else residual.flatten(1, 2),
-                relu=epilogue.relu,
-                save_branch=epilogue.save,
-                op="conv",
-            )
-        else:
-            out, branch = conv_fprop.conv_fprop(
-                images,
-                filters,
-                scale,
-                shift,
-                stride=geometry.stride,
-                padding=geometry.padding,
-                dilation=geometry.dilation,
-                source=epilogue.source,
-                residual=residual,
-                relu=epilogue.relu,
-                save_branch=epilogue.save,
-            )
-        size = (shape.out_height, shape.out_width)
-        out, branch = _pixels_of(out, size), _pixels_of(branch, size)
-        masked = epilogue.save and epilogue.relu and residual is not None
-        return Activation(out, branch, out if masked else None)
+        if epilogue.source is None and _is_linear(weight, geometry):
+            return linear.linear_fprop(x, weight.flatten(1), epilogue, op="conv")
+        return conv_fprop.conv_fprop(x, weight, geometry, epilogue)
 
     def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
-        out, branch = linear.linear_fprop(
-            x.contiguous(),
-            weight.contiguous(),
-            *_tables(epilogue),
-            source=epilogue.source,
-            save_branch=epilogue.save,
-        )
-        return Activation(out, branch)
+        pixels, weight = as_pixels(x), weight.contiguous()
+        if epilogue.source is None:
+            found = linear.linear_fprop(pixels, weight, epilogue)
+        else:  # whose tiles follow the indices
+            filters = weight[:, :, None, None]
+            found = conv_fprop.conv_fprop(pixels, filters, ConvGeometry(), epilogue, op="linear")
+        return Activation(as_tokens(found.out), as_tokens(found.branch))
 
     def epilogue_backward(
         self,
@@ -185,14 +152,7 @@ class TritonBackend(Backend):
         may_overwrite: bool = False,
     ) -> LayerGradient:
         """One pass over ``dout``."""
-        layer, want, sums = _layer_below(below, skip)
-        if not want:
-            return LayerGradient()
-        tokens = _channels_last(dout).flatten(1, 2)
-        gradient = epilogue_bwd.epilogue_bwd(
-            tokens, layer.as_tokens(), want=want, sums=sums, **_grouping(below)
-        )
-        return _finished(gradient, below, tuple(dout.shape[2:]))
+        return epilogue_bwd.epilogue_bwd(dout, below, skip)
 
     def conv2d_dgrad(
         self,
@@ -204,42 +164,18 @@ class TritonBackend(Backend):
         below: LayerBelow | None = None,
     ) -> LayerGradient:
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
-        ag, filters = _channels_last(scaled_grad), _channels_last(weight)
-        layer, want, sums = _layer_or_none(below, skip)
-        size = tuple(input_shape[2:])
         if _is_linear(weight, geometry):
-            gradient = linear.linear_dgrad(
-                ag.flatten(1, 2),
-                filters.flatten(1),
-                layer.as_tokens(),
-                want=want,
-                sums=sums,
-                op="conv",
-            )
-        else:
-            gradient = conv_dgrad.conv_dgrad(
-                ag,
-                filters,
-                size,
-                layer,
-                want=want,
-                sums=sums,
-                stride=geometry.stride,
-                padding=geometry.padding,
-                dilation=geometry.dilation,
-            )
-        return _finished(gradient, below, size)
+            return linear.linear_dgrad(scaled_grad, weight.flatten(1), skip, below, op="conv")
+        return conv_dgrad.conv_dgrad(scaled_grad, weight, input_shape, geometry, skip, below)
 
     def linear_backward(
         self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
     ) -> Tensor | None:
-        pixels = replace(layer, branch=None if layer.branch is None else _as_pixels(layer.branch))
-        scaled = self.epilogue_backward(_as_pixels(dout), pixels).scaled_grad
+        pixels = replace(layer, branch=as_pixels(layer.branch))
+        scaled = self.epilogue_backward(as_pixels(dout), pixels).scaled_grad
         if scaled is None:
             return None
-        return linear.linear_dgrad(_channels_last(scaled).squeeze(2), weight.contiguous()).grad
-
-    pools_with_epilogue = True
+        return as_tokens(linear.linear_dgrad(scaled, weight.contiguous()).grad)
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool
@@ -247,9 +183,7 @@ class TritonBackend(Backend):
         """One pass; positions take a byte."""
         if x.dtype not in _DTYPES or not window.takes_bytes:
             return super().max_pool2d(x, window, save)
-        size, own = window.output_size(*x.shape[2:]), max_pool.Window(*window[:3])
-        out, positions = max_pool.max_pool(_channels_last(x), size, own, save)
-        return _channels_first(out), None if positions is None else _channels_first(positions)
+        return max_pool.max_pool(x, window, save)
 
     def max_pool2d_backward(
         self,
@@ -261,67 +195,23 @@ class TritonBackend(Backend):
         below: LayerBelow | None = None,
     ) -> LayerGradient:
         """One pass, the elementwise backward of the layer below included."""
-        if positions.dtype != torch.uint8:  # another one's
+        if positions.dtype != torch.uint8:  # PyTorch's, of a window that the kernels refuse
             return super().max_pool2d_backward(dout, positions, like, window, skip, below)
-        layer, want, sums = _layer_or_none(below, skip)
-        size = tuple(like.shape[2:])
-        gradient = max_pool.max_pool_bwd(
-            _channels_last(dout), _channels_last(positions), size, max_pool.Window(*window[:3]),
-            layer, want=want, sums=sums,
-        )  # fmt: skip
-        return _finished(gradient, below, size)
+        return max_pool.max_pool_bwd(dout, positions, tuple(like.shape[2:]), window, skip, below)
 
-    def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
-        """One launch each way where all filters and constants are fp32."""
-        tensors = [t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)]
-        if all(t.dtype == torch.float32 for t in tensors):
-            return _Tables(layers)
-        return super().gate_tables(layers)
-
-    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
-        if alpha.dtype == torch.float64 or forget.shape[1] not in range(1, _MOST_LABELS + 1):
+    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor:
+        if isinstance(gate_scale, Tensor) or not _takes_gates(alpha, forget):
             return gates.gate_rows(alpha, forget, gate_scale)
         return gate.gate_rows(alpha, forget, gate_scale)
 
     def gate_rows_backward(self, t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
-        if alpha.dtype == torch.float64 or forget.shape[1] not in range(1, _MOST_LABELS + 1):
+        if not _takes_gates(alpha, forget):
             return gates.gate_rows_backward(t, alpha, forget)
         return gate.gate_rows_bwd(t, alpha, forget)
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """``[N, C, H, W]`` as contiguous ``[N, H, W, C]``: a view of channels-last memory."""
-    return x.permute(0, 2, 3, 1).contiguous()
-
-
-def _channels_first(x: Tensor) -> Tensor:
-    """``[N, H, W, C]`` as a ``[N, C, H, W]`` view, channels-last in memory."""
-    return x.permute(0, 3, 1, 2)
-
-
-def _conv_shape(images: Tensor, filters: Tensor, batch: int, geometry: ConvGeometry) -> ConvShape:
-    return ConvShape(
-        batch,
-        *images.shape[1:],
-        filters.shape[0],
-        tuple(filters.shape[1:3]),
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-    )
-
-
-def _pixels(shape: ConvShape) -> LinearShape:
-    return LinearShape(
-        shape.batch, shape.height * shape.width, shape.in_channels, shape.out_channels
-    )
-
-
-def _explained(forward, backward) -> str:
-    return (
-        f"forward {forward.config} ({forward.reason}); "
-        f"input gradient {backward.config} ({backward.reason})"
-    )
+def _takes_gates(alpha: Tensor, forget: Tensor) -> bool:
+    return alpha.dtype != torch.float64 and forget.shape[1] in range(1, _MOST_LABELS + 1)
 
 
 def _is_linear(weight: Tensor, geometry: ConvGeometry) -> bool:
@@ -331,125 +221,6 @@ def _is_linear(weight: Tensor, geometry: ConvGeometry) -> bool:
         and geometry.stride == (1, 1)
         and geometry.padding == (0, 0)
     )
-
-
-def _tables(epilogue: Epilogue) -> tuple[Tensor, Tensor | None]:
-    """Scale and shift as rows of one stride."""
-    shift = epilogue.shift
-    return epilogue.scale.contiguous(), None if shift is None else shift.contiguous()
-
-
-def _as_pixels(tokens: Tensor) -> Tensor:
-    """``[B, T, C]`` as ``[B, C, T, 1]``, channels-last in memory."""
-    return tokens.unsqueeze(2).permute(0, 3, 1, 2)
-
-
-def _grouping(below: LayerBelow) -> dict[str, object]:
-    """Options of ``epilogue_bwd`` for samples that share images."""
-    if below.source is None or not below.need_scaled_grad:
-        return {}
-    return {"source": below.source, "sources": below.images}
-
-
-def _layer_below(
-    below: LayerBelow, skip: Tensor | None
-) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], epilogue_bwd.Sums]:
-    """The layer as the kernels take it, what they are to write, and where the sums go."""
-    shortcut = below.shortcut
-    layer = epilogue_bwd.LayerBelow(
-        branch=None if below.branch is None else _channels_last(below.branch),
-        scale=below.scale.contiguous(),
-        shift=None if below.shift is None else below.shift.contiguous(),
-        activation=None if below.mask is None else _channels_last(below.mask),
-        skip=None if skip is None else _channels_last(skip),
-        shortcut_branch=None if shortcut is None else _channels_last(shortcut.branch),
-        shortcut_scale=None if shortcut is None else shortcut.scale.contiguous(),
-        relu=below.relu,
-    )
-    wanted = (
-        ("grad", below.need_grad),
-        ("scaled_grad", below.need_scaled_grad),
-        ("t0", below.t0 is not None or (shortcut is not None and shortcut.t0 is not None)),
-        ("t1", below.t1 is not None),
-        ("shortcut_scaled_grad", shortcut is not None and shortcut.need_scaled_grad),
-        ("shortcut_t1", shortcut is not None),
-    )
-    # Sums of tables that are columns of wider ones are copied there by _finished.
-    places = (below.t0, below.t1, None if shortcut is None else shortcut.t1)
-    sums = tuple(t if t is not None and t.is_contiguous() else None for t in places)
-    return layer, tuple(name for name, needed in wanted if needed), sums
-
-
-def _layer_or_none(
-    below: LayerBelow | None, skip: Tensor | None
-) -> tuple[epilogue_bwd.LayerBelow, tuple[str, ...], epilogue_bwd.Sums]:
-    """As :func:`_layer_below`; without a layer the gradient itself is all that is wanted."""
-    if below is not None:
-        return _layer_below(below, skip)
-    layer = epilogue_bwd.LayerBelow(skip=None if skip is None else _channels_last(skip))
-    return layer, ("grad",), epilogue_bwd.NO_SUMS
-
-
-def _pixels_of(tensor: Tensor | None, size: tuple[int, int]) -> Tensor | None:
-    """``[B, C, H, W]`` from ``[B, H, W, C]`` or ``[B, H*W, C]``."""
-    if tensor is None:
-        return None
-    return _channels_first(tensor if tensor.dim() == 4 else tensor.unflatten(1, size))
-
-
-def _finished(
-    gradient: epilogue_bwd.Gradient, below: LayerBelow | None, size: tuple[int, int]
-) -> LayerGradient:
-    if below is None:
-        return LayerGradient(_pixels_of(gradient.grad, size))
-    shortcut = below.shortcut
-    places = [(gradient.t0, below.t0), (gradient.t1, below.t1)]
-    if shortcut is not None:  # both receive the same g, so that their T0 are the same
-        places += [(gradient.t0, shortcut.t0), (gradient.shortcut_t1, shortcut.t1)]
-    for sums, place in places:
-        if place is not None and sums is not place:
-            place.copy_(sums)
-    return LayerGradient(
-        _pixels_of(gradient.grad, size),
-        _pixels_of(gradient.scaled_grad, size),
-        _pixels_of(gradient.shortcut_scaled_grad, size),
-    )
-
-
-class _Tables(GateTables):
-    """All layers in one launch each way (:class:`wfnet.kernels.gate.GateTables`)."""
-
-    def __init__(self, layers: Sequence[GatedLayer]):
-        self.kernels = gate.GateTables([replace(layer, **_detached(layer)) for layer in layers])
-
-    def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
-        if forget.shape[1] > _MOST_LABELS:
-            return GateTables(self.kernels.layers)(forget, save)
-        return _StepTables(self.kernels, forget, save)
-
-
-def _detached(layer: GatedLayer) -> dict[str, Tensor]:
-    return {n: t.detach() for n, t in vars(layer).items() if isinstance(t, Tensor)}
-
-
-class _StepTables(StepTables):
-    def __init__(self, kernels: gate.GateTables, forget: Tensor, save: bool):
-        self.kernels, self.forget = kernels, forget
-        tables = kernels.scale_and_shift(forget)
-        self.scales, self.shifts = [list(part) for part in zip(*tables, strict=True)]
-        self.t1, self.t0 = [], []
-        if save:
-            self.sums1 = kernels.empty(forget.shape[0]).zero_()
-            self.sums0 = torch.zeros_like(self.sums1)
-            self.t1 = kernels.views(self.sums1, forget.shape[0])
-            sums = kernels.views(self.sums0, forget.shape[0])
-            self.t0 = [
-                None if layer.alpha_bias is None else part
-                for layer, part in zip(kernels.layers, sums, strict=True)
-            ]
-
-    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
-        return self.kernels.backward(self.forget, self.sums1, self.sums0, into)
 
 
 backend = TritonBackend()
