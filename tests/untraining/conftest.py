@@ -88,6 +88,7 @@ def config(**changes) -> UntrainConfig:
         "batch_size": 8,
         "label_expansion": 2,
         "validations_per_epoch": 2,
+        "min_validations": 1,
         "patience": 100,
         "checkpoint_every": 1,
     }

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from wfnet import UntrainConfig, WFNet, untrain
+from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.objectives import BalancedObjective, Objective
 from wfnet.untraining.validation import AccuracyValidator, HowToRun
 
@@ -224,3 +225,36 @@ def test_data_that_do_not_fit_the_network(base, runs):
     assert "class 'bar 1' has no training image" in refused(without_one)
     assert "training data have no images" in refused(none)
     assert "validation data have no images" in refused(data, none)
+
+
+# -- a run that is short in epochs ----------------------------------------------------------------
+
+
+def test_a_run_of_a_fraction_of_an_epoch_is_validated_ten_times(base, runs, config):
+    settings = config(steps=20, batch_size=2, min_validations=10, validations_per_epoch=5)
+    train = runs.bars(100)  # an epoch has 400 steps
+    result = untrain(WFNet(base, CLASSES), train, runs.bars(4, 1), settings, progress=False)
+    assert [record["step"] for record in result.history] == list(range(2, 21, 2))
+    default = UntrainConfig.recipe(num_classes=10)
+    assert default.steps_between_validations(54_000) == default.steps // 10
+    assert default.steps_between_validations(1257) == 16  # five an epoch, where that is more
+
+
+def test_a_checkpoint_is_written_every_few_minutes(base, runs, config, tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, *rest: saved.append(rest[1]["step"]) or save(self, *rest)
+    )
+    for seconds, expected in ((0.0, [1, 2, 3, 4]), (1000.0, [4])):
+        saved.clear()
+        monkeypatch.setattr("wfnet.untraining.loop._SECONDS_BETWEEN_CHECKPOINTS", seconds)
+        settings = config(steps=4, checkpoint_every=1000)
+        folder = tmp_path / str(seconds)
+        untrain(WFNet(base, CLASSES), runs.bars(), None, settings, folder, progress=False)
+        assert saved == expected
+
+
+def test_resuming_without_a_checkpoint_says_so(base, runs, config, tmp_path, caplog):
+    settings = config(steps=1)
+    untrain(WFNet(base, CLASSES), runs.bars(), None, settings, tmp_path, True, False)
+    assert f"{tmp_path} holds no checkpoint: the run starts from the beginning" in caplog.text

@@ -281,6 +281,7 @@ def waits_of(pretended_device):
     def run(data, steps, validation=None, dtype=torch.float32, **changes):
         net = wrap(models.create("resnet", 3, 3, seed=0, width=8), 3, filter_dtype=dtype).to("cuda")
         changes = {"amp": "bfloat16", "fuse": False, "validations_per_epoch": 0.01, **changes}
+        changes["min_validations"] = 1
         config = UntrainConfig.recipe("balanced", 3, steps=steps, batch_size=4, **changes)
         pretended_device.waits.clear()
         assert untrain(net, data.train, validation, config, progress=False).steps == steps

@@ -92,3 +92,16 @@ def test_equal_accuracies_are_decided_by_the_loss():
     accurate = Validation(0.9, 0.1, [], [], 0.3)
     assert accurate.rank("accuracy") > second.rank("accuracy") > first.rank("accuracy")
     assert second.rank("loss") > first.rank("loss") > accurate.rank("loss")
+
+
+def test_of_a_large_split_some_images_are_looked_at_evenly_over_classes(base, runs):
+    def images(most, data):
+        how = HowToRun(images=most)
+        return AccuracyValidator(data, CLASSES, 3, 0, BalancedObjective(), how).images
+
+    data = runs.bars(300, seed=1)
+    few = images(20, data)
+    assert data.labels[few].bincount().tolist() == [5] * CLASSES
+    assert torch.equal(images(20, data), few)
+    assert data.labels[images(None, data)].bincount().tolist() == [250] * CLASSES
+    assert len(images(None, runs.bars(100, seed=1))) == 400

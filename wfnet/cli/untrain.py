@@ -173,7 +173,15 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--augment", action="store_true", help="crop and mirror training images at random"
     )
-    add_config_options(group, UntrainConfig, "patience", "validations_per_epoch", "stop_on")
+    add_config_options(
+        group,
+        UntrainConfig,
+        "patience",
+        "validations_per_epoch",
+        "min_validations",
+        "validation_images",
+        "stop_on",
+    )
     add_config_options(group, UntrainConfig, "max_corrupt", "max_nan_steps")
     group.add_argument(
         "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"

@@ -55,6 +55,8 @@ from wfnet.untraining.validation import (
 
 logger = logging.getLogger("wfnet")
 
+_SECONDS_BETWEEN_CHECKPOINTS = 180.0  # at most, as far as steps and validations are shorter
+
 
 @dataclass(frozen=True)
 class UntrainResult:
@@ -140,6 +142,8 @@ def untrain(
             run.restore()
         else:
             run.store.refuse_to_overwrite(run.ranks)
+    elif resume and output is not None:
+        logger.warning(f"{output} holds no checkpoint: the run starts from the beginning")
     first = run.ranks.first
     bar = Progress(
         run.steps,
@@ -214,7 +218,7 @@ class _Untraining:
 
         self.steps = config.total_steps(len(labels))
         self.steps_per_epoch = config.steps_per_epoch(len(labels))
-        self.validate_every = max(1, round(self.steps_per_epoch / config.validations_per_epoch))
+        self.validate_every = config.steps_between_validations(len(labels))
         self.state = RunState()
         self.losses = LossWatch(self.state, self.device)
         self.best_filters: list[Tensor] | None = None
@@ -227,7 +231,14 @@ class _Untraining:
 
     def _make_validator(self, validation: Dataset) -> Validator:
         config, num_classes = self.config, self.net.num_classes
-        how = HowToRun(self.amp, config.channels_last, config.workers, self.corrupt, self.ranks)
+        how = HowToRun(
+            self.amp,
+            config.channels_last,
+            config.workers,
+            self.corrupt,
+            self.ranks,
+            config.validation_images,
+        )
         if self.multi_hot is not None:
             about = config.seed, self.objective, how
             return MultiLabelValidator(validation, num_classes, *about)
@@ -263,6 +274,7 @@ class _Untraining:
         self.net.fuse = self.config.fuse
         self.bar = bar
         self.clock = RunClock(self.device, self.state.spent, self.state.seconds)
+        self.saved_at = self.clock.seconds  # when the last checkpoint was written
         plotted = self.output is not None and self.ranks.first and not self.state.finished
         self.log = HistoryLog(self.output if plotted else None, self.state.step + 1, log)
         try:
@@ -396,8 +408,7 @@ class _Untraining:
         state.finished = last or state.stopped_early
         if state.finished:
             self._keep_best()
-        every = self.config.checkpoint_every or self.validate_every
-        if self.store is not None and (state.step % every == 0 or state.finished):
+        if self.store is not None and (state.finished or self._checkpoint_is_due()):
             self._read_losses()
             self._save_checkpoint()
         self._show_progress()
@@ -406,6 +417,11 @@ class _Untraining:
         step, history = self.state.step, self.state.history
         due = step > 0 and (step % self.validate_every == 0 or step == self.steps)
         return due and not (history and history[-1]["step"] == step)
+
+    def _checkpoint_is_due(self) -> bool:
+        every = self.config.checkpoint_every or self.validate_every
+        late = self.clock.seconds - self.saved_at >= _SECONDS_BETWEEN_CHECKPOINTS
+        return self.state.step % every == 0 or late
 
     def _validate(self) -> bool:
         """Appends a record to the history; False if a signal broke it off, with nothing changed."""
@@ -467,6 +483,7 @@ class _Untraining:
             write_history(self.output, self.config, self.state.history)
             must = self.state.finished or self.signals.received != 0
             self.store.save(self.state, self.best_filters, must)
+        self.saved_at = self.clock.seconds
 
     def _note_time(self) -> None:
         self.state.seconds = self.clock.seconds

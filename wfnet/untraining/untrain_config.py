@@ -31,6 +31,9 @@ class UntrainConfig:
         seed: decides everything random.
         patience: validations without improvement after which the run stops.
         validations_per_epoch: how often the validation split is looked at.
+        min_validations: validations of a run, at least, however short it is in epochs.
+        validation_images: images of the validation split that are looked at, drawn by seed evenly
+            over classes; None: 1,000, or ten a class.
         stop_on: "accuracy", ``0.5 * ((1 - Acc_f) + Acc_r)``, or "loss", the objective on the
             validation split. Equal accuracies are decided by the loss.
         validation_rows: other rows that each validation image is retained under; with more
@@ -46,7 +49,8 @@ class UntrainConfig:
         grad_accum_steps: minibatches whose mean gradient makes one step.
         capture: run steps as a CUDA graph (:mod:`wfnet.untraining.step`); None: where that is
             possible.
-        checkpoint_every: steps between checkpoints; None: at every validation.
+        checkpoint_every: steps between checkpoints; None: at every validation. After three minutes
+            without one, one is written anyway.
         keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
 
     Raises:
@@ -141,7 +145,8 @@ class UntrainConfig:
         None,
         settings.positive_int,
         metavar="N",
-        help="steps between checkpoints (default: five an epoch)",
+        help="steps between checkpoints (default: at every validation); one is written at least "
+        "every few minutes",
     )
     keep_checkpoints: int = setting(
         2,
@@ -149,6 +154,15 @@ class UntrainConfig:
         metavar="K",
         help="checkpoints that stay: a damaged newest one falls back to the one before "
         "(default: 2)",
+    )
+    min_validations: int = setting(
+        10, settings.positive_int, metavar="N", help="validations of a run, at least (default: 10)"
+    )
+    validation_images: int | None = setting(
+        None,
+        settings.positive_int,
+        metavar="N",
+        help="validation images that are looked at in the run (default: 1000, or ten a class)",
     )
 
     def __post_init__(self) -> None:
@@ -180,6 +194,11 @@ class UntrainConfig:
     def total_steps(self, images: int) -> int:
         """Returns the length of the run on a training set of so many images."""
         return self.steps or max(1, round(self.epochs * self.steps_per_epoch(images)))
+
+    def steps_between_validations(self, images: int) -> int:
+        """Returns after how many steps the validation split is looked at."""
+        by_epoch = round(self.steps_per_epoch(images) / self.validations_per_epoch)
+        return max(1, min(by_epoch, self.total_steps(images) // self.min_validations))
 
     @classmethod
     def recipe(cls, name: str = "balanced", num_classes: int = 10, **changes: Any) -> UntrainConfig:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wfnet.data import Batch, CorruptImages, Dataset, labels_of
+from wfnet.data import Batch, CorruptImages, Dataset, labels_of, limit_per_class
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, all_pairs
@@ -23,6 +23,8 @@ from wfnet.untraining.multilabel import MultiLabelObjective
 from wfnet.untraining.objectives import Objective, full_precision
 
 PAIRS_PER_PASS = 512  # (image, row) pairs per forward pass
+# Images that a validation looks at unless a run says otherwise: the larger number of the two.
+_FEW_IMAGES, _FEW_PER_CLASS = 1000, 10
 # Rows that a multi-label validation looks at: an average precision needs every image under its row.
 _MULTI_LABEL_ROWS = 16
 
@@ -59,7 +61,8 @@ class Validation:
             stop_on: "accuracy" or "loss", as in :class:`wfnet.UntrainConfig`.
         """
         loss = -self.loss if math.isfinite(self.loss) else -math.inf
-        return (loss,) if stop_on == "loss" else (round(self.score, 9), loss)
+        score = round(self.score, 9) if math.isfinite(self.score) else -math.inf
+        return (loss,) if stop_on == "loss" else (score, loss)
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class HowToRun:
         workers: processes that read images.
         corrupt: counts unreadable images, which are left out; None: a new count.
         ranks: processes that share the images; this one alone by default.
+        images: how many are looked at; None: 1,000, or ten a class.
     """
 
     amp: torch.dtype | None = None
@@ -79,19 +83,25 @@ class HowToRun:
     workers: int = 0
     corrupt: CorruptImages | None = None
     ranks: Ranks | None = None
+    images: int | None = None
 
 
 class Validator(ABC):
     """Scores filters on a validation split, in batches that mix rows.
 
+    Of a large split always the same images are looked at, evenly over classes: a run looks at it
+    many times, and compares its filters only with each other.
+
     Args:
         dataset: the split.
         images_per_pass: images that run together, each under all of its rows.
+        seed: of the choice of images.
         how: how the network is run.
     """
 
-    def __init__(self, dataset: Dataset, images_per_pass: int, how: HowToRun):
+    def __init__(self, dataset: Dataset, images_per_pass: int, seed: int, how: HowToRun):
         self.dataset = dataset
+        self.images = _chosen_images(labels_of(dataset), how.images, seed)
         self.images_per_pass = max(1, images_per_pass)
         self.how = how
         self.ranks = how.ranks or Ranks(shared=False)
@@ -117,8 +127,8 @@ class Validator(ABC):
             refuse_broken=False,
         )
         measure = self.measure()
-        images = torch.arange(len(labels_of(self.dataset))).split(self.images_per_pass)
-        if not engine.run(measure, self.ranks.share(images), stopped=interrupted):
+        chunks = self.ranks.share(self.images.split(self.images_per_pass))
+        if not engine.run(measure, chunks, stopped=interrupted):
             return None
         with torch.no_grad():
             return self.scores(measure, net)
@@ -130,6 +140,15 @@ class Validator(ABC):
     @abstractmethod
     def scores(self, measure: Measure, net: WFNet) -> Validation:
         """Returns the scores from what ``measure`` has taken."""
+
+
+def _chosen_images(labels: Tensor, most: int | None, seed: int) -> Tensor:
+    """Returns positions ``[n]`` of at most ``most`` images, as many of each class as there are."""
+    classes = len(labels.unique())
+    most = max(_FEW_IMAGES, _FEW_PER_CLASS * classes) if most is None else most
+    if len(labels) <= most:
+        return torch.arange(len(labels))
+    return limit_per_class(labels, max(1, most // classes), seed)
 
 
 class AccuracyValidator(Validator):
@@ -159,7 +178,7 @@ class AccuracyValidator(Validator):
         self.num_classes = num_classes
         self.objective = objective
         rows = min(rows, num_classes - 1)
-        super().__init__(dataset, PAIRS_PER_PASS // (rows + 1), how or HowToRun())
+        super().__init__(dataset, PAIRS_PER_PASS // (rows + 1), seed, how or HowToRun())
         # Image i is retained under the rows that follow its own at these distances (modulo K):
         # distinct, and every distance equally often.
         generator = generator_for(seed, 5)
@@ -171,9 +190,8 @@ class AccuracyValidator(Validator):
 
     def scores(self, measure: _Hits, net: WFNet) -> Validation:
         device = net.filter_parameters()[0].device
-        chunks = {first // self.images_per_pass: found for first, found in measure.found.items()}
         hits, forget, retain = (
-            self.ranks.join({number: found[part] for number, found in chunks.items()}, device)
+            self.ranks.join({first: found[part] for first, found in measure.found.items()}, device)
             for part in range(3)
         )
         if not hits:
@@ -261,7 +279,7 @@ class MultiLabelValidator(Validator):
         present = self.multi_hot.any(0).nonzero().flatten()
         order = torch.randperm(len(present), generator=generator_for(seed, 5))
         self.rows = present[order[:_MULTI_LABEL_ROWS]].sort().values
-        super().__init__(dataset, PAIRS_PER_PASS // len(self.rows), how or HowToRun())
+        super().__init__(dataset, PAIRS_PER_PASS // len(self.rows), seed, how or HowToRun())
 
     def measure(self) -> _Rankings:
         return _Rankings(self.objective, self.rows, self.multi_hot)
