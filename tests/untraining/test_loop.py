@@ -1,5 +1,7 @@
 """Untraining: it forgets and retains, repeats bitwise, and keeps the last good filters."""
 
+import math
+
 import pytest
 import torch
 
@@ -258,3 +260,34 @@ def test_resuming_without_a_checkpoint_says_so(base, runs, config, tmp_path, cap
     settings = config(steps=1)
     untrain(WFNet(base, CLASSES), runs.bars(), None, settings, tmp_path, True, False)
     assert f"{tmp_path} holds no checkpoint: the run starts from the beginning" in caplog.text
+
+
+# -- values that are not finite -------------------------------------------------------------------
+
+
+def test_images_and_filters_that_are_not_finite_are_refused_before_work(base, runs):
+    for part, value in (("training", math.nan), ("validation", math.inf)):
+        data = {"training": runs.bars(), "validation": runs.bars(4, 1)}
+        data[part].images[5, 0, 2, 2] = value
+        with pytest.raises(ValueError, match=rf"the {part} image TensorImages\[5\] has values"):
+            untrain(WFNet(base, CLASSES), *data.values(), progress=False)
+    net = WFNet(base, CLASSES)
+    net.filter_parameters()[0].data[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"the filters of conv1.alpha_weight are NaN or infinite"):
+        untrain(net, runs.bars(), progress=False)
+
+
+@pytest.mark.parametrize("validation", [False, True])
+def test_an_image_file_that_is_not_finite_is_named(base, runs, config, validation, tmp_path):
+    class Broken(runs.Files):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return (image * math.nan if index == 5 else image), label
+
+    data = [runs.Files(runs.bars(4)), runs.Files(runs.bars(4, 1))]
+    data[validation] = Broken(data[validation].dataset)
+    net = WFNet(base, CLASSES)
+    with pytest.raises(FloatingPointError, match=r"the image Broken\[5\] has values.*: repair it"):
+        untrain(net, *data, config(), tmp_path, progress=False)
+    assert all(p.isfinite().all() for p in net.filter_parameters())
+    runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)

@@ -319,7 +319,8 @@ def test_sixteen_bit_filters_do_not_wait_either(waits_of, opened):
 def test_losses_are_read_in_one_piece(waits_of, opened):
     """25 steps are looked at once, not number by number."""
     data = opened()
-    more = waits_of(data, 60) - waits_of(data, 24)
+    few = waits_of(data, 24)  # fills the cache
+    more = waits_of(data, 60) - few
     assert sum(more.values()) <= 4, more
     assert {place for _, place in more} <= {"loss_watch.py:read"}
 

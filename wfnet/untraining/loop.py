@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,16 +30,19 @@ from wfnet.services.ranks import Ranks
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.distributed import SharedStep
 from wfnet.untraining.history import HistoryLog, Record, write_history
-from wfnet.untraining.loss_watch import LossWatch, NotFinite
+from wfnet.untraining.loss_watch import LossWatch
 from wfnet.untraining.minibatches import MinibatchReader, Share
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.run_parts import (
     check_every_class,
+    check_finite_filters,
+    check_finite_images,
     checked_labels,
     configured_objective,
     configured_optimizer,
     configured_sampler,
+    first_broken_image,
 )
 from wfnet.untraining.run_state import RunState, RunStore, identity_of
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
@@ -55,6 +59,7 @@ from wfnet.untraining.validation import (
 
 logger = logging.getLogger("wfnet")
 
+_RECENT_MINIBATCHES = 64  # in which an image that is not finite is looked for
 _SECONDS_BETWEEN_CHECKPOINTS = 180.0  # at most, as far as steps and validations are shorter
 
 
@@ -188,6 +193,8 @@ class _Untraining:
             )
         every = labels if self.multi_hot is None else self.multi_hot.nonzero()[:, 1]
         check_every_class(every, train, net.num_classes)
+        check_finite_filters(net)
+        check_finite_images(train, "training")
         if config.objective == "paper" and objective is None and net.normalize_gate:
             logger.warning(
                 "recipe 'paper' is defined for plain sigmoid gates; wrap the network with "
@@ -201,6 +208,7 @@ class _Untraining:
         self.validator = None
         if validation is not None:
             checked_labels(validation, net.num_classes, "validation")
+            check_finite_images(validation, "validation")
             self.validator = self._make_validator(validation)
         self.reader = MinibatchReader(
             train,
@@ -431,9 +439,12 @@ class _Untraining:
         scores = None
         if self.validator is not None:
             # Several ranks would have to agree on it.
-            scores = self.validator(
-                self.net, lambda: self.ranks.alone and self.signals.received != 0
-            )
+            try:
+                scores = self.validator(
+                    self.net, lambda: self.ranks.alone and self.signals.received != 0
+                )
+            except FloatingPointError as error:
+                self._give_up(str(error), self.validation, self.validator.images)
             if scores is None:
                 return False
         self.corrupt.merge(self.ranks)
@@ -494,19 +505,24 @@ class _Untraining:
         found = self.losses.read()
         self.clock.throughput.look()
         if found is not None:
-            self._give_up(found)
+            # Which minibatch it was is not remembered: some of the steps that were looked at.
+            seen = range(max(0, self.state.position - _RECENT_MINIBATCHES), self.state.position)
+            recent = torch.cat([self.reader.sampler.batch(position) for position in seen])
+            self._give_up(str(found), self.train, recent)
 
-    def _give_up(self, found: NotFinite) -> None:
+    def _give_up(self, reason: str, dataset: Dataset, images: Tensor) -> NoReturn:
+        """Keeps the last good filters, and says which of ``images`` is not finite, if one is."""
         _copy(self.best_filters or self.good_filters, self.params)
         kept = "on the network"
         if self.output is not None:
             if self.ranks.first:
                 self.net.save_pretrained(self.output)
             kept = f"saved in {self.output}"
-        raise FloatingPointError(
-            f"{found}; the last good filters are {kept}; lower lr (now {self.config.lr:g}), check "
-            "the images for NaN, or leave out amp"
-        )
+        broken = first_broken_image(dataset, images)
+        remedy = f"lower lr (now {self.config.lr:g}), check the images for NaN, or leave out amp"
+        if broken is not None:
+            remedy = f"the image {broken} has values that are NaN or infinite: repair it"
+        raise FloatingPointError(f"{reason}; the last good filters are {kept}; {remedy}")
 
     def _snapshot(self) -> list[Tensor]:
         """Returns a copy of all filters; inside of a run one copy for any number of layers."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import Dataset, classes_of, labels_of
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, labels_of
+from wfnet.data.dataset import name_of
+from wfnet.network import WFNet
 from wfnet.untraining.expansion import HalvesSampler, RoundRobinSampler, Sampler, ShuffledSampler
 from wfnet.untraining.multilabel import MultiLabelObjective
 from wfnet.untraining.objectives import BalancedObjective, Objective, PaperObjective
@@ -78,3 +80,39 @@ def check_every_class(labels: Tensor, dataset: Dataset, num_classes: int) -> Non
             f"class {name!r}{more} has no training image, so its row could not learn to forget it; "
             "add images of every class that the network knows"
         )
+
+
+def check_finite_filters(net: WFNet) -> None:
+    """Raises ValueError if a filter that training would start from is NaN or infinite."""
+    for name, parameter in net.named_filters().items():
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(
+                f"the filters of {name} are NaN or infinite before the first step; start from "
+                "those of a run that did not diverge, or wrap the network anew"
+            )
+
+
+def check_finite_images(dataset: Dataset, what: str) -> None:
+    """Raises ValueError if one of the ``what`` images, held in memory as numbers, is not finite."""
+    held = getattr(dataset, "images", None)
+    if isinstance(dataset, torch.utils.data.TensorDataset):
+        held = dataset.tensors[0]
+    if not isinstance(held, Tensor) or not held.is_floating_point() or not len(held):
+        return
+    broken = [~part.flatten(1).isfinite().all(1) for part in held.split(4096)]
+    broken = torch.cat(broken).nonzero().flatten()
+    if len(broken):
+        more = f", and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ValueError(
+            f"the {what} image {name_of(dataset, int(broken[0]))} has values that are NaN or "
+            f"infinite{more}: repair it, or leave it out"
+        )
+
+
+def first_broken_image(dataset: Dataset, positions: Tensor) -> str | None:
+    """Returns the name of the first of some images that has NaN or infinite values, if one has."""
+    for batch in batches(dataset, positions.unique().split(64), 0, CorruptImages(len(positions))):
+        broken = (~batch.images.flatten(1).isfinite().all(1)).nonzero().flatten()
+        if len(broken):
+            return name_of(dataset, int(batch.indices[broken[0]]))
+    return None

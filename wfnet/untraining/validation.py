@@ -113,6 +113,7 @@ class Validator(ABC):
 
         Raises:
             RuntimeError: if no image can be read, or too many cannot.
+            FloatingPointError: if logits are NaN or infinite.
         """
         how = self.how
         engine = PairEngine(
@@ -124,7 +125,7 @@ class Validator(ABC):
             how.amp,
             how.channels_last,
             ranks=self.ranks,
-            refuse_broken=False,
+            refuse_broken=False,  # it would wait for the device at every chunk
         )
         measure = self.measure()
         chunks = self.ranks.share(self.images.split(self.images_per_pass))
@@ -140,6 +141,21 @@ class Validator(ABC):
     @abstractmethod
     def scores(self, measure: Measure, net: WFNet) -> Validation:
         """Returns the scores from what ``measure`` has taken."""
+
+
+def _mean(costs: list[Tensor]) -> Tensor:
+    """Returns the mean of finite costs.
+
+    Raises:
+        FloatingPointError: if one is NaN or infinite: no comparison of such scores means anything.
+    """
+    costs = torch.cat(costs)
+    broken = int((~costs.isfinite()).sum())
+    if broken:
+        raise FloatingPointError(
+            f"the losses of {broken:,} of {len(costs):,} validation samples are NaN or infinite"
+        )
+    return costs.mean()
 
 
 def _chosen_images(labels: Tensor, most: int | None, seed: int) -> Tensor:
@@ -198,7 +214,7 @@ class AccuracyValidator(Validator):
             raise RuntimeError("no validation image can be read: repair those that the log names")
         row, target, correct = torch.cat(hits, 1).cpu()
         own = row == target
-        losses = self.objective.total(torch.cat(forget).mean(), torch.cat(retain).mean(), net)
+        losses = self.objective.total(_mean(forget), _mean(retain), net)
         acc_f = self._per_row(row[own], correct[own])
         acc_r = self._per_row(row[~own], correct[~own])
         return Validation(
@@ -294,8 +310,7 @@ class MultiLabelValidator(Validator):
         inside = self.rows.unsqueeze(1)
         ap_f = precision.gather(1, inside).squeeze(1)
         ap_r = precision.scatter(1, inside, torch.nan).nanmean(1)
-        means = torch.cat(measure.forget).mean(), torch.cat(measure.retain).mean()
-        losses = self.objective.total(*means, net)
+        losses = self.objective.total(_mean(measure.forget), _mean(measure.retain), net)
         return Validation(
             acc_r=float(ap_r.nanmean()),
             acc_f=float(ap_f.nanmean()),
