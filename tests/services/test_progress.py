@@ -22,9 +22,8 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):
     assert "\n" not in shown
 
 
-def test_a_log_gets_whole_lines_with_time_left(capsys, monkeypatch):
-    monkeypatch.setattr(progress, "_LOG_SECONDS", 0.0)
-    with Progress(4, "evaluating", done=1) as bar:
+def test_a_log_gets_whole_lines_with_time_left(capsys):
+    with Progress(4, "evaluating", done=1, log_seconds=0.0) as bar:
         for _ in range(3):
             bar.update()
     shown = capsys.readouterr().err
