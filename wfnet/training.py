@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from wfnet.data.loading import batches, corrupt_counter
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.evaluation.forward import Forward, evaluation_mode
+from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.progress import Progress
@@ -177,7 +178,7 @@ def fit_classifier(
                 truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
                 truth = to_device_async(truth, device)
                 with forward.autocast():
-                    logits = model(forward.images(images))
+                    logits = first_output(model(forward.images(images)))
                 loss = _loss(logits if amp is None else logits.float(), truth, label_smoothing)
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
@@ -226,7 +227,7 @@ def accuracy(
     correct = seen = 0
     with evaluation_mode(model), forward.autocast():
         for batch in batches(dataset, order, workers, pin_memory=pin):
-            logits = model(forward.images(batch.images)).cpu()
+            logits = first_output(model(forward.images(batch.images))).cpu()
             truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
             correct += int(_right(logits, truth).sum())
             seen += len(truth)

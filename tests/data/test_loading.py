@@ -15,6 +15,7 @@ from wfnet.data import (
     CorruptImage,
     CorruptImages,
     ImageFiles,
+    Selection,
     batches,
     corrupt_limit,
     evaluation_transform,
@@ -182,6 +183,53 @@ def test_items_must_be_tensors_of_one_size(image_folder):
 
     with pytest.raises(ValueError, match="give the data set a transform with one size"):
         list(batches(ImageFiles(image_folder / "train", ToTensor()), [[0, 1]]))
+
+
+class Items(torch.utils.data.Dataset):
+    """A foreign data set whose items are made by a function of (image, label)."""
+
+    def __init__(self, make):
+        self.make, self.targets = make, [0, 1, 0, 1]
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return self.make(torch.full((1, 4, 4), float(index)), index % 2)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda image, label: (image, label, "a.jpg"),
+        lambda image, label: [image, np.int64(label)],
+        lambda image, label: (image.double(), torch.tensor(label)),
+        lambda image, label: {"image": image, "label": label, "id": 7},
+        lambda image, label: {"pixel_values": image, "labels": label},
+    ],
+    ids=["three", "list", "double", "dict", "transformers"],
+)
+def test_items_of_foreign_data_sets(make):
+    for data in (Items(make), Selection(Items(make))):
+        (batch,) = batches(data, [[3, 2]])
+        assert batch.labels.tolist() == [1, 0]
+        assert batch.images[:, 0, 0, 0].tolist() == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda image, label: (image.byte(), label), r"uint8 \[1, 4, 4\]: give .* ToDtype"),
+        (lambda image, label: (image[0], label), r"float32 \[4, 4\]: give the data set a"),
+        (lambda image, label: image, r"Items\[0\] is a Tensor: an item is \(image, label\)"),
+        (lambda image, label: {"x": image, "y": label}, "a dictionary of x, y: it needs 'image'"),
+        (lambda image, label: (image, "ant"), "has the label 'ant', which is no integer"),
+        (lambda image, label: (image, 0.5), "has the label 0.5, which is no integer"),
+    ],
+)
+def test_items_that_cannot_be_used_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        list(batches(Items(make), [[0]]))
 
 
 class Dies:

@@ -1,5 +1,6 @@
 """What a data set is to this package: labelled images, read one by one or in batches."""
 
+import operator
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -112,6 +113,42 @@ def check_labels(labels: Tensor, classes: Sequence[str]) -> None:
         raise ValueError(f"label {bad} is outside 0..{len(classes) - 1} ({len(classes)} classes)")
 
 
+# Under these names data sets of dictionaries keep images and labels.
+_IMAGE_KEYS = ("image", "images", "pixel_values", "img")
+_LABEL_KEYS = ("label", "labels", "target", "class")
+
+
+def image_and_label(item: Any, name: str) -> tuple[Any, int]:
+    """Returns the image and the label of an item: the first two of a tuple, or of a dictionary.
+
+    Args:
+        item: what a data set returned.
+        name: how errors call it.
+
+    Raises:
+        ValueError: for an item that is none of these, or a label that is no integer.
+    """
+    if isinstance(item, dict):
+        keys = [
+            next((key for key in keys if key in item), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS)
+        ]
+        if None in keys:
+            raise ValueError(
+                f"{name} is a dictionary of {', '.join(map(str, item))}: it needs 'image' and "
+                "'label'"
+            )
+        image, label = (item[key] for key in keys)
+    elif isinstance(item, (tuple, list)) and len(item) >= 2:
+        image, label = item[0], item[1]
+    else:
+        raise ValueError(f"{name} is a {type(item).__name__}: an item is (image, label)")
+    try:
+        return image, operator.index(label)
+    except TypeError:
+        pass
+    raise ValueError(f"{name} has the label {label!r}, which is no integer")
+
+
 class Selection(torch.utils.data.Dataset):
     """Some items of any data set, in a given order, with their labels and class names.
 
@@ -130,8 +167,7 @@ class Selection(torch.utils.data.Dataset):
         return len(self.chosen)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.dataset[int(self.chosen[index])]
-        return image, int(label)
+        return image_and_label(self.dataset[int(self.chosen[index])], self.name_of(index))
 
     def select(self, indices: Tensor) -> "Selection":
         return Selection(self.dataset, self.chosen[indices])

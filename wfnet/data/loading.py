@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfnet.data.dataset import Batch, CorruptImage, labels_of, name_of
+from wfnet.data.dataset import Batch, CorruptImage, image_and_label, labels_of, name_of
 from wfnet.services.ranks import Ranks
 
 logger = logging.getLogger("wfnet")
@@ -92,7 +92,8 @@ def batches(
     """Reads batches of a data set in exactly the order of `index_batches`.
 
     Args:
-        dataset: `wfnet.data.Dataset`, or anything whose items are (tensor [C, H, W], label).
+        dataset: `wfnet.data.Dataset`, or anything whose items are (tensor [C, H, W], label), more
+            after these two, or dictionaries of `image` and `label`.
         index_batches: LongTensor [n] (or lists of int) for each batch; may be endless. It is read a
             few batches ahead when there are workers.
         workers: processes that read files; 0 reads in this one. In-memory data sets (those with
@@ -127,7 +128,7 @@ def batches(
         _read, workers=workers, seed=seed, corrupt=corrupt, replace_corrupt=replace_corrupt
     )
     if hasattr(dataset, "stream"):
-        return dataset.stream(requests, read, seed, pin_memory)
+        return dataset.stream(requests, partial(read, floats=False), seed, pin_memory)
     return (batch for batch in read(dataset, requests, pin_memory=pin_memory) if batch is not None)
 
 
@@ -147,10 +148,11 @@ def _read(
     corrupt: CorruptImages,
     replace_corrupt: bool,
     pin_memory: bool,
+    floats: bool = True,
 ) -> Iterator[Batch | None]:
     """Yields a batch for each request, in order; None where nothing remains."""
     loader = torch.utils.data.DataLoader(
-        _Reader(dataset, seed, replace_corrupt),
+        _Reader(dataset, seed, replace_corrupt, floats),
         batch_size=None,
         sampler=requests,
         collate_fn=_as_it_is,
@@ -238,8 +240,9 @@ class _Reader(torch.utils.data.Dataset):
     The corrupt images travel with their batch, so that one process names and counts them all.
     """
 
-    def __init__(self, dataset: Any, seed: int, replace_corrupt: bool):
+    def __init__(self, dataset: Any, seed: int, replace_corrupt: bool, floats: bool):
         self.dataset = dataset
+        self.floats = floats  # no bytes: they would reach the network unscaled
         self.seed = seed
         self.replace_corrupt = replace_corrupt
 
@@ -261,7 +264,7 @@ class _Reader(torch.utils.data.Dataset):
                     if item is not None:
                         self._check(candidate, item[0], images)
                         images.append(item[0])
-                        labels.append(int(item[1]))
+                        labels.append(item[1])
                         found.append(candidate)
                         break
                 else:
@@ -283,7 +286,7 @@ class _Reader(torch.utils.data.Dataset):
     def _item(self, index: int, corrupt: list[tuple[str, str]]) -> tuple[Any, Any] | None:
         """Returns image and label; None for a corrupt image, which is added to `corrupt`."""
         try:
-            image, label = self.dataset[index]
+            item = self.dataset[index]
         except CorruptImage as error:
             corrupt.append((error.name, error.reason))
         except Exception as error:
@@ -291,7 +294,7 @@ class _Reader(torch.utils.data.Dataset):
                 raise
             corrupt.append((name_of(self.dataset, index), str(error)))
         else:
-            return image, label
+            return image_and_label(item, name_of(self.dataset, index))
         return None
 
     def _check(self, index: int, image: Any, images: list[Tensor]) -> None:
@@ -299,6 +302,12 @@ class _Reader(torch.utils.data.Dataset):
             raise ValueError(
                 f"{name_of(self.dataset, index)} is a {type(image).__name__}, not a tensor: give "
                 "the data set a transform that ends in a float32 tensor [C, H, W]"
+            )
+        if image.dim() != 3 or (self.floats and not image.is_floating_point()):
+            raise ValueError(
+                f"{name_of(self.dataset, index)} is {image.dtype} {list(image.shape)}: give the "
+                "data set a transform that ends in a float32 tensor [C, H, W] (ToTensor, or "
+                "ToDtype(torch.float32, scale=True))"
             )
         if images and image.shape != images[0].shape:
             raise ValueError(

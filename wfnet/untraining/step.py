@@ -68,6 +68,7 @@ class UntrainingStep:
         self.objective = objective
         self.optimizer = optimizer
         self.amp = amp
+        self.dtype = next(iter(net.masked_layers.values())).weight.dtype
         self.layout = torch.channels_last if channels_last else torch.preserve_format
         self.clip = clip
         self.params = net.filter_parameters()
@@ -137,7 +138,7 @@ class UntrainingStep:
 
     def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
         """Adds ``share`` times a minibatch's gradient to :attr:`gradient` (``first``: sets it)."""
-        images = images.to(memory_format=self.layout)
+        images = images.to(self.dtype, memory_format=self.layout)
         labels = batch.forget.flatten()
         if first:
             self.occurred.zero_()
