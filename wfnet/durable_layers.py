@@ -158,6 +158,11 @@ class DurableLayer(MaskedLayer):
         """Gates ``[num_classes, O]`` as they are outside untraining."""
         return hard_gate(self.alpha_hard) * soft_gate(self.alpha_soft)
 
+    def close_below(self, threshold: float, forget: Sequence[int]) -> None:
+        closed = torch.zeros_like(self.alpha_hard, dtype=torch.bool)
+        closed[list(forget)] = self._row_gates(self._label_list(forget))[0] < threshold
+        self.alpha_hard.data.masked_fill_(closed, -torch.inf)
+
     def _group_gates(self) -> Tensor:
         """Gates ``[G, O]`` of the groups, with the noise and the parts that the mode says."""
         labels = self.mode.labels
@@ -387,6 +392,8 @@ class _GroupNorm(torch.autograd.Function):
         dgate = dscale * gamma * inverse + sum_g * beta
         count = member.sum(0).unsqueeze(1) * x[0, 0].numel()
         dvar = -0.5 * dscale * scale * inverse.square()
+        if not ctx.needs_input_grad[0]:
+            return None, dgate, None, None, None, None
         on_x = 2 * dvar / count
         constant = (-scale * sum_g) / count - on_x * mean
         dx = torch.addcmul(_wide(constant[groups], x), x, _wide(on_x[groups], x))

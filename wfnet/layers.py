@@ -166,6 +166,14 @@ class MaskedLayer(nn.Module):
         }
         return plain
 
+    def close_below(self, threshold: float, forget: Sequence[int]) -> None:
+        """Sets gates of the rows ``forget`` to 0 where their product is below ``threshold``."""
+        labels = torch.tensor([list(forget)], device=self.weight.device)
+        for alpha in self.named_filters().values():
+            closed = torch.zeros_like(alpha, dtype=torch.bool)
+            closed[list(forget)] = gates.gate_rows(alpha, labels, self.gate_scale)[0] < threshold
+            alpha.data.masked_fill_(closed, -torch.inf)
+
     def _baked(
         self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
     ) -> Tensor:

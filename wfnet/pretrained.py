@@ -127,7 +127,7 @@ def load_filters(
         filter_dtype=getattr(torch, config.get("filter_dtype", "float32")),
         gate=config.get("gate", "sigmoid"),
     )
-    assign_filters(net, tensors, folder / FILTERS_NAME)
+    assign_filters(net, tensors, folder / FILTERS_NAME, statistics=True)
     # Files of earlier versions have no digest.
     if config.get("filters_digest", "") not in ("", digest(tensors)):
         raise ValueError(
@@ -137,13 +137,15 @@ def load_filters(
     return net
 
 
-def assign_filters(net: WFNet, tensors: dict[str, Tensor], origin: object) -> None:
-    """Copies ``tensors`` into the filters of ``net``.
+def assign_filters(
+    net: WFNet, tensors: dict[str, Tensor], origin: object, statistics: bool = False
+) -> None:
+    """Copies ``tensors`` into the filters of ``net``, and into the rows' statistics if wanted.
 
     Raises:
         ValueError: if names or shapes differ from those of ``net``, or a value is NaN.
     """
-    filters = {**net.named_filters(), **net.named_statistics()}
+    filters = net.named_filters() | (net.named_statistics() if statistics else {})
     odd = sorted(set(filters) ^ set(tensors))
     if odd:
         raise ValueError(

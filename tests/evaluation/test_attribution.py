@@ -4,8 +4,13 @@ import pytest
 import torch
 
 import wfnet
+from wfnet import models
 from wfnet.evaluation import metrics
-from wfnet.evaluation.attribution import attribution, network_with_filters
+from wfnet.evaluation.attribution import (
+    attribution,
+    changed_rows,
+    network_with_filters,
+)
 
 K = 7
 
@@ -127,3 +132,24 @@ def test_bad_arguments_are_refused(dataset, make_net):
         attribution(make_net(), dataset, steps=0)
     with pytest.raises(ValueError, match="class 9"):
         attribution(make_net(), dataset, classes=[9])
+
+
+@torch.no_grad()
+def test_durable_gates_start_at_the_row_and_end_at_the_original():
+    torch.manual_seed(0)
+    model = models.create("resnet", 3, seed=0, width=8).eval()
+    net = wfnet.WFNet(model, 3, gate="durable")
+    for name, table in (net.named_filters() | net.named_statistics()).items():
+        table.add_(2 * torch.randn_like(table)).abs_() if "var" in name else table.add_(
+            2 * torch.randn_like(table)
+        )
+    changed = changed_rows(net, torch.tensor([2]), 4, 0, "lowest")
+    images = torch.randn(2, 1, 16, 16)
+    insertion_start, insertion_end, deletion_start, deletion_end = (
+        changed(images, row) for row in (0, 4, 5, 9)
+    )
+    torch.testing.assert_close(insertion_start, net(images, 2))
+    torch.testing.assert_close(insertion_end, net(images, None))
+    torch.testing.assert_close(deletion_start, net(images, None))
+    assert all(not layer.gates()[9].any() for layer in changed.masked_layers.values())
+    assert (deletion_end[0] - deletion_end[1]).abs().max() < 1e-5

@@ -27,7 +27,6 @@ from wfnet.cli.options import (
 from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
 from wfnet.cli.weights import load_weights
 from wfnet.data import batches, multi_hot_of
-from wfnet.gates import gate_rows
 from wfnet.head import CUT_LOGIT
 from wfnet.network import WFNet
 from wfnet.services import settings
@@ -283,16 +282,9 @@ def _loaded(classifier: nn.Module, path: Path) -> nn.Module:
 def _pruned(net: WFNet, forget: Sequence[int], prune_below: float) -> WFNet:
     """A copy whose products of gates below the threshold are 0: alpha is minus infinity there."""
     pruned = copy.deepcopy(net)
-    rows = torch.tensor([list(forget)])
     with torch.no_grad():
         for layer in pruned.masked_layers.values():
-            for name in ("alpha_weight", "alpha_bias"):
-                alpha = getattr(layer, name)
-                if alpha is not None:
-                    gate = gate_rows(alpha, rows.to(alpha.device), layer.gate_scale)[0]
-                    closed = torch.zeros_like(alpha, dtype=torch.bool)
-                    closed[list(forget)] = gate < prune_below
-                    alpha.masked_fill_(closed, -torch.inf)
+            layer.close_below(prune_below, forget)
     return pruned
 
 

@@ -44,6 +44,7 @@ from wfnet.services.files import write_tensors
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.untraining import UntrainConfig, untrain
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
+from wfnet.untraining.untrain_config import RECIPES
 from wfnet.wrapping import wrap
 
 logger = logging.getLogger("wfnet")
@@ -73,7 +74,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--model", choices=tuple(SMALL_MODEL_SETTINGS), default="resnet", help="network"
     )
     group.add_argument(
-        "--recipe", choices=("balanced", "paper"), default="balanced",
+        "--recipe", choices=RECIPES, default="balanced",
         help="balanced forgets evenly; paper has the authors' settings",
     )  # fmt: skip
     group.add_argument("--output", metavar="DIR", default="demo", help="folder for everything")

@@ -53,6 +53,7 @@ from wfnet.services.ranks import Ranks, joined, local_device
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.memory import filter_memory, step_memory
+from wfnet.untraining.untrain_config import RECIPES
 from wfnet.wrapping import QKV_ALPHA_INIT, wrap
 
 logger = logging.getLogger("wfnet")
@@ -132,9 +133,11 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--recipe",
-        choices=("balanced", "paper"),
+        choices=RECIPES,
         default="balanced",
-        help="balanced forgets evenly and retains by distillation; paper has the authors' settings",
+        help="balanced forgets evenly and retains by distillation; paper has the authors' "
+        "settings; durable puts gates behind BatchNorm, so that a baked network withstands "
+        "re-estimated statistics and fine-tuning on the other classes",
     )
     group.add_argument(
         "--untrain-split",
@@ -160,7 +163,15 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     )
     add_config_options(group, UntrainConfig, "label_expansion", "lr", "optimizer", "schedule")
     add_config_options(
-        group, UntrainConfig, "lambda0", "lambda1", "lambda2", "distil", "share_images", "sampler"
+        group,
+        UntrainConfig,
+        "lambda0",
+        "lambda1",
+        "lambda2",
+        "match",
+        "distil",
+        "share_images",
+        "sampler",
     )
     add_config_options(group, UntrainConfig, "clip")
     group.add_argument(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from wfnet import gates
 from wfnet.data import Batch, CorruptImages, Dataset, classes_of, corrupt_counter, labels_of
+from wfnet.durable_layers import SOFT_INIT
 from wfnet.evaluation import metrics
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, all_pairs
 from wfnet.evaluation.pairs import check_classes
@@ -160,7 +161,7 @@ def attribution(
     with Progress(total, "attributing", progress, unit="samples") as bar:
         for part in left.split(classes_together):
             engine = PairEngine(
-                _changed_rows(net, part, steps, seed, order),
+                changed_rows(net, part, steps, seed, order),
                 dataset,
                 batch_size,
                 workers,
@@ -247,8 +248,10 @@ class Confidences(Measure):
             yield label, images, (total / images).unflatten(0, (4, -1))
 
 
-def _changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str) -> WFNet:
+def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str) -> WFNet:
     """``net`` with ``4 (S + 1)`` rows for each of ``classes``: curve by curve, step by step."""
+    if net.gate == "durable":
+        return _changed_durable_rows(net, classes, steps, seed)
     tables = {}
     for number, (name, alpha) in enumerate(net.named_filters().items()):
         layer = net.masked_layers[name.rpartition(".")[0]]
@@ -276,6 +279,47 @@ def _changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str
     return network_with_filters(net, tables)
 
 
+def _changed_durable_rows(net: WFNet, classes: Tensor, steps: int, seed: int) -> WFNet:
+    """The same for durable gates: both matrices of a layer change together, by their product.
+
+    A row's statistics move to those of the base along an insertion, as its gates do; a deletion,
+    which starts from the original network, keeps those of the base.
+    """
+    tables = {}
+    for number, (name, layer) in enumerate(net.masked_layers.items()):
+        rows = classes.to(layer.alpha_hard.device)
+        gate = layer.gates().detach()[rows]  # [C, O]
+        shuffled = torch.stack(
+            [
+                torch.randperm(gate.shape[1], generator=generator_for(seed, 8, label, number))
+                for label in classes.tolist()
+            ]
+        ).to(gate.device)
+        # Ties are many: channels that are closed. Their filter entries order them.
+        order = torch.where(gate == 0, layer.alpha_hard.detach()[rows].sigmoid() - 1, gate)
+        relevant_first = order.argsort(dim=1, stable=True)
+        counts = (_shares(steps) * gate.shape[1]).round().long().to(gate.device)
+        for kind, opened in (("alpha_hard", layer.alpha_init), ("alpha_soft", SOFT_INIT)):
+            learned = getattr(layer, kind).detach()[rows]
+            neutral = torch.full_like(learned, opened)
+            closed = torch.full_like(learned, -math.inf)
+            curves = [
+                _replaced(start, end, ranking, counts)
+                for ranking in (relevant_first, shuffled)
+                for start, end in ((learned, neutral), (neutral, closed))
+            ]
+            tables[f"{name}.{kind}"] = torch.stack(curves, 1).flatten(0, 2)
+        blend = _shares(steps).to(gate)[None, :, None]
+        for kind, table in layer.named_statistics().items():
+            base = getattr(layer, kind.replace("row", "running"))
+            own = table[rows].unsqueeze(1)  # [C, 1, O]
+            insertion = own + blend * (base - own)
+            deletion = base.expand_as(insertion)
+            curves = [insertion, deletion, insertion, deletion]
+            tables[f"{name}.{kind}"] = torch.stack(curves, 1).flatten(0, 2)
+    return network_with_filters(net, tables)
+
+
 def _replaced(start: Tensor, end: Tensor, order: Tensor, counts: Tensor) -> Tensor:
     """``[C, S + 1, O]``: ``start [C, O]`` with the first ``counts[s]`` entries of ``end``."""
     rank = order.argsort(dim=1)  # [C, O], position of each entry in the order
@@ -287,8 +331,9 @@ def network_with_filters(net: WFNet, filters: dict[str, Tensor]) -> WFNet:
 
     Args:
         net: not changed.
-        filters: ``[R, out_channels]`` by the names of ``net.named_filters()``. An entry of minus
-            infinity is a gate of exactly 0; plus infinity is the largest gate, ``gate_scale``.
+        filters: ``[R, out_channels]`` by the names of ``net.named_filters()`` (and of
+            ``net.named_statistics()``). An entry of minus infinity is a gate of exactly 0; plus
+            infinity is the largest gate, ``gate_scale``.
 
     Returns:
         A network for evaluation whose forget labels are the rows ``0 .. R-1``.
@@ -297,21 +342,22 @@ def network_with_filters(net: WFNet, filters: dict[str, Tensor]) -> WFNet:
         ValueError: if names or shapes do not fit.
     """
     rows = {table.shape[0] for table in filters.values()}
-    if set(filters) != set(net.named_filters()) or len(rows) != 1:
+    wanted = net.named_filters() | net.named_statistics()
+    if set(filters) != set(wanted) or len(rows) != 1:
         raise ValueError("filters must have the names of net.named_filters() and equal rows")
     shared = (*net.model.parameters(), *net.model.buffers())
     changed = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
     changed.num_classes = rows.pop()
-    for name, layer in changed.masked_layers.items():
+    for layer in changed.masked_layers.values():
         layer.num_classes = changed.num_classes
-        for kind in ("alpha_weight", "alpha_bias"):
-            before = layer._parameters[kind]
-            if before is None:
-                continue
-            table = filters[f"{name}.{kind}"]
-            if table.shape[1:] != before.shape[1:]:
-                raise ValueError(
-                    f"{name}.{kind} must be [R, {before.shape[1]}]; got {list(table.shape)}"
-                )
-            layer._parameters[kind] = nn.Parameter(table.to(before), requires_grad=False)
+    for name, before in wanted.items():
+        table = filters[name].to(before)
+        if table.shape[1:] != before.shape[1:]:
+            raise ValueError(f"{name} must be [R, {before.shape[1]}]; got {list(table.shape)}")
+        layer_name, _, kind = name.rpartition(".")
+        layer = changed.masked_layers[layer_name]
+        if kind in layer._parameters:
+            layer._parameters[kind] = nn.Parameter(table, requires_grad=False)
+        else:
+            layer._buffers[kind] = table
     return changed

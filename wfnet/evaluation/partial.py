@@ -170,7 +170,7 @@ def _shown(value: Any) -> str:
 def network_identity(net: WFNet) -> dict[str, str]:
     """Digests of the base weights and of the filters."""
     digest = hashlib.sha256(json.dumps([net.alpha_init, net.normalize_gate]).encode())
-    for name, parameter in net.named_filters().items():
+    for name, parameter in (net.named_filters() | net.named_statistics()).items():
         digest.update(f"{name} {list(parameter.shape)}".encode())
         digest.update(parameter.detach().float().cpu().contiguous().numpy().tobytes())
     return {"base network": fingerprint(net.model), "filters": digest.hexdigest()}

@@ -17,12 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wfnet.data import Batch, Dataset, batches
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch, Sampler
 from wfnet.untraining.objectives import Losses, Objective, distillation, full_precision
+from wfnet.untraining.untrain_config import UntrainConfig
 
-_NOISE_STREAM, _ROWS_STREAM, _IMAGES_STREAM = 21, 22, 23
+_NOISE_STREAM, _ROWS_STREAM, _IMAGES_STREAM, _POOL_STREAM = 21, 22, 23, 24
+_PASS = 1024  # samples of a pass that measures statistics, where a row's images are no more
+_POOL_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Groups:
     @property
     def size(self) -> int:
         return self.forget_images + self.retain_images
+
+
+def groups_of(config: UntrainConfig) -> Groups:
+    """The sizes that the settings of a run give."""
+    size = config.forget_images + config.retain_images
+    return Groups(config.batch_size // size, config.forget_images, config.retain_images)
 
 
 class GroupSampler(Sampler):
@@ -96,8 +106,8 @@ class GroupSampler(Sampler):
         if len(self._labels) - len(self._own[row]) <= 2 * wanted:
             rest = (self._labels != row).nonzero().flatten()
             repeats = math.ceil(wanted / len(rest))
-            order = torch.randperm(len(rest) * repeats, generator=draw) % len(rest)
-            return rest[order[:wanted]]
+            order = [torch.randperm(len(rest), generator=draw) for _ in range(repeats)]
+            return rest[torch.cat(order)[:wanted]]
         found: dict[int, None] = {}
         while len(found) < wanted:
             drawn = torch.randint(len(self._labels), (2 * wanted,), generator=draw)
@@ -206,35 +216,67 @@ def durable_step(net: WFNet, batch: ExpandedBatch, seed: int, step: int) -> Iter
         yield
 
 
-@torch.no_grad()
-def measure_row_statistics(net: WFNet, row: int, batches: Iterator[Tensor]) -> None:
-    """Sets the statistics of one row: means of the moments of ``batches`` under that row.
+class RowStatistics:
+    """Measures the rows' statistics as they will be baked, from training images of other classes.
 
-    Every layer is normalised by the moments of its batch, as the re-estimation of a baked network
-    would do it. Networks without BatchNorm have none.
+    Every layer is normalised by the moments of a row's images, as whoever re-estimates a baked
+    network would do it. The images are read once and kept.
 
     Args:
-        net: a network with durable gates.
-        row: the forget label.
-        batches: images ``[n, C, H, W]`` of other classes, on the device of ``net``.
+        net: any network; one without statistics per row is left as it is.
+        dataset, labels: the training images and their labels ``[N]``.
+        images: most images of a row at the end of a run.
+        seed: of the choice of images.
     """
-    layers = {n: m for n, m in net.masked_layers.items() if m.named_statistics()}
-    if not layers:
-        return
-    sums: dict[str, list[Tensor]] = {}
-    weight = 0
 
-    def keep(name: str, mean: Tensor, var: Tensor) -> None:
-        found = sums.setdefault(name, [torch.zeros_like(mean[0]), torch.zeros_like(var[0])])
-        found[0] += count * mean[0]
-        found[1] += count * var[0]
+    def __init__(self, net: WFNet, dataset: Dataset, labels: Tensor, images: int, seed: int):
+        self.net = net
+        self.dataset, self.labels, self.images = dataset, labels, images
+        self.seed = seed
+        self._pool: Batch | None = None
+        self.weight = next(iter(net.masked_layers.values())).weight
 
-    for images in batches:
-        count = len(images)
-        rows = torch.full((count,), row, dtype=torch.int64, device=images.device)
-        with net.gate_mode.grouped(rows, moments=keep):
-            net(images, rows)
-        weight += count
-    for name, (mean, var) in sums.items():
-        layers[name].row_mean[row] = mean / weight
-        layers[name].row_var[row] = var / weight
+    def measure(self, last: bool = False) -> None:
+        """Sets the statistics of all rows, from fewer images if this is not the last time."""
+        if not self.net.named_statistics():
+            return
+        present = self.labels.unique()
+        count = min(self.images, 64)
+        if last:
+            count = min(self.images, max(65536 // len(present), 128))
+        pool = self._read()
+        device = self.weight.device
+        together = max(1, _PASS // count)
+        training = self.net.training
+        self.net.eval()
+        for rows in present.split(together):
+            members = [(pool.labels != row).nonzero().flatten()[:count] for row in rows]
+            source = torch.cat(members)
+            forget = rows.repeat_interleave(torch.tensor([len(m) for m in members]))
+            used, source = source.unique(return_inverse=True)
+            images = pool.images[used].to(device, self.weight.dtype)
+            self._measure(images, forget.to(device), source.to(device))
+        self.net.train(training)
+
+    def _read(self) -> Batch:
+        if self._pool is None:
+            draw = generator_for(self.seed, _POOL_STREAM)
+            chosen = torch.randperm(len(self.labels), generator=draw)
+            first = next(batches(self.dataset, [chosen[:2]], 0, None))
+            fitting = max(64, _POOL_BYTES // first.images[0].numel() // 4)
+            chosen = chosen[: min(fitting, self.images + self.images // 4 + 16)]
+            parts = list(batches(self.dataset, chosen.split(64), 0, None))
+            joined = (torch.cat([getattr(b, name) for b in parts]) for name in Batch._fields)
+            self._pool = Batch(*joined)
+        return self._pool
+
+    @torch.no_grad()
+    def _measure(self, images: Tensor, forget: Tensor, source: Tensor) -> None:
+        layers = self.net.masked_layers
+
+        def keep(name: str, mean: Tensor, var: Tensor) -> None:
+            layers[name].row_mean[labels] = mean.to(layers[name].row_mean)
+            layers[name].row_var[labels] = var.to(layers[name].row_var)
+
+        with self.net.gate_mode.grouped(forget, moments=keep) as labels:
+            self.net(images, forget, source)

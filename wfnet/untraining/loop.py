@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +30,8 @@ from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.distributed import SharedStep
+from wfnet.untraining.durable import RowStatistics, durable_step
+from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.history import HistoryLog, Record, write_history
 from wfnet.untraining.loss_watch import LossWatch
 from wfnet.untraining.minibatches import MinibatchReader, Share
@@ -38,6 +41,7 @@ from wfnet.untraining.run_parts import (
     check_every_class,
     check_finite_filters,
     check_finite_images,
+    check_gates,
     checked_labels,
     configured_objective,
     configured_optimizer,
@@ -200,11 +204,19 @@ class _Untraining:
                 "recipe 'paper' is defined for plain sigmoid gates; wrap the network with "
                 "WFNet(..., normalize_gate=False) to reproduce it"
             )
+        check_gates(net, config)
+        self.durable = net.gate == "durable"
+        if self.durable and not self.ranks.alone:
+            raise ValueError(
+                "recipe durable takes moments over whole groups of images, so it is run by one "
+                "process: start it without torchrun"
+            )
         self.objective = objective or configured_objective(config, self.multi_hot is not None)
         if config.channels_last:
             net.to(memory_format=torch.channels_last)
         limit = corrupt_limit(train) if config.max_corrupt is None else config.max_corrupt
         self.corrupt = CorruptImages(limit)
+        self.statistics = RowStatistics(net, train, labels, config.statistics_images, config.seed)
         self.validator = None
         if validation is not None:
             checked_labels(validation, net.num_classes, "validation")
@@ -227,6 +239,8 @@ class _Untraining:
         self.steps = config.total_steps(len(labels))
         self.steps_per_epoch = config.steps_per_epoch(len(labels))
         self.validate_every = config.steps_between_validations(len(labels))
+        if self.durable:  # each one measures the statistics of all rows first
+            self.validate_every = max(self.validate_every, math.ceil(self.steps / 10))
         self.state = RunState()
         self.losses = LossWatch(self.state, self.device)
         self.best_filters: list[Tensor] | None = None
@@ -272,6 +286,8 @@ class _Untraining:
         self.state, self.best_filters = self.store.load(self.ranks)
         self.losses.state = self.state
         self.good_filters = self._snapshot()
+        if self.state.finished:
+            self.statistics.measure(last=True)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -305,12 +321,15 @@ class _Untraining:
         layout = config.channels_last
         settings = net, self.objective, self.optimizer, self.amp, layout, config.clip
         if self.ranks.alone:
-            return UntrainingStep(*settings, self.captures)
+            return UntrainingStep(*settings, self.captures, self._gates if self.durable else None)
         about = [asdict(config), self.identity]
         self.ranks.check_same("configuration, network or data", about)
         self.ranks.check_same("starting point", [self.state.step, self._filter_digest()])
         rows_only = isinstance(self.optimizer, RowAdam)
         return SharedStep(self.ranks, *settings, rows_only=rows_only)
+
+    def _gates(self, batch: ExpandedBatch) -> AbstractContextManager:
+        return durable_step(self.net, batch, self.config.seed, self.state.step)
 
     def _go_through_steps(self) -> None:
         if self._validation_is_due():  # the run was stopped before it
@@ -438,6 +457,7 @@ class _Untraining:
         self.ranks.check_same("state of the filters", self._filter_digest())
         scores = None
         if self.validator is not None:
+            self.statistics.measure()
             # Several ranks would have to agree on it.
             try:
                 scores = self.validator(
@@ -483,6 +503,7 @@ class _Untraining:
             _copy(self.best_filters, self.params)
         else:
             self.state.best_step = self.state.step
+        self.statistics.measure(last=True)
 
     def _save_checkpoint(self) -> None:
         if not self.ranks.first:
@@ -513,6 +534,7 @@ class _Untraining:
     def _give_up(self, reason: str, dataset: Dataset, images: Tensor) -> NoReturn:
         """Keeps the last good filters, and says which of ``images`` is not finite, if one is."""
         _copy(self.best_filters or self.good_filters, self.params)
+        self.statistics.measure(last=True)
         kept = "on the network"
         if self.output is not None:
             if self.ranks.first:

@@ -14,6 +14,7 @@ from wfnet.data import Batch, CorruptImages, Dataset, batches
 from wfnet.data.loading import LostWorker
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
+from wfnet.untraining.durable import expand_groups, groups_of
 from wfnet.untraining.expansion import ExpandedBatch, Sampler, expand
 from wfnet.untraining.multilabel import expand_multi_label
 from wfnet.untraining.untrain_config import UntrainConfig
@@ -143,6 +144,8 @@ class MinibatchReader:
     def _expand(self, position: int, indices: Tensor) -> ExpandedBatch:
         """Returns the expanded batch of minibatch ``position``, which has these images."""
         config = self.config
+        if config.objective == "durable":
+            return expand_groups(self.labels[indices], groups_of(config))
         settings = {
             "label_expansion": config.label_expansion,
             "generator": generator_for(config.seed, 4, position),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, labels_of
 from wfnet.data.dataset import name_of
 from wfnet.network import WFNet
+from wfnet.untraining.durable import DurableObjective, GroupSampler, groups_of
 from wfnet.untraining.expansion import HalvesSampler, RoundRobinSampler, Sampler, ShuffledSampler
 from wfnet.untraining.multilabel import MultiLabelObjective
 from wfnet.untraining.objectives import BalancedObjective, Objective, PaperObjective
@@ -17,11 +18,27 @@ from wfnet.untraining.untrain_config import UntrainConfig
 
 def configured_objective(config: UntrainConfig, multi_label: bool) -> Objective:
     """Returns the objective of the settings, for images with one label or several."""
+    if config.objective == "durable":
+        if multi_label:
+            raise ValueError(
+                "recipe durable is for images with one label; take recipe balanced for these"
+            )
+        return DurableObjective(config.lambda1, config.match)
     if config.objective == "paper":
         objective = PaperObjective(config.lambda0, config.lambda1, config.lambda2)
     else:
         objective = BalancedObjective(config.lambda1, config.distil)
     return MultiLabelObjective(objective) if multi_label else objective
+
+
+def check_gates(net: WFNet, config: UntrainConfig) -> None:
+    """Raises ValueError if the network has not the gates that the objective trains."""
+    wanted = "durable" if config.objective == "durable" else "sigmoid"
+    if net.gate != wanted:
+        raise ValueError(
+            f"objective {config.objective!r} trains {wanted} gates, but the network has {net.gate} "
+            f"ones; wrap it with WFNet(..., gate={wanted!r})"
+        )
 
 
 def configured_optimizer(
@@ -36,6 +53,8 @@ def configured_optimizer(
 def configured_sampler(config: UntrainConfig, labels: Tensor) -> Sampler:
     """Returns the sampler of the settings over images with these ``labels``."""
     half, seed = config.batch_size // 2, config.seed
+    if config.objective == "durable":
+        return GroupSampler(labels, groups_of(config), seed)
     if config.sampler == "shuffled":
         images = half if config.share_images else config.batch_size
         return ShuffledSampler(len(labels), images, seed)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, replace
 
 import torch
@@ -49,6 +50,8 @@ class UntrainingStep:
         channels_last: layout that images are brought into.
         clip: bound on the absolute value of filter entries after the step; None for none.
         capture: run as a CUDA graph after a few ordinary steps; see :func:`refuse_capture`.
+        around: a context for the forward pass and the loss of a minibatch, for gates that differ
+            from step to step.
 
     Raises:
         ValueError: if the filters are not flat, or the step cannot be captured.
@@ -63,7 +66,9 @@ class UntrainingStep:
         channels_last: bool = False,
         clip: float | None = None,
         capture: bool = False,
+        around: Callable[[ExpandedBatch], AbstractContextManager] | None = None,
     ):
+        self.around = around or (lambda batch: nullcontext())
         self.net = net
         self.objective = objective
         self.optimizer = optimizer
@@ -211,8 +216,10 @@ class UntrainingStep:
             if self.objective.needs_original:
                 with torch.no_grad():
                     original = full_precision(self.net(images, forget=None))
-            logits = self.net(images, forget=batch.forget, source=batch.source)
-        losses = self.objective(full_precision(logits), batch, original, self.net)
+            with self.around(batch):
+                logits = self.net(images, forget=batch.forget, source=batch.source)
+        with self.around(batch):
+            losses = self.objective(full_precision(logits), batch, original, self.net)
         found = torch.autograd.grad(losses.total, self.params, allow_unused=True)
         if any(gradient is None for gradient in found):
             into.zero_()
@@ -234,6 +241,8 @@ def refuse_capture(net: WFNet, optimizer: torch.optim.Optimizer) -> str | None:
                 f"{name or type(module).__name__!r} checkpoints its activations, which saves the "
                 "state of random generators on the host"
             )
+    if net.gate == "durable":
+        return "durable gates draw their noise on the host"
     if not isinstance(optimizer, RowAdam):
         return f"{type(optimizer).__name__} reads its learning rate on the host; RowAdam does not"
     return None

@@ -15,7 +15,8 @@ class UntrainConfig:
     """Settings of :func:`wfnet.untrain`; :meth:`recipe` returns the shipped ones.
 
     Attributes:
-        objective: "balanced" or "paper" (see :mod:`wfnet.untraining.objectives`).
+        objective: "balanced", "paper" (see :mod:`wfnet.untraining.objectives`) or "durable"
+            (:mod:`wfnet.untraining.durable`, for a ``WFNet(..., gate="durable")``).
         steps, epochs: length of the run, one of the two. An epoch is one pass over as many images
             as the training set has.
         batch_size: images n of a minibatch, even: one half unlearns, one half is retained.
@@ -28,6 +29,11 @@ class UntrainConfig:
         clip: bound on the absolute value of filter entries after each step; None for none.
         lambda0, lambda1, lambda2: weights of the objective's terms.
         distil: balanced: retain by distillation from the original network, else cross entropy.
+        match: durable: weight of drawing the class's logit to where it lies for other images.
+        retain_images: durable: images of other classes in the group of a row.
+        forget_images: durable: images of the row's class in its group; ``batch_size`` images make
+            ``batch_size // (forget_images + retain_images)`` groups.
+        statistics_images: durable: images from which a row's statistics are measured at the end.
         seed: decides everything random.
         patience: validations without improvement after which the run stops.
         validations_per_epoch: how often the validation split is looked at.
@@ -57,7 +63,7 @@ class UntrainConfig:
         ValueError: for values out of range, before any work starts.
     """
 
-    objective: str = setting("balanced", ("balanced", "paper"))
+    objective: str = setting("balanced", ("balanced", "paper", "durable"))
     steps: int | None = setting(
         None, settings.positive_int, metavar="N", help="length of the run in steps ..."
     )
@@ -107,6 +113,15 @@ class UntrainConfig:
         help="weight of open gates (recipe paper)",
     )
     distil: bool = setting(True, bool, help="retain by distillation, or by cross entropy")
+    match: float = setting(
+        0.1,
+        settings.non_negative_float,
+        metavar="X",
+        help="weight of hiding the class's logit (recipe durable)",
+    )
+    forget_images: int = setting(8, settings.positive_int)
+    retain_images: int = setting(32, settings.int_from(2))
+    statistics_images: int = setting(1024, settings.int_from(2))
     seed: int = setting(0, settings.seed, metavar="N", help="of everything random")
     patience: int = setting(
         10,
@@ -172,6 +187,12 @@ class UntrainConfig:
                 f"steps={self.steps}, epochs={self.epochs}"
             )
         check_settings(self)
+        group = self.forget_images + self.retain_images
+        if self.objective == "durable" and self.batch_size % group:
+            raise ValueError(
+                f"batch_size={self.batch_size} must be a multiple of forget_images + retain_images "
+                f"= {group}, the images of one row (4 rows: {4 * group})"
+            )
         if self.batch_size % 2:
             raise ValueError(
                 f"batch_size must be even, for two halves of a minibatch; got {self.batch_size}"
@@ -180,11 +201,15 @@ class UntrainConfig:
     @property
     def images(self) -> int:
         """Images that are read for a minibatch."""
+        if self.objective == "durable":
+            return self.batch_size
         return self.batch_size // 2 if self.share_images else self.batch_size
 
     @property
     def samples(self) -> int:
         """Samples that a minibatch is expanded to."""
+        if self.objective == "durable":
+            return self.batch_size
         return self.batch_size // 2 * (1 + self.label_expansion)
 
     def steps_per_epoch(self, images: int) -> float:
@@ -207,6 +232,8 @@ class UntrainConfig:
         "balanced" (the default of the package): see
         :class:`wfnet.untraining.objectives.BalancedObjective`.
         "paper": the authors' settings, for a ``WFNet(..., normalize_gate=False)``.
+        "durable": forgetting that outlasts re-estimated statistics and fine-tuning on other
+        classes, for a ``WFNet(..., gate="durable")``.
 
         Raises:
             ValueError: for an unknown name or values out of range.
@@ -216,8 +243,10 @@ class UntrainConfig:
             chosen = _balanced_settings(num_classes, changes.get("batch_size"))
         elif name == "paper":
             chosen = dict(_PAPER_SETTINGS)
+        elif name == "durable":
+            chosen = _durable_settings(num_classes, changes)
         else:
-            raise ValueError(f"there is no recipe {name!r}; recipes are 'balanced' and 'paper'")
+            raise ValueError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
         if changes.get("epochs") is not None and "steps" not in changes:
             chosen["steps"] = None
         if changes.get("steps") is not None and "epochs" not in changes:
@@ -229,6 +258,8 @@ class UntrainConfig:
 FREE_TO_CHANGE = frozenset(
     ("workers", "max_corrupt", "max_nan_steps", "checkpoint_every", "keep_checkpoints")
 )
+
+RECIPES = ("balanced", "paper", "durable")
 
 _PAPER_SETTINGS = {
     "objective": "paper",
@@ -264,4 +295,25 @@ def _balanced_settings(num_classes: int, batch_size: int | None) -> dict[str, An
         "stop_on": "loss",
         "lr": 0.2 * crowding**-0.3,
         "lambda1": min(1.0, 0.3 * crowding**0.25),
+    }
+
+
+def _durable_settings(num_classes: int, changes: dict[str, Any]) -> dict[str, Any]:
+    """Returns the settings of recipe "durable" (design section 7).
+
+    What counts is how often a row is visited: 200 times for ten classes. Many classes crowd the
+    channels: the forget term weighs more there, and the matching term is left out.
+    """
+    group = changes.get("forget_images", 8) + changes.get("retain_images", 32)
+    batch_size = changes.get("batch_size") or min(4, num_classes) * group
+    rows = max(1, batch_size // group)
+    many = num_classes > 30
+    return {
+        "objective": "durable",
+        "steps": math.ceil((160 if many else 200) * num_classes / rows),
+        "batch_size": batch_size,
+        "stop_on": "loss",
+        "lr": 0.2,
+        "lambda1": 0.7 if many else 0.3,
+        "match": 0.0 if many else 0.1,
     }

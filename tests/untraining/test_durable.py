@@ -1,0 +1,220 @@
+"""Recipe durable: groups, the loss against a plain formula, statistics, whole runs, resuming."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+import wfnet
+from wfnet import models
+from wfnet.data.tensor_images import TensorImages
+from wfnet.untraining.durable import (
+    DurableObjective,
+    Groups,
+    GroupSampler,
+    RowStatistics,
+    class_gap,
+    durable_step,
+    expand_groups,
+)
+from wfnet.untraining.expansion import ExpandedBatch
+from wfnet.wrapping import wrap
+
+CLASSES = 3
+
+
+def labelled(count=60, seed=0):
+    """Images of three easy classes: bars in three places."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    images = 0.3 * torch.randn(count, 1, 16, 16, generator=draw)
+    for label in range(CLASSES):
+        images[labels == label, :, 5 * label : 5 * label + 4] += 1
+    return TensorImages(images, labels, ["a", "b", "c"])
+
+
+def base():
+    return models.create("resnet", CLASSES, seed=1, width=8).eval()
+
+
+def test_groups_hold_the_class_first_and_every_row_equally_often():
+    labels = torch.tensor([0] * 5 + [1] * 30 + [2] * 50)
+    sampler = GroupSampler(labels, Groups(rows=2, forget_images=3, retain_images=6), seed=4)
+    seen = torch.zeros(CLASSES)
+    for step in range(6):
+        rows = sampler.rows_of(step)
+        found = labels[sampler.batch(step)].unflatten(0, (2, 9))
+        for group, row in zip(found, rows, strict=True):
+            assert group[:3].eq(row).all()
+            assert group[3:].ne(row).all()
+            seen[row] += 1
+        assert torch.equal(sampler.batch(step), sampler.batch(step))
+    assert seen.tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="at least two classes"):
+        GroupSampler(torch.zeros(4, dtype=torch.int64), Groups(), 0)
+
+
+@pytest.mark.parametrize(("others", "distinct"), [(7, 7), (200, 10)])
+def test_other_images_of_a_group_repeat_only_where_there_are_too_few(others, distinct):
+    labels = torch.cat((torch.full((300,), 2), torch.zeros(others))).long()
+    sampler = GroupSampler(labels, Groups(rows=1, forget_images=2, retain_images=10), 0)
+    step = next(step for step in range(2) if sampler.rows_of(step) == [2])
+    chosen = sampler.batch(step)[2:]
+    assert len(chosen) == 10
+    assert len(chosen.unique()) == distinct
+    assert labels[chosen].eq(0).all()
+
+
+def test_expanded_groups_keep_images_and_rows_together():
+    labels = torch.tensor([2, 2, 0, 1, 0, 0, 2, 1])
+    batch = expand_groups(labels, Groups(rows=2, forget_images=2, retain_images=2))
+    assert batch.source.tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert batch.forget.tolist() == [2, 2, 0, 0, 2, 2, 0, 0]
+    assert batch.target.tolist() == labels[batch.source].tolist()
+    assert batch.forget_size == 4
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_the_loss_is_that_of_the_formula(soft):
+    torch.manual_seed(0)
+    rows = torch.tensor([0, 0, 1, 1, 0, 0, 0, 1, 1, 1])
+    batch = ExpandedBatch(rows, torch.arange(10), torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, 2, 0]), 4)
+    z, original = torch.randn(10, CLASSES).double(), torch.randn(10, CLASSES).double()
+    net = wrap(base(), CLASSES, "durable")
+    net.gate_mode.soft = soft
+    found = DurableObjective(lambda1=0.3, match=0.1)(z, batch, original, net).total
+    gap = z[torch.arange(10), rows] - torch.stack(
+        [torch.cat((z[i, :r], z[i, r + 1 :])).logsumexp(0) for i, r in enumerate(rows)]
+    )
+    torch.testing.assert_close(class_gap(z, rows), gap)
+    p, q = original[4:].softmax(1), z[4:].log_softmax(1)
+    truth = (1.0 if soft else 0.5) * (p * (p.log() - q)).sum(1).mean()
+    truth = truth + 0.3 * (1 + gap[:4].exp()).log().mean()
+    match = 0
+    for own, others in ((gap[:2], gap[4:7]), (gap[2:4], gap[7:])):
+        excess = (own.mean() - others.mean()) / others.std().clamp_min(0.5) - 0.5
+        match = match + 0.1 * excess.relu() / 2
+    torch.testing.assert_close(found, truth + match)
+
+
+def test_noise_is_that_of_seed_and_step():
+    net = wrap(base(), CLASSES, "durable")
+    batch = expand_groups(torch.tensor([1, 0, 2, 2]), Groups(2, 1, 1))
+    drawn = []
+    for seed, step in ((0, 4), (0, 4), (0, 5), (1, 4)):
+        with durable_step(net, batch, seed, step):
+            drawn.append(net.gate_mode.noise["bn1"])
+            assert net.gate_mode.soft == (step == 4)
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[3])
+
+
+@torch.no_grad()
+def test_statistics_are_those_of_the_baked_network_on_the_other_classes():
+    data, net = labelled(), wrap(base().double(), CLASSES, "durable")
+    for layer in net.masked_layers.values():
+        layer.alpha_hard += torch.randn_like(layer.alpha_hard)
+        layer.alpha_soft += torch.randn_like(layer.alpha_soft)
+    RowStatistics(net, data, data.labels, images=1000, seed=0).measure(last=True)
+    plain = net.bake(1)
+    images = data.images[data.labels != 1].double()
+    kept = {}
+    for name, module in plain.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(
+                lambda m, args, name=name: kept.update({name: args[0]})
+            )
+    plain(images)
+    for name, x in kept.items():
+        norm = plain.get_submodule(name)
+        alive = norm.weight != 0
+        torch.testing.assert_close(norm.running_mean[alive], x.mean((0, 2, 3))[alive])
+        var = x.var((0, 2, 3), unbiased=False)
+        torch.testing.assert_close(norm.running_var[alive], var[alive])
+
+
+def config(**changes):
+    small = {"batch_size": 36, "forget_images": 4, "retain_images": 8, "statistics_images": 40}
+    return wfnet.UntrainConfig.recipe("durable", CLASSES, **{"steps": 12, **small, **changes})
+
+
+def trained_base():
+    model = base().train()
+    data = labelled(120, seed=3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(data.images), data.labels).backward()
+        optimizer.step()
+    return model.eval()
+
+
+def accuracy(model, data, label):
+    with torch.no_grad():
+        right = model(data.images).argmax(1) == data.labels
+    own = data.labels == label
+    return right[own].float().mean(), right[~own].float().mean()
+
+
+def test_a_run_forgets_and_the_class_does_not_come_back_with_new_statistics():
+    net = wrap(trained_base(), CLASSES, "durable")
+    data = labelled(120)
+    result = wfnet.untrain(net, data, labelled(30, 1), config(steps=120, lr=0.3), progress=False)
+    assert result.best.acc_f < 0.2
+    assert result.best.acc_r > 0.9
+    plain = net.bake(1)
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.reset_running_stats()
+            module.momentum = None
+            module.train()
+    with torch.no_grad():
+        plain(data.images)
+    forgotten, retained = accuracy(plain.eval(), labelled(60, 2), 1)
+    assert forgotten < 0.2
+    assert retained > 0.9
+
+
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
+    data, whole = labelled(), wrap(trained_base(), CLASSES, "durable")
+    wfnet.untrain(whole, data, labelled(30, 1), config(), tmp_path / "whole", progress=False)
+    broken = wrap(trained_base(), CLASSES, "durable")
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(record):
+        if record["step"] >= 6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        wfnet.untrain(
+            broken, data, labelled(30, 1), config(), tmp_path / "b", progress=False, log=interrupt
+        )
+    again = wrap(trained_base(), CLASSES, "durable")
+    wfnet.untrain(
+        again, data, labelled(30, 1), config(), tmp_path / "b", resume=True, progress=False
+    )
+    finished = wrap(trained_base(), CLASSES, "durable")
+    wfnet.untrain(
+        finished, data, labelled(30, 1), config(), tmp_path / "b", resume=True, progress=False
+    )
+    for other in (again, finished):
+        for tables in ("named_filters", "named_statistics"):
+            for a, b in zip(
+                getattr(whole, tables)().values(), getattr(other, tables)().values(), strict=True
+            ):
+                assert torch.equal(a, b)
+
+
+def test_what_does_not_fit_together_is_refused():
+    data = labelled()
+    with pytest.raises(ValueError, match=r"trains durable gates, but the network has sigmoid"):
+        wfnet.untrain(wfnet.WFNet(base(), CLASSES), data, config=config(), progress=False)
+    balanced = wfnet.UntrainConfig.recipe("balanced", CLASSES, steps=1)
+    with pytest.raises(ValueError, match=r"trains sigmoid gates, but the network has durable"):
+        wfnet.untrain(wrap(base(), CLASSES, "durable"), data, config=balanced, progress=False)
+    with pytest.raises(ValueError, match=r"batch_size=40 must be a multiple of .* = 12"):
+        dataclasses.replace(config(), batch_size=40)
