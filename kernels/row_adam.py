@@ -111,8 +111,12 @@ def row_adam(
     Raises:
         ValueError: for matrices that are not contiguous.
     """
-    for name, matrix in (("alpha", alpha), ("grad", grad), ("exp_avg", exp_avg),
-                         ("exp_avg_sq", exp_avg_sq)):  # fmt: skip
+    for name, matrix in (
+        ("alpha", alpha),
+        ("grad", grad),
+        ("exp_avg", exp_avg),
+        ("exp_avg_sq", exp_avg_sq),
+    ):
         if not matrix.is_contiguous() or matrix.shape != alpha.shape:
             raise ValueError(
                 f"{name} {tuple(matrix.shape)} must be contiguous {tuple(alpha.shape)}"

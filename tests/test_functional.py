@@ -80,8 +80,9 @@ def test_conv2d_equals_the_reference(geometry, form, batch, bias):
         lambda backend: wf_conv2d(
             x, weight, b, aw, ab, forget, stride, padding, dilation, groups, 1.3, None, backend
         ),
-        x, (aw, ab),
-    )  # fmt: skip
+        x,
+        (aw, ab),
+    )
 
 
 def layouts(n, c, h, w):
@@ -112,8 +113,9 @@ def test_conv2d_takes_any_strides(layout, source, groups, channels_last_weight):
         lambda backend: wf_conv2d(
             x, weight, b, aw, ab, forget, 1, 1, 1, groups, source=src, backend=backend
         ),
-        x, (aw, ab),
-    )  # fmt: skip
+        x,
+        (aw, ab),
+    )
 
 
 def test_channels_last_stays_channels_last():
@@ -135,11 +137,10 @@ def test_linear_equals_the_reference(shape, form, bias, source):
     src = torch.randint(0, shape[0], (6,)) if source and shape[0] else None
     forget = labels_for(shape[0] if src is None else 6, form)
     compare(
-        lambda backend: wf_linear(
-            x, weight, b, aw, ab, forget, 0.9, source=src, backend=backend
-        ),
-        x, (aw, ab),
-    )  # fmt: skip
+        lambda backend: wf_linear(x, weight, b, aw, ab, forget, 0.9, source=src, backend=backend),
+        x,
+        (aw, ab),
+    )
 
 
 @pytest.mark.parametrize("strided", ["transposed", "expanded", "sliced"])
@@ -152,9 +153,7 @@ def test_linear_takes_any_strides(strided):
     }[strided].requires_grad_()
     weight, b, aw, ab = tensors(7, (6,), ())
     forget = labels_for(4, "matrix")
-    compare(
-        lambda backend: wf_linear(x, weight, b, aw, ab, forget, backend=backend), x, (aw, ab)
-    )  # fmt: skip
+    compare(lambda backend: wf_linear(x, weight, b, aw, ab, forget, backend=backend), x, (aw, ab))
 
 
 @pytest.mark.parametrize("form", ["vector", "matrix"])
@@ -309,11 +308,10 @@ def test_in_place_relu_right_after(source, linear):
     x = torch.randn((3, 5, 4) if linear else (3, 4, 6, 6), dtype=torch.float64, requires_grad=True)
     call, forget = wf_linear if linear else wf_conv2d, torch.tensor([0, 3, 3])
     compare(
-        lambda backend: F.relu_(
-            call(x, weight, b, aw, ab, forget, source=source, backend=backend)
-        ),
-        x, (aw, ab),
-    )  # fmt: skip
+        lambda backend: F.relu_(call(x, weight, b, aw, ab, forget, source=source, backend=backend)),
+        x,
+        (aw, ab),
+    )
 
 
 def test_weights_never_get_a_gradient():
@@ -436,7 +434,7 @@ def test_autocast_leaves_fp64_alone():
         ({"forget": torch.tensor([0, K])}, ValueError, f"label {K} is out of range"),
         ({"backend": "cuda12"}, ValueError, "unknown backend 'cuda12'; choose one of auto"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(change, error, says):
     weight, b, aw, ab = tensors(6, (4,), (3, 3), dtype=torch.float32)
     good = {

@@ -70,11 +70,9 @@ def wf_conv2d(
         RuntimeError: if the named backend cannot run the call, under ``torch.func`` transforms.
     """
     if x.dim() == 3:
-        x = x.unsqueeze(0)
-        return wf_conv2d(
-            x, weight, bias, alpha_weight, alpha_bias, forget, stride, padding, dilation, groups,
-            gate_scale, source, backend,
-        ).squeeze(0)  # fmt: skip
+        layer = weight, bias, alpha_weight, alpha_bias
+        options = stride, padding, dilation, groups, gate_scale, source, backend
+        return wf_conv2d(x.unsqueeze(0), *layer, forget, *options).squeeze(0)
     if x.dim() != 4:
         raise ValueError(f"x must be [N, C, H, W] or [C, H, W]; got {list(x.shape)}")
     if weight.dim() != 4:
@@ -85,27 +83,21 @@ def wf_conv2d(
             f"takes {weight.shape[1] * groups}"
         )
     x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
+    geometry = geometry.stride, geometry.padding, geometry.dilation, groups
     _check_frozen(weight, bias)
     selection = select(forget)
     if selection.rows is None:
-        return F.conv2d(
-            _gather(x, source), weight, bias, geometry.stride, geometry.padding,
-            geometry.dilation, groups,
-        )  # fmt: skip
+        return F.conv2d(_gather(x, source), weight, bias, *geometry)
     x, weight, bias = _autocast(x, weight, bias)
     _check_call(x, weight, bias, alpha_weight, alpha_bias)
     rows, source = _resolve_rows(selection, source, x, x.shape[0], alpha_weight.shape[0])
+    layer = weight, bias, alpha_weight, alpha_bias
     name = backends.resolve(backend)
     if name == "reference":
-        return reference.wf_conv2d(
-            x, weight, bias, alpha_weight, alpha_bias, rows, geometry.stride, geometry.padding,
-            geometry.dilation, groups, gate_scale, source,
-        )  # fmt: skip
-    _check_transforms(x, weight, bias, alpha_weight, alpha_bias)
-    return operators.conv2d(
-        x, weight, bias, alpha_weight, alpha_bias, rows, source, gate_scale, name,
-        _saves(alpha_weight), geometry.stride, geometry.padding, geometry.dilation, groups,
-    )[0]  # fmt: skip
+        return reference.wf_conv2d(x, *layer, rows, *geometry, gate_scale, source)
+    _check_transforms(x, *layer)
+    options = gate_scale, name, _saves(alpha_weight)
+    return operators.conv2d(x, *layer, rows, source, *options, *geometry)[0]
 
 
 def wf_linear(
@@ -148,25 +140,20 @@ def wf_linear(
         return F.linear(_gather(x, source), weight, bias)
     x, weight, bias = _autocast(x, weight, bias)
     _check_call(x, weight, bias, alpha_weight, alpha_bias)
+    layer = weight, bias, alpha_weight, alpha_bias
     if x.dim() == 1:
-        return wf_linear(
-            x.unsqueeze(0), weight, bias, alpha_weight, alpha_bias, selection, gate_scale, source,
-            backend,
-        ).squeeze(0)  # fmt: skip
+        options = gate_scale, source, backend
+        return wf_linear(x.unsqueeze(0), *layer, selection, *options).squeeze(0)
     images, windows = _images_and_windows(x, selection, source)
     rows, source = _resolve_rows(selection, source, x, images, alpha_weight.shape[0])
     tokens = x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
     name = backends.resolve(backend)
     if name == "reference":
-        y = reference.wf_linear(
-            tokens, weight, bias, alpha_weight, alpha_bias, rows, gate_scale, source
-        )
+        y = reference.wf_linear(tokens, *layer, rows, gate_scale, source)
     else:
-        _check_transforms(x, weight, bias, alpha_weight, alpha_bias)
-        y = operators.linear(
-            tokens, weight, bias, alpha_weight, alpha_bias, rows, source, gate_scale, name,
-            _saves(alpha_weight),
-        )[0]  # fmt: skip
+        _check_transforms(x, *layer)
+        options = gate_scale, name, _saves(alpha_weight)
+        y = operators.linear(tokens, *layer, rows, source, *options)[0]
     return y.reshape(rows.shape[0] * windows, *x.shape[1:-1], weight.shape[0])
 
 

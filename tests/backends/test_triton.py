@@ -189,6 +189,11 @@ def test_the_interpreter_refuses_bf16():
     x = torch.randn(1, 8, 4, 4, dtype=torch.bfloat16)
     with pytest.raises(RuntimeError, match="interpreter"):
         wf.wf_conv2d(
-            x, torch.randn(8, 8, 1, 1, dtype=torch.bfloat16), None, torch.zeros(3, 8), None, 1,
+            x,
+            torch.randn(8, 8, 1, 1, dtype=torch.bfloat16),
+            None,
+            torch.zeros(3, 8),
+            None,
+            1,
             backend="triton",
-        )  # fmt: skip
+        )

@@ -42,9 +42,16 @@ def test_projection_shortcut(make_layer, check_gradient, check):
     other = make_layer(tuple(dout.shape))
     shortcut = LayerBelow(other.scale, branch=other.branch, t1=other.t1, t0=other.t0)
     below = LayerBelow(
-        layer.scale, layer.shift, layer.branch, layer.mask, True, layer.t1, layer.t0,
-        need_grad=True, shortcut=shortcut,
-    )  # fmt: skip
+        layer.scale,
+        layer.shift,
+        layer.branch,
+        layer.mask,
+        True,
+        layer.t1,
+        layer.t0,
+        need_grad=True,
+        shortcut=shortcut,
+    )
     found = epilogue_bwd(dout, below)
     check_gradient(found, dout.double(), below)
     g = dout.double() * (layer.mask > 0)
