@@ -22,6 +22,8 @@ from wfnet.backends.contract import (
     Epilogue,
     LayerBelow,
     LayerGradient,
+    as_pixels,
+    as_tokens,
 )
 from wfnet.backends.triton import TritonBackend
 
@@ -87,7 +89,7 @@ class CudaBackend(TritonBackend):
         refusal = self.refuse_linear(x, weight)
         if refusal is not None:
             return f"refused: {refusal}"
-        return self.explain_conv2d(_as_pixels(x), _as_filter(weight), _POINTWISE, batch)
+        return self.explain_conv2d(as_pixels(x), _as_filter(weight), _POINTWISE, batch)
 
     def conv2d(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
@@ -118,12 +120,12 @@ class CudaBackend(TritonBackend):
         return LayerGradient(found.grad if below.need_grad else None, found.scaled_grad, scaled)
 
     def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
-        pixels, filters = _as_pixels(x), _as_filter(weight)
+        pixels, filters = as_pixels(x), _as_filter(weight)
         expands = epilogue.source is not None
         if _refuse_hopper(False, tuple(pixels.shape), filters, _POINTWISE, expands) is not None:
             return super().linear(x, weight, epilogue)
         out, branch, _ = cuda_launch.conv2d(pixels, filters, _POINTWISE, epilogue)
-        return Activation(_as_tokens(out), None if branch is None else _as_tokens(branch))
+        return Activation(as_tokens(out), as_tokens(branch))
 
     def linear_backward(
         self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
@@ -133,9 +135,9 @@ class CudaBackend(TritonBackend):
         filters = _as_filter(weight)
         if _refuse_hopper(True, shape, filters, _POINTWISE) is not None:
             return super().linear_backward(dout, layer, weight, input_shape)
-        pixels = replace(layer, branch=None if layer.branch is None else _as_pixels(layer.branch))
-        dx = self.conv2d_backward(_as_pixels(dout), pixels, filters, shape, _POINTWISE)
-        return None if dx is None else _as_tokens(dx)
+        pixels = replace(layer, branch=as_pixels(layer.branch))
+        dx = self.conv2d_backward(as_pixels(dout), pixels, filters, shape, _POINTWISE)
+        return as_tokens(dx)
 
 
 def _refuse_hopper(
@@ -149,16 +151,6 @@ def _refuse_hopper(
     if expands:
         return "label expansion"
     return cuda_launch.refuse(backward, input_shape, tuple(weight.shape), geometry)
-
-
-def _as_pixels(tokens: Tensor) -> Tensor:
-    """``[B, T, C]`` as ``[B, C, T, 1]``, channels-last in memory."""
-    return tokens.unsqueeze(2).permute(0, 3, 1, 2)
-
-
-def _as_tokens(pixels: Tensor) -> Tensor:
-    """``[B, C, T, 1]`` as ``[B, T, C]``."""
-    return pixels.permute(0, 2, 3, 1).squeeze(2)
 
 
 def _as_filter(weight: Tensor) -> Tensor:

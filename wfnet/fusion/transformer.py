@@ -374,9 +374,6 @@ class _Recorded(Samples):
         scale, shift = self.tables.scales[index], None
         if self.layers[index].bias is not None:
             shift = self.tables.shifts[index]
-            # Kernels read both with one stride, which tables of the eager backend do not share.
-            if backend.keeps_scaled_branch and shift.stride() != scale.stride():
-                scale, shift = scale.contiguous(), shift.contiguous()
         weight = self.weight(index, tokens.dtype)
         found = backend.linear(tokens, weight, Epilogue(scale, shift, source=source, save=save))
         return found.out, found.branch
