@@ -74,3 +74,50 @@ def test_selection_adapts_foreign_sets():
     assert classes_of(Subset(Foreign(2, targets=[0, 1], classes=["x", "y"]), [0])) == ["x", "y"]
     with pytest.raises(ValueError, match="label 1 but only 1 class names"):
         Selection(Foreign(2, targets=[0, 1], classes=["x"]))
+
+
+class Letters(torch.utils.data.Dataset):
+    """As torchvision's EMNIST letters: labels from 1 on, a name for the missing 0."""
+
+    classes = ("N/A", "a", "b", "c")
+
+    def __init__(self, target_transform=None):
+        self.targets = torch.tensor([1, 3, 2, 1])
+        self.target_transform = target_transform
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        label = int(self.targets[index])
+        if self.target_transform is not None:
+            label = self.target_transform(label)
+        return torch.zeros(1, 2, 2), label
+
+
+@pytest.mark.parametrize(
+    ("transform", "labels", "names"),
+    [
+        (None, [1, 3, 2, 1], ["N/A", "a", "b", "c"]),
+        (lambda label: label - 1, [0, 2, 1, 0], ["a", "b", "c"]),
+        ({1: 2, 2: 0, 3: 1}.__getitem__, [2, 1, 0, 2], ["b", "c", "a"]),
+        (lambda label: int(label == 1), [1, 0, 0, 1], ["0", "a"]),  # three names of one class
+        (lambda label: torch.tensor(label % 3), [1, 0, 2, 1], ["0", "a", "b"]),
+    ],
+    ids=["none", "shifted", "permuted", "merged", "tensors"],
+)
+def test_labels_and_names_go_through_the_target_transform(transform, labels, names):
+    dataset = Letters(transform)
+    assert labels_of(dataset).tolist() == labels
+    assert [int(dataset[i][1]) for i in range(4)] == labels
+    assert classes_of(dataset) == names
+    part = select(dataset, torch.tensor([1, 2]))
+    assert part.labels.tolist() == labels[1:3]
+    assert classes_of(part) == names
+    subset = torch.utils.data.Subset(dataset, [3, 1])
+    assert (labels_of(subset).tolist(), classes_of(subset)) == ([labels[3], labels[1]], names)
+
+
+def test_a_target_transform_must_give_integers():
+    with pytest.raises(ValueError, match=r"target_transform of Letters makes .* of label 1"):
+        labels_of(Letters(lambda label: [0, 1, 0]))

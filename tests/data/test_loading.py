@@ -249,3 +249,20 @@ class Dies:
 def test_a_dead_worker_is_reported():
     with pytest.raises(RuntimeError, match="a data worker died"):
         list(batches(Dies(), [[0], [1]], workers=1))
+
+
+def test_labels_of_items_must_be_those_that_are_known():
+    class Two(torch.utils.data.Dataset):
+        labels = torch.tensor([0, 1, 2])
+
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return torch.zeros(1, 2, 2), (0, 1, 1)[index]
+
+    assert len(list(batches(Two(), [torch.tensor([0, 1])]))) == 1
+    with pytest.raises(
+        ValueError, match=r"Two\[2\] comes with label 1, but the labels of Two say 2"
+    ):
+        list(batches(Two(), [torch.tensor([2])]))

@@ -48,8 +48,8 @@ def labels_of(dataset: Any) -> Tensor:
     """Labels [N] int64 of any torchvision-like data set, without reading one image.
 
     Looks for `.labels`, `.targets` and `.samples` (pairs of path and label), follows `Subset` and
-    `ConcatDataset`, `TensorDataset` and timm's `.reader`. Raises ValueError if none of them is one
-    integer per image.
+    `ConcatDataset`, `TensorDataset` and timm's `.reader`. A `target_transform` is applied, as it is
+    to the items. Raises ValueError if none of them is one integer per image.
     """
     if isinstance(dataset, torch.utils.data.Subset):
         return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
@@ -66,7 +66,7 @@ def labels_of(dataset: Any) -> Tensor:
     for candidate in candidates:
         labels = _as_labels(candidate)
         if labels is not None and len(labels) == len(dataset):
-            return labels
+            return _transformed(labels, dataset)
     raise ValueError(
         f"{type(dataset).__name__} has no usable labels: give it an attribute `labels` or "
         "`targets` with one integer per image"
@@ -86,8 +86,31 @@ def _as_labels(candidate: Any) -> Tensor | None:
     return labels.to(device="cpu", dtype=torch.int64)
 
 
+def _transformed(labels: Tensor, dataset: Any) -> Tensor:
+    """The labels that items have: `labels` [N] through the data set's `target_transform`."""
+    if getattr(dataset, "target_transform", None) is None or not len(labels):
+        return labels
+    values, position = labels.unique(return_inverse=True)
+    return torch.tensor([_transformed_label(int(v), dataset) for v in values])[position]
+
+
+def _transformed_label(label: int, dataset: Any) -> int:
+    found = dataset.target_transform(label)
+    try:
+        return int(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the target_transform of {type(dataset).__name__} makes {found!r} of label {label}; "
+            "labels must be integers"
+        ) from error
+
+
 def classes_of(dataset: Any) -> list[str]:
-    """Class names: `.classes` if the data set has them, else its label numbers as text."""
+    """Class names: `.classes` if the data set has them, else its label numbers as text.
+
+    Names follow their labels through a `target_transform`; a class of several names, or of none,
+    is called by its number.
+    """
     classes = getattr(dataset, "classes", None)
     if classes is None and isinstance(dataset, torch.utils.data.Subset):
         return classes_of(dataset.dataset)
@@ -95,11 +118,25 @@ def classes_of(dataset: Any) -> list[str]:
     count = int(labels.max()) + 1 if len(labels) else 0
     if classes is None:
         return [str(label) for label in range(count)]
+    if getattr(dataset, "target_transform", None) is not None and hasattr(dataset, "classes"):
+        return _transformed_names([str(name) for name in classes], count, dataset)
     if len(classes) < count:
         raise ValueError(
             f"{type(dataset).__name__} has label {count - 1} but only {len(classes)} class names"
         )
     return [str(name) for name in classes]
+
+
+def _transformed_names(classes: list[str], count: int, dataset: Any) -> list[str]:
+    names: dict[int, list[str]] = {}
+    for label, name in enumerate(classes):
+        try:
+            names.setdefault(_transformed_label(label, dataset), []).append(name)
+        except (LookupError, ValueError):  # a label that does not occur need not be transformed
+            continue
+    last = max((label for label in names if label >= 0), default=-1)
+    found = [names.get(label, []) for label in range(max(count, last + 1))]
+    return [own[0] if len(own) == 1 else str(label) for label, own in enumerate(found)]
 
 
 def check_labels(labels: Tensor, classes: Sequence[str]) -> None:

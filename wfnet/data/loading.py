@@ -245,6 +245,10 @@ class _Reader(torch.utils.data.Dataset):
         self.floats = floats  # no bytes: they would reach the network unscaled
         self.seed = seed
         self.replace_corrupt = replace_corrupt
+        try:
+            self.labels = labels_of(dataset)
+        except ValueError:  # only the items have labels
+            self.labels = None
 
     def __getitem__(
         self, request: tuple[int, list[int]]
@@ -264,7 +268,7 @@ class _Reader(torch.utils.data.Dataset):
                     if item is not None:
                         self._check(candidate, item[0], images)
                         images.append(item[0])
-                        labels.append(item[1])
+                        labels.append(self._label(candidate, item[1]))
                         found.append(candidate)
                         break
                 else:
@@ -296,6 +300,16 @@ class _Reader(torch.utils.data.Dataset):
         else:
             return image_and_label(item, name_of(self.dataset, index))
         return None
+
+    def _label(self, index: int, label: Any) -> int:
+        """The label of an item, which must be the one that is known without reading it."""
+        if self.labels is not None and int(label) != self.labels[index]:
+            raise ValueError(
+                f"{name_of(self.dataset, index)} comes with label {int(label)}, but the labels of "
+                f"{type(self.dataset).__name__} say {int(self.labels[index])}: give the data set "
+                "an attribute `labels` with the labels that its items have"
+            )
+        return int(label)
 
     def _check(self, index: int, image: Any, images: list[Tensor]) -> None:
         if not isinstance(image, Tensor):
