@@ -109,3 +109,23 @@ def test_default_targets_leave_head_and_stem_of_transformers_alone():
     assert "classifier.1" not in squeeze
     vit = choose_targets(tm("vit_tiny_patch16_224", img_size=32, depth=1))
     assert vit == ["blocks.0.attn.qkv"]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.SyncBatchNorm(4, track_running_stats=False),
+        type("Own", (nn.BatchNorm2d,), {})(4, affine=False, track_running_stats=False),
+    ],
+    ids=["plain", "synchronised", "subclass"],
+)
+def test_layers_that_mix_the_samples_of_a_batch_are_refused_by_name(layer):
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), layer, nn.Flatten(), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=r"layer '1' \(\w+\) keeps no running statistics"):
+        WFNet(model, 3)
+
+
+def test_layers_that_normalise_each_sample_are_taken():
+    layers = nn.InstanceNorm2d(4), nn.GroupNorm(2, 4), nn.BatchNorm2d(4)
+    WFNet(nn.Sequential(nn.Conv2d(1, 4, 3), *layers, nn.Flatten(), nn.Linear(4, 3)), 3)

@@ -16,7 +16,7 @@ from wfnet import export, fusion, pretrained
 from wfnet.bypass import WeightWatch
 from wfnet.durable_layers import DurableLayer, GateMode, durable_type
 from wfnet.gates import gather_samples
-from wfnet.head import check_head
+from wfnet.head import check_head, first_output
 from wfnet.labels import (
     DeferredLabelCheck,
     ForgetLabels,
@@ -28,7 +28,7 @@ from wfnet.labels import (
     select,
 )
 from wfnet.layers import MaskedLayer, masked_type
-from wfnet.targets import Targets, choose_targets
+from wfnet.targets import Targets, check_samples_are_independent, choose_targets
 
 logger = logging.getLogger("wfnet")
 
@@ -93,6 +93,7 @@ class WFNet(nn.Module):
             raise ValueError("model is a WFNet already; pass the original classifier")
         _check_weights(model)
         check_head(model, num_classes, head)
+        check_samples_are_independent(model)
         self.num_classes = num_classes = int(num_classes)
         if gate not in GATES:
             raise ValueError(f"gate={gate!r} is none of {', '.join(GATES)}")
@@ -156,7 +157,8 @@ class WFNet(nn.Module):
                 for batches in which an image occurs under several labels.
 
         Returns:
-            ``[B, num_classes]``.
+            ``[B, num_classes]``; of a model that returns more, its logits
+            (:func:`wfnet.head.first_output`).
 
         Raises:
             TypeError, ValueError: for labels that do not fit. Labels on a device are checked
@@ -173,7 +175,7 @@ class WFNet(nn.Module):
             if isinstance(forget, int):
                 check_range(forget, forget, self.num_classes)
             with forgetting(selection):
-                return self.model(_expand(images, source))
+                return first_output(self.model(_expand(images, source)))
         self._image_shape = tuple(images.shape[1:])
         if source is not None:
             check_source(source, images.shape[0])
@@ -192,7 +194,7 @@ class WFNet(nn.Module):
         checkpoints = labels_in_checkpoints() if torch.is_grad_enabled() else nullcontext()
         first = nullcontext() if self._all_called else self._watching_calls()
         with forgetting(selection), checkpoints, first:
-            return self.model(_expand(images, source))
+            return first_output(self.model(_expand(images, source)))
 
     def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
         """Returns the fused network, made and checked with two of ``images`` on first use.

@@ -24,6 +24,23 @@ _BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|out_proj|fc1|fc2")
 _NOT_BY_DEFAULT = {"patch_embed", "conv_proj", "pre_logits"}
 
 
+def check_samples_are_independent(model: nn.Module) -> None:
+    """Raises ValueError for a model in which a sample's logits depend on the rest of its batch.
+
+    BatchNorm without running statistics normalises by its batch in evaluation mode too: the logits
+    of a sample would depend on the forget labels of the others.
+    """
+    for name, module in model.named_modules():
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if batch_norm and (module.running_mean is None or module.running_var is None):
+            raise ValueError(
+                f"layer {name!r} ({type(module).__name__}) keeps no running statistics, so a "
+                "sample's logits would depend on the forget labels of the others in its batch: "
+                "train the classifier with track_running_stats=True, or replace the layer by "
+                "GroupNorm or InstanceNorm"
+            )
+
+
 def choose_targets(
     model: nn.Module,
     targets: Targets = None,

@@ -1,17 +1,21 @@
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+import wfnet
 from wfnet.data import TensorImages
 from wfnet.evaluation.attribution import attribution
 from wfnet.evaluation.confusion import confusion_change
 from wfnet.evaluation.groups import evaluate_groups
 from wfnet.evaluation.multilabel_rows import evaluate_multi_label
 from wfnet.evaluation.pair_engine import Measure, PairEngine
+from wfnet.evaluation.plain_models import evaluate_models
+from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.evaluation.rows import evaluate
 from wfnet.services.progress import Progress
 
@@ -219,3 +223,39 @@ def test_images_are_read_once(make_net, dataset, monkeypatch):
     monkeypatch.setattr(TensorImages, "batch", spy)
     evaluate(make_net(), dataset, batch_size=5, progress=False)
     assert read == list(range(len(dataset)))
+
+
+class Returning(nn.Module):
+    """A classifier whose outputs are wrapped."""
+
+    def __init__(self, model, wrap):
+        super().__init__()
+        self.inner, self.wrap = model, wrap
+
+    def forward(self, images):
+        return self.wrap(self.inner(images))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: (y, y.mean()),
+        lambda y: [y],
+        lambda y: {"aux": y * 0, "logits": y},
+        lambda y: SimpleNamespace(logits=y),
+    ],
+    ids=["tuple", "list", "dict", "attribute"],
+)
+def test_networks_that_return_more_than_logits(make_model, dataset, wrap):
+    plain = wfnet.WFNet(make_model(), K)
+    net = wfnet.WFNet(Returning(make_model(), wrap), K)
+    assert evaluate(net, dataset, progress=False).records == (
+        evaluate(plain, dataset, progress=False).records
+    )
+    found = evaluate_models(net.bake, net.bake(None), dataset, progress=False)
+    assert found.records == (
+        evaluate_models(plain.bake, plain.bake(None), dataset, progress=False).records
+    )
+    config = RelearnConfig(samples=8, batch_size=4, max_epochs=1)
+    relearned = relearn_times(net, dataset, dataset, classes=[1], config=config, progress=False)
+    assert relearned.records[0].accuracy

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wfnet.baselines.method import BaselineConfig, Method, Task
 from wfnet.data import batches, corrupt_counter
+from wfnet.head import first_output
 from wfnet.services.seeds import generator_for
 
 
@@ -68,7 +69,7 @@ class FineTuned(Method):
                 start=epoch * len(order),
                 replace_corrupt=True,
             ):
-                logits = model(batch.images.to(device))
+                logits = first_output(model(batch.images.to(device)))
                 own = (batch.labels == task.label).to(device)
                 right += int((logits.detach().argmax(1) == task.label)[own].sum())
                 seen += int(own.sum())

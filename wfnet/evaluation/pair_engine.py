@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from wfnet.data import Batch, CorruptImages, Dataset, batches, corrupt_counter, labels_of
 from wfnet.evaluation.forward import Forward, broken_logits, evaluation_mode
+from wfnet.head import first_output
 from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.progress import Progress
@@ -199,7 +200,7 @@ class PairEngine:
         images = self.forward.images(batch.images)
         with self.forward.autocast():
             original = self.net(images, forget=None) if measure.needs_original else None
-            beside = tuple(model(images) for model in self.beside.values())
+            beside = tuple(first_output(model(images)) for model in self.beside.values())
         plain = {"the original network": original, **dict(zip(self.beside, beside, strict=True))}
         plain = {name: logits for name, logits in plain.items() if logits is not None}
         for name, logits in plain.items():

@@ -19,6 +19,7 @@ from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pairs import Hits, accuracies, check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
+from wfnet.head import first_output
 from wfnet.services.files import fingerprint
 from wfnet.services.progress import Progress
 from wfnet.version import __version__
@@ -80,7 +81,7 @@ def evaluate_models(
         chunks = torch.arange(len(labels)).split(batch_size)
         with evaluation_mode(model), torch.no_grad(), forward.autocast():
             for batch in batches(dataset, chunks, workers, corrupt):
-                logits = model(forward.images(batch.images))
+                logits = first_output(model(forward.images(batch.images)))
                 if bool(broken_logits(logits)):
                     raise FloatingPointError(
                         f"logits are NaN or infinite for images {int(batch.indices[0])} to "

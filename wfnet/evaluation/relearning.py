@@ -29,6 +29,7 @@ from wfnet.evaluation import metrics
 from wfnet.evaluation.forward import evaluation_mode
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.head import first_output
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.progress import Progress
@@ -292,7 +293,7 @@ def relearn(
                 replace_corrupt=True,
             )
             for batch in stream:
-                logits = model(batch.images.to(device))
+                logits = first_output(model(batch.images.to(device)))
                 loss = F.cross_entropy(logits, batch.labels.to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -328,7 +329,7 @@ def _accuracy(model: nn.Module, images: Tensor, label: int) -> float:
     device = next(model.parameters()).device
     with evaluation_mode(model):
         hits = sum(
-            int((model(part.to(device)).argmax(1) == label).sum())
+            int((first_output(model(part.to(device))).argmax(1) == label).sum())
             for part in images.split(_EVALUATED_TOGETHER)
         )
     return hits / len(images)

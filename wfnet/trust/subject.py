@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wfnet.data import Dataset, batches, labels_of, multi_hot_of
 from wfnet.evaluation.forward import evaluation_mode
+from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.settings import setting
 
@@ -209,7 +210,8 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = BATCH) -> Tensor
     parts = []
     with evaluation_mode(model), torch.inference_mode():
         for part in images.split(batch_size):
-            parts.append(model(part.to(weight.device, weight.dtype)).double().cpu())
+            logits = first_output(model(part.to(weight.device, weight.dtype)))
+            parts.append(logits.double().cpu())
     logits = torch.cat(parts).clone()
     if logits.isnan().any():
         raise FloatingPointError("the model gives NaN on the images of the check")
