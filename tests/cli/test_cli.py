@@ -170,7 +170,7 @@ def test_a_full_disk(finished, monkeypatch, fails):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("wfnet.evaluation.EvaluationResult.to_json", full)
-    fails(["evaluate", finished, "-j", "0"], "the disk is full", "is intact")
+    fails(["evaluate", finished, "-j", "0"], "the disk is full", "no file was left half written")
 
 
 NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")

@@ -143,17 +143,6 @@ def test_without_hard_links(tmp_path, monkeypatch):
     assert_holds(store, 15)
 
 
-def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    store = Checkpoints(tmp_path)
-    save(store, 5)
-    (tmp_path / f".{CHECKPOINT_NAME}.abc").write_bytes(b"half")
-    (tmp_path / ".other.abc").write_bytes(b"of somebody else")
-    store.clear_leftovers()
-    assert names(tmp_path) == [".other.abc", CHECKPOINT_NAME]
-    store.remove()
-    assert names(tmp_path) == [".other.abc"]
-
-
 def full_disk(monkeypatch, room):
     """Writing raises ENOSPC unless ``room()``."""
     write = checkpoints.write_tensors
@@ -181,6 +170,9 @@ def test_a_full_disk_is_survived_a_few_times(tmp_path, monkeypatch, caplog):
         assert error.value.errno == errno.ENOSPC
         with pytest.raises(OSError, match="step 30"):
             save(Checkpoints(tmp_path), 30, must=True)
+        with pytest.raises(OSError, match="then start again") as error:
+            save(Checkpoints(tmp_path / "nothing yet"), 5, must=True)
+        assert "intact" not in error.value.strerror
     assert_holds(store, 5)
     assert save(store, 35) == [True]  # the count starts anew
     assert store.failed == 0

@@ -1,10 +1,15 @@
 """Runs that are cut off, resumed, changed, or in the way of others."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 
 from wfnet import WFNet, untrain
 from wfnet.services.files import write_tensors
+from wfnet.services.locks import folder_lock
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 
 CLASSES = 4
@@ -95,3 +100,22 @@ def test_the_base_is_hashed_once_a_run(go, runs, tmp_path, monkeypatch):
     )
     go(tmp_path, checkpoint_every=1)
     assert len(hashed) == 1
+
+
+def test_a_folder_that_another_process_writes_is_refused(go, runs, tmp_path):
+    def hold():
+        with folder_lock(tmp_path):
+            (tmp_path / "held").touch()
+            time.sleep(60)
+
+    child = runs.forked(hold)
+    try:
+        assert runs.wait_until((tmp_path / "held").exists, child) is None
+        with pytest.raises(FileExistsError, match=rf"being written by process {child} on "):
+            go(tmp_path)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        runs.ended(child)
+    (tmp_path / ".history.json.half.wfnet-tmp").write_text("left behind")
+    assert go(tmp_path)[1].steps == 20  # the lock ended with its process
+    assert not [path.name for path in tmp_path.iterdir() if path.name.startswith(".")]

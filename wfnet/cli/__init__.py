@@ -91,7 +91,7 @@ def _sentence(error: Exception) -> str | None:
         )
     text = str(error)
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error}): free some space; what was saved before is intact"
+        return f"the disk is full ({error}): free some space; no file was left half written"
     if isinstance(error, OSError):
         return text
     expected = ValueError, TypeError, RuntimeError, ImportError, IndexError, ArithmeticError

@@ -41,6 +41,7 @@ from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
 from wfnet.report.page import REPORT, write_report
 from wfnet.services import settings
 from wfnet.services.files import write_tensors
+from wfnet.services.locks import folder_lock
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.untraining import UntrainConfig, untrain
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
@@ -111,6 +112,12 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads or _idle_cores())
     if not options.debug:
         logger.setLevel(logging.WARNING)  # the demo tells its own story
+    with folder_lock(options.output):
+        _run(options)
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
     demo = _Demo(options)
     print(
@@ -126,7 +133,6 @@ def run(options: argparse.Namespace) -> int:
     demo.draw(net, result, data)
     _say(f"done in {time.perf_counter() - started:.0f} s\n")
     print(demo.closing(data))
-    return 0
 
 
 def _idle_cores() -> int:

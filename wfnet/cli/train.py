@@ -24,6 +24,7 @@ from wfnet.cli.runs import RUN_FILE, check_writable, read_run, write_run
 from wfnet.data import labels_of
 from wfnet.services import settings
 from wfnet.services.files import write_tensors
+from wfnet.services.locks import folder_lock
 from wfnet.training import SMALL_MODEL_SETTINGS, TrainingSettings, accuracy, fit_classifier
 
 logger = logging.getLogger("wfnet")
@@ -92,9 +93,15 @@ def run(options: argparse.Namespace) -> int:
     if options.pretrained or options.checkpoint:
         raise ValueError("training starts from new weights: leave out --pretrained, --checkpoint")
     folder = Path(options.output)
+    check_writable(folder)
+    with folder_lock(folder):
+        _train(options, folder)
+    return 0
+
+
+def _train(options: argparse.Namespace, folder: Path) -> None:
     device = choose_device(options.device)
     num_classes = count_classes(options)
-    check_writable(folder)
     found = [name for name in (BASE_NAME, RUN_FILE) if (folder / name).exists()]
     if found and not options.force:
         raise FileExistsError(
@@ -132,7 +139,6 @@ def run(options: argparse.Namespace) -> int:
         f"done        {len(history.loss)} epochs in {history.seconds:,.1f} s; correct: {text}\n\n"
         f"next:\n  wfnet untrain ... --checkpoint {folder / BASE_NAME}"
     )
-    return 0
 
 
 def default_training(model: str) -> dict[str, Any]:

@@ -49,6 +49,7 @@ from wfnet.data import (
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.extras import require
+from wfnet.services.locks import folder_lock
 from wfnet.services.ranks import Ranks, joined, local_device
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
@@ -242,17 +243,22 @@ def run(options: argparse.Namespace) -> int:
         if not ranks.first:
             nowhere = inside.enter_context(open(os.devnull, "w"))
             inside.enter_context(contextlib.redirect_stdout(nowhere))
-        _run(options, ranks, wandb)
+        _run(options, ranks, wandb, inside)
     return 0
 
 
-def _run(options: argparse.Namespace, ranks: Ranks, wandb: ModuleType | None) -> None:
+def _run(
+    options: argparse.Namespace,
+    ranks: Ranks,
+    wandb: ModuleType | None,
+    inside: contextlib.ExitStack,
+) -> None:
     folder = run_folder(options)
     device = local_device(choose_device(options.device))
     num_classes = count_classes(options)
     config = make_config(options, num_classes)
     if not options.dry_run:
-        ranks.first_does(lambda: _check_folder(folder, options))
+        ranks.first_does(lambda: _take_folder(folder, options, inside))
     classifier = make_classifier(options, num_classes, data_name(options))
     with ranks.first_ahead():
         resumed = None if options.resume is None else folder
@@ -346,8 +352,10 @@ def summary(result: UntrainResult) -> dict[str, Any]:
     }
 
 
-def _check_folder(folder: Path, options: argparse.Namespace) -> None:
+def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.ExitStack) -> None:
+    """Locks the folder of the run, and removes a run that is to be replaced."""
     check_writable(folder)
+    inside.enter_context(folder_lock(folder))
     if options.resume is not None:
         return
     found = [name for name in RUN_FILES if (folder / name).exists()]

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+_TEMPORARY = ".wfnet-tmp"
+
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Calls ``write`` with a temporary path beside ``path`` and moves the result into place.
@@ -23,7 +25,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
     os.close(handle)
     temporary = Path(temporary)
     try:
@@ -38,6 +40,17 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
         raise
+
+
+def clear_temporary_files(folder: str | os.PathLike) -> None:
+    """Removes what :func:`write_atomically` has left in a folder where its process was killed.
+
+    For who holds the folder (:func:`wfnet.services.locks.folder_lock`): files that another process
+    is writing look the same.
+    """
+    for path in Path(folder).glob(f".*{_TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def write_json(path: str | os.PathLike, content: object) -> None:

@@ -88,18 +88,19 @@ class Checkpoints:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             self.failed += 1
+            intact = "; the one before is intact" if self.newest.is_file() else ""
             if must or self.failed > _FAILED_SAVES:
                 raise OSError(
                     error.errno,
                     f"{os.strerror(error.errno)}: the checkpoint of step {state['step']} could "
-                    f"not be written ({self.failed} in a row); free some space and resume, the "
-                    f"one before is intact",
+                    f"not be written ({self.failed} in a row); free some space, then start again"
+                    f"{' with resume' if intact else ''}{intact}",
                     str(self.newest),
                 ) from error
             logger.warning(
                 f"the checkpoint of step {state['step']} could not be written ({error.strerror}; "
                 f"{self.failed} of at most {_FAILED_SAVES} in a row): free some space in "
-                f"{self.folder}; the one before is intact"
+                f"{self.folder}{intact}"
             )
             return False
         self.failed = 0
@@ -172,15 +173,9 @@ class Checkpoints:
             return tensors, state, path
         raise first
 
-    def clear_leftovers(self) -> None:
-        """Removes what a killed save left behind: temporary files beside the checkpoints."""
-        if self.folder.is_dir():
-            self._remove(self.folder.glob(f".{CHECKPOINT_NAME}.*"))
-
     def remove(self) -> None:
         """Removes all checkpoints, before a new run takes their place."""
         self._remove([self.newest, *self.older()])
-        self.clear_leftovers()
 
     def _remove(self, paths: Any) -> None:
         for path in paths:

@@ -26,6 +26,8 @@ from wfnet.data import CorruptImages, Dataset, corrupt_limit
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.gate_tables import flat_matrix, flatten_filters
 from wfnet.network import WFNet
+from wfnet.services.files import clear_temporary_files
+from wfnet.services.locks import folder_lock
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.checkpoints import Checkpoints
@@ -135,7 +137,8 @@ def untrain(
     Raises:
         ValueError: before work starts, for data that do not fit the network; for a resumed run
             with other settings, data or base network; for a damaged checkpoint.
-        FileExistsError: if ``output`` holds an unfinished run and ``resume`` is False.
+        FileExistsError: if ``output`` holds an unfinished run and ``resume`` is False, or another
+            process is writing there.
         FloatingPointError: if the loss is NaN or infinite; the last good filters are on ``net``
             and saved.
         Stopped: with ``output``, after SIGTERM or SIGINT: a checkpoint of the last whole step is
@@ -146,13 +149,27 @@ def untrain(
     if config is None:
         config = UntrainConfig.recipe("balanced", net.num_classes)
     run = _Untraining(net, train, validation, config, output, objective)
+    with contextlib.ExitStack() as inside:
+        if output is not None:
+            run.ranks.first_does(lambda: inside.enter_context(folder_lock(output)))
+        return _untrain(run, resume, progress, log, log_interval)
+
+
+def _untrain(
+    run: _Untraining,
+    resume: bool,
+    progress: bool,
+    log: Callable[[Record], None] | None,
+    log_interval: float,
+) -> UntrainResult:
+    """Restores the run where that is asked for, and goes through it."""
     if run.store is not None and run.ranks.first_does(run.store.checkpoints.exist):
         if resume:
             run.restore()
         else:
             run.store.refuse_to_overwrite(run.ranks)
-    elif resume and output is not None:
-        logger.warning(f"{output} holds no checkpoint: the run starts from the beginning")
+    elif resume and run.output is not None:
+        logger.warning(f"{run.output} holds no checkpoint: the run starts from the beginning")
     first = run.ranks.first
     bar = Progress(
         run.steps,
@@ -304,7 +321,7 @@ class _Untraining:
         try:
             if not self.state.finished:
                 if self.store is not None and self.ranks.first:
-                    self.store.checkpoints.clear_leftovers()
+                    clear_temporary_files(self.output)
                 with self.signals, flatten_filters(self.params):
                     self.work = self._make_step()
                     self._go_through_steps()
