@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wfnet.backends.eager import sample_moments
 from wfnet.gates import distinct_labels
 from wfnet.labels import active_selection, check_range
 from wfnet.layers import MaskedLayer
@@ -52,6 +53,16 @@ class GateMode:
     noise: dict[str, Tensor] | None = None
     soft: bool = True
     moments: Callable[[str, Tensor, Tensor], None] | None = None
+
+    @contextmanager
+    def by_rows(self) -> Iterator[None]:
+        """Tables of the rows inside, as outside of untraining."""
+        before = dict(self.__dict__)
+        self.__dict__.update(vars(GateMode()))
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
 
     @contextmanager
     def grouped(
@@ -364,7 +375,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, gate, gamma, beta, groups, eps):
         wide = torch.promote_types(x.dtype, torch.float32)
-        var_b, mean_b = torch.var_mean(x.to(wide), (2, 3), correction=0)  # [B, O]
+        mean_b, var_b = sample_moments(x)  # [B, O]
         share = F.one_hot(groups, len(gate)).to(wide)  # [B, G]
         share = share / share.sum(0)
         mean = share.T @ mean_b  # [G, O]

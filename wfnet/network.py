@@ -202,7 +202,7 @@ class WFNet(nn.Module):
         It is made anew where modules, hooks, modes or settings have changed since. None where it
         cannot be made, and without ``fuse``.
         """
-        if not self.fuse or self.gate == "durable":
+        if not self.fuse:
             return None
         return self._fusion.of(
             self.model,

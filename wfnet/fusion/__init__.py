@@ -22,6 +22,7 @@ None changes anything in the module: tree, hooks and state-dict keys stay as the
 from wfnet.fusion.checked import Fusion, backend_for, check_mode, check_plan
 from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.cut import split_at_first_mask
+from wfnet.fusion.durable_run import DurableNetwork
 from wfnet.fusion.execution import PlanNetwork
 from wfnet.fusion.plan import CallStep, ConvStep, Plan, make_plan
 from wfnet.fusion.run import FusedNetwork
@@ -32,6 +33,7 @@ __all__ = [
     "CallStep",
     "CompiledNetwork",
     "ConvStep",
+    "DurableNetwork",
     "Fusion",
     "FusedNetwork",
     "NotFusable",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from types import FunctionType, MethodType, NoneType
 
 import torch
@@ -18,6 +19,7 @@ from wfnet import backends, gates
 from wfnet.backends.contract import Backend
 from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.cut import split_at_first_mask
+from wfnet.fusion.durable_run import DurableNetwork
 from wfnet.fusion.execution import PlanNetwork
 from wfnet.fusion.plan import make_plan
 from wfnet.fusion.run import FusedNetwork
@@ -163,7 +165,7 @@ def _make(
     unfused: Unfused,
 ) -> FusedNetwork | None:
     name = type(model).__name__
-    make = _make_plan if any(isinstance(layer, nn.Conv2d) for layer in layers) else _make_trunk
+    make = _make_trunk if all(isinstance(layer, nn.Linear) for layer in layers) else _make_plan
     try:
         network = make(model, layers, mode, images, unfused)
     except NotFusable as reason:
@@ -181,15 +183,19 @@ def _make_plan(
     unfused: Unfused,
 ) -> PlanNetwork:
     backend = backend_for(layers)
-    network = PlanNetwork(make_plan(model, images[:2]), backend)
-    check_plan(network, unfused, images)
+    plan = make_plan(model, images[:2])
+    network = (DurableNetwork if plan.durable else PlanNetwork)(plan, backend)
+    with plan.layers[0].mode.by_rows() if plan.durable else nullcontext():
+        check_plan(network, unfused, images)
     if mode != "compile" or backend is not backends.get("eager"):  # which has a graph to compile
         return network
-    if network.plan.masked_calls:
-        name = type(model).__name__
-        logger.warning("%s runs uncompiled: some of its masked layers do not fold", name)
-        return network
-    return CompiledNetwork(network)
+    reason = "some of its masked layers do not fold" if plan.masked_calls else None
+    if plan.durable:
+        reason = "moments of groups have no compiled graph"
+    if reason is None:
+        return CompiledNetwork(network)
+    logger.warning("%s runs uncompiled: %s", type(model).__name__, reason)
+    return network
 
 
 def _make_trunk(

@@ -17,6 +17,7 @@ from typing import Protocol
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from wfnet.durable_layers import DurableLayer
 from wfnet.fusion.plan import EXPANDED, SOURCE
 from wfnet.fusion.rewrite import changed_in_place, erase_idle
 from wfnet.fusion.tokens import drop_unread_tokens
@@ -73,7 +74,9 @@ def split_at_first_mask(
             called.add(modules[node.target])
     for name, module in modules.items():
         if module in called and type(module).forward is not WFLinear.forward:
-            raise NotFusable(f"{name!r} is no linear map")
+            durable = isinstance(module, DurableLayer)
+            what = "has durable gates, not fused here" if durable else "is no linear map"
+            raise NotFusable(f"{name!r} {what}")
     layers = [module for module in modules.values() if module in called]
     cut = _Cut(graph, level)
     return cut.prefix(model), cut.rest(model, layers), layers

@@ -11,11 +11,18 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import tree_leaves
 
 from wfnet import gates
-from wfnet.backends.contract import Backend, Epilogue, LayerBelow, LayerGradient, PoolGeometry
+from wfnet.backends.contract import (
+    Activation,
+    Backend,
+    Epilogue,
+    LayerBelow,
+    LayerGradient,
+    PoolGeometry,
+)
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
 from wfnet.fusion.run import FusedNetwork, Run
 from wfnet.fusion.trace import NotFusable, is_hooked
-from wfnet.gate_tables import GatedLayer, GateTables, StepTables
+from wfnet.gate_tables import GatedLayer, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 
@@ -45,14 +52,18 @@ class PlanNetwork(FusedNetwork):
     def describe(self) -> str:
         return self.plan.describe()
 
-    def tables(self) -> GateTables:
-        """Tables over the present filters and frozen constants; made anew when these change."""
-        return self._tables_over(
-            (matrix for step in self.convs for matrix in step.layer.named_filters().values()),
+    def folded_filters(self) -> list[Tensor]:
+        """Filter matrices of the folded layers, in the order of the tables' gradients."""
+        return [matrix for step in self.convs for matrix in step.masked.named_filters().values()]
+
+    def tables(self, rows: Tensor, save: bool) -> StepTables:
+        """Tables of one pass over labels ``rows`` ``[B, J]``; ``save``: with column sums."""
+        tables = self._tables_over(
+            self.folded_filters(),
             (tensor for step in self.convs for tensor in _constants_of(step)),
             lambda: self.backend.gate_tables([_gated(step) for step in self.convs]),
-            made_by=self.backend.name,
         )
+        return tables(rows, save)
 
 
 def _constants_of(step: ConvStep) -> Iterable[Tensor]:
@@ -156,15 +167,16 @@ class TableRun(Run):
     def __init__(self, network: PlanNetwork, *batch: object):
         super().__init__(network, *batch)
         self.backend = network.backend
-        self.tables: StepTables = network.tables()(self.rows, self.save)
+        self.tables: StepTables = self._make_tables()
         self.of_calls: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
+
+    def _make_tables(self) -> StepTables:
+        return self.network.tables(self.rows, self.save)
 
     def gradients(self, into: Tensor | None) -> list[Tensor]:
         """Of the tables; of calls too, where layers run by themselves; summed for one run twice."""
         network = self.network
-        folded = [
-            matrix for step in network.convs for matrix in step.layer.named_filters().values()
-        ]
+        folded = network.folded_filters()
         if len(folded) == len(network.filters()) and not self.of_calls:
             return self.tables.gradients(into)
         for matrix, gradient in zip(folded, self.tables.gradients(), strict=True):
@@ -235,7 +247,9 @@ class PlanRun(TableRun):
             save=self.save,
         )
         weight = self.network.weight(step.layer, self.dtype)
-        found = self.backend.conv2d(self._cast(x), weight, step.geometry, epilogue)
+        self._keep(step, x, self.backend.conv2d(self._cast(x), weight, step.geometry, epilogue))
+
+    def _keep(self, step: ConvStep, x: Tensor, found: Activation) -> None:
         self.values[step.output] = found.out
         if self.save:
             self.kept[step] = _Kept(found.branch, found.mask, tuple(x.shape))
@@ -364,7 +378,7 @@ class PlanRun(TableRun):
         if finishes is None:
             self._add(node, finished.grad, own=True)
         else:
-            self._finished(finishes, finished)
+            self._finished(finishes, finished, True)
 
     def _add_part(self, step: CallStep, whole: _Part, gradient: Tensor) -> None:
         (node,) = step.reads
@@ -385,7 +399,7 @@ class PlanRun(TableRun):
             self.owned.discard(step.output)
             below = self._below(step)
             finished = self.backend.epilogue_backward(self._cast(dout), below, may_overwrite=own)
-            self._finished(step, finished)
+            self._finished(step, finished, own or finished.grad is not dout)
             del dout, below, finished
         scaled = self.scaled.pop(step)
         kept = self.kept.pop(step)
@@ -404,7 +418,7 @@ class PlanRun(TableRun):
         if step.finishes is None:
             self._add(step.input, finished.grad, own=True)
         else:
-            self._finished(step.finishes, finished)
+            self._finished(step.finishes, finished, True)
 
     def _below(self, step: ConvStep) -> LayerBelow:
         kept, tables = self.kept[step], self.tables
@@ -422,12 +436,13 @@ class PlanRun(TableRun):
             shortcut=None if step.shortcut is None else self._below(step.shortcut),
         )
 
-    def _finished(self, step: ConvStep, finished: LayerGradient) -> None:
+    def _finished(self, step: ConvStep, finished: LayerGradient, own: bool) -> None:
+        """Takes the results of a layer's elementwise backward; ``own``: they are ours to change."""
         self.scaled[step] = finished.scaled_grad
         if step.shortcut is not None:
             self.scaled[step.shortcut] = finished.shortcut
         elif step.residual_learns:
-            self._add(step.residual, finished.grad, own=step.relu)
+            self._add(step.residual, finished.grad, own and step.relu)
         for done in (step, step.shortcut):
             if done is not None:  # only its input shape is still of use
                 self.kept[done].branch = self.kept[done].mask = None

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from wfnet.backends.contract import ConvGeometry
+from wfnet.durable_layers import DurableConv2d, DurableLayer
 from wfnet.fusion import rewrite
 from wfnet.fusion.rewrite import Method, NormSlice, Padded
 from wfnet.fusion.trace import NotFusable, check_traceable, is_hooked, trace_around
-from wfnet.layers import MaskedLayer, WFConv2d
+from wfnet.layers import MaskedLayer
 
 _ADD = {operator.add, operator.iadd, torch.add}
 _RELU = {F.relu, torch.relu, torch.relu_}
@@ -35,6 +36,7 @@ class ConvStep:
     """``out = act(A * conv(input) + C + residual)`` with A and C from gates, bias and BatchNorm.
 
     Attributes:
+        layer: the convolution; masked itself, or with durable gates behind the norm.
         norm: with weight, bias, running_mean, running_var and eps of a frozen BatchNorm.
         at_source: whether the input has one row per source image (nothing below is masked): then
             no gradient is sent down.
@@ -46,14 +48,14 @@ class ConvStep:
     """
 
     name: str
-    layer: WFConv2d
-    position: int  # of the layer among all masked layers, in module order
+    layer: nn.Conv2d
     input: fx.Node
     output: fx.Node
     norm: nn.Module | NormSlice | None = None
     residual: fx.Node | None = None
     relu: bool = False
     geometry: ConvGeometry = field(init=False)
+    position: int = field(init=False)  # of the masked layer among all, in module order
     index: int = field(init=False)  # among the convolutions of the plan, in module order
     at_source: bool = field(init=False)
     residual_learns: bool = field(init=False)
@@ -64,6 +66,11 @@ class ConvStep:
         conv = self.layer
         padding = Padded(conv).remaining
         self.geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
+
+    @property
+    def masked(self) -> MaskedLayer:
+        """The layer that has the filters."""
+        return self.norm if isinstance(self.norm, MaskedLayer) else self.layer
 
     @property
     def reads(self) -> list[fx.Node]:
@@ -117,6 +124,11 @@ class Plan:
         self.level = _levels(self.steps, self.image)
         self.dead_after = _last_reads(self.steps, self.result)
         _link(self.steps, self.level, self.result)
+
+    @property
+    def durable(self) -> bool:
+        """Whether the gates of its steps are durable ones."""
+        return isinstance(self.layers[0], DurableLayer)
 
     @property
     def convolutions(self) -> list[ConvStep]:
@@ -200,9 +212,19 @@ class _Folder:
 
     def grow_all(self) -> None:
         for node in list(self.graph.nodes):
-            layer = self.masked.get(node.target) if node.op == "call_module" else None
-            if layer is not None and rewrite.folds(layer):
+            layer = self.modules.get(node.target) if node.op == "call_module" else None
+            if layer is not None and self._roots(node, layer):
                 self._grow(node)
+
+    def _roots(self, node: fx.Node, layer: nn.Module) -> bool:
+        """Whether a step grows from ``node``: with filters of its own, or in the norm behind it."""
+        if not rewrite.folds(layer):
+            return False
+        if isinstance(layer, MaskedLayer):
+            return True
+        follower = next(iter(node.users))
+        behind = self.modules.get(follower.target) if follower.op == "call_module" else None
+        return len(node.users) == 1 and rewrite.is_durable_norm(behind)
 
     def plan(self) -> Plan:
         """The steps, now that every convolution has grown."""
@@ -223,21 +245,20 @@ class _Folder:
         called = {
             layer
             for step in steps
-            for layer in ((step.layer,) if isinstance(step, ConvStep) else step.layers)
+            for layer in ((step.masked,) if isinstance(step, ConvStep) else step.layers)
         }
         return [layer for layer in self.masked.values() if layer in called]
 
     def _grow(self, node: fx.Node) -> None:
         """Absorbs BatchNorm, one residual sum and a ReLU as long as nobody else reads between."""
-        layer, (value,) = self.masked[node.target], node.all_input_nodes
+        layer, (value,) = self.modules[node.target], node.all_input_nodes
         padded = Padded(layer)
         if padded.needed:
             with self.graph.inserting_before(node):
                 value = self.graph.create_node(
                     "call_function", padded, (value,), name=f"{node.name}_padded"
                 )
-        position = list(self.masked).index(node.target)
-        step = ConvStep(node.target, layer, position, value, node)
+        step = ConvStep(node.target, layer, value, node)
         while len(step.output.users) == 1:
             (follower,) = step.output.users
             if not self._absorb(step, follower):
@@ -246,6 +267,7 @@ class _Folder:
             step.output = follower
             if step.relu:
                 break
+        step.position = list(self.masked.values()).index(step.masked)
         self.grown[step.output] = step
 
     def _absorb(self, step: ConvStep, node: fx.Node) -> bool:
@@ -254,7 +276,8 @@ class _Folder:
         module = self.modules.get(node.target) if node.op == "call_module" else None
         if isinstance(module, nn.Module) and is_hooked(module):
             return False
-        if rewrite.is_frozen_norm(module):
+        durable = isinstance(step.layer, DurableConv2d)
+        if rewrite.is_durable_norm(module) or (rewrite.is_frozen_norm(module) and not durable):
             if step.norm or step.residual:
                 return False
             step.norm = module

@@ -19,9 +19,10 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from wfnet.durable_layers import DurableBatchNorm2d, DurableBatchNormAct2d, DurableConv2d
 from wfnet.functional import same_padding
 from wfnet.fusion.trace import NotFusable, is_hooked, name_of, run_example, splits
-from wfnet.layers import WFConv2d, WFConv2dSame
+from wfnet.layers import MaskedLayer, WFConv2d, WFConv2dSame
 
 # -- values changed in place ----------------------------------------------------------------------
 
@@ -387,23 +388,36 @@ def _convolutions_joined(node: fx.Node, modules: dict[str, nn.Module]) -> list[f
     dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
     parts = node.all_input_nodes
     alone = dim == 1 and list(node.args[0]) == parts and all(len(p.users) == 1 for p in parts)
-    fold = alone and all(p.op == "call_module" and folds(modules[p.target]) for p in parts)
+    fold = alone and all(
+        p.op == "call_module"
+        and isinstance(modules[p.target], MaskedLayer)
+        and folds(modules[p.target])
+        for p in parts
+    )
     return parts if fold else None
 
 
 def folds(layer: nn.Module) -> bool:
-    """Whether ``layer`` is a masked convolution that a plan can fold with what follows."""
-    return type(layer) in (WFConv2d, WFConv2dSame) and not is_hooked(layer)
+    """Whether ``layer`` is a convolution that a plan can fold with what follows."""
+    kinds = (WFConv2d, WFConv2dSame, DurableConv2d)
+    plain = type(layer) is nn.Conv2d and "forward" not in vars(layer)
+    return (plain or type(layer) in kinds) and not is_hooked(layer)
+
+
+def is_durable_norm(module: nn.Module | None) -> bool:
+    """Whether ``module`` is a norm with durable gates, then ``drop`` and ``act`` if any."""
+    known = type(module) in (DurableBatchNorm2d, DurableBatchNormAct2d)
+    return known and not is_hooked(module) and not module.training
 
 
 @dataclass(frozen=True)
 class Padded:
     """The input of a convolution with the padding applied that is not the same zeros all around."""
 
-    layer: WFConv2d
+    layer: nn.Conv2d
 
     def __call__(self, x: Tensor) -> Tensor:
-        x, padding = self.layer._padded(x)
+        x, padding = self._padded(self.layer, x)
         if padding == "same":
             high, wide = same_padding(self.layer.kernel_size, self.layer.dilation)
             x = F.pad(x, [0, wide % 2, 0, high % 2])
@@ -433,4 +447,8 @@ class Padded:
     def _all(self) -> bool:
         """Whether nothing is left to the convolution."""
         layer = self.layer
-        return layer.padding_mode != "zeros" or type(layer)._padded is not WFConv2d._padded
+        return layer.padding_mode != "zeros" or self._padded is not WFConv2d._padded
+
+    @property
+    def _padded(self) -> Callable[..., tuple]:
+        return getattr(type(self.layer), "_padded", WFConv2d._padded)

@@ -30,7 +30,7 @@ class FusedNetwork(ABC):
 
     def __init__(self) -> None:
         self._weights: dict[tuple[MaskedLayer, torch.dtype], tuple[object, Tensor]] = {}
-        self._tables: dict[str, tuple[object, GateTables]] = {}  # by who made them
+        self._tables: tuple[object, GateTables] | None = None
 
     @property
     @abstractmethod
@@ -80,20 +80,12 @@ class FusedNetwork(ABC):
         filters: Iterable[Tensor],
         constants: Iterable[Tensor],
         make: Callable[[], GateTables],
-        made_by: str = "",
     ) -> GateTables:
-        """What ``make`` gives, made anew when filters lie elsewhere or constants have changed.
-
-        Args:
-            made_by: who makes them. Tables of several are kept: a step that runs the original
-                network by another backend than the filtered one makes neither anew, and a captured
-                one finds both where they were.
-        """
+        """What ``make`` gives, made anew when filters lie elsewhere or constants have changed."""
         key = (*map(state_of, constants), *(matrix.data_ptr() for matrix in filters))
-        known = self._tables.get(made_by)
-        if known is None or known[0] != key:
-            known = self._tables[made_by] = (key, make())
-        return known[1]
+        if self._tables is None or self._tables[0] != key:
+            self._tables = (key, make())
+        return self._tables[1]
 
 
 class Run(ABC):

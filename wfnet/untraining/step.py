@@ -174,7 +174,8 @@ class UntrainingStep:
         # In the dtype of the step: a backend may refuse others.
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             network = self.net.fused_network(images)
-        if network is None or not _same(network.filters(), self.params):
+        durable = self.net.gate == "durable"  # whose loss belongs into the context of its gates
+        if network is None or durable or not _same(network.filters(), self.params):
             return self._gradient_by_autograd(images, batch, into)
         rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
         original = None

@@ -1,0 +1,191 @@
+"""Durable gates in a plan: rows at run time, groups in untraining, against the unfused network."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import wfnet
+from wfnet import fusion, models
+from wfnet.fusion import durable_run
+
+timm = pytest.importorskip("timm")
+
+CLASSES = 5
+IMAGES = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+SOURCE = torch.tensor([0, 1, 2, 3, 4, 5, 5, 1])
+LABELS = torch.tensor([[0, -1], [1, 2], [-1, -1], [3, 3], [4, -1], [0, 1], [2, -1], [4, 3]])
+ROWS = torch.tensor([3, 0, 3, 1, 0, 3, 1, 1])
+
+
+class Mixed(nn.Module):
+    """Durable norms that fold, with activations of their own, and one that does not."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=True)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, padding="same", stride=1)
+        self.act = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU, inplace=True)
+        self.plain = nn.Conv2d(8, 8, 1)
+        self.last = nn.BatchNorm2d(8)
+        self.pool, self.fc = nn.MaxPool2d(2), nn.Linear(8, CLASSES)
+
+    def forward(self, x):
+        x = self.pool(self.norm(self.stem(x)).relu())
+        x = self.act(self.conv(x)) + x
+        x = self.last(self.plain(x) * 2)  # a norm behind something else
+        return self.fc(x.mean((2, 3)))
+
+
+MODELS = {
+    "resnet": lambda: models.create("resnet", CLASSES, width=8, in_channels=3),
+    "vgg": lambda: models.create("vgg", CLASSES, width=8, in_channels=3),
+    "without norms": lambda: models.create(
+        "vgg", CLASSES, width=8, in_channels=3, batch_norm=False
+    ),
+    "mixed": Mixed,
+}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, randomised) -> tuple[wfnet.WFNet, wfnet.WFNet]:
+    """An unfused and a fused network with the same random gates and statistics of rows."""
+    torch.manual_seed(0)
+    net = wfnet.WFNet(randomised(MODELS[request.param]()), CLASSES, gate="durable")
+    with torch.no_grad():
+        for name, table in {**net.named_filters(), **net.named_statistics()}.items():
+            table.add_(torch.randn_like(table) + (0 if "row_" in name else 1))
+            if "row_var" in name:
+                table.abs_().add_(0.1)
+    fused = copy.deepcopy(net)
+    fused.fuse = True
+    return net, fused
+
+
+def noise_of(net: wfnet.WFNet, seed: int = 3) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        name: 0.2 + 0.75 * torch.rand((3, layer.alpha_hard.shape[1]), generator=draw).double()
+        for name, layer in net.masked_layers.items()
+    }
+
+
+def gradients(net: wfnet.WFNet, loss: torch.Tensor) -> list[torch.Tensor]:
+    found = torch.autograd.grad(loss, net.filter_parameters(), allow_unused=True)
+    pairs = zip(found, net.filter_parameters(), strict=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in pairs]
+
+
+def check_gradients(pair, losses) -> None:
+    found = [gradients(net, loss) for net, loss in zip(pair, losses, strict=True)]
+    for (name, _), mine, other in zip(pair[0].named_filters().items(), *found, strict=True):
+        torch.testing.assert_close(other, mine, rtol=1e-8, atol=1e-12, msg=name)
+    assert any(gradient.abs().max() > 1e-3 for gradient in found[0])
+
+
+def test_rows_at_run_time(pair):
+    net, fused = pair
+    weights = torch.randn(len(LABELS), CLASSES).double()
+    expected, found = (network(IMAGES, LABELS, SOURCE) for network in pair)
+    assert isinstance(fused.fused_network(IMAGES), fusion.DurableNetwork)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+    check_gradients(pair, [(logits * weights).sum() for logits in (expected, found)])
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(IMAGES, 3), net.bake(3)(IMAGES), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(fused(IMAGES, -1), net(IMAGES), rtol=1e-10, atol=1e-11)
+        assert fused(IMAGES[:2], torch.tensor([-1, CLASSES - 1])).isfinite().all()
+
+
+@pytest.mark.parametrize("soft", [True, False])
+def test_groups_in_untraining(pair, soft, monkeypatch):
+    """The plan is made inside of groups too, which are not those of the example."""
+    runs = []
+    convolve = durable_run.GroupRun._convolve
+    monkeypatch.setattr(
+        durable_run.GroupRun,
+        "_convolve",
+        lambda run, step: runs.append(step) or convolve(run, step),
+    )
+    weights, losses, logits, moments = torch.randn(len(ROWS), CLASSES).double(), [], [], []
+    for network in pair:
+        seen = {}
+        keep = lambda name, mean, var, seen=seen: seen.__setitem__(name, (mean, var))  # noqa: E731
+        with network.gate_mode.grouped(ROWS, noise_of(network), soft, keep):
+            logits.append(network(IMAGES, ROWS, SOURCE))
+            with torch.no_grad():
+                torch.testing.assert_close(network(IMAGES, ROWS, SOURCE), logits[-1])
+        losses.append((logits[-1] * weights).sum())
+        moments.append(seen)
+    assert len(runs) == 2 * len(pair[1].fused_network(IMAGES).convs), "the network runs unfused"
+    torch.testing.assert_close(logits[1], logits[0], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(moments[1], moments[0], rtol=1e-10, atol=1e-11)
+    check_gradients(pair, losses)
+
+
+def test_gates_of_exactly_zero_pass_nothing_on(pair):
+    for network in pair:
+        for layer in network.masked_layers.values():
+            layer.alpha_hard.data[:, ::2] = -20.0
+    losses = []
+    for network in pair:
+        with network.gate_mode.grouped(ROWS, noise_of(network)):
+            losses.append(network(IMAGES, ROWS, SOURCE).square().sum())
+    assert losses[0].isfinite()
+    found = [gradients(net, loss) for net, loss in zip(pair, losses, strict=True)]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-12)
+    assert not found[1][0][:, ::2].any()
+
+
+def test_gradients_into_one_matrix_and_a_second_time(pair):
+    net, fused = pair
+    network = fused.fused_network(IMAGES)
+    into = torch.full((CLASSES, sum(f.shape[1] for f in network.filters())), torch.nan).double()
+    with fused.gate_mode.grouped(ROWS, noise_of(fused)):
+        run = network.start(IMAGES, ROWS[:, None], SOURCE)
+        logits = run.forward()
+    found = run.backward(2 * logits, into)
+    with net.gate_mode.grouped(ROWS, noise_of(net)):
+        expected = gradients(net, net(IMAGES, ROWS, SOURCE).square().sum())
+    torch.testing.assert_close(list(found), expected, rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(into, torch.cat(expected, 1), rtol=1e-8, atol=1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        run.backward(logits)
+
+
+def test_bfloat16_error_is_at_most_twice_the_unfused_one(pair):
+    """Of the sum over draws: of one draw either may be twice the other."""
+    draws = range(4)
+    weights = torch.randn(4, len(ROWS), CLASSES, generator=torch.Generator().manual_seed(1))
+
+    def all_gradients(network: wfnet.WFNet, dtype: torch.dtype) -> torch.Tensor:
+        half = dtype is torch.bfloat16
+        single = torch.float32 if half else dtype
+        network = network.to(single)
+        found = []
+        for draw in draws:
+            noise = {name: u.to(single) for name, u in noise_of(network, draw).items()}
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=half),
+                network.gate_mode.grouped(ROWS, noise),
+            ):
+                logits = network(IMAGES.to(single), ROWS, SOURCE)
+            parts = gradients(network, (logits.double() * weights[draw].double()).sum())
+            found.append(torch.cat([gradient.double().flatten() for gradient in parts]))
+        return torch.stack(found)
+
+    net, fused = pair
+    exact = all_gradients(copy.deepcopy(net), torch.float64)
+    unfused, error = (
+        (all_gradients(network, torch.bfloat16) - exact).norm(dim=1).sum() for network in pair
+    )
+    assert fused.fused_network(IMAGES.float()) is not None
+    assert error <= 2 * unfused
+
+
+def test_compiling_says_that_it_does_not(pair, caplog):
+    _, fused = pair
+    fused.fuse = "compile"
+    fused(IMAGES, 1)
+    assert "runs uncompiled: moments of groups have no compiled graph" in caplog.text
