@@ -68,7 +68,7 @@ def test_equals_the_unfused_network(name, toy, pair_of, check_equal):
     ],
     ids=str,
 )
-def test_poolings_finish_the_layer_below(window, pair_of, check_equal):
+def test_poolings_run_the_epilogue_of_the_layer_below(window, pair_of, check_equal):
     """However the window is written."""
     model = nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(**window)),
@@ -80,8 +80,8 @@ def test_poolings_finish_the_layer_below(window, pair_of, check_equal):
     net, fused = pair_of(model)
     check_equal(net, fused, images(size=20))
     steps = fusion.make_plan(net.model).steps
-    finished = [step.finishes for step in steps if isinstance(step, fusion.CallStep)]
-    assert sum(step is not None for step in finished) == 2
+    below = [step.below for step in steps if isinstance(step, fusion.CallStep)]
+    assert sum(step is not None for step in below) == 2
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

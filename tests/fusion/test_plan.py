@@ -321,7 +321,7 @@ def test_nothing_to_fold_is_refused(network_of, pair_of):
         fusion.make_plan(net.model, IMAGES)
 
 
-# -- who finishes whom ----------------------------------------------------------------------------
+# -- whose epilogue runs where --------------------------------------------------------------------
 
 
 def test_sums_belong_to_the_first_of_two_convolutions(toy, pair_of):
@@ -337,21 +337,21 @@ def test_sums_belong_to_the_first_of_two_convolutions(toy, pair_of):
 
 
 def test_the_backward_chain_of_a_bottleneck_network():
-    """Only what a pooling or the head sends down is finished by a pass of its own."""
+    """Only what a pooling or the head sends down takes a pass of its own."""
     with torch.device("meta"):
         model = torchvision.models.resnet50(num_classes=CLASSES)
         convs = fusion.make_plan(wfnet.WFNet(model, CLASSES).model).convolutions
-    finished = {step.finishes.name for step in convs if step.finishes is not None}
+    in_chain = {step.below.name for step in convs if step.below is not None}
     shortcuts = {step.shortcut.name for step in convs if step.shortcut is not None}
     assert shortcuts == {f"layer{i}.0.downsample.0" for i in range(1, 5)}
-    assert {step.name for step in convs} - finished - shortcuts == {"conv1", "layer4.2.conv3"}
+    assert {step.name for step in convs} - in_chain - shortcuts == {"conv1", "layer4.2.conv3"}
     by_name = {step.name: step for step in convs}
-    assert by_name["layer2.0.conv1"].finishes is by_name["layer1.2.conv3"]
-    assert by_name["layer2.0.downsample.0"].finishes is None  # its gradient is not the last one
+    assert by_name["layer2.0.conv1"].below is by_name["layer1.2.conv3"]
+    assert by_name["layer2.0.downsample.0"].below is None  # its gradient is not the last one
     assert [step.name for step in convs if step.at_source] == ["conv1"]
 
 
-# -- networks: what folds, and how many convolutions others finish ---------------------------------
+# -- networks: what folds, and how many epilogues run in the pass of another layer ----------------
 
 WHOLE = {
     "torchvision resnet18": ((20, 20, 17, 8), 15),
@@ -378,11 +378,11 @@ def test_how_much_of_a_network_folds(title):
     make = timm.create_model if package == "timm" else torchvision.models.get_model
     with torch.device("meta"):
         plan = fusion.make_plan(wfnet.WFNet(make(name, num_classes=CLASSES), CLASSES).model)
-    expected, finished = WHOLE[title]
+    expected, in_chain = WHOLE[title]
     assert folded(plan) == expected
-    if finished is None:
+    if in_chain is None:
         assert not any(step.in_place for step in calls(plan))
     else:
-        assert sum(step.finishes is not None for step in plan.convolutions) == finished
+        assert sum(step.below is not None for step in plan.convolutions) == in_chain
         rest = {getattr(step.call, "__name__", type(step.call).__name__) for step in calls(plan)}
         assert not {"Conv2d", "WFConv2d", "BatchNorm2d", "add", "iadd"} & rest

@@ -132,7 +132,7 @@ def _convolutional(plan: fusion.Plan, shapes: dict, kind: str) -> list[Operation
             continue
         # ag is read; v (or out) is read and ag of the layer below written.
         traffic = o + 2 * i
-        below = step.finishes
+        below = step.below
         if below is not None and below.residual is not None:
             traffic += 2 * i + (i if kept else 0)  # skip in, g out; a mask beside v
         operations.append(Operation(flops, traffic, weights))

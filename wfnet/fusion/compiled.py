@@ -1,6 +1,6 @@
 """The fused plan as one graph for ``torch.compile``: for the eager backend, on any device.
 
-Where kernels of our own finish a layer inside of a GEMM, the eager backend makes separate passes
+Where kernels run the epilogue backward inside of a GEMM, the eager backend makes separate passes
 over memory. :func:`graph_of` writes the plan down as one graph of differentiable PyTorch operations
 between convolutions, and the compiler fuses what lies between them, forward and backward. Two
 things are kept from the plan: what comes before the first mask runs once per source image, and a

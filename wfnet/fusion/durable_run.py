@@ -59,7 +59,7 @@ class GroupRun(PlanRun):
         )
         self._keep(step, x, self.backend.epilogue(u, epilogue))
 
-    def _below(self, step: ConvStep) -> LayerBelow:
+    def _layer_below(self, step: ConvStep) -> LayerBelow:
         """The layer with its column sums alone: its gradient is scaled once these are known."""
         kept, tables, shortcut = self.kept[step], self.tables, step.shortcut
         on_product = not step.at_source or (shortcut is not None and not shortcut.at_source)
@@ -74,11 +74,11 @@ class GroupRun(PlanRun):
             source=self.source if step.at_source else None,
             need_grad=on_product or (step.residual_learns and shortcut is None),
             need_scaled_grad=False,
-            shortcut=None if shortcut is None else self._below(shortcut),
+            shortcut=None if shortcut is None else self._layer_below(shortcut),
         )
 
-    def _finished(self, step: ConvStep, finished: LayerGradient, own: bool) -> None:
-        g = finished.grad
+    def _take(self, step: ConvStep, found: LayerGradient, own: bool) -> None:
+        g = found.grad
         mine = [done for done in (step, step.shortcut) if done is not None]
         if step.shortcut is None and step.residual_learns:
             self._add(step.residual, g, own=False)

@@ -321,7 +321,7 @@ class PlanRun(TableRun):
         plan = self.network.plan
         self.of_values: dict[fx.Node, Tensor] = {plan.result: dout}
         self.owned: set[fx.Node] = set()  # whose gradient is ours to overwrite
-        self.scaled: dict[ConvStep, Tensor | None] = {}  # of layers that are finished
+        self.scaled: dict[ConvStep, Tensor | None] = {}  # by layers whose epilogue is behind them
         for step in reversed(plan.steps):
             if isinstance(step, CallStep):
                 self._call_backward(step)
@@ -367,18 +367,18 @@ class PlanRun(TableRun):
     def _pool_backward(self, step: CallStep, kept: _Pooled, gradient: Tensor) -> None:
         node = step.reads[0]
         skip = below = None
-        finishes = step.finishes if self.backend.pools_with_epilogue else None
-        if finishes is not None:
-            skip, below = self._cast(self.of_values.pop(node, None)), self._below(finishes)
+        layer = step.below if self.backend.pools_with_epilogue else None
+        if layer is not None:
+            skip, below = self._cast(self.of_values.pop(node, None)), self._layer_below(layer)
             self.owned.discard(node)
             gradient = self._cast(gradient)
-        finished = self.backend.max_pool2d_backward(
+        found = self.backend.max_pool2d_backward(
             gradient, kept.positions, kept.like, kept.window, skip, below
         )
-        if finishes is None:
-            self._add(node, finished.grad, own=True)
+        if layer is None:
+            self._add(node, found.grad, own=True)
         else:
-            self._finished(finishes, finished, True)
+            self._take(layer, found, True)
 
     def _add_part(self, step: CallStep, whole: _Part, gradient: Tensor) -> None:
         (node,) = step.reads
@@ -390,37 +390,37 @@ class PlanRun(TableRun):
         self._run(step, self.of_values.__getitem__).add_(gradient)
 
     def _convolve_backward(self, step: ConvStep) -> None:
-        if step not in self.scaled:  # no link above finished it
+        if step not in self.scaled:  # no link above ran its epilogue
             dout = self.of_values.pop(step.output, None)
             if dout is None:
                 self.kept.pop(step)
                 return
             own = step.output in self.owned
             self.owned.discard(step.output)
-            below = self._below(step)
-            finished = self.backend.epilogue_backward(self._cast(dout), below, may_overwrite=own)
-            self._finished(step, finished, own or finished.grad is not dout)
-            del dout, below, finished
+            below = self._layer_below(step)
+            found = self.backend.epilogue_backward(self._cast(dout), below, may_overwrite=own)
+            self._take(step, found, own or found.grad is not dout)
+            del dout, below, found
         scaled = self.scaled.pop(step)
         kept = self.kept.pop(step)
         if step.at_source:
             return
         skip = self.of_values.pop(step.input, None)
         self.owned.discard(step.input)
-        finished = self.backend.conv2d_dgrad(
+        found = self.backend.conv2d_dgrad(
             scaled,
             self.network.weight(step.layer, self.dtype),
             kept.input_shape,
             step.geometry,
             self._cast(skip),
-            None if step.finishes is None else self._below(step.finishes),
+            None if step.below is None else self._layer_below(step.below),
         )
-        if step.finishes is None:
-            self._add(step.input, finished.grad, own=True)
+        if step.below is None:
+            self._add(step.input, found.grad, own=True)
         else:
-            self._finished(step.finishes, finished, True)
+            self._take(step.below, found, True)
 
-    def _below(self, step: ConvStep) -> LayerBelow:
+    def _layer_below(self, step: ConvStep) -> LayerBelow:
         kept, tables = self.kept[step], self.tables
         return LayerBelow(
             branch=kept.branch,
@@ -433,16 +433,16 @@ class PlanRun(TableRun):
             source=self.source if step.at_source else None,
             need_grad=step.residual_learns and step.shortcut is None,
             need_scaled_grad=not step.at_source,
-            shortcut=None if step.shortcut is None else self._below(step.shortcut),
+            shortcut=None if step.shortcut is None else self._layer_below(step.shortcut),
         )
 
-    def _finished(self, step: ConvStep, finished: LayerGradient, own: bool) -> None:
+    def _take(self, step: ConvStep, found: LayerGradient, own: bool) -> None:
         """Takes the results of a layer's elementwise backward; ``own``: they are ours to change."""
-        self.scaled[step] = finished.scaled_grad
+        self.scaled[step] = found.scaled_grad
         if step.shortcut is not None:
-            self.scaled[step.shortcut] = finished.shortcut
+            self.scaled[step.shortcut] = found.shortcut
         elif step.residual_learns:
-            self._add(step.residual, finished.grad, own and step.relu)
+            self._add(step.residual, found.grad, own and step.relu)
         for done in (step, step.shortcut):
             if done is not None:  # only its input shape is still of use
                 self.kept[done].branch = self.kept[done].mask = None

@@ -4,8 +4,9 @@
 (:mod:`wfnet.fusion.rewrite`), and folds convolution, BatchNorm, residual sum and ReLU into
 :class:`ConvStep`. Whatever it does not recognise stays an ordinary call (:class:`CallStep`), masked
 layers of other kinds and blocks that cannot be traced included. :func:`_link` then says, for every
-convolution, what its backward finishes: when the gradient that a convolution sends down is the last
-one to reach its input, the layer that made that input is finished in the same pass.
+convolution, which layer lies below it: when the gradient that a convolution sends down is the last
+one to reach its input, the epilogue backward of the layer that made that input runs in the same
+pass.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class ConvStep:
         residual_learns: whether the residual needs a gradient: it comes from behind a mask.
         shortcut: the step that made the residual, where nobody else reads it and it ends there
             without an activation (a projection shortcut): it receives the same ``g``.
-        finishes: the step that made the input, where this step's input gradient is the last one
+        below: the step that made the input, where this step's input gradient is the last one
             to reach it: its elementwise backward happens in this step's dgrad.
     """
 
@@ -60,7 +61,7 @@ class ConvStep:
     at_source: bool = field(init=False)
     residual_learns: bool = field(init=False)
     shortcut: ConvStep | None = field(init=False, default=None)
-    finishes: ConvStep | None = field(init=False, default=None)
+    below: ConvStep | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         conv = self.layer
@@ -86,7 +87,7 @@ class CallStep:
         in_place: whether it overwrites what it is given: it must be given a copy.
         layers: masked layers inside that run by their own operators and need forget labels.
         part: whether its result is a view of some elements of the one value that it reads.
-        finishes: as :attr:`ConvStep.finishes`, for a step that reads one value.
+        below: as :attr:`ConvStep.below`, for a step that reads one value.
     """
 
     call: Callable[..., object]
@@ -96,7 +97,7 @@ class CallStep:
     layers: tuple[MaskedLayer, ...] = ()
     part: bool = False
     level: int = field(init=False)  # CONSTANT, SOURCE or EXPANDED
-    finishes: ConvStep | None = field(init=False, default=None)
+    below: ConvStep | None = field(init=False, default=None)
 
     @property
     def reads(self) -> list[fx.Node]:
@@ -391,8 +392,8 @@ def _link(steps: list[ConvStep | CallStep], level: dict[fx.Node, int], result: f
             step.shortcut = made
         # Backward runs through the steps in reverse: the first reader sends its gradient last.
         if not step.at_source and readers[step.input][0] is step:
-            step.finishes = maker.get(step.input)
+            step.below = maker.get(step.input)
     for step in steps:
         if isinstance(step, CallStep) and len(step.reads) == 1:
             (node,) = step.reads
-            step.finishes = maker.get(node) if readers[node][0] is step else None
+            step.below = maker.get(node) if readers[node][0] is step else None
