@@ -16,6 +16,8 @@ from torch import Tensor, nn
 import wfnet
 from wfnet.data import TensorImages
 
+pytest_plugins = ["pretended_cuda"]  # its fixtures: pretended_cuda and pretended_device
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -237,18 +239,6 @@ def linear() -> Callable[..., nn.Module]:
         return nn.Sequential(nn.Flatten(), head)
 
     return make
-
-
-@pytest.fixture
-def pretended_device():
-    """A CUDA device on the host that notices every wait (tests/pretended_cuda.py)."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        pytest.skip("there is a real device: tests/gpu")
-    import pretended_cuda
-
-    with pretended_cuda.pretended_cuda() as pretended:
-        yield pretended
 
 
 # -- numerics of Triton's kernels, in its interpreter ---------------------------------------------

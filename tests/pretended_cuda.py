@@ -4,8 +4,8 @@ A :class:`Pretended` tensor says that it is on ``cuda:0`` and keeps its values i
 Mixed devices raise, as they do on a device. What waits for the device is noted in
 :attr:`Device.waits`, and raises while a graph is captured; a captured graph replays its operations
 without running Python. The Triton runtime runs up to the launch (binder, specialisation, optionally
-the compiler), the host code of ``wfnet._C`` up to the driver's refusal; what the kernel would have
-written is then computed in PyTorch from the arguments of the launch.
+the compiler), the host code of ``wfnet._C`` up to the driver's refusal; what kernels write is not
+known, so that they launch only on a device without values (``values=False``).
 
 To C++ the tensors are CPU tensors, so that autograd needs no device: choices that PyTorch itself
 makes by device (cuDNN, attention kernels, the autocast policy of CUDA) are not those of a device.
@@ -14,85 +14,32 @@ makes by device (cuDNN, attention kernels, the autocast policy of CUDA) are not 
 from __future__ import annotations
 
 import contextlib
-import functools
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+import os
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
+import pretended_launches
+import pytest
 import torch
 import torch._dynamo  # lists torch's functions as it is imported: before some are replaced
-import torch.nn.functional as F
+from pretended_device import (
+    CUDA,
+    REPLACED,
+    Device,
+    NoValues,
+    Stream,
+    WaitsInCapture,
+    asked_by,
+    device,
+    nothing,
+)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from wfnet import gates, operators
+from wfnet import operators
 
-CUDA = torch.device("cuda", 0)
 aten = torch.ops.aten
-
-
-class WaitsInCapture(RuntimeError):
-    """What a capture on a device would end with."""
-
-
-class NoValues(RuntimeError):
-    """What reading a tensor raises where there are no values."""
-
-
-class Device:
-    """What happened on the pretended device."""
-
-    def __init__(self) -> None:
-        self.waits: list[tuple[str, str]] = []  # operation, line of the project that asked for it
-        self.launches: list[tuple[str, dict]] = []
-        self.beside = 0  # tensors made in one stream for another
-        self.recording: list[Callable[[], None]] | None = None
-        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory as it was before the capture
-        self.stream = 0  # the current stream
-        self.place = torch.device("cpu")  # where values are; on "meta" there are none
-
-    def wait(self, what: str) -> None:
-        """Notes that the host waits for the device."""
-        if self.recording is not None:
-            raise WaitsInCapture(f"{what} while a graph is captured, at {_asked_by()}")
-        self.waits.append((what, _asked_by()))
-
-    def record(self, work: Callable[[], None]) -> None:
-        """Keeps ``work`` for replays, while a graph is captured."""
-        if self.recording is not None:
-            self.recording.append(work)
-
-    def will_write(self, tensors: Iterable[Tensor]) -> None:
-        """A capture runs nothing: what it writes here is restored when it ends."""
-        if self.recording is None or self.place.type == "meta":
-            return
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in self.before:
-                memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-                self.before[storage.data_ptr()] = (memory, memory.clone())
-
-    def restore(self) -> None:
-        """Memory as it was before the capture."""
-        for memory, value in self.before.values():
-            memory.copy_(value)
-        self.before.clear()
-
-    def waited_at(self) -> set[str]:
-        """Lines that waited."""
-        return {line for _, line in self.waits}
-
-
-def _asked_by() -> str:
-    """Innermost function of the project (else of anybody) outside of here: ``file:function``."""
-    frames = [f for f in traceback.extract_stack() if f.filename != __file__]
-    ours = [f for f in frames if "/wfnet/" in f.filename or "/kernels/" in f.filename]
-    frame = (ours or frames)[-1]
-    return f"{frame.filename.rsplit('/', 1)[1]}:{frame.name}"
-
-
-device = Device()
 
 
 class Pretended(torch.Tensor):
@@ -104,9 +51,14 @@ class Pretended(torch.Tensor):
     def __new__(cls, inner: Tensor, requires_grad: bool = False):
         with torch.inference_mode(False):  # its views could not be made
             self = torch.Tensor._make_wrapper_subclass(
-                cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(),
-                dtype=inner.dtype, device=torch.device("cpu"), requires_grad=requires_grad,
-            )  # fmt: skip
+                cls,
+                inner.size(),
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=torch.device("cpu"),
+                requires_grad=requires_grad,
+            )
         self.inner = inner.detach()
         return self
 
@@ -233,9 +185,10 @@ def _inside(args, kwargs) -> tuple[tuple, dict, dict[int, Pretended]]:
 def _check_devices(func, args, kwargs) -> None:
     """Raises for operands on the host, where a device would."""
     strangers = [
-        t for t in tree_flatten((args, kwargs))[0]
+        t
+        for t in tree_flatten((args, kwargs))[0]
         if isinstance(t, Tensor) and not isinstance(t, Pretended)
-    ]  # fmt: skip
+    ]
     if not strangers or func in (aten.copy_.default, aten._to_copy.default):
         return
     if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
@@ -251,14 +204,14 @@ def _check_devices(func, args, kwargs) -> None:
         return
     raise RuntimeError(
         f"{func}: all tensors must be on one device, found cuda:0 and cpu "
-        f"({[tuple(t.shape) for t in strangers]}), at {_asked_by()}"
+        f"({[tuple(t.shape) for t in strangers]}), at {asked_by()}"
     )
 
 
 def _note_waits(func, args, kwargs) -> None:
     if func in _READS:
         if device.place.type == "meta":
-            raise NoValues(f"{_READS[func]} at {_asked_by()}")
+            raise NoValues(f"{_READS[func]} at {asked_by()}")
         device.wait(_READS[func])
     elif func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
         masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
@@ -290,23 +243,13 @@ def _record(func, args, kwargs, result) -> None:
         return
 
     def again() -> None:
-        for old, new in zip(tree_flatten(result)[0], tree_flatten(func(*args, **kwargs))[0],
-                            strict=True):  # fmt: skip
+        for old, new in zip(
+            tree_flatten(result)[0], tree_flatten(func(*args, **kwargs))[0], strict=True
+        ):
             if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
                 old.copy_(new)
 
     device.record(again)
-
-
-class _ToDevice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        device.record(functools.partial(_no_host_copies))
-        return Pretended(x.detach().to(device.place, copy=True))
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return gradient.inner
 
 
 def _no_host_copies() -> None:
@@ -314,16 +257,12 @@ def _no_host_copies() -> None:
 
 
 def to_device(x: Tensor) -> Tensor:
-    """``x`` on the pretended device."""
+    """Returns ``x`` on the pretended device."""
     if isinstance(x, Pretended):
         return x
-    return (
-        _ToDevice.apply(x)
-        if x.requires_grad and not x.is_leaf
-        else Pretended(
-            x.detach().to(device.place, copy=True), x.requires_grad and x.is_floating_point()
-        )
-    )
+    device.record(_no_host_copies)
+    inner = x.detach().to(device.place, copy=True)
+    return Pretended(inner, x.requires_grad and x.is_floating_point())
 
 
 def is_cuda(place) -> bool:
@@ -437,184 +376,9 @@ def _with_factories(function):
     return inside
 
 
-class _ToHost(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return x.inner.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        return Pretended(gradient)
-
-
 def _to_host(x: Pretended) -> Tensor:
     device.wait("copy to the host")
-    return _ToHost.apply(x)
-
-
-# -- torch.cuda ------------------------------------------------------------------------------------
-
-
-class Stream:
-    """A stream; work is done at once, so that order is all that it has."""
-
-    numbers = iter(range(1, 1 << 30))
-
-    def __init__(self, device=None, priority: int = 0):
-        self.cuda_stream = next(self.numbers) * 0x1000
-        self.device = CUDA
-
-    def wait_stream(self, other: Stream) -> None:
-        assert isinstance(other, Stream)
-
-    def wait_event(self, event) -> None:
-        assert isinstance(event, Event)
-
-    def record_event(self, event=None):
-        return event or Event()
-
-    def synchronize(self) -> None:
-        device.wait("stream.synchronize")
-
-    def query(self) -> bool:
-        return True
-
-    def __enter__(self):
-        self._outer, device.stream = device.stream, self
-        return self
-
-    def __exit__(self, *_):
-        device.stream = self._outer
-
-
-class Event:
-    """An event that has always happened."""
-
-    clock = 0.0
-
-    def __init__(self, enable_timing: bool = False, **_):
-        self.timed = enable_timing
-        self.recorded = False
-
-    def record(self, stream=None) -> None:
-        Event.clock += 0.001
-        self.at, self.recorded = Event.clock, True
-
-    def query(self) -> bool:
-        if device.recording is not None:
-            raise WaitsInCapture("an event is asked while a graph is captured")
-        return True
-
-    def synchronize(self) -> None:
-        device.wait("event.synchronize")
-
-    def wait(self, stream=None) -> None:
-        assert self.recorded
-
-    def elapsed_time(self, end: Event) -> float:
-        assert self.timed
-        assert end.timed
-        return end.at - self.at
-
-
-class Graph:
-    """A captured graph: replays do again what happened on the device, nothing else."""
-
-    def __init__(self, keep_graph: bool = False):
-        self.work: list[Callable[[], None]] | None = None
-
-    def replay(self) -> None:
-        assert self.work is not None, "replay before the capture has ended"
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            for part in self.work:
-                part()
-
-    def pool(self):
-        return (0, 1)
-
-    def reset(self) -> None:
-        self.work = None
-
-
-@contextlib.contextmanager
-def _capture(graph: Graph, pool=None, stream=None, capture_error_mode="global") -> Iterator[None]:
-    assert device.recording is None, "captures do not nest"
-    assert isinstance(graph, Graph)
-    if any("/wfnet/" in frame.filename for frame in traceback.extract_stack()):
-        # In the other modes a thread that pins memory, a loader's for example, ends the capture.
-        assert capture_error_mode == "thread_local", capture_error_mode
-    device.recording = []
-    try:
-        with stream or Stream():
-            yield
-        graph.work = device.recording
-    finally:
-        device.recording = None
-        device.restore()
-
-
-class _OnDevice:
-    def __init__(self, place):
-        assert place is None or place == 0 or is_cuda(place), f"{place} is no CUDA device"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return False
-
-
-PROPERTIES = SimpleNamespace(
-    name="pretended", major=9, minor=0, multi_processor_count=132, total_memory=141 * 2**30,
-    shared_memory_per_block_optin=227 * 1024, L2_cache_size=50 * 2**20, warp_size=32,
-)  # fmt: skip
-
-
-def _waiting(what: str):
-    return lambda *_, **__: device.wait(what)
-
-
-def _nothing(*_, **__):
-    return None
-
-
-_CUDA = {
-    "is_available": lambda: True,
-    "is_initialized": lambda: True,
-    "init": _nothing,
-    "_lazy_init": _nothing,
-    "device_count": lambda: 1,
-    "current_device": lambda: 0,
-    "set_device": _nothing,
-    "device": _OnDevice,
-    "get_device_properties": lambda *_: PROPERTIES,
-    "get_device_capability": lambda *_: (9, 0),
-    "get_device_name": lambda *_: "pretended",
-    "is_bf16_supported": lambda *_, **__: True,
-    "current_stream": lambda *_: device.stream,
-    "default_stream": lambda *_: device.stream,
-    "Stream": Stream,
-    "stream": lambda stream: stream if stream is not None else contextlib.nullcontext(),
-    "Event": Event,
-    "CUDAGraph": Graph,
-    "graph": _capture,
-    "graph_pool_handle": lambda: (0, 1),
-    "is_current_stream_capturing": lambda: device.recording is not None,
-    "synchronize": _waiting("synchronize"),
-    "empty_cache": _nothing,
-    "memory_allocated": lambda *_: 0,
-    "max_memory_allocated": lambda *_: 0,
-    "memory_reserved": lambda *_: 0,
-    "reset_peak_memory_stats": _nothing,
-    "memory_snapshot": lambda *_: [],
-    "mem_get_info": lambda *_: (100 * 2**30, 141 * 2**30),
-    "manual_seed": _nothing,
-    "manual_seed_all": _nothing,
-    "get_rng_state": lambda *_: torch.get_rng_state(),
-    "set_rng_state": _nothing,
-    "set_sync_debug_mode": _nothing,
-    "_sleep": _nothing,
-}
+    return x.inner.detach().clone()
 
 
 def _as_cpu(function):
@@ -623,7 +387,7 @@ def _as_cpu(function):
 
 
 @contextlib.contextmanager
-def pretended_cuda(compile_kernels: bool = False, values: bool = True) -> Iterator[Device]:
+def pretend(compile_kernels: bool = False, values: bool = True) -> Iterator[Device]:
     """Inside, ``cuda`` is the pretended device; yields what happens on it.
 
     Args:
@@ -631,7 +395,6 @@ def pretended_cuda(compile_kernels: bool = False, values: bool = True) -> Iterat
             as its just-in-time compiler would.
         values: False for tensors of any size, without memory and values: reading one raises.
     """
-    import pytest
     from torch._dynamo import trace_rules
 
     trace_rules.get_torch_obj_rule_map()  # made once in a process, of the functions that are there
@@ -639,10 +402,14 @@ def pretended_cuda(compile_kernels: bool = False, values: bool = True) -> Iterat
     device.__init__()
     device.stream = Stream()
     device.place = torch.device("cpu" if values else "meta")
-    for name, value in _CUDA.items():
+    for name, value in REPLACED.items():
         patch.setattr(torch.cuda, name, value)
-    for name in ("is_autocast_enabled", "set_autocast_enabled", "get_autocast_dtype",
-                 "set_autocast_dtype"):  # fmt: skip
+    for name in (
+        "is_autocast_enabled",
+        "set_autocast_enabled",
+        "get_autocast_dtype",
+        "set_autocast_dtype",
+    ):
         patch.setattr(torch, name, _as_cpu(getattr(torch, name)))
     run_backward = torch.autograd.graph._engine_run_backward
     for module in (torch.autograd, torch.autograd.graph):
@@ -650,13 +417,13 @@ def pretended_cuda(compile_kernels: bool = False, values: bool = True) -> Iterat
     patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     patch.setattr(torch.amp.autocast_mode, "is_autocast_available", lambda _: True)
     for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-        patch.setattr(torch.optim.Optimizer, name, _nothing, raising=False)
+        patch.setattr(torch.optim.Optimizer, name, nothing, raising=False)
     patch.setattr(torch, "compile", lambda function=None, **_: function or (lambda f: f))
     swaps = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     patch.setattr(torch.utils, "swap_tensors", _move_parameter(torch.utils.swap_tensors))
-    _pretend_triton(patch, compile_kernels)
-    _pretend_library(patch)
+    device.kernels = pretended_launches.pretend_triton(patch, device, compile_kernels)
+    pretended_launches.pretend_library(patch, device)
     try:
         with _Factories():
             yield device
@@ -665,399 +432,22 @@ def pretended_cuda(compile_kernels: bool = False, values: bool = True) -> Iterat
         patch.undo()
 
 
-# -- what kernels write, from the arguments of their launches --------------------------------------
-
-
-def _forward(u, scale, shift, source, residual, branch, out, relu) -> None:
-    """``u`` ``[N, P, Q, O]`` fp32; ``out`` ``[B, P, Q, O]``."""
-    if source is not None:
-        inside = (source >= 0) & (source < u.shape[0])
-        u = u.index_select(0, source.clamp(0, u.shape[0] - 1))
-        u = u.masked_fill(~inside[:, None, None, None], torch.nan)
-    v = scale[:, None, None] * u
-    if branch is not None:
-        branch.copy_(v.view(branch.shape))
-        v = branch.view(v.shape).float()  # the kernels go on with what backward will see
-    if shift is not None:
-        v = v + shift[:, None, None]
-    if residual is not None:
-        v = v + residual.view(v.shape).float()
-    out.copy_((v.relu() if relu else v).view(out.shape))
-
-
-def _convolved(x, w, stride, padding, dilation) -> Tensor:
-    """``[N, H, W, C]`` and ``[O, R, S, C]`` to ``[N, P, Q, O]`` fp32."""
-    x, w = x.float().permute(0, 3, 1, 2), w.float().permute(0, 3, 1, 2)
-    return F.conv2d(x, w, None, stride, padding, dilation).permute(0, 2, 3, 1)
-
-
-def _input_gradient(ag, w, size, stride, padding, dilation) -> Tensor:
-    """``[B, P, Q, O]`` and ``[O, R, S, C]`` to ``[B, H, W, C]`` fp32."""
-    shape = (ag.shape[0], w.shape[3], *size)
-    return torch.nn.grad.conv2d_input(
-        shape, w.float().permute(0, 3, 1, 2), ag.float().permute(0, 3, 1, 2), stride, padding,
-        dilation,
-    ).permute(0, 2, 3, 1)  # fmt: skip
-
-
-def _backward(g, a, partial_at=None) -> Tensor:
-    """The elementwise backward of ``g`` ``[B, ..., C]``; ``a``: tensors by name."""
-    g = g.flatten(1, -2)
-
-    def pixels(name):
-        return None if a.get(name) is None else a[name].view(g.shape).float()
-
-    def write(name, value):
-        if a.get(name) is not None:
-            a[name].copy_(value.reshape(a[name].shape))
-
-    if a.get("skip") is not None:
-        g = g + pixels("skip")
-    if a["relu"]:
-        open_ = pixels("activation") if a.get("activation") is not None else (
-            pixels("branch") + a["shift"][:, None]
-        )  # fmt: skip
-        g = g * (open_ > 0)
-    write("grad", g)
-    if a.get("scaled_grad") is not None and a.get("first_of") is None:
-        write("scaled_grad", a["scale"][:, None] * g)
-    if a.get("shortcut_grad") is not None:
-        write("shortcut_grad", a["shortcut_scale"][:, None] * g)
-    sums = {"partial0": lambda: g.sum(1), "partial1": lambda: (g * pixels("branch")).sum(1),
-            "partial2": lambda: (g * pixels("shortcut_branch")).sum(1)}  # fmt: skip
-    for name, total in sums.items():
-        if a.get(name) is not None:
-            a[name].zero_()
-            at = torch.arange(len(g)) if partial_at is None else partial_at
-            a[name][at] = total()
-    return g
-
-
-def _flat_slots(batch: int, tokens: int, block_m: int, touched: int) -> Tensor:
-    """The first slot of every sample, where tiles are flat in samples and tokens."""
-    sample = torch.arange(batch)
-    tile = sample * tokens // block_m
-    return tile * touched + sample - tile * block_m // tokens
-
-
-def _triton_conv_fprop(a) -> None:
-    x, out = a["x"], a["out"]
-    if "STRIDE_H" in a:
-        x = x.view(a["N"], a["H"], a["W"], a["C"])
-        stride = (a["STRIDE_H"], a["STRIDE_W"])
-        w = a["w"].view(a["O"], a["R"], a["S"], a["C"])
-    else:
-        stride = (a["STEP"],) * 2
-        w = a["w"].view(a["O"], a["R"], a["S"], a["C"])
-    u = _convolved(x, w, stride, (a["PAD_H"], a["PAD_W"]), (a["DIL_H"], a["DIL_W"]))
-    assert u.shape[1:] == (a["P"], a["Q"], a["O"])
-    assert len(a["scale"]) == a["B"]
-    _forward(u, a["scale"], a["shift"], a["source"], a["residual"], a["branch"], out, a["RELU"])
-
-
-def _triton_conv_dgrad(a) -> None:
-    a["relu"] = a["RELU"]
-    gathers = "STRIDE_H" in a
-    step = 1 if gathers else a["STEP"]
-    size = (a["H"] * step, a["W"] * step)
-    stride = (a["STRIDE_H"], a["STRIDE_W"]) if gathers else (step, step)
-    w = a["w"].view(a["O"], a["R"], a["S"], a["C"])
-    ag = a["ag"].view(a["B"], a["P"], a["Q"], a["O"]) if gathers else a["ag"]
-    g = _input_gradient(ag, w, size, stride, (a["PAD_H"], a["PAD_W"]), (a["DIL_H"], a["DIL_W"]))
-    at = None
-    if gathers and a["SPAN"]:
-        at = _flat_slots(a["B"], size[0] * size[1], a["BM"], a["SPAN"])
-    _backward(g, a, at)
-
-
-def _triton_linear_fprop(a) -> None:
-    u = a["x"].view(a["B"], a["T"], 1, a["K"]).float() @ a["w"].view(a["O"], a["K"]).float().T
-    _forward(u, a["scale"], a["shift"], None, a["residual"], a["branch"], a["out"], a["RELU"])
-
-
-def _triton_linear_dgrad(a) -> None:
-    a["relu"] = a["RELU"]
-    g = a["ag"].view(a["B"], a["T"], a["K"]).float() @ a["w"].view(a["K"], a["C"]).float()
-    at = _flat_slots(a["B"], a["T"], a["BM"], a["SPAN"]) if a["SPAN"] else None
-    _backward(g, a, at)
-
-
-def _grouped_sum(dout, scale, order, first_of, into) -> None:
-    """``into[n] = sum over samples of image n of scale * dout``."""
-    into.zero_()
-    total = into.float()
-    for image in range(len(into)):
-        for sample in order[first_of[image] : first_of[image + 1]].tolist():
-            total[image] += scale[sample] * dout[sample].float().view(into.shape[1:])
-    into.copy_(total)
-
-
-def _triton_epilogue_bwd(a) -> None:
-    a["relu"] = a["RELU"]
-    g = _backward(a["dout"].float(), a)
-    if a["first_of"] is not None and a["scaled_grad"] is not None:
-        _grouped_sum(g, a["scale"], a["order"], a["first_of"], a["scaled_grad"])
-
-
-def _triton_column_sums(a) -> None:
-    partial, total = a["partial"], a["total"]
-    if a["SPAN"] == 0:
-        total.copy_(partial.view(a["SLOTS"], a["B"], a["C"]).sum(0))
-        return
-    for b in range(a["B"]):
-        first, last = b * a["T"] // a["BM"], ((b + 1) * a["T"] - 1) // a["BM"]
-        tiles = torch.arange(first, last + 1)
-        total[b] = partial[tiles * a["SPAN"] + b - tiles * a["BM"] // a["T"]].sum(0)
-
-
-def _triton_gate_rows_bwd(a) -> None:
-    for label, alpha in enumerate(a["alpha"].float()):
-        first, last = a["first_of"][label : label + 2].tolist()
-        total = a["t"][a["order"][first:last] // a["J"]].sum(0)
-        a["dalpha"][label] = torch.sigmoid(-alpha) * total
-
-
-def _pooled(x: Tensor, window: tuple, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Maxima of ``[B, H, W, C]`` and which tap of its window each of them was."""
-    kernel, stride, padding = window
-    full = F.pad(x.permute(0, 3, 1, 2).float(), (padding[1], 10**3, padding[0], 10**3),
-                 value=-torch.inf)  # fmt: skip
-    taps = full.unfold(2, kernel[0], stride[0]).unfold(3, kernel[1], stride[1])
-    taps = taps[:, :, : size[0], : size[1]].flatten(-2)
-    return tuple(t.permute(0, 2, 3, 1) for t in taps.max(-1))
-
-
-def _unpooled(dout: Tensor, positions: Tensor, window: tuple, size: tuple[int, int]) -> Tensor:
-    """The gradient ``[B, H, W, C]`` of what was pooled."""
-    kernel, stride, padding = window
-    taps = F.one_hot(positions.long(), kernel[0] * kernel[1]) * dout.unsqueeze(-1)
-    columns = taps.permute(0, 3, 4, 1, 2).flatten(1, 2).flatten(2)
-    out = dout.shape[1:3]
-    reach = [(n - 1) * s + k for n, s, k in zip(out, stride, kernel, strict=True)]
-    whole = F.fold(columns, reach, kernel, stride=stride)
-    missing = [n + p - r for n, p, r in zip(size, padding, reach, strict=True)]
-    whole = F.pad(whole, (0, missing[1], 0, missing[0]))
-    return whole[:, :, padding[0] :, padding[1] :].permute(0, 2, 3, 1)
-
-
-def _triton_window(a) -> tuple:
-    return tuple((a[f"{name}H"], a[f"{name}W"]) for name in "KSP")
-
-
-def _triton_max_pool_fwd(a) -> None:
-    out, positions = _pooled(a["x"], _triton_window(a), (a["P"], a["Q"]))
-    a["out"].copy_(out)
-    if a["positions"] is not None:
-        a["positions"].copy_(positions)
-
-
-def _triton_max_pool_bwd(a) -> None:
-    a["relu"] = a["RELU"]
-    size = (a["H"], a["W"])
-    _backward(_unpooled(a["dout"].float(), a["positions"], _triton_window(a), size), a)
-
-
-def _triton_row_adam(a) -> None:
-    rows = a["occurred"].nonzero().flatten()
-    gradient = a["grad"][rows]
-    a["exp_avg"][rows] += a["weight1"] * (gradient - a["exp_avg"][rows])
-    a["exp_avg_sq"][rows] += a["weight2"] * (gradient**2 - a["exp_avg_sq"][rows])
-    correction1, correction2 = (a[f"correction{i}"][rows, None] for i in (1, 2))
-    root = (a["exp_avg_sq"][rows] / correction2).sqrt() + a["eps"]
-    a["alpha"][rows] -= a["lr"] * a["exp_avg"][rows] / correction1 / root
-
-
-_TRITON_KERNELS = {
-    "max_pool_fwd_kernel": _triton_max_pool_fwd,
-    "max_pool_bwd_kernel": _triton_max_pool_bwd,
-    "row_adam_kernel": _triton_row_adam,
-    "conv_fprop_kernel": _triton_conv_fprop,
-    "conv_fprop_gather_kernel": _triton_conv_fprop,
-    "conv_dgrad_kernel": _triton_conv_dgrad,
-    "conv_dgrad_gather_kernel": _triton_conv_dgrad,
-    "linear_fprop_kernel": _triton_linear_fprop,
-    "linear_dgrad_kernel": _triton_linear_dgrad,
-    "epilogue_bwd_kernel": _triton_epilogue_bwd,
-    "column_sums_kernel": _triton_column_sums,
-    "gate_rows_kernel": lambda a: a["out"].copy_(
-        gates.gate_rows(a["alpha"].float(), a["forget"], a["gate_scale"])
-    ),
-    "gate_rows_bwd_kernel": _triton_gate_rows_bwd,
-}
-
-
-class _Compiled:
-    """What the just-in-time compiler hands to the launcher."""
-
-    function = packed_metadata = None
-
-    def __init__(self, name: str, names: tuple[str, ...]):
-        self.name, self.names = name, names
-
-    def launch_metadata(self, *_):
-        return None
-
-    def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *values) -> None:
-        launched(self.name, (x, y, z), stream, dict(zip(self.names, values, strict=True)))
-
-
-def launched(name: str, grid: tuple[int, int, int], stream: int, values: dict) -> None:
-    """Checks what the driver would, and computes the results."""
-    assert all(isinstance(n, int) and 0 < n < 2**31 for n in grid), f"{name}: grid {grid}"
-    assert max(grid[1:]) <= 65535, f"{name}: grid {grid}"
-    assert stream == device.stream.cuda_stream, f"{name}: not on the current stream"
-    inner = {}
-    for key, value in values.items():
-        if hasattr(value, "block_shape"):
-            _check_descriptor(f"{name}: {key}", value)
-            value = value.base
-        if isinstance(value, Tensor):
-            assert isinstance(value, Pretended), f"{name}: {key} is on the host"
-            value = value.inner
-        inner[key] = value
-    device.launches.append((name, values))
-    if device.place.type == "meta":
-        return
-    device.record(lambda: _TRITON_KERNELS[name](dict(inner)))
-    device.will_write(t for t in inner.values() if isinstance(t, Tensor))
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        _TRITON_KERNELS[name](dict(inner))
-
-
-def _check_descriptor(what: str, view) -> None:
-    """The rules of cuTensorMapEncodeTiled."""
-    size = view.base.element_size()
-    assert isinstance(view.base, Pretended), f"{what} is on the host"
-    assert view.base.data_ptr() % 16 == 0, f"{what}: base not on 16 bytes"
-    assert len(view.shape) == len(view.strides) == len(view.block_shape) <= 5, f"{what}: rank"
-    assert view.strides[-1] == 1, f"{what}: strides {view.strides}"
-    assert all(s * size % 16 == 0 and s * size < 2**40 for s in view.strides[:-1]), (
-        f"{what}: strides {view.strides}"
-    )
-    assert all(0 < n <= 2**32 for n in view.shape), f"{what}: shape {view.shape}"
-    assert all(0 < b <= 256 for b in view.block_shape), f"{what}: box {view.block_shape}"
-    assert view.block_shape[-1] * size >= 16, f"{what}: box {view.block_shape}"
-    last = sum((n - 1) * s for n, s in zip(view.shape, view.strides, strict=True))
-    held = view.base.inner.untyped_storage().nbytes() // size - view.base.storage_offset()
-    assert last < held, f"{what}: {view.shape} reaches beyond {tuple(view.base.shape)}"
-
-
-def _pretend_triton(patch, compile_kernels: bool) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver, jit
-    from wfnet.kernels import config
-
-    def load_binary(name, binary, shared, index):
-        return name, name, 64, 0, 1024
-
-    class Launcher:
-        def __init__(self, source, metadata):
-            self.kernel = source.fn
-
-        def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *values):
-            names = [p.name for p in self.kernel.params]
-            launched(self.kernel.__name__, (x, y, z), stream, dict(zip(names, values, strict=True)))
-
-    pretended = SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        get_current_device=lambda: 0,
-        get_current_stream=lambda index: device.stream.cuda_stream,
-        launcher_cls=Launcher,
-        utils=SimpleNamespace(
-            load_binary=load_binary,
-            unload_module=_nothing,
-            get_device_properties=lambda index: {"max_shared_mem": 227 * 1024},
-        ),
-    )
-    patch.setattr(driver, "_active", pretended)
-    patch.setattr(config, "_cuda_device", config._cuda_device.__wrapped__)  # keeps nothing
-    for kernel in _jit_functions():
-        patch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
-    if compile_kernels:
-        return
-
-    def compiled(self, key, signature, index, constexprs, options, attrs, warmup):
-        kernel = _Compiled(self.__name__, tuple(p.name for p in self.params))
-        self.device_caches[index][0][key] = kernel
-        return kernel
-
-    patch.setattr(jit.JITFunction, "_do_compile", compiled)
-
-
-def _jit_functions() -> list:
-    from wfnet.kernels import (
-        conv_dgrad,
-        conv_fprop,
-        epilogue_bwd,
-        gate,
-        linear,
-        max_pool,
-        row_adam,
-    )
-
-    modules = (conv_dgrad, conv_fprop, epilogue_bwd, gate, linear, max_pool, row_adam)
-    return [vars(module)[name] for module in modules for name in _TRITON_KERNELS
-            if name in vars(module)]  # fmt: skip
-
-
-# -- the compiled extension ------------------------------------------------------------------------
-
-
-def _geometry(a) -> tuple:
-    """Strides, paddings and dilations of (height, width)."""
-    return tuple(zip(a["height"][3:], a["width"][3:], strict=True))
-
-
-def _library_fprop(a) -> None:
-    u = _convolved(a["x"], a["weight"], *_geometry(a))
-    _forward(u, a["scale"], a["shift"], None, a["residual"], a["branch"], a["out"], a["relu"])
-
-
-def _library_dgrad(a) -> None:
-    totals = {f"partial{i}": a.get(f"t{i}") for i in range(2)}
-    for name, total in totals.items():
-        if total is not None:
-            a[name].fill_(torch.nan)
-    size = (a["height"][0], a["width"][0])
-    g = _input_gradient(a["ag"], a["weight"], size, *_geometry(a))
-    _backward(g, {**a, **totals})
-
-
-_LIBRARY_KERNELS = {"fprop": _library_fprop, "dgrad": _library_dgrad}
-
-
-def _pretend_library(patch) -> None:
-    from wfnet.backends import cuda_launch
-
-    launch = cuda_launch._launch
-
-    def pretended(function, reads, writes, **numbers) -> None:
-        if cuda_launch.library().emulated:
-            raise RuntimeError("the pretended device runs the compiled module's host code")
-        tensors = {**reads, **writes}
-        for name, tensor in tensors.items():
-            assert tensor is None or isinstance(tensor, Pretended), (
-                f"{function}: {name} on the host"
-            )
-        try:
-            launch(function, reads, writes, **numbers)
-        except RuntimeError as error:
-            if not any(text in str(error) for text in _NO_DRIVER):
-                raise
-        else:
-            raise AssertionError(f"{function} launched on a machine without a driver")
-        inner = {name: None if t is None else t.inner for name, t in tensors.items()}
-        device.launches.append((function, {**tensors, **numbers}))
-        if device.place.type == "meta":
-            return
-        work = functools.partial(_LIBRARY_KERNELS[function], {**inner, **numbers})
-        device.record(work)
-        device.will_write(t for t in inner.values() if t is not None)
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            work()
-
-    patch.setattr(cuda_launch, "_launch", pretended)
-    patch.setattr(cuda_launch, "_processors", cuda_launch._processors.__wrapped__)
-
-
-_NO_DRIVER = ("driver", "libcuda", "no CUDA-capable device")
+# -- fixtures --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended_cuda() -> Callable[..., contextlib.AbstractContextManager[Device]]:
+    """Returns :func:`pretend`; skips where there is a real device, or Triton is interpreted."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a real device: tests/gpu")
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1")
+    return pretend
+
+
+@pytest.fixture
+def pretended_device(pretended_cuda) -> Iterator[Device]:
+    """A CUDA device on the host that notices every wait, with values."""
+    with pretended_cuda() as found:
+        yield found

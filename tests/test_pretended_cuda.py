@@ -1,0 +1,428 @@
+"""Every branch that only a CUDA device takes, on a pretended one (tests/pretended_cuda.py).
+
+What no test without a device can say is whether kernels compute the right numbers there; that their
+launches are bound as the driver wants them, that nothing waits for the device in secret, and that a
+step can be captured, is said here.
+"""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import wfnet
+import wfnet.functional as wf
+from wfnet import models
+from wfnet.backends import cuda_launch
+from wfnet.backends.contract import Epilogue
+from wfnet.cli import main
+from wfnet.evaluation import evaluate
+from wfnet.evaluation.attribution import attribution
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.expansion import expand
+from wfnet.untraining.objectives import BalancedObjective, PaperObjective
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep
+
+_BUILT = pytest.mark.skipif(
+    cuda_launch.library().missing is not None or cuda_launch.library().emulated,
+    reason=f"wfnet._C: {cuda_launch.library().missing or 'emulated'}",
+)
+BACKENDS = ["eager", "triton", pytest.param("cuda", marks=_BUILT)]
+KERNELS = BACKENDS[1:]
+CLASSES = 6
+
+
+class Residual(nn.Module):
+    """A stem with a pooling, a block with a projection shortcut, and one without."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)
+        )
+        self.first, self.project = nn.Conv2d(16, 64, 3, 2, 1, bias=False), nn.Conv2d(16, 64, 1, 2)
+        self.norm = nn.BatchNorm2d(64)
+        self.reduce, self.expand = nn.Conv2d(64, 64, 1), nn.Conv2d(64, 64, 3, padding=1)
+        self.head = nn.Linear(64, CLASSES)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = (self.norm(self.first(x)) + self.project(x)).relu()
+        x = (self.expand(self.reduce(x).relu()) + x).relu()
+        return self.head(x.mean((2, 3)))
+
+
+def transformer() -> nn.Module:
+    return models.create("vit", CLASSES, 3, seed=1, width=32, depth=2)
+
+
+def network(make, backend: str, place: str, **options) -> wfnet.WFNet:
+    torch.manual_seed(0)
+    net = wfnet.WFNet(make().eval(), CLASSES, backend=backend, **{"fuse": True, **options})
+    for parameter in net.filter_parameters():
+        nn.init.normal_(parameter, 2.0, 1.0)
+    return net.to(place).to(memory_format=torch.channels_last)
+
+
+def minibatch(seed: int, n: int = 4, size: int = 32):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (n,), generator=generator)
+    images = torch.randn(n, 3, size, size, generator=generator)
+    return images, expand(labels, CLASSES, 2, generator, share_images=True)
+
+
+def untrained(net: wfnet.WFNet, sizes, capture=False, together=1, objective=None):
+    """Filters and losses after steps over minibatches of ``sizes`` images."""
+    parts = [minibatch(seed, n) for seed, n in enumerate(sizes)]
+    with flatten_filters(net.filter_parameters()) as flat:
+        step = UntrainingStep(
+            net,
+            objective or BalancedObjective(),
+            RowAdam(net.filter_parameters()),
+            torch.bfloat16,
+            True,
+            capture=capture,
+        )
+        losses = [
+            step(parts[at : at + together], lr=0.1).total for at in range(0, len(parts), together)
+        ]
+        if capture:
+            assert len(step.graphs.graphs) == 1 + together, "nothing was captured"
+        return flat.cpu().clone(), torch.stack(losses).cpu()
+
+
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+# -- the layers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_explain_describes_the_device(pretended_device, backend):
+    x, weight = torch.randn(2, 64, 8, 8, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
+    text = wf.explain(x.bfloat16(), weight.bfloat16(), padding=1)
+    assert f"{backend}: " in text
+    assert f"{backend}: refused" not in text
+
+
+def test_labels_on_the_device_are_checked_without_waiting(pretended_device):
+    net = network(Residual, "eager", "cuda", fuse=False)
+    images = torch.randn(2, 3, 32, 32, device="cuda")
+    good, bad = torch.tensor([0, 5]).cuda(), torch.tensor([0, CLASSES]).cuda()
+    net(images, good)  # the first pass looks at the network
+    pretended_device.waits.clear()
+    net(images, good)
+    assert net(images, bad)[1].isnan().all().item()
+    (waited,) = pretended_device.waited_at()
+    assert waited.startswith("test_pretended_cuda.py:"), "the question above"
+    with pytest.raises(ValueError, match=f"{CLASSES} is out of range"):
+        net.check_labels()
+
+
+# -- the step --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Residual, transformer])
+def test_captured_steps_equal_ordinary_ones(pretended_device, make):
+    """And both those of the host; a minibatch of another shape runs as it is in between."""
+    sizes = [4] * 4 + [6] + [4]
+    expected = untrained(network(make, "eager", "cpu"), sizes)
+    net = network(make, "eager", "cuda")
+    ordinary = untrained(net, sizes)
+    assert net.fused_network(torch.zeros(2, 3, 32, 32).cuda()) is not None
+    assert relative_error(ordinary[0], expected[0]) < 5e-2
+    captured = untrained(network(make, "eager", "cuda"), sizes, capture=True)
+    for one, other in zip(captured, ordinary, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_accumulated_and_unfused_steps_are_captured(pretended_device, fuse):
+    sizes, objective = [4] * 10, PaperObjective()
+    results = [
+        untrained(network(Residual, "eager", "cuda", fuse=fuse), sizes, capture, 2, objective)
+        for capture in (False, True)
+    ]
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("capture", [False, True])
+def test_a_step_waits_for_nothing(pretended_device, capture):
+    net = network(Residual, "eager", "cuda")
+    with flatten_filters(net.filter_parameters()):
+        step = UntrainingStep(
+            net,
+            BalancedObjective(),
+            RowAdam(net.filter_parameters()),
+            torch.bfloat16,
+            True,
+            capture=capture,
+        )
+        parts = [(images.cuda(), batch.to("cuda")) for images, batch in map(minibatch, range(6))]
+        for number, part in enumerate(parts):
+            if number == 2:  # the plan is checked, tables are made
+                pretended_device.waits.clear()
+            step([part], lr=0.1)
+    assert pretended_device.waits == []
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224"])
+def test_a_step_at_the_sizes_of_a_benchmark(pretended_cuda, backend, name, monkeypatch):
+    """1,000 classes, 512 expanded samples at 224 px, without a byte of memory: reading one raises.
+
+    Every launch passes the binder and the checks of descriptors and of wfnet._C's host code.
+    """
+    timm = pytest.importorskip("timm")
+    monkeypatch.setattr("wfnet.fusion.checked.check_plan", lambda *_: None)  # it reads values
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+    model = model.to_empty(device="cpu")
+    for tensor in model.state_dict().values():
+        tensor.zero_()  # fresh memory may hold NaN, which no network may
+    with pretended_cuda(values=False) as device:
+        net = wfnet.WFNet(model, 1000, backend=backend, fuse=True).cuda()
+        net = net.to(memory_format=torch.channels_last)
+        with flatten_filters(net.filter_parameters()):
+            captured = name == "resnet50"
+            step = UntrainingStep(
+                net,
+                BalancedObjective(),
+                RowAdam(net.filter_parameters()),
+                torch.bfloat16,
+                True,
+                capture=captured,
+            )
+            labels = torch.arange(256)
+            batch = expand(labels, 1000, 3, torch.Generator(), share_images=False)
+            assert len(batch) == 512
+            part = torch.empty(256, 3, 224, 224).cuda(), batch.to("cuda")
+            for number in range(6 if captured else 1):
+                if number == 2:
+                    device.waits.clear()
+                step([part], lr=0.1)
+            assert not captured or device.waits == []
+        assert net._fusion.network is not None
+        names = {name for name, _ in device.launches}
+        assert set(LAUNCHED[backend, name].split()) <= names
+
+
+LAUNCHED = {
+    ("triton", "resnet50"): "conv_fprop_kernel conv_dgrad_kernel linear_fprop_kernel "
+    "linear_dgrad_kernel conv_fprop_gather_kernel gate_rows_bwd_kernel max_pool_bwd_kernel "
+    "row_adam_kernel",
+    ("cuda", "resnet50"): "fprop dgrad conv_fprop_gather_kernel gate_rows_bwd_kernel "
+    "max_pool_bwd_kernel row_adam_kernel",
+    ("triton", "vit_tiny_patch16_224"): "linear_fprop_kernel linear_dgrad_kernel",
+    ("cuda", "vit_tiny_patch16_224"): "fprop dgrad",
+}
+
+
+def test_launches_compile_as_the_jit_would(pretended_cuda, monkeypatch):
+    """The kernels of a fused step, with the specialisation of these very arguments."""
+    monkeypatch.setattr("wfnet.fusion.checked.check_plan", lambda *_: None)  # it reads values
+    with pretended_cuda(compile_kernels=True, values=False) as device:
+        net = network(
+            lambda: nn.Sequential(
+                nn.Conv2d(3, 64, 3),
+                nn.ReLU(),
+                nn.Conv2d(64, 64, 3, padding=1),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1),
+                nn.Flatten(),
+                nn.Linear(64, CLASSES),
+            ),
+            "triton",
+            "cuda",
+        )
+        images, batch = minibatch(0)
+        with flatten_filters(net.filter_parameters()):
+            step = UntrainingStep(
+                net, BalancedObjective(), RowAdam(net.filter_parameters()), torch.bfloat16, True
+            )
+            step([(images, batch)], lr=0.1)
+        assert net._fusion.network is not None
+        assert len({name for name, _ in device.launches}) >= 5
+
+
+@_BUILT
+def test_a_backend_without_the_dtype_says_so(pretended_cuda, caplog):
+    """Named, and met in a fused network: no KeyError, no other backend."""
+    with pretended_cuda(values=False):
+        net = network(Residual, "cuda", "cuda")
+        images, batch = minibatch(0)
+        with (
+            caplog.at_level(logging.WARNING),
+            pytest.raises(RuntimeError, match="float16 and bfloat16"),
+        ):
+            net(images.cuda(), batch.forget[:4])
+    assert "use autocast" in caplog.text
+
+
+# -- evaluation and the command line ---------------------------------------------------------------
+
+# Where the host waits, and why that is right: never per pair.
+EVALUATION_WAITS = {
+    "pair_engine.py:_run_pairs",  # rows travel to the device
+    "rows.py:add",  # and labels
+    "pair_engine.py:_check_finite",  # once per chunk of images: broken logits are an error
+    "rows.py:end",  # once per chunk: divergences are kept
+    "rows.py:evaluate",  # at the end: counts
+    "rows.py:<listcomp>",
+    "initialisation.py:_initialise_raw",  # once
+    "files.py:digest",
+    "execution.py:check_plan",
+    "labels.py:wait",
+}
+
+
+def test_all_class_evaluation(pretended_device, make_net, uneven_dataset):
+    expected = evaluate(make_net(), uneven_dataset, batch_size=16, progress=False)
+    net = make_net().cuda()
+    pretended_device.waits.clear()
+    found = evaluate(net, uneven_dataset, batch_size=16, progress=False)
+    assert pretended_device.waited_at() <= EVALUATION_WAITS, (
+        pretended_device.waited_at() - EVALUATION_WAITS
+    )
+    for mine, theirs in zip(found.records, expected.records, strict=True):
+        assert (mine.acc_f, mine.acc_r) == (theirs.acc_f, theirs.acc_r)
+
+
+def test_attribution(pretended_device, make_net, uneven_dataset):
+    options = {"steps": 2, "progress": False, "classes": [0, 2]}
+    expected = attribution(make_net(), uneven_dataset, **options)
+    found = attribution(make_net().cuda(), uneven_dataset, **options)
+    assert found.mean == pytest.approx(expected.mean, abs=1e-5)
+
+
+def test_commands_run_on_the_device(pretended_device, image_folder, tmp_path, capfd):
+    run = str(tmp_path / "run")
+    call = ["untrain", "--data-dir", str(image_folder), "--model", "small/resnet", "--output", run]
+    call += ["--model-kwargs", "width=8", "--img-size", "32", "-b", "4", "-M", "2"]
+    call += ["--workers", "0", "--steps", "6", "--grad-accum-steps", "2", "--cache", "device"]
+    call += ["--device", "cuda", "--backend", "eager", "--amp"]
+    assert main(call) == 0, capfd.readouterr().err
+    assert "runs unfused" not in capfd.readouterr().err
+    call = ["-j", "0", "--no-figures", "--device", "cuda", "--amp", "--backend", "eager"]
+    assert main(["evaluate", run, *call]) == 0
+    assert pretended_device.launches, "the optimiser's kernel"
+
+
+# -- what the pretended device finds ---------------------------------------------------------------
+
+
+def test_mixed_devices_are_found(pretended_device):
+    x, host = torch.randn(3, device="cuda"), torch.randn(3)
+    with pytest.raises(RuntimeError, match="found cuda:0 and cpu"):
+        x + host
+    assert (x + host.sum()).is_cuda  # a scalar may be on the host
+    with pytest.raises(TypeError, match="numpy"):
+        x.numpy()
+
+
+def test_hidden_waits_are_found(pretended_device):
+    x = torch.randn(3, device="cuda")
+    assert not pretended_device.waits
+    for wait in (
+        lambda: x[0].item(),
+        lambda: bool((x > 5).any()),
+        lambda: x[x > 0],
+        lambda: x.nonzero(),
+        lambda: x.cpu(),
+        lambda: torch.ones(3).cuda(),
+    ):
+        pretended_device.waits.clear()
+        wait()
+        assert len(pretended_device.waits) == 1
+    with (
+        pytest.raises(RuntimeError, match="while a graph is captured"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
+        x.sum().item()
+
+
+def test_a_replay_runs_no_python(pretended_device):
+    x, runs = torch.zeros(2, device="cuda"), []
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        runs.append(1)
+        y = (x + 1) * 2
+        x.add_(1)
+    assert x.tolist() == [0, 0], "a capture runs nothing"
+    graph.replay()
+    graph.replay()
+    assert (x.tolist(), y.tolist(), runs) == ([2, 2], [4, 4], [1])
+
+
+def test_wrong_launches_of_triton_are_found(pretended_cuda, monkeypatch):
+    from wfnet.kernels import gate, linear
+    from wfnet.kernels.launch import Launch
+
+    def gate_launch(**changes):
+        alpha, forget = torch.randn(CLASSES, 16).cuda(), torch.zeros(4, 1, dtype=torch.int64).cuda()
+        launch = gate.plan_gate_rows(alpha, forget, torch.empty(4, 16).cuda(), 1.0)
+        launch.arguments.update(changes)
+        return launch
+
+    with pretended_cuda(values=False):
+        gate_launch().run()
+        with pytest.raises(KeyError, match="rows"):  # a name that the kernel does not have
+            gate_launch(rows=4).run()
+        missing = gate_launch()
+        del missing.arguments["B"]
+        with pytest.raises(TypeError):
+            missing.run()
+        with pytest.raises(AssertionError, match="on the host"):
+            gate_launch(forget=torch.zeros(4, 1, dtype=torch.int64)).run()
+        launch = gate_launch()
+        with pytest.raises(AssertionError, match="grid"):
+            Launch(launch.kernel, (0, 1), launch.arguments, 4, 1).run()
+
+        def reaches_beyond(*arguments):
+            launch = plan(*arguments)
+            view = next(v for v in launch.arguments.values() if hasattr(v, "block_shape"))
+            view.shape = [view.shape[0] + 1, *view.shape[1:]]
+            return launch
+
+        plan = linear.plan_linear_fprop
+        monkeypatch.setattr(linear, "plan_linear_fprop", reaches_beyond)
+        pixels, tables = torch.empty(4, 64, 3, 1).cuda().bfloat16(), torch.empty(4, 64).cuda()
+        weight = torch.empty(64, 64).cuda().bfloat16()
+        with pytest.raises(AssertionError, match="reaches beyond"):
+            linear.linear_fprop(pixels, weight, Epilogue(tables, tables))
+
+
+@_BUILT
+def test_wrong_launches_of_the_extension_are_found(pretended_cuda):
+    with pretended_cuda(values=False):
+        axis = (4, 4, 1, 1, 0, 1)
+        pixels = torch.zeros(2, 4, 4, 64).cuda().bfloat16()
+        reads = {
+            "x": pixels,
+            "weight": torch.zeros(64, 1, 1, 64).cuda().bfloat16(),
+            "scale": torch.ones(2, 64).cuda(),
+            "shift": None,
+            "residual": None,
+        }
+        tensors = {"reads": reads, "writes": {"branch": None, "out": torch.empty_like(pixels)}}
+        numbers = {"batch": 2, "in_channels": 64, "out_channels": 64, "height": axis, "width": axis}
+        numbers |= {"table_stride": 64, "relu": False, "dtype": "bfloat16"}
+        cuda_launch._launch("fprop", **tensors, **numbers)
+        with pytest.raises(TypeError, match="incompatible function arguments"):
+            cuda_launch._launch("fprop", **tensors, **numbers, images=2)
+        with pytest.raises(ValueError, match="bfloat16 and float16"):
+            cuda_launch._launch("fprop", **tensors, **{**numbers, "dtype": "float32"})
+        reads["scale"] = torch.ones(2, 64)
+        with pytest.raises(AssertionError, match="scale on the host"):
+            cuda_launch._launch("fprop", **tensors, **numbers)
+
+
+def test_the_pretended_device_ends_with_its_context(pretended_cuda):
+    with pretended_cuda():
+        assert torch.ones(2, device="cuda").is_cuda
+    assert not torch.cuda.is_available()
+    assert not torch.ones(2).is_cuda
