@@ -4,9 +4,10 @@
     python -m wfnet.kernels.aot --all           the complete matrix
     python -m wfnet.kernels.aot --all --arch 90 --json report.json
 
-Exits with 1 if a kernel spills, uses a stack, lacks its tensor-core instruction, or needs more
-shared memory than the device has (the compiler accepts that silently). The launches are those that
-the launchers would run: the same planning functions, with tensors that have no memory.
+Exits with 1 if a kernel spills, uses a stack, lacks its tensor-core instruction, needs more shared
+memory than the device has (the compiler accepts that silently), or multiplies out of registers
+that it may overwrite before an asynchronous product has read them. The launches are those that the
+launchers would run: the same planning functions, with tensors that have no memory.
 """
 
 from __future__ import annotations
@@ -331,6 +332,9 @@ def compile_case(case: Case, device: Device) -> Report:
         problems.append(f"{shared} bytes of shared memory, {device.shared_memory} available")
     if case.tensor_cores and instruction == "none":
         problems.append("no tensor-core instruction")
+    exposed = products_of_registers(compiled.asm["ptx"])
+    if exposed:
+        problems.append(f"{exposed} asynchronous products read their left operand from registers")
     return Report(
         case.name,
         device.arch,
@@ -349,6 +353,19 @@ def _tensor_core_instruction(ptx: str) -> str:
         if instruction in ptx:
             return instruction
     return "none"
+
+
+# An accumulator in braces, then the left operand: a descriptor, or registers in braces.
+_LEFT_IN_REGISTERS = re.compile(r"wgmma\.mma_async[^;{]*\{[^}]*\},\s*\{")
+
+
+def products_of_registers(ptx: str) -> int:
+    """Counts asynchronous products whose left operand is in registers.
+
+    What is written to these before a wait races with the product (PTX manual, wgmma.fence), and
+    Triton's pipelined loops write them: the loads of the next round.
+    """
+    return len(_LEFT_IN_REGISTERS.findall(ptx))
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:

@@ -3,9 +3,9 @@
 The defaults follow from counting, not from a search (no measurement is behind them):
 
 - Hopper, 16-bit: 128 x 128 x 64 tiles, 8 warps, 3 stages. The accumulator takes 64 registers a
-  thread and the kernels stay below 128, so that two thread blocks share a multiprocessor (2 x 82
-  KB of shared memory): one block's epilogue, which moves up to four tiles, runs under the other's
-  matrix multiplication. Narrow outputs take 128 x 64.
+  thread and the forward kernels stay below 128, so that two thread blocks share a multiprocessor
+  (2 x 96 KB of shared memory): one block's epilogue, which moves up to four tiles, runs under the
+  other's matrix multiplication. Narrow outputs take 128 x 64.
 - Linear maps have few steps of K (192 / 64 = 3), so their fill and drain dominate: the kernel is
   persistent and prefetches the next tile's operands during the epilogue.
 - Ampere has no tensor memory accelerator: pointer tiles, cp.async, 32-wide K steps.

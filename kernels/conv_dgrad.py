@@ -14,7 +14,8 @@ ReLU mask, takes its column sums T0 and T1 and writes its ``ag`` (and ``g``, whe
 - ``conv_dgrad_gather_kernel``: addresses. Every pixel visits every tap and masks those that do not
   divide by the stride (stride 2: three quarters of the products are with zeros).
 
-The weight is read as [O, R*S, C] in boxes [BK, 1, BN]: no flipped or transposed copy of it exists.
+The weight is read as [O, R*S*C] in boxes [BK, BN]: no flipped or transposed copy of it exists. As
+in ``conv_fprop`` the product of boxes is transposed, filter times gradient.
 """
 
 # ruff: noqa: E741 (O is the number of output channels here, as in every equation)
@@ -47,7 +48,7 @@ from wfnet.backends.contract import ConvGeometry, LayerBelow, LayerGradient
 @triton.jit(do_not_specialize=["B", "H", "W"])
 def conv_dgrad_kernel(
     ag,  # [B, P, Q, O] in boxes
-    w,  # [O, R*S, C] in boxes [BK, 1, BN]
+    w,  # [O, R*S*C] in boxes [BK, BN]
     skip,  # [B, H, W, C] in boxes or None; with STEP 2 all of these are [B, H/2, 2, W/2, 2*C]
     branch,
     activation,
@@ -115,7 +116,7 @@ def conv_dgrad_kernel(
         count_s = (S - first_s + STEP - 1) // STEP
         p0 = h0 + (odd_h + PAD_H) // STEP
         q0 = w0 + (odd_w + PAD_W) // STEP
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k in range(0, count_r * count_s * CHANNEL_STEPS):
         tap = k // CHANNEL_STEPS
         o0 = k % CHANNEL_STEPS * BK
@@ -127,8 +128,9 @@ def conv_dgrad_kernel(
             j = tap % tl.maximum(count_s, 1)
         a = ag.load([b0, p0 - i * DIL_H, q0 - j * DIL_W, o0]).reshape(BM, BK)
         tap_in_filter = (first_r + i * STEP) * S + first_s + j * STEP
-        weights = w.load([o0, tap_in_filter, n0]).reshape(BK, BN)
-        acc = tl.dot(a, weights, acc, input_precision=PRECISION)
+        # Columns past C are the next tap's: their results are not stored.
+        weights = w.load([o0, tap_in_filter * C + n0])  # [BK, BN]
+        acc = tl.dot(weights.T, a.T, acc, input_precision=PRECISION)
 
     if STEP == 1:  # noqa: SIM108 (the tuples differ in length)
         at = (b0, h0, w0, n0)
@@ -138,7 +140,7 @@ def conv_dgrad_kernel(
     row_sample = b0 + row // (BH * BW)
     inside = (h0 + row // BW % BH < H) & (w0 + row % BW < W)
     backward_epilogue(
-        acc,
+        acc.T,
         skip,
         branch,
         activation,
@@ -360,7 +362,7 @@ def plan_conv_dgrad(
     taps = shape.kernel[0] * shape.kernel[1]
     arguments = {
         "ag": tiled(ag, (batch, p, q, depth), (samples, rows, cols, config.block_k)),
-        "w": tiled(weight, (depth, taps, channels), (config.block_k, 1, config.block_n)),
+        "w": tiled(weight, (depth, taps * channels), (config.block_k, config.block_n)),
         **backward.bound(boxes),
         **shared,
         "H": height // step,

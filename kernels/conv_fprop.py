@@ -8,7 +8,10 @@ filter tap is a shifted box of the input whose rows of channels are contiguous.
 
 - ``conv_fprop_kernel`` reads the shifted boxes by tensor descriptor; out of bounds, which is the
   zero padding, reads as 0 for free. Stride 2 views the input as [N, H/2, 2, W/2, 2*C]: a tap lies
-  in one parity class and is again a dense box. No addresses, no masks in the main loop.
+  in one parity class and is again a dense box. No addresses, no masks in the main loop. Its
+  product is transposed, filter times pixels: Hopper's asynchronous products read both operands
+  from shared memory, but Triton loads a left operand that is a reshaped box into registers, which
+  the next round of the loop overwrites while products may still read them.
 - ``conv_fprop_gather_kernel`` computes addresses: 3-channel stems, odd channel counts, other
   strides, devices without a tensor memory accelerator. Its tiles are flat in (b, p).
 
@@ -45,7 +48,7 @@ from wfnet.backends.contract import Activation, ConvGeometry, Epilogue
 @triton.jit(do_not_specialize=["B", "P", "Q"])
 def conv_fprop_kernel(
     x,  # [N, H, W, C] in boxes; with STEP 2 [N, H/2, 2, W/2, 2*C]
-    w,  # [O, R*S, C] in boxes [BN, 1, BK]
+    w,  # [O, R*S*C] in boxes [BN, BK]
     source,  # [B] int64 or None
     scale,  # [B, O] fp32
     shift,  # [B, O] fp32 or None
@@ -89,7 +92,7 @@ def conv_fprop_kernel(
     if source is not None:
         image = tl.load(source + b0).to(tl.int32)
 
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    acc = tl.zeros((BN, BM), dtype=tl.float32)
     for k in range(0, R * S * CHANNEL_STEPS):
         tap = k // CHANNEL_STEPS
         c0 = k % CHANNEL_STEPS * BK
@@ -104,13 +107,14 @@ def conv_fprop_kernel(
             odd_h = (dh + PAD_H * STEP) % STEP
             odd_w = (dw + PAD_W * STEP) % STEP
             a = x.load([image, h, odd_h, v, odd_w * C + c0])
-        weights = w.load([n0, tap, c0]).reshape(BN, BK)
-        acc = tl.dot(a.reshape(BM, BK), weights.T, acc, input_precision=PRECISION)
+        # Past the channels of a tap these are the next tap's, and meet zeros of x.
+        weights = w.load([n0, tap * C + c0])  # [BN, BK]
+        acc = tl.dot(weights, a.reshape(BM, BK).T, acc, input_precision=PRECISION)
 
     cols = n0 + tl.arange(0, BN)
     row_sample = b0 + tl.arange(0, BM) // (BP * BQ)
     forward_epilogue(
-        acc,
+        acc.T,
         scale,
         shift,
         residual,
@@ -314,7 +318,7 @@ def plan_conv_fprop(
     taps = shape.kernel[0] * shape.kernel[1]
     arguments = {
         "x": view,
-        "w": tiled(weight, (columns, taps, channels), (config.block_n, 1, config.block_k)),
+        "w": tiled(weight, (columns, taps * channels), (config.block_n, config.block_k)),
         **forward.bound(boxes),
         **shared,
         "STEP": step,

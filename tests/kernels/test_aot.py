@@ -45,6 +45,7 @@ def test_two_blocks_share_a_hopper_multiprocessor():
         if "fprop" in report.name:
             assert report.registers <= 128
             assert 2 * (report.shared_bytes + 1024) <= 228 * 1024
+            assert report.shared_bytes >= 3 * (128 + 128) * 64 * 2  # both operands, three stages
 
 
 def test_problems_are_found():
@@ -58,6 +59,15 @@ def test_problems_are_found():
     case = next(aot.elementwise_cases(torch.bfloat16))
     report = aot.compile_case(aot.Case(case.name, case.launch, True), TARGETS[90])
     assert report.problems == ("no tensor-core instruction",)
+
+
+def test_left_operands_in_registers_are_found():
+    """The two forms of the instruction, as Triton writes them into PTX."""
+    product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1,%f2,%f3,%f4}, "
+    rest = "%rd2, %p1, 1, 1, 0, 0;\n"
+    safe, exposed = product + "%rd1, " + rest, product + "{%r1,%r2,%r3,%r4}, " + rest
+    assert aot.products_of_registers(safe + safe) == 0
+    assert aot.products_of_registers(safe + exposed + safe + exposed) == 2
 
 
 def test_every_kernel_is_compiled():
