@@ -7,6 +7,7 @@ from wfnet import models
 from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
+from wfnet.untraining import memory
 from wfnet.untraining.expansion import expand
 from wfnet.untraining.memory import filter_memory, peak_bytes, step_memory
 from wfnet.untraining.objectives import BalancedObjective
@@ -48,12 +49,27 @@ def test_the_peak_is_the_most_at_a_time():
 def test_filters_and_optimiser(runs, dtype, size):
     net = runs.network(filter_dtype=dtype)
     entries = sum(p.numel() for p in net.filter_parameters())
-    memory = filter_memory(net)
-    assert (memory.entries, memory.filters) == (entries, size * entries)
-    assert memory.total == 6 * size * entries  # two moments, gradient, two copies
+    found = filter_memory(net)
+    assert (found.entries, found.filters) == (entries, size * entries)
+    assert found.total == 6 * size * entries  # two moments, gradient, two copies
     assert filter_memory(net, "sgd").moments == 0
     moments = RowAdam(net.filter_parameters()).moments()
     held = [
         moments[name].numel() * moments[name].element_size() for name in ("exp_avg", "exp_avg_sq")
     ]
-    assert sum(held) == memory.moments
+    assert sum(held) == found.moments
+
+
+@pytest.mark.parametrize(("share", "most"), [(True, 1), (True, 2), (True, 5), (False, 6)])
+def test_measuring_takes_no_more_memory_than_the_run(runs, monkeypatch, share, most):
+    measured = []
+    real = memory.expand
+
+    def expand_noted(labels, *rest):
+        measured.append(len(labels))
+        return real(labels, *rest)
+
+    monkeypatch.setattr(memory, "expand", expand_noted)
+    estimate = step_memory(runs.network(), (1, 12, 12), 2, share, most_images=most)
+    assert max(measured) == most
+    assert estimate.of(most) > 0

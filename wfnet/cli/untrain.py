@@ -407,11 +407,16 @@ def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Rank
         raise ValueError("none of the training images can be read; see the log")
     amp = None if config.amp is None else getattr(torch, config.amp)
     net.fuse = config.fuse
-    shape = tuple(few.images.shape[1:])
-    measured = step_memory(
-        net, shape, config.label_expansion, config.share_images, amp, config.channels_last
-    )
     of_one = math.ceil(config.images / ranks.size)
+    measured = step_memory(
+        net,
+        tuple(few.images.shape[1:]),
+        config.label_expansion,
+        config.share_images,
+        amp,
+        config.channels_last,
+        most_images=of_one,
+    )
     filters = filter_memory(net, config.optimizer)
     entries = {id(p) for p in net.filter_parameters()}
     weights = sum(
@@ -423,8 +428,8 @@ def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Rank
     print(
         f"memory      {_size(weights + filters.total + step)} on each device: {_size(weights)} of "
         f"frozen weights, {_size(filters.total)} of filters (with moments, gradient, the best and "
-        f"the last good ones), {_size(step)} of a step over {of_one} images (measured on 8 to 32 "
-        f"of them, {_size(measured.per_image)} each)",
+        f"the last good ones), {_size(step)} of a step over {of_one} images (measured on as "
+        f"many, or 8 to 32; {_size(measured.per_image)} each)",
         flush=True,
     )
 

@@ -80,16 +80,23 @@ def step_memory(
     amp: torch.dtype | None = None,
     channels_last: bool = True,
     objective: Objective | None = None,
+    most_images: int | None = None,
 ) -> StepMemory:
     """Measures two small steps on the network's device; its filters stay as they are.
 
     Args:
         net: as it will run (backend, ``fuse``, device, dtype).
         image_shape: ``(C, H, W)``.
+        most_images: images of a step, at most: those of the run, so that measuring it takes no
+            more memory than the run.
         others: as in :class:`wfnet.UntrainConfig`.
     """
     objective = objective or BalancedObjective()
-    few, more = (8, 16) if share_images else (16, 32)  # fewer are not cut into parts
+    least = 1 if share_images else 2  # each half has an image
+    more = 16 * least  # of fewer than eight a step is not cut into parts
+    if most_images is not None:
+        more = min(more, max(least, most_images))
+    few = max(least, more // 2)
     peaks = []
     with flatten_filters(net.filter_parameters()):
         optimizer = RowAdam(net.filter_parameters())
@@ -102,6 +109,8 @@ def step_memory(
             peaks.append(peak_bytes(partial(step.differentiate, minibatches), step.device))
         for parameter in net.filter_parameters():
             parameter.grad = None
+    if more == few:
+        return StepMemory(0, peaks[2] // more)
     per_image = max(0, peaks[2] - peaks[1]) // (more - few)
     return StepMemory(max(0, peaks[1] - few * per_image), per_image)
 
