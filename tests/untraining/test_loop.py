@@ -291,3 +291,51 @@ def test_an_image_file_that_is_not_finite_is_named(base, runs, config, validatio
         untrain(net, *data, config(), tmp_path, progress=False)
     assert all(p.isfinite().all() for p in net.filter_parameters())
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
+
+
+# -- some of the classes --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "changes"),
+    [
+        ([1, 2, 3], [1, 2, 3], {}),
+        ([3, 1], [0, 1, 3], {}),
+        ([2], [0, 2], {}),
+        ([1, 2], [0, 1, 2, 3], {"optimizer": "sgd", "lr": 0.5, "objective": "paper"}),
+    ],
+)
+def test_some_classes_with_images_of_some(base, runs, config, classes, images, changes, tmp_path):
+    """Rows of the others stay as they are, bit by bit; no image is retained under its own row."""
+    net = WFNet(base, CLASSES)
+    train, validation = runs.bars(), runs.bars(6, 1)
+    parts = [d.select(torch.isin(d.labels, torch.tensor(images)).nonzero().flatten())
+             for d in (train, validation)]  # fmt: skip
+    steps = 6 if changes else 60
+    settings = config(steps=steps, classes=classes, **changes)
+    result = untrain(net, *parts, settings, tmp_path, progress=False)
+    moved = torch.stack([(p != 3).any(1) for p in net.filter_parameters()]).any(0)
+    assert moved.nonzero().flatten().tolist() == sorted(classes)
+    known = [not math.isnan(value) for value in result.best.acc_f_per_class]
+    assert [label for label in range(CLASSES) if known[label]] == sorted(classes)
+    if not changes:
+        assert result.best.acc_f < 0.1
+        assert result.best.acc_r > 0.9
+    again = untrain(net, *parts, settings, tmp_path, True, progress=False)
+    assert again.history == result.history
+
+
+def test_classes_that_cannot_be_untrained(base, runs, config):
+    def refused(classes, images=(0, 1, 2, 3)):
+        data = runs.bars()
+        data = data.select(torch.isin(data.labels, torch.tensor(images)).nonzero().flatten())
+        with pytest.raises(ValueError) as error:
+            untrain(WFNet(base, CLASSES), data, None, config(classes=classes), progress=False)
+        return str(error.value)
+
+    assert "classes has 7, but the network has 4 classes" in refused([1, 7])
+    assert "class 'bar 2' has no training image" in refused([1, 2], (0, 1))
+    assert "only class that is untrained" in refused([1], (1,))
+    for wrong in ([], [-1], ["a"], [1.5]):
+        with pytest.raises(ValueError, match="classes must be labels"):
+            config(classes=wrong)

@@ -25,6 +25,7 @@ def reader(runs, dataset, ranks=None, **changes) -> MinibatchReader:
         dataset.labels,
         None,
         runs.CLASSES,
+        None,
         sampler,
         config,
         ranks or Ranks(shared=False),

@@ -62,15 +62,31 @@ class ExpandedBatch:
         )
 
 
-def random_other_rows(labels: Tensor, num_classes: int, generator: torch.Generator) -> Tensor:
-    """One row per entry of ``labels``, uniform over the ``K - 1`` other classes, independent.
+def random_other_rows(
+    labels: Tensor, num_classes: int, generator: torch.Generator, rows: Tensor | None = None
+) -> Tensor:
+    """Returns a row per entry of ``labels``, uniform over the other classes, independent.
 
     Args:
         labels: int64 of any shape, in ``0 .. K-1``.
+        num_classes: K.
+        generator: source of the rows.
+        rows: ``[R]``, distinct, ascending: classes that are drawn from; all by default.
 
     Raises:
-        ValueError: if ``num_classes`` is below 2: there is no other class.
+        ValueError: if there is no other class.
     """
+    if rows is not None:
+        place = torch.searchsorted(rows, labels).clamp_max(len(rows) - 1)
+        own = rows[place] == labels
+        others = len(rows) - own.long()
+        if not bool((others > 0).all()):
+            raise ValueError(
+                "images of the only class that is untrained can be retained under no other row; "
+                "untrain two classes or more, or add images of others"
+            )
+        draw = (torch.rand(labels.shape, generator=generator, dtype=torch.float64) * others).long()
+        return rows[draw + (own & (draw >= place))]
     if num_classes < 2:
         raise ValueError(
             f"label expansion needs at least 2 classes, got {num_classes}: a retained image goes "
@@ -87,6 +103,7 @@ def expand(
     generator: torch.Generator,
     share_images: bool = False,
     forget_size: int | None = None,
+    rows: Tensor | None = None,
 ) -> ExpandedBatch:
     """Expands a minibatch (paper, "label expansion").
 
@@ -99,6 +116,7 @@ def expand(
         share_images: the same images serve both halves, instead of half of them each.
         forget_size: number of leading images in the forget half if images are not shared; half of
             them, rounded down, by default.
+        rows: ``[R]``, distinct, ascending: classes whose rows are untrained; all by default.
 
     Returns:
         ``n + n * M`` samples with shared images, else ``forget_size + (n - forget_size) * M``.
@@ -117,10 +135,10 @@ def expand(
         cut = n // 2 if forget_size is None else forget_size
         forgetting, retaining = torch.arange(cut), torch.arange(cut, n)
     retained = retaining.repeat_interleave(label_expansion)
-    rows = random_other_rows(labels[retained], num_classes, generator)
+    others = random_other_rows(labels[retained], num_classes, generator, rows)
     source = torch.cat((forgetting, retained))
     return ExpandedBatch(
-        forget=torch.cat((labels[forgetting], rows)),
+        forget=torch.cat((labels[forgetting], others)),
         source=source,
         target=labels[source],
         forget_size=len(forgetting),
@@ -234,3 +252,19 @@ class HalvesSampler(Sampler):
 
     def batch(self, step: int) -> Tensor:
         return torch.cat((self.forgetting.batch(step), self.retaining.batch(step)))
+
+
+class PartSampler(Sampler):
+    """Draws from a part of the data set.
+
+    Args:
+        sampler: over as many images as there are ``positions``.
+        positions: ``[n]`` int64, the part's positions in the data set.
+    """
+
+    def __init__(self, sampler: Sampler, positions: Tensor):
+        self.sampler = sampler
+        self.positions = positions
+
+    def batch(self, step: int) -> Tensor:
+        return self.positions[self.sampler.batch(step)]

@@ -49,6 +49,8 @@ from wfnet.untraining.run_parts import (
     configured_optimizer,
     configured_sampler,
     first_broken_image,
+    fitting_config,
+    untrained_rows,
 )
 from wfnet.untraining.run_state import RunState, RunStore, identity_of
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
@@ -208,12 +210,20 @@ class _Untraining:
 
         labels = checked_labels(train, net.num_classes, "training")
         self.multi_hot = multi_hot_of(train)
+        self.rows = untrained_rows(config, net.num_classes)
+        self.config = config = fitting_config(config, labels, self.rows)
+        self.other_rows = None
+        if self.rows is not None:
+            every_row = torch.arange(net.num_classes)
+            self.other_rows = every_row[~torch.isin(every_row, self.rows)].to(self.device)
+        if self.multi_hot is not None and self.rows is not None:
+            raise ValueError("of images with several labels all are untrained: leave out classes")
         if self.multi_hot is not None and not self.ranks.alone:
             raise ValueError(
                 "images with several labels are untrained by one process: start it without torchrun"
             )
         every = labels if self.multi_hot is None else self.multi_hot.nonzero()[:, 1]
-        check_every_class(every, train, net.num_classes)
+        check_every_class(every, train, net.num_classes, self.rows)
         check_finite_filters(net)
         check_finite_images(train, "training")
         if config.objective == "paper" and objective is None and net.normalize_gate:
@@ -244,7 +254,8 @@ class _Untraining:
             labels,
             self.multi_hot,
             net.num_classes,
-            configured_sampler(config, labels),
+            self.rows,
+            configured_sampler(config, labels, self.rows),
             config,
             self.ranks,
             self.corrupt,
@@ -281,7 +292,7 @@ class _Untraining:
         if self.multi_hot is not None:
             about = config.seed, self.objective, how
             return MultiLabelValidator(validation, num_classes, *about)
-        about = config.validation_rows, config.seed, self.objective, how
+        about = config.validation_rows, config.seed, self.objective, how, self.rows
         return AccuracyValidator(validation, num_classes, *about)
 
     def _can_capture(self) -> bool:
@@ -420,6 +431,8 @@ class _Untraining:
                 f"({state.nan_steps} of at most {most})"
             )
             return
+        if self.other_rows is not None:  # a term of the loss may see all rows
+            self.work.gradient.index_fill_(0, self.other_rows, 0)
         self.losses.add(losses, state.step + 1)
         if self.losses.due:
             self._read_losses()

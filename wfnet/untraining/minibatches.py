@@ -54,6 +54,7 @@ class MinibatchReader:
         multi_hot: ``[N, K]`` bool for images with several labels, else None; these are read by one
             process alone.
         num_classes: K.
+        rows: ``[R]``, those that are untrained; None: all.
         sampler: which images make up a minibatch.
         config: settings of the run.
         ranks: who shares the minibatches.
@@ -67,6 +68,7 @@ class MinibatchReader:
         labels: Tensor,
         multi_hot: Tensor | None,
         num_classes: int,
+        rows: Tensor | None,
         sampler: Sampler,
         config: UntrainConfig,
         ranks: Ranks,
@@ -74,7 +76,8 @@ class MinibatchReader:
         pin_memory: bool,
     ):
         self.dataset, self.labels, self.multi_hot = dataset, labels, multi_hot
-        self.num_classes, self.sampler, self.config = num_classes, sampler, config
+        self.num_classes, self.rows = num_classes, rows
+        self.sampler, self.config = sampler, config
         self.ranks, self.corrupt, self.pin_memory = ranks, corrupt, pin_memory
 
     def shares(self, position: int, stop: int, stopping: Callable[[], bool]) -> Iterator[Share]:
@@ -154,4 +157,4 @@ class MinibatchReader:
         }
         if self.multi_hot is not None:
             return expand_multi_label(self.multi_hot[indices], **settings)
-        return expand(self.labels[indices], self.num_classes, **settings)
+        return expand(self.labels[indices], self.num_classes, rows=self.rows, **settings)

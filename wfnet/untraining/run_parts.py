@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -9,7 +11,13 @@ from wfnet.data import CorruptImages, Dataset, batches, classes_of, labels_of
 from wfnet.data.dataset import name_of
 from wfnet.network import WFNet
 from wfnet.untraining.durable import DurableObjective, GroupSampler, groups_of
-from wfnet.untraining.expansion import HalvesSampler, RoundRobinSampler, Sampler, ShuffledSampler
+from wfnet.untraining.expansion import (
+    HalvesSampler,
+    PartSampler,
+    RoundRobinSampler,
+    Sampler,
+    ShuffledSampler,
+)
 from wfnet.untraining.multilabel import MultiLabelObjective
 from wfnet.untraining.objectives import BalancedObjective, Objective, PaperObjective
 from wfnet.untraining.optimizers import RowAdam
@@ -50,9 +58,46 @@ def configured_optimizer(
     return RowAdam(params, lr=config.lr)
 
 
-def configured_sampler(config: UntrainConfig, labels: Tensor) -> Sampler:
-    """Returns the sampler of the settings over images with these ``labels``."""
+def untrained_rows(config: UntrainConfig, num_classes: int) -> Tensor | None:
+    """Returns the rows that are untrained, ``[R]`` ascending; None for all.
+
+    Raises:
+        ValueError: if the network does not have them.
+    """
+    if config.classes is None or len(config.classes) == num_classes:
+        return None
+    if config.classes[-1] >= num_classes:
+        raise ValueError(
+            f"classes has {config.classes[-1]}, but the network has {num_classes} classes (0 to "
+            f"{num_classes - 1})"
+        )
+    return torch.tensor(config.classes)
+
+
+def fitting_config(config: UntrainConfig, labels: Tensor, rows: Tensor | None) -> UntrainConfig:
+    """Returns settings that can be kept: images without a row of their own serve one half only."""
+    if rows is None or bool(torch.isin(labels, rows).all()):
+        return config
+    return replace(config, share_images=False)
+
+
+def configured_sampler(config: UntrainConfig, labels: Tensor, rows: Tensor | None) -> Sampler:
+    """Returns the sampler of the settings over images with these ``labels``.
+
+    Of ``rows`` that are untrained, if not all are, the forget half has their images; the retain
+    half has all that can be retained under another one.
+    """
     half, seed = config.batch_size // 2, config.seed
+    own = None if rows is None else torch.isin(labels, rows)
+    if own is not None and not bool(own.all()):
+        parts = []
+        for stream, chosen in enumerate((own, ~own if len(rows) == 1 else torch.ones_like(own))):
+            positions = chosen.nonzero().flatten()
+            sampler = RoundRobinSampler(labels[positions], half, seed, stream)
+            if config.sampler == "shuffled":
+                sampler = ShuffledSampler(len(positions), half, seed + stream)
+            parts.append(PartSampler(sampler, positions))
+        return HalvesSampler(*parts)
     if config.objective == "durable":
         return GroupSampler(labels, groups_of(config), seed)
     if config.sampler == "shuffled":
@@ -88,16 +133,22 @@ def checked_labels(dataset: Dataset, num_classes: int, what: str) -> Tensor:
     return labels
 
 
-def check_every_class(labels: Tensor, dataset: Dataset, num_classes: int) -> None:
-    """Raises ValueError if a class has no image, by its name."""
-    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten().tolist()
+def check_every_class(
+    labels: Tensor, dataset: Dataset, num_classes: int, rows: Tensor | None = None
+) -> None:
+    """Raises ValueError if a class that is untrained has no image, by its name."""
+    missing = (labels.bincount(minlength=num_classes) == 0).nonzero().flatten()
+    if rows is not None:
+        missing = missing[torch.isin(missing, rows)]
+    missing = missing.tolist()
     if missing:
         names = classes_of(dataset)
         name = names[missing[0]] if missing[0] < len(names) else str(missing[0])
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ValueError(
             f"class {name!r}{more} has no training image, so its row could not learn to forget it; "
-            "add images of every class that the network knows"
+            "add images of every class that the network knows, or name those that are to be "
+            "untrained (classes=[...], --classes)"
         )
 
 

@@ -150,7 +150,7 @@ class RunStore:
             )
 
     def _check_same_run(self, content: dict[str, Any], path: Path) -> None:
-        for name, value in asdict(self.config).items():
+        for name, value in json.loads(json.dumps(asdict(self.config))).items():
             before = content["config"].get(name, getattr(UntrainConfig, name, None))
             if name not in FREE_TO_CHANGE and before != value:
                 raise ValueError(

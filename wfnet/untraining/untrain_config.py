@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,9 @@ class UntrainConfig:
         checkpoint_every: steps between checkpoints; None: at every validation. After three minutes
             without one, one is written anyway.
         keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
+
+        classes: labels whose rows are untrained, two or more; the rows of all others stay as they
+            are, and need no images. Images of others serve the retain half alone. None: all.
 
     Raises:
         ValueError: for values out of range, before any work starts.
@@ -180,6 +184,8 @@ class UntrainConfig:
         help="validation images that are looked at in the run (default: 1000, or ten a class)",
     )
 
+    classes: tuple[int, ...] | None = setting(None)
+
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError(
@@ -197,6 +203,10 @@ class UntrainConfig:
             raise ValueError(
                 f"batch_size must be even, for two halves of a minibatch; got {self.batch_size}"
             )
+        if self.classes is not None:
+            object.__setattr__(self, "classes", _checked_classes(self.classes))
+            if self.objective == "durable":
+                raise ValueError("recipe durable untrains all classes: leave out classes")
 
     @property
     def images(self) -> int:
@@ -252,6 +262,13 @@ class UntrainConfig:
         if changes.get("steps") is not None and "epochs" not in changes:
             chosen["epochs"] = None
         return cls(**{**chosen, **changes})
+
+
+def _checked_classes(classes: Sequence[int]) -> tuple[int, ...]:
+    found = sorted(set(classes))
+    if not found or not all(isinstance(c, int) and c >= 0 for c in found):
+        raise ValueError(f"classes must be labels (0, 1, ...), got {classes!r}")
+    return tuple(found)
 
 
 # Settings that change neither the result nor the order of anything: a resumed run may change them.

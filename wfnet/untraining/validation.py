@@ -180,6 +180,7 @@ class AccuracyValidator(Validator):
         seed: of their choice.
         objective: gives the loss.
         how: how the network is run.
+        untrained: ``[R]`` ascending, the rows that are looked at; None: all.
     """
 
     def __init__(
@@ -190,19 +191,22 @@ class AccuracyValidator(Validator):
         seed: int,
         objective: Objective,
         how: HowToRun | None = None,
+        untrained: Tensor | None = None,
     ):
         self.num_classes = num_classes
         self.objective = objective
-        rows = min(rows, num_classes - 1)
+        self.untrained = torch.arange(num_classes) if untrained is None else untrained
+        others = max(1, len(self.untrained) - 1)
+        rows = min(rows, others)
         super().__init__(dataset, PAIRS_PER_PASS // (rows + 1), seed, how or HowToRun())
-        # Image i is retained under the rows that follow its own at these distances (modulo K):
+        # Image i is retained under the rows that follow its own at these distances (modulo R):
         # distinct, and every distance equally often.
         generator = generator_for(seed, 5)
-        start = torch.randint(num_classes - 1, (len(labels_of(dataset)), 1), generator=generator)
-        self.distances = 1 + (start + torch.arange(rows)) % (num_classes - 1)
+        start = torch.randint(others, (len(labels_of(dataset)), 1), generator=generator)
+        self.distances = 1 + (start + torch.arange(rows)) % others
 
     def measure(self) -> _Hits:
-        return _Hits(self.objective, self.num_classes, self.distances)
+        return _Hits(self.objective, self.untrained, self.distances)
 
     def scores(self, measure: _Hits, net: WFNet) -> Validation:
         device = net.filter_parameters()[0].device
@@ -236,26 +240,34 @@ class _Hits(Measure):
     They stay on the device until the end: reading a number waits for it.
     """
 
-    def __init__(self, objective: Objective, num_classes: int, distances: Tensor):
+    def __init__(self, objective: Objective, rows: Tensor, distances: Tensor):
         self.objective = objective
         self.needs_original = objective.needs_original
-        self.rows = torch.arange(num_classes)
+        self.rows = rows
         self.distances = distances
         self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every image under its own row first, then all under their other rows."""
-        images = torch.arange(len(batch.labels))
+        images, count = torch.arange(len(batch.labels)), len(self.rows)
         distances = self.distances[batch.indices]
-        others = (batch.labels.unsqueeze(1) + distances) % len(self.rows)
-        image = torch.cat((images, images.repeat_interleave(distances.shape[1])))
-        return image, torch.cat((batch.labels, others.flatten()))
+        place = torch.searchsorted(self.rows, batch.labels)
+        has_row = self.rows[place.clamp_max(count - 1)] == batch.labels
+        # An image without a row of its own starts from any.
+        place = place.where(has_row, batch.indices % count)
+        others = (place.unsqueeze(1) + distances) % count
+        if count == 1:  # only images of other classes are retained
+            images, others = images[~has_row], others[~has_row]
+        own = has_row.nonzero().flatten()
+        image = torch.cat((own, images.repeat_interleave(distances.shape[1])))
+        return image, torch.cat((place[own], others.flatten()))
 
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        logits, own = full_precision(pairs.logits), len(chunk.labels)
+        logits = full_precision(pairs.logits)
+        row, target = self.rows[pairs.row], chunk.labels[pairs.image]
+        own = int((row == target).sum())  # they come first
         image, row, target = (
-            to_device_async(part, logits.device)
-            for part in (pairs.image, pairs.row, chunk.labels[pairs.image])
+            to_device_async(part, logits.device) for part in (pairs.image, row, target)
         )
         original = None
         if chunk.original is not None:
