@@ -13,10 +13,11 @@ from torch.nn import functional as F
 
 from wfnet.data.loading import batches, corrupt_counter
 from wfnet.data.multi_hot import multi_hot_of
-from wfnet.evaluation.forward import Forward, evaluation_mode
+from wfnet.evaluation.forward import Forward
 from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
+from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.settings import check_settings, setting
 

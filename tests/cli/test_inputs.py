@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -157,3 +158,20 @@ def test_evaluation_finds_classes_by_name(finished, image_folder, tmp_path):
         for result in results
     )
     assert plain == shards
+
+
+def test_class_names_that_are_no_utf8_or_look_like_formulas(
+    image_folder, arguments, tmp_path, capsys
+):
+    names = {"ant": b"caf\xe9", "bee": b"=1+1", "cat": b"$x^$"}
+    for part in image_folder.iterdir():
+        for folder in list(part.iterdir()):
+            folder.rename(part / os.fsdecode(names[folder.name]))
+    run = tmp_path / "run"
+    assert main(["untrain", *arguments, "--steps", "2", "--output", str(run), "--quiet"]) == 0
+    assert main(["evaluate", str(run), "--workers", "0", "--quiet"]) == 0
+    assert r"caf\xe9" in capsys.readouterr().out
+    lines = (run / "evaluation.csv").read_text(encoding="utf-8").splitlines()
+    assert [line.split(",")[2] for line in lines[1:4]] == ["$x^$", "'=1+1", r"caf\xe9"]
+    for name in (r"caf\xe9", os.fsdecode(b"caf\xe9"), "=1+1"):
+        assert main(["bake", str(run), "--forget", name, "--quiet"]) == 0

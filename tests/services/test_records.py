@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from wfnet.services.files import readable
 from wfnet.services.records import check_format, csv_text, read_csv, read_json, write_csv
 
 
@@ -37,10 +38,12 @@ def test_missing_values_are_empty_and_unknown_names_an_error():
         csv_text([])
 
 
-def test_names_that_are_no_utf8_are_kept(tmp_path):
+def test_names_that_are_no_utf8_are_written_readably(tmp_path):
     name = b"caf\xe9".decode(errors="surrogateescape")
     write_csv(tmp_path / "rows.csv", [{"name": name}])
-    assert read_csv(tmp_path / "rows.csv") == [{"name": name}]
+    assert read_csv(tmp_path / "rows.csv") == [{"name": r"caf\udce9"}]
+    assert readable(name) == r"caf\xe9"
+    assert readable("café, 猫") == "café, 猫"
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ is on disk). Heavy packages (timm, torchvision, matplotlib) are imported by ``ru
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import logging
 import os
@@ -55,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     SIGINT (130) or SIGTERM (143); 1: an error in the program itself, with its traceback.
     """
     options = argparse.Namespace(command=None, debug=False)
+    with contextlib.suppress(AttributeError):  # names of files may hold what stdout cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parser = build_parser()
         options = fill_from_files(parser, sys.argv[1:] if arguments is None else list(arguments))

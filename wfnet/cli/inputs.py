@@ -17,6 +17,7 @@ from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data import Splits, cifar10, folder_classes, mnist, open_data
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
+from wfnet.services.files import readable
 
 logger = logging.getLogger("wfnet")
 
@@ -238,7 +239,7 @@ def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int
         ValueError: for one that does not exist.
     """
     found = []
-    for label in labels:
+    for label in map(readable, labels):
         if names and label in names:
             found.append(list(names).index(label))
         elif label.isdigit() and int(label) < count:

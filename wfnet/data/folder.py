@@ -9,6 +9,7 @@ import torch
 
 from wfnet.data.encoded import EXTENSIONS, EncodedFiles
 from wfnet.data.transforms import Transform
+from wfnet.services.files import readable
 
 logger = logging.getLogger("wfnet")
 
@@ -35,8 +36,9 @@ class ImageFiles(EncodedFiles):
     ):
         root = Path(root)
         found, passed_over = class_folders(root), PassedOver()
-        if classes is not None and list(classes) != found:
-            raise ValueError(_difference(root, list(classes), found))
+        names = [readable(name) for name in found]
+        if classes is not None and list(classes) != names:
+            raise ValueError(_difference(root, list(classes), names))
         scan = _FolderScan(root, found, passed_over)
         images = [scan.images(name) for name in found]
         empty = [name for name, files in zip(found, images, strict=True) if not files]
@@ -47,7 +49,7 @@ class ImageFiles(EncodedFiles):
             torch.tensor([len(files) for files in images])
         )
         files = [file for files in images for file in files]
-        super().__init__(root, files, labels, found, transform, channels)
+        super().__init__(root, files, labels, names, transform, channels)
 
 
 class PassedOver:

@@ -22,6 +22,7 @@ from wfnet.data.transforms import (
     evaluation_transform,
     training_transform,
 )
+from wfnet.services.files import readable
 
 logger = logging.getLogger("wfnet")
 
@@ -190,7 +191,8 @@ def folder_classes(root: Path) -> list[str]:
     folders = not find_shards(root, part) and find_labels(root / part) is None
     if not folders or not (root / part).is_dir():
         return _part(root, part, lambda image: image, 3, None).classes
-    return class_folders(root / part)  # the images are listed when they are opened
+    # The images are listed when they are opened.
+    return [readable(name) for name in class_folders(root / part)]
 
 
 def _has_part(root: Path, part: str) -> bool:

@@ -1,28 +1,13 @@
-"""How images reach a network in an evaluation: device, dtype, layout, autocast, evaluation mode."""
+"""How images reach a network in an evaluation: device, dtype, layout, autocast."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from wfnet.network import WFNet
-
-
-@contextmanager
-def evaluation_mode(*models: nn.Module) -> Iterator[None]:
-    """Sets evaluation mode inside; afterwards every module has the mode it had."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @dataclass(frozen=True)

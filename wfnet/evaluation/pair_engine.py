@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.data import Batch, CorruptImages, Dataset, batches, corrupt_counter, labels_of
-from wfnet.evaluation.forward import Forward, broken_logits, evaluation_mode
+from wfnet.evaluation.forward import Forward, broken_logits
 from wfnet.head import first_output
 from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
+from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 

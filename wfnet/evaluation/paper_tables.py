@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from wfnet.evaluation.groups import GroupResult
 from wfnet.evaluation.results import EvaluationResult, base_name
-from wfnet.services.files import write_atomically, write_json
+from wfnet.services.files import write_json, write_text
 from wfnet.services.records import write_csv
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ class PaperTables:
 
     def to_markdown(self, path: str | os.PathLike) -> None:
         """The tables as Markdown, atomically."""
-        text = self.markdown()
-        write_atomically(path, lambda temporary: temporary.write_text(text))
+        write_text(path, self.markdown())
 
     def markdown(self) -> str:
         """The tables as Markdown, readable in a terminal too."""

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
-from wfnet.evaluation.forward import Forward, broken_logits, evaluation_mode
+from wfnet.evaluation.forward import Forward, broken_logits
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pairs import Hits, accuracies, check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
 from wfnet.head import first_output
 from wfnet.services.files import fingerprint
+from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.version import __version__
 

@@ -26,12 +26,12 @@ from torch.nn import functional as F
 
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
-from wfnet.evaluation.forward import evaluation_mode
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.head import first_output
 from wfnet.network import WFNet
 from wfnet.services import settings
+from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.seeds import generator_for
 from wfnet.services.settings import check_settings, setting

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from wfnet.report.contents import Contents, read_contents
 from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT
 from wfnet.report.view import make_view
-from wfnet.services.files import write_atomically
+from wfnet.services.files import write_text
 
 logger = logging.getLogger("wfnet")
 
@@ -44,7 +44,7 @@ def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = Non
         logger.warning("%s", remark)
     text = render(contents)
     path = Path(folder) / REPORT if path is None else Path(path)
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return path
 
 

@@ -53,10 +53,20 @@ def clear_temporary_files(folder: str | os.PathLike) -> None:
             path.unlink()
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes ``text`` as UTF-8, atomically; what UTF-8 cannot hold is written as ``\\udce9``."""
+    data = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+def readable(name: str) -> str:
+    """Returns a name of the file system as text: bytes that are not UTF-8 become ``\\xe9``."""
+    return os.fsencode(name).decode(errors="backslashreplace")
+
+
 def write_json(path: str | os.PathLike, content: object) -> None:
     """Writes ``content`` as indented JSON, atomically."""
-    text = json.dumps(content, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text))
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_tensors(

@@ -15,7 +15,7 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wfnet.services.files import write_atomically
+from wfnet.services.files import write_text
 
 Result = TypeVar("Result")
 
@@ -37,10 +37,7 @@ def write_csv(
     Raises:
         ValueError: for a row with a name that is not among ``columns``, or no row and no columns.
     """
-    text = csv_text(rows, columns)
-    # Names of folders may hold bytes that are not UTF-8.
-    data = text.encode(errors="surrogateescape")
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+    write_text(path, csv_text(rows, columns))
 
 
 def csv_text(rows: Iterable[Any], columns: Sequence[str] | None = None) -> str:
@@ -72,7 +69,7 @@ def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
         FileNotFoundError: if the file is missing.
         ValueError: if it has no line of names, or a line with more or fewer cells.
     """
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
         names, rows = reader.fieldnames, list(reader)
     if not names:

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.evaluation.forward import evaluation_mode
 from wfnet.head import find_head
 from wfnet.services.extras import require
+from wfnet.services.modes import evaluation_mode
 from wfnet.trust.check import Check
 from wfnet.trust.subject import BATCH, Subject
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.data import Dataset, batches, labels_of, multi_hot_of
-from wfnet.evaluation.forward import evaluation_mode
 from wfnet.head import first_output
 from wfnet.services import settings
+from wfnet.services.modes import evaluation_mode
 from wfnet.services.settings import setting
 
 BATCH = 256

@@ -35,6 +35,7 @@ STYLE = {
     "grid.alpha": 0.25,
     "legend.fontsize": 9,
     "legend.frameon": False,
+    "text.parse_math": False,  # class names may hold dollar signs
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
 }
