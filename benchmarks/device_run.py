@@ -194,7 +194,7 @@ class Plan:
     def sanitizer(self, tool: str) -> tuple[Stage, ...]:
         program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
         command = (program, "--tool", tool, "--error-exitcode", "9", *python())
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "WFNET_AUTOTUNE": "0"}
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         command += ("tests/gpu/sanitized.py",)
         return self.on_device(Stage(tool, command, 240, environment=environment))
 

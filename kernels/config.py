@@ -101,7 +101,7 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class ConvShape:
-    """What the config of a convolution depends on; also its key in stored searches."""
+    """What the config of a convolution depends on."""
 
     batch: int  # samples of the output (expanded)
     height: int
@@ -157,14 +157,6 @@ class ConvShape:
         """1x1, stride 1, no padding: a linear map over pixels."""
         return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
 
-    def key(self) -> str:
-        """``n512_56x56_64-64_3x3_s1x1_p1x1_d1x1``."""
-        pair = "{0[0]}x{0[1]}".format
-        return (
-            f"n{self.batch}_{self.height}x{self.width}_{self.in_channels}-{self.out_channels}"
-            f"_{pair(self.kernel)}_s{pair(self.stride)}_p{pair(self.padding)}_d{pair(self.dilation)}"
-        )
-
 
 @dataclass(frozen=True)
 class LinearShape:
@@ -180,10 +172,6 @@ class LinearShape:
         """The same as a 1x1 convolution over ``tokens`` x 1 pixels."""
         sizes = self.batch, self.tokens, 1, self.in_features, self.out_features
         return ConvShape(*sizes, (1, 1), (1, 1), (0, 0), (1, 1))
-
-    def key(self) -> str:
-        """``b512_t197_384-1152``."""
-        return f"b{self.batch}_t{self.tokens}_{self.in_features}-{self.out_features}"
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,9 @@ in ``conv_fprop`` the product of boxes is transposed, filter times gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 from torch import Tensor
-from wfnet.kernels import autotune
 from wfnet.kernels.config import (
     Choice,
     ConvShape,
@@ -401,20 +398,15 @@ def config_conv_dgrad(
     weight: Tensor,
     shape: ConvShape,
     backward: BackwardArguments | None = None,
-    plan: Callable[[GemmConfig], Launch] | None = None,
 ) -> Choice:
-    """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
+    """Returns the config for these tensors."""
     backward = backward or BackwardArguments()
     aligned = describable(ag, shape.out_channels) and describable(weight, shape.in_channels)
     aligned = aligned and all(
         describable(t, shape.in_channels) for t in backward.pixels if t is not None
     )
-    device = device_of(ag)
-    default = conv_choice(
-        "dgrad", shape, ag.dtype, device, describable=aligned, column_sums=backward.summing
-    )
-    key = shape.key() + ("_sums" if backward.summing else "")
-    return autotune.choose("conv_dgrad", key, ag.dtype, device, default, plan)
+    options = {"describable": aligned, "column_sums": backward.summing}
+    return conv_choice("dgrad", shape, ag.dtype, device_of(ag), **options)
 
 
 def conv_dgrad(
@@ -439,7 +431,7 @@ def conv_dgrad(
         scaled_grad: ``[B, O, P, Q]``, ``A * g`` of this layer.
         weight: ``[O, C, R, S]``.
         skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
-        config: tile sizes; None takes the default or a stored search result.
+        config: tile sizes; None takes the default.
 
     Raises:
         ValueError: for shapes that do not fit, or a result without the tensor it is made from.
@@ -458,12 +450,8 @@ def conv_dgrad(
         backward.zero_sums()
         return backward.gradient(below)
 
-    def plan(candidate: GemmConfig) -> Launch:
-        slotted = with_slots(backward, shape, candidate)
-        return plan_conv_dgrad(ag, filters, slotted, shape, candidate)
-
     if config is None:
-        config = config_conv_dgrad(ag, filters, shape, backward, plan).config
+        config = config_conv_dgrad(ag, filters, shape, backward).config
     tokens = height * width
     if backward.summing and config.path == "gather" and span(config.block_m, tokens) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.

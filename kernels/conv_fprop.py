@@ -23,12 +23,9 @@ input tile run together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 from torch import Tensor
-from wfnet.kernels import autotune
 from wfnet.kernels.config import (
     Choice,
     ConvShape,
@@ -349,7 +346,7 @@ def conv_fprop(
     Args:
         x: ``[N, C, H, W]``; fp16, bf16 or fp32; copied unless channels-last.
         weight: ``[O, C, R, S]``, dtype of ``x``.
-        config: tile sizes; None takes the default or a stored search result.
+        config: tile sizes; None takes the default.
         op: whose TF32 setting holds for fp32, ``conv`` or ``linear``.
 
     Raises:
@@ -373,15 +370,11 @@ def conv_fprop(
     size = (shape.batch, shape.out_height, shape.out_width, shape.out_channels)
     forward = ForwardArguments.of(epilogue, images, size)
 
-    def plan(candidate: GemmConfig) -> Launch:
-        return plan_conv_fprop(images, filters, forward, source, shape, candidate, op)
-
     if forward.out.numel():
         if config is None:
-            config = config_conv_fprop(
-                images, filters, shape, source is not None, forward.residual, op, plan
-            ).config
-        plan(config).run()
+            expanded, residual = source is not None, forward.residual
+            config = config_conv_fprop(images, filters, shape, expanded, residual, op).config
+        plan_conv_fprop(images, filters, forward, source, shape, config, op).run()
     return forward.activation()
 
 
@@ -392,18 +385,13 @@ def config_conv_fprop(
     expanded: bool,
     residual: Tensor | None = None,
     op: str = "conv",
-    plan: Callable[[GemmConfig], Launch] | None = None,
 ) -> Choice:
-    """Default or stored config for these tensors; ``plan`` allows a search where asked for.
+    """Returns the config for these tensors.
 
     ``expanded`` where ``source`` indices are given: a tile then holds pixels of one sample.
     """
     aligned = describable(x, shape.in_channels) and describable(weight, shape.in_channels)
     aligned = aligned and shape.out_channels * x.element_size() % 16 == 0
     aligned = aligned and (residual is None or describable(residual, shape.out_channels))
-    device = device_of(x)
-    default = conv_choice(
-        "fprop", shape, x.dtype, device, describable=aligned, single_sample=expanded, op=op
-    )
-    key = shape.key() + ("_source" if expanded else "")
-    return autotune.choose("conv_fprop", key, x.dtype, device, default, plan)
+    options = {"describable": aligned, "single_sample": expanded, "op": op}
+    return conv_choice("fprop", shape, x.dtype, device_of(x), **options)

@@ -15,12 +15,9 @@ kernels of ``conv_fprop`` and ``conv_dgrad`` run the same problem as a 1x1 convo
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import triton
 import triton.language as tl
 from torch import Tensor
-from wfnet.kernels import autotune
 from wfnet.kernels.config import (
     Choice,
     Device,
@@ -259,16 +256,14 @@ def config_linear_fprop(
     shape: LinearShape,
     residual: Tensor | None = None,
     op: str = "linear",
-    plan: Callable[[GemmConfig], Launch] | None = None,
 ) -> Choice:
-    """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
+    """Returns the config for these tensors."""
     depth, columns = shape.in_features, shape.out_features
     aligned = describable(x, depth) and describable(weight, depth)
     aligned = aligned and columns * x.element_size() % 16 == 0
     aligned = aligned and (residual is None or describable(residual, columns))
-    device = device_of(x)
-    default = linear_choice(shape, x.dtype, device, columns=columns, describable=aligned, op=op)
-    return autotune.choose(f"{op}_rows_fprop", shape.key(), x.dtype, device, default, plan)
+    options = {"columns": columns, "describable": aligned, "op": op}
+    return linear_choice(shape, x.dtype, device_of(x), **options)
 
 
 def config_linear_dgrad(
@@ -277,25 +272,14 @@ def config_linear_dgrad(
     shape: LinearShape,
     backward: BackwardArguments | None = None,
     op: str = "linear",
-    plan: Callable[[GemmConfig], Launch] | None = None,
 ) -> Choice:
-    """Default or stored config for these tensors; ``plan`` allows a search where asked for."""
+    """Returns the config for these tensors."""
     backward = backward or BackwardArguments()
     depth, columns = shape.out_features, shape.in_features
     aligned = describable(ag, depth) and describable(weight, columns)
     aligned = aligned and all(describable(t, columns) for t in backward.pixels if t is not None)
-    device = device_of(ag)
-    default = linear_choice(
-        shape,
-        ag.dtype,
-        device,
-        columns=columns,
-        describable=aligned,
-        column_sums=backward.summing,
-        op=op,
-    )
-    key = shape.key() + ("_sums" if backward.summing else "")
-    return autotune.choose(f"{op}_rows_dgrad", key, ag.dtype, device, default, plan)
+    options = {"columns": columns, "describable": aligned, "column_sums": backward.summing}
+    return linear_choice(shape, ag.dtype, device_of(ag), **options, op=op)
 
 
 def linear_fprop(
@@ -318,7 +302,7 @@ def linear_fprop(
             are the pixels ``[B, C, T, 1]``.
         weight: ``[O, C]`` contiguous, dtype of ``x``.
         epilogue: without ``source``.
-        config: tile sizes; None takes the default or a stored search result.
+        config: tile sizes; None takes the default.
         op: whose TF32 setting holds for fp32, ``linear`` or ``conv``.
 
     Raises:
@@ -334,13 +318,10 @@ def linear_fprop(
     forward = ForwardArguments.of(epilogue, pixels, (batch, height, width, columns))
     shape = LinearShape(batch, height * width, depth, columns)
 
-    def plan(candidate: GemmConfig) -> Launch:
-        return plan_linear_fprop(pixels, weight, forward, shape, candidate, op, device_of(x))
-
     if forward.out.numel():
         if config is None:
-            config = config_linear_fprop(pixels, weight, shape, forward.residual, op, plan).config
-        plan(config).run()
+            config = config_linear_fprop(pixels, weight, shape, forward.residual, op).config
+        plan_linear_fprop(pixels, weight, forward, shape, config, op, device_of(x)).run()
     return forward.activation()
 
 
@@ -378,27 +359,20 @@ def linear_dgrad(
         )
     columns, tokens = weight.shape[1], height * width
     ag = channels_last(scaled_grad)
-    shape, device = LinearShape(batch, tokens, columns, depth), device_of(ag)
+    shape = LinearShape(batch, tokens, columns, depth)
     backward = BackwardArguments.of(below, skip, ag, (batch, height, width, columns))
     if batch * tokens * columns == 0:
         backward.zero_sums()
         return backward.gradient(below)
 
-    def with_slots(candidate: GemmConfig) -> BackwardArguments:
-        tiles = triton.cdiv(batch * tokens, candidate.block_m)
-        return backward.with_slots(tiles * span(candidate.block_m, tokens), grouped=False)
-
-    def plan(candidate: GemmConfig) -> Launch:
-        slotted = with_slots(candidate)
-        return plan_linear_dgrad(ag, weight, slotted, shape, candidate, op, device)
-
     if config is None:
-        config = config_linear_dgrad(ag, weight, shape, backward, op, plan).config
+        config = config_linear_dgrad(ag, weight, shape, backward, op).config
     if backward.summing and span(config.block_m, tokens) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
         plain = linear_dgrad(scaled_grad, weight, config=config, op=op).grad
         return epilogue_bwd(plain, below, skip)
-    backward = with_slots(config)
-    plan_linear_dgrad(ag, weight, backward, shape, config, op, device).run()
+    tiles = triton.cdiv(batch * tokens, config.block_m)
+    backward = backward.with_slots(tiles * span(config.block_m, tokens), grouped=False)
+    plan_linear_dgrad(ag, weight, backward, shape, config, op, device_of(ag)).run()
     backward.add_column_sums(tokens, block_m=config.block_m)
     return backward.gradient(below)

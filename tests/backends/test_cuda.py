@@ -20,7 +20,7 @@ def interpreted(*words, **environment):
     """Runs Python with Triton's interpreter switched on."""
     return subprocess.run(
         [sys.executable, *words],
-        env={**os.environ, "TRITON_INTERPRET": "1", "WFNET_AUTOTUNE": "0", **environment},
+        env={**os.environ, "TRITON_INTERPRET": "1", **environment},
         capture_output=True,
         text=True,
         timeout=280,

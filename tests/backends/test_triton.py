@@ -42,7 +42,6 @@ def test_asked_for_by_name_it_runs_or_raises():
 
 def test_explain_names_config_and_reason(monkeypatch):
     monkeypatch.setattr("wfnet.backends.triton._refuse_tensor", lambda x: None)
-    monkeypatch.setenv("WFNET_AUTOTUNE", "0")
     text = backend.explain_conv2d(X, W, ConvGeometry())
     assert text.startswith("forward flat ")
     assert "input gradient flat " in text

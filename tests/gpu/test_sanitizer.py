@@ -24,7 +24,7 @@ def test_sanitizer_finds_nothing(tool, tmp_path):
     run = subprocess.run(
         [SANITIZER, "--tool", tool, "--error-exitcode", "9", sys.executable, str(script)],
         cwd=tmp_path,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "WFNET_AUTOTUNE": "0"},
+        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         capture_output=True,
         text=True,
         timeout=280,

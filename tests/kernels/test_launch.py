@@ -44,7 +44,6 @@ def test_numerics_of_all_kernels_in_the_interpreter(tmp_path):
         **os.environ,
         "TRITON_INTERPRET": "1",
         "OMP_NUM_THREADS": "1",
-        "WFNET_AUTOTUNE": "0",
     }
     command = [
         *(sys.executable, "-m", "pytest", "--quiet", "--no-header", "-m", "interpreter"),
