@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from wfnet import export, fusion, pretrained
 from wfnet.bypass import WeightWatch
+from wfnet.compact import compact as compact_network
 from wfnet.durable_layers import DurableLayer, GateMode, durable_type
 from wfnet.gates import gather_samples
 from wfnet.head import check_head, first_output
@@ -302,6 +303,7 @@ class WFNet(nn.Module):
         forget: int | Sequence[int] | None,
         prune_below: float = 0.0,
         cut_output: bool = False,
+        compact: bool = False,
     ) -> nn.Module:
         """A plain model of the original class with the gates of ``forget`` multiplied in.
 
@@ -317,6 +319,9 @@ class WFNet(nn.Module):
                 from a model retrained without them. It can be undone: what features hold stays,
                 so whoever has images of a class can teach it again, a constant added to its logit
                 makes it the answer where no other class fits, and the base has the row.
+            compact: also take out of the network the channels that are exactly 0
+                (:func:`wfnet.compact.compact`; needs torch-pruning): durable filters close some
+                in every row, ``prune_below`` any. Weights then have other shapes than the base's.
 
         Returns:
             A copy in evaluation mode, without filters; all its parameters can be trained again.
@@ -326,7 +331,7 @@ class WFNet(nn.Module):
             TypeError, ValueError: for labels that do not fit or name no class, a threshold outside
                 [0, 1], or ``cut_output`` without a class to cut, a linear head or its bias.
         """
-        return export.bake(
+        plain = export.bake(
             self.model,
             self.masked_layers,
             self.num_classes,
@@ -336,6 +341,7 @@ class WFNet(nn.Module):
             self.head,
             self._image_shape,
         )
+        return compact_network(plain, self._image_shape) if compact else plain
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes ``wf_config.json`` and ``wf_model.safetensors``: the filters, not the base.

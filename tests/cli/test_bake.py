@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import wfnet
+from wfnet import models
 from wfnet.cli import bake, main
 from wfnet.data import open_data
 from wfnet.head import CUT_LOGIT
@@ -118,3 +119,29 @@ def test_verify_notices_what_is_wrong(tmp_path):
     write_tensors(path, weights)
     with pytest.raises(RuntimeError, match="does not compute what the filtered network does"):
         bake.verify(net, original, [1], path, images, cut_output=True)
+
+
+def test_a_durable_run_is_baked_compact(arguments, tmp_path, capsys):
+    """From the command line to a program that loads without this package."""
+    pytest.importorskip("torch_pruning")
+    run = tmp_path / "run"
+    durable = [*arguments, "-b", "40", "--recipe", "durable", "--steps", "2", "--output", str(run)]
+    assert main(["untrain", *durable, "--quiet"]) == 0
+    base = models.create("resnet", 3, 3, seed=1, width=8)
+    net = wfnet.WFNet.from_pretrained(run, base)
+    with torch.no_grad():
+        for alpha in (layer.alpha_hard for layer in net.masked_layers.values()):
+            alpha[1, ::3] = -1
+    net.save_pretrained(run)
+    call = ["bake", str(run), "--forget", "1", "--compact", "--verify", "--samples", "4"]
+    assert main([*call, "--prune-below", "0.01", "--threads", "1", "--debug"]) == 0
+    shown = capsys.readouterr().out
+    assert "without closed channels" in shown
+    assert "within rounding" in shown
+    images = torch.randn(3, 3, 32, 32)
+    program = torch.export.load(run / "forget_1.pt2").module()
+    plain = models.create("resnet", 3, 3, width=8)
+    plain.load_state_dict(load_file(run / "forget_1.safetensors"))
+    torch.testing.assert_close(program(images), plain.eval()(images), rtol=1e-4, atol=1e-4)
+    size = sum(p.numel() for p in program.parameters())
+    assert size < 0.9 * sum(p.numel() for p in plain.parameters())
