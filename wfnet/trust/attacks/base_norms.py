@@ -12,7 +12,7 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wfnet.trust.attacks.attack import Attack, Attacked
 from wfnet.trust.attacks.equalised_rows import as_rows, row_norms
@@ -39,6 +39,11 @@ def with_base_norms(model: nn.Module, base: nn.Module, layers: Sequence[str]) ->
     return changed
 
 
+def _rows(weight: Tensor) -> Tensor:
+    weight = weight.detach().double()
+    return weight.reshape(len(weight), -1)
+
+
 def rows_against_base(
     model: nn.Module, base: nn.Module, layers: Sequence[str]
 ) -> dict[str, float | int]:
@@ -52,8 +57,8 @@ def rows_against_base(
     """
     ratios, cosines = [], []
     for name in layers:
-        own = model.get_submodule(name).weight.detach().flatten(1).double()
-        public = base.get_submodule(name).weight.detach().flatten(1).double()
+        own = _rows(model.get_submodule(name).weight)
+        public = _rows(base.get_submodule(name).weight)
         if own.shape != public.shape:
             continue
         public = public.to(own.device)

@@ -32,8 +32,8 @@ def equalised(model: nn.Module, layers: Sequence[str]) -> nn.Module:
 
 
 def row_norms(weight: Tensor) -> Tensor:
-    """Returns the norm of each row ``[O]`` of ``weight [O, ...]``."""
-    return weight.flatten(1).norm(dim=1)
+    """Returns the norm of each row ``[O]`` of ``weight [O, ...]``; of a vector, absolute values."""
+    return weight.reshape(len(weight), -1).norm(dim=1)
 
 
 def as_rows(scale: Tensor, weight: Tensor) -> Tensor:
