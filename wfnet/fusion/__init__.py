@@ -20,8 +20,8 @@ None changes anything in the module: tree, hooks and state-dict keys stay as the
 keeps its fused form in a :class:`Fusion`, which makes it anew where the network has changed.
 
 A walk through the room: ``trace`` (torch.fx), ``rewrite`` and ``tokens`` (so that more of a trace
-folds), ``plan`` (which steps), ``run`` (what every fused network is), ``execution`` (a plan, step by
-step), ``compiled``, ``durable_tables`` and ``durable_run``; for transformers ``cut``, ``views`` and
+folds), ``plan`` (which steps), ``run`` (what every fused network is), ``execution`` (a plan, step
+by step), ``compiled``, ``durable_tables`` and ``durable_run``; for transformers ``cut``, ``views`` and
 ``transformer``; above them ``checked``.
 """
 
