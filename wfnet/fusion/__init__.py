@@ -21,8 +21,8 @@ keeps its fused form in a :class:`Fusion`, which makes it anew where the network
 
 A walk through the room: ``trace`` (torch.fx), ``rewrite`` and ``tokens`` (so that more of a trace
 folds), ``plan`` (which steps), ``run`` (what every fused network is), ``execution`` (a plan, step
-by step), ``compiled``, ``durable_tables`` and ``durable_run``; for transformers ``cut``, ``views`` and
-``transformer``; above them ``checked``.
+by step), ``compiled``, ``durable_tables`` and ``durable_run``; for transformers ``cut``, ``views``
+and ``transformer``; above them ``checked``.
 """
 
 from wfnet.fusion.checked import Fusion, backend_for, check_mode, check_plan
