@@ -5,16 +5,13 @@
 
 Every step adds one thing that only a device can settle (a descriptor, an order of corners, a
 barrier). The first step that fails names what to look at; the lines below it say which reading of
-the manual it rests on, where its result is wrong, and which pixels each tap of the filter met. One
-that hangs is ended after half a minute; after three of these the rest is not begun.
-
-If all pass, a few layers are timed beside a plain product and a copy: "rates" below says what would
-explain which number. Without a device, WFNET_CUDA_EMULATE runs the steps on the emulated one.
+the manual it rests on, and where its result is wrong. One that hangs is ended after half a minute;
+after three of these the rest is not begun. Without a device, WFNET_CUDA_EMULATE runs the steps on
+the emulated one.
 """
 
 from __future__ import annotations
 
-import itertools
 import signal
 import subprocess
 import sys
@@ -68,15 +65,15 @@ def nan(*shape: int) -> Tensor:
     return torch.full(shape, float("nan"), device=DEVICE)
 
 
-# What to say about this step's wrong results, once that they are wrong has been said.
-evidence: list[Callable[[], list[str]]] = []
+# Where this step's results are wrong.
+evidence: list[str] = []
 
 
 def error(result: Tensor, truth: Tensor) -> float:
     found = ((result.double() - truth.double()).norm() / truth.double().norm()).item()
     found = found if result.isfinite().all() else float("inf")
     if not found <= BOUND:
-        evidence.append(lambda: where(result, truth))
+        evidence.extend(where(result, truth))
     return found
 
 
@@ -158,40 +155,7 @@ class Case:
         worst = error(branch, truth) if save else 0.0
         truth = (truth.bfloat16().double() if save else truth) + shift[:, :, None, None]
         truth = truth if added is None else truth + added.double()
-        worst = max(worst, error(out, truth.relu() if relu else truth))
-        if not worst <= BOUND:
-            evidence.append(self.traced)
-        return worst
-
-    def traced(self, backward=False) -> list[str]:
-        """Which pixel of the operand a filter with a single tap brings to which pixel."""
-        shape = self.out_shape if backward else tuple(self.x.shape)
-        lines, weight, x = [], self.weight, self.x
-        scale = torch.ones(shape[0], weight.shape[0], device=DEVICE)
-        for tap in itertools.product(*map(range, weight.shape[2:])):
-            self.weight = torch.zeros_like(weight)
-            self.weight[0, 0, tap[0], tap[1]] = 1
-            pairs = []
-            for axis in (0, 2, 3):  # each pixel says its sample, row and column, from 1 on
-                code = torch.arange(1, shape[axis] + 1, device=DEVICE).bfloat16()
-                code = code.view([-1 if i == axis else 1 for i in range(4)]).expand(shape)
-                code = code.contiguous(memory_format=torch.channels_last)
-                if backward:
-                    found, true = self.run_gradient(code), self.exact_gradient(code)
-                else:
-                    self.x = code
-                    found, true = self.run(code, scale=scale)[0], self.convolved()
-                pairs.append((found[:, 0].double().cpu(), true[:, 0].cpu()))
-            found, true = (torch.stack(which, -1) for which in zip(*pairs, strict=True))
-            apart = (found != true).any(-1).nonzero().tolist()
-            if apart:
-                at = tuple(apart[0])
-                lines.append(
-                    f"tap {tap}: {len(apart)} pixels, first {at}: {_pixel(found[at])} is there, "
-                    f"not {_pixel(true[at])} (sample, row, column)"
-                )
-        self.weight, self.x = weight, x
-        return lines[:4] or ["every single tap meets its pixels"]
+        return max(worst, error(out, truth.relu() if relu else truth))
 
     def layer_below(self) -> tuple[LayerBelow, Tensor]:
         """A layer that all of the epilogue is wanted of, and a skip gradient."""
@@ -222,10 +186,7 @@ class Case:
 
     def backward(self) -> float:
         ag = randn(*self.out_shape)
-        worst = error(self.run_gradient(ag), self.exact_gradient(ag))
-        if not worst <= BOUND:
-            evidence.append(lambda: self.traced(backward=True))
-        return worst
+        return error(self.run_gradient(ag), self.exact_gradient(ag))
 
     def chain(self) -> float:
         """Skip, mask, both column sums and scaled gradient of the layer below."""
@@ -244,11 +205,6 @@ class Case:
         return 0.0 if same else float("inf")
 
 
-def _pixel(code: Tensor) -> str:
-    """Of a traced pixel; 0 is what lies outside of the image."""
-    return "none" if (code == 0).all() else str(tuple(round(n) - 1 for n in code.tolist()))
-
-
 def large(samples: int, size: int) -> float:
     """Tensors above 2**31 bytes: the first and the last sample, forward and backward."""
     case = Case(samples, (size, size), 64, 64, (3, 3), pad=(1, 1))
@@ -259,27 +215,18 @@ def large(samples: int, size: int) -> float:
     return max(worst, error(case.run_gradient(ag)[ends], case.exact_gradient(ag[ends])))
 
 
-def in_another_thread(run: Callable[[], float]) -> float:
-    """On a thread that has not called into CUDA before, as autograd's may be."""
-    found: list[float] = []
-    thread = threading.Thread(target=lambda: found.append(run()))
-    thread.start()
-    thread.join()
-    return found[0] if found else float("inf")
-
-
 def cold_thread() -> float:
+    """A gradient on a thread that has not called into CUDA before, as autograd's may be."""
     case = Case(2, (16, 16), 64, 64, (3, 3), pad=(1, 1))
     ag = randn(*case.out_shape)
     torch.empty_like(case.x)  # leaves a cached block: the thread need not allocate
     torch.utils.deterministic.fill_uninitialized_memory = False  # nor launch anything before ours
-
-    def gradient() -> float:
-        return error(case.run_gradient(ag), case.exact_gradient(ag))
-
-    found = in_another_thread(gradient)
+    found: list[Tensor] = []
+    thread = threading.Thread(target=lambda: found.append(case.run_gradient(ag)))
+    thread.start()
+    thread.join()
     torch.utils.deterministic.fill_uninitialized_memory = True
-    return found
+    return error(found[0], case.exact_gradient(ag)) if found else float("inf")
 
 
 def graph() -> float:
@@ -390,75 +337,6 @@ STEPS: dict[str, tuple[str, Callable[[], float]]] = {
 }
 
 
-# Samples, pixels a side, channels, columns, filter, and whether with residual, branch and ReLU.
-LAYERS = {
-    "3x3, 64 channels": (512, 56, 64, 64, 3, False),
-    "3x3, 128 channels": (512, 28, 128, 128, 3, False),
-    "3x3, 256 channels": (512, 14, 256, 256, 3, False),
-    "3x3, 512 channels": (512, 7, 512, 512, 3, False),
-    "1x1, 1024 to 256": (512, 14, 1024, 256, 1, False),
-    "1x1, 64 to 256": (512, 56, 64, 256, 1, False),
-    "1x1, 64 to 256, residual": (512, 56, 64, 256, 1, True),
-}
-
-RATES = """\
-       Near a product's or a copy's rate: fine. Else, what is the same in all rows is the limit:
-       operands at one rate: L2. Larger clusters, or tiles loaded once for all taps (with a halo);
-       67% of a product with 64 columns, 80% with 128: shared memory, which is written and read at
-           128 bytes a cycle. 64 channels as rows and pixels as columns of wgmma;
-       64 columns alone far below that: the producer, which has 256 cycles for a slice there;
-       a copy's rate missed with a residual alone: too few of the epilogue's loads on their way."""
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    run()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    for _ in range(5):
-        start.record()
-        for _ in range(10):
-            run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) / 1e4)
-    return sorted(times)[2]
-
-
-def rates() -> int:
-    """Prints how fast forward layers are, beside a product and a copy."""
-    a, large = randn(8192, 8192), torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
-    product = 2 * 8192**3 / seconds_of(lambda: a @ a)
-    copy = 2 * large.numel() / seconds_of(large.clone)
-    print(f"rates  a product {product / 1e12:.0f} TFLOP/s, a copy {copy / 1e12:.2f} TB/s")
-    for name, (batch, size, channels, columns, width, full) in LAYERS.items():
-        case = Case(batch, (size, size), channels, columns, (width,) * 2, pad=(width // 2,) * 2)
-        scale = torch.ones(batch, columns, device=DEVICE)
-        residual = randn(*case.out_shape) if full else None
-        epilogue = Epilogue(scale, residual=residual, relu=full, save=full)
-        seconds = seconds_of(
-            lambda case=case, epilogue=epilogue: cuda_launch.conv2d(
-                case.x, case.weight, case.geometry, epilogue
-            )
-        )
-        rows, taps = batch * size * size, width * width
-        flops = 2 * rows * columns * channels * taps
-        moved = 2 * (rows * (channels + columns * (3 if full else 1)) + taps * columns * channels)
-        # A slice of a tile: 128 rows of 128 bytes, and half of the filter's 64 or 128, if it is not
-        # kept (csrc/geometry.h).
-        tile = 64 if columns <= 64 else 128
-        kept = tile == 64 and taps * channels <= 9 * 64
-        slices = rows / 128 * columns / tile * channels / 64 * taps
-        operands = slices * 128 * (128 + (0 if kept else tile / 2))
-        print(
-            f"       {name}: {seconds * 1e3:.3f} ms, {flops / seconds / 1e12:.0f} TFLOP/s "
-            f"({flops / seconds / product:.0%}), {moved / seconds / 1e12:.2f} TB/s "
-            f"({moved / seconds / copy:.0%}), operands {operands / seconds / 1e12:.1f} TB/s",
-            flush=True,
-        )
-    print(RATES, flush=True)
-    return 0
-
-
 def run_steps(names: list[str]) -> int:
     """Runs steps in this process, a line each; ends at an exception, for CUDA may be beyond use."""
     # Fresh memory is NaN: a kernel that forgets an element fails.
@@ -483,9 +361,8 @@ def run_steps(names: list[str]) -> int:
         if good:
             continue
         status = 1
-        for look in list(evidence):
-            for line in look():
-                print(f"       {line}", flush=True)
+        for line in evidence:
+            print(f"       {line}", flush=True)
     return status
 
 
@@ -536,17 +413,11 @@ def supervise() -> int:
             return 1
     if rest:
         print(f"not begun, after {hangs} that hang: {', '.join(rest)}", flush=True)
-    if DEVICE == "cuda" and not failed:
-        follow(["--rates"], lambda name: None)  # a number, not a step: it may fail
     return int(failed)
 
 
 def main() -> int:
-    if sys.argv[1:] == ["--rates"]:
-        return rates()
-    if len(sys.argv) > 1:
-        return run_steps(sys.argv[1:])
-    return supervise()
+    return run_steps(sys.argv[1:]) if len(sys.argv) > 1 else supervise()
 
 
 if __name__ == "__main__":
