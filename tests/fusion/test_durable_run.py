@@ -9,6 +9,10 @@ from torch import nn
 import wfnet
 from wfnet import fusion, models
 from wfnet.fusion import durable_run
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.durable import DurableObjective, Groups, durable_step, expand_groups
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep
 
 timm = pytest.importorskip("timm")
 
@@ -189,3 +193,22 @@ def test_compiling_says_that_it_does_not(pair, caplog):
     fused.fuse = "compile"
     fused(IMAGES, 1)
     assert "runs uncompiled: moments of groups have no compiled graph" in caplog.text
+
+
+def test_a_step_of_untraining_finds_the_gradients_of_the_unfused_network(pair):
+    labels = torch.tensor([0, 0, 1, 2, 3, 4, 0, 2, 2, 0, 1, 3, 4, 1])  # 2 of a row, 5 of others
+    batch = expand_groups(labels, Groups(rows=2, forget_images=2, retain_images=5))
+    images = torch.randn(len(labels), 3, 16, 16, dtype=torch.float64)
+    found = []
+    for net in pair:
+        params = net.filter_parameters()
+
+        def around(batch, net=net):
+            return durable_step(net, batch, seed=0, step=0)
+
+        with flatten_filters(params):
+            step = UntrainingStep(net, DurableObjective(), RowAdam(params), around=around)
+            losses = step.differentiate([(images, batch)])
+            found.append((step.gradient.clone(), losses.total))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-12)
+    assert found[0][0].abs().max() > 1e-4

@@ -314,8 +314,6 @@ class _Untraining:
         self.state, self.best_filters = self.store.load(self.ranks)
         self.losses.state = self.state
         self.good_filters = self._snapshot()
-        if self.state.finished:
-            self.statistics.measure(last=True)
 
     # -- the loop ---------------------------------------------------------------------------------
 
@@ -338,6 +336,8 @@ class _Untraining:
                     self._go_through_steps()
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()
+            else:
+                self.statistics.measure(last=True)
         finally:
             self.log.close()
             self.net.train(training)

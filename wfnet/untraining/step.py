@@ -174,21 +174,21 @@ class UntrainingStep:
         # In the dtype of the step: a backend may refuse others.
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
             network = self.net.fused_network(images)
-        durable = self.net.gate == "durable"  # whose loss belongs into the context of its gates
-        if network is None or durable or not _same(network.filters(), self.params):
+        if network is None or not _same(network.filters(), self.params):
             return self._gradient_by_autograd(images, batch, into)
         rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
+        autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
         original = None
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            if self.objective.needs_original:
-                none = rows.new_full((images.shape[0], 1), -1)
-                with torch.no_grad():
-                    original = full_precision(network(images, none, None))
-            run = network.start(images, rows, batch.source)
-            with torch.no_grad():
+        if self.objective.needs_original:
+            none = rows.new_full((images.shape[0], 1), -1)
+            with autocast, torch.no_grad():
+                original = full_precision(network(images, none, None))
+        with self.around(batch):
+            with autocast, torch.no_grad():
+                run = network.start(images, rows, batch.source)
                 logits = run.forward()
-        logits = logits.requires_grad_()
-        losses = self.objective(full_precision(logits), batch, original, self.net)
+            logits = logits.requires_grad_()
+            losses = self.objective(full_precision(logits), batch, original, self.net)
         dlogits, *of_filters = torch.autograd.grad(
             losses.total, [logits, *self.params], allow_unused=True
         )
@@ -212,14 +212,14 @@ class UntrainingStep:
 
     def _gradient_by_autograd(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
         """Where the network is not fused; filters that took no part have a gradient of 0."""
+        autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
         original = None
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            if self.objective.needs_original:
-                with torch.no_grad():
-                    original = full_precision(self.net(images, forget=None))
-            with self.around(batch):
-                logits = self.net(images, forget=batch.forget, source=batch.source)
+        if self.objective.needs_original:
+            with autocast, torch.no_grad():
+                original = full_precision(self.net(images, forget=None))
         with self.around(batch):
+            with autocast:
+                logits = self.net(images, forget=batch.forget, source=batch.source)
             losses = self.objective(full_precision(logits), batch, original, self.net)
         found = torch.autograd.grad(losses.total, self.params, allow_unused=True)
         if any(gradient is None for gradient in found):
