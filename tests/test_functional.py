@@ -67,9 +67,14 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
-@pytest.mark.parametrize("form", ["int", "vector", "matrix"])
-@pytest.mark.parametrize("batch", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("geometry", "form", "batch"),
+    [
+        *itertools.product(GEOMETRIES, ["matrix"], [3]),
+        *itertools.product(GEOMETRIES[:1], ["int", "vector"], [0, 1, 3]),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("bias", [True, False])
 def test_conv2d_equals_the_reference(geometry, form, batch, bias):
     inside, out, kernel, stride, padding, dilation, groups = geometry
@@ -143,17 +148,21 @@ def test_linear_equals_the_reference(shape, form, bias, source):
     )
 
 
-@pytest.mark.parametrize("strided", ["transposed", "expanded", "sliced"])
-def test_linear_takes_any_strides(strided):
+def test_linear_takes_any_strides():
     make = {"dtype": torch.float64}
-    x = {
-        "transposed": torch.randn(6, 5, 4, **make).permute(2, 1, 0),
-        "expanded": torch.randn(4, 1, 6, **make).expand(4, 5, 6),
-        "sliced": torch.randn(4, 5, 12, **make)[..., ::2],
-    }[strided].requires_grad_()
     weight, b, aw, ab = tensors(7, (6,), ())
     forget = labels_for(4, "matrix")
-    compare(lambda backend: wf_linear(x, weight, b, aw, ab, forget, backend=backend), x, (aw, ab))
+    for x in (
+        torch.randn(6, 5, 4, **make).permute(2, 1, 0),
+        torch.randn(4, 1, 6, **make).expand(4, 5, 6),
+        torch.randn(4, 5, 12, **make)[..., ::2],
+    ):
+        x.requires_grad_()
+        compare(
+            lambda backend, x=x: wf_linear(x, weight, b, aw, ab, forget, backend=backend),
+            x,
+            (aw, ab),
+        )
 
 
 @pytest.mark.parametrize("form", ["vector", "matrix"])

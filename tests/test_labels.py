@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import wfnet
 from wfnet import labels
-from wfnet.labels import DeferredLabelCheck, active_selection, forgetting, select
+from wfnet.labels import (
+    DeferredLabelCheck,
+    active_selection,
+    checkpoint_context,
+    forgetting,
+    select,
+)
 
 
 @pytest.mark.parametrize(
@@ -194,3 +201,126 @@ def test_labels_on_the_host_need_no_deferred_check():
     check = DeferredLabelCheck()
     check.submit(torch.tensor([[1]]), 10)
     assert check._pending == []
+
+
+# -- activation checkpointing ---------------------------------------------------------------------
+
+CLASSES = 10
+FORGET = torch.tensor([0, 3, -1, 9])
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def randomize(module):
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2].startswith("alpha_"):
+            nn.init.normal_(parameter, 2, 1)
+    return module
+
+
+def random_layer():
+    return randomize(wfnet.WFConv2d(3, 4, 3, num_classes=CLASSES))
+
+
+def checkpointed(conv, **options):
+    with forgetting(FORGET):
+        y = checkpoint(conv, IMAGES, use_reentrant=False, **options)
+    return torch.autograd.grad(y.square().sum(), conv.alpha_weight)[0]
+
+
+def test_checkpointing_with_the_context():
+    conv = random_layer()
+    found = checkpointed(conv, context_fn=checkpoint_context)
+    with forgetting(FORGET):
+        expected = torch.autograd.grad(conv(IMAGES).square().sum(), conv.alpha_weight)[0]
+    assert torch.equal(found, expected)
+    with pytest.raises(RuntimeError, match="without forget labels"):
+        active_selection()
+
+
+def test_checkpointing_without_the_context_raises():
+    with pytest.raises(RuntimeError, match=r"without forget labels.*checkpoint_context"):
+        checkpointed(wfnet.WFConv2d(3, 4, 3, num_classes=CLASSES))
+
+
+def test_recomputation_under_other_labels_and_in_another_thread():
+    conv = random_layer()
+    with forgetting(FORGET):
+        y = checkpoint(conv, IMAGES, use_reentrant=False, context_fn=checkpoint_context)
+        (expected,) = torch.autograd.grad(conv(IMAGES).square().sum(), conv.alpha_weight)
+    found = []
+
+    def backward():
+        found.append(torch.autograd.grad(y.square().sum(), conv.alpha_weight, retain_graph=True)[0])
+
+    with forgetting(7):
+        backward()
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+        assert active_selection().low == 7
+    assert len(found) == 2
+    assert all(torch.equal(f, expected) for f in found)
+
+
+def gradients(net, y):
+    return torch.autograd.grad(y.square().sum(), net.filter_parameters())
+
+
+def transformer():
+    timm = pytest.importorskip("timm")
+    return timm.create_model("vit_tiny_patch16_224", num_classes=CLASSES, img_size=32, depth=2)
+
+
+def test_models_that_checkpoint_themselves():
+    model = transformer().eval()
+    plain = randomize(wfnet.WFNet(model, CLASSES))
+    saving = wfnet.WFNet(model, CLASSES)
+    saving.load_state_dict(plain.state_dict())
+    saving.model.set_grad_checkpointing(True)
+    calls = []
+    block = saving.model.blocks[0]
+    block.register_forward_pre_hook(lambda *_: calls.append(1))
+    x = torch.randn(4, 3, 32, 32)
+    y = saving(x, FORGET)
+    saving(x, 5)  # other labels before the backward pass of the first
+    assert len(calls) == 2
+    found = []
+
+    def backward():
+        found.extend(gradients(saving, y))
+
+    thread = threading.Thread(target=backward)
+    thread.start()
+    thread.join()
+    assert len(calls) == 3  # recomputed
+    for a, b in zip(found, gradients(plain, plain(x, FORGET)), strict=True):
+        assert torch.equal(a, b)
+    defaults = checkpoint.__wrapped__.__kwdefaults__
+    assert defaults["context_fn"] is noop_context_fn
+
+
+def test_the_checkpoint_default_is_restored_after_an_error():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, CLASSES))
+    net = wfnet.WFNet(model, CLASSES)
+    net.model[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        net(IMAGES, 1)
+    assert checkpoint.__wrapped__.__kwdefaults__["context_fn"] is noop_context_fn
+    with pytest.raises(RuntimeError):
+        active_selection()
+
+
+def test_reentrant_checkpointing_raises():
+    class Saves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.head = nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            x.requires_grad_()
+            return self.head(checkpoint(self.conv, x, use_reentrant=True).mean((2, 3)))
+
+    net = wfnet.WFNet(Saves(), CLASSES)
+    with pytest.raises((RuntimeError, ValueError)):
+        net(IMAGES.clone(), 1).sum().backward()

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import wfnet
-from wfnet import WFConv2d, WFLinear, forgetting, layers
+from wfnet import WFConv2d, WFLinear, WFNet, forgetting, layers
+from wfnet.functional import wf_conv2d
 
 
 @pytest.fixture(autouse=True)
@@ -20,11 +22,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-def randomize(layer):
-    for name, parameter in layer.named_parameters():
-        if name.startswith("alpha_"):
+def randomize(module):
+    """``module`` with random filters, its own and those of layers inside."""
+    for name, parameter in module.named_parameters():
+        if name.rpartition(".")[2].startswith("alpha_"):
             nn.init.normal_(parameter, 2, 1)
-    return layer
+    return module
 
 
 def by_hand(conv, x, label):
@@ -307,3 +310,216 @@ def test_register_maskable():
             assert torch.equal(masked(x), conv(x))
     finally:
         layers._MASKABLE.pop(Doubled, None)
+
+
+# -- torch.compile --------------------------------------------------------------------------------
+
+CLASSES = 10
+FORGET = torch.tensor([0, 3, -1, 9])
+IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def fresh_compiler():
+    """Nothing is compiled yet."""
+    torch._dynamo.reset()
+
+
+def network():
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(4, 6, 3, stride=2),
+        nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, CLASSES),
+    )
+    return randomize(WFNet(model.eval(), CLASSES))
+
+
+def gradients(net, y):
+    return torch.autograd.grad(y.square().sum(), net.filter_parameters())
+
+
+def test_compiled_network_equals_eager(fresh_compiler):
+    net = network()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    y = compiled(IMAGES, forget=FORGET)
+    torch.testing.assert_close(y, net(IMAGES, FORGET), rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients(net, y), gradients(net, net(IMAGES, FORGET)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_inductor(fresh_compiler):
+    conv = randomize(WFConv2d(3, 4, 3, num_classes=CLASSES))
+    compiled = torch.compile(lambda x: conv(x).relu_(), backend="inductor", fullgraph=True)
+    for forget in (FORGET, FORGET.flip(0)):
+        with forgetting(forget):
+            y, expected = compiled(IMAGES), conv(IMAGES).relu_()
+        torch.testing.assert_close(y, expected)
+        (found,) = torch.autograd.grad(y.square().sum(), conv.alpha_weight)
+        (wanted,) = torch.autograd.grad(expected.square().sum(), conv.alpha_weight)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_new_labels_never_recompile(fresh_compiler):
+    net, counter = network(), CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for forget in (FORGET, FORGET.flip(0), torch.zeros(4).long(), torch.full((4,), -1)):
+        torch.testing.assert_close(compiled(IMAGES, forget=forget), net(IMAGES, forget))
+    assert counter.frame_count == 1
+    several = torch.tensor([[1, 2], [3, -1], [0, 0], [-1, -1]])
+    for forget in (several, several.flip(0)):
+        torch.testing.assert_close(compiled(IMAGES, forget=forget), net(IMAGES, forget))
+    assert counter.frame_count == 2
+
+
+def test_integer_labels_recompile_at_most_once(fresh_compiler):
+    net, counter = network(), CompileCounter()
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for forget in (3, 4, 5, 9, 2):
+        torch.testing.assert_close(compiled(IMAGES, forget=forget), net(IMAGES, forget))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_labels_bound_outside_never_recompile(fresh_compiler, integers):
+    conv, counter = randomize(WFConv2d(3, 4, 3, num_classes=CLASSES)), CompileCounter()
+    compiled = torch.compile(conv, backend=counter, fullgraph=True)
+    for label in range(-1, CLASSES):
+        forget = label if integers else torch.tensor([label, 1, 2, label])
+        with forgetting(forget):
+            torch.testing.assert_close(compiled(IMAGES), conv(IMAGES))
+    assert counter.frame_count == 1
+
+
+def test_labels_bound_inside(fresh_compiler):
+    conv = randomize(WFConv2d(3, 4, 3, num_classes=CLASSES))
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def step(x, forget):
+        with forgetting(forget):
+            return conv(x).relu_()
+
+    y = step(IMAGES, FORGET)
+    y.square().sum().backward()
+    found = conv.alpha_weight.grad.clone()
+    conv.zero_grad()
+    with forgetting(FORGET):
+        conv(IMAGES).relu().square().sum().backward()
+    torch.testing.assert_close(found, conv.alpha_weight.grad)
+    with pytest.raises(RuntimeError, match="without forget labels"):
+        conv(IMAGES)
+
+
+def test_no_labels_and_source(fresh_compiler):
+    net = network()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(IMAGES), net(IMAGES))
+    source, forget = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([1, 2, 3, 4, -1])
+    torch.testing.assert_close(
+        compiled(IMAGES, forget=forget, source=source), net(IMAGES, forget, source)
+    )
+
+
+def test_dynamic_batch_size(fresh_compiler):
+    net, counter = network(), CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=True)
+    for batch in (2, 3, 4):
+        y = compiled(IMAGES[:batch], forget=FORGET[:batch])
+        torch.testing.assert_close(y, net(IMAGES[:batch], FORGET[:batch]))
+        y.sum().backward()
+    assert counter.frame_count <= 2
+
+
+def test_compiled_linear_with_windows(fresh_compiler):
+    linear = randomize(WFLinear(6, 9, num_classes=CLASSES))
+    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
+    x = torch.randn(8, 5, 6)
+    with forgetting(FORGET):
+        torch.testing.assert_close(compiled(x), linear(x))
+
+
+def test_compiled_parts_of_a_network(fresh_compiler):
+    net = network()
+    expected = net(IMAGES, FORGET)
+    again = network()
+    again.load_state_dict(net.state_dict())
+    counter = CompileCounter()
+    for layer in again.masked_layers.values():
+        layer.compile(backend=counter, fullgraph=True)
+    for forget in (FORGET, FORGET, FORGET.flip(0)):
+        y = again(IMAGES, forget)
+    torch.testing.assert_close(y, net(IMAGES, FORGET.flip(0)))
+    torch.testing.assert_close(again(IMAGES, FORGET), expected)
+    assert counter.frame_count <= 4  # two layers, with and without the hidden first pass
+
+
+def test_compiled_autocast(fresh_compiler):
+    net = network()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = compiled(IMAGES, forget=FORGET), net(IMAGES, FORGET)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
+    y.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in net.filter_parameters())
+
+
+@pytest.mark.parametrize("bad", [CLASSES, -2, 10**12])
+def test_a_wrong_label_in_a_compiled_region_is_nan_for_its_sample_alone(fresh_compiler, bad):
+    net = network()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    y = compiled(IMAGES, forget=torch.tensor([0, bad, -1, 9]))
+    assert y[1].isnan().all()
+    torch.testing.assert_close(y[[0, 2, 3]], net(IMAGES, torch.tensor([0, 1, -1, 9]))[[0, 2, 3]])
+    conv = torch.compile(WFConv2d(3, 4, 3, num_classes=5), backend="aot_eager", fullgraph=True)
+    with forgetting(torch.tensor([0, bad, 1, 2])):
+        y = conv(IMAGES)
+    assert y[1].isnan().all()
+    assert not y[[0, 2, 3]].isnan().any()
+
+
+def test_a_wrong_label_is_never_read_by_the_reference(fresh_compiler):
+    x, weight, alpha = IMAGES, torch.randn(4, 3, 3, 3), torch.randn(5, 4)
+
+    def call(forget):
+        return wf_conv2d(x, weight, None, alpha, None, forget, backend="reference")
+
+    for bad in (-2, 5):
+        with pytest.raises((IndexError, ValueError), match="out of range"):
+            torch.compile(call, backend="eager")(torch.tensor([0, bad, 1, 1]))
+
+
+def test_a_wrong_integer_is_an_error(fresh_compiler):
+    compiled = torch.compile(network(), backend="eager")
+    with pytest.raises(ValueError, match="label 12 is out of range"):
+        compiled(IMAGES, forget=12)
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, a: torch.func.grad(f)(a),
+        lambda f, a: torch.func.vmap(f)(torch.stack([a, a])),
+        lambda f, a: torch.func.jvp(f, (a,), (a,)),
+    ],
+    ids=["grad", "vmap", "jvp"],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_compiled_transforms_raise(fresh_compiler, transform):
+    weight, alpha = torch.randn(4, 3, 3, 3), torch.randn(5, 4)
+
+    def loss(a):
+        return wf_conv2d(IMAGES, weight, None, a, None, torch.tensor([0, 1, 2, 3])).sum()
+
+    with pytest.raises(Exception, match=r"torch\.func transforms"):
+        torch.compile(lambda a: transform(loss, a), backend="aot_eager")(alpha)
+
+
+def test_export_with_labels(fresh_compiler):
+    net = network()
+    exported = torch.export.export(net, (IMAGES, FORGET)).module()
+    torch.testing.assert_close(exported(IMAGES, FORGET.flip(0)), net(IMAGES, FORGET.flip(0)))
