@@ -52,7 +52,7 @@ def test_learns_and_repeats_bitwise(settings):
         ({"epochs": 0}, "epochs must be a whole number of at least 1, got 0"),
         ({"batch_size": 1}, "batch_size must be a whole number of at least 2"),
         ({"shift": -1}, "shift must be a whole number of at least 0"),
-        ({"label_smoothing": 2}, "label_smoothing must be a number of at most 0.9"),
+        ({"label_smoothing": 2}, "label_smoothing must be a number below 1"),
         ({"seed": 2**70}, "seed must be a whole number of at most"),
         ({"lr": math.nan}, "lr must be a number above 0, got nan"),
     ],

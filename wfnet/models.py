@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.services.extras import require
+from wfnet.services.settings import int_from
 
 
 class BasicBlock(nn.Module):
@@ -260,6 +261,9 @@ SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
+_OPTION_RANGE = int_from(1, 2**16)
+
+
 def create(
     name: str, num_classes: int, in_channels: int = 1, seed: int | None = None, **options: int
 ) -> nn.Module:
@@ -268,12 +272,15 @@ def create(
     options: `width` for all; `depth` for resnet and the ViTs; `stem_stride` for resnet;
              `batch_norm` for vgg and vgg16; `patch_size` and `image_size` for the ViTs.
     seed:    draws the weights from this seed and leaves the caller's random state as it is.
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name and for options out of range.
     """
     if name not in SMALL_MODELS:
         raise ValueError(f"no small model {name!r}: choose one of {', '.join(SMALL_MODELS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
+    for option, value in options.items():
+        if option != "batch_norm" and (wrong := _OPTION_RANGE.violation(value)):
+            raise ValueError(f"{option} must be {wrong}, got {value!r}")
     if seed is None:
         return SMALL_MODELS[name](num_classes, in_channels, **options)
     with torch.random.fork_rng(devices=[]):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wfnet.cli import main
-from wfnet.cli.options import add_config_options, config_changes
+from wfnet.cli import build_parser, main
+from wfnet.cli.options import add_config_options, config_changes, key_value, log_base
 from wfnet.services import settings
-from wfnet.services.settings import setting
+from wfnet.services.settings import Number, setting
 
 
 @dataclass(frozen=True)
@@ -99,3 +99,58 @@ def test_unreadable_option_files(tmp_path, fails):
 
 def test_an_unknown_recipe_is_refused_with_the_known_ones(capsys, fails):
     fails(["untrain", "--config", "mnist/alexnet"], "mnist/alexnet", "cifar10/vgg16")
+
+
+# Converters of options that are no plain range: a logarithm's base, key=value; so is --set.
+OTHER_TYPES = {log_base, key_value}
+
+
+def numeric_options():
+    commands = next(a for a in build_parser()._actions if a.dest == "command")
+    return [
+        pytest.param(command, action, id=f"{command} {action.option_strings[-1]}")
+        for command, parser in commands.choices.items()
+        for action in parser._actions
+        if action.option_strings and action.dest != "set"
+        if action.type is not None and action.type not in OTHER_TYPES
+    ]
+
+
+@pytest.mark.parametrize(("command", "action"), numeric_options())
+def test_every_number_has_a_range(command, action, capsys):
+    """No option takes a number that makes no sense: whatever reads it relies on its range."""
+    if action.choices is not None:
+        assert len(action.choices) < 20
+        return
+    assert isinstance(action.type, Number), f"wfnet {command}: {action.option_strings}"
+    number = action.type
+    wrong = ["x", "nan", "inf", "1e30", str(10**40), "-1e30"]
+    if number.whole:
+        wrong += [f"{number.least:.0f}.5", "1e9"]
+    if number.above:
+        wrong.append(str(number.least))
+    for text in wrong:
+        with pytest.raises(SystemExit) as end:
+            main([command, f"{action.option_strings[-1]}={text}"])
+        assert end.value.code == 2
+        (message,) = capsys.readouterr().err.splitlines()[-1:]
+        assert "is not a" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--in-chans", "2"),
+        ("--interpolation", "cubic"),
+        ("--val-split", "1"),
+        ("--smoothing", "1"),
+        ("--std", "0"),
+        ("--seed", str(2**70)),
+        ("--threads", "1e9"),
+        ("-b", "1"),
+    ],
+)
+def test_values_that_were_accepted_once(option, value, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", option, value])
+    assert f"argument {option}" in capsys.readouterr().err.replace("-b/--batch-size", "-b")

@@ -4,14 +4,7 @@ import pytest
 import torch
 from image_files import CLASS_NAMES, write_image
 
-from wfnet.data import (
-    CachedImages,
-    ImageFiles,
-    batches,
-    cache,
-    evaluation_transform,
-    open_data,
-)
+from wfnet.data import CachedImages, ImageFiles, batches, cache, evaluation_transform, open_data
 
 """Cached pixels: the values are those of the files, nothing is decoded twice, room is checked."""
 

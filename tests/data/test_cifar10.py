@@ -12,9 +12,7 @@ from image_files import (
     write_archive,
 )
 
-from wfnet.data import (
-    open_data,
-)
+from wfnet.data import open_data
 from wfnet.data.cifar10 import decode_pickle
 
 

@@ -3,13 +3,7 @@ import pytest
 import torch
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
-from wfnet.data import (
-    Dataset,
-    Selection,
-    classes_of,
-    labels_of,
-    select,
-)
+from wfnet.data import Dataset, Selection, classes_of, labels_of, select
 
 
 class Foreign:

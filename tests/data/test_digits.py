@@ -1,8 +1,6 @@
 import torch
 
-from wfnet.data import (
-    open_data,
-)
+from wfnet.data import open_data
 
 
 def test_digits():

@@ -2,11 +2,7 @@ import pytest
 import torch
 from image_files import CLASS_NAMES, write_image
 
-from wfnet.data import (
-    ImageFiles,
-    evaluation_transform,
-    open_data,
-)
+from wfnet.data import ImageFiles, evaluation_transform, open_data
 
 SIZE = 16
 

@@ -1,15 +1,7 @@
 import pytest
 import torch
 
-from wfnet.data.glyphs import (
-    CHARACTERS,
-    FONTS,
-    HUNDRED,
-    characters_of,
-    font_folder,
-    glyphs,
-    render,
-)
+from wfnet.data.glyphs import CHARACTERS, FONTS, HUNDRED, characters_of, font_folder, glyphs, render
 
 
 def test_glyphs_are_seeded():

@@ -5,10 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from image_files import (
-    truncate,
-    write_image,
-)
+from image_files import truncate, write_image
 
 from wfnet.data import (
     CachedImages,

@@ -3,13 +3,10 @@ import gzip
 import numpy as np
 import pytest
 import torch
-from image_files import (
-    truncate,
-)
+from image_files import truncate, write_idx
 
-from wfnet.data import (
-    open_data,
-)
+from wfnet.data import open_data
+from wfnet.data.mnist import count_classes
 
 
 def test_mnist(mnist_folder):
@@ -47,3 +44,21 @@ def test_mnist_files_must_belong_together(mnist_folder):
     (mnist_folder / "train-labels-idx1-ubyte.gz").write_bytes(gzip.compress(content))
     with pytest.raises(ValueError, match="do not belong together"):
         open_data("mnist", mnist_folder)
+
+
+def test_other_sets_in_the_format_of_mnist(mnist_folder, caplog):
+    """Fashion-MNIST has names, EMNIST has more classes; neither has MNIST's statistics."""
+    names = [f"garment {number}" for number in range(10)]
+    splits = open_data("mnist", mnist_folder, class_names=names)
+    assert splits.classes == splits.test.classes == names
+    assert "normalised by MNIST's mean 0.1307 and std 0.3081" in caplog.text
+    caplog.clear()
+    open_data("mnist", mnist_folder, mean=0.5, std=0.25)
+    assert caplog.text == ""
+    with pytest.raises(ValueError, match="has 10 classes, not 1"):
+        open_data("mnist", mnist_folder, class_names=["shirt"])
+    for part, count, suffix in (("train", 40, ".gz"), ("t10k", 20, "")):
+        path = mnist_folder / f"{part}-labels-idx1-ubyte{suffix}"
+        write_idx(path, np.arange(count) % 13)
+    assert count_classes(mnist_folder) == 13
+    assert len(open_data("mnist", mnist_folder, validation_fraction=0.5).classes) == 13

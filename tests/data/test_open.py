@@ -4,14 +4,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from image_files import (
-    CLASS_NAMES,
-    write_image,
-)
+from image_files import CLASS_NAMES, write_image, write_shard
 
-from wfnet.data import (
-    open_data,
-)
+from wfnet.data import folder_classes, open_data
 
 SIZE = 16
 
@@ -89,3 +84,53 @@ def test_a_missing_extra_is_named(monkeypatch, image_folder):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install wfnet\[eval\]"):
         open_data("digits")
+
+
+@pytest.mark.parametrize("beside", ["archive", "other labels", "the same labels"])
+def test_class_folders_win_over_what_lies_beside_them(image_folder, beside):
+    plain = open_data(image_folder, image_size=SIZE)
+    for part in ("train", "val"):
+        if beside == "archive":
+            write_shard(image_folder / part / "originals.tar", {"0.txt": b"x"})
+        elif beside == "other labels":
+            (image_folder / part / "labels.csv").write_text("id,breed\n1,ant\n")
+        else:
+            files = sorted((image_folder / part).glob("*/*"))
+            rows = [f"{f.parent.name}/{f.name},{f.parent.name}" for f in files]
+            (image_folder / part / "labels.csv").write_text("\n".join(["image,labels", *rows]))
+    splits = open_data(image_folder, image_size=SIZE)
+    assert splits.classes == list(CLASS_NAMES)
+    assert torch.equal(splits.train.labels, plain.train.labels)
+    assert folder_classes(image_folder) == list(CLASS_NAMES)
+
+
+def test_a_file_of_labels_that_says_more_than_the_folders_wins(image_folder):
+    for part in ("train", "val"):
+        files = sorted((image_folder / part).glob("*/*"))
+        names = ["cat;dog" if number % 2 else "ant" for number in range(len(files))]
+        rows = [f"{f.parent.name}/{f.name},{name}" for f, name in zip(files, names, strict=True)]
+        (image_folder / part / "labels.csv").write_text("\n".join(["image,labels", *rows]))
+    assert open_data(image_folder, image_size=SIZE).classes == ["ant", "cat", "dog"]
+
+
+def test_parts_are_limited_by_class(image_folder):
+    limits = {"train_per_class": 3, "validation_per_class": 1, "test_per_class": 1}
+    splits = open_data(image_folder, image_size=SIZE, validation_fraction=0.4, **limits)
+    parts = (splits.train, splits.validation, splits.test)
+    assert [len(part) for part in parts] == [9, 3, 3]
+
+
+def test_names_for_classes_that_are_only_numbered(image_folder):
+    names = [f"digit {number}" for number in range(10)]
+    splits = open_data("digits", image_size=8, class_names=names)
+    assert splits.classes == splits.train.classes == splits.test.classes == names
+    with pytest.raises(ValueError, match="digits has 10 classes, not 2"):
+        open_data("digits", image_size=8, class_names=["a", "b"])
+    with pytest.raises(ValueError, match="has class names of its own"):
+        open_data(image_folder, class_names=["a", "b", "c"])
+
+
+def test_grey_images_take_the_average_of_colour_statistics():
+    grey = open_data("digits", image_size=8, channels=1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    plain = open_data("digits", image_size=8, channels=1, mean=0.2, std=0.5)
+    torch.testing.assert_close(grey.test[0][0], plain.test[0][0])

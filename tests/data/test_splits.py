@@ -1,10 +1,7 @@
 import pytest
 import torch
 
-from wfnet.data import (
-    limit_per_class,
-    stratified_split,
-)
+from wfnet.data import limit_per_class, stratified_split
 
 
 def test_stratified_split_is_seeded_and_complete():

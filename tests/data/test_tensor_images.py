@@ -1,12 +1,7 @@
 import pytest
 import torch
 
-from wfnet.data import (
-    Dataset,
-    TensorImages,
-    batches,
-    tensor_images,
-)
+from wfnet.data import Dataset, TensorImages, batches, tensor_images
 
 
 def tensor_set(count=12, channels=3, dtype=torch.uint8, size=8, **kwargs):

@@ -2,11 +2,7 @@ import pytest
 import torch
 from PIL import Image
 
-from wfnet.data import (
-    evaluation_transform,
-    model_data_config,
-    open_data,
-)
+from wfnet.data import evaluation_transform, model_data_config, open_data
 
 
 def test_evaluation_transform_equals_timm(image_folder):

@@ -1,6 +1,7 @@
 import argparse
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
 from wfnet.services import settings
@@ -30,7 +31,7 @@ class Config:
         (settings.positive_float, "inf", "'inf' is not a number of at most 1000000"),
         (settings.finite, "-inf", "'-inf' is not a number of at least -1e"),
         (settings.fraction, "1.5", "'1.5' is not a number of at most 1"),
-        (settings.below_one, "1", "'1' is not a number of at most 0.9"),
+        (settings.below_one, "1", "'1' is not a number below 1"),
     ],
 )
 def test_text_out_of_range_is_refused_in_one_sentence(number, text, message):
@@ -50,6 +51,8 @@ def test_text_in_range_becomes_a_number_of_its_kind():
     [
         ({"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         ({"steps": True}, "steps must be a whole number of at least 1, got True"),
+        ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
+        ({"steps": float("inf")}, "steps must be a whole number of at most 1000000000"),
         ({"lr": float("nan")}, "lr must be a number above 0, got nan"),
         ({"lr": "0.1"}, "lr must be a number above 0, got '0.1'"),
         ({"lr": None}, "lr must be a number above 0, got None"),
@@ -64,3 +67,4 @@ def test_a_configuration_refuses_values_out_of_range(changes, message):
 def test_a_configuration_accepts_none_where_it_is_the_default():
     assert Config().steps is None
     assert Config(steps=2.0).steps == 2
+    assert Config(steps=np.int64(2)).steps == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +20,8 @@ from wfnet.head import find_head
 from wfnet.services.extras import require
 
 SMALL_IMAGE_SIZE = 32
+# Arguments that options of their own bring, or that are none.
+_OF_THE_OPTIONS = {"self", "args", "kwargs", "num_classes", "in_channels", "in_chans"}
 _TORCHVISION = ("torchvision/", "tv.")
 
 
@@ -53,6 +57,8 @@ def create_classifier(
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"the weights {checkpoint} do not exist")
     arguments = dict(options or {})
+    if arguments:
+        _check_arguments(name, arguments)
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed)
         if name.startswith("small/"):
@@ -64,6 +70,47 @@ def create_classifier(
     if checkpoint is not None:
         load_weights(model, checkpoint)
     return model.eval()
+
+
+def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raises ValueError for what the model's constructor does not name, and for values that are not
+    simple: arguments may come from a stranger's ``config.json``."""
+    for key, value in arguments.items():
+        parts = value if isinstance(value, list | tuple) else (value,)
+        if len(parts) > 64 or not all(_is_simple(part) for part in parts):
+            raise ValueError(
+                f"{name} does not take {key}={value!r}: arguments of a network are numbers, text, "
+                "true, false, or lists of these"
+            )
+    known = _constructor_arguments(name)
+    unknown = [key for key in arguments if key not in known]
+    if known and unknown:
+        others = _near(unknown[0], known) or f", but {', '.join(known)}"
+        raise ValueError(
+            f"{name} does not take {dict(arguments)}: it has no argument {unknown[0]!r}{others}"
+        )
+
+
+def _is_simple(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, int):
+        return abs(value) < 2**31
+    return value is None or (isinstance(value, str) and len(value) < 256)
+
+
+def _constructor_arguments(name: str) -> list[str]:
+    """Returns the arguments that the class behind a model's name takes, by their names."""
+    if is_small(name):
+        kind = name.removeprefix("small/")
+        if kind not in models.SMALL_MODELS:
+            return []  # creating it names those that there are
+        made: Any = models.SMALL_MODELS[kind]
+    else:
+        in_library = _torchvision if name.startswith(_TORCHVISION) else _timm
+        with torch.device("meta"):  # a network without memory
+            made = type(in_library(name, None, False, None, {})).__init__
+    return [name for name in inspect.signature(made).parameters if name not in _OF_THE_OPTIONS]
 
 
 def is_small(name: str) -> bool:
@@ -122,10 +169,12 @@ def _small(
         arguments.setdefault("image_size", image_size)
     if num_classes is None:
         raise ValueError(f"give --num-classes for {name}")
-    try:
-        return models.create(kind, num_classes, in_channels or 1, **arguments)
-    except TypeError as error:
-        raise ValueError(_bad_arguments(name, arguments, error)) from error
+    return _construct(
+        lambda: models.create(kind, num_classes, in_channels or 1, **arguments),
+        name,
+        arguments,
+        pretrained,
+    )
 
 
 def _torchvision_name(name: str) -> str:

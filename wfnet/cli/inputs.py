@@ -53,8 +53,7 @@ def count_classes(options: argparse.Namespace) -> int:
     if name in DATA_WITH_FILES and not options.data_dir:
         raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
     if name == "mnist":
-        for file in mnist.NAMES.values():
-            mnist.find_idx(options.data_dir, file)
+        return mnist.count_classes(options.data_dir)
     if name == "cifar10":
         cifar10.check_files(options.data_dir)
     return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
@@ -135,6 +134,9 @@ def open_images(
         **{**settings, **chosen},
         augment=augment,
         validation_fraction=options.val_split,
+        train_per_class=options.train_per_class,
+        validation_per_class=options.val_per_class,
+        class_names=options.class_names,
         seed=options.seed,
         cache=options.cache,
         cache_dir=options.cache_dir,
@@ -178,6 +180,8 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -239,9 +243,12 @@ def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int
         ValueError: for one that does not exist.
     """
     found = []
+    lowered = [name.lower() for name in names or ()]
     for label in map(readable, labels):
         if names and label in names:
             found.append(list(names).index(label))
+        elif lowered.count(label.lower()) == 1:
+            found.append(lowered.index(label.lower()))
         elif label.isdigit() and int(label) < count:
             found.append(int(label))
         else:

@@ -21,6 +21,7 @@ from wfnet import backends, recipes
 from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data.open import NAMES as DATA_NAMES
 from wfnet.data.pixel_store import PLACES
+from wfnet.data.transforms import INTERPOLATIONS
 from wfnet.services import settings
 
 # Of each set, an option on the command line takes the place of the others' recorded values.
@@ -38,6 +39,7 @@ _OF_THIS_CALL = {"command", "run", "saved", "config", "resume", "folder", "force
 DESCRIPTION = frozenset(
     ("model", "pretrained", "checkpoint", "num_classes", "model_kwargs", "in_chans", "img_size")
     + ("data", "data_dir", "mean", "std", "interpolation", "crop_pct", "val_split", "seed")
+    + ("class_names", "train_per_class", "val_per_class")
 )
 
 
@@ -94,8 +96,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--in-chans",
-        type=settings.positive_int,
-        metavar="N",
+        type=int,
+        choices=(1, 3),
         help="image channels; known from the model, and from the data for small networks",
     )
     group.add_argument(
@@ -126,23 +128,36 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--mean",
         nargs="+",
-        type=settings.finite,
+        type=settings.pixel_mean,
         metavar="X",
         help="normalisation; known from the model",
     )
-    group.add_argument("--std", nargs="+", type=settings.positive_float, metavar="X")
-    group.add_argument("--interpolation", metavar="NAME", help="bilinear, bicubic, ...")
+    group.add_argument("--std", nargs="+", type=settings.pixel_std, metavar="X")
+    group.add_argument("--interpolation", choices=INTERPOLATIONS, help="of resized images")
     group.add_argument(
         "--crop-pct", type=settings.fraction, metavar="X", help="part kept by the centre crop"
     )
     group.add_argument(
         "--val-split",
-        type=settings.fraction,
+        type=settings.inner_fraction,
         default=0.1,
         metavar="X",
         help="part of the training images on which settings are judged (a folder with test/ has "
         "its own: val/)",
     )
+    group.add_argument(
+        "--class-names",
+        nargs="+",
+        metavar="NAME",
+        help="names of classes that are only numbered, in that order (files in MNIST's format)",
+    )
+    for part, images in (("train", "training"), ("val", "validation")):
+        group.add_argument(
+            f"--{part}-per-class",
+            type=settings.positive_int,
+            metavar="N",
+            help=f"at most so many {images} images of each class, drawn by the seed",
+        )
 
 
 def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:

@@ -177,7 +177,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     add_config_options(group, UntrainConfig, "clip")
     group.add_argument(
         "--alpha-init",
-        type=float,
+        type=settings.filter_entry,
         metavar="X",
         help=f"first value of filter entries (default: 3; {QKV_ALPHA_INIT:g} where recipe balanced "
         "masks qkv projections)",

@@ -147,6 +147,19 @@ def class_folders(root: Path) -> list[str]:
     return names
 
 
+def has_class_images(root: Path) -> bool:
+    """Returns whether there are folders below `root` with an image in them."""
+    if not root.is_dir():
+        return False
+    tops = (entry.path for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+    return any(has_images(folder) for top in tops for folder, _, _ in os.walk(top))
+
+
+def has_images(folder: str | Path) -> bool:
+    """Returns whether an image lies in a folder itself."""
+    return any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder))
+
+
 def _no_images(root: Path, empty: list[str], named_elsewhere: bool) -> str:
     remedy = "add some or remove the folder"
     if named_elsewhere:

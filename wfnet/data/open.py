@@ -11,8 +11,8 @@ from wfnet.data import cifar10, digits, glyphs, mnist
 from wfnet.data.cache import CachedImages
 from wfnet.data.dataset import Dataset
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.folder import ImageFiles, class_folders
-from wfnet.data.multi_hot import MultiLabelFiles, find_labels
+from wfnet.data.folder import ImageFiles, class_folders, has_class_images, has_images
+from wfnet.data.multi_hot import MultiLabelFiles, find_labels, labels_say_more
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
 from wfnet.data.transforms import (
@@ -43,11 +43,13 @@ def open_data(
     transform: Transform | None = None,
     train_per_class: int | None = None,
     test_per_class: int | None = None,
+    validation_per_class: int | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
     cache: str | None = None,
     cache_dir: str | Path | None = None,
     device: torch.device | str = "cpu",
+    class_names: Sequence[str] | None = None,
 ) -> Splits:
     """Open a data set as training, validation and test parts.
 
@@ -61,26 +63,24 @@ def open_data(
                  folders.
     interpolation, crop_pct, augment, transform: for folders: resizing, whether training images are
                  cropped and mirrored at random, and a transform that replaces all of it.
-    train_per_class, test_per_class: at most that many images of each class, drawn by seed.
+    train_per_class, validation_per_class, test_per_class: at most that many images of each class,
+                 drawn by seed.
     validation_fraction: the part of the training images, drawn by seed, that `train` does not have.
     cache, cache_dir, device: for folders: keep decoded pixels ("device", "host" or "disk"), and
                  where batches are wanted; see `CachedImages`.
+    class_names: for data that only number their classes, such as files in MNIST's format.
 
     `test` is the data set's own test part (for folders `val/`; with a folder `test/` beside it,
     `test/` is the test part and `val/` the validation part). Settings are chosen on `validation`.
     Raises FileNotFoundError or ValueError in one sentence for what is missing or does not fit.
     """
     name = str(name_or_dir)
-    given = {
-        key: value
-        for key, value in (
-            ("image_size", image_size),
-            ("channels", channels),
-            ("mean", mean),
-            ("std", std),
-        )
-        if value is not None
-    }
+    if mean is not None and channels is not None:
+        mean = _as_many(mean, channels)
+    if std is not None and channels is not None:
+        std = _as_many(std, channels)
+    given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
+    given = {key: value for key, value in given.items() if value is not None}
     validation = None
     if cache is not None and name in NAMES:
         logger.info("%s is in memory as it is: no cache is made", name)
@@ -89,8 +89,10 @@ def open_data(
     elif name in ("mnist", "cifar10"):
         if data_dir is None:
             raise ValueError(f"{name} needs data_dir, the folder with its files")
-        read = mnist.read_mnist if name == "mnist" else cifar10.read_cifar10
-        train, test = read(data_dir, **given)
+        if name == "mnist":
+            train, test = mnist.read_mnist(data_dir, **given, class_names=class_names)
+        else:
+            train, test = cifar10.read_cifar10(data_dir, **given)
     elif name in NAMES:
         train, test = glyphs.read_glyphs(int(name.removeprefix("glyphs")), **given, seed=seed)
     else:
@@ -113,14 +115,32 @@ def open_data(
         name = root.name
     if validation is None:
         train, validation = split_dataset(train, validation_fraction, seed)
+    if class_names is not None:
+        for part in (train, validation, test):
+            part.classes = _named(part.classes, class_names, name)
     return Splits(
         train=limit_dataset(train, train_per_class, seed),
-        validation=validation,
+        validation=limit_dataset(validation, validation_per_class, seed),
         test=limit_dataset(test, test_per_class, seed),
         classes=train.classes,
         name=name,
         seed=seed,
     )
+
+
+def _named(classes: list[str], names: Sequence[str], data: str) -> list[str]:
+    """Returns `names` for classes that are only numbered, or that have these names already."""
+    names = list(names)
+    if classes != names and classes != [str(number) for number in range(len(classes))]:
+        raise ValueError(
+            f"{data} has class names of its own ({', '.join(classes[:5])}, ...): leave out others"
+        )
+    if len(names) != len(classes) or len(set(names)) < len(names):
+        raise ValueError(
+            f"{data} has {len(classes)} classes, not {len(names)}: give a name of its own to each, "
+            "in the order of their numbers"
+        )
+    return names
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path:
@@ -182,17 +202,34 @@ class _Reading:
 
 
 def folder_classes(root: Path) -> list[str]:
-    """Class names of a folder with `train/<class>/` or with shards, without reading an image.
+    """Returns the class names of a folder with `train/<class>/` or with shards, without reading an
+    image.
 
     A folder without training images has those of `val`. Raises FileNotFoundError or ValueError if
     it is neither.
     """
     part = "train" if _has_part(root, "train") or not _has_part(root, "val") else "val"
-    folders = not find_shards(root, part) and find_labels(root / part) is None
-    if not folders or not (root / part).is_dir():
-        return _part(root, part, lambda image: image, 3, None).classes
-    # The images are listed when they are opened.
-    return [readable(name) for name in class_folders(root / part)]
+    if (root / part).is_dir() and _kind(root, part) == "folders":
+        # The images are listed when they are opened.
+        return [readable(name) for name in class_folders(root / part)]
+    return _part(root, part, lambda image: image, 3, None).classes
+
+
+def _kind(root: Path, part: str) -> str:
+    """Returns how a part lies there: "folders", "shards" or "labels".
+
+    Class folders win over shards and over a file of labels beside them, unless that file gives
+    images labels other than their folders, or images lie beside it.
+    """
+    shards, labels = find_shards(root, part), find_labels(root / part)
+    if not shards and labels is None:
+        return "folders"
+    if has_class_images(root / part):
+        beside = labels if labels is not None else shards[0]
+        if labels is None or not (has_images(root / part) or labels_say_more(labels)):
+            logger.info("%s lies beside class folders and is not read", beside)
+            return "folders"
+    return "shards" if shards else "labels"
 
 
 def _has_part(root: Path, part: str) -> bool:
@@ -226,10 +263,10 @@ def _part(
     root: Path, part: str, transform: Transform, channels: int, classes: Sequence[str] | None
 ) -> EncodedImages:
     """The images of one part, from shards or from class folders."""
-    shards = find_shards(root, part)
-    if shards:
-        return ImageShards(shards, transform, channels, classes)
-    if find_labels(root / part) is not None:
+    kind = _kind(root, part)
+    if kind == "shards":
+        return ImageShards(find_shards(root, part), transform, channels, classes)
+    if kind == "labels":
         return MultiLabelFiles(root / part, transform, channels, classes)
     if not (root / part).is_dir():
         raise FileNotFoundError(

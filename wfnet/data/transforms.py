@@ -11,6 +11,9 @@ from wfnet.services.extras import require
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+# Of `torchvision.transforms.InterpolationMode`; named here to be known without it.
+INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos")
+
 Transform = Callable[[Any], Tensor]  # PIL.Image -> float32 [C, H, W]
 
 

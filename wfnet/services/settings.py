@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +22,14 @@ class Number:
     Attributes:
         least, most: the bounds, which belong to the range.
         whole: only integers.
-        above: the number must be larger than ``least``.
+        above, below: ``least``, or ``most``, does not belong to the range.
     """
 
     least: float
     most: float
     whole: bool = False
     above: bool = False
+    below: bool = False
 
     def __call__(self, text: str) -> int | float:
         try:
@@ -42,18 +44,22 @@ class Number:
     def violation(self, value: Any) -> str | None:
         """Returns what ``value`` is not ("a number above 0"); None if it is in the range."""
         kind = "a whole number" if self.whole else "a number"
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            return f"{kind} {self._lower()}" if math.isfinite(self.least) else kind
-        if self.whole and value != int(value):
-            return kind
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
+            return f"{kind} {self._lower()}"
+        if self.whole and math.isfinite(value) and value != int(value):
+            return f"{kind} {self._lower()}"
         if value < self.least or (self.above and value == self.least):
             return f"{kind} {self._lower()}"
-        if value > self.most:
-            return f"{kind} of at most {self.most:,}".replace(",", "")
+        if value > self.most or (self.below and value == self.most):
+            return f"{kind} {'below' if self.below else 'of at most'} {_plain(self.most)}"
         return None
 
     def _lower(self) -> str:
         return f"above {self.least:g}" if self.above else f"of at least {self.least:g}"
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if number == int(number) else str(number)
 
 
 # Upper bounds are far above what anybody needs: beyond them a value is a slip.
@@ -74,12 +80,16 @@ pair_batch_size = int_from(2, _COUNTS)
 image_size = int_from(8, 2**14)
 class_count = int_from(2, _COUNTS)
 cpu_threads = int_from(1, 4096)
-workers = int_from(0, 4096)
+workers = int_from(0, 1024)
 finite = Number(-1e30, 1e30)
+filter_entry = Number(-1000.0, 1000.0)
 positive_float = Number(0.0, 1e6, above=True)
 non_negative_float = Number(0.0, 1e6)
 fraction = Number(0.0, 1.0, above=True)
-below_one = Number(0.0, math.nextafter(1.0, 0.0))
+inner_fraction = Number(0.0, 1.0, above=True, below=True)
+pixel_mean = Number(-1000.0, 1000.0)
+pixel_std = Number(0.0, 1000.0, above=True)
+below_one = Number(0.0, 1.0, below=True)
 
 
 def setting(
