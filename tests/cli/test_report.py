@@ -25,6 +25,29 @@ def test_the_page_of_a_run(digits_run, tmp_path, capsys):
 
 def test_nothing_to_report(tmp_path, fails):
     fails(["report", tmp_path], "holds nothing to report yet")
+    fails(["report", tmp_path / "none"], "is not a folder")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ("-b 0", "'0' is not a whole number of at least 1"),
+        ("-b 1000000000", "is not a whole number of at most"),
+        (f"--seed {2**70}", "is not a whole number of at most"),
+        ("--threads 0.5", "is not a whole number"),
+    ],
+)
+def test_values_out_of_range(arguments, part, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["report", "run", *arguments.split()])
+    assert end.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written(digits_run, tmp_path, fails):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, tmp_path / "file" / "report.html"):
+        fails(["report", digits_run, "--as-is", "--output", output], str(output))
 
 
 @pytest.mark.parametrize("command", ["trust", "report"])

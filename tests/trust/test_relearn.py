@@ -1,4 +1,14 @@
+import dataclasses
+
 from wfnet.trust import relearn
+
+
+def test_more_images_than_there_are_are_left_out_and_said(make_subject, quick):
+    subject = make_subject()
+    subject.settings = dataclasses.replace(quick, relearn_images=(9, 2), relearn_steps=1)
+    found = relearn.measure(subject.forgetful, subject, [])
+    assert list(found["values"]) == ["acc_f_retain_only", "acc_f_from_2"]
+    assert found["details"]["left_out"] == "relearning from 9 images, of which 8 are at hand"
 
 
 def test_relearning_uses_the_images_that_it_says(make_subject, monkeypatch):

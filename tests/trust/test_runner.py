@@ -77,6 +77,11 @@ def test_every_check_for_every_class(finished):
         assert check.headline in record.forgetful
         assert record.retrained_models == 2
         assert check.original == bool(record.original)
+        if record.check == "removal":  # a class of four equal ones
+            drawn = record.details["attackers_images"]
+            others = drawn["unlabelled"] - drawn["of_the_class"]
+            assert drawn["of_the_class"] == round(others / 3)
+    assert result.settings["attackers_images"] == "classes in the proportion of the training part"
     assert trust.TrustResult.from_json(folder / "trust.json").records == result.records
     assert not (folder / "trust.partial.jsonl").exists()
 

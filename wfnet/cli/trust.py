@@ -76,7 +76,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     defaults = trust.TrustSettings()
     group.add_argument(
         "--prune-below",
-        type=settings.non_negative_float,
+        type=settings.Number(0.0, 1.0),
         default=0.0,
         metavar="T",
         help="check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
@@ -154,6 +154,8 @@ def run(options: argparse.Namespace) -> int:
     print(result.table())
     for sentence in result.missing()[:1]:
         print(f"\nnot everything could be measured. {sentence}")
+    for sentence in result.left_out():
+        print(sentence)
     print(f"\nin {output}: trust.json, trust.csv")
     return 0
 

@@ -154,7 +154,7 @@ def make_view(contents: Contents) -> View:
     data = options.get("data") or options.get("data_dir") or "its data"
     result, trust = contents.evaluation, contents.trust
     verdicts = judge(result, trust, contents.retrained)
-    verdicts.unknown += contents.remarks
+    verdicts.unknown += contents.remarks + (trust.left_out() if trust else [])
     if trust is not None and (missing := _missing(trust)):
         verdicts.unknown.append(missing)
     return View(

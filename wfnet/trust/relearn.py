@@ -40,21 +40,20 @@ def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> 
     order = torch.randperm(len(subject.train_forget), generator=generator)
     rest = torch.randperm(len(subject.train_retain), generator=generator)
     ratio = (1 - subject.share) / subject.share  # of other images to those of the class
+    details: dict[str, Any] = {"steps": settings.relearn_steps}
     course = {"retain_only": _attack(model, subject, subject.train_retain)}
     used = {"retain_only": {"of_the_class": 0, "others": len(subject.train_retain)}}
     for count in settings.relearn_images:
         few = order[:count]
         if len(few) < count:
-            break  # the class has fewer images
+            details["left_out"] = f"relearning from {count} images, of which {len(few)} are at hand"
+            continue
         others = subject.train_retain.only(rest[: round(ratio * count)])
         images = subject.train_forget.only(few).with_others(others)
         course[f"from_{count}"] = _attack(model, subject, images)
         used[f"from_{count}"] = {"of_the_class": count, "others": len(others)}
     values = {f"acc_f_{name}": max(accuracy) for name, accuracy in course.items()}
-    return {
-        "values": values,
-        "details": {"course": course, "steps": settings.relearn_steps, "images": used},
-    }
+    return {"values": values, "details": details | {"course": course, "images": used}}
 
 
 def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:

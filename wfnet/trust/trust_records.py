@@ -89,6 +89,11 @@ class TrustResult:
         """Sentences about what could not be measured, each once."""
         return list(dict.fromkeys(r.missing for r in self.records if r.missing))
 
+    def left_out(self) -> list[str]:
+        """Sentences about attacks for which a class has too few images, each once."""
+        found = [(r.name, r.details["left_out"]) for r in self.records if "left_out" in r.details]
+        return [f"Left out for class {name}: {text}." for name, text in dict.fromkeys(found)]
+
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes everything, atomically; :meth:`from_json` reads it again."""
         write_json(
