@@ -46,8 +46,11 @@ def test_values_out_of_range(arguments, part, capsys):
 
 def test_an_output_that_cannot_be_written(digits_run, tmp_path, fails):
     (tmp_path / "file").write_text("")
-    for output in (tmp_path, tmp_path / "file" / "report.html"):
-        fails(["report", digits_run, "--as-is", "--output", output], str(output))
+    call = ["report", digits_run, "--as-is", "--output"]
+    fails(
+        [*call, tmp_path / "file" / "report.html"], "cannot be written to", str(tmp_path / "file")
+    )
+    fails([*call, tmp_path], f"{tmp_path} is a folder")
 
 
 @pytest.mark.parametrize("command", ["trust", "report"])

@@ -75,6 +75,10 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     path = Path(options.output or folder / "report.html")
     contents = read_contents(folder)
+    if path.is_dir():
+        raise ValueError(
+            f"--output {path} is a folder: name a file, such as {path / 'report.html'}"
+        )
     check_writable(path.absolute().parent)
     if not options.as_is:
         check_run_folder(folder)
