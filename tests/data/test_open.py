@@ -134,3 +134,22 @@ def test_grey_images_take_the_average_of_colour_statistics():
     grey = open_data("digits", image_size=8, channels=1, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     plain = open_data("digits", image_size=8, channels=1, mean=0.2, std=0.5)
     torch.testing.assert_close(grey.test[0][0], plain.test[0][0])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"channels": 2}, "images have 1 or 3 channels, not 2"),
+        ({"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
+        ({"seed": 2**70}, "seed must be a whole number of at most"),
+        ({"mean": float("nan")}, "mean must be a number of at least -1000, got nan"),
+        ({"std": (0.5, 0.0, 0.5)}, "std must be a number above 0, got 0.0"),
+        ({"validation_fraction": 1}, "validation_fraction must be a number below 1, got 1"),
+        ({"crop_pct": 1.5}, "crop_pct must be a number of at most 1, got 1.5"),
+        ({"train_per_class": 0}, "train_per_class must be a whole number of at least 1, got 0"),
+    ],
+)
+@pytest.mark.parametrize("data", ["digits", "folder"])
+def test_settings_out_of_range_are_refused_for_any_data(data, settings, message, image_folder):
+    with pytest.raises(ValueError, match=message):
+        open_data(image_folder if data == "folder" else data, **settings)

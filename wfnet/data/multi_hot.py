@@ -151,12 +151,12 @@ def read_labels(path: Path) -> dict[str, list[str]]:
     """
     try:
         if path.suffix == ".json":
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
             table = {str(image): [str(name) for name in names] for image, names in content.items()}
             if any(isinstance(names, str) for names in content.values()):
                 raise ValueError("labels must be lists")
         else:
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
                 if not {"image", "labels"} <= set(reader.fieldnames or ()):
                     raise ValueError(f"its columns are {reader.fieldnames}")

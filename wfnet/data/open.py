@@ -22,7 +22,9 @@ from wfnet.data.transforms import (
     evaluation_transform,
     training_transform,
 )
+from wfnet.services import settings
 from wfnet.services.files import readable
+from wfnet.services.settings import int_from
 
 logger = logging.getLogger("wfnet")
 
@@ -75,6 +77,22 @@ def open_data(
     Raises FileNotFoundError or ValueError in one sentence for what is missing or does not fit.
     """
     name = str(name_or_dir)
+    for what, value, allowed in (
+        ("image_size", image_size, int_from(1, 2**14)),
+        ("seed", seed, settings.seed),
+        ("validation_fraction", validation_fraction, settings.inner_fraction),
+        ("crop_pct", crop_pct, settings.fraction),
+        *(("mean", part, settings.pixel_mean) for part in _listed(mean)),
+        *(("std", part, settings.pixel_std) for part in _listed(std)),
+        ("train_per_class", train_per_class, settings.positive_int),
+        ("validation_per_class", validation_per_class, settings.positive_int),
+        ("test_per_class", test_per_class, settings.positive_int),
+    ):
+        wrong = None if value is None else allowed.violation(value)
+        if wrong:
+            raise ValueError(f"{what} must be {wrong}, got {value!r}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"images have 1 or 3 channels, not {channels!r}")
     if mean is not None and channels is not None:
         mean = _as_many(mean, channels)
     if std is not None and channels is not None:
@@ -126,6 +144,12 @@ def open_data(
         name=name,
         seed=seed,
     )
+
+
+def _listed(values: float | Sequence[float] | None) -> list[float]:
+    if values is None:
+        return []
+    return list(values) if isinstance(values, Sequence | torch.Tensor) else [values]
 
 
 def _named(classes: list[str], names: Sequence[str], data: str) -> list[str]:
