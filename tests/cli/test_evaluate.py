@@ -158,3 +158,45 @@ def test_images_with_several_labels(tmp_path, capsys, fails):
     assert mean["map_r"] > mean["original_map_r"] - 0.08
     fails(["evaluate", run, "--tables", "--workers", "0"], "leave out --tables")
     fails(["baseline", run, "--workers", "0"], "one label each")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tables", "--group-sizes", "11"], "--group-sizes 11 leaves none of the 10 classes"),
+        (["--tables", "--group-sizes", "2", "10"], "--group-sizes 10 leaves none"),
+        (["--retained-rows", "10"], "retained_rows must lie in 1 .. 9"),
+        (["--classes", "10"], "there is no class '10'"),
+        (["--classes", "3", "3"], "name each class once"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, list) else "",
+)
+def test_options_that_do_not_fit_the_run(digits_run, tmp_path, fails, options, message):
+    call = ["evaluate", digits_run, "--output", tmp_path, "--workers", "0", *options]
+    fails(call, message)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--attribution-steps", "1000000000"],
+        ["--groups", "0"],
+        ["--group-sizes", "1"],
+        ["--batch-size", "0"],
+        ["--retained-rows", "0"],
+        ["--zrf-base", "1"],
+        ["--seed", str(2**70)],
+        ["--eval-per-class", "0"],
+        ["--eval-seed", "-1"],
+        ["--relearn-lr", "nan"],
+        ["--relearn-samples", "1"],
+        ["--max-corrupt", "-1"],
+        ["--threads", "1000000000"],
+    ],
+    ids=" ".join,
+)
+def test_values_out_of_range(options, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["evaluate", "run", *options])
+    assert end.value.code == 2
+    assert f"argument {options[0]}" in capsys.readouterr().err.replace("-b/--batch", "--batch")

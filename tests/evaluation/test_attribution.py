@@ -128,7 +128,7 @@ def test_gates_of_zero_and_one_are_exact(make_model):
 
 
 def test_bad_arguments_are_refused(dataset, make_net):
-    with pytest.raises(ValueError, match="steps must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="steps must be a whole number of at least 1, got 0"):
         attribution(make_net(), dataset, steps=0)
     with pytest.raises(ValueError, match="class 9"):
         attribution(make_net(), dataset, classes=[9])

@@ -146,7 +146,7 @@ def test_other_models_run_beside_and_are_checked(make_net, make_model, dataset):
     wrong = nn.Sequential(nn.Flatten(), nn.Linear(64, K + 1))
     with pytest.raises(ValueError, match=rf"newborn gave outputs of shape \[3, {K + 1}\]"):
         PairEngine(make_net(), dataset, beside={"newborn": wrong}).run(measure, [torch.arange(3)])
-    with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of at least 1, got 0"):
         PairEngine(make_net(), dataset, 0)
 
 
@@ -259,3 +259,26 @@ def test_networks_that_return_more_than_logits(make_model, dataset, wrap):
     config = RelearnConfig(samples=8, batch_size=4, max_epochs=1)
     relearned = relearn_times(net, dataset, dataset, classes=[1], config=config, progress=False)
     assert relearned.records[0].accuracy
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 2.5}, "batch_size must be a whole number"),
+        ({"batch_size": True}, "batch_size must be a whole number"),
+        ({"batch_size": 10**9}, "batch_size must be a whole number of at most"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"seed": 2**70}, "seed must be a whole number of at most"),
+        ({"workers": -1}, "workers must be a whole number of at least 0"),
+        ({"max_corrupt": -1}, "max_corrupt must be 0 or more"),
+        ({"amp_dtype": torch.int64}, "amp_dtype=torch.int64 is not one of"),
+        ({"retained_rows": 1.5}, "retained_rows must lie in 1 .. 6"),
+        ({"retained_rows": True}, "retained_rows must lie in 1 .. 6"),
+        ({"zrf_base": "two"}, "zrf_base='two' is no base"),
+        ({"classes": "3"}, "classes must be one or more integers"),
+    ],
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
+)
+def test_arguments_out_of_range_are_refused_by_name(make_net, dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(make_net(), dataset, progress=False, **options)

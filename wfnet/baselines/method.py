@@ -106,10 +106,12 @@ class Method(ABC):
     Attributes:
         name: of its files, and on the command line.
         defaults: settings if none are given.
+        unused: names of settings that change nothing.
     """
 
     name: str
     defaults = BaselineConfig()
+    unused: tuple[str, ...] = ()
 
     @abstractmethod
     def unlearn(self, task: Task) -> nn.Module:

@@ -18,6 +18,7 @@ class NegativeGradient(FineTuned):
     """Ascends until the class is forgotten (``stop_below``)."""
 
     name = "negative_gradient"
+    unused = ("retain_weight",)
     defaults = BaselineConfig(epochs=200, lr=3e-4, momentum=0.0, batch_size=32, batch_norm="frozen")
 
     def order(self, task: Task, generator: torch.Generator) -> Iterator[Tensor]:

@@ -19,6 +19,7 @@ class NegGradPlus(FineTuned):
     """Every minibatch has as many images of the class as of others, again and again."""
 
     name = "neggrad_plus"
+    unused = ("stop_below",)
     defaults = BaselineConfig(epochs=5, lr=0.001, retain_weight=0.9, batch_norm="frozen")
 
     def order(self, task: Task, generator: torch.Generator) -> Iterator[Tensor]:

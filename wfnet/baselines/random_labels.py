@@ -22,6 +22,7 @@ class RandomLabels(FineTuned):
     epoch would teach uniform outputs, which is another method."""
 
     name = "random_labels"
+    unused = ("retain_weight", "stop_below")
     # Defaults of all methods: chosen on the validation part of the digits, for the small ResNet.
     defaults = BaselineConfig(epochs=5, lr=0.003, batch_norm="frozen")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ class Retrained(Method):
     """Trains a new network on the other classes; of the settings it uses the seed alone."""
 
     name = "retrained"
+    unused = tuple(field.name for field in fields(BaselineConfig) if field.name != "seed")
 
     def unlearn(self, task: Task) -> nn.Module:
         seed = task.config.seed

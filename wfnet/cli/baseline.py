@@ -126,6 +126,9 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     config = check_run_folder(folder)
     output = Path(options.output or folder / FOLDER)
+    for method, name, value in options.set:
+        if method not in options.methods:
+            raise ValueError(f"--set {method}.{name}={value}: {method} is not among --methods")
     configs = {method: _config(method, options) for method in options.methods}
     num_classes = config["num_classes"]
     check_class_count(options, folder, num_classes, "use")
@@ -185,6 +188,12 @@ def _config(method: str, options: argparse.Namespace) -> BaselineConfig:
     changes = {name: value for of, name, value in options.set if of == method}
     known = asdict(config)
     for name, value in changes.items():
+        if name in METHODS[method].unused:
+            other = ": its training has options of its own, --train-lr, --train-epochs, ..."
+            raise ValueError(
+                f"--set {method}.{name}={value} would change nothing, {method} does not use {name}"
+                f"{other if method == 'retrained' else ''}"
+            )
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number != isinstance(known[name], int | float):
             raise ValueError(f"--set {method}.{name}={value} must be like {known[name]!r}")

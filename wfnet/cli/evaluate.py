@@ -44,7 +44,7 @@ from wfnet.evaluation import (
     evaluate_groups,
     evaluate_multi_label,
 )
-from wfnet.evaluation.attribution import ORDERS, attribution
+from wfnet.evaluation.attribution import MOST_STEPS, ORDERS, attribution
 from wfnet.evaluation.metrics import ZRF_MODES
 from wfnet.evaluation.paper_tables import (
     check_baselines,
@@ -178,7 +178,7 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--attribution-steps",
-        type=settings.non_negative_int,
+        type=settings.int_from(0, MOST_STEPS),
         default=20,
         metavar="N",
         help="steps of the insertion and deletion curves; 0 for no curves",
@@ -199,7 +199,7 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--groups",
-        type=settings.positive_int,
+        type=settings.int_from(1, 100_000),
         default=100,
         metavar="N",
         help="groups of each size that are drawn by --seed, where there are more",
@@ -226,7 +226,7 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     output = Path(options.output or folder)
     check_class_count(options, folder, config["num_classes"], "evaluate on")
     _check_published(options.published)
-    tables = _TableParts(options, folder) if options.tables else None
+    tables = _TableParts(options, folder, config["num_classes"]) if options.tables else None
     check_writable(output)
     net, classifier = load_network(options, folder)
     data = open_images(options, classifier, folder=folder)
@@ -294,8 +294,15 @@ class _TableParts:
         ValueError: for options or baselines that do not fit.
     """
 
-    def __init__(self, options: argparse.Namespace, folder: Path):
+    def __init__(self, options: argparse.Namespace, folder: Path, num_classes: int):
         self.options = options
+        for size in options.group_sizes:
+            # Pairs are the default: a network of two classes goes without.
+            if size >= num_classes and (size, num_classes) != (2, 2):
+                raise ValueError(
+                    f"--group-sizes {size} leaves none of the {num_classes} classes to retain: "
+                    f"give numbers from 2 to {num_classes - 1}"
+                )
         self.relearn = relearn_config(options)
         self.baselines = read_baselines(options.baselines or folder / "baselines")
         relearning = None if self.relearn is None else asdict(self.relearn)

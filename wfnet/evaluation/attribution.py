@@ -33,9 +33,12 @@ from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, all_
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.progress import Progress
 from wfnet.services.seeds import generator_for
+from wfnet.services.settings import check_value
 
+MOST_STEPS = 1000
 ORDERS = ("lowest", "farthest")
 CURVES = ("insertion", "deletion", "insertion_random", "deletion_random")
 
@@ -139,21 +142,17 @@ def attribution(
             something else in ``records``.
         FloatingPointError: if logits are NaN or infinite.
     """
-    for name, value in (
-        ("steps", steps),
-        ("batch_size", batch_size),
-        ("classes_together", classes_together),
-    ):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1; got {value}")
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r} is not one of {', '.join(ORDERS)}")
+    check_value("steps", steps, settings.int_from(1, MOST_STEPS))
+    check_value("batch_size", batch_size, settings.batch_size)
+    check_value("classes_together", classes_together, settings.positive_int)
+    check_value("seed", seed, settings.seed)
+    check_value("order", order, ORDERS)
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
     names = classes_of(dataset)
     corrupt = corrupt_counter(dataset, max_corrupt)
-    settings = {"steps": steps, "order": order, "seed": seed}
-    identity = {**network_identity(net), **data_identity(dataset), "settings": settings}
+    about = {"steps": steps, "order": order, "seed": seed}
+    identity = {**network_identity(net), **data_identity(dataset), "settings": about}
     kept = PartialResults(records, identity if records else {})
     started = time.perf_counter()
     left = torch.tensor([row for row in rows.tolist() if row not in kept], dtype=torch.int64)
@@ -178,7 +177,7 @@ def attribution(
     return AttributionResult(
         shares=_shares(steps).tolist(),
         records=[AttributionRecord(**kept[label]) for label in rows.tolist()],
-        settings=settings,
+        settings=about,
         seconds=time.perf_counter() - started,
     )
 

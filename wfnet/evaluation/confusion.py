@@ -147,7 +147,7 @@ def confusion_change(
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
-    check_settings(batch_size, 2.0, other_rows, len(rows))
+    check_settings(seed, 2.0, other_rows, len(rows))
     pairing = Pairing(rows, labels, other_rows, seed)
     engine = PairEngine(net, dataset, batch_size, workers, max_corrupt)
     predictions = Predictions(pairing, net.num_classes)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.network import WFNet
+from wfnet.services.settings import check_value
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,12 @@ class Forward:
     def of(
         cls, model: nn.Module, amp_dtype: torch.dtype | None = None, channels_last: bool = False
     ) -> Forward:
-        """For the device and dtype of ``model``'s weights."""
+        """For the device and dtype of ``model``'s weights.
+
+        Raises:
+            ValueError: for an ``amp_dtype`` that autocast does not know.
+        """
+        check_value("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
         if isinstance(model, WFNet):
             weight = next(iter(model.masked_layers.values())).weight
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import statistics
 import time
@@ -18,7 +19,9 @@ from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
 from wfnet.evaluation.pairs import Hits
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.progress import Progress
+from wfnet.services.settings import check_value
 
 _GROUPS_TOGETHER = 64
 
@@ -86,13 +89,14 @@ def choose_groups(
     Raises:
         ValueError: for a size that leaves no class to forget together, or none to retain.
     """
-    if not 2 <= size < num_classes:
+    if settings.int_from(2, num_classes - 1).violation(size):
         raise ValueError(
             f"a group must have 2 to {num_classes - 1} of the {num_classes} classes; got {size}"
         )
-    total = 1
-    for i in range(size):
-        total = total * (num_classes - i) // (i + 1)
+    if count is not None:
+        check_value("count", count, settings.positive_int)
+    check_value("seed", seed, settings.seed)
+    total = math.comb(num_classes, size)
     if count is None or count >= total:
         if total > 100_000:
             raise ValueError(

@@ -258,8 +258,8 @@ def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
 
 def check_base(base: float) -> None:
     """Raises ValueError unless logarithms to ``base`` exist and grow."""
-    if not (math.isfinite(base) and base > 1):
+    if not (isinstance(base, int | float) and math.isfinite(base) and base > 1):
         raise ValueError(
-            f"zrf_base={base} is no base of a logarithm; use math.e (default), 2 or another number "
+            f"zrf_base={base!r} is no base of a logarithm; use math.e (default), 2 or another number "
             "above 1"
         )

@@ -18,10 +18,12 @@ from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.files import write_json
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.services.records import write_csv
+from wfnet.services.settings import check_value
 from wfnet.version import __version__
 
 FORMAT = 1
@@ -157,8 +159,7 @@ def evaluate_multi_label(
     for label in chosen:
         if not 0 <= label < net.num_classes or not present[label]:
             raise ValueError(f"no image has label {label}, so it cannot be evaluated")
-    if rows_together < 1:
-        raise ValueError(f"rows_together must be at least 1; got {rows_together}")
+    check_value("rows_together", rows_together, settings.positive_int)
     engine = PairEngine(
         net, dataset, batch_size, workers, max_corrupt, amp_dtype, channels_last, ranks=ranks
     )
@@ -178,7 +179,7 @@ def evaluate_multi_label(
             for record in scores.records(names):
                 kept.add(record.index, asdict(record))
     engine.corrupt.merge(ranks)
-    settings = {
+    about = {
         "wfnet_version": __version__,
         "model": type(net.model).__name__,
         "num_classes": net.num_classes,
@@ -187,7 +188,7 @@ def evaluate_multi_label(
         "corrupt_images": len(engine.corrupt.found),
     }
     found = [MultiLabelRecord(**kept[label]) for label in chosen]
-    return MultiLabelResult(found, settings, time.perf_counter() - started)
+    return MultiLabelResult(found, about, time.perf_counter() - started)
 
 
 class LabelScores(Measure):

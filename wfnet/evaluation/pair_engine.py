@@ -19,10 +19,12 @@ from wfnet.data import Batch, CorruptImages, Dataset, batches, corrupt_counter, 
 from wfnet.evaluation.forward import Forward, broken_logits
 from wfnet.head import first_output
 from wfnet.network import WFNet
+from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
+from wfnet.services.settings import check_value
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,9 @@ class PairEngine:
         outputs: int | None = None,
         refuse_broken: bool = True,
     ):
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+        if batch_size is not None:
+            check_value("batch_size", batch_size, settings.batch_size)
+        check_value("workers", workers, settings.workers)
         self.net, self.dataset, self.batch_size = net, dataset, batch_size
         self.workers = workers
         self.outputs = outputs or net.num_classes

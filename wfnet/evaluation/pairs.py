@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from wfnet.evaluation import metrics
+from wfnet.services import settings
+from wfnet.services.settings import check_value
 
 # Images whose rows are drawn together: bounds the memory of the random keys (images x rows).
 _DRAWN_TOGETHER = 1024
@@ -27,7 +29,10 @@ def check_classes(classes: Sequence[int] | None, labels: Tensor, num_classes: in
             f"the data set has label {low if low < 0 else high}, but the network's {num_classes} "
             f"classes run from 0 to {num_classes - 1}; evaluate on the data it was made for"
         )
-    rows = torch.arange(num_classes) if classes is None else torch.as_tensor(classes)
+    try:
+        rows = torch.arange(num_classes) if classes is None else torch.as_tensor(classes)
+    except (TypeError, ValueError, RuntimeError):  # no numbers
+        rows = torch.empty(0)
     if rows.dim() != 1 or not rows.numel() or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(
             f"classes must be one or more integers, or None for all classes; got {classes!r}"
@@ -56,11 +61,13 @@ def check_classes(classes: Sequence[int] | None, labels: Tensor, num_classes: in
     return rows
 
 
-def check_settings(batch_size: int, zrf_base: float, retained_rows: int | None, rows: int) -> None:
+def check_settings(seed: int, zrf_base: float, retained_rows: int | None, rows: int) -> None:
+    """Raises ValueError for settings of a measure that are out of range; ``rows``: how many."""
     metrics.check_base(zrf_base)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
-    if retained_rows is not None and not 1 <= retained_rows < rows:
+    check_value("seed", seed, settings.seed)
+    if retained_rows is None:
+        return
+    if settings.int_from(1, rows - 1).violation(retained_rows):
         raise ValueError(
             f"retained_rows must lie in 1 .. {rows - 1} (the other rows of {rows}), or be None for "
             f"all; got {retained_rows}"

@@ -20,9 +20,11 @@ from wfnet.evaluation.pairs import Hits, accuracies, check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
 from wfnet.head import first_output
+from wfnet.services import settings
 from wfnet.services.files import fingerprint
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
+from wfnet.services.settings import check_value
 from wfnet.version import __version__
 
 
@@ -63,8 +65,8 @@ def evaluate_models(
     names = classes_of(dataset)
     rows = check_classes(classes, labels, len(names)).tolist()
     metrics.check_base(zrf_base)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1; got {batch_size}")
+    check_value("batch_size", batch_size, settings.batch_size)
+    check_value("seed", seed, settings.seed)
     corrupt = corrupt_counter(dataset, max_corrupt)
     if records:
         identity = {
@@ -111,7 +113,7 @@ def evaluate_models(
         kept.add(label, asdict(record))
         bar.update(1)
     bar.close()
-    settings = {
+    about = {
         "wfnet_version": __version__,
         "model": type(original).__name__,
         "num_classes": len(names),
@@ -122,7 +124,7 @@ def evaluate_models(
         "initialised": "reinitialise(original, seed)" if initialised is None else "given",
     }
     found = [ClassRecord(**kept[label]) for label in rows]
-    return EvaluationResult.from_records(found, zrf_base, settings, time.perf_counter() - started)
+    return EvaluationResult.from_records(found, zrf_base, about, time.perf_counter() - started)
 
 
 def _scores(

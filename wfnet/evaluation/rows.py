@@ -96,7 +96,7 @@ def evaluate(
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
-    check_settings(batch_size, zrf_base, retained_rows, len(rows))
+    check_settings(seed, zrf_base, retained_rows, len(rows))
     if zrf_mode not in metrics.ZRF_MODES:
         raise ValueError(f"zrf_mode={zrf_mode!r} is not one of {', '.join(metrics.ZRF_MODES)}")
     if initialised is not None and isinstance(initialised, WFNet):

@@ -121,14 +121,24 @@ def check_settings(config: Any) -> None:
     """
     for field in dataclasses.fields(config):
         values, value = field.metadata.get("values"), getattr(config, field.name)
-        if values is None or (value is None and field.default is None):
-            continue
-        if values is bool:
-            values = (True, False)
-        if isinstance(values, Number):
-            wrong = values.violation(value)
-            if wrong:
-                raise ValueError(f"{field.name} must be {wrong}, got {value!r}")
-        elif value not in values:
-            listed = ", ".join(repr(allowed) for allowed in values)
-            raise ValueError(f"{field.name}={value!r} is not one of {listed}")
+        if values is not None and not (value is None and field.default is None):
+            check_value(field.name, value, values)
+
+
+def check_value(name: str, value: Any, values: Number | tuple[Any, ...] | type[bool]) -> None:
+    """Raises ValueError for an argument that is out of range, by its name.
+
+    Args:
+        name: of the argument.
+        value: its value.
+        values: a range of numbers, the allowed values, or ``bool``.
+    """
+    if values is bool:
+        values = (True, False)
+    if isinstance(values, Number):
+        wrong = values.violation(value)
+        if wrong:
+            raise ValueError(f"{name} must be {wrong}, got {value!r}")
+    elif value not in values:
+        listed = ", ".join(repr(allowed) for allowed in values)
+        raise ValueError(f"{name}={value!r} is not one of {listed}")
