@@ -143,8 +143,8 @@ def check_head(model: nn.Module, name: str, num_classes: int, data: str) -> None
         return
     raise ValueError(
         f"{data} has {num_classes} classes, but {name} classifies {head[1].weight.shape[0]} (its "
-        f"head is {head[0]!r}); use the data that it was trained on, or give --checkpoint with "
-        "weights for these classes"
+        f"head is {head[0]!r}); use the data that it was trained on, give --checkpoint with "
+        "weights for these classes, or, to untrain some of the network's classes, --classes"
     )
 
 

@@ -23,6 +23,7 @@ from wfnet.cli.inputs import (
     data_name,
     load_network,
     open_images,
+    untrained_classes,
 )
 from wfnet.cli.options import (
     HelpFormatter,
@@ -234,7 +235,7 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
         tables.check_data(data)
     with ranks.first_ahead():
         images = evaluated_images(options, data, folder, output)
-    classes = None
+    classes = untrained_classes(folder)
     if options.classes:
         classes = class_indices(options.classes, images.classes, net.num_classes)
     partial = output / PARTIAL

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from wfnet.cli.chosen_classes import choose_classes, with_network_labels
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
 from wfnet.cli.options import DATA_WITH_FILES, fuse_of
 from wfnet.cli.runs import RUN_FILE, read_run
@@ -60,17 +61,17 @@ def count_classes(options: argparse.Namespace) -> int:
 
 
 def make_classifier(
-    options: argparse.Namespace, num_classes: int, origin: str, trained: bool = True
+    options: argparse.Namespace, num_classes: int | None, origin: str, trained: bool = True
 ) -> nn.Module:
     """The classifier of ``--model`` for the ``num_classes`` classes of ``origin``, a data set or a
-    folder with filters; with new weights if not ``trained``.
+    folder with filters; with new weights if not ``trained``. None: those that it has.
 
     Raises:
         ValueError: if its head has another number of classes; see :func:`create_classifier`.
     """
     if not options.model:
         raise ValueError("there is no network: give --model NAME, for example --model resnet50")
-    if options.num_classes not in (None, num_classes):
+    if num_classes is not None and options.num_classes not in (None, num_classes):
         raise ValueError(
             f"--num-classes {options.num_classes} does not match {origin}, which has {num_classes} "
             "classes; leave it out"
@@ -81,7 +82,9 @@ def make_classifier(
         in_channels = 1 if options.data in _GREY else 3
     model = create_classifier(
         options.model,
-        options.num_classes if options.pretrained and trained else num_classes,
+        options.num_classes
+        if options.pretrained and trained
+        else num_classes or options.num_classes,
         pretrained=options.pretrained and trained,
         checkpoint=options.checkpoint if trained else None,
         in_channels=in_channels,
@@ -89,7 +92,8 @@ def make_classifier(
         seed=options.seed,
         options=dict(options.model_kwargs or ()),
     )
-    check_head(model, options.model, num_classes, origin)
+    if num_classes is not None:
+        check_head(model, options.model, num_classes, origin)
     if trained and not options.pretrained and not options.checkpoint:
         logger.warning(
             "%s has random weights: nothing it knows can be forgotten; give --pretrained or "
@@ -104,11 +108,12 @@ def open_images(
     model: nn.Module,
     augment: bool = False,
     folder: Path | None = None,
+    by_names: bool = True,
 ) -> Splits:
     """Training, validation and test images as the classifier expects them.
 
     Labels are those that the classes have, by their names, in the run in ``folder`` and in the one
-    that made the weights, as far as these are recorded.
+    that made the weights, as far as these are recorded, unless ``by_names`` is False.
 
     Raises:
         FileNotFoundError, ValueError: for data that are missing, damaged, or of other classes.
@@ -142,9 +147,21 @@ def open_images(
         cache_dir=options.cache_dir,
         device=choose_device(options.device),
     )
-    for names, origin in known_classes(options, folder):
+    if by_names and folder is not None and untrained_classes(folder) is not None:
+        names = read_run(folder)["classes"]
+        numbers, _ = choose_classes([], data.classes, len(names), names)
+        return with_network_labels(data, numbers, len(names), names)
+    for names, origin in known_classes(options, folder) if by_names else ():
         data = data.in_known_order(names, origin)
     return data
+
+
+def untrained_classes(folder: Path) -> list[int] | None:
+    """Returns the classes that the run in a folder has untrained; None for all, or if it is not
+    recorded."""
+    if not (folder / RUN_FILE).is_file():
+        return None
+    return (read_run(folder).get("untraining") or {}).get("classes")
 
 
 def known_classes(
@@ -229,7 +246,7 @@ def check_class_count(options: argparse.Namespace, folder: Path, filters: int, r
         ValueError: if they differ; the sentence ends with ``remedy``.
     """
     found = count_classes(options)
-    if found != filters:
+    if found != filters and untrained_classes(folder) is None:
         raise ValueError(
             f"{options.data or options.data_dir} has {found} classes, the filters in {folder} "
             f"{filters}; {remedy} the data that they were made for"

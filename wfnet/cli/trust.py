@@ -20,6 +20,7 @@ from wfnet.cli.inputs import (
     class_indices,
     load_network,
     open_images,
+    untrained_classes,
 )
 from wfnet.cli.options import (
     HelpFormatter,
@@ -120,7 +121,7 @@ def run(options: argparse.Namespace) -> int:
     check_class_count(options, folder, config["num_classes"], "check them on")
     net, classifier = load_network(options, folder)
     data = open_images(options, classifier, folder=folder)
-    classes = list(range(net.num_classes))
+    classes = untrained_classes(folder) or list(range(net.num_classes))
     if options.classes:
         classes = class_indices(options.classes, data.classes, net.num_classes)
     levels = RetrainedModels([folder, *map(Path, options.retrained or ())], classifier, data.train)

@@ -17,12 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wfnet.cli.chosen_classes import (
+    add_classes_option,
+    choose_classes,
+    network_names,
+    with_network_labels,
+)
 from wfnet.cli.chosen_images import add_list_options, untraining_images
 from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
     choose_device,
     count_classes,
     data_name,
+    known_classes,
     make_classifier,
     open_images,
 )
@@ -46,6 +53,7 @@ from wfnet.data import (
     multi_hot_of,
     select,
 )
+from wfnet.head import find_head
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.extras import require
@@ -148,6 +156,7 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "are not drawn for evaluation",
     )
     add_list_options(group)
+    add_classes_option(group)
     group.add_argument(
         "--targets",
         nargs="+",
@@ -200,9 +209,19 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def make_config(options: argparse.Namespace, num_classes: int) -> UntrainConfig:
-    """The recipe with what the command line changes."""
-    changes = config_changes(options, UntrainConfig)
+def make_config(
+    options: argparse.Namespace, num_classes: int, rows: tuple[int, ...] | None = None
+) -> UntrainConfig:
+    """Returns the recipe with what the command line changes.
+
+    Args:
+        options: of the command line.
+        num_classes: of the network.
+        rows: that are untrained; None for all. The recipe's length is that for as many classes.
+    """
+    changes = config_changes(options, UntrainConfig) | {"classes": rows}
+    if rows is not None:
+        num_classes = max(2, len(rows))
     changes["channels_last"], changes["workers"] = options.channels_last, options.workers
     changes["amp"] = "bfloat16" if options.amp else None
     changes["fuse"] = fuse_of(options)
@@ -255,14 +274,25 @@ def _run(
 ) -> None:
     folder = run_folder(options)
     device = local_device(choose_device(options.device))
-    num_classes = count_classes(options)
-    config = make_config(options, num_classes)
+    found = count_classes(options)
+    config = make_config(options, found)
     if not options.dry_run:
         ranks.first_does(lambda: _take_folder(folder, options, inside))
-    classifier = make_classifier(options, num_classes, data_name(options))
+    some = options.classes is not None
+    known = known_classes(options)[-1:] if some else []
+    expected = found if not some else len(known[0][0]) if known else options.num_classes
+    if expected is None and not options.pretrained:
+        raise ValueError("--classes needs --num-classes, the number of classes of the network")
+    classifier = make_classifier(options, expected, data_name(options))
+    num_classes = find_head(classifier)[1].weight.shape[0] if some else found
     with ranks.first_ahead():
         resumed = None if options.resume is None else folder
-        data = open_images(options, classifier, options.augment, resumed)
+        data = open_images(options, classifier, options.augment, resumed, by_names=not some)
+        if some:
+            names = network_names(known[0][0] if known else None, num_classes)
+            numbers, rows = choose_classes(options.classes, data.classes, num_classes, names)
+            data = with_network_labels(data, numbers, num_classes, names)
+            config = make_config(options, num_classes, rows)
         data = untraining_images(options, data, folder)
     net = wrap(
         classifier,

@@ -223,7 +223,7 @@ def _problem(
         return (
             f"{path} has weights for {len(tensors[wrong[0]])} classes, not for "
             f"{len(wanted[wrong[0]])}; use it with the data that it was trained on (is a class "
-            "folder missing, or one too many?)"
+            "folder missing, or one too many? `wfnet untrain --classes` takes images of some)"
         )
     if wrong:
         name = wrong[0]
