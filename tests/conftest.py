@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -242,6 +243,31 @@ def linear() -> Callable[..., nn.Module]:
 
 
 # -- numerics of Triton's kernels, in its interpreter ---------------------------------------------
+
+
+@pytest.fixture
+def interpreted(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs Python, or pytest, with Triton's interpreter switched on.
+
+    In a process of its own: kernels are decorated for the interpreter, or for the compiler.
+    """
+
+    def run(*words: str, **environment: str) -> subprocess.CompletedProcess:
+        if words[:2] == ("-m", "pytest"):  # the test that runs it has its own time limit
+            words += ("-q", "--no-header", "--override-ini=addopts=", "-p", "no:cacheprovider")
+        switched = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment}
+        return subprocess.run(
+            [sys.executable, *words],
+            cwd=tmp_path,  # not the repository: `-m` puts the working directory on sys.path
+            env={**os.environ, **switched},
+            capture_output=True,
+            text=True,
+            timeout=280,
+            check=False,
+        )
+
+    return run
+
 
 # Relative to the fp64 result: a few roundings of the dtype.
 _ROUNDINGS = {torch.float32: 2e-6, torch.float16: 1e-3}

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-import wfnet
 import wfnet.functional as wf
 from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow, PoolGeometry
 from wfnet.backends.triton import backend
@@ -105,82 +104,18 @@ def test_poolings_that_the_kernels_refuse_are_pytorchs(check):
         check(backend.max_pool2d_backward(dout, positions, like, window).grad, dx.double())
 
 
-class Block(torch.nn.Module):
-    """A stem, a bottleneck with a projection shortcut, an identity block, a pooling between."""
-
-    def __init__(self, bias: bool):
-        super().__init__()
-        conv = torch.nn.Conv2d
-        self.stem = conv(3, 16, 3, padding=1, bias=bias)
-        self.norm = torch.nn.BatchNorm2d(16)
-        self.reduce = conv(16, 16, 1, bias=bias)
-        self.middle = conv(16, 16, 3, stride=2, padding=1, bias=bias)
-        self.grow = conv(16, 32, 1, bias=bias)
-        self.project = conv(16, 32, 1, stride=2, bias=bias)
-        self.pool = torch.nn.MaxPool2d(2)
-        self.last = conv(32, 32, 3, padding=1, bias=bias)
-        self.head = torch.nn.Linear(32, 5)
-
-    def forward(self, x):
-        x = self.norm(self.stem(x)).relu()
-        y = self.middle(self.reduce(x).relu()).relu()
-        x = self.pool((self.grow(y) + self.project(x)).relu())
-        x = (self.last(x) + x).relu()
-        return self.head(x.mean((2, 3)))
+@pytest.mark.interpreter
+@pytest.mark.parametrize(
+    ("dtype", "how"),
+    [(torch.float32, (True, 2, 2, (8, 6))), (torch.float16, (False, 2, 3, (9, 7)))],
+)
+def test_fused_network(dtype, how, check_fused_network):
+    assert check_fused_network("triton", dtype, *how)(), "other bits on a second run"
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("dtype", "bias"), [(torch.float32, True), (torch.float16, False)])
-def test_fused_network(dtype, bias):
-    """The whole chain against the unfused network in fp64, and its bits on a second run."""
-    model = Block(bias).eval()
-    model.norm.running_mean.normal_()
-    model.norm.running_var.uniform_(0.5, 1.5)
-    net = wfnet.WFNet(model, 5, backend="triton")
-    for parameter in net.filter_parameters():
-        parameter.data.normal_(1, 2)
-    images, source = torch.randn(2, 3, 12, 12), torch.tensor([0, 1, 1])
-    labels, weights = torch.tensor([[0, 3], [4, -1], [2, 2]]), torch.randn(3, 5)
-
-    def gradients(network, fuse, kind):
-        network.fuse = fuse
-        images_, weights_ = images.to(kind), weights.to(kind)
-        with torch.autocast("cpu", dtype, enabled=kind != torch.float64 and dtype != kind):
-            out = network(images_, labels, source)
-        found = torch.autograd.grad(out, network.filter_parameters(), weights_.to(out.dtype))
-        return torch.cat([g.flatten() for g in found])
-
-    exact = wfnet.WFNet(model, 5, backend="reference")
-    for mine, other in zip(exact.filter_parameters(), net.filter_parameters(), strict=True):
-        mine.data.copy_(other)
-    truth = gradients(exact.double(), False, torch.float64)
-    first = gradients(net, True, torch.float32)
-    assert net._fusion.network is not None, "the network runs unfused"
-    error = (first.double() - truth).norm() / truth.norm()
-    assert error < {torch.float32: 2e-5, torch.float16: 2e-2}[dtype], f"relative error {error:.1e}"
-    assert torch.equal(first, gradients(net, True, torch.float32))
-
-
-@pytest.mark.interpreter
-def test_traces_as_one_graph():
-    """torch.compile(fullgraph=True): refusals and operators trace; new labels do not recompile."""
-    x, weight = torch.randn(2, 8, 4, 4), torch.randn(16, 8, 3, 3)
-    alpha = torch.randn(5, 16, requires_grad=True)
-    traces = []
-
-    def counting(graph, inputs):
-        traces.append(graph)
-        return graph.forward
-
-    def call(forget):
-        return wf.wf_conv2d(x, weight, None, alpha, None, forget, 1, 1, backend="triton")
-
-    call(torch.tensor([0, 0]))
-    compiled = torch.compile(call, fullgraph=True, backend=counting)
-    for labels in ([0, 1], [4, -1]):
-        forget = torch.tensor(labels)
-        assert torch.equal(compiled(forget), call(forget))
-    assert len(traces) == 1
+def test_traces_as_one_graph(check_one_graph):
+    check_one_graph("triton", torch.float32)
 
 
 @pytest.mark.interpreter

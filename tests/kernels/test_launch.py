@@ -1,8 +1,5 @@
 """Launches: descriptors, what is compiled and when, the numerics of all kernels, interpreted."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy
@@ -16,13 +13,14 @@ from wfnet.kernels.conv_dgrad import conv_dgrad
 from wfnet.kernels.conv_fprop import conv_fprop
 from wfnet.kernels.epilogue_bwd import epilogue_bwd
 from wfnet.kernels.gate import gate_rows, gate_rows_bwd, gate_rows_kernel
-from wfnet.kernels.launch import descriptor, interpreted
+from wfnet.kernels.launch import descriptor
+from wfnet.kernels.launch import interpreted as is_interpreted
 from wfnet.kernels.linear import linear_dgrad, linear_fprop
 
 from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
 
 TESTS = Path(__file__).parents[1]
-compiles = pytest.mark.skipif(interpreted(gate_rows_kernel), reason="TRITON_INTERPRET=1")
+compiles = pytest.mark.skipif(is_interpreted(gate_rows_kernel), reason="TRITON_INTERPRET=1")
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -35,30 +33,10 @@ def _version(text: str) -> tuple[int, int]:
     _version(triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4),
     reason="the interpreter of this Triton needs numpy < 2.4",
 )
-def test_numerics_of_all_kernels_in_the_interpreter(tmp_path):
-    """In a process of its own: kernels are decorated for the interpreter, or for the compiler.
-
-    The interpreter's bf16 products are wrong, so bf16 is tested on devices only (tests/gpu).
-    """
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [
-        *(sys.executable, "-m", "pytest", "--quiet", "--no-header", "-m", "interpreter"),
-        *("--override-ini=addopts=", "-p", "no:cacheprovider"),  # this test has its own time limit
-        *(str(TESTS / "kernels"), str(TESTS / "backends")),
-    ]
-    run = subprocess.run(
-        command,
-        cwd=tmp_path,  # not the repository: `-m` puts the working directory on sys.path
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
+def test_numerics_of_all_kernels_in_the_interpreter(interpreted):
+    """The interpreter's bf16 products are wrong, so bf16 is tested on devices only (tests/gpu)."""
+    places = str(TESTS / "kernels"), str(TESTS / "backends/test_triton.py")
+    run = interpreted("-m", "pytest", "-m", "interpreter", *places)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     assert " passed" in run.stdout
 
