@@ -37,9 +37,14 @@ def make_net(*head, targets=None, **options):
     torch.manual_seed(0)
     head = head or (nn.Linear(6, FEW),)
     model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), *head,
-    )  # fmt: skip
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        *head,
+    )
     net = WFNet(model, FEW, targets, **options)
     with torch.no_grad():
         for alpha in net.filter_parameters():
@@ -121,16 +126,26 @@ class Auxiliary(nn.Module):
     ("make", "reason"),
     [
         (lambda: make_net(nn.Linear(6, FEW, bias=False)), "has '6', which has no bias"),
-        (lambda: make_net(nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, FEW, 1), nn.Flatten(),
-                          targets=["0"]), "has the Conv2d '7'"),
-        (lambda: make_net(nn.utils.parametrizations.weight_norm(nn.Linear(6, FEW)),
-                          targets=nn.Conv2d), "computes the weight of '6' from other parameters"),
+        (
+            lambda: make_net(
+                nn.Unflatten(1, (6, 1, 1)), nn.Conv2d(6, FEW, 1), nn.Flatten(), targets=["0"]
+            ),
+            "has the Conv2d '7'",
+        ),
+        (
+            lambda: make_net(
+                nn.utils.parametrizations.weight_norm(nn.Linear(6, FEW)), targets=nn.Conv2d
+            ),
+            "computes the weight of '6' from other parameters",
+        ),
         (lambda: WFNet(Auxiliary(average=True), FEW), "(tried 'fc', 'aux')"),
-        (lambda: WFNet(nn.Sequential(WFConv2d(3, 6, 3, num_classes=FEW)), FEW),
-         "has no linear layer with 4 outputs"),
+        (
+            lambda: WFNet(nn.Sequential(WFConv2d(3, 6, 3, num_classes=FEW)), FEW),
+            "has no linear layer with 4 outputs",
+        ),
         (lambda: make_net(nn.Linear(6, FEW), nn.ReLU()), "outputs are its logits (tried '6')"),
     ],
-)  # fmt: skip
+)
 def test_a_head_that_cannot_be_cut_is_refused(make, reason):
     net = make()
     net.bake(1)

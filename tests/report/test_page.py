@@ -84,8 +84,12 @@ def test_measures_are_words_and_empty_columns_are_left_out(run, parse):
     found = parse(page.write_report(run))
     results = found.text.partition("Acc_f@5, Acc_r@5")[0]  # definitions and settings follow
     assert not re.search(r"\b(acc_[fr]|lira_auc|auc_logit|js_forget|probe_last)", results)
-    tables = {rows[1][1][0][0]: rows for name, rows in found.tables.items() if name[0] == "#"
-              if rows[1][1][0][0]}  # fmt: skip
+    tables = {
+        rows[1][1][0][0]: rows
+        for name, rows in found.tables.items()
+        if name[0] == "#"
+        if rows[1][1][0][0]
+    }
     head = [cell[1] for cell in tables["acc_f_retain_only"][0][1]]
     assert head == ["measure", "model under test", "original", "retrained", "distance"]
     head = [cell[1] for cell in tables["probe_last"][0][1]]
@@ -221,11 +225,21 @@ def test_sorting_and_search_in_a_browser(browser, tmp_path, make_run, evil, clas
     # Headless windows have a least width: a frame has the width of a phone.
     scripted.write_text(text.replace("</body>", f"<script>{SCRIPT}</script></body>"))
     shown = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom",
-         f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}",
-         scripted.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    ).stdout  # fmt: skip
+        [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--dump-dom",
+            f"--window-size={width},900",
+            f"--user-data-dir={tmp_path / 'profile'}",
+            scripted.as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout
     result = re.search(r'<p id="result">(.*?)</p>', shown, re.S).group(1)
     found = json.loads(html.unescape(result))
     assert found["title"] == f"wfnet: {tmp_path.name}"  # no name of a class was run

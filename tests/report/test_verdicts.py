@@ -59,9 +59,15 @@ def test_the_worst_class_and_the_others_count(make_evaluation):
 
 @pytest.mark.parametrize(
     ("value", "level", "box"),
-    [(0.0, 0.0, "good"), (0.019, 0.0, "good"), (0.03, 0.0, "bad"), (0.03, 0.01, "good"),
-     (0.019, None, "good"), (0.5, None, "bad")],
-)  # fmt: skip
+    [
+        (0.0, 0.0, "good"),
+        (0.019, 0.0, "good"),
+        (0.03, 0.0, "bad"),
+        (0.03, 0.01, "good"),
+        (0.019, None, "good"),
+        (0.5, None, "bad"),
+    ],
+)
 def test_attacks_without_images_of_the_class(make_trust, value, level, box):
     names = {"acc_f_batchnorm_all": "With BatchNorm", "acc_f_equalised": "With rows scaled to the"}
     values = {("removal", name): value for name in names}
@@ -93,10 +99,16 @@ def test_an_attack_that_destroys_the_rest_says_so(make_trust):
 
 
 def test_traces_and_neighbours(make_trust):
-    values = {("probing", "probe_last"): 0.99, ("membership", "lira_auc"): 0.52,
-              ("collateral", "acc_nearest_confusion"): 0.8}  # fmt: skip
-    trust = make_trust(values, {("probing", "probe_last"): 0.98}, original={
-        ("collateral", "acc_nearest_confusion"): 0.9})  # fmt: skip
+    values = {
+        ("probing", "probe_last"): 0.99,
+        ("membership", "lira_auc"): 0.52,
+        ("collateral", "acc_nearest_confusion"): 0.8,
+    }
+    trust = make_trust(
+        values,
+        {("probing", "probe_last"): 0.98},
+        original={("collateral", "acc_nearest_confusion"): 0.9},
+    )
     found = judge(None, trust)
     assert box_of(found, "linear probe")[0] == "alike"
     assert box_of(found, "ever saw the class")[0] == "good"

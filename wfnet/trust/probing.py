@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,8 @@ from torch.nn import functional as F
 
 from wfnet.head import find_head
 from wfnet.services.extras import require
-from wfnet.services.modes import evaluation_mode
 from wfnet.trust.check import Check
-from wfnet.trust.subject import BATCH, Subject
+from wfnet.trust.subject import Subject, predict
 
 FEATURES = 1024
 HEAD = "input of the head"
@@ -90,34 +90,31 @@ def layer_features(
     outputs do not belong to single images, are left out.
     """
     last: dict[str, Tensor] = {}
-
-    def keep(name: str, features: Tensor) -> None:
-        last[name] = features
-
-    handles = [
-        model.get_submodule(name).register_forward_hook(
-            lambda module, inputs, output, name=name: keep(name, output)
-        )
-        for name in names
-    ]
-    head = find_head(model, num_classes)
-    if head is not None:
-        handles.append(
-            head[1].register_forward_hook(lambda module, inputs, output: keep(HEAD, inputs[0]))
-        )
-    weight = next(model.parameters())
     kept: dict[str, list[Tensor]] = {name: [] for name in (*names, HEAD)}
-    try:
-        with evaluation_mode(model), torch.inference_mode():
-            for part in images.split(BATCH):
-                last.clear()
-                model(part.to(weight.device, weight.dtype))
-                for name, features in last.items():
-                    if features.shape[0] % len(part) == 0:
-                        kept[name].append(pooled(_by_image(features, len(part))))
-    finally:
-        for handle in handles:
-            handle.remove()
+
+    def flush(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        count = len(inputs[0])
+        for name, features in last.items():
+            if features.shape[0] % count == 0:
+                kept[name].append(pooled(_by_image(features, count)))
+        last.clear()
+
+    with ExitStack() as hooks:
+        for name in names:
+            hooks.enter_context(
+                model.get_submodule(name).register_forward_hook(
+                    lambda module, inputs, output, name=name: last.update({name: output})
+                )
+            )
+        head = find_head(model, num_classes)
+        if head is not None:
+            hooks.enter_context(
+                head[1].register_forward_hook(
+                    lambda module, inputs, output: last.update({HEAD: inputs[0]})
+                )
+            )
+        hooks.enter_context(model.register_forward_hook(flush))
+        predict(model, images)
     return {
         name: found.double().numpy()
         for name, found in ((n, torch.cat(p)) for n, p in kept.items() if p)

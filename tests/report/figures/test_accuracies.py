@@ -1,38 +1,18 @@
 import math
 
 import pytest
-import torch
 
-from wfnet.evaluation import ClassRecord, EvaluationResult, Scores
+from wfnet.evaluation import EvaluationResult
 from wfnet.report.figures import accuracy_per_class, overview
-
-
-@pytest.fixture
-def make_result():
-    def make(classes, name="class {}"):
-        values = torch.rand(classes, 4, generator=torch.Generator().manual_seed(0)).tolist()
-        records = [
-            ClassRecord(
-                index=i, name=name.format(i), n_forget=5, n_retain=5 * (classes - 1),
-                acc_r=0.9 + 0.02 * r, acc_f=0.3 * f if f > 0.8 else 0.0, acc_r_top5=1.0,
-                acc_f_top5=0.2, zrf=0.7, original_acc_r=0.93, original_acc_f=0.5 + 0.5 * o,
-                original_acc_r_top5=1.0, original_acc_f_top5=1.0, original_zrf=0.5,
-            )
-            for i, (r, f, o, _) in enumerate(values)
-        ]  # fmt: skip
-        scores = Scores(0.91, 0.01, 1.0, 0.1, 0.7)
-        return EvaluationResult(records, scores, scores, math.e, {"num_classes": classes}, 1.0)
-
-    return make
 
 
 @pytest.mark.parametrize(
     ("classes", "name"), [(2, "{}"), (12, "airplane no. {}"), (1000, "class {}")]
 )
 def test_heights_are_those_of_the_records(
-    tmp_path, drawn, make_result, outside, overlapping, classes, name
+    tmp_path, drawn, make_evaluation, outside, overlapping, classes, name
 ):
-    result = make_result(classes, name)
+    result = make_evaluation(classes, [name.format(k) for k in range(classes)])
     accuracy_per_class(result, tmp_path / "accuracy.png")
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     (figure,) = drawn
@@ -54,8 +34,10 @@ def test_heights_are_those_of_the_records(
     assert classes == 12 or overlapping(lower.get_xticklabels()) == []
 
 
-def test_accuracy_can_be_sorted_and_stand_beside_retrained_networks(tmp_path, drawn, make_result):
-    result = make_result(12)
+def test_accuracy_can_be_sorted_and_stand_beside_retrained_networks(
+    tmp_path, drawn, make_evaluation
+):
+    result = make_evaluation(12)
     accuracy_per_class(result, tmp_path / "a.png", "acc_f", {5: (0.8, 0.1)})
     upper, lower = drawn[0].axes
     _, after, retrained = ([bar.get_height() for bar in c] for c in upper.containers)
@@ -71,8 +53,8 @@ def test_accuracy_can_be_sorted_and_stand_beside_retrained_networks(tmp_path, dr
 
 
 @pytest.mark.parametrize("classes", [10, 100])
-def test_overview(tmp_path, drawn, make_result, make_net, overlapping, outside, classes):
-    overview(make_result(classes), make_net(classes), tmp_path / "overview.png")
+def test_overview(tmp_path, drawn, make_evaluation, make_net, overlapping, outside, classes):
+    overview(make_evaluation(classes), make_net(classes), tmp_path / "overview.png")
     left, right = drawn[0].subfigs
     assert f"any of {classes} classes" in left.get_suptitle()
     legend = left.axes[0].get_legend().get_texts()
@@ -81,8 +63,8 @@ def test_overview(tmp_path, drawn, make_result, make_net, overlapping, outside, 
     assert outside(drawn[0]) == []
 
 
-def test_overview_of_some_classes(tmp_path, drawn, make_result, make_net):
-    result = make_result(10)
+def test_overview_of_some_classes(tmp_path, drawn, make_evaluation, make_net):
+    result = make_evaluation(10)
     chosen = [result.records[7], result.records[2]]
     some = EvaluationResult(chosen, result.mean, result.original, 2, {}, 0.0)
     overview(some, make_net(10), tmp_path / "overview.png")
