@@ -18,6 +18,7 @@ from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.network import WFNet
+from wfnet.pretrained import filters_digest
 from wfnet.services import settings
 from wfnet.services.files import write_json
 from wfnet.services.progress import Progress
@@ -182,6 +183,7 @@ def evaluate_multi_label(
     about = {
         "wfnet_version": __version__,
         "model": type(net.model).__name__,
+        "filters_digest": filters_digest(net),
         "num_classes": net.num_classes,
         "classes": "all" if classes is None else chosen,
         "images": len(multi_hot),
