@@ -2,7 +2,8 @@ import argparse
 import copy
 import enum
 import pathlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -56,6 +57,13 @@ CHECKPOINTS = {
         "optimizer": {"state": {0: {"momentum_buffer": torch.ones(3)}}, "param_groups": []},
         "args": argparse.Namespace(lr=0.1, output=pathlib.Path("x"), kind=Kind.GOOD),
         "epoch": 3,
+    },
+    "many objects": {
+        "state_dict": STATE,
+        "random": np.random.default_rng(0).bit_generator.state,
+        "losses": deque([0.5]),
+        "names": {"a", "b"},
+        "schedule": partial(max, 1),
     },
     "timm": {"state_dict": STATE, "arch": "vgg", "args": argparse.Namespace(lr=0.1),
              "metric": np.float64(71.5)},
