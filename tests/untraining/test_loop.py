@@ -1,9 +1,12 @@
 """Untraining: it forgets and retains, repeats bitwise, and keeps the last good filters."""
 
+import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from wfnet import UntrainConfig, WFNet, untrain
 from wfnet.untraining.checkpoints import Checkpoints
@@ -293,6 +296,15 @@ def test_an_image_file_that_is_not_finite_is_named(base, runs, config, validatio
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
 
 
+def test_steps_that_the_data_cannot_fill(base, runs, config):
+    for changes, message in (
+        ({"label_expansion": 100}, "label_expansion is 100, but there are 3 other classes"),
+        ({"batch_size": 10_000}, "reads 5,000 images for a minibatch, but the training data have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            untrain(WFNet(base, CLASSES), runs.bars(), None, config(**changes), progress=False)
+
+
 # -- some of the classes --------------------------------------------------------------------------
 
 
@@ -339,3 +351,53 @@ def test_classes_that_cannot_be_untrained(base, runs, config):
     for wrong in ([], [-1], ["a"], [1.5]):
         with pytest.raises(ValueError, match="classes must be labels"):
             config(classes=wrong)
+
+
+# -- networks and images as they come -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [tuple, "dict", "object"])
+def test_a_network_that_returns_more_than_logits(base, runs, config, kind):
+    class Wrapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = copy.deepcopy(base)
+
+        def forward(self, x):
+            logits = self.inner(x)
+            if kind is tuple:
+                return logits, x
+            return {"logits": logits} if kind == "dict" else SimpleNamespace(logits=logits)
+
+    net, plain = WFNet(Wrapped().eval(), CLASSES), WFNet(base, CLASSES)
+    for one in (net, plain):
+        settings = config(steps=3, fuse=False)
+        untrain(one, runs.bars(), runs.bars(4, 1), settings, progress=False)
+    for p, q in zip(net.filter_parameters(), plain.filter_parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_items_with_more_than_an_image_and_a_label(base, runs, config):
+    class Items(runs.Files):
+        def __init__(self, make):
+            super().__init__(runs.bars())
+            self.make = make
+
+        def __getitem__(self, index):
+            return self.make(*super().__getitem__(index))
+
+    found = []
+    for make in (
+        lambda image, label: (image, label),
+        lambda image, label: (image, label, "a.jpg"),
+        lambda image, label: {"image": image, "label": label},
+        lambda image, label: (image.double(), torch.tensor(label)),
+    ):
+        net = WFNet(base, CLASSES)
+        untrain(net, Items(make), None, config(steps=2), progress=False)
+        found.append(net)
+    for net in found[1:]:
+        runs.assert_same_filters(net, found[0])
+    train = Items(lambda image, label: ((255 * image).byte(), label))
+    with pytest.raises(ValueError, match=r"torch.uint8.*float32"):
+        untrain(WFNet(base, CLASSES), train, None, config(steps=2), progress=False)

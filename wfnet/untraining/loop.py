@@ -44,6 +44,7 @@ from wfnet.untraining.run_parts import (
     check_finite_filters,
     check_finite_images,
     check_gates,
+    check_sizes,
     checked_labels,
     configured_objective,
     configured_optimizer,
@@ -212,6 +213,8 @@ class _Untraining:
         self.multi_hot = multi_hot_of(train)
         self.rows = untrained_rows(config, net.num_classes)
         self.config = config = fitting_config(config, labels, self.rows)
+        untrained = net.num_classes if self.rows is None else len(self.rows)
+        check_sizes(config, len(labels), untrained)
         self.other_rows = None
         if self.rows is not None:
             every_row = torch.arange(net.num_classes)

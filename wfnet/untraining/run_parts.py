@@ -152,6 +152,31 @@ def check_every_class(
         )
 
 
+# Sizes of recipes, which stay possible with few classes and images.
+_EXPANSION_OF_RECIPES = 5
+_IMAGES_OF_RECIPES = 512
+
+
+def check_sizes(config: UntrainConfig, images: int, rows: int) -> None:
+    """Raises ValueError for a step that the data cannot fill.
+
+    Args:
+        config: settings of the run.
+        images: of the training data.
+        rows: that are untrained.
+    """
+    if config.label_expansion > max(rows - 1, _EXPANSION_OF_RECIPES):
+        raise ValueError(
+            f"label_expansion is {config.label_expansion}, but there are {rows - 1} other classes: "
+            "an image would go through the same rows again and again"
+        )
+    if config.images > max(images, _IMAGES_OF_RECIPES):
+        raise ValueError(
+            f"batch_size {config.batch_size:,} reads {config.images:,} images for a minibatch, but "
+            f"the training data have {images:,}"
+        )
+
+
 def check_finite_filters(net: WFNet) -> None:
     """Raises ValueError if a filter that training would start from is NaN or infinite."""
     for name, parameter in net.named_filters().items():

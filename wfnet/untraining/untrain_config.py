@@ -265,10 +265,10 @@ class UntrainConfig:
 
 
 def _checked_classes(classes: Sequence[int]) -> tuple[int, ...]:
-    found = sorted(set(classes))
-    if not found or not all(isinstance(c, int) and c >= 0 for c in found):
+    usable = isinstance(classes, list | tuple | set | range) and len(classes) > 0
+    if not usable or any(settings.non_negative_int.violation(label) for label in classes):
         raise ValueError(f"classes must be labels (0, 1, ...), got {classes!r}")
-    return tuple(found)
+    return tuple(sorted(set(classes)))
 
 
 # Settings that change neither the result nor the order of anything: a resumed run may change them.
