@@ -59,14 +59,14 @@ class CheckView:
         check: the check.
         definition: its source and formula, plain text.
         columns: headings of what any measure has a value of, by name.
-        rows: (measure, what it is, values by column).
+        rows: (what is measured, values by column).
         chance: standard error of one class's area under the ROC; None where it is not known.
     """
 
     check: Check
     definition: str
     columns: dict[str, str]
-    rows: list[tuple[str, str, Mapping[str, float | None]]]
+    rows: list[tuple[str, Mapping[str, float | None]]]
     chance: float | None
 
 
@@ -209,7 +209,7 @@ def _checks(trust: TrustResult) -> list[CheckView]:
                     for column, heading in _COLUMNS.items()
                     if any(row[column] is not None for row in rows.values())
                 },
-                rows=[(n, CHECKS[name].meaning(n) or n, row) for n, row in rows.items()],
+                rows=[(CHECKS[name].meaning(n) or n, row) for n, row in rows.items()],
                 chance=sum(errors) / len(errors) if errors else None,
             )
         )

@@ -8,21 +8,21 @@ The score of an image ``x`` of class ``y`` is the logit of its confidence (Carli
 a monotone function of the cross entropy that is close to normal over models. Three attacks, each
 scored per image:
 
-- ``auc_confidence``, ``auc_entropy``: area under the ROC of members (images of the class that the
+- by confidence and by entropy: area under the ROC of members (images of the class that the
   original was trained on) against non-members (test images of the class), by ``phi`` and by the
-  negative entropy, which needs no label (Yeom et al., CSF 2018; Salem et al., NDSS 2019);
-  ``tpr_confidence`` is the true positive rate at a false positive rate of at most 10%.
-- ``auc_calibrated``: the same by ``phi(x) - mean over retrained models of phi(x)``, which takes out
+  negative entropy, which needs no label (Yeom et al., CSF 2018; Salem et al., NDSS 2019).
+  Beside it the true positive rate at a false positive rate of at most 10%.
+- calibrated: the same by ``phi(x) - mean over retrained models of phi(x)``, which takes out
   how hard an image is (Watson et al., "On the Importance of Difficulty Calibration in Membership
   Inference Attacks", ICLR 2022).
-- ``lira_auc``: the attack on unlearning of Hayes et al., "Inexact Unlearning Needs More Careful
-  Evaluations to Avoid a False Sense of Privacy" (SaTML 2025), with an offline LiRA of one variance:
-  ``t(x) = phi(x) - mean over the other retrained models of phi(x)`` for the members, of this model
+- against retrained models: the attack on unlearning of Hayes et al., "Inexact Unlearning Needs More
+  Careful Evaluations to Avoid a False Sense of Privacy" (SaTML 2025), with an offline LiRA of one
+  variance: ``t(x) = phi(x) - mean over the other retrained models of phi(x)`` for the members, of this model
   against those of retrained models. It asks whether the model can be told from one that never saw
   the class.
 
 A retrained model has no members, so the first three are near 0.5 for it, give or take the standard
-error (Hanley and McNeil, Radiology 1982) in the details; ``lira_auc`` is 0.5 for it. What counts is
+error (Hanley and McNeil, Radiology 1982) in the details; the last is 0.5 for it. What counts is
 the distance to the retrained models' level, in either direction: a model that is far *less*
 confident than one that never saw the class gives itself away, too.
 """

@@ -1,12 +1,13 @@
 """Removability of a baked export: can its holder bring the class back without a labelled image?
 
 The attacks of :mod:`wfnet.trust.attacks` need no training and no labels; each is tried on a copy.
-Each reports the accuracy on the class (``acc_f_*``, low is good) and on the others (``acc_r_*``: an
-attack that destroys the rest is no attack). ``auc_logit`` is the area under the ROC of the class's
-logit, images of the class against others: what the outputs tell whatever offset is chosen.
-Attackers' images are a sample of the training part in which the class has its natural share
-(``details["attackers_images"]`` counts them): statistics and shifts depend on the mix.
-``details["rows"]`` says how many of the export's rows are multiples of the base's.
+Each reports the accuracy on the class (low is good) and on the others (an attack that destroys the
+rest is no attack). Beside them stands the area under the ROC of the class's logit, images of the
+class against others: what the outputs tell whatever offset is chosen.
+
+Attackers' images are a sample of the training part in which the class has its natural share (the
+details count them): statistics and shifts depend on the mix. The details also say how many of the
+export's rows are multiples of the base's.
 
 In an export whose class was cut from its head (``cut_output``), only attacks on the logits reach
 its logit. The same attacks on a retrained model, which has nothing to bring back, give the level to
