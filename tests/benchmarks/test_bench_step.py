@@ -14,26 +14,9 @@ OURS = ["wfnet/eager/unfused", "wfnet/eager/fused", "wfnet/eager/captured"]
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
-    arguments = [
-        "--models",
-        "small/resnet",
-        "small/vit",
-        "--image-size",
-        "32",
-        "-b",
-        "4",
-        "-M",
-        "2",
-        "--repeats",
-        "2",
-        "--device",
-        "cpu",
-        "--output",
-        str(folder / "step.json"),
-        "--columns",
-        *BASELINES,
-        *OURS,
-    ]
+    arguments = "--models small/resnet small/vit --image-size 32 -b 4 -M 2 --repeats 2 --device cpu"
+    arguments = [*arguments.split(), "--output", str(folder / "step.json")]
+    arguments += ["--columns", *BASELINES, *OURS]
     returned = bench_step.main(arguments)
     written = json.loads((folder / "step.json").read_text())
     assert written["networks"].keys() == returned["networks"].keys()

@@ -204,16 +204,6 @@ def test_every_stage_is_a_valid_command_line(rehearse):
     assert checked == PARSERS.keys()
 
 
-def test_the_claim_comes_first():
-    names = [one.name for one in Plan().stages()]
-    order = ["first-steps", "smoke-hopper-forward", "step-resnet18-cuda", "plan-resnet50"]
-    order += ["step-resnet50-cuda", "tests-hopper-errors", "memcheck", "whole-100-resnet18"]
-    assert sorted(order, key=names.index) == order
-    step = next(one for one in Plan().stages() if one.name == "step-resnet18-cuda")
-    columns = ("eager", "unmasked_compiled", "compile", "wfnet/cuda/captured")
-    assert step.command[-4:] == columns
-
-
 def test_every_device_test_is_in_exactly_one_group():
     command = [sys.executable, "-m", "pytest", "tests/gpu", "--collect-only", "-m", "gpu", "-p"]
     listed = subprocess.run(
