@@ -138,29 +138,31 @@ class Named(nn.Conv2d):
         return "Named"
 
 
-@pytest.mark.parametrize("kind", [Doubled, Standardised])
-def test_a_subclass_that_computes_something_else_is_refused_by_name(kind):
-    with pytest.raises(TypeError, match=kind.__name__):
-        WFConv2d.from_conv(kind(4, 6, 3), num_classes=3)
-
-
-def test_a_forward_replaced_on_the_instance_is_refused():
+def replaced_forward():
     conv = nn.Conv2d(4, 6, 3)
     conv.forward = lambda x: F.conv2d(x, conv.weight)
-    with pytest.raises(TypeError, match="replaced"):
-        WFConv2d.from_conv(conv, num_classes=3)
+    return conv
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Doubled(4, 6, 3), "Doubled"),
+        (lambda: Standardised(4, 6, 3), "Standardised"),
+        (replaced_forward, "replaced"),
+        (lambda: nn.Linear(3, 4), "Linear"),
+        (lambda: nn.Conv1d(3, 4, 1), "Conv1d"),
+    ],
+    ids=["forward", "conv_forward", "instance", "linear", "one_dimensional"],
+)
+def test_what_computes_something_else_is_refused_by_name(make, says):
+    with pytest.raises(TypeError, match=says):
+        WFConv2d.from_conv(make(), num_classes=3)
 
 
 def test_a_subclass_that_keeps_forward_is_masked_and_baked_as_itself():
     masked = WFConv2d.from_conv(Named(4, 6, 3), num_classes=3)
     assert type(masked.bake([1])) is Named
-
-
-def test_other_layers_are_refused():
-    with pytest.raises(TypeError, match="Linear"):
-        WFConv2d.from_conv(nn.Linear(3, 4), num_classes=3)
-    with pytest.raises(TypeError, match="Conv1d"):
-        WFConv2d.from_conv(nn.Conv1d(3, 4, 1), num_classes=3)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -188,26 +190,21 @@ def test_lazy_layers_are_refused():
         WFConv2d.from_conv(nn.LazyConv2d(6, 3), num_classes=3)
 
 
-@pytest.mark.parametrize("wrong", [0, -1, 2.0, True, "3", None])
-def test_wrong_num_classes(wrong):
-    with pytest.raises(ValueError, match="num_classes must be a positive integer; got"):
-        WFConv2d(4, 6, 3, num_classes=wrong)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"num_classes": n}, f"positive integer; got {n!r}") for n in (0, -1, 2.0, True, "3", None)]
+    + [({"alpha_init": a}, "alpha_init") for a in (float("nan"), float("inf"), -100.0)]
+    + [({"backend": "fast"}, "unknown backend 'fast'")],
+    ids=str,
+)
+def test_wrong_options_are_errors_at_once(options, says):
+    with pytest.raises(ValueError, match=says):
+        WFConv2d(4, 6, 3, **{"num_classes": 2, **options})
 
 
 def test_numpy_num_classes():
     conv = WFConv2d(4, 6, 3, num_classes=np.int64(3))
     assert type(conv.num_classes) is int
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -100.0])
-def test_wrong_alpha_init(wrong):
-    with pytest.raises(ValueError, match="alpha_init"):
-        WFConv2d(4, 6, 3, num_classes=2, alpha_init=wrong)
-
-
-def test_unknown_backend_is_an_error_at_once():
-    with pytest.raises(ValueError, match="unknown backend 'fast'"):
-        WFConv2d(4, 6, 3, num_classes=2, backend="fast")
 
 
 @pytest.mark.parametrize("alpha_init", [-20.0, 0.3, 20.0])

@@ -1,6 +1,7 @@
 """The fused form of a network follows the network, or is refused."""
 
 import copy
+import functools
 import io
 import logging
 import pickle
@@ -155,7 +156,9 @@ def test_an_unchanged_network_is_planned_once(toy, pair_of):
 
 @pytest.mark.parametrize("mode", [True, "compile"])
 @pytest.mark.parametrize("kind", ["plan", "trunk"])
-def test_copies_and_saved_networks_start_without_plans(mode, kind, small_vit, pair_of):
+def test_copies_and_saved_networks_start_without_plans(mode, kind, small_vit, pair_of, monkeypatch):
+    compile_ = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compile_)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, CLASSES))
     net, fused = pair_of(model if kind == "plan" else small_vit(), mode)
     with torch.no_grad():
@@ -170,6 +173,8 @@ def test_copies_and_saved_networks_start_without_plans(mode, kind, small_vit, pa
         )
         for twin in twins:
             assert list(twin.state_dict()) == list(net.state_dict())
+            assert twin.fuse == mode
+            twin.fuse = True  # its own, without compiling once more
             torch.testing.assert_close(twin(IMAGES, 1), expected, rtol=1e-10, atol=1e-11)
 
 

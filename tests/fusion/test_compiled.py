@@ -40,15 +40,8 @@ def graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-NETWORKS = {
-    "toy with biases": lambda toy: toy(bias=True, inplace=False),
-    "mobilenetv3": lambda toy: timm.create_model("mobilenetv3_small_050", num_classes=CLASSES),
-}
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_equals_the_unfused_network(name, toy, compiled_pair, check_equal):
-    net, compiled = compiled_pair(NETWORKS[name](toy))
+def test_equals_the_unfused_network(toy, compiled_pair, check_equal):
+    net, compiled = compiled_pair(toy(bias=True, inplace=False))
     check_equal(net, compiled, BATCH)
     assert isinstance(compiled.fused_network(BATCH), fusion.CompiledNetwork)
 
@@ -165,7 +158,7 @@ def test_frees_what_it_kept_and_says_so(toy, compiled_pair):
         out.backward()
 
 
-@pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("gate", [1.0, 1e-3])
 def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate, bfloat16_errors):
     compiled, error, unfused = bfloat16_errors(gate, "compile")
     assert isinstance(compiled.fused_network(BATCH.float()), fusion.CompiledNetwork)

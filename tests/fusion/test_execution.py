@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import wfnet
-from wfnet import fusion
+from wfnet import fusion, models
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -21,15 +21,6 @@ def images(count: int = 3, size: int = 32) -> torch.Tensor:
     return torch.randn(count, 3, size, size, dtype=torch.float64)
 
 
-def small_vgg(make) -> nn.Module:
-    model = make(num_classes=CLASSES, init_weights=False)
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier = nn.Sequential(
-        nn.Linear(512, 16), nn.ReLU(True), nn.Dropout(), nn.Linear(16, CLASSES)
-    )
-    return model
-
-
 def timm_model(name: str, **options) -> nn.Module:
     return timm.create_model(name, num_classes=CLASSES, **options)
 
@@ -37,8 +28,8 @@ def timm_model(name: str, **options) -> nn.Module:
 NETWORKS = {
     "toy": lambda toy: toy(),
     "toy with biases": lambda toy: toy(bias=True, inplace=False),
-    "torchvision resnet18": lambda toy: torchvision.models.resnet18(num_classes=CLASSES),
-    "torchvision vgg11_bn": lambda toy: small_vgg(torchvision.models.vgg11_bn),
+    "own resnet": lambda toy: models.create("resnet", CLASSES, width=8, in_channels=3),
+    "own vgg": lambda toy: models.create("vgg", CLASSES, width=8, in_channels=3),
     "torchvision shufflenet": lambda toy: torchvision.models.shufflenet_v2_x0_5(
         num_classes=CLASSES
     ),
