@@ -171,7 +171,7 @@ class DurableLayer(MaskedLayer):
 
     def close_below(self, threshold: float, forget: Sequence[int]) -> None:
         closed = torch.zeros_like(self.alpha_hard, dtype=torch.bool)
-        closed[list(forget)] = self._row_gates(self._label_list(forget))[0] < threshold
+        closed[list(forget)] = self.row_gates(self._label_list(forget))[0] < threshold
         self.alpha_hard.data.masked_fill_(closed, -torch.inf)
 
     def _group_gates(self) -> Tensor:
@@ -184,7 +184,7 @@ class DurableLayer(MaskedLayer):
             gate = gate * soft_gate(self.alpha_soft.index_select(0, labels))
         return gate
 
-    def _row_gates(self, rows: Tensor) -> Tensor:
+    def row_gates(self, rows: Tensor) -> Tensor:
         """``[B, O]``: the product of the gates of ``rows [B, J]``."""
         return _rows_of(self.gates(), rows, 1.0).prod(1)
 
@@ -215,7 +215,7 @@ class _GatedOutput(DurableLayer):
             gate = self._group_gates().index_select(0, self.mode.groups)
         else:
             count = y.shape[0] if selection.uniform else selection.rows.shape[0]
-            gate = self._row_gates(selection.expand(count, y.device, self.num_classes))
+            gate = self.row_gates(selection.expand(count, y.device, self.num_classes))
         if y.shape[0] != gate.shape[0]:  # windows of an image lie side by side
             if y.shape[0] % max(gate.shape[0], 1):
                 raise ValueError(
@@ -231,7 +231,7 @@ class _GatedOutput(DurableLayer):
     ) -> Tensor:
         if not forget:
             return parameter.detach().clone()
-        gate = self._row_gates(self._label_list(forget))[0]
+        gate = self.row_gates(self._label_list(forget))[0]
         gate = gate.masked_fill(gate < prune_below, 0.0)
         scaled = parameter.to(gate.dtype) * gate.reshape(-1, *[1] * (parameter.dim() - 1))
         return scaled.detach().to(parameter.dtype)
@@ -293,7 +293,7 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
 
         Of an untouched row they are exactly 1 and 0.
         """
-        gate = self._row_gates(rows)
+        gate = self.row_gates(rows)
         mean, var = self.row_statistics(rows)
         ratio = torch.sqrt((self.running_var + self.eps) / (var + self.eps))
         slope = self.weight * torch.rsqrt(var + self.eps)
@@ -347,7 +347,7 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
     ) -> Tensor:
         if not forget:
             return parameter.detach().clone()
-        gate = self._row_gates(self._label_list(forget))[0]
+        gate = self.row_gates(self._label_list(forget))[0]
         gate = gate.masked_fill(gate < prune_below, 0.0)
         return (parameter.to(gate.dtype) * gate).detach().to(parameter.dtype)
 

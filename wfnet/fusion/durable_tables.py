@@ -88,7 +88,7 @@ class RowTables:
     def _tables_of(self, step: DurableStep) -> tuple[Tensor, Tensor]:
         norm = step.norm
         if norm is None:
-            gate = step.wide(step.masked._row_gates(self.rows))
+            gate = step.wide(step.masked.row_gates(self.rows))
             return gate, gate * step.bias
         scale, shift = map(step.wide, norm.tables(self.rows))
         slope = step.wide(norm.weight) / torch.sqrt(step.wide(norm.running_var) + norm.eps)
