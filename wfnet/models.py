@@ -32,7 +32,40 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + skip)
 
 
-class SmallResNet(nn.Module):
+class _ResNet(nn.Module):
+    """A 3x3 stem, stages of blocks at width, 2 width, 4 width ... channels, and one linear map."""
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        width: int,
+        stages: int,
+        blocks: int,
+        stem_stride: int,
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.stages = stages
+        channels = width
+        for stage in range(stages):
+            out = width << stage
+            layers = [BasicBlock(channels, out, 1 if stage == 0 else 2)]
+            layers += [BasicBlock(out, out, 1) for _ in range(blocks - 1)]
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+            channels = out
+        self.fc = nn.Linear(channels, num_classes)
+        _initialise_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for stage in range(self.stages):
+            x = getattr(self, f"layer{stage + 1}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+class SmallResNet(_ResNet):
     """A CIFAR-style ResNet: a 3x3 stem and three stages of `width`, 2 `width`, 4 `width` channels.
 
     depth = 6 n + 2 for n blocks in each stage: 8, 14, 20 ... The stem's stride of 2 makes it four
@@ -48,59 +81,13 @@ class SmallResNet(nn.Module):
         depth: int = 8,
         stem_stride: int = 2,
     ):
-        super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"depth must be 8, 14, 20, ... (6 n + 2), got {depth}")
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        channels = width
-        for stage in range(3):
-            out = width << stage
-            layers = [BasicBlock(channels, out, 1 if stage == 0 else 2)]
-            layers += [BasicBlock(out, out, 1) for _ in range(blocks - 1)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
-            channels = out
-        self.fc = nn.Linear(channels, num_classes)
-        _initialise_convolutions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.fc(x.mean((2, 3)))
+        super().__init__(num_classes, in_channels, width, 3, blocks, stem_stride)
 
 
-class SmallVGG(nn.Module):
-    """Five 3x3 convolutions with bias in three stages (1, 2, 2), each closed by a 2x2 maximum.
-
-    Stages have `width`, 2 `width` and 4 `width` channels; `batch_norm=False` leaves out BatchNorm.
-    Input [N, in_channels, H, W] with H and W from 8 up, output logits [N, num_classes].
-    """
-
-    def __init__(
-        self, num_classes: int, in_channels: int = 1, width: int = 24, batch_norm: bool = True
-    ):
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for stage in range(3):
-            out = width << stage
-            for _ in range(1 if stage == 0 else 2):
-                layers.append(nn.Conv2d(channels, out, 3, padding=1))
-                if batch_norm:
-                    layers.append(nn.BatchNorm2d(out))
-                layers.append(nn.ReLU(inplace=True))
-                channels = out
-            layers.append(nn.MaxPool2d(2))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, num_classes)
-        _initialise_convolutions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).mean((2, 3)))
-
-
-class ResNet18(nn.Module):
+class ResNet18(_ResNet):
     """ResNet-18 for small images: a 3x3 stem of stride 1, no pooling, stages of 2 blocks each.
 
     He et al., "Deep Residual Learning" (CVPR 2016), as usual on CIFAR: the stem of the ImageNet
@@ -110,25 +97,57 @@ class ResNet18(nn.Module):
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64):
+        super().__init__(num_classes, in_channels, width, 4, 2, 1)
+
+
+class _VGG(nn.Module):
+    """3x3 convolutions with bias in stages, each closed by a 2x2 maximum, and one linear map.
+
+    stages: (number of convolutions, channels) of each.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        stages: tuple[tuple[int, int], ...],
+        batch_norm: bool,
+        ceil_mode: bool,
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        channels = width
-        for stage in range(4):
-            out = width << stage
-            blocks = [BasicBlock(channels, out, 1 if stage == 0 else 2), BasicBlock(out, out, 1)]
-            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
-            channels = out
-        self.fc = nn.Linear(channels, num_classes)
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for convolutions, out in stages:
+            for _ in range(convolutions):
+                layers.append(nn.Conv2d(channels, out, 3, padding=1))
+                if batch_norm:
+                    layers.append(nn.BatchNorm2d(out))
+                layers.append(nn.ReLU(inplace=True))
+                channels = out
+            layers.append(nn.MaxPool2d(2, ceil_mode=ceil_mode))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(channels, num_classes)
         _initialise_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
-        return self.fc(x.mean((2, 3)))
+        return self.classifier(self.features(x).mean((2, 3)))
 
 
-class VGG16(nn.Module):
+class SmallVGG(_VGG):
+    """Five 3x3 convolutions with bias in three stages (1, 2, 2), each closed by a 2x2 maximum.
+
+    Stages have `width`, 2 `width` and 4 `width` channels; `batch_norm=False` leaves out BatchNorm.
+    Input [N, in_channels, H, W] with H and W from 8 up, output logits [N, num_classes].
+    """
+
+    def __init__(
+        self, num_classes: int, in_channels: int = 1, width: int = 24, batch_norm: bool = True
+    ):
+        stages = ((1, width), (2, 2 * width), (2, 4 * width))
+        super().__init__(num_classes, in_channels, stages, batch_norm, ceil_mode=False)
+
+
+class VGG16(_VGG):
     """VGG-16 for small images: its 13 convolutions, here with BatchNorm, and one linear map.
 
     Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), configuration D; the
@@ -141,23 +160,10 @@ class VGG16(nn.Module):
     def __init__(
         self, num_classes: int, in_channels: int = 3, width: int = 64, batch_norm: bool = True
     ):
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = in_channels
-        for convolutions, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8)):
-            for _ in range(convolutions):
-                layers.append(nn.Conv2d(channels, factor * width, 3, padding=1))
-                channels = factor * width
-                if batch_norm:
-                    layers.append(nn.BatchNorm2d(channels))
-                layers.append(nn.ReLU(inplace=True))
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(channels, num_classes)
-        _initialise_convolutions(self)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.features(x).mean((2, 3)))
+        stages = tuple(
+            (n, factor * width) for n, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
+        )
+        super().__init__(num_classes, in_channels, stages, batch_norm, ceil_mode=True)
 
 
 def _initialise_convolutions(model: nn.Module) -> None:
@@ -185,9 +191,17 @@ def small_vit(
     if width % 32:
         raise ValueError(f"the width of a ViT must be a multiple of 32, got {width}")
     return _vision_transformer(
-        num_classes, in_channels, width, depth, patch_size, image_size, head_width=32,
-        mlp_ratio=2.0, global_pool="avg", class_token=False,
-    )  # fmt: skip
+        num_classes,
+        in_channels,
+        width,
+        depth,
+        patch_size,
+        image_size,
+        head_width=32,
+        mlp_ratio=2.0,
+        global_pool="avg",
+        class_token=False,
+    )
 
 
 def _vision_transformer(

@@ -13,11 +13,24 @@ pytest.importorskip("matplotlib")
 
 OPTIONS = ("--steps", "4", "--train-epochs", "1", "--threads", "1")
 FILES = {
-    "base.safetensors", "wf_config.json", "wf_model.safetensors", "evaluation.json",
-    "evaluation.csv", "history.json", "history.csv", "config.json", "forget_3.safetensors",
-    "overview.png", "accuracy_per_class.png", "gates.png", "training_curves.png",
-    "associations.png", "confusion.png", "confusion.json", "report.html",
-}  # fmt: skip
+    "base.safetensors",
+    "wf_config.json",
+    "wf_model.safetensors",
+    "evaluation.json",
+    "evaluation.csv",
+    "history.json",
+    "history.csv",
+    "config.json",
+    "forget_3.safetensors",
+    "overview.png",
+    "accuracy_per_class.png",
+    "gates.png",
+    "training_curves.png",
+    "associations.png",
+    "confusion.png",
+    "confusion.json",
+    "report.html",
+}
 
 
 @pytest.fixture(scope="module")

@@ -65,8 +65,12 @@ CHECKPOINTS = {
         "names": {"a", "b"},
         "schedule": partial(max, 1),
     },
-    "timm": {"state_dict": STATE, "arch": "vgg", "args": argparse.Namespace(lr=0.1),
-             "metric": np.float64(71.5)},
+    "timm": {
+        "state_dict": STATE,
+        "arch": "vgg",
+        "args": argparse.Namespace(lr=0.1),
+        "metric": np.float64(71.5),
+    },
     "lightning": {
         "state_dict": {
             **under("model.", STATE),
@@ -80,7 +84,7 @@ CHECKPOINTS = {
     "model_state_dict": {"model_state_dict": STATE, "loss": 0.5},
     "net": {"net": STATE, "acc": 95.4, "epoch": 3},
     "averaged model": torch.optim.swa_utils.AveragedModel(network()).state_dict(),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)

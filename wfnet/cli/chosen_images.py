@@ -20,11 +20,13 @@ PER_CLASS = 5  # the paper's number for ImageNet
 def add_list_options(group: argparse._ActionsContainer) -> None:
     """Options of all commands that evaluate."""
     group.add_argument(
-        "--eval-per-class", type=settings.positive_int, metavar="N",
+        "--eval-per-class",
+        type=settings.positive_int,
+        metavar="N",
         help="evaluate on N images of each class, drawn with --eval-seed and saved as a list in "
         f"the output folder ({LIST_NAME}), which later commands there take up (default: all "
         "images)",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--eval-seed", type=settings.seed, default=0, metavar="N", help="of the drawn images"
     )

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -75,17 +74,23 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "--model", choices=tuple(SMALL_MODEL_SETTINGS), default="resnet", help="network"
     )
     group.add_argument(
-        "--recipe", choices=RECIPES, default="balanced",
+        "--recipe",
+        choices=RECIPES,
+        default="balanced",
         help="balanced forgets evenly; paper has the authors' settings",
-    )  # fmt: skip
+    )
     group.add_argument("--output", metavar="DIR", default="demo", help="folder for everything")
     group.add_argument(
         "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
     )
     group.add_argument(
-        "--forget", type=int, choices=range(CLASSES), default=3, metavar="DIGIT",
+        "--forget",
+        type=int,
+        choices=range(CLASSES),
+        default=3,
+        metavar="DIGIT",
         help="class that is baked into a plain model",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--steps",
         type=settings.positive_int,
@@ -93,11 +98,13 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         help="of untraining (default: the recipe's)",
     )
     group.add_argument(
-        "--train-epochs", type=settings.positive_int, metavar="N",
+        "--train-epochs",
+        type=settings.positive_int,
+        metavar="N",
         help="of training the network (default: "
         + ", ".join(f"{name} {given['epochs']}" for name, given in SMALL_MODEL_SETTINGS.items())
         + ")",
-    )  # fmt: skip
+    )
     group.add_argument("--force", action="store_true", help="do every stage again")
     add_threads_option(group, "one for each idle core, up to 4")
     return parser
@@ -186,7 +193,7 @@ class _Demo:
         self.key: dict[str, Any] = {
             name: value for name, value in versions().items() if name in ("wfnet", "torch")
         }
-        self.progress = sys.stderr.isatty() and not options.quiet
+        self.progress = not options.quiet
 
     def _read(self) -> dict[str, _Stage]:
         if not (self.folder / RUN_FILE).is_file():
@@ -320,13 +327,20 @@ class _Demo:
                 shutil.rmtree(self.folder / "tensorboard", ignore_errors=True)
                 Checkpoints(self.folder).remove()
             result = untrain(
-                net, data.train, data.validation, config, self.folder, resume=resume,
+                net,
+                data.train,
+                data.validation,
+                config,
+                self.folder,
+                resume=resume,
                 progress=self.progress,
-            )  # fmt: skip
+            )
             return {
-                "steps": result.steps, "best_step": result.best_step,
-                "acc_r": result.best.acc_r, "acc_f": result.best.acc_f,
-            }  # fmt: skip
+                "steps": result.steps,
+                "best_step": result.best_step,
+                "acc_r": result.best.acc_r,
+                "acc_f": result.best.acc_f,
+            }
 
         files = (CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv", CHECKPOINT_NAME)
         gates = sum(p.shape[1] for p in net.filter_parameters())
@@ -335,8 +349,10 @@ class _Demo:
             f"{len(net.masked_layers)} layers"
         )
         chosen = {
-            "recipe": options.recipe, "alpha_init": net.alpha_init, "untraining": asdict(config)
-        }  # fmt: skip
+            "recipe": options.recipe,
+            "alpha_init": net.alpha_init,
+            "untraining": asdict(config),
+        }
         done = self.stage(2, title, "untrain", chosen, files, work)
         if done is None:
             net = WFNet.from_pretrained(self.folder, base)

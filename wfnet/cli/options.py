@@ -33,8 +33,8 @@ _ALTERNATIVES = (
 # Named data sets whose files lie in --data-dir.
 DATA_WITH_FILES = ("mnist", "cifar10")
 # Say what the command does this time; never taken from a file.
-_OF_THIS_CALL = {"command", "run", "saved", "config", "resume", "folder", "force", "dry_run",
-                 "debug", "quiet", "help"}  # fmt: skip
+_CALLS = {"command", "run", "saved", "config", "resume", "folder", "force", "dry_run", "help"}
+_OF_THIS_CALL = _CALLS | {"debug", "quiet"}
 # What evaluate and bake take over from the run that they work on.
 DESCRIPTION = frozenset(
     ("model", "pretrained", "checkpoint", "num_classes", "model_kwargs", "in_chans", "img_size")

@@ -21,19 +21,24 @@ RUN_FILE = "config.json"
 FIGURES = ("overview.png", "accuracy_per_class.png", "gates.png")
 CURVES = "training_curves.png"
 CONFUSION = "confusion.json"
-REPORT_FILES = (
-    CONFUSION, "confusion.png", "associations.png", "attribution.png", "trust.json", "trust.csv",
-    "trust.partial.jsonl", "trust.png", "report.html",
-)  # fmt: skip
 TABLE_FILES = ("relearning.json", "attribution.json", "tables.json", "tables.csv", "tables.md")
+REPORT_FILES = (
+    CONFUSION,
+    "confusion.png",
+    "associations.png",
+    "attribution.png",
+    "report.html",
+) + ("trust.json", "trust.csv", "trust.partial.jsonl", "trust.png")
 # What belongs to one run, in the order in which it is made; a new run replaces all of it.
 RUN_FILES = (
-    RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv",
-    CURVES, "evaluation.json", "evaluation.csv", *FIGURES, *TABLE_FILES, *REPORT_FILES,
-)  # fmt: skip
+    (RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv", CURVES)
+    + ("evaluation.json", "evaluation.csv", *FIGURES)
+    + TABLE_FILES
+    + REPORT_FILES
+)
 _PATHS = ("data_dir", "checkpoint")
-_PACKAGES = ("torch", "numpy", "safetensors", "timm", "torchvision", "triton", "scikit-learn",
-             "matplotlib")  # fmt: skip
+_IMAGE_PACKAGES = ("timm", "torchvision", "scikit-learn", "matplotlib")
+_PACKAGES = ("torch", "numpy", "safetensors", "triton", *_IMAGE_PACKAGES)
 
 
 def check_writable(folder: Path) -> None:

@@ -215,9 +215,17 @@ class _Reading:
         on_gpu = torch.device(self.device).type == "cuda"
         if self.cache is not None or (on_gpu and self.transform is None):
             return CachedImages(
-                images, self.cache, self.size, self.mean, self.std, self.interpolation,
-                self.crop_pct, augment, self.device, self.cache_dir,
-            )  # fmt: skip
+                images,
+                self.cache,
+                self.size,
+                self.mean,
+                self.std,
+                self.interpolation,
+                self.crop_pct,
+                augment,
+                self.device,
+                self.cache_dir,
+            )
         if augment:
             return images.with_transform(
                 training_transform(self.size, self.mean, self.std, self.interpolation)
