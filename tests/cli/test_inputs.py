@@ -6,7 +6,9 @@ import torch
 from image_files import pack_folder
 from safetensors.torch import load_file
 
+from wfnet import models
 from wfnet.cli import main
+from wfnet.services.files import write_tensors
 
 NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
 
@@ -175,3 +177,28 @@ def test_class_names_that_are_no_utf8_or_look_like_formulas(
     assert [line.split(",")[2] for line in lines[1:4]] == ["$x^$", "'=1+1", r"caf\xe9"]
     for name in (r"caf\xe9", os.fsdecode(b"caf\xe9"), "=1+1"):
         assert main(["bake", str(run), "--forget", name, "--quiet"]) == 0
+
+
+def test_classes_of_numbered_data_may_be_named_later(mnist_folder, base, tmp_path, fails):
+    config = {"command": "train", "options": {}, "classes": [str(k) for k in range(10)]}
+    (base.parent / "config.json").write_text(json.dumps(config))
+    write_tensors(base, models.create("resnet", 10, 1, seed=1, width=8).state_dict())
+    names = [
+        "shirt",
+        "trouser",
+        "pullover",
+        "dress",
+        "coat",
+        "sandal",
+        "blouse",
+        "sneaker",
+        "bag",
+        "boot",
+    ]
+    data = ["--data", "mnist", "--data-dir", str(mnist_folder), "--checkpoint", str(base)]
+    call = ["untrain", *data, *NETWORK, "--steps", "2", "-b", "2", "-M", "1", "-j0", "--quiet"]
+    run = tmp_path / "run"
+    assert main([*call, "--class-names", *names, "--output", str(run)]) == 0
+    evaluate = ["evaluate", str(run), "--no-figures", "-j0", "--quiet"]
+    assert main([*evaluate, "--classes", "a", "i"]) == 0
+    fails([*evaluate, "--class-names", *names[::-1][1:], "socks"], "'socks' is not known there")

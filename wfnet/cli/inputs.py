@@ -152,7 +152,9 @@ def open_images(
         numbers, _ = choose_classes([], data.classes, len(names), names)
         return with_network_labels(data, numbers, len(names), names)
     for names, origin in known_classes(options, folder) if by_names else ():
-        data = data.in_known_order(names, origin)
+        numbered = names == [str(label) for label in range(len(names))]
+        if not (numbered and options.class_names):  # classes that are named now for the first time
+            data = data.in_known_order(names, origin)
     return data
 
 

@@ -260,6 +260,6 @@ def check_base(base: float) -> None:
     """Raises ValueError unless logarithms to ``base`` exist and grow."""
     if not (isinstance(base, int | float) and math.isfinite(base) and base > 1):
         raise ValueError(
-            f"zrf_base={base!r} is no base of a logarithm; use math.e (default), 2 or another number "
-            "above 1"
+            f"zrf_base={base!r} is no base of a logarithm; use math.e (default), 2 or another "
+            "number above 1"
         )
