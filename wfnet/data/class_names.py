@@ -34,7 +34,7 @@ def numbers_by_name(found: Sequence[str], known: Sequence[str], what: str, origi
     raise ValueError(
         f"{what} has other classes than {origin}: {_difference(found, known)}. The numbers of "
         "classes would mean something else; use the data that it was made for, or give its classes "
-        "the same names"
+        "the same names (--class-names, where they are only numbered)"
     )
 
 
