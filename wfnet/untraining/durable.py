@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet.data import Batch, Dataset, batches
+from wfnet.data.tensor_images import TensorImages
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch, Sampler
@@ -247,8 +248,9 @@ class RowStatistics:
         pool = self._read()
         device = self.weight.device
         together = max(1, _PASS // count)
-        training = self.net.training
-        self.net.eval()
+        # Unfused, so that a finished run that is loaded measures the same bits.
+        training, fuse = self.net.training, self.net.fuse
+        self.net.eval().fuse = False
         for rows in present.split(together):
             members = [(pool.labels != row).nonzero().flatten()[:count] for row in rows]
             source = torch.cat(members)
@@ -256,7 +258,7 @@ class RowStatistics:
             used, source = source.unique(return_inverse=True)
             images = pool.images[used].to(device, self.weight.dtype)
             self._measure(images, forget.to(device), source.to(device))
-        self.net.train(training)
+        self.net.train(training).fuse = fuse
 
     def _read(self) -> Batch:
         if self._pool is None:
@@ -280,3 +282,21 @@ class RowStatistics:
 
         with self.net.gate_mode.grouped(forget, moments=keep) as labels:
             self.net(images, forget, source)
+
+
+@torch.no_grad()
+def original_logits(net: WFNet, dataset: Dataset, most: int) -> Tensor | None:
+    """The original network's logits ``[N, K]`` for all images, always in the same batches.
+
+    Every sample of a step is another image, so that the original network would cost as much as the
+    filtered one. None where images are not in memory, or may be transformed at random, or where
+    they are more than ``most``, the images that a run reads.
+    """
+    if not isinstance(dataset, TensorImages) or len(dataset) > most:
+        return None
+    weight = next(iter(net.masked_layers.values())).weight
+    found = []
+    for part in torch.arange(len(dataset)).split(_PASS // 4):
+        images = dataset.batch(part).images.to(weight.device, weight.dtype)
+        found.append(full_precision(net(images, forget=None)))
+    return torch.cat(found)

@@ -32,12 +32,14 @@ class ExpandedBatch:
         source: ``[B]`` int64, position in the minibatch of the image of each sample.
         target: ``[B]`` int64, ground-truth label of each sample.
         forget_size: number of samples in the forget half.
+        original: ``[n, K]``, the original network's logits for the images, where they are known.
     """
 
     forget: Tensor
     source: Tensor
     target: Tensor
     forget_size: int
+    original: Tensor | None = None
 
     @property
     def forget_half(self) -> slice:
@@ -59,6 +61,7 @@ class ExpandedBatch:
             to_device_async(self.source, device),
             to_device_async(self.target, device),
             self.forget_size,
+            None if self.original is None else to_device_async(self.original, device),
         )
 
 

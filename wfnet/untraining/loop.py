@@ -32,7 +32,7 @@ from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.distributed import SharedStep
-from wfnet.untraining.durable import RowStatistics, durable_step
+from wfnet.untraining.durable import RowStatistics, durable_step, original_logits
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.history import HistoryLog, Record, write_history
 from wfnet.untraining.loss_watch import LossWatch
@@ -336,6 +336,9 @@ class _Untraining:
                     clear_temporary_files(self.output)
                 with self.signals, flatten_filters(self.params):
                     self.work = self._make_step()
+                    if self.durable:
+                        images = self.steps * self.config.images
+                        self.reader.original = original_logits(self.net, self.train, images)
                     self._go_through_steps()
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ class MinibatchReader:
         self.num_classes, self.rows = num_classes, rows
         self.sampler, self.config = sampler, config
         self.ranks, self.corrupt, self.pin_memory = ranks, corrupt, pin_memory
+        self.original: Tensor | None = None  # [N, K] logits of all images, where they are known
 
     def shares(self, position: int, stop: int, stopping: Callable[[], bool]) -> Iterator[Share]:
         """Yields this rank's shares of the minibatches ``position .. stop - 1``.
@@ -129,6 +130,8 @@ class MinibatchReader:
     def _share(self, position: int, batch: Batch | None) -> Share:
         if self.ranks.alone:
             whole = self._expand(position, batch.indices)
+            if self.original is not None:
+                whole = replace(whole, original=self.original[batch.indices])
             return Share(batch.images, whole, whole.forget)
         chosen = self.sampler.batch(position)
         whole = self._expand(position, chosen)

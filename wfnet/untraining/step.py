@@ -178,8 +178,8 @@ class UntrainingStep:
             return self._gradient_by_autograd(images, batch, into)
         rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
         autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
-        original = None
-        if self.objective.needs_original:
+        original = batch.original
+        if self.objective.needs_original and original is None:
             none = rows.new_full((images.shape[0], 1), -1)
             with autocast, torch.no_grad():
                 original = full_precision(network(images, none, None))
@@ -213,8 +213,8 @@ class UntrainingStep:
     def _gradient_by_autograd(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
         """Where the network is not fused; filters that took no part have a gradient of 0."""
         autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
-        original = None
-        if self.objective.needs_original:
+        original = batch.original
+        if self.objective.needs_original and original is None:
             with autocast, torch.no_grad():
                 original = full_precision(self.net(images, forget=None))
         with self.around(batch):
