@@ -235,5 +235,5 @@ def test_a_base_without_running_statistics_is_refused_by_name():
     )
     model.head = nn.LazyLinear(CLASSES)
     model(torch.randn(2, 1, 8, 8))
-    with pytest.raises(ValueError, match="'1' .* keeps no running statistics"):
+    with pytest.raises(ValueError, match=r"'1' .* keeps no running statistics"):
         wfnet.WFNet(model.eval(), CLASSES, gate="durable")

@@ -18,8 +18,8 @@ scored per image:
 - against retrained models: the attack on unlearning of Hayes et al., "Inexact Unlearning Needs More
   Careful Evaluations to Avoid a False Sense of Privacy" (SaTML 2025), with an offline LiRA of one
   variance: ``t(x) = phi(x) - mean over the other retrained models of phi(x)`` for the members, of
-  this model against those of retrained models. It asks whether the model can be told from one that never saw
-  the class.
+  this model against those of retrained models. It asks whether the model can be told from one that
+  never saw the class.
 
 A retrained model has no members, so the first three are near 0.5 for it, give or take the standard
 error (Hanley and McNeil, Radiology 1982) in the details; the last is 0.5 for it. What counts is
