@@ -55,6 +55,95 @@ def test_explain_names_config_and_reason(monkeypatch):
     assert "box" in backend.explain_conv2d(X, W, ConvGeometry(), batch=2)
 
 
+def through(backend_name, dtype, x, weight, bias, alphas, forget, conv=None, source=None):
+    """Output and gradients by x and by the filters, through the public functions."""
+    x, *alphas = (t.detach().to(dtype).requires_grad_() for t in (x, *alphas))
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if conv is None:
+        y = wf.wf_linear(x, weight, bias, *alphas, forget, source=source, backend=backend_name)
+    else:
+        y = wf.wf_conv2d(
+            x, weight, bias, *alphas, forget, *conv, source=source, backend=backend_name
+        )
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return y, *torch.autograd.grad(y, (x, *alphas), dout)
+
+
+FORGET = {"labels": [3, -1, 0], "several": [[0, 1], [2, -1], [4, 4]]}
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize(("labels", "expanded"), [("labels", True), ("several", False)])
+@pytest.mark.parametrize(
+    ("kernel", "conv", "channels"),
+    [(3, (1, 1), 16), (3, (2, 1), 16), (1, (1, 0), 16), (1, (2, 0), 16), (7, (2, 3), 3)],
+)
+def test_wf_conv2d(kernel, conv, channels, expanded, labels, check):
+    """The public function with this backend against the naive loop of masked weight copies."""
+    source = torch.tensor([1, 0, 1]) if expanded else None
+    x = torch.randn(2 if expanded else 3, channels, 8, 8).contiguous(
+        memory_format=torch.channels_last
+    )
+    weight = torch.randn(16, channels, kernel, kernel) / 8
+    bias, alphas = torch.randn(16), (torch.randn(5, 16), torch.randn(5, 16))
+    forget = torch.tensor(FORGET[labels])
+    arguments = (x, weight, bias, alphas, forget, conv, source)
+    for mine, truth in zip(
+        through("triton", torch.float32, *arguments),
+        through("reference", torch.float64, *arguments),
+        strict=True,
+    ):
+        check(mine, truth)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("expanded", [False, True])
+def test_wf_linear(expanded, check):
+    source = torch.tensor([1, 0, 1]) if expanded else None
+    x, weight = torch.randn(2 if expanded else 3, 13, 16), torch.randn(48, 16) / 4
+    bias, alphas = torch.randn(48), (torch.randn(5, 48), torch.randn(5, 48))
+    arguments = (x, weight, bias, alphas, torch.tensor([3, -1, 0]), None, source)
+    for mine, truth in zip(
+        through("triton", torch.float32, *arguments),
+        through("reference", torch.float64, *arguments),
+        strict=True,
+    ):
+        check(mine, truth)
+
+
+@pytest.mark.interpreter
+def test_layouts_dtypes_and_empty_batches(check):
+    """Contiguous NCHW input, fp16, no bias, and a batch of none."""
+    weight, alpha = torch.randn(16, 8, 3, 3).half() / 8, torch.randn(5, 16)
+    x = torch.randn(2, 8, 5, 5).half()
+    y = wf.wf_conv2d(x, weight, None, alpha, None, torch.tensor([1, 2]), 1, 1, backend="triton")
+    truth = wf.wf_conv2d(
+        x.double(),
+        weight.double(),
+        None,
+        alpha.double(),
+        None,
+        torch.tensor([1, 2]),
+        1,
+        1,
+        backend="reference",
+    )
+    check(y, truth, torch.float16)
+    none = wf.wf_conv2d(
+        x[:0],
+        weight,
+        None,
+        alpha,
+        None,
+        torch.tensor([], dtype=torch.int64),
+        1,
+        1,
+        backend="triton",
+    )
+    assert none.shape == (0, 16, 5, 5)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("kernel", [1, 3])
