@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -53,7 +53,7 @@ from wfnet.untraining.run_parts import (
     fitting_config,
     untrained_rows,
 )
-from wfnet.untraining.run_state import RunState, RunStore, identity_of
+from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import UntrainingStep, refuse_capture
 from wfnet.untraining.throughput import RunClock
@@ -70,40 +70,6 @@ logger = logging.getLogger("wfnet")
 
 _RECENT_MINIBATCHES = 64  # in which an image that is not finite is looked for
 _SECONDS_BETWEEN_CHECKPOINTS = 180.0  # at most, as far as steps and validations are shorter
-
-
-@dataclass(frozen=True)
-class UntrainResult:
-    """What a run of :func:`untrain` came to. The best filters are on the network.
-
-    Attributes:
-        score: ``0.5 * ((1 - Acc_f) + Acc_r)`` of the best filters; None without validation.
-        best: validation of the best filters; None without validation.
-        best_step: step after which they were taken.
-        steps: steps that were run, all sessions of a resumed run together.
-        stopped_early: whether patience ended the run.
-        history: one record per validation (per checkpoint without validation).
-        seconds: duration, all sessions together.
-        filters: the folder with the saved filters; None without output.
-        config: the settings.
-        corrupt_images: names of images left out, with reasons.
-        spent: where it went, in seconds: ``start`` (until all is compiled and captured), ``data``
-            (waiting for images), ``steps``, ``validation`` and ``checkpoints``.
-        samples: expanded samples that went through the network in training.
-    """
-
-    score: float | None
-    best: Validation | None
-    best_step: int
-    steps: int
-    stopped_early: bool
-    history: list[dict[str, float]]
-    seconds: float
-    filters: Path | None
-    config: UntrainConfig
-    corrupt_images: dict[str, str] = field(default_factory=dict)
-    spent: dict[str, float] = field(default_factory=dict)
-    samples: int = 0
 
 
 def untrain(
@@ -348,7 +314,7 @@ class _Untraining:
             self.log.close()
             self.net.train(training)
             self.net.fuse = fuse
-        return self._result()
+        return UntrainResult.of(self.state, self.config, self.output, self.corrupt)
 
     def _make_step(self) -> UntrainingStep:
         net, config = self.net, self.config
@@ -605,23 +571,6 @@ class _Untraining:
         shown["samples/s"] = f"{self.state.samples / self.clock.seconds:,.0f}"
         self.bar.set_postfix(**shown)
         self.bar.update()
-
-    def _result(self) -> UntrainResult:
-        state = self.state
-        return UntrainResult(
-            score=None if state.best is None else state.best.score,
-            best=state.best,
-            best_step=state.best_step,
-            steps=state.step,
-            stopped_early=state.stopped_early,
-            history=state.history,
-            seconds=state.seconds,
-            filters=self.output,
-            config=self.config,
-            corrupt_images=dict(self.corrupt.found),
-            spent=state.spent,
-            samples=state.samples,
-        )
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.data import Dataset, classes_of, labels_of, multi_hot_of
+from wfnet.data import CorruptImages, Dataset, classes_of, labels_of, multi_hot_of
 from wfnet.network import WFNet
 from wfnet.pretrained import assign_filters
 from wfnet.services.files import fingerprint
@@ -68,6 +68,60 @@ class RunState:
         if state.best is not None:
             state.best = Validation(**state.best)
         return state
+
+
+@dataclass(frozen=True)
+class UntrainResult:
+    """What a run of :func:`wfnet.untrain` came to. The best filters are on the network.
+
+    Attributes:
+        score: ``0.5 * ((1 - Acc_f) + Acc_r)`` of the best filters; None without validation.
+        best: validation of the best filters; None without validation.
+        best_step: step after which they were taken.
+        steps: steps that were run, all sessions of a resumed run together.
+        stopped_early: whether patience ended the run.
+        history: one record per validation (per checkpoint without validation).
+        seconds: duration, all sessions together.
+        filters: the folder with the saved filters; None without output.
+        config: the settings.
+        corrupt_images: names of images left out, with reasons.
+        spent: where it went, in seconds: ``start`` (until all is compiled and captured), ``data``
+            (waiting for images), ``steps``, ``validation`` and ``checkpoints``.
+        samples: expanded samples that went through the network in training.
+    """
+
+    score: float | None
+    best: Validation | None
+    best_step: int
+    steps: int
+    stopped_early: bool
+    history: list[dict[str, float]]
+    seconds: float
+    filters: Path | None
+    config: UntrainConfig
+    corrupt_images: dict[str, str] = field(default_factory=dict)
+    spent: dict[str, float] = field(default_factory=dict)
+    samples: int = 0
+
+    @classmethod
+    def of(
+        cls, state: RunState, config: UntrainConfig, output: Path | None, corrupt: CorruptImages
+    ) -> UntrainResult:
+        """Returns what a run in ``state`` has come to."""
+        return cls(
+            score=None if state.best is None else state.best.score,
+            best=state.best,
+            best_step=state.best_step,
+            steps=state.step,
+            stopped_early=state.stopped_early,
+            history=state.history,
+            seconds=state.seconds,
+            filters=output,
+            config=config,
+            corrupt_images=dict(corrupt.found),
+            spent=state.spent,
+            samples=state.samples,
+        )
 
 
 class RunStore:
