@@ -2,6 +2,7 @@
 
     m = m + (1 - beta1) * (g - m)             v = v + (1 - beta2) * (g*g - v)
     alpha = alpha - lr * (m / c1) / (sqrt(v / c2) + eps)          c = 1 - beta ** (steps of the row)
+    alpha = start + sign(alpha - start) * max(|alpha - start| - threshold, 0)      where it shrinks
 
 As tensor operations that is a dozen passes over all rows; here rows that did not occur are not
 read, and the others once.
@@ -30,11 +31,14 @@ def row_adam_kernel(
     correction2,  # [K] fp32
     occurred,  # [K] bool
     lr,  # [] fp32
+    start,  # [C] fp32, read with SHRINKS
+    threshold,  # [] fp32, read with SHRINKS
     C,
     weight1,
     weight2,
     eps,
     BN: tl.constexpr,
+    SHRINKS: tl.constexpr,
 ):
     tiles = tl.cdiv(C, BN)
     row = tl.program_id(0) // tiles
@@ -51,8 +55,14 @@ def row_adam_kernel(
         tl.store(exp_avg_sq + at, v, mask=ok)
         root = tl.sqrt(v / tl.load(correction2 + row)) + eps
         update = m / tl.load(correction1 + row) / root * tl.load(lr)
-        value = tl.load(alpha + at, mask=ok, other=0.0)
-        tl.store(alpha + at, value - update, mask=ok)
+        value = tl.load(alpha + at, mask=ok, other=0.0) - update
+        if SHRINKS:
+            near = tl.load(start + cols, mask=ok, other=0.0)
+            by = tl.load(threshold)
+            distance = value - near
+            moved = tl.where(distance > 0, value - by, value + by)
+            value = tl.where(tl.abs(distance) <= by, near, moved)
+        tl.store(alpha + at, value, mask=ok)
 
 
 def plan_row_adam(
@@ -66,6 +76,8 @@ def plan_row_adam(
     lr: Tensor,
     betas: tuple[float, float],
     eps: float,
+    start: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> Launch:
     """The launch of ``row_adam``; its arguments."""
     rows, columns = alpha.shape
@@ -78,11 +90,14 @@ def plan_row_adam(
         "correction2": correction2,
         "occurred": occurred,
         "lr": lr,
+        "start": alpha if start is None else start,
+        "threshold": lr if threshold is None else threshold,
         "C": columns,
         "weight1": 1 - betas[0],
         "weight2": 1 - betas[1],
         "eps": eps,
         "BN": _COLUMNS,
+        "SHRINKS": start is not None,
     }
     return Launch(row_adam_kernel, (rows * triton.cdiv(columns, _COLUMNS),), arguments, 4, 1)
 
@@ -98,6 +113,8 @@ def row_adam(
     lr: Tensor,
     betas: tuple[float, float],
     eps: float,
+    start: Tensor | None = None,
+    threshold: Tensor | None = None,
 ) -> None:
     """Moves filters and moments of the rows that occurred, in place.
 
@@ -107,6 +124,8 @@ def row_adam(
             of other rows are not read.
         occurred: ``[K]`` bool.
         lr: fp32 scalar on the device: a captured CUDA graph reads it anew at every replay.
+        start, threshold: ``[C]`` fp32 and an fp32 scalar on the device: entries then end nearer to
+            ``start`` by the threshold, and exactly there if they are no farther from it.
 
     Raises:
         ValueError: for matrices that are not contiguous.
@@ -123,12 +142,28 @@ def row_adam(
             )
     if alpha.numel():
         plan_row_adam(
-            alpha, grad, exp_avg, exp_avg_sq, correction1, correction2, occurred, lr, betas, eps
+            alpha,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            correction1,
+            correction2,
+            occurred,
+            lr,
+            betas,
+            eps,
+            start,
+            threshold,
         ).run()
 
 
 def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
-    """A launch of the kernel, on tensors without memory, to compile it."""
+    """Launches of the kernel, on tensors without memory, to compile it in both forms."""
     matrix, row = meta(torch.float32, 1000, 26560), meta(torch.float32, 1000)
-    occurred, lr = meta(torch.bool, 1000), meta(torch.float32)
-    return [plan_row_adam(*[matrix] * 4, row, row, occurred, lr, (0.9, 0.99), 1e-8)]
+    occurred, scalar, start = (
+        meta(torch.bool, 1000),
+        meta(torch.float32),
+        meta(torch.float32, 26560),
+    )
+    step = (*[matrix] * 4, row, row, occurred, scalar, (0.9, 0.99), 1e-8)
+    return [plan_row_adam(*step), plan_row_adam(*step, start, scalar)]

@@ -56,7 +56,10 @@ def test_default_targets_of_convolutional_networks(options):
 def test_targets_of_transformers_and_patterns():
     net = make_net("vit")
     ends = {name.split(".", 2)[2] for name in net.masked_layers}
-    assert ends == {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"}
+    assert ends == {"attn.qkv", "mlp.fc1"}
+    assert len(make_net("vit", targets=["attn.proj", "fc2"]).masked_layers) == len(
+        net.masked_layers
+    )
     assert list(make_net(targets="layer3.*").masked_layers) == [
         f"layer3.0.{n}" for n in ("bn1", "bn2", "downsample.1")
     ]
@@ -155,7 +158,26 @@ def test_hard_gates_are_exact_zeros_and_ones_without_noise():
     noisy = hard_gate(alpha, torch.tensor([0.5, 0.5, 0.5, 1 - 1e-6]))
     assert noisy[3] == 1
     assert 0 < noisy[0] < noisy[2] < 1
-    assert soft_gate(torch.full((2,), 3.0)).tolist() == [1, 1]
+    for start in (3.0, -1.0):
+        assert soft_gate(torch.full((17,), start), start).tolist() == [1] * 17
+
+
+@torch.no_grad()
+def test_soft_gates_start_where_they_are_told_and_are_saved_with_it(tmp_path):
+    for kind, start in (("vit", -1.0), ("vgg", 3.0)):
+        layer = next(iter(make_net(kind, moved=False).masked_layers.values()))
+        assert layer.filter_starts() == {"alpha_hard": layer.alpha_init, "alpha_soft": start}
+        assert layer.alpha_soft.unique().tolist() == [start]
+    net = make_net("vit", moved=False, soft_init=0.5)
+    assert torch.equal(net(images(), 1), net(images(), None))
+    layer = net.masked_layers["blocks.0.mlp.fc1"]
+    layer.alpha_soft[1] += torch.randn(layer.alpha_soft.shape[1])
+    net.save_pretrained(tmp_path)
+    again = wfnet.WFNet.from_pretrained(tmp_path, net.bake(None))
+    assert torch.equal(again(images(), 1), net(images(), 1))
+    assert "soft_init" not in vars(net.bake(1).get_submodule("blocks.0.mlp.fc1"))
+    with pytest.raises(ValueError, match="soft_init is the start of durable gates"):
+        wfnet.WFNet(models.create("vgg", CLASSES, width=8), CLASSES, soft_init=1.0)
 
 
 @torch.no_grad()

@@ -108,7 +108,27 @@ def test_default_targets_leave_head_and_stem_of_transformers_alone():
     squeeze = choose_targets(tv("squeezenet1_1"))
     assert "classifier.1" not in squeeze
     vit = choose_targets(tm("vit_tiny_patch16_224", img_size=32, depth=1))
-    assert vit == ["blocks.0.attn.qkv"]
+    assert vit == [f"blocks.0.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+
+def test_the_papers_setting_is_one_word():
+    vit = tm("vit_tiny_patch16_224", img_size=32, depth=2)
+    assert choose_targets(vit, "qkv") == ["blocks.0.attn.qkv", "blocks.1.attn.qkv"]
+
+
+def test_linear_maps_outside_of_blocks_and_of_position_biases_are_left_alone():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.dense, self.gate = (nn.Linear(4, 4) for _ in range(3))
+            self.rel_pos = nn.ModuleDict({"fc1": nn.Linear(2, 4)})
+
+    model = nn.Module()
+    model.fc1 = nn.Linear(4, 4)
+    model.layer = nn.ModuleList([Block(), nn.ModuleDict({"fc1": nn.Linear(4, 4)})])
+    model.pool = nn.ModuleDict({"q": nn.Linear(4, 4), "proj": nn.Linear(4, 4)})
+    model.head = nn.Linear(4, CLASSES)
+    assert choose_targets(model) == ["layer.0.query", "layer.0.dense", "pool.q", "pool.proj"]
 
 
 @pytest.mark.parametrize(

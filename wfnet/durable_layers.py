@@ -4,12 +4,16 @@ A gate in front of BatchNorm that is not exactly 0 is divided out when statistic
 anew. These layers put it behind (design section 7)::
 
     y[b,o] = g * (gamma * (u - mean_c) / sqrt(var_c + eps) + beta)        c = forget[b]
-    g      = h(alpha_hard) * sigmoid(alpha_soft) / sigmoid(3)
+    g      = h(alpha_hard) * sigmoid(alpha_soft) / sigmoid(soft_init)
 
 ``h`` is the hard concrete gate (Louizos et al., "Learning Sparse Neural Networks through L0
 Regularization", ICLR 2018): random in untraining, exactly 0 or 1 elsewhere. ``mean_c`` and
 ``var_c`` are what a network that never knew class c would have measured. Layers without BatchNorm
 are multiplied by ``g`` behind their bias.
+
+Soft gates behind BatchNorm start at 3: they only attenuate. Those of linear maps start at -1 and
+range up to 3.7: what a transformer's closed gates took away from other classes, the open ones give
+back (benchmarks/experiments.py durable; docs/durable.md).
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from wfnet.labels import active_selection, check_range
 from wfnet.layers import MaskedLayer
 
 SOFT_INIT = 3.0
+LINEAR_SOFT_INIT = -1.0
 # Shape of the hard concrete distribution: stretched to (LOW, HIGH), then clipped to [0, 1].
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 0.66
 
@@ -100,10 +105,10 @@ def hard_gate(alpha: Tensor, uniform: Tensor | None = None) -> Tensor:
     return (noisy * (HIGH - LOW) + LOW).clamp(0, 1)
 
 
-def soft_gate(alpha: Tensor) -> Tensor:
-    """``sigmoid(alpha) / sigmoid(3)``: exactly 1 at the start."""
-    start = torch.sigmoid(torch.full((), SOFT_INIT, dtype=alpha.dtype, device=alpha.device))
-    return torch.sigmoid(alpha) / start
+def soft_gate(alpha: Tensor, start: float = SOFT_INIT) -> Tensor:
+    """``sigmoid(alpha) / sigmoid(start)``: exactly 1 at the start."""
+    least = torch.sigmoid(torch.full((), start, dtype=alpha.dtype, device=alpha.device))
+    return torch.sigmoid(alpha) / least
 
 
 def durable_type(layer: nn.Module) -> type[DurableLayer] | None:
@@ -128,10 +133,12 @@ class DurableLayer(MaskedLayer):
     Attributes:
         alpha_hard: ``[num_classes, O]``, which channels are closed.
         alpha_soft: ``[num_classes, O]``, how far the open ones are attenuated.
+        soft_init: first value of ``alpha_soft``.
         mode: see :class:`GateMode`; of the network that the layer belongs to.
     """
 
     normalize_gate = True
+    soft_init: float = SOFT_INIT
     mode: GateMode
 
     def _add_filters(
@@ -141,7 +148,10 @@ class DurableLayer(MaskedLayer):
         normalize_gate: bool,
         backend: str,
         filter_dtype: torch.dtype | None,
+        soft_init: float | None = None,
     ) -> None:
+        if soft_init is not None:
+            self.soft_init = float(soft_init)
         if not (math.isfinite(alpha_init) and alpha_init > 0):
             raise ValueError(
                 f"alpha_init={alpha_init} must be above 0 for durable gates: a fresh gate is open"
@@ -155,11 +165,16 @@ class DurableLayer(MaskedLayer):
         shape = (self.num_classes, self.weight.shape[0])
         device = self.weight.device
         self.alpha_hard = nn.Parameter(torch.full(shape, alpha_init, dtype=dtype, device=device))
-        self.alpha_soft = nn.Parameter(torch.full(shape, SOFT_INIT, dtype=dtype, device=device))
+        self.alpha_soft = nn.Parameter(
+            torch.full(shape, self.soft_init, dtype=dtype, device=device)
+        )
         self.mode = GateMode()
         for parameter in (self.weight, self.bias):
             if parameter is not None:
                 parameter.requires_grad_(False)
+
+    def filter_starts(self) -> dict[str, float]:
+        return {"alpha_hard": self.alpha_init, "alpha_soft": self.soft_init}
 
     def named_statistics(self) -> dict[str, Tensor]:
         """Tables ``[num_classes, O]`` that are measured, not learned, by name."""
@@ -167,7 +182,7 @@ class DurableLayer(MaskedLayer):
 
     def gates(self, kind: str = "weight") -> Tensor:
         """Gates ``[num_classes, O]`` as they are outside untraining."""
-        return hard_gate(self.alpha_hard) * soft_gate(self.alpha_soft)
+        return hard_gate(self.alpha_hard) * soft_gate(self.alpha_soft, self.soft_init)
 
     def close_below(self, threshold: float, forget: Sequence[int]) -> None:
         closed = torch.zeros_like(self.alpha_hard, dtype=torch.bool)
@@ -181,7 +196,7 @@ class DurableLayer(MaskedLayer):
         uniform = None if noise is None else noise[self.layer_name]
         gate = hard_gate(self.alpha_hard.index_select(0, labels), uniform)
         if self.mode.soft:
-            gate = gate * soft_gate(self.alpha_soft.index_select(0, labels))
+            gate = gate * soft_gate(self.alpha_soft.index_select(0, labels), self.soft_init)
         return gate
 
     def row_gates(self, rows: Tensor) -> Tensor:
@@ -243,6 +258,7 @@ class DurableLinear(_GatedOutput, nn.Linear):
 
     _base_type = nn.Linear
     _channel_dim = -1
+    soft_init = LINEAR_SOFT_INIT
 
 
 @register_durable(nn.Conv2d)

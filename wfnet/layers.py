@@ -73,6 +73,10 @@ class MaskedLayer(nn.Module):
             if name.startswith("alpha_") and parameter is not None
         }
 
+    def filter_starts(self) -> dict[str, float]:
+        """First values of the entries of :meth:`named_filters`, by the same names."""
+        return dict.fromkeys(self.named_filters(), self.alpha_init)
+
     def _add_filters(
         self,
         num_classes: int,
@@ -198,7 +202,7 @@ class MaskedLayer(nn.Module):
 # Attributes that a baked layer leaves behind, or that it gets copies of.
 _FILTER_STATE = frozenset(
     ("num_classes", "alpha_init", "normalize_gate", "gate_scale", "backend", "layer_name", "mode")
-    + ("_base_type", "_parameters", "_buffers")
+    + ("soft_init", "_base_type", "_parameters", "_buffers")
 )
 
 

@@ -1,4 +1,4 @@
-"""WFNet: a frozen classifier whose convolutions or qkv projections are masked layers."""
+"""WFNet: a frozen classifier whose convolutions or linear maps are masked layers."""
 
 from __future__ import annotations
 
@@ -46,8 +46,9 @@ class WFNet(nn.Module):
         model: any classifier. If it already contains WF layers, they are used as they are.
         num_classes: classes of the classifier, and rows of every filter matrix.
         targets: layers to mask: module names, shell-style patterns or layer types (or a list of
-            them). By default the qkv projections if the model has any, else all convolutions;
-            never the head, ``pre_logits`` or the patch embedding.
+            them). By default the linear maps of a transformer's blocks (``attn.qkv``,
+            ``attn.proj``, ``mlp.fc1``, ``mlp.fc2``), else all convolutions; never the head,
+            ``pre_logits`` or the patch embedding. The paper masks "qkv" alone.
         alpha_init, normalize_gate, filter_dtype: see :class:`wfnet.WFConv2d`. With durable gates,
             ``alpha_init`` is the start of the hard ones.
         backend: backend of all masked layers.
@@ -64,6 +65,8 @@ class WFNet(nn.Module):
         gate: "sigmoid": gates in front of BatchNorm, as in the paper. "durable": gates behind it
             that can be exactly 0, with statistics per row (:mod:`wfnet.durable_layers`): baked
             networks then withstand the re-estimation of BatchNorm.
+        soft_init: start of durable soft gates, which range up to ``1 / sigmoid(soft_init)``; None:
+            -1 behind linear maps, 3 behind BatchNorm and convolutions.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
@@ -88,6 +91,7 @@ class WFNet(nn.Module):
         fuse: bool | str = False,
         head: str | None = None,
         gate: str = "sigmoid",
+        soft_init: float | None = None,
     ):
         super().__init__()
         if isinstance(model, WFNet):
@@ -100,6 +104,10 @@ class WFNet(nn.Module):
             raise ValueError(f"gate={gate!r} is none of {', '.join(GATES)}")
         self.gate = gate
         durable = gate == "durable"
+        if soft_init is not None and not durable:
+            raise ValueError("soft_init is the start of durable gates; give gate='durable'")
+        self.soft_init = soft_init
+        more = {"soft_init": soft_init} if durable else {}
         self.alpha_init = float(alpha_init)
         self.normalize_gate = normalize_gate
         self.head = head
@@ -118,6 +126,7 @@ class WFNet(nn.Module):
                     normalize_gate=normalize_gate,
                     backend=backend,
                     filter_dtype=filter_dtype,
+                    **more,
                 )
             except ValueError as error:
                 raise ValueError(f"layer {name!r} cannot be masked: {error}") from error

@@ -11,6 +11,7 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
+from wfnet.durable_layers import SOFT_INIT
 from wfnet.layers import LayerNames
 from wfnet.services.files import digest, fingerprint, read_tensors, write_json, write_tensors
 from wfnet.version import __version__
@@ -43,6 +44,7 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
         "filter_dtype": str(net.filter_parameters()[0].dtype).removeprefix("torch."),
         "base_fingerprint": fingerprint(net.model),
         "gate": net.gate,
+        "soft_init": net.soft_init,
         "filters_digest": filters_digest(net),
     }
     # The filters carry a copy, so that a save interrupted between the two files is noticed.
@@ -117,6 +119,9 @@ def load_filters(
             f"{found[:12]}..., {folder / CONFIG_NAME} expects {config['base_fingerprint'][:12]}... "
             f"(a {config.get('model', 'model')}); load the original weights in their original dtype"
         )
+    gate = config.get("gate", "sigmoid")
+    # All soft gates of earlier versions started at 3.
+    soft_init = config.get("soft_init", SOFT_INIT if gate == "durable" else None)
     net = cls(
         base_model,
         config["num_classes"],
@@ -125,7 +130,8 @@ def load_filters(
         normalize_gate=config.get("normalize_gate", True),
         backend=backend,
         filter_dtype=getattr(torch, config.get("filter_dtype", "float32")),
-        gate=config.get("gate", "sigmoid"),
+        gate=gate,
+        soft_init=soft_init,
     )
     assign_filters(net, tensors, folder / FILTERS_NAME, statistics=True)
     # Files of earlier versions have no digest.

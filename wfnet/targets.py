@@ -1,4 +1,4 @@
-"""Which layers a network masks: named by the user, or the qkv projections or convolutions."""
+"""Which layers a network masks: named by the user, or linear maps of blocks or convolutions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ Targets = str | type | Sequence[str | type] | None
 # torchvision and transformers.
 _QKV_NAME = re.compile(r"(to_)?(qkv|kv|q|k|v)(_proj)?|query|key|value")
 # And of the other linear maps of a transformer's block.
-_BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|out_proj|fc1|fc2")
-# Never masked by default: patch embeddings, and what prepares features for the head (timm's VGG).
-_NOT_BY_DEFAULT = {"patch_embed", "conv_proj", "pre_logits"}
+_BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|out_proj|fc1|fc2|dense")
+# A block's name ends with its number: blocks.0 of blocks.0.attn.qkv.
+_BLOCK = re.compile(r"(.*\.)?\d+(?=\.)")
+# Never masked by default: patch embeddings, what prepares features for the head (timm's VGG), and
+# small networks that compute position biases, whose batch is no batch of images.
+_NOT_BY_DEFAULT = {"patch_embed", "conv_proj", "pre_logits", "cpb_mlp", "meta_mlp", "rel_pos"}
 
 
 def check_samples_are_independent(model: nn.Module) -> None:
@@ -51,11 +54,12 @@ def choose_targets(
 
     Args:
         model: the classifier.
-        targets: names, shell-style patterns or layer types, or a list of them; None: the qkv
-            projections if the model has any, else all convolutions, but never the head.
+        targets: names, shell-style patterns or layer types, or a list of them; None: of a
+            transformer the linear maps of its blocks (``attn.qkv``, ``attn.proj``, ``mlp.fc1``,
+            ``mlp.fc2``), else all convolutions, but never the head. "qkv" is the paper's setting.
         num_classes: outputs of the head, by which it is told from other layers.
-        durable: layers with gates behind them: every BatchNorm, else the linear maps of a
-            transformer's blocks, else all convolutions. Patterns choose among these.
+        durable: layers with gates behind them: every BatchNorm, else ``attn.qkv`` and ``mlp.fc1``
+            of a transformer, else all convolutions. Patterns choose among these.
 
     Raises:
         TypeError, ValueError: for targets that are none of these, that match nothing, or that name
@@ -112,12 +116,12 @@ def _durable_targets(model: nn.Module, targets: Targets, num_classes: int | None
     layers = {n: m for n, m in model.named_modules() if n and m not in heads and durable_type(m)}
     inner = {n: m for n, m in layers.items() if not _NOT_BY_DEFAULT & set(n.split("."))}
     norms = [n for n, m in inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)]
-    maps = [
-        n
-        for n, m in inner.items()
-        if isinstance(m, nn.Linear) and _BLOCK_LINEAR.fullmatch(n.rpartition(".")[2])
-    ]
-    usual = norms or maps or [n for n, m in inner.items() if isinstance(m, nn.Conv2d)]
+    maps = _linear_maps(inner, _BLOCK_LINEAR)
+    possible = norms or maps or [n for n, m in inner.items() if isinstance(m, nn.Conv2d)]
+    usual = possible
+    if not norms and _linear_maps(inner, _QKV_NAME):
+        # Gates behind attn.proj and mlp.fc2 too cost more of the other classes.
+        usual = [n for n in maps if _QKV_NAME.fullmatch(_last(n)) or _last(n) == "fc1"]
     if targets is None:
         chosen = set(usual)
     else:
@@ -129,7 +133,7 @@ def _durable_targets(model: nn.Module, targets: Targets, num_classes: int | None
             elif target in layers:
                 found = [target]
             else:
-                found = [] if exact else [n for n in usual if _matches(n, target)]
+                found = [] if exact else [n for n in possible if _matches(n, target)]
             if not found:
                 raise ValueError(
                     f"target {target!r} matches no layer of {type(model).__name__} that can have "
@@ -171,11 +175,7 @@ def _default_targets(model: nn.Module, num_classes: int | None = None) -> list[s
     for name, m in model.named_modules():  # a patch embedding by another name (MLP-Mixer's stem)
         if "PatchEmbed" in type(m).__name__:
             candidates = {n: c for n, c in candidates.items() if not n.startswith(f"{name}.")}
-    qkv = [
-        name
-        for name, m in candidates.items()
-        if isinstance(m, nn.Linear) and _QKV_NAME.fullmatch(name.rpartition(".")[2])
-    ]
+    qkv = _linear_maps(candidates, _QKV_NAME)
     attention = [n for n, m in candidates.items() if isinstance(m, nn.MultiheadAttention)]
     if not qkv and attention:
         raise ValueError(
@@ -183,7 +183,10 @@ def _default_targets(model: nn.Module, num_classes: int | None = None) -> list[s
             "its own, so it cannot be masked; use an implementation with a qkv linear layer "
             "(timm's, for example), or name other layers in targets="
         )
-    chosen = qkv or [name for name, m in candidates.items() if isinstance(m, nn.Conv2d)]
+    # The residual stream goes past qkv alone: all linear maps of the blocks take part.
+    blocks = {_block(name) for name in qkv}
+    chosen = [n for n in _linear_maps(candidates, _BLOCK_LINEAR) if _block(n) in blocks]
+    chosen = chosen or [name for name, m in candidates.items() if isinstance(m, nn.Conv2d)]
     if not chosen:
         raise ValueError(
             f"{type(model).__name__} has no convolution and no qkv projection that could be "
@@ -194,6 +197,23 @@ def _default_targets(model: nn.Module, num_classes: int | None = None) -> list[s
     return chosen
 
 
+def _last(name: str) -> str:
+    """The last part of a layer's name."""
+    return name.rpartition(".")[2]
+
+
+def _linear_maps(layers: dict[str, nn.Module], pattern: re.Pattern) -> list[str]:
+    """Names of the linear layers whose last part is as the pattern says."""
+    linear = (name for name, layer in layers.items() if isinstance(layer, nn.Linear))
+    return [name for name in linear if pattern.fullmatch(_last(name))]
+
+
+def _block(name: str) -> str:
+    """The name of the block that a layer lies in; of a layer in none, that of its parent."""
+    found = _BLOCK.match(name)
+    return found.group() if found else name.rpartition(".")[0]
+
+
 def _check_target(model: nn.Module, name: str) -> None:
     layer = model.get_submodule(name)
     if isinstance(layer, MaskedLayer):
@@ -201,7 +221,7 @@ def _check_target(model: nn.Module, name: str) -> None:
     if masked_type(layer) is None:
         raise ValueError(refuse_layer(layer, name))
     parent = model.get_submodule(name.rpartition(".")[0])
-    if uses_weight_directly(parent, name.rpartition(".")[2]):
+    if uses_weight_directly(parent, _last(name)):
         raise ValueError(bypass_message(name, parent))
 
 

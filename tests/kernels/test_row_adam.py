@@ -10,8 +10,8 @@ from wfnet.untraining.optimizers import RowAdam
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize("width", [40, 1500])
-def test_steps_of_some_rows(width, monkeypatch, check):
+@pytest.mark.parametrize(("width", "shrink"), [(40, 0.0), (1500, 0.0), (40, 0.3)])
+def test_steps_of_some_rows(width, shrink, monkeypatch, check):
     """The others do not move, and their gradients are not read."""
 
     def params(dtype):
@@ -20,7 +20,8 @@ def test_steps_of_some_rows(width, monkeypatch, check):
         return [torch.nn.Parameter(part) for part in drawn.split([width - 8, 8], 1)]
 
     mine, exact = params(torch.float32), params(torch.float64)
-    ours, theirs = RowAdam(mine, lr=0.1), RowAdam(exact, lr=0.1)
+    settings = {"lr": 0.1, "shrink": shrink, "starts": [0.5, -1.0]}
+    ours, theirs = RowAdam(mine, **settings), RowAdam(exact, **settings)
     monkeypatch.setattr(ours, "_fused", lambda grad: True)
     monkeypatch.setattr(theirs, "_fused", lambda grad: False)
     with flatten_filters(mine), flatten_filters(exact):
@@ -37,6 +38,8 @@ def test_steps_of_some_rows(width, monkeypatch, check):
             theirs.step(occurred=occurred)
         found, truth = torch.cat(list(mine), 1), torch.cat(list(exact), 1)
         assert torch.equal(found[[1, 3]].double(), start[[1, 3]])
+        assert torch.equal(found == 0.5, truth == 0.5)
+        assert bool((truth == 0.5).any()) == (shrink > 0)
         check(found - start.float(), truth - start)
     for name, moment in ours.moments().items():
         check(moment, theirs.moments()[name])

@@ -133,6 +133,7 @@ SETTINGS = {
     "uneven": {"steps": 6, "batch_size": 6},
     "fewer images than ranks": {"steps": 6, "batch_size": 2},
     "accumulated": {"steps": 4, "batch_size": 6, "grad_accum_steps": 2},
+    "compound rows": {"steps": 6, "batch_size": 6, "compound": 0.5, "shrink": 0.2},
     "paper": {},
     "corrupt": {"steps": 10, "batch_size": 4, "share_images": False, "max_corrupt": 30},
 }

@@ -50,6 +50,48 @@ def test_rows_are_uniform_over_the_other_classes_and_independent():
     assert 0.23 < repeated < 0.27  # with replacement
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_compound_rows_come_beside_the_single_ones(share):
+    labels = torch.tensor([2, 0, 1, 3] * 25)
+    single = expand(labels, 4, 3, generator_for(2), share)
+    batch = expand(labels, 4, 3, generator_for(2), share, compound=0.5)
+    twos = batch.forget[:, 1] >= 0
+    ones = ~twos
+    assert torch.equal(batch.forget[ones][:, 0], single.forget)
+    assert torch.equal(batch.source[ones], single.source)
+    forgotten, retained = batch.forget_half, batch.retain_half
+    size = len(labels) if share else len(labels) // 2
+    own, other = batch.forget[forgotten][twos[forgotten]].T
+    assert torch.equal(batch.source[forgotten][twos[forgotten]], torch.arange(size // 2))
+    assert torch.equal(own, labels[: size // 2])
+    assert (other != own).all()
+    rows, target = batch.forget[retained][twos[retained]], batch.target[retained][twos[retained]]
+    assert len(rows) == size
+    assert (rows != target[:, None]).all()
+    assert (rows[:, 0] != rows[:, 1]).all()
+    for label in range(4):  # three pairs of the other rows, in either order
+        found = rows[target == label].sort(1).values.unique(dim=0)
+        assert len(found) == 3
+    for half in (forgotten, retained):
+        weight, pairs = batch.weight[half], twos[half]
+        torch.testing.assert_close(weight[pairs].sum(), 0.5 * weight[~pairs].sum())
+    assert batch.rows.tolist() == [0, 1, 2, 3]
+
+
+def test_compound_rows_are_of_the_classes_that_are_untrained():
+    """Single rows where there are no two: the second is then -1."""
+    labels = torch.tensor([0, 1, 3, 3] * 5)
+    batch = expand(labels, 4, 1, generator_for(0), True, rows=torch.tensor([1, 3]), compound=1.0)
+    retained = batch.forget[batch.retain_half][len(labels) :]
+    expected = {0: {(1, 3), (3, 1)}, 1: {(3, -1)}, 3: {(1, -1)}}
+    for label, rows in expected.items():
+        assert {tuple(pair.tolist()) for pair in retained[labels == label]} == rows
+    pairs = batch.forget[len(labels) : batch.forget_size].tolist()
+    assert {tuple(pair) for pair in pairs} >= {(1, 3), (3, 1)}
+    two = expand(torch.tensor([0, 1]), 2, 1, generator_for(0), True, compound=0.5)
+    assert two.forget[5:].tolist() == [[1, -1], [0, -1]]
+
+
 def test_two_classes_have_one_other_row():
     labels = torch.tensor([0, 1, 1, 0])
     assert random_other_rows(labels, 2, generator_for(0)).tolist() == [1, 0, 0, 1]

@@ -65,9 +65,9 @@ def test_measuring_takes_no_more_memory_than_the_run(runs, monkeypatch, share, m
     measured = []
     real = memory.expand
 
-    def expand_noted(labels, *rest):
+    def expand_noted(labels, *rest, **options):
         measured.append(len(labels))
-        return real(labels, *rest)
+        return real(labels, *rest, **options)
 
     monkeypatch.setattr(memory, "expand", expand_noted)
     estimate = step_memory(runs.network(), (1, 12, 12), 2, share, most_images=most)

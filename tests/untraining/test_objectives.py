@@ -9,7 +9,7 @@ from torch import nn
 
 from wfnet import WFNet
 from wfnet.services.seeds import generator_for
-from wfnet.untraining.expansion import expand
+from wfnet.untraining.expansion import ExpandedBatch, expand
 from wfnet.untraining.objectives import (
     BalancedObjective,
     PaperObjective,
@@ -81,6 +81,23 @@ def test_balanced(distil):
     torch.testing.assert_close(losses.total, retain + 0.7 * forget)
     torch.testing.assert_close(losses.terms["forget"], forget)
     torch.testing.assert_close(losses.terms["retain"], retain)
+
+
+def test_compound_samples_count_in_the_same_two_terms():
+    """As the loss of the single samples, and ``compound`` times that of the compound ones."""
+    torch.manual_seed(0)
+    labels = torch.arange(8) % 5
+    single = expand(labels, 5, 2, generator_for(0), share_images=True)
+    batch = expand(labels, 5, 2, generator_for(0), share_images=True, compound=0.5)
+    logits, original = torch.randn(len(batch), 5).double(), torch.randn(8, 5).double()
+    twos = batch.forget[:, 1] >= 0
+    forgotten = int(twos[batch.forget_half].sum())
+    pairs = ExpandedBatch(batch.forget[twos], batch.source[twos], batch.target[twos], forgotten)
+    objective = BalancedObjective(lambda1=0.7)
+    losses = objective(logits, batch, original, make_net())
+    one = objective(logits[~twos], single, original, make_net())
+    two = objective(logits[twos], pairs, original, make_net())
+    torch.testing.assert_close(losses.total, (one.total + 0.5 * two.total) / 1.5)
 
 
 def test_paper():

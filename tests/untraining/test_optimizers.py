@@ -160,8 +160,63 @@ def test_where_the_kernel_does_not_run_the_tensor_operations_do(monkeypatch, cap
     assert torch.equal(ours.moments()["steps"], theirs.moments()["steps"])
     assert len(calls) == 1
     assert "tensor operations: Failed to find C compiler" in caplog.text
-    *_, lr, _betas, _eps = calls[0]
+    lr = calls[0][7]
     assert lr.shape == ()
+
+
+# -- shrinking towards the start ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["rows", "all", "occurred", "grad", "flat", "flat_occurred"])
+def test_rows_that_moved_shrink_towards_their_start(how):
+    """The step is Adam's, then each entry is drawn to its start by lr * shrink, and not past it."""
+    starts = [3.0, -1.0]
+    params, plain = make_params(), make_params()
+    for group in (params, plain):
+        for p, start in zip(group, starts, strict=True):
+            p.data.mul_(0.02).add_(start)
+    ours = RowAdam(params, lr=0.01, shrink=0.5, starts=starts)
+    adam = RowAdam(plain, lr=0.01)
+    rows = torch.arange(5) if how == "all" else torch.tensor([0, 3])
+    set_grads(params, 1, rows)
+    set_grads(plain, 1, rows)
+    occurred = torch.zeros(5, dtype=torch.bool).index_fill_(0, rows, True)
+    before = [p.detach().clone() for p in params]
+    with flatten_filters(params) if "flat" in how else nullcontext():
+        if "occurred" in how:
+            ours.step(occurred=occurred)
+        else:
+            ours.step(rows=None if how == "grad" else rows)
+    adam.step(rows=rows)
+    for p, old, moved, start in zip(params, before, plain, starts, strict=True):
+        distance = moved.detach() - start
+        shrunk = start + distance.sign() * (distance.abs() - 0.005).clamp_min(0)
+        torch.testing.assert_close(p[rows].detach(), shrunk[rows], rtol=1e-12, atol=1e-12)
+        assert torch.equal(p[~occurred], old[~occurred])
+        assert torch.equal(p[rows] == start, (distance.abs() <= 0.005)[rows])
+    found = torch.cat([(p == s)[rows] for p, s in zip(params, starts, strict=True)], 1)
+    assert found.any()
+    assert not found.all()
+
+
+def test_shrinking_of_bfloat16_and_by_a_tensor():
+    params = make_params(dtype=BF16)
+    ours = RowAdam(params, lr=0.125, shrink=100.0, starts=[3.0, -1.0])
+    ours.param_groups[0]["shrink"] = torch.tensor(0.0)
+    plain = make_params(dtype=BF16)
+    adam = RowAdam(plain, lr=0.125)
+    for optimizer, group in ((ours, params), (adam, plain)):
+        set_grads(group, 0)
+        optimizer.step(rows=torch.tensor([1]))
+    for a, b in zip(params, plain, strict=True):
+        assert torch.equal(a, b)
+    ours.param_groups[0]["shrink"] = torch.tensor(100.0)
+    ours.step(occurred=torch.tensor([False, True, False, False, False]))
+    for p, old, start in zip(params, plain, [3.0, -1.0], strict=True):
+        assert (p[1] == start).all()
+        assert torch.equal(p[2:], old[2:])
+    with pytest.raises(ValueError, match="one start for each filter matrix"):
+        RowAdam(params, shrink=0.1, starts=[3.0])
 
 
 # -- filters in bfloat16 --------------------------------------------------------------------------

@@ -29,6 +29,11 @@ from wfnet.services.settings import Number
         ({"workers": -1}, "workers"),
         ({"clip": 0.0}, "clip"),
         ({"batch_size": "32"}, "batch_size must be a whole number"),
+        (
+            {"objective": "durable", "batch_size": 40, "compound": 0.5},
+            "durable has no compound rows",
+        ),
+        ({"optimizer": "sgd", "shrink": 0.1}, "shrink is a part of optimizer='row_adam'"),
         ({"steps": 2.5}, "steps must be a whole number.*, got 2.5"),
         ({"share_images": "yes"}, "share_images='yes' is not one of True, False"),
     ],
@@ -64,11 +69,23 @@ def test_lengths_and_sizes():
     assert config.steps_per_epoch(96) == 12
     assert config.total_steps(96) == 6
     assert UntrainConfig(steps=7, batch_size=8, share_images=False).images == 8
+    assert UntrainConfig(steps=7, batch_size=8, compound=0.5).samples == 16 + 4 + 2
+
+
+def test_the_learning_rate_decays_and_shrinking_ends_before():
+    config = UntrainConfig(steps=10, lr=2.0, lr_final=0.1, shrink=0.15)
+    assert config.lr_at(0, 10) == 2
+    assert config.lr_at(5, 10) == pytest.approx(1.1)
+    assert config.lr_at(10, 10) == pytest.approx(0.2)
+    assert [config.shrink_at(step, 10) for step in (0, 6, 7, 9)] == [0.15, 0.15, 0, 0]
+    assert UntrainConfig(steps=10, lr=2.0, schedule="constant").lr_at(9, 10) == 2
 
 
 def test_recipes():
     ten, hundred = (UntrainConfig.recipe(num_classes=k) for k in (10, 100))
     assert ten.objective == hundred.objective == "balanced"
+    assert (ten.compound, ten.shrink) == (0.5, 0.15)
+    assert UntrainConfig.recipe(num_classes=2).compound == 0
     assert hundred.steps > ten.steps
     assert hundred.lr < ten.lr
     assert UntrainConfig.recipe(num_classes=100, batch_size=64).steps == hundred.steps // 2

@@ -63,7 +63,7 @@ from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.memory import filter_memory, step_memory
 from wfnet.untraining.untrain_config import RECIPES
-from wfnet.wrapping import QKV_ALPHA_INIT, wrap
+from wfnet.wrapping import DURABLE_ALPHA_INIT, wrap
 
 logger = logging.getLogger("wfnet")
 
@@ -161,7 +161,8 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "--targets",
         nargs="+",
         metavar="NAME",
-        help="layers to mask: names or patterns (default: qkv projections, else convolutions)",
+        help="layers to mask: names or patterns (default: the linear maps of a transformer's "
+        "blocks, else convolutions; the paper masks qkv)",
     )
     add_config_options(group, UntrainConfig, "steps", "epochs", "batch_size", "grad_accum_steps")
     group.add_argument(
@@ -183,13 +184,13 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
         "share_images",
         "sampler",
     )
-    add_config_options(group, UntrainConfig, "clip")
+    add_config_options(group, UntrainConfig, "compound", "shrink", "clip")
     group.add_argument(
         "--alpha-init",
         type=settings.filter_entry,
         metavar="X",
-        help=f"first value of filter entries (default: 3; {QKV_ALPHA_INIT:g} where recipe balanced "
-        "masks qkv projections)",
+        help=f"first value of filter entries (default: 3; of the hard gates of recipe durable "
+        f"{DURABLE_ALPHA_INIT:g})",
     )
     group.add_argument(
         "--augment", action="store_true", help="crop and mirror training images at random"
@@ -446,6 +447,7 @@ def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Rank
         amp,
         config.channels_last,
         most_images=of_one,
+        compound=config.compound,
     )
     filters = filter_memory(net, config.optimizer)
     entries = {id(p) for p in net.filter_parameters()}

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from wfnet import gates
 from wfnet.data import Batch, CorruptImages, Dataset, classes_of, corrupt_counter, labels_of
-from wfnet.durable_layers import SOFT_INIT
 from wfnet.evaluation import metrics
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, all_pairs
 from wfnet.evaluation.pairs import check_classes
@@ -298,7 +297,7 @@ def _changed_durable_rows(net: WFNet, classes: Tensor, steps: int, seed: int) ->
         order = torch.where(gate == 0, layer.alpha_hard.detach()[rows].sigmoid() - 1, gate)
         relevant_first = order.argsort(dim=1, stable=True)
         counts = (_shares(steps) * gate.shape[1]).round().long().to(gate.device)
-        for kind, opened in (("alpha_hard", layer.alpha_init), ("alpha_soft", SOFT_INIT)):
+        for kind, opened in layer.filter_starts().items():
             learned = getattr(layer, kind).detach()[rows]
             neutral = torch.full_like(learned, opened)
             closed = torch.full_like(learned, -math.inf)

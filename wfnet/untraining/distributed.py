@@ -72,8 +72,13 @@ class SharedObjective(Objective):
             self.forget(logits[batch.forget_half], batch.target[batch.forget_half]),
             self.retain(logits[half], batch.target[half], original),
         )
-        sums = torch.stack([cost.sum() for cost in costs])
-        counts = sums.new_tensor([cost.numel() for cost in costs])
+        if batch.weight is None:
+            sums = torch.stack([cost.sum() for cost in costs])
+            counts = sums.new_tensor([cost.numel() for cost in costs])
+        else:
+            weights = [batch.weight[part] for part in (batch.forget_half, half)]
+            sums = torch.stack([(c * w).sum() for c, w in zip(costs, weights, strict=True)])
+            counts = torch.stack([w.sum() for w in weights]).to(sums.dtype)
         return self._from_sums(sums, counts, net)
 
     def without_samples(self, net: WFNet) -> Losses:

@@ -1,9 +1,12 @@
 """Label expansion: which rows of the filter matrices each image of a minibatch goes through.
 
 Paper, "Multi-class unlearning": half of a minibatch unlearns under the row of its own label, the
-other half is retained under random rows of other classes, each image ``M`` times. Samplers say
-which images make up minibatch number ``step``. Everything here is a function of a seed and a step
-alone, so an interrupted run continues with exactly the batches that it would have seen.
+other half is retained under random rows of other classes, each image ``M`` times. With compound
+rows, each image is retained under two random rows at once besides, and every other one unlearns
+under its own row and another: products of rows then forget each of their classes, and no row rests
+on gates that another one closes. Samplers say which images make up minibatch number ``step``.
+Everything here is a function of a seed and a step alone, so an interrupted run continues with
+exactly the batches that it would have seen.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -28,11 +31,13 @@ class ExpandedBatch:
     The first ``forget_size`` samples are the forget half, the others the retain half.
 
     Attributes:
-        forget: ``[B]`` int64, the row of each sample (its forget label).
+        forget: ``[B]`` int64, the row of each sample (its forget label); with compound rows
+            ``[B, 2]``, padded with -1.
         source: ``[B]`` int64, position in the minibatch of the image of each sample.
         target: ``[B]`` int64, ground-truth label of each sample.
         forget_size: number of samples in the forget half.
         original: ``[n, K]``, the original network's logits for the images, where they are known.
+        weight: ``[B]`` fp32, weights of the samples in the means over a half; None: all equal.
     """
 
     forget: Tensor
@@ -40,6 +45,7 @@ class ExpandedBatch:
     target: Tensor
     forget_size: int
     original: Tensor | None = None
+    weight: Tensor | None = None
 
     @property
     def forget_half(self) -> slice:
@@ -50,6 +56,15 @@ class ExpandedBatch:
     def retain_half(self) -> slice:
         """Samples that keep their label under rows of other classes."""
         return slice(self.forget_size, None)
+
+    @property
+    def rows(self) -> Tensor:
+        """``[R]``, the distinct rows that occur, in order."""
+        return self.forget[self.forget >= 0].unique()
+
+    def weights_of(self, samples: slice | Tensor) -> Tensor | None:
+        """The weights of some samples; None if all are equal."""
+        return None if self.weight is None else self.weight[samples]
 
     def __len__(self) -> int:
         return self.forget.shape[0]
@@ -62,6 +77,7 @@ class ExpandedBatch:
             to_device_async(self.target, device),
             self.forget_size,
             None if self.original is None else to_device_async(self.original, device),
+            None if self.weight is None else to_device_async(self.weight, device),
         )
 
 
@@ -99,6 +115,19 @@ def random_other_rows(
     return rows + (rows >= labels)
 
 
+def _rows_beside(rows: Tensor, generator: torch.Generator, own: Tensor, taken: Tensor) -> Tensor:
+    """Returns one of ``rows`` per entry of ``own`` that is neither it nor ``taken``; -1: none."""
+    other = taken.masked_fill(taken == own, -1)
+    excluded = torch.stack((own, other), 1)
+    place = torch.searchsorted(rows, excluded)
+    among = rows[place.clamp_max(len(rows) - 1)] == excluded
+    left = len(rows) - among.sum(1)
+    draw = (torch.rand(own.shape, generator=generator, dtype=torch.float64) * left).long()
+    for gap in torch.where(among, place, len(rows)).sort(1).values.unbind(1):
+        draw = draw + (draw >= gap)
+    return torch.where(left > 0, rows[draw.clamp_max(len(rows) - 1)], -1)
+
+
 def expand(
     labels: Tensor,
     num_classes: int,
@@ -107,6 +136,7 @@ def expand(
     share_images: bool = False,
     forget_size: int | None = None,
     rows: Tensor | None = None,
+    compound: float = 0.0,
 ) -> ExpandedBatch:
     """Expands a minibatch (paper, "label expansion").
 
@@ -120,9 +150,14 @@ def expand(
         forget_size: number of leading images in the forget half if images are not shared; half of
             them, rounded down, by default.
         rows: ``[R]``, distinct, ascending: classes whose rows are untrained; all by default.
+        compound: weight of compound rows, beside 1 for single ones; 0: there are none. Each
+            retained image goes through two other rows at once, and the first half of the forget
+            images through their own and another, as far as there are so many. In the means over a
+            half all compound samples together weigh ``compound`` times what all others do.
 
     Returns:
-        ``n + n * M`` samples with shared images, else ``forget_size + (n - forget_size) * M``.
+        ``n + n * M`` samples with shared images, else ``forget_size + (n - forget_size) * M``;
+        with compound rows as many more as there are retained images and pairs of forget images.
 
     Raises:
         ValueError: for fewer than 2 classes, M below 1, or labels of the wrong shape.
@@ -139,13 +174,38 @@ def expand(
         forgetting, retaining = torch.arange(cut), torch.arange(cut, n)
     retained = retaining.repeat_interleave(label_expansion)
     others = random_other_rows(labels[retained], num_classes, generator, rows)
-    source = torch.cat((forgetting, retained))
-    return ExpandedBatch(
-        forget=torch.cat((labels[forgetting], others)),
-        source=source,
-        target=labels[source],
-        forget_size=len(forgetting),
+    if not compound:
+        source = torch.cat((forgetting, retained))
+        forget = torch.cat((labels[forgetting], others))
+        return ExpandedBatch(forget, source, labels[source], len(forgetting))
+    twice = forgetting[: len(forgetting) // 2]
+    own, kept = labels[twice], labels[retaining]
+    first = random_other_rows(kept, num_classes, generator, rows)
+    beside = partial(_rows_beside, torch.arange(num_classes) if rows is None else rows, generator)
+    forget = torch.cat(
+        (
+            _padded(labels[forgetting]),
+            torch.stack((own, beside(own, own)), 1),
+            _padded(others),
+            torch.stack((first, beside(kept, first)), 1),
+        )
     )
+    weights = [
+        part
+        for single, double in ((forgetting, twice), (retained, retaining))
+        for part in (
+            torch.ones(len(single)),
+            torch.full((len(double),), compound * len(single) / max(len(double), 1)),
+        )
+    ]
+    source = torch.cat((forgetting, twice, retained, retaining))
+    forget_size = len(forgetting) + len(twice)
+    return ExpandedBatch(forget, source, labels[source], forget_size, weight=torch.cat(weights))
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """``[n, 2]`` of single rows ``[n]``."""
+    return torch.stack((rows, torch.full_like(rows, -1)), 1)
 
 
 class Sampler(ABC):

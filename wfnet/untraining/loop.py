@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -169,6 +169,8 @@ class _Untraining:
         self.net = net
         self.train = train
         self.validation = validation
+        if multi_hot_of(train) is not None:
+            config = replace(config, compound=0.0)  # an image has other labels in any pair of rows
         self.config = config
         self.amp = None if config.amp is None else getattr(torch, config.amp)
         self.params = net.filter_parameters()
@@ -230,7 +232,7 @@ class _Untraining:
             self.corrupt,
             pin_memory=self.device.type == "cuda",
         )
-        self.optimizer = configured_optimizer(config, self.params)
+        self.optimizer = configured_optimizer(config, net)
         self.captures = self._can_capture()
 
         self.steps = config.total_steps(len(labels))
@@ -410,16 +412,10 @@ class _Untraining:
             self._read_losses()
             self.good_filters = self._snapshot()
         rows = None if self.captures else torch.cat([share.rows for share in group]).unique()
-        self.work.move(self._learning_rate(state.step), rows)
+        config, step = self.config, state.step
+        self.work.move(config.lr_at(step, self.steps), rows, config.shrink_at(step, self.steps))
         state.samples += len(group) * self.config.samples
         state.step += 1
-
-    def _learning_rate(self, step: int) -> float:
-        config = self.config
-        if config.schedule == "constant":
-            return config.lr
-        wave = 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return config.lr * (config.lr_final + (1 - config.lr_final) * wave)
 
     # -- between steps ----------------------------------------------------------------------------
 
@@ -473,7 +469,7 @@ class _Untraining:
         record: Record = {
             "step": state.step,
             "epoch": state.step / self.steps_per_epoch,
-            "lr": self._learning_rate(state.step - 1),
+            "lr": self.config.lr_at(state.step - 1, self.steps),
             **self.losses.means(),
         }
         if scores is not None:

@@ -81,6 +81,7 @@ def step_memory(
     channels_last: bool = True,
     objective: Objective | None = None,
     most_images: int | None = None,
+    compound: float = 0.0,
 ) -> StepMemory:
     """Measures two small steps on the network's device; its filters stay as they are.
 
@@ -103,7 +104,14 @@ def step_memory(
         step = UntrainingStep(net, objective, optimizer, amp, channels_last)
         for images in (few, few, more):  # the first one fills caches
             labels = torch.arange(images) % net.num_classes
-            batch = expand(labels, net.num_classes, label_expansion, generator_for(0), share_images)
+            batch = expand(
+                labels,
+                net.num_classes,
+                label_expansion,
+                generator_for(0),
+                share_images,
+                compound=compound,
+            )
             pixels = torch.zeros(images, *image_shape)
             minibatches = [(pixels, batch)]
             peaks.append(peak_bytes(partial(step.differentiate, minibatches), step.device))

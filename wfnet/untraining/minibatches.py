@@ -31,7 +31,7 @@ class Share:
     Attributes:
         images: ``[m, C, H, W]``, those that this process has read; None if there are none.
         batch: the samples of the whole expanded minibatch that use them.
-        rows: ``[B]``, forget labels of the whole expanded minibatch.
+        rows: ``[R]``, distinct forget labels of the whole expanded minibatch.
         leader: the first rank that has samples.
     """
 
@@ -132,7 +132,7 @@ class MinibatchReader:
             whole = self._expand(position, batch.indices)
             if self.original is not None:
                 whole = replace(whole, original=self.original[batch.indices])
-            return Share(batch.images, whole, whole.forget)
+            return Share(batch.images, whole, whole.rows)
         chosen = self.sampler.batch(position)
         whole = self._expand(position, chosen)
         owner = torch.arange(len(chosen)) % self.ranks.size  # of each image
@@ -143,9 +143,10 @@ class MinibatchReader:
             whole.source[mine] // self.ranks.size,
             whole.target[mine],
             int(mine[whole.forget_half].sum()),
+            weight=whole.weights_of(mine),
         )
         images = None if batch is None or not len(own) else batch.images
-        return Share(images, own, whole.forget, int(owner_of_sample.min()))
+        return Share(images, own, whole.rows, int(owner_of_sample.min()))
 
     def _expand(self, position: int, indices: Tensor) -> ExpandedBatch:
         """Returns the expanded batch of minibatch ``position``, which has these images."""
@@ -160,4 +161,5 @@ class MinibatchReader:
         }
         if self.multi_hot is not None:
             return expand_multi_label(self.multi_hot[indices], **settings)
-        return expand(self.labels[indices], self.num_classes, rows=self.rows, **settings)
+        settings |= {"rows": self.rows, "compound": config.compound}
+        return expand(self.labels[indices], self.num_classes, **settings)

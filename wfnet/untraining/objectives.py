@@ -57,7 +57,11 @@ class Objective(ABC):
 
     @abstractmethod
     def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
-        """The loss from the means (scalars) of :meth:`forget` and :meth:`retain`."""
+        """The loss from the means (scalars) of :meth:`forget` and :meth:`retain`.
+
+        Means are weighted by ``batch.weight``: samples under compound rows count in the same two
+        terms as those under one row.
+        """
 
     def __call__(
         self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
@@ -77,7 +81,11 @@ class Objective(ABC):
         logits = full_precision(logits)
         forget = self.forget(logits[batch.forget_half], batch.target[batch.forget_half])
         retain = self.retain(logits[half], batch.target[half], original)
-        return self.total(_mean(forget), _mean(retain), net)
+        means = (
+            _mean(forget, batch.weights_of(batch.forget_half)),
+            _mean(retain, batch.weights_of(half)),
+        )
+        return self.total(*means, net)
 
 
 def full_precision(logits: Tensor) -> Tensor:
@@ -85,9 +93,11 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _mean(values: Tensor) -> Tensor:
-    """Mean that is 0 for an empty half (all its images were corrupt), not NaN."""
-    return values.sum() / max(values.numel(), 1)
+def _mean(costs: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted mean that is 0 for an empty half (all its images were corrupt), not NaN."""
+    if weights is None:
+        return costs.sum() / max(costs.numel(), 1)
+    return (costs * weights).sum() / weights.sum().clamp_min(1)
 
 
 def not_label(logits: Tensor, target: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +34,17 @@ class RowAdam(torch.optim.Optimizer):
     rounding to nearest would lose for good, counts in the mean. The random bits are a function of
     row, column and the row's step count, so runs repeat and resume bit by bit.
 
+    With ``shrink``, a step ends with a soft shrinkage of the rows that it moved towards their start
+    (:func:`soft_shrink`), by ``lr * shrink``: entries that the gradient does not hold away from it
+    lie there exactly, so their gates are exactly 1.
+
     Args:
         params: matrices with the same number of rows, dtype and device.
         lr, betas, eps: as in ``torch.optim.Adam``; ``lr`` may be a scalar tensor, which a captured
             CUDA graph reads anew at every replay.
+        shrink: 0 for none; otherwise ``param_groups[0]["shrink"]`` may be changed from step to
+            step, and be a scalar tensor as ``lr``.
+        starts: where the entries of each matrix are drawn to; needed with ``shrink``.
 
     Raises:
         ValueError: for values out of range, or parameters of different rows, dtype or device.
@@ -49,10 +56,14 @@ class RowAdam(torch.optim.Optimizer):
         lr: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.99),
         eps: float = 1e-8,
+        shrink: float = 0.0,
+        starts: Sequence[float] | None = None,
     ):
-        if lr < 0 or eps < 0 or not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"lr={lr}, betas={betas} or eps={eps} is out of range")
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
+        if lr < 0 or eps < 0 or shrink < 0 or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(
+                f"lr={lr}, betas={betas}, eps={eps} or shrink={shrink} is out of range"
+            )
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "shrink": shrink})
         if len(self.param_groups) != 1:
             raise ValueError("RowAdam takes one list of parameters, not parameter groups")
         self._params: list[nn.Parameter] = self.param_groups[0]["params"]
@@ -69,6 +80,12 @@ class RowAdam(torch.optim.Optimizer):
         self._exp_avg_sq = torch.zeros_like(self._exp_avg)
         self._wide = torch.promote_types(first.dtype, torch.float32)
         self._kernel_works = True
+        self._start: Tensor | None = None  # [sum O_i]; None: nothing shrinks
+        if shrink:
+            if starts is None or len(starts) != len(self._params):
+                raise ValueError("shrink needs one start for each filter matrix")
+            of_column = [s for s, w in zip(starts, self._widths, strict=True) for _ in range(w)]
+            self._start = torch.tensor(of_column, dtype=self._wide, device=first.device)
         # 8 bits of bfloat16 count to 256.
         self._steps = first.new_zeros((rows, 1), dtype=self._wide, requires_grad=False)
 
@@ -121,6 +138,19 @@ class RowAdam(torch.optim.Optimizer):
             flat.sub_(update)
         else:
             torch._foreach_sub_(self._params, list(update.split(self._widths, 1)))
+        if self._start is not None:
+            self._shrink_all(flat, occurred)
+
+    def _shrink_all(self, flat: Tensor | None, occurred: Tensor | None) -> None:
+        """Draws the rows that occurred, or all of them, towards their start."""
+        whole = [flat] if flat is not None else self._params
+        starts = [self._start] if flat is not None else self._start.split(self._widths)
+        for matrix, start in zip(whole, starts, strict=True):
+            shrunk = soft_shrink(matrix, start, self._threshold())
+            matrix.copy_(shrunk if occurred is None else torch.where(occurred, shrunk, matrix))
+
+    def _threshold(self) -> float | Tensor:
+        return self.param_groups[0]["lr"] * self.param_groups[0]["shrink"]
 
     def _fused(self, grad: Tensor) -> bool:
         """Whether one kernel can do it: fp32 filters that are one matrix, where Triton runs."""
@@ -136,6 +166,9 @@ class RowAdam(torch.optim.Optimizer):
         group, lr = self.param_groups[0], self.param_groups[0]["lr"]
         if not isinstance(lr, Tensor) or lr.device != grad.device:
             lr = grad.new_full((), float(lr))  # filled there: nothing is sent, nothing waits
+        threshold = None
+        if self._start is not None:
+            threshold = lr * group["shrink"]
         steps = self._steps + occurred
         corrections = [(1 - beta**steps).flatten() for beta in group["betas"]]
         try:
@@ -149,6 +182,8 @@ class RowAdam(torch.optim.Optimizer):
                 lr,
                 group["betas"],
                 group["eps"],
+                self._start,
+                threshold,
             )
         except Exception as error:  # Triton cannot compile: no C compiler, a broken cache
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
@@ -166,11 +201,22 @@ class RowAdam(torch.optim.Optimizer):
         self._exp_avg_sq[rows] = exp_avg_sq
         self._steps[rows] = steps
         flat = flat_matrix(self._params)
-        if flat is not None:
+        if self._start is not None:
+            value = side_by_side([p[rows] for p in self._params]) if flat is None else flat[rows]
+            self._put(flat, rows, soft_shrink(value - update, self._start, self._threshold()))
+        elif flat is not None:
             flat.index_add_(0, rows, update, alpha=-1)  # distinct rows: a plain subtraction
+        else:
+            for parameter, part in zip(self._params, update.split(self._widths, 1), strict=True):
+                parameter.index_add_(0, rows, part, alpha=-1)
+
+    def _put(self, flat: Tensor | None, rows: Tensor, value: Tensor) -> None:
+        """Writes ``value [R, sum O_i]`` into rows of the filters."""
+        if flat is not None:
+            flat[rows] = value
             return
-        for parameter, part in zip(self._params, update.split(self._widths, 1), strict=True):
-            parameter.index_add_(0, rows, part, alpha=-1)
+        for parameter, part in zip(self._params, value.split(self._widths, 1), strict=True):
+            parameter[rows] = part
 
     def _step_rounded(self, grad: Tensor, rows: Tensor | None, occurred: Tensor | None) -> None:
         """A step of 16-bit filters and moments, in fp32 for a block of rows at a time."""
@@ -188,15 +234,13 @@ class RowAdam(torch.optim.Optimizer):
             self._steps[index] = steps
             value = side_by_side([p[index] for p in self._params]) if flat is None else flat[index]
             value = value.to(self._wide) - update
+            if self._start is not None:
+                shrunk = soft_shrink(value, self._start, self._threshold())
+                value = shrunk if there is None else torch.where(there, shrunk, value)
             key = index.unsqueeze(1), steps
             for number, (matrix, exact) in enumerate(zip(old, (exp_avg, exp_avg_sq), strict=True)):
                 matrix[index] = stochastic_round(exact, matrix.dtype, *key, number)
-            value = stochastic_round(value, grad.dtype, *key, len(old))
-            if flat is not None:
-                flat[index] = value
-                continue
-            for parameter, part in zip(self._params, value.split(self._widths, 1), strict=True):
-                parameter[index] = part
+            self._put(flat, index, stochastic_round(value, grad.dtype, *key, len(old)))
 
     def _advance(
         self,
@@ -260,6 +304,17 @@ class RowAdam(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         self.load_moments(state_dict.pop("moments"))
         super().load_state_dict(state_dict)
+
+
+def soft_shrink(values: Tensor, start: Tensor, threshold: float | Tensor) -> Tensor:
+    """Draws ``values`` towards ``start`` by ``threshold``; those nearer than that end there.
+
+    ``start + sign(d) * max(|d| - threshold, 0)`` with ``d = values - start``, without rounding
+    where the result is ``start``, or where the threshold is 0.
+    """
+    distance = values - start
+    moved = values - distance.sign() * threshold
+    return torch.where(distance.abs() <= threshold, start, moved)
 
 
 def stochastic_round(

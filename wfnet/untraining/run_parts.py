@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wfnet.data import CorruptImages, Dataset, batches, classes_of, labels_of
 from wfnet.data.dataset import name_of
@@ -49,13 +49,13 @@ def check_gates(net: WFNet, config: UntrainConfig) -> None:
         )
 
 
-def configured_optimizer(
-    config: UntrainConfig, params: list[nn.Parameter]
-) -> torch.optim.Optimizer:
-    """Returns the optimiser of the settings over filter matrices."""
+def configured_optimizer(config: UntrainConfig, net: WFNet) -> torch.optim.Optimizer:
+    """Returns the optimiser of the settings over the network's filter matrices."""
+    params = net.filter_parameters()
     if config.optimizer == "sgd":
         return torch.optim.SGD(params, lr=config.lr)
-    return RowAdam(params, lr=config.lr)
+    starts = [start for m in net.masked_layers.values() for start in m.filter_starts().values()]
+    return RowAdam(params, lr=config.lr, shrink=config.shrink, starts=starts)
 
 
 def untrained_rows(config: UntrainConfig, num_classes: int) -> Tensor | None:

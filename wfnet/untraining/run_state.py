@@ -229,6 +229,7 @@ def identity_of(
     """Returns what a resumed run must have in common with the interrupted one, as digests."""
     filters = {name: [list(p.shape), str(p.dtype)] for name, p in net.named_filters().items()}
     gate = [net.alpha_init, net.normalize_gate]
+    gate += [net.soft_init] if net.gate == "durable" else []
     return {
         "base network": fingerprint(net.model),
         "filters": _digest(json.dumps([filters, gate])),

@@ -93,12 +93,17 @@ class UntrainingStep:
         self.occurred = torch.zeros(filters.shape[0] + 1, dtype=torch.bool, device=self.device)
         wide = torch.promote_types(filters.dtype, torch.float32)
         self.lr = torch.zeros((), dtype=wide, device=self.device)
+        self.shrink = torch.zeros_like(self.lr)
         self.graphs = _Graphs(self) if capture else None
         # After that many steps nothing is compiled, chosen or captured any more.
         self.first_steps = _WARM_UP + 1 if capture else 1
 
     def __call__(
-        self, minibatches: Sequence[Minibatch], lr: float, rows: Tensor | None = None
+        self,
+        minibatches: Sequence[Minibatch],
+        lr: float,
+        rows: Tensor | None = None,
+        shrink: float = 0.0,
     ) -> Losses:
         """Moves the filters by one step over the mean gradient of ``minibatches``.
 
@@ -108,12 +113,13 @@ class UntrainingStep:
             lr: learning rate.
             rows: distinct forget labels of all minibatches, on the host: RowAdam then reads these
                 rows only. By default they are found on the device, without a synchronisation.
+            shrink: as of :class:`RowAdam`, in this step.
 
         Returns:
             The losses, means over minibatches, detached.
         """
         losses = self.differentiate(minibatches)
-        self.move(lr, rows)
+        self.move(lr, rows, shrink)
         return losses
 
     def differentiate(self, minibatches: Sequence[Minibatch]) -> Losses:
@@ -130,9 +136,10 @@ class UntrainingStep:
             parameter.grad = gradient
         return mean_losses(found)
 
-    def move(self, lr: float, rows: Tensor | None = None) -> None:
-        """Moves the filters along :attr:`gradient`."""
+    def move(self, lr: float, rows: Tensor | None = None, shrink: float = 0.0) -> None:
+        """Moves the filters along :attr:`gradient`, and RowAdam's towards their start."""
         self.lr.fill_(lr)
+        self.shrink.fill_(shrink)
         self.rate = lr
         if self.graphs is not None:
             self.graphs.move()
@@ -161,6 +168,8 @@ class UntrainingStep:
         ours = isinstance(self.optimizer, RowAdam)
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr if ours else self.rate
+            if ours:
+                group["shrink"] = self.shrink
         if not ours:
             self.optimizer.step()
         elif rows is not None:

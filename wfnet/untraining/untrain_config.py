@@ -23,11 +23,16 @@ class UntrainConfig:
         batch_size: images n of a minibatch, even: one half unlearns, one half is retained.
         label_expansion: M, rows that each retained image goes through.
         share_images: the same n / 2 images serve both halves.
+        compound: weight of samples under two rows at once
+            (:func:`wfnet.untraining.expansion.expand`), of images with one label; 0: there are
+            none.
         sampler: "round_robin" (every class unlearns equally often) or "shuffled".
         optimizer: "row_adam" or "sgd".
         lr, schedule, lr_final: learning rate; "cosine" takes it to ``lr * lr_final``, "constant"
             leaves it.
         clip: bound on the absolute value of filter entries after each step; None for none.
+        shrink: how far, times the learning rate, each step of the first 70% draws the filters that
+            it moves towards their start (row_adam): few gates close, and those wholly.
         lambda0, lambda1, lambda2: weights of the objective's terms.
         distil: balanced: retain by distillation from the original network, else cross entropy.
         match: durable: weight of drawing the class's logit to where it lies for other images.
@@ -91,6 +96,12 @@ class UntrainConfig:
     share_images: bool = setting(
         True, bool, help="the same images serve the forget and the retain half"
     )
+    compound: float = setting(
+        0.0,
+        settings.non_negative_float,
+        metavar="X",
+        help="weight of samples under two rows at once",
+    )
     sampler: str = setting("round_robin", ("round_robin", "shuffled"), help="order of images")
     optimizer: str = setting("row_adam", ("row_adam", "sgd"), flags="--opt", help="optimiser")
     lr: float = setting(0.2, settings.positive_float, metavar="X", help="learning rate")
@@ -100,6 +111,12 @@ class UntrainConfig:
     lr_final: float = setting(0.01, settings.non_negative_float)
     clip: float | None = setting(
         None, settings.positive_float, metavar="X", help="bound on filter entries"
+    )
+    shrink: float = setting(
+        0.0,
+        settings.non_negative_float,
+        metavar="X",
+        help="how far a step draws filters towards their start, times the learning rate",
     )
     lambda0: float = setting(
         1.0,
@@ -199,6 +216,10 @@ class UntrainConfig:
                 f"batch_size={self.batch_size} must be a multiple of forget_images + retain_images "
                 f"= {group}, the images of one row (4 rows: {4 * group})"
             )
+        if self.objective == "durable" and self.compound:
+            raise ValueError("recipe durable has no compound rows: set compound=0")
+        if self.optimizer == "sgd" and self.shrink:
+            raise ValueError("shrink is a part of optimizer='row_adam': set shrink=0 for 'sgd'")
         if self.batch_size % 2:
             raise ValueError(
                 f"batch_size must be even, for two halves of a minibatch; got {self.batch_size}"
@@ -220,7 +241,19 @@ class UntrainConfig:
         """Samples that a minibatch is expanded to."""
         if self.objective == "durable":
             return self.batch_size
-        return self.batch_size // 2 * (1 + self.label_expansion)
+        half = self.batch_size // 2
+        return half * (1 + self.label_expansion) + (half + half // 2 if self.compound else 0)
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Returns the learning rate of step ``step`` of a run of ``steps``."""
+        if self.schedule == "constant":
+            return self.lr
+        wave = 0.5 * (1 + math.cos(math.pi * step / steps))
+        return self.lr * (self.lr_final + (1 - self.lr_final) * wave)
+
+    def shrink_at(self, step: int, steps: int) -> float:
+        """Returns :attr:`shrink` as it is in step ``step`` of a run of ``steps``."""
+        return self.shrink if step < _SHRINK_UNTIL * steps else 0.0
 
     def steps_per_epoch(self, images: int) -> float:
         """Returns how many steps read as many images as the training set has."""
@@ -278,6 +311,8 @@ FREE_TO_CHANGE = frozenset(
 
 RECIPES = ("balanced", "paper", "durable")
 
+_SHRINK_UNTIL = 0.7  # of the steps: what is left of them settles the gates that stay open
+
 _PAPER_SETTINGS = {
     "objective": "paper",
     "epochs": 20,
@@ -312,6 +347,8 @@ def _balanced_settings(num_classes: int, batch_size: int | None) -> dict[str, An
         "stop_on": "loss",
         "lr": 0.2 * crowding**-0.3,
         "lambda1": min(1.0, 0.3 * crowding**0.25),
+        "compound": 0.5 if num_classes > 2 else 0.0,
+        "shrink": 0.15,
     }
 
 
