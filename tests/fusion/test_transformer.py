@@ -31,7 +31,7 @@ def images(n: int = 3) -> torch.Tensor:
 @pytest.fixture
 def trunk_of(pair_of):
     def make(model: nn.Module, fuse: bool | str = True) -> fusion.TrunkNetwork:
-        _, fused = pair_of(model, fuse)
+        _, fused = pair_of(model, fuse, targets="qkv")
         network = fused.fused_network(images())
         assert isinstance(network, fusion.TrunkNetwork)
         return network
