@@ -31,7 +31,7 @@ def test_transformers_and_recipes(recipe, image_folder, tmp_path, capsys):
     assert "small/vit has random weights" in capsys.readouterr().err
     config = json.loads((folder / "wf_config.json").read_text())
     assert config["normalize_gate"] is (recipe == "balanced")
-    assert config["alpha_init"] == (-1.0 if recipe == "balanced" else 3.0)
+    assert config["alpha_init"] == 3
     assert (
         main(["evaluate", str(folder), "--no-figures", "-j", "0"]) == 0
     )  # random weights come from the seed
@@ -136,7 +136,7 @@ def test_a_dry_run_says_what_memory_the_run_takes(call, tmp_path, capfd, dtype, 
     held = re.search(rf"{gates} in {dtype}, with the optimiser's state {gates}", shown.out)
     assert held[1] == ("2 KiB" if size == 4 else "1008 B")  # 168 x 3 entries
     assert held[2] == ("6 KiB" if size == 4 else "3 KiB")
-    assert "2 images x 3 minibatches, 6 samples each" in shown.out
+    assert "2 images x 3 minibatches, 9 samples each" in shown.out
     weights = re.search(r"memory +\d+ KiB on each device: (\d+) KiB of frozen weights", shown.out)
     assert 4 * 19_723 / 1024 <= int(weights[1]) < 90  # and the statistics of BatchNorm
     assert "of a step over 2 images" in shown.out
