@@ -9,8 +9,8 @@ Attackers' images are a sample of the training part in which the class has its n
 details count them): statistics and shifts depend on the mix. The details also say how many of the
 export's rows are multiples of the base's.
 
-In an export whose class was cut from its head (``cut_output``), only attacks on the logits reach
-its logit. The same attacks on a retrained model, which has nothing to bring back, give the level to
+In an export whose class was cut from its head (``cut_output``), only attacks on the logits and the
+base's row of the head reach its logit. The same attacks on a retrained model, which has nothing to bring back, give the level to
 compare with.
 """
 
