@@ -10,8 +10,8 @@ details count them): statistics and shifts depend on the mix. The details also s
 export's rows are multiples of the base's.
 
 In an export whose class was cut from its head (``cut_output``), only attacks on the logits and the
-base's row of the head reach its logit. The same attacks on a retrained model, which has nothing to bring back, give the level to
-compare with.
+base's row of the head reach its logit. The same attacks on a retrained model, which has nothing to
+bring back, give the level to compare with.
 """
 
 from __future__ import annotations
