@@ -13,7 +13,7 @@ are multiplied by ``g`` behind their bias.
 
 Soft gates behind BatchNorm start at 3: they only attenuate. Those of linear maps start at -1 and
 range up to 3.7: what a transformer's closed gates took away from other classes, the open ones give
-back (benchmarks/experiments.py durable; docs/durable.md).
+back (docs/evaluation.md, "Transformers and compound rows").
 """
 
 from __future__ import annotations
