@@ -12,6 +12,11 @@ from wfnet.network import WFNet
 DURABLE_ALPHA_INIT = 2.0
 
 
+def masks_linear_maps(net: WFNet) -> bool:
+    """Returns whether all masked layers are linear maps, as those of a transformer are."""
+    return all(isinstance(layer, nn.Linear) for layer in net.masked_layers.values())
+
+
 def wrap(
     classifier: nn.Module,
     num_classes: int,

@@ -45,7 +45,7 @@ from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.untraining import UntrainConfig, untrain
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.untraining.untrain_config import RECIPES
-from wfnet.wrapping import wrap
+from wfnet.wrapping import masks_linear_maps, wrap
 
 logger = logging.getLogger("wfnet")
 
@@ -319,8 +319,8 @@ class _Demo:
         changes: dict[str, Any] = {"seed": options.seed}
         if options.steps is not None:
             changes["steps"] = options.steps
-        config = UntrainConfig.recipe(options.recipe, CLASSES, **changes)
         net = wrap(base, CLASSES, options.recipe, fuse=True)
+        config = UntrainConfig.recipe(options.recipe, CLASSES, masks_linear_maps(net), **changes)
 
         def work(resume: bool) -> dict[str, Any]:
             if not resume:

@@ -63,7 +63,7 @@ from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.memory import filter_memory, step_memory
 from wfnet.untraining.untrain_config import RECIPES
-from wfnet.wrapping import DURABLE_ALPHA_INIT, wrap
+from wfnet.wrapping import DURABLE_ALPHA_INIT, masks_linear_maps, wrap
 
 logger = logging.getLogger("wfnet")
 
@@ -211,7 +211,10 @@ def _add_method_options(parser: argparse.ArgumentParser) -> None:
 
 
 def make_config(
-    options: argparse.Namespace, num_classes: int, rows: tuple[int, ...] | None = None
+    options: argparse.Namespace,
+    num_classes: int,
+    rows: tuple[int, ...] | None = None,
+    transformer: bool = False,
 ) -> UntrainConfig:
     """Returns the recipe with what the command line changes.
 
@@ -219,6 +222,7 @@ def make_config(
         options: of the command line.
         num_classes: of the network.
         rows: that are untrained; None for all. The recipe's length is that for as many classes.
+        transformer: whether linear maps alone are masked.
     """
     changes = config_changes(options, UntrainConfig) | {"classes": rows}
     if rows is not None:
@@ -227,7 +231,7 @@ def make_config(
     changes["amp"] = "bfloat16" if options.amp else None
     changes["fuse"] = fuse_of(options)
     changes = {name: value for name, value in changes.items() if value is not None}
-    return UntrainConfig.recipe(options.recipe, num_classes, **changes)
+    return UntrainConfig.recipe(options.recipe, num_classes, transformer, **changes)
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -276,7 +280,7 @@ def _run(
     folder = run_folder(options)
     device = local_device(choose_device(options.device))
     found = count_classes(options)
-    config = make_config(options, found)
+    make_config(options, found)  # what is out of range is refused before work starts
     if not options.dry_run:
         ranks.first_does(lambda: _take_folder(folder, options, inside))
     some = options.classes is not None
@@ -285,7 +289,7 @@ def _run(
     if expected is None and not options.pretrained:
         raise ValueError("--classes needs --num-classes, the number of classes of the network")
     classifier = make_classifier(options, expected, data_name(options))
-    num_classes = find_head(classifier)[1].weight.shape[0] if some else found
+    num_classes, rows = find_head(classifier)[1].weight.shape[0] if some else found, None
     with ranks.first_ahead():
         resumed = None if options.resume is None else folder
         data = open_images(options, classifier, options.augment, resumed, by_names=not some)
@@ -293,7 +297,6 @@ def _run(
             names = network_names(known[0][0] if known else None, num_classes)
             numbers, rows = choose_classes(options.classes, data.classes, num_classes, names)
             data = with_network_labels(data, numbers, num_classes, names)
-            config = make_config(options, num_classes, rows)
         data = untraining_images(options, data, folder)
     net = wrap(
         classifier,
@@ -305,6 +308,7 @@ def _run(
         fuse=fuse_of(options),
         filter_dtype=_FILTER_DTYPES[options.filter_dtype],
     ).to(device)
+    config = make_config(options, num_classes, rows, masks_linear_maps(net))
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
     _show_plan(options, net, data, config, folder, ranks)

@@ -269,14 +269,21 @@ class UntrainConfig:
         return max(1, min(by_epoch, self.total_steps(images) // self.min_validations))
 
     @classmethod
-    def recipe(cls, name: str = "balanced", num_classes: int = 10, **changes: Any) -> UntrainConfig:
+    def recipe(
+        cls,
+        name: str = "balanced",
+        num_classes: int = 10,
+        transformer: bool = False,
+        **changes: Any,
+    ) -> UntrainConfig:
         """Returns a shipped recipe for a number of classes, with ``changes`` to single settings.
 
         "balanced" (the default of the package): see
         :class:`wfnet.untraining.objectives.BalancedObjective`.
         "paper": the authors' settings, for a ``WFNet(..., normalize_gate=False)``.
         "durable": forgetting that outlasts re-estimated statistics and fine-tuning on other
-        classes, for a ``WFNet(..., gate="durable")``.
+        classes, for a ``WFNet(..., gate="durable")``. ``transformer``: all of its gates lie behind
+        linear maps (:func:`wfnet.wrapping.masks_linear_maps`).
 
         Raises:
             ValueError: for an unknown name or values out of range.
@@ -287,7 +294,7 @@ class UntrainConfig:
         elif name == "paper":
             chosen = dict(_PAPER_SETTINGS)
         elif name == "durable":
-            chosen = _durable_settings(num_classes, changes)
+            chosen = _durable_settings(num_classes, transformer, changes)
         else:
             raise ValueError(f"there is no recipe {name!r}; recipes are {', '.join(RECIPES)}")
         if changes.get("epochs") is not None and "steps" not in changes:
@@ -352,22 +359,30 @@ def _balanced_settings(num_classes: int, batch_size: int | None) -> dict[str, An
     }
 
 
-def _durable_settings(num_classes: int, changes: dict[str, Any]) -> dict[str, Any]:
+def _durable_settings(
+    num_classes: int, transformer: bool, changes: dict[str, Any]
+) -> dict[str, Any]:
     """Returns the settings of recipe "durable" (design section 7).
 
     What counts is how often a row is visited: 200 times for ten classes. Many classes crowd the
-    channels: the forget term weighs more there, and the matching term is left out.
+    channels: the forget term weighs more there, and the matching term is left out. A transformer's
+    linear maps have no statistics to hide behind: rows take more visits and press less.
     """
     group = changes.get("forget_images", 8) + changes.get("retain_images", 32)
     batch_size = changes.get("batch_size") or min(4, num_classes) * group
     rows = max(1, batch_size // group)
     many = num_classes > 30
+    visits, lambda1, match = 200, 0.3, 0.1
+    if many:
+        visits, lambda1, match = 160, 0.7, 0.0
+    elif transformer:
+        visits, lambda1, match = 300, 0.2, 0.02
     return {
         "objective": "durable",
-        "steps": math.ceil((160 if many else 200) * num_classes / rows),
+        "steps": math.ceil(visits * num_classes / rows),
         "batch_size": batch_size,
         "stop_on": "loss",
         "lr": 0.2,
-        "lambda1": 0.7 if many else 0.3,
-        "match": 0.0 if many else 0.1,
+        "lambda1": lambda1,
+        "match": match,
     }
