@@ -214,12 +214,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path):
     assert contents(tmp_path) == {"file": b"old"}
 
 
-@pytest.mark.parametrize("where", ["write_bytes", "replace", "write_text"])
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, where):
+@pytest.mark.parametrize(
+    ("owner", "where"),
+    [(Path, "write_bytes"), (Path, "replace"), (files, "write_text")],
+    ids=["filters", "their move", "configuration"],
+)
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, monkeypatch, owner, where):
     trained().save_pretrained(tmp_path)
     before, net = contents(tmp_path), trained()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, where, no_space)
+        patch.setattr(owner, where, no_space)
         with pytest.raises(OSError, match="No space left"):
             net.save_pretrained(tmp_path)
     after = contents(tmp_path)
