@@ -490,6 +490,9 @@ class _Untraining:
 
     def _compare_with_best(self, scores: Validation) -> None:
         state, stop_on = self.state, self.config.stop_on
+        # Until then hard gates still open and close: a low loss may be that of a row not learnt.
+        if self.durable and state.step < 0.8 * self.steps:
+            return
         if state.best is None or scores.rank(stop_on) > state.best.rank(stop_on):
             state.best, state.best_step, state.stale = scores, state.step, 0
             self.best_filters = self._snapshot()
