@@ -1,6 +1,7 @@
 """Which layer is taken as the classifier's head, and what cutting a class from it does."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -22,6 +23,21 @@ FEW = 4
 def test_networks_without_a_fitting_head(layers, says):
     with pytest.raises(ValueError, match=says):
         WFNet(nn.Sequential(nn.Conv2d(3, 4, 3), *layers), CLASSES)
+
+
+@pytest.mark.parametrize("num_classes", [CLASSES, 512])
+def test_a_network_without_its_classifier_is_refused(num_classes):
+    features = timm.create_model("resnet10t", num_classes=0)
+    with pytest.raises(ValueError, match="has no classifier, it only computes features"):
+        WFNet(features, num_classes)
+
+
+def test_outputs_that_are_not_logits_are_refused(images):
+    net = WFNet(Auxiliary(lambda features, main, auxiliary: (features, main)), FEW)
+    with pytest.raises(ValueError, match=r"returns a tensor \[5, 6\] where 4 logits"):
+        net(images, forget=1)
+    named = WFNet(Auxiliary(lambda features, main, _: {"x": features, "logits": main}), FEW)
+    assert named(images, forget=1).shape == (5, FEW)
 
 
 def test_a_projection_behind_the_head_is_not_the_head():
@@ -110,16 +126,20 @@ def test_without_a_class_there_is_nothing_to_cut():
 class Auxiliary(nn.Module):
     """The auxiliary head is registered last and serves training only."""
 
-    def __init__(self, average=False):
+    def __init__(self, join=lambda features, main, auxiliary: main):
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 3)
         self.fc = nn.Linear(6, FEW)
         self.aux = nn.Linear(6, FEW)
-        self.average = average
+        self.join = join
 
     def forward(self, x):
         x = self.conv(x).mean((2, 3))
-        return (self.fc(x) + self.aux(x)) / 2 if self.average else self.fc(x)
+        return self.join(x, self.fc(x), self.aux(x))
+
+
+def averaged():
+    return WFNet(Auxiliary(lambda features, main, auxiliary: (main + auxiliary) / 2), FEW)
 
 
 @pytest.mark.parametrize(
@@ -138,7 +158,15 @@ class Auxiliary(nn.Module):
             ),
             "computes the weight of '6' from other parameters",
         ),
-        (lambda: WFNet(Auxiliary(average=True), FEW), "(tried 'fc', 'aux')"),
+        (averaged, "(tried 'fc', 'aux')"),
+        (
+            lambda: WFNet(Auxiliary(lambda features, main, auxiliary: main + auxiliary), FEW),
+            "computes with the outputs of 'aux': once that is cut, the logits are",
+        ),
+        (
+            lambda: WFNet(Auxiliary(lambda features, main, auxiliary: main.clamp(-9, 9)), FEW),
+            "the logits are -9 to -9 instead of -30",
+        ),
         (
             lambda: WFNet(nn.Sequential(WFConv2d(3, 6, 3, num_classes=FEW)), FEW),
             "has no linear layer with 4 outputs",
@@ -161,7 +189,7 @@ def test_the_head_is_the_layer_that_gives_the_logits(images):
     assert plain(images)[:, 1].eq(CUT_LOGIT).all()
     assert plain.aux.weight[1].any()
     with pytest.raises(ValueError, match=r"tried 'fc', 'aux'.*name the head in head="):
-        WFNet(Auxiliary(average=True), FEW).bake(1, cut_output=True)
+        averaged().bake(1, cut_output=True)
     with pytest.raises(ValueError, match="tried 'aux'"):
         WFNet(Auxiliary(), FEW, head="aux").bake(1, cut_output=True)
     with pytest.raises(ValueError, match="head='fd' is no linear map"):

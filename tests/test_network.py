@@ -235,6 +235,13 @@ def test_weights_that_are_not_finite_are_refused(name):
         WFNet(model, CLASSES)
 
 
+def test_negative_variances_of_the_base_are_refused():
+    model = small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model[1].running_var[2] = -1
+    with pytest.raises(ValueError, match=r"'1\.running_var' of the model holds 1 negative values"):
+        WFNet(model, CLASSES)
+
+
 def test_wrapping_copies_and_freezes():
     model = small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train()
     net = WFNet(model, CLASSES)

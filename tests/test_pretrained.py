@@ -297,6 +297,24 @@ def test_filters_that_are_nan_are_refused(tmp_path):
         wfnet.WFNet.from_pretrained(tmp_path, Net())
 
 
+@pytest.mark.parametrize(
+    ("table", "value", "says"),
+    [
+        ("row_mean", torch.nan, "has NaN in"),
+        ("row_mean", torch.inf, "has infinite values in"),
+        ("row_var", torch.inf, "has infinite values in"),
+        ("row_var", -0.5, "has negative variances in"),
+    ],
+)
+def test_statistics_that_cannot_be_measured_are_refused(tmp_path, table, value, says):
+    net = wfnet.WFNet(Net(), 10, gate="durable")
+    name = next(name for name in net.named_statistics() if name.endswith(table))
+    net.named_statistics()[name][1, 0] = value
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"{says} '{name}'"):
+        wfnet.WFNet.from_pretrained(tmp_path, Net())
+
+
 def test_a_file_without_a_digest_loads(tmp_path):
     """As earlier versions wrote them."""
     net = trained()

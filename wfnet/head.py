@@ -76,11 +76,18 @@ def check_head(model: nn.Module, num_classes: int, head: str | None = None) -> N
             f"num_classes must be an integer of at least 2 (one class to forget, one to retain); "
             f"got {num_classes!r}"
         )
+    kind = type(model).__name__
+    named = _named_by_model(model)
+    if head is None and named and all(isinstance(m, nn.Identity) for m in named):
+        raise ValueError(
+            f"{kind} has no classifier, it only computes features (its get_classifier() is an "
+            "Identity): make it with its classes and load the weights of its classifier, too, or "
+            "name the layer that gives the logits in head="
+        )
     found = find_head(model, num_classes, head)
     if found is None or _outputs(found[1]) == num_classes:
         return
     name, size = found[0], _outputs(found[1])
-    kind = type(model).__name__
     if size == 1:
         raise ValueError(
             f"num_classes={num_classes} does not match {kind}: its last layer {name!r} has 1 "
@@ -88,7 +95,7 @@ def check_head(model: nn.Module, num_classes: int, head: str | None = None) -> N
             "with 2 outputs, whose first row is 0 and whose second is the old one; then "
             "num_classes=2"
         )
-    says = bool(_named_by_model(model)) or head is not None
+    says = bool(named) or head is not None
     sure = f"its head {name!r}, which has {size} outputs; pass num_classes={size}"
     unsure = (
         f"{kind}: none of its layers has {num_classes} outputs. Its last is {name!r} with {size}: "
@@ -129,6 +136,7 @@ def head_that_gives_logits(
         if images is None:
             images = example_images(model)
         plain = first_output(model(images))
+        check_logits(plain, num_classes, kind)
         added = torch.linspace(1.0, 2.0, num_classes, dtype=plain.dtype, device=plain.device)
         for name, module in reversed(candidates):
             size = (
@@ -161,8 +169,9 @@ def cut_from_head(
     """Makes the logits of ``labels`` the constant ``CUT_LOGIT``, whatever the features are.
 
     Raises:
-        ValueError: if there is no class to cut, or no linear layer with a bias whose outputs are
-            the logits (checked by running the network).
+        ValueError: if there is no class to cut, no linear layer with a bias whose outputs are the
+            logits, or if the logits are something else once it is cut (both are checked by running
+            the network).
     """
     if not labels:
         raise ValueError(
@@ -171,7 +180,7 @@ def cut_from_head(
         )
     kind = type(plain).__name__
     try:
-        images = None if image_shape is None else example_images(plain, image_shape)
+        images = example_images(plain, image_shape or ())
         name, module = head_that_gives_logits(plain, num_classes, head, images)
     except ValueError as error:
         raise ValueError(
@@ -185,10 +194,16 @@ def cut_from_head(
     elif "weight" not in module._parameters:
         reason = f"computes the weight of {name!r} from other parameters"
     else:
-        with torch.no_grad():
+        with evaluation_mode(plain), torch.no_grad():
             module.weight[list(labels)] = 0.0
             module.bias[list(labels)] = CUT_LOGIT
-        return
+            found = first_output(plain(images))[:, list(labels)]
+        if found.eq(CUT_LOGIT).all():
+            return
+        reason = (
+            f"computes with the outputs of {name!r}: once that is cut, the logits are "
+            f"{found.min():.4g} to {found.max():.4g} instead of {CUT_LOGIT:g}"
+        )
     raise ValueError(
         f"cut_output=True needs one linear head with a bias, but {kind} {reason}; "
         "leave it out (prune_below= closes gates in any network)"
@@ -250,6 +265,20 @@ def first_output(outputs: object) -> Tensor:
             "wrap it in a module that returns the logits alone"
         )
     return found
+
+
+def check_logits(logits: Tensor, num_classes: int, kind: str) -> None:
+    """Refuses outputs that are not one logit for each class, as features are.
+
+    Raises:
+        ValueError: if the second dimension of ``logits`` is not ``num_classes``.
+    """
+    if logits.dim() < 2 or logits.shape[1] != num_classes:
+        raise ValueError(
+            f"{kind} returns a tensor {list(logits.shape)} where {num_classes} logits an image "
+            "were expected: if it returns several, the logits must be the first or be called "
+            "'logits'; else wrap it in a module that returns the logits alone"
+        )
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:

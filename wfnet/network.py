@@ -17,7 +17,7 @@ from wfnet.bypass import WeightWatch
 from wfnet.compact import compact as compact_network
 from wfnet.durable_layers import DurableLayer, GateMode, durable_type
 from wfnet.gates import gather_samples
-from wfnet.head import check_head, first_output
+from wfnet.head import check_head, check_logits, find_head, first_output
 from wfnet.labels import (
     DeferredLabelCheck,
     ForgetLabels,
@@ -145,6 +145,7 @@ class WFNet(nn.Module):
                         f"num_classes={num_classes}"
                     )
         self._all_called = False
+        self._has_head = find_head(model, num_classes, head) is not None
         self._image_shape: tuple[int, ...] | None = None  # (C, H, W) of the last images
         fusion.check_mode(fuse)
         self.fuse = fuse
@@ -204,7 +205,10 @@ class WFNet(nn.Module):
         checkpoints = labels_in_checkpoints() if torch.is_grad_enabled() else nullcontext()
         first = nullcontext() if self._all_called else self._watching_calls()
         with forgetting(selection), checkpoints, first:
-            return first_output(self.model(_expand(images, source)))
+            logits = first_output(self.model(_expand(images, source)))
+            if self._has_head:
+                check_logits(logits, self.num_classes, type(self.model).__name__)
+        return logits
 
     def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
         """Returns the fused network, made and checked with two of ``images`` on first use.
@@ -379,7 +383,7 @@ def _expand(images: Tensor, source: Tensor | None) -> Tensor:
 
 
 def _check_weights(model: nn.Module) -> None:
-    """Refuses parameters without a shape, and weights or statistics that are NaN or infinite."""
+    """Refuses parameters without a shape, weights that are not finite and negative variances."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise ValueError(
@@ -394,4 +398,9 @@ def _check_weights(model: nn.Module) -> None:
                 raise ValueError(
                     f"{name!r} of the model holds {int((~finite).sum())} values that are NaN or "
                     "infinite; load weights of a training that did not diverge"
+                )
+            if name.rpartition(".")[2] == "running_var" and tensor.lt(0).any():
+                raise ValueError(
+                    f"{name!r} of the model holds {int(tensor.lt(0).sum())} negative values, which "
+                    "no variance has; the weights are damaged, load them from a copy"
                 )

@@ -149,9 +149,11 @@ def assign_filters(
     """Copies ``tensors`` into the filters of ``net``, and into the rows' statistics if wanted.
 
     Raises:
-        ValueError: if names or shapes differ from those of ``net``, or a value is NaN.
+        ValueError: if names or shapes differ from those of ``net``, a filter is NaN (infinite
+            ones are gates of 0 and 1), or a statistic is not finite or a negative variance.
     """
-    filters = net.named_filters() | (net.named_statistics() if statistics else {})
+    measured = net.named_statistics() if statistics else {}
+    filters = net.named_filters() | measured
     odd = sorted(set(filters) ^ set(tensors))
     if odd:
         raise ValueError(
@@ -168,6 +170,16 @@ def assign_filters(
             raise ValueError(
                 f"{origin} has NaN in {name!r}: the untraining that wrote it diverged, or the file "
                 "is damaged; untrain again with a smaller learning rate, or restore a copy"
+            )
+        if name in measured and not tensors[name].isfinite().all():
+            raise ValueError(
+                f"{origin} has infinite values in {name!r}, which are measured on images: the file "
+                "is damaged; restore a copy, or untrain again"
+            )
+        if name in measured and name.endswith("row_var") and tensors[name].lt(0).any():
+            raise ValueError(
+                f"{origin} has negative variances in {name!r}: the file is damaged; restore a "
+                "copy, or untrain again"
             )
     with torch.no_grad():
         for name, parameter in filters.items():

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 from image_files import CLASS_NAMES, write_image
@@ -78,12 +80,18 @@ def test_what_is_passed_over_is_named_once(image_folder, caplog):
     root = image_folder / "train"
     (root / "ant" / "a.heic").write_bytes(b"x")
     (root / "ant" / "gone.jpg").symlink_to(root / "nowhere.jpg")
+    (root / "ant" / "round.jpg").symlink_to("about.jpg")
+    (root / "ant" / "about.jpg").symlink_to("round.jpg")
+    (root / "dog").symlink_to("dog")
+    os.mkfifo(root / "bee" / "pipe.jpg")
     (root / "stray.png").write_bytes(b"x")
     (root / "ant" / ".DS_Store").write_bytes(b"x")
     assert files(root).labels.bincount().tolist() == [6, 6, 6]
     (line,) = caplog.messages
     assert "1 files that are no images (ant/a.heic)" in line
-    assert "1 links that lead nowhere (ant/gone.jpg)" in line
+    nowhere = "dog, ant/about.jpg, ant/gone.jpg, ant/round.jpg"
+    assert f"4 links that lead nowhere ({nowhere})" in line
+    assert "1 pipes or devices (bee/pipe.jpg)" in line
     assert "1 files outside a class (stray.png)" in line
     assert ".DS_Store" not in line
 

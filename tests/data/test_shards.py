@@ -133,12 +133,22 @@ def test_keys_may_have_dots_and_accompanying_images_are_passed_over(tmp_path, ca
     for number in range(5):
         members[f"a/img.{number}.v2.jpg"] = jpeg(number)
         members[f"a/img.{number}.v2.cls"] = str(number % 2).encode()
+        members[f"a/img.{number}.v2.json"] = b"{}"
     members |= {"7.jpg": jpeg(7), "7.cls": b"1", "7.seg.png": b"a mask"}
     data = read([write_shard(tmp_path / "s.tar", members)])
     assert data.labels.tolist() == [0, 1, 0, 1, 0, 1]
     assert data.name_of(1).endswith("a/img.1.v2")
-    assert "passed over 1 images" in caplog.text
-    assert "7.seg.png" in caplog.text
+    assert caplog.text.count("passed over") == 1
+    assert "passed over 1 images that belong to a sample's image (7.seg.png)\n" in caplog.text
+
+
+def test_members_that_are_not_read_are_named(tmp_path, caplog):
+    members = samples(0, [0, 1])
+    members |= {"8.heic": b"x", "8.cls": b"1", "README": b"x", "._n0001.jpg": b"of a Mac"}
+    assert read([write_shard(tmp_path / "s.tar", members)]).labels.tolist() == [0, 1]
+    assert "1 samples without an image that is read (8.cls, 8.heic)" in caplog.text
+    assert "1 members that belong to no image (README)" in caplog.text
+    assert "1 hidden members (._n0001.jpg)" in caplog.text
 
 
 def test_a_key_that_comes_twice_is_two_samples(tmp_path):
@@ -171,10 +181,14 @@ def test_files_of_class_names(shards, text):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("ant\n\nbee\n", "line 2 is blank"), ("ant\nbee\nant\n", "the class 'ant' twice")],
+    [
+        (b"ant\n\nbee\n", "line 2 is blank"),
+        (b"ant\nbee\nant\n", "the class 'ant' twice"),
+        ("ant\nbee\ncat".encode("utf-16"), r"classes\.txt is not UTF-8"),
+    ],
 )
 def test_bad_files_of_class_names(shards, text, message):
-    (shards[0].parent / "classes.txt").write_text(text)
+    (shards[0].parent / "classes.txt").write_bytes(text)
     with pytest.raises(ValueError, match=message):
         read(shards)
 

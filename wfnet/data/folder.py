@@ -88,7 +88,12 @@ class _FolderScan:
         for entry in os.scandir(root):
             if entry.name.startswith(".") or entry.name in self.tops:
                 continue
-            kind = "links back to a folder above" if entry.is_dir() else "files outside a class"
+            if _leads_nowhere(entry):
+                kind = "links that lead nowhere"
+            elif entry.is_dir():
+                kind = "links back to a folder above"
+            else:
+                kind = "files outside a class"
             passed_over.add(kind, entry.name)
 
     def images(self, name: str) -> list[bytes]:
@@ -108,20 +113,27 @@ class _FolderScan:
             path = f"{below}{os.sep}{entry.name}"
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _leads_nowhere(entry):
+                self.passed_over.add("links that lead nowhere", path)
+            elif entry.is_dir():
                 identity = _identity(entry.path)
                 if identity in self.seen:
                     self.passed_over.add("links to folders that are read already", path)
                 else:
                     self.seen.add(identity)
                     folders.append(path)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
-                self.passed_over.add("links that lead nowhere", path)
+            elif not entry.is_file():
+                self.passed_over.add("pipes or devices", path)
             elif entry.name.lower().endswith(EXTENSIONS):
                 files.append(os.fsencode(path))
             else:
                 self.passed_over.add("files that are no images", path)
         return files + [file for folder in folders for file in self._below(folder)]
+
+
+def _leads_nowhere(entry: os.DirEntry) -> bool:
+    """Whether it is a link whose target is missing, or that leads round in a circle to itself."""
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -140,7 +152,10 @@ def class_folders(root: Path) -> list[str]:
     names = sorted(
         entry.name
         for entry in os.scandir(root)
-        if entry.is_dir() and entry.name[0] != "." and _identity(entry.path) not in above
+        if entry.name[0] != "."
+        and not _leads_nowhere(entry)
+        and entry.is_dir()
+        and _identity(entry.path) not in above
     )
     if not names:
         raise ValueError(f"{root} has no class folders: images belong in {root / '<class>'}")
@@ -151,7 +166,11 @@ def has_class_images(root: Path) -> bool:
     """Returns whether there are folders below `root` with an image in them."""
     if not root.is_dir():
         return False
-    tops = (entry.path for entry in os.scandir(root) if entry.is_dir() and entry.name[0] != ".")
+    tops = (
+        entry.path
+        for entry in os.scandir(root)
+        if entry.name[0] != "." and not _leads_nowhere(entry) and entry.is_dir()
+    )
     return any(has_images(folder) for top in tops for folder, _, _ in os.walk(top))
 
 

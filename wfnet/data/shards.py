@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version
+from wfnet.data.folder import PassedOver
 from wfnet.data.pixel_store import cache_folder
 from wfnet.data.transforms import Transform
 from wfnet.services.files import read_tensors, write_tensors
@@ -204,6 +205,8 @@ def _scan(shard: Path, number: int) -> dict[str, list]:
     """
     images: dict[str, list[tarfile.TarInfo]] = {}
     labels: dict[str, list[int]] = {}
+    others: dict[str, list[str]] = {}  # members that are neither, by sample
+    passed_over = PassedOver()
     end = shard.stat().st_size
     after = 0  # where the last member ends, rounded up to whole blocks
     with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
@@ -215,22 +218,32 @@ def _scan(shard: Path, number: int) -> dict[str, list]:
             if member.offset_data + member.size > end:
                 raise tarfile.ReadError(f"it is cut off within {member.name}")
             key, extension = os.path.splitext(member.name)
-            if extension.lower() in EXTENSIONS:
+            if os.path.basename(member.name).startswith("."):
+                passed_over.add("hidden members", member.name)
+            elif extension.lower() in EXTENSIONS:
                 images.setdefault(key, []).append(member)
             elif extension.lower() == ".cls":
                 labels.setdefault(key, []).append(_class_index(file, member, shard))
+            else:
+                others.setdefault(_sample_of(member.name), []).append(member.name)
         file.seek(after)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it has no end-of-archive mark, so it is cut off")
     found: dict[str, list] = {name: [] for name in ("shard", "offset", "size", "label", "key")}
     beside = [key for key in images if key not in labels and _is_beside(key, images, labels)]
-    if beside:
-        logger.warning(
-            "%s: passed over %d images that belong to a sample's image (%s, ...)",
-            shard,
-            len(beside),
-            images[beside[0]][0].name,
-        )
+    for key in beside:
+        for member in images[key]:
+            passed_over.add("images that belong to a sample's image", member.name)
+    for key in labels:
+        if key not in images:
+            there = ", ".join([f"{key}.cls", *others.pop(_sample_of(key), [])])
+            passed_over.add("samples without an image that is read", there)
+    samples = {_sample_of(key) for key in images}
+    for sample, names in others.items():
+        if sample not in samples:  # texts and tables beside an image are usual
+            for name in names:
+                passed_over.add("members that belong to no image", name)
+    passed_over.log(shard)
     for key, members in images.items():
         if key in beside:
             continue
@@ -254,9 +267,14 @@ def _scan(shard: Path, number: int) -> dict[str, list]:
 
 def _is_beside(key: str, images: dict[str, Any], labels: dict[str, Any]) -> bool:
     """Whether an image such as `7.seg.png` accompanies the sample `7`, as webdataset has it."""
-    folder, _, name = key.rpartition("/")
-    sample = f"{folder}/{name.partition('.')[0]}".lstrip("/")
+    sample = _sample_of(key)
     return sample != key and sample in images and sample in labels
+
+
+def _sample_of(name: str) -> str:
+    """The path up to the first dot of the last name in it."""
+    folder, slash, name = name.rpartition("/")
+    return f"{folder}{slash}{name.partition('.')[0]}"
 
 
 def _class_index(file: BinaryIO, member: tarfile.TarInfo, shard: Path) -> int:
@@ -280,9 +298,14 @@ def _class_names(shard: Path) -> list[str] | None:
 def read_names(path: Path) -> list[str]:
     """Returns the class names of a text file, one a line; blank lines at its end are none.
 
-    Raises ValueError for a blank line between names, and for a name that comes twice.
+    Raises ValueError for a text that is not UTF-8, for a blank line between names, and for a name
+    that comes twice.
     """
-    names = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error.reason}): save it as UTF-8") from error
+    names = [line.strip() for line in text.rstrip().split("\n")]
     if "" in names:
         raise ValueError(
             f"{path}: line {names.index('') + 1} is blank; each line names a class, in the order "
