@@ -83,13 +83,13 @@ COVERED = {
     "timm vit": (
         lambda: tm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2),
         32,
-        2,
+        8,
         True,
     ),
     "timm deit": (
         lambda: tm("deit_tiny_distilled_patch16_224", img_size=32, depth=2),
         32,
-        2,
+        8,
         True,
     ),
     "timm swin": (
@@ -102,7 +102,7 @@ COVERED = {
             num_heads=(2, 4),
         ),
         56,
-        4,
+        16,
         True,
     ),
 }

@@ -256,7 +256,7 @@ def check_class_count(options: argparse.Namespace, folder: Path, filters: int, r
 
 
 def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int) -> list[int]:
-    """Class numbers from numbers or names.
+    """Class numbers from numbers or names, each once.
 
     Raises:
         ValueError: for one that does not exist.
@@ -271,9 +271,9 @@ def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int
         elif label.isdigit() and int(label) < count:
             found.append(int(label))
         else:
-            known = f" ({', '.join(names[:5])}, ...)" if names else ""
+            known = ", ".join((names or ())[:5]) + (", ..." if len(names or ()) > 5 else "")
             raise ValueError(
-                f"there is no class {label!r}: classes are numbered 0 to {count - 1}, or called by "
-                f"their names{known}"
+                f"there is no class {label!r}: classes are numbered 0 to {count - 1}"
+                f"{f', or called by their names ({known})' if known else ''}"
             )
-    return found
+    return list(dict.fromkeys(found))
