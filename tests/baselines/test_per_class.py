@@ -34,7 +34,7 @@ def test_a_run_goes_on_class_by_class(tmp_path, monkeypatch, patches, linear):
     again = run_baseline(models(), test, **options)
     assert made == [0, 1, 1, 2]
     assert again.evaluation.records == result.evaluation.records
-    with pytest.raises(ValueError, match="records of another settings"):
+    with pytest.raises(ValueError, match="records of other settings"):
         models(lr=0.01)(0)
     path = models().path(0)
     path.write_bytes(path.read_bytes()[:20])

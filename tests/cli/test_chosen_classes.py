@@ -35,7 +35,7 @@ def test_classes_of_the_data_are_found_in_the_network(chosen, found, names, numb
     [
         ([], ["husky"], "which of the network's 4 classes is 'husky'"),
         (["9"], ["husky"], "'9', but the network has classes 0 to 3, or by their names"),
-        (["husky=9"], ["husky"], "which of the network's 4 classes is 'husky'"),
+        (["husky=9"], ["husky"], "gives 'husky' the class '9', but the network has classes 0 to 3"),
         (["wolf=1"], ["husky"], "'wolf', which is no class of the data"),
         (["ant=1", "bee"], ["ant", "bee"], "not both"),
         (["ant=1", "bee=1"], ["ant", "bee"], "the same number"),

@@ -154,3 +154,19 @@ def test_values_that_were_accepted_once(option, value, capsys):
     with pytest.raises(SystemExit):
         main(["train", option, value])
     assert f"argument {option}" in capsys.readouterr().err.replace("-b/--batch-size", "-b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["train", "--checkpoint", ""], "--checkpoint"),
+        (["bake", "run", "--forget", "1", "--data-dir="], "--data-dir"),
+        (["untrain", "--classes", "1", ""], "--classes"),
+        (["evaluate", ""], "RUN"),
+    ],
+)
+def test_empty_values_are_refused(arguments, option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert f"{option} is empty: give it a value" in capsys.readouterr().err

@@ -126,6 +126,8 @@ def test_names_for_classes_that_are_only_numbered(image_folder):
     assert splits.classes == splits.train.classes == splits.test.classes == names
     with pytest.raises(ValueError, match="digits has 10 classes, not 2"):
         open_data("digits", image_size=8, class_names=["a", "b"])
+    with pytest.raises(ValueError, match="class name 'digit 1' is given twice"):
+        open_data("digits", image_size=8, class_names=[*names[:-1], "digit 1"])
     with pytest.raises(ValueError, match="has class names of its own"):
         open_data(image_folder, class_names=["a", "b", "c"])
 

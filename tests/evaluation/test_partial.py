@@ -63,9 +63,9 @@ def test_an_interrupted_call_goes_on_after_the_last_record(
         assert resumed.mean == pytest.approx(whole.mean, abs=1e-6)
     else:
         assert resumed.records == whole.records
-    with pytest.raises(ValueError, match="records of another filters"):
+    with pytest.raises(ValueError, match="records of other filters"):
         measure(make_net(seed=9), data, records=path)
-    with pytest.raises(ValueError, match=r"records of another (test |training )?data"):
+    with pytest.raises(ValueError, match=r"records of other (test |training )?data"):
         measure(net, data.select(list(range(1, len(data)))), records=path)
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match="is damaged"):
@@ -76,5 +76,5 @@ def test_other_settings_are_refused(tmp_path):
     kept = PartialResults(tmp_path / "a.json", {"settings": {"seed": 0}})
     kept.add(3, {"value": 1})
     assert 3 in PartialResults(tmp_path / "a.json", {"settings": {"seed": 0}})
-    with pytest.raises(ValueError, match=r"records of another settings .*delete it"):
+    with pytest.raises(ValueError, match=r"records of other settings .*delete it"):
         PartialResults(tmp_path / "a.json", {"settings": {"seed": 1}})

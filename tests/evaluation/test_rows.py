@@ -216,9 +216,9 @@ def test_an_interrupted_evaluation_goes_on(dataset, tmp_path, monkeypatch, make_
     before = len(read)
     assert run(net, dataset, records=path).records == resumed.records
     assert len(read) == before + 1
-    with pytest.raises(ValueError, match="records of another filters"):
+    with pytest.raises(ValueError, match="records of other filters"):
         run(make_net(seed=8), dataset, records=path)
-    with pytest.raises(ValueError, match="records of another settings"):
+    with pytest.raises(ValueError, match="records of other settings"):
         run(net, dataset, records=path, zrf_base=2)
     path.write_bytes(path.read_bytes()[:50])
     with pytest.raises(ValueError, match="truncated"):

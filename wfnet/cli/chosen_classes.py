@@ -80,6 +80,11 @@ def choose_classes(
         if None in numbers and chosen and len(chosen) == len(found):
             numbers = rows  # in the order of the data's classes
     for name, number in zip(found, numbers, strict=True):
+        if name in pairs and number is None:
+            raise ValueError(
+                f"--classes gives {name!r} the class {pairs[name]!r}, but the network has classes 0 "
+                f"to {num_classes - 1}{', or by their names' if names else ''}"
+            )
         if number is None:
             raise ValueError(
                 f"which of the network's {num_classes} classes is {name!r}? Say so with --classes "

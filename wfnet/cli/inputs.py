@@ -74,7 +74,8 @@ def make_classifier(
     if num_classes is not None and options.num_classes not in (None, num_classes):
         raise ValueError(
             f"--num-classes {options.num_classes} does not match {origin}, which has {num_classes} "
-            "classes; leave it out"
+            "classes; leave it out, or say with `wfnet untrain --classes` which of the network's "
+            "classes these are"
         )
     small = is_small(options.model)
     in_channels = options.in_chans

@@ -328,6 +328,7 @@ def fill_from_files(
             the command does not know or a value that does not fit.
     """
     options = parser.parse_args(arguments)
+    _refuse_empty_values(_command_parser(parser, options.command), options)
     recorded: dict[str, Any] = {}
     origin: Path | None = None
     named = _named_run(options) if options.command != "untrain" else None
@@ -357,6 +358,18 @@ def fill_from_files(
     defaults = _checked(chosen, recorded, origin)
     chosen.set_defaults(**{k: v for k, v in defaults.items() if k not in dropped})
     return parser.parse_args(arguments)
+
+
+def _refuse_empty_values(chosen: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Ends the program if an option is an empty string, as of a shell variable that is not set."""
+    for action in chosen._actions:
+        value = getattr(options, action.dest, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            chosen.error(f"{_shown_name(action)} is empty: give it a value, or leave it out")
+
+
+def _shown_name(action: argparse.Action) -> str:
+    return "/".join(action.option_strings) or action.metavar or action.dest
 
 
 def _named_run(options: argparse.Namespace) -> str | None:

@@ -101,7 +101,10 @@ def read_checkpoint(path: Path) -> Any:
                 tables = False
                 continue
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(f"{path} is truncated or damaged: {reason}") from error
+            raise ValueError(
+                f"{path} is truncated or damaged, or no checkpoint of torch.save ({reason}); "
+                "restore it from a copy or save it again"
+            ) from error
 
 
 def _stand_in(name: str, table: bool) -> type:
@@ -190,7 +193,8 @@ def _folded(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[st
     """Returns the tensors with computed weights in place of what they are computed from.
 
     ``torch.nn.utils.prune`` leaves ``weight_orig`` and ``weight_mask``, weight norm ``weight_g``
-    and ``weight_v``, or ``original0`` and ``original1`` as a parametrization.
+    and ``weight_v``, or ``original0`` and ``original1`` as a parametrization, spectral norm
+    ``weight_orig``, ``weight_u`` and ``weight_v``.
     """
     tensors = dict(tensors)
     for name in wanted:
@@ -204,7 +208,21 @@ def _folded(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[st
             if name not in tensors and {first, second} <= set(tensors):
                 a, b = tensors.pop(first), tensors.pop(second)
                 tensors[name] = a * b if first.endswith("_orig") else _weight_norm(a, b)
+        for weight, left, right in (
+            (f"{name}_orig", f"{name}_u", f"{name}_v"),
+            (f"{parametrized}", f"{parametrized[:-8]}0._u", f"{parametrized[:-8]}0._v"),
+        ):
+            if name not in tensors and {weight, left, right} <= set(tensors):
+                tensors[name] = _spectral_norm(*map(tensors.pop, (weight, left, right)))
     return tensors
+
+
+def _spectral_norm(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    if weight.shape[0] == len(left):
+        matrix = weight.flatten(1)
+    else:  # transposed convolutions are normalised along their second dimension
+        matrix = weight.transpose(0, 1).flatten(1)
+    return weight / (left @ (matrix @ right))
 
 
 def _weight_norm(length: Tensor, direction: Tensor) -> Tensor:

@@ -159,7 +159,10 @@ def _named(classes: list[str], names: Sequence[str], data: str) -> list[str]:
         raise ValueError(
             f"{data} has class names of its own ({', '.join(classes[:5])}, ...): leave out others"
         )
-    if len(names) != len(classes) or len(set(names)) < len(names):
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the class name {twice!r} is given twice: give every class another name")
+    if len(names) != len(classes):
         raise ValueError(
             f"{data} has {len(classes)} classes, not {len(names)}: give a name of its own to each, "
             "in the order of their numbers"

@@ -155,14 +155,21 @@ class PartialCounts:
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError unless the records in ``path`` are of what is evaluated now."""
     for name in {**found, **wanted}:
-        if found.get(name) != wanted.get(name):
+        before, now = found.get(name), wanted.get(name)
+        if before != now:
+            if isinstance(before, dict) and isinstance(now, dict):  # only what differs is shown
+                differing = {key for key in before | now if before.get(key) != now.get(key)}
+                before = {key: before.get(key) for key in sorted(differing)}
+                now = {key: now.get(key) for key in sorted(differing)}
             raise ValueError(
-                f"{path} holds records of another {name} ({_shown(found.get(name))}, now "
-                f"{_shown(wanted.get(name))}); delete it to evaluate anew, or choose another output"
+                f"{path} holds records of other {name} ({_shown(before)}, now {_shown(now)}); "
+                "give the same again to go on, delete it to evaluate anew, or choose another output"
             )
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
     text = "none" if value is None else str(value)
     return text if len(text) <= 20 else f"{text[:12]}..."
 
