@@ -145,7 +145,8 @@ class WFNet(nn.Module):
                         f"num_classes={num_classes}"
                     )
         self._all_called = False
-        self._has_head = find_head(model, num_classes, head) is not None
+        # Kept apart from num_classes, which is that of the rows where filters are replaced.
+        self._logits = num_classes if find_head(model, num_classes, head) is not None else None
         self._image_shape: tuple[int, ...] | None = None  # (C, H, W) of the last images
         fusion.check_mode(fuse)
         self.fuse = fuse
@@ -206,8 +207,8 @@ class WFNet(nn.Module):
         first = nullcontext() if self._all_called else self._watching_calls()
         with forgetting(selection), checkpoints, first:
             logits = first_output(self.model(_expand(images, source)))
-            if self._has_head:
-                check_logits(logits, self.num_classes, type(self.model).__name__)
+            if self._logits is not None:
+                check_logits(logits, self._logits, type(self.model).__name__)
         return logits
 
     def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
