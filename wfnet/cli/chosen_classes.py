@@ -82,8 +82,8 @@ def choose_classes(
     for name, number in zip(found, numbers, strict=True):
         if name in pairs and number is None:
             raise ValueError(
-                f"--classes gives {name!r} the class {pairs[name]!r}, but the network has classes 0 "
-                f"to {num_classes - 1}{', or by their names' if names else ''}"
+                f"--classes gives {name!r} the class {pairs[name]!r}, but the network has classes "
+                f"0 to {num_classes - 1}{', or by their names' if names else ''}"
             )
         if number is None:
             raise ValueError(
