@@ -87,3 +87,13 @@ def test_gates_below_become_zero_and_others_stay(forget):
 def test_a_threshold_that_makes_no_sense_is_refused(threshold):
     with pytest.raises(ValueError, match="must be a finite number of at least 0"):
         trainable().bake(1, prune_below=threshold)
+
+
+@pytest.mark.parametrize("filters", [0, 1])
+def test_filters_that_are_nan_are_not_baked(filters):
+    net = trainable()
+    with torch.no_grad():
+        net.filter_parameters()[filters][1, 0] = math.nan
+    with pytest.raises(ValueError, match="are NaN for what is to be forgotten"):
+        net.bake([0, 1])
+    assert net.bake(0)[0].weight.isfinite().all()

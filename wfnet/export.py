@@ -45,6 +45,12 @@ def bake(
             "would close nearly all of the network; give a threshold between 0 and 1"
         )
     labels = forget_list(forget, num_classes)
+    for name, layer in masked_layers.items():
+        if any(filters[labels].isnan().any() for filters in layer.named_filters().values()):
+            raise ValueError(
+                f"the filters of layer {name!r} are NaN for what is to be forgotten, so the export "
+                "would compute NaN: untrain again with a smaller learning rate"
+            )
     plain = _copy_without_filters(model)
     for name, layer in masked_layers.items():
         baked = layer.bake(labels, prune_below)

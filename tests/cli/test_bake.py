@@ -11,6 +11,7 @@ from wfnet import models
 from wfnet.cli import bake, main
 from wfnet.data import open_data
 from wfnet.head import CUT_LOGIT
+from wfnet.pretrained import filters_digest
 from wfnet.services.files import write_tensors
 
 NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8")
@@ -29,6 +30,7 @@ def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_
     (found,) = report["classes"]
     net = wfnet.WFNet.from_pretrained(digits_run, small_network())
     gates = torch.cat([layer.gates()[3] for layer in net.masked_layers.values()])
+    assert report["filters_digest"] == filters_digest(net)
     assert found["details"]["rows"]["zero_rows"] == int((gates < 0.2).sum())
     plain = small_network()
     plain.load_state_dict(load_file(path))

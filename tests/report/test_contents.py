@@ -36,6 +36,26 @@ def test_an_evaluation_of_another_run_is_left_out(run, filters, run_config, rema
     assert remark in "".join(found.remarks)
 
 
+def test_exports_that_were_baked_with_other_filters_are_left_out(run):
+    (run / "wf_config.json").write_text(json.dumps({"filters_digest": "a"}))
+    for name, digest in (("ours", "a"), ("theirs", "b")):
+        (run / f"{name}.trust.json").write_text(json.dumps({"filters_digest": digest}))
+    (run / "earlier.trust.json").write_text("{}")
+    found = read_contents(run)
+    assert list(found.exports) == ["earlier.trust.json", "ours.trust.json"]
+    assert "theirs.trust.json is of a file that was baked with other filters" in str(found.remarks)
+
+
+def test_results_of_another_run_alone_are_nothing_to_report(run):
+    (run / "trust.json").unlink()
+    content = json.loads((run / "evaluation.json").read_text())
+    content["settings"]["filters_digest"] = "b"
+    (run / "evaluation.json").write_text(json.dumps(content))
+    (run / "wf_config.json").write_text(json.dumps({"filters_digest": "a"}))
+    with pytest.raises(FileNotFoundError, match=r"evaluation\.json is of another network"):
+        read_contents(run)
+
+
 def test_results_that_do_not_say_what_they_are_of_are_shown_with_a_remark(run):
     (run / "wf_config.json").write_text(json.dumps({"filters_digest": "a"}))
     content = json.loads((run / "trust.json").read_text())

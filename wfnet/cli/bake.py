@@ -30,6 +30,7 @@ from wfnet.compact import compact, size_of
 from wfnet.data import batches, multi_hot_of
 from wfnet.head import CUT_LOGIT
 from wfnet.network import WFNet
+from wfnet.pretrained import filters_digest
 from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.files import write_atomically, write_json, write_tensors
@@ -340,6 +341,7 @@ def attack_export(
         {
             "units": "acc_* and auc_* are fractions in [0, 1]",
             "file": path.name,
+            "filters_digest": filters_digest(net),
             "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "forget": list(forget),
             "prune_below": options.prune_below,

@@ -244,6 +244,12 @@ class PairEngine:
         # One look for all: on a device every look waits for it.
         if not bool(torch.stack([flag for flags in broken.values() for flag in flags]).any()):
             return
+        finite = batch.images.flatten(1).isfinite().all(1)
+        if not finite.all():
+            raise FloatingPointError(
+                f"image {int(batch.indices[~finite.cpu()][0])} of the data has values that are NaN "
+                "or infinite: repair it, or leave it out"
+            )
         name = next(name for name, flags in broken.items() if any(flags))
         raise FloatingPointError(
             f"logits of {name} are NaN or infinite for images {int(batch.indices[0])} to "

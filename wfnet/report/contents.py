@@ -93,14 +93,18 @@ def read_contents(folder: str | os.PathLike) -> Contents:
             for place in sorted({path.parent for path in folder.rglob("retrained.json")})
             for result in read_baselines(place)
         ],
-        exports={path.name: _json(path) or {} for path in sorted(folder.glob("*.trust.json"))},
         pictures={
             name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()
         },
     )
     _add_evaluation(found)
     _add_trust(found)
+    _add_exports(found)
     if found.evaluation is None and found.trust is None and found.multi_label is None:
+        if found.remarks:
+            raise FileNotFoundError(
+                f"{folder} holds nothing that could be reported: {' '.join(found.remarks)}"
+            )
         raise FileNotFoundError(
             f"{folder} holds nothing to report yet: `wfnet evaluate {folder}` and `wfnet trust "
             f"{folder}` make results"
@@ -158,6 +162,21 @@ def _add_trust(found: Contents) -> None:
         text = "comes from a version whose attackers had too many images of the forgotten class"
         found.remarks.append(f"{path.name} {text}; {again}.")
     found.trust = result
+
+
+def _add_exports(found: Contents) -> None:
+    """Adds the reports beside baked files, but for those that were baked with other filters."""
+    ours = found.filters.get("filters_digest")
+    for path in sorted(found.folder.glob("*.trust.json")):
+        content = _json(path) or {}
+        theirs = content.get("filters_digest")
+        if None not in (ours, theirs) and ours != theirs:
+            found.remarks.append(
+                f"{path.name} is of a file that was baked with other filters, and left out; bake "
+                "it again."
+            )
+        else:
+            found.exports[path.name] = content
 
 
 def _json(path: Path) -> dict[str, Any] | None:
