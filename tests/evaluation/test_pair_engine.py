@@ -119,7 +119,7 @@ def test_the_model_and_the_random_states_stay_as_they_were(make_net, dataset, me
 
 
 def test_an_image_that_is_not_finite_is_named(make_net):
-    images = torch.rand(10, 3, 8, 8)
+    images = torch.rand(10, 1, 8, 8)
     images[7, 0, 2, 2] = math.nan
     data = torch.utils.data.TensorDataset(images, torch.arange(10) % 2)
     with pytest.raises(FloatingPointError, match="image 7 of the data has values that are NaN"):
