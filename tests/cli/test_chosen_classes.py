@@ -84,6 +84,10 @@ def test_a_network_is_untrained_with_images_of_some_of_its_classes(image_folder,
     assert json.loads((run / "config.json").read_text())["untraining"]["classes"] == [0, 2]
     assert main(["untrain", "--resume", str(run)]) == 0
     assert main(["bake", str(run), "--forget", "cat"]) == 0
+    fails(["bake", str(run), "--forget", "bee"], "class 1 was not untrained")
     assert main(["evaluate", str(run), "-j", "0", "--no-figures"]) == 0
     classes = json.loads((run / "evaluation.json").read_text())["classes"]
     assert {record["name"] for record in classes} == {"ant", "cat"}
+    assert main(["report", str(run), "-j", "0"]) == 0  # of these classes alone
+    call = ["trust", str(run), "--classes", "cat", "--checks", "collateral", "-j", "0"]
+    assert main(call) == 0  # the nearest class is one that there are images of

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.cli.classifier import data_settings
-from wfnet.cli.inputs import check_run_folder, class_indices, load_network, open_images
+from wfnet.cli.inputs import (
+    check_run_folder,
+    class_indices,
+    load_network,
+    open_images,
+    untrained_classes,
+)
 from wfnet.cli.options import (
     HelpFormatter,
     add_compute_options,
@@ -130,6 +136,13 @@ def run(options: argparse.Namespace) -> int:
     config = check_run_folder(folder)
     names = read_run(folder).get("classes") if (folder / RUN_FILE).is_file() else None
     forget = class_indices(options.forget, names, config["num_classes"])
+    untrained = untrained_classes(folder)
+    unchanged = [label for label in forget if untrained is not None and label not in untrained]
+    if unchanged:
+        raise ValueError(
+            f"class {unchanged[0]} was not untrained in {folder}, so its export would be the "
+            f"original model; the run has classes {', '.join(map(str, untrained))}"
+        )
     path = Path(options.output or folder / baked_name(forget))
     if path.suffix != ".safetensors":
         raise ValueError(f"{path} must end in .safetensors (for ONNX there is --onnx)")

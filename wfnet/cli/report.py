@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from wfnet.cli.drawing import draw_report
-from wfnet.cli.inputs import check_run_folder, load_network, open_images
+from wfnet.cli.inputs import check_run_folder, load_network, open_images, untrained_classes
 from wfnet.cli.options import (
     HelpFormatter,
     add_compute_options,
@@ -120,6 +120,7 @@ def _confusion(
     change = confusion_change(
         net,
         images,
+        classes=untrained_classes(folder),
         other_rows=None if net.num_classes <= _ALL_ROWS else _SOME_ROWS,
         batch_size=options.batch_size,
         seed=options.seed,

@@ -32,6 +32,7 @@ from wfnet.cli.inputs import (
     known_classes,
     make_classifier,
     open_images,
+    untrained_classes,
 )
 from wfnet.cli.options import (
     HelpFormatter,
@@ -546,5 +547,5 @@ def _show_result(result: UntrainResult, folder: Path) -> None:
     print(
         f"filters     {folder}\n\nnext:\n"
         f"  wfnet evaluate {folder}\n"
-        f"  wfnet bake {folder} --forget 0"
+        f"  wfnet bake {folder} --forget {(untrained_classes(folder) or [0])[0]}"
     )

@@ -34,7 +34,7 @@ def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> 
     """Accuracies on the nearest classes; ``details`` name them, with the accuracy on each."""
     nearest = {
         "confusion": nearest_by_confusion(
-            subject.logits(subject.original, "test_forget"), subject.label
+            subject.logits(subject.original, "test_forget"), subject.label, among=_present(subject)
         ),
         "features": nearest_by_features(subject),
     }
@@ -55,11 +55,20 @@ def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> 
     return {"values": values, "details": {"accuracy_by_class": details}}
 
 
-def nearest_by_confusion(logits: Tensor, label: int, count: int = NEAREST) -> list[int]:
-    """Other classes with the most mean probability for ``logits [n, K]``, most first."""
+def nearest_by_confusion(
+    logits: Tensor, label: int, count: int = NEAREST, among: Sequence[int] | None = None
+) -> list[int]:
+    """Other classes (of ``among``) with the most mean probability for ``logits [n, K]``."""
     mean = torch.softmax(logits.double(), 1).mean(0)
-    mean[label] = -1.0
-    return mean.topk(min(count, len(mean) - 1)).indices.tolist()
+    others = [k for k in (range(len(mean)) if among is None else among) if k != label]
+    order = mean[others].topk(min(count, len(others))).indices.tolist()
+    return [others[index] for index in order]
+
+
+def _present(subject: Subject) -> list[int]:
+    """The classes of which there are images: the network may have more."""
+    source = subject.test_retain if subject.reader is None else subject.reader
+    return source.labels.unique().tolist()
 
 
 def nearest_by_features(subject: Subject, count: int = NEAREST) -> list[int]:
