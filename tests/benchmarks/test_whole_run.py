@@ -112,7 +112,7 @@ def test_a_whole_run(tmp_path, monkeypatch, classes):
     written = json.loads((tmp_path / "whole.json").read_text())
     assert written == json.loads(json.dumps(returned))
     ours = written["untraining"]
-    assert (ours["steps"], ours["samples"]) == (4, 48)
+    assert (ours["steps"], ours["samples"]) == (4, 72)  # 18 a step: compound rows are 6
     assert list(ours["spent"]) == list(whole_run.PURPOSES)
     assert sum(ours["spent"].values()) == pytest.approx(30, abs=0.1)
     assert ("quality" in written) == ("train" in written["commands"]) == (classes == 4)
