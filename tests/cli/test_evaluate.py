@@ -167,7 +167,6 @@ def test_images_with_several_labels(tmp_path, capsys, fails):
         (["--tables", "--group-sizes", "2", "10"], "--group-sizes 10 leaves none"),
         (["--retained-rows", "10"], "retained_rows must lie in 1 .. 9"),
         (["--classes", "10"], "there is no class '10'"),
-        (["--classes", "3", "3"], "name each class once"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, list) else "",
 )

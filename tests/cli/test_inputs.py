@@ -7,7 +7,7 @@ from image_files import pack_folder
 from safetensors.torch import load_file
 
 from wfnet import models
-from wfnet.cli import main
+from wfnet.cli import inputs, main
 from wfnet.services.files import write_tensors
 
 NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
@@ -191,3 +191,7 @@ def test_classes_of_numbered_data_may_be_named_later(mnist_folder, base, tmp_pat
     evaluate = ["evaluate", str(run), "--no-figures", "-j0", "--quiet"]
     assert main([*evaluate, "--classes", "a", "i"]) == 0
     fails([*evaluate, "--class-names", *names[::-1][1:], "socks"], "'socks' is not known there")
+
+
+def test_a_class_named_twice_counts_once():
+    assert inputs.class_indices(["bee", "1", "0"], ["ant", "bee"], 2) == [1, 0]
