@@ -74,6 +74,7 @@ def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch, fails):
     before = load_file(run / "wf_model.safetensors")
     capsys.readouterr()
     fails([*tables, "--relearn-lr", "0.5"], "relearned with lr=0.01, others with 0.5")
+    fails([*tables, "--baselines", str(tmp_path / "none")], "is no folder; give that of")
     assert not (run / "evaluation.json").exists()  # noticed before the work
     assert main(tables) == 0
     shown = capsys.readouterr().out

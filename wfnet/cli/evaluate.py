@@ -305,6 +305,10 @@ class _TableParts:
                     f"give numbers from 2 to {num_classes - 1}"
                 )
         self.relearn = relearn_config(options)
+        if options.baselines and not Path(options.baselines).is_dir():
+            raise FileNotFoundError(
+                f"--baselines {options.baselines} is no folder; give that of `wfnet baseline`"
+            )
         self.baselines = read_baselines(options.baselines or folder / "baselines")
         relearning = None if self.relearn is None else asdict(self.relearn)
         check_baselines(self.baselines, options.zrf_base, options.zrf_mode, relearning)
