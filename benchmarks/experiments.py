@@ -150,7 +150,9 @@ def trust(args: argparse.Namespace) -> dict[str, Any]:
     levels = []
     for seed in args.seeds:
         levels.append(args.folder / f"retrained-{seed}")
-        method = ["--methods", "retrained", *classes, "--seed", seed, "--output", levels[-1]]
+        # The seed of the networks alone: --seed would draw other training images.
+        set_seed = ["--set", f"retrained.seed={seed}"]
+        method = ["--methods", "retrained", *classes, *set_seed, "--output", levels[-1]]
         commands.run("baseline", args.run, *method, "--no-relearn", key=f"baseline {seed}")
     found = {}
     for below in (0.0, *args.prune_below):

@@ -32,6 +32,7 @@ QUALITY = {
     "quality_letters10": "folder of rendered letters, 10 classes",
     "quality_glyphs100": "rendered characters, 100 classes",
     "quality_glyphs100_hard": "the same with much noise",
+    "quality_digits_durable": "recipe `durable`: digits",
     "quality_digits_paper": "for comparison, recipe `paper`: digits",
 }
 NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}

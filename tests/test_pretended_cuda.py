@@ -275,6 +275,8 @@ EVALUATION_WAITS = {
     "rows.py:<listcomp>",
     "initialisation.py:_initialise_raw",  # once
     "files.py:digest",
+    "export.py:bake",  # once: filters that are NaN are not baked
+    "export.py:<genexpr>",
     "execution.py:check_plan",
     "labels.py:wait",
 }
