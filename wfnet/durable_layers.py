@@ -203,6 +203,16 @@ class DurableLayer(MaskedLayer):
         """``[B, O]``: the product of the gates of ``rows [B, J]``."""
         return _rows_of(self.gates(), rows, 1.0).prod(1)
 
+    def _baked(
+        self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
+    ) -> Tensor:
+        if not forget:
+            return parameter.detach().clone()
+        gate = self.row_gates(self._label_list(forget))[0]
+        gate = gate.masked_fill(gate < prune_below, 0.0)
+        scaled = parameter.to(gate.dtype) * gate.reshape(-1, *[1] * (parameter.dim() - 1))
+        return scaled.detach().to(parameter.dtype)
+
     def _label_list(self, forget: Sequence[int]) -> Tensor:
         check_range(min(forget), max(forget), self.num_classes)
         return torch.tensor([list(forget)], device=self.alpha_hard.device)
@@ -240,16 +250,6 @@ class _GatedOutput(DurableLayer):
         shape = [len(gate)] + [1] * (y.dim() - 1)
         shape[self._channel_dim] = gate.shape[1]
         return y * gate.to(y.dtype).reshape(shape)
-
-    def _baked(
-        self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
-    ) -> Tensor:
-        if not forget:
-            return parameter.detach().clone()
-        gate = self.row_gates(self._label_list(forget))[0]
-        gate = gate.masked_fill(gate < prune_below, 0.0)
-        scaled = parameter.to(gate.dtype) * gate.reshape(-1, *[1] * (parameter.dim() - 1))
-        return scaled.detach().to(parameter.dtype)
 
 
 @register_durable(nn.Linear)
@@ -357,15 +357,6 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
             plain.running_mean.copy_(mean.masked_fill(closed, 0.0))
             plain.running_var.copy_(var.masked_fill(closed, 1.0))
         return plain
-
-    def _baked(
-        self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
-    ) -> Tensor:
-        if not forget:
-            return parameter.detach().clone()
-        gate = self.row_gates(self._label_list(forget))[0]
-        gate = gate.masked_fill(gate < prune_below, 0.0)
-        return (parameter.to(gate.dtype) * gate).detach().to(parameter.dtype)
 
 
 @register_durable("timm.layers.norm_act.BatchNormAct2d")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.autograd import DeviceType
+
+from wfnet.services.quiet import silent_stderr
 
 logger = logging.getLogger("wfnet")
 
@@ -114,7 +113,7 @@ def peak_mebibytes(call: Call, device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
-        _silent_stderr(),
+        silent_stderr(),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
         call()
@@ -140,20 +139,6 @@ def graph_pool_mebibytes(device: torch.device) -> float:
         if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
     )
     return sum(pools) / 2**20
-
-
-@contextlib.contextmanager
-def _silent_stderr() -> Iterator[None]:
-    """The profiler's library writes about itself to the descriptor, past `sys.stderr`."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 # -- kernels ---------------------------------------------------------------------------------------

@@ -7,10 +7,7 @@ everything in a step is proportional to its samples or its images, or constant.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,6 +15,7 @@ import torch
 
 from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
+from wfnet.services.quiet import silent_stderr
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import expand
 from wfnet.untraining.objectives import BalancedObjective, Objective
@@ -139,7 +137,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
-        _no_stderr(),
+        silent_stderr(),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
         work()
@@ -153,17 +151,3 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         now += change
         peak = max(peak, now)
     return peak
-
-
-@contextlib.contextmanager
-def _no_stderr() -> Iterator[None]:
-    """Without what the profiler's C++ parts say there when they find no GPU."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
