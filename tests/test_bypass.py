@@ -84,19 +84,6 @@ def test_a_hidden_bypass_is_found_on_the_first_forward(kind, name):
             net(X, 1)
 
 
-def test_a_bypass_at_the_root_is_found():
-    class Root(Alias):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(4, CLASSES)
-
-        def forward(self, x):
-            return self.head(super().forward(x).mean((2, 3)))
-
-    with pytest.raises(ValueError, match="layer 'conv' cannot be masked"):
-        WFNet(Root().eval(), CLASSES)(X, 1)
-
-
 def test_what_bypasses_nothing_is_not_refused():
     net = WFNet(small(Harmless()), CLASSES)
     net(X, 1)

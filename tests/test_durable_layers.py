@@ -36,21 +36,13 @@ def images(count=4):
     return torch.randn(count, 1, 32, 32, generator=torch.Generator().manual_seed(5)).double()
 
 
-@pytest.mark.parametrize("kind", ["resnet", "vgg", "vit"])
+@pytest.mark.parametrize("kind", ["resnet", "vit"])
 @torch.no_grad()
 def test_a_fresh_row_is_the_original_network_bit_by_bit(kind):
     net = make_net(kind, moved=False)
     forget = torch.tensor([0, -1, 4, 2])
     assert torch.equal(net(images(), forget), net(images(), None))
     assert torch.equal(net.bake(None)(images()), net(images(), None))
-
-
-@pytest.mark.parametrize("options", [{"batch_norm": True}, {"batch_norm": False}])
-def test_default_targets_of_convolutional_networks(options):
-    net = wfnet.WFNet(models.create("vgg", CLASSES, width=8, **options), CLASSES, gate="durable")
-    kind = nn.BatchNorm2d if options["batch_norm"] else nn.Conv2d
-    assert all(isinstance(layer, kind) for layer in net.masked_layers.values())
-    assert len(net.masked_layers) == 5
 
 
 def test_targets_of_transformers_and_patterns():
@@ -63,8 +55,11 @@ def test_targets_of_transformers_and_patterns():
     assert list(make_net(targets="layer3.*").masked_layers) == [
         f"layer3.0.{n}" for n in ("bn1", "bn2", "downsample.1")
     ]
-    with pytest.raises(ValueError, match=r"'layer9' matches no layer.*durable gates; those are"):
+    with pytest.raises(ValueError, match=r"'layer9' matches no layer.*durable gates are"):
         make_net(targets="layer9")
+    plain = models.create("vgg", CLASSES, width=8, batch_norm=False)
+    layers = wfnet.WFNet(plain, CLASSES, gate="durable").masked_layers.values()
+    assert [type(layer) for layer in layers] == [durable_layers.DurableConv2d] * 5
     with pytest.raises(ValueError, match="gate='hard' is none of sigmoid, durable"):
         wfnet.WFNet(models.create("vgg", CLASSES, width=8), CLASSES, gate="hard")
 
@@ -128,30 +123,6 @@ def test_moments_of_groups_and_gradients_equal_the_formula():
     assert net.gate_mode.groups is None
 
 
-def test_gradients_of_a_whole_step_are_those_of_finite_differences():
-    net = make_net("resnet")
-    rows = torch.tensor([1, 1, 2, 2])
-    noise = {
-        name: torch.rand(2, layer.alpha_hard.shape[1]).double()
-        for name, layer in net.masked_layers.items()
-    }
-    alpha = net.masked_layers["layer2.0.bn1"].alpha_soft
-
-    def loss():
-        with net.gate_mode.grouped(rows, noise):
-            return net(images(), rows).square().sum()
-
-    (gradient,) = torch.autograd.grad(loss(), alpha)
-    step = torch.zeros_like(alpha)
-    step[2, 3] = 1e-6
-    with torch.no_grad():
-        before = loss()
-        alpha.add_(step)
-        after = loss()
-    torch.testing.assert_close(gradient[2, 3], (after - before) / 1e-6, rtol=1e-3, atol=1e-6)
-    assert not gradient[[0, 3, 4]].any()
-
-
 def test_hard_gates_are_exact_zeros_and_ones_without_noise():
     alpha = torch.tensor([-1.0, -1e-6, 1e-6, 4.0], requires_grad=True)
     assert hard_gate(alpha).tolist() == [0, 0, 1, 1]
@@ -172,9 +143,12 @@ def test_soft_gates_start_where_they_are_told_and_are_saved_with_it(tmp_path):
     assert torch.equal(net(images(), 1), net(images(), None))
     layer = net.masked_layers["blocks.0.mlp.fc1"]
     layer.alpha_soft[1] += torch.randn(layer.alpha_soft.shape[1])
-    net.save_pretrained(tmp_path)
-    again = wfnet.WFNet.from_pretrained(tmp_path, net.bake(None))
-    assert torch.equal(again(images(), 1), net(images(), 1))
+    moved = make_net("resnet")
+    for saved in (net, moved):
+        saved.save_pretrained(tmp_path)
+        again = wfnet.WFNet.from_pretrained(tmp_path, saved.bake(None))
+        assert again.gate == "durable"
+        assert torch.equal(again(images(), 1), saved(images(), 1))
     assert "soft_init" not in vars(net.bake(1).get_submodule("blocks.0.mlp.fc1"))
     with pytest.raises(ValueError, match="soft_init is the start of durable gates"):
         wfnet.WFNet(models.create("vgg", CLASSES, width=8), CLASSES, soft_init=1.0)
@@ -227,16 +201,6 @@ def test_a_convolution_that_also_feeds_a_skip_keeps_its_weights():
     torch.testing.assert_close(plain(images(2).float()), net(images(2).float(), 1))
 
 
-def test_round_trip_with_statistics(tmp_path):
-    net = make_net("resnet")
-    net.save_pretrained(tmp_path)
-    again = wfnet.WFNet.from_pretrained(tmp_path, net.bake(None).requires_grad_(False))
-    assert again.gate == "durable"
-    forget = torch.tensor([0, 1, 2, 3])
-    with torch.no_grad():
-        assert torch.equal(again(images(), forget), net(images(), forget))
-
-
 def test_timm_batch_norm_with_activation():
     timm = pytest.importorskip("timm")
     model = timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES).eval()
@@ -249,13 +213,3 @@ def test_timm_batch_norm_with_activation():
             layer.alpha_hard[1, ::3] = -1
             layer.alpha_soft[1] += torch.randn(layer.alpha_soft.shape[1])
         torch.testing.assert_close(net.bake(1)(x), net(x, 1), rtol=1e-3, atol=1e-4)
-
-
-def test_a_base_without_running_statistics_is_refused_by_name():
-    model = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.Flatten()
-    )
-    model.head = nn.LazyLinear(CLASSES)
-    model(torch.randn(2, 1, 8, 8))
-    with pytest.raises(ValueError, match=r"'1' .* keeps no running statistics"):
-        wfnet.WFNet(model.eval(), CLASSES, gate="durable")

@@ -90,27 +90,21 @@ def test_conv2d_equals_the_reference(geometry, form, batch, bias):
     )
 
 
-def layouts(n, c, h, w):
-    make = {"dtype": torch.float64}
-    return {
-        "contiguous": torch.randn(n, c, h, w, **make),
-        "channels_last": torch.randn(n, c, h, w, **make).to(memory_format=torch.channels_last),
-        "sliced": torch.randn(n, c, h + 3, 2 * w, **make)[:, :, 1:-2, ::2],
-        "channel_slice": torch.randn(n, 2 * c, h, w, **make)[:, c:],
-        "transposed": torch.randn(n, c, w, h, **make).transpose(2, 3),
-        "expanded": torch.randn(1, c, 1, w, **make).expand(n, c, h, w),
-        "batch_last": torch.randn(c, h, w, n, **make).permute(3, 0, 1, 2),
-    }
+LAYOUTS = {
+    "channels_last": lambda x: x.to(memory_format=torch.channels_last),
+    "sliced": lambda x: x.repeat(1, 2, 1, 2)[:, 4:, :, ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+    "expanded": lambda x: x[:1, :, :1].expand(3, -1, 7, -1),
+    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+}
 
 
-@pytest.mark.parametrize("layout", layouts(1, 1, 1, 1))
-@pytest.mark.parametrize("source", [False, True])
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("channels_last_weight", [False, True])
-def test_conv2d_takes_any_strides(layout, source, groups, channels_last_weight):
-    x = layouts(3, 4, 6, 7)[layout].requires_grad_()
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("groups", "source"), [(1, False), (4, True)])
+def test_conv2d_takes_any_strides(layout, source, groups):
+    x = LAYOUTS[layout](torch.randn(3, 4, 7, 7, dtype=torch.float64)).requires_grad_()
     weight, b, aw, ab = tensors(8, (4 // groups,), (3, 3))
-    if channels_last_weight:
+    if source:
         weight = weight.to(memory_format=torch.channels_last)
     src = torch.tensor([2, 0, 0, 2, 2]) if source else None
     forget = labels_for(5 if source else 3, "matrix")
@@ -132,10 +126,9 @@ def test_channels_last_stays_channels_last():
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6), (0, 3, 6), (0, 6), (1, 1, 6)])
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 2, 3, 6), (0, 3, 6)])
 @pytest.mark.parametrize("form", ["int", "vector", "matrix"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("source", [False, True])
+@pytest.mark.parametrize(("bias", "source"), [(True, False), (False, True)])
 def test_linear_equals_the_reference(shape, form, bias, source):
     x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
     weight, b, aw, ab = tensors(7, (6,), (), bias)
@@ -146,23 +139,6 @@ def test_linear_equals_the_reference(shape, form, bias, source):
         x,
         (aw, ab),
     )
-
-
-def test_linear_takes_any_strides():
-    make = {"dtype": torch.float64}
-    weight, b, aw, ab = tensors(7, (6,), ())
-    forget = labels_for(4, "matrix")
-    for x in (
-        torch.randn(6, 5, 4, **make).permute(2, 1, 0),
-        torch.randn(4, 1, 6, **make).expand(4, 5, 6),
-        torch.randn(4, 5, 12, **make)[..., ::2],
-    ):
-        x.requires_grad_()
-        compare(
-            lambda backend, x=x: wf_linear(x, weight, b, aw, ab, forget, backend=backend),
-            x,
-            (aw, ab),
-        )
 
 
 @pytest.mark.parametrize("form", ["vector", "matrix"])
@@ -178,44 +154,27 @@ def test_windows_of_an_image_share_its_labels(form):
 
 def test_unbatched_inputs():
     weight, b, aw, ab = tensors(6, (3,), (3, 3))
-    x = torch.randn(3, 7, 7, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 7, 7, dtype=torch.float64)
     for forget in (2, None):
-        y = wf_conv2d(x, weight, b, aw, ab, forget)
         batched = wf_conv2d(x[None], weight, b, aw, ab, forget)
-        assert torch.equal(y, batched[0])
+        assert torch.equal(wf_conv2d(x, weight, b, aw, ab, forget), batched[0])
     weight, b, aw, ab = tensors(6, (3,), ())
     v = torch.randn(3, dtype=torch.float64)
-    for forget in (2, torch.tensor([2])):
-        assert torch.equal(
-            wf_linear(v, weight, b, aw, ab, forget), wf_linear(v[None], weight, b, aw, ab, 2)[0]
-        )
+    expected = wf_linear(v[None], weight, b, aw, ab, 2)[0]
+    assert torch.equal(wf_linear(v, weight, b, aw, ab, torch.tensor([2])), expected)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_no_labels_is_the_plain_layer(bias):
-    weight, b, aw, ab = tensors(6, (4,), (3, 3), bias, torch.float32)
-    x = torch.randn(3, 4, 8, 8)
-    plain = F.conv2d(x, weight, b, padding=1)
-    assert torch.equal(wf_conv2d(x, weight, b, aw, ab, None, padding=1), plain)
-    mixed = wf_conv2d(x, weight, b, aw, ab, torch.tensor([-1, 2, -1]), padding=1)
-    if bias:
-        torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]])
-    else:
-        assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
+def test_no_labels_is_the_plain_layer():
+    weight, _, aw, _ = tensors(6, (4,), (3, 3), False, torch.float32)
+    x, src = torch.randn(3, 4, 8, 8), torch.tensor([1, 1, 0, 2])
+    plain = F.conv2d(x, weight, padding=1)
+    mixed = wf_conv2d(x, weight, None, aw, None, torch.tensor([-1, 2, -1]), padding=1)
+    assert torch.equal(mixed[[0, 2]], plain[[0, 2]])
     assert not torch.equal(mixed[1], plain[1])
-    src = torch.tensor([1, 1, 0, 2])
-    assert torch.equal(
-        wf_conv2d(x, weight, b, aw, ab, None, padding=1, source=src),
-        F.conv2d(x[src], weight, b, padding=1),
-    )
-
-
-def test_minus_one_rows_have_no_filter_gradient():
-    weight, b, aw, ab = tensors(6, (4,), (3, 3))
-    x = torch.randn(3, 4, 8, 8, dtype=torch.float64)
-    wf_conv2d(x, weight, b, aw, ab, torch.tensor([-1, -1, -1])).sum().backward()
-    assert not aw.grad.any()
-    assert not ab.grad.any()
+    found = wf_conv2d(x, weight, None, aw, None, None, padding=1, source=src)
+    assert torch.equal(found, plain[src])
+    y = wf_conv2d(x, weight, None, aw, None, torch.tensor([-1, -1, -1]))
+    assert not torch.autograd.grad(y.sum(), aw)[0].any()
 
 
 # -- accuracy -------------------------------------------------------------------------------------
@@ -231,7 +190,7 @@ def by_hand(x, weight, bias, aw, ab, forget, scale, linear):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("gate", [1.0, 1e-3])
 @pytest.mark.parametrize("linear", [False, True], ids=["conv2d", "linear"])
 def test_error_is_at_most_twice_that_of_eager_pytorch(dtype, gate, linear):
     torch.manual_seed(int(1 / gate))
@@ -267,19 +226,6 @@ def test_error_is_at_most_twice_that_of_eager_pytorch(dtype, gate, linear):
         assert error(o, t) <= 2 * error(h, t) + 1e-7, name
 
 
-def test_bitwise_repeatable():
-    weight, b, aw, ab = tensors(16, (8,), (3, 3), dtype=torch.float32)
-    x = torch.randn(8, 8, 12, 12, requires_grad=True)
-    src, forget = torch.randint(0, 8, (32,)), torch.randint(-1, K, (32, 2))
-
-    def run():
-        y = wf_conv2d(x, weight, b, aw, ab, forget, padding=1, source=src)
-        return y, *torch.autograd.grad(y.square().sum(), (x, aw, ab))
-
-    for first, second in zip(run(), run(), strict=True):
-        assert torch.equal(first, second)
-
-
 # -- autograd -------------------------------------------------------------------------------------
 
 
@@ -294,46 +240,29 @@ def test_gradcheck(linear, columns):
     assert torch.autograd.gradcheck(lambda *t: call(t[0], weight, b, *t[1:], forget), (x, aw, ab))
 
 
-@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:])
+@pytest.mark.parametrize("needed", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
 @pytest.mark.parametrize("linear", [False, True])
-def test_any_subset_of_gradients(needed, linear):
+def test_any_subset_of_gradients_and_an_in_place_relu_behind(needed, linear):
     weight, b, aw, ab = tensors(3, (4,), () if linear else (2, 2))
     x = torch.randn((3, 2, 4) if linear else (3, 4, 4, 4), dtype=torch.float64)
     call, forget = wf_linear if linear else wf_conv2d, torch.tensor([0, 2, 2])
-    inputs = [t.detach().requires_grad_(n) for t, n in zip((x, aw, ab), needed, strict=True)]
-    truth = call(inputs[0], weight, b, *inputs[1:], forget, backend="reference").square().sum()
-    found = call(inputs[0], weight, b, *inputs[1:], forget).square().sum()
+    inputs = [t.detach().requires_grad_(bool(n)) for t, n in zip((x, aw, ab), needed, strict=True)]
     wanted = [t for t in inputs if t.requires_grad]
-    for a, c in zip(
-        torch.autograd.grad(found, wanted), torch.autograd.grad(truth, wanted), strict=True
-    ):
+    found, truth = (
+        call(inputs[0], weight, b, *inputs[1:], forget, backend=backend).relu_().square().sum()
+        for backend in ("eager", "reference")
+    )
+    pairs = zip(torch.autograd.grad(found, wanted), torch.autograd.grad(truth, wanted), strict=True)
+    for a, c in pairs:
         torch.testing.assert_close(a, c, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("source", [None, torch.tensor([1, 0, 1])])
-@pytest.mark.parametrize("linear", [False, True])
-def test_in_place_relu_right_after(source, linear):
-    weight, b, aw, ab = tensors(6, (4,), () if linear else (3, 3))
-    x = torch.randn((3, 5, 4) if linear else (3, 4, 6, 6), dtype=torch.float64, requires_grad=True)
-    call, forget = wf_linear if linear else wf_conv2d, torch.tensor([0, 3, 3])
-    compare(
-        lambda backend: F.relu_(call(x, weight, b, aw, ab, forget, source=source, backend=backend)),
-        x,
-        (aw, ab),
-    )
-
-
 def test_weights_never_get_a_gradient():
-    weight, b, aw, ab = tensors(6, (4,), (3, 3))
-    x = torch.randn(2, 4, 6, 6, dtype=torch.float64)
-    for forget, frozen in itertools.product((1, None), ("weight", "bias")):
-        w2, b2 = weight.clone(), b.clone()
-        (w2 if frozen == "weight" else b2).requires_grad_()
+    weight, b, aw, ab = tensors(6, (4,), ())
+    x = torch.randn(2, 4, dtype=torch.float64)
+    for forget, layer in ((1, (weight.clone().requires_grad_(), b)), (None, (weight, aw[0]))):
         with pytest.raises(ValueError, match=r"requires grad.*requires_grad_\(False\)"):
-            wf_conv2d(x, w2, b2, aw, ab, forget)
-    w, b, aw, ab = tensors(6, (4,), ())
-    with pytest.raises(ValueError, match="requires grad"):
-        wf_linear(torch.randn(2, 4).double(), w.requires_grad_(), b, aw, ab, None)
+            wf_linear(x, *layer, aw, ab, forget)
 
 
 @pytest.mark.parametrize("linear", [False, True])
@@ -342,52 +271,22 @@ def test_unsupported_derivatives_raise(linear):
     x = torch.randn((2, 3, 4) if linear else (2, 4, 6, 6), dtype=torch.float64)
     call = wf_linear if linear else wf_conv2d
 
-    def loss(alpha, inputs=x, w=weight, bb=b):
-        return call(inputs, w, bb, alpha, ab, torch.tensor([0, 1])).square().sum()
+    def loss(alpha, inputs=x):
+        return call(inputs, weight, b, alpha, ab, torch.tensor([0, 1])).square().sum()
 
-    message = "torch.func transforms and forward-mode"
     plain = aw.detach()
     for transform in (
         lambda: torch.func.grad(loss)(plain),
-        lambda: torch.func.vmap(lambda a: loss(a))(torch.stack([plain] * 2)),
-        lambda: torch.func.jvp(loss, (plain,), (plain,)),
-        lambda: torch.func.jvp(lambda w: loss(plain, x, w), (weight,), (weight,)),
+        lambda: torch.func.vmap(loss)(torch.stack([plain] * 2)),
         lambda: torch.func.jvp(lambda v: loss(plain, v), (x,), (x,)),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match="transforms and forward-mode"):
             transform()
-    for moved in range(3):
-        with forward_ad.dual_level():
-            given = [plain, x, weight]
-            given[moved] = forward_ad.make_dual(given[moved], torch.ones_like(given[moved]))
-            with pytest.raises(RuntimeError, match=message):
-                loss(*given)
+    dual = forward_ad.dual_level()
+    with dual, pytest.raises(RuntimeError, match="transforms and forward-mode"):
+        loss(forward_ad.make_dual(plain, torch.ones_like(plain)))
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(loss(aw), aw, create_graph=True)
-
-
-def test_reference_differentiates_twice():
-    weight, b, aw, ab = tensors(3, (2,), (1, 1))
-    x = torch.randn(2, 2, 2, 2, dtype=torch.float64)
-    assert torch.autograd.gradgradcheck(
-        lambda a: wf_conv2d(x, weight, b, a, ab, 1, backend="reference"), (aw,)
-    )
-
-
-def test_batched_gradients():
-    weight, b, aw, ab = tensors(3, (2,), (1, 1))
-    y = wf_conv2d(torch.randn(2, 2, 2, 2, dtype=torch.float64), weight, b, aw, ab, 1)
-    dout = torch.randn(3, *y.shape, dtype=torch.float64)
-    (found,) = torch.autograd.grad(y, aw, dout, is_grads_batched=True, retain_graph=True)
-    for one, row in zip(dout, found, strict=True):
-        assert torch.equal(torch.autograd.grad(y, aw, one, retain_graph=True)[0], row)
-
-
-def test_inference_mode():
-    weight, b, aw, ab = tensors(3, (2,), (1, 1))
-    with torch.inference_mode():
-        y = wf_conv2d(torch.randn(2, 2, 2, 2, dtype=torch.float64), weight, b, aw, ab, 1)
-    assert not y.requires_grad
 
 
 # -- autocast -------------------------------------------------------------------------------------
@@ -408,13 +307,6 @@ def test_autocast(linear):
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05)
 
 
-def test_autocast_leaves_fp64_alone():
-    weight, b, aw, ab = tensors(6, (4,), (3, 3))
-    with torch.autocast("cpu", torch.bfloat16):
-        y = wf_conv2d(torch.randn(1, 4, 6, 6, dtype=torch.float64), weight, b, aw, ab, 1)
-    assert y.dtype == torch.float64
-
-
 # -- bad input ------------------------------------------------------------------------------------
 
 
@@ -424,21 +316,16 @@ def test_autocast_leaves_fp64_alone():
         ({"x": torch.randn(2, 3, 6, 6)}, ValueError, "x has 3 channels.*takes 4"),
         ({"x": torch.randn(4, 6)}, ValueError, r"must be \[N, C, H, W\]"),
         ({"x": torch.randn(2, 4, 6, 6).double()}, TypeError, "float64.*float32.*autocast"),
-        ({"x": torch.ones(2, 4, 6, 6, dtype=torch.int64)}, TypeError, "int64"),
         ({"weight": torch.randn(6, 4)}, ValueError, r"weight must be \[O, C / groups, R, S\]"),
         ({"bias": None}, ValueError, "alpha_bias was given without bias"),
         ({"alpha_bias": None}, ValueError, "bias was given without alpha_bias"),
-        ({"bias": torch.randn(1)}, ValueError, r"bias must be \[6\]; got \[1\]"),
         ({"alpha_weight": torch.randn(K, 5)}, ValueError, r"\[num_classes, 6\]; got \[5, 5\]"),
-        ({"alpha_weight": torch.randn(6)}, ValueError, r"got \[6\]"),
         ({"alpha_bias": torch.randn(K + 1, 6)}, ValueError, "shape of alpha_weight"),
         ({"padding": "full"}, ValueError, "'same' or 'valid'; got 'full'"),
         ({"padding": "same", "stride": 2}, ValueError, "needs stride 1"),
         ({"stride": (1, 1, 1)}, ValueError, "stride must be one integer or two"),
         ({"source": torch.tensor([0, 2])}, ValueError, r"0 \.\. 1.*got 2"),
-        ({"source": torch.tensor([0, -1])}, ValueError, "got -1"),
         ({"source": torch.tensor([0.0, 1])}, ValueError, "LongTensor"),
-        ({"source": torch.tensor([[0, 1]])}, ValueError, r"\[B\]"),
         ({"source": torch.tensor([0, 1, 1])}, ValueError, "2 forget labels.*batch of 3"),
         ({"forget": torch.tensor([0, K])}, ValueError, f"label {K} is out of range"),
         ({"backend": "cuda12"}, ValueError, "unknown backend 'cuda12'; choose one of auto"),
@@ -446,27 +333,11 @@ def test_autocast_leaves_fp64_alone():
 )
 def test_bad_input_is_named(change, error, says):
     weight, b, aw, ab = tensors(6, (4,), (3, 3), dtype=torch.float32)
-    good = {
-        "x": torch.randn(2, 4, 6, 6),
-        "weight": weight,
-        "bias": b,
-        "alpha_weight": aw,
-        "alpha_bias": ab,
-    }
-    good |= {"forget": torch.tensor([0, 1])}
+    good = {"x": torch.randn(2, 4, 6, 6), "weight": weight, "bias": b, "alpha_weight": aw}
+    good |= {"alpha_bias": ab, "forget": torch.tensor([0, 1])}
     wf_conv2d(**good)
     with pytest.raises(error, match=says):
         wf_conv2d(**(good | change))
-
-
-def test_bad_linear_input_is_named():
-    weight, b, aw, ab = tensors(6, (4,), (), dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"x \[2, 3\] does not fit the weight \[6, 4\]"):
-        wf_linear(torch.randn(2, 3), weight, b, aw, ab, 1)
-    with pytest.raises(ValueError, match=r"3 forget labels.*batch of 4"):
-        wf_linear(torch.randn(4, 2, 4), weight, b, aw, ab, torch.arange(3))
-    with pytest.raises(ValueError, match=r"2 forget labels.*batch of 4"):
-        wf_linear(torch.randn(4, 4), weight, b, aw, ab, torch.arange(2))
 
 
 # -- choice of the backend ------------------------------------------------------------------------
@@ -489,8 +360,6 @@ def test_environment_chooses_the_backend(monkeypatch):
     monkeypatch.setenv("WFNET_BACKEND", "nonsense")
     with pytest.raises(ValueError, match="unknown backend 'nonsense'"):
         call()
-    monkeypatch.setenv("WFNET_BACKEND", "")
-    call()
     monkeypatch.setenv("WFNET_BACKEND", "reference")
     assert "wfnet" not in call().grad_fn.name().lower()
 

@@ -1,6 +1,5 @@
 """Tables of all layers at once against the equations, layer by layer, in fp64."""
 
-import pytest
 import torch
 
 from wfnet import gates
@@ -66,15 +65,3 @@ def test_both_tables_have_rows_of_one_stride():
     step = GateTables(random_layers())(FORGET)
     for scale, shift in zip(step.scales, step.shifts, strict=True):
         assert scale.stride() == shift.stride()
-
-
-def test_layers_that_do_not_fit_are_refused():
-    matrix = torch.zeros(2, 8)
-    for layers, message in (
-        ([], "without masked layers"),
-        ([GatedLayer(matrix, matrix)], "both or neither"),
-        ([GatedLayer(matrix, gamma=torch.zeros(3))], "expected"),
-        ([GatedLayer(matrix), GatedLayer(torch.zeros(3, 8))], "expected"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            GateTables(layers)

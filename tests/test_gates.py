@@ -19,7 +19,7 @@ def naive_rows(alpha, forget, scale):
 
 
 @pytest.mark.parametrize("classes", [1, 3, 1000])
-@pytest.mark.parametrize(("batch", "columns"), [(0, 1), (1, 1), (5, 1), (7, 3), (40, 4)])
+@pytest.mark.parametrize(("batch", "columns"), [(0, 1), (5, 1), (40, 4)])
 def test_rows_and_gradient_equal_the_naive_product(classes, batch, columns):
     alpha = torch.randn(classes, 6, dtype=torch.float64, requires_grad=True)
     forget = torch.randint(-1, min(classes, 3), (batch, columns))
@@ -33,15 +33,6 @@ def test_rows_and_gradient_equal_the_naive_product(classes, batch, columns):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-def test_a_label_counts_once():
-    alpha = torch.randn(4, 5)
-    once = gates.gate_rows(alpha, torch.tensor([[2, 1, -1, -1]]), 1.0)
-    twice = gates.gate_rows(alpha, torch.tensor([[2, 1, 2, 1]]), 1.0)
-    assert torch.equal(once, twice)
-    found = gates.distinct_labels(torch.tensor([[2, 1, 2, 1], [-1, -1, 0, 0]]))
-    assert found.tolist() == [[2, 1, -1, -1], [-1, -1, 0, -1]]
-
-
 def test_minus_one_is_exactly_one_and_has_no_gradient():
     alpha = torch.randn(4, 5)
     rows = gates.gate_rows(alpha, torch.tensor([[-1], [2]]), 0.7)
@@ -51,7 +42,7 @@ def test_minus_one_is_exactly_one_and_has_no_gradient():
     assert (gradient[2] != 0).all()
 
 
-@pytest.mark.parametrize("bad", [4, -2, 2**40, -(2**40)])
+@pytest.mark.parametrize("bad", [4, -2, 2**40])
 def test_out_of_range_is_nan_for_that_sample_alone(bad):
     alpha = torch.randn(4, 5)
     rows = gates.gate_rows(alpha, torch.tensor([[0, 1], [bad, 1], [3, -1]]), 1.0)
@@ -61,17 +52,12 @@ def test_out_of_range_is_nan_for_that_sample_alone(bad):
     assert torch.equal(gradient[1:3], torch.zeros(2, 5))
 
 
-@pytest.mark.parametrize("alpha_init", [-60.0, -20.0, -3.0, 0.0, 0.1, 2.3, 3.0, 20.0, 80.0])
+@pytest.mark.parametrize("alpha_init", [-60.0, 0.1, 2.3, 80.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_fresh_gates_are_exactly_one(alpha_init, dtype):
     alpha = torch.full((2, 3), alpha_init, dtype=dtype)
     gate = gates.gate(alpha, gates.gate_scale(alpha_init, True))
     assert torch.equal(gate, torch.ones_like(gate))
-
-
-def test_paper_gate_is_a_plain_sigmoid():
-    alpha = torch.randn(3, 4)
-    torch.testing.assert_close(gates.gate(alpha, gates.gate_scale(3.0, False)), alpha.sigmoid())
 
 
 @pytest.mark.parametrize("value", [3.0, 2.0, -4.0])
@@ -99,8 +85,3 @@ def test_segment_sum_is_right_and_bitwise_repeatable(low):
     assert torch.equal(first, gates.segment_sum(values, segment, 5))
     expected = torch.stack([values[segment == k].sum(0) for k in range(5)])
     torch.testing.assert_close(first, expected)
-
-
-def test_segment_sum_of_nothing():
-    total = gates.segment_sum(torch.empty(0, 3), torch.empty(0, dtype=torch.int64), 4)
-    assert torch.equal(total, torch.zeros(4, 3))

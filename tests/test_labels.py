@@ -24,41 +24,20 @@ from wfnet.labels import (
     ("wrong", "says"),
     [
         (True, "bool"),
-        (1.0, "float"),
         ([1, 2], r"list.*torch\.tensor"),
         (np.array([1]), "ndarray"),
-        ("3", "str"),
         (torch.tensor([True]), r"torch\.bool"),
-        (torch.tensor([1.0]), r"torch\.float32"),
         (torch.tensor([1], dtype=torch.uint8), r"torch\.uint8"),
     ],
 )
 def test_wrong_types_are_named(wrong, says):
     with pytest.raises(TypeError, match=says):
         select(wrong)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 2), (3, 0)])
-def test_wrong_shapes_are_named(shape):
     with pytest.raises(ValueError, match=r"shape \[B\] or \[B, J\]"):
-        select(torch.zeros(shape, dtype=torch.int64))
+        select(torch.zeros((3, 0), dtype=torch.int64))
 
 
-@pytest.mark.parametrize("label", [3, np.int64(3), torch.tensor(3), torch.tensor(3).int()])
-def test_one_label_for_all(label):
-    selection = select(label)
-    assert selection.uniform
-    assert selection.expand(4, torch.device("cpu"), 5).tolist() == [[3]] * 4
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
-def test_integer_dtypes(dtype):
-    rows = select(torch.tensor([0, -1, 2], dtype=dtype)).rows
-    assert rows.dtype == torch.int64
-    assert rows.tolist() == [[0], [-1], [2]]
-
-
-@pytest.mark.parametrize("bad", [5, -2, 99])
+@pytest.mark.parametrize("bad", [5, -2])
 @pytest.mark.parametrize("form", ["int", "vector", "matrix"])
 def test_range_is_checked_on_the_host(bad, form):
     forget = {"int": bad, "vector": torch.tensor([0, bad]), "matrix": torch.tensor([[0, bad]] * 2)}
@@ -66,15 +45,6 @@ def test_range_is_checked_on_the_host(bad, form):
     with (
         pytest.raises(ValueError, match=rf"label {bad} is out of range.*0 to 4.*-1"),
         forgetting(forget[form]),
-    ):
-        conv(torch.randn(2, 2, 3, 3))
-
-
-def test_count_of_labels_is_checked():
-    conv = wfnet.WFConv2d(2, 3, 1, num_classes=5)
-    with (
-        pytest.raises(ValueError, match=r"3 forget labels.*batch of 2"),
-        forgetting(torch.arange(3)),
     ):
         conv(torch.randn(2, 2, 3, 3))
 
@@ -89,19 +59,10 @@ def test_nesting_and_exceptions_restore_the_outer_labels():
         with forgetting(None):
             assert active_selection().rows is None
         assert active_selection().low == 1
-        with pytest.raises(KeyError), forgetting(2):
+        context = forgetting(2)
+        with pytest.raises(KeyError), context, forgetting(None), context:
             raise KeyError
         assert active_selection().low == 1
-    with pytest.raises(RuntimeError):
-        active_selection()
-
-
-def test_one_context_may_nest_in_itself_and_be_used_again():
-    context = forgetting(1)
-    with context, forgetting(2), context:
-        assert active_selection().low == 1
-    with context:
-        pass
     with pytest.raises(RuntimeError):
         active_selection()
 
@@ -128,27 +89,6 @@ def test_threads_do_not_see_each_other():
             assert torch.equal(found[label], conv(x))
 
 
-def test_the_same_context_object_in_two_threads():
-    context, meet, failed = forgetting(3), threading.Barrier(2), []
-
-    def work():
-        for _ in range(50):
-            with forgetting(1):
-                meet.wait()
-                with context:
-                    if active_selection().low != 3:
-                        failed.append("inner")
-                if active_selection().low != 1:
-                    failed.append("outer")
-
-    threads = [threading.Thread(target=work) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not failed
-
-
 class FakeEvent:
     def __init__(self, done):
         self.done = done
@@ -159,48 +99,27 @@ class FakeEvent:
     def synchronize(self):
         self.done = True
 
-
-def pending(low, high, done):
-    return FakeEvent(done), torch.tensor([low, high]), 10
+    __reduce__ = None  # as little copyable as an event
 
 
-def test_deferred_check_raises_once_for_what_has_finished():
+def test_deferred_check_raises_once_for_what_has_finished_and_waits_when_asked(monkeypatch):
     check = DeferredLabelCheck()
-    check._pending = [pending(0, 9, True), pending(-1, 12, True), pending(0, 3, True)]
+    check.submit(torch.tensor([[100]]), 10)  # on the host: nothing is deferred
+    check._pending = [
+        (FakeEvent(done), torch.tensor(range_), 10)
+        for range_, done in (([0, 9], True), ([-1, 12], True), ([-7, 2], False))
+    ]
+    assert copy.deepcopy(check)._pending == []
+    with monkeypatch.context() as patch:
+        patch.setattr(labels, "_capturing", lambda: True)
+        check.poll()
     with pytest.raises(ValueError, match="12 is out of range"):
         check.poll()
-    check.poll()
-    assert not check._pending
-
-
-def test_deferred_check_waits_only_when_asked():
-    check = DeferredLabelCheck()
-    check._pending = [pending(-7, 2, False)]
     check.poll()
     assert len(check._pending) == 1
     with pytest.raises(ValueError, match="-7 is out of range"):
         check.wait()
     assert not check._pending
-
-
-def test_deferred_check_leaves_events_alone_during_capture(monkeypatch):
-    check = DeferredLabelCheck()
-    check._pending = [pending(-7, 2, True)]
-    monkeypatch.setattr(labels, "_capturing", lambda: True)
-    check.poll()
-    assert len(check._pending) == 1
-
-
-def test_deferred_check_copies_without_its_events():
-    check = DeferredLabelCheck()
-    check._pending = [(threading.Lock(), None, 1)]  # as little copyable as an event
-    assert copy.deepcopy(check)._pending == []
-
-
-def test_labels_on_the_host_need_no_deferred_check():
-    check = DeferredLabelCheck()
-    check.submit(torch.tensor([[1]]), 10)
-    assert check._pending == []
 
 
 # -- activation checkpointing ---------------------------------------------------------------------
@@ -217,41 +136,22 @@ def randomize(module):
     return module
 
 
-def random_layer():
-    return randomize(wfnet.WFConv2d(3, 4, 3, num_classes=CLASSES))
-
-
-def checkpointed(conv, **options):
+@pytest.mark.parametrize("with_context", [True, False])
+def test_checkpointing_recomputes_under_its_labels_in_any_thread(with_context):
+    conv = randomize(wfnet.WFConv2d(3, 4, 3, num_classes=CLASSES))
+    options = {"context_fn": checkpoint_context} if with_context else {}
     with forgetting(FORGET):
         y = checkpoint(conv, IMAGES, use_reentrant=False, **options)
-    return torch.autograd.grad(y.square().sum(), conv.alpha_weight)[0]
-
-
-def test_checkpointing_with_the_context():
-    conv = random_layer()
-    found = checkpointed(conv, context_fn=checkpoint_context)
-    with forgetting(FORGET):
-        expected = torch.autograd.grad(conv(IMAGES).square().sum(), conv.alpha_weight)[0]
-    assert torch.equal(found, expected)
-    with pytest.raises(RuntimeError, match="without forget labels"):
-        active_selection()
-
-
-def test_checkpointing_without_the_context_raises():
-    with pytest.raises(RuntimeError, match=r"without forget labels.*checkpoint_context"):
-        checkpointed(wfnet.WFConv2d(3, 4, 3, num_classes=CLASSES))
-
-
-def test_recomputation_under_other_labels_and_in_another_thread():
-    conv = random_layer()
-    with forgetting(FORGET):
-        y = checkpoint(conv, IMAGES, use_reentrant=False, context_fn=checkpoint_context)
         (expected,) = torch.autograd.grad(conv(IMAGES).square().sum(), conv.alpha_weight)
     found = []
 
     def backward():
         found.append(torch.autograd.grad(y.square().sum(), conv.alpha_weight, retain_graph=True)[0])
 
+    if not with_context:
+        with pytest.raises(RuntimeError, match=r"without forget labels.*checkpoint_context"):
+            backward()
+        return
     with forgetting(7):
         backward()
         thread = threading.Thread(target=backward)

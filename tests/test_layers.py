@@ -1,20 +1,17 @@
 """WFConv2d and WFLinear as drop-in layers."""
 
 import copy
-import io
-import pickle
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrizations, prune, weight_norm
 
 import wfnet
 from wfnet import WFConv2d, WFLinear, WFNet, forgetting, layers
-from wfnet.functional import wf_conv2d
 
 
 @pytest.fixture(autouse=True)
@@ -41,9 +38,8 @@ def by_hand(conv, x, label):
         return twin(x)
 
 
-@pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
-@pytest.mark.parametrize("padding", [0, 2, (1, 2), "same", "valid"])
-@pytest.mark.parametrize("kernel", [3, (4, 2)])
+@pytest.mark.parametrize("mode", ["zeros", "reflect", "circular"])
+@pytest.mark.parametrize(("padding", "kernel"), [((1, 2), 3), ("same", (4, 2)), ("valid", 3)])
 def test_all_padding_modes(mode, padding, kernel):
     conv = WFConv2d(
         4, 6, kernel, padding=padding, padding_mode=mode, num_classes=3, dtype=torch.float64
@@ -79,15 +75,6 @@ def test_state_dict_keys_of_the_base_keep_their_names():
         assert torch.equal(conv(x), other(x))
 
 
-def test_only_filters_require_grad():
-    conv = WFConv2d(4, 6, 3, num_classes=3)
-    wanted = {n for n, p in conv.named_parameters() if p.requires_grad}
-    assert wanted == {"alpha_weight", "alpha_bias"}
-    assert WFConv2d(4, 6, 3, bias=False, num_classes=3).alpha_bias is None
-    with pytest.raises(ValueError, match="no bias"):
-        WFConv2d(4, 6, 3, bias=False, num_classes=3).gates("bias")
-
-
 def test_from_conv_leaves_the_original_alone():
     conv = nn.Conv2d(4, 6, 3, padding=1)
     masked = WFConv2d.from_conv(conv, num_classes=3)
@@ -100,25 +87,6 @@ def test_from_conv_leaves_the_original_alone():
     masked.register_forward_hook(lambda *_: calls.append(1))
     conv(x)
     assert not calls
-    with forgetting(1):
-        masked(x)
-    assert calls
-
-
-def test_from_conv_keeps_hooks():
-    conv = nn.Conv2d(4, 6, 3)
-    conv.register_forward_hook(lambda m, a, y: y * 0)
-    with forgetting(None):
-        assert not WFConv2d.from_conv(conv, num_classes=3)(torch.randn(1, 4, 5, 5)).any()
-
-
-def test_from_linear():
-    linear = nn.Linear(4, 6, dtype=torch.bfloat16)
-    masked = WFLinear.from_linear(linear, num_classes=3)
-    assert masked.alpha_weight.dtype == torch.float32
-    x = torch.randn(2, 5, 4, dtype=torch.bfloat16)
-    with forgetting(None):
-        assert torch.equal(masked(x), linear(x))
 
 
 class Doubled(nn.Conv2d):
@@ -185,15 +153,10 @@ def test_computed_weights_are_refused_with_a_remedy_that_works(compute):
     WFConv2d.from_conv(layer, num_classes=3)
 
 
-def test_lazy_layers_are_refused():
-    with pytest.raises(ValueError, match="no weight yet"):
-        WFConv2d.from_conv(nn.LazyConv2d(6, 3), num_classes=3)
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
-    [({"num_classes": n}, f"positive integer; got {n!r}") for n in (0, -1, 2.0, True, "3", None)]
-    + [({"alpha_init": a}, "alpha_init") for a in (float("nan"), float("inf"), -100.0)]
+    [({"num_classes": n}, f"positive integer; got {n!r}") for n in (0, 2.0, True)]
+    + [({"alpha_init": a}, "alpha_init") for a in (float("nan"), -100.0)]
     + [({"backend": "fast"}, "unknown backend 'fast'")],
     ids=str,
 )
@@ -202,25 +165,17 @@ def test_wrong_options_are_errors_at_once(options, says):
         WFConv2d(4, 6, 3, **{"num_classes": 2, **options})
 
 
-def test_numpy_num_classes():
-    conv = WFConv2d(4, 6, 3, num_classes=np.int64(3))
-    assert type(conv.num_classes) is int
-
-
-@pytest.mark.parametrize("alpha_init", [-20.0, 0.3, 20.0])
+@pytest.mark.parametrize("alpha_init", [-20.0, 20.0])
 def test_fresh_layer_is_the_original_whatever_the_start(alpha_init):
-    conv = WFConv2d(4, 6, 3, bias=False, num_classes=2, alpha_init=alpha_init)
+    conv = WFConv2d(4, 6, 3, bias=False, num_classes=np.int64(2), alpha_init=alpha_init)
     x = torch.randn(2, 4, 5, 5)
     with forgetting(1):
         assert torch.equal(conv(x), F.conv2d(x, conv.weight))
+    with pytest.raises(ValueError, match="no bias"):
+        conv.gates("bias")
 
 
-def test_paper_gates_are_not_normalised():
-    conv = WFConv2d(4, 6, 3, num_classes=2, normalize_gate=False)
-    torch.testing.assert_close(conv.gates(), torch.full((2, 6), 3.0).sigmoid())
-
-
-@pytest.mark.parametrize("labels", [[], [1], [1, 2], [2, 1, 2, -1]])
+@pytest.mark.parametrize("labels", [[], [2, 1, 2, -1]])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 def test_bake_equals_the_masked_layer(labels, kind):
     if kind == "conv":
@@ -238,32 +193,6 @@ def test_bake_equals_the_masked_layer(labels, kind):
     with torch.no_grad():
         baked.weight.zero_()
     assert layer.weight.any()
-    calls = []
-    baked.register_forward_hook(lambda *_: calls.append(1))
-    with forgetting(0):
-        layer(x)
-    assert not calls
-
-
-def test_bake_checks_the_range():
-    with pytest.raises(ValueError, match="label 3 is out of range"):
-        WFConv2d(4, 6, 3, num_classes=3).bake([3])
-
-
-def test_copies_pickles_and_saved_layers_compute_the_same():
-    conv = randomize(WFConv2d.from_conv(nn.Conv2d(4, 6, 3), num_classes=3))
-    file = io.BytesIO()
-    torch.save(conv, file)
-    file.seek(0)
-    x = torch.randn(2, 4, 5, 5)
-    twins = (
-        copy.deepcopy(conv),
-        pickle.loads(pickle.dumps(conv)),
-        torch.load(file, weights_only=False),
-    )
-    for twin in twins:
-        with forgetting(torch.tensor([0, 2])):
-            assert torch.equal(twin(x), conv(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -279,16 +208,6 @@ def test_conversion_of_the_whole_layer(dtype):
         torch.testing.assert_close(y, plain, rtol=0.02, atol=0.005)
         with pytest.raises(TypeError, match=r"float32.*must have the same"):
             conv(torch.randn(2, 4, 5, 5))
-
-
-def test_meta_device():
-    conv = WFConv2d(4, 6, 3, num_classes=3, device="meta")
-    with forgetting(torch.tensor([0, 1], device="meta")):
-        assert conv(torch.randn(2, 4, 5, 5, device="meta")).shape == (2, 6, 3, 3)
-
-
-def test_layer_names_itself():
-    assert "num_classes=3, backend='auto'" in repr(WFConv2d(4, 6, 3, num_classes=3))
 
 
 def test_register_maskable():
@@ -340,15 +259,6 @@ def gradients(net, y):
     return torch.autograd.grad(y.square().sum(), net.filter_parameters())
 
 
-def test_compiled_network_equals_eager(fresh_compiler):
-    net = network()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    y = compiled(IMAGES, forget=FORGET)
-    torch.testing.assert_close(y, net(IMAGES, FORGET), rtol=1e-5, atol=1e-6)
-    for a, b in zip(gradients(net, y), gradients(net, net(IMAGES, FORGET)), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-
-
 def test_inductor(fresh_compiler):
     conv = randomize(WFConv2d(3, 4, 3, num_classes=CLASSES))
     compiled = torch.compile(lambda x: conv(x).relu_(), backend="inductor", fullgraph=True)
@@ -361,159 +271,54 @@ def test_inductor(fresh_compiler):
         torch.testing.assert_close(found, wanted)
 
 
-def test_new_labels_never_recompile(fresh_compiler):
-    net, counter = network(), CompileCounter()
-    compiled = torch.compile(net, backend=counter, fullgraph=True)
-    for forget in (FORGET, FORGET.flip(0), torch.zeros(4).long(), torch.full((4,), -1)):
-        torch.testing.assert_close(compiled(IMAGES, forget=forget), net(IMAGES, forget))
-    assert counter.frame_count == 1
-    several = torch.tensor([[1, 2], [3, -1], [0, 0], [-1, -1]])
-    for forget in (several, several.flip(0)):
-        torch.testing.assert_close(compiled(IMAGES, forget=forget), net(IMAGES, forget))
-    assert counter.frame_count == 2
+def test_compiled_network_equals_eager(fresh_compiler):
+    net = network()
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    y = compiled(IMAGES, forget=FORGET)
+    torch.testing.assert_close(y, net(IMAGES, FORGET), rtol=1e-5, atol=1e-6)
+    for a, b in zip(gradients(net, y), gradients(net, net(IMAGES, FORGET)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert torch.equal(compiled(IMAGES), net(IMAGES))
+    source, forget = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([1, 2, 3, 4, -1])
+    found = compiled(IMAGES, forget=forget, source=source)
+    torch.testing.assert_close(found, net(IMAGES, forget, source))
+    wrong = compiled(IMAGES, forget=torch.tensor([0, CLASSES, -1, 9]))
+    assert wrong.isnan().all(1).tolist() == [False, True, False, False]
 
 
-def test_integer_labels_recompile_at_most_once(fresh_compiler):
+def test_a_wrong_integer_is_an_error_in_a_compiled_network(fresh_compiler):
+    with pytest.raises(ValueError, match="label 12 is out of range"):
+        torch.compile(network(), backend="eager")(IMAGES, forget=12)
+
+
+SEVERAL = torch.tensor([[1, 2], [3, -1], [0, 0], [-1, -1]])
+
+
+@pytest.mark.parametrize(
+    ("labels", "graphs"),
+    [
+        ((FORGET, FORGET.flip(0), torch.full((4,), -1)), 1),
+        ((SEVERAL, SEVERAL.flip(0)), 1),
+        ((3, 4, 5, 9), 2),
+    ],
+    ids=["vector", "matrix", "integers"],
+)
+def test_new_labels_do_not_recompile(fresh_compiler, labels, graphs):
     net, counter = network(), CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
-    for forget in (3, 4, 5, 9, 2):
+    for forget in labels:
         torch.testing.assert_close(compiled(IMAGES, forget=forget), net(IMAGES, forget))
-    assert counter.frame_count <= 2
+    assert counter.frame_count <= graphs
 
 
 @pytest.mark.parametrize("integers", [False, True])
 def test_labels_bound_outside_never_recompile(fresh_compiler, integers):
     conv, counter = randomize(WFConv2d(3, 4, 3, num_classes=CLASSES)), CompileCounter()
     compiled = torch.compile(conv, backend=counter, fullgraph=True)
-    for label in range(-1, CLASSES):
-        forget = label if integers else torch.tensor([label, 1, 2, label])
-        with forgetting(forget):
+    for label in range(-1, 3):
+        with forgetting(label if integers else torch.tensor([label, 1, 2, label])):
             torch.testing.assert_close(compiled(IMAGES), conv(IMAGES))
     assert counter.frame_count == 1
-
-
-def test_labels_bound_inside(fresh_compiler):
-    conv = randomize(WFConv2d(3, 4, 3, num_classes=CLASSES))
-
-    @torch.compile(backend="aot_eager", fullgraph=True)
-    def step(x, forget):
-        with forgetting(forget):
-            return conv(x).relu_()
-
-    y = step(IMAGES, FORGET)
-    y.square().sum().backward()
-    found = conv.alpha_weight.grad.clone()
-    conv.zero_grad()
-    with forgetting(FORGET):
-        conv(IMAGES).relu().square().sum().backward()
-    torch.testing.assert_close(found, conv.alpha_weight.grad)
-    with pytest.raises(RuntimeError, match="without forget labels"):
-        conv(IMAGES)
-
-
-def test_no_labels_and_source(fresh_compiler):
-    net = network()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    assert torch.equal(compiled(IMAGES), net(IMAGES))
-    source, forget = torch.tensor([0, 0, 1, 3, 3]), torch.tensor([1, 2, 3, 4, -1])
-    torch.testing.assert_close(
-        compiled(IMAGES, forget=forget, source=source), net(IMAGES, forget, source)
-    )
-
-
-def test_dynamic_batch_size(fresh_compiler):
-    net, counter = network(), CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(net, backend=counter, fullgraph=True, dynamic=True)
-    for batch in (2, 3, 4):
-        y = compiled(IMAGES[:batch], forget=FORGET[:batch])
-        torch.testing.assert_close(y, net(IMAGES[:batch], FORGET[:batch]))
-        y.sum().backward()
-    assert counter.frame_count <= 2
-
-
-def test_compiled_linear_with_windows(fresh_compiler):
-    linear = randomize(WFLinear(6, 9, num_classes=CLASSES))
-    compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
-    x = torch.randn(8, 5, 6)
-    with forgetting(FORGET):
-        torch.testing.assert_close(compiled(x), linear(x))
-
-
-def test_compiled_parts_of_a_network(fresh_compiler):
-    net = network()
-    expected = net(IMAGES, FORGET)
-    again = network()
-    again.load_state_dict(net.state_dict())
-    counter = CompileCounter()
-    for layer in again.masked_layers.values():
-        layer.compile(backend=counter, fullgraph=True)
-    for forget in (FORGET, FORGET, FORGET.flip(0)):
-        y = again(IMAGES, forget)
-    torch.testing.assert_close(y, net(IMAGES, FORGET.flip(0)))
-    torch.testing.assert_close(again(IMAGES, FORGET), expected)
-    assert counter.frame_count <= 4  # two layers, with and without the hidden first pass
-
-
-def test_compiled_autocast(fresh_compiler):
-    net = network()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y, expected = compiled(IMAGES, forget=FORGET), net(IMAGES, FORGET)
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, expected, rtol=0.02, atol=0.02)
-    y.float().sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in net.filter_parameters())
-
-
-@pytest.mark.parametrize("bad", [CLASSES, -2, 10**12])
-def test_a_wrong_label_in_a_compiled_region_is_nan_for_its_sample_alone(fresh_compiler, bad):
-    net = network()
-    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
-    y = compiled(IMAGES, forget=torch.tensor([0, bad, -1, 9]))
-    assert y[1].isnan().all()
-    torch.testing.assert_close(y[[0, 2, 3]], net(IMAGES, torch.tensor([0, 1, -1, 9]))[[0, 2, 3]])
-    conv = torch.compile(WFConv2d(3, 4, 3, num_classes=5), backend="aot_eager", fullgraph=True)
-    with forgetting(torch.tensor([0, bad, 1, 2])):
-        y = conv(IMAGES)
-    assert y[1].isnan().all()
-    assert not y[[0, 2, 3]].isnan().any()
-
-
-def test_a_wrong_label_is_never_read_by_the_reference(fresh_compiler):
-    x, weight, alpha = IMAGES, torch.randn(4, 3, 3, 3), torch.randn(5, 4)
-
-    def call(forget):
-        return wf_conv2d(x, weight, None, alpha, None, forget, backend="reference")
-
-    for bad in (-2, 5):
-        with pytest.raises((IndexError, ValueError), match="out of range"):
-            torch.compile(call, backend="eager")(torch.tensor([0, bad, 1, 1]))
-
-
-def test_a_wrong_integer_is_an_error(fresh_compiler):
-    compiled = torch.compile(network(), backend="eager")
-    with pytest.raises(ValueError, match="label 12 is out of range"):
-        compiled(IMAGES, forget=12)
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f, a: torch.func.grad(f)(a),
-        lambda f, a: torch.func.vmap(f)(torch.stack([a, a])),
-        lambda f, a: torch.func.jvp(f, (a,), (a,)),
-    ],
-    ids=["grad", "vmap", "jvp"],
-)
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_compiled_transforms_raise(fresh_compiler, transform):
-    weight, alpha = torch.randn(4, 3, 3, 3), torch.randn(5, 4)
-
-    def loss(a):
-        return wf_conv2d(IMAGES, weight, None, a, None, torch.tensor([0, 1, 2, 3])).sum()
-
-    with pytest.raises(Exception, match=r"torch\.func transforms"):
-        torch.compile(lambda a: transform(loss, a), backend="aot_eager")(alpha)
 
 
 def test_export_with_labels(fresh_compiler):

@@ -30,17 +30,6 @@ def tm(name, **options):
     return timm.create_model(name, num_classes=CLASSES, **options)
 
 
-def tv_vgg(batch_norm):
-    make = torchvision.models.vgg
-    features = make.make_layers([8, "M", 16, "M", 16], batch_norm=batch_norm)
-    with torch.device("meta"):  # its own classifier has a hundred million weights
-        model = make.VGG(nn.Sequential(), num_classes=CLASSES, init_weights=False)
-    model.features = features
-    model.avgpool = nn.AdaptiveAvgPool2d(1)
-    model.classifier = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, CLASSES))
-    return model
-
-
 def spread(model):
     """Random weights whose logits depend on the input: no statistic is at its trivial start."""
     with torch.no_grad():
@@ -64,28 +53,11 @@ def randomize(net):
 COVERED = {
     # name: (model, image size, masked layers, a bias where it is masked)
     "torchvision resnet18": (lambda: tv("resnet18"), 32, 20, False),
-    "torchvision vgg": (lambda: tv_vgg(False), 32, 3, True),
-    "torchvision vgg_bn": (lambda: tv_vgg(True), 32, 3, True),
-    "torchvision mobilenet_v2": (lambda: tv("mobilenet_v2", width_mult=0.25), 32, 52, False),
     "torchvision mobilenet_v3": (lambda: tv("mobilenet_v3_small"), 32, 52, True),
     "torchvision squeezenet": (lambda: tv("squeezenet1_1"), 64, 25, True),
-    "torchvision googlenet": (
-        lambda: tv("googlenet", aux_logits=False, init_weights=False),
-        64,
-        57,
-        False,
-    ),
     "timm resnet10t": (lambda: tm("resnet10t"), 32, 14, False),
-    "timm resnet26": (lambda: tm("resnet26"), 32, 29, False),
-    "timm efficientnet": (lambda: tm("efficientnet_b0"), 32, 81, True),
     "timm tf_efficientnet": (lambda: tm("tf_mobilenetv3_small_minimal_100"), 33, None, True),
     "timm convnext": (lambda: tm("convnext_atto", depths=(1, 1, 2, 1)), 32, None, True),
-    "timm vit": (
-        lambda: tm("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2),
-        32,
-        8,
-        True,
-    ),
     "timm deit": (
         lambda: tm("deit_tiny_distilled_patch16_224", img_size=32, depth=2),
         32,
@@ -201,13 +173,6 @@ def test_a_layer_that_is_used_twice(names):
     torch.testing.assert_close(copy.deepcopy(net)(x, forget), found, rtol=0, atol=1e-10)
 
 
-def test_two_layers_that_share_a_weight():
-    model = small(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), channels=3)
-    model[2].weight = model[0].weight
-    net = randomize(WFNet(model, CLASSES))
-    torch.testing.assert_close(net.bake(4)(X), net(X, 4))
-
-
 def test_a_weight_tied_to_a_layer_that_is_not_masked():
     model = small(nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), channels=3)
     model[2].weight = model[0].weight
@@ -227,18 +192,15 @@ def test_num_classes_must_fit_the_head():
     assert type(WFNet(tm("resnet10t"), np.int64(CLASSES)).num_classes) is int
 
 
-@pytest.mark.parametrize("name", ["0.weight", "1.running_var"])
-def test_weights_that_are_not_finite_are_refused(name):
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [("0.weight", torch.nan, "NaN"), ("1.running_var", torch.inf, "infinite")]
+    + [("1.running_var", -1.0, "negative")],
+)
+def test_weights_that_no_training_gives_are_refused(name, value, says):
     model = small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    model.state_dict()[name].view(-1)[0] = torch.nan
-    with pytest.raises(ValueError, match=f"'{name}' of the model holds 1 values that are NaN"):
-        WFNet(model, CLASSES)
-
-
-def test_negative_variances_of_the_base_are_refused():
-    model = small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    model[1].running_var[2] = -1
-    with pytest.raises(ValueError, match=r"'1\.running_var' of the model holds 1 negative values"):
+    model.state_dict()[name].view(-1)[0] = value
+    with pytest.raises(ValueError, match=f"'{name}' of the model holds 1 values .*{says}"):
         WFNet(model, CLASSES)
 
 
@@ -254,8 +216,9 @@ def test_wrapping_copies_and_freezes():
     assert [p.shape for p in net.filter_parameters()] == [(CLASSES, 4)] * 2
     with pytest.raises(ValueError, match="is a WFNet already"):
         WFNet(net, CLASSES)
-    with pytest.raises(ValueError, match="unknown backend 'x'"):
-        WFNet(model, CLASSES, backend="x")
+    gates = net.gates()
+    assert list(gates) == list(net.named_filters())
+    assert all(torch.equal(g, torch.ones(CLASSES, 4)) for g in gates.values())
 
 
 def test_models_that_already_have_masked_layers():
@@ -264,17 +227,10 @@ def test_models_that_already_have_masked_layers():
     assert list(WFNet(model, CLASSES, targets="1").masked_layers) == ["0", "1"]
     with pytest.raises(ValueError, match="masked already"):
         WFNet(model, CLASSES, targets="0")
-    with pytest.raises(ValueError, match="filters for 5 classes"):
+    with pytest.raises(ValueError, match="num_classes=5, but the network"):
         WFNet(small(WFConv2d(3, 4, 3, num_classes=5)), CLASSES)
     with pytest.raises(ValueError, match=r"layer '0'.*alpha_init=2\.0.*alpha_init=3\.0"):
         WFNet(small(WFConv2d(3, 4, 3, num_classes=CLASSES, alpha_init=2)), CLASSES)
-
-
-def test_gates_by_name():
-    net = WFNet(small(nn.Conv2d(3, 4, 3)), CLASSES)
-    gates = net.gates()
-    assert list(gates) == list(net.named_filters())
-    assert all(torch.equal(g, torch.ones(CLASSES, 4)) for g in gates.values())
 
 
 # -- use ------------------------------------------------------------------------------------------
@@ -290,25 +246,16 @@ def trainable():
     ("forget", "error", "says"),
     [
         (CLASSES, ValueError, "label 10 is out of range"),
-        (torch.tensor([0, 10]), ValueError, "label 10 is out of range"),
         (torch.tensor([[0, 1], [2, -2]]), ValueError, "label -2"),
         (torch.tensor([0]), ValueError, "1 forget labels.*batch of 2"),
         (torch.tensor([0.0, 1.0]), TypeError, "float32"),
-        (torch.tensor([True, False]), TypeError, "bool"),
-        ([0, 1], TypeError, r"torch\.tensor"),
-        (True, TypeError, "bool"),
     ],
 )
 def test_wrong_labels(forget, error, says):
-    with pytest.raises(error, match=says):
-        trainable()(X, forget)
-
-
-def test_wrong_labels_are_found_before_work_starts():
     net = trainable()
     net.model[0].register_forward_pre_hook(lambda *_: pytest.fail("work started"))
-    with pytest.raises(ValueError, match="out of range"):
-        net(X, torch.tensor([0, 10]))
+    with pytest.raises(error, match=says):
+        net(X, forget)
 
 
 def test_kinds_of_labels_agree():
@@ -321,21 +268,16 @@ def test_kinds_of_labels_agree():
     torch.testing.assert_close(mixed[0], y[0])
     torch.testing.assert_close(mixed[1], net(X)[1])
     assert torch.equal(net(X, torch.tensor([3, 3, 4]), torch.tensor([0, 0, 1]))[0], y[0])
+    assert net(X[:0], torch.empty(0, dtype=torch.int64)).shape == net(X[:0], 3).shape
 
 
 @pytest.mark.parametrize("fuse", [False, True])
-@pytest.mark.parametrize("source", [torch.tensor([2]), torch.tensor([-1]), torch.zeros(1), [0]])
+@pytest.mark.parametrize("source", [torch.tensor([2]), [0]])
 def test_sources_that_do_not_exist(source, fuse):
     net = trainable()
     net.fuse = fuse
     with pytest.raises(ValueError, match="source must"):
         net(X, torch.tensor([1]), source)
-
-
-def test_an_empty_batch():
-    net = trainable()
-    assert net(X[:0], torch.empty(0, dtype=torch.int64)).shape == (0, CLASSES)
-    assert net(X[:0], 3).shape == (0, CLASSES)
 
 
 def test_training_moves_filters_and_nothing_else():
@@ -373,28 +315,11 @@ def test_copies_and_pickles():
         assert torch.equal(twin(X, 1), net(X, 1))
         twin.filter_parameters()[0].data.zero_()
         assert not torch.equal(twin(X, 1), net(X, 1))
+        twin.load_state_dict(net.state_dict(), assign=True)
+        assert torch.equal(twin(X, 1), net(X, 1))
 
 
-def test_state_dict_round_trip():
-    net = trainable()
-    other = WFNet(net.bake(None), CLASSES)
-    other.load_state_dict(net.state_dict())
-    assert torch.equal(other(X, 5), net(X, 5))
-    other.load_state_dict(net.state_dict(), assign=True)
-    assert all(p.requires_grad for p in other.filter_parameters())
-
-
-def test_functional_call():
-    net, other = trainable(), trainable()
-    parameters = {**dict(other.named_parameters()), **dict(other.named_buffers())}
-    y = torch.func.functional_call(net, parameters, (X, 1))
-    torch.testing.assert_close(y, other(X, 1))
-    y.sum().backward()
-    assert other.filter_parameters()[0].grad.any()
-    assert net.filter_parameters()[0].grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_whole_networks_in_other_dtypes(dtype):
     model = spread(small(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)))
     x = X.to(dtype)
@@ -408,47 +333,6 @@ def test_whole_networks_in_other_dtypes(dtype):
         assert all(p.grad.isfinite().all() for p in net.filter_parameters())
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert before.filter_parameters()[0].dtype == wanted
-
-
-def test_autocast_training_step():
-    net = trainable()
-    with torch.autocast("cpu", torch.bfloat16):
-        y = net(X, torch.tensor([1, 2]))
-    y.float().sum().backward()
-    assert y.dtype == torch.bfloat16
-    assert all(p.grad.dtype == torch.float32 for p in net.filter_parameters())
-
-
-def test_channels_last_network():
-    net = randomize(WFNet(spread(tm("resnet10t")), CLASSES))
-    x, forget = torch.randn(2, 3, 32, 32), torch.tensor([1, 2])
-    expected = net(x, forget)
-    layout = []
-    net.to(memory_format=torch.channels_last)
-    for layer in net.masked_layers.values():
-        layer.register_forward_hook(
-            lambda m, a, y: layout.append(y.is_contiguous(memory_format=torch.channels_last))
-        )
-    found = net(x.to(memory_format=torch.channels_last), forget)
-    assert all(layout)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    found.sum().backward()
-
-
-def test_meta_device():
-    with torch.device("meta"):
-        model = tm("resnet10t")
-        net = WFNet(model, CLASSES)
-        assert net(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).shape == (2, CLASSES)
-    assert all(p.is_meta for p in net.filter_parameters())
-
-
-def test_sync_batchnorm_conversion():
-    net = trainable()
-    y = net(X, 1)
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    net.train()
-    torch.testing.assert_close(net(X, 1), y)
 
 
 def test_data_parallel_is_refused():

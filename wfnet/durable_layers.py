@@ -18,9 +18,8 @@ back (docs/evaluation.md, "Transformers and compound rows").
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,15 +28,15 @@ from torch import Tensor, nn
 
 from wfnet.backends.eager import sample_moments
 from wfnet.gates import distinct_labels
-from wfnet.labels import active_selection, check_range
-from wfnet.layers import MaskedLayer
+from wfnet.labels import active_selection
+from wfnet.layers import MaskedLayer, Registry, register_maskable, registered
 
 SOFT_INIT = 3.0
 LINEAR_SOFT_INIT = -1.0
 # Shape of the hard concrete distribution: stretched to (LOW, HIGH), then clipped to [0, 1].
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 0.66
 
-_DURABLE: dict[type | str, type[DurableLayer]] = {}
+DURABLE: Registry = {}
 
 
 @dataclass
@@ -60,14 +59,17 @@ class GateMode:
     moments: Callable[[str, Tensor, Tensor], None] | None = None
 
     @contextmanager
-    def by_rows(self) -> Iterator[None]:
-        """Tables of the rows inside, as outside of untraining."""
+    def _set(self, **changes: object) -> Iterator[None]:
         before = dict(self.__dict__)
-        self.__dict__.update(vars(GateMode()))
+        self.__dict__.update(changes)
         try:
             yield
         finally:
             self.__dict__.update(before)
+
+    def by_rows(self) -> AbstractContextManager:
+        """Tables of the rows inside, as outside of untraining."""
+        return self._set(**vars(GateMode()))
 
     @contextmanager
     def grouped(
@@ -83,13 +85,9 @@ class GateMode:
             rows: ``[B]`` int64, the row of every sample, none of them -1.
             noise, soft, moments: see the attributes.
         """
-        before = dict(self.__dict__)
-        self.labels, self.groups = rows.unique(return_inverse=True)
-        self.noise, self.soft, self.moments = noise, soft, moments
-        try:
-            yield self.labels
-        finally:
-            self.__dict__.update(before)
+        labels, groups = rows.unique(return_inverse=True)
+        with self._set(labels=labels, groups=groups, noise=noise, soft=soft, moments=moments):
+            yield labels
 
 
 def hard_gate(alpha: Tensor, uniform: Tensor | None = None) -> Tensor:
@@ -113,18 +111,7 @@ def soft_gate(alpha: Tensor, start: float = SOFT_INIT) -> Tensor:
 
 def durable_type(layer: nn.Module) -> type[DurableLayer] | None:
     """The durable class for exactly the type of ``layer``; None if there is none."""
-    kind = type(layer)
-    return _DURABLE.get(kind) or _DURABLE.get(f"{kind.__module__}.{kind.__qualname__}")
-
-
-def register_durable(base: type | str) -> Callable[[type], type]:
-    """Class decorator: layers of exactly type ``base`` get the decorated class's gates."""
-
-    def register(wrapper: type) -> type:
-        _DURABLE[base] = wrapper
-        return wrapper
-
-    return register
+    return registered(type(layer), DURABLE)
 
 
 class DurableLayer(MaskedLayer):
@@ -137,41 +124,22 @@ class DurableLayer(MaskedLayer):
         mode: see :class:`GateMode`; of the network that the layer belongs to.
     """
 
-    normalize_gate = True
     soft_init: float = SOFT_INIT
     mode: GateMode
 
-    def _add_filters(
-        self,
-        num_classes: int,
-        alpha_init: float,
-        normalize_gate: bool,
-        backend: str,
-        filter_dtype: torch.dtype | None,
-        soft_init: float | None = None,
-    ) -> None:
+    def _add_filters(self, *options: object, soft_init: float | None = None, **more) -> None:
         if soft_init is not None:
             self.soft_init = float(soft_init)
-        if not (math.isfinite(alpha_init) and alpha_init > 0):
-            raise ValueError(
-                f"alpha_init={alpha_init} must be above 0 for durable gates: a fresh gate is open"
-            )
-        self.num_classes, self.alpha_init, self.backend = (
-            int(num_classes),
-            float(alpha_init),
-            backend,
-        )
-        dtype = filter_dtype or torch.promote_types(self.weight.dtype, torch.float32)
-        shape = (self.num_classes, self.weight.shape[0])
-        device = self.weight.device
-        self.alpha_hard = nn.Parameter(torch.full(shape, alpha_init, dtype=dtype, device=device))
-        self.alpha_soft = nn.Parameter(
-            torch.full(shape, self.soft_init, dtype=dtype, device=device)
-        )
         self.mode = GateMode()
-        for parameter in (self.weight, self.bias):
-            if parameter is not None:
-                parameter.requires_grad_(False)
+        super()._add_filters(*options, **more)
+
+    def _check_start(self, filter_dtype: torch.dtype) -> None:
+        self.normalize_gate = True
+        if self.alpha_init <= 0:
+            raise ValueError(
+                f"alpha_init={self.alpha_init} must be above 0 for durable gates: a fresh gate is "
+                "open"
+            )
 
     def filter_starts(self) -> dict[str, float]:
         return {"alpha_hard": self.alpha_init, "alpha_soft": self.soft_init}
@@ -185,9 +153,10 @@ class DurableLayer(MaskedLayer):
         return hard_gate(self.alpha_hard) * soft_gate(self.alpha_soft, self.soft_init)
 
     def close_below(self, threshold: float, forget: Sequence[int]) -> None:
-        closed = torch.zeros_like(self.alpha_hard, dtype=torch.bool)
-        closed[list(forget)] = self.row_gates(self._label_list(forget))[0] < threshold
-        self.alpha_hard.data.masked_fill_(closed, -torch.inf)
+        self._close(self.alpha_hard, "weight", threshold, forget)
+
+    def _gate_of(self, kind: str, labels: Tensor) -> Tensor:
+        return self.row_gates(labels)[0]
 
     def _group_gates(self) -> Tensor:
         """Gates ``[G, O]`` of the groups, with the noise and the parts that the mode says."""
@@ -202,20 +171,6 @@ class DurableLayer(MaskedLayer):
     def row_gates(self, rows: Tensor) -> Tensor:
         """``[B, O]``: the product of the gates of ``rows [B, J]``."""
         return _rows_of(self.gates(), rows, 1.0).prod(1)
-
-    def _baked(
-        self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
-    ) -> Tensor:
-        if not forget:
-            return parameter.detach().clone()
-        gate = self.row_gates(self._label_list(forget))[0]
-        gate = gate.masked_fill(gate < prune_below, 0.0)
-        scaled = parameter.to(gate.dtype) * gate.reshape(-1, *[1] * (parameter.dim() - 1))
-        return scaled.detach().to(parameter.dtype)
-
-    def _label_list(self, forget: Sequence[int]) -> Tensor:
-        check_range(min(forget), max(forget), self.num_classes)
-        return torch.tensor([list(forget)], device=self.alpha_hard.device)
 
 
 def _rows_of(table: Tensor, rows: Tensor, neutral: float | Tensor) -> Tensor:
@@ -252,7 +207,7 @@ class _GatedOutput(DurableLayer):
         return y * gate.to(y.dtype).reshape(shape)
 
 
-@register_durable(nn.Linear)
+@register_maskable(nn.Linear, DURABLE)
 class DurableLinear(_GatedOutput, nn.Linear):
     """``nn.Linear`` with durable gates behind its bias."""
 
@@ -261,7 +216,7 @@ class DurableLinear(_GatedOutput, nn.Linear):
     soft_init = LINEAR_SOFT_INIT
 
 
-@register_durable(nn.Conv2d)
+@register_maskable(nn.Conv2d, DURABLE)
 class DurableConv2d(_GatedOutput, nn.Conv2d):
     """``nn.Conv2d`` without a BatchNorm behind it, with durable gates behind its bias."""
 
@@ -269,18 +224,16 @@ class DurableConv2d(_GatedOutput, nn.Conv2d):
     _channel_dim = 1
 
 
-@register_durable(nn.BatchNorm2d)
+@register_maskable(nn.BatchNorm2d, DURABLE)
 class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
     """``nn.BatchNorm2d`` with durable gates behind it, and a mean and a variance for every row.
 
     Attributes:
         row_mean, row_var: ``[num_classes, O]``, statistics under each row; at the start those of
             the base, so that a fresh row is the original layer, bit by bit.
-        producer: name of the convolution that computes for this layer alone, or None.
     """
 
     _base_type = nn.BatchNorm2d
-    producer: str | None = None
 
     def _add_filters(self, num_classes: int, *options: object, **more: object) -> None:
         if not self.track_running_stats or self.running_mean is None or not self.affine:
@@ -359,7 +312,7 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
         return plain
 
 
-@register_durable("timm.layers.norm_act.BatchNormAct2d")
+@register_maskable("timm.layers.norm_act.BatchNormAct2d", DURABLE)
 class DurableBatchNormAct2d(DurableBatchNorm2d):
     """timm's ``BatchNormAct2d``: BatchNorm, dropout and activation in one module."""
 

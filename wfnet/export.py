@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 
 import torch
@@ -34,15 +33,10 @@ def bake(
 
     The work of :meth:`wfnet.WFNet.bake`, which see.
     """
-    if not 0 <= prune_below < math.inf:
+    if not 0 <= prune_below <= 1:
         raise ValueError(
-            f"prune_below={prune_below} must be a finite number of at least 0: gates below it "
-            "become 0 (0.05, for example; 0 prunes nothing)"
-        )
-    if prune_below > 1:
-        raise ValueError(
-            f"prune_below={prune_below} is more than 1, the gate of an untouched filter, so it "
-            "would close nearly all of the network; give a threshold between 0 and 1"
+            f"prune_below={prune_below} must be a number from 0 to 1, the gate of an untouched "
+            "filter: gates below it become 0 (0 prunes nothing)"
         )
     labels = forget_list(forget, num_classes)
     for name, layer in masked_layers.items():
@@ -51,7 +45,9 @@ def bake(
                 f"the filters of layer {name!r} are NaN for what is to be forgotten, so the export "
                 "would compute NaN: untrain again with a smaller learning rate"
             )
-    plain = _copy_without_filters(model)
+    # Masked layers are left shared: they are about to be replaced.
+    memo = {id(m): m for m in model.modules() if isinstance(m, MaskedLayer)}
+    plain = copy.deepcopy(model, memo)
     for name, layer in masked_layers.items():
         baked = layer.bake(labels, prune_below)
         if name:
@@ -78,9 +74,8 @@ def forget_list(forget: int | Sequence[int] | Tensor | None, num_classes: int) -
         return []
     if isinstance(forget, Tensor):
         forget = forget.reshape(-1).tolist()
-    labels = list(forget) if isinstance(forget, Sequence) else [forget]
-    if isinstance(forget, str):
-        labels = [forget]
+    single = isinstance(forget, str) or not isinstance(forget, Sequence)
+    labels = [forget] if single else list(forget)
     for label in labels:
         if isinstance(label, bool) or not isinstance(label, Integral):
             raise TypeError(f"forget must be one integer label or several; got {label!r}")
@@ -95,12 +90,6 @@ def forget_list(forget: int | Sequence[int] | Tensor | None, num_classes: int) -
     return chosen
 
 
-def _copy_without_filters(model: nn.Module) -> nn.Module:
-    """A deep copy in which masked layers are left shared: they are about to be replaced."""
-    memo = {id(m): m for m in model.modules() if isinstance(m, MaskedLayer)}
-    return copy.deepcopy(model, memo)
-
-
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Puts ``new`` under every name that ``old`` has in ``model``: a layer may be used twice."""
     for parent in list(model.modules()):
@@ -110,9 +99,13 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def _close_producers(plain: nn.Module, names: list[str], image_shape: Sequence[int] | None) -> None:
-    """Zeroes what convolutions compute for closed channels of the BatchNorms ``names``."""
+    """Zeroes what convolutions compute for closed channels of the BatchNorms ``names``.
+
+    Only where nothing else reads these channels: the logits are then bit by bit the same without
+    them, and with their opposites.
+    """
     norms = {n: m for n in names if isinstance(m := plain.get_submodule(n), nn.BatchNorm2d)}
-    closed = {n: (m.weight.eq(0) & m.bias.eq(0)) for n, m in norms.items()}
+    closed = {m: (m.weight.eq(0) & m.bias.eq(0)) for m in norms.values()}
     if not any(channels.any() for channels in closed.values()):
         return
     try:
@@ -120,66 +113,49 @@ def _close_producers(plain: nn.Module, names: list[str], image_shape: Sequence[i
     except ValueError as error:
         logger.warning("closed channels keep their convolutions' weights: %s", error)
         return
-    for name, producer in sole_producers(plain, norms, images).items():
-        with torch.no_grad():
-            for parameter in (producer.weight, producer.bias):
-                if parameter is not None:
-                    parameter[closed[name]] = 0.0
+    with evaluation_mode(plain), torch.no_grad():
+        logits, producers = _run_with_producers(plain, closed, images)
+
+        def close(pairs: list[tuple[nn.Module, nn.Conv2d]]) -> bool:
+            columns = [
+                (parameter, closed[norm])
+                for norm, producer in pairs
+                for parameter in producer.parameters()
+            ]
+            before = [parameter.clone() for parameter, _ in columns]
+            for factor in (-1.0, 0.0):
+                for (parameter, channels), old in zip(columns, before, strict=True):
+                    parameter[channels] = factor * old[channels]
+                if not torch.equal(first_output(plain(images)), logits):
+                    for (parameter, _), old in zip(columns, before, strict=True):
+                        parameter.copy_(old)
+                    return False
+            return True
+
+        if not close(producers):
+            for pair in producers:
+                close([pair])
 
 
-def sole_producers(
-    model: nn.Module, norms: Mapping[str, nn.Module], images: Tensor
-) -> dict[str, nn.Conv2d]:
-    """The convolution in front of each of ``norms``, where it computes for that layer alone.
+def _run_with_producers(
+    model: nn.Module, norms: Iterable[nn.Module], images: Tensor
+) -> tuple[Tensor, list[tuple[nn.Module, nn.Conv2d]]]:
+    """Logits, and each of ``norms`` with the convolution whose output it normalises."""
+    outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # the tensors too: their ids stay taken
+    found: dict[nn.Module, nn.Conv2d] = {}
 
-    Found by running the model: a convolution is one if its output is what the norm takes, and if
-    the logits stay when noise is added to that output everywhere but in the norm.
+    def computed(module: nn.Conv2d, args: object, output: Tensor) -> None:
+        outputs[id(output)] = module, output
 
-    Args:
-        model: in evaluation mode inside; its weights stay as they are.
-        norms: modules of ``model`` by name.
-        images: ``[N, C, H, W]`` that it takes.
-    """
-    outputs: dict[int, nn.Conv2d] = {}
-    kept: dict[int, Tensor] = {}
-    found: dict[str, nn.Conv2d] = {}
-    noisy: set[nn.Conv2d] = set()
+    def taken(module: nn.Module, args: tuple[Tensor]) -> None:
+        if id(args[0]) in outputs:
+            found[module] = outputs[id(args[0])][0]
 
-    def computed(module: nn.Conv2d, args: object, output: Tensor) -> Tensor | None:
-        if module in noisy:
-            changed = output + 1 + output.abs().amax()
-            kept[id(changed)] = (changed, output)
-            return changed
-        outputs[id(output)] = module
-        kept[id(output)] = (output, output)
-        return None
-
-    def taken(name: str, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        x = args[0]
-        if not noisy and id(x) in outputs:
-            found[name] = outputs[id(x)]
-        return (kept[id(x)][1],) if noisy and id(x) in kept else None
-
-    handles = [
-        m.register_forward_hook(computed) for m in model.modules() if isinstance(m, nn.Conv2d)
-    ]
-    handles += [
-        m.register_forward_pre_hook(lambda module, args, name=name: taken(name, args))
-        for name, m in norms.items()
-    ]
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    handles = [m.register_forward_hook(computed) for m in convolutions]
+    handles += [norm.register_forward_pre_hook(taken) for norm in norms]
     try:
-        with evaluation_mode(model), torch.no_grad():
-            logits = first_output(model(images))
-
-            def alone(convolutions: set[nn.Conv2d]) -> bool:
-                noisy.clear()
-                noisy.update(convolutions)
-                kept.clear()
-                return torch.equal(first_output(model(images)), logits)
-
-            if alone(set(found.values())):
-                return found
-            return {name: conv for name, conv in found.items() if alone({conv})}
+        return first_output(model(images)), list(found.items())
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet import backends, operators, reference
-from wfnet.backends.contract import Backend, ConvGeometry
+from wfnet.backends import KERNELS as _KERNELS
+from wfnet.backends.contract import ConvGeometry
 from wfnet.gates import gather_samples
 from wfnet.labels import ForgetLabels, Selection, check_source, select
 
@@ -179,31 +180,13 @@ def explain(
     """
     if weight.dim() == 4:
         x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
-        says = {
-            name: backends.get(name).explain_conv2d(x, weight, geometry, batch)
-            for name in backends.KERNELS
-        }
+        says = {n: backends.get(n).explain_conv2d(x, weight, geometry, batch) for n in _KERNELS}
     else:
         tokens = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
-        says = {
-            name: backends.get(name).explain_linear(tokens, weight, batch)
-            for name in backends.KERNELS
-        }
+        says = {n: backends.get(n).explain_linear(tokens, weight, batch) for n in _KERNELS}
     why = "auto" if backends.requested(backend) == "auto" else "asked for by name"
     lines = [f"{backends.resolve(backend)}: chosen ({why})"]
     return "\n".join(lines + [f"{name}: {text}" for name, text in says.items()])
-
-
-def linear_backend(backend: str, tokens: Tensor, weight: Tensor) -> Backend:
-    """Who computes a masked linear map: ``tokens`` ``[N, T, C]``, ``weight`` ``[O, C]``.
-
-    Args:
-        backend: what the layer asks for, not "reference".
-
-    Raises:
-        RuntimeError: if the named backend cannot run the call.
-    """
-    return operators.linear_backend(backends.resolve(backend), tokens, weight)
 
 
 def _pair(value: int | Sequence[int], what: str) -> tuple[int, int]:

@@ -44,9 +44,7 @@ class GatedLayer:
     @property
     def filters(self) -> list[Tensor]:
         """``alpha_weight``, and ``alpha_bias`` where there is one."""
-        return (
-            [self.alpha_weight] if self.alpha_bias is None else [self.alpha_weight, self.alpha_bias]
-        )
+        return [a for a in (self.alpha_weight, self.alpha_bias) if a is not None]
 
     def folded(self) -> tuple[Tensor, Tensor]:
         """``gamma'`` and ``beta - mean * gamma'`` ``[O]``, fp32 or up; 1 and 0 without a norm."""
@@ -77,13 +75,9 @@ class GateTables:
     Args:
         layers: in network order, all with the same number of classes.
         rows: who computes the gates of all layers, which stand side by side.
-
-    Raises:
-        ValueError: without layers, or for layers of different class counts.
     """
 
     def __init__(self, layers: Sequence[GatedLayer], rows: GateRows = gates):
-        check_layers(layers)
         self.rows = rows
         self.layers = tuple(layers)
         self.filters = [matrix.detach() for layer in layers for matrix in layer.filters]
@@ -105,11 +99,8 @@ class GateTables:
         self.gate_scale: float | Tensor = scales[0]
         if len(set(scales)) > 1:
             widths = torch.tensor([matrix.shape[1] for matrix in self.filters])
-            self.gate_scale = (
-                torch.tensor(scales, dtype=self.factor.dtype)
-                .repeat_interleave(widths)
-                .to(self.factor.device)
-            )
+            wide = torch.tensor(scales, dtype=self.factor.dtype).repeat_interleave(widths)
+            self.gate_scale = wide.to(self.factor.device)
 
     def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
         """Returns tables for labels ``forget`` ``[B, J]``; ``save``: with room for column sums."""
@@ -164,26 +155,6 @@ class StepTables:
         if into is not None:
             gradient = into.copy_(gradient)
         return [gradient[:, part] for part in self.tables.columns]
-
-
-def check_layers(layers: Sequence[GatedLayer]) -> None:
-    """Raises ValueError unless there are layers and their tensors fit each other."""
-    if not layers:
-        raise ValueError("a network without masked layers has no tables")
-    classes = layers[0].alpha_weight.shape[0]
-    for layer in layers:
-        if (layer.alpha_bias is None) != (layer.bias is None):
-            raise ValueError("alpha_bias and bias come together: a layer has both or neither")
-        columns = layer.alpha_weight.shape[1]
-        for matrix in layer.filters:
-            if tuple(matrix.shape) != (classes, columns):
-                raise ValueError(
-                    f"a filter matrix is {tuple(matrix.shape)}, expected {(classes, columns)}"
-                )
-        for name in ("bias", "gamma", "beta", "mean", "var"):
-            vector = getattr(layer, name)
-            if vector is not None and tuple(vector.shape) != (columns,):
-                raise ValueError(f"{name} is {tuple(vector.shape)}, expected {(columns,)}")
 
 
 def _columns_of(matrices: Sequence[Tensor]) -> Iterator[slice]:

@@ -25,7 +25,6 @@ def find_head(
 
     Nothing is run. timm's models say which it is; elsewhere it is the last linear map (else
     convolution) with ``num_classes`` outputs in registration order, else the last of any size.
-    :func:`head_that_gives_logits` finds it by running the network.
 
     Args:
         model: the classifier.
@@ -47,16 +46,10 @@ def find_head(
         for name, m in reversed(modules.items()):
             if m is candidate:
                 return name, m
-    fitting = [
-        (name, m)
-        for kind in (nn.Linear, nn.Conv2d)
-        for name, m in modules.items()
-        if isinstance(m, kind) and _outputs(m) == num_classes
-    ]
+    fitting = [item for item in modules.items() if _outputs(item[1]) == num_classes]
     linear = [item for item in fitting if isinstance(item[1], nn.Linear)]
-    if fitting:
-        return (linear or fitting)[-1]
-    return next(reversed(modules.items()), None)
+    found = linear or fitting or list(modules.items())
+    return found[-1] if found else None
 
 
 def head_modules(model: nn.Module, num_classes: int | None = None) -> set[nn.Module]:
@@ -89,73 +82,17 @@ def check_head(model: nn.Module, num_classes: int, head: str | None = None) -> N
         return
     name, size = found[0], _outputs(found[1])
     if size == 1:
-        raise ValueError(
-            f"num_classes={num_classes} does not match {kind}: its last layer {name!r} has 1 "
-            "output. A network with one logit for two classes needs two: replace that layer by one "
-            "with 2 outputs, whose first row is 0 and whose second is the old one; then "
-            "num_classes=2"
+        what = (
+            "1 output. A network with one logit for two classes needs two: a first row of 0, and "
+            "the old one; then num_classes=2"
         )
-    says = bool(named) or head is not None
-    sure = f"its head {name!r}, which has {size} outputs; pass num_classes={size}"
-    unsure = (
-        f"{kind}: none of its layers has {num_classes} outputs. Its last is {name!r} with {size}: "
-        f"pass num_classes={size} if those are its classes, head= to name another layer, or give "
-        "the network a classifier first if it only computes features"
-    )
-    raise ValueError(f"num_classes={num_classes} does not match {sure if says else unsure}")
-
-
-def head_that_gives_logits(
-    model: nn.Module, num_classes: int, head: str | None = None, images: Tensor | None = None
-) -> tuple[str, nn.Module]:
-    """The layer whose outputs are the network's logits, found by running the network.
-
-    A constant is added to the outputs of every layer with ``num_classes`` outputs in turn. The
-    head is the one where exactly that constant is added to what the network returns. So auxiliary
-    heads, heads whose outputs are averaged and heads in front of a temperature are told apart.
-
-    Args:
-        model: the classifier; its mode and its weights stay as they are.
-        num_classes: its classes.
-        head: look at this layer alone.
-        images: ``[N, C, H, W]`` to run it with; None: random ones of a size that it takes.
-
-    Raises:
-        ValueError: if no layer is found, with the layers that were tried.
-    """
-    kind = type(model).__name__
-    if head is not None:
-        candidates = [find_head(model, num_classes, head)]
     else:
-        candidates = [
-            (n, m) for n, m in _linear_layers(model).items() if _outputs(m) == num_classes
-        ]
-    if not candidates:
-        raise ValueError(f"{kind} has no linear layer with {num_classes} outputs")
-    with evaluation_mode(model), torch.no_grad():
-        if images is None:
-            images = example_images(model)
-        plain = first_output(model(images))
-        check_logits(plain, num_classes, kind)
-        added = torch.linspace(1.0, 2.0, num_classes, dtype=plain.dtype, device=plain.device)
-        for name, module in reversed(candidates):
-            size = (
-                [-1 if i == 1 else 1 for i in range(4)] if isinstance(module, nn.Conv2d) else [-1]
-            )
-            shift = added.reshape(size)
-            hook = module.register_forward_hook(lambda m, args, out, shift=shift: out + shift)
-            try:
-                moved = first_output(model(images))
-            finally:
-                hook.remove()
-            if moved.shape == plain.shape and torch.allclose(
-                moved - plain, added.expand_as(plain), rtol=1e-3, atol=1e-3
-            ):
-                return name, module
-    tried = ", ".join(repr(name) for name, _ in candidates)
+        what = (
+            f"{size} outputs: pass num_classes={size} if those are its classes, or head= to name "
+            "another layer; a network that only computes features needs a classifier first"
+        )
     raise ValueError(
-        f"{kind} has no layer whose outputs are its logits (tried {tried}): what follows "
-        "changes them, an average of several heads, for example, or a temperature"
+        f"num_classes={num_classes} does not match {kind}: its last {name!r} has {what}"
     )
 
 
@@ -168,45 +105,40 @@ def cut_from_head(
 ) -> None:
     """Makes the logits of ``labels`` the constant ``CUT_LOGIT``, whatever the features are.
 
+    The head is found by running the network: the linear layer whose cut makes exactly these logits
+    the constant. So auxiliary heads, averages of heads and temperatures are told apart.
+
     Raises:
-        ValueError: if there is no class to cut, no linear layer with a bias whose outputs are the
-            logits, or if the logits are something else once it is cut (both are checked by running
-            the network).
+        ValueError: if there is no class to cut, or no linear layer with a bias whose outputs are
+            the logits.
     """
     if not labels:
         raise ValueError(
             "cut_output=True has no class to cut from the head: name one in forget=, or leave "
             "cut_output out"
         )
-    kind = type(plain).__name__
-    try:
-        images = example_images(plain, image_shape or ())
-        name, module = head_that_gives_logits(plain, num_classes, head, images)
-    except ValueError as error:
-        raise ValueError(
-            f"cut_output=True needs one linear head with a bias, but {error}; name the head in "
-            "head=, or leave cut_output out (prune_below= closes gates in any network)"
-        ) from error
-    if not isinstance(module, nn.Linear):
-        reason = f"has the {type(module).__name__} {name!r}"
-    elif module._parameters.get("bias") is None:
-        reason = f"has {name!r}, which has no bias to hold the constant"
-    elif "weight" not in module._parameters:
-        reason = f"computes the weight of {name!r} from other parameters"
-    else:
-        with evaluation_mode(plain), torch.no_grad():
-            module.weight[list(labels)] = 0.0
-            module.bias[list(labels)] = CUT_LOGIT
-            found = first_output(plain(images))[:, list(labels)]
-        if found.eq(CUT_LOGIT).all():
-            return
-        reason = (
-            f"computes with the outputs of {name!r}: once that is cut, the logits are "
-            f"{found.min():.4g} to {found.max():.4g} instead of {CUT_LOGIT:g}"
-        )
+    named = _linear_layers(plain) if head is None else dict([find_head(plain, num_classes, head)])
+    candidates = {
+        name: (module._parameters.get("weight"), module._parameters.get("bias"))
+        for name, module in reversed(named.items())
+        if isinstance(module, nn.Linear) and module.out_features == num_classes
+    }
+    candidates = {n: pair for n, pair in candidates.items() if None not in pair}
+    images = example_images(plain, image_shape or ())
+    rows = list(labels)
+    with evaluation_mode(plain), torch.no_grad():
+        check_logits(first_output(plain(images)), num_classes, type(plain).__name__)
+        for weight, bias in candidates.values():
+            before = weight[rows], bias[rows]
+            weight[rows], bias[rows] = 0.0, CUT_LOGIT
+            if first_output(plain(images))[:, rows].eq(CUT_LOGIT).all():
+                return
+            weight[rows], bias[rows] = before
+    tried = ", ".join(map(repr, candidates)) or "none"
     raise ValueError(
-        f"cut_output=True needs one linear head with a bias, but {kind} {reason}; "
-        "leave it out (prune_below= closes gates in any network)"
+        f"cut_output=True needs one linear head with a bias whose outputs are the logits of this "
+        f"{type(plain).__name__} (tried {tried}); name the head in head=, or leave cut_output out "
+        "(prune_below= closes gates in any network)"
     )
 
 
@@ -224,10 +156,10 @@ def example_images(model: nn.Module, image_shape: Sequence[int] = ()) -> Tensor:
     recorded = tuple(image_shape or config.get("input_size") or ())
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if first is None else first.in_channels
-    side = getattr(model, "image_size", None)
+    own = getattr(model, "image_size", None)
+    sides = [own, *_SIDES] if isinstance(own, int) else _SIDES
     sizes = [recorded] if len(recorded) == 3 else []
-    sizes += [(channels, side, side)] if isinstance(side, int) else []
-    sizes += [(channels, side, side) for side in _SIDES]
+    sizes += [(channels, side, side) for side in sides]
     weight = next(model.parameters())
     generator = torch.Generator().manual_seed(0)
     failure = None

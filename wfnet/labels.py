@@ -107,11 +107,7 @@ def check_source(source: Tensor, images: int) -> None:
     The positions of a tensor on a device are not read: that would wait for the device.
     """
     if not isinstance(source, Tensor) or source.dim() != 1 or source.dtype != torch.int64:
-        found = (
-            f"{source.dtype} {list(source.shape)}"
-            if isinstance(source, Tensor)
-            else type(source).__name__
-        )
+        found = [*source.shape, source.dtype] if isinstance(source, Tensor) else type(source)
         raise ValueError(f"source must be a LongTensor [B]; got {found}")
     if source.device.type == "cpu" and source.numel() and not torch.compiler.is_compiling():
         low, high = (int(v) for v in torch.aminmax(source))
@@ -224,7 +220,7 @@ class DeferredLabelCheck:
     """
 
     def __init__(self) -> None:
-        self._pending: list[tuple[torch.cuda.Event | None, Tensor, int]] = []
+        self._pending: list[tuple[torch.cuda.Event, Tensor, int]] = []
 
     def submit(self, rows: Tensor, num_classes: int) -> None:
         if rows.device.type != "cuda" or not rows.numel() or _capturing():
@@ -239,14 +235,13 @@ class DeferredLabelCheck:
     def poll(self) -> None:
         if self._pending and _capturing():  # asking an event would end the capture
             return
-        while self._pending and (self._pending[0][0] is None or self._pending[0][0].query()):
+        while self._pending and self._pending[0][0].query():
             _, found, num_classes = self._pending.pop(0)
             check_range(int(found[0]), int(found[1]), num_classes)
 
     def wait(self) -> None:
         for done, _, _ in self._pending:
-            if done is not None:
-                done.synchronize()
+            done.synchronize()
         self.poll()
 
     def __reduce__(self) -> tuple:

@@ -21,21 +21,28 @@ from wfnet import backends, functional, gates
 from wfnet.labels import active_selection, check_range
 
 # Base layer type, or its qualified name for types of packages that are not imported here.
-_MASKABLE: dict[type | str, type[MaskedLayer]] = {}
+Registry = dict[type | str, type["MaskedLayer"]]
+_MASKABLE: Registry = {}
 
 
-def register_maskable(base: type | str) -> Callable[[type], type]:
+def register_maskable(base: type | str, registry: Registry = _MASKABLE) -> Callable[[type], type]:
     """Class decorator: layers of exactly type ``base`` are wrapped by the decorated class.
 
     Args:
         base: the type, or "module.ClassName" of a type whose package is an optional dependency.
+        registry: where it is entered; :data:`wfnet.durable_layers.DURABLE` for durable gates.
     """
 
     def register(wrapper: type) -> type:
-        _MASKABLE[base] = wrapper
+        registry[base] = wrapper
         return wrapper
 
     return register
+
+
+def registered(kind: type, registry: Registry) -> type[MaskedLayer] | None:
+    """The class that wraps layers of exactly type ``kind``; None if there is none."""
+    return registry.get(kind) or registry.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
 def _plain_weight_remedy(layer: nn.Module) -> str:
@@ -47,6 +54,17 @@ def _plain_weight_remedy(layer: nn.Module) -> str:
     if "weight_u" in layer._buffers:
         return "torch.nn.utils.remove_spectral_norm(layer)"
     return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
+
+
+def _check_plain(layer: nn.Module) -> None:
+    """Raises ValueError unless the weight of ``layer`` is a parameter that has its shape."""
+    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+        raise ValueError(f"{type(layer).__name__} has no weight yet; run the model once first")
+    if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
+        raise ValueError(
+            f"the weight of this {type(layer).__name__} is computed; make it a plain "
+            f"parameter first: {_plain_weight_remedy(layer)}"
+        )
 
 
 class MaskedLayer(nn.Module):
@@ -75,15 +93,16 @@ class MaskedLayer(nn.Module):
 
     def filter_starts(self) -> dict[str, float]:
         """First values of the entries of :meth:`named_filters`, by the same names."""
-        return dict.fromkeys(self.named_filters(), self.alpha_init)
+        names = ["alpha_weight"] if self.bias is None else ["alpha_weight", "alpha_bias"]
+        return dict.fromkeys(names, self.alpha_init)
 
     def _add_filters(
         self,
         num_classes: int,
-        alpha_init: float,
-        normalize_gate: bool,
-        backend: str,
-        filter_dtype: torch.dtype | None,
+        alpha_init: float = 3.0,
+        normalize_gate: bool = True,
+        backend: str = "auto",
+        filter_dtype: torch.dtype | None = None,
     ) -> None:
         if (
             isinstance(num_classes, bool)
@@ -93,47 +112,38 @@ class MaskedLayer(nn.Module):
             raise ValueError(f"num_classes must be a positive integer; got {num_classes!r}")
         if not math.isfinite(alpha_init):
             raise ValueError(f"alpha_init must be finite; got {alpha_init}")
+        backends.requested(backend)  # an unknown name is an error now, not at the first call
         if filter_dtype is None:
             filter_dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        gate_scale = gates.gate_scale(alpha_init, normalize_gate)
-        start = gates.gate(torch.tensor(alpha_init, dtype=filter_dtype, device="cpu"), gate_scale)
-        if normalize_gate and start.item() != 1:
-            raise ValueError(
-                f"alpha_init={alpha_init} in {filter_dtype} does not give a fresh gate of exactly "
-                "1; choose a value that this dtype holds (near 3), or normalize_gate=False"
-            )
-        backends.requested(backend)  # an unknown name is an error now, not at the first call
         self.num_classes = int(num_classes)
         self.alpha_init = float(alpha_init)
         self.normalize_gate = normalize_gate
-        self.gate_scale = gate_scale
         self.backend = backend
+        self._check_start(filter_dtype)
         shape = (self.num_classes, self.weight.shape[0])
+        for name, start in self.filter_starts().items():
+            full = torch.full(shape, start, dtype=filter_dtype, device=self.weight.device)
+            self.register_parameter(name, nn.Parameter(full))
+        for parameter in (self.weight, self.bias):
+            if parameter is not None:
+                parameter.requires_grad_(False)
 
-        def matrix() -> nn.Parameter:
-            return nn.Parameter(
-                torch.full(shape, self.alpha_init, dtype=filter_dtype, device=self.weight.device)
+    def _check_start(self, filter_dtype: torch.dtype) -> None:
+        """Sets the scale of the gates, or raises a ValueError where a fresh one would not be 1."""
+        self.gate_scale = gates.gate_scale(self.alpha_init, self.normalize_gate)
+        alpha = torch.tensor(self.alpha_init, dtype=filter_dtype, device="cpu")
+        if self.normalize_gate and gates.gate(alpha, self.gate_scale).item() != 1:
+            raise ValueError(
+                f"alpha_init={self.alpha_init} in {filter_dtype} does not give a fresh gate of "
+                "exactly 1; choose a value that this dtype holds (near 3), or normalize_gate=False"
             )
-
-        self.alpha_weight = matrix()
         if self.bias is None:
             self.register_parameter("alpha_bias", None)
-        else:
-            self.alpha_bias = matrix()
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
 
     @classmethod
     def adopt(cls, layer: nn.Module, num_classes: int, **filters: object) -> MaskedLayer:
         """Turns ``layer`` into a masked layer that owns its parameters, buffers and hooks."""
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-            raise ValueError(f"{type(layer).__name__} has no weight yet; run the model once first")
-        if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
-            raise ValueError(
-                f"the weight of this {type(layer).__name__} is computed; make it a plain "
-                f"parameter first: {_plain_weight_remedy(layer)}"
-            )
+        _check_plain(layer)
         masked = cls.__new__(cls)
         masked.__dict__ = layer.__dict__
         masked._base_type = type(layer)
@@ -172,21 +182,28 @@ class MaskedLayer(nn.Module):
 
     def close_below(self, threshold: float, forget: Sequence[int]) -> None:
         """Sets gates of the rows ``forget`` to 0 where their product is below ``threshold``."""
-        labels = torch.tensor([list(forget)], device=self.weight.device)
-        for alpha in self.named_filters().values():
-            closed = torch.zeros_like(alpha, dtype=torch.bool)
-            closed[list(forget)] = gates.gate_rows(alpha, labels, self.gate_scale)[0] < threshold
-            alpha.data.masked_fill_(closed, -torch.inf)
+        for kind in ("weight", "bias") if self.alpha_bias is not None else ("weight",):
+            self._close(getattr(self, f"alpha_{kind}"), kind, threshold, forget)
+
+    def _close(self, alpha: Tensor, kind: str, threshold: float, forget: Sequence[int]) -> None:
+        closed = torch.zeros_like(alpha, dtype=torch.bool)
+        closed[list(forget)] = self._gate_of(kind, self._label_list(forget)) < threshold
+        alpha.data.masked_fill_(closed, -torch.inf)
+
+    def _gate_of(self, kind: str, labels: Tensor) -> Tensor:
+        """``[O]``: the product of the gates of ``labels [1, J]`` on the weight or the bias."""
+        return gates.gate_rows(getattr(self, f"alpha_{kind}").detach(), labels, self.gate_scale)[0]
+
+    def _label_list(self, forget: Sequence[int]) -> Tensor:
+        check_range(min(forget), max(forget), self.num_classes)
+        return torch.tensor([list(forget)], device=self.weight.device)
 
     def _baked(
         self, name: str, parameter: Tensor, forget: Sequence[int], prune_below: float
     ) -> Tensor:
         if not forget:
             return parameter.detach().clone()
-        alpha = getattr(self, f"alpha_{name}").detach()
-        check_range(min(forget), max(forget), self.num_classes)
-        labels = torch.tensor([list(forget)], device=alpha.device)
-        gate = gates.gate_rows(alpha, labels, self.gate_scale)[0]
+        gate = self._gate_of(name, self._label_list(forget))
         gate = gate.masked_fill(gate < prune_below, 0.0)
         scaled = parameter.to(gate.dtype) * gate.reshape(-1, *[1] * (parameter.dim() - 1))
         return scaled.detach().to(parameter.dtype)
@@ -254,23 +271,13 @@ class WFConv2d(MaskedLayer, nn.Conv2d):
         self._add_filters(num_classes, alpha_init, normalize_gate, backend, filter_dtype)
 
     @classmethod
-    def from_conv(
-        cls,
-        conv: nn.Conv2d,
-        num_classes: int,
-        alpha_init: float = 3.0,
-        normalize_gate: bool = True,
-        backend: str = "auto",
-        filter_dtype: torch.dtype | None = None,
-    ) -> WFConv2d:
-        """A masked copy of ``conv``, which stays as it is.
+    def from_conv(cls, conv: nn.Conv2d, num_classes: int, **options: object) -> WFConv2d:
+        """A masked copy of ``conv``, which stays as it is; options as above.
 
         Raises:
             TypeError: if ``conv`` is of a subclass that computes something else.
         """
-        return _copy_of(
-            conv, WFConv2d, num_classes, alpha_init, normalize_gate, backend, filter_dtype
-        )
+        return _copy_of(conv, WFConv2d, num_classes, **options)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, tuple[int, int] | str]:
         """``x`` with the padding that is not plain zeros applied, and the padding left to do."""
@@ -332,19 +339,9 @@ class WFLinear(MaskedLayer, nn.Linear):
         self._add_filters(num_classes, alpha_init, normalize_gate, backend, filter_dtype)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        num_classes: int,
-        alpha_init: float = 3.0,
-        normalize_gate: bool = True,
-        backend: str = "auto",
-        filter_dtype: torch.dtype | None = None,
-    ) -> WFLinear:
+    def from_linear(cls, linear: nn.Linear, num_classes: int, **options: object) -> WFLinear:
         """A masked copy of ``linear``, which stays as it is."""
-        return _copy_of(
-            linear, WFLinear, num_classes, alpha_init, normalize_gate, backend, filter_dtype
-        )
+        return _copy_of(linear, WFLinear, num_classes, **options)
 
     def forward(self, x: Tensor) -> Tensor:
         selection = active_selection(self._title())
@@ -363,7 +360,7 @@ def masked_type(layer: nn.Module) -> type[MaskedLayer] | None:
         return None
     if parametrize.is_parametrized(layer):  # a generated subclass of the original type
         kind = kind.__mro__[1]
-    found = _MASKABLE.get(kind) or _MASKABLE.get(f"{kind.__module__}.{kind.__qualname__}")
+    found = registered(kind, _MASKABLE)
     if found is not None:
         return found
     for base in (nn.Conv2d, nn.Linear):
@@ -392,36 +389,10 @@ def refuse_layer(layer: nn.Module, name: str = "") -> str:
 
 
 def _copy_of(
-    layer: nn.Module,
-    wanted: type[MaskedLayer],
-    num_classes: int,
-    alpha_init: float,
-    normalize_gate: bool,
-    backend: str,
-    filter_dtype: torch.dtype | None,
+    layer: nn.Module, wanted: type[MaskedLayer], num_classes: int, **options: object
 ) -> MaskedLayer:
     found = masked_type(layer)
     if found is None or not issubclass(found, wanted):
         raise TypeError(refuse_layer(layer))
-    return found.adopt(
-        _detached_copy(layer),
-        num_classes,
-        alpha_init=alpha_init,
-        normalize_gate=normalize_gate,
-        backend=backend,
-        filter_dtype=filter_dtype,
-    )
-
-
-def _detached_copy(layer: nn.Module) -> nn.Module:
-    twin = type(layer).__new__(type(layer))
-    twin.__dict__ = {
-        key: copy.copy(value) if isinstance(value, dict | set) else value
-        for key, value in layer.__dict__.items()
-    }
-    for name, parameter in layer._parameters.items():
-        if parameter is not None and not isinstance(parameter, nn.UninitializedParameter):
-            own = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-            twin._parameters[name] = own
-    twin._buffers = {name: None if b is None else b.clone() for name, b in layer._buffers.items()}
-    return twin
+    _check_plain(layer)  # a computed weight cannot be copied
+    return found.adopt(copy.deepcopy(layer), num_classes, **options)

@@ -1,7 +1,7 @@
 """Networks for images of 28 or 32 pixels: small ones, and those of the paper cut to that size."""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -181,40 +181,25 @@ def small_vit(
     depth: int = 4,
     patch_size: int = 8,
     image_size: int = 32,
+    *,
+    head_width: int = 32,
+    mlp_ratio: float = 2.0,
+    global_pool: str = "avg",
+    class_token: bool = False,
 ) -> nn.Module:
     """timm's VisionTransformer, small and with averaged tokens: its qkv projections are modules.
 
-    `width` is the embedding, a multiple of 32 (one head for each 32). Averaging learns from far
-    fewer images than a class token does, and patches of 8 pixels train in a quarter of the time of
-    patches of 4. Needs timm, `pip install wfnet[train]`.
+    `width` is the embedding, with one head for each `head_width`. Averaging learns from far fewer
+    images than a class token does, and patches of 8 pixels train in a quarter of the time of
+    patches of 4. Needs timm, `pip install wfnet[train]`. Raises ValueError for sizes that are not
+    divided.
     """
-    if width % 32:
-        raise ValueError(f"the width of a ViT must be a multiple of 32, got {width}")
-    return _vision_transformer(
-        num_classes,
-        in_channels,
-        width,
-        depth,
-        patch_size,
-        image_size,
-        head_width=32,
-        mlp_ratio=2.0,
-        global_pool="avg",
-        class_token=False,
-    )
-
-
-def _vision_transformer(
-    num_classes: int,
-    in_channels: int,
-    width: int,
-    depth: int,
-    patch_size: int,
-    image_size: int,
-    head_width: int,
-    **options: Any,
-) -> nn.Module:
-    """timm's VisionTransformer with a head for each `head_width` of `width`."""
+    if width % head_width:
+        raise ValueError(f"the width of this ViT must be a multiple of {head_width}, got {width}")
+    if image_size % patch_size:
+        raise ValueError(
+            f"images of {image_size} pixels are not divided by patches of {patch_size}"
+        )
     return require("timm.models.vision_transformer", "train").VisionTransformer(
         img_size=image_size,
         patch_size=patch_size,
@@ -223,7 +208,9 @@ def _vision_transformer(
         embed_dim=width,
         depth=depth,
         num_heads=width // head_width,
-        **options,
+        mlp_ratio=mlp_ratio,
+        global_pool=global_pool,
+        class_token=class_token,
     )
 
 
@@ -238,30 +225,11 @@ def vit_tiny(
     """ViT-T (DeiT-Ti) for small images: 12 blocks of width 192 with 3 heads, patches of 4 pixels.
 
     Touvron et al., "Training data-efficient image transformers" (ICML 2021). `width` is a multiple
-    of 64, one head for each; `image_size` one of `patch_size`. Needs timm,
-    `pip install wfnet[train]`.
+    of 64, one head for each. Needs timm, `pip install wfnet[train]`.
     """
-    if width % 64:
-        raise ValueError(f"the width of this ViT must be a multiple of 64, got {width}")
-    if image_size % patch_size:
-        raise ValueError(
-            f"images of {image_size} pixels are not divided by patches of {patch_size}"
-        )
-    return _vision_transformer(
-        num_classes, in_channels, width, depth, patch_size, image_size, head_width=64
-    )
-
-
-def vit_small(
-    num_classes: int,
-    in_channels: int = 3,
-    patch_size: int = 4,
-    image_size: int = 32,
-    width: int = 384,
-    depth: int = 12,
-) -> nn.Module:
-    """ViT-S for small images: as `vit_tiny`, of width 384 with 6 heads."""
-    return vit_tiny(num_classes, in_channels, patch_size, image_size, width, depth)
+    sizes = (num_classes, in_channels, width, depth, patch_size, image_size)
+    original = {"head_width": 64, "mlp_ratio": 4.0, "global_pool": "token", "class_token": True}
+    return small_vit(*sizes, **original)
 
 
 SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -271,7 +239,7 @@ SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet18": ResNet18,
     "vgg16": VGG16,
     "vit_tiny": vit_tiny,
-    "vit_small": vit_small,
+    "vit_small": partial(vit_tiny, width=384),  # 6 heads
 }
 
 
@@ -295,8 +263,7 @@ def create(
     for option, value in options.items():
         if option != "batch_norm" and (wrong := _OPTION_RANGE.violation(value)):
             raise ValueError(f"{option} must be {wrong}, got {value!r}")
-    if seed is None:
-        return SMALL_MODELS[name](num_classes, in_channels, **options)
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(seed)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.random.default_generator.manual_seed(seed)
         return SMALL_MODELS[name](num_classes, in_channels, **options)

@@ -99,57 +99,47 @@ class WFNet(nn.Module):
         _check_weights(model)
         check_head(model, num_classes, head)
         check_samples_are_independent(model)
-        self.num_classes = num_classes = int(num_classes)
         if gate not in GATES:
             raise ValueError(f"gate={gate!r} is none of {', '.join(GATES)}")
-        self.gate = gate
         durable = gate == "durable"
         if soft_init is not None and not durable:
             raise ValueError("soft_init is the start of durable gates; give gate='durable'")
-        self.soft_init = soft_init
-        more = {"soft_init": soft_init} if durable else {}
+        fusion.check_mode(fuse)
+        self.num_classes = num_classes = int(num_classes)
         self.alpha_init = float(alpha_init)
         self.normalize_gate = normalize_gate
-        self.head = head
+        self.gate, self.soft_init, self.head, self.fuse = gate, soft_init, head, fuse
         self.gate_mode = GateMode()
+        options = {
+            "alpha_init": alpha_init,
+            "normalize_gate": normalize_gate,
+            "backend": backend,
+            "filter_dtype": filter_dtype,
+            **({"soft_init": soft_init} if durable else {}),
+        }
         type_of = durable_type if durable else masked_type
         chosen = choose_targets(model, targets, num_classes, durable)
         self.model = copy.deepcopy(model).requires_grad_(False)
-        self._check_masked_before()
         for name in chosen:
             layer = self.model.get_submodule(name)
             try:
-                masked = type_of(layer).adopt(
-                    layer,
-                    num_classes,
-                    alpha_init=alpha_init,
-                    normalize_gate=normalize_gate,
-                    backend=backend,
-                    filter_dtype=filter_dtype,
-                    **more,
-                )
+                masked = type_of(layer).adopt(layer, num_classes, **options)
             except ValueError as error:
                 raise ValueError(f"layer {name!r} cannot be masked: {error}") from error
             export.replace_module(self.model, layer, masked)
         self.masked_layers: dict[str, MaskedLayer] = {}
         for name, layer in self.model.named_modules():
             if isinstance(layer, MaskedLayer):
+                self._check_settings(name, layer)
                 layer.layer_name = name
                 layer.mode = self.gate_mode
                 self.masked_layers[name] = layer
                 for parameter in layer.named_filters().values():
                     parameter.requires_grad_(True)
-                if layer.num_classes != num_classes:
-                    raise ValueError(
-                        f"layer {name!r} has filters for {layer.num_classes} classes, but "
-                        f"num_classes={num_classes}"
-                    )
         self._all_called = False
         # Kept apart from num_classes, which is that of the rows where filters are replaced.
         self._logits = num_classes if find_head(model, num_classes, head) is not None else None
         self._image_shape: tuple[int, ...] | None = None  # (C, H, W) of the last images
-        fusion.check_mode(fuse)
-        self.fuse = fuse
         self._fusion = fusion.Fusion()
         self._label_check = DeferredLabelCheck()
         self.train()
@@ -189,13 +179,14 @@ class WFNet(nn.Module):
             with forgetting(selection):
                 return first_output(self.model(_expand(images, source)))
         self._image_shape = tuple(images.shape[1:])
+        batch = images.shape[0]
         if source is not None:
-            check_source(source, images.shape[0])
-        self._check(selection, images.shape[0] if source is None else source.shape[0])
+            check_source(source, batch)
+            batch = source.shape[0]
+        self._check(selection, batch)
         if self.fuse and selection.rows is not None and not images.requires_grad:
             network = self.fused_network(images)
             if network is not None:
-                batch = images.shape[0] if source is None else source.shape[0]
                 rows = selection.expand(batch, images.device, self.num_classes)
                 return network(images, rows, source if source is None else source.to(images.device))
         return self._unfused(images, selection, source)
@@ -236,16 +227,11 @@ class WFNet(nn.Module):
         self._label_check.wait()
 
     def _check(self, selection: Selection, batch: int) -> None:
-        if selection.rows is None:
-            return
-        check_range(selection.low, selection.high, self.num_classes)
-        if not selection.uniform and selection.rows.shape[0] != batch:
-            raise ValueError(
-                f"{selection.rows.shape[0]} forget labels were given for a batch of "
-                f"{batch} samples; give one label per sample, or one integer for all"
-            )
-        self._label_check.poll()
-        self._label_check.submit(selection.rows, self.num_classes)
+        if selection.rows is not None:
+            check_range(selection.low, selection.high, self.num_classes)
+            selection.expand(batch, selection.rows.device, self.num_classes)
+            self._label_check.poll()
+            self._label_check.submit(selection.rows, self.num_classes)
 
     @contextmanager
     def _watching_calls(self) -> Iterator[None]:
@@ -259,16 +245,14 @@ class WFNet(nn.Module):
             yield
         self._all_called = True
 
-    def _check_masked_before(self) -> None:
+    def _check_settings(self, name: str, layer: MaskedLayer) -> None:
         """WF layers that came with the model must have the settings that a checkpoint records."""
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, MaskedLayer) and (
-                layer.alpha_init != self.alpha_init or layer.normalize_gate != self.normalize_gate
-            ):
+        for setting in ("num_classes", "alpha_init", "normalize_gate"):
+            own, wanted = getattr(layer, setting), getattr(self, setting)
+            if own != wanted:
                 raise ValueError(
-                    f"layer {name!r} was made with alpha_init={layer.alpha_init}, "
-                    f"normalize_gate={layer.normalize_gate}, but the network with alpha_init="
-                    f"{self.alpha_init}, normalize_gate={self.normalize_gate}; give WFNet the same"
+                    f"layer {name!r} was made with {setting}={own}, but the network with "
+                    f"{setting}={wanted}; give WFNet the same"
                 )
 
     def train(self, mode: bool = True) -> WFNet:
@@ -385,23 +369,21 @@ def _expand(images: Tensor, source: Tensor | None) -> Tensor:
 
 def _check_weights(model: nn.Module) -> None:
     """Refuses parameters without a shape, weights that are not finite and negative variances."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
             raise ValueError(
-                f"parameter {name!r} is lazy and has no shape yet; run the model once before "
+                f"parameter {path!r} is lazy and has no shape yet; run the model once before "
                 "wrapping it"
             )
-        own = model.get_submodule(name.rpartition(".")[0])
-        kept = name.rpartition(".")[2] not in own._non_persistent_buffers_set
-        if kept and tensor.is_floating_point() and not tensor.is_meta:
-            finite = torch.isfinite(tensor)
-            if not finite.all():
-                raise ValueError(
-                    f"{name!r} of the model holds {int((~finite).sum())} values that are NaN or "
-                    "infinite; load weights of a training that did not diverge"
-                )
-            if name.rpartition(".")[2] == "running_var" and tensor.lt(0).any():
-                raise ValueError(
-                    f"{name!r} of the model holds {int(tensor.lt(0).sum())} negative values, which "
-                    "no variance has; the weights are damaged, load them from a copy"
-                )
+        parent, _, name = path.rpartition(".")
+        kept = name not in model.get_submodule(parent)._non_persistent_buffers_set
+        if not kept or not tensor.is_floating_point() or tensor.is_meta:
+            continue
+        wrong, what = ~torch.isfinite(tensor), "that are NaN or infinite"
+        if name == "running_var" and not wrong.any():
+            wrong, what = tensor.lt(0), "that are negative, which no variance is"
+        if wrong.any():
+            raise ValueError(
+                f"{path!r} of the model holds {int(wrong.sum())} values {what}; load weights of a "
+                "training that did not diverge"
+            )

@@ -8,19 +8,19 @@ An operator turns filter matrices and forget labels into tables (gates), lets a 
 
 Weights and biases are frozen and get no gradient. Operators return ``(out, saved, scale, shift)``;
 the last three are private to backward (empty where backward will not need them). Arguments are
-checked in :mod:`wfnet.functional`. Schemas are flat, as the dispatcher wants them; the objects that
-backends take are built here.
+checked in :mod:`wfnet.functional`. Schemas are flat, as the dispatcher wants them;
+:class:`_Forward` and :class:`_Backward` name their arguments.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from wfnet import backends
-from wfnet.backends.contract import Activation, Backend, ConvGeometry, Epilogue, LayerBelow
+from wfnet.backends.contract import Backend, ConvGeometry, Epilogue, LayerBelow
 
 # Registered on the dispatcher directly: the wrapper layers of torch.library.custom_op would cost
 # several times the launch of a small convolution for operators with this many arguments.
@@ -28,6 +28,7 @@ _library = torch.library.Library("wfnet", "DEF")
 
 _FILTERS = "Tensor alpha_weight, Tensor? alpha_bias, Tensor forget, Tensor? source"
 _NEEDED = "bool need_dx, bool need_weight, bool need_bias"
+_LEARNABLE = 0, 3, 4  # x, alpha_weight and alpha_bias among the arguments
 
 
 def memory_format_of(x: Tensor, weight: Tensor) -> torch.memory_format:
@@ -51,220 +52,214 @@ def _laid_out(t: Tensor, memory_format: torch.memory_format) -> Tensor:
     )
 
 
-def linear_backend(name: str, x: Tensor, weight: Tensor) -> Backend:
-    """Returns the backend called ``name``, or raises a RuntimeError: why it cannot run the call."""
+class _Forward(NamedTuple):
+    """Arguments of a forward operator, in the order of its schema.
+
+    Convolutions: ``x`` ``[N, C, H, W]``, ``weight`` ``[O, C / groups, R, S]``; linear maps, whose
+    ``geometry`` is empty: ``x`` ``[N, T, C]``, ``weight`` ``[O, C]``.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None  # [O]
+    alpha_weight: Tensor  # [K, O]
+    alpha_bias: Tensor | None
+    forget: Tensor  # [B, J]
+    source: Tensor | None  # [B]
+    gate_scale: float
+    backend: str
+    save: bool  # whether backward will sum T1
+    geometry: tuple = ()
+
+
+class _Backward(NamedTuple):
+    """Arguments of a backward operator, in the order of its schema."""
+
+    dout: Tensor
+    saved: Tensor
+    weight: Tensor
+    alpha_weight: Tensor
+    alpha_bias: Tensor | None
+    forget: Tensor
+    source: Tensor | None
+    scale: Tensor  # [B, O]
+    shift: Tensor
+    input_shape: list[int]
+    channels_last: bool
+    backend: str
+    need_dx: bool
+    need_weight: bool
+    need_bias: bool
+    geometry: tuple = ()
+
+    @property
+    def layout(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+def _forward_arguments(arguments: tuple) -> _Forward:
+    count = len(_Forward._fields) - 1
+    return _Forward(*arguments[:count], arguments[count:])
+
+
+def _backward_arguments(arguments: tuple) -> _Backward:
+    count = len(_Backward._fields) - 1
+    return _Backward(*arguments[:count], arguments[count:])
+
+
+def _conv_geometry(geometry: tuple) -> ConvGeometry:
+    stride, padding, dilation, groups = geometry
+    return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+def willing_backend(name: str, x: Tensor, weight: Tensor, geometry: tuple = ()) -> Backend:
+    """Returns the backend called ``name``, never another one.
+
+    Raises:
+        RuntimeError: if it cannot run the call, with its reason.
+    """
     backend = backends.get(name)
-    return _willing(backend, backend.refuse_linear(x, weight))
-
-
-def _willing(backend: Backend, reason: str | None) -> Backend:
-    """``backend``, or a clear error if it cannot run the call; never another one."""
+    if geometry:
+        reason = backend.refuse_conv2d(x, weight, _conv_geometry(geometry))
+    else:
+        reason = backend.refuse_linear(x, weight)
     if reason is not None:
         raise RuntimeError(
-            f"backend {backend.name!r} cannot run this call: {reason}; choose another backend, or "
-            "'auto'"
+            f"backend {name!r} cannot run this call: {reason}; choose another backend, or 'auto'"
         )
     return backend
 
 
-class _MaskedOperator(ABC):
+def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
+    """The memory format of ``out`` and ``saved``."""
+    return memory_format_of(x, weight) if weight.dim() == 4 else torch.contiguous_format
+
+
+def _forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``out``, ``saved``, ``scale`` and ``shift``."""
+    call = _forward_arguments(arguments)
+    engine = willing_backend(call.backend, call.x, call.weight, call.geometry)
+    layout = _layout(call.x, call.weight)
+    scale, shift = engine.gate_rows(call.alpha_weight, call.forget, call.gate_scale), None
+    if call.bias is not None:
+        shift = engine.gate_rows(call.alpha_bias, call.forget, call.gate_scale)
+        shift = shift * call.bias.to(scale.dtype)
+    epilogue = Epilogue(scale, shift, source=call.source, save=call.save)
+    x = call.x.contiguous(memory_format=layout)
+    if call.geometry:
+        found = engine.conv2d(x, call.weight, _conv_geometry(call.geometry), epilogue)
+    else:
+        found = engine.linear(x, call.weight, epilogue)
+    return (
+        _laid_out(found.out, layout),
+        x.new_empty(0) if found.branch is None else _laid_out(found.branch, layout),
+        scale,
+        scale.new_empty(0) if shift is None else shift,
+    )
+
+
+def _fake_forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results of :func:`_forward` without values."""
+    call = _forward_arguments(arguments)
+    engine = willing_backend(call.backend, call.x, call.weight, call.geometry)
+    batch, columns = call.forget.shape[0], call.weight.shape[0]
+    if call.geometry:
+        kernel = call.weight.shape[2], call.weight.shape[3]
+        size = _conv_geometry(call.geometry).output_size(*call.x.shape[2:], kernel)
+        shape = batch, columns, *size
+    else:
+        shape = batch, call.x.shape[1], columns
+    layout = _layout(call.x, call.weight)
+    out = call.x.new_empty(shape).to(memory_format=layout)
+    saved = out.new_empty(0)
+    if call.save:
+        rows = batch if engine.keeps_scaled_branch else call.x.shape[0]
+        saved = call.x.new_empty((rows, *shape[1:])).to(memory_format=layout)
+    dtype = torch.promote_types(call.alpha_weight.dtype, torch.float32)
+    scale = call.alpha_weight.new_empty((batch, columns), dtype=dtype)
+    return out, saved, scale, scale.new_empty(0) if call.bias is None else torch.empty_like(scale)
+
+
+def _backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    """``dx``, ``dalpha_weight`` and ``dalpha_bias`` ``[K, O]``; empty where not needed."""
+    call = _backward_arguments(arguments)
+    engine = backends.get(call.backend)
+    layer = LayerBelow(
+        branch=call.saved if call.need_weight else None,
+        scale=call.scale,
+        t1=torch.empty_like(call.scale) if call.need_weight else None,
+        t0=torch.empty_like(call.scale) if call.need_bias else None,
+        source=call.source,
+        need_scaled_grad=call.need_dx,
+        images=call.input_shape[0],
+    )
+    passed = (
+        call.dout.contiguous(memory_format=call.layout),
+        layer,
+        call.weight,
+        tuple(call.input_shape),
+    )
+    if call.geometry:
+        dx = engine.conv2d_backward(*passed, _conv_geometry(call.geometry))
+    else:
+        dx = engine.linear_backward(*passed)
+    nothing = call.alpha_weight.new_empty(0)
+    dalpha_weight = dalpha_bias = nothing
+    if call.need_weight:
+        dalpha_weight = engine.gate_rows_backward(layer.t1, call.alpha_weight, call.forget)
+    if call.need_bias:
+        dalpha_bias = engine.gate_rows_backward(layer.t0 * call.shift, call.alpha_bias, call.forget)
+    dx = call.dout.new_empty(0) if dx is None else _laid_out(dx, call.layout)
+    return dx, dalpha_weight, dalpha_bias
+
+
+def _fake_backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
+    """Results of :func:`_backward` without values."""
+    call = _backward_arguments(arguments)
+    nothing = call.alpha_weight.new_empty(0)
+    dx = call.dout.new_empty(call.input_shape).to(memory_format=call.layout)
+    return (
+        dx if call.need_dx else call.dout.new_empty(0),
+        torch.empty_like(call.alpha_weight) if call.need_weight else nothing,
+        torch.empty_like(call.alpha_bias) if call.need_bias else nothing,
+    )
+
+
+class _MaskedOperator:
     """``wfnet::<name>`` and ``wfnet::<name>_backward``, registered when an instance is made.
 
-    Subclasses say what convolutions and linear maps do not share. Their geometry is the tail of
-    both schemas: :attr:`geometry` there, ``*geometry`` in every method.
+    ``geometry`` is the tail of both schemas, empty for a linear map.
     """
 
-    name: str
-    geometry: str
+    forward = staticmethod(_forward)
+    backward = staticmethod(_backward)
 
-    def __init__(self) -> None:
+    def __init__(self, name: str, geometry: str):
         _library.define(
-            f"{self.name}(Tensor x, Tensor weight, Tensor? bias, {_FILTERS}, float gate_scale, "
-            f"str backend, bool save{self.geometry}) "
+            f"{name}(Tensor x, Tensor weight, Tensor? bias, {_FILTERS}, float gate_scale, "
+            f"str backend, bool save{geometry}) "
             "-> (Tensor out, Tensor saved, Tensor scale, Tensor shift)"
         )
         _library.define(
-            f"{self.name}_backward(Tensor dout, Tensor saved, Tensor weight, {_FILTERS}, "
+            f"{name}_backward(Tensor dout, Tensor saved, Tensor weight, {_FILTERS}, "
             "Tensor scale, Tensor shift, SymInt[] input_shape, bool channels_last, str backend, "
-            f"{_NEEDED}{self.geometry}) "
+            f"{_NEEDED}{geometry}) "
             "-> (Tensor dx, Tensor dalpha_weight, Tensor dalpha_bias)"
         )
-        self.operator = getattr(torch.ops.wfnet, self.name).default
-        self.backward_operator = getattr(torch.ops.wfnet, f"{self.name}_backward").default
-        for name, run, fake in (
-            (self.name, self.forward, self.fake_forward),
-            (f"{self.name}_backward", self.backward, self.fake_backward),
+        self.operator = getattr(torch.ops.wfnet, name).default
+        self.backward_operator = getattr(torch.ops.wfnet, f"{name}_backward").default
+        for suffix, run, fake in (
+            ("", self.forward, _fake_forward),
+            ("_backward", self.backward, _fake_backward),
         ):
-            _library.impl(name, run, "CompositeExplicitAutograd")
-            torch.library.register_fake(f"wfnet::{name}", fake, lib=_library)
-        _library.impl(self.name, self.autograd, "Autograd")
-
-    @abstractmethod
-    def engine(self, name: str, x: Tensor, weight: Tensor, *geometry: object) -> Backend:
-        """The backend called ``name``, or a RuntimeError that says why it cannot run the call."""
-
-    @abstractmethod
-    def layout(self, x: Tensor, weight: Tensor) -> torch.memory_format:
-        """The memory format of ``out`` and ``saved``."""
-
-    @abstractmethod
-    def output_shape(
-        self, x: Tensor, weight: Tensor, batch: int, *geometry: object
-    ) -> tuple[int, ...]:
-        """The shape of ``out`` for ``batch`` samples."""
-
-    @abstractmethod
-    def run(
-        self, engine: Backend, x: Tensor, weight: Tensor, epilogue: Epilogue, *geometry: object
-    ) -> Activation:
-        """The backend's forward pass."""
-
-    @abstractmethod
-    def run_backward(
-        self,
-        engine: Backend,
-        dout: Tensor,
-        layer: LayerBelow,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        *geometry: object,
-    ) -> Tensor | None:
-        """The backend's backward pass: ``dx``."""
-
-    def forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        alpha_weight: Tensor,
-        alpha_bias: Tensor | None,
-        forget: Tensor,
-        source: Tensor | None,
-        gate_scale: float,
-        backend: str,
-        save: bool,
-        *geometry: object,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """``out``, ``saved``, ``scale`` and ``shift`` for labels ``forget`` ``[B, J]``."""
-        engine = self.engine(backend, x, weight, *geometry)
-        layout = self.layout(x, weight)
-        scale, shift = engine.gate_rows(alpha_weight, forget, gate_scale), None
-        if bias is not None:
-            shift = engine.gate_rows(alpha_bias, forget, gate_scale) * bias.to(scale.dtype)
-        epilogue = Epilogue(scale, shift, source=source, save=save)
-        found = self.run(engine, x.contiguous(memory_format=layout), weight, epilogue, *geometry)
-        return (
-            _laid_out(found.out, layout),
-            x.new_empty(0) if found.branch is None else _laid_out(found.branch, layout),
-            scale,
-            scale.new_empty(0) if shift is None else shift,
-        )
-
-    def fake_forward(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        alpha_weight: Tensor,
-        alpha_bias: Tensor | None,
-        forget: Tensor,
-        source: Tensor | None,
-        gate_scale: float,
-        backend: str,
-        save: bool,
-        *geometry: object,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Results of :meth:`forward` without values."""
-        engine = self.engine(backend, x, weight, *geometry)
-        layout = self.layout(x, weight)
-        shape = self.output_shape(x, weight, forget.shape[0], *geometry)
-        out = x.new_empty(shape).to(memory_format=layout)
-        saved = out.new_empty(0)
-        if save:
-            rows = shape[0] if engine.keeps_scaled_branch else x.shape[0]
-            saved = x.new_empty((rows, *shape[1:])).to(memory_format=layout)
-        dtype = torch.promote_types(alpha_weight.dtype, torch.float32)
-        scale = alpha_weight.new_empty((shape[0], alpha_weight.shape[1]), dtype=dtype)
-        return out, saved, scale, scale.new_empty(0) if bias is None else torch.empty_like(scale)
-
-    def backward(
-        self,
-        dout: Tensor,
-        saved: Tensor,
-        weight: Tensor,
-        alpha_weight: Tensor,
-        alpha_bias: Tensor | None,
-        forget: Tensor,
-        source: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        input_shape: list[int],
-        channels_last: bool,
-        backend: str,
-        need_dx: bool,
-        need_weight: bool,
-        need_bias: bool,
-        *geometry: object,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """``dx``, ``dalpha_weight`` and ``dalpha_bias`` ``[K, O]``; empty where not needed."""
-        engine = backends.get(backend)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        layer = LayerBelow(
-            branch=saved if need_weight else None,
-            scale=scale,
-            t1=torch.empty_like(scale) if need_weight else None,
-            t0=torch.empty_like(scale) if need_bias else None,
-            source=source,
-            need_scaled_grad=need_dx,
-            images=input_shape[0],
-        )
-        dout = dout.contiguous(memory_format=layout)
-        dx = self.run_backward(engine, dout, layer, weight, tuple(input_shape), *geometry)
-        return (
-            dout.new_empty(0) if dx is None else _laid_out(dx, layout),
-            engine.gate_rows_backward(layer.t1, alpha_weight, forget)
-            if need_weight
-            else alpha_weight.new_empty(0),
-            engine.gate_rows_backward(layer.t0 * shift, alpha_bias, forget)
-            if need_bias
-            else alpha_weight.new_empty(0),
-        )
-
-    def fake_backward(
-        self,
-        dout: Tensor,
-        saved: Tensor,
-        weight: Tensor,
-        alpha_weight: Tensor,
-        alpha_bias: Tensor | None,
-        forget: Tensor,
-        source: Tensor | None,
-        scale: Tensor,
-        shift: Tensor,
-        input_shape: list[int],
-        channels_last: bool,
-        backend: str,
-        need_dx: bool,
-        need_weight: bool,
-        need_bias: bool,
-        *geometry: object,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Results of :meth:`backward` without values."""
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        return (
-            dout.new_empty(input_shape).to(memory_format=layout) if need_dx else dout.new_empty(0),
-            torch.empty_like(alpha_weight) if need_weight else alpha_weight.new_empty(0),
-            torch.empty_like(alpha_bias) if need_bias else alpha_weight.new_empty(0),
-        )
+            _library.impl(name + suffix, run, "CompositeExplicitAutograd")
+            torch.library.register_fake(f"wfnet::{name}{suffix}", fake, lib=_library)
+        _library.impl(name, self.autograd, "Autograd")
 
     def autograd(self, *arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """:meth:`forward`, recorded where anything needs a gradient."""
-        x, alpha_weight, alpha_bias = arguments[0], arguments[3], arguments[4]
-        if torch.is_grad_enabled() and (
-            x.requires_grad
-            or alpha_weight.requires_grad
-            or (alpha_bias is not None and alpha_bias.requires_grad)
-        ):
+        """The forward pass, recorded where anything needs a gradient."""
+        learnable = (arguments[position] for position in _LEARNABLE)
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in learnable):
             return _Recorded.apply(self, *arguments)
         return _below_autograd(self.operator, *arguments)
 
@@ -281,7 +276,7 @@ class _Recorded(torch.autograd.Function):
         ctx.mark_non_differentiable(saved, scale, shift)
         ctx.set_materialize_grads(False)
         _, backend, _, *ctx.geometry = options
-        channels_last = operator.layout(x, weight) is torch.channels_last
+        channels_last = _layout(x, weight) is torch.channels_last
         ctx.operator, ctx.options = operator, (list(x.shape), channels_last, backend)
         ctx.arguments = 8 + len(options)
         return out, saved, scale, shift
@@ -295,14 +290,13 @@ class _Recorded(torch.autograd.Function):
                 "backend='reference', which is plain PyTorch"
             )
         gradients = [None] * ctx.arguments
-        learnable = 1, 4, 5  # x, alpha_weight, alpha_bias
-        needed = [ctx.needs_input_grad[i] for i in learnable]
+        needed = [ctx.needs_input_grad[position + 1] for position in _LEARNABLE]
         if dout is not None:
             found = ctx.operator.backward_operator(
                 dout, *ctx.saved_tensors, *ctx.options, *needed, *ctx.geometry
             )
-            for position, gradient, need in zip(learnable, found, needed, strict=True):
-                gradients[position] = gradient if need else None
+            for position, gradient, need in zip(_LEARNABLE, found, needed, strict=True):
+                gradients[position + 1] = gradient if need else None
         return tuple(gradients)
 
 
@@ -311,59 +305,9 @@ def _below_autograd(operator, *arguments):
         return operator(*arguments)
 
 
-class _Convolution(_MaskedOperator):
-    """``x`` ``[N, C, H, W]``, ``weight`` ``[O, C / groups, R, S]``, ``out`` ``[B, O, P, Q]``."""
-
-    name = "conv2d"
-    geometry = ", int[] stride, int[] padding, int[] dilation, int groups"
-
-    def engine(self, name, x, weight, *geometry):
-        backend = backends.get(name)
-        return _willing(backend, backend.refuse_conv2d(x, weight, _geometry(*geometry)))
-
-    def layout(self, x, weight):
-        return memory_format_of(x, weight)
-
-    def output_shape(self, x, weight, batch, *geometry):
-        kernel = weight.shape[2], weight.shape[3]
-        size = _geometry(*geometry).output_size(x.shape[2], x.shape[3], kernel)
-        return batch, weight.shape[0], *size
-
-    def run(self, engine, x, weight, epilogue, *geometry):
-        return engine.conv2d(x, weight, _geometry(*geometry), epilogue)
-
-    def run_backward(self, engine, dout, layer, weight, input_shape, *geometry):
-        return engine.conv2d_backward(dout, layer, weight, input_shape, _geometry(*geometry))
-
-
-def _geometry(
-    stride: list[int], padding: list[int], dilation: list[int], groups: int
-) -> ConvGeometry:
-    return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-class _Linear(_MaskedOperator):
-    """``x`` ``[N, T, C]``, ``weight`` ``[O, C]``, ``out`` ``[B, T, O]``."""
-
-    name = "linear"
-    geometry = ""
-
-    def engine(self, name, x, weight):
-        return linear_backend(name, x, weight)
-
-    def layout(self, x, weight):
-        return torch.contiguous_format
-
-    def output_shape(self, x, weight, batch):
-        return batch, x.shape[1], weight.shape[0]
-
-    def run(self, engine, x, weight, epilogue):
-        return engine.linear(x, weight, epilogue)
-
-    def run_backward(self, engine, dout, layer, weight, input_shape):
-        return engine.linear_backward(dout, layer, weight, input_shape)
-
-
-OPERATORS = (_Convolution(), _Linear())
+OPERATORS = (
+    _MaskedOperator("conv2d", ", int[] stride, int[] padding, int[] dilation, int groups"),
+    _MaskedOperator("linear", ""),
+)
 conv2d, linear = (operator.operator for operator in OPERATORS)
 conv2d_backward, linear_backward = (operator.backward_operator for operator in OPERATORS)

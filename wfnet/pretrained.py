@@ -161,25 +161,23 @@ def assign_filters(
             f"({len(odd)} differ); was it written for other targets?"
         )
     for name, parameter in filters.items():
-        if tensors[name].shape != parameter.shape:
+        found = tensors[name]
+        if found.shape != parameter.shape:
             raise ValueError(
-                f"{origin} does not fit this network: {name!r} is {list(tensors[name].shape)}, "
-                f"expected {list(parameter.shape)}"
+                f"{origin} does not fit this network: {name!r} is {list(found.shape)}, expected "
+                f"{list(parameter.shape)}"
             )
-        if tensors[name].isnan().any():
+        problem = None
+        if found.isnan().any():
+            problem = "NaN"
+        elif name in measured and not found.isfinite().all():
+            problem = "infinite values"
+        elif name in measured and name.endswith("row_var") and found.lt(0).any():
+            problem = "negative variances"
+        if problem:
             raise ValueError(
-                f"{origin} has NaN in {name!r}: the untraining that wrote it diverged, or the file "
-                "is damaged; untrain again with a smaller learning rate, or restore a copy"
-            )
-        if name in measured and not tensors[name].isfinite().all():
-            raise ValueError(
-                f"{origin} has infinite values in {name!r}, which are measured on images: the file "
-                "is damaged; restore a copy, or untrain again"
-            )
-        if name in measured and name.endswith("row_var") and tensors[name].lt(0).any():
-            raise ValueError(
-                f"{origin} has negative variances in {name!r}: the file is damaged; restore a "
-                "copy, or untrain again"
+                f"{origin} has {problem} in {name!r}: the untraining that wrote it diverged, or "
+                "the file is damaged; untrain again with a smaller learning rate, or restore a copy"
             )
     with torch.no_grad():
         for name, parameter in filters.items():

@@ -65,91 +65,126 @@ def choose_targets(
         TypeError, ValueError: for targets that are none of these, that match nothing, or that name
             a layer which cannot be masked correctly.
     """
-    if durable:
-        return _durable_targets(model, targets, num_classes)
-    if targets is None:
-        return _default_targets(model, num_classes)
+    choose = _Durable if durable else _Maskable
+    layers = choose(model, num_classes)
+    names = layers.defaults() if targets is None else _named(layers, targets)
+    if not names:
+        if any(isinstance(m, MaskedLayer) for m in model.modules()):
+            return []
+        raise ValueError(f"{type(model).__name__} has no {layers.kinds}; {layers.listed()}")
+    ordered = [name for name, _ in model.named_modules() if name in names]
+    if not durable:
+        for name in ordered:
+            _check_target(model, name)
+    return ordered
+
+
+class _Maskable:
+    """Layers that can be masked in front of what follows them."""
+
+    kinds = "convolution and no qkv projection that could be masked"
+
+    def __init__(self, model: nn.Module, num_classes: int | None):
+        self.model = model
+        heads = head_modules(model, num_classes)
+        modules = {name: m for name, m in model.named_modules() if name}
+        # A patch embedding by another name: MLP-Mixer's stem.
+        stems = tuple(f"{n}." for n, m in modules.items() if "PatchEmbed" in type(m).__name__)
+        self.modules = modules
+        self.inner = {
+            name: m
+            for name, m in modules.items()
+            if m not in heads
+            and not _NOT_BY_DEFAULT & set(name.split("."))
+            and not (stems and name.startswith(stems))
+        }
+
+    def defaults(self) -> set[str]:
+        if any(isinstance(m, MaskedLayer) for m in self.modules.values()):
+            return set()
+        qkv = _linear_maps(self.inner, _QKV_NAME)
+        attention = [n for n, m in self.inner.items() if isinstance(m, nn.MultiheadAttention)]
+        if not qkv and attention:
+            raise ValueError(
+                f"the qkv projection of {attention[0]!r} (nn.MultiheadAttention) is not a module "
+                "of its own, so it cannot be masked; use an implementation with a qkv linear "
+                "layer (timm's, for example), or name other layers in targets="
+            )
+        # The residual stream goes past qkv alone: all linear maps of the blocks take part.
+        blocks = {_block(name) for name in qkv}
+        chosen = {n for n in _linear_maps(self.inner, _BLOCK_LINEAR) if _block(n) in blocks}
+        return chosen or {name for name, m in self.inner.items() if isinstance(m, nn.Conv2d)}
+
+    def matching(self, target: str | type, exact: bool) -> list[str]:
+        if isinstance(target, type):
+            return [name for name, m in self.modules.items() if isinstance(m, target)]
+        if exact:
+            return [target] if target in self.modules else []
+        found = [name for name in self.modules if _matches(name, target)]
+        if any(c in target for c in "*?["):
+            # what is no layer to mask is passed over, a convolution that cannot be masked is not
+            found = [name for name in found if _is_layer(self.modules[name])]
+        return found
+
+    def listed(self) -> str:
+        names = [name for name, m in self.modules.items() if masked_type(m) is not None]
+        return f"its maskable layers are: {_some(names)}"
+
+
+class _Durable(_Maskable):
+    """Layers that can have gates behind them."""
+
+    kinds = "BatchNorm, linear map or convolution that could have durable gates"
+
+    def __init__(self, model: nn.Module, num_classes: int | None):
+        super().__init__(model, num_classes)
+        heads = head_modules(model, num_classes)
+        own = {n: m for n, m in self.modules.items() if m not in heads and durable_type(m)}
+        self.modules, self.inner = own, {n: m for n, m in self.inner.items() if n in own}
+        norms = [
+            n for n, m in self.inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)
+        ]
+        maps = _linear_maps(self.inner, _BLOCK_LINEAR)
+        convolutions = [n for n, m in self.inner.items() if isinstance(m, nn.Conv2d)]
+        self.possible = norms or maps or convolutions
+
+    def defaults(self) -> set[str]:
+        if not any(_QKV_NAME.fullmatch(_last(name)) for name in self.possible):
+            return set(self.possible)
+        # Gates behind attn.proj and mlp.fc2 too cost more of the other classes.
+        return {n for n in self.possible if _QKV_NAME.fullmatch(_last(n)) or _last(n) == "fc1"}
+
+    def matching(self, target: str | type, exact: bool) -> list[str]:
+        if isinstance(target, type) or exact or target in self.modules:
+            return super().matching(target, True)
+        return [name for name in self.possible if _matches(name, target)]
+
+    def listed(self) -> str:
+        return f"its layers that can have durable gates are: {_some(list(self.modules))}"
+
+
+def _named(layers: _Maskable, targets: Targets) -> set[str]:
+    """Names of the layers that the user's targets match, each at least one."""
     if not isinstance(targets, str | type | Sequence):
         raise TypeError(
             f"targets is a name, a pattern, a layer type or a list of them; got {targets!r}"
         )
+    kind = type(layers.model).__name__
     wanted = [targets] if isinstance(targets, str | type) else list(targets)
     if not wanted:
-        raise ValueError(
-            f"targets is empty, so nothing would be masked; maskable layers of "
-            f"{type(model).__name__} are: {_some(_maskable_names(model))}"
-        )
+        raise ValueError(f"targets is empty, so nothing of {kind} is masked; {layers.listed()}")
     exact = isinstance(targets, LayerNames)
-    if exact:  # a checkpoint also names the WF layers that its model came with
-        wanted = [n for n in wanted if not isinstance(_find(model, n), MaskedLayer)]
     names: set[str] = set()
     for target in wanted:
         if not isinstance(target, str | type):
             raise TypeError(f"a target is a name, a pattern or a layer type; got {target!r}")
-        found = [
-            name
-            for name, m in model.named_modules()
-            if name
-            and (
-                isinstance(m, target)
-                if isinstance(target, type)
-                else name == target or (not exact and _matches(name, target))
-            )
-        ]
-        if isinstance(target, str) and any(c in target for c in "*?["):
-            # what is no layer to mask is passed over, a convolution that cannot be masked is not
-            found = [n for n in found if _is_layer(model.get_submodule(n))]
+        found = layers.matching(target, exact)
         if not found:
-            raise ValueError(
-                f"target {target!r} matches no layer of {type(model).__name__}; its maskable "
-                f"layers are: {_some(_maskable_names(model))}"
-            )
+            raise ValueError(f"target {target!r} matches no layer of {kind}; {layers.listed()}")
+        if exact:  # a checkpoint also names the WF layers that its model came with
+            found = [n for n in found if not isinstance(layers.modules[n], MaskedLayer)]
         names.update(found)
-    ordered = [name for name, _ in model.named_modules() if name in names]
-    for name in ordered:
-        _check_target(model, name)
-    return ordered
-
-
-def _durable_targets(model: nn.Module, targets: Targets, num_classes: int | None) -> list[str]:
-    heads = head_modules(model, num_classes)
-    layers = {n: m for n, m in model.named_modules() if n and m not in heads and durable_type(m)}
-    inner = {n: m for n, m in layers.items() if not _NOT_BY_DEFAULT & set(n.split("."))}
-    norms = [n for n, m in inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)]
-    maps = _linear_maps(inner, _BLOCK_LINEAR)
-    possible = norms or maps or [n for n, m in inner.items() if isinstance(m, nn.Conv2d)]
-    usual = possible
-    if not norms and _linear_maps(inner, _QKV_NAME):
-        # Gates behind attn.proj and mlp.fc2 too cost more of the other classes.
-        usual = [n for n in maps if _QKV_NAME.fullmatch(_last(n)) or _last(n) == "fc1"]
-    if targets is None:
-        chosen = set(usual)
-    else:
-        chosen = set()
-        for target in [targets] if isinstance(targets, str | type) else targets:
-            exact = isinstance(targets, LayerNames)
-            if isinstance(target, type):
-                found = [n for n, m in layers.items() if isinstance(m, target)]
-            elif target in layers:
-                found = [target]
-            else:
-                found = [] if exact else [n for n in possible if _matches(n, target)]
-            if not found:
-                raise ValueError(
-                    f"target {target!r} matches no layer of {type(model).__name__} that can have "
-                    f"durable gates; those are: {_some(list(layers))}"
-                )
-            chosen.update(found)
-    if not chosen:
-        raise ValueError(
-            f"{type(model).__name__} has no BatchNorm, linear map or convolution that could have "
-            "durable gates"
-        )
-    return [name for name in layers if name in chosen]
-
-
-def _find(model: nn.Module, name: str) -> nn.Module | None:
-    return dict(model.named_modules()).get(name)
+    return names
 
 
 def _is_layer(m: nn.Module) -> bool:
@@ -161,40 +196,6 @@ def _is_layer(m: nn.Module) -> bool:
 def _matches(name: str, target: str) -> bool:
     """A full name, a suffix of whole parts (as PEFT's target_modules), or a shell-style pattern."""
     return name == target or name.endswith(f".{target}") or fnmatch.fnmatchcase(name, target)
-
-
-def _default_targets(model: nn.Module, num_classes: int | None = None) -> list[str]:
-    if any(isinstance(m, MaskedLayer) for m in model.modules()):
-        return []
-    heads = head_modules(model, num_classes)
-    candidates = {
-        name: m
-        for name, m in model.named_modules()
-        if name and m not in heads and not _NOT_BY_DEFAULT & set(name.split("."))
-    }
-    for name, m in model.named_modules():  # a patch embedding by another name (MLP-Mixer's stem)
-        if "PatchEmbed" in type(m).__name__:
-            candidates = {n: c for n, c in candidates.items() if not n.startswith(f"{name}.")}
-    qkv = _linear_maps(candidates, _QKV_NAME)
-    attention = [n for n, m in candidates.items() if isinstance(m, nn.MultiheadAttention)]
-    if not qkv and attention:
-        raise ValueError(
-            f"the qkv projection of {attention[0]!r} (nn.MultiheadAttention) is not a module of "
-            "its own, so it cannot be masked; use an implementation with a qkv linear layer "
-            "(timm's, for example), or name other layers in targets="
-        )
-    # The residual stream goes past qkv alone: all linear maps of the blocks take part.
-    blocks = {_block(name) for name in qkv}
-    chosen = [n for n in _linear_maps(candidates, _BLOCK_LINEAR) if _block(n) in blocks]
-    chosen = chosen or [name for name, m in candidates.items() if isinstance(m, nn.Conv2d)]
-    if not chosen:
-        raise ValueError(
-            f"{type(model).__name__} has no convolution and no qkv projection that could be "
-            f"masked; name layers in targets=, for example one of: {_some(_maskable_names(model))}"
-        )
-    for name in chosen:
-        _check_target(model, name)
-    return chosen
 
 
 def _last(name: str) -> str:
@@ -223,10 +224,6 @@ def _check_target(model: nn.Module, name: str) -> None:
     parent = model.get_submodule(name.rpartition(".")[0])
     if uses_weight_directly(parent, _last(name)):
         raise ValueError(bypass_message(name, parent))
-
-
-def _maskable_names(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if name and masked_type(m) is not None]
 
 
 def _some(names: list[str], limit: int = 8) -> str:

@@ -3,7 +3,6 @@
 import logging
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +74,10 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         check_settings(self)
 
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        return None if self.amp is None else getattr(torch, self.amp)
+
 
 @dataclass
 class FitHistory:
@@ -92,17 +95,11 @@ def fit_classifier(
     lr: float | None = None,
     seed: int = 0,
     *,
-    batch_size: int = 64,
-    optimizer: str = "adam",
-    schedule: str = "one_cycle",
-    weight_decay: float = 1e-3,
-    label_smoothing: float = 0.0,
-    shift: int = 0,
     workers: int = 0,
     max_corrupt: int | None = None,
     channels_last: bool = True,
-    amp: str | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> FitHistory:
     """Trains `model` in place to classify `dataset`; it is left in evaluation mode.
 
@@ -114,39 +111,29 @@ def fit_classifier(
         model: a classifier, images [n, C, H, W] -> logits [n, K], on any device.
         dataset: see `wfnet.data`; an unreadable image is replaced by the next one of its class.
         lr: highest learning rate; None: 4e-3 for "adam" (AdamW), 0.1 for "sgd" (Nesterov).
-        schedule: "one_cycle" (warm-up over 25%, then cosine to about 0) or "cosine".
-        shift: images are moved by up to that many pixels, at random, edges repeated.
         workers, max_corrupt: as in `wfnet.data.batches`.
         channels_last: memory format of images and weights; faster convolutions on CPU and GPU.
-        amp: autocast dtype, "bfloat16" or None; weights and loss stay in fp32.
         progress: show a bar on a terminal, or lines in a log.
+        settings: other fields of `TrainingSettings`. Schedule "one_cycle" warms up over 25% of the
+            steps, then follows a cosine to about 0. Shifted images repeat their edges. With `amp`,
+            weights and loss stay in fp32.
 
     Raises:
         ValueError: for settings that make no sense.
         FloatingPointError: at the end of the first epoch whose loss is not finite.
     """
-    chosen = TrainingSettings(
-        epochs,
-        lr,
-        optimizer,
-        schedule,
-        batch_size,
-        weight_decay,
-        label_smoothing,
-        shift,
-        amp,
-        seed,
-    )
+    chosen = TrainingSettings(epochs=epochs, lr=lr, seed=seed, **settings)
     if len(dataset) < 2:
         raise ValueError(f"training needs at least 2 images, the data set has {len(dataset)}")
-    lr = LEARNING_RATES[optimizer] if lr is None else lr
+    lr = LEARNING_RATES[chosen.optimizer] if lr is None else lr
     if channels_last:
         model.to(memory_format=torch.channels_last)
-    forward = Forward.of(model, None if amp is None else getattr(torch, amp), channels_last)
-    device = forward.device
-    per_epoch = _batches_per_epoch(len(dataset), batch_size)
-    stepper = _optimizer(model, optimizer, lr, weight_decay)
-    scheduler = _schedule(stepper, schedule, lr, epochs * per_epoch)
+    forward = Forward.of(model, chosen.amp_dtype, channels_last)
+    device, size = forward.device, chosen.batch_size
+    # A last batch of one is left out, because BatchNorm needs two.
+    per_epoch = len(dataset) // size + (len(dataset) % size > 1)
+    stepper = _optimizer(model, chosen.optimizer, lr, chosen.weight_decay)
+    scheduler = _schedule(stepper, chosen.schedule, lr, epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
     multi_hot = multi_hot_of(dataset)
     corrupt = corrupt_counter(dataset, max_corrupt)
@@ -162,9 +149,10 @@ def fit_classifier(
             loss_sum = torch.zeros((), device=device, dtype=torch.float64)
             correct = torch.zeros((), device=device, dtype=torch.int64)
             seen = 0
+            order = torch.randperm(len(dataset), generator=generator)
             stream = batches(
                 dataset,
-                _epoch_order(len(dataset), batch_size, generator),
+                (part for part in order.split(size) if len(part) > 1),
                 workers,
                 corrupt,
                 pin_memory=device.type == "cuda",
@@ -174,13 +162,14 @@ def fit_classifier(
             )
             for batch in stream:
                 images = to_device_async(batch.images, device)
-                if shift:
-                    images = shift_images(images, shift, generator)
+                if chosen.shift:
+                    images = shift_images(images, chosen.shift, generator)
                 truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
                 truth = to_device_async(truth, device)
                 with forward.autocast():
                     logits = first_output(model(forward.images(images)))
-                loss = _loss(logits if amp is None else logits.float(), truth, label_smoothing)
+                logits = logits if chosen.amp is None else logits.float()
+                loss = _loss(logits, truth, chosen.label_smoothing)
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
                 stepper.step()
@@ -199,11 +188,8 @@ def fit_classifier(
     model.eval()
     history.seconds = time.perf_counter() - started
     logger.info(
-        "trained %d epochs in %.1f s: loss %.4f, training accuracy %.2f%%",
-        chosen.epochs,
-        history.seconds,
-        history.loss[-1],
-        100 * history.accuracy[-1],
+        f"trained {epochs} epochs in {history.seconds:.1f} s: loss {history.loss[-1]:.4f}, "
+        f"training accuracy {history.accuracy[-1]:.2%}"
     )
     return history
 
@@ -224,10 +210,10 @@ def accuracy(
         raise ValueError("the accuracy of an empty data set is not defined")
     forward = Forward.of(model, None if amp is None else getattr(torch, amp), channels_last=True)
     multi_hot = multi_hot_of(dataset)
-    order, pin = torch.arange(len(dataset)).split(batch_size), forward.device.type == "cuda"
+    order = torch.arange(len(dataset)).split(batch_size)
     correct = seen = 0
     with evaluation_mode(model), forward.autocast():
-        for batch in batches(dataset, order, workers, pin_memory=pin):
+        for batch in batches(dataset, order, workers):
             logits = first_output(model(forward.images(batch.images))).cpu()
             truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
             correct += int(_right(logits, truth).sum())
@@ -260,17 +246,6 @@ def shift_images(images: Tensor, most: int, generator: torch.Generator) -> Tenso
     sample = torch.arange(n, device=images.device)
     moved = padded.permute(0, 2, 3, 1)[sample[:, None, None], rows[:, :, None], columns[:, None]]
     return moved.permute(0, 3, 1, 2)
-
-
-def _batches_per_epoch(length: int, batch_size: int) -> int:
-    full, rest = divmod(length, batch_size)
-    return full + (1 if rest > 1 else 0)
-
-
-def _epoch_order(length: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Shuffled index batches; a last batch of one is left out, because BatchNorm needs two."""
-    order = torch.randperm(length, generator=generator)
-    return (part for part in order.split(batch_size) if len(part) > 1)
 
 
 def _optimizer(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from wfnet import backends, functional, gates
+from wfnet import backends, gates
 from wfnet.backends.contract import Backend, Epilogue, LayerBelow
 from wfnet.fusion.run import CompiledGraph, FusedNetwork, Run, write_sums
 from wfnet.fusion.trace import NotFusable
@@ -35,6 +35,7 @@ from wfnet.fusion.views import MaskedCall, Part
 from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
+from wfnet.operators import willing_backend
 
 
 class TrunkNetwork(FusedNetwork):
@@ -355,7 +356,7 @@ class _Recorded(Samples):
             x = x.to(torch.get_autocast_dtype(device))
         tokens = self.tokens(x, images).contiguous()
         layer, weight = self.layers[call.index], self.weight(call.index, x.dtype)
-        backend = functional.linear_backend(layer.backend, tokens, weight)
+        backend = willing_backend(backends.resolve(layer.backend), tokens, weight)
         shape = self.shape_of(weight.shape[0], x, images)
         if not self.save:
             out, _ = self.run(tokens, backend, call.index, source, False)
