@@ -19,6 +19,7 @@ from wfnet.backends.contract import Epilogue
 from wfnet.cli import main
 from wfnet.evaluation import evaluate
 from wfnet.evaluation.attribution import attribution
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.gate_tables import flatten_filters
 from wfnet.untraining.expansion import expand
 from wfnet.untraining.objectives import BalancedObjective, PaperObjective
@@ -268,11 +269,15 @@ def test_a_backend_without_the_dtype_says_so(pretended_cuda, caplog):
 # Where the host waits, and why that is right: never per pair.
 EVALUATION_WAITS = {
     "pair_engine.py:_run_pairs",  # rows travel to the device
-    "rows.py:add",  # and labels
+    "pairs.py:begin",  # and labels
+    "pairs.py:add",
+    "rows.py:add",
     "pair_engine.py:_check_finite",  # once per chunk of images: broken logits are an error
     "rows.py:end",  # once per chunk: divergences are kept
-    "rows.py:evaluate",  # at the end: counts
-    "rows.py:<listcomp>",
+    "rows.py:records",  # at the end: counts
+    "rows.py:<genexpr>",
+    "rows.py:evaluate",
+    "rows.py:<dictcomp>",
     "initialisation.py:_initialise_raw",  # once
     "files.py:digest",
     "export.py:bake",  # once: filters that are NaN are not baked
@@ -295,7 +300,7 @@ def test_all_class_evaluation(pretended_device, make_net, uneven_dataset):
 
 
 def test_attribution(pretended_device, make_net, uneven_dataset):
-    options = {"steps": 2, "progress": False, "classes": [0, 2]}
+    options = {"steps": 2, "options": RunOptions(progress=False), "classes": [0, 2]}
     expected = attribution(make_net(), uneven_dataset, **options)
     found = attribution(make_net().cuda(), uneven_dataset, **options)
     assert found.mean == pytest.approx(expected.mean, abs=1e-5)

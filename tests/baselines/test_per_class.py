@@ -1,6 +1,7 @@
 import pytest
 
-from wfnet.baselines import BaselineConfig, BaselineModels, run_baseline, unlearn
+from wfnet.baselines import BaselineConfig, BaselineModels, Origin, run_baseline, unlearn
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.relearning import RelearnConfig
 
 CLASSES = 3
@@ -8,22 +9,23 @@ QUICK = BaselineConfig(epochs=30, lr=0.05, batch_size=20, max_norm=10.0, retain_
 
 
 def test_a_run_goes_on_class_by_class(tmp_path, monkeypatch, patches, linear):
-    train, test, original = patches(), patches(10, seed=1), linear()
+    origin, test = Origin(linear(), patches()), patches(10, seed=1)
     made = []
 
-    def count(method, *rest):
-        made.append(rest[2])
+    def count(method, origin, label, config):
+        made.append(label)
         if len(made) == 2:
             raise KeyboardInterrupt
-        return unlearn(method, *rest)
+        return unlearn(method, origin, label, config)
 
     monkeypatch.setattr("wfnet.baselines.per_class.unlearn", count)
 
     def models(**changes):
         config = BaselineConfig(**{**vars(QUICK), **changes})
-        return BaselineModels("random_labels", tmp_path, original, train, config)
+        return BaselineModels("random_labels", tmp_path, origin, config)
 
-    options = {"relearn": RelearnConfig(max_epochs=2), "progress": False}
+    quiet = RunOptions(progress=False)
+    options = {"relearn": RelearnConfig(max_epochs=2), "options": quiet}
     with pytest.raises(KeyboardInterrupt):
         run_baseline(models(), test, **options)
     result = run_baseline(models(), test, **options)

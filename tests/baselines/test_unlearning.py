@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from wfnet.baselines import METHODS, BaselineConfig, unlearn
+from wfnet.baselines import METHODS, BaselineConfig, Origin, unlearn
 
 CLASSES = 3
 QUICK = BaselineConfig(epochs=30, lr=0.05, batch_size=20, max_norm=10.0, retain_weight=0.8)
@@ -37,7 +37,7 @@ def test_every_baseline_forgets_its_class_and_keeps_the_others(method, unsure, p
     config = BaselineConfig(epochs=60, lr=0.01, batch_size=20) if "neg" in method else QUICK
     for label in range(CLASSES):
         assert accuracy(original, test, label) == (1.0, 1.0)
-        model = unlearn(method, original, train, label, config, TRAINING)
+        model = unlearn(method, Origin(original, train, TRAINING), label, config)
         forgotten, kept = accuracy(model, test, label)
         assert forgotten <= 0.1
         assert kept >= (0.5 if method == "negative_gradient" else 0.95)  # ascent is blind to others
@@ -48,7 +48,7 @@ def test_every_baseline_forgets_its_class_and_keeps_the_others(method, unsure, p
 
 def test_baselines_repeat_and_see_what_they_should(patches, linear):
     train, original = patches(), linear()
-    first, again = (unlearn("random_labels", original, train, 1, QUICK) for _ in range(2))
+    first, again = (unlearn("random_labels", Origin(original, train), 1, QUICK) for _ in range(2))
     assert torch.equal(first[1].weight, again[1].weight)
     seen = []
 
@@ -58,13 +58,14 @@ def test_baselines_repeat_and_see_what_they_should(patches, linear):
             return super().batch(indices)
 
     watched = Watched(train.images, train.labels, train.classes)
-    unlearn("retrained", original, watched, 1, training=TRAINING)
+    origin = Origin(original, watched, TRAINING)
+    unlearn("retrained", origin, 1)
     assert len(seen) == 0 or not (torch.cat(seen) == 1).any()
     seen.clear()
-    unlearn("negative_gradient", original, watched, 1, QUICK)
+    unlearn("negative_gradient", origin, 1, QUICK)
     assert set(torch.cat(seen).tolist()) == {1}
     seen.clear()
-    unlearn("neggrad_plus", original, watched, 1, BaselineConfig(epochs=1, batch_size=20))
+    unlearn("neggrad_plus", origin, 1, BaselineConfig(epochs=1, batch_size=20))
     assert torch.cat(seen).bincount().tolist() == [40, 80, 40]  # as many of the class as of others
 
 
@@ -73,7 +74,7 @@ def test_ascent_stops_when_the_class_is_forgotten(unsure, patches):
     model = unsure
     model.register_forward_hook(lambda *_: steps.append(1))
     config = BaselineConfig(epochs=500, lr=0.05, batch_size=40, momentum=0.0, batch_norm="frozen")
-    unlearn("negative_gradient", model, patches(), 0, config)
+    unlearn("negative_gradient", Origin(model, patches()), 0, config)
     assert 1 < len(steps) < 400
 
 
@@ -84,19 +85,18 @@ def test_retraining_starts_from_new_weights(patches, linear):
         built.append(nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)))
         return built[-1]
 
-    model = unlearn("retrained", linear(), patches(), 0, training=TRAINING, fresh=fresh)
+    model = unlearn("retrained", Origin(linear(), patches(), TRAINING, fresh), 0)
     assert model is built[0]
 
 
 def test_bad_input_is_refused(patches, linear):
     with pytest.raises(ValueError, match="lr must be a number above 0, got nan"):
         BaselineConfig(lr=math.nan)
-    with pytest.raises(ValueError, match="retain_weight must be a number of at most 1"):
-        BaselineConfig(retain_weight=2)
+    origin = Origin(linear(), patches())
     with pytest.raises(ValueError, match="no baseline 'fisher'"):
-        unlearn("fisher", linear(), patches(), 0)
+        unlearn("fisher", origin, 0)
     with pytest.raises(ValueError, match="class 7 has 0 training images"):
-        unlearn("retrained", linear(), patches(), 7)
+        unlearn("retrained", origin, 7)
     diverges = BaselineConfig(epochs=50, lr=1e6, weight_decay=1e6)
     with pytest.raises(FloatingPointError, match="lower its lr"):
-        unlearn("random_labels", linear(), patches(), 0, diverges)
+        unlearn("random_labels", origin, 0, diverges)

@@ -46,11 +46,11 @@ def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch, fails):
                 "neggrad_plus.epochs=1", *QUICK, *SMALL]  # fmt: skip
     inner, made = baselines.unlearn, []
 
-    def interrupt(method, original, train, label, *rest):
+    def interrupt(method, origin, label, config):
         made.append((method, label))
         if len(made) == 2:
             raise KeyboardInterrupt
-        return inner(method, original, train, label, *rest)
+        return inner(method, origin, label, config)
 
     monkeypatch.setattr(baselines.per_class, "unlearn", interrupt)
     assert main(baseline) == 130

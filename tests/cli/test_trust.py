@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from wfnet.baselines import BaselineConfig, BaselineModels
+from wfnet.baselines import BaselineConfig, BaselineModels, Origin
 from wfnet.cli import main, trust
 from wfnet.data import open_data
 
@@ -34,7 +34,9 @@ def test_retrained_models_of_this_classifier_and_data_only(digits_run, small_net
 
     def retrain(folder, base, train, seed=0):
         config = BaselineConfig(seed=seed)
-        made = BaselineModels("retrained", tmp_path / folder, base, train, config, {"epochs": 1})
+        made = BaselineModels(
+            "retrained", tmp_path / folder, Origin(base, train, {"epochs": 1}), config
+        )
         return made(3)
 
     first = retrain("a/retrained", base, data.train)

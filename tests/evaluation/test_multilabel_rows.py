@@ -2,18 +2,20 @@ import pytest
 import torch
 
 from wfnet.evaluation import average_precision, evaluate_multi_label
+from wfnet.evaluation.pair_engine import RunOptions
 
 K = 7
+QUIET = RunOptions(batch_size=13, progress=False)
 
 
+@torch.no_grad()
 def test_evaluation_equals_baked_networks(make_net, multi_label_dataset):
     net, dataset = make_net(), multi_label_dataset
-    result = evaluate_multi_label(net, dataset, batch_size=13, rows_together=3, progress=False)
+    result = evaluate_multi_label(net, dataset, rows_together=3, options=QUIET)
     images = dataset.batch(torch.arange(len(dataset))).images
+    plain = average_precision(net.bake(None)(images), dataset.multi_hot)
     for record in result.records:
-        with torch.no_grad():
-            found = average_precision(net.bake(record.index)(images), dataset.multi_hot)
-            plain = average_precision(net.bake(None)(images), dataset.multi_hot)
+        found = average_precision(net.bake(record.index)(images), dataset.multi_hot)
         others = torch.arange(K) != record.index
         assert record.ap_f == pytest.approx(found[record.index].item(), abs=1e-9)
         assert record.map_r == pytest.approx(found[others].mean().item(), abs=1e-9)
@@ -28,3 +30,34 @@ def test_data_that_do_not_fit_are_refused(make_net, dataset, multi_label_dataset
         evaluate_multi_label(make_net(), dataset)
     with pytest.raises(ValueError, match="no image has label 9"):
         evaluate_multi_label(make_net(), multi_label_dataset, classes=[9])
+
+
+class Half:
+    """Two ranks, one after the other: the second adds what the first has found."""
+
+    size, first, alone = 2, True, False
+
+    def __init__(self, rank, box):
+        self.rank, self.box = rank, box
+
+    def range(self, count):
+        return count * self.rank // 2, count * (self.rank + 1) // 2
+
+    def first_does(self, action):
+        return action()
+
+    def gather(self, value):
+        return [value]
+
+    def add(self, table):
+        self.box.append(table.clone())
+        return table.add_(self.box[len(self.box) - 4]) if self.rank else table
+
+
+def test_ranks_share_the_images(make_net, multi_label_dataset):
+    whole = evaluate_multi_label(make_net(), multi_label_dataset, options=QUIET)
+    box = []
+    for rank in range(2):
+        options = RunOptions(progress=False, ranks=Half(rank, box))
+        shared = evaluate_multi_label(make_net(), multi_label_dataset, options=options)
+    assert shared.records == whole.records

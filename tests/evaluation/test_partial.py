@@ -4,38 +4,32 @@ import pytest
 
 from wfnet.evaluation import evaluate_groups, evaluate_models, evaluate_multi_label
 from wfnet.evaluation.attribution import attribution
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.partial import PartialResults
 from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 
-PAIRS = [(0, 1), (2, 3), (4, 5)]
+QUICK = RelearnConfig(samples=8, batch_size=4, max_epochs=1)
 
 
-def groups(net, data, **options):
-    return evaluate_groups(net, data, PAIRS, progress=False, **options)
+def groups(net, data, options):
+    return evaluate_groups(net, data, [(0, 1), (2, 3), (4, 5)], options)
 
 
-def curves(net, data, **options):
-    return attribution(net, data, steps=2, classes_together=2, progress=False, **options)
+def curves(net, data, options):
+    return attribution(net, data, steps=2, classes_together=2, options=options)
 
 
-def models(net, data, **options):
-    return evaluate_models(
-        net.bake,
-        net.bake(None),
-        data,
-        identity={"filters": repr(net.gates())},
-        progress=False,
-        **options,
-    )
+def models(net, data, options):
+    filters = {"filters": repr(net.gates())}
+    return evaluate_models(net.bake, net.bake(None), data, options=options, identity=filters)
 
 
-def times(net, data, **options):
-    config = RelearnConfig(samples=8, batch_size=4, max_epochs=1)
-    return relearn_times(net, data, data, config=config, progress=False, **options)
+def times(net, data, options):
+    return relearn_times(net, data, data, config=QUICK, options=options)
 
 
-def precisions(net, data, **options):
-    return evaluate_multi_label(net, data, rows_together=3, progress=False, **options)
+def precisions(net, data, options):
+    return evaluate_multi_label(net, data, rows_together=3, options=options)
 
 
 @pytest.mark.parametrize("measure", [groups, curves, models, times, precisions])
@@ -45,7 +39,8 @@ def test_an_interrupted_call_goes_on_after_the_last_record(
     monkeypatch.setattr("wfnet.evaluation.groups._GROUPS_TOGETHER", 1)
     net, path = make_net(), tmp_path / "records.json"
     data = multi_label_dataset if measure is precisions else dataset
-    whole = measure(net, data)
+    whole = measure(net, data, RunOptions(progress=False))
+    kept = RunOptions(progress=False, records=path)
     added, add = [], PartialResults.add
 
     def interrupt(self, key, record):
@@ -56,25 +51,17 @@ def test_an_interrupted_call_goes_on_after_the_last_record(
 
     monkeypatch.setattr(PartialResults, "add", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        measure(net, data, records=path)
-    resumed = measure(net, data, records=path)
+        measure(net, data, kept)
+    resumed = measure(net, data, kept)
     assert len(added) == len(set(added)) == len(whole.records)  # none was made twice
     if measure is curves:  # other classes shared its batches: rounding
         assert resumed.mean == pytest.approx(whole.mean, abs=1e-6)
     else:
         assert resumed.records == whole.records
     with pytest.raises(ValueError, match="records of other filters"):
-        measure(make_net(seed=9), data, records=path)
+        measure(make_net(seed=9), data, kept)
     with pytest.raises(ValueError, match=r"records of other (test |training )?data"):
-        measure(net, data.select(list(range(1, len(data)))), records=path)
+        measure(net, data.select(list(range(1, len(data)))), kept)
     path.write_text(path.read_text()[:40])
     with pytest.raises(ValueError, match="is damaged"):
-        measure(net, data, records=path)
-
-
-def test_other_settings_are_refused(tmp_path):
-    kept = PartialResults(tmp_path / "a.json", {"settings": {"seed": 0}})
-    kept.add(3, {"value": 1})
-    assert 3 in PartialResults(tmp_path / "a.json", {"settings": {"seed": 0}})
-    with pytest.raises(ValueError, match=r"records of other settings .*delete it"):
-        PartialResults(tmp_path / "a.json", {"settings": {"seed": 1}})
+        measure(net, data, kept)

@@ -3,17 +3,26 @@ import copy
 import pytest
 import torch
 
-from wfnet.data import TensorImages
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.relearning import RelearnConfig, relearn, relearn_times
 
 CLASSES = 3
-K = 7
+QUIET = RunOptions(progress=False)
 
 
-def test_a_class_is_relearned_and_the_epochs_counted(patches, linear):
-    train, test = patches(), patches(10, seed=1)
-    config = RelearnConfig(samples=60, batch_size=20, lr=0.1, max_epochs=40)
-    result = relearn_times(linear, train, test, original=linear(), config=config, progress=False)
+@pytest.fixture
+def times(patches, linear):
+    """Relearns every class of linear networks that have forgotten it."""
+
+    def run(models=linear, **config):
+        train, test, config = patches(), patches(10, seed=1), RelearnConfig(**config)
+        return relearn_times(models, train, test, linear(), config=config, options=QUIET)
+
+    return run
+
+
+def test_a_class_is_relearned_and_the_epochs_counted(times):
+    result = times(samples=60, batch_size=20, lr=0.1, max_epochs=40)
     for record in result.records:
         assert record.original == 1.0
         assert record.accuracy[0] == 0.0
@@ -24,84 +33,48 @@ def test_a_class_is_relearned_and_the_epochs_counted(patches, linear):
         assert record.epochs_tolerant <= record.epochs
     assert result.mean == (sum(r.epochs for r in result.records) / CLASSES, 0)
     # A smaller learning rate takes longer: the count means something.
-    slow = RelearnConfig(samples=60, batch_size=20, lr=0.02, max_epochs=100)
-    slower = relearn_times(linear, train, test, original=linear(), config=slow, progress=False)
-    assert slower.mean[0] > result.mean[0]
+    assert times(samples=60, batch_size=20, lr=0.02).mean[0] > result.mean[0]
 
 
-def test_what_was_never_lost_takes_no_epoch_and_what_never_comes_back_counts_the_cap(
-    patches, linear
-):
-    train, test = patches(), patches(10, seed=1)
-    config = RelearnConfig(samples=30, batch_size=10, lr=1e-6, max_epochs=2)
-    kept = relearn_times(
-        lambda label: linear(), train, test, linear(), config=config, progress=False
-    )
-    assert kept.mean == (0, 0)
-    lost = relearn_times(linear, train, test, linear(), config=config, progress=False)
+def test_what_was_never_lost_takes_no_epoch_and_what_never_comes_back_counts_the_cap(times, linear):
+    config = {"samples": 30, "batch_size": 10, "lr": 1e-6, "max_epochs": 2}
+    assert times(lambda label: linear(), **config).mean == (0, 0)
+    lost = times(**config)
     assert lost.mean == (2, CLASSES)
     assert [record.epochs for record in lost.records] == [None] * CLASSES
 
 
 def test_the_tolerance_is_counted_in_points(patches, linear):
-    images = patches(10, seed=1).batch(torch.arange(0, 30, CLASSES)).images  # class 0
-    model = linear()
-    with torch.no_grad():
-        images = images.clone()
-        images[0] = 0.0
-        images[0, 0, 4:] = 5.0  # one of ten is taken for another class
-    exact = relearn(model, patches(), images, 0, 1.0, RelearnConfig(lr=1e-7, max_epochs=1))
+    images = patches(10, seed=1).batch(torch.arange(0, 30, CLASSES)).images.clone()  # class 0
+    images[0] = 0.0
+    images[0, 0, 4:] = 5.0  # one of ten is taken for another class
+    train, config = patches(), {"lr": 1e-7, "max_epochs": 1}
+    exact = relearn(linear(), train, images, 0, 1.0, RelearnConfig(**config))
     assert exact.accuracy[0] == 0.9
     assert (exact.epochs, exact.epochs_tolerant) == (None, None)
-    wide = RelearnConfig(lr=1e-7, max_epochs=1, tolerance=0.1)
-    assert relearn(model, patches(), images, 0, 1.0, wide).epochs_tolerant == 0
-
-
-def test_images_come_from_the_pool_alone(patches, linear):
-    train, test = patches(), patches(10, seed=1)
-    config = RelearnConfig(samples=60, batch_size=20, lr=0.1, max_epochs=5)
-    seen = []
-
-    class Watched(TensorImages):
-        def batch(self, indices):
-            seen.append(self.labels[indices])
-            return super().batch(indices)
-
-    watched = Watched(train.images, train.labels, train.classes)
-    result = relearn_times(
-        linear, watched, test, linear(), classes=[1], config=config, progress=False,
-        pool=lambda label: (train.labels != label).nonzero().flatten(),
-    )  # fmt: skip
-    drawn = torch.cat([part for part in seen if len(part) == 20])
-    assert len(drawn)
-    assert not (drawn == 1).any()
-    assert result.records[0].epochs is None  # never shown, never relearned
-    with pytest.raises(ValueError, match="at least 2 training images"):
-        relearn(linear(), train, test.images, 0, 1.0, config, pool=torch.tensor([1]))
+    wide = RelearnConfig(**config, tolerance=0.1)
+    assert relearn(linear(), train, images, 0, 1.0, wide).epochs_tolerant == 0
 
 
 def test_runs_repeat_and_nothing_that_was_given_changes(dataset, make_net, patches, linear):
-    net = make_net()
-    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
+    net, model = make_net(), linear(0)
+    before, state = copy.deepcopy((net, model)), torch.get_rng_state()
     config = RelearnConfig(samples=8, batch_size=4, max_epochs=2)
-    first = relearn_times(net, dataset, dataset, config=config, progress=False)
-    again = relearn_times(net, dataset, dataset, config=config, progress=False)
+    first, again = (
+        relearn_times(net, dataset, dataset, config=config, options=QUIET) for _ in range(2)
+    )
     assert first.records == again.records
-    assert torch.equal(torch.get_rng_state(), state)
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
-    model = linear(0)
-    weights = copy.deepcopy(model.state_dict())
     relearn(model, patches(), patches(4).images[:2], 0, 1.0, config)
-    assert all(torch.equal(t, weights[n]) for n, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    for now, copied in zip((net, model), before, strict=True):
+        for name, tensor in now.state_dict().items():
+            assert torch.equal(tensor, copied.state_dict()[name]), name
 
 
-def test_bad_settings_are_refused(dataset, make_net, linear):
+def test_bad_settings_are_refused(dataset, linear, patches):
     with pytest.raises(ValueError, match="optimizer='lion'"):
         RelearnConfig(optimizer="lion")
-    with pytest.raises(ValueError, match="samples must be a whole number of at least 2, got 1"):
-        RelearnConfig(samples=1)
     with pytest.raises(ValueError, match="original="):
         relearn_times(lambda label: linear(), dataset, dataset)
-    with pytest.raises(ValueError, match=f"0 to {K - 1}"):
-        relearn_times(make_net(), dataset, dataset, classes=[K])
+    with pytest.raises(ValueError, match="at least 2 training images"):
+        relearn(linear(), patches().select([1]), patches().images, 0, 1.0, RelearnConfig())

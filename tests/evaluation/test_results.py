@@ -16,23 +16,16 @@ def result(make_net, make_dataset):
     return evaluate(make_net(), make_dataset(labels), progress=False)
 
 
-def test_json_round_trip(result, tmp_path):
-    result.to_json(tmp_path / "out" / "result.json")
-    read = EvaluationResult.from_json(tmp_path / "out" / "result.json")
-    assert read == result
-    assert read.counts is None
-    content = json.loads((tmp_path / "out" / "result.json").read_text())
-    assert content["zrf_base"] == math.e
-    assert content["settings"]["images"] == result.settings["images"]
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["result.json"]
-
-
-def test_json_that_is_something_else(result, tmp_path):
-    path = tmp_path / "result.json"
+def test_json(result, tmp_path):
+    path = tmp_path / "out" / "result.json"
     with pytest.raises(FileNotFoundError, match="does not exist"):
         EvaluationResult.from_json(path)
     result.to_json(path)
+    read = EvaluationResult.from_json(path)
+    assert read == result
+    assert read.counts is None
     whole = path.read_text()
+    assert json.loads(whole)["zrf_base"] == math.e
     for text in (whole[: len(whole) // 2], "[]", "{}", whole.replace('"format": 1', '"format": 9')):
         path.write_text(text)
         with pytest.raises(ValueError, match="damaged or not a result"):
@@ -40,8 +33,7 @@ def test_json_that_is_something_else(result, tmp_path):
 
 
 def test_csv(result, tmp_path):
-    result = replace(result, zrf_base=2)
-    result.to_csv(tmp_path / "result.csv")
+    replace(result, zrf_base=2).to_csv(tmp_path / "result.csv")
     with open(tmp_path / "result.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["kind"] for row in rows] == ["class"] * K + ["mean", "original"]
@@ -63,17 +55,14 @@ def test_table_of_few_classes(result):
     assert f"{100 * result.records[0].acc_r:.2f}" in lines[2]
     assert f"{100 * result.mean.acc_f:.2f}" in lines[-3]
     assert "log base e" in lines[-1]
-    assert max(map(len, lines)) <= 100
 
 
 def test_table_of_many_classes_leaves_out_the_middle(result):
     records = [
-        type(r)(**{**r.__dict__, "index": i, "name": f"a very long class name, {i}, and more"})
+        replace(result.records[i % K], index=i, name=f"a very long class name, {i}, and more")
         for i in range(1000)
-        for r in (result.records[i % K],)
     ]
-    result = EvaluationResult(records, result.mean, result.original, 2, {"num_classes": 1000}, 0.0)
-    table = result.table()
+    table = replace(result, records=records, zrf_base=2).table()
     lines = table.splitlines()
     assert len(lines) < 60
     assert max(map(len, lines)) <= 110

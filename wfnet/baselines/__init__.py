@@ -4,7 +4,7 @@ Each costs a training or fine-tuning run per class, where filters learn all clas
 paper leaves their settings open: ours stand in every result.
 """
 
-from wfnet.baselines.method import BaselineConfig, Method, Task
+from wfnet.baselines.method import BaselineConfig, Method, Origin
 from wfnet.baselines.per_class import (
     BaselineModels,
     BaselineResult,
@@ -19,7 +19,7 @@ __all__ = [
     "BaselineModels",
     "BaselineResult",
     "Method",
-    "Task",
+    "Origin",
     "read_baselines",
     "run_baseline",
     "unlearn",

@@ -51,57 +51,49 @@ class BaselineConfig:
 
 
 @dataclass(frozen=True)
-class Task:
-    """One class that one model is to forget.
+class Origin:
+    """What every baseline is made of.
 
     Attributes:
         original: the plain classifier; never changed.
         train: the images that it was trained on.
-        label: the class to forget.
-        config: settings.
         training: arguments of :func:`wfnet.training.fit_classifier`, for methods that train anew;
             normally those that made ``original``.
         fresh: makes the network with new weights; by default
             :func:`wfnet.evaluation.reinitialise` does.
         workers, max_corrupt: as in :func:`wfnet.data.batches`.
-        labels, own, others: labels of ``train``, and positions of the images of the class and of
-            all others.
-
-    Raises:
-        ValueError: for a class without training images or without others.
     """
 
     original: nn.Module
     train: Dataset
-    label: int
-    config: BaselineConfig
     training: Mapping[str, Any] = field(default_factory=dict)
     fresh: Callable[[], nn.Module] | None = None
     workers: int = 0
     max_corrupt: int | CorruptImages | None = None
-    labels: Tensor = field(init=False)
-    own: Tensor = field(init=False)
-    others: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        labels = labels_of(self.train)
-        object.__setattr__(self, "labels", labels)
-        object.__setattr__(self, "own", (labels == self.label).nonzero().flatten())
-        object.__setattr__(self, "others", (labels != self.label).nonzero().flatten())
-        if not len(self.own) or len(self.others) < 2:
-            raise ValueError(
-                f"class {self.label} has {len(self.own)} training images and all others "
-                f"{len(self.others)}; a baseline needs images of the class and of others"
-            )
 
     @property
     def device(self) -> torch.device:
         """Of the original network."""
         return next(self.original.parameters()).device
 
+    def images(self, label: int) -> tuple[Tensor, Tensor]:
+        """Positions in ``train`` of the images of a class, and of all others.
+
+        Raises:
+            ValueError: for a class without training images or without others.
+        """
+        is_own = labels_of(self.train) == label
+        own, others = is_own.nonzero().flatten(), (~is_own).nonzero().flatten()
+        if not len(own) or len(others) < 2:
+            raise ValueError(
+                f"class {label} has {len(own)} training images and all others {len(others)}; a "
+                "baseline needs images of the class and of others"
+            )
+        return own, others
+
 
 class Method(ABC):
-    """A way to unlearn: a file of this room has one subclass, and the registry one instance.
+    """A way to unlearn: a subclass, and an instance in ``wfnet.baselines.unlearning.METHODS``.
 
     Attributes:
         name: of its files, and on the command line.
@@ -114,7 +106,7 @@ class Method(ABC):
     unused: tuple[str, ...] = ()
 
     @abstractmethod
-    def unlearn(self, task: Task) -> nn.Module:
+    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
         """Returns a model in which the class is forgotten, on the original's device."""
 
     def settings(self, config: BaselineConfig, training: Mapping[str, Any]) -> dict[str, Any]:

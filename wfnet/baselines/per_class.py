@@ -6,17 +6,18 @@ import copy
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors
 from torch import nn
 
-from wfnet.baselines.method import BaselineConfig
+from wfnet.baselines.method import BaselineConfig, Origin
 from wfnet.baselines.unlearning import METHODS, method_named, unlearn
-from wfnet.data import CorruptImages, Dataset, classes_of, labels_of
+from wfnet.data import Dataset, classes_of, labels_of
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import check_identity, data_identity
 from wfnet.evaluation.plain_models import evaluate_models
@@ -64,9 +65,8 @@ class BaselineModels:
     Args:
         method: one of ``METHODS``.
         folder: files ``class_<number>.safetensors`` are written here.
-        original: the plain classifier.
-        train: the images that it was trained on.
-        config, training, fresh, workers, max_corrupt: as in :func:`unlearn`.
+        origin: the original network and its training images.
+        config: settings; the method's defaults if None.
 
     Raises:
         ValueError: when called, for a file that is damaged or was made otherwise.
@@ -76,25 +76,18 @@ class BaselineModels:
         self,
         method: str,
         folder: str | os.PathLike,
-        original: nn.Module,
-        train: Dataset,
+        origin: Origin,
         config: BaselineConfig | None = None,
-        training: Mapping[str, Any] | None = None,
-        fresh: Callable[[], nn.Module] | None = None,
-        workers: int = 0,
-        max_corrupt: int | CorruptImages | None = None,
     ):
         known = method_named(method)
-        self.method, self.folder, self.original, self.train = method, Path(folder), original, train
+        self.method, self.folder, self.origin = method, Path(folder), origin
         self.config = config or known.defaults
-        self.training, self.fresh = training, fresh
-        self.workers, self.max_corrupt = workers, max_corrupt
-        settings = known.settings(self.config, training or {})
+        settings = known.settings(self.config, origin.training)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         self.identity = {
             "method": method,
-            "original": fingerprint(original),
-            **data_identity(train, "training data"),
+            "original": fingerprint(origin.original),
+            **data_identity(origin.train, "training data"),
             "settings": self.settings,
         }
 
@@ -109,20 +102,10 @@ class BaselineModels:
             with safetensors.safe_open(path, "pt") as file:
                 found = json.loads((file.metadata() or {}).get("identity", "{}"))
             check_identity(path, found, self.identity)
-            model = copy.deepcopy(self.original)
+            model = copy.deepcopy(self.origin.original)
             model.load_state_dict(tensors)
             return model.requires_grad_(True).eval()
-        model = unlearn(
-            self.method,
-            self.original,
-            self.train,
-            label,
-            self.config,
-            self.training,
-            self.fresh,
-            self.workers,
-            self.max_corrupt,
-        )
+        model = unlearn(self.method, self.origin, label, self.config)
         metadata = {"format": "pt", "identity": json.dumps(self.identity), "class": str(label)}
         write_tensors(path, model.state_dict(), metadata)
         return model
@@ -139,9 +122,8 @@ def run_baseline(
     classes: Sequence[int] | None = None,
     relearn: RelearnConfig | None = None,
     zrf_base: float = math.e,
-    batch_size: int = 256,
     seed: int = 0,
-    progress: bool = True,
+    options: RunOptions | None = None,
 ) -> BaselineResult:
     """Makes and evaluates one baseline for every class; goes on where it was interrupted.
 
@@ -150,35 +132,24 @@ def run_baseline(
         test: images for the measures.
         classes: all by default.
         relearn: relearn times with these settings; None for none.
-        zrf_base, batch_size, seed, progress: as in :func:`wfnet.evaluate`.
+        zrf_base, seed: as in :func:`wfnet.evaluate`.
+        options: how images are run.
 
     Raises:
         As :func:`unlearn`, :func:`wfnet.evaluation.evaluate_models` and
         :func:`wfnet.evaluation.relearning.relearn_times`.
     """
-    labels = labels_of(models.train)
-    rows = check_classes(classes, labels, len(classes_of(models.train))).tolist()
-    shared = {
-        "classes": rows,
-        "original": models.original,
-        "identity": models.identity,
-        "progress": progress,
-        "workers": models.workers,
-        "max_corrupt": models.max_corrupt,
-    }
+    origin, identity = models.origin, models.identity
+    rows = check_classes(classes, labels_of(origin.train), len(classes_of(origin.train))).tolist()
+    options = replace(options or RunOptions(), records=models.folder / RECORDS)
     evaluation = evaluate_models(
-        models,
-        dataset=test,
-        batch_size=batch_size,
-        zrf_base=zrf_base,
-        seed=seed,
-        records=models.folder / RECORDS,
-        **shared,
+        models, origin.original, test, rows, zrf_base, seed, options, identity
     )
     relearning = None
     if relearn is not None:
+        options = replace(options, records=models.folder / RELEARNED)
         relearning = relearn_times(
-            models, models.train, test, config=relearn, records=models.folder / RELEARNED, **shared
+            models, origin.train, test, origin.original, rows, relearn, options, identity
         )
     return BaselineResult(models.method, evaluation, relearning, models.settings)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from wfnet.baselines.method import BaselineConfig, Method, Task
+from wfnet.baselines.method import BaselineConfig, Method, Origin
 from wfnet.data import select
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.training import fit_classifier
@@ -20,12 +20,13 @@ class Retrained(Method):
     name = "retrained"
     unused = tuple(field.name for field in fields(BaselineConfig) if field.name != "seed")
 
-    def unlearn(self, task: Task) -> nn.Module:
-        seed = task.config.seed
-        model = reinitialise(task.original, seed) if task.fresh is None else task.fresh()
-        model = model.to(task.device).requires_grad_(True)
-        given = {"seed": seed, "progress": False, "workers": task.workers, **task.training}
-        fit_classifier(model, select(task.train, task.others), **given)
+    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
+        fresh = origin.fresh
+        model = reinitialise(origin.original, config.seed) if fresh is None else fresh()
+        model = model.to(origin.device).requires_grad_(True)
+        given = {"seed": config.seed, "progress": False, "workers": origin.workers}
+        images = select(origin.train, origin.images(label)[1])
+        fit_classifier(model, images, **{**given, **origin.training})
         return model.eval()
 
     def settings(self, config: BaselineConfig, training: Mapping[str, Any]) -> dict[str, Any]:

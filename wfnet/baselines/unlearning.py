@@ -1,18 +1,12 @@
-"""All baselines by name. A new one is a file with a :class:`Method`, and its line here."""
+"""All baselines by name. A new one is a :class:`Method`, and its line here."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
 from torch import nn
 
-from wfnet.baselines.method import BaselineConfig, Method, Task
-from wfnet.baselines.negative_gradient import NegativeGradient
-from wfnet.baselines.neggrad_plus import NegGradPlus
-from wfnet.baselines.random_labels import RandomLabels
+from wfnet.baselines.fine_tuned import NegativeGradient, NegGradPlus, RandomLabels
+from wfnet.baselines.method import BaselineConfig, Method, Origin
 from wfnet.baselines.retrained import Retrained
-from wfnet.data import CorruptImages, Dataset
 
 METHODS: dict[str, Method] = {
     method.name: method
@@ -32,43 +26,25 @@ def method_named(name: str) -> Method:
 
 
 def unlearn(
-    method: str,
-    original: nn.Module,
-    train: Dataset,
-    label: int,
-    config: BaselineConfig | None = None,
-    training: Mapping[str, Any] | None = None,
-    fresh: Callable[[], nn.Module] | None = None,
-    workers: int = 0,
-    max_corrupt: int | CorruptImages | None = None,
+    method: str, origin: Origin, label: int, config: BaselineConfig | None = None
 ) -> nn.Module:
     """Makes one baseline: a plain model that is to have forgotten class ``label``.
 
-    Deterministic given its arguments, the number of threads and the device. ``original`` and the
-    caller's random state stay as they are.
+    Deterministic given its arguments, the number of threads and the device. The original network
+    and the caller's random state stay as they are.
 
     Args:
         method: one of ``METHODS``.
+        origin: the original network and its training images.
+        label: the class to forget.
         config: settings; the method's defaults if None.
-        original, train, label, training, fresh, workers, max_corrupt: as in
-            :class:`wfnet.baselines.method.Task`.
 
     Returns:
-        A classifier in evaluation mode on the device of ``original``.
+        A classifier in evaluation mode on the device of the original.
 
     Raises:
         ValueError: for an unknown method, or a class without training images or without others.
         FloatingPointError: if the loss is not finite.
     """
     chosen = method_named(method)
-    task = Task(
-        original,
-        train,
-        label,
-        config or chosen.defaults,
-        training or {},
-        fresh,
-        workers,
-        max_corrupt,
-    )
-    return chosen.unlearn(task)
+    return chosen.unlearn(origin, label, config or chosen.defaults)

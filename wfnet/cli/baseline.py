@@ -13,6 +13,7 @@ from wfnet.baselines import (
     METHODS,
     BaselineConfig,
     BaselineModels,
+    Origin,
     run_baseline,
 )
 from wfnet.cli.chosen_images import evaluated_images
@@ -40,6 +41,7 @@ from wfnet.cli.train import (
     recorded_training,
 )
 from wfnet.data import multi_hot_of
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services.files import write_json
 
 FOLDER = "baselines"
@@ -148,27 +150,27 @@ def run(options: argparse.Namespace) -> int:
     if options.classes:
         classes = class_indices(options.classes, data.classes, num_classes)
     relearn = relearn_config(options)
+    origin = Origin(
+        original,
+        data.train,
+        training,
+        lambda: make_classifier(options, num_classes, str(folder), trained=False),
+        options.workers,
+        options.max_corrupt,
+    )
+    run_options = RunOptions(
+        options.batch_size, options.workers, options.max_corrupt, progress=not options.quiet
+    )
     for method in options.methods:
-        models = BaselineModels(
-            method,
-            output / method,
-            original,
-            data.train,
-            configs[method],
-            training if method == "retrained" else None,
-            lambda: make_classifier(options, num_classes, str(folder), trained=False),
-            options.workers,
-            options.max_corrupt,
-        )
+        models = BaselineModels(method, output / method, origin, configs[method])
         result = run_baseline(
             models,
             test,
             classes,
             relearn,
             options.zrf_base,
-            options.batch_size,
             options.seed,
-            progress=not options.quiet,
+            run_options,
         )
         write_json(output / f"{method}.json", {**result.as_dict(), "versions": versions()})
         if not options.keep_models:

@@ -35,6 +35,7 @@ from wfnet.cli.weights import load_weights
 from wfnet.data import Splits, open_data
 from wfnet.evaluation import EvaluationResult, evaluate
 from wfnet.evaluation.confusion import confusion_change
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.network import WFNet
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
 from wfnet.report.page import REPORT, write_report
@@ -410,7 +411,7 @@ class _Demo:
     def draw(self, net: WFNet, result: EvaluationResult, data: Splits) -> None:
         def work(resume: bool) -> dict[str, Any]:
             history = json.loads((self.folder / "history.json").read_text())["history"]
-            change = confusion_change(net, data.test, progress=self.progress)
+            change = confusion_change(net, data.test, options=RunOptions(progress=self.progress))
             change.to_json(self.folder / CONFUSION)
             drawn = draw_report(self.folder, net, data.classes, result, change)
             drawn += draw_training(history, self.folder)

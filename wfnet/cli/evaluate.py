@@ -6,9 +6,8 @@ import argparse
 import contextlib
 import os
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -47,6 +46,7 @@ from wfnet.evaluation import (
 )
 from wfnet.evaluation.attribution import MOST_STEPS, ORDERS, attribution
 from wfnet.evaluation.metrics import ZRF_MODES
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.paper_tables import (
     check_baselines,
     make_tables,
@@ -239,36 +239,28 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     if options.classes:
         classes = class_indices(options.classes, images.classes, net.num_classes)
     partial = output / PARTIAL
-    shared = {
-        "progress": not options.quiet,
-        "workers": options.workers,
-        "max_corrupt": options.max_corrupt,
-        "amp_dtype": torch.bfloat16 if options.amp else None,
-        "channels_last": options.channels_last,
-    }
+    run_options = RunOptions(
+        options.batch_size,
+        options.workers,
+        options.max_corrupt,
+        torch.bfloat16 if options.amp else None,
+        options.channels_last,
+        not options.quiet,
+        partial / "average_precisions.json",
+        ranks,
+    )
     if multi_hot_of(images) is not None:
-        result = evaluate_multi_label(
-            net,
-            images,
-            classes,
-            options.batch_size,
-            records=partial / "average_precisions.json",
-            ranks=ranks,
-            **shared,
-        )
+        result = evaluate_multi_label(net, images, classes, options=run_options)
     else:
         result = evaluate(
             net,
             images,
             classes,
-            options.batch_size,
             zrf_base=options.zrf_base,
             seed=options.seed,
             retained_rows=options.retained_rows,
             zrf_mode=options.zrf_mode,
-            records=partial / "counts.safetensors",
-            ranks=ranks,
-            **shared,
+            **{**vars(run_options), "records": partial / "counts.safetensors"},
         )
     if not ranks.first:
         return
@@ -277,7 +269,7 @@ def _run(options: argparse.Namespace, folder: Path, ranks: Ranks) -> None:
     written = write_results(result, net, images, output, figures)
     print(result.table())
     if tables is not None:
-        written += tables.write(net, data, images, classes, result, output, shared)
+        written += tables.write(net, data, images, classes, result, output, run_options)
     print(f"\nin {output}: {', '.join(written)}  ({result.seconds:.1f} s)")
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -357,10 +349,14 @@ class _TableParts:
         classes: list[int] | None,
         result: EvaluationResult,
         output: Path,
-        shared: dict[str, Any],
+        run_options: RunOptions,
     ) -> list[str]:
         """Measures what else the tables need, prints and writes them; returns the names."""
-        options, partial = self.options, output / PARTIAL
+        options = self.options
+
+        def kept_in(name: str) -> RunOptions:
+            return replace(run_options, records=output / PARTIAL / name, ranks=None)
+
         written = ["tables.json", "tables.csv", "tables.md"]
         relearning = curves = None
         if self.relearn is not None:
@@ -370,8 +366,7 @@ class _TableParts:
                 images,
                 classes=classes,
                 config=self.relearn,
-                records=partial / "relearning.json",
-                **{name: shared[name] for name in ("progress", "workers", "max_corrupt")},
+                options=kept_in("relearning.json"),
             )
             write_json(output / "relearning.json", relearning.as_dict())
             written.append("relearning.json")
@@ -383,9 +378,7 @@ class _TableParts:
                 options.attribution_steps,
                 options.attribution_order,
                 options.seed,
-                options.batch_size,
-                records=partial / "attribution.json",
-                **shared,
+                options=kept_in("attribution.json"),
             )
             write_json(output / "attribution.json", curves.as_dict())
             written.append("attribution.json")
@@ -394,10 +387,8 @@ class _TableParts:
             if classes is not None or size >= net.num_classes:
                 continue
             chosen = choose_groups(net.num_classes, size, options.groups, options.seed)
-            records = partial / f"groups_of_{size}.json"
-            groups.append(
-                evaluate_groups(net, images, chosen, options.batch_size, records, **shared)
-            )
+            kept = kept_in(f"groups_of_{size}.json")
+            groups.append(evaluate_groups(net, images, chosen, kept))
         title = f"{data.name} x {options.model}"
         own = self._own_cell(net, data, images, classes)
         cell = options.published or own

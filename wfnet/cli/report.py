@@ -18,6 +18,7 @@ from wfnet.cli.options import (
 from wfnet.cli.runs import CONFUSION, RUN_FILE, check_writable, read_run
 from wfnet.data import multi_hot_of
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.network import WFNet
 from wfnet.report.contents import Contents, read_contents
 from wfnet.report.page import write_report
@@ -122,10 +123,8 @@ def _confusion(
         images,
         classes=untrained_classes(folder),
         other_rows=None if net.num_classes <= _ALL_ROWS else _SOME_ROWS,
-        batch_size=options.batch_size,
         seed=options.seed,
-        workers=options.workers,
-        progress=not options.quiet,
+        options=RunOptions(options.batch_size, options.workers, progress=not options.quiet),
     )
     change.to_json(path)
     return change

@@ -17,12 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.data import Batch, CorruptImages, Dataset, classes_of, labels_of
-from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
-from wfnet.evaluation.pairs import Pairing, check_classes, check_settings
+from wfnet.data import Batch, Dataset, labels_of
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, RunOptions
+from wfnet.evaluation.pairs import Pairing, check_classes, names_of
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
-from wfnet.services.progress import Progress
 from wfnet.services.records import check_format, read_json
 
 FORMAT = 1
@@ -69,16 +68,9 @@ class ConfusionChange:
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes it, atomically; :meth:`from_json` reads it again. Zeros are left out."""
-        tables = ("destinations", "original_destinations", "seen", "correct")
-        write_json(
-            path,
-            {
-                "format": FORMAT,
-                "names": self.names,
-                "classes": self.classes.tolist(),
-                **{name: _sparse(getattr(self, name)) for name in tables},
-            },
-        )
+        tables = _heights(len(self.classes), len(self.names))
+        content = {"format": FORMAT, "names": self.names, "classes": self.classes.tolist()}
+        write_json(path, content | {name: _sparse(getattr(self, name)) for name in tables})
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> ConfusionChange:
@@ -93,13 +85,8 @@ class ConfusionChange:
     @classmethod
     def _from_dict(cls, content: Mapping[str, Any]) -> ConfusionChange:
         check_format(content, FORMAT)
-        rows, total = len(content["classes"]), len(content["names"])
-        heights = {
-            "destinations": rows,
-            "original_destinations": total,
-            "seen": rows,
-            "correct": rows,
-        }
+        total = len(content["names"])
+        heights = _heights(len(content["classes"]), total)
         tables = {name: _dense(content[name], height, total) for name, height in heights.items()}
         return cls(content["names"], torch.tensor(content["classes"]), **tables)
 
@@ -123,11 +110,8 @@ def confusion_change(
     dataset: Dataset,
     classes: Sequence[int] | None = None,
     other_rows: int | None = None,
-    batch_size: int = 256,
     seed: int = 0,
-    workers: int = 0,
-    max_corrupt: int | CorruptImages | None = None,
-    progress: bool = True,
+    options: RunOptions | None = None,
 ) -> ConfusionChange:
     """Runs every image through the original network, its own row, and other rows.
 
@@ -136,10 +120,8 @@ def confusion_change(
         dataset: normally a test set.
         classes: rows; all by default.
         other_rows: run each image under so many random other rows instead of all.
-        batch_size: (image, row) pairs per forward pass.
         seed: of the draw of ``other_rows``.
-        workers, max_corrupt: as in :func:`wfnet.data.batches`.
-        progress: show progress on stderr.
+        options: how images are run.
 
     Raises:
         ValueError: before work starts, for classes or labels that do not fit.
@@ -147,15 +129,11 @@ def confusion_change(
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
-    check_settings(seed, 2.0, other_rows, len(rows))
-    pairing = Pairing(rows, labels, other_rows, seed)
-    engine = PairEngine(net, dataset, batch_size, workers, max_corrupt)
-    predictions = Predictions(pairing, net.num_classes)
-    with Progress(pairing.pairs, "evaluating", progress, unit="samples") as engine.progress:
+    predictions = Predictions(Pairing(rows, labels, other_rows, seed), net.num_classes)
+    engine = PairEngine(net, dataset, options or RunOptions())
+    with engine.show(predictions.pairing.pairs, "evaluating"):
         engine.run(predictions, engine.chunks())
-    names = classes_of(dataset)
-    names = [names[k] if k < len(names) else str(k) for k in range(net.num_classes)]
-    return predictions.change(names)
+    return ConfusionChange(names_of(dataset, net.num_classes), rows, **predictions.tables)
 
 
 class Predictions(Measure):
@@ -163,44 +141,37 @@ class Predictions(Measure):
 
     Args:
         pairing: under which rows each image is run.
-        num_classes: outputs of the network.
+        num_classes: K, outputs of the network.
+
+    Attributes:
+        tables: as in :class:`ConfusionChange`.
     """
 
     def __init__(self, pairing: Pairing, num_classes: int):
-        self.pairing, self.rows, self.total = pairing, pairing.classes, num_classes
-        shape = len(self.rows) * num_classes
-        self.own, self.seen, self.correct = (
-            torch.zeros(shape, dtype=torch.int64) for _ in range(3)
-        )
-        self.original = torch.zeros(num_classes * num_classes, dtype=torch.int64)
+        self.pairing, self.rows = pairing, pairing.classes
+        self.tables = {
+            name: torch.zeros(height, num_classes, dtype=torch.int64)
+            for name, height in _heights(len(self.rows), num_classes).items()
+        }
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.pairing.of(batch.indices)
 
     def begin(self, chunk: Chunk) -> None:
-        found = chunk.original.argmax(1).cpu()
-        cell = chunk.labels * self.total + found
-        self.original += torch.bincount(cell, minlength=len(self.original))
+        self._count("original_destinations", chunk.labels, chunk.original.argmax(1).cpu())
 
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        found, truth = pairs.logits.argmax(1).cpu(), chunk.labels[pairs.image]
-        is_own = self.rows[pairs.row] == truth
-        place = pairs.row * self.total
-        for counts, cell in (
-            (self.own, (place + found)[is_own]),
-            (self.seen, place + truth),
-            (self.correct, (place + truth)[found == truth]),
-        ):
-            counts += torch.bincount(cell, minlength=len(counts))
+        found, truth, row = pairs.logits.argmax(1).cpu(), chunk.labels[pairs.image], pairs.row
+        is_own, right = self.rows[row] == truth, found == truth
+        self._count("destinations", row[is_own], found[is_own])
+        self._count("seen", row, truth)
+        self._count("correct", row[right], truth[right])
 
-    def change(self, names: list[str]) -> ConfusionChange:
-        """What was counted, with the names of all classes."""
-        shape = (len(self.rows), self.total)
-        return ConfusionChange(
-            names=names,
-            classes=self.rows,
-            destinations=self.own.view(shape),
-            original_destinations=self.original.view(self.total, self.total),
-            seen=self.seen.view(shape),
-            correct=self.correct.view(shape),
-        )
+    def _count(self, name: str, row: Tensor, column: Tensor) -> None:
+        self.tables[name].index_put_((row, column), torch.ones_like(row), accumulate=True)
+
+
+def _heights(rows: int, classes: int) -> dict[str, int]:
+    """Rows of every table, by name."""
+    others = {"original_destinations": classes, "seen": rows, "correct": rows}
+    return {"destinations": rows, **others}

@@ -13,40 +13,30 @@ import torch
 from torch import Tensor
 
 from wfnet.services.extras import require
+from wfnet.services.settings import check_value
 
 TOP_K = 5
 
+# How published code departs from the definition of ZRF: (arguments swapped, divided by classes).
+ZRF_MODES: dict[str, tuple[bool, bool]] = {
+    "definition": (False, False),
+    "elementwise_mean": (False, True),
+    "swapped": (True, False),
+    "swapped_elementwise_mean": (True, True),
+}
+
 
 def topk_hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
-    """Whether the true class is among the ``k`` largest logits of each sample.
+    """Whether the true class is among the ``k`` largest of ``logits [B, K]``: ``[B]`` bool.
 
-    Args:
-        logits: ``[B, K]``, without NaN.
-        labels: ``[B]`` int64 in ``0 .. K-1``.
-        k: as many classes as may be named; all of them where ``k >= K``.
-
-    Returns:
-        ``[B]`` bool.
-
-    Raises:
-        ValueError: for ``k`` below 1 or shapes that do not fit.
+    ``labels [B]`` are int64. With ``k >= K`` every sample is a hit.
     """
-    if k < 1:
-        raise ValueError(f"k must be at least 1; got {k}")
-    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
-        raise ValueError(
-            f"logits must be [B, K] and labels [B]; got {list(logits.shape)} and "
-            f"{list(labels.shape)}"
-        )
     named = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (named == labels.unsqueeze(1)).any(1)
 
 
 def accuracy_forget(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
     """Acc_f of each row: accuracy on samples of the class that the row forgets (paper; 0 is best).
-
-    ``Acc_f[r] = correct[r, classes[r]] / seen[r, classes[r]]``; the reported figure is the mean
-    over rows. With counts of top-5 hits it is the top-5 variant.
 
     Args:
         correct: ``[R, K]`` integers: hits of samples of class k under row r.
@@ -62,50 +52,47 @@ def accuracy_forget(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
 def accuracy_retain(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
     """Acc_r of each row: accuracy on samples of all other classes (paper; the original is best).
 
-    ``Acc_r[r] = sum_{k != classes[r]} correct[r, k] / sum_{k != classes[r]} seen[r, k]``. Every
-    sample counts once, so large classes weigh more. Arguments and result as
+    Every sample counts once, so large classes weigh more. Arguments and result as
     :func:`accuracy_forget`.
     """
-    return _others(correct, classes) / _others(seen, classes)
+    others = (counts.sum(1).double() - _own(counts, classes) for counts in (correct, seen))
+    return torch.div(*others)
 
 
 def _own(counts: Tensor, classes: Tensor) -> Tensor:
     return counts.gather(1, classes.unsqueeze(1)).squeeze(1).double()
 
 
-def _others(counts: Tensor, classes: Tensor) -> Tensor:
-    return counts.sum(1).double() - _own(counts, classes)
-
-
-def jensen_shannon(logits: Tensor, other_logits: Tensor, base: float = math.e) -> Tensor:
+def jensen_shannon(
+    logits: Tensor, other_logits: Tensor, base: float = math.e, swapped: bool = False
+) -> Tensor:
     """Jensen-Shannon divergence between the softmax distributions of two sets of logits.
 
     ``JS(p, q) = KL(p || m) / 2 + KL(q || m) / 2`` with ``m = (p + q) / 2`` (Lin, "Divergence
-    measures based on the Shannon entropy", 1991): symmetric, between 0 and ``log_base(2)``. It is
-    computed from log-probabilities in fp64; a probability of 0 (a logit of -inf) is fine.
+    measures based on the Shannon entropy", 1991): symmetric, between 0 and ``log_base(2)``. A
+    probability of 0 (a logit of -inf) is fine.
 
     Args:
         logits, other_logits: ``[..., K]``, any floating-point dtype.
         base: base of the logarithm; e gives nats, 2 gives bits.
+        swapped: ``KL(m || p)`` and ``KL(m || q)`` instead, which is another measure.
 
     Returns:
         ``[...]`` fp64.
 
     Raises:
-        ValueError: for shapes that differ or a base that no logarithm has.
+        ValueError: for a base that no logarithm has.
     """
     check_base(base)
-    if logits.shape != other_logits.shape:
-        raise ValueError(
-            f"both logits must have the same shape; got {list(logits.shape)} and "
-            f"{list(other_logits.shape)}"
-        )
     log_p = torch.log_softmax(logits.double(), -1)
     log_q = torch.log_softmax(other_logits.double(), -1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    divergence = (_divergence(log_p, log_m) + _divergence(log_q, log_m)) / 2
+    if swapped:
+        divergence = _divergence(log_m, log_p) + _divergence(log_m, log_q)
+    else:
+        divergence = _divergence(log_p, log_m) + _divergence(log_q, log_m)
     # Rounding can leave -1e-17 for equal distributions.
-    return (divergence / math.log(base)).clamp_min(0)
+    return (divergence / 2 / math.log(base)).clamp_min(0)
 
 
 def _divergence(log_p: Tensor, log_m: Tensor) -> Tensor:
@@ -114,13 +101,13 @@ def _divergence(log_p: Tensor, log_m: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_m), 0).sum(-1)
 
 
-# How published code departs from the definition of ZRF: (arguments swapped, divided by classes).
-ZRF_MODES: dict[str, tuple[bool, bool]] = {
-    "definition": (False, False),
-    "elementwise_mean": (False, True),
-    "swapped": (True, False),
-    "swapped_elementwise_mean": (True, True),
-}
+def check_base(base: float) -> None:
+    """Raises ValueError unless logarithms to ``base`` exist and grow."""
+    if not (isinstance(base, int | float) and math.isfinite(base) and base > 1):
+        raise ValueError(
+            f"zrf_base={base!r} is no base of a logarithm; use math.e (default), 2 or another "
+            "number above 1"
+        )
 
 
 def zrf(
@@ -151,7 +138,7 @@ def zrf(
         Scalar, fp64; NaN for no samples.
 
     Raises:
-        As :func:`jensen_shannon`; ValueError for an unknown mode.
+        ValueError: for a base that no logarithm has, or an unknown mode.
     """
     return 1 - zrf_divergence(logits, initial_logits, base, mode).mean()
 
@@ -160,61 +147,20 @@ def zrf_divergence(
     logits: Tensor, initial_logits: Tensor, base: float = math.e, mode: str = "definition"
 ) -> Tensor:
     """``[n]`` fp64: what :func:`zrf` averages over samples."""
-    if mode not in ZRF_MODES:
-        raise ValueError(f"zrf mode {mode!r} is not one of {', '.join(ZRF_MODES)}")
+    check_value("zrf_mode", mode, tuple(ZRF_MODES))
     swapped, by_classes = ZRF_MODES[mode]
-    if swapped:
-        check_base(base)
-        log_p = torch.log_softmax(logits.double(), -1)
-        log_q = torch.log_softmax(initial_logits.double(), -1)
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        divergence = (_divergence(log_m, log_p) + _divergence(log_m, log_q)) / 2
-        divergence = (divergence / math.log(base)).clamp_min(0)
-    else:
-        divergence = jensen_shannon(logits, initial_logits, base)
+    divergence = jensen_shannon(logits, initial_logits, base, swapped)
     return divergence / logits.shape[-1] if by_classes else divergence
 
 
 def relearn_time(epochs: Sequence[int | None], cap: int) -> tuple[float, int]:
-    """RT: mean over classes of the epochs until the original accuracy is regained (paper).
+    """RT: mean epochs until the original accuracy is regained, and how many classes never did.
 
-    A class that never regained it within ``cap`` epochs counts as ``cap``: so do the published
-    values, which read ``100 (10)`` where none of ten classes did.
-
-    Args:
-        epochs: per class, or None where it was never regained.
-        cap: epochs after which relearning was given up.
-
-    Returns:
-        Mean epochs, and how many classes never regained it.
-
-    Raises:
-        ValueError: for no classes.
+    A class that never regained it within ``cap`` epochs (None) counts as ``cap``: so do the
+    published values, which read ``100 (10)`` where none of ten classes did (paper).
     """
-    if not epochs:
-        raise ValueError("relearn time needs at least one class")
     never = sum(count is None for count in epochs)
     return sum(cap if count is None else count for count in epochs) / len(epochs), never
-
-
-def area_under_curve(shares: Tensor, values: Tensor) -> Tensor:
-    """Area by trapezoids, the insertion and deletion score of a curve (paper; Petsiuk et al.,
-    "RISE", BMVC 2018).
-
-    Args:
-        shares: ``[S]``, increasing from 0 to 1.
-        values: ``[..., S]``.
-
-    Returns:
-        ``[...]`` fp64.
-
-    Raises:
-        ValueError: for fewer than two points, or points that do not run from 0 to 1.
-    """
-    shares = shares.double()
-    if len(shares) < 2 or shares[0] != 0 or shares[-1] != 1 or not bool((shares.diff() > 0).all()):
-        raise ValueError(f"shares must increase from 0 to 1; got {shares.tolist()}")
-    return torch.trapezoid(values.double(), shares, dim=-1)
 
 
 def confidence_kept(logits: Tensor, original_logits: Tensor, labels: Tensor) -> Tensor:
@@ -254,12 +200,3 @@ def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
         for k in range(truth.shape[1])
     ]
     return torch.tensor(values, dtype=torch.float64)
-
-
-def check_base(base: float) -> None:
-    """Raises ValueError unless logarithms to ``base`` exist and grow."""
-    if not (isinstance(base, int | float) and math.isfinite(base) and base > 1):
-        raise ValueError(
-            f"zrf_base={base!r} is no base of a logarithm; use math.e (default), 2 or another "
-            "number above 1"
-        )

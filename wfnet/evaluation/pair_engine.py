@@ -1,16 +1,16 @@
 """The one loop of every measure: images under rows of the filters, in mixed batches.
 
 A measure says which (image, row) pairs it needs and takes their logits. What all measures share
-is here: reading and corrupt images, device, layout and autocast, the passes through the original
-network, mixed batches with ``source``, the check for NaN, progress, unfinished counts, and the
-images of each rank.
+is here: how images are run, corrupt images, passes through the original network, mixed batches
+with ``source``, the check for NaN, progress, and the images of each rank.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,46 @@ from wfnet.data import Batch, CorruptImages, Dataset, batches, corrupt_counter, 
 from wfnet.evaluation.forward import Forward, broken_logits
 from wfnet.head import first_output
 from wfnet.network import WFNet
+from wfnet.pretrained import filters_digest
 from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.services.settings import check_value
+from wfnet.version import __version__
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How images are run: what every measure takes beside its own arguments.
+
+    Attributes:
+        batch_size: (image, row) pairs per forward pass; None: all pairs of a chunk in one.
+        workers, max_corrupt: as in :func:`wfnet.data.batches`.
+        amp_dtype: autocast dtype; None for none.
+        channels_last: images in channels-last layout.
+        progress: show progress and time left on stderr.
+        records: file in which what is finished is kept: an interrupted call goes on there.
+        ranks: processes that share the images; None: this one alone.
+
+    Raises:
+        ValueError: for values out of range.
+    """
+
+    batch_size: int | None = 256
+    workers: int = 0
+    max_corrupt: int | CorruptImages | None = None
+    amp_dtype: torch.dtype | None = None
+    channels_last: bool = False
+    progress: bool = True
+    records: str | os.PathLike | None = None
+    ranks: Ranks | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None:
+            check_value("batch_size", self.batch_size, settings.batch_size)
+        check_value("workers", self.workers, settings.workers)
 
 
 @dataclass(frozen=True)
@@ -35,13 +69,13 @@ class Chunk:
         indices: ``[n]`` int64, positions in the data set.
         labels: ``[n]`` int64.
         original: ``[n, K]``, logits of the original network; None if the measure needs none.
-        beside: ``[n, K]`` each, logits of the engine's other models.
+        initialised: ``[n, K]``, those of the engine's newly initialised network, if it has one.
     """
 
     indices: Tensor
     labels: Tensor
     original: Tensor | None
-    beside: tuple[Tensor, ...]
+    initialised: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -65,10 +99,12 @@ class Measure:
     Attributes:
         rows: forget labels by row position: ``[R]``, or ``[R, J]`` for several classes at once.
         needs_original: whether images run through the original network too.
+        tables: what was taken so far, where it adds up over images, by name.
     """
 
     rows: Tensor
     needs_original = True
+    tables: dict[str, Tensor]
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Pairs of a batch of images: positions in the batch and row positions, both ``[P]``."""
@@ -85,74 +121,57 @@ class Measure:
         """Is called after the last pair of a chunk, whose logits are then known to be finite."""
 
 
-class Keeper(Protocol):
-    """Saves the counts of a measure while it is unfinished."""
-
-    def save_now_and_then(self, position: int) -> None:
-        """Saves them, if it is time; images before ``position`` are counted."""
-
-
 def all_pairs(images: int, rows: int) -> tuple[Tensor, Tensor]:
     """Every image under every row, image by image: both ``[images * rows]`` int64."""
     return torch.arange(images).repeat_interleave(rows), torch.arange(rows).repeat(images)
 
 
 class PairEngine:
-    """Runs images of a data set through a filtered network; neither is changed.
+    """Runs images of a data set through a filtered network, which is not changed.
 
     Args:
-        net: the filtered network, on any device.
+        net: on any device. Another network with as many outputs may take its place between runs.
         dataset: images and labels.
-        batch_size: pairs per forward pass; None: all pairs of a chunk in one.
-        workers, max_corrupt: as in :func:`wfnet.data.batches`; all runs of an engine count
-            together.
-        amp_dtype: autocast dtype; None for none.
-        channels_last: images in channels-last layout.
-        beside: other models through which every image runs: plain classifiers on the same device,
-            by the names that errors give them.
-        ranks: processes that share the images; this one alone by default.
-        outputs: K; that of ``net`` by default.
+        options: how images are run.
+        initialised: a plain classifier on the same device, through which every image runs too.
         refuse_broken: raise FloatingPointError for logits that are NaN or infinite.
 
     Attributes:
         device: of the network.
-        corrupt: images that were left out.
-        progress: counts pairs; set it before :meth:`run` to show them.
+        corrupt: images that were left out, of all runs together.
+        progress: is moved by the number of pairs.
     """
 
     def __init__(
         self,
         net: WFNet,
         dataset: Dataset,
-        batch_size: int | None = 256,
-        workers: int = 0,
-        max_corrupt: int | CorruptImages | None = None,
-        amp_dtype: torch.dtype | None = None,
-        channels_last: bool = False,
-        beside: dict[str, nn.Module] | None = None,
-        ranks: Ranks | None = None,
-        outputs: int | None = None,
+        options: RunOptions,
+        initialised: nn.Module | None = None,
         refuse_broken: bool = True,
     ):
-        if batch_size is not None:
-            check_value("batch_size", batch_size, settings.batch_size)
-        check_value("workers", workers, settings.workers)
-        self.net, self.dataset, self.batch_size = net, dataset, batch_size
-        self.workers = workers
-        self.outputs = outputs or net.num_classes
-        self.corrupt = corrupt_counter(dataset, max_corrupt)
-        self.forward = Forward.of(net, amp_dtype, channels_last)
+        self.net, self.dataset, self.options = net, dataset, options
+        self.outputs = net.num_classes
+        self.corrupt = corrupt_counter(dataset, options.max_corrupt)
+        self.forward = Forward.of(net, options.amp_dtype, options.channels_last)
         self.device = self.forward.device
-        self.beside = dict(beside or {})
-        self.ranks = ranks or Ranks(shared=False)
+        self.initialised = initialised
+        self.ranks = options.ranks or Ranks(shared=False)
         self.refuse_broken = refuse_broken
         self.progress: Progress | None = None
-        for name, model in self.beside.items():
-            found = next((p.device for p in model.parameters()), self.device)
+        if initialised is not None:
+            found = next((p.device for p in initialised.parameters()), self.device)
             if found != self.device:
                 raise ValueError(
-                    f"{name} is on {found}, the network on {self.device}; move one to the other"
+                    f"initialised is on {found}, the network on {self.device}; move one to the "
+                    "other"
                 )
+
+    def show(self, pairs: int, title: str, done: int = 0) -> Progress:
+        """Returns a bar of all ``pairs``, which :meth:`run` moves; a context manager."""
+        wanted = self.options.progress and self.ranks.first
+        self.progress = Progress(pairs, title, wanted, done=done, unit="samples")
+        return self.progress
 
     def chunks(self, images_together: int | None = None, start: int = 0) -> list[Tensor]:
         """This rank's images from position ``start`` on, in parts that are read together.
@@ -162,21 +181,22 @@ class PairEngine:
         """
         first, last = self.ranks.range(len(labels_of(self.dataset)))
         own = torch.arange(max(first, start), max(last, start))
-        return [part for part in own.split(images_together or self.batch_size) if len(part)]
+        parts = own.split(images_together or self.options.batch_size)
+        return [part for part in parts if len(part)]
 
     def run(
         self,
         measure: Measure,
         chunks: Iterable[Tensor],
-        kept: Keeper | None = None,
         stopped: Callable[[], bool] = lambda: False,
+        counted: Callable[[int], None] | None = None,
     ) -> bool:
         """Hands the measure the logits of all pairs of the images in ``chunks``.
 
         Args:
             chunks: positions ``[n]`` in the data set, read together each.
-            kept: counts of an unfinished evaluation, saved now and then.
             stopped: is asked before every chunk.
+            counted: is told after every chunk how far it reached: the position behind it.
 
         Returns:
             False if ``stopped`` said so; the measure is incomplete then.
@@ -186,35 +206,57 @@ class PairEngine:
             FloatingPointError: for logits that are NaN or infinite, if they are refused.
         """
         on_gpu = self.device.type == "cuda"
-        stream = batches(self.dataset, chunks, self.workers, self.corrupt, on_gpu)
-        with evaluation_mode(self.net, *self.beside.values()), torch.no_grad():
+        stream = batches(self.dataset, chunks, self.options.workers, self.corrupt, on_gpu)
+        models = [self.net] if self.initialised is None else [self.net, self.initialised]
+        with evaluation_mode(*models), torch.no_grad():
             for batch in stream:
                 if stopped():
                     return False
                 count = self._run_chunk(measure, batch)
                 if self.progress is not None:
                     self.progress.update(count)
-                if kept is not None:
-                    kept.save_now_and_then(int(batch.indices[-1]) + 1)
+                if counted is not None:
+                    counted(int(batch.indices[-1]) + 1)
         self.net.check_labels()
         return True
+
+    def merge(self, measure: Measure) -> None:
+        """Adds up what every rank has taken, and the images that each has left out."""
+        for table in measure.tables.values():
+            self.ranks.add(table)
+        self.corrupt.merge(self.ranks)
+
+    def about(self, classes: Tensor | None) -> dict[str, Any]:
+        """What was evaluated, for a result's settings; ``classes``: None for all."""
+        return {
+            "wfnet_version": __version__,
+            "model": type(self.net.model).__name__,
+            "filters_digest": filters_digest(self.net),
+            "num_classes": self.net.num_classes,
+            "classes": "all" if classes is None else classes.tolist(),
+            "corrupt_images": len(self.corrupt.found),
+        }
 
     def _run_chunk(self, measure: Measure, batch: Batch) -> int:
         """Runs some images under all their rows; returns the number of pairs."""
         images = self.forward.images(batch.images)
+        original = initialised = None
         with self.forward.autocast():
-            original = self.net(images, forget=None) if measure.needs_original else None
-            beside = tuple(first_output(model(images)) for model in self.beside.values())
-        plain = {"the original network": original, **dict(zip(self.beside, beside, strict=True))}
-        plain = {name: logits for name, logits in plain.items() if logits is not None}
+            if measure.needs_original:
+                original = self.net(images, forget=None)
+            if self.initialised is not None:
+                initialised = first_output(self.initialised(images))
+        plain = {"the original network": original, "the initialised network": initialised}
+        broken = {}
         for name, logits in plain.items():
-            self._check_shape(logits, name)
-        broken = {name: [broken_logits(logits)] for name, logits in plain.items()}
+            if logits is not None:
+                self._check_shape(logits, name)
+                broken[name] = [broken_logits(logits)]
         broken["the filtered network"] = []
-        chunk = Chunk(batch.indices, batch.labels, original, beside)
+        chunk = Chunk(batch.indices, batch.labels, original, initialised)
         measure.begin(chunk)
         image, row = measure.pairs(batch)
-        for part in torch.arange(len(image)).split(self.batch_size or len(image)):
+        for part in torch.arange(len(image)).split(self.options.batch_size or len(image)):
             pairs = self._run_pairs(images, image[part], row[part], measure.rows)
             broken["the filtered network"].append(broken_logits(pairs.logits))
             measure.add(chunk, pairs)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wfnet.data import Batch, Dataset, classes_of
 from wfnet.evaluation import metrics
+from wfnet.evaluation.pair_engine import Chunk, Measure, Pairs, all_pairs
 from wfnet.services import settings
 from wfnet.services.settings import check_value
 
@@ -16,34 +18,33 @@ _DRAWN_TOGETHER = 1024
 
 
 def check_classes(classes: Sequence[int] | None, labels: Tensor, num_classes: int) -> Tensor:
-    """The rows to evaluate, ``[R]`` int64."""
+    """The rows to evaluate, ``[R]`` int64: ``classes``, or all of the network.
+
+    Raises:
+        ValueError: for classes or ``labels`` of the data that do not fit the network.
+    """
     if num_classes < 2:
         raise ValueError(
             f"the network has {num_classes} class; unlearning needs one to forget and one to retain"
         )
     if not len(labels):
         raise ValueError("the data set is empty; evaluation needs images")
-    low, high = (int(value) for value in torch.aminmax(labels))
-    if low < 0 or high >= num_classes:
-        raise ValueError(
-            f"the data set has label {low if low < 0 else high}, but the network's {num_classes} "
-            f"classes run from 0 to {num_classes - 1}; evaluate on the data it was made for"
-        )
+    run = f"the network's {num_classes} classes run from 0 to {num_classes - 1}"
+    outside = labels[(labels < 0) | (labels >= num_classes)]
+    if len(outside):
+        raise ValueError(f"the data set has label {int(outside[0])}, but {run}")
     try:
-        rows = torch.arange(num_classes) if classes is None else torch.as_tensor(classes)
+        rows = torch.arange(num_classes) if classes is None else torch.as_tensor(classes).cpu()
     except (TypeError, ValueError, RuntimeError):  # no numbers
         rows = torch.empty(0)
     if rows.dim() != 1 or not rows.numel() or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(
             f"classes must be one or more integers, or None for all classes; got {classes!r}"
         )
-    rows = rows.to(device="cpu", dtype=torch.int64)
+    rows = rows.long()
     outside = rows[(rows < 0) | (rows >= num_classes)]
     if len(outside):
-        raise ValueError(
-            f"class {int(outside[0])} in classes is out of range: the network's classes run from "
-            f"0 to {num_classes - 1}"
-        )
+        raise ValueError(f"class {int(outside[0])} in classes is out of range: {run}")
     if len(rows.unique()) != len(rows):
         raise ValueError(f"classes must name each class once; got {rows.tolist()}")
     count = torch.bincount(labels, minlength=num_classes)
@@ -56,22 +57,16 @@ def check_classes(classes: Sequence[int] | None, labels: Tensor, num_classes: in
         )
     if int((count > 0).sum()) < 2:
         raise ValueError(
-            f"all images of the data set are of class {low}; Acc_r needs images of other classes"
+            f"all images of the data set are of class {int(labels[0])}; Acc_r needs images of "
+            "other classes"
         )
     return rows
 
 
-def check_settings(seed: int, zrf_base: float, retained_rows: int | None, rows: int) -> None:
-    """Raises ValueError for settings of a measure that are out of range; ``rows``: how many."""
-    metrics.check_base(zrf_base)
-    check_value("seed", seed, settings.seed)
-    if retained_rows is None:
-        return
-    if settings.int_from(1, rows - 1).violation(retained_rows):
-        raise ValueError(
-            f"retained_rows must lie in 1 .. {rows - 1} (the other rows of {rows}), or be None for "
-            f"all; got {retained_rows}"
-        )
+def names_of(dataset: Dataset, num_classes: int) -> list[str]:
+    """Names of all classes of a network: a number where the data have none."""
+    names = classes_of(dataset)
+    return names + [str(label) for label in range(len(names), num_classes)]
 
 
 class Pairing:
@@ -81,35 +76,50 @@ class Pairing:
         classes: ``[R]``, the class of each row; positions in it are called row positions.
         labels: ``[N]``, labels of the data set.
         retained_rows: random rows per image besides its own; None for all rows.
+        seed: of the draw.
+
+    Attributes:
+        pairs: their number.
+        has_row: ``[N]`` bool, whether the class of each image has a row.
+
+    Raises:
+        ValueError: for settings out of range, or a row that is left without a retained image.
     """
 
     def __init__(self, classes: Tensor, labels: Tensor, retained_rows: int | None, seed: int):
+        check_value("seed", seed, settings.seed)
+        rows = len(classes)
         self.classes = classes
-        self.position = torch.full((int(max(classes.max(), labels.max())) + 1,), -1)
-        self.position[classes] = torch.arange(len(classes))
+        position = torch.full((int(max(classes.max(), labels.max())) + 1,), -1)
+        position[classes] = torch.arange(rows)
+        own = position[labels]
+        self.has_row = own >= 0
         self.drawn: Tensor | None = None  # [N, 1 + r] row positions; own row first, or -1
+        self.pairs = len(labels) * rows
         if retained_rows is None:
-            self.pairs = len(labels) * len(classes)
             return
-        generator = torch.Generator().manual_seed(seed)
-        self.drawn = torch.cat(
-            [self._draw(part, retained_rows, generator) for part in labels.split(_DRAWN_TOGETHER)]
-        )
-        self.pairs = int((self.drawn >= 0).sum())
-        retained = torch.bincount(self.drawn[:, 1:].flatten(), minlength=len(classes))
-        if not retained.all():
-            row = int(classes[retained.argmin()])
+        if settings.int_from(1, rows - 1).violation(retained_rows):
             raise ValueError(
-                f"retained_rows={retained_rows} leaves row {row} without a retained image; use "
-                "more retained rows or another seed"
+                f"retained_rows must lie in 1 .. {rows - 1} (the other rows of {rows}), or be None "
+                f"for all; got {retained_rows}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        others = [self._draw(part, retained_rows, generator) for part in own.split(_DRAWN_TOGETHER)]
+        self.drawn = torch.cat((own.unsqueeze(1), torch.cat(others)), 1)
+        self.pairs = int((self.drawn >= 0).sum())
+        retained = torch.bincount(self.drawn[:, 1:].flatten(), minlength=rows)
+        if not retained.all():
+            raise ValueError(
+                f"retained_rows={retained_rows} leaves row {int(classes[retained.argmin()])} "
+                "without a retained image; use more retained rows or another seed"
             )
 
-    def _draw(self, labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        own = self.position[labels].unsqueeze(1)
-        keys = torch.rand(len(labels), len(self.classes), generator=generator)
-        has_row = own.squeeze(1) >= 0
-        keys[has_row] = keys[has_row].scatter(1, own[has_row], -1.0)  # never drawn as another row
-        return torch.cat((own, keys.topk(count, dim=1).indices), 1)
+    def _draw(self, own: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """``[n, count]`` row positions other than ``own [n]``."""
+        keys = torch.rand(len(own), len(self.classes), generator=generator)
+        image = (own >= 0).nonzero().squeeze(1)
+        keys[image, own[image]] = -1.0  # never drawn as another row
+        return keys.topk(count, dim=1).indices
 
     def of(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Pairs of the images ``indices [n]``, image by image.
@@ -118,56 +128,59 @@ class Pairing:
             Positions in ``indices`` and row positions, both ``[P]``.
         """
         if self.drawn is None:
-            count = len(self.classes)
-            image = torch.arange(len(indices)).repeat_interleave(count)
-            return image, torch.arange(count).repeat(len(indices))
+            return all_pairs(len(indices), len(self.classes))
         drawn = self.drawn[indices]
         image, column = (drawn >= 0).nonzero(as_tuple=True)
         return image, drawn[image, column]
 
 
-class Hits:
-    """Counts of samples, and of those whose class is among the k largest logits.
+class HitCounts(Measure):
+    """Counts of samples and of hits, under every row and of the original network.
+
+    Args:
+        rows: ``[R]`` or ``[R, J]``, forget labels by row position.
+        num_classes: K, outputs of the network.
+        device: of the network.
+        pairing: under which rows each image is run; None: under all.
 
     Attributes:
-        seen: ``[R, K]`` int64: samples of class k under row position r.
-        right: by k the hits among them, like ``seen``.
+        tables: ``seen``, ``top1``, ``top5 [R, K]`` int64: samples of class k under row position r,
+            and those whose class is the first, or one of the first five; ``original_seen``,
+            ``original_top1``, ``original_top5 [1, K]``.
     """
 
     def __init__(
         self,
-        rows: int,
+        rows: Tensor,
         num_classes: int,
         device: torch.device,
-        top_k: tuple[int, ...] = (1, metrics.TOP_K),
+        pairing: Pairing | None = None,
     ):
-        shape = (rows, num_classes)
-        self.seen = torch.zeros(shape, dtype=torch.int64, device=device)
-        self.right = {k: torch.zeros_like(self.seen) for k in top_k}
+        self.rows, self.pairing = rows, pairing
+        self.tables = {
+            f"{prefix}{name}": torch.zeros(height, num_classes, dtype=torch.int64, device=device)
+            for prefix, height in (("", len(rows)), ("original_", 1))
+            for name in ("seen", "top1", "top5")
+        }
+        self._labels = torch.empty(0)  # of the chunk that is run, on the device
 
-    def add(self, logits: Tensor, labels: Tensor, row: Tensor | None = None) -> None:
-        """Counts samples: ``logits [p, K]``, ``labels [p]``, ``row [p]`` (all 0 if None)."""
-        cell = labels if row is None else row * self.seen.shape[1] + labels
-        self.seen.view(-1).index_add_(0, cell, torch.ones_like(labels))
-        for k, counts in self.right.items():
-            counts.view(-1).index_add_(0, cell, metrics.topk_hits(logits, labels, k).long())
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return super().pairs(batch) if self.pairing is None else self.pairing.of(batch.indices)
 
-    def tables(self) -> dict[str, Tensor]:
-        """All counts by name: ``seen``, ``top1``, ``top5``."""
-        return {"seen": self.seen, **{f"top{k}": counts for k, counts in self.right.items()}}
+    def begin(self, chunk: Chunk) -> None:
+        self._labels = chunk.labels.to(chunk.original.device, non_blocking=True)
+        self._count("original_", chunk.original, self._labels, torch.zeros_like(self._labels))
 
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        device = pairs.logits.device
+        self._count("", pairs.logits, self._labels[pairs.image.to(device)], pairs.row.to(device))
 
-def accuracies(seen: Tensor, top1: Tensor, top5: Tensor, classes: Tensor) -> dict[str, Tensor]:
-    return {
-        "acc_r": metrics.accuracy_retain(top1, seen, classes),
-        "acc_f": metrics.accuracy_forget(top1, seen, classes),
-        "acc_r_top5": metrics.accuracy_retain(top5, seen, classes),
-        "acc_f_top5": metrics.accuracy_forget(top5, seen, classes),
-    }
-
-
-def zrf_per_class(divergence: list[Tensor], own_class: Tensor, classes: Tensor) -> Tensor:
-    """1 - mean divergence over the samples of each class, ``[R]``."""
-    size = int(classes.max()) + 1
-    total = torch.zeros(size, dtype=torch.float64).index_add_(0, own_class, torch.cat(divergence))
-    return 1 - (total / torch.bincount(own_class, minlength=size))[classes]
+    def _count(self, prefix: str, logits: Tensor, labels: Tensor, row: Tensor) -> None:
+        hits = {
+            "seen": torch.ones_like(labels),
+            "top1": metrics.topk_hits(logits, labels, 1).long(),
+            "top5": metrics.topk_hits(logits, labels, metrics.TOP_K).long(),
+        }
+        for name, counted in hits.items():
+            table = self.tables[prefix + name]
+            table.view(-1).index_add_(0, row * table.shape[1] + labels, counted)

@@ -14,16 +14,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from wfnet.evaluation.attribution import AttributionResult
 from wfnet.evaluation.groups import GroupResult
-from wfnet.evaluation.results import EvaluationResult, base_name
+from wfnet.evaluation.relearning import RelearnResult
+from wfnet.evaluation.results import EvaluationResult, Scores, base_name, padded
 from wfnet.services.files import write_json, write_text
 from wfnet.services.records import write_csv
-
-if TYPE_CHECKING:
-    from wfnet.evaluation.attribution import AttributionResult
-    from wfnet.evaluation.relearning import RelearnResult
 
 FORMAT = 1
 # Rows of the tables in their order; other baselines stand before the last one.
@@ -37,30 +35,16 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """A network of the paper.
-
-    Attributes:
-        pattern: the last part of a model's name, without sizes of patches and images.
-        name: as in the published cells.
-        millions: ranges in which its number of parameters lies, whatever its head and first layer:
-            a narrower network of the same name is another one.
-    """
-
-    pattern: str
-    name: str
-    millions: tuple[tuple[float, float], ...]
-
-
-_BACKBONES = (
-    Backbone(r"resnet18", "resnet18", ((11.1, 11.8),)),
-    Backbone(r"resnet50", "resnet50", ((23.4, 25.7),)),
-    Backbone(r"resnet101", "resnet101", ((42.4, 44.7),)),
-    Backbone(r"vgg16(_bn)?", "vgg16", ((14.6, 14.8), (134.2, 138.5))),
-    Backbone(r"(vit|deit)_t(iny|i)?(_.*)?", "vit_tiny", ((5.3, 5.8),)),
-    Backbone(r"(vit|deit)_s(mall)?(_.*)?", "vit_small", ((21.2, 22.2),)),
-)
+# The last part of a model's name -> the backbone in the published cells, and the millions of
+# parameters that it has, whatever its head and first layer: a narrower network is another one.
+_BACKBONES = {
+    r"resnet18": ("resnet18", (11.1, 11.8)),
+    r"resnet50": ("resnet50", (23.4, 25.7)),
+    r"resnet101": ("resnet101", (42.4, 44.7)),
+    r"vgg16(_bn)?": ("vgg16", (14.6, 14.8), (134.2, 138.5)),
+    r"(vit|deit)_t(iny|i)?(_.*)?": ("vit_tiny", (5.3, 5.8)),
+    r"(vit|deit)_s(mall)?(_.*)?": ("vit_small", (21.2, 22.2)),
+}
 
 
 @cache
@@ -80,10 +64,10 @@ def published_cell(data: str | None, name: str, parameters: int) -> str | None:
         parameters: how many the network has.
     """
     last = name.rpartition("/")[2].partition(".")[0]
-    for backbone in _BACKBONES:
-        if re.fullmatch(backbone.pattern, last):
-            fits = any(low <= parameters / 1e6 <= high for low, high in backbone.millions)
-            cell = f"{data}/{backbone.name}"
+    for pattern, (backbone, *millions) in _BACKBONES.items():
+        if re.fullmatch(pattern, last):
+            fits = any(low <= parameters / 1e6 <= high for low, high in millions)
+            cell = f"{data}/{backbone}"
             return cell if fits and cell in published()["cells"] else None
     return None
 
@@ -155,17 +139,14 @@ class PaperTables:
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """One line per method: ours, then ``published_*``; atomically."""
-        rows = [
-            {
-                "title": self.title,
-                "method": row.method,
-                **{name: _rounded(getattr(row, name)) for name in _VALUES},
-                **{f"published_{name}": value for name, value in row.published.items()},
-            }
-            for row in self.rows
-        ]
+        lines = []
+        for row in self.rows:
+            ours = {name: getattr(row, name) for name in _VALUES}
+            line = {name: round(value, 6) for name, value in ours.items() if value is not None}
+            theirs = {f"published_{name}": value for name, value in row.published.items()}
+            lines.append({"title": self.title, "method": row.method, **line, **theirs})
         columns = ["title", "method", *_VALUES, *(f"published_{name}" for name in _VALUES)]
-        write_csv(path, rows, columns)
+        write_csv(path, lines, columns)
 
     def to_markdown(self, path: str | os.PathLike) -> None:
         """The tables as Markdown, atomically."""
@@ -173,75 +154,75 @@ class PaperTables:
 
     def markdown(self) -> str:
         """The tables as Markdown, readable in a terminal too."""
-        sections = [f"### {self.title}", "", *self._table1()]
-        if any(row.insertion is not None or "insertion" in row.published for row in self.rows):
-            sections += ["", *self._table2()]
-        if self.groups:
-            sections += ["", *self._table3()]
-        return "\n".join([*sections, "", *self._notes(), ""])
-
-    def _table1(self) -> list[str]:
         timed = any(row.rt is not None for row in self.rows)
-        header = ["Table 1", "Acc_r", "Acc_f", "ZRF"]
+        tables = [self._table1(timed)]
+        if any(row.insertion is not None or "insertion" in row.published for row in self.rows):
+            tables.append(self._table2())
+        if self.groups:
+            tables.append(self._table3())
+        sections = [f"### {self.title}", *(_aligned(table) for table in tables)]
+        return "\n\n".join([*sections, "\n".join(self._notes(timed))]) + "\n"
+
+    def _table1(self, timed: bool) -> list[list[str]]:
+        table = [["Table 1", "Acc_r", "Acc_f", "ZRF"]]
         if timed:
-            header += ["RT", f"RT within {100 * (self.tolerance or 0):g} points"]
+            table[0] += ["RT", f"RT within {100 * (self.tolerance or 0):g} points"]
         beside = any(row.published for row in self.rows)
         if beside:
-            header.append("published: Acc_r / Acc_f / ZRF / RT")
-        lines = []
+            table[0].append("published: Acc_r / Acc_f / ZRF / RT")
         for row in self.rows:
-            cells = [_title(row.method), *(_percent(v) for v in (row.acc_r, row.acc_f, row.zrf))]
+            cells = [_title(row.method), *_numbers(vars(row), ("acc_r", "acc_f", "zrf"), ".2f")]
             if timed:
-                cells += [_epochs(row.rt, row.rt_never)]
-                cells += [_epochs(row.rt_tolerant, row.rt_tolerant_never)]
+                cells.append(_epochs(row.rt, row.rt_never, ".1f"))
+                cells.append(_epochs(row.rt_tolerant, row.rt_tolerant_never, ".1f"))
+            theirs = row.published
             if beside:
-                cells.append(_published1(row.published))
-            lines.append(cells)
-        return _aligned(header, lines)
+                published = _numbers(theirs, ("acc_r", "acc_f", "zrf"), "g")
+                published.append(_epochs(theirs.get("rt"), theirs.get("rt_never"), "g"))
+                cells.append(" / ".join(published) if theirs else "-")
+            table.append(cells)
+        return table
 
-    def _table2(self) -> list[str]:
-        header = ["Table 2", "insertion", "deletion", "random order: insertion", "deletion"]
+    def _table2(self) -> list[list[str]]:
+        names = ("insertion", "deletion", "insertion_random", "deletion_random")
+        table = [["Table 2", "insertion", "deletion", "random order: insertion", "deletion"]]
         beside = any("insertion" in row.published for row in self.rows)
         if beside:
-            header.append("published: insertion / deletion")
-        lines = []
+            table[0].append("published: insertion / deletion")
         for row in self.rows:
             if row.insertion is None and "insertion" not in row.published:
                 continue
-            values = (row.insertion, row.deletion, row.insertion_random, row.deletion_random)
-            cells = [_title(row.method), *("-" if v is None else f"{v:.3f}" for v in values)]
+            cells = [_title(row.method), *_numbers(vars(row), names, ".3f")]
             if beside:
-                theirs = (row.published.get(name) for name in ("insertion", "deletion"))
-                cells.append(" / ".join("-" if v is None else f"{v:.2f}" for v in theirs))
-            lines.append(cells)
-        return _aligned(header, lines)
+                cells.append(" / ".join(_numbers(row.published, names[:2], ".2f")))
+            table.append(cells)
+        return table
 
-    def _table3(self) -> list[str]:
-        header = [
-            "several classes at once",
-            "groups",
-            "Acc_r",
-            "original",
-            "Acc_f",
-            "original",
-            "worst class",
+    def _table3(self) -> list[list[str]]:
+        table = [
+            [
+                "several classes at once",
+                "groups",
+                "Acc_r",
+                "original",
+                "Acc_f",
+                "original",
+                "worst class",
+            ]
         ]
-        lines = []
+        names = ("acc_r", "original_acc_r", "acc_f", "original_acc_f", "acc_f_worst")
         for group in self.groups:
-            mean = group["mean"]
-            names = ("acc_r", "original_acc_r", "acc_f", "original_acc_f", "acc_f_worst")
             label = "pairs" if group["size"] == 2 else f"groups of {group['size']}"
-            lines.append(
-                [label, str(group["groups"]), *(_percent(100 * mean[name]) for name in names)]
-            )
-        return _aligned(header, lines)
+            percent = {name: 100 * value for name, value in group["mean"].items()}
+            table.append([label, str(group["groups"]), *_numbers(percent, names, ".2f")])
+        return table
 
-    def _notes(self) -> list[str]:
+    def _notes(self, timed: bool) -> list[str]:
         notes = [
             "Acc_r, Acc_f and ZRF in %, means over classes; ZRF with log base "
             f"{base_name(self.zrf_base)}."
         ]
-        if any(row.rt is not None for row in self.rows):
+        if timed:
             notes.append(
                 "RT in epochs, in parentheses the classes that never came back (they count as the "
                 "cap)."
@@ -282,50 +263,37 @@ def make_tables(
     cells = published()["cells"]
     if cell is not None and cell not in cells:
         raise ValueError(f"nothing was published for {cell!r}; there is {', '.join(cells)}")
-    theirs = {} if cell is None else cells[cell]
-    rows = {
-        "original": TableRow("original", **_accuracies(evaluation.original)),
-        "wfnet": TableRow(
-            "wfnet",
-            **_accuracies(evaluation.mean),
-            **_times(relearning),
-            **({} if attribution is None else attribution.mean),
-        ),
-    }
-    check_baselines(
-        baselines,
-        evaluation.zrf_base,
-        evaluation.settings.get("zrf_mode", "definition"),
-        None if relearning is None else asdict(relearning.config),
-    )
+    theirs = cells.get(cell, {})
+    timed = None if relearning is None else relearning.as_dict()
     settings: dict[str, Any] = {"evaluation": evaluation.settings}
-    if relearning is not None:
-        settings["relearning"] = asdict(relearning.config)
+    if timed is not None:
+        settings["relearning"] = timed["config"]
     if attribution is not None:
         settings["attribution"] = attribution.settings
+    zrf_mode = evaluation.settings.get("zrf_mode", "definition")
+    check_baselines(baselines, evaluation.zrf_base, zrf_mode, settings.get("relearning"))
+    areas = {} if attribution is None else attribution.mean
+    values = {
+        "original": _accuracies(evaluation.original),
+        "wfnet": {**_accuracies(evaluation.mean), **_times(timed), **areas},
+    }
     for baseline in baselines:
-        method = baseline["method"]
-        found = EvaluationResult.from_dict(baseline["evaluation"])
-        timed = baseline["relearning"]
-        times = {}
-        if timed is not None:
-            times = _time_values(timed["mean"], timed["mean_tolerant"])
-            settings.setdefault("relearning", timed["config"])
-        rows[method] = TableRow(method, **_accuracies(found.mean), **times)
+        method, found = baseline["method"], EvaluationResult.from_dict(baseline["evaluation"])
+        values[method] = {**_accuracies(found.mean), **_times(baseline["relearning"])}
+        if baseline["relearning"] is not None:
+            settings.setdefault("relearning", baseline["relearning"]["config"])
         settings[method] = {**baseline["settings"], "classes": found.settings["classes"]}
-    for method in theirs:
-        rows.setdefault(method, TableRow(method))
-    first = [method for method in TITLES if method != "wfnet"]
-    first += [method for method in rows if method not in TITLES]
-    ordered = [rows[method] for method in (*first, "wfnet") if method in rows]
+    known = [*values, *theirs]
+    methods = [method for method in TITLES if method in known and method != "wfnet"]
+    methods += [method for method in dict.fromkeys(known) if method not in TITLES]
     return PaperTables(
         title=title,
         cell=cell,
         zrf_base=evaluation.zrf_base,
         tolerance=settings.get("relearning", {}).get("tolerance"),
         rows=[
-            TableRow(**{**vars(row), "published": dict(theirs.get(row.method, {}))})
-            for row in ordered
+            TableRow(method, **values.get(method, {}), published=dict(theirs.get(method, {})))
+            for method in (*methods, "wfnet")
         ],
         groups=[result.as_dict() for result in groups],
         settings=settings,
@@ -374,52 +342,34 @@ def _title(method: str) -> str:
     return TITLES.get(method, method.replace("_", " "))
 
 
-def _accuracies(scores: Any) -> dict[str, float]:
+def _accuracies(scores: Scores) -> dict[str, float]:
     return {name: 100 * getattr(scores, name) for name in ("acc_r", "acc_f", "zrf")}
 
 
-def _times(result: RelearnResult | None) -> dict[str, float]:
-    if result is None:
+def _times(timed: Mapping[str, Any] | None) -> dict[str, float]:
+    """Relearn times of a row, from a result's dictionary."""
+    if timed is None:
         return {}
-    content = result.as_dict()
-    return _time_values(content["mean"], content["mean_tolerant"])
-
-
-def _time_values(exact: Mapping[str, float], tolerant: Mapping[str, float]) -> dict[str, float]:
     return {
-        "rt": exact["epochs"],
-        "rt_never": exact["never"],
-        "rt_tolerant": tolerant["epochs"],
-        "rt_tolerant_never": tolerant["never"],
+        "rt": timed["mean"]["epochs"],
+        "rt_never": timed["mean"]["never"],
+        "rt_tolerant": timed["mean_tolerant"]["epochs"],
+        "rt_tolerant_never": timed["mean_tolerant"]["never"],
     }
 
 
-def _rounded(value: float | None) -> float | str:
-    return "" if value is None else round(value, 6)
+def _numbers(values: Mapping[str, float | None], names: Sequence[str], form: str) -> list[str]:
+    found = (values.get(name) for name in names)
+    return ["-" if value is None else format(value, form) for value in found]
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _epochs(mean: float | None, never: int | None, form: str) -> str:
+    return "-" if mean is None else f"{mean:{form}} ({never:g})"
 
 
-def _epochs(mean: float | None, never: int | None) -> str:
-    return "-" if mean is None else f"{mean:.1f} ({never})"
-
-
-def _published1(values: Mapping[str, float]) -> str:
-    cells = [f"{values[name]:g}" if name in values else "-" for name in ("acc_r", "acc_f", "zrf")]
-    cells.append(f"{values['rt']:g} ({values['rt_never']:g})" if "rt" in values else "-")
-    return " / ".join(cells) if values else "-"
-
-
-def _aligned(header: list[str], lines: list[list[str]]) -> list[str]:
+def _aligned(table: list[list[str]]) -> str:
     """A Markdown table whose columns are as wide as their widest cell; numbers to the right."""
-    widths = [max(len(row[i]) for row in (header, *lines)) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        padded = [cells[0].ljust(widths[0])]
-        padded += [cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)]
-        return f"| {' | '.join(padded)} |"
-
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return [line(header), f"| {' | '.join(rule)} |", *(line(cells) for cells in lines)]
+    lines = [padded(cells, widths) for cells in table]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))

@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import safetensors
 import torch
@@ -23,9 +24,11 @@ from wfnet.data.multi_hot import multi_hot_of
 from wfnet.network import WFNet
 from wfnet.services.files import fingerprint, read_tensors, write_json, write_tensors
 from wfnet.services.ranks import Ranks
+from wfnet.services.records import check_format, read_json
 
 FORMAT = 1
 _SAVE_EVERY = 30.0  # seconds between two files of counts
+Record = TypeVar("Record")
 
 
 class PartialResults:
@@ -33,68 +36,66 @@ class PartialResults:
 
     Args:
         path: the file; None keeps records in memory only.
-        identity: what the records depend on, by name: digests of network and data, settings. A
-            file that was written for another identity is refused.
-
-    Attributes:
-        records: what is known so far, by key, in the order in which it was added.
+        identity: gives what the records depend on, by name: digests of network and data, settings.
 
     Raises:
         ValueError: if the file is damaged, or holds records of something else.
     """
 
-    def __init__(self, path: str | os.PathLike | None, identity: Mapping[str, Any]):
+    def __init__(self, path: str | os.PathLike | None, identity: Callable[[], Mapping[str, Any]]):
         self.path = None if path is None else Path(path)
-        self.identity = json.loads(json.dumps(dict(identity)))
+        self.identity = {} if path is None else json.loads(json.dumps(identity()))
         self.records: dict[str, Any] = {}
         if self.path is not None and self.path.is_file():
-            self.records = self._read()
+            what = "what is known of an unfinished evaluation"
+            found, self.records = read_json(self.path, _content, what, "delete it to evaluate anew")
+            check_identity(self.path, found, self.identity)
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self.path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']}, this version reads {FORMAT}")
-            identity, records = dict(content["identity"]), dict(content["records"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.path} is damaged ({error}); delete it to evaluate anew"
-            ) from error
-        check_identity(self.path, identity, self.identity)
-        return records
+    def left(self, keys: Iterable[Any]) -> list[Any]:
+        """The keys without a record."""
+        return [key for key in keys if str(key) not in self.records]
 
-    def __contains__(self, key: object) -> bool:
-        return str(key) in self.records
-
-    def __getitem__(self, key: object) -> Any:
-        return self.records[str(key)]
-
-    def add(self, key: object, record: Any) -> None:
+    def add(self, key: Any, record: Any) -> None:
         """Keeps ``record``, anything that JSON can hold, and writes the file."""
         self.records[str(key)] = record
         if self.path is not None:
             content = {"format": FORMAT, "identity": self.identity, "records": self.records}
             write_json(self.path, content)
 
+    def complete(
+        self,
+        keys: Sequence[Any],
+        kind: type[Record],
+        make: Callable[[list[Any]], Iterable[Record]],
+        together: int = 1,
+    ) -> list[Record]:
+        """Returns a record for each key: those of the file, and new ones of the others.
 
-class Counts(Protocol):
-    """What is counted: a measure whose state are tensors."""
+        Args:
+            kind: dataclass of a record.
+            make: gives the records of up to ``together`` keys; each is kept at once.
+        """
+        left = self.left(keys)
+        for start in range(0, len(left), together):
+            part = left[start : start + together]
+            for key, record in zip(part, make(part), strict=True):
+                self.add(key, asdict(record))
+        return [kind(**self.records[str(key)]) for key in keys]
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that was counted, by name."""
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what :meth:`state` gave."""
+def _content(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    check_format(content, FORMAT)
+    return dict(content["identity"]), dict(content["records"])
 
 
 class PartialCounts:
-    """The counts over the images seen so far, in one file that is replaced atomically.
+    """Tables over the images seen so far, in one file that is replaced atomically.
 
     Args:
         path: the file; with several ranks each has its own beside it.
-        identity: what the counts depend on; a file of another identity is refused.
-        counts: filled by :meth:`load`, and saved.
-        corrupt: images that were left out, saved with the counts.
+        identity: what the tables depend on.
+        tables: filled by :meth:`load`, and saved.
+        corrupt: images that were left out, saved with the tables.
         ranks: processes that share the images.
     """
 
@@ -102,19 +103,18 @@ class PartialCounts:
         self,
         path: str | os.PathLike,
         identity: Mapping[str, Any],
-        counts: Counts,
+        tables: dict[str, Tensor],
         corrupt: CorruptImages,
         ranks: Ranks,
     ):
-        self.path, self.counts, self.corrupt = Path(path), counts, corrupt
+        self.path, self.tables, self.corrupt = Path(path), tables, corrupt
         if not ranks.alone:
-            name = f"{self.path.stem}-{ranks.rank}-of-{ranks.size}{self.path.suffix}"
-            self.path = self.path.with_name(name)
-        self.identity = json.loads(json.dumps(dict(identity)))
+            self.path = self.path.with_stem(f"{self.path.stem}-{ranks.rank}-of-{ranks.size}")
+        self.identity = json.loads(json.dumps(identity))
         self.saved = time.perf_counter()
 
     def load(self) -> int:
-        """Fills the counts; returns the position of the first image that they have not seen.
+        """Fills the tables; returns the position of the first image that they have not seen.
 
         Raises:
             ValueError: if the file is damaged or of something else.
@@ -126,52 +126,42 @@ class PartialCounts:
             metadata = file.metadata() or {}
         try:
             state = json.loads(metadata["state"])
-            position, found = int(state["position"]), dict(state["corrupt"])
-            check_identity(self.path, dict(state["identity"]), self.identity)
-            self.counts.load_state(tensors)
+            check_identity(self.path, state["identity"], self.identity)
+            for name, table in self.tables.items():
+                table.copy_(tensors[name])
+            self.corrupt.found.update(state["corrupt"])
+            return int(state["position"])
         except (KeyError, TypeError, RuntimeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{self.path} is damaged ({error}); delete it to evaluate anew"
             ) from error
-        self.corrupt.found.update(found)
-        return position
 
-    def save_now_and_then(self, position: int) -> None:
-        """Saves the counts of the images before ``position``, at most twice a minute."""
-        if time.perf_counter() - self.saved >= _SAVE_EVERY:
-            self.save(position)
-
-    def save(self, position: int) -> None:
-        """Writes the counts of the images before ``position``."""
-        state = {
-            "identity": self.identity,
-            "position": position,
-            "corrupt": self.corrupt.found,
-        }
-        write_tensors(self.path, self.counts.state(), {"state": json.dumps(state)})
-        self.saved = time.perf_counter()
+    def save(self, position: int, now: bool = False) -> None:
+        """Writes the tables of the images before ``position``: now, or at most twice a minute."""
+        if now or time.perf_counter() - self.saved >= _SAVE_EVERY:
+            state = {
+                "identity": self.identity,
+                "position": position,
+                "corrupt": self.corrupt.found,
+            }
+            write_tensors(self.path, self.tables, {"state": json.dumps(state)})
+            self.saved = time.perf_counter()
 
 
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError unless the records in ``path`` are of what is evaluated now."""
     for name in {**found, **wanted}:
         before, now = found.get(name), wanted.get(name)
-        if before != now:
-            if isinstance(before, dict) and isinstance(now, dict):  # only what differs is shown
-                differing = {key for key in before | now if before.get(key) != now.get(key)}
-                before = {key: before.get(key) for key in sorted(differing)}
-                now = {key: now.get(key) for key in sorted(differing)}
-            raise ValueError(
-                f"{path} holds records of other {name} ({_shown(before)}, now {_shown(now)}); "
-                "give the same again to go on, delete it to evaluate anew, or choose another output"
-            )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_shown(item)}" for name, item in value.items())
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 20 else f"{text[:12]}..."
+        if before == now:
+            continue
+        which = ""
+        if isinstance(before, dict) and isinstance(now, dict):
+            differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            which = f" ({', '.join(f'{key} {before.get(key)}' for key in differing)})"
+        raise ValueError(
+            f"{path} holds records of other {name}{which}; give the same again to go on, delete it "
+            "to evaluate anew, or choose another output"
+        )
 
 
 def network_identity(net: WFNet) -> dict[str, str]:

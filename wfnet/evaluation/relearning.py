@@ -14,18 +14,18 @@ filters were learned. ``batch_norm="frozen"`` measures how soon the weights rele
 from __future__ import annotations
 
 import copy
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, corrupt_counter, labels_of
+from wfnet.data import Dataset, batches, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
 from wfnet.head import first_output
@@ -132,14 +132,13 @@ class RelearnResult:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        (exact, never), (tolerant, never_tolerant) = self.mean, self.mean_tolerant
+        content = asdict(self)
         return {
             "units": "epochs; accuracies are fractions",
-            "mean": {"epochs": exact, "never": never},
-            "mean_tolerant": {"epochs": tolerant, "never": never_tolerant},
-            "config": asdict(self.config),
-            "seconds": self.seconds,
-            "classes": [asdict(record) for record in self.records],
+            "mean": dict(zip(("epochs", "never"), self.mean, strict=True)),
+            "mean_tolerant": dict(zip(("epochs", "never"), self.mean_tolerant, strict=True)),
+            "classes": content.pop("records"),
+            **content,
         }
 
 
@@ -150,12 +149,8 @@ def relearn_times(
     original: nn.Module | None = None,
     classes: Sequence[int] | None = None,
     config: RelearnConfig | None = None,
-    pool: Callable[[int], Tensor] | None = None,
-    records: str | os.PathLike | None = None,
-    identity: dict[str, str] | None = None,
-    progress: bool = True,
-    workers: int = 0,
-    max_corrupt: int | CorruptImages | None = None,
+    options: RunOptions | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> RelearnResult:
     """Relearns every class, each from its own unlearned model.
 
@@ -169,71 +164,52 @@ def relearn_times(
         original: the original network, a plain classifier; known from a filtered network.
         classes: to be relearned; all by default.
         config: settings.
-        pool: positions in ``train`` from which a class may be relearned, as a function of the class
-            (retained images only, a few of the forgotten class, ...); all images by default.
-        records: JSON file in which finished classes are kept: an interrupted call goes on there.
+        options: of them progress, workers and ``max_corrupt`` are used, and ``records``: a JSON
+            file with finished classes.
         identity: what ``records`` depends on besides data and settings; known for a filtered
             network.
-        progress: show a bar on a terminal.
-        workers, max_corrupt: as in :func:`wfnet.data.batches`.
 
     Raises:
         ValueError: before work starts, for data or classes that do not fit, or a file of something
             else in ``records``.
     """
-    config = config or RelearnConfig()
+    config, options = config or RelearnConfig(), options or RunOptions()
+    labels, names = labels_of(test), classes_of(test)
+    unlearned, num_classes = models, len(names)
     if isinstance(models, WFNet):
-        num_classes = models.num_classes
-        identity = identity or (network_identity(models) if records else {})
+        unlearned, num_classes = models.bake, models.num_classes
         original = original or models.bake(None)
-        unlearned: Callable[[int], nn.Module] = models.bake
-    else:
-        if original is None:
-            raise ValueError(
-                "relearning needs the original network, whose accuracy is to be regained: pass "
-                "original="
-            )
-        num_classes = len(classes_of(test))
-        unlearned = models
-    labels = labels_of(test)
+    if original is None:
+        raise ValueError(
+            "relearning needs the original network, whose accuracy is to be regained: pass "
+            "original="
+        )
     rows = check_classes(classes, labels, num_classes).tolist()
-    names = classes_of(test)
     check_classes(rows, labels_of(train), num_classes)
-    corrupt = corrupt_counter(train, max_corrupt)
+    options = replace(options, max_corrupt=corrupt_counter(train, options.max_corrupt))
     kept = PartialResults(
-        records,
-        {
-            **(identity or {}),
+        options.records,
+        lambda: {
+            **(network_identity(models) if isinstance(models, WFNet) else identity or {}),
             **data_identity(train, "training data"),
             **data_identity(test, "test data"),
             "settings": asdict(config),
-        }
-        if records
-        else {},
+        },
     )
     started = time.perf_counter()
-    bar = Progress(len(rows), "relearning", progress, unit="class")
-    for label in rows:
-        if label not in kept:
-            images = _images_of(test, (labels == label).nonzero().flatten(), workers, corrupt)
-            record = relearn(
-                unlearned(label),
-                train,
-                images,
-                label,
-                _accuracy(original, images, label),
-                config,
-                None if pool is None else pool(label),
-                name=names[label],
-                workers=workers,
-                max_corrupt=corrupt,
-            )
-            kept.add(label, asdict(record))
-        bar.update(1)
-    bar.close()
-    known = {field.name for field in fields(RelearnRecord)}
-    found = [RelearnRecord(**{name: kept[label][name] for name in known}) for label in rows]
-    return RelearnResult(found, config, time.perf_counter() - started)
+
+    def make(part: list[int]) -> Iterator[RelearnRecord]:
+        for label in part:
+            images = _images_of(test, (labels == label).nonzero().flatten(), options)
+            accuracy = _accuracy(original, images, label)
+            model = unlearned(label)
+            yield relearn(model, train, images, label, accuracy, config, names[label], options)
+            bar.update(1)
+
+    done = len(rows) - len(kept.left(rows))
+    with Progress(len(rows), "relearning", options.progress, done=done, unit="class") as bar:
+        records = kept.complete(rows, RelearnRecord, make)
+    return RelearnResult(records, config, time.perf_counter() - started)
 
 
 def relearn(
@@ -243,10 +219,8 @@ def relearn(
     label: int,
     original: float,
     config: RelearnConfig,
-    pool: Tensor | None = None,
     name: str = "",
-    workers: int = 0,
-    max_corrupt: int | CorruptImages | None = None,
+    options: RunOptions | None = None,
 ) -> RelearnRecord:
     """Fine-tunes a copy of ``model`` until it knows class ``label`` as well as before.
 
@@ -257,18 +231,17 @@ def relearn(
         label: the class.
         original: accuracy on ``images`` that is to be regained.
         config: settings.
-        pool: positions in ``train`` that may be drawn; all by default.
         name: of the class, for the record.
-        workers, max_corrupt: as in :func:`wfnet.data.batches`.
+        options: workers and ``max_corrupt``.
 
     Raises:
-        ValueError: for an empty pool, or no test images.
+        ValueError: for fewer than two training images, or no test images.
     """
-    pool = torch.arange(len(train)) if pool is None else pool
-    if len(pool) < 2 or len(images) == 0:
+    options = options or RunOptions()
+    if len(train) < 2 or len(images) == 0:
         raise ValueError(
             f"relearning class {label} needs at least 2 training images and 1 test image; got "
-            f"{len(pool)} and {len(images)}"
+            f"{len(train)} and {len(images)}"
         )
     model = copy.deepcopy(model).requires_grad_(True)
     device = next(model.parameters()).device
@@ -278,18 +251,17 @@ def relearn(
         torch.manual_seed(config.seed)
         while accuracy[-1] < original and len(accuracy) <= config.max_epochs:
             generator = generator_for(config.seed, 7, label, len(accuracy))
-            drawn = pool[torch.randperm(len(pool), generator=generator)[: config.samples]]
+            drawn = torch.randperm(len(train), generator=generator)[: config.samples]
             model.train(config.batch_norm == "train")
             order = [part for part in drawn.split(config.batch_size) if len(part) > 1]
-            start = (len(accuracy) - 1) * len(order)
             stream = batches(
                 train,
                 order,
-                workers,
-                max_corrupt,
-                device.type == "cuda",
-                config.seed,
-                start,
+                options.workers,
+                options.max_corrupt,
+                pin_memory=device.type == "cuda",
+                seed=config.seed,
+                start=(len(accuracy) - 1) * len(order),
                 replace_corrupt=True,
             )
             for batch in stream:
@@ -335,15 +307,14 @@ def _accuracy(model: nn.Module, images: Tensor, label: int) -> float:
     return hits / len(images)
 
 
-def _images_of(dataset: Dataset, positions: Tensor, workers: int, corrupt: CorruptImages) -> Tensor:
+def _images_of(dataset: Dataset, positions: Tensor, options: RunOptions) -> Tensor:
     """``[n, C, H, W]``: the readable images at ``positions``."""
-    parts = [
-        batch.images
-        for batch in batches(dataset, positions.split(_EVALUATED_TOGETHER), workers, corrupt)
-    ]
-    if not parts:
+    parts = positions.split(_EVALUATED_TOGETHER)
+    stream = batches(dataset, parts, options.workers, options.max_corrupt)
+    images = [batch.images for batch in stream]
+    if not images:
         raise ValueError(
             f"class {int(labels_of(dataset)[positions[0]])} has no readable test image; repair "
             "the images, or leave it out of classes="
         )
-    return torch.cat(parts)
+    return torch.cat(images)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from wfnet.services.files import write_json
 from wfnet.services.records import check_format, read_json, write_csv
 
 FORMAT = 1
+_LABEL_WIDTH = 28
 
 
 @dataclass(frozen=True)
@@ -187,79 +190,84 @@ class EvaluationResult:
             max_rows: with more classes than that, the middle is left out and the classes that
                 came out worst and best are listed below.
         """
-        return _table(self, max_rows)
+        columns = {"acc_r": "Acc_r", "acc_f": "Acc_f"}
+        if self.settings["num_classes"] > metrics.TOP_K:
+            columns |= {"acc_r_top5": "Acc_r@5", "acc_f_top5": "Acc_f@5"}
+        columns["zrf"] = "ZRF"
 
+        def line(label: str, images: int, scores: Scores, *before: float) -> list[str]:
+            values = [*(getattr(scores, name) for name in columns), *before]
+            return [label, str(images), *(f"{100 * value:.2f}" for value in values)]
 
-def _table(result: EvaluationResult, max_rows: int) -> str:
-    records = result.records
-    top5 = result.settings["num_classes"] > metrics.TOP_K
-    columns = ["Acc_r", "Acc_f", *(["Acc_r@5", "Acc_f@5"] if top5 else []), "ZRF"]
-    header = ["class", "images", *columns, "Acc_r before", "Acc_f before"]
-    width = min(28, max([len("original network"), *(len(_label(r)) for r in records)]))
+        def lines(records: list[ClassRecord]) -> list[list[str]]:
+            return [
+                line(_label(r), r.n_forget, r, r.original_acc_r, r.original_acc_f) for r in records
+            ]
 
-    def line(label: str, images: str, scores: Scores, before: tuple[str, str]) -> list[str]:
-        shown = [scores.acc_r, scores.acc_f]
-        shown += [scores.acc_r_top5, scores.acc_f_top5] if top5 else []
-        cells = [f"{100 * value:.2f}" for value in (*shown, scores.zrf)]
-        return [_shorten(label, width), images, *cells, *before]
-
-    def class_line(record: ClassRecord) -> list[str]:
-        before = (f"{100 * record.original_acc_r:.2f}", f"{100 * record.original_acc_f:.2f}")
-        return line(_label(record), str(record.n_forget), record, before)
-
-    def gap(record: ClassRecord) -> float:
-        return record.acc_r - record.original_acc_r
-
-    elided = len(records) > max_rows
-    shown = max(1, max_rows // 4)
-    sections: list[list[str] | str] = [header, "-"]
-    if not elided:
-        sections += [class_line(record) for record in records]
-    else:
-        sections += [class_line(record) for record in records[:shown]]
-        sections.append(f"... {len(records) - 2 * shown:,} more classes (all are in the CSV) ...")
-        sections += [class_line(record) for record in records[-shown:]]
-        listed = max(1, shown // 2)
-        by_gap = sorted(records, key=gap)
-        by_forget = sorted(records, key=lambda r: (-r.acc_f, gap(r)))
-        sections += ["-", "forgotten worst (highest Acc_f):"]
-        sections += [class_line(record) for record in by_forget[:listed]]
-        sections.append("retained worst (largest drop of Acc_r):")
-        sections += [class_line(record) for record in by_gap[:listed]]
-        sections.append("best (lowest Acc_f, then least drop of Acc_r):")
-        best = sorted(records, key=lambda r: (r.acc_f, -gap(r)))
-        sections += [class_line(record) for record in best[:listed]]
-    images = str(sum(record.n_forget for record in records))
-    before = (f"{100 * result.original.acc_r:.2f}", f"{100 * result.original.acc_f:.2f}")
-    sections += ["-", line("mean of rows", images, result.mean, before)]
-    sections.append(line("original network", images, result.original, ("", "")))
-
-    rows = [section for section in sections if isinstance(section, list)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = []
-    for section in sections:
-        if section == "-":
-            lines.append("-" * (sum(widths) + 2 * (len(widths) - 1)))
-        elif isinstance(section, str):
-            lines.append(section)
+        parts = [["class", "images", *columns.values(), "Acc_r before", "Acc_f before"], "-"]
+        if len(self.records) <= max_rows:
+            parts += lines(self.records)
         else:
-            cells = [section[0].ljust(widths[0])]
-            cells += [cell.rjust(w) for cell, w in zip(section[1:], widths[1:], strict=True)]
-            lines.append("  ".join(cells).rstrip())
-    lines.append(
-        f"in %; each line is the network that forgets that class; ZRF with log base "
-        f"{base_name(result.zrf_base)}"
-    )
-    return "\n".join(lines)
+            shown = max(1, max_rows // 4)
+            left_out = len(self.records) - 2 * shown
+            parts += lines(self.records[:shown])
+            parts.append(f"... {left_out:,} more classes (all are in the CSV) ...")
+            parts += [*lines(self.records[-shown:]), "-"]
+            for title, key in _EXTREMES.items():
+                most = sorted(self.records, key=key)[: max(1, shown // 2)]
+                parts += [title, *lines(most)]
+        images = sum(record.n_forget for record in self.records)
+        original = self.original
+        parts += [
+            "-",
+            line("mean of rows", images, self.mean, original.acc_r, original.acc_f),
+            [*line("original network", images, original), "", ""],
+            "in %; each line is the network that forgets that class; ZRF with log base "
+            f"{base_name(self.zrf_base)}",
+        ]
+        return aligned(parts)
+
+
+def _gap(record: ClassRecord) -> float:
+    return record.acc_r - record.original_acc_r
+
+
+# What a table of many classes lists below them, and by what they are sorted for it.
+_EXTREMES: dict[str, Callable[[ClassRecord], Any]] = {
+    "forgotten worst (highest Acc_f):": lambda record: (-record.acc_f, _gap(record)),
+    "retained worst (largest drop of Acc_r):": _gap,
+    "best (lowest Acc_f, then least drop of Acc_r):": lambda r: (r.acc_f, -_gap(r)),
+}
 
 
 def _label(record: ClassRecord) -> str:
-    return record.name if record.name == str(record.index) else f"{record.index} {record.name}"
+    text = record.name if record.name == str(record.index) else f"{record.index} {record.name}"
+    return text if len(text) <= _LABEL_WIDTH else text[: _LABEL_WIDTH - 3] + "..."
 
 
-def _shorten(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+def aligned(parts: Sequence[list[str] | str]) -> str:
+    """Lists of cells as columns, the first to the left, others to the right.
+
+    A text stands in a line of its own; "-" is a rule.
+    """
+    rows = [part for part in parts if isinstance(part, list)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for part in parts:
+        if part == "-":
+            part = "-" * (sum(widths) + 2 * (len(widths) - 1))
+        elif isinstance(part, list):
+            part = "  ".join(padded(part, widths)).rstrip()
+        lines.append(part)
+    return "\n".join(lines)
+
+
+def padded(cells: list[str], widths: list[int]) -> list[str]:
+    """Cells of a table's row as wide as their columns: the first to the left, others right."""
+    first, *others = zip(cells, widths, strict=True)
+    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
 
 
 def base_name(base: float) -> str:
+    """The base of a logarithm as text: "e" or its digits."""
     return "e" if base == math.e else f"{base:g}"

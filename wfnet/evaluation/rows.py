@@ -9,31 +9,21 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import Batch, CorruptImages, Dataset, classes_of, labels_of
+from wfnet.data import CorruptImages, Dataset, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.initialisation import reinitialise
-from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs
-from wfnet.evaluation.pairs import (
-    Hits,
-    Pairing,
-    accuracies,
-    check_classes,
-    check_settings,
-    zrf_per_class,
-)
+from wfnet.evaluation.pair_engine import Chunk, PairEngine, Pairs, RunOptions
+from wfnet.evaluation.pairs import HitCounts, Pairing, check_classes, names_of
 from wfnet.evaluation.partial import PartialCounts, data_identity, network_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
 from wfnet.network import WFNet
-from wfnet.pretrained import filters_digest
 from wfnet.services.files import fingerprint
-from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
-from wfnet.version import __version__
+from wfnet.services.settings import check_value
 
 
 def evaluate(
@@ -80,8 +70,7 @@ def evaluate(
         amp_dtype: autocast dtype, for example torch.bfloat16; None for none.
         channels_last: send images in channels-last layout.
         zrf_mode: one of :data:`wfnet.evaluation.metrics.ZRF_MODES`: how other code departs from
-        ZRF's
-            definition, to compare with its numbers.
+            the definition of ZRF, to compare with its numbers.
         records: safetensors file in which the counts so far are kept: an interrupted call goes on
             there, and one that was finished gives its result again. Several ranks have a file each
             beside it.
@@ -96,27 +85,19 @@ def evaluate(
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
-    check_settings(seed, zrf_base, retained_rows, len(rows))
-    if zrf_mode not in metrics.ZRF_MODES:
-        raise ValueError(f"zrf_mode={zrf_mode!r} is not one of {', '.join(metrics.ZRF_MODES)}")
-    if initialised is not None and isinstance(initialised, WFNet):
+    metrics.check_base(zrf_base)
+    check_value("zrf_mode", zrf_mode, tuple(metrics.ZRF_MODES))
+    if isinstance(initialised, WFNet):
         raise ValueError("initialised must be a plain classifier; pass its .bake(None)")
     pairing = Pairing(rows, labels, retained_rows, seed)
-    initial = reinitialise(net, seed) if initialised is None else initialised
-    start = time.perf_counter()
-    engine = PairEngine(
-        net,
-        dataset,
-        batch_size,
-        workers,
-        max_corrupt,
-        amp_dtype,
-        channels_last,
-        beside={"initialised": initial},
-        ranks=ranks,
+    options = RunOptions(
+        batch_size, workers, max_corrupt, amp_dtype, channels_last, progress, records, ranks
     )
+    start = time.perf_counter()
+    initial = reinitialise(net, seed) if initialised is None else initialised
+    engine = PairEngine(net, dataset, options, initial)
     ranks = engine.ranks
-    scores = RowScores(pairing, net.num_classes, engine.device, zrf_base, zrf_mode)
+    scores = RowScores(pairing, labels, net.num_classes, engine.device, zrf_base, zrf_mode)
     kept, position = None, 0
     if records is not None:
         identity = {
@@ -132,31 +113,21 @@ def evaluate(
                 "initialised": "own" if initialised is None else fingerprint(initialised),
             },
         }
-        kept = PartialCounts(records, identity, scores, engine.corrupt, ranks)
+        kept = PartialCounts(records, identity, scores.tables, engine.corrupt, ranks)
         position = kept.load()
     first, last = ranks.range(len(labels))
-    engine.progress = Progress(
-        pairing.pairs * (last - first) // len(labels),
-        "evaluating",
-        progress and ranks.first,
-        done=int(scores.filtered.seen.sum()),
-        unit="samples",
-    )
-    with engine.progress:
-        engine.run(scores, engine.chunks(start=position), kept)
+    total = pairing.pairs * (last - first) // len(labels)
+    with engine.show(total, "evaluating", done=int(scores.tables["seen"].sum())):
+        engine.run(scores, engine.chunks(start=position), counted=kept.save if kept else None)
     if kept is not None:
-        kept.save(last)
-    scores.merge(ranks)
-    engine.corrupt.merge(ranks)
+        kept.save(last, now=True)
+    engine.merge(scores)
+    found = scores.records(names_of(dataset, net.num_classes))
+    counts = scores.counts()
     settings = {
-        "wfnet_version": __version__,
-        "model": type(net.model).__name__,
-        "filters_digest": filters_digest(net),
-        "num_classes": net.num_classes,
-        "classes": "all" if classes is None else rows.tolist(),
-        "images": int(scores.original.seen.sum()),
-        "corrupt_images": len(engine.corrupt.found),
-        "pairs": int(scores.filtered.seen.sum()),
+        **engine.about(None if classes is None else rows),
+        "images": int(counts.original_seen.sum()),
+        "pairs": int(counts.seen.sum()),
         "retained_rows": "all" if retained_rows is None else retained_rows,
         "seed": seed,
         "initialised": "reinitialise(net, seed)" if initialised is None else "given by the caller",
@@ -165,143 +136,106 @@ def evaluate(
         "dtype": str(amp_dtype or engine.forward.dtype).removeprefix("torch."),
         "device": str(engine.device),
     }
-    counts, values = scores.values()
-    return _result(rows, classes_of(dataset), counts, values, zrf_base, settings, start)
+    seconds = time.perf_counter() - start
+    return EvaluationResult.from_records(found, zrf_base, settings, seconds, counts)
 
 
-class RowScores(Measure):
+class RowScores(HitCounts):
     """Hits of every row, and divergences from a new network under each image's own row.
 
     Args:
         pairing: under which rows each image is run.
+        labels: ``[N]``, of the data set.
         num_classes: outputs of the network.
         device: of the network.
         zrf_base, zrf_mode: as in :func:`evaluate`.
-    """
 
-    # Lists that grow by one tensor per chunk, in the order of the images.
-    _PER_IMAGE = ("own_class", "divergence", "original_divergence")
+    Attributes:
+        tables: those of :class:`HitCounts`; ``divergence`` and ``original_divergence [N]`` fp64,
+            0 for images that were not run; ``measured [N]``, 1 for those that were.
+    """
 
     def __init__(
         self,
         pairing: Pairing,
+        labels: Tensor,
         num_classes: int,
         device: torch.device,
         zrf_base: float,
         zrf_mode: str,
     ):
-        self.pairing, self.rows = pairing, pairing.classes
-        self.zrf_base, self.zrf_mode = zrf_base, zrf_mode
-        self.filtered = Hits(len(self.rows), num_classes, device)
-        self.original = Hits(1, num_classes, device)
-        self.own_class: list[Tensor] = []
-        self.divergence: list[Tensor] = []
-        self.original_divergence: list[Tensor] = []
-        # Of the chunk that is run: labels on the device, logits of each image under its own row.
-        self._labels = self._own = torch.empty(0)
-
-    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return self.pairing.of(batch.indices)
+        super().__init__(pairing.classes, num_classes, device, pairing)
+        self.labels, self.zrf_base, self.zrf_mode = labels, zrf_base, zrf_mode
+        for name in ("divergence", "original_divergence", "measured"):
+            self.tables[name] = torch.zeros(len(labels), dtype=torch.float64)
+        self._own = torch.empty(0)  # logits of each image of the chunk under its own row
 
     def begin(self, chunk: Chunk) -> None:
-        self._labels = chunk.labels.to(chunk.original.device, non_blocking=True)
+        super().begin(chunk)
         self._own = torch.full_like(chunk.original, torch.nan)
-        self.original.add(chunk.original, self._labels)
 
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        super().add(chunk, pairs)
         device = pairs.logits.device
-        image, row = pairs.image.to(device), pairs.row.to(device)
-        self.filtered.add(pairs.logits, self._labels[image], row)
         # Found on the host, where the labels are: a device would have to be waited for.
         is_own = self.rows[pairs.row] == chunk.labels[pairs.image]
-        at = is_own.nonzero().squeeze(1).to(device)
-        self._own[image[at]] = pairs.logits[at].to(self._own.dtype)
+        at = is_own.nonzero().squeeze(1)
+        self._own[pairs.image[at].to(device)] = pairs.logits[at.to(device)].to(self._own.dtype)
 
     def end(self, chunk: Chunk) -> None:
-        has_row = self.pairing.position[chunk.labels] >= 0
-        chosen = has_row.to(self._own.device)
-        (new,) = chunk.beside
-        self.own_class.append(chunk.labels[has_row])
-        for kept, logits in (
-            (self.divergence, self._own),
-            (self.original_divergence, chunk.original),
-        ):
-            divergence = metrics.zrf_divergence(
-                logits[chosen], new[chosen], self.zrf_base, self.zrf_mode
+        has_row = self.pairing.has_row[chunk.indices]
+        chosen, place = has_row.to(self._own.device), chunk.indices[has_row]
+        new = chunk.initialised[chosen]
+        self.tables["measured"][place] = 1.0
+        for name, logits in (("divergence", self._own), ("original_divergence", chunk.original)):
+            divergence = metrics.zrf_divergence(logits[chosen], new, self.zrf_base, self.zrf_mode)
+            self.tables[name][place] = divergence.cpu()
+
+    def counts(self) -> PairCounts:
+        """What the accuracies are made of, on the CPU."""
+        tables = {name: table.cpu() for name, table in self.tables.items()}
+        filtered = [tables[name] for name in ("seen", "top1", "top5")]
+        original = [tables[f"original_{name}"][0] for name in ("seen", "top1", "top5")]
+        return PairCounts(self.rows, *filtered, *original)
+
+    def records(self, names: list[str]) -> list[ClassRecord]:
+        """What was found of every row.
+
+        Raises:
+            ValueError: for a class without readable images, or without retained ones.
+        """
+        columns = {}
+        for prefix in ("", "original_"):
+            # The original network has the same counts under every row.
+            seen, top1, top5 = (
+                self.tables[prefix + name].cpu().expand(len(self.rows), -1)
+                for name in ("seen", "top1", "top5")
             )
-            kept.append(divergence.cpu())
+            for suffix, right in (("", top1), ("_top5", top5)):
+                columns[f"{prefix}acc_r{suffix}"] = metrics.accuracy_retain(right, seen, self.rows)
+                columns[f"{prefix}acc_f{suffix}"] = metrics.accuracy_forget(right, seen, self.rows)
+            columns[f"{prefix}zrf"] = self._zrf(self.tables[f"{prefix}divergence"])
+        seen = self.tables["seen"].cpu()
+        columns["n_forget"] = seen.gather(1, self.rows.unsqueeze(1)).squeeze(1)
+        columns["n_retain"] = seen.sum(1) - columns["n_forget"]
+        lost = columns["acc_f"].isnan() | columns["acc_r"].isnan()
+        if lost.any():
+            raise ValueError(
+                f"class {int(self.rows[lost][0])} has no readable image, or no readable retained "
+                "image; repair the images, or leave it out of classes="
+            )
+        values = {name: column.tolist() for name, column in columns.items()}
+        return [
+            ClassRecord(index=label, name=names[label], **{n: v[i] for n, v in values.items()})
+            for i, label in enumerate(self.rows.tolist())
+        ]
 
-    def state(self) -> dict[str, Tensor]:
-        """Everything that was counted, by name."""
-        state = {name: torch.cat(getattr(self, name)) for name in self._PER_IMAGE if self.own_class}
-        for prefix in ("filtered", "original"):
-            tables = getattr(self, prefix).tables()
-            state |= {f"{prefix}.{name}": table for name, table in tables.items()}
-        return state
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        """Takes what :meth:`state` gave."""
-        for prefix in ("filtered", "original"):
-            for name, table in getattr(self, prefix).tables().items():
-                table.copy_(state[f"{prefix}.{name}"])
-        for name in self._PER_IMAGE:
-            setattr(self, name, [state[name]])
-
-    def merge(self, ranks: Ranks) -> None:
-        """Adds up what every rank has counted; the images of lower ranks come first."""
-        if ranks.alone:
-            return
-        for hits in (self.filtered, self.original):
-            for table in hits.tables().values():
-                ranks.add(table)
-        for name in self._PER_IMAGE:
-            own = getattr(self, name)
-            parts = ranks.gather(torch.cat(own).numpy() if own else None)
-            setattr(self, name, [torch.from_numpy(part) for part in parts if part is not None])
-
-    def values(self) -> tuple[PairCounts, dict[str, Tensor]]:
-        """The counts, and ``[R]`` fp64 by name of :class:`ClassRecord`'s measures."""
-        filtered = [table.cpu() for table in self.filtered.tables().values()]
-        original = [table.cpu() for table in self.original.tables().values()]
-        own_class = torch.cat(self.own_class)
-        # The original network has the same counts under every row.
-        before = [table.expand(len(self.rows), -1) for table in original]
-        values = {
-            **accuracies(*filtered, self.rows),
-            "zrf": zrf_per_class(self.divergence, own_class, self.rows),
-            **{f"original_{k}": v for k, v in accuracies(*before, self.rows).items()},
-            "original_zrf": zrf_per_class(self.original_divergence, own_class, self.rows),
-        }
-        return PairCounts(self.rows, *filtered, *(table[0] for table in original)), values
-
-
-def _result(
-    classes: Tensor,
-    names: list[str],
-    counts: PairCounts,
-    values: dict[str, Tensor],
-    zrf_base: float,
-    settings: dict[str, Any],
-    start: float,
-) -> EvaluationResult:
-    lost = values["acc_f"].isnan() | values["acc_r"].isnan()
-    if lost.any():
-        raise ValueError(
-            f"class {int(classes[lost][0])} has no readable image, or no readable retained image; "
-            "repair the images, or leave it out of classes="
+    def _zrf(self, divergence: Tensor) -> Tensor:
+        """1 - mean divergence over the samples of each row's class, ``[R]``."""
+        total, count = (
+            torch.zeros(self.tables["seen"].shape[1], dtype=torch.float64).index_add_(
+                0, self.labels, values
+            )
+            for values in (divergence, self.tables["measured"])
         )
-    n_forget = counts.seen.gather(1, classes.unsqueeze(1)).squeeze(1)
-    n_retain = counts.seen.sum(1) - n_forget
-    columns = {name: column.tolist() for name, column in values.items()}
-    records = [
-        ClassRecord(
-            index=index,
-            name=names[index] if index < len(names) else str(index),
-            n_forget=int(n_forget[i]),
-            n_retain=int(n_retain[i]),
-            **{name: column[i] for name, column in columns.items()},
-        )
-        for i, index in enumerate(classes.tolist())
-    ]
-    seconds = time.perf_counter() - start
-    return EvaluationResult.from_records(records, zrf_base, settings, seconds, counts)
+        return 1 - (total / count)[self.rows]

@@ -13,7 +13,14 @@ from torch import Tensor
 from wfnet.data import Batch, CorruptImages, Dataset, labels_of, limit_per_class
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.evaluation.metrics import average_precision
-from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, all_pairs
+from wfnet.evaluation.pair_engine import (
+    Chunk,
+    Measure,
+    PairEngine,
+    Pairs,
+    RunOptions,
+    all_pairs,
+)
 from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks
@@ -116,17 +123,11 @@ class Validator(ABC):
             FloatingPointError: if logits are NaN or infinite.
         """
         how = self.how
-        engine = PairEngine(
-            net,
-            self.dataset,
-            None,
-            how.workers,
-            how.corrupt,
-            how.amp,
-            how.channels_last,
-            ranks=self.ranks,
-            refuse_broken=False,  # it would wait for the device at every chunk
+        options = RunOptions(
+            None, how.workers, how.corrupt, how.amp, how.channels_last, ranks=self.ranks
         )
+        # To refuse broken logits would wait for the device at every chunk.
+        engine = PairEngine(net, self.dataset, options, refuse_broken=False)
         measure = self.measure()
         chunks = self.ranks.share(self.images.split(self.images_per_pass))
         if not engine.run(measure, chunks, stopped=interrupted):
