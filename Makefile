@@ -40,12 +40,11 @@ test-gpu: ## the tests that need a CUDA device; installs this checkout offline, 
 
 # Results go to $(OUT); those that are committed were written to benchmarks/results.
 OUT ?= runs/bench
-bench: $(READY) ## operators, whole steps, evaluation, data loading and scaling on this CPU (10 minutes)
+bench: $(READY) ## operators, whole steps, evaluation and data loading on this CPU (10 minutes)
 	$(BIN)/python benchmarks/bench_ops.py --layers resnet18.layer1 resnet18.layer4.conv vit_tiny --output $(OUT)/ops.json
 	$(BIN)/python benchmarks/bench_step.py --models small/resnet resnet18 -b 16 --output $(OUT)/step_cpu.json
 	$(BIN)/python benchmarks/bench_eval.py --output $(OUT)/eval_cpu.json
 	$(BIN)/python benchmarks/bench_data.py --output $(OUT)/data_cpu.json
-	$(BIN)/python benchmarks/bench_scaling.py --output $(OUT)/scaling_cpu.json
 
 # On a machine with a GPU: no network, nothing is downloaded (docs/devices.md).
 BUDGET ?= 540
@@ -53,7 +52,7 @@ device: OUT = runs/device
 device: ## everything that needs a GPU, within BUDGET seconds, results in OUT (docs/devices.md)
 	$(PYTHON) benchmarks/device_run.py --output $(OUT) --budget $(BUDGET) $(ARGS)
 
-tables: $(READY) ## the README's tables and chart from benchmarks/results
+tables: $(READY) ## the README's tables from benchmarks/results
 	$(BIN)/python benchmarks/render.py
 
 clean: ## remove the environment and everything that was built

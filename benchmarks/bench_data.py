@@ -12,8 +12,8 @@ real one), packs the same files into shards, and reads batches at --image-size i
     first epoch   wfnet with --cache host, while the cache fills
     host, disk, device   wfnet, later epochs from that cache
 
-Prints a table and writes JSON with the raw timings after every repeat, a picture beside it. A
-column whose package is missing says so.
+Prints a table and writes JSON with the raw timings after every repeat. A column whose
+package is missing says so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from script import begin, chart, make_parser
+from script import begin, make_parser
 
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
 from wfnet.data.shards import find_shards
@@ -55,9 +55,9 @@ def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     return pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
 
 
-def write_images(root: Path, count: int, seed: int = 0) -> None:
+def write_images(root: Path, count: int) -> None:
     """Writes JPEG files of ImageNet's average size."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     for number in range(count):
         image = Image.fromarray(photograph(rng, 375, 500))
         path = root / f"class{number % CLASSES}" / f"{number:06d}.jpg"
@@ -173,26 +173,6 @@ def rate(epoch: Epoch, number: int) -> float:
     return images / (time.perf_counter() - start)
 
 
-def draw(record: dict, path: Path, title: str) -> None:
-    """Draws images per second of every column."""
-    results = record["images_per_second"]
-    names = list(next(iter(results.values())))
-    size = 8, 0.45 * len(names) * len(results) / 2 + 1.6
-    height = 0.8 / len(results)
-    with chart(path, 1, size, title) as (axis,):
-        for position, (workers, rates) in enumerate(results.items()):
-            medians = [statistics.median(rates[name]) for name in names]
-            places = [index + position * height for index in range(len(names))]
-            bars = axis.barh(places, medians, height, label=f"{workers} workers")
-            axis.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=3, fontsize=8)
-        axis.set_yticks([i + 0.4 - height / 2 for i in range(len(names))], names)
-        axis.invert_yaxis()
-        axis.set_xscale("log")
-        axis.set_xlabel("images per second")
-        axis.margins(x=0.15)
-        axis.legend(fontsize=8)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=3)
     add = parser.add_argument
@@ -224,11 +204,10 @@ def main(argv: list[str] | None = None) -> dict:
                     rates[column].append(rate(epoch, number))
                 if args.output:
                     write_json(args.output, record)
-    title = (
+    print(
         f"{len(sizes)} JPEG files of {record['mean_bytes'] / 1024:.0f} KiB at {args.image_size} "
         f"px; {record['device']}"
     )
-    print(title)
     for workers, rates in results.items():
         base = statistics.median(rates["folder"])
         print(f"\n{workers} workers    images/s       min       max   x folder")
@@ -238,8 +217,6 @@ def main(argv: list[str] | None = None) -> dict:
                 f"{column:12} {median:10,.0f} {min(values):9,.0f} {max(values):9,.0f} "
                 f"{median / base:10.2f}"
             )
-    if args.output:
-        draw(record, args.output.with_suffix(".png"), title)
     return record
 
 

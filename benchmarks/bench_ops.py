@@ -2,7 +2,6 @@
 
     python benchmarks/bench_ops.py                                  every layer, every provider
     python benchmarks/bench_ops.py --layers resnet18 vit_tiny --dtype float16
-    python benchmarks/bench_ops.py --fused                          forward with a whole epilogue
 
 Providers, measured in one run, interleaved, medians:
 
@@ -18,12 +17,9 @@ and by both filter matrices, never by the weight. TFLOP/s count the products of 
 gradient; GB/s count what must move at least: x, out, the branch v, dout, v, dx. The roofline
 (floor_ms) is the longer of both at the device's rates, measured in the same run.
 
---fused times the forward pass of a fused network's convolution, relu(scale * conv(x) + shift +
-residual), for eager, triton and cuda: what must move is x, the residual and out.
-
 Without a CUDA device shapes shrink (--scale) so that the run takes minutes; such numbers say
-nothing about a GPU. Writes JSON with device, versions, commit and command after every layer, and a
-plot. A provider that fails at a layer is recorded as failed there, and the run goes on and ends
+nothing about a GPU. Writes JSON with device, versions, commit and command after every layer.
+A provider that fails at a layer is recorded as failed there, and the run goes on and ends
 with status 1.
 """
 
@@ -34,22 +30,20 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from script import CUDA, begin, chart, make_parser
+from script import CUDA, begin, make_parser
 from torch import Tensor
 
 import wfnet.functional as wf
-from wfnet import backends, reference
-from wfnet.backends.contract import ConvGeometry, Epilogue
+from wfnet import backends
+from wfnet.backends.contract import ConvGeometry
 from wfnet.benchmarking.roofline import measure_rates
 from wfnet.benchmarking.timing import ColdCacheClock, interleaved, reason_of
 from wfnet.services.files import write_json
 
 PROVIDERS = ("loop", "eager", "compile", "unmasked", "triton", "cuda")
-FUSED_PROVIDERS = ("eager", "triton", "cuda")
 
 
 @dataclass(frozen=True)
@@ -123,19 +117,14 @@ class Problem:
         found = [] if self.layer.stem else [self.x]
         return found + [a for a in (self.alpha_weight, self.alpha_bias) if a is not None]
 
-    def flops(self, fused: bool = False) -> float:
-        """Returns those of forward and, but for stems and ``fused``, the input gradient."""
+    def flops(self) -> float:
+        """Returns those of forward and, but for stems, the input gradient."""
         per_output = 2 * self.weight[0].numel()
-        return self.dout.numel() * per_output * (1 if self.layer.stem or fused else 2)
+        return self.dout.numel() * per_output * (1 if self.layer.stem else 2)
 
-    def bytes(self, fused: bool = False) -> float:
-        """Returns x, out and v in forward; dout, v and dx in backward; the weight both times.
-
-        ``fused``: x, residual, out and the weight.
-        """
+    def bytes(self) -> float:
+        """Returns x, out and v in forward; dout, v and dx in backward; the weight both times."""
         element = self.x.element_size()
-        if fused:
-            return (self.x.numel() + 2 * self.dout.numel() + self.weight.numel()) * element
         images = self.x.numel() * (1 if self.layer.stem else 2)
         return (images + 4 * self.dout.numel() + 2 * self.weight.numel()) * element
 
@@ -201,12 +190,6 @@ def _masked(problem: Problem, backend: str) -> Tensor:
     return wf.wf_conv2d(*_operands(problem), **problem.geometry, backend=backend)
 
 
-def _loop(problem: Problem) -> Tensor:
-    if problem.layer.kernel == 0:
-        return reference.wf_linear(*_operands(problem))
-    return reference.wf_conv2d(*_operands(problem), **problem.geometry)
-
-
 def _unmasked(problem: Problem) -> Tensor:
     if problem.layer.kernel == 0:
         return F.linear(problem.x, problem.weight, problem.bias)
@@ -220,29 +203,23 @@ def _refusal(provider: str, problem: Problem) -> str | None:
     backend = backends.get(provider)
     if problem.layer.kernel == 0:
         return backend.refuse_linear(problem.x, problem.weight)
-    return backend.refuse_conv2d(problem.x, problem.weight, _geometry(problem))
-
-
-def _geometry(problem: Problem) -> ConvGeometry:
     stride, padding = problem.geometry.values()
-    return ConvGeometry((stride,) * 2, (padding,) * 2)
+    geometry = ConvGeometry((stride,) * 2, (padding,) * 2)
+    return backend.refuse_conv2d(problem.x, problem.weight, geometry)
 
 
 def forward_of(provider: str, problem: Problem) -> Callable[[], Tensor] | None:
     """Returns the provider's forward pass as a function of nothing; None if it cannot run here."""
-    if provider in ("triton", "cuda"):
-        if _refusal(provider, problem) is not None:
-            return None
-        return lambda: _masked(problem, provider)
+    if provider in ("triton", "cuda") and _refusal(provider, problem) is not None:
+        return None
     if provider == "compile":
         return torch.compile(
             lambda: _multiply(problem), mode="max-autotune-no-cudagraphs", dynamic=False
         )
-    return {
-        "loop": lambda: _loop(problem),
-        "eager": lambda: _masked(problem, "eager"),
-        "unmasked": lambda: _unmasked(problem),
-    }[provider]
+    if provider == "unmasked":
+        return lambda: _unmasked(problem)
+    backend = "reference" if provider == "loop" else provider
+    return lambda: _masked(problem, backend)
 
 
 def step_of(provider: str, problem: Problem, forward: Callable[[], Tensor]) -> Callable[[], None]:
@@ -257,28 +234,15 @@ def step_of(provider: str, problem: Problem, forward: Callable[[], Tensor]) -> C
     return step
 
 
-def fused_of(provider: str, problem: Problem) -> Callable[[], Tensor] | None:
-    """Returns ``relu(scale * conv(x) + shift + residual)``; None if it cannot run here."""
-    x, columns = problem.x.detach(), problem.weight.shape[0]
-    scale = torch.rand(x.shape[0], columns, device=x.device)
-    shift = torch.randn(x.shape[0], columns, device=x.device)
-    residual = problem.dout
-    if provider != "eager" and _refusal(provider, problem) is not None:
-        return None
-    backend, geometry = backends.get(provider), _geometry(problem)
-    epilogue = Epilogue(scale, shift, residual, relu=True)
-    return lambda: backend.conv2d(x, problem.weight, geometry, epilogue).out
-
-
 def measure(
-    problem: Problem, providers: list[str], repeats: int, clock: ColdCacheClock, fused: bool
+    problem: Problem, providers: list[str], repeats: int, clock: ColdCacheClock
 ) -> list[dict[str, object]]:
     """Returns one row per provider: medians of interleaved repeats."""
     calls: dict[str, Callable] = {}
     statuses = dict.fromkeys(providers, "ok")
     for name in providers:
         try:
-            forward = (fused_of if fused else forward_of)(name, problem)
+            forward = forward_of(name, problem)
         except Exception as error:  # of compilers, drivers and our own code
             statuses[name] = f"failed: {reason_of(error)}"
             continue
@@ -286,8 +250,7 @@ def measure(
             statuses[name] = "not run"
             continue
         calls[f"{name} forward_ms"] = forward
-        if not fused:
-            calls[f"{name} step_ms"] = step_of(name, problem, forward)
+        calls[f"{name} step_ms"] = step_of(name, problem, forward)
     times, failed = interleaved(calls, repeats, clock, warm_up=2)  # compile and tune
     for call, reason in failed.items():
         statuses[call.split()[0]] = f"failed: {reason}"
@@ -297,32 +260,11 @@ def measure(
         if status == "ok":
             medians = {what: statistics.median(ms) for what, ms in times.items() if ms}
             row["forward_ms"] = medians[f"{name} forward_ms"]
-            row["step_ms"] = medians.get(f"{name} step_ms", row["forward_ms"])
-            row["tflops"] = problem.flops(fused) / row["step_ms"] / 1e9
-            row["gbs"] = problem.bytes(fused) / row["step_ms"] / 1e6
+            row["step_ms"] = medians[f"{name} step_ms"]
+            row["tflops"] = problem.flops() / row["step_ms"] / 1e9
+            row["gbs"] = problem.bytes() / row["step_ms"] / 1e6
         rows.append(row)
     return rows
-
-
-def draw(record: dict, path: Path) -> None:
-    """Draws every provider's time relative to the unmasked layer (--fused: to eager)."""
-    rows, settings = record["rows"], record["settings"]
-    layers = list(dict.fromkeys(row["layer"] for row in rows))
-    timed = {(row["layer"], row["provider"]): row.get("step_ms") for row in rows}
-    shown = [p for p in PROVIDERS if any(timed.get((layer, p)) for layer in layers)]
-    norm = "unmasked" if "unmasked" in shown else "eager"
-    title = f"{record['device']}, {settings['dtype']}, batch {settings['batch']}"
-    with chart(path, 1, (2 + 0.6 * len(layers), 4), title) as (axis,):
-        for i, provider in enumerate(shown):
-            pairs = [(timed.get((layer, provider)), timed.get((layer, norm))) for layer in layers]
-            heights = [own / base if own and base else float("nan") for own, base in pairs]
-            places = [n + (i - len(shown) / 2) * 0.8 / len(shown) for n in range(len(layers))]
-            axis.bar(places, heights, 0.8 / len(shown), label=provider, align="edge")
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_yscale("log")
-        axis.set_ylabel(f"time / {norm}")
-        axis.set_xticks(range(len(layers)), layers, rotation=60, ha="right", fontsize=7)
-        axis.legend(fontsize=7)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -330,17 +272,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, 20 if CUDA else 5, "bfloat16" if CUDA else "float32")
     add = parser.add_argument
     add("--layers", nargs="+", default=[""], help="name prefixes")
-    add("--providers", nargs="+", choices=PROVIDERS)
-    add("--fused", action="store_true", help="forward with a whole epilogue only")
+    add("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     add("-b", "--batch", type=int, default=512 if CUDA else 4)
     add("--scale", type=int, default=1 if CUDA else 4, help="divides all sizes")
     add("--classes", type=int, default=1000)
     args = parser.parse_args(argv)
-    known = FUSED_PROVIDERS if args.fused else PROVIDERS
-    args.providers = args.providers or list(known)
-    wrong = [name for name in args.providers if name not in known]
-    if wrong:
-        parser.error(f"{', '.join(wrong)}: not with --fused")
     if min(args.batch, args.scale, args.repeats, args.classes) < 1:
         parser.error("--batch, --scale, --repeats and --classes must be positive")
     return args
@@ -350,8 +286,6 @@ def main(argv: list[str] | None = None) -> int:
     """Measures, prints a table and writes the results."""
     args = parse(argv)
     layers = [layer for layer in LAYERS if layer.name.startswith(tuple(args.layers))]
-    if args.fused:
-        layers = [layer for layer in layers if layer.kernel > 0]
     if not layers:
         raise SystemExit(f"no layer starts with {' or '.join(args.layers)}")
     record = begin("bench_ops", args, argv)
@@ -363,8 +297,8 @@ def main(argv: list[str] | None = None) -> int:
     for layer in layers:
         problem = make_problem(layer, args.batch, args.scale, dtype, args.device, args.classes)
         torch.compiler.reset()
-        floor = rates.seconds(problem.flops(args.fused), problem.bytes(args.fused)) * 1e3
-        for row in measure(problem, args.providers, args.repeats, clock, args.fused):
+        floor = rates.seconds(problem.flops(), problem.bytes()) * 1e3
+        for row in measure(problem, args.providers, args.repeats, clock):
             rows.append({**row, "floor_ms": floor})
             timing = row["status"]
             if timing == "ok":
@@ -375,8 +309,6 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{layer.name:30s} {row['provider']:9s} {timing}", flush=True)
         if args.output:
             write_json(args.output, record)
-    if args.output:
-        draw(record, args.output.with_suffix(".png"))
     return int(any(row["status"].startswith("failed") for row in rows))
 
 

@@ -9,7 +9,7 @@ from eager's has no times. The roofline is the longer of products and bytes at t
 device was measured to have in this run. Calls are listed by what they lose to the roofline in a
 step; in front of them stand the sums, for each backend and for the fastest at each call.
 
-Writes JSON after every network, and a picture.
+Writes JSON after every network.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ import contextlib
 import statistics
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from script import CUDA, begin, chart, make_parser
+from script import CUDA, begin, make_parser
 
 from wfnet import backends
 from wfnet.benchmarking import roofline
@@ -83,31 +82,6 @@ def print_network(name: str, network: dict) -> None:
         print(f"{lost(row):8.3f}{cells}  {row['layer']} {row['direction']} {row['shapes']}")
 
 
-def draw(record: dict, path: Path) -> None:
-    """Draws the time of every call by each backend, beside the roofline."""
-    networks = record["networks"]
-    longest = max(len(network["calls"]) for network in networks.values())
-    size = 7 * len(networks), 1.5 + 0.3 * longest
-    title = f"{record['settings']['dtype']}, {record['device']}"
-    with chart(path, len(networks), size, title) as axes:
-        for axis, (name, network) in zip(axes, networks.items(), strict=True):
-            rows = sorted(network["calls"], key=lost, reverse=True)
-            shown = [b for b in backends.KERNELS if any(b in row["ms"] for row in rows)]
-            height = 0.8 / max(len(shown), 1)
-            for position, backend in enumerate(shown):
-                at = [place - 0.4 + (position + 0.5) * height for place in range(len(rows))]
-                times = [row["ms"].get(backend, float("nan")) for row in rows]
-                axis.barh(at, times, height, label=backend)
-            floors = [row["floor_ms"] for row in rows]
-            axis.scatter(floors, range(len(rows)), color="black", marker="|", label="roofline")
-            labels = [f"{row['layer']}, {row['direction']}" for row in rows]
-            axis.set_yticks(range(len(rows)), labels, fontsize=7)
-            axis.invert_yaxis()
-            axis.set_xlabel("milliseconds of a step")
-            axis.set_title(f"{name}, {network['samples']} samples", fontsize=10)
-            axis.legend(fontsize=8)
-
-
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, 15 if CUDA else 3, "bfloat16" if CUDA else "float32")
     add = parser.add_argument
@@ -150,8 +124,6 @@ def main(argv: list[str] | None = None) -> dict:
         print_network(model, found)
         if args.output:  # after every network: a run that is ended keeps what it has
             write_json(args.output, record)
-    if args.output and all(network["calls"] for network in record["networks"].values()):
-        draw(record, args.output.with_suffix(".png"))
     return record
 
 

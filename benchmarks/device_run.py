@@ -201,21 +201,16 @@ class Plan:
     def others(self) -> list[Stage]:
         lines = {
             "ops": "bench_ops.py --providers eager unmasked triton cuda",
-            "ops-fused": "bench_ops.py --fused",
             "eval": "bench_eval.py --model resnet50 --images 64 --classes 250 --repeats 3",
             "data": "bench_data.py --workers 0 8",
-            "scaling": "bench_scaling.py --model resnet18",
         }
         if self.rehearse:
             tiny, cpu = "--scale 16 -b 2 --repeats 1 --classes 10", "--repeats 1 --device cpu"
             lines = {
                 "ops": f"bench_ops.py {tiny} --layers resnet18.layer1 --providers eager unmasked",
-                "ops-fused": f"bench_ops.py --fused {tiny} --layers resnet18.layer1",
                 "eval": f"bench_eval.py --model small/resnet --image-size 16 --images 4 {cpu} "
                 "--classes 5 -b 10",
                 "data": f"bench_data.py --workers 0 --images 16 --image-size 32 -b 8 {cpu}",
-                "scaling": f"bench_scaling.py --model small/resnet --image-size 16 -b 2 {cpu} "
-                "--doublings 0 --columns eager unmasked",
             }
         return [
             Stage(name, python(*f"benchmarks/{line} --output {{results}}/{name}.json".split()), 300)

@@ -29,6 +29,7 @@ from wfnet.services.files import write_json
 PARTS = ("train", "val", "test")
 _COMPLETE = "complete.json"
 _QUALITY = 90
+_NOISE = 0.15  # on characters
 _AT_ONCE = 64  # files that are rendered together
 _PICTURES = 32  # of each process; a file is one of them, moved, mirrored, its colours exchanged
 _BYTES_PER_PIXEL = 0.8  # of a file, no less than they take
@@ -42,8 +43,6 @@ class ImageFolder:
         classes: above 100 the images show nothing.
         train, val, test: images of each class in each part.
         pixels: of the files, a side.
-        noise: on characters (:func:`wfnet.data.glyphs.render`).
-        seed: of everything random.
 
     Raises:
         ValueError: for numbers that make no sense.
@@ -54,8 +53,6 @@ class ImageFolder:
     val: int
     test: int
     pixels: int = 224
-    noise: float = 0.15
-    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.classes < 2 or min(self.train, self.val, self.test) < 1 or self.pixels < 8:
@@ -72,11 +69,6 @@ class ImageFolder:
     @property
     def files(self) -> int:
         return self.classes * (self.train + self.val + self.test)
-
-    @property
-    def most_bytes(self) -> int:
-        """Space that the folder takes, at most."""
-        return int(self.files * (self.pixels**2 * _BYTES_PER_PIXEL + 4096))
 
     def place(self, index: int) -> tuple[int, str]:
         """Returns label and path below the folder of file number ``index``."""
@@ -100,11 +92,11 @@ def make(wanted: ImageFolder, below: Path, processes: int) -> Path:
     if root.exists():
         shutil.rmtree(root)
     below.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(below).free
-    if free < wanted.most_bytes:
+    most, free = wanted.files * wanted.pixels**2 * _BYTES_PER_PIXEL, shutil.disk_usage(below).free
+    if free < most:
         raise ValueError(
-            f"{wanted.files:,} images may take {wanted.most_bytes / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} GiB are free in {below}: choose another --scratch, or fewer images"
+            f"{wanted.files:,} images may take {most / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB "
+            f"are free in {below}: choose another --scratch, or fewer images"
         )
     for part in PARTS:
         for label in range(wanted.classes):
@@ -127,14 +119,14 @@ def _write(root: Path, wanted: ImageFolder, first: int) -> None:
 
 def _characters(wanted: ImageFolder, indices: range) -> np.ndarray:
     labels = torch.tensor([wanted.place(index)[0] for index in indices])
-    seed = wanted.seed * 2**31 + indices.start
-    images = render(characters_of(wanted.classes), labels, seed, wanted.pixels, noise=wanted.noise)
+    characters = characters_of(wanted.classes)
+    images = render(characters, labels, indices.start, wanted.pixels, noise=_NOISE)
     return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _pictures(wanted: ImageFolder, indices: range) -> list[np.ndarray]:
-    rng = np.random.default_rng([wanted.seed, indices.start])
-    drawn = _drawn(wanted.seed, wanted.pixels)
+    rng = np.random.default_rng([0, indices.start])
+    drawn = _drawn(wanted.pixels)
     made = []
     for _ in indices:
         image = drawn[rng.integers(len(drawn))][:, :, rng.permutation(3)]
@@ -145,6 +137,6 @@ def _pictures(wanted: ImageFolder, indices: range) -> list[np.ndarray]:
 
 
 @functools.lru_cache(1)
-def _drawn(seed: int, pixels: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(seed)
+def _drawn(pixels: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
     return [photograph(rng, pixels, pixels) for _ in range(_PICTURES)]

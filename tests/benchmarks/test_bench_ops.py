@@ -3,7 +3,6 @@
 import json
 
 import bench_ops
-import pytest
 import torch
 
 TINY = ["--scale", "16", "--batch", "2", "--repeats", "1", "--classes", "5", "--device", "cpu"]
@@ -25,45 +24,23 @@ def test_every_provider_has_numbers_or_a_reason(tmp_path):
         assert row["floor_ms"] > 0
     assert record["settings"]["classes"] == 5
     assert {"device", "commit", "torch", "command"} <= record.keys()
-    assert output.with_suffix(".png").stat().st_size > 1000
 
 
 def test_a_provider_that_fails_is_recorded_and_the_others_are_measured(tmp_path, monkeypatch):
     def broken(problem):
         raise ValueError("no such\nkernel")
 
-    monkeypatch.setattr(bench_ops, "_loop", broken)
-    arguments = ["--layers", "resnet18.conv1", "vit_tiny", "--providers", "loop", "eager"]
+    monkeypatch.setattr(bench_ops, "_unmasked", broken)
+    arguments = ["--layers", "resnet18.conv1", "vit_tiny", "--providers", "unmasked", "eager"]
     assert bench_ops.main([*TINY, *arguments, "--output", str(tmp_path / "ops.json")]) == 1
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
     assert [row["status"] for row in rows] == ["failed: no such", "ok"] * 2
 
 
-def test_fused_forward_computes_what_it_says():
-    problem = bench_ops.make_problem(
-        bench_ops.Layer("l", 6, 8, 16, 3), 2, 1, torch.float32, "cpu", 5
-    )
-    torch.manual_seed(1)
-    out = bench_ops.fused_of("eager", problem)()
-    torch.manual_seed(1)
-    scale, shift = torch.rand(2, 16)[:, :, None, None], torch.randn(2, 16)[:, :, None, None]
-    u = torch.nn.functional.conv2d(problem.x.detach(), problem.weight, padding=1)
-    torch.testing.assert_close(out, (scale * u + shift + problem.dout).relu())
-
-
-def test_counts():
+def test_flops_are_counted():
     def problem(channels):
         layer = bench_ops.Layer("l", 8, channels, 32, 3)
         return bench_ops.make_problem(layer, 2, 1, torch.float32, "cpu", 5)
 
     assert problem(16).flops() == 2 * (2 * 32 * 8 * 8) * (2 * 16 * 9)
     assert problem(3).flops() == (2 * 32 * 8 * 8) * (2 * 3 * 9)  # a stem
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [["--batch", "0"], ["--providers", "magic"], ["--fused", "--providers", "loop"]],
-)
-def test_bad_arguments(arguments):
-    with pytest.raises(SystemExit):
-        bench_ops.parse(arguments)

@@ -17,7 +17,6 @@ def test_writes_what_every_call_takes(tmp_path, capsys):
     assert len(network["calls"]) == 17
     assert set(network["failed"]) == {"triton", "cuda"}
     assert len(bench_plan.failures(record)) == 2
-    assert path.with_suffix(".png").stat().st_size > 10_000
     best = sum(row["ms"]["eager"] for row in network["calls"])
     assert network["sums"]["fastest at each"] == pytest.approx(best)
     lines = capsys.readouterr().out.splitlines()
@@ -35,10 +34,3 @@ def test_a_backend_that_lacks_a_call_has_no_sum():
         ]
     )
     assert found == {"eager": 5.0, "fastest at each": 4.0, "floor": 1.5}
-
-
-def test_bad_arguments_are_refused_before_work(capsys):
-    for arguments, message in ((["-b", "3"], "even number"), (["--repeats", "0"], "at least 1")):
-        with pytest.raises(SystemExit):
-            bench_plan.parse(arguments)
-        assert message in capsys.readouterr().err

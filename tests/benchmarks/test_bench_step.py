@@ -46,15 +46,6 @@ def test_convolutions_run_fused_and_have_a_roofline(record):
     assert row["peak_mebibytes"] < result["columns"]["eager"]["peak_mebibytes"]
 
 
-def test_masked_copies_past_the_limit_say_what_they_need():
-    arguments = ["--models", "small/resnet", "--image-size", "16", "-b", "4", "-M", "1"]
-    arguments += ["--repeats", "1", "--device", "cpu", "--copy-limit", "1e-6"]
-    record = bench_step.main([*arguments, "--columns", "loop", "eager"])
-    rows = record["networks"]["small/resnet"]["columns"]
-    assert "one masked weight copy per sample needs" in rows["loop"]["impossible"]
-    assert "median_ms" in rows["eager"]
-
-
 def test_a_column_that_fails_costs_no_other(monkeypatch, tmp_path):
     class CompilerError(Exception):
         """Not of the kinds that a refusal is made of, as a kernel compiler's errors."""
@@ -75,16 +66,9 @@ def test_a_column_that_fails_costs_no_other(monkeypatch, tmp_path):
     monkeypatch.setattr(steps, "make_step", failing)
     arguments = ["--models", "small/resnet", "--image-size", "16", "-b", "4", "-M", "1"]
     arguments += ["--repeats", "4", "--device", "cpu", "--output", str(tmp_path / "step.json")]
-    columns = ["wfnet/eager/unfused", "eager"]
-    bench_step.main([*arguments, "--columns", *columns])
+    columns = ["wfnet/eager/unfused", "loop", "eager"]
+    bench_step.main([*arguments, "--copy-limit", "1e-6", "--columns", *columns])
     rows = json.loads((tmp_path / "step.json").read_text())["networks"]["small/resnet"]["columns"]
     assert rows["wfnet/eager/unfused"]["impossible"] == "CompilerError: out of registers"
+    assert "one masked weight copy per sample needs" in rows["loop"]["impossible"]
     assert rows["eager"]["median_ms"] > 0
-    assert rows["eager"]["prepare_seconds"] > 0
-
-
-@pytest.mark.parametrize("arguments", [["-b", "3"], ["--repeats", "0"], ["--columns", "magic"]])
-def test_bad_arguments(arguments, capsys):
-    with pytest.raises(SystemExit):
-        bench_step.parse(arguments)
-    assert "error:" in capsys.readouterr().err

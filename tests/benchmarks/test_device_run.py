@@ -14,7 +14,6 @@ import bench_data
 import bench_eval
 import bench_ops
 import bench_plan
-import bench_scaling
 import bench_step
 import device_run
 import pytest
@@ -82,7 +81,7 @@ def test_what_hangs_is_killed_with_its_children_and_leaves_its_stack(tmp_path, m
     assert not runs(int(stages["hang"]["tail"][0]))
 
 
-def test_a_spent_budget_leaves_the_rest_for_the_next_call(tmp_path):
+def test_a_spent_budget_leaves_the_rest_for_the_next_call(tmp_path, monkeypatch):
     slow = stage("slow", "import time; time.sleep(60)", limit=8)
     quick, never = stage("quick", "pass", limit=8), stage("never", "pass")
     status, stages = run(tmp_path, quick, slow, never, arguments=["--budget", "5"])
@@ -93,13 +92,9 @@ def test_a_spent_budget_leaves_the_rest_for_the_next_call(tmp_path):
     slow = stage("slow", "pass")
     assert run(tmp_path, quick, slow, never)[0] == 0
     assert not (tmp_path / "logs/quick.log").exists(), "what has passed is not repeated"
-
-
-def test_results_of_other_sources_are_not_gone_on_with(tmp_path, monkeypatch):
-    run(tmp_path, stage("good", "pass"))
     monkeypatch.setattr(device_run, "sources_digest", lambda: "others")
     with pytest.raises(SystemExit, match="of other sources; choose another --output"):
-        run(tmp_path, stage("good", "pass"))
+        run(tmp_path, quick)
 
 
 def test_a_failed_need_leaves_out_what_rests_on_it_and_nothing_else(tmp_path):
@@ -113,13 +108,9 @@ def test_a_failed_need_leaves_out_what_rests_on_it_and_nothing_else(tmp_path):
     )
     assert (stages["left"]["status"], stages["left"]["note"]) == ("left out", "forward failed")
     assert stages["other"]["status"] == "passed"
-
-
-def test_nothing_runs_where_the_first_stage_fails(tmp_path, capsys):
     failing = stage("facts", "raise SystemExit('no device')")
-    status, stages = run(tmp_path, failing, stage("eval", "pass"))
+    status, stages = run(tmp_path / "facts", failing, stage("eval", "pass"))
     assert (status, list(stages)) == (1, ["facts"])
-    assert "nothing can run" in capsys.readouterr().out
 
 
 RUNNER = """
@@ -136,7 +127,7 @@ sys.exit(device_run.main(None, stages))
 """
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_runner_that_is_ended_leaves_its_results_and_no_process(tmp_path, how):
     runner = subprocess.Popen(
         [sys.executable, "-c", RUNNER, str(ROOT / "benchmarks"), "--output", str(tmp_path)]
@@ -161,23 +152,12 @@ def test_a_runner_that_is_ended_leaves_its_results_and_no_process(tmp_path, how)
             assert "results/partial" in tar.getnames()
 
 
-def test_the_checkout_is_importable_without_an_installation(tmp_path):
-    device_run.make_importable(tmp_path)
-    code = "import wfnet.kernels, wfnet.benchmarking.provenance as p; print(wfnet.__file__)"
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, "-S", "-c", f"import sys; {code.partition(', ')[0]}"]
-    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, check=False)
-    # Without site-packages there is no torch: the package was found where it was put.
-    assert str(tmp_path / "wfnet/__init__.py").encode() in done.stderr
-
-
 # -- the real stages -------------------------------------------------------------------------------
 
 PARSERS = {
     "bench_data.py": bench_data.parse,
     "bench_eval.py": bench_eval.parse,
     "bench_ops.py": bench_ops.parse,
-    "bench_scaling.py": bench_scaling.parse,
     "bench_plan.py": bench_plan.parse,
     "bench_step.py": bench_step.parse,
     "whole_run.py": whole_run.parse,
@@ -226,13 +206,6 @@ def test_every_device_test_is_in_exactly_one_group():
         assert len(chosen(test, device_run.TESTS)) == 1, test
     smoked = [group for test in tests for group in chosen(test, device_run.SMOKE)]
     assert set(smoked) == {expression for _, expression in device_run.SMOKE.values()}
-
-
-def test_bad_arguments(tmp_path, capsys):
-    for arguments in (["--stages", "magic"], ["--budget", "0"]):
-        with pytest.raises(SystemExit):
-            device_run.parse([*arguments, "--output", str(tmp_path)])
-        assert "error:" in capsys.readouterr().err
 
 
 def test_make_device_passes_its_arguments():

@@ -29,7 +29,6 @@ def test_a_folder_holds_what_was_wanted_and_is_made_once(tmp_path, classes):
     found = contents(root)
     assert len(found) == wanted.files == 4 * classes
     assert len(set(found.values())) == len(found), "two files are equal"
-    assert sum(map(len, found.values())) < wanted.most_bytes
     data = open_data(root, image_size=16, crop_pct=1.0)
     assert [len(part) for part in (data.train, data.validation, data.test)] == [
         2 * classes,
@@ -53,12 +52,15 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path, monkey
     with pytest.raises(ValueError, match="choose another --scratch, or fewer images"):
         image_folders.make(ImageFolder(2, 1, 1, 1), tmp_path, 1)
     assert list(tmp_path.iterdir()) == []
-    for bad in ({"classes": 1}, {"val": 0}, {"pixels": 4}):
-        with pytest.raises(ValueError, match="2 classes, an image of each in every part and 8"):
-            ImageFolder(**{"classes": 2, "train": 1, "val": 1, "test": 1, **bad})
+    with pytest.raises(ValueError, match="2 classes, an image of each in every part and 8"):
+        ImageFolder(2, 1, 0, 1)
 
 
-def test_a_thousand_classes_read_every_image_once():
+def test_characters_have_the_recipes_settings_and_a_thousand_classes_read_every_image_once():
+    args = whole_run.parse(["--device", "cpu"])
+    assert (args.config.steps, args.config.batch_size) == (3000, 32)
+    assert (args.wanted.train, args.wanted.val, args.wanted.test) == (144, 16, 40)
+    assert whole_run.cache_of(args) == ["--cache", "host"]
     args = whole_run.parse(["--classes", "1000", "--network", "resnet50"])
     config, wanted = args.config, args.wanted
     assert (config.batch_size, config.label_expansion) == (256, 5)
@@ -67,28 +69,6 @@ def test_a_thousand_classes_read_every_image_once():
     assert wanted.train * wanted.classes >= config.steps * config.batch_size // 2
     assert not wanted.shows_characters
     assert whole_run.cache_of(args) == []
-
-
-def test_characters_have_the_settings_of_the_recipe():
-    args = whole_run.parse(["--device", "cpu"])
-    assert (args.config.steps, args.config.batch_size) == (3000, 32)
-    assert (args.wanted.train, args.wanted.val, args.wanted.test) == (144, 16, 40)
-    assert whole_run.cache_of(args) == ["--cache", "host"]
-    assert not args.amp
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--backend", "magic"], "invalid choice"),
-        (["--classes", "1"], "--classes must be at least 2"),
-        (["-b", "7"], "batch_size must be even"),
-    ],
-)
-def test_bad_arguments_are_one_sentence(words, message, capsys):
-    with pytest.raises(SystemExit):
-        whole_run.parse(words)
-    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_workers_leave_room_in_shared_memory(monkeypatch):

@@ -114,7 +114,7 @@ def bytes_sent(rows: int, row_bytes: int, ranks: int) -> int:
 
 
 # Of the rows: a larger share is sent with all others, which saves the copies of what is sent.
-# (benchmarks/bench_allreduce.py; all-gathering each rank's own rows sends less, and took longer.)
+# (Measured in docs/scale.md; all-gathering each rank's own rows sends less, and took longer.)
 _FEW = 0.5
 
 
