@@ -6,8 +6,8 @@
 
 Exits with 1 if a kernel spills, uses a stack, lacks its tensor-core instruction, needs more shared
 memory than the device has (the compiler accepts that silently), or multiplies out of registers
-that it may overwrite before an asynchronous product has read them. The launches are those that the
-launchers would run: the same planning functions, with tensors that have no memory.
+that it may overwrite before an asynchronous product has read them. The launches are the launchers'
+own, on tensors that have no memory.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,31 +28,16 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
-from wfnet.kernels import gate as gates
-from wfnet.kernels import max_pool as pooling
-from wfnet.kernels import row_adam as optimizer
-from wfnet.kernels.config import (
-    TARGETS,
-    ConvShape,
-    Device,
-    LinearShape,
-    conv_choice,
-    full_precision,
-    linear_choice,
-)
-from wfnet.kernels.conv_dgrad import plan_conv_dgrad, with_slots
-from wfnet.kernels.conv_fprop import plan_conv_fprop
-from wfnet.kernels.epilogue_arguments import (
-    BackwardArguments,
-    ForwardArguments,
-    channels_first,
-    plan_column_sums,
-)
-from wfnet.kernels.epilogue_bwd import plan_epilogue_bwd
-from wfnet.kernels.launch import Launch
-from wfnet.kernels.linear import plan_linear_dgrad, plan_linear_fprop
+from wfnet.kernels.config import TARGETS, Device, full_precision
+from wfnet.kernels.conv_dgrad import conv_dgrad
+from wfnet.kernels.conv_fprop import conv_fprop
+from wfnet.kernels.epilogue_bwd import epilogue_bwd
+from wfnet.kernels.gate import gate_rows, gate_rows_bwd
+from wfnet.kernels.launch import Launch, keep_launches
+from wfnet.kernels.max_pool import max_pool, max_pool_bwd
+from wfnet.kernels.row_adam import row_adam
 
-from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
+from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow, PoolGeometry
 
 _TYPES = {
     torch.float16: "fp16",
@@ -63,44 +48,35 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-
-# Samples, pixels, channels in and out, filter, stride: one of each kind of layer.
-CONVS = {
-    "resnet18.layer1 3x3": (512, 56, 64, 64, 3, 1),
-    "resnet18.layer2 3x3": (512, 28, 128, 128, 3, 1),
-    "resnet18.layer2.0 3x3/2": (512, 56, 64, 128, 3, 2),
-    "resnet18.layer2.0 1x1/2": (512, 56, 64, 128, 1, 2),
-    "resnet18.layer4 3x3": (512, 7, 512, 512, 3, 1),
-    "resnet50.layer3 3x3": (512, 14, 256, 256, 3, 1),
-    "resnet50.layer3.0 3x3/2": (512, 28, 256, 256, 3, 2),
-    "vgg16.conv1_2 3x3": (512, 224, 64, 64, 3, 1),
-    "vgg16.conv4 3x3": (512, 28, 512, 512, 3, 1),
-    "resnet18.conv1 7x7/2": (512, 224, 3, 64, 7, 2),
-    "vgg16.conv1_1 3x3": (512, 224, 3, 64, 3, 1),
-    "odd channels 3x3": (512, 28, 36, 20, 3, 1),
-    "odd size 3x3/2": (512, 15, 64, 64, 3, 2),
+_BATCH = 512
+# Height and width, channels in and out, filter, stride; of linear maps tokens and 1. The first ones
+# are what the test suite compiles: every default config at least once.
+LAYERS = {
+    "resnet18.layer1 3x3": ((56, 56), 64, 64, 3, 1),
+    "resnet18.layer2.0 3x3/2": ((56, 56), 64, 128, 3, 2),
+    "resnet50.layer3 3x3": ((14, 14), 256, 256, 3, 1),
+    "resnet18.conv1 7x7/2": ((224, 224), 3, 64, 7, 2),
+    "odd channels 3x3": ((28, 28), 36, 20, 3, 1),
+    "vit_tiny.qkv": ((197, 1), 192, 576, 1, 1),
+    "resnet50.layer4 1x1 reduce": ((7, 7), 2048, 512, 1, 1),
+    "features without tokens": ((1, 1), 512, 512, 1, 1),
+    "resnet18.layer2 3x3": ((28, 28), 128, 128, 3, 1),
+    "resnet18.layer2.0 1x1/2": ((56, 56), 64, 128, 1, 2),
+    "resnet18.layer4 3x3": ((7, 7), 512, 512, 3, 1),
+    "resnet50.layer3.0 3x3/2": ((28, 28), 256, 256, 3, 2),
+    "vgg16.conv1_2 3x3": ((224, 224), 64, 64, 3, 1),
+    "vgg16.conv4 3x3": ((28, 28), 512, 512, 3, 1),
+    "vgg16.conv1_1 3x3": ((224, 224), 3, 64, 3, 1),
+    "odd size 3x3/2": ((15, 15), 64, 64, 3, 2),
+    "vit_small.qkv": ((197, 1), 384, 1152, 1, 1),
+    "resnet50.layer1 1x1 expand": ((56, 56), 64, 256, 1, 1),
 }
-# Samples, tokens, features in and out.
-LINEARS = {
-    "vit_tiny.qkv": (512, 197, 192, 576),
-    "vit_small.qkv": (512, 197, 384, 1152),
-    "resnet50.layer1 1x1 expand": (512, 56 * 56, 64, 256),
-    "resnet50.layer4 1x1 reduce": (512, 49, 2048, 512),
-    "features without tokens": (512, 1, 512, 512),
-}
-# Convolutions whose input gradient finishes a layer with a projection shortcut.
-BELOW_PROJECTIONS = {"resnet50.layer3 3x3", "resnet50.layer4 1x1 reduce"}
-# The part that the test suite compiles: every default config at least once.
-REPRESENTATIVE = {
-    "resnet18.layer1 3x3",
-    "resnet18.layer2.0 3x3/2",
-    "resnet50.layer3 3x3",
-    "resnet18.conv1 7x7/2",
-    "odd channels 3x3",
-    "vit_tiny.qkv",
-    "resnet50.layer4 1x1 reduce",
-    "features without tokens",
-}
+REPRESENTATIVE = 8
+# Layers whose input gradient finishes one with a projection shortcut.
+BELOW_PROJECTIONS = ("resnet50.layer3 3x3", "resnet50.layer4 1x1 reduce")
+# What a product's epilogue has to do; `source` expands images to samples, `shortcut` concerns the
+# backward pass alone.
+KINDS = ("plain", "branch", "residual", "source", "shortcut")
 
 
 @dataclass(frozen=True)
@@ -128,155 +104,92 @@ class Report:
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    """A tensor without memory; pixels are channels-last."""
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
 
-def _table(*shape: int) -> Tensor:
-    return _meta(torch.float32, *shape)
+def _below(pixels: Tensor, kind: str) -> tuple[LayerBelow | None, Tensor | None]:
+    """A layer whose output a gradient reaches, and a gradient that reaches it another way."""
+    if kind in ("plain", "source"):
+        return None, None
+    scale, shift, t1, t0 = (_meta(torch.float32, *pixels.shape[:2]) for _ in range(4))
+    other = LayerBelow(scale, branch=pixels, t1=t1) if kind == "shortcut" else None
+    added = None if kind == "branch" else pixels
+    options = {"need_grad": kind == "residual", "shortcut": other}
+    return LayerBelow(scale, shift, pixels, added, True, t1, t0, **options), added
 
 
-def _backward(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> BackwardArguments:
-    """What a gradient of ``[B, H, W, C]`` ends in.
-
-    Args:
-        kind: ``plain`` (nothing), or a layer: ``branch``, with a ``residual``, or also a projection
-            ``shortcut``.
-    """
-    like, columns = _meta(dtype, *shape), (shape[0], shape[-1])
-    if kind == "plain":
-        return BackwardArguments.of(None, None, like, shape)
-    pixels = channels_first(like)
-    shortcut = LayerBelow(_table(*columns), branch=pixels, t1=_table(*columns))
-    below = LayerBelow(
-        scale=_table(*columns),
-        shift=_table(*columns),
-        branch=pixels,
-        mask=None if kind == "branch" else pixels,
-        relu=True,
-        t1=_table(*columns),
-        t0=_table(*columns),
-        need_grad=kind == "residual",
-        shortcut=shortcut if kind == "shortcut" else None,
-    )
-    return BackwardArguments.of(below, None if kind == "branch" else pixels, like, shape)
+def _cases(what: str, launches: list[Launch], products: bool = False) -> list[Case]:
+    """One case per kernel: column sums run several times."""
+    named = {f"{what} {launch.name}": launch for launch in launches}
+    return [Case(n, launch, products and "sums" not in n) for n, launch in named.items()]
 
 
-def _forward(shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> ForwardArguments:
-    """Arguments of a forward epilogue over ``[B, P, Q, O]``."""
-    like, columns = _meta(dtype, *shape), (shape[0], shape[-1])
-    epilogue = Epilogue(
-        _table(*columns),
-        _table(*columns),
-        residual=channels_first(like) if kind == "residual" else None,
-        relu=kind in ("branch", "residual"),
-        save=kind != "plain",
-    )
-    return ForwardArguments.of(epilogue, like, shape)
-
-
-def conv_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) -> Iterator[Case]:
-    """Forward and input gradient of one of ``CONVS``; ``kinds`` of epilogues for each."""
-    batch, size, channels, columns, kernel, stride = CONVS[name]
-    weight = _meta(dtype, columns, channels, kernel, kernel)
+def layer_cases(name: str, dtype: torch.dtype, device: Device, kinds: Sequence[str]) -> list[Case]:
+    """Forward and input gradient of one of ``LAYERS``; ``kinds`` of epilogues for each."""
+    size, channels, columns, kernel, stride = LAYERS[name]
     geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2)
-    shape = ConvShape.of(batch, (size, size), weight, geometry)
-    x, weight = _meta(dtype, batch, size, size, channels), weight.permute(0, 2, 3, 1).contiguous()
-    out = _meta(dtype, batch, shape.out_height, shape.out_width, columns)
-    rows = (channels * dtype.itemsize) % 16 == 0 and (columns * dtype.itemsize) % 16 == 0
-    cores = not full_precision(dtype, "conv")
+    x = _meta(dtype, _BATCH, channels, *size)
+    weight = _meta(dtype, columns, channels, kernel, kernel)
+    out = _meta(dtype, _BATCH, columns, *geometry.output_size(*size, (kernel, kernel)))
+    op = "conv" if kernel > 1 or "1x1" in name else "linear"
+    table, found = _meta(torch.float32, _BATCH, columns), []
     for kind in kinds:
-        expanded = kind == "source"
-        config = conv_choice(
-            "fprop", shape, dtype, device, describable=rows, single_sample=expanded
-        ).config
-        source = _meta(torch.int64, batch) if expanded else None
-        forward = _forward(tuple(out.shape), dtype, kind)
-        if kind != "shortcut":  # a matter of the backward pass alone
-            launch = plan_conv_fprop(x, weight, forward, source, shape, config)
-            yield Case(f"{name} fprop {kind} {config}", launch, cores)
-        if expanded or channels == 3:
-            continue
-        backward = _backward(tuple(x.shape), dtype, kind)
-        config = conv_choice(
-            "dgrad", shape, dtype, device, describable=rows, column_sums=backward.summing
-        ).config
-        launch = plan_conv_dgrad(out, weight, with_slots(backward, shape, config), shape, config)
-        yield Case(f"{name} dgrad {kind} {config}", launch, cores)
+        source = _meta(torch.int64, _BATCH) if kind == "source" else None
+        residual = out if kind == "residual" else None
+        relu = kind in ("branch", "residual")
+        epilogue = Epilogue(table, table, residual, relu, source, save=kind != "plain")
+        with keep_launches(device) as launches:
+            if kind != "shortcut":
+                conv_fprop(x, weight, geometry, epilogue, op=op)
+            if kind != "source" and channels != 3:
+                below, skip = _below(x, "plain" if size == (1, 1) else kind)
+                conv_dgrad(out, weight, tuple(x.shape), geometry, skip, below, op=op)
+        found += _cases(f"{name} {kind}", launches, not full_precision(dtype, op))
+    return found
 
 
-def linear_cases(name: str, dtype: torch.dtype, device: Device, kinds: tuple) -> Iterator[Case]:
-    """Forward and input gradient of one of ``LINEARS``; ``kinds`` of epilogues for each."""
-    batch, tokens, features, columns = LINEARS[name]
-    shape = LinearShape(batch, tokens, features, columns)
-    op = "conv" if "1x1" in name else "linear"
-    x, weight = _meta(dtype, batch, tokens, 1, features), _meta(dtype, columns, features)
-    out = _meta(dtype, batch, tokens, 1, columns)
-    cores = not full_precision(dtype, op)
-    for kind in kinds:
-        if kind == "source":
-            continue
-        config = linear_choice(
-            shape, dtype, device, columns=columns, describable=True, op=op
-        ).config
-        forward = _forward(tuple(out.shape), dtype, kind)
-        if kind != "shortcut":  # a matter of the backward pass alone
-            launch = plan_linear_fprop(x, weight, forward, shape, config, op, device)
-            yield Case(f"{name} fprop {kind} {config}", launch, cores)
-        backward = _backward(tuple(x.shape), dtype, "plain" if tokens == 1 else kind)
-        config = linear_choice(
-            shape,
-            dtype,
-            device,
-            columns=features,
-            describable=True,
-            column_sums=backward.summing,
-            op=op,
-        ).config
-        slotted = backward.with_slots(4, grouped=False)
-        launch = plan_linear_dgrad(out, weight, slotted, shape, config, op, device)
-        yield Case(f"{name} dgrad {kind} {config}", launch, cores)
-
-
-def elementwise_cases(dtype: torch.dtype) -> Iterator[Case]:
+def elementwise_cases(dtype: torch.dtype, device: Device) -> list[Case]:
     """The kernels without a matrix product."""
-    shape = (512, 56, 56, 64)
-    dout = _meta(dtype, *shape)
+    small, large = ((_BATCH, 64, size, size) for size in (56, 112))
+    source, found = _meta(torch.int64, _BATCH), []
     for kind in ("branch", "residual"):
-        backward = _backward(shape, dtype, kind).with_slots(512 * 49, grouped=True)
-        for grouping in (None, (_meta(torch.int64, 512), _meta(torch.int64, 257))):
-            launch = plan_epilogue_bwd(dout, backward, grouping, 512)
-            yield Case(f"epilogue_bwd {kind} source={grouping is not None}", launch, False)
-    for block_m in (0, 128):
-        launch = plan_column_sums(
-            _table(49 * 512, 64), _table(512, 64), 3136, 49, block_m, 2 if block_m else 0
-        )
-        yield Case(f"column_sums {'flat' if block_m else 'grouped'}", launch, False)
-    for launch in (
-        launch
-        for module in (gates, pooling, optimizer)
-        for launch in module.example_launches(_meta)
-    ):
-        yield Case(launch.kernel.fn.__name__, launch, False)
+        below, skip = _below(_meta(dtype, *small), kind)
+        for expands in (False, True):
+            layer = replace(below, source=source, images=256) if expands else below
+            with keep_launches(device) as launches:
+                epilogue_bwd(_meta(dtype, *small), layer, skip)
+            found += _cases(f"{kind} source={expands}", launches)
+    alpha, forget = _meta(torch.float32, 1000, 4800), _meta(torch.int64, _BATCH, 1)
+    row, scalar, start = (_meta(torch.float32, *n) for n in ((1000,), (), (4800,)))
+    step = (*[alpha] * 4, row, row, _meta(torch.bool, 1000), scalar, (0.9, 0.99), 1e-8)
+    window, (below, _) = (
+        PoolGeometry((3, 3), (2, 2), (1, 1)),
+        _below(_meta(dtype, *large), "branch"),
+    )
+    with keep_launches(device) as launches:
+        _, positions = max_pool(_meta(dtype, *large), window)
+        max_pool_bwd(_meta(dtype, *small), positions, large[2:], window, None, below)
+        gate_rows_bwd(gate_rows(alpha, forget, 1.0), alpha, forget)
+        row_adam(*step)
+    found += _cases("plain", launches)
+    with keep_launches(device) as launches:
+        row_adam(*step, start, scalar)
+    return found + _cases("shrinking", launches)
 
 
 def cases(device: Device, complete: bool) -> Iterator[Case]:
     """Every case, or the representative ones, for one target."""
-    dtypes = [torch.bfloat16, torch.float16, torch.float32] if complete else [torch.bfloat16]
-    for dtype in dtypes:
-        for name in CONVS:
-            if complete or name in REPRESENTATIVE:
-                kinds = ("plain", "branch", "residual", "source") if complete else ("residual",)
-                kinds = (*kinds, "shortcut") if name in BELOW_PROJECTIONS else kinds
-                yield from conv_cases(name, dtype, device, kinds)
-        for name in LINEARS:
-            if complete or name in REPRESENTATIVE:
-                kinds = ("plain", "branch", "residual") if complete else ("residual",)
-                kinds = (*kinds, "shortcut") if name in BELOW_PROJECTIONS else kinds
-                yield from linear_cases(name, dtype, device, kinds)
-        yield from elementwise_cases(dtype)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32)[: None if complete else 1]:
+        for name in list(LAYERS)[: None if complete else REPRESENTATIVE]:
+            kinds = KINDS[:4] if complete else ("residual",)
+            kinds += KINDS[4:] if name in BELOW_PROJECTIONS else ()
+            yield from layer_cases(name, dtype, device, kinds)
+        yield from elementwise_cases(dtype, device)
     if not complete:
-        yield from conv_cases("resnet50.layer3 3x3", torch.float32, device, ("branch",))
-        yield from linear_cases("vit_tiny.qkv", torch.float32, device, ("plain",))
+        yield from layer_cases("resnet50.layer3 3x3", torch.float32, device, ("branch",))
+        yield from layer_cases("vit_tiny.qkv", torch.float32, device, ("plain",))
 
 
 def source_of(launch: Launch) -> ASTSource:
@@ -338,7 +251,7 @@ def compile_case(case: Case, device: Device) -> Report:
     return Report(
         case.name,
         device.arch,
-        launch.kernel.fn.__name__,
+        launch.name,
         f"{launch.warps} warps, {launch.stages} stages",
         registers,
         stack,

@@ -46,6 +46,10 @@ TARGETS = {
 }
 
 
+# What tensors on no device are configured for: interpreted, or compiled ahead of time.
+assumed = TARGETS[90]
+
+
 @functools.cache
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
@@ -55,11 +59,11 @@ def _cuda_device(index: int) -> Device:
 
 
 def device_of(tensor: torch.Tensor) -> Device:
-    """The device a launch on ``tensor`` is configured for; CPU tensors are interpreted as sm_90."""
+    """The device that a launch on ``tensor`` is configured for."""
     if tensor.is_cuda:
         index = tensor.device.index
         return _cuda_device(torch.cuda.current_device() if index is None else index)
-    return TARGETS[90]
+    return assumed
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,10 @@ class GemmConfig:
     stages: int
     box: tuple[int, int, int] | None = None
 
-    def __post_init__(self) -> None:
-        if self.path not in ("box", "flat", "gather"):
-            raise ValueError(f"path is 'box', 'flat' or 'gather', not {self.path!r}")
-        if (self.path == "box") != (self.box is not None):
-            raise ValueError(f"path {self.path!r} and box={self.box} do not go together")
-        if self.box is not None and self.box[0] * self.box[1] * self.box[2] != self.block_m:
-            raise ValueError(f"box {self.box} does not hold block_m={self.block_m} pixels")
-
-    def operand_memory(self, itemsize: int) -> int:
-        """Bytes of shared memory for the pipelined operand tiles."""
-        return self.stages * (self.block_m + self.block_n) * self.block_k * itemsize
+    def constants(self, exact: bool) -> dict[str, object]:
+        """Constants of every kernel; ``exact``: fp32 is multiplied in full precision."""
+        precision = "ieee" if exact else "tf32"
+        return {"BN": self.block_n, "BK": self.block_k, "PRECISION": precision}
 
     def __str__(self) -> str:
         where = f" {'x'.join(map(str, self.box))}" if self.box else ""
@@ -101,17 +98,14 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class ConvShape:
-    """What the config of a convolution depends on."""
+    """What the config of a convolution depends on; a linear map is one of ``tokens`` x 1 pixels."""
 
     batch: int  # samples of the output (expanded)
-    height: int
-    width: int
+    size: tuple[int, int]
     in_channels: int
     out_channels: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
+    kernel: tuple[int, int] = (1, 1)
+    geometry: ConvGeometry = ConvGeometry()  # noqa: RUF009 (frozen)
 
     @classmethod
     def of(
@@ -123,55 +117,24 @@ class ConvShape:
             weight: ``[O, C, R, S]``.
         """
         columns, channels, *kernel = weight.shape
-        return cls(
-            batch,
-            *size,
-            channels,
-            columns,
-            tuple(kernel),
-            geometry.stride,
-            geometry.padding,
-            geometry.dilation,
-        )
+        return cls(batch, size, channels, columns, tuple(kernel), geometry)
 
     @property
     def taps(self) -> dict[str, int]:
         """The filter and its geometry as constants of kernels."""
-        (r, s), (ph, pw), (dh, dw) = self.kernel, self.padding, self.dilation
+        (r, s), (ph, pw), (dh, dw) = self.kernel, self.geometry.padding, self.geometry.dilation
         return {"R": r, "S": s, "PAD_H": ph, "PAD_W": pw, "DIL_H": dh, "DIL_W": dw}
 
     @property
-    def out_height(self) -> int:
-        return self._out(self.height, 0)
-
-    @property
-    def out_width(self) -> int:
-        return self._out(self.width, 1)
-
-    def _out(self, size: int, axis: int) -> int:
-        reach = self.dilation[axis] * (self.kernel[axis] - 1)
-        return (size + 2 * self.padding[axis] - reach - 1) // self.stride[axis] + 1
+    def out_size(self) -> tuple[int, int]:
+        """Height and width of the output."""
+        return self.geometry.output_size(*self.size, self.kernel)
 
     @property
     def pointwise(self) -> bool:
         """1x1, stride 1, no padding: a linear map over pixels."""
-        return self.kernel == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0)
-
-
-@dataclass(frozen=True)
-class LinearShape:
-    """``batch`` samples of ``tokens`` rows: ``[batch, tokens, in_features]``."""
-
-    batch: int
-    tokens: int
-    in_features: int
-    out_features: int
-
-    @property
-    def as_pixels(self) -> ConvShape:
-        """The same as a 1x1 convolution over ``tokens`` x 1 pixels."""
-        sizes = self.batch, self.tokens, 1, self.in_features, self.out_features
-        return ConvShape(*sizes, (1, 1), (1, 1), (0, 0), (1, 1))
+        geometry = self.geometry
+        return self.kernel == geometry.stride == (1, 1) and geometry.padding == (0, 0)
 
 
 @dataclass(frozen=True)
@@ -234,72 +197,93 @@ def best_box(
     return best[1], best[2]
 
 
-def _block_n(columns: int) -> int:
-    return 128 if columns > 64 else 64
+def _obstacle(direction: str, shape: ConvShape, device: Device, describable: bool) -> str | None:
+    """Why tensor descriptors cannot be used."""
+    stride = shape.geometry.stride
+    if not device.has_tma:
+        return f"{device.name} has no tensor memory accelerator"
+    if not describable:
+        return "rows of channels or bases are not multiples of 16 bytes"
+    if stride not in ((1, 1), (2, 2)):
+        return f"stride {stride} is neither 1 nor 2"
+    if stride == (1, 1):
+        return None
+    height, width = shape.size
+    if height % 2 or width % 2:
+        return f"stride 2 over an odd {height}x{width} input has uneven phases"
+    if shape.in_channels % 16:
+        return f"stride 2 needs input channels in multiples of 16, not {shape.in_channels}"
+    if direction == "dgrad" and shape.geometry.dilation != (1, 1):
+        return "the input gradient of a strided, dilated convolution has no phases"
+    return None
 
 
-def conv_choice(
+def choose(
     direction: str,
     shape: ConvShape,
     dtype: torch.dtype,
     device: Device,
     *,
     describable: bool,
-    single_sample: bool = False,
+    expanded: bool = False,
     column_sums: bool = False,
     op: str = "conv",
 ) -> Choice:
-    """The default config of ``conv_fprop`` or ``conv_dgrad`` for a shape.
+    """The default config of a product.
 
     Args:
         direction: ``fprop`` or ``dgrad``.
         describable: whether bases and rows of all tensors are aligned to 16 bytes.
-        single_sample: tiles must not pack samples (``source`` indices scatter them).
+        expanded: ``source`` indices scatter the samples: a tile holds pixels of one.
         column_sums: the epilogue takes T0 or T1.
-        op: whose TF32 setting holds, ``conv`` or ``linear`` (1x1 filters over tokens).
+        op: whose TF32 setting holds, ``conv`` or ``linear``.
     """
-    forward = direction == "fprop"
-    columns = shape.out_channels if forward else shape.in_channels
-    depth = shape.in_channels if forward else shape.out_channels
-    grid = (shape.out_height, shape.out_width) if forward else (shape.height, shape.width)
+    obstacle = _obstacle(direction, shape, device, describable)
+    columns = shape.out_channels if direction == "fprop" else shape.in_channels
+    block_n = 128 if columns > 64 else 64
     exact = full_precision(dtype, op)
-    step = shape.stride[0]
-    wide = dtype == torch.float32
-    block_k = 32 if wide or device.arch < 90 else 64
+    if obstacle is None:
+        block_k = 32 if dtype == torch.float32 else 64
+        config = GemmConfig("flat", 128, block_n, block_k, 8, 3)
+    else:
+        block_k = 32 if dtype == torch.float32 or device.arch < 90 else 64
+        config = GemmConfig("gather", 128, block_n, block_k, 8, 4 if device.arch < 90 else 3)
+    if shape.pointwise and not expanded:
+        return _flat_choice(config, shape, device, columns, column_sums, exact, obstacle)
+    if obstacle is None:
+        return _box_choice(direction, config, shape, device, expanded, column_sums, exact)
 
-    obstacle = None
-    if not device.has_tma:
-        obstacle = f"{device.name} has no tensor memory accelerator"
-    elif not describable:
-        obstacle = "channel rows or bases are not multiples of 16 bytes"
-    elif shape.stride[0] != shape.stride[1] or step not in (1, 2):
-        obstacle = f"stride {shape.stride} is neither 1 nor 2"
-    elif step == 2 and (shape.height % 2 or shape.width % 2):
-        obstacle = f"stride 2 over an odd {shape.height}x{shape.width} input has uneven phases"
-    elif step == 2 and shape.in_channels % 16:
-        obstacle = f"stride 2 needs input channels in multiples of 16, not {shape.in_channels}"
-    elif step == 2 and not forward and shape.dilation != (1, 1):
-        obstacle = "the input gradient of a strided, dilated convolution has no phases"
+    depth = shape.in_channels if direction == "fprop" else shape.out_channels
+    grid = shape.out_size if direction == "fprop" else shape.size
+    if column_sums:
+        # Addresses and two column sums leave room for 32 accumulators a thread.
+        config = replace(config, block_n=64)
+        if depth % config.block_k:
+            config = replace(config, block_m=64)
+    if depth < block_k:
+        # Too few channels for one K step per filter tap: taps and channels share K steps.
+        config = replace(config, block_k=32)
+    if exact:
+        config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
+    while config.block_m > 16 and span(config.block_m, grid[0] * grid[1]) == 0:
+        config = replace(config, block_m=config.block_m // 2, warps=4)
+    return Choice(config, f"pointer path: {obstacle}")
 
-    if obstacle is not None:
-        config = GemmConfig("gather", 128, _block_n(columns), 32 if wide else block_k, 8, 3)
-        if device.arch < 90:
-            config = replace(config, stages=4)
-        if column_sums:
-            # Addresses and two column sums leave room for 32 accumulators a thread.
-            config = replace(config, block_n=64)
-            if depth % config.block_k:
-                config = replace(config, block_m=64)
-        if depth < block_k:
-            # Too few channels for one K step per filter tap: taps and channels share K steps.
-            config = replace(config, block_k=32)
-        if exact:
-            config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
-        while config.block_m > 16 and span(config.block_m, grid[0] * grid[1]) == 0:
-            config = replace(config, block_m=config.block_m // 2, warps=4)
-        return Choice(config, f"pointer path: {obstacle}")
 
-    block_n = _block_n(columns)
+def _box_choice(
+    direction: str,
+    config: GemmConfig,
+    shape: ConvShape,
+    device: Device,
+    expanded: bool,
+    column_sums: bool,
+    exact: bool,
+) -> Choice:
+    """Boxes of pixels; with stride 2 of one parity class."""
+    forward, step = direction == "fprop", shape.geometry.stride[0]
+    columns = shape.out_channels if forward else shape.in_channels
+    grid = shape.out_size if forward else shape.size
+    block_n, block_k = config.block_n, config.block_k
     if step == 2:
         # A descriptor of one parity class cannot stop at the end of its channels.
         while forward and shape.in_channels % block_k:
@@ -311,8 +295,7 @@ def conv_choice(
     block_m, warps, stages = 128, 8, 3
     if exact:
         block_m, block_n, block_k, warps, stages = 64, min(64, block_n), 16, 4, 2
-    most = 1 if single_sample else 8
-    least = 32 if column_sums else 16
+    most, least = 1 if expanded else 8, 32 if column_sums else 16
     while True:
         box, cover = best_box(shape.batch, *grid, block_m, most, least)
         tiles = -(-shape.batch // box[0]) * -(-grid[0] // box[1]) * -(-grid[1] // box[2])
@@ -325,53 +308,35 @@ def conv_choice(
     return Choice(config, f"descriptor boxes cover {cover:.0%} of {grid[0]}x{grid[1]}{phases}")
 
 
-def linear_choice(
-    shape: LinearShape,
-    dtype: torch.dtype,
+def _flat_choice(
+    config: GemmConfig,
+    shape: ConvShape,
     device: Device,
-    *,
     columns: int,
-    describable: bool,
-    column_sums: bool = False,
-    op: str = "linear",
+    column_sums: bool,
+    exact: bool,
+    obstacle: str | None,
 ) -> Choice:
-    """The default config of a linear map or a 1x1 convolution (``op="conv"``), either direction."""
-    exact = full_precision(dtype, op)
-    wide = dtype == torch.float32
-    block_n = _block_n(columns)
-    obstacle = None
-    if not device.has_tma:
-        obstacle = f"{device.name} has no tensor memory accelerator"
-    elif not describable:
-        obstacle = "feature rows or bases are not multiples of 16 bytes"
-    if obstacle is not None:
-        config = GemmConfig("gather", 128, block_n, 32, 8, 3)
-        if device.arch < 90:
-            config = replace(config, stages=4)
-        if column_sums:
-            config = replace(config, block_n=64)
-        if exact:
-            config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
-        reason = f"pointer path: {obstacle}"
-    else:
-        config = GemmConfig("flat", 128, block_n, 32 if wide else 64, 8, 3)
-        rows = shape.batch * shape.tokens
-        if exact:
-            config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
-        elif -(-rows // 128) * -(-columns // block_n) < device.processors:
+    """Rows of pixels or tokens, whatever sample they are of."""
+    tokens = shape.size[0] * shape.size[1]
+    tiles = -(-shape.batch * tokens // 128) * -(-columns // config.block_n)
+    touched = span(config.block_m, tokens)
+    if exact:
+        config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
+    elif obstacle is not None:
+        config = replace(config, block_k=32, block_n=64 if column_sums else config.block_n)
+    elif tiles < device.processors:
+        config = replace(config, block_m=64, warps=4)
+    elif touched > 2 or (column_sums and touched == 2):
+        # Table rows and column sums per sample of a tile need registers.
+        config = replace(config, block_n=64)
+        if column_sums and touched > 2:
             config = replace(config, block_m=64, warps=4)
-        elif span(config.block_m, shape.tokens) > 2 or (
-            column_sums and span(config.block_m, shape.tokens) == 2
-        ):
-            # Table rows and column sums per sample of a tile need registers.
-            config = replace(config, block_n=64)
-            if column_sums and span(config.block_m, shape.tokens) > 2:
-                config = replace(config, block_m=64, warps=4)
-        reason = "descriptor rows, persistent"
-    touched = span(config.block_m, shape.tokens)
+    touched = span(config.block_m, tokens)
     if touched == 0:
         # One gathered table row per tile row needs registers: smaller tiles.
         config = replace(config, block_m=64, block_n=64, warps=4)
-        touched = span(64, shape.tokens)
+        touched = span(64, tokens)
+    reason = "descriptor rows, persistent" if obstacle is None else f"pointer path: {obstacle}"
     rows = "gathered table rows" if touched == 0 else f"at most {touched} samples a tile"
     return Choice(config, f"{reason}; {rows}")

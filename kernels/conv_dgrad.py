@@ -22,6 +22,8 @@ in ``conv_fprop`` the product of boxes is transposed, filter times gradient.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,15 +31,16 @@ from wfnet.kernels.config import (
     Choice,
     ConvShape,
     GemmConfig,
-    conv_choice,
+    choose,
     device_of,
     full_precision,
     span,
 )
 from wfnet.kernels.epilogue import backward_epilogue
-from wfnet.kernels.epilogue_arguments import BackwardArguments, channels_last
+from wfnet.kernels.epilogue_arguments import BackwardArguments, Binding, channels_last
 from wfnet.kernels.epilogue_bwd import epilogue_bwd
-from wfnet.kernels.launch import Launch, describable, descriptor, operand
+from wfnet.kernels.launch import Launch, describable, descriptor
+from wfnet.kernels.linear import flat_launch, linear_dgrad_kernel
 
 from wfnet.backends.contract import ConvGeometry, LayerBelow, LayerGradient
 
@@ -136,37 +139,15 @@ def conv_dgrad_kernel(
     row = tl.arange(0, BM)
     row_sample = b0 + row // (BH * BW)
     inside = (h0 + row // BW % BH < H) & (w0 + row % BW < W)
-    backward_epilogue(
-        acc.T,
-        skip,
-        branch,
-        activation,
-        scale,
-        shift,
-        grad,
-        scaled_grad,
-        partial0,
-        partial1,
-        partial2,
-        shortcut_branch,
-        shortcut_scale,
-        shortcut_grad,
-        at,
-        tile_in_sample * B + b0,
-        b0,
-        row_sample,
-        n0 + tl.arange(0, BN),
-        inside & (row_sample < B),
-        B,
-        C,
-        LD,
-        RELU,
-        True,
-        BS,
-        True,
-        BM,
-        BN,
-    )
+    layer = (skip, branch, activation, scale, shift, grad, scaled_grad)
+    sums = (partial0, partial1, partial2)
+    shortcut = (shortcut_branch, shortcut_scale, shortcut_grad)
+    slot = tile_in_sample * B + b0
+    rows = (b0, row_sample, inside & (row_sample < B))
+    cols = n0 + tl.arange(0, BN)
+    acc = acc.T
+    sizes = (B, C, LD)
+    backward_epilogue(acc, layer, sums, shortcut, at, slot, rows, cols, sizes, RELU, True, BS, True)
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "P", "Q"])
@@ -260,153 +241,16 @@ def conv_dgrad_gather_kernel(
             )
         acc = tl.dot(a, weights, acc, input_precision=PRECISION)
 
+    layer = (skip, branch, activation, scale, shift, grad, scaled_grad)
+    sums = (partial0, partial1, partial2)
+    shortcut = (shortcut_branch, shortcut_scale, shortcut_grad)
+    at = (m0.to(tl.int64) * C, tl.arange(0, BM) * C, cols)
+    slot = tile_m * SPAN
+    rows = (m0 // pixels, row_sample, row_ok)
+    sizes = (B, C, LD)
     backward_epilogue(
-        acc,
-        skip,
-        branch,
-        activation,
-        scale,
-        shift,
-        grad,
-        scaled_grad,
-        partial0,
-        partial1,
-        partial2,
-        shortcut_branch,
-        shortcut_scale,
-        shortcut_grad,
-        (m0.to(tl.int64) * C, tl.arange(0, BM) * C, cols),
-        tile_m * SPAN,
-        m0 // pixels,
-        row_sample,
-        cols,
-        row_ok,
-        B,
-        C,
-        LD,
-        RELU,
-        False,
-        SPAN,
-        False,
-        BM,
-        BN,
+        acc, layer, sums, shortcut, at, slot, rows, cols, sizes, RELU, False, SPAN, False
     )
-
-
-def plan_conv_dgrad(
-    ag: Tensor,
-    weight: Tensor,
-    backward: BackwardArguments,
-    shape: ConvShape,
-    config: GemmConfig,
-    op: str = "conv",
-) -> Launch:
-    """The launch of ``conv_dgrad``: ``ag`` ``[B, P, Q, O]``, ``weight`` ``[O, R, S, C]``.
-
-    ``backward`` has the slots of :func:`with_slots`.
-    """
-    batch, height, width, channels = shape.batch, shape.height, shape.width, shape.in_channels
-    p, q, depth = shape.out_height, shape.out_width, shape.out_channels
-    tiles_n = triton.cdiv(channels, config.block_n)
-    exact = full_precision(ag.dtype, op)
-    step = shape.stride[0]
-    shared = {
-        "B": batch,
-        "C": channels,
-        "O": depth,
-        **shape.taps,
-        "PRECISION": "ieee" if exact else "tf32",
-        "BN": config.block_n,
-        "BK": config.block_k,
-    }
-    if config.path == "gather":
-        arguments = {
-            "ag": ag,
-            "w": weight,
-            **backward.bound(),
-            **shared,
-            "H": height,
-            "W": width,
-            "P": p,
-            "Q": q,
-            "STRIDE_H": shape.stride[0],
-            "STRIDE_W": shape.stride[1],
-            "SPAN": span(config.block_m, height * width),
-            "BM": config.block_m,
-        }
-        grid = (triton.cdiv(batch * height * width, config.block_m) * tiles_n,)
-        return Launch(conv_dgrad_gather_kernel, grid, arguments, config.warps, config.stages)
-    tiled = descriptor if exact else operand
-    samples, rows, cols = config.box
-    if step == 2 and channels % config.block_n:
-        raise ValueError(
-            f"stride 2 needs block_n={config.block_n} to divide {channels} input channels"
-        )
-
-    def boxes(tensor: Tensor | None):
-        if tensor is None:
-            return None
-        if step == 1:
-            return descriptor(
-                tensor, (batch, height, width, channels), (samples, rows, cols, config.block_n)
-            )
-        return descriptor(
-            tensor,
-            (batch, height // 2, 2, width // 2, 2 * channels),
-            (samples, rows, 1, cols, config.block_n),
-        )
-
-    taps = shape.kernel[0] * shape.kernel[1]
-    arguments = {
-        "ag": tiled(ag, (batch, p, q, depth), (samples, rows, cols, config.block_k)),
-        "w": tiled(weight, (depth, taps * channels), (config.block_k, config.block_n)),
-        **backward.bound(boxes),
-        **shared,
-        "H": height // step,
-        "W": width // step,
-        "STEP": step,
-        "BS": samples,
-        "BH": rows,
-        "BW": cols,
-    }
-    tiles = triton.cdiv(batch, samples) * tiles_per_sample(shape, config) * tiles_n
-    return Launch(conv_dgrad_kernel, (tiles,), arguments, config.warps, config.stages)
-
-
-def tiles_per_sample(shape: ConvShape, config: GemmConfig) -> int:
-    """Tiles (over pixels and parity classes) that hold pixels of one sample; ``box`` only."""
-    step = shape.stride[0]
-    _, rows, cols = config.box
-    return (
-        triton.cdiv(shape.height // step, rows) * triton.cdiv(shape.width // step, cols) * step**2
-    )
-
-
-def with_slots(
-    backward: BackwardArguments, shape: ConvShape, config: GemmConfig
-) -> BackwardArguments:
-    """Returns ``backward`` with room for the column sums of all tiles."""
-    if config.path == "box":
-        return backward.with_slots(tiles_per_sample(shape, config) * shape.batch, grouped=True)
-    tokens = shape.height * shape.width
-    tiles = triton.cdiv(shape.batch * tokens, config.block_m)
-    return backward.with_slots(tiles * span(config.block_m, tokens), grouped=False)
-
-
-def config_conv_dgrad(
-    ag: Tensor,
-    weight: Tensor,
-    shape: ConvShape,
-    backward: BackwardArguments | None = None,
-) -> Choice:
-    """Returns the config for these tensors."""
-    backward = backward or BackwardArguments()
-    aligned = describable(ag, shape.out_channels) and describable(weight, shape.in_channels)
-    aligned = aligned and all(
-        describable(t, shape.in_channels) for t in backward.pixels if t is not None
-    )
-    options = {"describable": aligned, "column_sums": backward.summing}
-    return conv_choice("dgrad", shape, ag.dtype, device_of(ag), **options)
 
 
 def conv_dgrad(
@@ -418,6 +262,7 @@ def conv_dgrad(
     below: LayerBelow | None = None,
     *,
     config: GemmConfig | None = None,
+    op: str = "conv",
 ) -> LayerGradient:
     """Computes a layer's input gradient and the elementwise backward of the layer below it.
 
@@ -431,36 +276,116 @@ def conv_dgrad(
         scaled_grad: ``[B, O, P, Q]``, ``A * g`` of this layer.
         weight: ``[O, C, R, S]``.
         skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
-        config: tile sizes; None takes the default.
+        config, op: as in :func:`wfnet.kernels.conv_fprop.conv_fprop`.
 
     Raises:
         ValueError: for shapes that do not fit, or a result without the tensor it is made from.
     """
-    batch, channels, height, width = input_shape
-    shape = ConvShape.of(batch, (height, width), weight, geometry)
-    expected = (batch, shape.out_channels, shape.out_height, shape.out_width)
+    batch, channels, *size = input_shape
+    shape = ConvShape.of(batch, tuple(size), weight, geometry)
+    expected = (batch, shape.out_channels, *shape.out_size)
     if tuple(scaled_grad.shape) != expected or scaled_grad.dtype != weight.dtype:
         raise ValueError(
             f"the gradient is {tuple(scaled_grad.shape)} {scaled_grad.dtype}, but the output is "
             f"{expected} {weight.dtype}"
         )
     ag, filters = channels_last(scaled_grad), channels_last(weight)
-    backward = BackwardArguments.of(below, skip, ag, (batch, height, width, channels))
-    if batch * channels * height * width == 0:
-        backward.zero_sums()
-        return backward.gradient(below)
-
+    backward = BackwardArguments.of(below, skip, ag, (batch, *size, channels))
+    if 0 in input_shape:
+        return backward.of_nothing()
     if config is None:
-        config = config_conv_dgrad(ag, filters, shape, backward).config
-    tokens = height * width
-    if backward.summing and config.path == "gather" and span(config.block_m, tokens) == 0:
+        config = dgrad_choice(ag, filters, shape, backward, op).config
+    exact = full_precision(ag.dtype, op)
+    if config.path == "box":
+        plan = functools.partial(_box_launch, ag, filters, shape, config, exact)
+        return backward.run(plan, grouped=_tiles_per_sample(shape, config))
+    if backward.summing and span(config.block_m, size[0] * size[1]) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
-        plain = conv_dgrad(scaled_grad, weight, input_shape, geometry, config=config).grad
+        plain = conv_dgrad(scaled_grad, weight, input_shape, geometry, config=config, op=op).grad
         return epilogue_bwd(plain, below, skip)
-    backward = with_slots(backward, shape, config)
-    plan_conv_dgrad(ag, filters, backward, shape, config).run()
-    if config.path == "gather":
-        backward.add_column_sums(tokens, block_m=config.block_m)
-    else:
-        backward.add_column_sums(tokens, slots=tiles_per_sample(shape, config))
-    return backward.gradient(below)
+    plan = _gather_launch if config.path == "gather" else _flat_launch
+    plan = functools.partial(plan, ag, filters, shape, config, exact)
+    return backward.run(plan, block_m=config.block_m)
+
+
+def dgrad_choice(
+    ag: Tensor,
+    weight: Tensor,
+    shape: ConvShape,
+    backward: BackwardArguments | None = None,
+    op: str = "conv",
+) -> Choice:
+    """The config for ``ag`` ``[B, P, Q, O]`` and ``weight`` ``[O, R, S, C]``."""
+    read = [weight, *(backward.reads.values() if backward else ())]
+    aligned = describable(ag, shape.out_channels)
+    aligned = aligned and all(describable(t, shape.in_channels) for t in read if t is not None)
+    sums = backward is not None and backward.summing
+    options = {"describable": aligned, "column_sums": sums, "op": op}
+    return choose("dgrad", shape, ag.dtype, device_of(ag), **options)
+
+
+def _flat_launch(
+    ag: Tensor, weight: Tensor, shape: ConvShape, config: GemmConfig, exact: bool, backward: Binding
+) -> Launch:
+    return flat_launch(linear_dgrad_kernel, ag, weight, backward, shape, config, exact)
+
+
+def _gather_launch(
+    ag: Tensor, weight: Tensor, shape: ConvShape, config: GemmConfig, exact: bool, backward: Binding
+) -> Launch:
+    """``ag`` ``[B, P, Q, O]``, ``weight`` ``[O, R, S, C]``, read by addresses."""
+    (p, q), (height, width) = shape.out_size, shape.size
+    stride = shape.geometry.stride
+    arguments = (
+        backward()
+        | shape.taps
+        | {"ag": ag, "w": weight, "B": shape.batch, "H": height, "W": width, "P": p, "Q": q}
+        | {"C": shape.in_channels, "O": shape.out_channels}
+        | {"STRIDE_H": stride[0], "STRIDE_W": stride[1]}
+        | {"SPAN": span(config.block_m, height * width)}
+        | {"BM": config.block_m}
+        | config.constants(exact)
+    )
+    tiles = triton.cdiv(shape.batch * height * width, config.block_m)
+    grid = (tiles * triton.cdiv(shape.in_channels, config.block_n),)
+    return Launch(conv_dgrad_gather_kernel, grid, arguments, config.warps, config.stages)
+
+
+def _box_launch(
+    ag: Tensor, weight: Tensor, shape: ConvShape, config: GemmConfig, exact: bool, backward: Binding
+) -> Launch:
+    """``ag`` ``[B, P, Q, O]``, ``weight`` ``[O, R, S, C]``, in boxes."""
+    batch, (height, width), channels = shape.batch, shape.size, shape.in_channels
+    (samples, rows, cols), step = config.box, shape.geometry.stride[0]
+
+    def tile(tensor: Tensor):
+        if step == 1:
+            box = (samples, rows, cols, config.block_n)
+            return descriptor(tensor, (batch, height, width, channels), box)
+        size = (batch, height // 2, 2, width // 2, 2 * channels)
+        return descriptor(tensor, size, (samples, rows, 1, cols, config.block_n))
+
+    size, block = (batch, *shape.out_size, shape.out_channels), (*config.box, config.block_k)
+    depth = weight[0].numel()
+    arguments = (
+        backward(tile)
+        | shape.taps
+        | {
+            "ag": descriptor(ag, size, block, not exact),
+            "w": descriptor(weight, (size[3], depth), (config.block_k, config.block_n), not exact),
+        }
+        | {"B": batch, "H": height // step, "W": width // step, "C": channels, "O": size[3]}
+        | {"STEP": step}
+        | {"BS": samples, "BH": rows, "BW": cols}
+        | config.constants(exact)
+    )
+    tiles = triton.cdiv(batch, samples) * _tiles_per_sample(shape, config)
+    grid = (tiles * triton.cdiv(channels, config.block_n),)
+    return Launch(conv_dgrad_kernel, grid, arguments, config.warps, config.stages)
+
+
+def _tiles_per_sample(shape: ConvShape, config: GemmConfig) -> int:
+    """Tiles (over pixels and parity classes) that hold pixels of one sample; ``box`` only."""
+    step = shape.geometry.stride[0]
+    tiles = [triton.cdiv(n // step, b) for n, b in zip(shape.size, config.box[1:], strict=True)]
+    return tiles[0] * tiles[1] * step**2

@@ -30,14 +30,15 @@ from wfnet.kernels.config import (
     Choice,
     ConvShape,
     GemmConfig,
-    conv_choice,
+    choose,
     device_of,
     full_precision,
     span,
 )
 from wfnet.kernels.epilogue import forward_epilogue
 from wfnet.kernels.epilogue_arguments import ForwardArguments, channels_last
-from wfnet.kernels.launch import Launch, describable, descriptor, operand
+from wfnet.kernels.launch import Launch, describable, descriptor
+from wfnet.kernels.linear import flat_launch, linear_fprop_kernel
 
 from wfnet.backends.contract import Activation, ConvGeometry, Epilogue
 
@@ -110,28 +111,11 @@ def conv_fprop_kernel(
 
     cols = n0 + tl.arange(0, BN)
     row_sample = b0 + tl.arange(0, BM) // (BP * BQ)
-    forward_epilogue(
-        acc.T,
-        scale,
-        shift,
-        residual,
-        branch,
-        out,
-        (b0, p0, q0, n0),
-        b0,
-        row_sample,
-        cols,
-        row_sample < B,
-        B,
-        O,
-        LD,
-        RELU,
-        True,
-        BS,
-        True,
-        BM,
-        BN,
-    )
+    rows = (b0, row_sample, row_sample < B)
+    layer = (scale, shift, residual, branch, out)
+    sizes = (B, O, LD)
+    at = (b0, p0, q0, n0)
+    forward_epilogue(acc.T, layer, at, rows, cols, sizes, RELU, True, BS, True)
 
 
 @triton.jit(do_not_specialize=["N", "B", "H", "W", "P", "Q"])
@@ -222,109 +206,10 @@ def conv_fprop_gather_kernel(
             )
             acc = tl.dot(a, weights, acc, input_precision=PRECISION)
 
-    forward_epilogue(
-        acc,
-        scale,
-        shift,
-        residual,
-        branch,
-        out,
-        (m0.to(tl.int64) * O, tl.arange(0, BM) * O, cols),
-        m0 // pixels,
-        row_sample,
-        cols,
-        row_ok,
-        B,
-        O,
-        LD,
-        RELU,
-        False,
-        SPAN,
-        False,
-        BM,
-        BN,
-    )
-
-
-def plan_conv_fprop(
-    x: Tensor,
-    weight: Tensor,
-    forward: ForwardArguments,
-    source: Tensor | None,
-    shape: ConvShape,
-    config: GemmConfig,
-    op: str = "conv",
-) -> Launch:
-    """The launch of ``conv_fprop``: ``x`` ``[N, H, W, C]``, ``weight`` ``[O, R, S, C]``."""
-    batch, p, q, columns = shape.batch, shape.out_height, shape.out_width, shape.out_channels
-    exact = full_precision(x.dtype, op)
-    shared = {
-        "source": source,
-        "B": batch,
-        "P": p,
-        "Q": q,
-        "O": columns,
-        "C": shape.in_channels,
-        **shape.taps,
-        "PRECISION": "ieee" if exact else "tf32",
-        "BN": config.block_n,
-        "BK": config.block_k,
-    }
-    tiles_n = triton.cdiv(columns, config.block_n)
-    if config.path == "gather":
-        arguments = {
-            "x": x,
-            "w": weight,
-            **forward.bound(),
-            **shared,
-            "N": x.shape[0],
-            "H": shape.height,
-            "W": shape.width,
-            "STRIDE_H": shape.stride[0],
-            "STRIDE_W": shape.stride[1],
-            "SPAN": span(config.block_m, p * q),
-            "BM": config.block_m,
-        }
-        grid = (triton.cdiv(batch * p * q, config.block_m) * tiles_n,)
-        return Launch(conv_fprop_gather_kernel, grid, arguments, config.warps, config.stages)
-    tiled = descriptor if exact else operand
-    samples, rows, cols = config.box
-    if source is not None and samples > 1:
-        raise ValueError(
-            f"tiles of {samples} samples cannot follow source indices; use box (1, ...)"
-        )
-    step = shape.stride[0]
-    images, height, width, channels = x.shape[0], shape.height, shape.width, shape.in_channels
-    if step == 1:
-        view = tiled(x, (images, height, width, channels), (samples, rows, cols, config.block_k))
-    else:
-        if channels % config.block_k:
-            raise ValueError(
-                f"stride 2 needs block_k={config.block_k} to divide {channels} input channels"
-            )
-        view = tiled(
-            x,
-            (images, height // 2, 2, width // 2, 2 * channels),
-            (samples, rows, 1, cols, config.block_k),
-        )
-
-    def boxes(tensor: Tensor | None):
-        tile = (samples, rows, cols, config.block_n)
-        return None if tensor is None else descriptor(tensor, (batch, p, q, columns), tile)
-
-    taps = shape.kernel[0] * shape.kernel[1]
-    arguments = {
-        "x": view,
-        "w": tiled(weight, (columns, taps * channels), (config.block_n, config.block_k)),
-        **forward.bound(boxes),
-        **shared,
-        "STEP": step,
-        "BS": samples,
-        "BP": rows,
-        "BQ": cols,
-    }
-    pixels = triton.cdiv(batch, samples) * triton.cdiv(p, rows) * triton.cdiv(q, cols)
-    return Launch(conv_fprop_kernel, (pixels * tiles_n,), arguments, config.warps, config.stages)
+    layer = (scale, shift, residual, branch, out)
+    at = (m0.to(tl.int64) * O, tl.arange(0, BM) * O, cols)
+    rows = (m0 // pixels, row_sample, row_ok)
+    forward_epilogue(acc, layer, at, rows, cols, (B, O, LD), RELU, False, SPAN, False)
 
 
 def conv_fprop(
@@ -336,7 +221,7 @@ def conv_fprop(
     config: GemmConfig | None = None,
     op: str = "conv",
 ) -> Activation:
-    """Computes a convolution with its epilogue in one launch.
+    """Computes a convolution with its epilogue in one launch; a linear map is one of 1x1 filters.
 
     Equivalent to::
 
@@ -344,7 +229,8 @@ def conv_fprop(
         out = act(v + shift[:, :, None, None] + residual)
 
     Args:
-        x: ``[N, C, H, W]``; fp16, bf16 or fp32; copied unless channels-last.
+        x: ``[N, C, H, W]``; fp16, bf16 or fp32; copied unless channels-last. Tokens ``[B, T, C]``
+            are the pixels ``[B, C, T, 1]``.
         weight: ``[O, C, R, S]``, dtype of ``x``.
         config: tile sizes; None takes the default.
         op: whose TF32 setting holds for fp32, ``conv`` or ``linear``.
@@ -358,27 +244,27 @@ def conv_fprop(
         raise ValueError(
             f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
         )
-    if source is None and scale.shape[0] != x.shape[0]:
-        raise ValueError(f"scale has {scale.shape[0]} rows for {x.shape[0]} samples without source")
-    if source is not None and source.shape != scale.shape[:1]:
-        raise ValueError(f"source {tuple(source.shape)} must have {scale.shape[0]} entries")
-    if shape.out_height < 1 or shape.out_width < 1:
-        raise ValueError(
-            f"a {shape.kernel} filter does not fit into {shape.height}x{shape.width} pixels"
-        )
-    images, filters = channels_last(x), channels_last(weight)
-    size = (shape.batch, shape.out_height, shape.out_width, shape.out_channels)
-    forward = ForwardArguments.of(epilogue, images, size)
-
-    if forward.out.numel():
+    samples = x.shape[0] if source is None else source.numel()
+    if samples != shape.batch:
+        raise ValueError(f"scale has {shape.batch} rows for {samples} samples")
+    x, weight = channels_last(x), channels_last(weight)
+    arguments = ForwardArguments.of(epilogue, x, (shape.batch, *shape.out_size, weight.shape[0]))
+    if arguments.pixels["out"].numel():
         if config is None:
-            expanded, residual = source is not None, forward.residual
-            config = config_conv_fprop(images, filters, shape, expanded, residual, op).config
-        plan_conv_fprop(images, filters, forward, source, shape, config, op).run()
-    return forward.activation()
+            config = fprop_choice(
+                x, weight, shape, source is not None, epilogue.residual, op
+            ).config
+        exact = full_precision(x.dtype, op)
+        if config.path == "flat":
+            launch = flat_launch(linear_fprop_kernel, x, weight, arguments, shape, config, exact)
+        else:
+            plan = _gather_launch if config.path == "gather" else _box_launch
+            launch = plan(x, weight, source, arguments, shape, config, exact)
+        launch.run()
+    return arguments.activation()
 
 
-def config_conv_fprop(
+def fprop_choice(
     x: Tensor,
     weight: Tensor,
     shape: ConvShape,
@@ -386,12 +272,75 @@ def config_conv_fprop(
     residual: Tensor | None = None,
     op: str = "conv",
 ) -> Choice:
-    """Returns the config for these tensors.
-
-    ``expanded`` where ``source`` indices are given: a tile then holds pixels of one sample.
-    """
+    """The config for ``x`` ``[N, H, W, C]`` and ``weight`` ``[O, R, S, C]``."""
     aligned = describable(x, shape.in_channels) and describable(weight, shape.in_channels)
-    aligned = aligned and shape.out_channels * x.element_size() % 16 == 0
-    aligned = aligned and (residual is None or describable(residual, shape.out_channels))
-    options = {"describable": aligned, "single_sample": expanded, "op": op}
-    return conv_choice("fprop", shape, x.dtype, device_of(x), **options)
+    aligned = aligned and describable(x if residual is None else residual, shape.out_channels)
+    options = {"describable": aligned, "expanded": expanded, "op": op}
+    return choose("fprop", shape, x.dtype, device_of(x), **options)
+
+
+def _gather_launch(
+    x: Tensor,
+    weight: Tensor,
+    source: Tensor | None,
+    forward: ForwardArguments,
+    shape: ConvShape,
+    config: GemmConfig,
+    exact: bool,
+) -> Launch:
+    """``x`` ``[N, H, W, C]``, ``weight`` ``[O, R, S, C]``, read by addresses."""
+    (p, q), (height, width) = shape.out_size, shape.size
+    stride = shape.geometry.stride
+    arguments = (
+        forward()
+        | shape.taps
+        | {"x": x, "w": weight, "source": source, "N": x.shape[0], "B": shape.batch}
+        | {"H": height, "W": width, "P": p, "Q": q, "O": shape.out_channels}
+        | {"C": shape.in_channels, "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
+        | {"SPAN": span(config.block_m, p * q)}
+        | {"BM": config.block_m}
+        | config.constants(exact)
+    )
+    tiles = triton.cdiv(shape.batch * p * q, config.block_m)
+    grid = (tiles * triton.cdiv(shape.out_channels, config.block_n),)
+    return Launch(conv_fprop_gather_kernel, grid, arguments, config.warps, config.stages)
+
+
+def _box_launch(
+    x: Tensor,
+    weight: Tensor,
+    source: Tensor | None,
+    forward: ForwardArguments,
+    shape: ConvShape,
+    config: GemmConfig,
+    exact: bool,
+) -> Launch:
+    """``x`` ``[N, H, W, C]``, ``weight`` ``[O, R, S, C]``, in boxes."""
+    (p, q), (height, width) = shape.out_size, shape.size
+    (samples, rows, cols), step = config.box, shape.geometry.stride[0]
+    images, channels, columns = x.shape[0], shape.in_channels, shape.out_channels
+    if step == 1:
+        size, box = (images, height, width, channels), (samples, rows, cols, config.block_k)
+    else:
+        size = (images, height // 2, 2, width // 2, 2 * channels)
+        box = (samples, rows, 1, cols, config.block_k)
+
+    def tile(tensor: Tensor):
+        return descriptor(tensor, (shape.batch, p, q, columns), (*config.box, config.block_n))
+
+    depth = weight[0].numel()
+    arguments = (
+        forward(tile)
+        | shape.taps
+        | {
+            "x": descriptor(x, size, box, not exact),
+            "w": descriptor(weight, (columns, depth), (config.block_n, config.block_k), not exact),
+        }
+        | {"source": source, "B": shape.batch, "P": p, "Q": q, "O": columns, "C": channels}
+        | {"STEP": step}
+        | {"BS": samples, "BP": rows, "BQ": cols}
+        | config.constants(exact)
+    )
+    tiles = triton.cdiv(shape.batch, samples) * triton.cdiv(p, rows) * triton.cdiv(q, cols)
+    grid = (tiles * triton.cdiv(columns, config.block_n),)
+    return Launch(conv_fprop_kernel, grid, arguments, config.warps, config.stages)

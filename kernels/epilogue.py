@@ -20,7 +20,9 @@ vectors, not a gathered ``[BM, BN]`` block (255 registers when that was tried). 
   tile crosses at most ``SPAN - 1`` sample boundaries. ``SPAN == 0`` stands for "too many": one
   table row is then gathered for each tile row (only linear maps with few tokens get there).
 
-Tiles live behind a tensor descriptor (TMA) or a pointer; ``load_tile`` and ``store_tile`` hide it.
+``rows`` are (first sample of the tile, sample of each row ``[BM]``, which of these rows exist),
+``sizes`` are (B, N, stride between rows of the tables). Tiles live behind a tensor descriptor (TMA)
+or a pointer; ``load_tile`` and ``store_tile`` hide it.
 """
 
 import triton
@@ -28,13 +30,13 @@ import triton.language as tl
 
 
 @triton.jit
-def load_tile(src, at, row_ok, col_ok, TMA: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+def load_tile(src, at, row_ok, col_ok, TMA: tl.constexpr):
     """``[BM, BN]`` of ``src``; ``at``: descriptor coordinates, or (base, row offsets, columns).
 
     The base is one 64-bit number; row offsets and columns within the tile are 32-bit.
     """
     if TMA:
-        return src.load(at).reshape(BM, BN)
+        return src.load(at).reshape(row_ok.shape[0], col_ok.shape[0])
     else:
         mask = row_ok[:, None] & col_ok[None, :]
         return tl.load(src + at[0] + (at[1][:, None] + at[2][None, :]), mask=mask, other=0.0)
@@ -65,19 +67,18 @@ def round_as(value, dst, TMA: tl.constexpr):
 
 @triton.jit
 def row_factors(
-    table,  # [B, N] fp32, rows LD apart
-    first,  # first sample of the tile
-    row_sample,  # [BM] sample of each row
+    table,  # [B, N] fp32
+    rows,
     cols,  # [BN]
-    B,
-    N,
-    LD,
+    sizes,
     SPAN: tl.constexpr,
     GROUPED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
 ):
     """The table entry of every tile element, broadcastable to ``[BM, BN]``."""
+    first, row_sample, _ = rows
+    B, N, LD = sizes
+    BM: tl.constexpr = row_sample.shape[0]
+    BN: tl.constexpr = cols.shape[0]
     ok = cols < N
     if SPAN == 0:
         rows_ok = row_sample < B
@@ -89,10 +90,10 @@ def row_factors(
     elif SPAN == 1:
         return tl.load(table + (first * LD + cols), mask=ok & (first < B), other=0.0)[None, :]
     elif GROUPED:
-        rows = first + tl.arange(0, SPAN)
+        samples = first + tl.arange(0, SPAN)
         factors = tl.load(
-            table + (rows[:, None] * LD + cols[None, :]),
-            mask=(rows < B)[:, None] & ok[None, :],
+            table + (samples[:, None] * LD + cols[None, :]),
+            mask=(samples < B)[:, None] & ok[None, :],
             other=0.0,
         )  # [SPAN, BN]
         return tl.broadcast_to(factors[:, None, :], (SPAN, BM // SPAN, BN)).reshape(BM, BN)
@@ -109,22 +110,20 @@ def store_column_sums(
     partial,  # [slots, N] fp32: grouped, slot = tile_in_sample * B + sample; flat, tile * SPAN + j
     value,  # [BM, BN] fp32, 0 in rows that do not exist
     slot,  # first slot of the tile
-    first,
-    row_sample,
+    rows,
     cols,
-    B,
-    N,
+    sizes,
     SPAN: tl.constexpr,
     GROUPED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
 ):
     """Column sums of each sample's rows; no atomics, ``column_sums_kernel`` adds the tiles."""
+    first, row_sample, _ = rows
+    B, N, _ = sizes
     ok = cols < N
     if SPAN == 1:
         tl.store(partial + (slot * N + cols), tl.sum(value, axis=0), mask=ok & (first < B))
     elif GROUPED:
-        sums = tl.sum(value.reshape(SPAN, BM // SPAN, BN), axis=1)  # [SPAN, BN]
+        sums = tl.sum(value.reshape(SPAN, value.shape[0] // SPAN, value.shape[1]), axis=1)
         j = tl.arange(0, SPAN)
         tl.store(
             partial + ((slot + j)[:, None] * N + cols[None, :]),
@@ -140,37 +139,28 @@ def store_column_sums(
 @triton.jit
 def forward_epilogue(
     acc,  # [BM, BN] fp32, u
-    scale,  # [B, N] fp32, A
-    shift,  # [B, N] fp32, C, or None
-    residual,  # tile source, or None
-    branch,  # tile destination for v, or None
-    out,  # tile destination
-    at,  # where the tile lies in residual, branch and out
-    first,
-    row_sample,
+    layer,  # (A [B, N] fp32, C or None; tiles: residual or None, destinations of v or None and out)
+    at,  # where the tile lies in residual, v and out
+    rows,
     cols,
-    row_ok,
-    B,
-    N,
-    LD,
+    sizes,
     RELU: tl.constexpr,
     TMA: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
 ):
     """``v = A*u``; ``out = act(v + C + residual)``; stores ``out`` and, if asked for, ``v``."""
-    col_ok = cols < N
-    value = acc * row_factors(scale, first, row_sample, cols, B, N, LD, SPAN, GROUPED, BM, BN)
+    scale, shift, residual, branch, out = layer
+    row_ok, col_ok = rows[2], cols < sizes[1]
+    value = acc * row_factors(scale, rows, cols, sizes, SPAN, GROUPED)
     if branch is not None:
         store_tile(branch, at, value, row_ok, col_ok, TMA)
         # Backward takes the ReLU mask from the stored branch: let forward see the same number.
         value = round_as(value, branch, TMA)
     if shift is not None:
-        value += row_factors(shift, first, row_sample, cols, B, N, LD, SPAN, GROUPED, BM, BN)
+        value += row_factors(shift, rows, cols, sizes, SPAN, GROUPED)
     if residual is not None:
-        value += load_tile(residual, at, row_ok, col_ok, TMA, BM, BN).to(tl.float32)
+        value += load_tile(residual, at, row_ok, col_ok, TMA).to(tl.float32)
     if RELU:
         # Not maximum(): a NaN (a forget label out of range) must survive.
         value = tl.where(value < 0.0, 0.0, value)
@@ -180,58 +170,45 @@ def forward_epilogue(
 @triton.jit
 def backward_epilogue(
     acc,  # [BM, BN] fp32, gradient that reaches the output of the layer
-    skip,  # tile source: gradient that reaches the same tensor another way, or None
-    branch,  # tile source for v, or None
-    activation,  # tile source for out, or None
-    scale,  # [B, N] fp32, A, or None
-    shift,  # [B, N] fp32, C, or None
-    grad,  # tile destination for g, or None
-    scaled_grad,  # tile destination for ag = A * g, or None
-    partial0,  # [slots, N] fp32 or None
-    partial1,  # [slots, N] fp32 or None
-    partial2,  # [slots, N] fp32 or None, like the three below for a projection shortcut
-    shortcut_branch,  # tile source for its v, or None
-    shortcut_scale,  # [B, N] fp32, its A, or None
-    shortcut_grad,  # tile destination for its ag, or None
+    layer,  # tiles: skip, v, out; tables A, C [B, N] fp32; destinations of g and A * g
+    sums,  # [slots, N] fp32: partial sums of g, of g * v, of g * v of the shortcut
+    shortcut,  # v (a tile), A and the destination of A * g of a projection shortcut
     at,
     slot,
-    first,
-    row_sample,
+    rows,
     cols,
-    row_ok,
-    B,
-    N,
-    LD,
+    sizes,
     RELU: tl.constexpr,
     TMA: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPED: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
 ):
     """``g = (acc + skip) * act'``; stores what is asked for of ``g``, ``A*g`` and the column sums.
 
-    Returns ``g`` ``[BM, BN]`` in fp32.
+    Whatever of ``layer``, ``sums`` and ``shortcut`` is None is not read, or not wanted. Returns
+    ``g`` ``[BM, BN]`` in fp32.
 
     A projection shortcut that was added to the branch receives the same ``g``: its own ``A * g``
     and ``sum_p g * v`` are written, too (its T0 is T0).
 
-    With ``RELU`` the mask is ``activation > 0`` where an activation is given, else
-    ``branch + shift > 0``: without a residual the output need not be kept.
+    With ``RELU`` the mask is ``out > 0`` where that is given, else ``v + C > 0``: without a
+    residual the output need not be kept.
     """
-    col_ok = cols < N
+    skip, branch, activation, scale, shift, grad, scaled_grad = layer
+    partial0, partial1, partial2 = sums
+    row_ok, col_ok = rows[2], cols < sizes[1]
     if skip is not None:
-        acc += load_tile(skip, at, row_ok, col_ok, TMA, BM, BN).to(tl.float32)
+        acc += load_tile(skip, at, row_ok, col_ok, TMA).to(tl.float32)
     if RELU and activation is not None:
-        alive = load_tile(activation, at, row_ok, col_ok, TMA, BM, BN).to(tl.float32)
+        alive = load_tile(activation, at, row_ok, col_ok, TMA).to(tl.float32)
         acc = tl.where(alive > 0.0, acc, 0.0)
     FROM_BRANCH: tl.constexpr = RELU and activation is None
     if FROM_BRANCH or partial1 is not None:
-        v = load_tile(branch, at, row_ok, col_ok, TMA, BM, BN).to(tl.float32)
+        v = load_tile(branch, at, row_ok, col_ok, TMA).to(tl.float32)
     if FROM_BRANCH:
         alive = v
         if shift is not None:
-            alive += row_factors(shift, first, row_sample, cols, B, N, LD, SPAN, GROUPED, BM, BN)
+            alive += row_factors(shift, rows, cols, sizes, SPAN, GROUPED)
         acc = tl.where(alive > 0.0, acc, 0.0)
     if grad is not None:
         store_tile(grad, at, acc, row_ok, col_ok, TMA)
@@ -239,22 +216,16 @@ def backward_epilogue(
         # Rows past the image hold taps that reach back into it: they are not pixels.
         acc = tl.where(row_ok[:, None], acc, 0.0)
     if partial0 is not None:
-        store_column_sums(partial0, acc, slot, first, row_sample, cols, B, N, SPAN, GROUPED, BM, BN)
+        store_column_sums(partial0, acc, slot, rows, cols, sizes, SPAN, GROUPED)
     if partial1 is not None:
-        store_column_sums(
-            partial1, acc * v, slot, first, row_sample, cols, B, N, SPAN, GROUPED, BM, BN
-        )
+        store_column_sums(partial1, acc * v, slot, rows, cols, sizes, SPAN, GROUPED)
     if scaled_grad is not None:
-        factors = row_factors(scale, first, row_sample, cols, B, N, LD, SPAN, GROUPED, BM, BN)
+        factors = row_factors(scale, rows, cols, sizes, SPAN, GROUPED)
         store_tile(scaled_grad, at, acc * factors, row_ok, col_ok, TMA)
     if partial2 is not None:
-        v = load_tile(shortcut_branch, at, row_ok, col_ok, TMA, BM, BN).to(tl.float32)
-        store_column_sums(
-            partial2, acc * v, slot, first, row_sample, cols, B, N, SPAN, GROUPED, BM, BN
-        )
-    if shortcut_grad is not None:
-        factors = row_factors(
-            shortcut_scale, first, row_sample, cols, B, N, LD, SPAN, GROUPED, BM, BN
-        )
-        store_tile(shortcut_grad, at, acc * factors, row_ok, col_ok, TMA)
+        v = load_tile(shortcut[0], at, row_ok, col_ok, TMA).to(tl.float32)
+        store_column_sums(partial2, acc * v, slot, rows, cols, sizes, SPAN, GROUPED)
+    if shortcut[2] is not None:
+        factors = row_factors(shortcut[1], rows, cols, sizes, SPAN, GROUPED)
+        store_tile(shortcut[2], at, acc * factors, row_ok, col_ok, TMA)
     return acc

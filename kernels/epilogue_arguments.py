@@ -1,7 +1,7 @@
 """Host side of ``epilogue.py``: what an epilogue reads and writes, bundled once for all kernels.
 
 Triton kernels take their arguments one by one. A launcher builds one of the two objects here from
-the backend contract (:mod:`wfnet.backends.contract`), and passes ``**arguments.bound(view)`` to its
+the backend contract (:mod:`wfnet.backends.contract`), and merges its arguments into those of its
 kernel. Pixel tensors are ``[B, H, W, C]`` contiguous here, channels-first views in the contract.
 
 Column sums never use atomics. Every tile writes its sums to its own slot, and
@@ -22,8 +22,9 @@ from wfnet.kernels.launch import Launch
 
 from wfnet.backends.contract import Activation, Epilogue, LayerBelow, LayerGradient
 
-Sums = tuple[Tensor | None, Tensor | None, Tensor | None]  # T0, T1, T1 of the shortcut
-View = Callable[[Tensor | None], object]  # a pixel tensor as a kernel takes it
+# How a kernel takes a pixel tensor (by default by its address), and what gives the arguments so.
+View = Callable[[Tensor], object]
+Binding = Callable[..., dict[str, object]]
 
 
 def channels_last(x: Tensor | None) -> Tensor | None:
@@ -36,45 +37,48 @@ def channels_first(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.permute(0, 3, 1, 2)
 
 
-def _plain(x: Tensor | None) -> Tensor | None:
-    """A pixel tensor as kernels take it that read by pointers."""
-    return x
+def _seen(pixels: dict[str, Tensor | None], view: View | None) -> dict[str, object]:
+    """``pixels`` as a kernel takes them."""
+    return {n: t if t is None or view is None else view(t) for n, t in pixels.items()}
 
 
-def _aligned_tables(
-    shape: tuple[int, int], *tables: Tensor | None
-) -> tuple[list[Tensor | None], int]:
-    """Tables ``[B, C]`` with rows of one stride, copied only if they have not, and that stride.
+def _aligned_tables(shape: tuple[int, int], **tables: Tensor | None) -> dict[str, object]:
+    """Tables ``[B, C]`` with rows of one stride ``LD``, copied only if they have not.
 
     Raises:
         ValueError: for another shape or dtype, or one past 32-bit indexing.
     """
-    given = [table for table in tables if table is not None]
+    given = [table for table in tables.values() if table is not None]
     for table in given:
         if tuple(table.shape) != shape or table.dtype != torch.float32:
             raise ValueError(
                 f"tables must be float32 {shape}, not {table.dtype} {tuple(table.shape)}"
             )
     if any(table.stride() != (given[0].stride(0), 1) for table in given):
-        tables = [None if table is None else table.contiguous() for table in tables]
-        given = [table for table in tables if table is not None]
+        dense = {n: None if table is None else table.contiguous() for n, table in tables.items()}
+        return _aligned_tables(shape, **dense)
     stride = given[0].stride(0) if given else 0
     if shape[0] * stride >= 2**31:
         raise ValueError(f"{shape[0]} table rows of {stride} entries are past 32-bit indexing")
-    return list(tables), stride
+    return {**tables, "LD": stride}
+
+
+def _check_pixels(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    if tensor is not None and (tuple(tensor.shape) != shape or tensor.dtype != dtype):
+        raise ValueError(
+            f"{name} must be {dtype} {shape} (channels last), not {tensor.dtype} "
+            f"{tuple(tensor.shape)}"
+        )
 
 
 @dataclass(frozen=True)
 class ForwardArguments:
-    """Arguments of ``forward_epilogue``: pixel tensors ``[B, P, Q, O]``, tables ``[B, O]`` fp32."""
+    """Arguments of ``forward_epilogue`` by name: pixel tensors ``[B, P, Q, O]``, and the others."""
 
-    scale: Tensor
-    shift: Tensor | None
-    residual: Tensor | None
-    branch: Tensor | None
-    out: Tensor
-    table_stride: int
-    relu: bool
+    pixels: dict[str, Tensor | None]
+    others: dict[str, object]
 
     @classmethod
     def of(cls, epilogue: Epilogue, like: Tensor, shape: tuple[int, ...]) -> ForwardArguments:
@@ -83,56 +87,43 @@ class ForwardArguments:
         Raises:
             ValueError: for tables or a residual that do not fit.
         """
-        tables = epilogue.scale, epilogue.shift
-        (scale, shift), stride = _aligned_tables((shape[0], shape[3]), *tables)
+        columns = shape[0], shape[3]
+        tables = _aligned_tables(columns, scale=epilogue.scale, shift=epilogue.shift)
+        residual = channels_last(epilogue.residual)
+        _check_pixels("residual", residual, shape, like.dtype)
         out = like.new_empty(shape)
         branch = torch.empty_like(out) if epilogue.save else None
-        residual = channels_last(epilogue.residual)
-        _check_pixels("residual", residual, out)
-        return cls(scale, shift, residual, branch, out, stride, epilogue.relu)
+        pixels = {"residual": residual, "branch": branch, "out": out}
+        return cls(pixels, tables | {"RELU": epilogue.relu})
 
-    def bound(self, view: View = _plain) -> dict[str, object]:
-        """Returns the arguments by name; ``view`` of pixel tensors."""
-        return {
-            "scale": self.scale,
-            "shift": self.shift,
-            "residual": view(self.residual),
-            "branch": view(self.branch),
-            "out": view(self.out),
-            "LD": self.table_stride,
-            "RELU": self.relu,
-        }
+    def __call__(self, view: View | None = None) -> dict[str, object]:
+        """Returns the arguments by name."""
+        return _seen(self.pixels, view) | self.others
 
     def activation(self) -> Activation:
         """Returns the results in the contract's form."""
-        out = channels_first(self.out)
-        masked = self.branch is not None and self.relu and self.residual is not None
-        return Activation(out, channels_first(self.branch), out if masked else None)
+        out, branch = channels_first(self.pixels["out"]), channels_first(self.pixels["branch"])
+        masked = branch is not None and self.others["RELU"] and self.pixels["residual"] is not None
+        return Activation(out, branch, out if masked else None)
 
 
 @dataclass(frozen=True)
 class BackwardArguments:
-    """Arguments of ``backward_epilogue``: pixel tensors ``[B, H, W, C]``, tables ``[B, C]`` fp32.
+    """Arguments of ``backward_epilogue`` by name; what is None is not read, or not wanted.
 
     Attributes:
-        sums: where column sums go, ``[B, C]`` fp32, rows of any stride.
-        partials: ``[slots, C]`` fp32 contiguous, what tiles write; see :meth:`with_slots`.
+        shape: of the layer's output, ``[B, H, W, C]``, as of ``reads`` and ``writes``.
+        others: tables ``[B, C]`` and numbers.
+        sums: where T0, T1 and T1 of the shortcut go, ``[B, C]`` fp32, rows of any stride.
+        copied_t0: the shortcut's own T0, which equals T0.
     """
 
-    skip: Tensor | None = None
-    branch: Tensor | None = None
-    activation: Tensor | None = None
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    grad: Tensor | None = None
-    scaled_grad: Tensor | None = None
-    shortcut_branch: Tensor | None = None
-    shortcut_scale: Tensor | None = None
-    shortcut_grad: Tensor | None = None
-    sums: Sums = (None, None, None)
-    partials: Sums = (None, None, None)
-    table_stride: int = 0
-    relu: bool = False
+    shape: tuple[int, ...]
+    reads: dict[str, Tensor | None]
+    writes: dict[str, Tensor | None]
+    others: dict[str, object]
+    sums: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    copied_t0: Tensor | None = None
 
     @classmethod
     def of(
@@ -149,134 +140,92 @@ class BackwardArguments:
         Raises:
             ValueError: for tensors that do not fit, or a result without what it is made from.
         """
-        grad = like.new_empty(shape)
-        skip = channels_last(skip)
-        _check_pixels("skip", skip, grad)
         if below is None:
-            return cls(skip=skip, grad=grad)
-        shortcut = below.shortcut
+            below = LayerBelow(scale=None, need_grad=True, need_scaled_grad=False)
+        other = below.shortcut or LayerBelow(scale=None, need_scaled_grad=False)
         if below.t1 is not None and below.branch is None:
             raise ValueError("t1 is summed from the branch, and the layer has none")
         if below.relu and below.branch is None and below.mask is None:
             raise ValueError("a ReLU mask is read from mask or branch, and the layer has neither")
-        branch, activation = channels_last(below.branch), channels_last(below.mask)
-        shortcut_branch = None if shortcut is None else channels_last(shortcut.branch)
-        for name, tensor in (
-            ("branch", branch),
-            ("mask", activation),
-            ("the shortcut's branch", shortcut_branch),
-        ):
-            _check_pixels(name, tensor, grad)
         columns = shape[0], shape[3]
-        tables = below.scale, below.shift, None if shortcut is None else shortcut.scale
-        (scale, shift, shortcut_scale), stride = _aligned_tables(columns, *tables)
-        t0 = below.t0
-        if shortcut is not None and t0 is None:
-            t0 = shortcut.t0
-        sums = t0, below.t1, None if shortcut is None else shortcut.t1
+        reads = {
+            "skip": channels_last(skip),
+            "branch": channels_last(below.branch),
+            "activation": channels_last(below.mask),
+            "shortcut_branch": channels_last(other.branch),
+        }
+        for name, tensor in reads.items():
+            _check_pixels(name, tensor, shape, like.dtype)
+        wanted = {
+            "grad": below.need_grad,
+            "scaled_grad": below.need_scaled_grad,
+            "shortcut_grad": other.need_scaled_grad,
+        }
+        writes = {n: like.new_empty(shape) if want else None for n, want in wanted.items()}
+        tables = {"scale": below.scale, "shift": below.shift, "shortcut_scale": other.scale}
+        others = _aligned_tables(columns, **tables) | {"RELU": below.relu}
+        sums = (other.t0 if below.t0 is None else below.t0), below.t1, other.t1
         for total in sums:
             if total is not None and (tuple(total.shape) != columns or total.stride(1) != 1):
                 raise ValueError(f"column sums must be rows {columns}, not {tuple(total.shape)}")
-        wants_shortcut = shortcut is not None and shortcut.need_scaled_grad
-        return cls(
-            skip=skip,
-            branch=branch,
-            activation=activation,
-            scale=scale,
-            shift=shift,
-            grad=grad if below.need_grad else None,
-            scaled_grad=torch.empty_like(grad) if below.need_scaled_grad else None,
-            shortcut_branch=shortcut_branch,
-            shortcut_scale=shortcut_scale,
-            shortcut_grad=torch.empty_like(grad) if wants_shortcut else None,
-            sums=sums,
-            table_stride=stride,
-            relu=below.relu,
-        )
+        return cls(shape, reads, writes, others, sums, None if below.t0 is None else other.t0)
 
     @property
     def summing(self) -> bool:
         """Whether any column sums are wanted."""
         return any(total is not None for total in self.sums)
 
-    @property
-    def pixels(self) -> tuple[Tensor | None, ...]:
-        """The pixel tensors that are read."""
-        return self.skip, self.branch, self.activation, self.shortcut_branch
+    def with_scaled_grad(self, scaled_grad: Tensor) -> BackwardArguments:
+        """Returns the same with another tensor for the scaled gradient."""
+        return replace(self, writes=self.writes | {"scaled_grad": scaled_grad})
 
-    def with_slots(self, slots: int, grouped: bool) -> BackwardArguments:
-        """Returns the same with workspaces of so many slots.
+    def run(
+        self, plan: Callable[[Binding], Launch], *, grouped: int = 0, block_m: int = 0
+    ) -> LayerGradient:
+        """Runs a kernel that ends in ``backward_epilogue``, and adds its column sums.
 
-        Where samples have one slot each (of ``grouped`` tiles), its sums are the sums: no workspace
-        is needed if their rows lie dense.
-        """
-
-        def partial(total: Tensor | None) -> Tensor | None:
-            if total is None:
-                return None
-            if grouped and total.shape[0] == slots and total.is_contiguous():
-                return total
-            return torch.empty((slots, total.shape[1]), dtype=torch.float32, device=total.device)
-
-        return replace(self, partials=tuple(partial(total) for total in self.sums))
-
-    def bound(self, view: View = _plain) -> dict[str, object]:
-        """Returns the arguments by name; ``view`` of pixel tensors."""
-        return {
-            "skip": view(self.skip),
-            "branch": view(self.branch),
-            "activation": view(self.activation),
-            "scale": self.scale,
-            "shift": self.shift,
-            "grad": view(self.grad),
-            "scaled_grad": view(self.scaled_grad),
-            "partial0": self.partials[0],
-            "partial1": self.partials[1],
-            "partial2": self.partials[2],
-            "shortcut_branch": view(self.shortcut_branch),
-            "shortcut_scale": self.shortcut_scale,
-            "shortcut_grad": view(self.shortcut_grad),
-            "LD": self.table_stride,
-            "RELU": self.relu,
-        }
-
-    def zero_sums(self) -> None:
-        """Writes the sums over nothing."""
-        for total in self.sums:
-            if total is not None:
-                total.zero_()
-
-    def add_column_sums(self, tokens: int, *, slots: int = 0, block_m: int = 0) -> None:
-        """Adds what the tiles wrote to ``partials`` into ``sums``, in tile order.
+        Where a sample has one tile of its own, the tile's sums are the sample's: no workspace is
+        needed if their rows lie dense.
 
         Args:
-            tokens: pixels or tokens of a sample.
-            slots: tiles that hold rows of one sample (grouped tiles); ``batch`` apart.
-            block_m: rows of a flat tile, if the tiles were flat.
+            plan: makes the launch from what gives the epilogue's arguments.
+            grouped: tiles that hold rows of one sample, of kernels whose tiles keep samples apart.
+            block_m: rows of a tile, of kernels whose tiles do not.
         """
+        if 0 in self.shape:
+            return self.of_nothing()
+        batch, height, width, columns = self.shape
+        tokens = height * width
         touched = span(block_m, tokens) if block_m else 0
-        for partial, total in zip(self.partials, self.sums, strict=True):
-            if total is not None and partial is not total:
-                plan_column_sums(partial, total, tokens, slots, block_m, touched).run()
+        slots = touched * triton.cdiv(batch * tokens, block_m) if block_m else grouped * batch
 
-    def gradient(self, below: LayerBelow | None) -> LayerGradient:
-        """Returns the results in the contract's form."""
-        shortcut = None if below is None else below.shortcut
-        if shortcut is not None and shortcut.t0 is not None and shortcut.t0 is not self.sums[0]:
-            shortcut.t0.copy_(self.sums[0])  # both receive the same g
-        return LayerGradient(
-            channels_first(self.grad),
-            channels_first(self.scaled_grad),
-            channels_first(self.shortcut_grad),
-        )
+        def partial(total: Tensor | None) -> Tensor | None:
+            if total is None or (slots == batch and grouped and total.is_contiguous()):
+                return total
+            return total.new_empty((slots, columns))
 
+        partials = [partial(total) for total in self.sums]
+        named = {f"partial{i}": tensor for i, tensor in enumerate(partials)}
+        plan(lambda view=None: self._bound(view) | named).run()
+        for sums, total in zip(partials, self.sums, strict=True):
+            if sums is not total:
+                _column_sums(sums, total, tokens, grouped, block_m, touched).run()
+        return self._gradient()
 
-def _check_pixels(name: str, tensor: Tensor | None, like: Tensor) -> None:
-    if tensor is not None and (tensor.shape != like.shape or tensor.dtype != like.dtype):
-        raise ValueError(
-            f"{name} must be {like.dtype} {tuple(like.shape)} (channels last), not {tensor.dtype} "
-            f"{tuple(tensor.shape)}"
-        )
+    def of_nothing(self) -> LayerGradient:
+        """Returns the results where there is no pixel: no launch, and sums are 0."""
+        for empty in (*self.sums, self.writes["scaled_grad"]):
+            if empty is not None:
+                empty.zero_()
+        return self._gradient()
+
+    def _bound(self, view: View | None) -> dict[str, object]:
+        return _seen(self.reads | self.writes, view) | self.others
+
+    def _gradient(self) -> LayerGradient:
+        if self.copied_t0 is not None:
+            self.copied_t0.copy_(self.sums[0])  # both receive the same g
+        return LayerGradient(*map(channels_first, self.writes.values()))
 
 
 @triton.jit(do_not_specialize=["B", "T", "SLOTS"])
@@ -315,22 +264,12 @@ def column_sums_kernel(
     tl.store(total + sample.to(tl.int64) * LD + cols, tl.sum(sums, axis=0), mask=col_ok)
 
 
-def plan_column_sums(
+def _column_sums(
     partial: Tensor, total: Tensor, tokens: int, slots: int, block_m: int, touched: int
 ) -> Launch:
-    """The launch of ``column_sums_kernel``: ``slots`` per sample, or flat tiles of ``block_m``."""
+    """``slots`` per sample, or flat tiles of ``block_m`` that touch so many samples."""
     batch, columns = total.shape
-    arguments = {
-        "partial": partial,
-        "total": total,
-        "B": batch,
-        "T": tokens,
-        "C": columns,
-        "LD": total.stride(0),
-        "SLOTS": slots,
-        "SPAN": touched,
-        "BM": block_m,
-        "BS": 8,
-        "BN": 128,
-    }
-    return Launch(column_sums_kernel, (batch, triton.cdiv(columns, 128)), arguments, 4, 2)
+    arguments = {"partial": partial, "total": total, "B": batch, "T": tokens, "C": columns}
+    arguments |= {"LD": total.stride(0), "SLOTS": slots}
+    arguments |= {"SPAN": touched, "BM": block_m, "BS": 8, "BN": 128}
+    return Launch(column_sums_kernel, (batch, triton.cdiv(columns, 128)), arguments)

@@ -9,14 +9,12 @@ before that GEMM (it is linear), in a fixed order: the GEMM then runs over image
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from wfnet.kernels.epilogue import backward_epilogue, load_tile, store_tile
-from wfnet.kernels.epilogue_arguments import BackwardArguments, channels_last
+from wfnet.kernels.epilogue_arguments import BackwardArguments, Binding, channels_last
 from wfnet.kernels.launch import Launch
 
 from wfnet.backends.contract import LayerBelow, LayerGradient
@@ -58,76 +56,29 @@ def epilogue_bwd_kernel(
     rows = tile_t * BM + tl.arange(0, BM)
     row_ok = rows < T
     col_ok = cols < C
+    layer = (skip, branch, activation, scale, shift, grad, scaled_grad)
+    sums = (partial0, partial1, partial2)
+    shortcut = (shortcut_branch, shortcut_scale, shortcut_grad)
+    sizes = (B, C, LD)
     if order is None:
         at = ((target.to(tl.int64) * T + tile_t * BM) * C, tl.arange(0, BM) * C, cols)
-        acc = load_tile(dout, at, row_ok, col_ok, False, BM, BN).to(tl.float32)
+        acc = load_tile(dout, at, row_ok, col_ok, False).to(tl.float32)
+        slot = tile_t * B + target
+        parts = (target, rows, row_ok)
         backward_epilogue(
-            acc,
-            skip,
-            branch,
-            activation,
-            scale,
-            shift,
-            grad,
-            scaled_grad,
-            partial0,
-            partial1,
-            partial2,
-            shortcut_branch,
-            shortcut_scale,
-            shortcut_grad,
-            at,
-            tile_t * B + target,
-            target,
-            rows,
-            cols,
-            row_ok,
-            B,
-            C,
-            LD,
-            RELU,
-            False,
-            1,
-            True,
-            BM,
-            BN,
+            acc, layer, sums, shortcut, at, slot, parts, cols, sizes, RELU, False, 1, True
         )
     else:
+        unscaled = (skip, branch, activation, scale, shift, grad, None)
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for position in range(tl.load(first_of + target), tl.load(first_of + target + 1)):
             sample = tl.load(order + position).to(tl.int32)
             at = ((sample.to(tl.int64) * T + tile_t * BM) * C, tl.arange(0, BM) * C, cols)
-            acc = load_tile(dout, at, row_ok, col_ok, False, BM, BN).to(tl.float32)
+            acc = load_tile(dout, at, row_ok, col_ok, False).to(tl.float32)
+            slot = tile_t * B + sample
+            parts = (sample, rows, row_ok)
             acc = backward_epilogue(
-                acc,
-                skip,
-                branch,
-                activation,
-                scale,
-                shift,
-                grad,
-                None,
-                partial0,
-                partial1,
-                partial2,
-                shortcut_branch,
-                shortcut_scale,
-                shortcut_grad,
-                at,
-                tile_t * B + sample,
-                sample,
-                rows,
-                cols,
-                row_ok,
-                B,
-                C,
-                LD,
-                RELU,
-                False,
-                1,
-                True,
-                BM,
-                BN,
+                acc, unscaled, sums, shortcut, at, slot, parts, cols, sizes, RELU, False, 1, True
             )
             if scaled_grad is not None:
                 factor = tl.load(scale + (sample * LD + cols), mask=col_ok, other=0.0)
@@ -146,32 +97,6 @@ def by_source(source: Tensor, sources: int) -> tuple[Tensor, Tensor]:
     sorted_source, order = torch.sort(source, stable=True)
     bounds = torch.arange(sources + 1, device=source.device, dtype=source.dtype)
     return order, torch.searchsorted(sorted_source, bounds)
-
-
-def plan_epilogue_bwd(
-    dout: Tensor,
-    backward: BackwardArguments,
-    grouping: tuple[Tensor, Tensor] | None,
-    targets: int,
-) -> Launch:
-    """The launch of ``epilogue_bwd``: ``dout`` ``[B, H, W, C]``, ``grouping`` of ``by_source``."""
-    batch, height, width, columns = dout.shape
-    tokens = height * width
-    block_m, block_n = tile_of(tokens, columns)
-    order, first_of = grouping or (None, None)
-    arguments = {
-        "dout": dout,
-        **backward.bound(),
-        "order": order,
-        "first_of": first_of,
-        "B": batch,
-        "T": tokens,
-        "C": columns,
-        "BM": block_m,
-        "BN": block_n,
-    }
-    grid = (targets * triton.cdiv(tokens, block_m) * triton.cdiv(columns, block_n),)
-    return Launch(epilogue_bwd_kernel, grid, arguments, 4, 2)
 
 
 def tile_of(tokens: int, columns: int) -> tuple[int, int]:
@@ -199,18 +124,20 @@ def epilogue_bwd(dout: Tensor, below: LayerBelow, skip: Tensor | None = None) ->
     pixels = channels_last(dout)
     backward = BackwardArguments.of(below, skip, pixels, tuple(pixels.shape))
     batch, height, width, columns = pixels.shape
-    grouping, targets = None, batch
+    tokens, (order, first_of), targets = height * width, (None, None), batch
     if below.source is not None and below.need_scaled_grad:
-        grouping, targets = by_source(below.source, below.images), below.images
-        scaled = pixels.new_empty((targets, height, width, columns))
-        backward = replace(backward, scaled_grad=scaled)
-    if pixels.numel() == 0:
-        backward.zero_sums()
-        if backward.scaled_grad is not None:
-            backward.scaled_grad.zero_()
-        return backward.gradient(below)
-    slots = triton.cdiv(height * width, tile_of(height * width, columns)[0])
-    backward = backward.with_slots(slots * batch, grouped=True)
-    plan_epilogue_bwd(pixels, backward, grouping, targets).run()
-    backward.add_column_sums(height * width, slots=slots)
-    return backward.gradient(below)
+        targets = below.images
+        order, first_of = by_source(below.source, targets)
+        backward = backward.with_scaled_grad(pixels.new_empty((targets, height, width, columns)))
+    block_m, block_n = tile_of(tokens, columns)
+
+    def plan(bound: Binding) -> Launch:
+        arguments = (
+            bound()
+            | {"dout": pixels, "order": order, "first_of": first_of}
+            | {"B": batch, "T": tokens, "C": columns, "BM": block_m, "BN": block_n}
+        )
+        grid = (targets * triton.cdiv(tokens, block_m) * triton.cdiv(columns, block_n),)
+        return Launch(epilogue_bwd_kernel, grid, arguments)
+
+    return backward.run(plan, grouped=triton.cdiv(tokens, block_m))

@@ -15,8 +15,6 @@ is never used as an index. The filter matrices of a whole network stand side by 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -94,33 +92,6 @@ def gate_rows_bwd_kernel(
     tl.store(dalpha + at, (slope * total).to(dalpha.dtype.element_ty), mask=col_ok)
 
 
-def _check_labels(forget: Tensor) -> None:
-    if forget.dim() != 2 or forget.dtype != torch.int64:
-        raise ValueError(f"forget must be [B, J] int64, not {tuple(forget.shape)} {forget.dtype}")
-    if not 1 <= forget.shape[1] <= 16:
-        raise ValueError(f"{forget.shape[1]} forget labels a sample; the kernels take 1 to 16")
-
-
-def plan_gate_rows(alpha: Tensor, forget: Tensor, out: Tensor, gate_scale: float) -> Launch:
-    """The launch of ``gate_rows``."""
-    batch, columns = out.shape
-    arguments = {
-        "alpha": alpha,
-        "forget": forget,
-        "out": out,
-        "gate_scale": float(gate_scale),
-        "B": batch,
-        "K": alpha.shape[0],
-        "O": columns,
-        "J": forget.shape[1],
-        "NEAR_ONE": _NEAR_ONE,
-        "BS": _SAMPLES,
-        "BN": _COLUMNS,
-    }
-    grid = (triton.cdiv(batch, _SAMPLES), triton.cdiv(columns, _COLUMNS))
-    return Launch(gate_rows_kernel, grid, arguments, 4, 1)
-
-
 def gate_rows(alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
     """One scale per sample and channel; equals ``wfnet.gates.gate_rows``.
 
@@ -131,14 +102,17 @@ def gate_rows(alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
 
     Returns:
         ``[B, O]`` fp32.
-
-    Raises:
-        ValueError: if ``forget`` is not ``[B, J]`` int64 with ``J`` in 1 .. 16.
     """
-    _check_labels(forget)
-    out = torch.empty((forget.shape[0], alpha.shape[1]), dtype=torch.float32, device=alpha.device)
+    (batch, labels), (classes, columns) = forget.shape, alpha.shape
+    out = torch.empty((batch, columns), dtype=torch.float32, device=alpha.device)
     if out.numel():
-        plan_gate_rows(alpha.contiguous(), forget.contiguous(), out, gate_scale).run()
+        arguments = (
+            {"alpha": alpha.contiguous(), "forget": forget.contiguous(), "out": out}
+            | {"gate_scale": float(gate_scale), "B": batch, "K": classes, "O": columns}
+            | {"J": labels, "NEAR_ONE": _NEAR_ONE, "BS": _SAMPLES, "BN": _COLUMNS}
+        )
+        grid = (triton.cdiv(batch, _SAMPLES), triton.cdiv(columns, _COLUMNS))
+        Launch(gate_rows_kernel, grid, arguments, 4, 1).run()
     return out
 
 
@@ -155,44 +129,22 @@ def by_label(forget: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     return by_source(forget.flatten(), classes)
 
 
-def plan_gate_rows_bwd(
-    t: Tensor, alpha: Tensor, order: Tensor, first_of: Tensor, dalpha: Tensor, labels: int
-) -> Launch:
-    """The launch of ``gate_rows_bwd``, for ``labels`` in a row of ``forget``."""
-    arguments = {
-        "t": t,
-        "alpha": alpha,
-        "order": order,
-        "first_of": first_of,
-        "dalpha": dalpha,
-        "O": t.shape[1],
-        "J": labels,
-        "BN": _COLUMNS,
-    }
-    grid = (alpha.shape[0], triton.cdiv(alpha.shape[1], _COLUMNS))
-    return Launch(gate_rows_bwd_kernel, grid, arguments, 4, 1)
-
-
 def gate_rows_bwd(t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
     """``[K, O]`` gradient from log-derivatives ``t`` ``[B, O]`` fp32; see the module's equations.
 
     Equals ``wfnet.gates.gate_rows_backward``; bitwise reproducible.
     """
-    _check_labels(forget)
     alpha = alpha.contiguous()
     dalpha = torch.empty_like(alpha)
     if dalpha.numel():
-        groups = by_label(forget, alpha.shape[0])
-        plan_gate_rows_bwd(t.contiguous(), alpha, *groups, dalpha, forget.shape[1]).run()
+        classes, columns = alpha.shape
+        order, first_of = by_label(forget, classes)
+        arguments = {"t": t.contiguous(), "alpha": alpha, "order": order, "first_of": first_of} | {
+            "dalpha": dalpha,
+            "O": columns,
+            "J": forget.shape[1],
+            "BN": _COLUMNS,
+        }
+        grid = (classes, triton.cdiv(columns, _COLUMNS))
+        Launch(gate_rows_bwd_kernel, grid, arguments, 4, 1).run()
     return dalpha
-
-
-def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
-    """A launch of each kernel of this file, on tensors without memory, to compile it."""
-    forget = meta(torch.int64, 512, 1)
-    alpha, rows = meta(torch.float32, 1000, 4800), meta(torch.float32, 512, 4800)
-    groups = meta(torch.int64, 512), meta(torch.int64, 1001)
-    return [
-        plan_gate_rows(alpha, forget, rows, 1.0),
-        plan_gate_rows_bwd(rows, alpha, *groups, alpha, 1),
-    ]

@@ -1,8 +1,9 @@
-"""A kernel launch as a value: run it on a device, or compile it ahead of time without one."""
+"""A kernel launch as a value: run it on a device, or keep it and compile it without one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+from wfnet.kernels import config
 
 # Kernels are not specialised on numbers of samples, images, pixels and tokens
 # (`do_not_specialize`) where no address gains from what is known of these: every batch of another
@@ -17,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 #
 # Descriptors are built on the host and passed as kernel parameters: no device-side workspace (so no
 # `triton.set_allocator`), nothing to fence in the kernel, and a captured CUDA graph keeps them.
+
+_kept: list[Launch] | None = None
 
 
 @dataclass(frozen=True)
@@ -26,34 +30,40 @@ class Launch:
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]
-    warps: int
-    stages: int
+    warps: int = 4
+    stages: int = 2
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return self.kernel.fn.__name__
 
     def run(self) -> None:
         """Launches on the current stream of the tensors' device."""
-        device = _device_of(self.arguments)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                self._launch()
-        else:
-            self._launch()
+        if _kept is not None:
+            _kept.append(self)
+            return
+        seen = (getattr(value, "base", value) for value in self.arguments.values())
+        device = next(value.device for value in seen if isinstance(value, Tensor))
+        current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with current:
+            self.kernel[self.grid](
+                **self.arguments,
+                num_warps=self.warps,
+                num_stages=self.stages,
+                enable_fp_fusion=True,  # Triton's default until 3.9
+            )
 
-    def _launch(self) -> None:
-        self.kernel[self.grid](
-            **self.arguments,
-            num_warps=self.warps,
-            num_stages=self.stages,
-            enable_fp_fusion=True,  # Triton's default until 3.9
-        )
 
-
-def _device_of(arguments: dict[str, Any]) -> torch.device:
-    for value in arguments.values():
-        if isinstance(value, Tensor):
-            return value.device
-        if isinstance(value, TensorDescriptor):
-            return value.base.device
-    raise ValueError("a kernel launch needs at least one tensor")
+@contextlib.contextmanager
+def keep_launches(device: config.Device) -> Iterator[list[Launch]]:
+    """Yields a list that launches for ``device`` go to; their tensors may be on ``meta``."""
+    global _kept
+    _kept, before, config.assumed = [], config.assumed, device
+    try:
+        yield _kept
+    finally:
+        _kept, config.assumed = None, before
 
 
 def interpreted(kernel: Any) -> bool:
@@ -65,27 +75,22 @@ def interpreted(kernel: Any) -> bool:
 _CAN_ROUND = "round_f32_to_tf32" in TensorDescriptor.__dataclass_fields__
 
 
-def operand(base: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
-    """A :func:`descriptor` whose boxes are multiplied: fp32 is rounded to TF32 where possible.
-
-    Only for products that run in TF32: full precision takes a plain descriptor.
-    """
-    view = descriptor(base, shape, block)
-    if base.dtype == torch.float32 and _CAN_ROUND:
-        view.round_f32_to_tf32 = True
-    return view
-
-
-def descriptor(base: Tensor, shape: Sequence[int], block: Sequence[int]) -> TensorDescriptor:
+def descriptor(
+    base: Tensor, shape: Sequence[int], block: Sequence[int], rounded: bool = False
+) -> TensorDescriptor:
     """A tiled view of a contiguous tensor: ``shape`` in row-major order, read in boxes ``block``.
 
     Reads out of bounds give 0, writes out of bounds are dropped. Strides come from ``shape``, not
-    from the tensor: PyTorch gives dimensions of size 1 arbitrary strides.
+    from the tensor: PyTorch gives dimensions of size 1 arbitrary strides. ``rounded``: boxes are
+    multiplied in TF32, and fp32 is rounded to it where possible.
     """
     strides = [1]
     for size in reversed(shape[1:]):
         strides.insert(0, strides[0] * size)
-    return TensorDescriptor(base, list(shape), strides, list(block))
+    view = TensorDescriptor(base, list(shape), strides, list(block))
+    if rounded and base.dtype == torch.float32 and _CAN_ROUND:
+        view.round_f32_to_tf32 = True
+    return view
 
 
 def describable(tensor: Tensor, row: int) -> bool:

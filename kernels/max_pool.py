@@ -13,14 +13,17 @@ every run.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from wfnet.kernels.epilogue import backward_epilogue, load_tile, store_tile
-from wfnet.kernels.epilogue_arguments import BackwardArguments, channels_first, channels_last
+from wfnet.kernels.epilogue_arguments import (
+    BackwardArguments,
+    Binding,
+    channels_first,
+    channels_last,
+)
 from wfnet.kernels.epilogue_bwd import tile_of
 from wfnet.kernels.launch import Launch
 
@@ -66,7 +69,7 @@ def max_pool_fwd_kernel(
         for s in tl.static_range(KW):
             inside = row_ok & (h + r >= 0) & (h + r < H) & (w + s >= 0) & (w + s < W)
             at = (sample * H * W * C, ((h + r) * W + w + s) * C, cols)
-            value = load_tile(x, at, inside, col_ok, False, BM, BN).to(tl.float32)
+            value = load_tile(x, at, inside, col_ok, False).to(tl.float32)
             # The first of equal ones, and a NaN above all, as PyTorch has it.
             better = (value > best) | (value != value) | (where == NOWHERE)
             better = better & inside[:, None]
@@ -135,100 +138,24 @@ def max_pool_bwd_kernel(
             inside = row_ok & (p >= 0) & (p < P) & (q >= 0) & (q < Q) & (r < KH) & (s < KW)
             at = (sample.to(tl.int64) * P * Q * C, (p * Q + q) * C, cols)
             # Read as int32 only where there is a window: elsewhere 0, which may be a tap.
-            where = load_tile(positions, at, inside, col_ok, False, BM, BN).to(tl.int32)
-            value = load_tile(dout, at, inside, col_ok, False, BM, BN).to(tl.float32)
+            where = load_tile(positions, at, inside, col_ok, False).to(tl.int32)
+            value = load_tile(dout, at, inside, col_ok, False).to(tl.float32)
             acc += tl.where(where == (r * KW + s)[:, None], value, 0.0)
+    layer = (skip, branch, activation, scale, shift, grad, scaled_grad)
+    sums = (partial0, partial1, partial2)
+    shortcut = (shortcut_branch, shortcut_scale, shortcut_grad)
     at = ((sample.to(tl.int64) * H * W + tile_m * BM) * C, tl.arange(0, BM) * C, cols)
+    slot = tile_m * B + sample
+    parts = (sample, rows, row_ok)
+    sizes = (B, C, LD)
     backward_epilogue(
-        acc,
-        skip,
-        branch,
-        activation,
-        scale,
-        shift,
-        grad,
-        scaled_grad,
-        partial0,
-        partial1,
-        partial2,
-        shortcut_branch,
-        shortcut_scale,
-        shortcut_grad,
-        at,
-        tile_m * B + sample,
-        sample,
-        rows,
-        cols,
-        row_ok,
-        B,
-        C,
-        LD,
-        RELU,
-        False,
-        1,
-        True,
-        BM,
-        BN,
+        acc, layer, sums, shortcut, at, slot, parts, cols, sizes, RELU, False, 1, True
     )
 
 
 def _taps(window: PoolGeometry) -> dict[str, int]:
     (kh, kw), (sh, sw), (ph, pw) = window.kernel, window.stride, window.padding
     return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
-
-
-def plan_max_pool_fwd(
-    x: Tensor, out: Tensor, positions: Tensor | None, window: PoolGeometry
-) -> Launch:
-    """The launch of ``max_pool``: ``x`` ``[B, H, W, C]``, ``out`` ``[B, P, Q, C]``."""
-    batch, height, width, columns = x.shape
-    pixels = out.shape[1] * out.shape[2]
-    block_m, block_n = tile_of(pixels, columns)
-    arguments = {
-        "x": x,
-        "out": out,
-        "positions": positions,
-        "H": height,
-        "W": width,
-        "P": out.shape[1],
-        "Q": out.shape[2],
-        "C": columns,
-        **_taps(window),
-        "NOWHERE": _NOWHERE,
-        "BM": block_m,
-        "BN": block_n,
-    }
-    grid = (batch * triton.cdiv(pixels, block_m) * triton.cdiv(columns, block_n),)
-    return Launch(max_pool_fwd_kernel, grid, arguments, 4, 2)
-
-
-def plan_max_pool_bwd(
-    dout: Tensor,
-    positions: Tensor,
-    size: tuple[int, int],
-    window: PoolGeometry,
-    backward: BackwardArguments,
-) -> Launch:
-    """The launch of ``max_pool_bwd``: ``dout`` and ``positions`` ``[B, P, Q, C]``."""
-    batch, _, _, columns = dout.shape
-    pixels = size[0] * size[1]
-    block_m, block_n = tile_of(pixels, columns)
-    arguments = {
-        "dout": dout,
-        "positions": positions,
-        **backward.bound(),
-        "B": batch,
-        "H": size[0],
-        "W": size[1],
-        "P": dout.shape[1],
-        "Q": dout.shape[2],
-        "C": columns,
-        **_taps(window),
-        "BM": block_m,
-        "BN": block_n,
-    }
-    grid = (batch * triton.cdiv(pixels, block_m) * triton.cdiv(columns, block_n),)
-    return Launch(max_pool_bwd_kernel, grid, arguments, 4, 2)
 
 
 def max_pool(x: Tensor, window: PoolGeometry, save: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -243,18 +170,22 @@ def max_pool(x: Tensor, window: PoolGeometry, save: bool = True) -> tuple[Tensor
 
     Returns:
         ``[B, C, P, Q]`` in the dtype of ``x``, and uint8 of the same shape or None.
-
-    Raises:
-        ValueError: for a window that the kernels do not take.
     """
-    if not window.takes_bytes:
-        raise ValueError(f"{window} is dilated, or its window has more than {_NOWHERE} taps")
     pixels = channels_last(x)
-    size = window.output_size(*x.shape[2:])
-    out = pixels.new_empty((x.shape[0], *size, x.shape[1]))
+    batch, height, width, columns = pixels.shape
+    p, q = window.output_size(height, width)
+    out = pixels.new_empty((batch, p, q, columns))
     positions = torch.empty_like(out, dtype=torch.uint8) if save else None
     if out.numel():
-        plan_max_pool_fwd(pixels, out, positions, window).run()
+        block_m, block_n = tile_of(p * q, columns)
+        arguments = (
+            {"x": pixels, "out": out, "positions": positions, "NOWHERE": _NOWHERE}
+            | {"H": height, "W": width, "P": p, "Q": q, "C": columns}
+            | _taps(window)
+            | {"BM": block_m, "BN": block_n}
+        )
+        grid = (batch * triton.cdiv(p * q, block_m) * triton.cdiv(columns, block_n),)
+        Launch(max_pool_fwd_kernel, grid, arguments).run()
     return channels_first(out), channels_first(positions)
 
 
@@ -280,28 +211,20 @@ def max_pool_bwd(
         ValueError: if a result lacks the tensor it is made from, or shapes do not fit.
     """
     pooled, positions = channels_last(dout), channels_last(positions)
-    batch, _, _, columns = pooled.shape
-    pixels = size[0] * size[1]
+    (batch, p, q, columns), (height, width) = pooled.shape, size
     backward = BackwardArguments.of(below, skip, pooled, (batch, *size, columns))
-    if batch * pixels * columns == 0:
-        backward.zero_sums()
-        return backward.gradient(below)
-    slots = triton.cdiv(pixels, tile_of(pixels, columns)[0])
-    backward = backward.with_slots(slots * batch, grouped=True)
-    plan_max_pool_bwd(pooled, positions, size, window, backward).run()
-    backward.add_column_sums(pixels, slots=slots)
-    return backward.gradient(below)
+    block_m, block_n = tile_of(height * width, columns)
+    tiles = triton.cdiv(height * width, block_m)
 
+    def plan(bound: Binding) -> Launch:
+        arguments = (
+            bound()
+            | {"dout": pooled, "positions": positions}
+            | {"B": batch, "H": height, "W": width, "P": p, "Q": q, "C": columns}
+            | _taps(window)
+            | {"BM": block_m, "BN": block_n}
+        )
+        grid = (batch * tiles * triton.cdiv(columns, block_n),)
+        return Launch(max_pool_bwd_kernel, grid, arguments)
 
-def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
-    """A launch of each kernel, on tensors without memory, to compile it: a ResNet's pooling."""
-    window = PoolGeometry((3, 3), (2, 2), (1, 1))
-    x = meta(torch.bfloat16, 512, 112, 112, 64)
-    out, positions = meta(torch.bfloat16, 512, 56, 56, 64), meta(torch.uint8, 512, 56, 56, 64)
-    scale, shift, t1 = (meta(torch.float32, 512, 64) for _ in range(3))
-    below = LayerBelow(scale, shift, channels_first(x), relu=True, t1=t1)
-    backward = BackwardArguments.of(below, None, x, tuple(x.shape)).with_slots(512 * 196, True)
-    return [
-        plan_max_pool_fwd(x, out, positions, window),
-        plan_max_pool_bwd(out, positions, (112, 112), window, backward),
-    ]
+    return backward.run(plan, grouped=tiles)

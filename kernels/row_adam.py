@@ -10,9 +10,6 @@ read, and the others once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -65,43 +62,6 @@ def row_adam_kernel(
         tl.store(alpha + at, value, mask=ok)
 
 
-def plan_row_adam(
-    alpha: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    correction1: Tensor,
-    correction2: Tensor,
-    occurred: Tensor,
-    lr: Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    start: Tensor | None = None,
-    threshold: Tensor | None = None,
-) -> Launch:
-    """The launch of ``row_adam``; its arguments."""
-    rows, columns = alpha.shape
-    arguments = {
-        "alpha": alpha,
-        "grad": grad,
-        "exp_avg": exp_avg,
-        "exp_avg_sq": exp_avg_sq,
-        "correction1": correction1,
-        "correction2": correction2,
-        "occurred": occurred,
-        "lr": lr,
-        "start": alpha if start is None else start,
-        "threshold": lr if threshold is None else threshold,
-        "C": columns,
-        "weight1": 1 - betas[0],
-        "weight2": 1 - betas[1],
-        "eps": eps,
-        "BN": _COLUMNS,
-        "SHRINKS": start is not None,
-    }
-    return Launch(row_adam_kernel, (rows * triton.cdiv(columns, _COLUMNS),), arguments, 4, 1)
-
-
 def row_adam(
     alpha: Tensor,
     grad: Tensor,
@@ -126,44 +86,17 @@ def row_adam(
         lr: fp32 scalar on the device: a captured CUDA graph reads it anew at every replay.
         start, threshold: ``[C]`` fp32 and an fp32 scalar on the device: entries then end nearer to
             ``start`` by the threshold, and exactly there if they are no farther from it.
-
-    Raises:
-        ValueError: for matrices that are not contiguous.
     """
-    for name, matrix in (
-        ("alpha", alpha),
-        ("grad", grad),
-        ("exp_avg", exp_avg),
-        ("exp_avg_sq", exp_avg_sq),
-    ):
-        if not matrix.is_contiguous() or matrix.shape != alpha.shape:
-            raise ValueError(
-                f"{name} {tuple(matrix.shape)} must be contiguous {tuple(alpha.shape)}"
-            )
-    if alpha.numel():
-        plan_row_adam(
-            alpha,
-            grad,
-            exp_avg,
-            exp_avg_sq,
-            correction1,
-            correction2,
-            occurred,
-            lr,
-            betas,
-            eps,
-            start,
-            threshold,
-        ).run()
-
-
-def example_launches(meta: Callable[..., Tensor]) -> list[Launch]:
-    """Launches of the kernel, on tensors without memory, to compile it in both forms."""
-    matrix, row = meta(torch.float32, 1000, 26560), meta(torch.float32, 1000)
-    occurred, scalar, start = (
-        meta(torch.bool, 1000),
-        meta(torch.float32),
-        meta(torch.float32, 26560),
+    rows, columns = alpha.shape
+    if alpha.numel() == 0:
+        return
+    arguments = (
+        {"alpha": alpha, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        | {"correction1": correction1, "correction2": correction2, "occurred": occurred, "lr": lr}
+        | {"start": alpha if start is None else start}
+        | {"threshold": lr if threshold is None else threshold, "SHRINKS": start is not None}
+        | {"weight1": 1 - betas[0], "weight2": 1 - betas[1], "eps": eps}
+        | {"C": columns, "BN": _COLUMNS}
     )
-    step = (*[matrix] * 4, row, row, occurred, scalar, (0.9, 0.99), 1e-8)
-    return [plan_row_adam(*step), plan_row_adam(*step, start, scalar)]
+    grid = (rows * triton.cdiv(columns, _COLUMNS),)
+    Launch(row_adam_kernel, grid, arguments, 4, 1).run()

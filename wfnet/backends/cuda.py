@@ -22,12 +22,9 @@ from wfnet.backends.contract import (
     Epilogue,
     LayerBelow,
     LayerGradient,
-    as_pixels,
-    as_tokens,
 )
 from wfnet.backends.triton import TritonBackend
 
-_POINTWISE = ConvGeometry()
 _KERNEL = "persistent implicit GEMM (TMA, wgmma, clusters of two blocks)"
 
 
@@ -58,86 +55,50 @@ def _refuse_tensor(x: Tensor) -> str | None:
 
 
 class CudaBackend(TritonBackend):
-    """Implicit GEMM with the per-sample scale and shift in its epilogue.
-
-    The branch is ``v = scale * u`` of the expanded batch, in the dtype of ``x``.
-    """
+    """Compiled kernels where they take the shapes, else Triton's."""
 
     name = "cuda"
 
     def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         return _refuse_tensor(x) or super().refuse_conv2d(x, weight, geometry)
 
-    def refuse_linear(self, x: Tensor, weight: Tensor) -> str | None:
-        return _refuse_tensor(x) or super().refuse_linear(x, weight)
-
-    def explain_conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None = None
+    def _explained(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
     ) -> str:
-        """Says which kernels run forward and input gradient, or why none does."""
-        refusal = self.refuse_conv2d(x, weight, geometry)
-        if refusal is not None:
-            return f"refused: {refusal}"
         named = []
         for backward, expands in ((False, batch is not None), (True, False)):
             reason = _refuse_hopper(backward, tuple(x.shape), weight, geometry, expands)
             named.append(_KERNEL if reason is None else f"Triton's kernel ({reason})")
         return f"forward: {named[0]}; input gradient: {named[1]}"
 
-    def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
-        """As :meth:`explain_conv2d`."""
-        refusal = self.refuse_linear(x, weight)
-        if refusal is not None:
-            return f"refused: {refusal}"
-        return self.explain_conv2d(as_pixels(x), _as_filter(weight), _POINTWISE, batch)
-
-    def conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
+    def product(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue, op: str
     ) -> Activation:
         expands = epilogue.source is not None
         if _refuse_hopper(False, tuple(x.shape), weight, geometry, expands) is not None:
-            return super().conv2d(x, weight, geometry, epilogue)
+            return super().product(x, weight, geometry, epilogue, op)
         return cuda_launch.conv2d(x, weight, geometry, epilogue)
 
-    def conv2d_dgrad(
+    def gradient(
         self,
         scaled_grad: Tensor,
         weight: Tensor,
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
-        skip: Tensor | None = None,
-        below: LayerBelow | None = None,
+        skip: Tensor | None,
+        below: LayerBelow | None,
+        op: str,
     ) -> LayerGradient:
         """One GEMM; a projection shortcut takes a second pass over ``g``."""
-        if _refuse_hopper(True, input_shape, weight, geometry) is not None:
-            return super().conv2d_dgrad(scaled_grad, weight, input_shape, geometry, skip, below)
         arguments = (scaled_grad, weight, input_shape, geometry, skip)
+        if _refuse_hopper(True, input_shape, weight, geometry) is not None:
+            return super().gradient(*arguments, below, op)
         shortcut = None if below is None else below.shortcut
         if shortcut is None:
             return cuda_launch.conv2d_dgrad(*arguments, below)
         found = cuda_launch.conv2d_dgrad(*arguments, replace(below, shortcut=None, need_grad=True))
         scaled = self.epilogue_backward(found.grad, shortcut).scaled_grad
         return LayerGradient(found.grad if below.need_grad else None, found.scaled_grad, scaled)
-
-    def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
-        pixels, filters = as_pixels(x), _as_filter(weight)
-        expands = epilogue.source is not None
-        if _refuse_hopper(False, tuple(pixels.shape), filters, _POINTWISE, expands) is not None:
-            return super().linear(x, weight, epilogue)
-        out, branch, _ = cuda_launch.conv2d(pixels, filters, _POINTWISE, epilogue)
-        return Activation(as_tokens(out), as_tokens(branch))
-
-    def linear_backward(
-        self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
-    ) -> Tensor | None:
-        images, tokens, channels = input_shape
-        shape = (images, channels, tokens, 1)
-        filters = _as_filter(weight)
-        if _refuse_hopper(True, shape, filters, _POINTWISE) is not None:
-            return super().linear_backward(dout, layer, weight, input_shape)
-        pixels = replace(layer, branch=as_pixels(layer.branch))
-        dx = self.conv2d_backward(as_pixels(dout), pixels, filters, shape, _POINTWISE)
-        return as_tokens(dx)
 
 
 def _refuse_hopper(
@@ -151,11 +112,6 @@ def _refuse_hopper(
     if expands:
         return "label expansion"
     return cuda_launch.refuse(backward, input_shape, tuple(weight.shape), geometry)
-
-
-def _as_filter(weight: Tensor) -> Tensor:
-    """``[O, C]`` as ``[O, C, 1, 1]``."""
-    return weight[:, :, None, None]
 
 
 backend = CudaBackend()

@@ -30,8 +30,8 @@ try:
 except ImportError:  # no wheels for this platform; every call is refused with that reason
     triton = None
 else:
-    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, linear, max_pool
-    from wfnet.kernels.config import ConvShape, LinearShape
+    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, max_pool
+    from wfnet.kernels.config import ConvShape
     from wfnet.kernels.epilogue_arguments import channels_last
     from wfnet.kernels.launch import interpreted
 
@@ -39,6 +39,12 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRETED = triton is not None and interpreted(gate.gate_rows_kernel)
 _MOST_LABELS = 16
 _MOST_ROWS = 2**31
+POINTWISE = ConvGeometry()
+
+
+def as_filter(weight: Tensor) -> Tensor:
+    """``[O, C]`` as ``[O, C, 1, 1]``."""
+    return weight[:, :, None, None]
 
 
 def _refuse_tensor(x: Tensor) -> str | None:
@@ -63,7 +69,8 @@ def _refuse_tensor(x: Tensor) -> str | None:
 class TritonBackend(Backend):
     """Implicit GEMM with the per-sample scale and shift in its epilogue.
 
-    ``saved`` is the branch ``v = scale * u`` of the expanded batch, in the dtype of ``x``.
+    The branch is ``v = scale * u`` of the expanded batch, in the dtype of ``x``. A linear map is a
+    convolution of tokens as pixels.
     """
 
     name = "triton"
@@ -83,65 +90,67 @@ class TritonBackend(Backend):
         return None
 
     def refuse_linear(self, x: Tensor, weight: Tensor) -> str | None:
-        reason = _refuse_tensor(x)
-        if reason is None and x.shape[0] * x.shape[1] >= _MOST_ROWS:
-            reason = f"{list(x.shape)} has more than 2**31 tokens"
-        return reason
+        return self.refuse_conv2d(as_pixels(x), as_filter(weight), POINTWISE)
 
     def explain_conv2d(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None = None
     ) -> str:
-        """Configs of forward and input gradient and the reasons for them, or the refusal."""
+        """What runs forward and input gradient, and why; or the refusal."""
         refusal = self.refuse_conv2d(x, weight, geometry)
         if refusal is not None:
             return f"refused: {refusal}"
         return self._explained(x, weight, geometry, batch, "conv")
 
     def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
-        """Configs of forward and input gradient and the reasons for them, or the refusal."""
+        """As :meth:`explain_conv2d`."""
         refusal = self.refuse_linear(x, weight)
         if refusal is not None:
             return f"refused: {refusal}"
-        filters = weight[:, :, None, None]
-        return self._explained(as_pixels(x), filters, ConvGeometry(), batch, "linear")
+        return self._explained(as_pixels(x), as_filter(weight), POINTWISE, batch, "linear")
 
-    @staticmethod
     def _explained(
-        x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
     ) -> str:
-        images, filters = channels_last(x), channels_last(weight)
-        size, samples = tuple(x.shape[2:]), x.shape[0] if batch is None else batch
-        shape = ConvShape.of(samples, size, weight, geometry)
-        own = ConvShape.of(x.shape[0], size, weight, geometry)
-        ag = images.new_empty((x.shape[0], shape.out_height, shape.out_width, shape.out_channels))
-        pixels = LinearShape(x.shape[0], size[0] * size[1], own.in_channels, own.out_channels)
-        if shape.pointwise and batch is None:
-            forward = linear.config_linear_fprop(images, filters, pixels, op=op)
-        else:
-            forward = conv_fprop.config_conv_fprop(images, filters, shape, batch is not None, op=op)
-        if shape.pointwise:
-            backward = linear.config_linear_dgrad(ag, filters, pixels, op=op)
-        else:
-            backward = conv_dgrad.config_conv_dgrad(ag, filters, own)
+        images, filters, expanded = channels_last(x), channels_last(weight), batch is not None
+        shape = ConvShape.of(
+            batch if expanded else x.shape[0], tuple(x.shape[2:]), weight, geometry
+        )
+        forward = conv_fprop.fprop_choice(images, filters, shape, expanded, op=op)
+        shape = replace(shape, batch=x.shape[0])
+        ag = images.new_empty((shape.batch, *shape.out_size, shape.out_channels))
+        backward = conv_dgrad.dgrad_choice(ag, filters, shape, op=op)
         return (
             f"forward {forward.config} ({forward.reason}); "
             f"input gradient {backward.config} ({backward.reason})"
         )
 
+    def product(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue, op: str
+    ) -> Activation:
+        """Runs a convolution or (``op`` ``linear``) a linear map of pixels."""
+        return conv_fprop.conv_fprop(x, weight, geometry, epilogue, op=op)
+
+    def gradient(
+        self,
+        scaled_grad: Tensor,
+        weight: Tensor,
+        input_shape: tuple[int, ...],
+        geometry: ConvGeometry,
+        skip: Tensor | None,
+        below: LayerBelow | None,
+        op: str,
+    ) -> LayerGradient:
+        """Runs the input gradient of :meth:`product`, with the layer below in its epilogue."""
+        arguments = (scaled_grad, weight, input_shape, geometry, skip, below)
+        return conv_dgrad.conv_dgrad(*arguments, op=op)
+
     def conv2d(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
     ) -> Activation:
-        if epilogue.source is None and _is_linear(weight, geometry):
-            return linear.linear_fprop(x, weight.flatten(1), epilogue, op="conv")
-        return conv_fprop.conv_fprop(x, weight, geometry, epilogue)
+        return self.product(x, weight, geometry, epilogue, "conv")
 
     def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
-        pixels, weight = as_pixels(x), weight.contiguous()
-        if epilogue.source is None:
-            found = linear.linear_fprop(pixels, weight, epilogue)
-        else:  # whose tiles follow the indices
-            filters = weight[:, :, None, None]
-            found = conv_fprop.conv_fprop(pixels, filters, ConvGeometry(), epilogue, op="linear")
+        found = self.product(as_pixels(x), as_filter(weight), POINTWISE, epilogue, "linear")
         return Activation(as_tokens(found.out), as_tokens(found.branch))
 
     def epilogue_backward(
@@ -163,10 +172,7 @@ class TritonBackend(Backend):
         skip: Tensor | None = None,
         below: LayerBelow | None = None,
     ) -> LayerGradient:
-        """One GEMM; its epilogue is the elementwise backward of the layer below."""
-        if _is_linear(weight, geometry):
-            return linear.linear_dgrad(scaled_grad, weight.flatten(1), skip, below, op="conv")
-        return conv_dgrad.conv_dgrad(scaled_grad, weight, input_shape, geometry, skip, below)
+        return self.gradient(scaled_grad, weight, input_shape, geometry, skip, below, "conv")
 
     def linear_backward(
         self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
@@ -175,7 +181,9 @@ class TritonBackend(Backend):
         scaled = self.epilogue_backward(as_pixels(dout), pixels).scaled_grad
         if scaled is None:
             return None
-        return as_tokens(linear.linear_dgrad(scaled, weight.contiguous()).grad)
+        shape = (input_shape[0], input_shape[2], input_shape[1], 1)
+        where = (as_filter(weight), shape, POINTWISE)
+        return as_tokens(self.gradient(scaled, *where, None, None, "linear").grad)
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool
@@ -212,15 +220,6 @@ class TritonBackend(Backend):
 
 def _takes_gates(alpha: Tensor, forget: Tensor) -> bool:
     return alpha.dtype != torch.float64 and forget.shape[1] in range(1, _MOST_LABELS + 1)
-
-
-def _is_linear(weight: Tensor, geometry: ConvGeometry) -> bool:
-    """Whether a convolution is a linear map of every pixel."""
-    return (
-        tuple(weight.shape[2:]) == (1, 1)
-        and geometry.stride == (1, 1)
-        and geometry.padding == (0, 0)
-    )
 
 
 backend = TritonBackend()
