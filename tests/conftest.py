@@ -4,7 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 from image_files import CLASS_NAMES, write_idx, write_image
-from torch import Tensor, nn
+from torch import nn
 
 import wfnet
 from wfnet.data import TensorImages
 
-pytest_plugins = ["pretended_cuda"]  # its fixtures: pretended_cuda and pretended_device
+pytest_plugins = ["pretended_cuda"]  # its fixture pretended_device
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -269,30 +269,13 @@ def interpreted(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
     return run
 
 
-# Relative to the fp64 result: a few roundings of the dtype.
-_ROUNDINGS = {torch.float32: 2e-6, torch.float16: 1e-3}
-
-
 @pytest.fixture
-def check() -> Callable[..., None]:
-    """Asserts that a kernel's result differs from the truth by a few roundings."""
-
-    def check(result: Tensor, truth: Tensor, dtype: torch.dtype = torch.float32) -> None:
-        error = (result.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)
-        assert error < _ROUNDINGS[dtype], f"relative error {error:.2e}"
-
-    return check
-
-
-@pytest.fixture
-def nan_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def nan_memory() -> Iterator[None]:
     """Fresh memory reads as NaN: what a kernel forgets to write fails the comparison."""
-    fresh = {name: getattr(torch, name) for name in ("empty", "empty_like")}
-    new_empty = Tensor.new_empty
-
-    def poison(tensor: Tensor) -> Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
-
-    for name, make in fresh.items():
-        monkeypatch.setattr(torch, name, lambda *a, make=make, **k: poison(make(*a, **k)))
-    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **k: poison(new_empty(*a, **k)))
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before)

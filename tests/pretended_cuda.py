@@ -3,9 +3,8 @@
 A :class:`Pretended` tensor says that it is on ``cuda:0`` and keeps its values in a CPU tensor.
 Mixed devices raise, as they do on a device. What waits for the device is noted in
 :attr:`Device.waits`, and raises while a graph is captured; a captured graph replays its operations
-without running Python. The Triton runtime runs up to the launch (binder, specialisation, optionally
-the compiler), the host code of ``wfnet._C`` up to the driver's refusal; what kernels write is not
-known, so that they launch only on a device without values (``values=False``).
+without running Python. No kernel of ours is launched: launches are checked ahead of time
+(tests/kernels/test_aot.py), and the optimiser's step runs as tensor operations.
 
 To C++ the tensors are CPU tensors, so that autograd needs no device: choices that PyTorch itself
 makes by device (cuDNN, attention kernels, the autocast policy of CUDA) are not those of a device.
@@ -14,32 +13,231 @@ makes by device (cuDNN, attention kernels, the autocast policy of CUDA) are not 
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 
-import pretended_launches
 import pytest
 import torch
 import torch._dynamo  # lists torch's functions as it is imported: before some are replaced
-from pretended_device import (
-    CUDA,
-    REPLACED,
-    Device,
-    NoValues,
-    Stream,
-    WaitsInCapture,
-    asked_by,
-    device,
-    nothing,
-)
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from wfnet import operators
+from wfnet.untraining.optimizers import RowAdam
 
 aten = torch.ops.aten
+CUDA, HOST = torch.device("cuda", 0), torch.device("cpu")
+
+
+class WaitsInCapture(RuntimeError):
+    """What a capture on a device would end with."""
+
+
+class Device:
+    """What happened on the pretended device."""
+
+    def __init__(self) -> None:
+        self.waits: list[tuple[str, str]] = []  # operation, line of the project that asked for it
+        self.beside = 0  # tensors made in one stream for another
+        self.recording: list[Callable[[], None]] | None = None
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}  # memory as it was before the capture
+        self.stream: Stream | None = None  # the current stream
+
+    def wait(self, what: str) -> None:
+        """Notes that the host waits for the device."""
+        if self.recording is not None:
+            raise WaitsInCapture(f"{what} while a graph is captured, at {asked_by()}")
+        self.waits.append((what, asked_by()))
+
+    def record(self, work: Callable[[], None]) -> None:
+        """Keeps ``work`` for replays, while a graph is captured."""
+        if self.recording is not None:
+            self.recording.append(work)
+
+    def will_write(self, tensors: Iterable[Tensor]) -> None:
+        """A capture runs nothing: what it writes here is restored when it ends."""
+        if self.recording is None:
+            return
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage.nbytes() and storage.data_ptr() not in self.before:
+                memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+                self.before[storage.data_ptr()] = (memory, memory.clone())
+
+    def restore(self) -> None:
+        """Memory as it was before the capture."""
+        for memory, value in self.before.values():
+            memory.copy_(value)
+        self.before.clear()
+
+    def waited_at(self) -> set[str]:
+        """Lines that waited."""
+        return {line for _, line in self.waits}
+
+
+def asked_by() -> str:
+    """Innermost function of the project (else of anybody) outside of here: ``file:function``."""
+    frames = [
+        f
+        for f in traceback.extract_stack()
+        if "pretended_cuda" not in f.filename or "test_" in f.filename
+    ]
+    ours = [f for f in frames if "/wfnet/" in f.filename or "/kernels/" in f.filename]
+    frame = (ours or frames)[-1]
+    return f"{frame.filename.rsplit('/', 1)[1]}:{frame.name}"
+
+
+device = Device()
+
+
+# -- torch.cuda ------------------------------------------------------------------------------------
+
+
+class Stream:
+    """A stream; work is done at once, so that order is all that it has."""
+
+    numbers = iter(range(1, 1 << 30))
+
+    def __init__(self, device=None, priority: int = 0):
+        self.cuda_stream = next(self.numbers) * 0x1000
+        self.device = CUDA
+
+    def wait_stream(self, other: Stream) -> None:
+        assert isinstance(other, Stream)
+
+    def wait_event(self, event: Event) -> None:
+        assert isinstance(event, Event)
+
+    def record_event(self, event: Event | None = None) -> Event:
+        return event or Event()
+
+    def synchronize(self) -> None:
+        device.wait("stream.synchronize")
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self):
+        self._outer, device.stream = device.stream, self
+        return self
+
+    def __exit__(self, *_):
+        device.stream = self._outer
+
+
+class Event:
+    """An event that has always happened."""
+
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool = False, **_):
+        self.recorded = False
+
+    def record(self, stream=None) -> None:
+        Event.clock += 0.001
+        self.at, self.recorded = Event.clock, True
+
+    def query(self) -> bool:
+        if device.recording is not None:
+            raise WaitsInCapture("an event is asked while a graph is captured")
+        return True
+
+    def synchronize(self) -> None:
+        device.wait("event.synchronize")
+
+    def wait(self, stream=None) -> None:
+        assert self.recorded
+
+    def elapsed_time(self, end: Event) -> float:
+        return end.at - self.at
+
+
+class Graph:
+    """A captured graph: replays do again what happened on the device, nothing else."""
+
+    def __init__(self, keep_graph: bool = False):
+        self.work: list[Callable[[], None]] | None = None
+
+    def replay(self) -> None:
+        assert self.work is not None, "replay before the capture has ended"
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            for part in self.work:
+                part()
+
+    def pool(self):
+        return (0, 1)
+
+    def reset(self) -> None:
+        self.work = None
+
+
+@contextlib.contextmanager
+def capture(graph: Graph, pool=None, stream=None, capture_error_mode="global") -> Iterator[None]:
+    assert device.recording is None, "captures do not nest"
+    assert isinstance(graph, Graph)
+    if any("/wfnet/" in frame.filename for frame in traceback.extract_stack()):
+        # In the other modes a thread that pins memory, a loader's for example, ends the capture.
+        assert capture_error_mode == "thread_local", capture_error_mode
+    device.recording = []
+    try:
+        with stream or Stream():
+            yield
+        graph.work = device.recording
+    finally:
+        device.recording = None
+        device.restore()
+
+
+PROPERTIES = SimpleNamespace(
+    name="pretended",
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    total_memory=141 * 2**30,
+    shared_memory_per_block_optin=227 * 1024,
+    L2_cache_size=50 * 2**20,
+    warp_size=32,
+)
+
+
+def _waiting(what: str):
+    return lambda *_, **__: device.wait(what)
+
+
+def nothing(*_, **__):
+    return None
+
+
+_NOTHING = ("init", "_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats")
+_NOTHING += ("manual_seed", "manual_seed_all", "set_rng_state", "set_sync_debug_mode", "_sleep")
+REPLACED = {
+    **dict.fromkeys(_NOTHING, nothing),
+    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *_: 0),
+    "is_available": lambda: True,
+    "is_initialized": lambda: True,
+    "device_count": lambda: 1,
+    "current_device": lambda: 0,
+    "device": lambda place: contextlib.nullcontext(),
+    "get_device_properties": lambda *_: PROPERTIES,
+    "get_device_capability": lambda *_: (9, 0),
+    "get_device_name": lambda *_: "pretended",
+    "is_bf16_supported": lambda *_, **__: True,
+    "current_stream": lambda *_: device.stream,
+    "default_stream": lambda *_: device.stream,
+    "Stream": Stream,
+    "stream": lambda stream: stream if stream is not None else contextlib.nullcontext(),
+    "Event": Event,
+    "CUDAGraph": Graph,
+    "graph": capture,
+    "graph_pool_handle": lambda: (0, 1),
+    "is_current_stream_capturing": lambda: device.recording is not None,
+    "synchronize": _waiting("synchronize"),
+    "memory_snapshot": lambda *_: [],
+    "mem_get_info": lambda *_: (100 * 2**30, 141 * 2**30),
+    "get_rng_state": lambda *_: torch.get_rng_state(),
+}
 
 
 class Pretended(torch.Tensor):
@@ -80,18 +278,10 @@ class Pretended(torch.Tensor):
         self.inner = value.inner
 
     def data_ptr(self) -> int:
-        if self.inner.is_meta:  # as an allocator might place it, on 512 bytes
-            offset = self.inner.storage_offset() * self.inner.element_size()
-            return (self.inner.untyped_storage()._cdata << 9) + offset
         return self.inner.data_ptr()
 
     def untyped_storage(self):
-        storage = self.inner.untyped_storage()
-        if not self.inner.is_meta:
-            return storage
-        return SimpleNamespace(
-            data_ptr=lambda: storage._cdata << 9, nbytes=storage.nbytes, _cdata=storage._cdata
-        )
+        return self.inner.untyped_storage()
 
     def get_device(self) -> int:
         return 0
@@ -128,8 +318,6 @@ class Pretended(torch.Tensor):
         _note_waits(func, args, kwargs)
         if func is aten._fused_sdp_choice.default:
             return 0  # attention in plain operations
-        if func is aten.copy_.default and device.place.type == "meta":
-            return args[0]  # values that there are none of
         inner_args, inner_kwargs, own = _inside(args, kwargs)
         device.will_write(_written(func, inner_args, inner_kwargs))
         result = func(*inner_args, **inner_kwargs)
@@ -138,7 +326,7 @@ class Pretended(torch.Tensor):
             return args[0]
 
         def outside(value):
-            if not isinstance(value, Tensor) or value.device != device.place:
+            if not isinstance(value, Tensor) or value.device != HOST:
                 return value
             return own[id(value)] if id(value) in own else Pretended(value)
 
@@ -174,8 +362,8 @@ def _inside(args, kwargs) -> tuple[tuple, dict, dict[int, Pretended]]:
         if isinstance(value, Pretended):
             own[id(value.inner)] = value
             return value.inner
-        if isinstance(value, torch.device) and value.type != "meta":  # to C++ it is the CPU
-            return device.place
+        if isinstance(value, torch.device) and value.type == "cuda":  # to C++ it is the CPU
+            return HOST
         return value
 
     inner_args, inner_kwargs = tree_map(unwrap, (tuple(args), dict(kwargs)))
@@ -210,8 +398,6 @@ def _check_devices(func, args, kwargs) -> None:
 
 def _note_waits(func, args, kwargs) -> None:
     if func in _READS:
-        if device.place.type == "meta":
-            raise NoValues(f"{_READS[func]} at {asked_by()}")
         device.wait(_READS[func])
     elif func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
         masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
@@ -261,7 +447,7 @@ def to_device(x: Tensor) -> Tensor:
     if isinstance(x, Pretended):
         return x
     device.record(_no_host_copies)
-    inner = x.detach().to(device.place, copy=True)
+    inner = x.detach().to(HOST, copy=True)
     return Pretended(inner, x.requires_grad and x.is_floating_point())
 
 
@@ -299,7 +485,7 @@ class _Factories(TorchFunctionMode):
             given = args[0] if args and isinstance(args[0], Tensor) else None
             if name in ("as_tensor", "tensor", "asarray") and isinstance(given, Pretended):
                 return given
-            kwargs["device"] = device.place
+            kwargs["device"] = HOST
             if name in ("as_tensor", "tensor", "asarray", "from_numpy"):
                 device.wait("copy from the host")
             if isinstance(given, Pretended):
@@ -386,68 +572,34 @@ def _as_cpu(function):
     return lambda place, *rest: function("cpu" if place == "cuda" else place, *rest)
 
 
-@contextlib.contextmanager
-def pretend(compile_kernels: bool = False, values: bool = True) -> Iterator[Device]:
-    """Inside, ``cuda`` is the pretended device; yields what happens on it.
-
-    Args:
-        compile_kernels: compile every Triton kernel that is launched for compute capability 9.0,
-            as its just-in-time compiler would.
-        values: False for tensors of any size, without memory and values: reading one raises.
-    """
+@pytest.fixture
+def pretended_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """A CUDA device on the host that notices every wait; skips where there is a real one."""
     from torch._dynamo import trace_rules
 
-    trace_rules.get_torch_obj_rule_map()  # made once in a process, of the functions that are there
-    patch = pytest.MonkeyPatch()
-    device.__init__()
-    device.stream = Stream()
-    device.place = torch.device("cpu" if values else "meta")
-    for name, value in REPLACED.items():
-        patch.setattr(torch.cuda, name, value)
-    for name in (
-        "is_autocast_enabled",
-        "set_autocast_enabled",
-        "get_autocast_dtype",
-        "set_autocast_dtype",
-    ):
-        patch.setattr(torch, name, _as_cpu(getattr(torch, name)))
-    run_backward = torch.autograd.graph._engine_run_backward
-    for module in (torch.autograd, torch.autograd.graph):
-        patch.setattr(module, "_engine_run_backward", _with_factories(run_backward))
-    patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    patch.setattr(torch.amp.autocast_mode, "is_autocast_available", lambda _: True)
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
-        patch.setattr(torch.optim.Optimizer, name, nothing, raising=False)
-    patch.setattr(torch, "compile", lambda function=None, **_: function or (lambda f: f))
-    swaps = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    patch.setattr(torch.utils, "swap_tensors", _move_parameter(torch.utils.swap_tensors))
-    device.kernels = pretended_launches.pretend_triton(patch, device, compile_kernels)
-    pretended_launches.pretend_library(patch, device)
-    try:
-        with _Factories():
-            yield device
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(swaps)
-        patch.undo()
-
-
-# -- fixtures --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def pretended_cuda() -> Callable[..., contextlib.AbstractContextManager[Device]]:
-    """Returns :func:`pretend`; skips where there is a real device, or Triton is interpreted."""
     if torch.cuda.is_available():
         pytest.skip("there is a real device: tests/gpu")
-    pytest.importorskip("triton")
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1")
-    return pretend
-
-
-@pytest.fixture
-def pretended_device(pretended_cuda) -> Iterator[Device]:
-    """A CUDA device on the host that notices every wait, with values."""
-    with pretended_cuda() as found:
-        yield found
+    trace_rules.get_torch_obj_rule_map()  # made once in a process, of the functions that are there
+    device.__init__()
+    device.stream = Stream()
+    patch = monkeypatch.setattr
+    for name, value in REPLACED.items():
+        patch(torch.cuda, name, value)
+    for setting in ("is_autocast_enabled", "get_autocast_dtype"):
+        for name in (setting, setting.replace("is_", "set_").replace("get_", "set_")):
+            patch(torch, name, _as_cpu(getattr(torch, name)))
+    run_backward = torch.autograd.graph._engine_run_backward
+    for module in (torch.autograd, torch.autograd.graph):
+        patch(module, "_engine_run_backward", _with_factories(run_backward))
+    patch(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    patch(torch.amp.autocast_mode, "is_autocast_available", lambda _: True)
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check"):
+        patch(torch.optim.Optimizer, name, nothing, raising=False)
+    patch(torch, "compile", lambda function=None, **_: function or (lambda f: f))
+    patch(RowAdam, "_fused", lambda *_: False)
+    patch(torch.utils, "swap_tensors", _move_parameter(torch.utils.swap_tensors))
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    with _Factories():
+        yield device
+    torch.__future__.set_swap_module_params_on_conversion(swaps)

@@ -1,21 +1,16 @@
-"""Every branch that only a CUDA device takes, on a pretended one (tests/pretended_cuda.py).
+"""Every branch that only a CUDA device takes, on a pretended one (pretended_cuda.py).
 
-What no test without a device can say is whether kernels compute the right numbers there; that their
-launches are bound as the driver wants them, that nothing waits for the device in secret, and that a
-step can be captured, is said here.
+What no test without a device can say is whether kernels compute the right numbers there; that no
+tensor is left on the host, that nothing waits for the device in secret, and that a step can be
+captured, is said here.
 """
-
-import logging
 
 import pytest
 import torch
 from torch import nn
 
 import wfnet
-import wfnet.functional as wf
 from wfnet import models
-from wfnet.backends import cuda_launch
-from wfnet.backends.contract import Epilogue
 from wfnet.cli import main
 from wfnet.evaluation import evaluate
 from wfnet.evaluation.attribution import attribution
@@ -26,12 +21,6 @@ from wfnet.untraining.objectives import BalancedObjective, PaperObjective
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.step import UntrainingStep
 
-_BUILT = pytest.mark.skipif(
-    cuda_launch.library().missing is not None or cuda_launch.library().emulated,
-    reason=f"wfnet._C: {cuda_launch.library().missing or 'emulated'}",
-)
-BACKENDS = ["eager", "triton", pytest.param("cuda", marks=_BUILT)]
-KERNELS = BACKENDS[1:]
 CLASSES = 6
 
 
@@ -59,9 +48,9 @@ def transformer() -> nn.Module:
     return models.create("vit", CLASSES, 3, seed=1, width=32, depth=2)
 
 
-def network(make, backend: str, place: str, **options) -> wfnet.WFNet:
+def network(make, place: str, **options) -> wfnet.WFNet:
     torch.manual_seed(0)
-    net = wfnet.WFNet(make().eval(), CLASSES, backend=backend, **{"fuse": True, **options})
+    net = wfnet.WFNet(make().eval(), CLASSES, backend="eager", **{"fuse": True, **options})
     for parameter in net.filter_parameters():
         nn.init.normal_(parameter, 2.0, 1.0)
     return net.to(place).to(memory_format=torch.channels_last)
@@ -98,19 +87,8 @@ def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
     return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
-# -- the layers ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", KERNELS)
-def test_explain_describes_the_device(pretended_device, backend):
-    x, weight = torch.randn(2, 64, 8, 8, device="cuda"), torch.randn(64, 64, 3, 3, device="cuda")
-    text = wf.explain(x.bfloat16(), weight.bfloat16(), padding=1)
-    assert f"{backend}: " in text
-    assert f"{backend}: refused" not in text
-
-
 def test_labels_on_the_device_are_checked_without_waiting(pretended_device):
-    net = network(Residual, "eager", "cuda", fuse=False)
+    net = network(Residual, "cuda", fuse=False)
     images = torch.randn(2, 3, 32, 32, device="cuda")
     good, bad = torch.tensor([0, 5]).cuda(), torch.tensor([0, CLASSES]).cuda()
     net(images, good)  # the first pass looks at the network
@@ -130,12 +108,12 @@ def test_labels_on_the_device_are_checked_without_waiting(pretended_device):
 def test_captured_steps_equal_ordinary_ones(pretended_device, make):
     """And both those of the host; a minibatch of another shape runs as it is in between."""
     sizes = [4] * 4 + [6] + [4]
-    expected = untrained(network(make, "eager", "cpu"), sizes)
-    net = network(make, "eager", "cuda")
+    expected = untrained(network(make, "cpu"), sizes)
+    net = network(make, "cuda")
     ordinary = untrained(net, sizes)
     assert net.fused_network(torch.zeros(2, 3, 32, 32).cuda()) is not None
     assert relative_error(ordinary[0], expected[0]) < 5e-2
-    captured = untrained(network(make, "eager", "cuda"), sizes, capture=True)
+    captured = untrained(network(make, "cuda"), sizes, capture=True)
     for one, other in zip(captured, ordinary, strict=True):
         assert torch.equal(one, other)
 
@@ -144,7 +122,7 @@ def test_captured_steps_equal_ordinary_ones(pretended_device, make):
 def test_accumulated_and_unfused_steps_are_captured(pretended_device, fuse):
     sizes, objective = [4] * 10, PaperObjective()
     results = [
-        untrained(network(Residual, "eager", "cuda", fuse=fuse), sizes, capture, 2, objective)
+        untrained(network(Residual, "cuda", fuse=fuse), sizes, capture, 2, objective)
         for capture in (False, True)
     ]
     for one, other in zip(*results, strict=True):
@@ -153,7 +131,7 @@ def test_accumulated_and_unfused_steps_are_captured(pretended_device, fuse):
 
 @pytest.mark.parametrize("capture", [False, True])
 def test_a_step_waits_for_nothing(pretended_device, capture):
-    net = network(Residual, "eager", "cuda")
+    net = network(Residual, "cuda")
     with flatten_filters(net.filter_parameters()):
         step = UntrainingStep(
             net,
@@ -169,99 +147,6 @@ def test_a_step_waits_for_nothing(pretended_device, capture):
                 pretended_device.waits.clear()
             step([part], lr=0.1)
     assert pretended_device.waits == []
-
-
-@pytest.mark.parametrize("backend", KERNELS)
-@pytest.mark.parametrize("name", ["resnet50", "vit_tiny_patch16_224"])
-def test_a_step_at_the_sizes_of_a_benchmark(pretended_cuda, backend, name, monkeypatch):
-    """1,000 classes, 512 expanded samples at 224 px, without a byte of memory: reading one raises.
-
-    Every launch passes the binder and the checks of descriptors and of wfnet._C's host code.
-    """
-    timm = pytest.importorskip("timm")
-    monkeypatch.setattr("wfnet.fusion.checked.check_plan", lambda *_: None)  # it reads values
-    with torch.device("meta"):
-        model = timm.create_model(name).eval()
-    model = model.to_empty(device="cpu")
-    for tensor in model.state_dict().values():
-        tensor.zero_()  # fresh memory may hold NaN, which no network may
-    with pretended_cuda(values=False) as device:
-        net = wfnet.WFNet(model, 1000, backend=backend, fuse=True).cuda()
-        net = net.to(memory_format=torch.channels_last)
-        with flatten_filters(net.filter_parameters()):
-            captured = name == "resnet50"
-            step = UntrainingStep(
-                net,
-                BalancedObjective(),
-                RowAdam(net.filter_parameters()),
-                torch.bfloat16,
-                True,
-                capture=captured,
-            )
-            labels = torch.arange(256)
-            batch = expand(labels, 1000, 3, torch.Generator(), share_images=False)
-            assert len(batch) == 512
-            part = torch.empty(256, 3, 224, 224).cuda(), batch.to("cuda")
-            for number in range(6 if captured else 1):
-                if number == 2:
-                    device.waits.clear()
-                step([part], lr=0.1)
-            assert not captured or device.waits == []
-        assert net._fusion.network is not None
-        names = {name for name, _ in device.launches}
-        assert set(LAUNCHED[backend, name].split()) <= names
-
-
-LAUNCHED = {
-    ("triton", "resnet50"): "conv_fprop_kernel conv_dgrad_kernel linear_fprop_kernel "
-    "linear_dgrad_kernel conv_fprop_gather_kernel gate_rows_bwd_kernel max_pool_bwd_kernel "
-    "row_adam_kernel",
-    ("cuda", "resnet50"): "fprop dgrad conv_fprop_gather_kernel gate_rows_bwd_kernel "
-    "max_pool_bwd_kernel row_adam_kernel",
-    ("triton", "vit_tiny_patch16_224"): "linear_fprop_kernel linear_dgrad_kernel",
-    ("cuda", "vit_tiny_patch16_224"): "fprop dgrad",
-}
-
-
-def test_launches_compile_as_the_jit_would(pretended_cuda, monkeypatch):
-    """The kernels of a fused step, with the specialisation of these very arguments."""
-    monkeypatch.setattr("wfnet.fusion.checked.check_plan", lambda *_: None)  # it reads values
-    with pretended_cuda(compile_kernels=True, values=False) as device:
-        net = network(
-            lambda: nn.Sequential(
-                nn.Conv2d(3, 64, 3),
-                nn.ReLU(),
-                nn.Conv2d(64, 64, 3, padding=1),
-                nn.ReLU(),
-                nn.AdaptiveAvgPool2d(1),
-                nn.Flatten(),
-                nn.Linear(64, CLASSES),
-            ),
-            "triton",
-            "cuda",
-        )
-        images, batch = minibatch(0)
-        with flatten_filters(net.filter_parameters()):
-            step = UntrainingStep(
-                net, BalancedObjective(), RowAdam(net.filter_parameters()), torch.bfloat16, True
-            )
-            step([(images, batch)], lr=0.1)
-        assert net._fusion.network is not None
-        assert len({name for name, _ in device.launches}) >= 5
-
-
-@_BUILT
-def test_a_backend_without_the_dtype_says_so(pretended_cuda, caplog):
-    """Named, and met in a fused network: no KeyError, no other backend."""
-    with pretended_cuda(values=False):
-        net = network(Residual, "cuda", "cuda")
-        images, batch = minibatch(0)
-        with (
-            caplog.at_level(logging.WARNING),
-            pytest.raises(RuntimeError, match="float16 and bfloat16"),
-        ):
-            net(images.cuda(), batch.forget[:4])
-    assert "use autocast" in caplog.text
 
 
 # -- evaluation and the command line ---------------------------------------------------------------
@@ -316,7 +201,6 @@ def test_commands_run_on_the_device(pretended_device, image_folder, tmp_path, ca
     assert "runs unfused" not in capfd.readouterr().err
     call = ["-j", "0", "--no-figures", "--device", "cuda", "--amp", "--backend", "eager"]
     assert main(["evaluate", run, *call]) == 0
-    assert pretended_device.launches, "the optimiser's kernel"
 
 
 # -- what the pretended device finds ---------------------------------------------------------------
@@ -363,73 +247,3 @@ def test_a_replay_runs_no_python(pretended_device):
     graph.replay()
     graph.replay()
     assert (x.tolist(), y.tolist(), runs) == ([2, 2], [4, 4], [1])
-
-
-def test_wrong_launches_of_triton_are_found(pretended_cuda, monkeypatch):
-    from wfnet.kernels import gate, linear
-    from wfnet.kernels.launch import Launch
-
-    def gate_launch(**changes):
-        alpha, forget = torch.randn(CLASSES, 16).cuda(), torch.zeros(4, 1, dtype=torch.int64).cuda()
-        launch = gate.plan_gate_rows(alpha, forget, torch.empty(4, 16).cuda(), 1.0)
-        launch.arguments.update(changes)
-        return launch
-
-    with pretended_cuda(values=False):
-        gate_launch().run()
-        with pytest.raises(KeyError, match="rows"):  # a name that the kernel does not have
-            gate_launch(rows=4).run()
-        missing = gate_launch()
-        del missing.arguments["B"]
-        with pytest.raises(TypeError):
-            missing.run()
-        with pytest.raises(AssertionError, match="on the host"):
-            gate_launch(forget=torch.zeros(4, 1, dtype=torch.int64)).run()
-        launch = gate_launch()
-        with pytest.raises(AssertionError, match="grid"):
-            Launch(launch.kernel, (0, 1), launch.arguments, 4, 1).run()
-
-        def reaches_beyond(*arguments):
-            launch = plan(*arguments)
-            view = next(v for v in launch.arguments.values() if hasattr(v, "block_shape"))
-            view.shape = [view.shape[0] + 1, *view.shape[1:]]
-            return launch
-
-        plan = linear.plan_linear_fprop
-        monkeypatch.setattr(linear, "plan_linear_fprop", reaches_beyond)
-        pixels, tables = torch.empty(4, 64, 3, 1).cuda().bfloat16(), torch.empty(4, 64).cuda()
-        weight = torch.empty(64, 64).cuda().bfloat16()
-        with pytest.raises(AssertionError, match="reaches beyond"):
-            linear.linear_fprop(pixels, weight, Epilogue(tables, tables))
-
-
-@_BUILT
-def test_wrong_launches_of_the_extension_are_found(pretended_cuda):
-    with pretended_cuda(values=False):
-        axis = (4, 4, 1, 1, 0, 1)
-        pixels = torch.zeros(2, 4, 4, 64).cuda().bfloat16()
-        reads = {
-            "x": pixels,
-            "weight": torch.zeros(64, 1, 1, 64).cuda().bfloat16(),
-            "scale": torch.ones(2, 64).cuda(),
-            "shift": None,
-            "residual": None,
-        }
-        tensors = {"reads": reads, "writes": {"branch": None, "out": torch.empty_like(pixels)}}
-        numbers = {"batch": 2, "in_channels": 64, "out_channels": 64, "height": axis, "width": axis}
-        numbers |= {"table_stride": 64, "relu": False, "dtype": "bfloat16"}
-        cuda_launch._launch("fprop", **tensors, **numbers)
-        with pytest.raises(TypeError, match="incompatible function arguments"):
-            cuda_launch._launch("fprop", **tensors, **numbers, images=2)
-        with pytest.raises(ValueError, match="bfloat16 and float16"):
-            cuda_launch._launch("fprop", **tensors, **{**numbers, "dtype": "float32"})
-        reads["scale"] = torch.ones(2, 64)
-        with pytest.raises(AssertionError, match="scale on the host"):
-            cuda_launch._launch("fprop", **tensors, **numbers)
-
-
-def test_the_pretended_device_ends_with_its_context(pretended_cuda):
-    with pretended_cuda():
-        assert torch.ones(2, device="cuda").is_cuda
-    assert not torch.cuda.is_available()
-    assert not torch.ones(2).is_cuda

@@ -7,24 +7,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from wfnet.kernels.config import (
-    TARGETS,
-    ConvShape,
-    GemmConfig,
-    LinearShape,
-    best_box,
-    conv_choice,
-    full_precision,
-    linear_choice,
-    span,
-)
-from wfnet.kernels.conv_dgrad import tiles_per_sample
+from wfnet.kernels.config import TARGETS, ConvShape, best_box, choose, full_precision, span
+
+from wfnet.backends.contract import ConvGeometry
 
 H100 = TARGETS[90]
 
 
-def conv_shape(batch=512, size=56, c=64, o=64, k=3, stride=1, pad=1, dil=1):
-    return ConvShape(batch, size, size, c, o, (k, k), (stride,) * 2, (pad,) * 2, (dil,) * 2)
+def conv_shape(batch=512, size=56, c=64, o=64, stride=1):
+    geometry = ConvGeometry((stride,) * 2, (1, 1))
+    return ConvShape(batch, (size, size), c, o, (3, 3), geometry)
+
+
+def chosen(direction, shape, device=H100, dtype=torch.bfloat16, describable=True):
+    return choose(direction, shape, dtype, device, describable=describable)
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64, 128])
@@ -60,32 +56,6 @@ def test_flat_tiles_give_every_sample_its_own_slots(tokens):
         assert rows == list(range(sample * tokens, (sample + 1) * tokens))
 
 
-@pytest.mark.parametrize("pad", [0, 1, 3])
-@pytest.mark.parametrize("k", [1, 2, 3, 5, 7])
-def test_parity_classes_visit_every_tap_once(k, pad):
-    """Stride 2: taps of a class, and the output row each reads, as the kernel enumerates them."""
-    step, height = 2, 8
-    for h in range(height):
-        odd, half = h % step, h // step
-        first = (odd + pad) % step
-        count = (k - first + step - 1) // step
-        mine = {(first + i * step, half + (odd + pad) // step - i) for i in range(count)}
-        truth = {(r, (h + pad - r) // step) for r in range(k) if (h + pad - r) % step == 0}
-        assert mine == truth
-
-
-@pytest.mark.parametrize("pad", [0, 1, 3])
-@pytest.mark.parametrize("dil", [1, 2, 3])
-def test_strided_taps_lie_in_one_parity_class(pad, dil):
-    """Stride 2: input row 2p + r*dilation - pad as (row of the class, class), negative or not."""
-    step = 2
-    for p, r in itertools.product(range(6), range(7)):
-        shifted = r * dil - pad + pad * step
-        row, odd = p + shifted // step - pad, shifted % step
-        assert step * row + odd == step * p + r * dil - pad
-        assert odd in (0, 1)
-
-
 @pytest.mark.parametrize(
     ("size", "least", "cover"), [(56, 16, 1.0), (28, 16, 1.0), (14, 16, 0.87), (7, 16, 0.76)]
 )
@@ -99,88 +69,55 @@ def test_boxes_cover_resnet_sizes(size, least, cover):
 
 
 def test_box_respects_its_limits():
-    box, _ = best_box(512, 28, 28, 128, 1, 16)
-    assert box[0] == 1
+    assert best_box(512, 28, 28, 128, 1, 16)[0][0] == 1
+    assert best_box(1, 28, 28, 128, 8, 16)[0][0] == 1
     box, _ = best_box(512, 7, 7, 128, 8, 64)
     assert box[1] * box[2] >= 64
-    assert best_box(1, 28, 28, 128, 8, 16)[0][0] == 1
 
 
 @pytest.mark.parametrize("direction", ["fprop", "dgrad"])
-def test_choice_of_path(direction):
-    def choose(shape, device=H100, aligned=True):
-        return conv_choice(direction, shape, torch.bfloat16, device, describable=aligned)
+@pytest.mark.parametrize(
+    ("shape", "options", "path", "reason"),
+    [
+        (conv_shape(), {}, "box", "cover 100%"),
+        (conv_shape(stride=2), {}, "box", "parity"),
+        (conv_shape(size=15, stride=2), {}, "gather", "uneven phases"),
+        (conv_shape(stride=3), {}, "gather", "neither 1 nor 2"),
+        (conv_shape(c=24, stride=2), {}, "gather", "multiples of 16"),
+        (conv_shape(), {"device": TARGETS[80]}, "gather", "no tensor memory accelerator"),
+        (conv_shape(c=3), {"describable": False}, "gather", "16 bytes"),
+        (ConvShape(512, (197, 1), 192, 576), {}, "flat", "at most 2 samples"),
+        (ConvShape(512, (1, 1), 192, 576), {}, "flat", "gathered table rows"),
+        (ConvShape(512, (197, 1), 192, 576), {"device": TARGETS[80]}, "gather", "accelerator"),
+    ],
+)
+def test_choice_of_path(direction, shape, options, path, reason):
+    choice = chosen(direction, shape, **options)
+    assert choice.config.path == path
+    assert reason in choice.reason
 
-    assert choose(conv_shape()).config.path == "box"
-    assert choose(conv_shape(stride=2)).config.path == "box"
-    for shape, reason in (
-        (conv_shape(size=15, stride=2), "uneven phases"),
-        (conv_shape(stride=3), "neither 1 nor 2"),
-        (conv_shape(c=24, stride=2), "multiples of 16"),
-    ):
-        choice = choose(shape)
-        assert choice.config.path == "gather"
-        assert reason in choice.reason
-    assert "no tensor memory accelerator" in choose(conv_shape(), TARGETS[80]).reason
-    assert "16 bytes" in choose(conv_shape(c=3), aligned=False).reason
 
-
-def test_strided_boxes_stay_inside_a_parity_class():
+@pytest.mark.parametrize("channels", [16, 48, 64, 80, 96, 192])
+def test_strided_boxes_stay_inside_a_parity_class(channels):
     """Channel tiles must divide the channels: their neighbours are the next column's."""
-    for channels in (16, 48, 64, 80, 96, 192):
-        shape = conv_shape(c=channels, o=channels, stride=2)
-        forward = conv_choice("fprop", shape, torch.bfloat16, H100, describable=True).config
-        backward = conv_choice("dgrad", shape, torch.bfloat16, H100, describable=True).config
-        assert channels % forward.block_k == 0
-        assert channels % backward.block_n == 0
-        assert tiles_per_sample(shape, backward) * backward.box[0] >= 1
+    shape = conv_shape(c=channels, o=channels, stride=2)
+    assert channels % chosen("fprop", shape).config.block_k == 0
+    assert channels % chosen("dgrad", shape).config.block_n == 0
 
 
 def test_small_batches_take_smaller_tiles():
-    small = conv_choice("fprop", conv_shape(1, 14), torch.bfloat16, H100, describable=True)
-    large = conv_choice("fprop", conv_shape(512, 14), torch.bfloat16, H100, describable=True)
-    assert small.config.block_m < large.config.block_m
+    small, large = (chosen("fprop", conv_shape(batch, 14)).config for batch in (1, 512))
+    assert small.block_m < large.block_m
 
 
-def test_linear_choice():
-    shape = LinearShape(512, 197, 192, 576)
-    choice = linear_choice(shape, torch.bfloat16, H100, columns=576, describable=True)
-    assert choice.config.path == "flat"
-    assert "at most 2 samples" in choice.reason
-    few = LinearShape(512, 1, 192, 576)
-    choice = linear_choice(few, torch.bfloat16, H100, columns=576, describable=True)
-    assert "gathered table rows" in choice.reason
-    old = linear_choice(shape, torch.bfloat16, TARGETS[80], columns=576, describable=True)
-    assert old.config.path == "gather"
-
-
-def test_default_operands_fit_into_shared_memory():
-    for device in TARGETS.values():
-        for dtype in (torch.bfloat16, torch.float32):
-            for direction in ("fprop", "dgrad"):
-                config = conv_choice(
-                    direction, conv_shape(), dtype, device, describable=True
-                ).config
-                assert config.operand_memory(dtype.itemsize) <= device.shared_memory
-
-
-def test_full_precision_follows_pytorch(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert full_precision(torch.float32, "conv")
-    assert not full_precision(torch.bfloat16, "conv")
-    config = conv_choice("fprop", conv_shape(), torch.float32, H100, describable=True).config
-    assert config.block_m * config.block_n <= 64 * 64
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert not full_precision(torch.float32, "conv")
-
-
-def test_full_precision_is_read_however_it_was_set():
+def test_full_precision_follows_pytorch_however_it_was_set():
     """PyTorch refuses to read its older flag once the newer setting was used."""
     matmul = torch.backends.cuda.matmul
     before = matmul.allow_tf32
     try:
         matmul.allow_tf32 = False
         assert full_precision(torch.float32, "linear")
+        assert not full_precision(torch.bfloat16, "linear")
         matmul.fp32_precision = "tf32"
         with pytest.raises(RuntimeError):
             _ = matmul.allow_tf32
@@ -189,10 +126,7 @@ def test_full_precision_is_read_however_it_was_set():
         matmul.allow_tf32 = before
 
 
-def test_config_is_checked():
-    with pytest.raises(ValueError, match="does not hold block_m"):
-        GemmConfig("box", 128, 64, 64, 8, 3, box=(1, 8, 8))
-    with pytest.raises(ValueError, match="do not go together"):
-        GemmConfig("gather", 128, 64, 64, 8, 3, box=(1, 8, 16))
-    with pytest.raises(ValueError, match="not 'im2col'"):
-        GemmConfig("im2col", 128, 64, 64, 8, 3)
+def test_full_precision_takes_small_tiles(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config = chosen("fprop", conv_shape(), dtype=torch.float32).config
+    assert config.block_m * config.block_n <= 64 * 64

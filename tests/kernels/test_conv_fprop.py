@@ -1,65 +1,47 @@
 """The masked convolution's forward kernels against plain PyTorch in fp64."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
+from masked_products import Forward, check, sizes
 
 pytest.importorskip("triton")
 
 from wfnet.kernels.conv_fprop import conv_fprop
-from wfnet.kernels.linear import linear_fprop
 
 from wfnet.backends.contract import ConvGeometry, Epilogue
 
 
 @pytest.mark.interpreter
-def test_every_kind_of_convolution(convolution, check, nan_memory):
-    n, h, w, c, o, k, stride, pad, dil, config = convolution
-    x, weight = torch.randn(n, c, h, w), torch.randn(o, c, k, k) / (k * k * c) ** 0.5
-    scale, shift = torch.rand(n, o) + 0.5, torch.randn(n, o)
-    u = F.conv2d(x.double(), weight.double(), None, stride, pad, dil)
-    residual = torch.randn(u.shape)
-    found = conv_fprop(
-        x,
-        weight,
-        ConvGeometry((stride, stride), (pad, pad), (dil, dil)),
-        Epilogue(scale, shift, residual, relu=True, save=True),
-        config=config,
-    )
-    v = scale[:, :, None, None] * u
-    check(found.branch, v)
-    check(found.out, (v + shift[:, :, None, None] + residual).relu())
-    assert found.mask is found.out
+def test_every_kind_of_convolution(convolution, nan_memory):
+    case, config = convolution
+    Forward(case).check(partial(conv_fprop, config=config))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["box", "gather", "default"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_source_indices(kind, dtype, check, tiles):
+def test_source_indices(kind, tiles):
     """Expanded samples read their source image; unused images are allowed."""
-    x = torch.randn(3, 16, 6, 6).to(dtype)
-    weight = (torch.randn(16, 16, 3, 3) / 12).to(dtype)
-    source, scale = torch.tensor([2, 0, 2, 2]), torch.rand(4, 16)
-    geometry, epilogue = ConvGeometry(padding=(1, 1)), Epilogue(scale, source=source)
-    found = conv_fprop(x, weight, geometry, epilogue, config=tiles[kind])
-    assert found.branch is None
-    u = F.conv2d(x[source].double(), weight.double(), padding=1)
-    check(found.out, scale[:, :, None, None] * u, dtype)
+    source = torch.tensor([2, 0, 2, 2])
+    case = Forward(sizes(3, 6, 6, 16, 16, 3), torch.float16, source=source)
+    case.check(partial(conv_fprop, config=tiles[kind]))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["box", "gather"])
-def test_sources_out_of_range_are_dropped(kind, check, tiles):
-    x, weight = torch.randn(2, 16, 4, 4), torch.randn(16, 16, 1, 1)
-    epilogue = Epilogue(torch.ones(3, 16), source=torch.tensor([0, 7, -3]))
-    out = conv_fprop(x, weight, ConvGeometry(), epilogue, config=tiles[kind]).out
-    check(out[:1], F.conv2d(x[:1].double(), weight.double()))
+def test_sources_out_of_range_are_dropped(kind, tiles):
+    source = torch.tensor([0, 7, -3])
+    plain = {"residual": False, "shift": False, "relu": False, "save": False, "source": source}
+    case = Forward(sizes(2, 4, 4, 16, 16), **plain)
+    out = case.run(partial(conv_fprop, config=tiles[kind])).out
+    assert out[0].abs().min() > 0
     assert (out[1:] == 0).all()
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(
-    ("relu", "residual", "shifted", "save"),
+    ("relu", "residual", "shift", "save"),
     [
         (False, False, False, False),
         (True, False, True, True),
@@ -69,37 +51,21 @@ def test_sources_out_of_range_are_dropped(kind, check, tiles):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", ["box", "flat"])
-def test_epilogues(relu, residual, shifted, save, dtype, kind, check, tiles):
-    x = torch.randn(2, 16, 5, 4).to(dtype)
-    weight = (torch.randn(16, 16) / 4).to(dtype)
-    scale = torch.rand(2, 16)
-    shift = torch.randn(2, 16) if shifted else None
-    r = torch.randn(2, 16, 5, 4).to(dtype) if residual else None
-    v = scale[:, :, None, None] * F.conv2d(x.double(), weight.double()[:, :, None, None])
-    truth = v + (0 if shift is None else shift[:, :, None, None]) + (0 if r is None else r.double())
-    truth = truth.relu() if relu else truth
-    epilogue = Epilogue(scale, shift, r, relu, save=save)
-    if kind == "flat":
-        found = linear_fprop(x, weight, epilogue, config=tiles["flat"])
-    else:
-        filters = weight[:, :, None, None]
-        found = conv_fprop(x, filters, ConvGeometry(), epilogue, config=tiles["box"])
-    check(found.out, truth, dtype)
-    assert (found.branch is not None) == save
-    if save:
-        check(found.branch, v, dtype)
+def test_epilogues(relu, residual, shift, save, dtype, kind, tiles):
+    options = {"relu": relu, "residual": residual, "shift": shift, "save": save}
+    case = Forward(sizes(2, 5, 4, 16, 16), dtype, **options)
+    case.check(partial(conv_fprop, config=tiles[kind]))
 
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("kind", ["packed", "gather"])
 def test_relu_lets_nan_through(kind, tiles):
     """A forget label out of range gives NaN for its sample, and for no other."""
-    scale = torch.ones(3, 16)
-    scale[1] = float("nan")
-    x, weight = torch.randn(3, 16, 3, 3), torch.randn(16, 16, 1, 1)
-    found = conv_fprop(x, weight, ConvGeometry(), Epilogue(scale, relu=True), config=tiles[kind])
+    case = Forward(sizes(3, 3, 3, 16, 16), residual=False, shift=False, save=False)
+    case.epilogue.scale[1] = torch.nan
+    found = case.run(partial(conv_fprop, config=tiles[kind]))
     assert found.out[1].isnan().all()
-    assert found.out[[0, 2]].isfinite().all()
+    check(found.out[[0, 2]], case.truth()[0][[0, 2]])
 
 
 def test_launcher_checks_its_tensors():
@@ -108,11 +74,9 @@ def test_launcher_checks_its_tensors():
         (w.half(), Epilogue(a), "does not fit x"),
         (w[:, :4], Epilogue(a), "does not fit x"),
         (w, Epilogue(a[:1]), "1 rows for 2 samples"),
-        (w, Epilogue(torch.zeros(2, 9)), "tables must be float32"),
         (w, Epilogue(a, torch.zeros(2, 9)), "tables must be float32"),
         (w, Epilogue(a.double()), "tables must be float32"),
-        (torch.zeros(8, 8, 5, 5), Epilogue(a), "does not fit into 4x4"),
-        (w, Epilogue(a, source=torch.tensor([0])), "must have 2 entries"),
+        (w, Epilogue(a, source=torch.tensor([0])), "2 rows for 1 samples"),
         (w, Epilogue(a, residual=x), "residual must be"),
     ):
         with pytest.raises(ValueError, match=message):

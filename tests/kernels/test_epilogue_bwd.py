@@ -1,7 +1,10 @@
 """The elementwise backward in a pass of its own, against plain PyTorch in fp64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from masked_products import check, check_gradient, layer_below
 
 pytest.importorskip("triton")
 
@@ -12,57 +15,30 @@ from wfnet.backends.contract import LayerBelow
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("tokens", [1, 5, 300])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", [{"mask": "branch"}, {"mask": "kept", "shortcut": True}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_one_layer(tokens, masked, dtype, make_layer, check_gradient, nan_memory):
-    dout = torch.randn(3, 20, tokens, 1).to(dtype)
-    skip = torch.randn(dout.shape).to(dtype) if masked else None
-    below = make_layer(tuple(dout.shape), dtype, masked)
-    check_gradient(epilogue_bwd(dout, below, skip), dout.double(), below, skip, dtype)
+def test_one_layer(tokens, how, dtype, nan_memory):
+    """With the gradients of a projection shortcut, which receives the same g."""
+    shape = (3, 20, tokens, 1)
+    below = layer_below(shape, lambda size: torch.randn(size).to(dtype), **how)
+    dout, skip = torch.randn(2, *shape).to(dtype)
+    skip = skip if "shortcut" in how else None
+    check_gradient(epilogue_bwd(dout, below, skip), dout.double(), below, skip)
 
 
 @pytest.mark.interpreter
-def test_sums_in_columns_of_wider_tables(make_layer, check_gradient):
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_sums_in_columns_of_wider_tables(tokens):
     """Where a sample has several tiles, and where its sums are those of one tile."""
-    for tokens in (5, 300):
-        dout, sums = torch.randn(3, 20, tokens, 1), torch.full((2, 3, 50), torch.nan)
-        layer = make_layer(tuple(dout.shape))
-        below = LayerBelow(
-            layer.scale, layer.shift, layer.branch, None, True, sums[0, :, 4:24], sums[1, :, 20:40]
-        )
-        check_gradient(epilogue_bwd(dout, below), dout.double(), below)
-        assert sums[0, :, :4].isnan().all()
+    dout, sums = torch.randn(3, 20, tokens, 1), torch.full((2, 3, 50), torch.nan)
+    below = layer_below(tuple(dout.shape), torch.randn)
+    below = replace(below, t1=sums[0, :, 4:24], t0=sums[1, :, 20:40])
+    check_gradient(epilogue_bwd(dout, below), dout.double(), below)
+    assert sums[0, :, :4].isnan().all()
 
 
 @pytest.mark.interpreter
-def test_projection_shortcut(make_layer, check_gradient, check):
-    """A layer whose residual another layer made: it receives the same g."""
-    dout, columns = torch.randn(2, 20, 9, 1), (2, 20)
-    layer = make_layer(tuple(dout.shape), masked=True)
-    other = make_layer(tuple(dout.shape))
-    shortcut = LayerBelow(other.scale, branch=other.branch, t1=other.t1, t0=other.t0)
-    below = LayerBelow(
-        layer.scale,
-        layer.shift,
-        layer.branch,
-        layer.mask,
-        True,
-        layer.t1,
-        layer.t0,
-        need_grad=True,
-        shortcut=shortcut,
-    )
-    found = epilogue_bwd(dout, below)
-    check_gradient(found, dout.double(), below)
-    g = dout.double() * (layer.mask > 0)
-    check(found.shortcut, g * other.scale.double()[:, :, None, None])
-    check(shortcut.t1, (g * other.branch.double()).sum((2, 3)))
-    check(shortcut.t0, below.t0)
-    assert shortcut.t0.shape == columns
-
-
-@pytest.mark.interpreter
-def test_samples_of_one_image_are_summed(check, nan_memory):
+def test_samples_of_one_image_are_summed(nan_memory):
     source = torch.tensor([3, 1, 3, 0, 3])  # nobody reads image 2
     dout, branch = torch.randn(5, 20, 70, 1), torch.randn(5, 20, 70, 1)
     scale, t1, t0 = torch.rand(5, 20), torch.empty(5, 20), torch.empty(5, 20)
@@ -81,8 +57,8 @@ def test_samples_are_grouped_by_source():
     assert first.tolist() == [0, 1, 2, 2, 5]
 
 
-def test_sums_over_no_pixels_are_zero(make_layer):
-    below = make_layer((3, 8, 0, 1))
+def test_sums_over_no_pixels_are_zero():
+    below = layer_below((3, 8, 0, 1), torch.randn)
     epilogue_bwd(torch.zeros(3, 8, 0, 1), below)
     assert (below.t0 == 0).all()
     assert (below.t1 == 0).all()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from masked_products import check, check_gradient, layer_below
 
 pytest.importorskip("triton")
 
@@ -21,7 +22,7 @@ WINDOWS = {
 @pytest.mark.interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("case", WINDOWS)
-def test_values_and_gradients(case, dtype, check, make_layer, check_gradient):
+def test_values_and_gradients(case, dtype):
     """Ties included; g, A * g and both sums of the layer below, as in a pass of their own."""
     batch, height, width, channels, window = WINDOWS[case]
     x = torch.randn(batch, channels, height, width).to(dtype).relu()  # many are 0 and equal
@@ -34,10 +35,10 @@ def test_values_and_gradients(case, dtype, check, make_layer, check_gradient):
     dout = torch.randn(truth.shape).to(dtype)
     (dx,) = torch.autograd.grad(truth, leaf, dout.double())
     size, skip = (height, width), torch.randn(x.shape).to(dtype)
-    check(max_pool_bwd(dout, positions, size, window).grad, dx, dtype)
-    below = make_layer(tuple(x.shape), dtype)
+    check(max_pool_bwd(dout, positions, size, window).grad, dx)
+    below = layer_below(tuple(x.shape), lambda shape: torch.randn(shape).to(dtype))
     found = max_pool_bwd(dout, positions, size, window, skip, below)
-    check_gradient(found, dx, below, skip, dtype)
+    check_gradient(found, dx, below, skip)
 
 
 @pytest.mark.interpreter
@@ -48,12 +49,3 @@ def test_nan_is_above_all():
     window = PoolGeometry((3, 3), (2, 2), (1, 1))
     out, _ = max_pool(x, window)
     torch.testing.assert_close(out, F.max_pool2d(x, *window), equal_nan=True, rtol=0, atol=0)
-
-
-def test_windows_that_no_byte_holds_are_refused():
-    for window in (
-        PoolGeometry((2, 2), (2, 2), dilation=(2, 2)),
-        PoolGeometry((17, 16), (1, 1), (8, 8)),
-    ):
-        with pytest.raises(ValueError, match="taps"):
-            max_pool(torch.randn(1, 8, 18, 18), window)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from masked_products import check
 
 pytest.importorskip("triton")
 
@@ -11,7 +12,7 @@ from wfnet.untraining.optimizers import RowAdam
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize(("width", "shrink"), [(40, 0.0), (1500, 0.0), (40, 0.3)])
-def test_steps_of_some_rows(width, shrink, monkeypatch, check):
+def test_steps_of_some_rows(width, shrink, monkeypatch):
     """The others do not move, and their gradients are not read."""
 
     def params(dtype):
