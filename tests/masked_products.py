@@ -1,6 +1,6 @@
 """Masked products as tests run them: operands, what comes out in fp64, and how close that must be.
 
-Whatever has the signature of a backend's ``conv2d`` or ``conv2d_dgrad`` can be checked: launchers of
+Whatever has the signature of a backend's ``conv2d`` or ``conv2d_dgrad`` is checked: launchers of
 kernels, interpreted and emulated ones, backends on a device.
 """
 
