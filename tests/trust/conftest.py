@@ -99,21 +99,9 @@ def quick():
 
 @pytest.fixture(scope="session")
 def make_subject(data, make_network, quick):
-    def make(label=1, retrained=(), layers=("conv1", "conv2"), **models):
-        train, test = (ImageReader(part, 100) for part in (data.train, data.test))
-        return Subject(
-            label=label,
-            num_classes=CLASSES,
-            forgetful=models.get("forgetful", make_network(1)),
-            original=models.get("original", make_network(0)),
-            retrained=retrained,
-            train_forget=train.of(label),
-            train_retain=train.without(label),
-            test_forget=test.of(label),
-            test_retain=test.without(label),
-            layers=layers,
-            reader=test,
-            settings=quick,
-        )
+    def make(label=1, forgetful=None, original=None, settings=quick, **more):
+        readers = [ImageReader(part, 100) for part in (data.train, data.test)]
+        models = forgetful or make_network(1), original or make_network(0)
+        return Subject(label, CLASSES, *readers, ("conv1", "conv2"), settings, *models, **more)
 
     return make

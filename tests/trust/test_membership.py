@@ -61,15 +61,14 @@ def test_an_overconfident_member_is_found_and_one_more_retrained_model_is_not(ma
             return logits + 0 * self.weight
 
     retrained = [Constant(-5.0, seed) for seed in (1, 2, 3)]
-    subject = make_subject(retrained=retrained)
 
     def measured(model, others):
-        return membership.measure(model, subject, others)["values"]
+        return membership.measure(model, make_subject(retrained=others))[0]
 
     assert 0.2 < measured(Constant(-5.0, 4), retrained)["lira_auc"] < 0.8
     assert measured(Constant(-3.0, 4), retrained)["lira_auc"] == 1.0
     assert measured(Constant(-9.0, 4), retrained)["lira_auc"] == 0.0
-    with_one = measured(retrained[0], retrained[1:2])
+    with_one = measured(retrained[0], retrained[:2])  # itself is no other
     assert "lira_auc" not in with_one
     assert "auc_calibrated" in with_one
     assert "auc_calibrated" not in measured(retrained[0], [])

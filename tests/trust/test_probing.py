@@ -45,7 +45,7 @@ def test_features_of_windows_belong_to_their_images():
 
     model = Windows()
     images = torch.randn(300, 1, 8, 8)  # more than one batch
-    found = probing.layer_features(model, ["qkv", "never"], images)
+    found = probing.layer_features(model, ["qkv", "never", "gone"], images, 3)
     assert list(found) == ["qkv", probing.HEAD]
     expected = model.qkv(images.reshape(300, 8, 8)).mT.flatten(1).detach()
     np.testing.assert_allclose(found["qkv"], expected.numpy(), rtol=1e-4, atol=1e-6)
@@ -54,16 +54,13 @@ def test_features_of_windows_belong_to_their_images():
 def test_probes_are_reported_by_layer(make_subject):
     subject = make_subject()
     model = subject.forgetful
-    found = probing.measure(model, subject, [])
-    layers = found["details"]["layers"]
+    values, details = probing.measure(model, subject)
+    layers = details["layers"]
     assert list(layers) == ["conv1", "conv2", probing.HEAD]
     assert layers["conv1"] > 0.9  # quarters of the image are plain to see
-    assert found["values"] == {
-        "probe_best": max(layers.values()),
-        "probe_last": layers[probing.HEAD],
-    }
+    assert values == {"probe_best": max(layers.values()), "probe_last": layers[probing.HEAD]}
     assert not any(module._forward_hooks for module in model.modules())
     images = subject.test_forget.images
     hidden = model.bn2(model.conv2(model.bn1(model.conv1(images)).relu())).relu().mean((2, 3))
-    features = probing.layer_features(model, (), images)[probing.HEAD]
+    features = probing.layer_features(model, (), images, 4)[probing.HEAD]
     np.testing.assert_allclose(features, hidden.detach().numpy(), rtol=1e-5)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from wfnet.trust.subject import ImageReader, Sample, TrustSettings
+from wfnet.trust.subject import ImageReader, TrustSettings
 
 
 def test_samples_are_bounded_repeatable_and_of_the_classes_asked_for(data):
@@ -42,19 +42,10 @@ def test_attackers_images_have_the_natural_mix(make_images, per_class, label, sa
 def test_a_sample_that_cannot_be_drawn(data, make_images):
     with pytest.raises(ValueError, match="no image of class 9"):
         ImageReader(data.train, 5).of(9)
-    with pytest.raises(ValueError, match="samples must be at least 1"):
-        ImageReader(data.train, 0)
     several = make_images(2, 0)
     several.multi_hot = torch.ones(len(several), 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="several labels per image"):
         ImageReader(several, 5)
-
-
-def test_samples_can_be_joined():
-    first = Sample(torch.zeros(2, 1, 2, 2), torch.tensor([0, 0]))
-    both = first.with_others(Sample(torch.ones(1, 1, 2, 2), torch.tensor([3])))
-    assert both.labels.tolist() == [0, 0, 3]
-    assert both.only(torch.tensor([2])).images.eq(1).all()
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ from wfnet.pretrained import filters_digest
 from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.files import write_atomically, write_json, write_tensors
-from wfnet.trust import CHECKS, TrustSettings, check_export
+from wfnet.trust import CHECKS, TrustSettings, check_export, describe_export
 
 logger = logging.getLogger("wfnet")
 
@@ -340,7 +340,7 @@ def attack_export(
             options.workers,
         )
         for check in checks:
-            print(check)
+            print(describe_export(check))
     elif data is not None:
         print("the data have several labels per image: the file was compared, but not attacked")
     else:
@@ -363,7 +363,7 @@ def attack_export(
             "samples": options.samples,
             "agreement": asdict(agreement),
             "measures": CHECKS["removal"].measures,
-            "classes": [asdict(check) for check in checks],
+            "classes": checks,
             "versions": versions(),
         },
     )

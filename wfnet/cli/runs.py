@@ -28,7 +28,7 @@ REPORT_FILES = (
     "associations.png",
     "attribution.png",
     "report.html",
-) + ("trust.json", "trust.csv", "trust.partial.jsonl", "trust.png")
+) + ("trust.json", "trust.csv", "trust.partial.json", "trust.png")
 # What belongs to one run, in the order in which it is made; a new run replaces all of it.
 RUN_FILES = (
     (RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv", CURVES)

@@ -1,9 +1,9 @@
 """Trust checks: how well a class is forgotten, measured against models that never knew it.
 
-Each check is one file with a ``CHECK``, whose ``measure(model, subject, others)`` is a function of
-one plain model; the runner applies it to the model under test, to the original, and to every
-retrained model, so that each number stands beside the two levels that give it meaning. What the
-checks say is a lower bound of what an attacker can do: a stronger attack may exist.
+Each check is one file with a ``CHECK``, whose ``measure(model, subject)`` is a function of one
+plain model; the runner applies it to the model under test, to the original, and to every retrained
+model, so that each number stands beside the two levels that give it meaning. What the checks say is
+a lower bound of what an attacker can do: a stronger attack may exist.
 
     membership    can one tell that images of the class were trained on?
     relearning    how soon does fine-tuning bring the class back?
@@ -13,24 +13,18 @@ checks say is a lower bound of what an attacker can do: a stronger attack may ex
     closeness     how far are the outputs from those of retrained models?
 """
 
-from wfnet.trust.check import Check
 from wfnet.trust.checks import CHECKS
-from wfnet.trust.export_check import ExportCheck, check_export
-from wfnet.trust.runner import missing_retrained, run_checks
-from wfnet.trust.subject import ImageReader, Sample, Subject, TrustSettings
+from wfnet.trust.removal import check_export, describe_export
+from wfnet.trust.runner import run_checks
+from wfnet.trust.subject import TrustSettings
 from wfnet.trust.trust_records import TrustRecord, TrustResult
 
 __all__ = [
     "CHECKS",
-    "Check",
-    "ExportCheck",
-    "ImageReader",
-    "Sample",
-    "Subject",
     "TrustRecord",
     "TrustResult",
     "TrustSettings",
     "check_export",
-    "missing_retrained",
+    "describe_export",
     "run_checks",
 ]

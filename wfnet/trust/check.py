@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from wfnet.trust.subject import Subject
 
-Measure = Callable[[nn.Module, Subject, Sequence[nn.Module]], dict[str, Any]]
+Found = tuple[dict[str, float], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,7 @@ class Check:
         needs: which retrained models it needs, as words.
         measures: what each measure is, by name.
         headline: the measure that stands for the check in a table of classes.
-        measure: ``measure(model, subject, others)`` gives ``{"values": ..., "details": ...}`` of
-            one plain model; ``others`` are retrained models that it is not one of.
+        measure: ``measure(model, subject)`` gives the values of one plain model, and details.
         original: whether the original is measured as well.
         retrained: how many retrained models everything can be measured with.
         counted: what measures are whose names end in a number that the settings decide, by the name
@@ -39,14 +38,12 @@ class Check:
     needs: str
     measures: Mapping[str, str]
     headline: str
-    measure: Measure
+    measure: Callable[[nn.Module, Subject], Found]
     original: bool = True
     retrained: int = 1
     counted: Mapping[str, str] = field(default_factory=dict)
 
     def meaning(self, name: str) -> str:
-        """Returns what the measure ``name`` is, in words; empty for an unknown one."""
-        if name in self.measures:
-            return self.measures[name]
+        """Returns what the measure ``name`` is, in words; its name for an unknown one."""
         stem, _, count = name.rpartition("_")
-        return self.counted.get(stem, "").format(count)
+        return self.measures.get(name) or self.counted.get(stem, name).format(count)

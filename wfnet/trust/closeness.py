@@ -17,36 +17,29 @@ is: the constant in place of that logit is part of the distance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from wfnet.evaluation import metrics
-from wfnet.trust.check import Check
+from wfnet.trust.check import Check, Found
 from wfnet.trust.subject import Subject
 
 
-def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
-    """Means over ``others``, the retrained models that ``model`` is not one of."""
+def measure(model: nn.Module, subject: Subject) -> Found:
+    """Returns means over the retrained models that ``model`` is not one of."""
+    others = subject.others(model)
     values: dict[str, float] = {}
-    if others:
-        for part in ("forget", "retain"):
-            own = subject.logits(model, f"test_{part}")
-            found = [distances(subject.logits(other, f"test_{part}"), own) for other in others]
-            for name in found[0]:
-                values[f"{name}_{part}"] = sum(each[name] for each in found) / len(found)
-    return {
-        "values": values,
-        "details": {
-            "images": {"forget": len(subject.test_forget), "retain": len(subject.test_retain)}
-        },
-    }
+    for part in ("forget", "retain") if others else ():
+        own = subject.logits(model, f"test_{part}")
+        found = [distances(subject.logits(other, f"test_{part}"), own) for other in others]
+        for name in found[0]:
+            values[f"{name}_{part}"] = sum(each[name] for each in found) / len(found)
+    images = {"forget": len(subject.test_forget), "retain": len(subject.test_retain)}
+    return values, {"images": images}
 
 
 def distances(reference: Tensor, logits: Tensor) -> dict[str, float]:
-    """Means of kl, js, tv and agreement, of ``logits [n, K]`` with those of ``reference``."""
+    """Returns the means of kl, js, tv and agreement between two ``logits [n, K]``."""
     log_p, log_q = (torch.log_softmax(z.double(), 1) for z in (reference, logits))
     p, q = log_p.exp(), log_q.exp()
     return {

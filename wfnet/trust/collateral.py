@@ -17,81 +17,60 @@ entangled features are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from wfnet.trust.check import Check
+from wfnet.trust.check import Check, Found
 from wfnet.trust.probing import HEAD, layer_features
-from wfnet.trust.subject import Sample, Subject, predict, share_correct
+from wfnet.trust.subject import Subject, predict, share_correct
 
 NEAREST = 3
 
 
-def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
-    """Accuracies on the nearest classes; ``details`` name them, with the accuracy on each."""
-    nearest = {
-        "confusion": nearest_by_confusion(
-            subject.logits(subject.original, "test_forget"), subject.label, among=_present(subject)
-        ),
-        "features": nearest_by_features(subject),
-    }
+def measure(model: nn.Module, subject: Subject) -> Found:
+    """Returns accuracies on the nearest classes; details name them, with the accuracy on each."""
+    nearest = {"confusion": nearest_by_confusion(subject), "features": nearest_by_features(subject)}
     values, details = {}, {}
     for how, classes in nearest.items():
-        images = _images_of(subject, classes)
+        images = subject.test.of(*classes)
         logits = predict(model, images.images)
         values[f"acc_nearest_{how}"] = share_correct(logits, images.labels)
+        found = [(k, images.labels == k) for k in classes]
         details[how] = {
-            str(k): share_correct(logits[images.labels == k], images.labels[images.labels == k])
-            for k in classes
-            if (images.labels == k).any()
+            str(k): share_correct(logits[own], images.labels[own]) for k, own in found if own.any()
         }
-    values["acc_others"] = share_correct(
-        subject.logits(model, "test_retain"), subject.test_retain.labels
-    )
+    values["acc_others"] = subject.accuracy(model, "test_retain")
     values["acc_worst"] = min(details["confusion"].values())
-    return {"values": values, "details": {"accuracy_by_class": details}}
+    return values, {"accuracy_by_class": details}
 
 
-def nearest_by_confusion(
-    logits: Tensor, label: int, count: int = NEAREST, among: Sequence[int] | None = None
-) -> list[int]:
-    """Other classes (of ``among``) with the most mean probability for ``logits [n, K]``."""
-    mean = torch.softmax(logits.double(), 1).mean(0)
-    others = [k for k in (range(len(mean)) if among is None else among) if k != label]
-    order = mean[others].topk(min(count, len(others))).indices.tolist()
-    return [others[index] for index in order]
+def nearest_by_confusion(subject: Subject) -> list[int]:
+    """Returns the classes, among those with test images, to which the original sees most likeness.
+
+    That is the mean probability that it gives them on images of the forgotten class.
+    """
+    mean = torch.softmax(subject.logits(subject.original, "test_forget"), 1).mean(0)
+    others = subject.test.labels.unique()
+    others = others[others != subject.label]
+    return others[mean[others].topk(min(NEAREST, len(others))).indices].tolist()
 
 
-def _present(subject: Subject) -> list[int]:
-    """The classes of which there are images: the network may have more."""
-    source = subject.test_retain if subject.reader is None else subject.reader
-    return source.labels.unique().tolist()
-
-
-def nearest_by_features(subject: Subject, count: int = NEAREST) -> list[int]:
-    """Other classes whose mean features of the original are nearest, nearest first."""
+def nearest_by_features(subject: Subject) -> list[int]:
+    """Returns the classes whose mean features of the original are nearest, nearest first."""
     own, rest = (
-        torch.from_numpy(
-            layer_features(subject.original, (), part.images, subject.num_classes)[HEAD]
-        )
+        _head_features(subject, part.images)
         for part in (subject.train_forget, subject.train_retain)
     )
     labels = subject.train_retain.labels
     classes = labels.unique()
     means = torch.stack([rest[labels == k].mean(0) for k in classes])
     distance = (means - own.mean(0)).norm(dim=1)
-    return classes[distance.topk(min(count, len(classes)), largest=False).indices].tolist()
+    return classes[distance.topk(min(NEAREST, len(classes)), largest=False).indices].tolist()
 
 
-def _images_of(subject: Subject, classes: Sequence[int]) -> Sample:
-    if subject.reader is not None:
-        return subject.reader.of(*classes)
-    return subject.test_retain.only(
-        torch.isin(subject.test_retain.labels, torch.tensor(list(classes)))
-    )
+def _head_features(subject: Subject, images: Tensor) -> Tensor:
+    features = layer_features(subject.original, (), images, subject.num_classes)
+    return torch.from_numpy(features[HEAD])
 
 
 CHECK = Check(

@@ -30,63 +30,50 @@ confident than one that never saw the class gives itself away, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wfnet.trust.check import Check
+from wfnet.trust.check import Check, Found
 from wfnet.trust.subject import Subject
 
 FALSE_POSITIVES = 0.1
 
 
-def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
-    """The measures of one model; ``others`` are retrained models that it is not one of."""
-    member_logits = subject.logits(model, "train_forget")
-    other_logits = subject.logits(model, "test_forget")
-    members, strangers = (
-        confidence(logits, subject.label) for logits in (member_logits, other_logits)
-    )
+def measure(model: nn.Module, subject: Subject) -> Found:
+    """Returns areas under the ROC; the calibrated ones need other retrained models."""
+    parts = ("train_forget", "test_forget")
+
+    def scores(network: nn.Module, part: str) -> Tensor:
+        return confidence(subject.logits(network, part), subject.label)
+
+    members, strangers = (scores(model, part) for part in parts)
     auc = roc_auc(members, strangers)
     values = {
         "auc_confidence": auc,
-        "auc_entropy": roc_auc(-_entropy(member_logits), -_entropy(other_logits)),
+        "auc_entropy": roc_auc(*(-_entropy(subject.logits(model, part)) for part in parts)),
         "tpr_confidence": true_positives(members, strangers, FALSE_POSITIVES),
     }
+    others = subject.others(model)
     if others:
-        shadow = torch.stack([_phi(other, subject, "train_forget") for other in others])
-        hardness = torch.stack([_phi(other, subject, "test_forget") for other in others]).mean(0)
+        shadow, hardness = (torch.stack([scores(o, part) for o in others]) for part in parts)
         members_less = members - shadow.mean(0)
-        values["auc_calibrated"] = roc_auc(members_less, strangers - hardness)
+        values["auc_calibrated"] = roc_auc(members_less, strangers - hardness.mean(0))
         if len(others) >= 2:
-            values["lira_auc"] = roc_auc(members_less, _left_out(shadow).flatten())
-    return {
-        "values": values,
-        "details": {
-            "members": len(members),
-            "non_members": len(strangers),
-            "standard_error": auc_error(auc, len(members), len(strangers)),
-        },
+            left_out = shadow - (shadow.sum(0) - shadow) / (len(others) - 1)
+            values["lira_auc"] = roc_auc(members_less, left_out.flatten())
+    return values, {
+        "members": len(members),
+        "non_members": len(strangers),
+        "standard_error": auc_error(auc, len(members), len(strangers)),
     }
 
 
 def confidence(logits: Tensor, label: int) -> Tensor:
-    """``log(p / (1 - p))`` of the class ``label`` for ``logits [n, K]``: ``[n]`` fp64, finite."""
+    """Returns the finite ``log(p / (1 - p))`` ``[n]`` fp64 of a class for ``logits [n, K]``."""
     logits = logits.double()
     rest = torch.cat((logits[:, :label], logits[:, label + 1 :]), 1)
     return logits[:, label] - rest.logsumexp(1)
-
-
-def _phi(model: nn.Module, subject: Subject, part: str) -> Tensor:
-    return confidence(subject.logits(model, part), subject.label)
-
-
-def _left_out(shadow: Tensor) -> Tensor:
-    """Each model's score less the mean of the other models': ``[m, n]`` for ``[m, n]``, m > 1."""
-    count = len(shadow)
-    return shadow - (shadow.sum(0) - shadow) / (count - 1)
 
 
 def _entropy(logits: Tensor) -> Tensor:
@@ -95,7 +82,7 @@ def _entropy(logits: Tensor) -> Tensor:
 
 
 def roc_auc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counted half (Mann-Whitney).
+    """Returns how probably a positive scores above a negative, ties counted half (Mann-Whitney).
 
     Args:
         positive, negative: scores ``[n]`` and ``[m]``.
@@ -107,15 +94,17 @@ def roc_auc(positive: Tensor, negative: Tensor) -> float:
 
 
 def auc_error(auc: float, positives: int, negatives: int) -> float:
-    """Standard error of an area under the ROC (Hanley and McNeil, 1982, eq. 2)."""
+    """Returns the standard error of an area under the ROC (Hanley and McNeil, 1982, eq. 2)."""
     q1, q2 = auc / (2 - auc), 2 * auc**2 / (1 + auc)
     variance = auc * (1 - auc) + (positives - 1) * (q1 - auc**2) + (negatives - 1) * (q2 - auc**2)
     return math.sqrt(max(variance, 0.0) / (positives * negatives))
 
 
 def true_positives(positive: Tensor, negative: Tensor, false_positives: float) -> float:
-    """Largest share of positives above a threshold that at most ``false_positives`` of the
-    negatives exceed."""
+    """Returns the largest share of positives above a threshold.
+
+    At most the share ``false_positives`` of the negatives exceeds that threshold.
+    """
     allowed = int(false_positives * len(negative))
     threshold = negative.sort(descending=True).values[allowed]
     return (positive > threshold).double().mean().item()

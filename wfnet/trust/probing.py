@@ -24,7 +24,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,35 +32,34 @@ from torch.nn import functional as F
 
 from wfnet.head import find_head
 from wfnet.services.extras import require
-from wfnet.trust.check import Check
-from wfnet.trust.subject import Subject, predict
+from wfnet.trust.check import Check, Found
+from wfnet.trust.subject import BATCH, Subject, predict
 
 FEATURES = 1024
 HEAD = "input of the head"
 
 
-def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
-    """Balanced accuracy of the probe of every layer; ``details["layers"]`` has them by name."""
+def measure(model: nn.Module, subject: Subject) -> Found:
+    """Returns balanced accuracies of probes; details have every layer's by name."""
     train = subject.train_forget.with_others(subject.train_retain)
     test = subject.test_forget.with_others(subject.test_retain)
-    names = [name for name in subject.layers if _module(model, name) is not None]
-    trained_on = layer_features(model, names, train.images, subject.num_classes)
-    tested_on = layer_features(model, names, test.images, subject.num_classes)
+    trained_on, tested_on = (
+        layer_features(model, subject.layers, part.images, subject.num_classes)
+        for part in (train, test)
+    )
     wanted, truth = (part.labels.numpy() == subject.label for part in (train, test))
     layers = {
         name: probe(trained_on[name], wanted, tested_on[name], truth, subject.settings.seed)
         for name in trained_on
     }
-    return {
-        "values": {"probe_last": layers[HEAD], "probe_best": max(layers.values())},
-        "details": {"layers": layers, "images": {"train": len(train), "test": len(test)}},
-    }
+    values = {"probe_last": layers[HEAD], "probe_best": max(layers.values())}
+    return values, {"layers": layers, "images": {"train": len(train), "test": len(test)}}
 
 
 def probe(
     features: np.ndarray, wanted: np.ndarray, test: np.ndarray, truth: np.ndarray, seed: int
 ) -> float:
-    """Balanced accuracy on ``test [m, d]`` of a logistic regression on ``features [n, d]``.
+    """Returns the balanced accuracy on ``test [m, d]`` of a probe of ``features [n, d]``.
 
     Args:
         features, test: float arrays.
@@ -82,74 +80,58 @@ def probe(
 
 
 def layer_features(
-    model: nn.Module, names: Sequence[str], images: Tensor, num_classes: int | None = None
+    model: nn.Module, names: Sequence[str], images: Tensor, num_classes: int
 ) -> dict[str, np.ndarray]:
-    """Pooled features ``[n, d]`` of the layers ``names`` and of the input of the head.
+    """Returns pooled features ``[n, d]`` of the layers ``names`` and of the input of the head.
 
     Of a layer that runs several times, those of its last run; layers that do not run, or whose
     outputs do not belong to single images, are left out.
     """
+    modules = dict(model.named_modules())
+    watched = {name: modules[name] for name in names if name in modules}
+    head = find_head(model, num_classes)
+    if head is not None:
+        watched[HEAD] = head[1]
     last: dict[str, Tensor] = {}
-    kept: dict[str, list[Tensor]] = {name: [] for name in (*names, HEAD)}
-
-    def flush(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        count = len(inputs[0])
-        for name, features in last.items():
-            if features.shape[0] % count == 0:
-                kept[name].append(pooled(_by_image(features, count)))
-        last.clear()
-
+    kept: dict[str, list[Tensor]] = {name: [] for name in watched}
     with ExitStack() as hooks:
-        for name in names:
-            hooks.enter_context(
-                model.get_submodule(name).register_forward_hook(
-                    lambda module, inputs, output, name=name: last.update({name: output})
-                )
-            )
-        head = find_head(model, num_classes)
-        if head is not None:
-            hooks.enter_context(
-                head[1].register_forward_hook(
-                    lambda module, inputs, output: last.update({HEAD: inputs[0]})
-                )
-            )
-        hooks.enter_context(model.register_forward_hook(flush))
-        predict(model, images)
-    return {
-        name: found.double().numpy()
-        for name, found in ((n, torch.cat(p)) for n, p in kept.items() if p)
-        if len(found) == len(images)
-    }
+        for name, module in watched.items():
+
+            def keep(module: nn.Module, inputs: tuple, output: Tensor, name: str = name) -> None:
+                last[name] = inputs[0] if name == HEAD else output
+
+            hooks.enter_context(module.register_forward_hook(keep))
+        for part in images.split(BATCH):
+            last.clear()
+            predict(model, part)
+            for name, features in last.items():
+                if len(features) % len(part) == 0:
+                    kept[name].append(pooled(_by_image(features, len(part))))
+    found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items() if parts}
+    return {name: features for name, features in found.items() if len(features) == len(images)}
 
 
 def _by_image(features: Tensor, count: int) -> Tensor:
-    """``[count, windows * N, C]`` of features in windows, ``[count * windows, N, C]``."""
-    if features.shape[0] == count:
+    """Returns windows ``[count * windows, N, C]`` of features as ``[count, windows * N, C]``."""
+    if len(features) == count:
         return features
     return features.unflatten(0, (count, -1)).flatten(1, -2)
 
 
 def pooled(features: Tensor) -> Tensor:
-    """``[n, d]`` with ``d <= FEATURES`` where channels allow: means over regions, or over tokens.
+    """Returns means over regions or tokens: ``[n, d]``, ``d <= FEATURES`` where channels allow.
 
     Args:
         features: ``[n, C, H, W]``, ``[n, tokens, C]`` or ``[n, C]``.
     """
+    features = features.float()
     if features.dim() == 4:
         side = max(1, math.isqrt(FEATURES // features.shape[1]))
-        size = [min(side, s) for s in features.shape[2:]]
-        return F.adaptive_avg_pool2d(features.float(), size).flatten(1).cpu()
-    if features.dim() == 3:
+        features = F.adaptive_avg_pool2d(features, [min(side, s) for s in features.shape[2:]])
+    elif features.dim() == 3:
         groups = min(max(1, FEATURES // features.shape[2]), features.shape[1])
-        return F.adaptive_avg_pool1d(features.float().mT, groups).flatten(1).cpu()
-    return features.float().flatten(1).cpu()
-
-
-def _module(model: nn.Module, name: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(name)
-    except AttributeError:
-        return None
+        features = F.adaptive_avg_pool1d(features.mT, groups)
+    return features.flatten(1).cpu()
 
 
 CHECK = Check(

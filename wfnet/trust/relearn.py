@@ -21,7 +21,6 @@ from images of it, too: how much further the model under test gets is what it st
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,38 +28,43 @@ from torch import nn
 
 from wfnet.data.tensor_images import TensorImages
 from wfnet.evaluation.relearning import RelearnConfig, relearn
-from wfnet.trust.check import Check
+from wfnet.trust.check import Check, Found
 from wfnet.trust.subject import Sample, Subject
 
 
-def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
-    """Best accuracy on the class of every attack; ``details["course"]`` has it epoch by epoch."""
-    settings = subject.settings
+def measure(model: nn.Module, subject: Subject) -> Found:
+    """Returns the best accuracy on the class of every attack; details have it epoch by epoch."""
+    settings, own, rest = subject.settings, subject.train_forget, subject.train_retain
     generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(subject.train_forget), generator=generator)
-    rest = torch.randperm(len(subject.train_retain), generator=generator)
+    order, order_of_rest = (torch.randperm(len(s), generator=generator) for s in (own, rest))
     ratio = (1 - subject.share) / subject.share  # of other images to those of the class
+    attacks = {"retain_only": (own.only(order[:0]), rest)}
     details: dict[str, Any] = {"steps": settings.relearn_steps}
-    course = {"retain_only": _attack(model, subject, subject.train_retain)}
-    used = {"retain_only": {"of_the_class": 0, "others": len(subject.train_retain)}}
     for count in settings.relearn_images:
-        few = order[:count]
-        if len(few) < count:
-            details["left_out"] = f"relearning from {count} images, of which {len(few)} are at hand"
-            continue
-        others = subject.train_retain.only(rest[: round(ratio * count)])
-        images = subject.train_forget.only(few).with_others(others)
-        course[f"from_{count}"] = _attack(model, subject, images)
-        used[f"from_{count}"] = {"of_the_class": count, "others": len(others)}
-    values = {f"acc_f_{name}": max(accuracy) for name, accuracy in course.items()}
-    return {"values": values, "details": details | {"course": course, "images": used}}
+        if count <= len(own):
+            few = own.only(order[:count])
+            attacks[f"from_{count}"] = few, rest.only(order_of_rest[: round(ratio * count)])
+        else:
+            details["left_out"] = f"relearning from {count} images, of which {len(own)} are at hand"
+    course = {
+        name: _attack(model, subject, few.with_others(others))
+        for name, (few, others) in attacks.items()
+    }
+    details |= {
+        "course": course,
+        "images": {
+            name: {"of_the_class": len(few), "others": len(others)}
+            for name, (few, others) in attacks.items()
+        },
+    }
+    return {f"acc_f_{name}": max(accuracy) for name, accuracy in course.items()}, details
 
 
 def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:
-    """Accuracy on the class before the first epoch and after each."""
+    """Returns the accuracy on the class before the first epoch and after each."""
     config = RelearnConfig(seed=subject.settings.seed)
-    drawn = min(len(images), config.samples)
-    epochs = math.ceil(subject.settings.relearn_steps / math.ceil(drawn / config.batch_size))
+    steps_of_epoch = math.ceil(min(len(images), config.samples) / config.batch_size)
+    epochs = math.ceil(subject.settings.relearn_steps / steps_of_epoch)
     config = RelearnConfig(seed=subject.settings.seed, max_epochs=epochs)
     names = [str(label) for label in range(subject.num_classes)]
     data = TensorImages(images.images, images.labels, names)

@@ -16,49 +16,108 @@ bring back, give the level to compare with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from wfnet.trust.attacks import ATTACKS, Attacked
+from wfnet.data import Splits
+from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.attacks.base_norms import rows_against_base
-from wfnet.trust.check import Check
+from wfnet.trust.check import Check, Found
 from wfnet.trust.membership import roc_auc
-from wfnet.trust.subject import Subject, share_correct
+from wfnet.trust.subject import ImageReader, Subject, TrustSettings
 
 # An attack that destroys the rest is no attack: what it may cost the other classes.
 TOLERATED = 0.1
 
 
-def measure(model: nn.Module, subject: Subject, others: Sequence[nn.Module]) -> dict[str, Any]:
-    """Accuracies before and after every attack that applies to ``model``."""
-    attacked = {"": Attacked(model)}
-    attacked |= {f"_{name}": attack.apply(model, subject) for name, attack in ATTACKS.items()}
-    own, rest = {}, {}
-    for name, found in attacked.items():
-        if found is not None:
-            logits = found.logits(subject, "test_forget")
-            own[f"acc_f{name}"] = share_correct(logits, subject.test_forget.labels)
-            logits = found.logits(subject, "test_retain")
-            rest[f"acc_r{name}"] = share_correct(logits, subject.test_retain.labels)
-    without_base = ["", *(f"_{name}" for name, attack in ATTACKS.items() if not attack.needs_base)]
-    forget, retain = (
-        subject.logits(model, f"test_{part}")[:, subject.label] for part in ("forget", "retain")
+def measure(model: nn.Module, subject: Subject) -> Found:
+    """Returns accuracies before and after every attack that applies to ``model``."""
+    attacked = {"": model}
+    attacked |= {f"_{name}": attack(model, subject) for name, attack in ATTACKS.items()}
+    own, rest = (
+        {name: subject.accuracy(m, part) for name, m in attacked.items() if m is not None}
+        for part in ("test_forget", "test_retain")
     )
-    values = own | rest
-    values["acc_f_recovered"] = max(
-        own[f"acc_f{name}"]
-        for name in without_base
-        if rest.get(f"acc_r{name}", -1) >= rest["acc_r"] - TOLERATED
-    )
-    values["auc_logit"] = roc_auc(forget, retain)
+    base = {f"_{name}" for name, attack in ATTACKS.items() if attack.needs_base}
+    recovered = [n for n in own if n not in base and rest[n] >= rest[""] - TOLERATED]
+    values = {f"acc_f{name}": value for name, value in own.items()}
+    values |= {f"acc_r{name}": value for name, value in rest.items()}
+    values["acc_f_recovered"] = max(own[name] for name in recovered)
+    logits = (subject.logits(model, part) for part in ("test_forget", "test_retain"))
+    values["auc_logit"] = roc_auc(*(found[:, subject.label] for found in logits))
     of_class = int((subject.unlabelled.labels == subject.label).sum())
     images = {"unlabelled": len(subject.unlabelled), "of_the_class": of_class}
     details: dict[str, Any] = {"attackers_images": images}
     if model is subject.forgetful:
-        details["rows"] = rows_against_base(model, subject.original, subject.layers)
-    return {"values": values, "details": details}
+        details["rows"] = rows_against_base(subject)
+    return values, details
+
+
+def check_export(
+    plain: nn.Module,
+    original: nn.Module,
+    data: Splits,
+    layers: Sequence[str],
+    forget: Sequence[int],
+    settings: TrustSettings,
+    workers: int = 0,
+) -> list[dict[str, Any]]:
+    """Measures accuracies and removability of an exported model, for each class it has forgotten.
+
+    Args:
+        plain: the export, loaded as any user would load it; not changed.
+        original: the model that knows all classes.
+        data: unlabelled images are taken from the training part, accuracies from the test part.
+        layers: names of the layers that were masked.
+        forget: the classes.
+        settings: samples and seed.
+        workers: processes that read images.
+
+    Returns:
+        For each class: label and name, the values and details of this check, original_acc_f and
+        original_acc_r of the original on the same images, and how many images there were of the
+        class (forget) and of those that were not forgotten (retain).
+    """
+    readers = [
+        ImageReader(part, settings.samples, settings.seed, workers)
+        for part in (data.train, data.test)
+    ]
+    found = []
+    for label in forget:
+        models = {"forgetful": plain, "original": original, "forgotten": forget}
+        subject = Subject(label, data.num_classes, *readers, layers, settings, **models)
+        values, details = measure(plain, subject)
+        found.append(
+            {
+                "label": label,
+                "name": data.classes[label],
+                "values": values,
+                "original_acc_f": subject.accuracy(original, "test_forget"),
+                "original_acc_r": subject.accuracy(original, "test_retain"),
+                "details": details,
+                "images": {"forget": len(subject.test_forget), "retain": len(subject.test_retain)},
+            }
+        )
+    return found
+
+
+def describe_export(found: Mapping[str, Any]) -> str:
+    """Returns what :func:`check_export` found for one class, as lines for the terminal."""
+    values, images, drawn = found["values"], found["images"], found["details"]["attackers_images"]
+    lines = [
+        f"class {found['name']}: accuracy on it {found['original_acc_f']:.1%} -> "
+        f"{values['acc_f']:.1%}, on the others {found['original_acc_r']:.1%} -> "
+        f"{values['acc_r']:.1%} ({images['forget']} and {images['retain']} test images)",
+        "  brought back by who holds the file and no label, with images in the natural mix of "
+        f"classes ({drawn['of_the_class']} of {drawn['unlabelled']} of the class):",
+    ]
+    for name, attack in ATTACKS.items():
+        if f"acc_f_{name}" in values:
+            base = " (holds the base as well)" if attack.needs_base else ""
+            lines.append(f"  {values[f'acc_f_{name}']:7.1%}  {attack.text}{base}")
+    return "\n".join(lines)
 
 
 _TEXTS = {"": "as it is", **{f"_{name}": attack.text for name, attack in ATTACKS.items()}}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -43,9 +44,7 @@ class TrustSettings:
 
     def __post_init__(self) -> None:
         settings.check_settings(self)
-        if not self.relearn_images or any(
-            map(settings.positive_int.violation, self.relearn_images)
-        ):
+        if not self.relearn_images or min(self.relearn_images) < 1:
             raise ValueError(
                 f"relearn_images must be numbers of images of at least 1; got {self.relearn_images}"
             )
@@ -62,97 +61,36 @@ class Sample:
         return len(self.labels)
 
     def only(self, chosen: Tensor) -> Sample:
-        """The images where ``chosen`` ``[n]`` bool is true, or at positions ``chosen`` int64."""
+        """Returns the images where ``chosen`` bool is true, or at positions ``chosen`` int64."""
         return Sample(self.images[chosen], self.labels[chosen])
 
     def with_others(self, others: Sample) -> Sample:
-        """These images, then ``others``."""
-        return Sample(
-            torch.cat((self.images, others.images)), torch.cat((self.labels, others.labels))
-        )
-
-
-@dataclass
-class Subject:
-    """One class that a plain model is said to have forgotten, and all that a check may need.
-
-    Attributes:
-        label: the forgotten class.
-        num_classes: outputs of every model.
-        forgetful: the plain model under test.
-        original: the model that knew the class.
-        retrained: models trained in the same way on the same images without those of the class;
-            may be empty.
-        train_forget, test_forget: images of the class, of the part that the original was trained
-            on and of a part that it never saw.
-        train_retain, test_retain: the same of all other classes.
-        layers: names of the masked layers, in the order in which they run.
-        reader: gives test images of other classes by label, at most ``samples`` of them.
-        settings: of the checks.
-        unlabelled: images of all classes that an attacker holds without their labels, in the
-            proportion in which classes occur in the training part; by default all of
-            ``train_forget`` and ``train_retain``.
-    """
-
-    label: int
-    num_classes: int
-    forgetful: nn.Module
-    original: nn.Module
-    retrained: Sequence[nn.Module]
-    train_forget: Sample
-    train_retain: Sample
-    test_forget: Sample
-    test_retain: Sample
-    layers: Sequence[str]
-    reader: ImageReader | None = None
-    settings: TrustSettings = field(default_factory=TrustSettings)
-    unlabelled: Sample | None = None
-    # Of models that are still in use: an id alone would be given to the next one.
-    _logits: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = field(
-        default_factory=WeakKeyDictionary, repr=False
-    )
-
-    def __post_init__(self) -> None:
-        if self.unlabelled is None:
-            self.unlabelled = self.train_forget.with_others(self.train_retain)
-
-    @property
-    def share(self) -> float:
-        """The fraction of attackers' images that are of the class."""
-        return (self.unlabelled.labels == self.label).double().mean().item()
-
-    def logits(self, model: nn.Module, part: str) -> Tensor:
-        """``[n, K]`` fp64 of ``model`` on the images ``part`` (``"test_forget"``, ...), kept."""
-        kept = self._logits.setdefault(model, {})
-        if part not in kept:
-            kept[part] = predict(model, getattr(self, part).images)
-        return kept[part]
+        """Returns these images, then ``others``."""
+        images = torch.cat((self.images, others.images))
+        return Sample(images, torch.cat((self.labels, others.labels)))
 
 
 class ImageReader:
     """Reads bounded random samples of a data set, each drawn by the seed alone.
 
     Args:
-        dataset: images and labels.
+        dataset: images with one label each.
         samples: the most images that one sample has.
         seed: of the draws.
         workers: processes that read files.
+
+    Raises:
+        ValueError: for a data set with several labels per image.
     """
 
     def __init__(self, dataset: Dataset, samples: int, seed: int = 0, workers: int = 0):
         if multi_hot_of(dataset) is not None:
-            raise ValueError(
-                "the data have several labels per image: trust checks are of images with one label "
-                "each"
-            )
-        if samples < 1:
-            raise ValueError(f"samples must be at least 1, got {samples}")
+            raise ValueError("the data have several labels per image: trust checks take one each")
         self.dataset, self.samples, self.seed, self.workers = dataset, samples, seed, workers
         self.labels = labels_of(dataset)
-        self._everything: Sample | None = None
 
     def of(self, *classes: int) -> Sample:
-        """At most ``samples`` images of ``classes``.
+        """Returns at most ``samples`` images of ``classes``.
 
         Raises:
             ValueError: if there are none.
@@ -162,56 +100,117 @@ class ImageReader:
             raise ValueError(f"there is no image of class {', '.join(map(str, classes))}")
         return self._read(positions)
 
-    def mixed(self, label: int) -> Sample:
-        """About ``samples`` images of all classes, as many of ``label`` as there are by nature.
+    def without(self, *classes: int) -> Sample:
+        """Returns at most ``samples`` images of all classes but ``classes``.
 
-        That is its share of the data set, and one image at least.
+        Raises:
+            ValueError: if the draw has no image of another class.
+        """
+        drawn = self._everything
+        rest = drawn.only(~torch.isin(drawn.labels, torch.tensor(classes)))
+        if not len(rest):
+            raise ValueError("there is no image of other classes; draw more samples")
+        return rest
+
+    def mixed(self, label: int) -> Sample:
+        """Returns images of ``label`` in its share of the data set (one at least), then others.
 
         Raises:
             ValueError: if there is no image of the class, or none of another.
         """
         own, others = self.of(label), self.without(label)
         count = int((self.labels == label).sum())
-        ratio = count / (len(self.labels) - count)
-        wanted = max(1, round(ratio * len(others)))
-        order = torch.randperm(len(own), generator=torch.Generator().manual_seed(self.seed))
-        return own.only(order[:wanted]).with_others(others)
+        wanted = max(1, round(count / (len(self.labels) - count) * len(others)))
+        return own.only(self._shuffled(len(own))[:wanted]).with_others(others)
 
-    def without(self, *classes: int) -> Sample:
-        """At most ``samples`` images of all classes but ``classes``; the draw is made once.
+    @cached_property
+    def _everything(self) -> Sample:
+        return self._read(torch.arange(len(self.labels)))
 
-        Raises:
-            ValueError: if the draw has no image of another class.
-        """
-        if self._everything is None:
-            self._everything = self._read(torch.arange(len(self.labels)))
-        rest = self._everything.only(~torch.isin(self._everything.labels, torch.tensor(classes)))
-        if not len(rest):
-            raise ValueError("there is no image of other classes; draw more samples")
-        return rest
+    def _shuffled(self, count: int) -> Tensor:
+        return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
 
     def _read(self, positions: Tensor) -> Sample:
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(len(positions), generator=generator)[: self.samples]
-        chosen = positions[order].sort().values
+        chosen = positions[self._shuffled(len(positions))[: self.samples]].sort().values
         read = list(batches(self.dataset, chosen.split(BATCH), self.workers))
         if not read:
             raise ValueError("none of the images could be read")
         return Sample(torch.cat([b.images for b in read]), torch.cat([b.labels for b in read]))
 
 
-def predict(model: nn.Module, images: Tensor, batch_size: int = BATCH) -> Tensor:
-    """Logits ``[n, K]`` fp64 on the CPU, in evaluation mode; the model is left as it was.
+@dataclass
+class Subject:
+    """One class that a plain model is said to have forgotten, and all that a check may need.
+
+    Attributes:
+        label: the forgotten class.
+        num_classes: outputs of every model.
+        train, test: readers of the part that the original was trained on, and of one that it never
+            saw.
+        layers: names of the masked layers, in the order in which they run.
+        settings: of the checks.
+        forgetful, original: the plain model under test, and the one that knew the class.
+        retrained: models trained in the same way on the same images without those of the class.
+        forgotten: more classes that are no test of what was kept.
+        train_forget, test_forget: samples of the class in both parts.
+        train_retain, test_retain: samples of the classes that were not forgotten.
+        unlabelled: images of all classes that an attacker holds without their labels, in the
+            proportion in which classes occur in the training part.
+    """
+
+    label: int
+    num_classes: int
+    train: ImageReader
+    test: ImageReader
+    layers: Sequence[str]
+    settings: TrustSettings
+    forgetful: nn.Module
+    original: nn.Module
+    retrained: Sequence[nn.Module] = ()
+    forgotten: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        forgotten = (self.label, *self.forgotten)
+        self.train_forget, self.test_forget = self.train.of(self.label), self.test.of(self.label)
+        self.train_retain = self.train.without(*forgotten)
+        self.test_retain = self.test.without(*forgotten)
+        self.unlabelled = self.train.mixed(self.label)
+        # Of models that are still in use: an id alone would be given to the next one.
+        self._logits: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+    @property
+    def share(self) -> float:
+        """The fraction of attackers' images that are of the class."""
+        return (self.unlabelled.labels == self.label).double().mean().item()
+
+    def others(self, model: nn.Module) -> list[nn.Module]:
+        """Returns the retrained models that ``model`` is not one of."""
+        return [other for other in self.retrained if other is not model]
+
+    def logits(self, model: nn.Module, part: str) -> Tensor:
+        """Returns ``[n, K]`` fp64 of ``model`` on the images ``part`` ("test_forget", ...)."""
+        kept = self._logits.setdefault(model, {})
+        if part not in kept:
+            kept[part] = predict(model, getattr(self, part).images)
+        return kept[part]
+
+    def accuracy(self, model: nn.Module, part: str) -> float:
+        """Returns the fraction of the images ``part`` that ``model`` classifies correctly."""
+        return share_correct(self.logits(model, part), getattr(self, part).labels)
+
+
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Returns logits ``[n, K]`` fp64 on the CPU, in evaluation mode.
 
     Raises:
         FloatingPointError: if a logit is NaN.
     """
     weight = next(model.parameters())
-    parts = []
     with evaluation_mode(model), torch.inference_mode():
-        for part in images.split(batch_size):
-            logits = first_output(model(part.to(weight.device, weight.dtype)))
-            parts.append(logits.double().cpu())
+        parts = [
+            first_output(model(part.to(weight.device, weight.dtype))).double().cpu()
+            for part in images.split(BATCH)
+        ]
     logits = torch.cat(parts).clone()
     if logits.isnan().any():
         raise FloatingPointError("the model gives NaN on the images of the check")
@@ -219,5 +218,5 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = BATCH) -> Tensor
 
 
 def share_correct(logits: Tensor, labels: Tensor) -> float:
-    """Fraction of samples whose largest logit ``[n, K]`` is the label ``[n]``."""
+    """Returns the fraction of samples whose largest logit ``[n, K]`` is the label ``[n]``."""
     return (logits.argmax(1) == labels).double().mean().item()

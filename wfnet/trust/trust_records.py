@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +11,10 @@ from wfnet.services.records import check_format, read_json, write_csv
 from wfnet.trust.checks import CHECKS
 
 FORMAT = 1
-MODELS = ("forgetful", "original", "retrained")
+UNITS = "accuracies, AUC, tv and agreement are fractions in [0, 1]; kl and js in nats; seconds"
+COLUMNS = ("forgetful", "original", "retrained", "distance")
+
+Row = dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,11 @@ class TrustRecord:
     seconds: float
     key: str
 
-    def distance(self, measure: str) -> float | None:
-        """``forgetful - retrained`` of a measure; None without retrained models."""
-        if measure not in self.forgetful or measure not in self.retrained:
-            return None
-        return self.forgetful[measure] - self.retrained[measure]
+    def row(self, measure: str) -> Row:
+        """Returns the values of a measure by model, and ``distance``: forgetful less retrained."""
+        row = {who: getattr(self, who).get(measure) for who in COLUMNS[:-1]}
+        known = row["forgetful"] is not None and row["retrained"] is not None
+        return row | {"distance": row["forgetful"] - row["retrained"] if known else None}
 
 
 @dataclass(frozen=True)
@@ -64,49 +66,35 @@ class TrustResult:
     records: list[TrustRecord]
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def means(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """Means over classes: check -> measure -> forgetful, original, retrained, distance,
+    def means(self) -> dict[str, dict[str, Row]]:
+        """Returns means over classes: check -> measure -> forgetful, original, retrained, distance,
         classes (how many had the measure). None where no class has a value."""
-        found: dict[str, dict[str, dict[str, float | None]]] = {}
+        found: dict[str, dict[str, Row]] = {}
         for check in CHECKS.values():
             records = [record for record in self.records if record.check == check.name]
-            names = dict.fromkeys((*check.measures, *(n for r in records for n in r.forgetful)))
-            rows: dict[str, dict[str, float | None]] = {}
-            for name in names:
-                have = [record for record in records if name in record.forgetful]
-                if have:
-                    rows[name] = {
-                        who: _mean([getattr(record, who).get(name) for record in have])
-                        for who in MODELS
-                    }
-                    rows[name]["distance"] = _mean([record.distance(name) for record in have])
-                    rows[name]["classes"] = len(have)
-            if rows:
-                found[check.name] = rows
+            for name in dict.fromkeys(
+                (*check.measures, *(n for r in records for n in r.forgetful))
+            ):
+                rows = [record.row(name) for record in records if name in record.forgetful]
+                if rows:
+                    means = {who: _mean([row[who] for row in rows]) for who in COLUMNS}
+                    found.setdefault(check.name, {})[name] = means | {"classes": len(rows)}
         return found
 
     def missing(self) -> list[str]:
-        """Sentences about what could not be measured, each once."""
+        """Returns sentences about what could not be measured, each once."""
         return list(dict.fromkeys(r.missing for r in self.records if r.missing))
 
     def left_out(self) -> list[str]:
-        """Sentences about attacks for which a class has too few images, each once."""
+        """Returns sentences about attacks for which a class has too few images, each once."""
         found = [(r.name, r.details["left_out"]) for r in self.records if "left_out" in r.details]
         return [f"Left out for class {name}: {text}." for name, text in dict.fromkeys(found)]
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes everything, atomically; :meth:`from_json` reads it again."""
-        write_json(
-            path,
-            {
-                "format": FORMAT,
-                "units": "accuracies, AUC, tv and agreement are fractions in [0, 1]; kl and js in "
-                "nats; seconds",
-                "settings": self.settings,
-                "means": self.means(),
-                "records": [asdict(record) for record in self.records],
-            },
-        )
+        content = {"format": FORMAT, "units": UNITS, "settings": self.settings}
+        content |= {"means": self.means(), "records": [asdict(record) for record in self.records]}
+        write_json(path, content)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> TrustResult:
@@ -115,46 +103,47 @@ class TrustResult:
         Raises:
             FileNotFoundError, ValueError: if the file is missing, damaged or something else.
         """
-        return read_json(path, cls._from_dict, "a result of `wfnet trust`", "run it again")
 
-    @classmethod
-    def _from_dict(cls, content: dict[str, Any]) -> TrustResult:
-        check_format(content, FORMAT)
-        return cls([TrustRecord(**record) for record in content["records"]], content["settings"])
+        def build(content: dict[str, Any]) -> TrustResult:
+            check_format(content, FORMAT)
+            records = [TrustRecord(**record) for record in content["records"]]
+            return cls(records, content["settings"])
+
+        return read_json(path, build, "a result of `wfnet trust`", "run it again")
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per class, check and measure, atomically."""
-        lists = (*MODELS, "retrained_spread")
-        columns = ["index", "name", "check", "measure", *lists, "retrained_models", "distance"]
         rows = [
             {
-                **{column: getattr(record, column) for column in ("index", "name", "check")},
-                **{column: getattr(record, column).get(measure) for column in lists},
+                "index": record.index,
+                "name": record.name,
+                "check": record.check,
                 "measure": measure,
+                **record.row(measure),
+                "retrained_spread": record.retrained_spread.get(measure),
                 "retrained_models": record.retrained_models,
-                "distance": record.distance(measure),
             }
             for record in self.records
             for measure in record.forgetful
         ]
-        write_csv(path, rows, columns)
+        columns = ["index", "name", "check", "measure", *COLUMNS[:-1]]
+        write_csv(path, rows, [*columns, "retrained_spread", "retrained_models", COLUMNS[-1]])
 
     def table(self) -> str:
-        """An aligned table of means over classes for the terminal."""
-        columns = (*MODELS, "distance")
-        lines = [f"{'':32}" + "".join(f"{column:>10}" for column in columns)]
+        """Returns an aligned table of means over classes for the terminal."""
+        lines = [f"{'':32}" + "".join(f"{column:>10}" for column in COLUMNS)]
         for check, rows in self.means().items():
             lines.append(f"{CHECKS[check].title}: {CHECKS[check].question}")
             for name, row in rows.items():
-                signs = ("", "", "", "+")
-                cells = [
-                    "-" if row[column] is None else f"{row[column]:{sign}.3f}"
-                    for column, sign in zip(columns, signs, strict=True)
-                ]
+                cells = (_cell(row[who], "+" if who == "distance" else "") for who in COLUMNS)
                 lines.append(f"  {name:<30}" + "".join(f"{cell:>10}" for cell in cells))
         return "\n".join(lines)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
+def _cell(value: float | None, sign: str) -> str:
+    return "-" if value is None else f"{value:{sign}.3f}"
+
+
+def _mean(values: list[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None

@@ -1,33 +1,20 @@
 """Attacks on a baked model that need no label and no training: one file each, tried by ``removal``.
 
-A new attack is a file that makes an ``ATTACK``, and its name in ``ATTACKS`` below.
+A new attack is a file with a function under the decorator ``attack``; it is found here.
 """
 
-from wfnet.trust.attacks import (
-    affine_reset,
-    base_head,
-    base_norms,
-    batchnorm_statistics,
-    equalised_rows,
-    reestimated_shift,
-    shifted_logit,
-    standardised_logits,
-)
-from wfnet.trust.attacks.attack import Attack, Attacked
+import importlib
+import pkgutil
 
+from wfnet.trust.attacks.attack import Attack
+
+_MODULES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
+_FOUND = [found for m in _MODULES for found in vars(m).values() if isinstance(found, Attack)]
+
+# First those that change weights, then those of holders of the base, then those that move logits.
 ATTACKS: dict[str, Attack] = {
-    attack.name: attack
-    for attack in (
-        batchnorm_statistics.OF_ALL,
-        batchnorm_statistics.OF_OTHERS,
-        affine_reset.ATTACK,
-        equalised_rows.ATTACK,
-        base_norms.ATTACK,
-        base_head.ATTACK,
-        shifted_logit.ATTACK,
-        reestimated_shift.ATTACK,
-        standardised_logits.ATTACK,
-    )
+    found.name: found
+    for found in sorted(_FOUND, key=lambda a: (a.moves_logits, a.needs_base, a.name))
 }
 
-__all__ = ["ATTACKS", "Attack", "Attacked"]
+__all__ = ["ATTACKS", "Attack"]

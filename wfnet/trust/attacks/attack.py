@@ -1,48 +1,61 @@
-"""What an attack on a baked model is: a changed copy, and what the attacker does to its logits."""
+"""What an attack is: a function that makes the attacker's model of an exported one."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
+from wfnet.head import first_output
 from wfnet.trust.subject import Subject
 
-
-@dataclass(frozen=True)
-class Attacked:
-    """A model after an attack.
-
-    Attributes:
-        model: what the attacker runs; the model under attack itself if only logits are changed.
-        change: applied to its logits ``[n, K]`` fp64; None leaves them as they are.
-    """
-
-    model: nn.Module
-    change: Callable[[Tensor], Tensor] | None = None
-
-    def logits(self, subject: Subject, part: str) -> Tensor:
-        """Returns the attacker's logits ``[n, K]`` fp64 of the images ``part`` of ``subject``."""
-        logits = subject.logits(self.model, part)
-        return logits if self.change is None else self.change(logits)
+Change = Callable[[nn.Module, Subject], nn.Module | None]
 
 
 @dataclass(frozen=True)
 class Attack:
-    """An attack that needs no label and no training.
+    """An attack that needs no label and no training, made by the decorator :func:`attack`.
+
+    Called with a model and a :class:`Subject` it gives the attacker's model, a new one, or None
+    where the attack does not apply.
 
     Attributes:
         name: ending of its measures, ``acc_f_<name>`` and ``acc_r_<name>``.
         text: what is done to the model, as words that follow "accuracy on the class, ".
-        apply: the attack: None where it does not apply to a model. The model is left as it is.
-        needs_base: whether the attacker holds the original weights.
+        change: changes a copy of the model and returns it, or another one. Of the subject it may
+            use what an attacker holds: the label, ``unlabelled`` images, names of layers.
+        needs_base: whether it uses the original weights, too; it is not tried on them.
         moves_logits: whether it decides how often the class is predicted, which brings up the class
             in a retrained model, too.
     """
 
     name: str
     text: str
-    apply: Callable[[nn.Module, Subject], Attacked | None]
+    change: Change
     needs_base: bool = False
     moves_logits: bool = False
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, subject: Subject) -> nn.Module | None:
+        if self.needs_base and model is subject.original:
+            return None
+        return self.change(copy.deepcopy(model), subject)
+
+
+def attack(name: str, text: str, **kinds: bool) -> Callable[[Change], Attack]:
+    """Returns a decorator that makes an :class:`Attack` of a function; arguments as there."""
+    return lambda change: Attack(name, text, change, **kinds)
+
+
+class ChangedLogits(nn.Module):
+    """A model whose logits ``[n, K]``, as fp64 on the CPU, go through the function ``change``."""
+
+    def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.model, self.change = model, change
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.change(first_output(self.model(images)).double().cpu())

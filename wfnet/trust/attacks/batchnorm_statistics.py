@@ -8,56 +8,37 @@ again. Once with images of all classes, once without those of the forgotten one.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from wfnet.trust.attacks.attack import Attack, Attacked
+from wfnet.trust.attacks.attack import attack
 from wfnet.trust.subject import BATCH, Subject
 
 
-def reestimated(model: nn.Module, images: Tensor, seed: int = 0) -> nn.Module | None:
-    """Returns a copy whose BatchNorm statistics are those of ``images``; None without BatchNorm.
+@attack("batchnorm_all", "BatchNorm re-estimated on unlabelled images of all classes")
+def batchnorm_all(model: nn.Module, subject: Subject) -> nn.Module | None:
+    return _reestimate(model, subject.unlabelled.images, subject.settings.seed)
 
-    Layers are re-estimated together in one pass over shuffled batches, as a cumulative average.
 
-    Args:
-        model: a plain model.
-        images: ``[n, C, H, W]``.
-        seed: of the order of the images.
-    """
-    changed = copy.deepcopy(model).eval()
-    norms = [m for m in changed.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+@attack("batchnorm_retain", "BatchNorm re-estimated on images of the other classes")
+def batchnorm_retain(model: nn.Module, subject: Subject) -> nn.Module | None:
+    return _reestimate(model, subject.train_retain.images, subject.settings.seed)
+
+
+def _reestimate(model: nn.Module, images: Tensor, seed: int) -> nn.Module | None:
+    """Re-estimates all layers in one pass over shuffled batches, as a cumulative average."""
+    model.eval()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not norms:
         return None
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # cumulative average
         norm.train()
-    weight = next(changed.parameters())
+    weight = next(model.parameters())
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    parts = [part for part in order.split(BATCH) if len(part) > 1]
-    with torch.no_grad():
-        for part in parts:
-            changed(images[part].to(weight.device, weight.dtype))
-    return changed.eval()
-
-
-def _of_all(model: nn.Module, subject: Subject) -> Attacked | None:
-    changed = reestimated(model, subject.unlabelled.images, subject.settings.seed)
-    return changed and Attacked(changed)
-
-
-def _of_others(model: nn.Module, subject: Subject) -> Attacked | None:
-    changed = reestimated(model, subject.train_retain.images, subject.settings.seed)
-    return changed and Attacked(changed)
-
-
-OF_ALL = Attack(
-    "batchnorm_all", "BatchNorm re-estimated on unlabelled images of all classes", _of_all
-)
-OF_OTHERS = Attack(
-    "batchnorm_retain", "BatchNorm re-estimated on images of the other classes", _of_others
-)
+    for part in order.split(BATCH):
+        if len(part) > 1:
+            model(images[part].to(weight.device, weight.dtype))
+    return model.eval()

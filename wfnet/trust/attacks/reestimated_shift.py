@@ -8,20 +8,17 @@ from __future__ import annotations
 
 from torch import nn
 
-from wfnet.trust.attacks.attack import Attack, Attacked
-from wfnet.trust.attacks.batchnorm_statistics import reestimated
-from wfnet.trust.attacks.shifted_logit import shift
+from wfnet.trust.attacks.attack import attack
+from wfnet.trust.attacks.batchnorm_statistics import batchnorm_all
+from wfnet.trust.attacks.shifted_logit import offset
 from wfnet.trust.subject import Subject
 
 
-def _apply(model: nn.Module, subject: Subject) -> Attacked | None:
-    changed = reestimated(model, subject.unlabelled.images, subject.settings.seed)
-    return changed and Attacked(changed, shift(changed, subject))
-
-
-ATTACK = Attack(
+@attack(
     "batchnorm_offset",
     "BatchNorm re-estimated, then the class's logit shifted",
-    _apply,
     moves_logits=True,
 )
+def batchnorm_offset(model: nn.Module, subject: Subject) -> nn.Module | None:
+    changed = batchnorm_all(model, subject)
+    return changed and offset(changed, subject)

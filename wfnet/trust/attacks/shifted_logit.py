@@ -6,22 +6,32 @@ brings back a class that is merely voted down at the output.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from wfnet.trust.attacks.attack import Attack, Attacked
+from wfnet.trust.attacks.attack import ChangedLogits, attack
 from wfnet.trust.subject import Subject
 
 
+@attack(
+    "offset",
+    "the class's logit shifted until it is predicted as often as it occurs",
+    moves_logits=True,
+)
+def offset(model: nn.Module, subject: Subject) -> nn.Module:
+    seen = subject.logits(model, "unlabelled")
+    added = torch.zeros_like(seen[0])
+    added[subject.label] = class_offset(seen, subject.label, subject.share)
+    return ChangedLogits(model, lambda logits: logits + added)
+
+
 def class_offset(logits: Tensor, label: int, share: float) -> float:
-    """Returns what to add to the logit of ``label`` so that ``share`` of the images get it.
+    """Returns what to add to the logit of ``label`` so that the ``share`` of images get it.
 
     Args:
-        logits: ``[n, K]``.
+        logits: ``[n, K]`` of the images.
         label: the class.
-        share: fraction of the images that are to be predicted as the class.
+        share: fraction of the images.
     """
     others = logits.clone()
     others[:, label] = -torch.inf
@@ -29,29 +39,3 @@ def class_offset(logits: Tensor, label: int, share: float) -> float:
     count = min(max(round(share * len(gap)), 1), len(gap))
     following = gap[count] if count < len(gap) else gap[count - 1] + 1
     return ((gap[count - 1] + following) / 2).item()
-
-
-def shift(model: nn.Module, subject: Subject) -> Callable[[Tensor], Tensor]:
-    """Returns the change of ``model``'s logits that predicts the class as often as it occurs."""
-    label = subject.label
-    seen = subject.logits(model, "unlabelled")
-    offset = class_offset(seen, label, subject.share)
-
-    def shifted(logits: Tensor) -> Tensor:
-        logits = logits.clone()
-        logits[:, label] += offset
-        return logits
-
-    return shifted
-
-
-def _apply(model: nn.Module, subject: Subject) -> Attacked:
-    return Attacked(model, shift(model, subject))
-
-
-ATTACK = Attack(
-    "offset",
-    "the class's logit shifted until it is predicted as often as it occurs",
-    _apply,
-    moves_logits=True,
-)

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from wfnet.trust.attacks.attack import Attack, Attacked
+from wfnet.trust.attacks.attack import ChangedLogits, attack
 from wfnet.trust.subject import Subject
 
 
-def _apply(model: nn.Module, subject: Subject) -> Attacked:
+@attack("standardised", "logits standardised over unlabelled images", moves_logits=True)
+def standardised(model: nn.Module, subject: Subject) -> nn.Module:
     seen = subject.logits(model, "unlabelled")
     mean, deviation = seen.mean(0), seen.std(0).clamp_min(1e-12)
-    return Attacked(model, lambda logits: (logits - mean) / deviation)
-
-
-ATTACK = Attack(
-    "standardised", "logits standardised over unlabelled images", _apply, moves_logits=True
-)
+    return ChangedLogits(model, lambda logits: (logits - mean) / deviation)

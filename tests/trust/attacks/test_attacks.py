@@ -1,0 +1,128 @@
+"""Each attack on a tiny network: what it restores, what it leaves, where it does not apply."""
+
+import pytest
+import torch
+from torch import nn
+
+from wfnet.trust.attacks import ATTACKS
+from wfnet.trust.attacks.base_norms import rows_against_base
+from wfnet.trust.attacks.shifted_logit import class_offset
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_model_stays_as_it_is(make_network, make_subject, name):
+    subject = make_subject()
+    before = {key: value.clone() for key, value in subject.forgetful.state_dict().items()}
+    found = ATTACKS[name](subject.forgetful, subject)
+    assert found is not subject.forgetful
+    assert all(torch.equal(v, before[k]) for k, v in subject.forgetful.state_dict().items())
+    assert not any(module.training for module in found.modules() if module is not found)
+    plain = make_network(0, norm=False)
+    applies = ATTACKS[name](plain, make_subject(forgetful=plain)) is not None
+    assert applies == (name not in ("affine_reset", *(n for n in ATTACKS if "batchnorm" in n)))
+
+
+def test_estimated_anew_undoes_any_gate_but_zero(data, make_network, make_subject, closed):
+    base, subject, attack = make_network(0), make_subject(), ATTACKS["batchnorm_all"]
+    wanted = attack(base, subject)(data.test.images)
+    # Small variances meet eps: the scale must stay well above sqrt(eps).
+    found = attack(closed(base, 0.2), subject)(data.test.images)
+    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
+    zero = attack(closed(base, 0.0), subject)(data.test.images)
+    assert (zero - wanted).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("batchnorm_all", "unlabelled"), ("batchnorm_retain", "train_retain")]
+)
+def test_statistics_are_those_of_the_images(make_network, make_subject, name, part):
+    model, subject = make_network(0), make_subject()
+    found = ATTACKS[name](model, subject)
+    features = model.conv1(getattr(subject, part).images)
+    torch.testing.assert_close(found.bn1.running_mean, features.mean((0, 2, 3)))
+    torch.testing.assert_close(found.bn1.running_var, features.var((0, 2, 3)))
+
+
+def test_gates_behind_batchnorm_are_undone_unless_they_are_0(make_network, make_subject):
+    """gamma = g * gamma, beta = g * beta is where a gate behind BatchNorm is baked to."""
+    subject = make_subject()
+    wanted = ATTACKS["batchnorm_all"](make_network(0), subject)  # its gammas are 1, its betas 0
+
+    def attacked(factor):
+        model = make_network(0)
+        with torch.no_grad():
+            model.bn1.weight[[0, 3]] *= factor
+            model.bn1.bias[[0, 3]] = 0.5 * factor
+        return ATTACKS["affine_reset"](model, subject)
+
+    found = attacked(0.01).state_dict()
+    for name, value in wanted.state_dict().items():
+        torch.testing.assert_close(found[name], value)
+    assert attacked(0.0).bn1.weight.tolist() == [0, 1, 1, 0, 1, 1]
+
+
+def test_rows_have_the_median_norm(make_network, make_subject, closed):
+    model = closed(make_network(0), 0.0)
+    found = ATTACKS["equalised"](model, make_subject())
+    norms = found.conv1.weight.flatten(1).norm(dim=1)
+    expected = model.conv1.weight[[1, 2, 4, 5]].flatten(1).norm(dim=1).median()
+    torch.testing.assert_close(norms[[1, 2, 4, 5]], expected.expand(4))
+    assert not norms[[0, 3]].any()
+    scale = found.conv2.weight.flatten(1).norm(dim=1) / model.conv2.weight.flatten(1).norm(dim=1)
+    torch.testing.assert_close(found.conv2.bias, model.conv2.bias * scale)
+
+
+def test_base_norms_restore_everything_but_zeros(make_network, make_subject, closed):
+    base = make_network(0)
+
+    def attacked(factor):
+        model = closed(base, factor)
+        subject = make_subject(forgetful=model, original=base)
+        return ATTACKS["base_norms"](model, subject), rows_against_base(subject)
+
+    restored, rows = attacked(0.05)
+    torch.testing.assert_close(restored.conv1.weight, base.conv1.weight)
+    torch.testing.assert_close(restored.conv2.bias, base.conv2.bias)
+    assert rows == pytest.approx(
+        {"rows": 14, "zero_rows": 0, "multiples": 1.0, "closed": 2 / 14, "median_ratio": 1.0}
+    )
+    zero, rows = attacked(0.0)
+    assert not zero.conv1.weight[[0, 3]].any()
+    assert rows["zero_rows"] == 2
+    assert rows_against_base(make_subject())["multiples"] == 0.0
+
+
+def test_a_class_that_was_cut_from_the_head_comes_back(make_network, make_subject):
+    base, cut = make_network(0, norm=False), make_network(0, norm=False)
+    with torch.no_grad():
+        cut.fc.weight[1] = 0
+        cut.fc.bias[1] = -30
+    subject = make_subject(forgetful=cut, original=base)
+    found = ATTACKS["base_head"](cut, subject)
+    assert torch.equal(subject.logits(found, "test_forget"), subject.logits(base, "test_forget"))
+    assert ATTACKS["base_head"](base, subject) is None
+    cut.fc = nn.Linear(5, 4)  # a compact export
+    assert ATTACKS["base_head"](cut, subject) is None
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.9, 1.0])
+def test_offset_predicts_the_class_as_often_as_asked(share):
+    logits = torch.randn(40, 5, generator=torch.Generator().manual_seed(0)).double()
+    logits[:, 2] += class_offset(logits, 2, share)
+    assert (logits.argmax(1) == 2).sum() == round(40 * share)
+
+
+def test_the_shift_is_that_of_the_reestimated_model(make_subject):
+    subject = make_subject()
+    model = ATTACKS["batchnorm_offset"](subject.forgetful, subject)
+    found = subject.logits(model, "unlabelled")
+    plain = subject.logits(ATTACKS["batchnorm_all"](subject.forgetful, subject), "unlabelled")
+    torch.testing.assert_close(found[:, [0, 2, 3]], plain[:, [0, 2, 3]])
+    assert (found.argmax(1) == 1).sum() == 8  # as often as the class occurs
+
+
+def test_standardised_logits_have_mean_0_and_variance_1(make_subject, oracle):
+    subject = make_subject(forgetful=oracle)
+    logits = subject.logits(ATTACKS["standardised"](oracle, subject), "unlabelled")
+    torch.testing.assert_close(logits.mean(0), torch.zeros(4).double(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(logits.std(0), torch.ones(4).double())
