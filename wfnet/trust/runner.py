@@ -143,10 +143,10 @@ def _known(
 ) -> tuple[TrustResult, PartialResults, dict[str, TrustRecord]]:
     """Returns the earlier result of a folder, its journal, and the records of both by key."""
     if folder is None:
-        return TrustResult([]), PartialResults(None, {}), {}
+        return TrustResult([]), PartialResults(None, dict), {}
     path = Path(folder) / RESULT
     earlier = TrustResult.from_json(path) if path.is_file() else TrustResult([])
-    journal = PartialResults(path.with_name(JOURNAL), {})
+    journal = PartialResults(path.with_name(JOURNAL), dict)
     known = {record.key: record for record in earlier.records}
     return earlier, journal, known | {k: TrustRecord(**r) for k, r in journal.records.items()}
 
