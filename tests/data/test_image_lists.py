@@ -19,7 +19,7 @@ def test_a_list_is_drawn_by_seed_and_fits_its_data_alone(tmp_path, make_dataset)
     with pytest.raises(ValueError, match="does not fit these data"):
         images.positions(make_dataset([0] * (4 * K)))
     (tmp_path / "list.json").write_text('{"format": 1}')
-    with pytest.raises(ValueError, match="no list of images"):
+    with pytest.raises(ValueError, match="not a list of images"):
         ImageList.load(tmp_path / "list.json")
     with pytest.raises(FileNotFoundError, match="does not exist"):
         ImageList.load(tmp_path / "none.json")

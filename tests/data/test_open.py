@@ -1,7 +1,6 @@
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from image_files import CLASS_NAMES, write_image, write_shard
@@ -11,26 +10,32 @@ from wfnet.data import folder_classes, open_data
 SIZE = 16
 
 
+def sizes(splits):
+    return [len(part) for part in (splits.train, splits.validation, splits.test)]
+
+
 def test_open_folder(image_folder):
     splits = open_data(image_folder, image_size=SIZE, validation_fraction=1 / 6)
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (15, 3, 6)
-    names = {
-        str(part.path(i)) for part in (splits.train, splits.validation) for i in range(len(part))
-    }
-    assert len(names) == 18
+    assert sizes(splits) == [15, 3, 6]
+    parts = (splits.train, splits.validation)
+    assert len({part.name_of(i) for part in parts for i in range(len(part))}) == 18
     assert splits.name == "images"
     same = open_data("images", image_folder.parent, image_size=SIZE, validation_fraction=1 / 6)
-    assert np.array_equal(same.validation._files, splits.validation._files)
-    grey = open_data(image_folder, image_size=SIZE, channels=1, train_per_class=2, test_per_class=1)
-    assert grey.train[0][0].shape == (1, SIZE, SIZE)
-    assert (len(grey.train), len(grey.test)) == (6, 3)
+    assert same.validation.name_of(0) == splits.validation.name_of(0)
+    limits = {"train_per_class": 3, "validation_per_class": 1, "test_per_class": 1}
+    few = open_data(image_folder, image_size=SIZE, channels=1, validation_fraction=0.4, **limits)
+    assert few.train[0][0].shape == (1, SIZE, SIZE)
+    assert sizes(few) == [9, 3, 3]
 
 
-def test_a_test_folder_makes_val_the_validation_part(image_folder):
+def test_parts_that_a_folder_may_have(image_folder):
     for name in CLASS_NAMES:
         write_image(image_folder / "test" / name / "x.png", 7)
-    splits = open_data(image_folder, image_size=SIZE)
-    assert (len(splits.train), len(splits.validation), len(splits.test)) == (18, 6, 3)
+    assert sizes(open_data(image_folder, image_size=SIZE)) == [18, 6, 3]
+    (image_folder / "train").rename(image_folder / "other")
+    splits = open_data(image_folder, image_size=SIZE, cache="host", augment=True)
+    assert sizes(splits) == [0, 0, 6]
+    assert folder_classes(image_folder) == list(CLASS_NAMES)
 
 
 def test_augmentation_is_for_training_alone(image_folder):
@@ -46,28 +51,16 @@ def test_augmentation_is_for_training_alone(image_folder):
     [
         ("nowhere", FileNotFoundError, "neither the name of a data set"),
         ("images/train", FileNotFoundError, r"train/train does not exist: an image folder has"),
+        ("mnist", FileNotFoundError, "does not exist.*nothing is downloaded"),
+        ("cifar10", FileNotFoundError, "does not exist.*nothing is downloaded"),
     ],
 )
-def test_missing_folders_are_named(image_folder, path, error, message):
+def test_missing_files_are_named(image_folder, path, error, message):
     with pytest.raises(error, match=message):
         open_data(path, image_folder.parent)
-
-
-def test_single_image_class_cannot_be_split(image_folder):
-    for number, suffix in enumerate(("jpg", "png", "jpeg", "webp", "bmp")):
-        (image_folder / "train" / "ant" / f"{number}.{suffix}").unlink()
-    with pytest.raises(ValueError, match="class 'ant' has a single image"):
-        open_data(image_folder)
-
-
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
-def test_missing_named_sets(tmp_path, name):
-    with pytest.raises(
-        FileNotFoundError, match=f"{tmp_path}.* does not exist.*nothing is downloaded"
-    ):
-        open_data(name, tmp_path)
-    with pytest.raises(ValueError, match="needs data_dir"):
-        open_data(name)
+    if path in ("mnist", "cifar10"):
+        with pytest.raises(ValueError, match="needs data_dir"):
+            open_data(path)
 
 
 def test_importing_data_needs_no_extra():
@@ -80,44 +73,28 @@ def test_importing_data_needs_no_extra():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_a_missing_extra_is_named(monkeypatch, image_folder):
+def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(ImportError, match=r"pip install wfnet\[eval\]"):
         open_data("digits")
 
 
-@pytest.mark.parametrize("beside", ["archive", "other labels", "the same labels"])
-def test_class_folders_win_over_what_lies_beside_them(image_folder, beside):
-    plain = open_data(image_folder, image_size=SIZE)
-    for part in ("train", "val"):
-        if beside == "archive":
-            write_shard(image_folder / part / "originals.tar", {"0.txt": b"x"})
-        elif beside == "other labels":
-            (image_folder / part / "labels.csv").write_text("id,breed\n1,ant\n")
-        else:
-            files = sorted((image_folder / part).glob("*/*"))
-            rows = [f"{f.parent.name}/{f.name},{f.parent.name}" for f in files]
-            (image_folder / part / "labels.csv").write_text("\n".join(["image,labels", *rows]))
-    splits = open_data(image_folder, image_size=SIZE)
-    assert splits.classes == list(CLASS_NAMES)
-    assert torch.equal(splits.train.labels, plain.train.labels)
-    assert folder_classes(image_folder) == list(CLASS_NAMES)
-
-
-def test_a_file_of_labels_that_says_more_than_the_folders_wins(image_folder):
+@pytest.mark.parametrize("beside", ["archive", "other labels", "the same labels", "more labels"])
+def test_class_folders_win_over_what_says_no_more(image_folder, beside):
     for part in ("train", "val"):
         files = sorted((image_folder / part).glob("*/*"))
-        names = ["cat;dog" if number % 2 else "ant" for number in range(len(files))]
-        rows = [f"{f.parent.name}/{f.name},{name}" for f, name in zip(files, names, strict=True)]
-        (image_folder / part / "labels.csv").write_text("\n".join(["image,labels", *rows]))
-    assert open_data(image_folder, image_size=SIZE).classes == ["ant", "cat", "dog"]
-
-
-def test_parts_are_limited_by_class(image_folder):
-    limits = {"train_per_class": 3, "validation_per_class": 1, "test_per_class": 1}
-    splits = open_data(image_folder, image_size=SIZE, validation_fraction=0.4, **limits)
-    parts = (splits.train, splits.validation, splits.test)
-    assert [len(part) for part in parts] == [9, 3, 3]
+        labels = [file.parent.name for file in files]
+        if beside == "more labels":
+            labels = ["cat;dog" if number % 2 else "ant" for number in range(len(files))]
+        rows = [f"{f.parent.name}/{f.name},{x}" for f, x in zip(files, labels, strict=True)]
+        if beside == "archive":
+            write_shard(image_folder / part / "originals.tar", {"0.txt": b"x"})
+        else:
+            head = "id,breed" if beside == "other labels" else "image,labels"
+            (image_folder / part / "labels.csv").write_text("\n".join([head, *rows]))
+    expected = ["ant", "cat", "dog"] if beside == "more labels" else list(CLASS_NAMES)
+    assert open_data(image_folder, image_size=SIZE).classes == expected
+    assert folder_classes(image_folder) == expected
 
 
 def test_names_for_classes_that_are_only_numbered(image_folder):
@@ -126,7 +103,7 @@ def test_names_for_classes_that_are_only_numbered(image_folder):
     assert splits.classes == splits.train.classes == splits.test.classes == names
     with pytest.raises(ValueError, match="digits has 10 classes, not 2"):
         open_data("digits", image_size=8, class_names=["a", "b"])
-    with pytest.raises(ValueError, match="class name 'digit 1' is given twice"):
+    with pytest.raises(ValueError, match="'digit 1' twice"):
         open_data("digits", image_size=8, class_names=[*names[:-1], "digit 1"])
     with pytest.raises(ValueError, match="has class names of its own"):
         open_data(image_folder, class_names=["a", "b", "c"])
@@ -141,17 +118,12 @@ def test_grey_images_take_the_average_of_colour_statistics():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"channels": 2}, "images have 1 or 3 channels, not 2"),
+        ({"channels": 2}, "channels=2 is not one of 1, 3"),
         ({"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
-        ({"seed": 2**70}, "seed must be a whole number of at most"),
         ({"mean": float("nan")}, "mean must be a number of at least -1000, got nan"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be a number above 0, got 0.0"),
-        ({"validation_fraction": 1}, "validation_fraction must be a number below 1, got 1"),
-        ({"crop_pct": 1.5}, "crop_pct must be a number of at most 1, got 1.5"),
-        ({"train_per_class": 0}, "train_per_class must be a whole number of at least 1, got 0"),
     ],
 )
-@pytest.mark.parametrize("data", ["digits", "folder"])
-def test_settings_out_of_range_are_refused_for_any_data(data, settings, message, image_folder):
+def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        open_data(image_folder if data == "folder" else data, **settings)
+        open_data("digits", **settings)

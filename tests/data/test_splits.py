@@ -1,7 +1,16 @@
 import pytest
 import torch
 
-from wfnet.data import limit_per_class, stratified_split
+from wfnet.data import (
+    MultiLabelTensors,
+    Splits,
+    TensorImages,
+    batches,
+    limit_per_class,
+    open_data,
+    select,
+    stratified_split,
+)
 
 
 def test_stratified_split_is_seeded_and_complete():
@@ -9,13 +18,8 @@ def test_stratified_split_is_seeded_and_complete():
     rest, held = stratified_split(labels, 0.2, seed=1)
     assert sorted(rest.tolist() + held.tolist()) == list(range(73))
     assert labels[held].bincount().tolist() == [10, 4, 1]
-    again = stratified_split(labels, 0.2, seed=1)
-    assert torch.equal(again[1], held)
+    assert torch.equal(stratified_split(labels, 0.2, seed=1)[1], held)
     assert not torch.equal(stratified_split(labels, 0.2, seed=2)[1], held)
-    assert stratified_split(torch.tensor([0, 0]), 0.99, seed=0)[0].shape == (1,)
-
-
-def test_stratified_split_names_the_single_image():
     with pytest.raises(ValueError, match=r"class 'b' has a single image .* add images"):
         stratified_split(torch.tensor([0, 0, 1]), 0.5, 0, ["a", "b"])
     with pytest.raises(ValueError, match=r"between 0 and 1, got 1\.5"):
@@ -29,3 +33,40 @@ def test_limit_per_class():
     assert torch.equal(chosen, limit_per_class(labels, 3, seed=0))
     with pytest.raises(ValueError, match="1 or more, got 0"):
         limit_per_class(labels, 0, seed=0)
+
+
+class Foreign:
+    """A data set of another package."""
+
+    def __init__(self, images: TensorImages):
+        self.targets, self.classes, self.images = images.labels.tolist(), images.classes, images
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+
+@pytest.mark.parametrize("kind", ["memory", "several labels", "foreign", "files", "cache"])
+def test_labels_follow_their_names(kind, make_dataset, image_folder):
+    if kind in ("files", "cache"):
+        data = open_data(image_folder, image_size=16, cache="host" if kind == "cache" else None)
+    else:
+        part = make_dataset([0, 1, 2] * 2, classes=3)
+        if kind == "several labels":
+            multi_hot = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 1]] * 2).bool()
+            part = MultiLabelTensors(part.images, multi_hot, part.classes)
+        part = Foreign(part) if kind == "foreign" else part
+        data = Splits(part, part, part, part.classes, "data", 0)
+    assert data.in_known_order(data.classes, "the run") is data
+    known = [data.classes[k] for k in (2, 0, 1)]
+    found = data.in_known_order(known, "the run")
+    assert found.classes == found.test.classes == known
+    chosen = torch.tensor([4, 1, 0])
+    mine = next(batches(select(found.test, chosen), [torch.arange(3)]))
+    theirs = next(batches(data.test, [chosen]))
+    assert torch.equal(mine.images, theirs.images)
+    assert [known[k] for k in mine.labels] == [data.classes[k] for k in theirs.labels]
+    if kind == "several labels":
+        assert torch.equal(found.test.multi_hot[:, [1, 2, 0]], data.test.multi_hot)

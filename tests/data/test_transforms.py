@@ -11,7 +11,7 @@ def test_evaluation_transform_equals_timm(image_folder):
     image = Image.open(image_folder / "train" / "ant" / "1.png").convert("RGB").resize((300, 260))
     theirs = timm.data.create_transform(224, interpolation="bicubic", crop_pct=0.9)
     torch.testing.assert_close(evaluation_transform(224, crop_pct=0.9)(image), theirs(image))
-    with pytest.raises(ValueError, match="interpolation 'cubic' is unknown"):
+    with pytest.raises(ValueError, match="'cubic' is not a valid"):
         evaluation_transform(224, interpolation="cubic")
     with pytest.raises(ValueError, match="crop_pct must lie in"):
         evaluation_transform(224, crop_pct=0.0)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from wfnet.data import Splits
-from wfnet.data.class_names import Renumbered
 from wfnet.services.extras import require
 
 _IMAGENET = 1000
@@ -114,8 +112,4 @@ def with_network_labels(
     classes = [str(number) for number in range(num_classes)] if names is None else list(names)
     for name, number in zip(data.classes, numbers.tolist(), strict=True):
         classes[number] = name
-    parts = {
-        part: Renumbered(getattr(data, part), numbers, classes)
-        for part in ("train", "validation", "test")
-    }
-    return replace(data, **parts, classes=classes)
+    return data.renumbered(numbers, classes)

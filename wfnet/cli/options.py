@@ -19,8 +19,8 @@ from typing import Any
 
 from wfnet import backends, recipes
 from wfnet.cli.runs import RUN_FILE, read_run
+from wfnet.data.cache import PLACES
 from wfnet.data.open import NAMES as DATA_NAMES
-from wfnet.data.pixel_store import PLACES
 from wfnet.data.transforms import INTERPOLATIONS
 from wfnet.services import settings
 

@@ -6,88 +6,44 @@ then on batches are gathered from there. Normalisation and augmentation run on t
 batches; a byte per value crosses the bus instead of four, beside what the device computes.
 """
 
+import errno
 import hashlib
+import logging
 import math
+import os
+import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wfnet.data.dataset import Batch, name_of
+from wfnet.data.dataset import Batch, LabelledImages
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.pixel_store import PLACES, PixelStore, cache_folder
 from wfnet.data.transforms import evaluation_transform, training_transform
 from wfnet.services.device_copies import to_device_async, to_device_overlapped
 from wfnet.services.extras import require
 
+logger = logging.getLogger("wfnet")
 
-@dataclass(frozen=True)
-class Preparation:
-    """From stored pixels to the network's input, on the device, a batch at a time.
-
-    size:      of the result; a smaller one than the stored size is cropped from the centre.
-    mean, std: per channel, on a scale of 0 to 1.
-    scale:     for augmentation: range of the area that a random crop covers (aspect ratio 3/4 to
-               4/3, resized to `size`); None for none.
-    flip:      probability of mirroring; used with `scale`.
-    """
-
-    size: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: tuple[float, float] | None = None
-    flip: float = 0.5
-
-    def __call__(self, pixels: Tensor, draw: Tensor | None = None) -> Tensor:
-        """Images [n, C, size, size] float32 from pixels [n, C, S, S] uint8.
-
-        draw: [n, 5] on the CPU, uniform random numbers of each image for its augmentation.
-        """
-        functional = require("torchvision.transforms.v2.functional", "train")
-        if self.scale is None:
-            pixels = functional.center_crop(pixels, [self.size, self.size])
-            images = functional.to_dtype(pixels, torch.float32, scale=True)
-        else:
-            images = self._random_crops(pixels.float() / 255, draw)
-        mean, std = _statistics(self.mean, self.std, images.device)
-        return images.sub_(mean).div_(std)
-
-    def _random_crops(self, images: Tensor, draw: Tensor) -> Tensor:
-        n = len(images)
-        area = self.scale[0] + (self.scale[1] - self.scale[0]) * draw[:, 0]
-        ratio = torch.exp((2 * draw[:, 1] - 1) * math.log(4 / 3))
-        # Extent of the crop as a part of the (square) image: never more than all of it.
-        across = torch.sqrt(area * ratio).clamp_max(1.0)
-        down = torch.sqrt(area / ratio).clamp_max(1.0)
-        mirrored = torch.where(draw[:, 2] < self.flip, -1.0, 1.0)
-        theta = torch.zeros(n, 2, 3)
-        theta[:, 0, 0] = across * mirrored
-        theta[:, 1, 1] = down
-        theta[:, 0, 2] = (1 - across) * (2 * draw[:, 3] - 1)
-        theta[:, 1, 2] = (1 - down) * (2 * draw[:, 4] - 1)
-        grid = F.affine_grid(
-            to_device_async(theta, images.device), [n, 1, self.size, self.size], False
-        )
-        return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+PLACES = ("device", "host", "disk")
+# Part of the free space that a cache may take: the network, batches and everybody else need some.
+_SHARE = 0.8
+# What a file system answers that reserves nothing.
+_NO_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+# Part of the area that a random crop covers, at an aspect ratio of 3/4 to 4/3.
+_LEAST_CROP, _WIDEST = 0.25, 4 / 3
 
 
-@lru_cache(16)
-def _statistics(
-    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Mean and deviation ``[C, 1, 1]`` on the device; made there once, since it waits for that."""
-    made = (torch.tensor(values, dtype=torch.float32).view(-1, 1, 1) for values in (mean, std))
-    return tuple(values.to(device) for values in made)
+def cache_folder() -> Path:
+    """Returns `$XDG_CACHE_HOME/wfnet`, or `~/.cache/wfnet`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
 
 
-class CachedImages(torch.utils.data.Dataset):
+class CachedImages(LabelledImages):
     """An image data set whose decoded pixels are kept after the first time.
 
     dataset:  `ImageFiles` or `ImageShards`.
@@ -106,6 +62,8 @@ class CachedImages(torch.utils.data.Dataset):
     none of these, or too small for the cache.
     """
 
+    per_image = ("labels", "multi_hot", "_positions")
+
     def __init__(
         self,
         dataset: EncodedImages,
@@ -122,59 +80,78 @@ class CachedImages(torch.utils.data.Dataset):
         if place not in (None, *PLACES):
             raise ValueError(f"a cache is on {', '.join(PLACES)}, not on {place!r}")
         self.device = torch.device(device)
-        # With augmentation all of the resized square is kept, otherwise what the crop leaves of it.
         if augment and place is None:
-            decode, augment = _PixelTransform(size, interpolation), False
-        elif augment:
-            decode = _PixelTransform(math.floor(size / crop_pct), interpolation, 1.0)
+            decode = training_transform(size, interpolation=interpolation)
+            augment = False
         else:
-            decode = _PixelTransform(size, interpolation, crop_pct)
-        self.dataset = dataset.with_transform(decode)
-        self.labels = dataset.labels
-        self.classes = dataset.classes
-        self.place = place
-        self.prepare = Preparation(
-            size, tuple(mean), tuple(std), scale=(0.25, 1.0) if augment else None
+            # With augmentation all of the resized square is kept, else what the crop leaves of it.
+            kept, part = (math.floor(size / crop_pct), 1.0) if augment else (size, crop_pct)
+            decode = evaluation_transform(kept, interpolation=interpolation, crop_pct=part)
+        # Without the conversion to float: resized and cropped (or cropped and mirrored) bytes.
+        self.dataset = dataset.with_transform(type(decode)(decode.transforms[:3]))
+        self.labels, self.classes = dataset.labels, dataset.classes
+        self.multi_hot = dataset.multi_hot
+        self.size, self.augment = size, augment
+        self._mean, self._std = (
+            torch.tensor([*values], dtype=torch.float32).view(-1, 1, 1).to(self.device)
+            for values in (mean, std)
         )
-        shape = (len(dataset), dataset.channels, decode.size, decode.size)
-        self.store: PixelStore | None = None
+        self._positions = torch.arange(len(dataset))  # of each image among the pixels
+        # Pixels [N, C, S, S] uint8, and on the host [N], 0 for images that are not there.
+        self._pixels: Tensor | None = None
+        self._filled = torch.zeros(len(dataset), dtype=torch.uint8)
+        if place is None:
+            return
+        shape = (len(dataset), dataset.channels, kept, kept)
         if place == "disk":
-            folder = cache_folder() if folder is None else Path(folder)
-            marks = "\n".join([*dataset.versions(), repr(decode), repr(shape), "pil"])
-            digest = hashlib.sha256(marks.encode()).hexdigest()[:32]
-            self.store = PixelStore.on_disk(folder, digest, shape)
-        elif place is not None:
+            marks = f"{dataset.versions()} {interpolation} {part} {shape}"
+            name = f"images-{hashlib.sha256(marks.encode()).hexdigest()[:32]}.uint8"
+            self._pixels, self._filled = _on_disk(Path(folder or cache_folder(), name), shape)
+        else:
             where = self.device if place == "device" else torch.device("cpu")
-            self.store = PixelStore.in_memory(place, shape, where)
-
-    @property
-    def multi_hot(self) -> Tensor | None:
-        """True labels [N, K] bool of images with several labels; None for others."""
-        return getattr(self.dataset, "multi_hot", None)
-
-    def __len__(self) -> int:
-        return len(self.labels)
+            on_gpu = where.type == "cuda"
+            _check_room(
+                place, shape, torch.cuda.mem_get_info(where)[0] if on_gpu else free_memory()
+            )
+            # Pages that are never written to take no memory on the host.
+            self._pixels = torch.empty(shape, dtype=torch.uint8, device=where)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One image; without augmentation if pixels are kept."""
-        position = torch.tensor([index])
-        if self.store is not None and self.store.has(position):
-            pixels = self.store.get(position)
-        else:
-            pixels = self.dataset[index][0].unsqueeze(0)
-            if self.store is not None:
-                self.store.put(position, pixels)
-        plain = Preparation(self.prepare.size, self.prepare.mean, self.prepare.std)
-        images = plain(pixels.to(self.device))
-        return images[0], int(self.labels[index])
+        """One image, decoded; without augmentation if pixels are kept."""
+        pixels = self.dataset[index][0].to(self.device)
+        return self._normalised(self._centre(pixels)), int(self.labels[index])
+
+    def select(self, indices: Tensor) -> "CachedImages":
+        """The chosen images as a data set of their own, with the same pixels."""
+        chosen = super().select(indices)
+        chosen.dataset = self.dataset.select(indices)
+        return chosen
 
     def name_of(self, index: int) -> str:
-        return name_of(self.dataset, index)
+        return self.dataset.name_of(index)
 
     @property
     def filled(self) -> int:
         """How many images need no decoding any more."""
-        return 0 if self.store is None else int(self.store.has(torch.arange(len(self))).sum())
+        return int(self._has(torch.arange(len(self))).sum())
+
+    def _has(self, indices: Tensor) -> Tensor:
+        return self._filled[self._positions[indices]] != 0
+
+    def _put(self, indices: Tensor, pixels: Tensor) -> None:
+        """Keeps pixels [n, C, S, S]; before their mark: an interruption leaves no half image."""
+        positions, device = self._positions[indices], self._pixels.device
+        self._pixels[to_device_async(positions, device)] = to_device_async(pixels, device)
+        self._filled[positions] = 1
+
+    def _get(self, indices: Tensor, pin_memory: bool) -> Tensor:
+        """A copy of pixels [n, C, S, S]; on the host page-locked if that is asked for."""
+        positions, device = self._positions[indices], self._pixels.device
+        if device.type != "cpu":
+            return self._pixels[to_device_async(positions, device)]
+        shape = (len(positions), *self._pixels.shape[1:])
+        out = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
+        return torch.index_select(self._pixels, 0, positions, out=out)
 
     def stream(
         self,
@@ -195,70 +172,65 @@ class CachedImages(torch.utils.data.Dataset):
         def missing() -> Iterator[tuple[int, list[int]]]:
             for position, indices in requests:
                 wanted = torch.tensor(indices, dtype=torch.int64)
-                there = torch.zeros(len(wanted), dtype=torch.bool)
-                if self.store is not None:
-                    there = self.store.has(wanted)
+                there = self._has(wanted)
                 waiting.append((position, wanted, there))
                 yield position, wanted[~there].tolist()
 
         if self.filled == len(self):  # no worker has to be started
             decoded = (None for _ in missing())
         else:
-            # What goes into a store is not sent from where the workers leave it.
-            decoded = read(self.dataset, missing(), pin_memory=pin_memory and self.store is None)
+            # What is kept is not sent from where the workers leave it.
+            decoded = read(self.dataset, missing(), pin_memory=pin_memory and self._pixels is None)
         for batch in decoded:
             position, indices, there = waiting.popleft()
-            if self.store is None:
+            if self._pixels is None:
                 if batch is not None:
                     yield self._batch(batch.images, batch.indices, seed, position)
                 continue
             if batch is not None:
-                self.store.put(batch.indices, batch.images)
+                self._put(batch.indices, batch.images)
                 if len(batch.indices) == int((~there).sum()):
                     indices[~there] = batch.indices  # replacements of corrupt images among them
-            indices = indices[self.store.has(indices)]
+            indices = indices[self._has(indices)]
             if len(indices):
-                yield self._batch(self.store.get(indices, pin_memory), indices, seed, position)
+                yield self._batch(self._get(indices, pin_memory), indices, seed, position)
 
     def _batch(self, pixels: Tensor, indices: Tensor, seed: int, position: int) -> Batch:
-        draw = None
-        if self.prepare.scale is not None:
-            draw = _uniform(seed, position, indices, 5)
+        """Bytes [n, C, S, S] as the network's input, on the device."""
         pixels = to_device_overlapped(pixels, self.device)
-        return Batch(self.prepare(pixels, draw), self.labels[indices], indices)
-
-    def select(self, indices: Tensor) -> "CachedImages":
-        """The chosen images as a data set of their own, with the same store."""
-        chosen = object.__new__(CachedImages)
-        chosen.__dict__.update(self.__dict__)
-        chosen.dataset = self.dataset.select(indices)
-        chosen.labels = self.labels[indices]
-        chosen.store = None if self.store is None else self.store.select(indices)
-        return chosen
-
-
-class _PixelTransform:
-    """PIL image -> uint8 [C, S, S]: a transform before its conversion to float.
-
-    crop_pct: of `evaluation_transform`; without it, `training_transform`.
-    """
-
-    def __init__(self, size: int, interpolation: str, crop_pct: float | None = None):
-        self.size = size
-        self.settings = (size, interpolation, crop_pct)
-        if crop_pct is None:
-            compose = training_transform(size, interpolation=interpolation)
+        if self.augment:
+            images = _random_crops(pixels, _uniform(seed, position, indices, 5), self.size)
         else:
-            compose = evaluation_transform(size, interpolation=interpolation, crop_pct=crop_pct)
-        self.steps = compose.transforms[:3]  # resize and crop (or crop and mirror), to tensor
+            images = self._centre(pixels)
+        return Batch(self._normalised(images), self.labels[indices], indices)
 
-    def __call__(self, image: Any) -> Tensor:
-        for step in self.steps:
-            image = step(image)
-        return image
+    def _centre(self, pixels: Tensor) -> Tensor:
+        functional = require("torchvision.transforms.v2.functional", "train")
+        pixels = functional.center_crop(pixels, [self.size, self.size])
+        return functional.to_dtype(pixels, torch.float32, scale=True)
 
-    def __repr__(self) -> str:
-        return f"pixels{self.settings}"
+    def _normalised(self, images: Tensor) -> Tensor:
+        return images.sub_(self._mean).div_(self._std)
+
+
+def _random_crops(pixels: Tensor, draw: Tensor, size: int) -> Tensor:
+    """Crops of pixels [n, C, S, S], half of them mirrored, as [n, C, size, size] in 0..1.
+
+    draw: [n, 5] on the CPU, uniform random numbers of each image.
+    """
+    area = _LEAST_CROP + (1.0 - _LEAST_CROP) * draw[:, 0]
+    ratio = torch.exp((2 * draw[:, 1] - 1) * math.log(_WIDEST))
+    # Extent of the crop as a part of the (square) image: never more than all of it.
+    across = torch.sqrt(area * ratio).clamp_max(1.0)
+    down = torch.sqrt(area / ratio).clamp_max(1.0)
+    theta = torch.zeros(len(pixels), 2, 3)
+    theta[:, 0, 0] = across * torch.where(draw[:, 2] < 0.5, -1.0, 1.0)
+    theta[:, 1, 1] = down
+    theta[:, 0, 2] = (1 - across) * (2 * draw[:, 3] - 1)
+    theta[:, 1, 2] = (1 - down) * (2 * draw[:, 4] - 1)
+    theta = to_device_async(theta, pixels.device)
+    grid = F.affine_grid(theta, [len(pixels), 1, size, size], False)
+    return F.grid_sample(pixels.float() / 255, grid, padding_mode="border", align_corners=False)
 
 
 def _uniform(seed: int, position: int, indices: Tensor, count: int) -> Tensor:
@@ -280,3 +252,76 @@ def _mixed(state: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
+
+
+def _on_disk(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Pixels in the file `path` and marks in `path`.filled; several processes may fill them.
+
+    Raises ValueError if there is no room.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        taken = path.stat().st_blocks * 512 if path.exists() else 0
+        _check_room("disk", shape, shutil.disk_usage(path.parent).free + taken)
+        pixels, filled = _mapped(path, shape), _mapped(path.with_suffix(".filled"), shape[:1])
+    except OSError as error:
+        raise ValueError(
+            f"the cache of {math.prod(shape) / 2**30:.2f} GiB cannot be made in {path.parent}: "
+            f"{error.strerror or error}; make room there, choose another folder, or put it on "
+            "host or device"
+        ) from error
+    if filled.any():
+        logger.info("cache: %d of %d images are there already", int(filled.sum()), shape[0])
+    return pixels, filled
+
+
+def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """A file as a tensor of bytes, with its space on disk reserved; bytes that are there stay.
+
+    A write through a memory map to a file without its space kills the process when the disk is
+    full. Where the file system cannot reserve, the space is taken as it is written to.
+    """
+    size, fresh = math.prod(shape), not path.exists()
+    try:
+        with open(path, "ab") as file:
+            file.truncate(size)
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in _NO_RESERVATION:
+            if fresh:
+                path.unlink(missing_ok=True)
+            raise
+    return torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape))
+
+
+def _check_room(place: str, shape: tuple[int, ...], free: int) -> None:
+    """Logs how large the cache becomes.
+
+    Raises ValueError if it does not fit into `free` bytes.
+    """
+    needed = math.prod(shape)
+    images = f"{shape[0]:,} images of {shape[1]} x {shape[2]} x {shape[3]} bytes"
+    text = f"{images} = {needed / 2**30:.2f} GiB on {place}, {free / 2**30:.2f} GiB are free there"
+    if needed > _SHARE * free:
+        others = " or ".join(other for other in PLACES if other != place)
+        raise ValueError(
+            f"the cache does not fit: {text} and {_SHARE:.0%} of that may be used; put it on "
+            f"{others}, or do without"
+        )
+    logger.info("cache: %s", text)
+
+
+def free_memory() -> int:
+    """Bytes of main memory that can be had, under the limit of the container if there is one."""
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit = int((group / "memory.max").read_text())
+        return min(free, limit - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # no container, or "max"
+        return free

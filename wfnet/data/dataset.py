@@ -1,11 +1,15 @@
 """What a data set is to this package: labelled images, read one by one or in batches."""
 
+import contextlib
+import copy
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
+
+Images = TypeVar("Images", bound="LabelledImages")
 
 
 class Batch(NamedTuple):
@@ -44,6 +48,18 @@ class CorruptImage(Exception):
         return f"{self.name}: {self.reason}"
 
 
+def is_decoding_error(error: Exception) -> bool:
+    """Whether an error of an image decoder says "this file is damaged".
+
+    Pillow raises OSError without an errno for damaged data (SyntaxError for some PNG files); an
+    OSError with an errno comes from the system (a lost disk, too many open files) and is no
+    property of the image.
+    """
+    if isinstance(error, OSError):
+        return error.errno is None
+    return isinstance(error, SyntaxError) or type(error).__name__ == "DecompressionBombError"
+
+
 def labels_of(dataset: Any) -> Tensor:
     """Labels [N] int64 of any torchvision-like data set, without reading one image.
 
@@ -55,14 +71,13 @@ def labels_of(dataset: Any) -> Tensor:
         return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
     if isinstance(dataset, torch.utils.data.ConcatDataset):
         return torch.cat([labels_of(part) for part in dataset.datasets])
+    candidates = [getattr(dataset, name, None) for name in ("labels", "targets")]
     if isinstance(dataset, torch.utils.data.TensorDataset):
-        candidates = [dataset.tensors[-1]]
-    else:
-        candidates = [getattr(dataset, name, None) for name in ("labels", "targets")]
-        for holder in (dataset, getattr(dataset, "reader", None)):
-            samples = getattr(holder, "samples", None)
-            if isinstance(samples, (list, tuple)):
-                candidates.append([sample[1] for sample in samples])
+        candidates.append(dataset.tensors[-1])
+    for holder in (dataset, getattr(dataset, "reader", None)):
+        samples = getattr(holder, "samples", None)
+        if isinstance(samples, (list, tuple)):
+            candidates.append([sample[1] for sample in samples])
     for candidate in candidates:
         labels = _as_labels(candidate)
         if labels is not None and len(labels) == len(dataset):
@@ -88,21 +103,17 @@ def _as_labels(candidate: Any) -> Tensor | None:
 
 def _transformed(labels: Tensor, dataset: Any) -> Tensor:
     """The labels that items have: `labels` [N] through the data set's `target_transform`."""
-    if getattr(dataset, "target_transform", None) is None or not len(labels):
+    transform = getattr(dataset, "target_transform", None)
+    if transform is None:
         return labels
     values, position = labels.unique(return_inverse=True)
-    return torch.tensor([_transformed_label(int(v), dataset) for v in values])[position]
-
-
-def _transformed_label(label: int, dataset: Any) -> int:
-    found = dataset.target_transform(label)
     try:
-        return int(found)
-    except (TypeError, ValueError, RuntimeError) as error:
+        found = [operator.index(transform(int(value))) for value in values]
+    except TypeError as error:
         raise ValueError(
-            f"the target_transform of {type(dataset).__name__} makes {found!r} of label {label}; "
-            "labels must be integers"
+            f"the target_transform of {type(dataset).__name__} must make integers ({error})"
         ) from error
+    return torch.tensor(found, dtype=torch.int64)[position]
 
 
 def classes_of(dataset: Any) -> list[str]:
@@ -111,31 +122,30 @@ def classes_of(dataset: Any) -> list[str]:
     Names follow their labels through a `target_transform`; a class of several names, or of none,
     is called by its number.
     """
-    classes = getattr(dataset, "classes", None)
-    if classes is None and isinstance(dataset, torch.utils.data.Subset):
+    if isinstance(dataset, torch.utils.data.Subset):
         return classes_of(dataset.dataset)
     labels = labels_of(dataset)
     count = int(labels.max()) + 1 if len(labels) else 0
+    classes = getattr(dataset, "classes", None)
     if classes is None:
         return [str(label) for label in range(count)]
-    if getattr(dataset, "target_transform", None) is not None and hasattr(dataset, "classes"):
-        return _transformed_names([str(name) for name in classes], count, dataset)
+    classes = [str(name) for name in classes]
+    if getattr(dataset, "target_transform", None) is not None:
+        return _transformed_names(classes, count, dataset)
     if len(classes) < count:
         raise ValueError(
             f"{type(dataset).__name__} has label {count - 1} but only {len(classes)} class names"
         )
-    return [str(name) for name in classes]
+    return classes
 
 
 def _transformed_names(classes: list[str], count: int, dataset: Any) -> list[str]:
     names: dict[int, list[str]] = {}
     for label, name in enumerate(classes):
-        try:
-            names.setdefault(_transformed_label(label, dataset), []).append(name)
-        except (LookupError, ValueError):  # a label that does not occur need not be transformed
-            continue
-    last = max((label for label in names if label >= 0), default=-1)
-    found = [names.get(label, []) for label in range(max(count, last + 1))]
+        with contextlib.suppress(LookupError, ValueError):  # a label that does not occur
+            (number,) = _transformed(torch.tensor([label]), dataset).tolist()
+            names.setdefault(number, []).append(name)
+    found = [names.get(label, []) for label in range(max([count - 1, *names]) + 1)]
     return [own[0] if len(own) == 1 else str(label) for label, own in enumerate(found)]
 
 
@@ -158,39 +168,73 @@ _LABEL_KEYS = ("label", "labels", "target", "class")
 def image_and_label(item: Any, name: str) -> tuple[Any, int]:
     """Returns the image and the label of an item: the first two of a tuple, or of a dictionary.
 
-    Args:
-        item: what a data set returned.
-        name: how errors call it.
-
-    Raises:
-        ValueError: for an item that is none of these, or a label that is no integer.
+    Raises ValueError, which calls the item by `name`, for anything else.
     """
     if isinstance(item, dict):
-        keys = [
-            next((key for key in keys if key in item), None) for keys in (_IMAGE_KEYS, _LABEL_KEYS)
-        ]
-        if None in keys:
+        found = [[item[key] for key in keys if key in item] for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
+        if not all(found):
             raise ValueError(
-                f"{name} is a dictionary of {', '.join(map(str, item))}: it needs 'image' and "
-                "'label'"
+                f"{name} is a dictionary of {', '.join(map(str, item))}: it needs "
+                "'image' and 'label'"
             )
-        image, label = (item[key] for key in keys)
+        image, label = found[0][0], found[1][0]
     elif isinstance(item, (tuple, list)) and len(item) >= 2:
-        image, label = item[0], item[1]
+        image, label = item[:2]
     else:
         raise ValueError(f"{name} is a {type(item).__name__}: an item is (image, label)")
     try:
         return image, operator.index(label)
-    except TypeError:
-        pass
-    raise ValueError(f"{name} has the label {label!r}, which is no integer")
+    except TypeError as error:
+        raise ValueError(f"{name} has the label {label!r}, which is no integer") from error
 
 
-class Selection(torch.utils.data.Dataset):
+class LabelledImages(torch.utils.data.Dataset):
+    """Base of this package's data sets: what can be done with labels alone.
+
+    labels:    [N] int64.
+    classes:   their names.
+    multi_hot: [N, K] bool, all true labels of images with several; else None.
+    per_image: names of the attributes with an entry for each image.
+    """
+
+    labels: Tensor
+    classes: list[str]
+    multi_hot: Tensor | None = None
+    per_image: tuple[str, ...] = ("labels", "multi_hot")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def select(self: Images, indices: Tensor) -> Images:
+        """The chosen images as a data set of their own."""
+        chosen = copy.copy(self)
+        for name in self.per_image:
+            values = getattr(self, name)
+            if values is not None:
+                positions = indices if torch.is_tensor(values) else indices.numpy()
+                setattr(chosen, name, values[positions])
+        return chosen
+
+    def renumbered(self: Images, numbers: Tensor, classes: Sequence[str]) -> Images:
+        """The same images; class k has the number `numbers[k]`, and `classes` are the new names."""
+        other = copy.copy(self)
+        other.labels, other.classes = numbers[self.labels], list(classes)
+        if self.multi_hot is not None:
+            other.multi_hot = self.multi_hot[:, numbers.argsort()]
+        return other
+
+    def name_of(self, index: int) -> str:
+        """How the log calls an image."""
+        return f"{type(self).__name__}[{index}]"
+
+
+class Selection(LabelledImages):
     """Some items of any data set, in a given order, with their labels and class names.
 
     The adapter for data sets of other packages: `Selection(theirs)` selects everything.
     """
+
+    per_image = ("labels", "multi_hot", "chosen")
 
     def __init__(self, dataset: Any, indices: Tensor | None = None):
         labels = labels_of(dataset)
@@ -198,16 +242,18 @@ class Selection(torch.utils.data.Dataset):
         self.chosen = torch.arange(len(labels)) if indices is None else indices.to(torch.int64)
         self.labels = labels[self.chosen]
         self.classes = classes_of(dataset)
+        self.numbers = torch.arange(len(self.classes))
         check_labels(labels, self.classes)
 
-    def __len__(self) -> int:
-        return len(self.chosen)
-
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return image_and_label(self.dataset[int(self.chosen[index])], self.name_of(index))
+        item = self.dataset[int(self.chosen[index])]
+        image, label = image_and_label(item, self.name_of(index))
+        return image, int(self.numbers[label])
 
-    def select(self, indices: Tensor) -> "Selection":
-        return Selection(self.dataset, self.chosen[indices])
+    def renumbered(self, numbers: Tensor, classes: Sequence[str]) -> "Selection":
+        other = super().renumbered(numbers, classes)
+        other.numbers = numbers[self.numbers]
+        return other
 
     def name_of(self, index: int) -> str:
         return name_of(self.dataset, int(self.chosen[index]))

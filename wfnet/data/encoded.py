@@ -1,5 +1,7 @@
 """Images that are decoded when asked for, whatever they are stored in."""
 
+import copy
+import logging
 import os
 import warnings
 from abc import abstractmethod
@@ -7,32 +9,24 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from wfnet.data.dataset import CorruptImage
-from wfnet.data.loading import is_decoding_error
+from wfnet.data.dataset import CorruptImage, LabelledImages, is_decoding_error
 from wfnet.data.transforms import Transform
 from wfnet.services.extras import require
 
+logger = logging.getLogger("wfnet")
+
 # What file names end in, of images that Pillow always decodes; other files are no images.
 EXTENSIONS = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-) + (".ppm", ".pgm", ".pbm", ".pnm")
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm"),
+)
 
 Encoded = TypeVar("Encoded", bound="EncodedImages")
 
 
-class EncodedImages(torch.utils.data.Dataset):
+class EncodedImages(LabelledImages):
     """Labelled images in some storage; a subclass says where image number ``i`` lies.
 
     labels:    [N] int64.
@@ -42,9 +36,6 @@ class EncodedImages(torch.utils.data.Dataset):
 
     An item that cannot be decoded raises `CorruptImage`.
     """
-
-    # Attributes that hold one entry per image, for `select`.
-    _per_image: tuple[str, ...] = ("labels",)
 
     def __init__(self, labels: Tensor, classes: list[str], transform: Transform, channels: int):
         require("PIL.Image", "train")
@@ -60,16 +51,9 @@ class EncodedImages(torch.utils.data.Dataset):
         """The encoded image, to be read and closed."""
 
     @abstractmethod
-    def name_of(self, index: int) -> str:
-        """How the log calls the image."""
-
-    @abstractmethod
     def versions(self) -> list[str]:
         """One line per file that is read: name, size and time of change, so that what was derived
         from the images can tell whether they have changed."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image_module = require("PIL.Image", "train")
@@ -86,23 +70,10 @@ class EncodedImages(torch.utils.data.Dataset):
             raise
         return self.transform(image), int(self.labels[index])
 
-    def select(self: Encoded, indices: Tensor) -> Encoded:
-        """The chosen images as a data set of their own."""
-        chosen = self._copy()
-        for name in self._per_image:
-            values = getattr(self, name)
-            chosen.__dict__[name] = values[indices if torch.is_tensor(values) else indices.numpy()]
-        return chosen
-
     def with_transform(self: Encoded, transform: Transform) -> Encoded:
         """The same images through another transform."""
-        other = self._copy()
+        other = copy.copy(self)
         other.transform = transform
-        return other
-
-    def _copy(self: Encoded) -> Encoded:
-        other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__)
         return other
 
 
@@ -126,7 +97,7 @@ class EncodedFiles(EncodedImages):
     files: paths relative to it, as bytes.
     """
 
-    _per_image = ("labels", "_files")
+    per_image = ("labels", "multi_hot", "files")
 
     def __init__(
         self,
@@ -141,10 +112,10 @@ class EncodedFiles(EncodedImages):
         self.root = root
         # One array of bytes: millions of Python strings would be copied by every worker, because
         # touching their reference counts writes to shared pages.
-        self._files = np.array(files)
+        self.files = np.array(files)
 
     def path(self, index: int) -> Path:
-        return self.root / os.fsdecode(bytes(self._files[index]))
+        return self.root / os.fsdecode(bytes(self.files[index]))
 
     def name_of(self, index: int) -> str:
         return str(self.path(index))
@@ -160,3 +131,12 @@ def file_version(path: Path) -> str:
     """Returns a line that changes when a file is moved or written to."""
     state = path.stat()
     return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
+
+
+def log_passed_over(where: Path, names: list[str]) -> None:
+    """Warns in one line of what lies in a data set and is not read."""
+    if names:
+        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        logger.warning(
+            "%s: passed over %d that are no readable images: %s", where, len(names), some
+        )

@@ -1,9 +1,9 @@
 """Lists of images: which ones an evaluation looks at, drawn by seed and written down."""
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from wfnet.data.dataset import Dataset, classes_of, labels_of, name_of
 from wfnet.data.splits import limit_per_class
 from wfnet.services.files import write_json
+from wfnet.services.records import check_format, read_json
 
 FORMAT = 1
 
@@ -45,18 +46,18 @@ class ImageList:
         Raises ValueError if one of them is not there, or is of another class.
         """
         labels, classes = labels_of(dataset), classes_of(dataset)
-        where = {_name(dataset, index): index for index in range(len(labels))}
-        found = []
-        for class_name, image in self.images:
-            index = where.get(image)
-            if index is None or classes[int(labels[index])] != class_name:
-                what = "is not there" if index is None else f"is no image of class {class_name!r}"
-                raise ValueError(
-                    f"the list of {len(self.images)} images does not fit these data: {image!r} "
-                    f"{what}; use the data that it was drawn from, or draw a new list"
-                )
-            found.append(index)
-        return torch.tensor(found, dtype=torch.int64)
+        where = {
+            (classes[label], _name(dataset, index)): index
+            for index, label in enumerate(labels.tolist())
+        }
+        missing = next((image for image in self.images if image not in where), None)
+        if missing is not None:
+            raise ValueError(
+                f"the list of {len(self.images)} images does not fit these data: they have no "
+                f"{missing[1]!r} of class {missing[0]!r}; use the data that it was drawn from, or "
+                "draw a new list"
+            )
+        return torch.tensor([where[image] for image in self.images], dtype=torch.int64)
 
     def others(self, dataset: Dataset) -> Tensor:
         """Positions [m] of all images of `dataset` that are not on the list, sorted."""
@@ -71,17 +72,13 @@ class ImageList:
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ImageList":
         """Reads what `save` wrote. Raises FileNotFoundError or ValueError if it is not that."""
-        path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"the list of images {path} does not exist")
-        try:
-            content = json.loads(path.read_text())
-            if content.pop("format") != FORMAT:
-                raise ValueError("another format")
-            images = [(str(name), str(image)) for name, image in content.pop("images")]
-            return cls(**content, images=images)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged or no list of images ({error})") from error
+
+        def build(content: dict[str, Any]) -> ImageList:
+            check_format(content, FORMAT)
+            images = [(str(name), str(image)) for name, image in content["images"]]
+            return cls(content["part"], content["per_class"], content["seed"], images)
+
+        return read_json(path, build, "a list of images", "use another, or draw a new one")
 
 
 def _name(dataset: Dataset, index: int) -> str:

@@ -11,10 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wfnet.data.dataset import Batch, CorruptImage, image_and_label, labels_of, name_of
+from wfnet.data.dataset import (
+    Batch,
+    CorruptImage,
+    image_and_label,
+    is_decoding_error,
+    labels_of,
+    name_of,
+)
 from wfnet.services.ranks import Ranks
 
 logger = logging.getLogger("wfnet")
+
+# The position of a batch and its indices.
+Request = tuple[int, list[int]]
 
 
 class LostWorker(RuntimeError):
@@ -41,28 +51,24 @@ class CorruptImages:
         """Counts an image, and logs it the first time."""
         if name in self.found:
             return
+        number = len(self.found) + 1
         logger.warning(
-            "corrupt image left out (%d of at most %d): %s: %s",
-            len(self.found) + 1,
-            self.limit,
-            name,
-            reason,
+            "corrupt image left out (%d of at most %d): %s: %s", number, self.limit, name, reason
         )
-        self._count(name, reason, "")
+        self._count({name: reason})
 
     def merge(self, ranks: Ranks) -> None:
         """Counts what the other processes of a run have found, and logged, on every one of them."""
         for found in ranks.gather(self.found):
-            for name, reason in found.items():
-                if name not in self.found:
-                    self._count(name, reason, " on all ranks")
+            self._count(found)
 
-    def _count(self, name: str, reason: str, where: str) -> None:
-        self.found[name] = reason
+    def _count(self, found: dict[str, str]) -> None:
+        self.found.update(found)
         if len(self.found) > self.limit:
+            name, reason = list(self.found.items())[-1]
             raise RuntimeError(
-                f"{len(self.found)} corrupt images{where}, more than max_corrupt={self.limit}; the "
-                f"last is {name} ({reason}): repair or remove them, or raise the limit"
+                f"{len(self.found)} corrupt images, more than max_corrupt={self.limit}; the last "
+                f"is {name} ({reason}): repair or remove them, or raise the limit"
             )
 
 
@@ -132,9 +138,16 @@ def batches(
     return (batch for batch in read(dataset, requests, pin_memory=pin_memory) if batch is not None)
 
 
-def _from_memory(
-    dataset: Any, requests: Iterator[tuple[int, list[int]]], pin_memory: bool
-) -> Iterator[Batch]:
+def _requests(index_batches: Iterable[Tensor], length: int, start: int) -> Iterator[Request]:
+    for position, indices in enumerate(index_batches, start):
+        indices = indices.tolist() if isinstance(indices, Tensor) else list(map(int, indices))
+        for index in indices:
+            if not 0 <= index < length:
+                raise IndexError(f"index {index} is outside 0..{length - 1} ({length} images)")
+        yield position, indices
+
+
+def _from_memory(dataset: Any, requests: Iterator[Request], pin_memory: bool) -> Iterator[Batch]:
     for _, indices in requests:
         batch = dataset.batch(torch.tensor(indices, dtype=torch.int64))
         yield Batch(*(part.pin_memory() for part in batch)) if pin_memory else batch
@@ -142,7 +155,7 @@ def _from_memory(
 
 def _read(
     dataset: Any,
-    requests: Iterator[tuple[int, list[int]]],
+    requests: Iterator[Request],
     workers: int,
     seed: int,
     corrupt: CorruptImages,
@@ -161,83 +174,38 @@ def _read(
         # Without a generator of its own the loader would draw from the caller's random state.
         generator=torch.Generator().manual_seed(seed),
     )
-    for batch, left_out in _with_plain_errors(loader, workers):
+    for batch, left_out, error in _until_lost(loader):
         for name, reason in left_out:
             corrupt.add(name, reason)
-        if batch is None and left_out and replace_corrupt:
-            name, reason = left_out[-1]
-            raise RuntimeError(
-                f"no image of the class of {name} can be read ({reason}): repair them, or leave "
-                "the class out"
-            )
+        if error is not None:
+            raise error
         yield None if batch is None else Batch(*batch)
-
-
-def _with_plain_errors(loader: torch.utils.data.DataLoader, workers: int) -> Iterator[Any]:
-    """Iterates over the loader; errors of its workers are raised as if they had been read here."""
-    try:
-        yield from loader
-    except Exception as error:
-        if workers and _is_lost_worker(error):
-            raise LostWorker(
-                "a data worker died, most often for lack of memory: use fewer workers, and check "
-                f"/dev/shm and the system's log ({error})"
-            ) from error
-        plain = _as_raised_there(error)
-        if plain is error:
-            raise
-        raise plain from error
-
-
-def _as_raised_there(error: Exception) -> Exception:
-    """An error of a worker with its own message alone: the loader puts the traceback in its place.
-
-    Everything else is returned as it is.
-    """
-    text = str(error).strip()
-    if not text.startswith("Caught ") or "DataLoader worker process" not in text:
-        return error
-    message = text.splitlines()[-1]
-    kind, _, own = message.partition(": ")
-    same = kind.rpartition(".")[2] == type(error).__name__
-    try:
-        return type(error)(own if same else message)
-    except TypeError:  # an error that takes other arguments
-        return error
-
-
-def _is_lost_worker(error: Exception) -> bool:
-    """Whether an error of the loader means that one of its processes is gone.
-
-    It dies between two batches, or with its last one on the way: then the connection over which
-    the shared memory is handed on breaks. What a data set raises arrives as "Caught ...".
-    """
-    if isinstance(error, RuntimeError):
-        return "DataLoader worker" in str(error) and "exited unexpectedly" in str(error)
-    gone = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
-    return gone and not str(error).startswith("Caught ")
-
-
-def _requests(
-    index_batches: Iterable[Tensor], length: int, start: int
-) -> Iterator[tuple[int, list[int]]]:
-    """(position, indices) for each batch, checked: workers would report errors less plainly."""
-    for position, indices in enumerate(index_batches, start):
-        indices = indices.tolist() if isinstance(indices, Tensor) else list(map(int, indices))
-        for index in indices:
-            if not 0 <= index < length:
-                raise IndexError(f"index {index} is outside 0..{length - 1} ({length} images)")
-        yield position, indices
 
 
 def _as_it_is(item: Any) -> Any:
     return item
 
 
+def _until_lost(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
+    """Iterates over the loader until one of its processes dies: between two batches, or with its
+    last one on the way, which breaks the connection that hands shared memory on."""
+    try:
+        yield from loader
+    except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+        of_dataset = str(error).startswith("Caught ")
+        if of_dataset or (type(error) is RuntimeError and "exited unexpectedly" not in str(error)):
+            raise
+        raise LostWorker(
+            "a data worker died, most often for lack of memory: use fewer workers, and check "
+            f"/dev/shm and the system's log ({error})"
+        ) from error
+
+
 class _Reader(torch.utils.data.Dataset):
     """Reads one batch for each request, in a worker or in the main process.
 
-    The corrupt images travel with their batch, so that one process names and counts them all.
+    Corrupt images and errors travel with their batch: one process names and counts them all, and
+    an error keeps its own message, to which the loader would add a traceback.
     """
 
     def __init__(self, dataset: Any, seed: int, replace_corrupt: bool, floats: bool):
@@ -248,98 +216,88 @@ class _Reader(torch.utils.data.Dataset):
         try:
             self.labels = labels_of(dataset)
         except ValueError:  # only the items have labels
+            if replace_corrupt:
+                raise
             self.labels = None
 
     def __getitem__(
-        self, request: tuple[int, list[int]]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, list[tuple[str, str]]]:
-        """Returns images, labels and indices, and names and reasons of corrupt images.
-
-        None in place of a batch of which nothing remains, or in which an image has no replacement.
-        """
-        position, indices = request
-        images, labels, found = [], [], []
+        self, request: Request
+    ) -> tuple[tuple[Tensor, Tensor, Tensor] | None, list[tuple[str, str]], Exception | None]:
+        """Returns images, labels and indices, if any remain; names and reasons of corrupt images;
+        an error."""
         corrupt: list[tuple[str, str]] = []
-        with _random_states_put_back():
-            for index in indices:
-                for candidate in self._candidates(index):
-                    _seed_all(mixed_seed(self.seed, position, index))
-                    item = self._item(candidate, corrupt)
-                    if item is not None:
-                        self._check(candidate, item[0], images)
-                        images.append(item[0])
-                        labels.append(self._label(candidate, item[1]))
-                        found.append(candidate)
-                        break
-                else:
-                    if self.replace_corrupt:
-                        return None, corrupt
-        if not images:
-            return None, corrupt
-        return (torch.stack(images), torch.tensor(labels), torch.tensor(found)), corrupt
+        try:
+            with _random_states_put_back():
+                items = [self._item(request[0], index, corrupt) for index in request[1]]
+            items = [item for item in items if item is not None]
+            self._check_shapes(items)
+        except (ValueError, OSError, EOFError, RuntimeError) as error:
+            return None, corrupt, error
+        if not items:
+            return None, corrupt, None
+        images, labels, found = zip(*items, strict=True)
+        return (torch.stack(images), torch.tensor(labels), torch.tensor(found)), corrupt, None
+
+    def _item(
+        self, position: int, index: int, corrupt: list[tuple[str, str]]
+    ) -> tuple[Tensor, int, int] | None:
+        """Returns image, label and index; None for an image that is left out."""
+        for candidate in self._candidates(index):
+            name = name_of(self.dataset, candidate)
+            _seed_all(mixed_seed(self.seed, position, index))
+            try:
+                item = self.dataset[candidate]
+            except CorruptImage as error:
+                corrupt.append((error.name, error.reason))
+            except Exception as error:
+                if not is_decoding_error(error):
+                    raise
+                corrupt.append((name, str(error)))
+            else:
+                image, label = image_and_label(item, name)
+                self._check(image, label, candidate, name)
+                return image, label, candidate
+        if self.replace_corrupt:
+            name, reason = corrupt[-1]
+            raise RuntimeError(
+                f"no image of the class of {name} can be read ({reason}): repair them, or leave "
+                "the class out"
+            )
+        return None
 
     def _candidates(self, index: int) -> Iterator[int]:
         """Yields `index`, then what may replace it: the others of its class from there on."""
         yield index
         if self.replace_corrupt:
-            labels = labels_of(self.dataset)
-            same = (labels == labels[index]).nonzero().flatten()
+            same = (self.labels == self.labels[index]).nonzero().flatten()
             yield from same[same > index].tolist()
             yield from same[same < index].tolist()
 
-    def _item(self, index: int, corrupt: list[tuple[str, str]]) -> tuple[Any, Any] | None:
-        """Returns image and label; None for a corrupt image, which is added to `corrupt`."""
-        try:
-            item = self.dataset[index]
-        except CorruptImage as error:
-            corrupt.append((error.name, error.reason))
-        except Exception as error:
-            if not is_decoding_error(error):
-                raise
-            corrupt.append((name_of(self.dataset, index), str(error)))
-        else:
-            return image_and_label(item, name_of(self.dataset, index))
-        return None
-
-    def _label(self, index: int, label: Any) -> int:
-        """The label of an item, which must be the one that is known without reading it."""
-        if self.labels is not None and int(label) != self.labels[index]:
-            raise ValueError(
-                f"{name_of(self.dataset, index)} comes with label {int(label)}, but the labels of "
-                f"{type(self.dataset).__name__} say {int(self.labels[index])}: give the data set "
-                "an attribute `labels` with the labels that its items have"
+    def _check(self, image: Any, label: int, index: int, name: str) -> None:
+        is_image = isinstance(image, Tensor) and image.dim() == 3
+        if not is_image or (self.floats and not image.is_floating_point()):
+            what = (
+                f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
             )
-        return int(label)
-
-    def _check(self, index: int, image: Any, images: list[Tensor]) -> None:
-        if not isinstance(image, Tensor):
             raise ValueError(
-                f"{name_of(self.dataset, index)} is a {type(image).__name__}, not a tensor: give "
-                "the data set a transform that ends in a float32 tensor [C, H, W]"
+                f"{name} is {what}: give the data set a transform that ends in a float32 tensor "
+                "[C, H, W] (ToTensor, or ToDtype(torch.float32, scale=True))"
             )
-        if image.dim() != 3 or (self.floats and not image.is_floating_point()):
+        if self.labels is not None and label != self.labels[index]:
             raise ValueError(
-                f"{name_of(self.dataset, index)} is {image.dtype} {list(image.shape)}: give the "
-                "data set a transform that ends in a float32 tensor [C, H, W] (ToTensor, or "
-                "ToDtype(torch.float32, scale=True))"
-            )
-        if images and image.shape != images[0].shape:
-            raise ValueError(
-                f"{name_of(self.dataset, index)} has shape {list(image.shape)} and others of its "
-                f"batch {list(images[0].shape)}: give the data set a transform with one size"
+                f"{name} comes with label {label}, but the labels of {type(self.dataset).__name__} "
+                f"say {int(self.labels[index])}: give the data set an attribute `labels` with the "
+                "labels that its items have"
             )
 
-
-def is_decoding_error(error: Exception) -> bool:
-    """Whether an error of an image decoder says "this file is damaged".
-
-    Pillow raises OSError without an errno for damaged data (SyntaxError for some PNG files); an
-    OSError with an errno comes from the system (a lost disk, too many open files) and is no
-    property of the image.
-    """
-    if isinstance(error, OSError):
-        return error.errno is None
-    return isinstance(error, SyntaxError) or type(error).__name__ == "DecompressionBombError"
+    def _check_shapes(self, items: list[tuple[Tensor, int, int]]) -> None:
+        for image, _, index in items:
+            if image.shape != items[0][0].shape:
+                raise ValueError(
+                    f"{name_of(self.dataset, index)} has shape {list(image.shape)} and others of "
+                    f"its batch {list(items[0][0].shape)}: give the data set a transform with one "
+                    "size"
+                )
 
 
 def mixed_seed(seed: int, position: int, index: int) -> int:

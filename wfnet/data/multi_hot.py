@@ -68,12 +68,6 @@ class MultiLabelTensors(TensorImages):
         self.multi_hot = multi_hot.bool()
         super().__init__(images, rarest_labels(self.multi_hot), classes, **options)
 
-    def select(self, indices: Tensor) -> "MultiLabelTensors":
-        chosen = object.__new__(type(self))
-        chosen.__dict__.update(super().select(indices).__dict__)
-        chosen.multi_hot = self.multi_hot[indices]
-        return chosen
-
 
 class MultiLabelFiles(EncodedFiles):
     """Image files under `root` with the labels of a file there, decoded when asked for.
@@ -84,8 +78,6 @@ class MultiLabelFiles(EncodedFiles):
     Raises FileNotFoundError for a missing file of labels or image, ValueError for a file that is
     damaged or names another class.
     """
-
-    _per_image = ("labels", "multi_hot", "_files")
 
     def __init__(
         self,
@@ -99,31 +91,31 @@ class MultiLabelFiles(EncodedFiles):
         if path is None:
             raise FileNotFoundError(f"{root} has neither {' nor '.join(LABEL_FILES)}")
         table = read_labels(path)
-        names = sorted({name for labels in table.values() for name in labels})
-        if classes is not None:
-            unknown = [name for name in names if name not in set(classes)]
-            if unknown:
-                raise ValueError(f"{path} has the class {unknown[0]!r}, unknown to the other parts")
-            names = list(classes)
-        if len(names) < 2:
-            raise ValueError(f"{path} names {len(names)} classes; there must be at least 2")
         known = {image: labels for image, labels in table.items() if labels}
         if len(known) < len(table):
             logger.warning("%s: %d images have no label: left out", path, len(table) - len(known))
         for image in known:
             if not (root / image).is_file():
                 raise FileNotFoundError(f"{root / image} does not exist, but {path} names it")
+        names = sorted({name for labels in known.values() for name in labels})
+        if classes is not None:
+            unknown = sorted(set(names) - set(classes))
+            if unknown:
+                raise ValueError(f"{path} has the class {unknown[0]!r}, unknown to the other parts")
+            names = list(classes)
+        if len(names) < 2:
+            raise ValueError(f"{path} names {len(names)} classes; there must be at least 2")
         number = {name: index for index, name in enumerate(names)}
         multi_hot = torch.zeros(len(known), len(names), dtype=torch.bool)
         for row, labels in enumerate(known.values()):
             multi_hot[row, [number[name] for name in labels]] = True
-        self.multi_hot = multi_hot
         try:
             labels = rarest_labels(multi_hot)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         files = [os.fsencode(image) for image in known]
         super().__init__(root, files, labels, names, transform, channels)
+        self.multi_hot = multi_hot
 
 
 def find_labels(root: Path) -> Path | None:

@@ -1,13 +1,13 @@
 """Training, validation and test parts, and how they are drawn."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from wfnet.data.class_names import in_known_order
-from wfnet.data.dataset import Dataset, select
+from wfnet.data.class_names import numbers_by_name
+from wfnet.data.dataset import Dataset, LabelledImages, Selection, select
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,19 @@ class Splits:
 
         Raises ValueError if the names are others than those that `origin` knows.
         """
-        parts = {
-            part: in_known_order(getattr(self, part), known, self.name, origin)
-            for part in ("train", "validation", "test")
-        }
-        return replace(self, **parts, classes=list(known))
+        numbers = numbers_by_name(self.classes, known, self.name, origin)
+        return self.renumbered(numbers, known)
+
+    def renumbered(self, numbers: Tensor, classes: Sequence[str]) -> "Splits":
+        """Returns the parts with `numbers[k]` as the label of class k; `classes` are its names."""
+        if list(classes) == self.classes:
+            return self
+        parts = (
+            part if isinstance(part, LabelledImages) else Selection(part)
+            for part in (self.train, self.validation, self.test)
+        )
+        train, validation, test = (part.renumbered(numbers, classes) for part in parts)
+        return Splits(train, validation, test, list(classes), self.name, self.seed)
 
     def __str__(self) -> str:
         return (
@@ -57,23 +65,28 @@ def stratified_split(
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"the held-out fraction must lie between 0 and 1, got {fraction}")
-    generator = torch.Generator().manual_seed(seed)
+    if not len(labels):
+        raise ValueError("there are no images to split")
     rest, held_out = [], []
-    for label in labels.unique().tolist():
-        positions = (labels == label).nonzero().flatten()
+    for label, positions in _shuffled_classes(labels, seed):
         if len(positions) < 2:
             name = label if classes is None else classes[label]
             raise ValueError(
                 f"class {name!r} has a single image and cannot be split in two parts: "
                 "add images of it or leave the class out"
             )
-        positions = positions[torch.randperm(len(positions), generator=generator)]
         count = min(max(round(fraction * len(positions)), 1), len(positions) - 1)
         held_out.append(positions[:count])
         rest.append(positions[count:])
-    if not rest:
-        raise ValueError("there are no images to split")
     return torch.cat(rest).sort().values, torch.cat(held_out).sort().values
+
+
+def _shuffled_classes(labels: Tensor, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """Yields each label with the positions of its images, in an order drawn by seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for label in labels.unique().tolist():
+        positions = (labels == label).nonzero().flatten()
+        yield label, positions[torch.randperm(len(positions), generator=generator)]
 
 
 def split_dataset(dataset: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
@@ -86,11 +99,7 @@ def limit_per_class(labels: Tensor, per_class: int, seed: int) -> Tensor:
     """Positions [n], sorted: at most `per_class` of each class of `labels` [N], drawn by seed."""
     if per_class < 1:
         raise ValueError(f"the limit per class must be 1 or more, got {per_class}")
-    generator = torch.Generator().manual_seed(seed)
-    chosen = []
-    for label in labels.unique().tolist():
-        positions = (labels == label).nonzero().flatten()
-        chosen.append(positions[torch.randperm(len(positions), generator=generator)][:per_class])
+    chosen = [positions[:per_class] for _, positions in _shuffled_classes(labels, seed)]
     return torch.cat(chosen).sort().values if chosen else torch.empty(0, dtype=torch.int64)
 
 

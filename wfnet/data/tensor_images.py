@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wfnet.data.dataset import Batch, check_labels
+from wfnet.data.dataset import Batch, LabelledImages, check_labels
 
 # Above this many bytes, resized images are not kept: they are resized again on each access.
 RESIZED_BYTES = 2 << 30
@@ -14,7 +14,7 @@ RESIZED_BYTES = 2 << 30
 LUMA = (0.299, 0.587, 0.114)
 
 
-class TensorImages(torch.utils.data.Dataset):
+class TensorImages(LabelledImages):
     """A data set held as one tensor; `batch(indices)` equals `(images / 255 - mean) / std`.
 
     images:   [N, C, H, W], uint8 (0..255) or floating point (0..1); kept as it is.
@@ -26,6 +26,8 @@ class TensorImages(torch.utils.data.Dataset):
 
     Raises ValueError for shapes, types or labels that do not fit.
     """
+
+    per_image = ("labels", "multi_hot", "images")
 
     def __init__(
         self,
@@ -69,9 +71,6 @@ class TensorImages(torch.utils.data.Dataset):
         self._scale = (1.0 / (255.0 if images.dtype == torch.uint8 else 1.0) / std).float()
         self._offset = (-mean / std).float()
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
     def batch(self, indices: Tensor) -> Batch:
         """Images [n, channels, H, W] float32, labels [n] and the indices [n] themselves."""
         images = self.images[indices]
@@ -83,14 +82,6 @@ class TensorImages(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         batch = self.batch(torch.tensor([index]))
         return batch.images[0], int(batch.labels[0])
-
-    def select(self, indices: Tensor) -> "TensorImages":
-        """The chosen images as a data set of their own (a copy)."""
-        chosen = object.__new__(TensorImages)
-        chosen.__dict__.update(self.__dict__)
-        chosen.images = self.images[indices]
-        chosen.labels = self.labels[indices]
-        return chosen
 
 
 def _per_channel(value: float | Sequence[float], channels: int, what: str) -> Tensor:

@@ -34,7 +34,7 @@ def evaluation_transform(
         raise ValueError(f"crop_pct must lie in (0, 1], got {crop_pct}")
     return v2.Compose(
         [
-            v2.Resize(math.floor(size / crop_pct), _interpolation(v2, interpolation)),
+            v2.Resize(math.floor(size / crop_pct), v2.InterpolationMode(interpolation)),
             v2.CenterCrop(size),
             *_to_tensor(v2, mean, std),
         ]
@@ -51,11 +51,10 @@ def training_transform(
 ) -> Transform:
     """A random crop of `scale` of the area, resized to `size`, mirrored with probability `flip`."""
     v2 = require("torchvision.transforms.v2", "train")
+    mode = v2.InterpolationMode(interpolation)
     return v2.Compose(
         [
-            v2.RandomResizedCrop(
-                size, scale=scale, interpolation=_interpolation(v2, interpolation)
-            ),
+            v2.RandomResizedCrop(size, scale=scale, interpolation=mode),
             v2.RandomHorizontalFlip(flip),
             *_to_tensor(v2, mean, std),
         ]
@@ -68,13 +67,6 @@ def _to_tensor(v2: Any, mean: Sequence[float], std: Sequence[float]) -> list[Any
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(mean), list(std)),
     ]
-
-
-def _interpolation(v2: Any, name: str) -> Any:
-    choices = {mode.value: mode for mode in v2.InterpolationMode}
-    if name not in choices:
-        raise ValueError(f"interpolation {name!r} is unknown: choose one of {sorted(choices)}")
-    return choices[name]
 
 
 def model_data_config(model: torch.nn.Module) -> dict[str, Any]:
