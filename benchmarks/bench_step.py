@@ -49,14 +49,12 @@ from wfnet.benchmarking.steps import (
     make_problem,
     measure,
     print_table,
-    roofline_of,
-    summary,
 )
 from wfnet.cli.classifier import create_classifier
 from wfnet.services.files import write_json
 
 _SETTINGS = ("image_size", "batch_size", "label_expansion", "classes", "share_images", "device")
-_SETTINGS += ("channels_last", "repeats", "copy_limit", "seed")
+_SETTINGS += ("channels_last", "repeats", "seed")
 
 
 def draw(record: dict, path: Path) -> None:
@@ -106,10 +104,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--classes", type=int, default=10)
     add("--channels-last", action=switch, default=True)
     add("--columns", nargs="+", choices=COLUMNS, default=[*BASELINES, *OURS])
-    help_text = (
-        "masked weight copies that loop, grouped and vmap may make (2 on a CPU, 24 on a GPU)"
-    )
-    add("--copy-limit", type=float, metavar="GIB", help=help_text)
     add("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     try:
@@ -134,8 +128,7 @@ def main(argv: list[str] | None = None) -> dict:
                 name, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
             )
             problem = make_problem(model, args.measured, stack)
-            columns = measure(problem, args.columns)
-            result = summary(columns, len(problem.batch), roofline_of(problem, rates))
+            result = measure(problem, args.columns, rates)
         record["networks"][name] = result
         print_table(name, result)
         if args.output:  # after every network: a run that is ended keeps what it has

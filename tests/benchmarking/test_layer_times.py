@@ -1,7 +1,6 @@
 import contextlib
 
 import pytest
-import torch
 
 from wfnet.benchmarking import layer_times
 from wfnet.benchmarking.steps import StepSettings, make_problem
@@ -56,26 +55,3 @@ def test_a_backend_that_fails_or_is_wrong_has_no_times(problem, monkeypatch):
     assert failed["wrong"] == "computes something else: gradients differ by 1.0e+00"
     assert "cannot run" in failed["cuda"]
     assert all(set(call.milliseconds) == {"eager"} for call in calls)
-
-
-def test_calls_inside_of_calls_are_part_of_them():
-    class Inner:
-        def linear(self, x):
-            return self.conv2d(x) + 1
-
-        def conv2d(self, x):
-            return 2 * x
-
-        conv2d_dgrad = linear_backward = conv2d
-
-    inner, seen = Inner(), []
-
-    def around(method, arguments, call):
-        seen.append((method, arguments))
-        return call()
-
-    with layer_times.watched(inner, around):
-        assert inner.linear(torch.tensor(3)) == 7
-    assert [method for method, _ in seen] == ["linear"]
-    inner.linear(torch.tensor(3))
-    assert len(seen) == 1

@@ -11,13 +11,12 @@ timm = pytest.importorskip("timm")
 
 # Rates of one H200 in bf16; 256 images, half of them under three rows each: 512 samples.
 H200 = roofline.Rates(flops=790e12, bandwidth=4.3e12, element=2)
-# Expanded samples per second: fused, with v kept, nothing fused.
+# Expanded samples per second: fused, with v kept.
 PUBLISHED = {
-    "resnet18": (87_600, 80_600, 29_600),
-    "resnet50": (25_300, 21_600, 7_400),
-    "vgg16": (11_200, 11_000, 5_700),
-    "vit_tiny_patch16_224": (72_000, None, 42_900),
-    "vit_small_patch16_224": (31_200, None, 18_500),
+    "resnet18": (87_600, 80_600),
+    "resnet50": (25_300, 21_600),
+    "vgg16": (11_200, 11_000),
+    "vit_small_patch16_224": (31_200, None),
 }
 
 
@@ -31,10 +30,9 @@ def test_published_rooflines(name: str):
     with torch.device("meta"):
         net = wfnet.WFNet(timm.create_model(name), 1000)
     found = [rate(net, kind) for kind in roofline.KINDS]
-    for value, expected, tolerance in zip(found, PUBLISHED[name], (0.02, 0.02, 0.05), strict=True):
-        if expected is not None:
-            assert abs(value / expected - 1) < tolerance, (name, found)
-    assert found[0] > found[1] > found[2]
+    for value, expected in zip(found, PUBLISHED[name], strict=True):
+        assert expected is None or abs(value / expected - 1) < 0.02, (name, found)
+    assert found[0] > found[1]
 
 
 def test_counts_of_one_convolution_by_hand():

@@ -64,10 +64,11 @@ def test_a_column_that_fails_costs_no_other(monkeypatch, tmp_path):
         return run if name == "wfnet/eager/unfused" else step
 
     monkeypatch.setattr(steps, "make_step", failing)
+    monkeypatch.setitem(steps._MOST_COPIED, "cpu", 1e-6)
     arguments = ["--models", "small/resnet", "--image-size", "16", "-b", "4", "-M", "1"]
     arguments += ["--repeats", "4", "--device", "cpu", "--output", str(tmp_path / "step.json")]
     columns = ["wfnet/eager/unfused", "loop", "eager"]
-    bench_step.main([*arguments, "--copy-limit", "1e-6", "--columns", *columns])
+    bench_step.main([*arguments, "--columns", *columns])
     rows = json.loads((tmp_path / "step.json").read_text())["networks"]["small/resnet"]["columns"]
     assert rows["wfnet/eager/unfused"]["impossible"] == "CompilerError: out of registers"
     assert "one masked weight copy per sample needs" in rows["loop"]["impossible"]

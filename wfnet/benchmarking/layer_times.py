@@ -136,9 +136,10 @@ class BackendRun:
         """One step that notes shapes and work of every call; returns :meth:`step`'s gradients."""
         per_image = roofline.elements_per_image(self.net.model, self.problem.settings.image_size)
 
-        def note(layer: str, method: str, arguments: tuple, compute: Callable) -> object:
+        def note(method: str, arguments: tuple, compute: Callable) -> object:
             result = compute()
-            module, direction = self.net.masked_layers[layer], METHODS[method]
+            layer, direction = self._layer_of(arguments), METHODS[method]
+            module = self.net.masked_layers[layer]
             first = next(tensors_of(arguments))
             products = per_image[module][1] * module.weight[0].numel() * first.shape[0]
             moved = {
@@ -151,42 +152,37 @@ class BackendRun:
             calls.setdefault((layer, direction), call)
             return result
 
-        return self._watch(note)
+        with watched(self.backend, note):
+            return self.step()
 
     def times(self) -> list[tuple[tuple[str, str], float]]:
         """Returns layer, direction and milliseconds of every call of one step."""
-        found: list[tuple[tuple[str, str], Callable[[], float]]] = []
         cuda = self.problem.device.type == "cuda"
+        found: list[tuple[tuple[str, str], object, object]] = []
 
-        def clocked(layer: str, method: str, arguments: tuple, compute: Callable) -> object:
-            key = layer, METHODS[method]
-            if cuda:
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                result = compute()
-                end.record()
-                found.append((key, functools.partial(start.elapsed_time, end)))
-                return result
-            start = time.perf_counter()
+        def now() -> object:
+            if not cuda:
+                return time.perf_counter()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+
+        def clocked(method: str, arguments: tuple, compute: Callable) -> object:
+            key = self._layer_of(arguments), METHODS[method]
+            start = now()
             result = compute()
-            milliseconds = (time.perf_counter() - start) * 1e3
-            found.append((key, lambda: milliseconds))
+            found.append((key, start, now()))
             return result
 
         if cuda:
             torch.cuda.synchronize()
             torch.cuda._sleep(_HEAD_START)
-        self._watch(clocked)
+        with watched(self.backend, clocked):
+            self.step()
         if cuda:
             torch.cuda.synchronize()
-        return [(key, elapsed()) for key, elapsed in found]
-
-    def _watch(self, around: Callable[[str, str, tuple, Callable], object]) -> Tensor:
-        def named(method: str, arguments: tuple, compute: Callable) -> object:
-            return around(self._layer_of(arguments), method, arguments, compute)
-
-        with watched(self.backend, named):
-            return self.step()
+            return [(key, start.elapsed_time(end)) for key, start, end in found]
+        return [(key, (end - start) * 1e3) for key, start, end in found]
 
     def _layer_of(self, arguments: tuple) -> str:
         """Returns the layer whose filter is among the arguments."""

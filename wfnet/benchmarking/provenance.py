@@ -27,11 +27,12 @@ def provenance(device: torch.device | str, command: Sequence[str]) -> dict[str, 
     device = torch.device(device)
     found: dict[str, str | None] = {
         "device": device_name(device),
-        "clocks": clocks(device),
         "python": platform.python_version(),
-        "driver": _nvidia_smi(device, "driver_version") if device.type == "cuda" else None,
-        "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
+    if device.type == "cuda":
+        found["driver"] = _nvidia_smi(device, "driver_version")
+        found["clocks"] = _nvidia_smi(device, "clocks.sm,clocks.mem,power.limit")
+        found["cuda"] = torch.version.cuda
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -82,18 +83,6 @@ def device_name(device: torch.device) -> str:
             name = line.partition(":")[2].strip()
             break
     return f"{name}, {torch.get_num_threads()} threads"
-
-
-def clocks(device: torch.device) -> str:
-    """Returns clock rates now: a GPU's as its driver tells them, the mean over a CPU's cores."""
-    if device.type == "cuda":
-        return _nvidia_smi(device, "clocks.sm,clocks.mem,power.limit")
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    rates = [float(line.partition(":")[2]) for line in lines if line.startswith("cpu MHz")]
-    return f"{sum(rates) / len(rates):.0f} MHz" if rates else "unknown"
 
 
 def _nvidia_smi(device: torch.device, query: str) -> str:

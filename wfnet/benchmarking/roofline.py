@@ -2,13 +2,11 @@
 
 A network becomes a list of operations (GEMMs with what their epilogues may do, poolings,
 attention, passes). An operation takes at least ``max(flops / rate, bytes / bandwidth)``; the
-roofline of a step is the sum over its forward and input-gradient operations. Three of them:
+roofline of a step is the sum over its forward and input-gradient operations. Two of them:
 
     fused           every elementwise operation is part of a GEMM; only operands are read and
                     only results that somebody needs are written
     fused_with_v    the same, and every masked layer also writes its branch v = A * u
-    nothing_fused   convolution, mask, BatchNorm, residual sum, activation and their backward are
-                    passes of their own, each reading and writing what it must
 
 Bytes are counted per expanded sample, except for what comes before the first mask: that is read
 (and computed) once per source image.
@@ -27,7 +25,7 @@ import wfnet
 from wfnet import fusion
 from wfnet.benchmarking.timing import timed
 
-KINDS = ("fused", "fused_with_v", "nothing_fused")
+KINDS = ("fused", "fused_with_v")
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,6 @@ def _convolutional(plan: fusion.Plan, shapes: dict, kind: str) -> list[Operation
         flops, weights = 2 * o * conv.weight[0].numel(), conv.weight.numel()
         read = {"source_elements": i} if step.at_source else {}
         x = 0 if step.at_source else i
-        if kind == "nothing_fused":
-            operations.append(Operation(flops, x + o, weights, **read))
-            operations.append(Operation(0, _passes(step) * o))
-            if not step.at_source:
-                operations.append(Operation(flops, i + o, weights))
-            continue
         kept = o if kind == "fused_with_v" else 0
         residual = 0 if step.residual is None else o
         operations.append(Operation(flops, x + o + residual + kept, weights, **read))
@@ -145,22 +137,6 @@ def _convolutional(plan: fusion.Plan, shapes: dict, kind: str) -> list[Operation
     return operations
 
 
-def _passes(step: fusion.ConvStep) -> int:
-    """Reads and writes of the output where nothing is fused, forward and backward."""
-    passes = 2 + 4  # mask; its backward: product and sum for the gate
-    if not step.at_source:
-        passes += 2  # and for the input
-    if step.layer.bias is not None:
-        passes += 2
-    if step.norm is not None:
-        passes += 2 + 3
-    if step.residual is not None:
-        passes += 3 + 3  # the sum; the sum of both gradients
-    if step.relu:
-        passes += 2 + 3
-    return passes
-
-
 def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
     embed = model.patch_embed.proj
     image, patches = shapes[embed]
@@ -168,7 +144,6 @@ def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
     e = shapes[blocks[0]][1]  # tokens x width
     width = model.embed_dim
     tokens = e // width
-    loose = kind == "nothing_fused"
     kept = 3 * e if kind == "fused_with_v" else 0
     operations = [Operation(2 * patches * embed.weight[0].numel(), image + e, at_source=True)]
 
@@ -185,27 +160,17 @@ def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
         # Forward. LayerNorm is a pass of its own in every roofline: a row of it spans all tiles.
         passes(2 * e, at_source=first)
         gemm(width, 3 * width, 4 * e + kept)
-        if loose:
-            passes(12 * e)  # scale, then shift, of three projections
         operations.append(Operation(4 * tokens * e, 4 * e))
-        gemm(width, width, 2 * e + (0 if loose else e))
-        passes(2 * e + (3 * e if loose else 0))
-        gemm(width, hidden, e + (h if loose else 2 * h))
-        if loose:
-            passes(2 * h)
-        gemm(hidden, width, h + e + (0 if loose else e))
-        if loose:
-            passes(3 * e)
+        gemm(width, width, 3 * e)
+        passes(2 * e)
+        gemm(width, hidden, e + 2 * h)
+        gemm(hidden, width, h + 2 * e)
         # Backward.
-        gemm(hidden, width, e + (h if loose else 2 * h))
-        if loose:
-            passes(3 * h)
+        gemm(hidden, width, e + 2 * h)
         gemm(width, hidden, h + e)
         passes(4 * e)
         gemm(width, width, 2 * e)
         operations.append(Operation(10 * tokens * e, 8 * e))
-        if loose:
-            passes(21 * e)
         if first:
             passes(6 * e)
         else:

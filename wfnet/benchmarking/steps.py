@@ -9,7 +9,7 @@ import logging
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -56,23 +56,15 @@ AUTO = tuple(f"wfnet/auto/{how}" for how, fuse in _FUSE.items() if fuse != "comp
 COLUMNS = (*BASELINES, *OURS, *AUTO)
 _OBJECTIVE = BalancedObjective(distil=False)
 _LR = 1e-3
+# GiB of masked weight copies that `loop`, `grouped` and `vmap` may make; 2 on a CPU.
+_MOST_COPIED = {"cuda": 24}
 
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What is measured.
+    """What is measured: random images of a size, n of them in a minibatch, M rows of each.
 
-    Attributes:
-        image_size: pixels a side.
-        batch_size: images n of a minibatch, even.
-        label_expansion: M.
-        classes: of the network.
-        share_images: the same n / 2 images serve both halves.
-        device, dtype, channels_last: of everything; a 16-bit dtype is that of autocast.
-        repeats: timed steps of each column.
-        copy_limit: GiB of masked weight copies that `loop`, `grouped` and `vmap` may make; None: 2
-            on a CPU, 24 on a device.
-        seed: of weights, filters, images and labels.
+    A 16-bit dtype is that of autocast; ``seed`` is that of weights, filters, images and labels.
 
     Raises:
         ValueError: for an odd batch or no repeats.
@@ -87,7 +79,6 @@ class StepSettings:
     dtype: torch.dtype = torch.float32
     channels_last: bool = True
     repeats: int = 15
-    copy_limit: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,13 +86,6 @@ class StepSettings:
             raise ValueError(f"-b must be an even number of at least 2, got {self.batch_size}")
         if self.repeats < 1:
             raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
-
-    @property
-    def most_copied(self) -> float:
-        """GiB; see ``copy_limit``."""
-        if self.copy_limit is not None:
-            return self.copy_limit
-        return 24 if self.device.startswith("cuda") else 2
 
 
 @dataclass
@@ -122,31 +106,6 @@ class Problem:
     def autocast(self) -> torch.autocast:
         dtype = self.settings.dtype
         return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
-
-
-@dataclass
-class Column:
-    """What one column of a network came to.
-
-    Attributes:
-        impossible: why it cannot run here, in one sentence; None if it can.
-        milliseconds: of each timed step.
-        prepare_seconds: making it and its first steps: compiling, choosing kernels, capturing.
-        pool_mebibytes: memory that its CUDA graphs keep for themselves.
-        peak_mebibytes: largest amount of tensor memory that a step adds, those pools included.
-        kernels: of a step on a CUDA device, the longest first.
-        first_loss: by which columns are compared before anything is timed.
-        wrong: it differs from the others'.
-    """
-
-    impossible: str | None = None
-    milliseconds: list[float] = field(default_factory=list)
-    prepare_seconds: float | None = None
-    pool_mebibytes: float = 0.0
-    peak_mebibytes: float | None = None
-    kernels: list[KernelTime] | None = None
-    first_loss: float | None = None
-    wrong: bool = False
 
 
 # -- the network and its steps ---------------------------------------------------------------------
@@ -256,10 +215,10 @@ def make_step(problem: Problem, name: str) -> Step:
     if kind in step_baselines.COPYING:
         # The copy itself, and its gradient while the layer's backward runs.
         needed = step_baselines.copied_bytes(problem.net, len(problem.batch)) / 2**30
-        if needed > problem.settings.most_copied:
+        most = _MOST_COPIED.get(problem.device.type, 2)
+        if needed > most:
             raise ValueError(
-                f"one masked weight copy per sample needs {needed:.1f} GiB "
-                f"(--copy-limit {problem.settings.most_copied:g})"
+                f"one masked weight copy per sample needs {needed:.1f} GiB, more than {most}"
             )
     model = step_baselines.baseline(problem.net, kind, problem.batch.forget)
     if name != kind:
@@ -270,120 +229,113 @@ def make_step(problem: Problem, name: str) -> Step:
 
 # -- measuring -------------------------------------------------------------------------------------
 
+_KERNELS_WRITTEN, _KERNELS_SHOWN = 40, 10
 
-def first_steps(problem: Problem, names: list[str]) -> tuple[dict[str, Step], dict[str, Column]]:
-    """Makes every column and runs it a few times: compiles, warms up, notes its first loss."""
-    steps, columns = {}, {}
+
+def measure(problem: Problem, names: list[str], rates: roofline.Rates) -> dict:
+    """Times the columns, interleaved.
+
+    Returns:
+        JSON of one network: its expanded samples, the rates of its rooflines, and per column the
+        numbers, or under ``impossible`` why there are none: it cannot run here, failed, or
+        (``wrong``) computes something else than the others.
+    """
+    steps: dict[str, Step] = {}
+    columns: dict[str, dict] = {}
+    losses: dict[str, float] = {}
     torch._dynamo.reset()  # what earlier networks compiled; not between columns, which stay in use
     for name in names:
         logger.info("preparing %s", name)
-        columns[name] = column = Column()
         before, start = graph_pool_mebibytes(problem.device), time.perf_counter()
         try:
             step = make_step(problem, name)
-            column.first_loss = step().item()
+            losses[name] = step().item()
             for _ in range(1 if name in step_baselines.COPYING else 4):
                 step()
         except Exception as error:  # of compilers, drivers and our own code
             logger.info("%s failed", name, exc_info=True)
-            column.impossible = reason_of(error)
+            columns[name] = {"impossible": reason_of(error)}
             continue
-        column.prepare_seconds = time.perf_counter() - start
-        column.pool_mebibytes = graph_pool_mebibytes(problem.device) - before
         steps[name] = step
-    return steps, columns
-
-
-def check_losses(columns: dict[str, Column], dtype: torch.dtype) -> None:
-    """Marks masked columns that compute something else than most do: a wrong number has no time."""
-    losses = {
-        name: column.first_loss
-        for name, column in columns.items()
-        if column.first_loss is not None and not name.startswith("unmasked")
-    }
-    if not losses:
-        return
-    limit = 1e-3 if dtype is torch.float32 else 5e-2
-    expected = losses.get("eager", statistics.median_low(losses.values()))
-    for name, loss in losses.items():
-        if not abs(loss - expected) <= limit:
-            column = columns[name]
-            column.wrong = True
-            column.impossible = (
-                f"computes something else: its loss is {loss:.4f}, expected {expected:.4f}"
-            )
-
-
-def measure(problem: Problem, names: list[str]) -> dict[str, Column]:
-    """Times all columns, interleaved; those that fail or are wrong say so in ``impossible``."""
-    steps, columns = first_steps(problem, names)
-    check_losses(columns, problem.settings.dtype)
+        columns[name] = {
+            "prepare_seconds": time.perf_counter() - start,
+            "pool_mebibytes": graph_pool_mebibytes(problem.device) - before,
+        }
+    for name, reason in wrong_losses(losses, problem.settings.dtype).items():
+        columns[name] = {"impossible": reason, "wrong": True}
+        steps.pop(name, None)
     repeats = problem.settings.repeats
     few = dict.fromkeys(step_baselines.COPYING, max(3, repeats // 5))
-    right = {name: step for name, step in steps.items() if columns[name].impossible is None}
     milliseconds, failed = interleaved(
-        right, repeats, lambda step: timed(step, problem.device), at_most=few
+        steps, repeats, lambda step: timed(step, problem.device), at_most=few
     )
-    for name, step in right.items():
-        column = columns[name]
-        column.milliseconds, column.impossible = milliseconds[name], failed.get(name)
-        if column.impossible is not None:
-            continue
+    floors = roofline_of(problem, rates)
+    for name, step in steps.items():
         gc.collect()
         try:
-            column.peak_mebibytes = peak_mebibytes(step, problem.device) + column.pool_mebibytes
-            column.kernels = kernels_of(step, problem.device)
+            if name in failed:
+                raise ValueError(failed[name])
+            peak = peak_mebibytes(step, problem.device) + columns[name]["pool_mebibytes"]
+            kernels = kernels_of(step, problem.device)
         except Exception as error:  # of compilers, drivers and our own code
             logger.info("%s failed", name, exc_info=True)
-            column.impossible = reason_of(error)
-    return columns
+            columns[name] = {"impossible": reason_of(error)}
+            continue
+        rate = len(problem.batch) / statistics.median(milliseconds[name]) * 1e3
+        columns[name] |= {
+            "median_ms": statistics.median(milliseconds[name]),
+            "least_ms": min(milliseconds[name]),
+            "largest_ms": max(milliseconds[name]),
+            "samples_per_second": rate,
+            "share_of_floor": rate / floors["fused_with_v"] if "fused_with_v" in floors else None,
+            "peak_mebibytes": peak,
+            "milliseconds": milliseconds[name],
+            **launches_of(kernels),
+        }
+    return {
+        "expanded_samples": len(problem.batch),
+        "floor_samples_per_second": floors,
+        "columns": columns,
+    }
+
+
+def wrong_losses(losses: dict[str, float], dtype: torch.dtype) -> dict[str, str]:
+    """Returns the masked columns that compute something else than most do, and what they do."""
+    masked = {name: loss for name, loss in losses.items() if not name.startswith("unmasked")}
+    limit = 1e-3 if dtype is torch.float32 else 5e-2
+    expected = masked.get("eager", statistics.median_low(masked.values()) if masked else 0.0)
+    return {
+        name: f"computes something else: its loss is {loss:.4f}, expected {expected:.4f}"
+        for name, loss in masked.items()
+        if not abs(loss - expected) <= limit
+    }
+
+
+def launches_of(kernels: list[KernelTime] | None) -> dict[str, object]:
+    """Returns JSON of the kernels of a step; copies and fills of memory are no launches."""
+    if kernels is None:
+        return {"kernel_launches": None}
+    started = [kernel for kernel in kernels if not kernel.name.startswith(("Memcpy", "Memset"))]
+    return {
+        "kernel_launches": sum(kernel.launches for kernel in started),
+        "kernels": [asdict(kernel) for kernel in kernels[:_KERNELS_WRITTEN]],
+    }
 
 
 def roofline_of(problem: Problem, rates: roofline.Rates) -> dict[str, float | str]:
     """Returns expanded samples per second that each roofline allows, or why it is not counted."""
     samples, sources = len(problem.batch), problem.images.shape[0]
-    found: dict[str, float | str] = {}
-    for kind in roofline.KINDS:
-        try:
-            operations = roofline.operations_of(problem.net, problem.settings.image_size, kind)
-        except ValueError as error:
-            return {"none": str(error)}
-        found[kind] = samples / roofline.least_seconds(operations, samples, sources, rates)
-    return found
-
-
-# -- results ---------------------------------------------------------------------------------------
-
-_KERNELS_WRITTEN, _KERNELS_SHOWN = 40, 10
-
-
-def summary(columns: dict[str, Column], samples: int, floor: dict[str, float | str]) -> dict:
-    """Returns JSON of one network: per column its numbers, or why there are none."""
-    rows: dict[str, dict] = {}
-    for name, column in columns.items():
-        if column.impossible is not None:
-            rows[name] = {"impossible": column.impossible, "wrong": column.wrong}
-            continue
-        median = statistics.median(column.milliseconds)
-        rate = samples / median * 1e3
-        rows[name] = {
-            "median_ms": median,
-            "least_ms": min(column.milliseconds),
-            "largest_ms": max(column.milliseconds),
-            "samples_per_second": rate,
-            "share_of_floor": rate / floor["fused_with_v"] if "fused_with_v" in floor else None,
-            "peak_mebibytes": column.peak_mebibytes,
-            "kernel_launches": None,
-            "prepare_seconds": column.prepare_seconds,
-            "milliseconds": column.milliseconds,
+    try:
+        counted = {
+            kind: roofline.operations_of(problem.net, problem.settings.image_size, kind)
+            for kind in roofline.KINDS
         }
-        if column.kernels is not None:
-            copies = ("Memcpy", "Memset")
-            rows[name]["kernel_launches"] = sum(
-                one.launches for one in column.kernels if not one.name.startswith(copies)
-            )
-            rows[name]["kernels"] = [asdict(one) for one in column.kernels[:_KERNELS_WRITTEN]]
-    return {"expanded_samples": samples, "floor_samples_per_second": floor, "columns": rows}
+    except ValueError as error:
+        return {"none": str(error)}
+    return {
+        kind: samples / roofline.least_seconds(operations, samples, sources, rates)
+        for kind, operations in counted.items()
+    }
 
 
 def print_table(name: str, result: dict) -> None:

@@ -19,8 +19,6 @@ from wfnet.benchmarking.steps import (
     make_problem,
     measure,
     print_table,
-    roofline_of,
-    summary,
 )
 from wfnet.benchmarking.timing import choose_convolutions_by_trial, interleaved, timed
 from wfnet.cli.classifier import create_classifier
@@ -140,8 +138,7 @@ def run(options: argparse.Namespace) -> int:
         )
         with contextlib.ExitStack() as stack:
             problem = make_problem(model, settings, stack)
-            measured = measure(problem, columns)
-            result = summary(measured, len(problem.batch), roofline_of(problem, rates))
+            result = measure(problem, columns, rates)
             forward = infer_milliseconds(problem)
             rows += table_rows(name, problem, result["columns"], forward)
         print_table(name, result)
