@@ -229,7 +229,7 @@ def _by_class(
         for check in checks:
             record = records.get(check.name)
             value = record and record.forgetful.get(check.headline)
-            values.append((value, record and record.distance(check.headline)))
+            values.append((value, record and record.row(check.headline)["distance"]))
         rows.append((index, next(iter(records.values())).name, values))
     return rows
 
