@@ -208,19 +208,3 @@ def test_the_checkpoint_default_is_restored_after_an_error():
     assert checkpoint.__wrapped__.__kwdefaults__["context_fn"] is noop_context_fn
     with pytest.raises(RuntimeError):
         active_selection()
-
-
-def test_reentrant_checkpointing_raises():
-    class Saves(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = nn.Conv2d(3, 4, 3)
-            self.head = nn.Linear(4, CLASSES)
-
-        def forward(self, x):
-            x.requires_grad_()
-            return self.head(checkpoint(self.conv, x, use_reentrant=True).mean((2, 3)))
-
-    net = wfnet.WFNet(Saves(), CLASSES)
-    with pytest.raises((RuntimeError, ValueError)):
-        net(IMAGES.clone(), 1).sum().backward()

@@ -68,16 +68,6 @@ def test_runs_of_a_few_steps(steps):
     assert not torch.equal(model.fc.weight, before)
 
 
-def test_autocast_is_used_in_training_and_asked_for_in_accuracy():
-    model, kinds = create("vgg", 2, width=8, seed=0), []
-    model.register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
-    fit_classifier(model, tiny(), 1, batch_size=8, amp="bfloat16")
-    accuracy(model, tiny())
-    accuracy(model, tiny(), amp="bfloat16")
-    assert kinds[0] == kinds[-1] == torch.bfloat16
-    assert kinds[-2] == torch.float32
-
-
 def test_a_lost_run_says_so():
     data = tiny()
     data.images[3, 0, 0, 0] = math.nan

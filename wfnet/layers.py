@@ -45,25 +45,15 @@ def registered(kind: type, registry: Registry) -> type[MaskedLayer] | None:
     return registry.get(kind) or registry.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def _plain_weight_remedy(layer: nn.Module) -> str:
-    """Returns the call that turns the computed weight of ``layer`` into a parameter."""
-    if "weight_mask" in layer._buffers:
-        return "torch.nn.utils.prune.remove(layer, 'weight')"
-    if "weight_g" in layer._parameters:
-        return "torch.nn.utils.remove_weight_norm(layer)"
-    if "weight_u" in layer._buffers:
-        return "torch.nn.utils.remove_spectral_norm(layer)"
-    return "torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight')"
-
-
 def _check_plain(layer: nn.Module) -> None:
     """Raises ValueError unless the weight of ``layer`` is a parameter that has its shape."""
     if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
         raise ValueError(f"{type(layer).__name__} has no weight yet; run the model once first")
     if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         raise ValueError(
-            f"the weight of this {type(layer).__name__} is computed; make it a plain "
-            f"parameter first: {_plain_weight_remedy(layer)}"
+            f"the weight of this {type(layer).__name__} is computed; make it a plain parameter "
+            "first: remove_parametrizations of torch.nn.utils.parametrize, or remove_weight_norm, "
+            "remove_spectral_norm or prune.remove of torch.nn.utils"
         )
 
 

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -47,7 +46,7 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
         "soft_init": net.soft_init,
         "filters_digest": filters_digest(net),
     }
-    # The filters carry a copy, so that a save interrupted between the two files is noticed.
+    # The filters carry a copy, from which a lost configuration can be restored.
     metadata = {"format": "pt", "wf_config": json.dumps(config)}
     write_tensors(folder / FILTERS_NAME, tensors, metadata)
     write_json(folder / CONFIG_NAME, config)
@@ -86,24 +85,6 @@ def read_config(folder: str | os.PathLike) -> dict:
     return config
 
 
-def _check_belongs_together(folder: Path, config: dict) -> None:
-    """Filters under another configuration's gate_scale would be wrong in silence."""
-    try:
-        with safetensors.safe_open(folder / FILTERS_NAME, "pt") as file:
-            written = json.loads((file.metadata() or {}).get("wf_config", "null"))
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"the header of {folder / FILTERS_NAME} is damaged ({error}); restore the file from a "
-            "copy or save again"
-        ) from error
-    if written is not None and written != config:
-        raise ValueError(
-            f"{folder / CONFIG_NAME} was not written together with {FILTERS_NAME} (was a save "
-            "interrupted, or the file edited?); save again, or restore it from the entry "
-            "wf_config in the metadata of the safetensors file"
-        )
-
-
 def load_filters(
     cls: type[WFNet], folder: str | os.PathLike, base_model: nn.Module, backend: str
 ) -> WFNet:
@@ -111,7 +92,6 @@ def load_filters(
     folder = Path(folder)
     config = read_config(folder)
     tensors = read_tensors(folder / FILTERS_NAME)
-    _check_belongs_together(folder, config)
     found = fingerprint(base_model)
     if found != config["base_fingerprint"]:
         raise ValueError(
@@ -137,8 +117,9 @@ def load_filters(
     # Files of earlier versions have no digest.
     if config.get("filters_digest", "") not in ("", digest(tensors)):
         raise ValueError(
-            f"{folder / FILTERS_NAME} is damaged or belongs to another run: its tensors are not "
-            f"those that {CONFIG_NAME} was written with; restore both from a copy or save again"
+            f"{folder / FILTERS_NAME} was not written together with {CONFIG_NAME}, or is damaged "
+            "(was a save interrupted?); save again, or restore the configuration from the entry "
+            "wf_config in the metadata of the filters"
         )
     return net
 
