@@ -1,9 +1,6 @@
-"""Folders of JPEG files to train and untrain on: rendered characters, or pictures of nothing.
+"""Folders of JPEG files to untrain on, for wall time alone: pictures of nothing.
 
-Up to 100 classes are characters (:mod:`wfnet.data.glyphs`, grey, in files of three channels): a
-classifier learns them soon, so that what was forgotten and retained can be measured. More classes
-are noise with the spectrum of photographs, whose files decode as photographs do: for wall time
-alone.
+They are noise with the spectrum of photographs, whose files decode as photographs do.
 
 Files are written by all cores. A folder says when it is complete; one that is not is made anew.
 """
@@ -23,13 +20,11 @@ import torch
 from bench_data import photograph
 from PIL import Image
 
-from wfnet.data.glyphs import HUNDRED, characters_of, render
 from wfnet.services.files import write_json
 
 PARTS = ("train", "val", "test")
 _COMPLETE = "complete.json"
 _QUALITY = 90
-_NOISE = 0.15  # on characters
 _AT_ONCE = 64  # files that are rendered together
 _PICTURES = 32  # of each process; a file is one of them, moved, mirrored, its colours exchanged
 _BYTES_PER_PIXEL = 0.8  # of a file, no less than they take
@@ -40,7 +35,6 @@ class ImageFolder:
     """What a folder is to hold.
 
     Attributes:
-        classes: above 100 the images show nothing.
         train, val, test: images of each class in each part.
         pixels: of the files, a side.
 
@@ -61,10 +55,6 @@ class ImageFolder:
                 f"{self.classes} classes with {self.train}, {self.val} and {self.test} images of "
                 f"{self.pixels} pixels"
             )
-
-    @property
-    def shows_characters(self) -> bool:
-        return self.classes <= len(HUNDRED)
 
     @property
     def files(self) -> int:
@@ -112,16 +102,8 @@ def make(wanted: ImageFolder, below: Path, processes: int) -> Path:
 def _write(root: Path, wanted: ImageFolder, first: int) -> None:
     """Writes files ``first .. first + _AT_ONCE - 1``."""
     indices = range(first, min(first + _AT_ONCE, wanted.files))
-    pixels = _characters if wanted.shows_characters else _pictures
-    for index, image in zip(indices, pixels(wanted, indices), strict=True):
+    for index, image in zip(indices, _pictures(wanted, indices), strict=True):
         Image.fromarray(image).save(root / wanted.place(index)[1], quality=_QUALITY)
-
-
-def _characters(wanted: ImageFolder, indices: range) -> np.ndarray:
-    labels = torch.tensor([wanted.place(index)[0] for index in indices])
-    characters = characters_of(wanted.classes)
-    images = render(characters, labels, indices.start, wanted.pixels, noise=_NOISE)
-    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous().numpy()
 
 
 def _pictures(wanted: ImageFolder, indices: range) -> list[np.ndarray]:

@@ -1,12 +1,10 @@
-"""A whole untraining run from JPEG files, by the commands that a user gives.
+"""A whole untraining run from JPEG files, by the command that a user gives: its wall time.
 
-    python benchmarks/whole_run.py --classes 100 --network resnet18           with quality
-    python benchmarks/whole_run.py --classes 1000 --network resnet50          wall time alone
+    python benchmarks/whole_run.py --classes 1000 --network resnet50
     python benchmarks/whole_run.py --classes 10 --network small/resnet --image-size 32 --device cpu
 
-Up to 100 classes are rendered characters, which `wfnet train` learns first, and `wfnet evaluate`
-judges afterwards. More classes are images that show nothing, on a network of random weights whose
-BatchNorms know these images; every minibatch has images that were never read before.
+Images show nothing, on a network of random weights whose BatchNorms know them; every minibatch has
+images that were never read before.
 
 What is measured is the whole process of `wfnet untrain`, from the start of Python to its end, and
 where the time went:
@@ -18,7 +16,7 @@ where the time went:
     steps         the rest: the steps themselves
     validation, checkpoints
 
-Writes JSON after every command. Images and runs go into --scratch; images stay there for the next
+Writes JSON. Images and runs go into --scratch; images stay there for the next
 call. They were just written, so what is measured is decoding them, not a disk.
 """
 
@@ -48,7 +46,6 @@ from wfnet import UntrainConfig, backends
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.train import BASE_NAME
 from wfnet.data import open_data
-from wfnet.data.glyphs import HUNDRED
 from wfnet.services.files import write_json, write_tensors
 
 SAMPLES = 1_400_000  # expanded ones that 1,000 classes cost, by what a class costs of 10 and 100
@@ -77,24 +74,6 @@ def command(args: argparse.Namespace, record: dict[str, Any], *words: object) ->
     if done.returncode:
         raise SystemExit(f"wfnet {words[0]} ended with status {done.returncode}")
     return seconds
-
-
-def computing(args: argparse.Namespace) -> list[str]:
-    """Returns the options of every command."""
-    found = ["--device", args.device, "-j", str(args.workers), *(["--amp"] if args.amp else [])]
-    return found + (["--threads", str(args.threads)] if args.threads else [])
-
-
-def reading(args: argparse.Namespace, images: Path) -> list[str]:
-    """Returns the options that say how images become the network's input: stored as needed."""
-    return ["--data-dir", str(images), "--img-size", str(args.image_size), "--crop-pct", "1"]
-
-
-def cache_of(args: argparse.Namespace) -> list[str]:
-    """Characters are read again and again, the others once."""
-    if args.classes > len(HUNDRED):
-        return []
-    return ["--cache", "device" if args.device.startswith("cuda") else "host"]
 
 
 @torch.no_grad()
@@ -126,11 +105,11 @@ def untrain(args: argparse.Namespace, record: dict, images: Path, base: Path, ru
     words = ["--model", args.network, "--checkpoint", base / BASE_NAME, "--backend", args.backend]
     words += ["--steps", config.steps, "-b", config.batch_size, "-M", config.label_expansion]
     words += ["--log-interval", 5, "--output", run, "--force"]
-    words += [*reading(args, images), *cache_of(args), *computing(args)]
-    if args.torchcompile:
-        words.append("--torchcompile")
-    if args.classes > len(HUNDRED):  # two validations; characters have the recipe's
-        words += ["--validations-per-epoch", 2, "--patience", 100]
+    words += ["--data-dir", images, "--img-size", args.image_size, "--crop-pct", 1]
+    words += ["--device", args.device, "-j", args.workers]
+    words += ["--validations-per-epoch", 2, "--patience", 100]
+    words += [*(["--amp"] if args.amp else []), *(["--torchcompile"] if args.torchcompile else [])]
+    words += ["--threads", args.threads] if args.threads else []
     whole = command(args, record, "untrain", *words)
     result = json.loads((run / "config.json").read_text())["result"]
     spent = {"program": max(0.0, whole - result["seconds"]), **result["spent"]}
@@ -142,21 +121,6 @@ def untrain(args: argparse.Namespace, record: dict, images: Path, base: Path, ru
         "samples": result["samples"],
         "samples_per_second": result["samples"] / whole,
         "samples_per_second_of_steps": result["samples"] / max(spent["steps"], 1e-9),
-    }
-
-
-def judge(args: argparse.Namespace, record: dict, images: Path, run: Path) -> None:
-    """Notes accuracies before and after untraining, on images of the test part."""
-    rows = ["--retained-rows", min(10, args.classes - 1)]
-    words = [run, *reading(args, images), "--no-figures", *rows, *computing(args)]
-    command(args, record, "evaluate", *words)
-    found = json.loads((run / "evaluation.json").read_text())
-    record["quality"] = {
-        "original_acc_r": 100 * found["original"]["acc_r"],
-        "original_acc_f": 100 * found["original"]["acc_f"],
-        "acc_r": 100 * found["mean"]["acc_r"],
-        "acc_f": 100 * found["mean"]["acc_f"],
-        "acc_f_worst_class": 100 * max(one["acc_f"] for one in found["classes"]),
     }
 
 
@@ -175,18 +139,14 @@ def fitting_workers(wanted: int, batch_size: int, image_size: int) -> int:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add = parser.add_argument
-    add("--classes", type=int, default=100, help="above 100: images that show nothing")
+    add("--classes", type=int, default=100)
     add("--network", default="resnet18", metavar="NAME")
-    help_text = "expanded samples (default: the recipe's for up to 100 classes, else 1.4 million)"
-    add("--samples", type=int, help=help_text)
-    help_text = "images of a character, 20%% to test on, and 8%% to validate on"
-    add("--per-class", type=int, default=200, help=help_text)
+    add("--samples", type=int, help="expanded samples (default: 1,400 for each class)")
     add("--image-size", type=int, default=224)
     add("-b", "--batch-size", type=int, help="images of a minibatch (default: the recipe's)")
     add("-M", "--label-expansion", type=int, help="rows of a retained image (the recipe's)")
     add("--backend", default="auto", choices=backends.NAMES)
     add("--torchcompile", action="store_true", help="as of wfnet untrain")
-    add("--epochs", type=int, default=6, help="of the classifier that knows the characters")
     add("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
     add("--workers", type=int, help="that read images (default: all cores but one)")
     add("--scratch", type=Path, default=Path(tempfile.gettempdir(), "wfnet-whole-run"))
@@ -202,7 +162,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> tuple[UntrainConfig, ImageFolder]:
-    """Returns the settings of the run, and the images that it needs.
+    """Returns the settings of the run, and the images that it needs: each is read once.
 
     Raises:
         ValueError: for settings that make no sense.
@@ -212,18 +172,12 @@ def plan(args: argparse.Namespace) -> tuple[UntrainConfig, ImageFolder]:
     if args.classes < 2:
         raise ValueError(f"--classes must be at least 2, not {args.classes}")
     config = UntrainConfig.recipe("balanced", args.classes, **changes)
-    characters = args.classes <= len(HUNDRED)
-    samples = args.samples or (None if characters else SAMPLES)
     images = config.batch_size // 2
-    if samples is not None:
-        steps = math.ceil(samples / (images * (1 + config.label_expansion)))
-        config = UntrainConfig.recipe("balanced", args.classes, **changes, steps=steps)
-    if characters:
-        test, val = max(1, args.per_class // 5), max(1, round(0.08 * args.per_class))
-        parts = (args.per_class - test - val, val, test)
-    else:
-        parts = (math.ceil(config.steps * images / args.classes), 2, 1)
-    return config, ImageFolder(args.classes, *parts, args.image_size)
+    samples = args.samples or SAMPLES * args.classes // 1000
+    steps = math.ceil(samples / (images * (1 + config.label_expansion)))
+    config = UntrainConfig.recipe("balanced", args.classes, **changes, steps=steps)
+    train = math.ceil(config.steps * images / args.classes)
+    return config, ImageFolder(args.classes, train, 2, 1, args.image_size)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -234,18 +188,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     images = image_folders.make(args.wanted, args.scratch, os.cpu_count() or 1)
     folder = args.scratch / f"{args.network.replace('/', '-')}-{args.classes}"
     shutil.rmtree(folder, ignore_errors=True)
-    base, run = folder / "base", folder / "run"
-    characters = args.classes <= len(HUNDRED)
     try:
-        if characters:
-            words = ["--model", args.network, "--epochs", args.epochs, "--output", base, "--force"]
-            words += [*reading(args, images), *cache_of(args), *computing(args)]
-            command(args, record, "train", *words)
-        else:
-            random_base(args, images, base)
-        untrain(args, record, images, base, run)
-        if characters:
-            judge(args, record, images, run)
+        random_base(args, images, folder / "base")
+        untrain(args, record, images, folder / "base", folder / "run")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if args.output:
@@ -253,7 +198,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     ours = record["untraining"]
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in ours["spent"].items())
     print(f"{ours['samples']:,} expanded samples in {ours['seconds']:.1f} s ({parts})")
-    print(record.get("quality", ""))
     return record
 
 

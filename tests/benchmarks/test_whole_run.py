@@ -14,16 +14,16 @@ from PIL import Image
 from wfnet.cli import main as wfnet
 from wfnet.data import open_data
 
-TINY = "--network small/resnet --image-size 16 --epochs 1 --samples 48 -b 8 -M 2 --workers 0"
-TINY = [*TINY.split(), "--device", "cpu", "--per-class", "10"]
+TINY = "--network small/resnet --image-size 16 --samples 48 -b 8 -M 2 --workers 0 --device cpu"
+TINY = TINY.split()
 
 
 def contents(root):
     return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*.jpg")}
 
 
-@pytest.mark.parametrize("classes", [3, 101])
-def test_a_folder_holds_what_was_wanted_and_is_made_once(tmp_path, classes):
+def test_a_folder_holds_what_was_wanted_and_is_made_once(tmp_path):
+    classes = 3
     wanted = ImageFolder(classes, 2, 1, 1, 16)
     root = image_folders.make(wanted, tmp_path / "one", 2)
     found = contents(root)
@@ -56,19 +56,13 @@ def test_what_cannot_be_made_is_said_before_anything_is_written(tmp_path, monkey
         ImageFolder(2, 1, 0, 1)
 
 
-def test_characters_have_the_recipes_settings_and_a_thousand_classes_read_every_image_once():
-    args = whole_run.parse(["--device", "cpu"])
-    assert (args.config.steps, args.config.batch_size) == (3000, 32)
-    assert (args.wanted.train, args.wanted.val, args.wanted.test) == (144, 16, 40)
-    assert whole_run.cache_of(args) == ["--cache", "host"]
+def test_a_thousand_classes_read_every_image_once():
     args = whole_run.parse(["--classes", "1000", "--network", "resnet50"])
     config, wanted = args.config, args.wanted
     assert (config.batch_size, config.label_expansion) == (256, 5)
     samples = config.steps * config.batch_size // 2 * (1 + config.label_expansion)
     assert 0 <= samples - whole_run.SAMPLES < 768
     assert wanted.train * wanted.classes >= config.steps * config.batch_size // 2
-    assert not wanted.shows_characters
-    assert whole_run.cache_of(args) == []
 
 
 def test_workers_leave_room_in_shared_memory(monkeypatch):
@@ -79,8 +73,7 @@ def test_workers_leave_room_in_shared_memory(monkeypatch):
         assert whole_run.fitting_workers(15, 128, 224) == expected
 
 
-@pytest.mark.parametrize("classes", [4, 102])
-def test_a_whole_run(tmp_path, monkeypatch, classes):
+def test_a_whole_run(tmp_path, monkeypatch):
     def command(args, record, *words):
         """Without a Python of its own."""
         record["commands"][words[0]] = {"status": wfnet([*map(str, words), "--threads", "1"])}
@@ -88,15 +81,14 @@ def test_a_whole_run(tmp_path, monkeypatch, classes):
 
     monkeypatch.setattr(whole_run, "command", command)
     places = ["--scratch", str(tmp_path / "scratch"), "--output", str(tmp_path / "whole.json")]
-    returned = whole_run.main([*TINY, "--classes", f"{classes}", *places])
+    returned = whole_run.main([*TINY, "--classes", "4", *places])
     written = json.loads((tmp_path / "whole.json").read_text())
     assert written == json.loads(json.dumps(returned))
     ours = written["untraining"]
     assert (ours["steps"], ours["samples"]) == (4, 72)  # 18 a step: compound rows are 6
     assert list(ours["spent"]) == list(whole_run.PURPOSES)
     assert sum(ours["spent"].values()) == pytest.approx(30, abs=0.1)
-    assert ("quality" in written) == ("train" in written["commands"]) == (classes == 4)
-    assert all(one["status"] == 0 for one in written["commands"].values())
+    assert written["commands"]["untrain"]["status"] == 0
     assert [path.name[:7] for path in (tmp_path / "scratch").iterdir()] == ["images-"]
 
 
