@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from image_files import CLASS_NAMES, write_idx, write_image
+from image_files import write_class_folders, write_idx
 from torch import nn
 
 import wfnet
@@ -114,15 +114,8 @@ def exact_interpreter(monkeypatch):
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
-    """`train/` with 6 and `val/` with 2 images for each of three classes, in five formats."""
-    root = tmp_path / "images"
-    suffixes = ("jpg", "png", "jpeg", "webp", "bmp", "JPEG")
-    for label, name in enumerate(CLASS_NAMES):
-        for number in range(6):
-            write_image(root / "train" / name / f"{number}.{suffixes[number]}", 10 * label + number)
-        for number in range(2):
-            write_image(root / "val" / name / f"{number}.jpg", 100 + 10 * label + number)
-    return root
+    """Class folders with training and validation images."""
+    return write_class_folders(tmp_path / "images")
 
 
 @pytest.fixture

@@ -21,6 +21,17 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 36), mode: s
     return path
 
 
+def write_class_folders(root: Path) -> Path:
+    """`train/` with 6 and `val/` with 2 images for each of three classes, in five formats."""
+    suffixes = ("jpg", "png", "jpeg", "webp", "bmp", "JPEG")
+    for label, name in enumerate(CLASS_NAMES):
+        for number in range(6):
+            write_image(root / "train" / name / f"{number}.{suffixes[number]}", 10 * label + number)
+        for number in range(2):
+            write_image(root / "val" / name / f"{number}.jpg", 100 + 10 * label + number)
+    return root
+
+
 def truncate(path: Path, keep: float = 0.5) -> Path:
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * keep)])

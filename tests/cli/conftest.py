@@ -1,12 +1,30 @@
 """Runs of `wfnet untrain` that take a second, on the digits and on a folder of images."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from image_files import write_class_folders
 
 import wfnet
 from wfnet import models
 from wfnet.cli import main
 from wfnet.services.files import write_tensors
+
+NETWORK = ["--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32"]
+QUICK = ["-b", "4", "-M", "2", "--workers", "0", "--seed", "3", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def network_options():
+    return NETWORK
+
+
+@pytest.fixture(scope="session")
+def quick_options():
+    """Of untraining, beside its length."""
+    return QUICK
 
 
 @pytest.fixture(scope="session")
@@ -51,12 +69,18 @@ def fails(capsys):
 
 
 @pytest.fixture
+def call():
+    """Runs a command that must succeed; words are separated by spaces or given one by one."""
+
+    def run(words, *more):
+        assert main([*words.split(), *map(str, more)]) == 0
+
+    return run
+
+
+@pytest.fixture
 def small_pictures(monkeypatch):
     monkeypatch.setattr("wfnet.report.figures.style.DPI", 30)
-
-
-NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
-QUICK = ("-b", "4", "-M", "2", "--workers", "0", "--seed", "3", "--device", "cpu")
 
 
 @pytest.fixture
@@ -73,9 +97,22 @@ def arguments(image_folder, base, small_pictures):
     return ["--data-dir", str(image_folder), "--checkpoint", str(base), *NETWORK, *QUICK]
 
 
-@pytest.fixture
-def finished(arguments, tmp_path):
-    """The folder of a finished run."""
-    folder = tmp_path / "run"
-    assert main(["untrain", *arguments, "--steps", "3", "--output", str(folder), "--quiet"]) == 0
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory):
+    """A folder with `images`, `base.safetensors` and a finished `run`; not to be changed."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_class_folders(folder / "images")
+    base = folder / "base.safetensors"
+    write_tensors(base, models.create("resnet", 3, 3, seed=1, width=8).state_dict())
+    places = ["--data-dir", folder / "images", "--checkpoint", base, "--output", folder / "run"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("wfnet.report.figures.style.DPI", 30)
+        words = ["untrain", *map(str, places), *NETWORK, *QUICK, "--steps", "3", "--quiet"]
+        assert main(words) == 0
     return folder
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path, small_pictures: None) -> Path:
+    """A copy of that run."""
+    return shutil.copytree(finished_once / "run", tmp_path / "run")

@@ -8,25 +8,23 @@ from torch import nn
 
 import wfnet
 from wfnet import models
-from wfnet.cli import bake, main
+from wfnet.cli.bake import Export
+from wfnet.cli.classifier import create_classifier
 from wfnet.data import open_data
 from wfnet.head import CUT_LOGIT
 from wfnet.pretrained import filters_digest
 from wfnet.services.files import write_tensors
 
-NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8")
 
-
-def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_path, capsys):
+def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_path, call, capsys):
     path = tmp_path / "pruned.safetensors"
-    call = ["bake", str(digits_run), "--forget", "3", "--prune-below", "0.2", "--output", str(path)]
-    assert main([*call, "--verify", "--samples", "30", "--quiet"]) == 0
+    words = ["--forget", "3", "--prune-below", "0.2", "--output", path]
+    call("bake", digits_run, *words, "--verify", "--samples", "30", "--quiet")
     shown = capsys.readouterr().out
     assert "gates below 0.2 at 0, within rounding" in shown
     assert "brought back by who holds the file and no label" in shown
     report = json.loads((tmp_path / "pruned.trust.json").read_text())
-    assert report["forget"] == [3]
-    assert report["prune_below"] == 0.2
+    assert (report["forget"], report["prune_below"]) == ([3], 0.2)
     (found,) = report["classes"]
     net = wfnet.WFNet.from_pretrained(digits_run, small_network())
     gates = torch.cat([layer.gates()[3] for layer in net.masked_layers.values()])
@@ -35,51 +33,22 @@ def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_
     plain = small_network()
     plain.load_state_dict(load_file(path))
     images = open_data("digits", seed=3).test
-    own = images.labels == 3
-    batch = images.batch(own.nonzero().squeeze(1)[:30]).images
+    batch = images.batch((images.labels == 3).nonzero().squeeze(1)[:30]).images
     accuracy = (plain.eval()(batch).argmax(1) == 3).double().mean().item()
     assert found["images"]["forget"] == 30
     assert found["values"]["acc_f"] == pytest.approx(accuracy, abs=0.2)  # other 30 of the images
     assert "acc_f_batchnorm_all" in found["values"]
 
 
-def test_verify_without_data_says_so(digits_run, tmp_path, capsys):
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    for name in ("wf_config.json", "wf_model.safetensors"):
-        (alone / name).write_bytes((digits_run / name).read_bytes())
-    call = [
-        "bake",
-        str(alone),
-        "--forget",
-        "1",
-        "--checkpoint",
-        str(digits_run / "base.safetensors"),
-    ]
-    assert main([*call, *NETWORK, "--in-chans", "1", "--img-size", "32", "--verify"]) == 0
-    shown = capsys.readouterr().out
-    assert "attacks need images" in shown
-    assert json.loads((alone / "forget_1.trust.json").read_text())["classes"] == []
-
-
-def test_bake_with_a_threshold_that_makes_no_sense(digits_run, capsys):
-    with pytest.raises(SystemExit):
-        main(["bake", str(digits_run), "--forget", "1", "--prune-below", "-1"])
-    assert "is not a number of at least 0" in capsys.readouterr().err
-
-
-def test_bake_cuts_and_attacks_the_file_itself(digits_run, tmp_path, capsys):
+def test_bake_cuts_and_attacks_the_file_itself(digits_run, tmp_path, call, capsys):
     path = tmp_path / "cut.safetensors"
-    call = ["bake", str(digits_run), "--forget", "3", "5", "--cut-output", "--output", str(path)]
-    assert main([*call, "--verify", "--images", "20", "--samples", "30", "--quiet"]) == 0
-    shown = capsys.readouterr().out
-    assert "the logit that was cut is -30 throughout" in shown
+    words = ["--forget", "3", "5", "--cut-output", "--output", path, "--verify", "--quiet"]
+    call("bake", digits_run, *words, "--images", "20", "--samples", "30")
+    assert "the logit that was cut is -30 throughout" in capsys.readouterr().out
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["wfnet"])
-    assert record["cut_output"] is True
-    assert record["forget"] == [3, 5]
+    assert (record["cut_output"], record["forget"]) == (True, [3, 5])
     report = json.loads((tmp_path / "cut.trust.json").read_text())
-    assert report["cut_output"] is True
     assert report["agreement"]["cut_logit"] == CUT_LOGIT
     for found in report["classes"]:
         assert found["values"]["auc_logit"] == 0.5
@@ -89,54 +58,82 @@ def test_bake_cuts_and_attacks_the_file_itself(digits_run, tmp_path, capsys):
     assert head["fc.weight"][4].any()
 
 
+def test_filters_saved_from_python_need_the_options_once(
+    base, tmp_path, network_options, call, capsys, fails
+):
+    options = {"width": 8}
+    original = create_classifier("small/resnet", 3, checkpoint=base, in_channels=3, options=options)
+    folder = tmp_path / "filters"
+    wfnet.WFNet(original, 3).save_pretrained(folder)
+    fails(["bake", folder, "--forget", "0"], "does not say which network")
+    words = ["--forget", "0", "2", "--verify", "--images", "3", "--in-chans", "3"]
+    call("bake", folder, *words, *network_options, "--checkpoint", base)
+    shown = capsys.readouterr().out
+    assert "verified on 3 random images" in shown
+    assert "attacks need images" in shown
+    assert json.loads((folder / "forget_0_2.trust.json").read_text())["classes"] == []
+
+
 def test_verify_notices_what_is_wrong(tmp_path):
     torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3),
-        nn.BatchNorm2d(6),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(6, 4),
-    )
-    net, images = wfnet.WFNet(model, 4), torch.randn(5, 3, 8, 8)
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    net = wfnet.WFNet(nn.Sequential(*layers, nn.Linear(6, 4)), 4)
+    images = torch.randn(5, 3, 8, 8)
     with torch.no_grad():
         for alpha in net.filter_parameters():
             alpha.copy_(2 * torch.randn(alpha.shape))
     path = tmp_path / "cut.safetensors"
-    bake.save_baked(net, [1], path, cut_output=True)
+    export = Export(path, (1,), cut_output=True)
+    export.save(net)
     original = net.bake(None)
-    agreement = bake.verify(net, original, [1], path, images, cut_output=True)
+    agreement = export.verify(net, original, images)
     assert agreement.within_rounding
     assert agreement.span < -CUT_LOGIT  # the constant is not among what is compared
-    assert "the logit that was cut is -30 throughout" in str(agreement)
     with pytest.raises(RuntimeError, match="does not compute what the filtered network does"):
-        bake.verify(net, original, [1], path, images)
+        Export(path, (1,)).verify(net, original, images)
     weights = load_file(path)
-    weights["4.weight"][1, 0] = 1e-2
-    write_tensors(path, weights)
-    with pytest.raises(RuntimeError, match="where -30 was expected"):
-        bake.verify(net, original, [1], path, images, cut_output=True)
-    weights["4.weight"][1, 0] = 0
-    weights["4.weight"][0] *= 1.01
-    write_tensors(path, weights)
-    with pytest.raises(RuntimeError, match="does not compute what the filtered network does"):
-        bake.verify(net, original, [1], path, images, cut_output=True)
+    changes = [
+        (1, 1e-2, "where -30 was expected"),
+        (0, weights["4.weight"][0, 0] * 1.01, "does not compute what the filtered network does"),
+        (0, torch.nan, "do not use it"),
+    ]
+    for row, value, message in changes:
+        changed = {name: tensor.clone() for name, tensor in weights.items()}
+        changed["4.weight"][row, 0] = value
+        write_tensors(path, changed)
+        with pytest.raises(RuntimeError, match=message):
+            export.verify(net, original, images)
 
 
-def test_a_durable_run_is_baked_compact(arguments, tmp_path, capsys):
+def test_onnx(finished, tmp_path, monkeypatch, call, fails):
+    path = tmp_path / "model.onnx"
+    words = [finished, "--forget", "1", "--onnx", path]
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        fails(["bake", *words], "--onnx needs onnx and onnxscript: install")
+    assert not (finished / "forget_1.safetensors").exists()  # before work starts
+    pytest.importorskip("onnxscript")
+    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
+    call("bake", *words)
+    plain = models.create("resnet", 3, 3, width=8).eval()
+    plain.load_state_dict(load_file(finished / "forget_1.safetensors"))
+    images = torch.randn(5, 3, 32, 32)
+    (logits,) = evaluator(str(path)).run(None, {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_a_durable_run_is_baked_compact(arguments, tmp_path, call, capsys):
     """From the command line to a program that loads without this package."""
     pytest.importorskip("torch_pruning")
     run = tmp_path / "run"
-    durable = [*arguments, "-b", "40", "--recipe", "durable", "--steps", "2", "--output", str(run)]
-    assert main(["untrain", *durable, "--quiet"]) == 0
-    base = models.create("resnet", 3, 3, seed=1, width=8)
-    net = wfnet.WFNet.from_pretrained(run, base)
+    call("untrain --recipe durable --steps 2 --quiet --output", run, *arguments, "-b", "40")
+    net = wfnet.WFNet.from_pretrained(run, models.create("resnet", 3, 3, seed=1, width=8))
     with torch.no_grad():
         for alpha in (layer.alpha_hard for layer in net.masked_layers.values()):
             alpha[1, ::3] = -1
     net.save_pretrained(run)
-    call = ["bake", str(run), "--forget", "1", "--compact", "--verify", "--samples", "4"]
-    assert main([*call, "--prune-below", "0.01", "--threads", "1", "--debug"]) == 0
+    words = ["--forget", "1", "--compact", "--verify", "--samples", "4", "--prune-below", "0.01"]
+    call("bake", run, *words, "--threads", "1", "--debug")
     shown = capsys.readouterr().out
     assert "without closed channels" in shown
     assert "within rounding" in shown

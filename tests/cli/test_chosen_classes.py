@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wfnet.cli import main
 from wfnet.cli.chosen_classes import choose_classes
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -35,7 +34,7 @@ def test_classes_of_the_data_are_found_in_the_network(chosen, found, names, numb
     [
         ([], ["husky"], "which of the network's 4 classes is 'husky'"),
         (["9"], ["husky"], "'9', but the network has classes 0 to 3, or by their names"),
-        (["husky=9"], ["husky"], "gives 'husky' the class '9', but the network has classes 0 to 3"),
+        (["husky=9"], ["husky"], "'9', but the network has classes 0 to 3"),
         (["wolf=1"], ["husky"], "'wolf', which is no class of the data"),
         (["ant=1", "bee"], ["ant", "bee"], "not both"),
         (["ant=1", "bee=1"], ["ant", "bee"], "the same number"),
@@ -47,47 +46,27 @@ def test_what_cannot_be_found_is_said(chosen, found, message):
         choose_classes(chosen, found, 4, NAMES)
 
 
-def test_a_network_is_untrained_with_images_of_some_of_its_classes(image_folder, tmp_path, fails):
-    network = [
-        "--model",
-        "small/resnet",
-        "--model-kwargs",
-        "width=8",
-        "--img-size",
-        "32",
-        "-j",
-        "0",
-    ]
+def test_a_network_is_untrained_with_images_of_some_of_its_classes(
+    image_folder, tmp_path, network_options, call, fails
+):
     base, run = tmp_path / "base", tmp_path / "run"
-    call = ["train", "--data-dir", str(image_folder), *network, "--epochs", "1", "-b", "4"]
-    assert main([*call, "--output", str(base)]) == 0
+    data = ["--data-dir", image_folder, *network_options, "-j0", "-b", "4"]
+    call("train --epochs 1", *data, "--output", base)
     for part in ("train", "val"):
         shutil.rmtree(image_folder / part / "bee")
-    weights = ["--checkpoint", str(base / "base.safetensors")]
-    call = [
-        "untrain",
-        "--data-dir",
-        str(image_folder),
-        *network,
-        *weights,
-        "--steps",
-        "4",
-        "-b",
-        "4",
-    ]
-    call += ["--output", str(run)]
-    fails(call, "--classes")
-    assert main([*call, "--classes"]) == 0  # known by their names from the training
+    words = [*data, "--checkpoint", base / "base.safetensors", "--steps", "4", "--output", run]
+    fails(["untrain", *words], "--classes")
+    call("untrain", *words, "--classes")  # known by their names from the training
     filters = load_file(run / "wf_model.safetensors")
     moved = torch.stack([(value != 3).any(1) for value in filters.values()]).any(0)
     assert moved.tolist() == [True, False, True]
     assert json.loads((run / "config.json").read_text())["untraining"]["classes"] == [0, 2]
-    assert main(["untrain", "--resume", str(run)]) == 0
-    assert main(["bake", str(run), "--forget", "cat"]) == 0
-    fails(["bake", str(run), "--forget", "bee"], "class 1 was not untrained")
-    assert main(["evaluate", str(run), "-j", "0", "--no-figures"]) == 0
+    call("untrain --resume", run)
+    call("bake", run, "--forget", "cat")
+    fails(["bake", run, "--forget", "bee"], "class 1 was not untrained")
+    call("evaluate -j0 --no-figures", run)
     classes = json.loads((run / "evaluation.json").read_text())["classes"]
     assert {record["name"] for record in classes} == {"ant", "cat"}
-    assert main(["report", str(run), "-j", "0"]) == 0  # of these classes alone
-    call = ["trust", str(run), "--classes", "cat", "--checks", "collateral", "-j", "0"]
-    assert main(call) == 0  # the nearest class is one that there are images of
+    call("report -j0", run)  # of these classes alone
+    # The nearest class is one that there are images of.
+    call("trust", run, "--classes", "cat", "--checks", "collateral", "-j0")

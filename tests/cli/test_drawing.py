@@ -10,7 +10,6 @@ def test_curves_are_read_as_evaluate_writes_them(tmp_path):
     record = AttributionRecord(0, "a", 3, 0.9, 0.1, 0.5, 0.4, {n: [0.0, 1.0] for n in names})
     result = AttributionResult([0.0, 1.0], [record], {"steps": 1}, 2.0)
     path = tmp_path / "attribution.json"
-    assert read_attribution(path) is None
     write_json(path, result.as_dict())
     assert read_attribution(path) == result
     path.write_text("[]")

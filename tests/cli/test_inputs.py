@@ -10,60 +10,25 @@ from wfnet import models
 from wfnet.cli import inputs, main
 from wfnet.services.files import write_tensors
 
-NETWORK = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
-
-
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs here")
-
-
-@pytest.mark.parametrize(
-    ("change", "parts"),
-    [
-        (["--model", "resnet81"], ["timm has no model 'resnet81'", "near it are"]),
-        (["--model", "tv.resnet81"], ["torchvision has no classifier 'resnet81'"]),
-        (["--model", "small/lenet"], ["no small model 'lenet'"]),
-        (["--model-kwargs", "size=8"], ["small/resnet does not take {'size': 8}"]),
-        (["--num-classes", "10"], ["--num-classes 10 does not match", "3 classes"]),
-        (["--in-chans", "1"], ["does not fit this SmallResNet", "--in-chans"]),
-        (["--pretrained"], ["one of them"]),
-        (["--targets", "conv9"], ["target 'conv9' matches no layer"]),
-        (["-b", "5"], ["batch_size must be even"]),
-        (["--epochs", "1"], ["steps or as epochs"]),
-        (["--device", "abacus"], ["--device abacus cannot be used"]),
-        pytest.param(["--backend", "triton"], ["'triton'"], marks=no_gpu),
-        (["--data-dir", "/nowhere"], ["image folder /nowhere does not exist"]),
-        (["--data", "mnist", "--data-dir", "/nowhere"], ["MNIST"]),
-        (["--checkpoint", "/no.pth"], ["the weights /no.pth do not exist"]),
-        (["--std", "0.5", "0.5"], ["2 mean or std values"]),
-    ],
-)
-def test_bad_options(change, parts, arguments, tmp_path, fails):
-    folder = tmp_path / "run"
-    call = ["untrain", *arguments, "--steps", "2", "--output", folder, "--debug"]
-    fails([*call[:-1], *change], *parts)
-    assert not (folder / "config.json").exists()  # before work starts
-
 
 @pytest.mark.parametrize("model", ["test_resnet.r160_in1k", "torchvision/squeezenet1_1"])
-def test_networks_of_libraries(model, image_folder, tmp_path, capsys):
+def test_networks_of_libraries(model, image_folder, tmp_path, call, capsys):
     pytest.importorskip("timm")
     pytest.importorskip("torchvision")
-    call = ["untrain", "--data-dir", str(image_folder), "--model", model, "--dry-run"]
-    assert main([*call, "--output", str(tmp_path / "run")]) == 0
+    words = ["--data-dir", image_folder, "--model", model, "--output", tmp_path / "run"]
+    call("untrain --dry-run", *words)
     assert f"network     {model}" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture
-def untrain(base, tmp_path, small_pictures, monkeypatch):
+def untrain(arguments, tmp_path, call, monkeypatch):
     """Untrains three steps and returns the filters."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(data, name, *options):
-        call = "--model small/resnet --model-kwargs width=8 --img-size 32 -b 4 -M 2 --steps 3"
-        arguments = [*call.split(), "--quiet", "--output", str(tmp_path / name)]
-        arguments += ["--data-dir", str(data), "--checkpoint", str(base), *options]
-        assert main(["untrain", *arguments]) == 0
+        words = [*arguments, "--output", tmp_path / name, "--data-dir", data, *options]
+        call("untrain --steps 3 --quiet", *words)
         return load_file(tmp_path / name / "wf_model.safetensors")
 
     return run
@@ -73,74 +38,59 @@ def same(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("--cache", "host", "--workers", "0"),
-        ("--cache", "device", "--workers", "1"),
-        ("--cache", "disk", "--workers", "0"),
-    ],
-)
-def test_caches_change_nothing(untrain, image_folder, options):
-    plain = untrain(image_folder, "plain", "--workers", "0")
-    assert same(plain, untrain(image_folder, "cached", *options))
-
-
-def test_shards_change_nothing(untrain, image_folder, tmp_path, capsys):
-    plain = untrain(image_folder, "plain", "--workers", "0")
+def test_caches_and_shards_change_nothing(untrain, image_folder, tmp_path, call, capsys):
+    plain = untrain(image_folder, "plain")
+    assert same(plain, untrain(image_folder, "host", "--cache", "host"))
+    assert same(plain, untrain(image_folder, "device", "--cache", "device", "-j1"))
     packed = pack_folder(image_folder, tmp_path / "packed")
-    assert same(plain, untrain(packed, "shards", "--workers", "0", "--cache", "disk"))
-    assert main(["evaluate", str(tmp_path / "shards"), "--no-figures", "--workers", "0"]) == 0
+    assert same(plain, untrain(packed, "shards", "--cache", "disk"))
+    call("evaluate --no-figures -j0", tmp_path / "shards")
     assert "bee" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("data", "missing"), [("mnist", "train-images"), ("cifar10", "cifar-10")])
 def test_missing_files_are_noticed_before_the_model_is_made(
-    data, missing, tmp_path, capsys, monkeypatch, fails
+    data, missing, tmp_path, monkeypatch, fails
 ):
     def never(*args, **kwargs):
         raise AssertionError("the model was made")
 
     monkeypatch.setattr("wfnet.cli.inputs.create_classifier", never)
-    config = ["--config", f"{data}/resnet18", "--data-dir", str(tmp_path)]
+    config = ["--config", f"{data}/resnet18", "--data-dir", tmp_path]
     fails(["untrain", *config], missing)
-    fails(["train", *config, "--output", str(tmp_path / "base")], missing)
+    fails(["train", *config, "--output", tmp_path / "base"], missing)
 
 
 RENAMED = {"ant": "asp", "bee": "boa", "cat": "cow"}
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["evaluate"],
-        ["evaluate", "--tables", "--no-relearn"],
-        ["baseline", "--train-epochs", "1"],
-        ["bake", "--forget", "1", "--verify"],
-        ["trust", "--checks", "removal"],
-        ["report"],
-    ],
-    ids=lambda command: "".join(command[:2]),
-)
-def test_data_of_other_classes_are_refused_by_name(command, finished, image_folder, fails):
-    name, *rest = command
-    if name == "report":  # it needs something to report
-        assert main(["evaluate", str(finished), "--no-figures", "-j0", "--quiet"]) == 0
+def test_data_of_other_classes_are_refused_by_name(arguments, image_folder, tmp_path, call, fails):
+    run = tmp_path / "run"
+    call("untrain --steps 2 --quiet", *arguments, "--output", run)
+    call("evaluate --no-figures -j0 --quiet", run)
     for part in image_folder.iterdir():
         for folder in list(part.iterdir()):
             folder.rename(part / RENAMED[folder.name])
-    fails([name, finished, *rest], "other classes than the run", "'asp', 'boa', 'cow'")
+    for words in (
+        ["evaluate", run],
+        ["baseline", run, "--train-epochs", "1"],
+        ["bake", run, "--forget", "1", "--verify"],
+        ["trust", run, "--checks", "removal"],
+        ["report", run],
+    ):
+        fails(words, "other classes than the run", "'asp', 'boa', 'cow'")
 
 
-def test_untraining_compares_with_the_classes_of_the_weights(image_folder, base, tmp_path, fails):
+def test_untraining_compares_with_the_classes_of_the_weights(
+    arguments, base, tmp_path, call, fails
+):
     config = {"command": "train", "options": {}, "classes": ["ant", "bee", "dog"]}
     (base.parent / "config.json").write_text(json.dumps(config))
-    call = ["untrain", "--data-dir", image_folder, "--checkpoint", base, *NETWORK, "--steps", "2"]
-    fails([*call, "--output", tmp_path / "run"], "other classes than the classifier", "'cat'")
+    words = [*arguments, "--steps", "2", "--output", tmp_path / "run", "--quiet"]
+    fails(["untrain", *words], "other classes than the classifier", "'cat'")
     config["classes"] = ["cat", "ant", "bee"]
     (base.parent / "config.json").write_text(json.dumps(config))
-    quick = ["-b", "2", "-M", "1", "-j0", "--quiet"]
-    assert main([*map(str, call), *quick, "--output", str(tmp_path / "run")]) == 0
+    call("untrain", *words)
     run = json.loads((tmp_path / "run" / "config.json").read_text())
     assert run["classes"] == ["cat", "ant", "bee"]  # the order of the network's outputs
 
@@ -179,13 +129,27 @@ def test_class_names_that_are_no_utf8_or_look_like_formulas(
         assert main(["bake", str(run), "--forget", name, "--quiet"]) == 0
 
 
-def test_classes_of_numbered_data_may_be_named_later(mnist_folder, base, tmp_path, fails):
+def test_classes_of_numbered_data_may_be_named_later(
+    mnist_folder, base, tmp_path, network_options, fails
+):
     config = {"command": "train", "options": {}, "classes": [str(k) for k in range(10)]}
     (base.parent / "config.json").write_text(json.dumps(config))
     write_tensors(base, models.create("resnet", 10, 1, seed=1, width=8).state_dict())
     names = list("abcdefghij")
     data = ["--data", "mnist", "--data-dir", str(mnist_folder), "--checkpoint", str(base)]
-    call = ["untrain", *data, *NETWORK, "--steps", "2", "-b", "2", "-M", "1", "-j0", "--quiet"]
+    call = [
+        "untrain",
+        *data,
+        *network_options,
+        "--steps",
+        "2",
+        "-b",
+        "2",
+        "-M",
+        "1",
+        "-j0",
+        "--quiet",
+    ]
     run = tmp_path / "run"
     assert main([*call, "--class-names", *names, "--output", str(run)]) == 0
     evaluate = ["evaluate", str(run), "--no-figures", "-j0", "--quiet"]

@@ -1,7 +1,6 @@
 import csv
 import json
 
-import pytest
 import torch
 
 from wfnet.baselines import BaselineConfig, BaselineModels, Origin
@@ -81,34 +80,3 @@ def test_exports_that_are_cut_are_not_mixed_with_others(digits_run, tmp_path):
     assert found[3]["auc_logit"] == 0.5
     _, found = records("--classes", "4")
     assert set(found) == {4}
-
-
-def test_bad_input(digits_run, tmp_path, fails):
-    fails(["trust", digits_run, "--classes", "eleven"], "there is no class 'eleven'")
-    fails(["trust", tmp_path / "none"], "is not a folder")
-    fails(["trust", digits_run, "--retrained", tmp_path / "none", *QUICK], "does not exist")
-    fails(["trust", digits_run, "--data", "glyphs26", *QUICK], "26 classes", "10")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        ("--checks magic", "invalid choice: 'magic'"),
-        ("--samples 1", "'1' is not a whole number of at least 2"),
-        ("--seed -1", "'-1' is not a whole number of at least 0"),
-        ("--seed 1e9", "is not a whole number"),
-        (f"--seed {2**70}", "is not a whole number of at most"),
-        ("--relearn-steps 0", "'0' is not a whole number of at least 1"),
-        ("--relearn-images 1 0", "'0' is not a whole number of at least 1"),
-        ("--prune-below 5", "'5' is not a number of at most 1"),
-        ("--prune-below -1", "'-1' is not a number of at least 0"),
-        ("--prune-below nan", "'nan' is not a number of at least 0"),
-        ("--threads 1000000000", "is not a whole number of at most"),
-        ("--workers -1", "'-1' is not a whole number of at least 0"),
-    ],
-)
-def test_values_out_of_range(arguments, part, capsys):
-    with pytest.raises(SystemExit) as end:
-        main(["trust", "run", *arguments.split()])
-    assert end.value.code == 2
-    assert part in capsys.readouterr().err

@@ -14,56 +14,55 @@ from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.optimizers import RowAdam
 
 
-def interrupt(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
-QUICK = ("-b", "4", "-M", "2", "--workers", "0", "--seed", "3", "--device", "cpu")
+@pytest.fixture
+def words(arguments):
+    return ["untrain", *arguments, "--quiet"]
 
 
 @pytest.mark.parametrize("recipe", ["balanced", "paper"])
-def test_transformers_and_recipes(recipe, image_folder, tmp_path, capsys):
+def test_transformers_and_recipes(
+    recipe, image_folder, tmp_path, quick_options, call, capsys, small_pictures
+):
     pytest.importorskip("timm")
     folder = tmp_path / "vit"
-    call = ["untrain", "--data-dir", str(image_folder), "--model", "small/vit", "--steps", "2"]
-    call += ["--model-kwargs", "width=32", "depth=1", "--recipe", recipe, "--output", str(folder)]
-    assert main([*call, *QUICK]) == 0
+    network = ["--model", "small/vit", "--model-kwargs", "width=32", "depth=1"]
+    words = [*network, "--recipe", recipe, "--output", folder, *quick_options]
+    call("untrain --steps 2 --data-dir", image_folder, *words)
     assert "small/vit has random weights" in capsys.readouterr().err
     config = json.loads((folder / "wf_config.json").read_text())
     assert config["normalize_gate"] is (recipe == "balanced")
     assert config["alpha_init"] == 3
-    assert (
-        main(["evaluate", str(folder), "--no-figures", "-j", "0"]) == 0
-    )  # random weights come from the seed
+    call("evaluate --no-figures -j0", folder)  # random weights come from the seed
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(
-    arguments, tmp_path, monkeypatch, capsys, fails
-):
-    call = ["untrain", *arguments, "--steps", "7", "--checkpoint-every", "2"]
-    assert main([*call, "--output", str(tmp_path / "whole")]) == 0
-    step, taken = RowAdam.step, []
+def test_a_resumed_run_ends_as_an_uninterrupted_one(words, tmp_path, monkeypatch, capsys, fails):
+    words += ["--steps", "7", "--checkpoint-every", "2", "--output"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    assert main([*words, whole]) == 0
+    step, taken, stop = RowAdam.step, [], 1
 
     def interrupted_step(self, *args, **kwargs):
         taken.append(None)
-        if len(taken) == 6:
+        if len(taken) == stop:
             raise KeyboardInterrupt
         return step(self, *args, **kwargs)
 
-    parts = str(tmp_path / "parts")
     with monkeypatch.context() as patch:
         patch.setattr(RowAdam, "step", interrupted_step)
-        assert main([*call, "--output", parts]) == 130
+        assert main([*words, parts]) == 130
+        assert "interrupted; no checkpoint was written yet" in capsys.readouterr().err
+        stop = 6 + len(taken)
+        assert main([*words, parts, "--force"]) == 130
     assert f"wfnet untrain --resume {parts}" in capsys.readouterr().err
-    fails([*call, "--output", parts], "--resume goes on with it")
-    fails([*call, "--output", parts, "--resume", "--lr", "0.17"], "was written with lr")
+    fails([*words, parts], "--resume goes on with it")
+    fails([*words, parts, "--resume", "--lr", "0.17"], "was written with lr")
     assert main(["untrain", "--resume", parts]) == 0  # every option is remembered
-    whole, resumed = (load_file(tmp_path / f / "wf_model.safetensors") for f in ("whole", "parts"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    first, second = (load_file(f"{folder}/wf_model.safetensors") for folder in (whole, parts))
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert json.loads((tmp_path / "parts" / "config.json").read_text())["result"]["steps"] == 7
 
 
-def test_a_compiled_run_is_remembered_as_one(arguments, tmp_path, monkeypatch, fails):
+def test_a_compiled_run_is_remembered_as_one(words, tmp_path, monkeypatch):
     make, made = torch.compile, []
 
     def traced(graph, **options):  # generated code is torch's own, and takes long to make
@@ -72,62 +71,42 @@ def test_a_compiled_run_is_remembered_as_one(arguments, tmp_path, monkeypatch, f
 
     monkeypatch.setattr(torch, "compile", traced)
     folder = str(tmp_path / "run")
-    call = ["untrain", *arguments, "--output", folder]
-    fails([*call, "--steps", "2", "--torchcompile", "--no-fuse"], "--no-fuse")
-    assert main([*call, "--steps", "2", "--torchcompile"]) == 0
+    assert main([*words, "--output", folder, "--steps", "2", "--torchcompile"]) == 0
     remembered = json.loads((tmp_path / "run" / "config.json").read_text())
     assert remembered["untraining"]["fuse"] == "compile"
     assert main(["untrain", "--resume", folder]) == 0  # of a finished run: nothing is made
-    assert main(["evaluate", folder, *arguments[:4], "--torchcompile"]) == 0
+    assert main(["evaluate", folder, "--torchcompile", "--no-figures", "-j0"]) == 0
     assert len(made) == 2
 
 
-def test_resume_auto_starts_anew_where_there_is_nothing(arguments, tmp_path, capsys):
+def test_resume_and_force_in_the_output_folder(words, tmp_path):
     folder = tmp_path / "run"
-    call = ["untrain", *arguments, "--steps", "2", "--output", str(folder), "--resume", "auto"]
-    assert main(call) == 0
+    words += ["--checkpoint-every", "1", "--output", str(folder)]
+    assert main([*words, "--steps", "3", "--resume", "auto"]) == 0  # nothing is there yet
     before = (folder / "wf_model.safetensors").read_bytes()
-    assert main(call) == 0  # finished: only loaded
+    assert main([*words, "--steps", "3", "--resume"]) == 0  # finished: only loaded
     assert (folder / "wf_model.safetensors").read_bytes() == before
+    assert Checkpoints(folder).older()
+    (folder / "evaluation.json").write_text("of the old filters")
+    assert main([*words, "--steps", "1", "--force"]) == 0
+    assert not (folder / "evaluation.json").exists()
+    assert Checkpoints(folder).load()[1]["step"] == 1
+    assert Checkpoints(folder).older() == []
 
 
-def test_force_replaces_a_run(arguments, finished):
-    (finished / "evaluation.json").write_text("of the old filters")
-    call = ["untrain", *arguments, "--steps", "1", "--output", str(finished), "--force"]
-    assert main(call) == 0
-    assert not (finished / "evaluation.json").exists()
-    assert json.loads((finished / "config.json").read_text())["result"]["steps"] == 1
-
-
-def test_progress_where_there_is_no_terminal(arguments, tmp_path, capsys):
-    call = ["untrain", *arguments, "--steps", "6", "--output", str(tmp_path / "run")]
-    assert main([*call, "--checkpoint-every", "1", "--log-interval", "0.001"]) == 0
+def test_progress_where_there_is_no_terminal(words, tmp_path, capsys):
+    words += ["--steps", "6", "--output", str(tmp_path / "run"), "--log-interval", "0.001"]
+    assert main([word for word in words if word != "--quiet"] + ["--checkpoint-every", "1"]) == 0
     shown = capsys.readouterr().err.splitlines()
     lines = [line for line in shown if line.startswith("untraining: ")]
-    assert lines
     assert "Acc_r" in lines[-1]
     assert "samples/s" in lines[-1]
 
 
-def test_interrupted_before_anything_was_saved(arguments, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(RowAdam, "step", interrupt)
-    assert main(["untrain", *arguments, "--steps", "2", "--output", str(tmp_path / "run")]) == 130
-    assert "interrupted; no checkpoint was written yet" in capsys.readouterr().err
-
-
-# -- plans, logs, checkpoints ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def call(image_folder):
-    network = ("--model", "small/resnet", "--model-kwargs", "width=8", "--img-size", "32")
-    return ["untrain", "--data-dir", str(image_folder), *network, *QUICK]
-
-
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_a_dry_run_says_what_memory_the_run_takes(call, tmp_path, capfd, dtype, size):
+def test_a_dry_run_says_what_memory_the_run_takes(words, tmp_path, capfd, dtype, size):
     folder = tmp_path / "run"
-    words = [*call, "--dry-run", "--filter-dtype", dtype, "--grad-accum-steps", "3"]
+    words += ["--dry-run", "--filter-dtype", dtype, "--grad-accum-steps", "3"]
     assert main([*words, "--output", str(folder)]) == 0
     shown = capfd.readouterr()
     assert not folder.exists()
@@ -143,17 +122,15 @@ def test_a_dry_run_says_what_memory_the_run_takes(call, tmp_path, capfd, dtype, 
     assert "profiler" not in shown.err
 
 
-def test_a_dry_run_without_a_readable_image(call, image_folder, tmp_path, capsys):
+def test_a_dry_run_without_a_readable_image(words, image_folder, tmp_path, fails):
     for path in (image_folder / "train").glob("*/*"):
         path.write_bytes(b"no image")
-    words = [*call, "--dry-run", "--max-corrupt", "99", "--output", str(tmp_path / "run")]
-    assert main(words) == 2
-    assert "corrupt" in capsys.readouterr().err
+    fails([*words, "--dry-run", "--max-corrupt", "99", "--output", tmp_path / "run"], "corrupt")
 
 
-def test_filters_in_bfloat16_with_accumulated_gradients(call, tmp_path):
+def test_filters_in_bfloat16_with_accumulated_gradients(words, tmp_path):
     folder = tmp_path / "run"
-    words = [*call, "--steps", "3", "--filter-dtype", "bfloat16", "--grad-accum-steps", "2"]
+    words += ["--steps", "3", "--filter-dtype", "bfloat16", "--grad-accum-steps", "2"]
     words += ["--keep-checkpoints", "1", "--checkpoint-every", "1", "--max-nan-steps", "2"]
     assert main([*words, "--output", str(folder)]) == 0
     filters = load_file(folder / "wf_model.safetensors")
@@ -187,12 +164,11 @@ class Wandb(types.ModuleType):
         self.finished += 1
 
 
-def test_weights_and_biases(call, tmp_path, monkeypatch, capsys):
+def test_weights_and_biases(words, tmp_path, monkeypatch, fails):
     folder = tmp_path / "run"
-    words = [*call, "--steps", "4", "--log-wandb", "--output", str(folder)]
+    words += ["--steps", "4", "--log-wandb", "--output", str(folder)]
     monkeypatch.setitem(sys.modules, "wandb", None)
-    assert main(words) == 2
-    assert "pip install wfnet[wandb]" in capsys.readouterr().err
+    fails(words, "pip install wfnet[wandb]")
     assert not folder.exists()  # before work starts
 
     wandb = Wandb()
@@ -206,13 +182,3 @@ def test_weights_and_biases(call, tmp_path, monkeypatch, capsys):
     first, second = (settings["id"] for settings in wandb.started)
     assert first == second
     assert wandb.started[0]["config"]["label_expansion"] == 2
-
-
-def test_force_removes_every_checkpoint(call, tmp_path):
-    folder = tmp_path / "run"
-    words = [*call, "--checkpoint-every", "1", "--output", str(folder)]
-    assert main([*words, "--steps", "3"]) == 0
-    assert Checkpoints(folder).older()
-    assert main([*words, "--steps", "1", "--force"]) == 0
-    assert Checkpoints(folder).load()[1]["step"] == 1
-    assert Checkpoints(folder).older() == []

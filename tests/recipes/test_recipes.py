@@ -8,7 +8,7 @@ from image_files import cifar10_binary, cifar10_names, write_idx
 
 from wfnet import models, recipes
 from wfnet.cli import build_parser, main
-from wfnet.cli.options import fill_from_files
+from wfnet.cli.option_files import fill_from_files
 
 
 def mnist_files(folder):

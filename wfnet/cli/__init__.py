@@ -1,8 +1,7 @@
 """The command line: `wfnet COMMAND`, one file per command.
 
-A command is a module with ``add_parser(commands)``, which sets the defaults ``run`` (a function of
-the parsed options) and may set ``saved`` (a function of the options that says, after Ctrl-C, what
-is on disk). Heavy packages (timm, torchvision, matplotlib) are imported by ``run`` alone.
+A command is a module with ``add_parser(commands)`` and ``run(options)``. Heavy packages (timm,
+torchvision, matplotlib) are imported by ``run`` alone.
 """
 
 from __future__ import annotations
@@ -22,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from wfnet.cli import bake, baseline, bench, demo, evaluate, report, train, trust, untrain
-from wfnet.cli.options import HelpFormatter, add_help_options, fill_from_files
+from wfnet.cli.option_files import fill_from_files
+from wfnet.cli.options import Parser, make_parser
 from wfnet.services.ranks import launched, launched_rank
-from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
 
@@ -32,21 +31,9 @@ COMMANDS = (demo, train, untrain, evaluate, baseline, trust, bake, report, bench
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
-        prog="wfnet",
-        description="One checkpoint that can forget any class on demand: learn filters for all "
-        "classes of a frozen classifier in one round, choose the class to forget at run time.",
-        epilog="start here:  wfnet demo            (about a minute, no download)\n"
-        "then:        wfnet COMMAND --help  (every command has an example)",
-        formatter_class=HelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"wfnet {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        add_help_options(module.add_parser(commands))
-    return parser
+    return make_parser(COMMANDS)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,30 +46,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with contextlib.suppress(AttributeError):  # names of files may hold what stdout cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        parser = build_parser()
-        options = fill_from_files(parser, sys.argv[1:] if arguments is None else list(arguments))
+        given = sys.argv[1:] if arguments is None else list(arguments)
+        options = fill_from_files(build_parser(), given)
+        if options.threads:
+            torch.set_num_threads(options.threads)
         _log_to_stderr(options.debug, options.quiet)
-        return options.run(options) or 0
+        options.run(options)
+        return 0
     except KeyboardInterrupt as stop:
-        saved = getattr(options, "saved", None)
+        saved = getattr(options, "saved", "nothing was saved")
         if launched_rank() == 0:
-            what = saved(options) if saved else "nothing was saved"
-            print(f"\ninterrupted; {what}", file=sys.stderr)
+            text = saved if isinstance(saved, str) else saved(options)
+            print(f"\ninterrupted; {text}", file=sys.stderr)
         return 128 + getattr(stop, "signal", signal.SIGINT)
     except BrokenPipeError:  # the reader of our output (a pager, head) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        sentence = None if options.debug else _sentence(error)
-        if sentence is None:
+        sentence = _sentence(error)
+        if sentence is None or options.debug:
             traceback.print_exc()
-            return 2 if _sentence(error) else 1
+            return 1 if sentence is None else 2
         rank = f"rank {launched_rank()}:" if launched() else None
         name = " ".join(filter(None, (rank, "wfnet", options.command)))
         print(f"{name}: error: {sentence}", file=sys.stderr)
         return 2
-    finally:
-        _stop_logging()
+    finally:  # `main` may be called in a process that goes on
+        for handler in [h for h in logger.handlers if isinstance(h, _AboveBars)]:
+            logger.removeHandler(handler)
 
 
 def _sentence(error: Exception) -> str | None:
@@ -108,7 +99,12 @@ def _raised_here(error: Exception) -> bool:
 
 
 class _AboveBars(logging.StreamHandler):
-    """Writes lines above a tqdm bar, not into it."""
+    """Writes lines above a tqdm bar, not into it, with their level only where that is news."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        known = record.levelno == logging.INFO
+        return text if known else f"{record.levelname.lower()}: {text}"
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.stream.isatty():
@@ -117,25 +113,10 @@ class _AboveBars(logging.StreamHandler):
             super().emit(record)
 
 
-class _Lines(logging.Formatter):
-    """The message; its level only where that is news."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        level = record.levelname.lower()
-        return text if record.levelno == logging.INFO else f"{level}: {text}"
-
-
-def _stop_logging() -> None:
-    """Takes our handler off again: `main` may be called in a process that goes on."""
-    for handler in [h for h in logger.handlers if isinstance(h, _AboveBars)]:
-        logger.removeHandler(handler)
-
-
 def _log_to_stderr(debug: bool, quiet: bool) -> None:
     handler = _AboveBars(sys.stderr)
     rank = launched_rank()
-    handler.setFormatter(_Lines(f"rank {rank}: %(message)s" if rank else "%(message)s"))
+    handler.setFormatter(logging.Formatter(f"rank {rank}: %(message)s" if rank else "%(message)s"))
     logger.addHandler(handler)
     quiet = quiet or rank > 0
     logger.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)

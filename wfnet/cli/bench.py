@@ -23,91 +23,66 @@ from wfnet.benchmarking.steps import (
 from wfnet.benchmarking.timing import choose_convolutions_by_trial, interleaved, timed
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
-from wfnet.cli.options import HelpFormatter, key_value
+from wfnet.cli.options import (
+    Group,
+    add_command,
+    add_device_options,
+    add_model_arguments,
+    add_seed_option,
+)
 from wfnet.services import settings
 from wfnet.services.records import write_csv
 from wfnet.version import __version__
 
-EXAMPLE = """example:
+EXAMPLE = """\
   wfnet bench --model resnet50 -b 256 -M 3 --amp
   wfnet bench --model resnet18 vit_tiny_patch16_224 --img-size 64 -b 8 --output steps.csv"""
 # Names of timm's benchmark.py where it has the quantity; ours where it has not. Times are in ms,
 # parameters in millions; batches are samples: images under a row each.
 FIELDS = (
-    "model",
-    "column",
-    "train_samples_per_sec",
-    "train_step_time",
-    "train_batch_size",
-    "train_img_size",
-    "infer_samples_per_sec",
-    "infer_step_time",
-    "infer_batch_size",
-    "infer_img_size",
-    "param_count",
-    "filter_count",
-    "label_expansion",
-    "images",
-    "peak_mib",
-    "kernel_launches",
-    "share_of_floor",
-    "dtype",
-    "device",
-    "torch",
-    "wfnet",
-    "commit",
-    "remark",
+    ("model", "column", "train_samples_per_sec", "train_step_time", "train_batch_size")
+    + ("train_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size")
+    + ("infer_img_size", "param_count", "filter_count", "label_expansion", "images", "peak_mib")
+    + ("kernel_launches", "share_of_floor", "dtype", "device", "torch", "wfnet", "commit")
+    + ("remark",)
 )
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "bench",
+    parser = add_command(
+        commands,
+        run,
+        "the table is written at the end",
         help="throughput against the alternatives, on this machine",
         description="Time one untraining step (label-expanded batch in, filters moved) and one "
         "filtered forward pass of any classifier with random weights and images, beside the same "
         "step as others would write it. Interleaved, medians; nothing is read or downloaded.",
-        usage="wfnet bench --model NAME [NAME ...] [options]",
-        epilog=EXAMPLE,
-        formatter_class=HelpFormatter,
+        arguments="--model NAME [NAME ...] [options]",
+        example=EXAMPLE,
     )
-    parser.set_defaults(run=run, saved=lambda options: "the table is written at the end")
-    switch = argparse.BooleanOptionalAction
-    add = parser.add_argument_group("what is measured").add_argument
-    names = "names of timm, of torchvision (torchvision/resnet50), or small/resnet, ..."
-    add("--model", nargs="+", metavar="NAME", help=names)
-    names = "arguments of the model's constructor"
-    add("--model-kwargs", nargs="*", type=key_value, metavar="KEY=VALUE", help=names)
-    size = {"type": settings.image_size, "default": 224, "metavar": "PIXELS"}
-    add("--img-size", help="of the random images", **size)
-    count = {"type": settings.class_count, "default": 1000, "metavar": "N"}
-    add("--num-classes", help="rows of the filters", **count)
-    count = {"type": settings.int_from(2, 10**6), "default": 32, "metavar": "N"}
-    add("-b", "--batch-size", help="images of a minibatch, even", **count)
-    count = {"type": settings.positive_int, "default": 3, "metavar": "M"}
-    add("-M", "--label-expansion", help="rows that each retained image goes through", **count)
+    group = Group(parser, "what is measured")
+    text = "names of timm, of torchvision (torchvision/resnet50), or small/resnet, ..."
+    group.add("--model NAME", text, nargs="+")
+    add_model_arguments(group)
+    group.add("--img-size PIXELS", "of the random images", settings.image_size, 224)
+    group.add("--num-classes N", "rows of the filters", settings.class_count, 1000)
+    group.add("-b --batch-size N", "images of a minibatch, even", settings.pair_batch_size, 32)
+    text = "rows that each retained image goes through"
+    group.add("-M --label-expansion M", text, settings.positive_int, 3)
     text = "the same n / 2 images serve both halves (default: yes)"
-    add("--share-images", action=switch, default=True, help=text)
+    group.add("--share-images", text, bool, True)
     text = f"of {', '.join(COLUMNS)} (default: eager, unmasked, and ours that can run here)"
-    add("--columns", nargs="+", choices=COLUMNS, metavar="COLUMN", help=text)
-    add("--repeats", type=settings.positive_int, default=10, metavar="N", help="timed steps")
-    add("--seed", type=settings.seed, default=0, metavar="N", help="of everything random")
-    text = "CSV with the columns of timm's benchmark.py, and more"
-    add("--output", metavar="FILE", help=text)
-    add = parser.add_argument_group("computing").add_argument
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
-    add("--amp", action="store_true", help="compute in bfloat16 where it is safe")
-    text = "memory layout in which convolutions are faster (default: yes)"
-    add("--channels-last", action=switch, default=True, help=text)
-    add("--threads", type=settings.cpu_threads, metavar="N", help="CPU threads")
+    group.add("--columns COLUMN", text, tuple(COLUMNS), nargs="+")
+    group.add("--repeats N", "timed steps", settings.positive_int, 10)
+    add_seed_option(group)
+    group.add("--output FILE", "CSV with the columns of timm's benchmark.py, and more")
+    add_device_options(Group(parser, "computing"))
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace) -> None:
     if not options.model:
         raise ValueError("there is no network: give --model NAME, for example --model resnet50")
-    if options.threads:
-        torch.set_num_threads(options.threads)
     device = choose_device(options.device)
     choose_convolutions_by_trial(device)
     dtype = torch.bfloat16 if options.amp else torch.float32
@@ -146,7 +121,6 @@ def run(options: argparse.Namespace) -> int:
     if options.output:
         write_csv(options.output, rows, FIELDS)
         print(f"\nwritten to {options.output}")
-    return 0
 
 
 def default_columns(device: torch.device) -> list[str]:

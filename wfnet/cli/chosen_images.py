@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from wfnet.cli.options import Group
 from wfnet.data import Dataset, Splits, select, split_dataset
 from wfnet.data.image_lists import ImageList
 from wfnet.services import settings
@@ -17,19 +18,15 @@ LIST_NAME = "evaluation_images.json"
 PER_CLASS = 5  # the paper's number for ImageNet
 
 
-def add_list_options(group: argparse._ActionsContainer) -> None:
+def add_list_options(group: Group) -> None:
     """Options of all commands that evaluate."""
-    group.add_argument(
-        "--eval-per-class",
-        type=settings.positive_int,
-        metavar="N",
-        help="evaluate on N images of each class, drawn with --eval-seed and saved as a list in "
-        f"the output folder ({LIST_NAME}), which later commands there take up (default: all "
-        "images)",
+    group.add(
+        "--eval-per-class N",
+        "evaluate on N images of each class, drawn with --eval-seed and saved as a list in the "
+        f"output folder ({LIST_NAME}), which later commands there take up (default: all images)",
+        settings.positive_int,
     )
-    group.add_argument(
-        "--eval-seed", type=settings.seed, default=0, metavar="N", help="of the drawn images"
-    )
+    group.add("--eval-seed N", "of the drawn images", settings.seed, 0)
 
 
 def evaluated_images(
@@ -45,19 +42,19 @@ def evaluated_images(
         FileNotFoundError, ValueError: for a list that is missing, damaged or of other data.
     """
     part = getattr(data, options.split)
+    drawn = options.eval_per_class
     if options.eval_list:
         path = Path(options.eval_list)
     else:
         lists = (output / LIST_NAME, folder / LIST_NAME)
         path = next((path for path in lists if path.is_file()), None)
     if path is None:
-        if options.eval_per_class is None:
+        if drawn is None:
             return part
-        images = ImageList.draw(part, options.eval_per_class, options.eval_seed, options.split)
+        images = ImageList.draw(part, drawn, options.eval_seed, options.split)
         images.save(output / LIST_NAME)
         return select(part, images.positions(part))
     images = ImageList.load(path)
-    drawn = options.eval_per_class
     if drawn is not None and (drawn, options.eval_seed) != (images.per_class, images.seed):
         raise ValueError(
             f"{path} has {images.per_class} images per class drawn with seed {images.seed}, not "

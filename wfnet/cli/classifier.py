@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ from wfnet.head import find_head
 from wfnet.services.extras import require
 
 SMALL_IMAGE_SIZE = 32
-# Arguments that options of their own bring, or that are none.
-_OF_THE_OPTIONS = {"self", "args", "kwargs", "num_classes", "in_channels", "in_chans"}
 _TORCHVISION = ("torchvision/", "tv.")
+# Arguments of the libraries that choose or read weights: a stranger's config.json may name some.
+_NOT_OF_THE_NETWORK = ("checkpoint_path", "cache_dir", "weights", "scriptable", "exportable")
 
 
 def create_classifier(
@@ -57,60 +55,42 @@ def create_classifier(
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"the weights {checkpoint} do not exist")
     arguments = dict(options or {})
-    if arguments:
-        _check_arguments(name, arguments)
-    with torch.random.fork_rng(devices=[]):
+    _check_arguments(name, arguments)
+    if is_small(name):
+        make = _small(name, num_classes, pretrained, in_channels, image_size, arguments)
+    elif name.startswith(_TORCHVISION):
+        make = _torchvision(name, num_classes, pretrained, in_channels, arguments)
+    else:
+        make = _timm(name, num_classes, pretrained, in_channels, arguments)
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.random.default_generator.manual_seed(seed)
-        if name.startswith("small/"):
-            model = _small(name, num_classes, pretrained, in_channels, image_size, arguments)
-        elif name.startswith(_TORCHVISION):
-            model = _torchvision(name, num_classes, pretrained, in_channels, arguments)
-        else:
-            model = _timm(name, num_classes, pretrained, in_channels, arguments)
+        warnings.simplefilter("ignore")  # libraries warn of names that they renamed
+        try:
+            model = make()
+        except Exception as error:  # networks and hubs fail in many ways
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            if isinstance(error, TypeError):
+                raise ValueError(f"{name} does not take {dict(options or {})}: {reason}") from error
+            if not pretrained:
+                raise ValueError(f"{name} cannot be made: {reason}") from error
+            raise RuntimeError(
+                f"the pretrained weights of {name} cannot be had ({reason}); load them where there "
+                "is a connection, and pass the file as --checkpoint"
+            ) from error
     if checkpoint is not None:
         load_weights(model, checkpoint)
     return model.eval()
 
 
 def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    """Raises ValueError for what the model's constructor does not name, and for values that are not
-    simple: arguments may come from a stranger's ``config.json``."""
     for key, value in arguments.items():
         parts = value if isinstance(value, list | tuple) else (value,)
-        if len(parts) > 64 or not all(_is_simple(part) for part in parts):
+        simple = all(isinstance(part, str | int | float | None) for part in parts)
+        if key in _NOT_OF_THE_NETWORK or key.startswith("pretrained") or not simple:
             raise ValueError(
-                f"{name} does not take {key}={value!r}: arguments of a network are numbers, text, "
-                "true, false, or lists of these"
+                f"{name} does not take {key}={value!r}: --model-kwargs are numbers, text, true, "
+                "false or lists of these, and describe the network, not its weights"
             )
-    known = _constructor_arguments(name)
-    unknown = [key for key in arguments if key not in known]
-    if known and unknown:
-        others = _near(unknown[0], known) or f", but {', '.join(known)}"
-        raise ValueError(
-            f"{name} does not take {dict(arguments)}: it has no argument {unknown[0]!r}{others}"
-        )
-
-
-def _is_simple(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, int):
-        return abs(value) < 2**31
-    return value is None or (isinstance(value, str) and len(value) < 256)
-
-
-def _constructor_arguments(name: str) -> list[str]:
-    """Returns the arguments that the class behind a model's name takes, by their names."""
-    if is_small(name):
-        kind = name.removeprefix("small/")
-        if kind not in models.SMALL_MODELS:
-            return []  # creating it names those that there are
-        made: Any = models.SMALL_MODELS[kind]
-    else:
-        in_library = _torchvision if name.startswith(_TORCHVISION) else _timm
-        with torch.device("meta"):  # a network without memory
-            made = type(in_library(name, None, False, None, {})).__init__
-    return [name for name in inspect.signature(made).parameters if name not in _OF_THE_OPTIONS]
 
 
 def is_small(name: str) -> bool:
@@ -120,12 +100,12 @@ def is_small(name: str) -> bool:
 def data_settings(model: nn.Module, name: str) -> dict[str, Any]:
     """What a classifier expects of its images, as arguments of :func:`wfnet.data.open_data`."""
     if is_small(name):
-        return {"image_size": SMALL_IMAGE_SIZE}
+        channels = next(p for p in model.parameters() if p.dim() == 4).shape[1]
+        return {"image_size": SMALL_IMAGE_SIZE, "channels": channels}
     if not name.startswith(_TORCHVISION):
         return model_data_config(model)
     torchvision = require("torchvision.models", "train")
-    weights = torchvision.get_model_weights(_torchvision_name(name))
-    preset = weights.DEFAULT.transforms()
+    preset = torchvision.get_model_weights(_plain(name)).DEFAULT.transforms()
     return {
         "image_size": preset.crop_size[0],
         "channels": 3,
@@ -148,7 +128,7 @@ def check_head(model: nn.Module, name: str, num_classes: int, data: str) -> None
     )
 
 
-# -- libraries ------------------------------------------------------------------------------------
+# -- libraries: each returns what makes the network -----------------------------------------------
 
 
 def _small(
@@ -158,29 +138,18 @@ def _small(
     in_channels: int | None,
     image_size: int | None,
     arguments: dict[str, Any],
-) -> nn.Module:
+) -> Callable[[], nn.Module]:
     if pretrained:
         raise ValueError(
             f"{name} has no pretrained weights: `wfnet demo` trains one and saves its weights for "
             "--checkpoint"
         )
+    if num_classes is None:
+        raise ValueError(f"give --num-classes for {name}")
     kind = name.removeprefix("small/")
     if kind.startswith("vit") and image_size is not None:
         arguments.setdefault("image_size", image_size)
-    if num_classes is None:
-        raise ValueError(f"give --num-classes for {name}")
-    return _construct(
-        lambda: models.create(kind, num_classes, in_channels or 1, **arguments),
-        name,
-        arguments,
-        pretrained,
-    )
-
-
-def _torchvision_name(name: str) -> str:
-    for prefix in _TORCHVISION:
-        name = name.removeprefix(prefix)
-    return name
+    return lambda: models.create(kind, num_classes, in_channels or 1, **arguments)
 
 
 def _torchvision(
@@ -189,9 +158,9 @@ def _torchvision(
     pretrained: bool,
     in_channels: int | None,
     arguments: dict[str, Any],
-) -> nn.Module:
+) -> Callable[[], nn.Module]:
     torchvision = require("torchvision.models", "train")
-    plain = _torchvision_name(name)
+    plain = _plain(name)
     known = torchvision.list_models(module=torchvision)
     if plain not in known:
         raise ValueError(f"torchvision has no classifier {plain!r}{_near(plain, known)}")
@@ -203,9 +172,7 @@ def _torchvision(
         arguments["weights"] = weights
     elif num_classes is not None:
         arguments["num_classes"] = num_classes
-    return _construct(
-        lambda: torchvision.get_model(plain, **arguments), name, arguments, pretrained
-    )
+    return lambda: torchvision.get_model(plain, **arguments)
 
 
 def _timm(
@@ -214,7 +181,7 @@ def _timm(
     pretrained: bool,
     in_channels: int | None,
     arguments: dict[str, Any],
-) -> nn.Module:
+) -> Callable[[], nn.Module]:
     timm = require("timm", "train")
     elsewhere = ":" in name or name.startswith("hf_hub/")  # hf-hub:, local-dir:
     if not elsewhere and not timm.is_model(name.partition(".")[0]):
@@ -225,33 +192,16 @@ def _timm(
     if in_channels is not None:
         arguments["in_chans"] = in_channels
     if num_classes is not None:
-        if pretrained and not elsewhere:
-            config = timm.get_pretrained_cfg(name)
-            if config is not None:
-                _check_pretrained_classes(name, num_classes, config.num_classes)
+        config = timm.get_pretrained_cfg(name) if pretrained and not elsewhere else None
+        if config is not None:
+            _check_pretrained_classes(name, num_classes, config.num_classes)
         arguments["num_classes"] = num_classes
-    return _construct(
-        lambda: timm.create_model(name, pretrained=pretrained, **arguments),
-        name,
-        arguments,
-        pretrained,
-    )
+    return lambda: timm.create_model(name, pretrained=pretrained, **arguments)
 
 
-def _construct(make, name: str, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # libraries warn of names that they renamed
-        try:
-            return make()
-        except TypeError as error:
-            raise ValueError(_bad_arguments(name, arguments, error)) from error
-        except Exception as error:  # networks and hubs fail in many ways
-            if not pretrained:
-                raise ValueError(f"{name} cannot be made: {_first_line(error)}") from error
-            raise RuntimeError(
-                f"the pretrained weights of {name} cannot be had ({_first_line(error)}); load them "
-                "where there is a connection, and pass the file as --checkpoint"
-            ) from error
+def _plain(name: str) -> str:
+    """The name that torchvision has for a network."""
+    return name.removeprefix("torchvision/").removeprefix("tv.")
 
 
 def _check_pretrained_classes(name: str, wanted: int | None, found: int) -> None:
@@ -262,14 +212,6 @@ def _check_pretrained_classes(name: str, wanted: int | None, found: int) -> None
         )
 
 
-def _bad_arguments(name: str, arguments: Mapping[str, Any], error: Exception) -> str:
-    return f"{name} does not take {dict(arguments)}: {_first_line(error)}"
-
-
 def _near(name: str, known: list[str]) -> str:
     near = difflib.get_close_matches(name, known, 3)
     return f"; near it are {', '.join(near)}" if near else ""
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from wfnet.cli.runs import CURVES, FIGURES
+from wfnet.cli.runs import ATTRIBUTION
 from wfnet.evaluation import EvaluationResult
 from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
 from wfnet.evaluation.confusion import ConfusionChange
@@ -19,34 +19,17 @@ from wfnet.trust import TrustResult
 
 logger = logging.getLogger("wfnet")
 
-ATTRIBUTION = "attribution.json"
 
-
-def draw_evaluation(
-    result: EvaluationResult, net: WFNet, names: Sequence[str], folder: Path
-) -> list[str]:
-    """Draws the figures of an evaluation; returns their names, none without matplotlib."""
-    figures = _figures()
-    if figures is None:
-        return []
-    overview, accuracies, gates = FIGURES
-    figures.overview(result, net, folder / overview)
-    figures.accuracy_per_class(result, folder / accuracies)
-    rows = [record.index for record in result.records]
-    figures.gate_heatmap(net, folder / gates, classes=rows, names=names)
-    return list(FIGURES)
-
-
-def draw_report(
+def draw_run(
     folder: Path,
     net: WFNet,
     names: Sequence[str],
-    result: EvaluationResult | None,
+    result: EvaluationResult | None = None,
     change: ConfusionChange | None = None,
     trust: TrustResult | None = None,
     retrained: Mapping[int, tuple[float, float]] | None = None,
 ) -> list[str]:
-    """Draws every figure of a report that its arguments allow; returns their names.
+    """Draws every figure that its arguments allow; returns their names, none without matplotlib.
 
     Args:
         folder: of the run; its ``attribution.json`` is drawn, too.
@@ -70,9 +53,9 @@ def draw_report(
     if change is not None:
         figures.confusion(change, folder / "confusion.png")
         drawn.append("confusion.png")
-    attribution = read_attribution(folder / ATTRIBUTION)
-    if attribution is not None:
-        figures.insertion_deletion(attribution, folder / "attribution.png")
+    if (folder / ATTRIBUTION).is_file():
+        curves = read_attribution(folder / ATTRIBUTION)
+        figures.insertion_deletion(curves, folder / "attribution.png")
         drawn.append("attribution.png")
     if trust is not None:
         figures.trust_checks(trust, folder / "trust.png")
@@ -80,33 +63,23 @@ def draw_report(
     return drawn
 
 
-def read_attribution(path: Path) -> AttributionResult | None:
-    """The insertion and deletion curves in a file; None if it does not exist.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
-    if not path.is_file():
-        return None
+def read_attribution(path: Path) -> AttributionResult:
+    """The insertion and deletion curves in a file. Raises ValueError if it is damaged."""
     try:
         content = json.loads(path.read_text())
+        records = [AttributionRecord(**record) for record in content["classes"]]
         return AttributionResult(
-            content["shares"],
-            [AttributionRecord(**record) for record in content["classes"]],
-            content["settings"],
-            content["seconds"],
+            content["shares"], records, content["settings"], content["seconds"]
         )
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged ({error}); delete it and make it again") from error
 
 
-def draw_training(history: Sequence[Mapping[str, object]], folder: Path) -> list[str]:
-    """Draws losses and accuracies of untraining; returns the name, none without matplotlib."""
+def draw_training(history: Sequence[Mapping[str, object]], folder: Path) -> None:
+    """Draws losses and accuracies of untraining."""
     figures = _figures()
-    if figures is None:
-        return []
-    figures.training_curves(history, folder / CURVES)
-    return [CURVES]
+    if figures is not None:
+        figures.training_curves(history, folder / "training_curves.png")
 
 
 def _figures() -> ModuleType | None:

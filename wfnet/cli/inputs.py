@@ -3,26 +3,105 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from wfnet.cli.chosen_classes import choose_classes, with_network_labels
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
-from wfnet.cli.options import DATA_WITH_FILES, fuse_of
-from wfnet.cli.runs import RUN_FILE, read_run
+from wfnet.cli.options import fuse_of
+from wfnet.cli.runs import DATA_WITH_FILES, RUN_FILE, read_run
 from wfnet.data import Splits, cifar10, folder_classes, mnist, open_data
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 from wfnet.services.files import readable
+from wfnet.services.ranks import Ranks, joined, local_device
 
 logger = logging.getLogger("wfnet")
 
-_GREY = ("digits", "mnist", "glyphs10", "glyphs26", "glyphs100")
+
+class Run:
+    """A folder with filters, and what its ``config.json`` says, if it has one.
+
+    Attributes:
+        folder: of the options; ``--resume`` names it too, as in timm.
+        num_classes: of the filters.
+        names: of the classes, if they are recorded.
+        untrained: the classes that it has untrained; None for all.
+
+    Raises:
+        FileNotFoundError, ValueError: if there are no filters.
+    """
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        named = options.folder or getattr(options, "resume", None)
+        if not named:
+            raise ValueError(f"name the folder of a run: wfnet {options.command} RUN")
+        self.folder = Path(named)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(
+                f"{self.folder} is not a folder: give that of a run, for example demo"
+            )
+        self.num_classes: int = read_config(self.folder)["num_classes"]
+        record = read_run(self.folder) if (self.folder / RUN_FILE).is_file() else {}
+        self.names: list[str] | None = record.get("classes")
+        self.untrained: list[int] | None = (record.get("untraining") or {}).get("classes")
+
+    def check_data(self) -> None:
+        """Raises ValueError if the data have another number of classes than the filters."""
+        found = count_classes(self.options)
+        if found != self.num_classes and self.untrained is None:
+            raise ValueError(
+                f"{data_name(self.options)} has {found} classes, the filters in {self.folder} "
+                f"{self.num_classes}; use the data that they were made for"
+            )
+
+    def classifier(self, trained: bool = True) -> nn.Module:
+        """The classifier that the filters belong to, on the CPU; see :func:`make_classifier`."""
+        if not self.options.model:
+            raise ValueError(
+                f"{self.folder} does not say which network its filters belong to: give --model "
+                "NAME and --pretrained or --checkpoint FILE"
+            )
+        return make_classifier(self.options, self.num_classes, str(self.folder), trained)
+
+    def network(self) -> tuple[WFNet, nn.Module]:
+        """The filtered network on its device, and its classifier on the CPU.
+
+        Raises:
+            FileNotFoundError, ValueError: for missing, damaged or foreign files.
+        """
+        device = choose_device(self.options.device)
+        classifier = self.classifier()
+        net = WFNet.from_pretrained(self.folder, classifier, backend=self.options.backend)
+        net.fuse = fuse_of(self.options)
+        net.to(device)
+        if self.options.channels_last:
+            net.to(memory_format=torch.channels_last)
+        return net, classifier
+
+    def images(self, classifier: nn.Module) -> Splits:
+        """The images, with the labels that their classes have, by name, in the run."""
+        data = open_images(self.options, classifier)
+        if self.untrained is None:
+            return with_known_names(data, self.options, self.folder)
+        count = len(self.names)
+        numbers, _ = choose_classes([], data.classes, count, self.names)
+        return with_network_labels(data, numbers, count, self.names)
+
+    def class_numbers(
+        self, chosen: Sequence[str] | None, names: Sequence[str] | None
+    ) -> list[int] | None:
+        """The classes of an option, by number or name; without it those that were untrained."""
+        if not chosen:
+            return self.untrained
+        return class_indices(chosen, names, self.num_classes)
 
 
 def data_name(options: argparse.Namespace) -> str:
@@ -77,16 +156,14 @@ def make_classifier(
             "classes; leave it out, or say with `wfnet untrain --classes` which of the network's "
             "classes these are"
         )
-    small = is_small(options.model)
     in_channels = options.in_chans
-    if small and in_channels is None:
-        in_channels = 1 if options.data in _GREY else 3
+    if is_small(options.model) and in_channels is None:
+        in_channels = 3 if options.data in (None, "cifar10") else 1
+    pretrained = options.pretrained and trained
     model = create_classifier(
         options.model,
-        options.num_classes
-        if options.pretrained and trained
-        else num_classes or options.num_classes,
-        pretrained=options.pretrained and trained,
+        options.num_classes if pretrained else num_classes or options.num_classes,
+        pretrained=pretrained,
         checkpoint=options.checkpoint if trained else None,
         in_channels=in_channels,
         image_size=options.img_size,
@@ -104,24 +181,13 @@ def make_classifier(
     return model
 
 
-def open_images(
-    options: argparse.Namespace,
-    model: nn.Module,
-    augment: bool = False,
-    folder: Path | None = None,
-    by_names: bool = True,
-) -> Splits:
+def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = False) -> Splits:
     """Training, validation and test images as the classifier expects them.
 
-    Labels are those that the classes have, by their names, in the run in ``folder`` and in the one
-    that made the weights, as far as these are recorded, unless ``by_names`` is False.
-
     Raises:
-        FileNotFoundError, ValueError: for data that are missing, damaged, or of other classes.
+        FileNotFoundError, ValueError: for data that are missing or damaged.
     """
     settings = data_settings(model, options.model)
-    if is_small(options.model):
-        settings["channels"] = _input_channels(model)
     chosen = {
         "image_size": options.img_size,
         "channels": options.in_chans,
@@ -134,7 +200,7 @@ def open_images(
     if chosen:
         settings.pop("transform", None)  # it was made for the settings that are replaced
     by_name = options.data is not None
-    data = open_data(
+    return open_data(
         options.data if by_name else options.data_dir,
         options.data_dir if by_name else None,
         **{**settings, **chosen},
@@ -148,23 +214,20 @@ def open_images(
         cache_dir=options.cache_dir,
         device=choose_device(options.device),
     )
-    if by_names and folder is not None and untrained_classes(folder) is not None:
-        names = read_run(folder)["classes"]
-        numbers, _ = choose_classes([], data.classes, len(names), names)
-        return with_network_labels(data, numbers, len(names), names)
-    for names, origin in known_classes(options, folder) if by_names else ():
+
+
+def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | None) -> Splits:
+    """Returns data with the labels that their classes have, by their names, in the run in
+    ``folder`` and in the one that made the weights, as far as these are recorded.
+
+    Raises:
+        ValueError: for data of other classes.
+    """
+    for names, origin in known_classes(options, folder):
         numbered = names == [str(label) for label in range(len(names))]
         if not (numbered and options.class_names):  # classes that are named now for the first time
             data = data.in_known_order(names, origin)
     return data
-
-
-def untrained_classes(folder: Path) -> list[int] | None:
-    """Returns the classes that the run in a folder has untrained; None for all, or if it is not
-    recorded."""
-    if not (folder / RUN_FILE).is_file():
-        return None
-    return (read_run(folder).get("untraining") or {}).get("classes")
 
 
 def known_classes(
@@ -186,10 +249,6 @@ def known_classes(
     return found
 
 
-def _input_channels(model: nn.Module) -> int:
-    return next(p for p in model.parameters() if p.dim() == 4).shape[1]
-
-
 def choose_device(name: str) -> torch.device:
     """``auto`` is the first CUDA device, or the CPU.
 
@@ -209,51 +268,15 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def load_network(options: argparse.Namespace, folder: Path) -> tuple[WFNet, nn.Module]:
-    """The filtered network in ``folder`` on its device, and its classifier on the CPU.
-
-    Raises:
-        FileNotFoundError, ValueError: for missing, damaged or foreign files.
-    """
-    device = choose_device(options.device)
-    config = check_run_folder(folder)
-    if not options.model:
-        raise ValueError(
-            f"{folder} does not say which network its filters belong to: give --model NAME and "
-            "--pretrained or --checkpoint FILE"
-        )
-    classifier = make_classifier(options, config["num_classes"], str(folder))
-    net = WFNet.from_pretrained(folder, classifier, backend=options.backend)
-    net.fuse = fuse_of(options)
-    net.to(device)
-    if options.channels_last:
-        net.to(memory_format=torch.channels_last)
-    return net, classifier
-
-
-def check_run_folder(folder: Path) -> dict[str, Any]:
-    """The filters' configuration in ``folder``.
-
-    Raises:
-        FileNotFoundError, ValueError: if there are no filters.
-    """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder: give that of a run, for example demo")
-    return read_config(folder)
-
-
-def check_class_count(options: argparse.Namespace, folder: Path, filters: int, remedy: str) -> None:
-    """Compares the classes of the data with those that the filters in ``folder`` were made for.
-
-    Raises:
-        ValueError: if they differ; the sentence ends with ``remedy``.
-    """
-    found = count_classes(options)
-    if found != filters and untrained_classes(folder) is None:
-        raise ValueError(
-            f"{options.data or options.data_dir} has {found} classes, the filters in {folder} "
-            f"{filters}; {remedy} the data that they were made for"
-        )
+@contextlib.contextmanager
+def joined_ranks(options: argparse.Namespace) -> Iterator[Ranks]:
+    """The processes that share a command; only the first one prints."""
+    with contextlib.ExitStack() as inside:
+        ranks = inside.enter_context(joined(local_device(choose_device(options.device))))
+        if not ranks.first:
+            nowhere = inside.enter_context(open(os.devnull, "w"))
+            inside.enter_context(contextlib.redirect_stdout(nowhere))
+        yield ranks
 
 
 def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int) -> list[int]:
@@ -263,16 +286,17 @@ def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int
         ValueError: for one that does not exist.
     """
     found = []
-    lowered = [name.lower() for name in names or ()]
+    names = list(names or ())
+    lowered = [name.lower() for name in names]
     for label in map(readable, labels):
-        if names and label in names:
-            found.append(list(names).index(label))
+        if label in names:
+            found.append(names.index(label))
         elif lowered.count(label.lower()) == 1:
             found.append(lowered.index(label.lower()))
         elif label.isdigit() and int(label) < count:
             found.append(int(label))
         else:
-            known = ", ".join((names or ())[:5]) + (", ..." if len(names or ()) > 5 else "")
+            known = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise ValueError(
                 f"there is no class {label!r}: classes are numbered 0 to {count - 1}"
                 f"{f', or called by their names ({known})' if known else ''}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -18,27 +20,29 @@ from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.version import __version__
 
 RUN_FILE = "config.json"
-FIGURES = ("overview.png", "accuracy_per_class.png", "gates.png")
-CURVES = "training_curves.png"
+BASE_NAME = "base.safetensors"  # weights that `wfnet train` writes
 CONFUSION = "confusion.json"
-TABLE_FILES = ("relearning.json", "attribution.json", "tables.json", "tables.csv", "tables.md")
-REPORT_FILES = (
-    CONFUSION,
-    "confusion.png",
-    "associations.png",
-    "attribution.png",
-    "report.html",
-) + ("trust.json", "trust.csv", "trust.partial.json", "trust.png")
+ATTRIBUTION = "attribution.json"
 # What belongs to one run, in the order in which it is made; a new run replaces all of it.
 RUN_FILES = (
-    (RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv", CURVES)
-    + ("evaluation.json", "evaluation.csv", *FIGURES)
-    + TABLE_FILES
-    + REPORT_FILES
+    (RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv")
+    + ("training_curves.png", "evaluation.json", "evaluation.csv", "overview.png")
+    + ("accuracy_per_class.png", "gates.png", "relearning.json", ATTRIBUTION)
+    + ("tables.json", "tables.csv", "tables.md", CONFUSION, "confusion.png", "associations.png")
+    + ("attribution.png", "report.html", "trust.json", "trust.csv", "trust.partial.json")
+    + ("trust.png",)
 )
+# Say what the command does this time; neither recorded nor taken from a file.
+OF_THIS_CALL = frozenset(
+    ("command", "run", "saved", "config", "resume", "folder", "force", "dry_run", "help")
+    + ("debug", "quiet")
+)
+# Named data sets whose files lie in --data-dir.
+DATA_WITH_FILES = ("mnist", "cifar10")
 _PATHS = ("data_dir", "checkpoint")
-_IMAGE_PACKAGES = ("timm", "torchvision", "scikit-learn", "matplotlib")
-_PACKAGES = ("torch", "numpy", "safetensors", "triton", *_IMAGE_PACKAGES)
+_PACKAGES = ("torch", "numpy", "safetensors", "triton", "timm", "torchvision", "scikit-learn") + (
+    "matplotlib",
+)
 
 
 def check_writable(folder: Path) -> None:
@@ -59,20 +63,26 @@ def check_writable(folder: Path) -> None:
         ) from error
 
 
-def write_run(folder: Path, command: str, options: dict[str, Any], **more: Any) -> None:
-    """Writes ``config.json``: command, options, versions, and whatever else is known of the run.
+def recorded(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Returns the options as they go into the ``config.json`` of a folder.
 
     Files inside the folder are recorded relative to it, so that it can be moved; others in full.
     """
-    values = dict(options)
+    values = {name: value for name, value in vars(options).items() if name not in OF_THIS_CALL}
+    if values.get("model_kwargs"):
+        values["model_kwargs"] = dict(values["model_kwargs"])
     for name in _PATHS:
         if values.get(name):
-            path = Path(values[name])
-            path = path if path.is_absolute() else Path.cwd() / path
+            path = Path(values[name]).absolute()
             inside = path.is_relative_to(folder.absolute())
             values[name] = str(path.relative_to(folder.absolute()) if inside else path)
-    content = {"command": command, "options": values, **more, "versions": versions()}
-    write_json(folder / RUN_FILE, content)
+    return values
+
+
+def write_run(folder: Path, options: argparse.Namespace, **more: Any) -> None:
+    """Writes ``config.json``: command, options, versions, and whatever else is known of the run."""
+    content = {"command": options.command, "options": recorded(options, folder), **more}
+    write_json(folder / RUN_FILE, {**content, "versions": versions()})
 
 
 def read_run(folder: str | os.PathLike) -> dict[str, Any]:
@@ -107,10 +117,8 @@ def versions() -> dict[str, str]:
     """Versions of what computes; packages are not imported for it."""
     found = {"wfnet": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     if torch.cuda.is_available():
         found["cuda"] = str(torch.version.cuda)
         found["device"] = torch.cuda.get_device_name()

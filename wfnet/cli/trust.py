@@ -10,22 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import safetensors
-import torch
 from torch import nn
 
 from wfnet import trust
-from wfnet.cli.inputs import (
-    check_class_count,
-    check_run_folder,
-    class_indices,
-    load_network,
-    open_images,
-    untrained_classes,
-)
+from wfnet.cli.inputs import Run
 from wfnet.cli.options import (
-    HelpFormatter,
+    Group,
+    add_command,
     add_compute_options,
-    add_config_options,
     add_data_options,
     add_model_options,
     config_changes,
@@ -38,7 +30,7 @@ from wfnet.pretrained import FILTERS_NAME
 from wfnet.services import settings
 from wfnet.services.files import fingerprint, read_tensors
 
-EXAMPLE = """example:
+EXAMPLE = """\
   wfnet trust runs/r50 --classes 3 281
   wfnet trust runs/r50 --classes tabby --checks removal relearning --prune-below 0.1
 
@@ -47,91 +39,80 @@ those that are in RUN are found."""
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "trust",
+    parser = add_command(
+        commands,
+        run,
+        "finished checks are kept: the same command goes on there",
         help="attacks on what was forgotten: membership, relearning, probes, removability",
         description="Attack the plain model of each class (as `wfnet bake` exports it) in six "
         "ways, and measure the same on the original and on models retrained without the class: "
         + "; ".join(f"{c.name}: {c.question[:-1].lower()}" for c in trust.CHECKS.values())
         + ". Finished classes and checks are kept, and the same command goes on after an "
         "interruption.",
-        usage="wfnet trust RUN [--classes CLASS ...] [options]",
-        epilog=EXAMPLE,
-        formatter_class=HelpFormatter,
-    )
-    parser.set_defaults(
-        run=run, saved=lambda options: "finished checks are kept: the same command goes on there"
+        arguments="RUN [--classes CLASS ...] [options]",
+        example=EXAMPLE,
     )
     parser.add_argument("folder", metavar="RUN", help="folder of a run")
-    group = parser.add_argument_group("checks")
-    group.add_argument(
-        "--classes", nargs="+", metavar="CLASS", help="classes, by number or name (default: all)"
-    )
-    group.add_argument(
-        "--checks",
-        nargs="+",
-        choices=tuple(trust.CHECKS),
-        metavar="CHECK",
-        help=f"{', '.join(trust.CHECKS)} (default: all)",
-    )
+    group = Group(parser, "checks")
+    group.add("--classes CLASS", "classes, by number or name (default: all)", nargs="+")
+    text = f"{', '.join(trust.CHECKS)} (default: all)"
+    group.add("--checks CHECK", text, tuple(trust.CHECKS), nargs="+")
     defaults = trust.TrustSettings()
-    group.add_argument(
-        "--prune-below",
-        type=settings.Number(0.0, 1.0),
-        default=0.0,
-        metavar="T",
-        help="check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
+    group.add(
+        "--prune-below T",
+        "check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
+        settings.Number(0.0, 1.0),
+        0.0,
     )
-    group.add_argument(
+    group.add(
         "--cut-output",
-        action="store_true",
-        help="check exports whose class is cut from the head, as of `wfnet bake --cut-output`",
+        "check exports whose class is cut from the head, as of `wfnet bake --cut-output`",
     )
-    add_config_options(group, trust.TrustSettings, defaults=defaults)
-    group.add_argument(
-        "--relearn-images",
-        nargs="+",
-        type=settings.positive_int,
-        metavar="N",
-        default=list(defaults.relearn_images),
-        help="images of the class that relearning attacks have (default: "
+    group.add_fields(trust.TrustSettings, defaults=defaults)
+    group.add(
+        "--relearn-images N",
+        "images of the class that relearning attacks have (default: "
         f"{' '.join(map(str, defaults.relearn_images))})",
-    )
-    group.add_argument(
-        "--retrained",
+        settings.positive_int,
+        list(defaults.relearn_images),
         nargs="+",
-        metavar="DIR",
-        help="more folders in which `wfnet baseline` has put retrained models, of other seeds for "
-        "example (those in RUN are found)",
     )
-    group.add_argument("--output", metavar="DIR", help="folder for the results (default: RUN)")
+    group.add(
+        "--retrained DIR",
+        "more folders in which `wfnet baseline` has put retrained models, of other seeds for "
+        "example (those in RUN are found)",
+        nargs="+",
+    )
+    group.add("--output DIR", "folder for the results (default: RUN)")
     add_data_options(parser)
     add_model_options(parser)
     add_compute_options(parser)
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
-    folder = Path(options.folder)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    config = check_run_folder(folder)
+def run(options: argparse.Namespace) -> None:
+    work_on = Run(options)
+    folder = work_on.folder
     output = Path(options.output or folder)
     check_writable(output)
-    check_class_count(options, folder, config["num_classes"], "check them on")
-    net, classifier = load_network(options, folder)
-    data = open_images(options, classifier, folder=folder)
-    classes = untrained_classes(folder) or list(range(net.num_classes))
-    if options.classes:
-        classes = class_indices(options.classes, data.classes, net.num_classes)
+    work_on.check_data()
+    net, classifier = work_on.network()
+    data = work_on.images(classifier)
+    classes = work_on.class_numbers(options.classes, data.classes)
     levels = RetrainedModels([folder, *map(Path, options.retrained or ())], classifier, data.train)
     device = next(net.parameters()).device
+    identity = {
+        "filters": hashlib.sha256((folder / FILTERS_NAME).read_bytes()).hexdigest(),
+        "prune_below": options.prune_below,
+    }
+    if options.cut_output:  # named only if asked for: results of exports that are not cut are valid
+        identity["cut_output"] = True
     result = trust.run_checks(
         lambda label: net.bake(label, options.prune_below, options.cut_output),
         net.bake(None),
         data,
         execution_order(net.model, list(net.masked_layers)),
-        classes,
+        list(range(net.num_classes)) if classes is None else classes,
         options.checks,
         lambda label: [model.to(device) for model in levels(label)],
         trust.TrustSettings(
@@ -139,12 +120,7 @@ def run(options: argparse.Namespace) -> int:
             relearn_images=tuple(options.relearn_images),
         ),
         output,
-        identity={
-            "filters": hashlib.sha256((folder / FILTERS_NAME).read_bytes()).hexdigest(),
-            "prune_below": options.prune_below,
-            # named only if asked for: results of exports that are not cut stay valid
-            **({"cut_output": True} if options.cut_output else {}),
-        },
+        identity=identity,
         advice=lambda label: (
             f"`wfnet baseline {folder} --methods retrained --classes {label}` makes one, and with "
             f"`--set retrained.seed=1 --output {folder}/baselines_1` another"
@@ -158,7 +134,6 @@ def run(options: argparse.Namespace) -> int:
     for sentence in result.left_out():
         print(sentence)
     print(f"\nin {output}: trust.json, trust.csv")
-    return 0
 
 
 class RetrainedModels:

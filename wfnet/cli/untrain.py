@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import math
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -15,34 +14,31 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from wfnet.cli.chosen_classes import (
-    add_classes_option,
-    choose_classes,
-    network_names,
-    with_network_labels,
-)
+from wfnet.cli.chosen_classes import choose_classes, network_names, with_network_labels
 from wfnet.cli.chosen_images import add_list_options, untraining_images
 from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
     choose_device,
     count_classes,
     data_name,
+    joined_ranks,
     known_classes,
     make_classifier,
     open_images,
-    untrained_classes,
+    with_known_names,
 )
 from wfnet.cli.options import (
-    HelpFormatter,
+    RECIPE_OR_FILE,
+    Group,
+    add_command,
     add_compute_options,
-    add_config_options,
     add_data_options,
     add_model_options,
+    add_seed_option,
     config_changes,
     fuse_of,
-    recorded,
 )
 from wfnet.cli.runs import RUN_FILES, check_writable, read_run, write_run
 from wfnet.data import (
@@ -54,12 +50,13 @@ from wfnet.data import (
     multi_hot_of,
     select,
 )
+from wfnet.evaluation.forward import Forward
 from wfnet.head import find_head
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.locks import folder_lock
-from wfnet.services.ranks import Ranks, joined, local_device
+from wfnet.services.ranks import Ranks, local_device
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.memory import filter_memory, step_memory
@@ -68,7 +65,7 @@ from wfnet.wrapping import DURABLE_ALPHA_INIT, masks_linear_maps, wrap
 
 logger = logging.getLogger("wfnet")
 
-EXAMPLE = """example:
+EXAMPLE = """\
   wfnet untrain --data-dir /data/imagenet --model resnet50 --pretrained -b 256 --output runs/r50
   wfnet untrain --resume runs/r50           (goes on where an interrupted run stopped)
   torchrun --nproc-per-node 8 -m wfnet untrain ...     (the same run, shared by eight GPUs)
@@ -80,135 +77,108 @@ _FILTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        "untrain",
+    parser = add_command(
+        commands,
+        run,
+        saved,
         help="learn filters for all classes of a timm or torchvision classifier",
         description="Learn filters for all classes of a classifier in one round. Its weights stay "
         "as they are; the output folder gets filters, history, checkpoints and every option.",
-        usage="wfnet untrain --data-dir DIR --model NAME [options]",
-        epilog=EXAMPLE,
-        formatter_class=HelpFormatter,
+        arguments="--data-dir DIR --model NAME [options]",
+        example=EXAMPLE,
     )
-    parser.set_defaults(run=run, saved=saved)
     add_data_options(parser)
     add_model_options(parser)
     _add_method_options(parser)
-    group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output", metavar="DIR", help="folder of the run (default: runs/MODEL-DATA)"
-    )
-    group.add_argument("--experiment", metavar="NAME", help="a folder of that name in --output")
-    group.add_argument(
-        "--resume",
+    group = Group(parser, "output")
+    group.add("--output DIR", "folder of the run (default: runs/MODEL-DATA)")
+    group.add("--experiment NAME", "a folder of that name in --output")
+    group.add(
+        "--resume RUN",
+        "go on with the run in folder RUN and its options; without a name, with the one in the "
+        "output folder, if there is one",
         nargs="?",
         const="auto",
-        metavar="RUN",
-        help="go on with the run in folder RUN and its options; without a name, with the one in "
-        "the output folder, if there is one",
     )
-    group.add_argument(
-        "--force", action="store_true", help="replace a run that is in the output folder"
+    group.add("--force", "replace a run that is in the output folder")
+    group.add("--config FILE", RECIPE_OR_FILE)
+    group.add_fields(UntrainConfig, "checkpoint_every", "keep_checkpoints")
+    group.add(
+        "--log-interval SECONDS",
+        "least time between lines of progress, where no terminal shows a bar",
+        settings.positive_float,
+        60.0,
     )
-    group.add_argument(
-        "--config",
-        metavar="FILE",
-        help="options from a YAML or JSON file, a run's config.json, or a recipe by name "
-        "(mnist/resnet18)",
-    )
-    add_config_options(group, UntrainConfig, "checkpoint_every", "keep_checkpoints")
-    group.add_argument(
-        "--log-interval",
-        type=settings.positive_float,
-        default=60.0,
-        metavar="SECONDS",
-        help="least time between lines of progress, where no terminal shows a bar",
-    )
-    group.add_argument(
+    group.add(
         "--log-wandb",
-        action="store_true",
-        help="log to Weights & Biases, too (TensorBoard events are written where it is installed)",
+        "log to Weights & Biases, too (TensorBoard events are written where it is installed)",
     )
-    group.add_argument(
+    group.add(
         "--dry-run",
-        action="store_true",
-        help="check everything, run two small batches, show the plan and the memory it takes",
+        "check everything, run two small batches, show the plan and the memory it takes",
     )
     add_compute_options(parser)
     return parser
 
 
 def _add_method_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "untraining", "Options without a default here have that of the recipe."
-    )
-    group.add_argument(
+    text = "Options without a default here have that of the recipe."
+    group = Group(parser, "untraining", text)
+    group.add(
         "--recipe",
-        choices=RECIPES,
-        default="balanced",
-        help="balanced forgets evenly and retains by distillation; paper has the authors' "
-        "settings; durable puts gates behind BatchNorm, so that a baked network withstands "
-        "re-estimated statistics and fine-tuning on the other classes",
+        "balanced forgets evenly and retains by distillation; paper has the authors' settings; "
+        "durable puts gates behind BatchNorm, so that a baked network withstands re-estimated "
+        "statistics and fine-tuning on the other classes",
+        tuple(RECIPES),
+        "balanced",
     )
-    group.add_argument(
+    group.add(
         "--untrain-split",
-        choices=("train", "val"),
-        default="train",
-        help="val: untrain without the training set, on the validation images (those of val/) that "
-        "are not drawn for evaluation",
+        "val: untrain without the training set, on the validation images (those of val/) that are "
+        "not drawn for evaluation",
+        ("train", "val"),
+        "train",
     )
     add_list_options(group)
-    add_classes_option(group)
-    group.add_argument(
-        "--targets",
+    group.add(
+        "--classes CLASS",
+        "untrain some classes of a network that knows more, with images of these: numbers or names "
+        "that the network has for them, or FOLDER=NUMBER for each class of the data; without any, "
+        "all classes of the data. The rows of all others stay at the original",
+        nargs="*",
+    )
+    group.add(
+        "--targets NAME",
+        "layers to mask: names or patterns (default: the linear maps of a transformer's blocks, "
+        "else convolutions; the paper masks qkv)",
         nargs="+",
-        metavar="NAME",
-        help="layers to mask: names or patterns (default: the linear maps of a transformer's "
-        "blocks, else convolutions; the paper masks qkv)",
     )
-    add_config_options(group, UntrainConfig, "steps", "epochs", "batch_size", "grad_accum_steps")
-    group.add_argument(
+    group.add_fields(UntrainConfig, "steps", "epochs", "batch_size", "grad_accum_steps")
+    group.add(
         "--filter-dtype",
-        choices=tuple(_FILTER_DTYPES),
-        default="float32",
-        help="of filters and optimiser state; bfloat16 takes half the memory and is rounded "
+        "of filters and optimiser state; bfloat16 takes half the memory and is rounded "
         "stochastically",
+        tuple(_FILTER_DTYPES),
+        "float32",
     )
-    add_config_options(group, UntrainConfig, "label_expansion", "lr", "optimizer", "schedule")
-    add_config_options(
-        group,
+    group.add_fields(
         UntrainConfig,
-        "lambda0",
-        "lambda1",
-        "lambda2",
-        "match",
-        "distil",
-        "share_images",
-        "sampler",
+        *("label_expansion", "lr", "optimizer", "schedule", "lambda0", "lambda1", "lambda2"),
+        *("match", "distil", "share_images", "sampler", "compound", "shrink", "clip"),
     )
-    add_config_options(group, UntrainConfig, "compound", "shrink", "clip")
-    group.add_argument(
-        "--alpha-init",
-        type=settings.filter_entry,
-        metavar="X",
-        help=f"first value of filter entries (default: 3; of the hard gates of recipe durable "
+    group.add(
+        "--alpha-init X",
+        "first value of filter entries (default: 3; of the hard gates of recipe durable "
         f"{DURABLE_ALPHA_INIT:g})",
+        settings.filter_entry,
     )
-    group.add_argument(
-        "--augment", action="store_true", help="crop and mirror training images at random"
-    )
-    add_config_options(
-        group,
+    group.add("--augment", "crop and mirror training images at random")
+    group.add_fields(
         UntrainConfig,
-        "patience",
-        "validations_per_epoch",
-        "min_validations",
-        "validation_images",
-        "stop_on",
+        *("patience", "validations_per_epoch", "min_validations", "validation_images"),
+        *("stop_on", "max_corrupt", "max_nan_steps"),
     )
-    add_config_options(group, UntrainConfig, "max_corrupt", "max_nan_steps")
-    group.add_argument(
-        "--seed", type=settings.seed, default=0, metavar="N", help="of everything random"
-    )
+    add_seed_option(group)
 
 
 def make_config(
@@ -259,49 +229,45 @@ def saved(options: argparse.Namespace) -> str:
     )
 
 
-def run(options: argparse.Namespace) -> int:
-    if options.threads:
-        torch.set_num_threads(options.threads)
+def run(options: argparse.Namespace) -> None:
     wandb = require("wandb", "wandb") if options.log_wandb else None
-    with contextlib.ExitStack() as inside:
-        ranks = inside.enter_context(joined(local_device(choose_device(options.device))))
-        if not ranks.first:
-            nowhere = inside.enter_context(open(os.devnull, "w"))
-            inside.enter_context(contextlib.redirect_stdout(nowhere))
-        _run(options, ranks, wandb, inside)
-    return 0
+    with joined_ranks(options) as ranks, contextlib.ExitStack() as inside:
+        folder = run_folder(options)
+        make_config(options, count_classes(options))  # out of range is refused before work starts
+        if not options.dry_run:
+            ranks.first_does(lambda: _take_folder(folder, options, inside))
+        net, data, config = _prepare(options, folder, ranks)
+        _show_plan(options, net, data, config, folder, ranks)
+        if options.dry_run:
+            _show_memory(net, data.train, config, ranks)
+        else:
+            _untrain(options, net, data, config, folder, ranks, wandb)
 
 
-def _run(
-    options: argparse.Namespace,
-    ranks: Ranks,
-    wandb: ModuleType | None,
-    inside: contextlib.ExitStack,
-) -> None:
-    folder = run_folder(options)
+def _prepare(
+    options: argparse.Namespace, folder: Path, ranks: Ranks
+) -> tuple[WFNet, Splits, UntrainConfig]:
+    """The network with fresh filters on its device, its images, and the settings of the run."""
     device = local_device(choose_device(options.device))
-    found = count_classes(options)
-    make_config(options, found)  # what is out of range is refused before work starts
-    if not options.dry_run:
-        ranks.first_does(lambda: _take_folder(folder, options, inside))
-    some = options.classes is not None
-    known = known_classes(options)[-1:] if some else []
-    expected = found if not some else len(known[0][0]) if known else options.num_classes
-    if expected is None and not options.pretrained:
-        raise ValueError("--classes needs --num-classes, the number of classes of the network")
-    classifier = make_classifier(options, expected, data_name(options))
-    num_classes, rows = find_head(classifier)[1].weight.shape[0] if some else found, None
+    count = count_classes(options)
+    if options.classes is None:
+        classifier = make_classifier(options, count, data_name(options))
+    else:
+        classifier, names = _larger_classifier(options)
+    rows = None
     with ranks.first_ahead():
-        resumed = None if options.resume is None else folder
-        data = open_images(options, classifier, options.augment, resumed, by_names=not some)
-        if some:
-            names = network_names(known[0][0] if known else None, num_classes)
-            numbers, rows = choose_classes(options.classes, data.classes, num_classes, names)
-            data = with_network_labels(data, numbers, num_classes, names)
+        data = open_images(options, classifier, options.augment)
+        if options.classes is None:
+            data = with_known_names(data, options, None if options.resume is None else folder)
+        else:
+            count = find_head(classifier)[1].weight.shape[0]
+            names = network_names(names, count)
+            numbers, rows = choose_classes(options.classes, data.classes, count, names)
+            data = with_network_labels(data, numbers, count, names)
         data = untraining_images(options, data, folder)
     net = wrap(
         classifier,
-        num_classes,
+        count,
         options.recipe,
         options.alpha_init,
         targets=options.targets,
@@ -309,20 +275,40 @@ def _run(
         fuse=fuse_of(options),
         filter_dtype=_FILTER_DTYPES[options.filter_dtype],
     ).to(device)
-    config = make_config(options, num_classes, rows, masks_linear_maps(net))
+    config = make_config(options, count, rows, masks_linear_maps(net))
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
-    _show_plan(options, net, data, config, folder, ranks)
-    if options.dry_run:
-        _show_memory(net, data.train, config, ranks)
-        return
+    return net, data, config
+
+
+def _larger_classifier(options: argparse.Namespace) -> tuple[nn.Module, list[str] | None]:
+    """The classifier of ``--classes``, and the recorded names of its classes."""
+    known = known_classes(options)
+    names = known[-1][0] if known else None
+    expected = options.num_classes if names is None else len(names)
+    if expected is None and not options.pretrained:
+        raise ValueError("--classes needs --num-classes, the number of classes of the network")
+    return make_classifier(options, expected, data_name(options)), names
+
+
+def _untrain(
+    options: argparse.Namespace,
+    net: WFNet,
+    data: Splits,
+    config: UntrainConfig,
+    folder: Path,
+    ranks: Ranks,
+    wandb: ModuleType | None,
+) -> None:
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
     if wandb is not None:
-        about["wandb"] = _wandb_id(folder)
+        about["wandb"] = uuid.uuid4().hex[:8]  # a resumed run goes on with its own
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+            about["wandb"] = read_run(folder)["wandb"]
     started = ranks.first_does(Checkpoints(folder).exist)
     if ranks.first and not started:
-        _check_before(net, data.validation, options, config)
-        write_run(folder, "untrain", recorded(options), **about)
+        _check_before(net, data.validation, config)
+        write_run(folder, options, **about)
     log = contextlib.nullcontext()
     if wandb is not None and ranks.first:
         log = _log_to_wandb(wandb, folder, about)
@@ -338,18 +324,10 @@ def _run(
             log=log_record,
             log_interval=options.log_interval,
         )
-    if not ranks.first:
-        return
-    write_run(folder, "untrain", recorded(options), **about, result=summary(result))
-    draw_training(result.history, folder)
-    _show_result(result, folder)
-
-
-def _wandb_id(folder: Path) -> str:
-    """The run's name at Weights & Biases: a resumed run goes on with its own."""
-    with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-        return read_run(folder)["wandb"]
-    return uuid.uuid4().hex[:8]
+    if ranks.first:
+        write_run(folder, options, **about, result=summary(result))
+        draw_training(result.history, folder)
+        _show_result(result, folder, (config.classes or [0])[0])
 
 
 @contextlib.contextmanager
@@ -372,20 +350,16 @@ def _log_to_wandb(
 
 def summary(result: UntrainResult) -> dict[str, Any]:
     """What a run came to, for ``config.json``."""
-    return {
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "stopped_early": result.stopped_early,
+    found = {name: getattr(result, name) for name in ("steps", "best_step", "stopped_early")}
+    found |= {
         "seconds": round(result.seconds, 2),
         "spent": {name: round(seconds, 2) for name, seconds in result.spent.items()},
         "samples": result.samples,
         "corrupt_images": len(result.corrupt_images),
-        **(
-            {}
-            if result.best is None
-            else {"validation_acc_r": result.best.acc_r, "validation_acc_f": result.best.acc_f}
-        ),
     }
+    if result.best is not None:
+        found |= {"validation_acc_r": result.best.acc_r, "validation_acc_f": result.best.acc_f}
+    return found
 
 
 def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.ExitStack) -> None:
@@ -394,17 +368,15 @@ def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.E
     inside.enter_context(folder_lock(folder))
     if options.resume is not None:
         return
-    found = [name for name in RUN_FILES if (folder / name).exists()]
+    found = [folder / name for name in RUN_FILES if (folder / name).exists()]
     checkpoints = Checkpoints(folder)
-    if not found and not checkpoints.exist():
-        return
-    if not options.force:
+    if not options.force and (found or checkpoints.exist()):
         raise FileExistsError(
             f"{folder} holds a run already: --resume goes on with it, --force replaces it, and "
             "another --output or --experiment leaves it alone"
         )
-    for name in found:
-        (folder / name).unlink()
+    for path in found:
+        path.unlink()
     checkpoints.remove()
 
 
@@ -422,18 +394,18 @@ def _show_plan(
     memory = filter_memory(net, config.optimizer)
     several = f" x {accumulated} minibatches" if accumulated > 1 else ""
     shared = "" if ranks.alone else f", shared by {ranks.size} processes"
-    lines = [
-        f"data        {data}",
-        f"network     {options.model}, {weights - filters:,} frozen weights",
+    print(
+        f"data        {data}\n"
+        f"network     {options.model}, {weights - filters:,} frozen weights\n"
         f"filters     {len(net.masked_layers)} layers, {filters // net.num_classes:,} gates for "
         f"each of {net.num_classes} classes: {_size(memory.filters)} in {options.filter_dtype}, "
-        f"with the optimiser's state {_size(memory.filters + memory.moments)}",
+        f"with the optimiser's state {_size(memory.filters + memory.moments)}\n"
         f"untraining  recipe {options.recipe}: up to {config.total_steps(len(data.train)):,} "
         f"steps of {config.images} images{several}, {config.samples} samples each under its row"
-        f"{shared}; lr {config.lr:g}, seed {config.seed}",
+        f"{shared}; lr {config.lr:g}, seed {config.seed}\n"
         f"output      {folder}",
-    ]
-    print("\n".join(lines), flush=True)
+        flush=True,
+    )
 
 
 def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Ranks) -> None:
@@ -441,26 +413,20 @@ def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Rank
     few = next(batches(images, torch.arange(len(images)).split(4), config.workers), None)
     if few is None:
         raise ValueError("none of the training images can be read; see the log")
-    amp = None if config.amp is None else getattr(torch, config.amp)
-    net.fuse = config.fuse
     of_one = math.ceil(config.images / ranks.size)
     measured = step_memory(
         net,
         tuple(few.images.shape[1:]),
         config.label_expansion,
         config.share_images,
-        amp,
+        _amp_dtype(config),
         config.channels_last,
         most_images=of_one,
         compound=config.compound,
     )
     filters = filter_memory(net, config.optimizer)
-    entries = {id(p) for p in net.filter_parameters()}
-    weights = sum(
-        t.numel() * t.element_size()
-        for t in (*net.model.parameters(), *net.model.buffers())
-        if id(t) not in entries
-    )
+    tensors = (*net.model.parameters(), *net.model.buffers())
+    weights = sum(t.numel() * t.element_size() for t in tensors) - filters.filters
     step = measured.of(of_one)
     print(
         f"memory      {_size(weights + filters.total + step)} on each device: {_size(weights)} of "
@@ -480,42 +446,41 @@ def _size(count: int) -> str:
     return f"{count:.1f} GiB"
 
 
+def _amp_dtype(config: UntrainConfig) -> torch.dtype | None:
+    return None if config.amp is None else getattr(torch, config.amp)
+
+
 @torch.no_grad()
-def _check_before(
-    net: WFNet, images: Dataset, options: argparse.Namespace, config: UntrainConfig
-) -> None:
+def _check_before(net: WFNet, images: Dataset, config: UntrainConfig) -> None:
     """Runs the network, so that a long run does not start with what cannot work.
 
     A network that cannot classify its images has wrong weights, classes or normalisation.
     """
     per_class = max(1, math.ceil(_LOOK_AT / len(images.classes)))
-    few = select(images, limit_per_class(images.labels, per_class, options.seed))
-    device = net.filter_parameters()[0].device
-    amp = None if config.amp is None else getattr(torch, config.amp)
-    correct = seen = 0
+    few = select(images, limit_per_class(images.labels, per_class, config.seed))
+    forward = Forward.of(net, _amp_dtype(config), config.channels_last)
     multi_hot = multi_hot_of(few)
     corrupt = CorruptImages(len(few))  # untraining counts them against the limit
-    order = torch.arange(len(few)).split(config.batch_size)
-    for batch in batches(few, order, config.workers, corrupt):
-        part = batch.images.to(device)
-        with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp is not None):
-            if not seen:
-                _refuse_backend(net, part[:2])
-            found = net(part, forget=None).argmax(1).cpu()
-        if multi_hot is None:
-            correct += int((found == batch.labels).sum())
-        else:  # one of its labels
-            correct += int(multi_hot[batch.indices, found].sum())
-        seen += len(batch.labels)
-    if not seen:
-        return
-    share, chance = correct / seen, 1 / len(images.classes)
+    right: list[bool] = []
+    for batch in batches(few, torch.arange(len(few)).split(64), config.workers, corrupt):
+        pixels = forward.images(batch.images)
+        with forward.autocast():
+            if not right:  # each layer asks its backend
+                net.fuse = False
+                net(pixels[:2], forget=0)
+                net.fuse = config.fuse
+            found = net(pixels, forget=None).argmax(1).cpu()
+        correct = found == batch.labels
+        if multi_hot is not None:  # one of its labels
+            correct = multi_hot[batch.indices, found]
+        right += correct.tolist()
+    share, chance = sum(right) / max(1, len(right)), 1 / len(images.classes)
     print(
-        f"before      the original network classifies {share:.2%} of {seen:,} validation images "
-        "correctly",
+        f"before      the original network classifies {share:.2%} of {len(right):,} validation "
+        "images correctly",
         flush=True,
     )
-    if share < max(2 * chance, chance + 0.05):
+    if right and share < max(2 * chance, chance + 0.05):
         logger.warning(
             "this is hardly better than guessing (%.2f%%): check the weights, the order of the "
             "classes, and the normalisation (--mean, --std)",
@@ -523,16 +488,7 @@ def _check_before(
         )
 
 
-def _refuse_backend(net: WFNet, images: Tensor) -> None:
-    """Raises if a layer's backend cannot run here. Unfused: each layer asks its own."""
-    fuse, net.fuse = net.fuse, False
-    try:
-        net(images, forget=0)
-    finally:
-        net.fuse = fuse
-
-
-def _show_result(result: UntrainResult, folder: Path) -> None:
+def _show_result(result: UntrainResult, folder: Path, label: int) -> None:
     how = ", stopped early" if result.stopped_early else ""
     print(f"\ndone        {result.steps:,} steps in {result.seconds:,.1f} s{how}")
     shares = {name: part / max(result.seconds, 1e-9) for name, part in result.spent.items()}
@@ -545,7 +501,6 @@ def _show_result(result: UntrainResult, folder: Path) -> None:
     if result.corrupt_images:
         print(f"left out    {len(result.corrupt_images)} corrupt images, named above")
     print(
-        f"filters     {folder}\n\nnext:\n"
-        f"  wfnet evaluate {folder}\n"
-        f"  wfnet bake {folder} --forget {(untrained_classes(folder) or [0])[0]}"
+        f"filters     {folder}\n\nnext:\n  wfnet evaluate {folder}\n"
+        f"  wfnet bake {folder} --forget {label}"
     )

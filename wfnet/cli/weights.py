@@ -4,9 +4,8 @@ any code from them."""
 from __future__ import annotations
 
 import pickle
-import re
 import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ _INSIDE = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
 )
 # Wrappers prefix every name: DataParallel, torch.compile, Lightning, torchvision's averaging.
 _PREFIXES = ("", "module.", "_orig_mod.", "model.", "net.", "network.")
-_NAMES_AT_MOST = 200  # classes that a checkpoint refers to
 _NOT_UNPICKLED = (
     "it is not unpickled, because that can run any code: save model.state_dict() alone, or as "
     "safetensors"
@@ -41,8 +39,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fills ``model`` from a safetensors file or from a checkpoint of ``torch.save``.
 
     Weights are looked for where training scripts put them (``state_dict``, ``model``, averaged
-    weights first); prefixes of wrappers (``module.``) are removed; weight norm and pruning masks
-    are folded into the weights they stand for. Objects of any class in the file are left out.
+    weights first); prefixes of wrappers (``module.``) are removed. Objects of any class in the file
+    are left out.
 
     Raises:
         FileNotFoundError, ValueError: for a file that is missing, damaged, or does not fit the
@@ -58,7 +56,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         candidates = list(_tensor_tables(read_checkpoint(path)))
     if not candidates:
         raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
-    tables = [_folded(_without_prefix(path, table, wanted), wanted) for table in candidates]
+    tables = [_without_prefix(path, table, wanted) for table in candidates]
     fitting = (table for table in tables if not _problem(path, table, model, wanted))
     tensors = next(fitting, None)
     if tensors is None:
@@ -67,44 +65,40 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Returns what ``torch.save`` wrote, with an empty table in place of every foreign object.
+    """Returns what ``torch.save`` wrote, with an empty object in place of every foreign one.
 
     Only tensors and plain values are built (``weights_only``).
 
     Raises:
         ValueError: for a file that is damaged, a TorchScript program, or something else.
     """
-    if _is_torchscript(path):
-        raise ValueError(
-            f"{path} is a TorchScript program, not weights: save them by "
-            "torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
-        )
-    foreign: set[str] = set()
-    tables = True
-    while True:
+    foreign: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception as error:  # a program, or a damaged file
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError(
+                    f"{path} is a TorchScript program, not weights: save them by "
+                    "torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
+                ) from error
+    for tables in (True, False):
         stand_ins = [(_stand_in(name, tables), name) for name in foreign]
         try:
             with torch.serialization.safe_globals(stand_ins):
                 return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            found = re.search(r"GLOBAL ([\w.]+) was not an allowed global", str(error))
-            if found is None or found[1] in foreign or len(foreign) >= _NAMES_AT_MOST:
-                raise ValueError(
-                    f"{path} holds more than tensors, or is no checkpoint of PyTorch; "
-                    + _NOT_UNPICKLED
-                ) from error
-            foreign.add(found[1])
-            if zipfile.is_zipfile(path):
-                foreign |= set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
         except Exception as error:  # a damaged file fails in many ways
-            if foreign and tables:
-                tables = False
-                continue
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(
-                f"{path} is truncated or damaged, or no checkpoint of torch.save ({reason}); "
-                "restore it from a copy or save it again"
-            ) from error
+            problem = error
+    if isinstance(problem, pickle.UnpicklingError):
+        raise ValueError(
+            f"{path} holds more than tensors, or is no checkpoint of PyTorch; {_NOT_UNPICKLED}"
+        ) from problem
+    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(".")
+    raise ValueError(
+        f"{path} is truncated or damaged, or no checkpoint of torch.save ({reason}); restore it "
+        "from a copy or save it again"
+    ) from problem
 
 
 def _stand_in(name: str, table: bool) -> type:
@@ -122,13 +116,6 @@ def _stand_in(name: str, table: bool) -> type:
         return made
 
     return type("StandIn", (), {"__new__": make, "__setstate__": lambda self, state: None})
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(name).name == "constants.pkl" for name in archive.namelist())
 
 
 def _tensor_tables(content: Any) -> Iterator[dict[str, Tensor]]:
@@ -160,18 +147,13 @@ def _without_prefix(
 
     With a prefix, what has another one belongs to something else, such as a loss or a metric.
     """
-    # By modules, not by names: a weight may be computed from tensors of other names.
-    modules = {name.rpartition(".")[0] or name for name in wanted}
-    counts: Counter[str] = Counter()
-    for name in tensors:
-        parts = name.split(".")
-        for cut in range(len(parts)):
-            rest = parts[cut:]
-            if ".".join(rest[:-1]) in modules or ".".join(rest) in modules:
-                counts["".join(f"{part}." for part in parts[:cut])] += 1
-    best = [prefix for prefix, count in counts.items() if count == max(counts.values())]
+    # The head's: no block of the network has one that ends like it.
+    last = [name for name in wanted if not _is_counter(name)][-1]
+    prefixes = {name.removesuffix(last) for name in tensors if f".{name}".endswith(f".{last}")}
+    fits = {p: sum(p + name in tensors for name in wanted) for p in prefixes}
+    best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
     if not best or "" in best:
-        return {name: tensor for name, tensor in tensors.items() if name != "n_averaged"}
+        return tensors
     known = [prefix for prefix in best if _unwrapped(prefix) in _PREFIXES]
     if len(best) > 1 and len(known) != 1:
         raise ValueError(
@@ -187,47 +169,6 @@ def _unwrapped(prefix: str) -> str:
     for wrapper in ("module.", "_orig_mod."):
         prefix = prefix.removeprefix(wrapper)
     return prefix
-
-
-def _folded(tensors: dict[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors with computed weights in place of what they are computed from.
-
-    ``torch.nn.utils.prune`` leaves ``weight_orig`` and ``weight_mask``, weight norm ``weight_g``
-    and ``weight_v``, or ``original0`` and ``original1`` as a parametrization, spectral norm
-    ``weight_orig``, ``weight_u`` and ``weight_v``.
-    """
-    tensors = dict(tensors)
-    for name in wanted:
-        module, _, own = name.rpartition(".")
-        parametrized = f"{module}.parametrizations.{own}.original".lstrip(".")
-        for first, second in (
-            (f"{name}_orig", f"{name}_mask"),
-            (f"{name}_g", f"{name}_v"),
-            (f"{parametrized}0", f"{parametrized}1"),
-        ):
-            if name not in tensors and {first, second} <= set(tensors):
-                a, b = tensors.pop(first), tensors.pop(second)
-                tensors[name] = a * b if first.endswith("_orig") else _weight_norm(a, b)
-        for weight, left, right in (
-            (f"{name}_orig", f"{name}_u", f"{name}_v"),
-            (f"{parametrized}", f"{parametrized[:-8]}0._u", f"{parametrized[:-8]}0._v"),
-        ):
-            if name not in tensors and {weight, left, right} <= set(tensors):
-                tensors[name] = _spectral_norm(*map(tensors.pop, (weight, left, right)))
-    return tensors
-
-
-def _spectral_norm(weight: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    if weight.shape[0] == len(left):
-        matrix = weight.flatten(1)
-    else:  # transposed convolutions are normalised along their second dimension
-        matrix = weight.transpose(0, 1).flatten(1)
-    return weight / (left @ (matrix @ right))
-
-
-def _weight_norm(length: Tensor, direction: Tensor) -> Tensor:
-    kept = [dim for dim, size in enumerate(length.shape) if size > 1]
-    return torch._weight_norm(direction, length, kept[0] if kept else 0)
 
 
 def _problem(

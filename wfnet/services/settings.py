@@ -2,7 +2,7 @@
 
 A configuration is a dataclass whose fields are made by :func:`setting`. It calls
 :func:`check_settings` in ``__post_init__``; the command line derives its options from the same
-fields (``wfnet.cli.options.add_config_options``).
+fields (``wfnet.cli.options.Group.add_fields``).
 """
 
 from __future__ import annotations

@@ -1,0 +1,175 @@
+"""Options from files: ``--config FILE``, and those that a run has recorded."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from wfnet import recipes
+from wfnet.cli.runs import DATA_WITH_FILES, OF_THIS_CALL, RUN_FILE, read_run
+
+# Of each set, an option on the command line takes the place of the others' recorded values.
+_ALTERNATIVES = (
+    {"steps", "epochs"},
+    {"data", "data_dir"},
+    {"pretrained", "checkpoint"},
+)
+# What evaluate, bake and others take over from the run that they work on.
+_DESCRIPTION = frozenset(
+    ("model", "pretrained", "checkpoint", "num_classes", "model_kwargs", "in_chans", "img_size")
+    + ("data", "data_dir", "mean", "std", "interpolation", "crop_pct", "val_split", "seed")
+    + ("class_names", "train_per_class", "val_per_class")
+)
+
+
+def fill_from_files(
+    parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> argparse.Namespace:
+    """Parses the command line over the options of ``--config FILE`` or of a recorded run.
+
+    ``untrain --resume RUN`` and ``--config FILE`` take all recorded options; ``evaluate RUN``,
+    ``baseline RUN`` and ``bake RUN`` those that describe classifier and data, and ``--config``
+    replaces these. What stands on the command line wins.
+
+    Raises:
+        FileNotFoundError, ValueError: for a file that is missing, damaged, or has an option that
+            the command does not know or a value that does not fit.
+    """
+    options = parser.parse_args(arguments)
+    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    command = subparsers.choices[options.command]
+    for action in command._actions:
+        value = getattr(options, action.dest, None)
+        if "" in (value if isinstance(value, list) else [value]):  # a shell variable is not set
+            name = "/".join(action.option_strings) or action.metavar
+            command.error(f"{name} is empty: give it a value, or leave it out")
+    recorded, origin = _recorded(options)
+    if not recorded:
+        return options
+    given = _given(parser, command, arguments)
+    dropped = {name for names in _ALTERNATIVES if names & given for name in names}
+    if "data" not in given and recorded.get("data") in DATA_WITH_FILES:
+        dropped.discard("data")  # its --data-dir says where its files are
+    found = _converted(command, recorded, origin)
+    command.set_defaults(**{k: v for k, v in found.items() if k not in dropped})
+    return parser.parse_args(arguments)
+
+
+def _recorded(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
+    """Returns the options that files bring for a command line, and the file to be named."""
+    resume = getattr(options, "resume", None)
+    config = getattr(options, "config", None)
+    recorded: dict[str, Any] = {}
+    origin = None
+    if options.command == "untrain":
+        if config is None and resume not in (None, "auto"):
+            origin = Path(resume, RUN_FILE)
+            run = read_run(resume)
+            if run["command"] != "untrain":
+                raise ValueError(
+                    f"{resume} holds a run of `wfnet {run['command']}`, not of `wfnet untrain`; "
+                    "run that command again to continue it"
+                )
+            recorded = run["options"]
+    else:
+        named = getattr(options, "folder", None) or resume
+        if named and Path(named, RUN_FILE).is_file():
+            origin = Path(named, RUN_FILE)
+            options_of_run = read_run(named)["options"]
+            recorded = {k: v for k, v in options_of_run.items() if k in _DESCRIPTION}
+    if config is not None:
+        origin = Path(config)
+        recorded |= read_options(origin, options.command)
+    return recorded, origin
+
+
+def read_options(path: Path, command: str) -> dict[str, Any]:
+    """Options from a JSON or YAML file, a run's ``config.json``, or a recipe for ``command``."""
+    if not path.is_file():
+        if path.as_posix() in recipes.names():
+            return recipes.read(path.as_posix(), command)
+        raise FileNotFoundError(
+            f"{path} does not exist; --config takes a JSON or YAML file, or a recipe by name: "
+            f"{', '.join(recipes.names())}"
+        )
+    if path.name == RUN_FILE:
+        return read_run(path.parent)["options"]
+    text = path.read_text()
+    try:
+        if path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            content = importlib.import_module("yaml").safe_load(text)
+    except ImportError as error:
+        raise ImportError(
+            f"{path} is read as YAML, which needs pyyaml (`pip install pyyaml`); or write it as "
+            "JSON in a file that ends in .json"
+        ) from error
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is not a readable options file: {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold options by name (lr: 0.3), not {content!r:.40}")
+    return content
+
+
+def _given(
+    parser: argparse.ArgumentParser, command: argparse.ArgumentParser, arguments: Sequence[str]
+) -> set[str]:
+    """Names of the options that stand on the command line."""
+    defaults = {action: action.default for action in command._actions}
+    for action in command._actions:
+        action.default = argparse.SUPPRESS
+    try:
+        return set(vars(parser.parse_args(arguments)))
+    finally:
+        for action, default in defaults.items():
+            action.default = default
+
+
+def _converted(
+    parser: argparse.ArgumentParser, values: Mapping[str, Any], origin: Path
+) -> dict[str, Any]:
+    """``values`` by the names of the parsed options, converted and checked as on the line."""
+    actions = {
+        name.lstrip("-").replace("-", "_"): action
+        for action in parser._actions
+        for name in (*action.option_strings, action.dest)
+        if not name.startswith("--no-")
+    }
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        key = str(name).lstrip("-").replace("-", "_")
+        if key in OF_THIS_CALL or value is None:
+            continue
+        if key not in actions:
+            near = difflib.get_close_matches(key, actions, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{origin}: `{parser.prog}` has no option {name!r}{hint}")
+        action = actions[key]
+        try:
+            found[action.dest] = _value(parser, action, value)
+        except (argparse.ArgumentError, ValueError) as error:
+            raise ValueError(f"{origin}: {name}: {getattr(error, 'message', error)}") from error
+    return found
+
+
+def _value(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
+    if action.nargs == 0:  # a switch
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, not {value!r}")
+        return value
+    items = [value]
+    if action.nargs in ("*", "+") and isinstance(value, list | dict):
+        items = value if isinstance(value, list) else [f"{k}={v!r}" for k, v in value.items()]
+    if any(isinstance(item, list | dict | bool) for item in items):
+        raise ValueError(f"must be a single value, not {value!r}")
+    converted = [parser._get_value(action, str(item)) for item in items]
+    for item in converted:
+        parser._check_value(action, item)
+    return converted if action.nargs in ("*", "+") else converted[0]
