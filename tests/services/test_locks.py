@@ -2,9 +2,6 @@
 
 import os
 import socket
-import threading
-
-import pytest
 
 from wfnet.services.files import clear_temporary_files, write_atomically
 from wfnet.services.locks import LOCK_NAME, folder_lock
@@ -34,44 +31,24 @@ def test_another_process_is_kept_out_and_told_who_holds_the_folder(tmp_path):
     with folder_lock(tmp_path / "run"):
         assert in_a_child(lambda: enter(tmp_path / "run")) == 3
         assert in_a_child(lambda: enter(tmp_path / "other")) == 0
-        enter(tmp_path / "run")  # the thread that holds it
+        enter(tmp_path / "run")  # the process that holds it
         assert in_a_child(lambda: enter(tmp_path / "run")) == 3
     assert in_a_child(lambda: enter(tmp_path / "run")) == 0
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_another_thread_is_kept_out(tmp_path):
-    found = []
-
-    def other():
-        with pytest.raises(FileExistsError, match="another thread of this process"):
-            enter(tmp_path)
-        found.append(True)
-
-    with folder_lock(tmp_path):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert found == [True]
-
-
-def test_a_lock_ends_with_its_process(tmp_path):
-    def killed():
-        with folder_lock(tmp_path):
-            os.kill(os.getpid(), 9)
-
-    in_a_child(killed)
-    assert (tmp_path / LOCK_NAME).exists()
-    assert in_a_child(lambda: enter(tmp_path)) == 0
-
-
-def test_temporary_files_of_a_killed_writer_are_cleared(tmp_path):
+def test_a_lock_ends_with_its_process_and_half_written_files_are_cleared(tmp_path):
     def killed(path):
         path.write_text("half")
         os.kill(os.getpid(), 9)
 
-    in_a_child(lambda: write_atomically(tmp_path / "filters", killed))
+    def writes():
+        with folder_lock(tmp_path):
+            write_atomically(tmp_path / "filters", killed)
+
+    in_a_child(writes)
+    assert (tmp_path / LOCK_NAME).exists()
     (tmp_path / ".other.abc").write_text("of somebody else")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert in_a_child(lambda: enter(tmp_path)) == 0
     clear_temporary_files(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [".other.abc"]

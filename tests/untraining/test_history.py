@@ -1,12 +1,12 @@
 """The history of a run: files, progress, TensorBoard, a callback."""
 
+import csv
 import importlib
 import json
 
 import pytest
 
 from wfnet import WFNet, untrain
-from wfnet.services.records import read_csv
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def test_files_and_callback(go, base, runs, tmp_path):
     content = json.loads((tmp_path / "history.json").read_text())
     assert content["config"]["steps"] == 6
     assert content["history"] == result.history
-    rows = read_csv(tmp_path / "history.csv")
+    with open(tmp_path / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [record["step"] for record in result.history]
     assert {"acc_r", "acc_f", "score", "loss", "retain", "forget", "lr"} <= set(rows[0])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

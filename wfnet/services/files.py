@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,20 +25,14 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(_TEMPORARY, f".{path.name}.", path.parent)
-    os.close(handle)
-    temporary = Path(temporary)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_TEMPORARY}")
     try:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -76,18 +70,14 @@ def write_tensors(
 
     Tensors that share memory, as those of modules used twice, are written once for each name.
     """
-    data = _with_sorted_header(save(_in_memory_of_their_own(tensors), metadata))
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
-
-
-def _in_memory_of_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         memory = tensor.untyped_storage().data_ptr()
         found[name] = tensor.clone() if memory in seen else tensor
         seen.add(memory)
-    return found
+    data = _with_sorted_header(save(found, metadata))
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
 
 
 def _with_sorted_header(data: bytes) -> bytes:

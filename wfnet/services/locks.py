@@ -6,10 +6,10 @@ import contextlib
 import errno
 import os
 import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -17,68 +17,55 @@ except ImportError:  # a system without POSIX locks: writers are not kept apart 
     fcntl = None
 
 LOCK_NAME = ".wfnet.lock"
-_HELD_BY_ANOTHER = (errno.EACCES, errno.EAGAIN)
-# Folders that this process holds, with the thread that holds them.
-_held: dict[tuple[int, Path], int] = {}
+_held: set[tuple[int, Path]] = set()  # by this process
 
 
 @contextlib.contextmanager
 def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
-    """Keeps everybody else from writing into a folder until the block ends, or the process does.
+    """Keeps other processes from writing into a folder until the block ends, or this process does.
 
-    The thread that holds a folder may enter again. Where the file system has no locks, nobody is
+    The process that holds a folder may enter again. Where the file system has no locks, nobody is
     kept out.
 
     Raises:
-        FileExistsError: if somebody else holds the folder; says who.
+        FileExistsError: if another process holds the folder; says which.
     """
     folder = Path(folder).resolve()
-    key, thread = (os.getpid(), folder), threading.get_ident()
-    if _held.get(key) == thread:
+    key = os.getpid(), folder
+    if key in _held:
         yield
         return
-    if key in _held:
-        raise FileExistsError(_sentence(folder, "another thread of this process"))
     folder.mkdir(parents=True, exist_ok=True)
-    handle = _acquire(folder)
-    _held[key] = thread
-    try:
-        yield
-    finally:
-        del _held[key]
-        if handle is not None:
-            with contextlib.suppress(FileNotFoundError):
-                (folder / LOCK_NAME).unlink()
-            os.close(handle)
-
-
-def _acquire(folder: Path) -> int | None:
-    """Returns the handle of the locked file; None where there are no locks."""
-    path = folder / LOCK_NAME
-    while fcntl is not None:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with _locked(folder / LOCK_NAME) if fcntl else contextlib.nullcontext():
+        _held.add(key)
         try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = os.read(handle, 1000).decode(errors="replace").strip()
-            os.close(handle)
-            if error.errno in _HELD_BY_ANOTHER:
-                message = _sentence(folder, holder or "another process")
-                raise FileExistsError(message) from error
-            return None
-        # The one before may have removed the file between the two calls.
-        with contextlib.suppress(FileNotFoundError):
-            if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                since = time.strftime("%Y-%m-%d %H:%M:%S")
-                who = f"process {os.getpid()} on {socket.gethostname()}, since {since}"
-                os.ftruncate(handle, 0)
-                os.write(handle, who.encode())
-                return handle
-        os.close(handle)
-    return None
+            yield
+        finally:
+            _held.remove(key)
+            (folder / LOCK_NAME).unlink(missing_ok=True)
 
 
-def _sentence(folder: Path, holder: str) -> str:
-    return (
-        f"{folder} is being written by {holder}; wait until it has ended, or choose another folder"
-    )
+def _locked(path: Path) -> IO[str]:
+    """Returns the open file, locked where the file system can."""
+    file = open(path, "a+")  # noqa: SIM115, the caller closes it
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            return file
+        with file:
+            file.seek(0)
+            holder = file.read(1000) or "another process"
+        raise FileExistsError(
+            f"{path.parent} is being written by {holder}; wait until it has ended, or choose "
+            "another folder"
+        ) from error
+    # The one before may have removed the file between the two calls.
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        file.close()
+        return _locked(path)
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
+    file.flush()
+    return file

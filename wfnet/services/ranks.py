@@ -76,7 +76,7 @@ class Ranks:
         """
         if self.alone:
             return action()
-        outcome: list[Any] = [None, None]
+        outcome: list[Any] = [None, ""]
         failure = None
         if self.first:
             try:
@@ -85,10 +85,8 @@ class Ranks:
                 failure, outcome[1] = error, f"{type(error).__name__}: {error}"
         with _in_touch():
             dist.broadcast_object_list(outcome, 0, group=self.host)
-        if failure is not None:
-            raise failure
-        if outcome[1] is not None:
-            raise PeerFailed(f"rank 0 failed: {outcome[1]}")
+        if outcome[1]:
+            raise failure or PeerFailed(f"rank 0 failed: {outcome[1]}")
         return outcome[0]
 
     def range(self, count: int) -> tuple[int, int]:

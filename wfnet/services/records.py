@@ -1,12 +1,13 @@
 """Records in files: rows of named values as CSV, whole results as JSON, read back with checks.
 
 A CSV file is opened in spreadsheets, which run a cell that looks like a formula: such texts get an
-apostrophe in front, which spreadsheets hide and :func:`read_csv` takes off again.
+apostrophe in front, which spreadsheets hide.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -20,7 +21,7 @@ from wfnet.services.files import write_text
 Result = TypeVar("Result")
 
 # What spreadsheets take for the start of a formula, also in full width and behind blanks.
-_FORMULA = re.compile(r"'*\s*[=+\-@\t\r\n＝＋－＠]")  # noqa: RUF001
+_FORMULA = re.compile(r"'*\s*[=+\-@\t\n＝＋－＠]")  # noqa: RUF001
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
@@ -37,47 +38,25 @@ def write_csv(
     Raises:
         ValueError: for a row with a name that is not among ``columns``, or no row and no columns.
     """
-    write_text(path, csv_text(rows, columns))
-
-
-def csv_text(rows: Iterable[Any], columns: Sequence[str] | None = None) -> str:
-    """Returns what :func:`write_csv` writes."""
     found = [asdict(row) if is_dataclass(row) else dict(row) for row in rows]
     if columns is None:
         if not found:
             raise ValueError("a CSV file without rows needs columns")
         columns = list(found[0])
-    lines = _Lines()
-    # The writer quotes what holds a part of its line end: "\r" too, not only "\n".
-    writer = csv.DictWriter(lines, columns, restval="", lineterminator="\r\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     for row in found:
         writer.writerow({name: _quoted(value) for name, value in row.items()})
-    return "".join(line.removesuffix("\r\n") + "\n" for line in lines)
+    write_text(path, text.getvalue())
 
 
-class _Lines(list[str]):
-    """A file for a CSV writer that keeps every record by itself."""
-
-    write = list.append
-
-
-def read_csv(path: str | os.PathLike) -> list[dict[str, str]]:
-    """Reads what :func:`write_csv` wrote: the cells of every line as text, by column.
-
-    Raises:
-        FileNotFoundError: if the file is missing.
-        ValueError: if it has no line of names, or a line with more or fewer cells.
-    """
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.DictReader(file)
-        names, rows = reader.fieldnames, list(reader)
-    if not names:
-        raise ValueError(f"{path} is empty")
-    for number, row in enumerate(rows, 2):
-        if None in row or None in row.values():
-            raise ValueError(f"{path} is damaged: record {number} has other columns than the first")
-    return [{name: _unquoted(value) for name, value in row.items()} for row in rows]
+def _quoted(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", " ")  # it would end a line for some readers
+    formula = _FORMULA.match(value) and not _NUMBER.fullmatch(value)
+    return f"'{value}" if formula else value
 
 
 def read_json(
@@ -109,14 +88,3 @@ def check_format(content: Mapping[str, Any], known: int) -> None:
     """Raises ValueError unless ``content["format"]`` is ``known``, the version that is read."""
     if content["format"] != known:
         raise ValueError(f"its format is {content['format']}, this version reads {known}")
-
-
-def _quoted(value: Any) -> Any:
-    if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value):
-        return "'" + value
-    return value
-
-
-def _unquoted(text: str) -> str:
-    quoted = text.startswith("'") and _FORMULA.match(text[1:])
-    return text[1:] if quoted and not _NUMBER.fullmatch(text[1:]) else text

@@ -44,22 +44,17 @@ class Number:
     def violation(self, value: Any) -> str | None:
         """Returns what ``value`` is not ("a number above 0"); None if it is in the range."""
         kind = "a whole number" if self.whole else "a number"
+        too_low = f"{kind} {'above' if self.above else 'of at least'} {self.least:g}"
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or math.isnan(value):
-            return f"{kind} {self._lower()}"
+            return too_low
         if self.whole and math.isfinite(value) and value != int(value):
-            return f"{kind} {self._lower()}"
+            return too_low
         if value < self.least or (self.above and value == self.least):
-            return f"{kind} {self._lower()}"
+            return too_low
         if value > self.most or (self.below and value == self.most):
-            return f"{kind} {'below' if self.below else 'of at most'} {_plain(self.most)}"
+            most = int(self.most) if self.most == int(self.most) else self.most
+            return f"{kind} {'below' if self.below else 'of at most'} {most}"
         return None
-
-    def _lower(self) -> str:
-        return f"above {self.least:g}" if self.above else f"of at least {self.least:g}"
-
-
-def _plain(number: float) -> str:
-    return str(int(number)) if number == int(number) else str(number)
 
 
 # Upper bounds are far above what anybody needs: beyond them a value is a slip.
