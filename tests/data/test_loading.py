@@ -202,7 +202,7 @@ def test_items_of_foreign_data_sets(make):
         (lambda image, label: (image.byte(), label), r"uint8 \[1, 4, 4\]: give .* ToDtype"),
         (lambda image, label: (image[0], label), r"float32 \[4, 4\]: give the data set a"),
         (lambda image, label: image, r"Items\[0\] is a Tensor: an item is \(image, label\)"),
-        (lambda image, label: {"x": image, "y": label}, "a dictionary of x, y: it needs 'image'"),
+        (lambda image, label: {"x": image, "y": label}, "a dict of x, y: an item is"),
         (lambda image, label: (image, "ant"), "has the label 'ant', which is no integer"),
         (lambda image, label: (image, 1), r"comes with label 1, but the labels of Items say 0"),
     ],

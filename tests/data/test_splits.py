@@ -4,7 +4,6 @@ import torch
 from wfnet.data import (
     MultiLabelTensors,
     Splits,
-    TensorImages,
     batches,
     limit_per_class,
     open_data,
@@ -35,20 +34,7 @@ def test_limit_per_class():
         limit_per_class(labels, 0, seed=0)
 
 
-class Foreign:
-    """A data set of another package."""
-
-    def __init__(self, images: TensorImages):
-        self.targets, self.classes, self.images = images.labels.tolist(), images.classes, images
-
-    def __len__(self):
-        return len(self.targets)
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-
-@pytest.mark.parametrize("kind", ["memory", "several labels", "foreign", "files", "cache"])
+@pytest.mark.parametrize("kind", ["memory", "several labels", "files", "cache"])
 def test_labels_follow_their_names(kind, make_dataset, image_folder):
     if kind in ("files", "cache"):
         data = open_data(image_folder, image_size=16, cache="host" if kind == "cache" else None)
@@ -57,7 +43,6 @@ def test_labels_follow_their_names(kind, make_dataset, image_folder):
         if kind == "several labels":
             multi_hot = torch.tensor([[1, 0, 0], [0, 1, 1], [0, 0, 1]] * 2).bool()
             part = MultiLabelTensors(part.images, multi_hot, part.classes)
-        part = Foreign(part) if kind == "foreign" else part
         data = Splits(part, part, part, part.classes, "data", 0)
     assert data.in_known_order(data.classes, "the run") is data
     known = [data.classes[k] for k in (2, 0, 1)]

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-
-from wfnet.data.dataset import Dataset
-from wfnet.data.tensor_images import TensorImages
+from torch import Tensor
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
@@ -26,14 +24,8 @@ VERSIONS = (
 )
 
 
-def read_cifar10(
-    data_dir: str | Path,
-    image_size: int = 32,
-    channels: int = 3,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
-) -> tuple[Dataset, Dataset]:
-    """(training part, test part) from whichever version lies in `data_dir`.
+def read_cifar10(data_dir: str | Path) -> list[tuple[Tensor, Tensor]]:
+    """Returns images [N, 3, 32, 32] uint8 and labels [N] of the training and of the test part.
 
     Looked for, in this order: `cifar-10-batches-bin/`, `cifar-10-batches-py/`,
     `cifar-10-binary.tar.gz`, `cifar-10-python.tar.gz` (read in place, not unpacked).
@@ -46,10 +38,9 @@ def read_cifar10(
     for names in (TRAIN, (TEST,)):
         batches = [_decode(*contents[name]) for name in names]
         images, labels = (np.concatenate(values) for values in zip(*batches, strict=True))
-        images = torch.from_numpy(images.reshape(-1, 3, 32, 32))
-        labels = torch.from_numpy(labels.astype(np.int64))
-        parts.append(TensorImages(images, labels, CLASSES, mean, std, image_size, channels))
-    return parts[0], parts[1]
+        images = torch.from_numpy(images).view(-1, 3, 32, 32)
+        parts.append((images, torch.from_numpy(labels.astype(np.int64))))
+    return parts
 
 
 def found_files(data_dir: str | Path) -> list[Path]:

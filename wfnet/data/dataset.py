@@ -1,6 +1,5 @@
 """What a data set is to this package: labelled images, read one by one or in batches."""
 
-import contextlib
 import copy
 import operator
 from collections.abc import Sequence
@@ -119,34 +118,20 @@ def _transformed(labels: Tensor, dataset: Any) -> Tensor:
 def classes_of(dataset: Any) -> list[str]:
     """Class names: `.classes` if the data set has them, else its label numbers as text.
 
-    Names follow their labels through a `target_transform`; a class of several names, or of none,
-    is called by its number.
+    So are the labels that a `target_transform` makes: names are of what they were before.
     """
     if isinstance(dataset, torch.utils.data.Subset):
         return classes_of(dataset.dataset)
     labels = labels_of(dataset)
     count = int(labels.max()) + 1 if len(labels) else 0
     classes = getattr(dataset, "classes", None)
-    if classes is None:
+    if classes is None or getattr(dataset, "target_transform", None) is not None:
         return [str(label) for label in range(count)]
-    classes = [str(name) for name in classes]
-    if getattr(dataset, "target_transform", None) is not None:
-        return _transformed_names(classes, count, dataset)
     if len(classes) < count:
         raise ValueError(
             f"{type(dataset).__name__} has label {count - 1} but only {len(classes)} class names"
         )
-    return classes
-
-
-def _transformed_names(classes: list[str], count: int, dataset: Any) -> list[str]:
-    names: dict[int, list[str]] = {}
-    for label, name in enumerate(classes):
-        with contextlib.suppress(LookupError, ValueError):  # a label that does not occur
-            (number,) = _transformed(torch.tensor([label]), dataset).tolist()
-            names.setdefault(number, []).append(name)
-    found = [names.get(label, []) for label in range(max([count - 1, *names]) + 1)]
-    return [own[0] if len(own) == 1 else str(label) for label, own in enumerate(found)]
+    return [str(name) for name in classes]
 
 
 def check_labels(labels: Tensor, classes: Sequence[str]) -> None:
@@ -170,22 +155,16 @@ def image_and_label(item: Any, name: str) -> tuple[Any, int]:
 
     Raises ValueError, which calls the item by `name`, for anything else.
     """
+    found = item
     if isinstance(item, dict):
-        found = [[item[key] for key in keys if key in item] for keys in (_IMAGE_KEYS, _LABEL_KEYS)]
-        if not all(found):
-            raise ValueError(
-                f"{name} is a dictionary of {', '.join(map(str, item))}: it needs "
-                "'image' and 'label'"
-            )
-        image, label = found[0][0], found[1][0]
-    elif isinstance(item, (tuple, list)) and len(item) >= 2:
-        image, label = item[:2]
-    else:
-        raise ValueError(f"{name} is a {type(item).__name__}: an item is (image, label)")
-    try:
-        return image, operator.index(label)
-    except TypeError as error:
-        raise ValueError(f"{name} has the label {label!r}, which is no integer") from error
+        found = [item[k] for keys in (_IMAGE_KEYS, _LABEL_KEYS) for k in keys if k in item]
+    if isinstance(found, (tuple, list)) and len(found) >= 2:
+        try:
+            return found[0], operator.index(found[1])
+        except TypeError as error:
+            raise ValueError(f"{name} has the label {found[1]!r}, which is no integer") from error
+    what = f"dict of {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
+    raise ValueError(f"{name} is a {what}: an item is (image, label), or has 'image' and 'label'")
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -223,10 +202,6 @@ class LabelledImages(torch.utils.data.Dataset):
             other.multi_hot = self.multi_hot[:, numbers.argsort()]
         return other
 
-    def name_of(self, index: int) -> str:
-        """How the log calls an image."""
-        return f"{type(self).__name__}[{index}]"
-
 
 class Selection(LabelledImages):
     """Some items of any data set, in a given order, with their labels and class names.
@@ -242,18 +217,10 @@ class Selection(LabelledImages):
         self.chosen = torch.arange(len(labels)) if indices is None else indices.to(torch.int64)
         self.labels = labels[self.chosen]
         self.classes = classes_of(dataset)
-        self.numbers = torch.arange(len(self.classes))
         check_labels(labels, self.classes)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        item = self.dataset[int(self.chosen[index])]
-        image, label = image_and_label(item, self.name_of(index))
-        return image, int(self.numbers[label])
-
-    def renumbered(self, numbers: Tensor, classes: Sequence[str]) -> "Selection":
-        other = super().renumbered(numbers, classes)
-        other.numbers = numbers[self.numbers]
-        return other
+        return image_and_label(self.dataset[int(self.chosen[index])], self.name_of(index))
 
     def name_of(self, index: int) -> str:
         return name_of(self.dataset, int(self.chosen[index]))

@@ -51,6 +51,10 @@ class EncodedImages(LabelledImages):
         """The encoded image, to be read and closed."""
 
     @abstractmethod
+    def name_of(self, index: int) -> str:
+        """How the log calls an image."""
+
+    @abstractmethod
     def versions(self) -> list[str]:
         """One line per file that is read: name, size and time of change, so that what was derived
         from the images can tell whether they have changed."""

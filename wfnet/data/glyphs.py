@@ -13,9 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from wfnet.data.dataset import Dataset
-from wfnet.data.splits import split_dataset
-from wfnet.data.tensor_images import TensorImages
 from wfnet.services.extras import require
 
 DIGITS = "0123456789"
@@ -46,27 +43,7 @@ EASY = 0.05
 DISTORTION = 0.7  # factor on rotation, shear, scale, shift and thickness
 MEAN, STD = (0.5,), (0.25,)
 CANVAS = 64  # characters are drawn at this size and shrunk by the affine map
-PER_CLASS, TEST_FRACTION = 200, 0.2
-
-
-def read_glyphs(
-    num_classes: int,
-    image_size: int = 32,
-    channels: int = 1,
-    mean: tuple[float, ...] = MEAN,
-    std: tuple[float, ...] = STD,
-    seed: int = 0,
-) -> tuple[Dataset, Dataset]:
-    """(training part, test part) of rendered characters, 200 images of each class.
-
-    num_classes: 10 (digits), 26 (capitals) or up to 100 (letters of three alphabets and signs).
-    channels:    1, or 3 for coloured strokes and backgrounds.
-    """
-    characters = characters_of(num_classes)
-    labels = torch.arange(num_classes).repeat_interleave(PER_CLASS)
-    images = render(characters, labels, seed, image_size, channels)
-    whole = TensorImages(images, labels, list(characters), mean, std)
-    return split_dataset(whole, TEST_FRACTION, seed)
+PER_CLASS = 200
 
 
 def characters_of(num_classes: int) -> str:

@@ -3,15 +3,11 @@
 import gzip
 import logging
 import zlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-
-from wfnet.data.dataset import Dataset
-from wfnet.data.tensor_images import TensorImages
 
 logger = logging.getLogger("wfnet")
 
@@ -22,22 +18,14 @@ TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
-def read_mnist(
-    data_dir: str | Path,
-    image_size: int = 32,
-    channels: int = 1,
-    mean: float | Sequence[float] | None = None,
-    std: float | Sequence[float] | None = None,
-) -> tuple[Dataset, Dataset]:
-    """Returns the training and the test part from the four IDX files in `data_dir`.
+def read_mnist(data_dir: str | Path) -> list[tuple[Tensor, Tensor]]:
+    """Returns images [N, 1, H, W] uint8 and labels [N] of the training and of the test part.
 
-    Other sets come in these files, too (Fashion-MNIST, EMNIST, Kuzushiji-MNIST): they may have
-    more than ten classes. Without `mean` and `std` all are normalised by those of MNIST, and the
-    log says so where the images have others.
+    They are in four IDX files. Other sets come in these, too (Fashion-MNIST, EMNIST,
+    Kuzushiji-MNIST): they may have more than ten classes.
 
     Raises FileNotFoundError naming the missing file, ValueError for one that is damaged.
     """
-    classes = [str(number) for number in range(count_classes(data_dir))]
     parts = []
     for names in (TRAIN, TEST):
         images, labels = (read_idx(find_idx(data_dir, name)) for name in names)
@@ -46,20 +34,8 @@ def read_mnist(
                 f"{' and '.join(names)} in {data_dir} do not belong together: "
                 f"images {list(images.shape)}, labels {list(labels.shape)}"
             )
-        if names == TRAIN and mean is None and std is None:
-            _say_whose_statistics(images, data_dir)
-        parts.append(
-            TensorImages(
-                images.unsqueeze(1),
-                labels.to(torch.int64),
-                classes,
-                MEAN if mean is None else mean,
-                STD if std is None else std,
-                size=image_size,
-                channels=channels,
-            )
-        )
-    return parts[0], parts[1]
+        parts.append((images.unsqueeze(1), labels.to(torch.int64)))
+    return parts
 
 
 def count_classes(data_dir: str | Path) -> int:
@@ -72,8 +48,8 @@ def count_classes(data_dir: str | Path) -> int:
     return max(10, *(int(part.max()) + 1 for part in labels if len(part)))
 
 
-def _say_whose_statistics(images: Tensor, data_dir: str | Path) -> None:
-    """Warns if MNIST's mean and deviation are not those of the images [N, H, W] uint8."""
+def say_whose_statistics(images: Tensor, data_dir: str | Path) -> None:
+    """Warns if MNIST's mean and deviation are not those of the images [N, 1, H, W] uint8."""
     some = images[:10000].double() / 255
     mean, std = float(some.mean()), float(some.std())
     if max(abs(mean - MEAN[0]), abs(std - STD[0])) > 0.01:

@@ -14,6 +14,7 @@ from wfnet.data.folder import ImageFiles, class_folders, has_class_images, has_i
 from wfnet.data.multi_hot import MultiLabelFiles, find_labels, labels_say_more
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
+from wfnet.data.tensor_images import TensorImages
 from wfnet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -25,6 +26,7 @@ from wfnet.services import settings
 from wfnet.services.files import readable
 
 NAMES = ("digits", "mnist", "cifar10", "glyphs10", "glyphs26", "glyphs100")
+TEST_FRACTION = 0.2  # of the named sets that come without a test part
 
 
 def open_data(
@@ -88,20 +90,8 @@ def open_data(
         several = values if isinstance(values, Sequence | torch.Tensor) else [values]
         for value in several if values is not None else ():
             settings.check_value(what, value, allowed)
-    if channels is not None:
-        mean, std = _as_many(mean, channels), _as_many(std, channels)
-    given = {"image_size": image_size, "channels": channels, "mean": mean, "std": std}
-    given = {key: value for key, value in given.items() if value is not None}
-    if name in ("mnist", "cifar10"):
-        if data_dir is None:
-            raise ValueError(f"{name} needs data_dir, the folder with its files")
-        read = mnist.read_mnist if name == "mnist" else cifar10.read_cifar10
-        train, test = read(data_dir, **given)
-    elif name == "digits":
-        train, test = digits.read_digits(**given, seed=seed)
-    elif name in NAMES:
-        train, test = glyphs.read_glyphs(int(name.removeprefix("glyphs")), **given, seed=seed)
     if name in NAMES:
+        train, test = _named_set(name, data_dir, image_size or 32, channels, mean, std, seed)
         train, validation = split_dataset(train, validation_fraction, seed)
     else:
         if transform is not None and (augment or cache is not None):
@@ -147,6 +137,40 @@ def open_data(
     )
 
 
+def _named_set(
+    name: str,
+    data_dir: str | Path | None,
+    size: int,
+    channels: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    seed: int,
+) -> tuple[TensorImages, TensorImages]:
+    """The training and the test part of a data set in memory."""
+    channels = channels or (3 if name == "cifar10" else 1)
+    if name in ("mnist", "cifar10") and data_dir is None:
+        raise ValueError(f"{name} needs data_dir, the folder with its files")
+    classes = [str(number) for number in range(10)]
+    if name == "mnist":
+        module, parts = mnist, mnist.read_mnist(data_dir)
+        classes = [str(number) for number in range(mnist.count_classes(data_dir))]
+        if mean is None and std is None:
+            mnist.say_whose_statistics(parts[0][0], data_dir)
+    elif name == "cifar10":
+        module, parts, classes = cifar10, cifar10.read_cifar10(data_dir), cifar10.CLASSES
+    elif name == "digits":
+        module, parts = digits, [digits.read_digits()]
+    else:
+        classes = list(glyphs.characters_of(int(name.removeprefix("glyphs"))))
+        labels = torch.arange(len(classes)).repeat_interleave(glyphs.PER_CLASS)
+        images = glyphs.render("".join(classes), labels, seed, size, channels)
+        module, parts = glyphs, [(images, labels)]
+    mean = _as_many(module.MEAN if mean is None else mean, channels)
+    std = _as_many(module.STD if std is None else std, channels)
+    sets = [TensorImages(*part, classes, mean, std, size, channels) for part in parts]
+    return split_dataset(sets[0], TEST_FRACTION, seed) if len(sets) == 1 else (sets[0], sets[1])
+
+
 def _named(classes: list[str], names: list[str], data: str) -> list[str]:
     """Returns `names` for classes that are only numbered, or that have these names already."""
     if classes != names and classes != [str(number) for number in range(len(classes))]:
@@ -162,10 +186,8 @@ def _named(classes: list[str], names: list[str], data: str) -> list[str]:
     return names
 
 
-def _as_many(values: float | Sequence[float] | None, channels: int) -> list[float] | None:
+def _as_many(values: float | Sequence[float], channels: int) -> list[float]:
     """One value for each channel; grey images take the average of colour statistics."""
-    if values is None:
-        return None
     values = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
     if channels == 1 and len(values) == 3:
         return [sum(values) / 3]

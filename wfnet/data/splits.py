@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from wfnet.data.class_names import numbers_by_name
-from wfnet.data.dataset import Dataset, LabelledImages, Selection, select
+from wfnet.data.dataset import Dataset, select
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,9 @@ class Splits:
         """Returns the parts with `numbers[k]` as the label of class k; `classes` are its names."""
         if list(classes) == self.classes:
             return self
-        parts = (
-            part if isinstance(part, LabelledImages) else Selection(part)
-            for part in (self.train, self.validation, self.test)
+        train, validation, test = (
+            part.renumbered(numbers, classes) for part in (self.train, self.validation, self.test)
         )
-        train, validation, test = (part.renumbered(numbers, classes) for part in parts)
         return Splits(train, validation, test, list(classes), self.name, self.seed)
 
     def __str__(self) -> str:
