@@ -13,30 +13,20 @@ from wfnet.untraining.expansion import (
 )
 
 
-def test_halves_of_a_minibatch():
-    labels = torch.tensor([0, 1, 2, 3, 4, 0])
-    batch = expand(labels, 5, 3, generator_for(0))
-    assert len(batch) == 3 + 3 * 3
-    assert batch.forget_size == 3
-    assert batch.forget[batch.forget_half].tolist() == [0, 1, 2]
-    assert batch.source[batch.forget_half].tolist() == [0, 1, 2]
-    assert batch.source[batch.retain_half].tolist() == [3, 3, 3, 4, 4, 4, 5, 5, 5]
+@pytest.mark.parametrize("share", [True, False])
+def test_halves_of_a_minibatch(share):
+    labels = torch.tensor([0, 1, 2, 3, 4])
+    batch = expand(labels, 5, 2, generator_for(7, 1), share)
+    forgotten, retained = ([0, 1, 2, 3, 4],) * 2 if share else ([0, 1], [2, 3, 4])
+    assert batch.forget_size == len(forgotten)
+    assert batch.source[batch.forget_half].tolist() == forgotten
+    assert batch.forget[batch.forget_half].tolist() == labels[forgotten].tolist()
+    assert batch.source[batch.retain_half].tolist() == [i for i in retained for _ in range(2)]
     assert torch.equal(batch.target, labels[batch.source])
     assert (batch.forget[batch.retain_half] != batch.target[batch.retain_half]).all()
-
-
-def test_shared_images_serve_both_halves():
-    labels = torch.tensor([3, 1])
-    batch = expand(labels, 4, 2, generator_for(0), share_images=True)
-    assert batch.source.tolist() == [0, 1, 0, 0, 1, 1]
-    assert batch.forget[:2].tolist() == [3, 1]
-    assert (batch.forget[2:] != batch.target[2:]).all()
-
-
-def test_odd_and_given_halves():
-    labels = torch.arange(5)
-    assert expand(labels, 5, 1, generator_for(0)).forget_size == 2
-    assert expand(labels, 5, 1, generator_for(0), forget_size=4).forget_size == 4
+    torch.manual_seed(123)
+    assert torch.equal(batch.forget, expand(labels, 5, 2, generator_for(7, 1), share).forget)
+    assert not torch.equal(batch.forget, expand(labels, 5, 2, generator_for(7, 2), share).forget)
 
 
 def test_rows_are_uniform_over_the_other_classes_and_independent():
@@ -48,6 +38,10 @@ def test_rows_are_uniform_over_the_other_classes_and_independent():
     pairs = rows.view(-1, 2)
     repeated = (pairs[:, 0] == pairs[:, 1]).double().mean()
     assert 0.23 < repeated < 0.27  # with replacement
+    labels = torch.tensor([0, 1, 1, 0])
+    assert random_other_rows(labels, 2, generator_for(0)).tolist() == [1, 0, 0, 1]
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        random_other_rows(labels, 1, generator_for(0))
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -70,10 +64,9 @@ def test_compound_rows_come_beside_the_single_ones(share):
     assert (rows != target[:, None]).all()
     assert (rows[:, 0] != rows[:, 1]).all()
     for label in range(4):  # three pairs of the other rows, in either order
-        found = rows[target == label].sort(1).values.unique(dim=0)
-        assert len(found) == 3
-    for half in (forgotten, retained):
-        weight, pairs = batch.weight[half], twos[half]
+        assert len(rows[target == label].sort(1).values.unique(dim=0)) == 3
+    for half, weight in zip((forgotten, retained), batch.weights_of_halves, strict=True):
+        pairs = twos[half]
         torch.testing.assert_close(weight[pairs].sum(), 0.5 * weight[~pairs].sum())
     assert batch.rows.tolist() == [0, 1, 2, 3]
 
@@ -92,64 +85,20 @@ def test_compound_rows_are_of_the_classes_that_are_untrained():
     assert two.forget[5:].tolist() == [[1, -1], [0, -1]]
 
 
-def test_two_classes_have_one_other_row():
-    labels = torch.tensor([0, 1, 1, 0])
-    assert random_other_rows(labels, 2, generator_for(0)).tolist() == [1, 0, 0, 1]
+# -- samplers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.zeros(4, dtype=torch.long), 1, 5), "at least 2 classes"),
-        ((torch.zeros(4, dtype=torch.long), 3, 0), "label_expansion must be 1 or more, got 0"),
-        ((torch.zeros(2, 2, dtype=torch.long), 3, 1), r"labels must be \[n\], got \[2, 2\]"),
-    ],
-)
-def test_bad_input(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        expand(*arguments, generator_for(0))
-
-
-def test_expansion_depends_on_its_generator_alone():
-    labels = torch.arange(8) % 4
-    first = expand(labels, 4, 3, generator_for(7, 1))
-    torch.manual_seed(123)
-    again = expand(labels, 4, 3, generator_for(7, 1))
-    other = expand(labels, 4, 3, generator_for(7, 2))
-    assert torch.equal(first.forget, again.forget)
-    assert not torch.equal(first.forget, other.forget)
-
-
-def test_generators_of_different_keys_differ():
-    draws = {
-        torch.randint(2**40, (), generator=generator_for(*key)).item()
-        for key in [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 1), (2**63,), (-1,)]
-    }
-    assert len(draws) == 8
-
-
-@pytest.mark.parametrize("batch_size", [3, 7, 16])
+@pytest.mark.parametrize("batch_size", [3, 16])
 def test_round_robin_trains_every_row_equally_often(batch_size):
     labels = torch.tensor([0] * 20 + [1] * 3 + [2] + [3] * 9 + [5] * 2)  # uneven, class 4 absent
     sampler = RoundRobinSampler(labels, batch_size, seed=0)
     seen = torch.cat([sampler.batch(step) for step in range(11)])
     counts = labels[seen].bincount(minlength=6)[[0, 1, 2, 3, 5]]
     assert counts.max() - counts.min() <= 1
-
-
-def test_round_robin_goes_through_all_images_of_a_class():
-    labels = torch.tensor([0, 1, 0, 1, 0, 1, 1])
-    sampler = RoundRobinSampler(labels, 2, seed=3)
-    zeros = [i for step in range(3) for i in sampler.batch(step).tolist() if labels[i] == 0]
-    assert sorted(zeros) == [0, 2, 4]
-
-
-def test_round_robin_shuffles_classes_every_round():
-    labels = torch.arange(10)
-    sampler = RoundRobinSampler(labels, 10, seed=0)
-    rounds = [tuple(sampler.batch(step).tolist()) for step in range(4)]
-    assert len(set(rounds)) == 4
-    assert all(sorted(order) == list(range(10)) for order in rounds)
+    assert len(seen[labels[seen] == 1][:3].unique()) == 3  # all images of a class
+    rounds = seen[: len(seen) // 5 * 5].view(-1, 5)
+    assert len({tuple(order) for order in labels[rounds].tolist()}) > 1
+    assert all(sorted(order) == [0, 1, 2, 3, 5] for order in labels[rounds].tolist())
 
 
 def test_shuffled_passes_over_all_images():
@@ -160,34 +109,19 @@ def test_shuffled_passes_over_all_images():
     assert not torch.equal(seen[:10], seen[10:])
 
 
-def make_samplers():
+@pytest.mark.parametrize("kind", ["shuffled", "round_robin", "halves"])
+def test_batches_are_a_function_of_seed_and_step(kind):
     labels = torch.arange(30) % 7
-    return {
-        "shuffled": ShuffledSampler(30, 8, seed=5),
-        "round_robin": RoundRobinSampler(labels, 8, seed=5),
-        "halves": HalvesSampler(
-            RoundRobinSampler(labels, 4, seed=5), RoundRobinSampler(labels, 4, seed=5, stream=1)
-        ),
-    }
 
+    def make():
+        if kind == "shuffled":
+            return ShuffledSampler(30, 8, seed=5)
+        if kind == "round_robin":
+            return RoundRobinSampler(labels, 8, seed=5)
+        parts = (RoundRobinSampler(labels, 4, seed=5, stream=stream) for stream in (0, 1))
+        return HalvesSampler(*((part, None) for part in parts))
 
-@pytest.mark.parametrize("name", ["shuffled", "round_robin", "halves"])
-def test_batches_are_a_function_of_seed_and_step(name):
-    forwards = [batch.tolist() for batch in make_samplers()[name].batches(0, 12)]
-    backwards = make_samplers()[name]
-    assert [backwards.batch(step).tolist() for step in reversed(range(12))] == forwards[::-1]
-    resumed = make_samplers()[name].batches(7, 12)
-    assert [batch.tolist() for batch in resumed] == forwards[7:]
-
-
-def test_halves_are_independent_streams():
-    batch = make_samplers()["halves"].batch(0)
-    assert batch[:4].tolist() != batch[4:].tolist()
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: ShuffledSampler(0, 4, 0), lambda: ShuffledSampler(4, 0, 0)]
-)
-def test_samplers_refuse_nothing(make):
-    with pytest.raises(ValueError, match="must be 1 or more"):
-        make()
+    forwards, backwards = make(), make()
+    found = [forwards.batch(step).tolist() for step in range(12)]
+    assert [backwards.batch(step).tolist() for step in reversed(range(12))] == found[::-1]
+    assert found[0][:4] != found[0][4:]

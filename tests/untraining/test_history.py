@@ -19,7 +19,15 @@ def go(base, runs):
     return run
 
 
-def test_files_and_callback(go, base, runs, tmp_path):
+def test_files_and_callback_without_tensorboard(go, base, runs, tmp_path, monkeypatch):
+    real_import = importlib.import_module
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("torch.utils.tensorboard"):
+            raise ImportError(name)
+        return real_import(name, *args, **kwargs)
+
+    monkeypatch.setattr(importlib, "import_module", refuse)
     records = []
     net, result = go(tmp_path, progress=False, log=records.append)
     assert records == result.history
@@ -32,7 +40,7 @@ def test_files_and_callback(go, base, runs, tmp_path):
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [record["step"] for record in result.history]
     assert {"acc_r", "acc_f", "score", "loss", "retain", "forget", "lr"} <= set(rows[0])
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "tensorb"))]
 
 
 def test_progress_shows_losses_and_accuracies(go, capsys):
@@ -41,16 +49,3 @@ def test_progress_shows_losses_and_accuracies(go, capsys):
     assert len(lines) >= 6
     for word in ("retain", "forget", "Acc_r", "Acc_f", "samples/s"):
         assert word in lines[-1]
-
-
-def test_without_tensorboard(go, tmp_path, monkeypatch):
-    real_import = importlib.import_module
-
-    def refuse(name, *args, **kwargs):
-        if name.startswith("torch.utils.tensorboard"):
-            raise ImportError(name)
-        return real_import(name, *args, **kwargs)
-
-    monkeypatch.setattr(importlib, "import_module", refuse)
-    go(tmp_path, progress=False)
-    assert not (tmp_path / "tensorboard").exists()

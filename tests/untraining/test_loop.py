@@ -10,8 +10,8 @@ from torch import nn
 
 from wfnet import UntrainConfig, WFNet, untrain
 from wfnet.untraining.checkpoints import Checkpoints
-from wfnet.untraining.objectives import BalancedObjective, Objective
-from wfnet.untraining.validation import AccuracyValidator, HowToRun
+from wfnet.untraining.objectives import BalancedObjective
+from wfnet.untraining.validation import AccuracyValidator
 
 CLASSES = 4
 
@@ -27,34 +27,41 @@ def config(runs):
     return with_changes
 
 
-def test_it_forgets_every_class_and_retains_the_others(base, runs, config):
-    net = WFNet(base, CLASSES)
-    train, validation = runs.bars(), runs.bars(seed=1)
-    before = AccuracyValidator(validation, CLASSES, 3, 0, BalancedObjective())(net)
-    result = untrain(net, train, validation, config(steps=120, lr=0.2), progress=False)
+@pytest.fixture
+def go(base, runs, config):
+    """Untrains the bars; the network and the result."""
+
+    def run(train=None, validation=None, folder=None, net=None, loss=None, **changes):
+        net = net or WFNet(base, CLASSES)
+        train = runs.bars() if train is None else train
+        about = config(**changes), folder, False, False, loss
+        return net, untrain(net, train, validation, *about)
+
+    return run
+
+
+def test_it_forgets_every_class_and_leaves_the_base_alone(base, runs, go, config):
+    net, validation = WFNet(base, CLASSES).eval(), runs.bars(seed=1)
+    about = CLASSES, BalancedObjective(), config(validation_rows=3)
+    before = AccuracyValidator(validation, *about)(net)
+    _, result = go(validation=validation, net=net, steps=120)
     assert before.acc_f > 0.9
     assert result.best.acc_f < 0.05
     assert result.best.acc_r > before.acc_r - 0.05
     assert result.score == pytest.approx(0.5 * (1 - result.best.acc_f + result.best.acc_r))
-
-
-def test_fused_and_unfused_runs_learn_the_same_filters(base, runs, config):
-    data, filters = runs.bars(), []
-    for fuse in (False, True):
-        net = WFNet(base, CLASSES)
-        untrain(net, data, None, config(steps=3, fuse=fuse), progress=False)
-        assert net.fuse is False
-        filters.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
-    torch.testing.assert_close(*filters, rtol=1e-3, atol=1e-3)
-
-
-def test_the_base_and_its_mode_do_not_change(base, runs, config):
-    net = WFNet(base, CLASSES).eval()
-    untrain(net, runs.bars(), config=config(steps=3), progress=False)
     plain, wrapped = base.state_dict(), net.model.state_dict()
     assert all(torch.equal(value, wrapped[name]) for name, value in plain.items())
     assert all(p.grad is None for p in net.model.parameters() if not p.requires_grad)
     assert not net.training
+
+
+def test_fused_and_unfused_runs_learn_the_same_filters(go):
+    filters = []
+    for fuse in (False, True):
+        net, _ = go(steps=3, fuse=fuse)
+        assert net.fuse is False
+        filters.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
+    torch.testing.assert_close(*filters, rtol=1e-3, atol=1e-3)
 
 
 def test_the_paper_recipe(base, runs, caplog):
@@ -72,114 +79,101 @@ def test_the_paper_recipe(base, runs, caplog):
     "changes",
     [
         {"sampler": "shuffled", "share_images": False},
-        {"optimizer": "sgd", "lr": 1.0, "clip": 2.0},
-        {"distil": False, "schedule": "constant"},
-        {"stop_on": "loss", "amp": "bfloat16", "channels_last": True},
+        {"distil": False, "schedule": "constant", "clip": 2.0},
+        {"stop_on": "loss", "amp": "bfloat16"},
         {"epochs": 0.5, "steps": None},
     ],
     ids=str,
 )
-def test_settings(base, runs, config, changes):
-    net = WFNet(base, CLASSES)
-    settings = config(**{"steps": 4, **changes})
-    result = untrain(net, runs.bars(), runs.bars(3, seed=1), settings, progress=False)
+def test_settings(runs, go, changes):
+    net, result = go(validation=runs.bars(3, seed=1), **{"steps": 4, **changes})
     assert result.steps == (12 if "epochs" in changes else 4)
     assert all(p.isfinite().all() for p in net.filter_parameters())
     assert any((p != 3).any() for p in net.filter_parameters())
 
 
-def test_rows_that_did_not_occur_stay(runs, config):
+def test_rows_that_did_not_occur_stay(runs, go):
     torch.manual_seed(0)
-    net, data = WFNet(runs.BarNet(8), 8), runs.bars(6, classes=8)
-    untrain(net, data, config=config(batch_size=2, label_expansion=1, steps=1), progress=False)
+    net = WFNet(runs.BarNet(8), 8)
+    go(runs.bars(6, classes=8), net=net, batch_size=2, label_expansion=1, steps=1)
     moved = torch.stack([(p != 3).any(1) for p in net.filter_parameters()]).any(0)
     assert 1 <= moved.sum() <= 2
 
 
-def test_two_classes(runs, config):
-    torch.manual_seed(0)
-    net, data = WFNet(runs.BarNet(2), 2), runs.bars(6, classes=2)
-    assert untrain(net, data, data, config(steps=3), progress=False).steps == 3
-
-
-def test_torchvision_like_data_sets(base, runs, config):
-    data = runs.bars(per_class=4)
-    batch = data.batch(torch.arange(len(data)))
-    plain = torch.utils.data.TensorDataset(batch.images, batch.labels)
-    net, other = WFNet(base, CLASSES), WFNet(base, CLASSES)
-    untrain(net, plain, plain, config(steps=3), progress=False)
-    untrain(other, data, data, config(steps=3), progress=False)
-    runs.assert_same_filters(net, other)
-
-
-def test_runs_repeat_bitwise_and_leave_the_random_state_alone(base, runs, config):
+def test_runs_repeat_bitwise_and_leave_the_random_state_alone(runs, go):
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        state, net = torch.get_rng_state(), WFNet(base, CLASSES)
-        found += [net, untrain(net, runs.bars(), runs.bars(seed=1), config(), progress=False)]
+        state = torch.get_rng_state()
+        found += go(validation=runs.bars(seed=1))
         assert torch.equal(state, torch.get_rng_state())
     runs.assert_same_run(*found)
-    other = WFNet(base, CLASSES)
-    untrain(other, runs.bars(), config=config(seed=1), progress=False)
     with pytest.raises(AssertionError):
-        runs.assert_same_filters(other, found[0])
+        runs.assert_same_filters(go(seed=1)[0], found[0])
 
 
-# -- validations and stopping ---------------------------------------------------------------------
+# -- validations, checkpoints and stopping --------------------------------------------------------
 
 
-def test_patience_ends_the_run_and_the_best_filters_are_kept(base, runs, config, tmp_path):
-    net, validation = WFNet(base, CLASSES), runs.bars(4, seed=1)
-    settings = config(steps=500, patience=2, schedule="constant", lr=3.0, validations_per_epoch=24)
-    result = untrain(net, runs.bars(), validation, settings, tmp_path, progress=False)
+def test_patience_ends_the_run_and_the_best_filters_are_kept(base, runs, go, config, tmp_path):
+    validation = runs.bars(4, seed=1)
+    changes = {"patience": 2, "schedule": "constant", "lr": 3.0, "validations_per_epoch": 24}
+    net, result = go(None, validation, tmp_path, steps=500, **changes)
     assert result.stopped_early
     assert result.steps == result.best_step + 2 < 500
     net.fuse = True  # as `untrain` ran it: equal in every bit
-    how = HowToRun(channels_last=True)
-    again = AccuracyValidator(validation, CLASSES, 4, 0, BalancedObjective(), how)(net)
+    again = AccuracyValidator(validation, CLASSES, BalancedObjective(), config(**changes))(net)
     assert again == result.best
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
 
 
-def test_validations_per_epoch(base, runs, config):
-    net, data = WFNet(base, CLASSES), runs.bars()
-    # 96 images, 4 of them read a step: an epoch has 24 steps.
-    result = untrain(net, data, data, config(steps=24, validations_per_epoch=5), progress=False)
-    assert [record["step"] for record in result.history] == [5, 10, 15, 20, 24]
-    assert result.history[-1]["epoch"] == 1
+@pytest.mark.parametrize(
+    ("per_class", "changes", "expected"),
+    [
+        # 96 images, 4 of them read a step: an epoch has 24 steps.
+        (24, {"steps": 24, "validations_per_epoch": 5}, [5, 10, 15, 20, 24]),
+        # An epoch has 400 steps: the run is short, and validated ten times anyway.
+        (100, {"batch_size": 2, "min_validations": 10}, list(range(2, 21, 2))),
+    ],
+)
+def test_when_the_filters_are_validated(runs, go, per_class, changes, expected):
+    _, result = go(runs.bars(per_class), runs.bars(4, 1), **changes)
+    assert [record["step"] for record in result.history] == expected
+    assert result.history[-1]["epoch"] == expected[-1] / (24 if per_class == 24 else 400)
 
 
-# -- losses that are not finite -------------------------------------------------------------------
+def test_a_checkpoint_is_written_every_few_minutes(go, tmp_path, monkeypatch):
+    saved, save = [], Checkpoints.save
+    monkeypatch.setattr(
+        Checkpoints, "save", lambda self, *rest: saved.append(rest[1]["step"]) or save(self, *rest)
+    )
+    for seconds, expected in ((0.0, [1, 2, 3, 4]), (1000.0, [4])):
+        saved.clear()
+        monkeypatch.setattr("wfnet.untraining.loop._SECONDS_BETWEEN_CHECKPOINTS", seconds)
+        go(folder=tmp_path / str(seconds), steps=4, checkpoint_every=1000)
+        assert saved == expected
 
 
-def nan_after(steps, runs) -> Objective:
-    left = [steps]
+def test_resuming_without_a_checkpoint_says_so(base, runs, config, tmp_path, caplog):
+    untrain(WFNet(base, CLASSES), runs.bars(), None, config(steps=1), tmp_path, True, False)
+    assert f"{tmp_path} holds no checkpoint: the run starts from the beginning" in caplog.text
+
+
+# -- values that are not finite -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_filters(base, runs, go, tmp_path, validated):
+    left = [9]
 
     def when(batch):
         left[0] -= 1
         return left[0] < 0
 
-    return runs.NaNLoss(when)
-
-
-@pytest.mark.parametrize("validated", [True, False])
-def test_a_loss_that_is_not_finite_keeps_the_last_good_filters(
-    base, runs, config, tmp_path, validated
-):
-    net = WFNet(base, CLASSES)
-    validation = runs.bars(4, seed=1) if validated else None
+    net, validation = WFNet(base, CLASSES), runs.bars(4, seed=1) if validated else None
     message = r"loss of step 10 is not finite.*lower lr.*check the images for NaN"
     with pytest.raises(FloatingPointError, match=message):
-        untrain(
-            net,
-            runs.bars(),
-            validation,
-            config(),
-            tmp_path,
-            progress=False,
-            objective=nan_after(9, runs),
-        )
+        go(None, validation, tmp_path, net, runs.NaNLoss(when))
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
     assert all(p.isfinite().all() for p in net.filter_parameters())
     assert any((p != 3).any() for p in net.filter_parameters())
@@ -187,17 +181,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_filters(
 
 def test_a_few_steps_of_nan_are_left_out_and_counted(runs, tmp_path, caplog):
     def go(folder=None, train=None, **changes):
-        net = runs.network()
-        return net, untrain(
-            net,
-            train or runs.images(),
-            runs.images(4, 1),
-            runs.config(steps=10, **changes),
-            folder,
-            folder is not None,
-            False,
-            runs.NaNLoss(lambda batch: batch.target[0] == 2),
-        )
+        net, settings = runs.network(), runs.config(steps=10, **changes)
+        objective = runs.NaNLoss(lambda batch: batch.target[0] == 2)
+        data = train or runs.images(), runs.images(4, 1)
+        return net, untrain(net, *data, settings, folder, folder is not None, False, objective)
 
     net, result = go(max_nan_steps=20)
     skipped = caplog.text.count("is not finite: its images are left out")
@@ -212,100 +199,45 @@ def test_a_few_steps_of_nan_are_left_out_and_counted(runs, tmp_path, caplog):
         go(max_nan_steps=skipped - 1)
 
 
-# -- bad input ------------------------------------------------------------------------------------
-
-
-def test_data_that_do_not_fit_the_network(base, runs):
-    def refused(train, validation=None, net=None):
-        with pytest.raises(ValueError) as error:
-            untrain(net or WFNet(base, CLASSES), train, validation, progress=False)
-        return str(error.value)
-
-    data = runs.bars()
-    none = data.select(torch.empty(0, dtype=torch.int64))
-    without_one = data.select((data.labels != 1).nonzero().flatten())
-    six = WFNet(runs.BarNet(6), 6)
-    assert "have label 5, but the network has 4 classes" in refused(runs.bars(classes=6))
-    assert "training data have 4 classes, the network has 6" in refused(data, net=six)
-    assert "class 'bar 1' has no training image" in refused(without_one)
-    assert "training data have no images" in refused(none)
-    assert "validation data have no images" in refused(data, none)
-
-
-# -- a run that is short in epochs ----------------------------------------------------------------
-
-
-def test_a_run_of_a_fraction_of_an_epoch_is_validated_ten_times(base, runs, config):
-    settings = config(steps=20, batch_size=2, min_validations=10, validations_per_epoch=5)
-    train = runs.bars(100)  # an epoch has 400 steps
-    result = untrain(WFNet(base, CLASSES), train, runs.bars(4, 1), settings, progress=False)
-    assert [record["step"] for record in result.history] == list(range(2, 21, 2))
-    default = UntrainConfig.recipe(num_classes=10)
-    assert default.steps_between_validations(54_000) == default.steps // 10
-    assert default.steps_between_validations(1257) == 16  # five an epoch, where that is more
-
-
-def test_a_checkpoint_is_written_every_few_minutes(base, runs, config, tmp_path, monkeypatch):
-    saved, save = [], Checkpoints.save
-    monkeypatch.setattr(
-        Checkpoints, "save", lambda self, *rest: saved.append(rest[1]["step"]) or save(self, *rest)
-    )
-    for seconds, expected in ((0.0, [1, 2, 3, 4]), (1000.0, [4])):
-        saved.clear()
-        monkeypatch.setattr("wfnet.untraining.loop._SECONDS_BETWEEN_CHECKPOINTS", seconds)
-        settings = config(steps=4, checkpoint_every=1000)
-        folder = tmp_path / str(seconds)
-        untrain(WFNet(base, CLASSES), runs.bars(), None, settings, folder, progress=False)
-        assert saved == expected
-
-
-def test_resuming_without_a_checkpoint_says_so(base, runs, config, tmp_path, caplog):
-    settings = config(steps=1)
-    untrain(WFNet(base, CLASSES), runs.bars(), None, settings, tmp_path, True, False)
-    assert f"{tmp_path} holds no checkpoint: the run starts from the beginning" in caplog.text
-
-
-# -- values that are not finite -------------------------------------------------------------------
-
-
-def test_images_and_filters_that_are_not_finite_are_refused_before_work(base, runs):
-    for part, value in (("training", math.nan), ("validation", math.inf)):
-        data = {"training": runs.bars(), "validation": runs.bars(4, 1)}
-        data[part].images[5, 0, 2, 2] = value
-        with pytest.raises(ValueError, match=rf"the {part} image TensorImages\[5\] has values"):
-            untrain(WFNet(base, CLASSES), *data.values(), progress=False)
-    net = WFNet(base, CLASSES)
-    net.filter_parameters()[0].data[1, 2] = math.nan
-    with pytest.raises(ValueError, match=r"the filters of conv1.alpha_weight are NaN or infinite"):
-        untrain(net, runs.bars(), progress=False)
-
-
-@pytest.mark.parametrize("validation", [False, True])
-def test_an_image_file_that_is_not_finite_is_named(base, runs, config, validation, tmp_path):
-    class Broken(runs.Files):
-        def __getitem__(self, index):
-            image, label = super().__getitem__(index)
-            return (image * math.nan if index == 5 else image), label
-
-    data = [runs.Files(runs.bars(4)), runs.Files(runs.bars(4, 1))]
-    data[validation] = Broken(data[validation].dataset)
-    net = WFNet(base, CLASSES)
-    with pytest.raises(FloatingPointError, match=r"the image Broken\[5\] has values.*: repair it"):
-        untrain(net, *data, config(), tmp_path, progress=False)
+@pytest.mark.parametrize("part", [0, 1])
+def test_an_image_that_is_not_finite_is_named(base, runs, go, part, tmp_path):
+    data, net = [runs.bars(4), runs.bars(4, 1)], WFNet(base, CLASSES)
+    data[part].images[5, 0, 2, 2] = math.nan
+    message = r"the image TensorImages\[5\] has values that are NaN or infinite: repair it"
+    with pytest.raises(FloatingPointError, match=message):
+        go(*data, tmp_path, net)
     assert all(p.isfinite().all() for p in net.filter_parameters())
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
 
 
-def test_steps_that_the_data_cannot_fill(base, runs, config):
-    for changes, message in (
-        ({"label_expansion": 100}, "label_expansion is 100, but there are 3 other classes"),
-        ({"batch_size": 10_000}, "reads 5,000 images for a minibatch, but the training data have"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            untrain(WFNet(base, CLASSES), runs.bars(), None, config(**changes), progress=False)
+# -- data and networks ----------------------------------------------------------------------------
 
 
-# -- some of the classes --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("train", "validation", "classes", "message"),
+    [
+        ([0, 1, 2, 3], None, [1, 7], "classes has 7, but the network has 4 classes"),
+        ([0, 1], None, [1, 2], "class 'bar 2' has no training image"),
+        ([1], None, [1], "only class that is untrained"),
+        ([0, 2, 3], None, None, "class 'bar 1' has no training image"),
+        ([], None, None, "training data have no images"),
+        ([0, 1, 2, 3], [], None, "validation data have no images"),
+    ],
+)
+def test_data_that_do_not_fit(runs, go, train, validation, classes, message):
+    def images(of):
+        data = runs.bars()
+        return data.select(torch.isin(data.labels, torch.tensor(of)).nonzero().flatten())
+
+    with pytest.raises(ValueError, match=message):
+        go(images(train), None if validation is None else images(validation), classes=classes)
+
+
+def test_data_of_other_classes(runs, go):
+    with pytest.raises(ValueError, match="have label 5, but the network has 4 classes"):
+        go(runs.bars(classes=6))
+    with pytest.raises(ValueError, match="data have 4 classes, but the network has 6"):
+        go(net=WFNet(runs.BarNet(6), 6))
 
 
 @pytest.mark.parametrize(
@@ -317,15 +249,13 @@ def test_steps_that_the_data_cannot_fill(base, runs, config):
         ([1, 2], [0, 1, 2, 3], {"optimizer": "sgd", "lr": 0.5, "objective": "paper"}),
     ],
 )
-def test_some_classes_with_images_of_some(base, runs, config, classes, images, changes, tmp_path):
+def test_some_classes_with_images_of_some(runs, go, classes, images, changes):
     """Rows of the others stay as they are, bit by bit; no image is retained under its own row."""
-    net = WFNet(base, CLASSES)
-    train, validation = runs.bars(), runs.bars(6, 1)
-    parts = [d.select(torch.isin(d.labels, torch.tensor(images)).nonzero().flatten())
-             for d in (train, validation)]  # fmt: skip
-    steps = 6 if changes else 60
-    settings = config(steps=steps, classes=classes, **changes)
-    result = untrain(net, *parts, settings, tmp_path, progress=False)
+    parts = []
+    for data in (runs.bars(), runs.bars(6, 1)):
+        wanted = torch.isin(data.labels, torch.tensor(images))
+        parts.append(data.select(wanted.nonzero().flatten()))
+    net, result = go(*parts, classes=classes, steps=6 if changes else 60, **changes)
     moved = torch.stack([(p != 3).any(1) for p in net.filter_parameters()]).any(0)
     assert moved.nonzero().flatten().tolist() == sorted(classes)
     known = [not math.isnan(value) for value in result.best.acc_f_per_class]
@@ -333,31 +263,10 @@ def test_some_classes_with_images_of_some(base, runs, config, classes, images, c
     if not changes:
         assert result.best.acc_f < 0.1
         assert result.best.acc_r > 0.9
-    again = untrain(net, *parts, settings, tmp_path, True, progress=False)
-    assert again.history == result.history
-
-
-def test_classes_that_cannot_be_untrained(base, runs, config):
-    def refused(classes, images=(0, 1, 2, 3)):
-        data = runs.bars()
-        data = data.select(torch.isin(data.labels, torch.tensor(images)).nonzero().flatten())
-        with pytest.raises(ValueError) as error:
-            untrain(WFNet(base, CLASSES), data, None, config(classes=classes), progress=False)
-        return str(error.value)
-
-    assert "classes has 7, but the network has 4 classes" in refused([1, 7])
-    assert "class 'bar 2' has no training image" in refused([1, 2], (0, 1))
-    assert "only class that is untrained" in refused([1], (1,))
-    for wrong in ([], [-1], ["a"], [1.5]):
-        with pytest.raises(ValueError, match="classes must be labels"):
-            config(classes=wrong)
-
-
-# -- networks and images as they come -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [tuple, "dict", "object"])
-def test_a_network_that_returns_more_than_logits(base, runs, config, kind):
+def test_a_network_that_returns_more_than_logits(base, runs, go, kind):
     class Wrapped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -369,15 +278,14 @@ def test_a_network_that_returns_more_than_logits(base, runs, config, kind):
                 return logits, x
             return {"logits": logits} if kind == "dict" else SimpleNamespace(logits=logits)
 
-    net, plain = WFNet(Wrapped().eval(), CLASSES), WFNet(base, CLASSES)
-    for one in (net, plain):
-        settings = config(steps=3, fuse=False)
-        untrain(one, runs.bars(), runs.bars(4, 1), settings, progress=False)
-    for p, q in zip(net.filter_parameters(), plain.filter_parameters(), strict=True):
+    nets = WFNet(Wrapped().eval(), CLASSES), WFNet(base, CLASSES)
+    for net in nets:
+        go(None, runs.bars(4, 1), net=net, steps=3, fuse=False)
+    for p, q in zip(*(net.filter_parameters() for net in nets), strict=True):
         assert torch.equal(p, q)
 
 
-def test_items_with_more_than_an_image_and_a_label(base, runs, config):
+def test_items_in_every_form(runs, go):
     class Items(runs.Files):
         def __init__(self, make):
             super().__init__(runs.bars())
@@ -386,18 +294,14 @@ def test_items_with_more_than_an_image_and_a_label(base, runs, config):
         def __getitem__(self, index):
             return self.make(*super().__getitem__(index))
 
-    found = []
-    for make in (
-        lambda image, label: (image, label),
-        lambda image, label: (image, label, "a.jpg"),
-        lambda image, label: {"image": image, "label": label},
-        lambda image, label: (image.double(), torch.tensor(label)),
+    batch = runs.bars().batch(torch.arange(len(runs.bars())))
+    expected, _ = go(steps=2)
+    for data in (
+        torch.utils.data.TensorDataset(batch.images, batch.labels),
+        Items(lambda image, label: (image, label, "a.jpg")),
+        Items(lambda image, label: {"image": image, "label": label}),
+        Items(lambda image, label: (image.double(), torch.tensor(label))),
     ):
-        net = WFNet(base, CLASSES)
-        untrain(net, Items(make), None, config(steps=2), progress=False)
-        found.append(net)
-    for net in found[1:]:
-        runs.assert_same_filters(net, found[0])
-    train = Items(lambda image, label: ((255 * image).byte(), label))
+        runs.assert_same_filters(go(data, steps=2)[0], expected)
     with pytest.raises(ValueError, match=r"torch.uint8.*float32"):
-        untrain(WFNet(base, CLASSES), train, None, config(steps=2), progress=False)
+        go(Items(lambda image, label: ((255 * image).byte(), label)), steps=2)

@@ -8,11 +8,21 @@ import torch
 from wfnet import WFNet
 from wfnet.data import CorruptImages
 from wfnet.untraining.objectives import BalancedObjective
-from wfnet.untraining.validation import AccuracyValidator, HowToRun, Validation
+from wfnet.untraining.validation import AccuracyValidator, Validation
 
 CLASSES = 4
 
 
+@pytest.fixture
+def validator(runs):
+    def make(data, *more, classes=CLASSES, **changes):
+        settings = runs.config(**{"validation_rows": 3, **changes})
+        return AccuracyValidator(data, classes, BalancedObjective(0.3), settings, *more)
+
+    return make
+
+
+@pytest.fixture
 def scattered(base) -> WFNet:
     net = WFNet(base, CLASSES)
     generator = torch.Generator().manual_seed(0)
@@ -22,66 +32,47 @@ def scattered(base) -> WFNet:
     return net
 
 
-def test_all_rows_where_there_are_few(base, runs):
-    net, data = scattered(base), runs.bars(5, seed=1)
-    scores = AccuracyValidator(data, CLASSES, 99, 0, BalancedObjective())(net)
-    batch = data.batch(torch.arange(len(data)))
-    for row in range(CLASSES):
-        with torch.no_grad():
-            correct = (net(batch.images, forget=row).argmax(1) == batch.labels).double()
-        own = batch.labels == row
-        assert scores.acc_f_per_class[row] == pytest.approx(correct[own].mean().item())
-        assert scores.acc_r_per_class[row] == pytest.approx(correct[~own].mean().item())
-    assert scores.acc_f == pytest.approx(sum(scores.acc_f_per_class) / CLASSES)
-
-
-def test_with_many_classes_every_row_is_looked_at_about_equally(runs):
-    data = runs.bars(30, classes=8)
-    measure = AccuracyValidator(data, 8, 3, 0, BalancedObjective()).measure()
-    batch = data.batch(torch.arange(len(data)))
-    image, row = measure.pairs(batch)
-    assert torch.equal(row[: len(data)], batch.labels)
-    image, row = image[len(data) :], row[len(data) :]
-    assert image.bincount().tolist() == [3] * len(data)
-    assert (row != batch.labels[image]).all()
-    assert row.bincount(minlength=8).min() > 50
-    again = AccuracyValidator(data, 8, 3, 0, BalancedObjective()).measure()
-    assert torch.equal(again.pairs(batch)[1][len(data) :], row)
-
-
-def test_the_loss_is_the_objective_over_all_pairs(base, runs):
-    net, data = scattered(base), runs.bars(40, seed=1)  # more than one batch of pairs
-    scores = AccuracyValidator(data, CLASSES, 3, 0, BalancedObjective(0.3))(net)
+def test_accuracies_and_loss_are_those_of_all_pairs(scattered, runs, validator):
+    data = runs.bars(40, seed=1)  # more than one batch of pairs
+    scores = validator(data, validation_rows=99)(scattered)
     images, labels, _ = data.batch(torch.arange(len(data)))
     forget, retain = [], []
     with torch.no_grad():
-        original = net(images, forget=None).log_softmax(1)
+        original = scattered(images, forget=None).log_softmax(1)
         for row in range(CLASSES):
-            logits = net(images, forget=row).log_softmax(1)
-            own = labels == row
+            logits = scattered(images, forget=row).log_softmax(1)
+            own, correct = labels == row, (logits.argmax(1) == labels).double()
+            assert scores.acc_f_per_class[row] == pytest.approx(correct[own].mean().item())
+            assert scores.acc_r_per_class[row] == pytest.approx(correct[~own].mean().item())
             forget.append(-torch.log1p(-logits[own, row].double().exp()))
             retain.append((original.exp() * (original - logits)).sum(1)[~own])
     expected = torch.cat(retain).mean() + 0.3 * torch.cat(forget).mean()
     assert scores.loss == pytest.approx(expected.item(), rel=1e-3)
+    assert scores.acc_f == pytest.approx(sum(scores.acc_f_per_class) / CLASSES)
 
 
-def test_classes_that_are_absent_do_not_count(base, runs):
-    data = runs.bars(4, seed=1)
-    data = data.select((data.labels != 2).nonzero().flatten())
-    scores = AccuracyValidator(data, CLASSES, 3, 0, BalancedObjective())(WFNet(base, CLASSES))
-    assert math.isfinite(scores.score)
-    assert math.isnan(scores.acc_f_per_class[2])
+def test_with_many_classes_every_row_is_looked_at_about_equally(runs, validator):
+    data = runs.bars(30, classes=8)
+    batch = data.batch(torch.arange(len(data)))
+    image, row = validator(data, classes=8).pairs(batch)
+    assert torch.equal(row[: len(data)], batch.labels)
+    assert torch.equal(validator(data, classes=8).pairs(batch)[1], row)
+    image, row = image[len(data) :], row[len(data) :]
+    assert image.bincount().tolist() == [3] * len(data)
+    assert (row != batch.labels[image]).all()
+    assert row.bincount(minlength=8).min() > 50
 
 
-def test_unreadable_images_are_left_out_and_none_at_all_is_an_error(base, runs, caplog):
-    net, data = scattered(base), runs.bars(3, seed=1)
-
+def test_unreadable_images_are_left_out_and_none_at_all_is_an_error(
+    scattered, runs, validator, caplog
+):
     def scores(corrupt):
-        how = HowToRun(corrupt=CorruptImages(100))
-        dataset = runs.corrupted(data, corrupt)
-        return AccuracyValidator(dataset, CLASSES, 3, 0, BalancedObjective(), how)(net)
+        data = runs.corrupted(runs.bars(3, seed=1), corrupt)
+        return validator(data, None, CorruptImages(100))(scattered)
 
-    assert math.isnan(scores({1, 5, 9}).acc_f_per_class[1])
+    found = scores({1, 5, 9})  # all images of a class
+    assert math.isnan(found.acc_f_per_class[1])
+    assert math.isfinite(found.score)
     with pytest.raises(RuntimeError, match="no validation image can be read"):
         scores(set(range(12)))
     assert caplog.text.count("half a JPEG") == 15
@@ -94,14 +85,10 @@ def test_equal_accuracies_are_decided_by_the_loss():
     assert second.rank("loss") > first.rank("loss") > accurate.rank("loss")
 
 
-def test_of_a_large_split_some_images_are_looked_at_evenly_over_classes(base, runs):
-    def images(most, data):
-        how = HowToRun(images=most)
-        return AccuracyValidator(data, CLASSES, 3, 0, BalancedObjective(), how).images
-
+def test_of_a_large_split_some_images_are_looked_at_evenly_over_classes(runs, validator):
     data = runs.bars(300, seed=1)
-    few = images(20, data)
+    few = validator(data, validation_images=20).images
     assert data.labels[few].bincount().tolist() == [5] * CLASSES
-    assert torch.equal(images(20, data), few)
-    assert data.labels[images(None, data)].bincount().tolist() == [250] * CLASSES
-    assert len(images(None, runs.bars(100, seed=1))) == 400
+    assert torch.equal(validator(data, validation_images=20).images, few)
+    assert data.labels[validator(data).images].bincount().tolist() == [250] * CLASSES
+    assert len(validator(runs.bars(100, seed=1)).images) == 400

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import DeviceType
 
-from wfnet.services.quiet import silent_stderr
+from wfnet.services.peak_memory import peak_bytes
 
 logger = logging.getLogger("wfnet")
 
@@ -104,29 +104,7 @@ def choose_convolutions_by_trial(device: torch.device) -> None:
 
 def peak_mebibytes(call: Call, device: torch.device) -> float:
     """Returns the most tensor memory that one call adds to what is allocated before it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with (
-        silent_stderr(),
-        torch.profiler.profile(activities=activities, profile_memory=True) as profile,
-    ):
-        call()
-    changes = [
-        (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    now = peak = 0
-    for _, change in sorted(changes, key=lambda item: item[0]):
-        now += change
-        peak = max(peak, now)
-    return peak / 2**20
+    return peak_bytes(call, device) / 2**20
 
 
 def graph_pool_mebibytes(device: torch.device) -> float:

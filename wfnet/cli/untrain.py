@@ -414,25 +414,15 @@ def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Rank
     if few is None:
         raise ValueError("none of the training images can be read; see the log")
     of_one = math.ceil(config.images / ranks.size)
-    measured = step_memory(
-        net,
-        tuple(few.images.shape[1:]),
-        config.label_expansion,
-        config.share_images,
-        _amp_dtype(config),
-        config.channels_last,
-        most_images=of_one,
-        compound=config.compound,
-    )
+    step = step_memory(net, tuple(few.images.shape[1:]), config, of_one)
     filters = filter_memory(net, config.optimizer)
     tensors = (*net.model.parameters(), *net.model.buffers())
     weights = sum(t.numel() * t.element_size() for t in tensors) - filters.filters
-    step = measured.of(of_one)
     print(
-        f"memory      {_size(weights + filters.total + step)} on each device: {_size(weights)} of "
-        f"frozen weights, {_size(filters.total)} of filters (with moments, gradient, the best and "
-        f"the last good ones), {_size(step)} of a step over {of_one} images (measured on as "
-        f"many, or 8 to 32; {_size(measured.per_image)} each)",
+        f"memory      {_size(weights + filters.total + step.total)} on each device: "
+        f"{_size(weights)} of frozen weights, {_size(filters.total)} of filters (with moments, "
+        f"gradient, the best and the last good ones), {_size(step.total)} of a step over "
+        f"{of_one} images (measured on as many, or 8 to 32; {_size(step.per_image)} each)",
         flush=True,
     )
 
@@ -446,10 +436,6 @@ def _size(count: int) -> str:
     return f"{count:.1f} GiB"
 
 
-def _amp_dtype(config: UntrainConfig) -> torch.dtype | None:
-    return None if config.amp is None else getattr(torch, config.amp)
-
-
 @torch.no_grad()
 def _check_before(net: WFNet, images: Dataset, config: UntrainConfig) -> None:
     """Runs the network, so that a long run does not start with what cannot work.
@@ -458,7 +444,7 @@ def _check_before(net: WFNet, images: Dataset, config: UntrainConfig) -> None:
     """
     per_class = max(1, math.ceil(_LOOK_AT / len(images.classes)))
     few = select(images, limit_per_class(images.labels, per_class, config.seed))
-    forward = Forward.of(net, _amp_dtype(config), config.channels_last)
+    forward = Forward.of(net, config.amp_dtype, config.channels_last)
     multi_hot = multi_hot_of(few)
     corrupt = CorruptImages(len(few))  # untraining counts them against the limit
     right: list[bool] = []

@@ -102,8 +102,11 @@ def setting(
         values: a range of numbers, the allowed values, or ``bool`` for a switch; None: anything.
         flags: how the command line calls it, separated by spaces (``"-b --batch-size"``); by
             default ``--`` and the field's name.
-        metavar, help: as in argparse. Fields without ``help`` are no options.
+        metavar, help: as in argparse; by default a whole number is N and any other X. Fields
+            without ``help`` are no options.
     """
+    if metavar is None and isinstance(values, Number):
+        metavar = "N" if values.whole else "X"
     metadata = {"values": values, "flags": flags, "metavar": metavar, "help": help}
     return dataclasses.field(default=default, metadata=metadata)
 

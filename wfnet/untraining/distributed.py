@@ -27,56 +27,31 @@ from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.expansion import ExpandedBatch
-from wfnet.untraining.minibatches import Share
-from wfnet.untraining.objectives import Losses, Objective, full_precision
-from wfnet.untraining.step import UntrainingStep, mean_losses
+from wfnet.untraining.objectives import Losses, Objective
+from wfnet.untraining.step import Minibatch, UntrainingStep
 
 
-class SharedObjective(Objective):
+class SharedObjective:
     """An objective whose means run over the samples of all ranks.
 
     The loss that a rank returns has the value of the whole minibatch's loss, the same bits on every
     rank; its gradient is this rank's contribution, and contributions add up to the gradient. Only
-    :meth:`Objective.forget`, ``retain`` and ``total`` of the objective are used.
-
-    Attributes:
-        leads: whether this rank's gradient has what the loss says of the filters themselves (a
-            regulariser); one rank must.
+    ``forget``, ``retain`` and ``total`` of the objective are used.
     """
 
     def __init__(self, objective: Objective, ranks: Ranks):
         self.objective, self.ranks = objective, ranks
-        self.leads = ranks.first
-
-    @property
-    def needs_original(self) -> bool:
-        return self.objective.needs_original
-
-    def forget(self, logits: Tensor, target: Tensor) -> Tensor:
-        return self.objective.forget(logits, target)
-
-    def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
-        return self.objective.retain(logits, target, original)
-
-    def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
-        return self.objective.total(forget, retain, net)
+        self.needs_original = objective.needs_original
 
     def __call__(
         self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
     ) -> Losses:
-        half = batch.retain_half
-        if original is not None:
-            original = full_precision(original).index_select(0, batch.source[half])
-        logits = full_precision(logits)
-        costs = (
-            self.forget(logits[batch.forget_half], batch.target[batch.forget_half]),
-            self.retain(logits[half], batch.target[half], original),
-        )
+        costs = self.objective.costs(logits, batch, original)
         if batch.weight is None:
             sums = torch.stack([cost.sum() for cost in costs])
             counts = sums.new_tensor([cost.numel() for cost in costs])
         else:
-            weights = [batch.weight[part] for part in (batch.forget_half, half)]
+            weights = batch.weights_of_halves
             sums = torch.stack([(c * w).sum() for c, w in zip(costs, weights, strict=True)])
             counts = torch.stack([w.sum() for w in weights]).to(sums.dtype)
         return self._from_sums(sums, counts, net)
@@ -94,23 +69,19 @@ class SharedObjective(Objective):
         counts = whole[2:].clamp_min(1)
         means = (whole[:2] / counts).unbind()
         if not sums.requires_grad:
-            return self.total(*means, net)
+            return self.objective.total(*means, net)
         forget, retain = (mean.detach().requires_grad_() for mean in means)
-        losses = self.total(forget, retain, net)
+        losses = self.objective.total(forget, retain, net)
         slopes = torch.autograd.grad(
             losses.total, (forget, retain), retain_graph=True, allow_unused=True
         )
-        total = losses.total if self.leads else losses.total.detach()
+        # What the loss says of the filters themselves (a regulariser) counts on one rank: the
+        # first, which always has samples.
+        total = losses.total if self.ranks.first else losses.total.detach()
         for slope, own in zip(slopes, (sums / counts).unbind(), strict=True):
             if slope is not None:  # adds exactly 0, and the gradient of this rank's part
                 total = total + slope * (own - own.detach())
         return Losses(total, losses.terms)
-
-
-def bytes_sent(rows: int, row_bytes: int, ranks: int) -> int:
-    """Bytes that each of W ranks sends when R rows are added up in a ring: ``2 (W - 1) / W * R``
-    rows."""
-    return 2 * (ranks - 1) * rows * row_bytes // ranks
 
 
 # Of the rows: a larger share is sent with all others, which saves the copies of what is sent.
@@ -118,7 +89,7 @@ def bytes_sent(rows: int, row_bytes: int, ranks: int) -> int:
 _FEW = 0.5
 
 
-def add_rows(gradient: Tensor, rows: Tensor, ranks: Ranks) -> int:
+def add_rows(gradient: Tensor, rows: Tensor, ranks: Ranks) -> None:
     """Replaces the rows of ``gradient`` by their sums over ranks, on every rank the same bits.
 
     Args:
@@ -126,17 +97,12 @@ def add_rows(gradient: Tensor, rows: Tensor, ranks: Ranks) -> int:
         rows: ``[R]`` int64 on the host, distinct: those that may differ from 0 on some rank. If
             they are few, nothing else is sent; otherwise the whole matrix is added up.
         ranks: all of them, with the same ``rows``.
-
-    Returns:
-        Bytes that each rank has sent (:func:`bytes_sent`).
     """
-    row_bytes = gradient.shape[1] * gradient.element_size()
     if len(rows) > _FEW * gradient.shape[0]:
         ranks.add(gradient)
-        return bytes_sent(gradient.shape[0], row_bytes, ranks.size)
+        return
     rows = to_device_async(rows, gradient.device)
     gradient.index_copy_(0, rows, ranks.add(gradient.index_select(0, rows)))
-    return bytes_sent(len(rows), row_bytes, ranks.size)
 
 
 class SharedStep(UntrainingStep):
@@ -153,25 +119,20 @@ class SharedStep(UntrainingStep):
     ):
         super().__init__(net, SharedObjective(objective, ranks), *others)
         self.ranks, self.rows_only = ranks, rows_only
-        self.sent = 0  # bytes of gradients
 
-    def differentiate(self, shares: Sequence[Share]) -> Losses:
+    def accumulate(
+        self, images: Tensor | None, batch: ExpandedBatch, share: float, first: bool
+    ) -> Losses:
+        """As of one process; ``images`` is None if this rank has no samples."""
+        if images is not None:
+            return super().accumulate(images, batch, share, first)
+        if first:
+            self.gradient.zero_()
+        return self.objective.without_samples(self.net)
+
+    def differentiate(self, minibatches: Sequence[Minibatch], rows: Tensor) -> Losses:
         """Writes the mean gradient over whole minibatches, as every rank then has it."""
-        found = []
-        for number, share in enumerate(shares):
-            self.objective.leads = share.leader == self.ranks.rank
-            weight, first = 1 / len(shares), number == 0
-            if share.images is not None:
-                images = share.images.to(self.device, non_blocking=True)
-                found.append(self.accumulate(images, share.batch.to(self.device), weight, first))
-                continue
-            if first:
-                self.gradient.zero_()
-            found.append(self.objective.without_samples(self.net))
-        rows = torch.arange(self.gradient.shape[0])
-        if self.rows_only:
-            rows = torch.cat([share.rows for share in shares]).unique()
-        self.sent += add_rows(self.gradient, rows, self.ranks)
-        for parameter, gradient in zip(self.params, self.columns, strict=True):
-            parameter.grad = gradient
-        return mean_losses(found)
+        losses = super().differentiate(minibatches, rows)
+        every = torch.arange(self.gradient.shape[0])
+        add_rows(self.gradient, rows if self.rows_only else every, self.ranks)
+        return losses

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +20,15 @@ from wfnet.data import Batch, Dataset, batches
 from wfnet.data.tensor_images import TensorImages
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
-from wfnet.untraining.expansion import ExpandedBatch, Sampler
-from wfnet.untraining.objectives import Losses, Objective, distillation, full_precision
+from wfnet.untraining.expansion import ExpandedBatch, Sampler, shuffled_rounds
+from wfnet.untraining.objectives import (
+    Losses,
+    Objective,
+    class_gap,
+    distillation,
+    full_precision,
+    not_label,
+)
 from wfnet.untraining.untrain_config import UntrainConfig
 
 _NOISE_STREAM, _ROWS_STREAM, _IMAGES_STREAM, _POOL_STREAM = 21, 22, 23, 24
@@ -62,32 +68,21 @@ class GroupSampler(Sampler):
         labels: ``[N]`` int64.
         groups: rows of a step and images of a row.
         seed: of both.
-
-    Raises:
-        ValueError: with fewer than two classes among ``labels``.
     """
 
     def __init__(self, labels: Tensor, groups: Groups, seed: int):
         self.groups = groups
         self.seed = seed
         self.present = labels.unique()
-        if len(self.present) < 2:
-            raise ValueError("recipe durable needs images of at least two classes")
         self._own = {c: (labels == c).nonzero().flatten() for c in self.present.tolist()}
         self._labels = labels
         self.rows = min(groups.rows, len(self.present))
-        self._round = lru_cache(8)(
-            lambda number: self.present[
-                torch.randperm(
-                    len(self.present), generator=generator_for(seed, _ROWS_STREAM, number)
-                )
-            ].tolist()
-        )
+        self._round = shuffled_rounds(self.present, 8, seed, _ROWS_STREAM)
 
     def rows_of(self, step: int) -> list[int]:
         """The rows of a step."""
-        places = range(step * self.rows, (step + 1) * self.rows)
-        return [self._round(p // len(self.present))[p % len(self.present)] for p in places]
+        places = (divmod(step * self.rows + i, len(self.present)) for i in range(self.rows))
+        return [int(self._round(number)[place]) for number, place in places]
 
     def batch(self, step: int) -> Tensor:
         """``[R * size]`` positions, group by group, images of the row's class first."""
@@ -95,10 +90,8 @@ class GroupSampler(Sampler):
         chosen = []
         for row in self.rows_of(step):
             own = self._own[row]
-            chosen.append(
-                own[torch.randint(len(own), (self.groups.forget_images,), generator=draw)]
-            )
-            chosen.append(self._others(row, draw))
+            drawn = torch.randint(len(own), (self.groups.forget_images,), generator=draw)
+            chosen += [own[drawn], self._others(row, draw)]
         return torch.cat(chosen)
 
     def _others(self, row: int, draw: torch.Generator) -> Tensor:
@@ -164,7 +157,7 @@ class DurableObjective(Objective):
     needs_original = True
 
     def forget(self, logits: Tensor, target: Tensor) -> Tensor:
-        return F.softplus(class_gap(logits, target))
+        return not_label(logits, target)
 
     def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
         return distillation(logits, original)
@@ -192,13 +185,6 @@ class DurableObjective(Objective):
         excess = (own_mean - mean) / deviation.clamp_min(self.least_deviation) - self.slack
         match = F.relu(excess).mean()
         return Losses(losses.total + self.match * match, {**losses.terms, "match": match.detach()})
-
-
-def class_gap(logits: Tensor, labels: Tensor) -> Tensor:
-    """``z_label - logsumexp(z without z_label)`` per sample, ``[m, K]`` and ``[m]`` -> ``[m]``."""
-    index = labels.unsqueeze(1)
-    others = logits.scatter(1, index, -torch.inf).logsumexp(1)
-    return logits.gather(1, index).squeeze(1) - others
 
 
 @contextmanager

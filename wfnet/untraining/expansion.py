@@ -12,8 +12,8 @@ exactly the batches that it would have seen.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -62,23 +62,20 @@ class ExpandedBatch:
         """``[R]``, the distinct rows that occur, in order."""
         return self.forget[self.forget >= 0].unique()
 
-    def weights_of(self, samples: slice | Tensor) -> Tensor | None:
-        """The weights of some samples; None if all are equal."""
-        return None if self.weight is None else self.weight[samples]
+    @property
+    def weights_of_halves(self) -> tuple[Tensor | None, Tensor | None]:
+        """The weights of both halves; None if all are equal."""
+        if self.weight is None:
+            return None, None
+        return self.weight[self.forget_half], self.weight[self.retain_half]
 
     def __len__(self) -> int:
         return self.forget.shape[0]
 
     def to(self, device: torch.device | str) -> ExpandedBatch:
         """The same batch on ``device``; copies do not wait for the device."""
-        return ExpandedBatch(
-            to_device_async(self.forget, device),
-            to_device_async(self.source, device),
-            to_device_async(self.target, device),
-            self.forget_size,
-            None if self.original is None else to_device_async(self.original, device),
-            None if self.weight is None else to_device_async(self.weight, device),
-        )
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **{k: to_device_async(v, device) for k, v in tensors.items()})
 
 
 def random_other_rows(
@@ -134,78 +131,84 @@ def expand(
     label_expansion: int,
     generator: torch.Generator,
     share_images: bool = False,
-    forget_size: int | None = None,
     rows: Tensor | None = None,
     compound: float = 0.0,
 ) -> ExpandedBatch:
     """Expands a minibatch (paper, "label expansion").
 
     Args:
-        labels: ``[n]`` int64 on the host, ground truth of the images.
+        labels: on the host, ground truth of the images: ``[n]`` int64, or ``[n, K]`` bool for
+            several labels each, of which one is drawn in the forget half. ``target`` is then
+            ``[B, K]`` fp32.
         num_classes: K, at least 2.
         label_expansion: M, how many rows each retained image goes through; rows are drawn
-            uniformly over the other K-1 classes, independently, with replacement.
+            uniformly over the classes that it lacks, independently, with replacement.
         generator: source of the rows; it alone decides them.
-        share_images: the same images serve both halves, instead of half of them each.
-        forget_size: number of leading images in the forget half if images are not shared; half of
-            them, rounded down, by default.
-        rows: ``[R]``, distinct, ascending: classes whose rows are untrained; all by default.
+        share_images: the same images serve both halves; otherwise the leading half of them,
+            rounded down, is the forget half.
+        rows: ``[R]``, distinct, ascending: classes whose rows are untrained; all by default. Not
+            with several labels each.
         compound: weight of compound rows, beside 1 for single ones; 0: there are none. Each
             retained image goes through two other rows at once, and the first half of the forget
             images through their own and another, as far as there are so many. In the means over a
-            half all compound samples together weigh ``compound`` times what all others do.
+            half all compound samples together weigh ``compound`` times what all others do. Not
+            with several labels each.
 
     Returns:
-        ``n + n * M`` samples with shared images, else ``forget_size + (n - forget_size) * M``;
+        ``n + n * M`` samples with shared images, else about ``n / 2 + n / 2 * M``;
         with compound rows as many more as there are retained images and pairs of forget images.
-
-    Raises:
-        ValueError: for fewer than 2 classes, M below 1, or labels of the wrong shape.
     """
-    if label_expansion < 1:
-        raise ValueError(f"label_expansion must be 1 or more, got {label_expansion}")
-    if labels.dim() != 1:
-        raise ValueError(f"labels must be [n], got {list(labels.shape)}")
-    n = len(labels)
-    if share_images:
-        forgetting, retaining = torch.arange(n), torch.arange(n)
-    else:
-        cut = n // 2 if forget_size is None else forget_size
-        forgetting, retaining = torch.arange(cut), torch.arange(cut, n)
+    forgetting = retaining = torch.arange(len(labels))
+    if not share_images:
+        cut = len(labels) // 2
+        forgetting, retaining = forgetting[:cut], retaining[cut:]
     retained = retaining.repeat_interleave(label_expansion)
-    others = random_other_rows(labels[retained], num_classes, generator, rows)
+    target = labels
+    if labels.dim() == 2:
+        own = labels[forgetting].float().multinomial(1, generator=generator).squeeze(1)
+        lacking = (~labels[retaining]).float()
+        others = lacking.multinomial(label_expansion, True, generator=generator).flatten()
+        target = labels.float()
+    else:
+        own = labels[forgetting]
+        others = random_other_rows(labels[retained], num_classes, generator, rows)
     if not compound:
         source = torch.cat((forgetting, retained))
-        forget = torch.cat((labels[forgetting], others))
-        return ExpandedBatch(forget, source, labels[source], len(forgetting))
+        return ExpandedBatch(torch.cat((own, others)), source, target[source], len(own))
     twice = forgetting[: len(forgetting) // 2]
-    own, kept = labels[twice], labels[retaining]
+    both, kept = labels[twice], labels[retaining]
     first = random_other_rows(kept, num_classes, generator, rows)
     beside = partial(_rows_beside, torch.arange(num_classes) if rows is None else rows, generator)
     forget = torch.cat(
         (
-            _padded(labels[forgetting]),
-            torch.stack((own, beside(own, own)), 1),
+            _padded(own),
+            torch.stack((both, beside(both, both)), 1),
             _padded(others),
             torch.stack((first, beside(kept, first)), 1),
         )
     )
-    weights = [
-        part
-        for single, double in ((forgetting, twice), (retained, retaining))
-        for part in (
-            torch.ones(len(single)),
-            torch.full((len(double),), compound * len(single) / max(len(double), 1)),
-        )
-    ]
+    weights = []
+    for single, double in ((forgetting, twice), (retained, retaining)):
+        weight = compound * len(single) / max(len(double), 1)
+        weights += [torch.ones(len(single)), torch.full((len(double),), weight)]
     source = torch.cat((forgetting, twice, retained, retaining))
     forget_size = len(forgetting) + len(twice)
-    return ExpandedBatch(forget, source, labels[source], forget_size, weight=torch.cat(weights))
+    return ExpandedBatch(forget, source, target[source], forget_size, weight=torch.cat(weights))
 
 
 def _padded(rows: Tensor) -> Tensor:
     """``[n, 2]`` of single rows ``[n]``."""
     return torch.stack((rows, torch.full_like(rows, -1)), 1)
+
+
+def shuffled_rounds(items: Tensor, cached: int, *key: int) -> Callable[[int], np.ndarray]:
+    """Returns what gives the order of ``items`` in round number i, shuffled anew every round."""
+
+    def order(number: int) -> np.ndarray:
+        shuffled = torch.randperm(len(items), generator=generator_for(*key, number))
+        return items[shuffled].numpy()  # an element of a tensor takes a microsecond
+
+    return lru_cache(cached)(order)
 
 
 class Sampler(ABC):
@@ -217,10 +220,6 @@ class Sampler(ABC):
     @abstractmethod
     def batch(self, step: int) -> Tensor:
         """``[n]`` int64 positions in the data set, in the order of the minibatch."""
-
-    def batches(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Minibatches ``start .. stop - 1``."""
-        return (self.batch(step) for step in range(start, stop))
 
 
 class ShuffledSampler(Sampler):
@@ -235,23 +234,14 @@ class ShuffledSampler(Sampler):
     """
 
     def __init__(self, size: int, batch_size: int, seed: int):
-        if size < 1 or batch_size < 1:
-            raise ValueError(f"size and batch_size must be 1 or more, got {size}, {batch_size}")
         self.size = size
         self.batch_size = batch_size
-        self._order = lru_cache(2)(
-            lambda epoch: torch.randperm(size, generator=generator_for(seed, 1, epoch))
-        )
+        self._order = shuffled_rounds(torch.arange(size), 2, seed, 1)
 
     def batch(self, step: int) -> Tensor:
-        position = step * self.batch_size + torch.arange(self.batch_size)
-        epochs = position // self.size
-        return torch.cat(
-            [
-                self._order(epoch)[position[epochs == epoch] % self.size]
-                for epoch in epochs.unique().tolist()
-            ]
-        )
+        first = step * self.batch_size
+        places = (divmod(first + i, self.size) for i in range(self.batch_size))
+        return torch.from_numpy(np.array([self._order(epoch)[place] for epoch, place in places]))
 
 
 class RoundRobinSampler(Sampler):
@@ -265,69 +255,48 @@ class RoundRobinSampler(Sampler):
         batch_size: n, below or above the number of classes.
         seed: seed of both orders.
         stream: samplers with different streams are independent of each other.
-
-    Raises:
-        ValueError: if there are no images or ``batch_size`` is below 1.
     """
 
     def __init__(self, labels: Tensor, batch_size: int, seed: int, stream: int = 0):
-        if batch_size < 1 or len(labels) == 0:
-            raise ValueError(
-                f"batch_size and images must be 1 or more, got {batch_size}, {len(labels)}"
-            )
         self.batch_size = batch_size
-        order = labels.argsort(stable=True)
         sizes = labels.bincount()
         present = sizes.nonzero().flatten()
-        members = dict(zip(present.tolist(), order.split(sizes[present].tolist()), strict=True))
+        parts = labels.argsort(stable=True).split(sizes[present].tolist())
+        members = zip(present.tolist(), parts, strict=True)
         self.classes = len(present)
-        self._round = lru_cache(batch_size // self.classes + 2)(
-            lambda number: present[
-                torch.randperm(len(present), generator=generator_for(seed, 2, stream, number))
-            ].tolist()
-        )
-
-        def shuffled(label: int, visit: int) -> np.ndarray:
-            key = (seed, 3, stream, label, visit)
-            order = torch.randperm(self._sizes[label], generator=generator_for(*key))
-            return members[label][order].numpy()  # an element of a tensor takes a microsecond
+        cached = batch_size // self.classes + 2
+        self._round = shuffled_rounds(present, cached, seed, 2, stream)
 
         self._sizes = sizes.tolist()
-        self._shuffled = lru_cache(2 * self.classes)(shuffled)
+        self._images = {
+            label: shuffled_rounds(images, 2, seed, 3, stream, label) for label, images in members
+        }
 
     def batch(self, step: int) -> Tensor:
         first = step * self.batch_size
         chosen = []
         for position in range(first, first + self.batch_size):
             number, place = divmod(position, self.classes)
-            label = self._round(number)[place]
+            label = int(self._round(number)[place])
             visit, within = divmod(number, self._sizes[label])
-            chosen.append(self._shuffled(label, visit)[within])
+            chosen.append(self._images[label](visit)[within])
         return torch.from_numpy(np.array(chosen))
 
 
 class HalvesSampler(Sampler):
-    """Joins two samplers: the first gives the forget half, the second the retain half."""
-
-    def __init__(self, forgetting: Sampler, retaining: Sampler):
-        self.forgetting = forgetting
-        self.retaining = retaining
-
-    def batch(self, step: int) -> Tensor:
-        return torch.cat((self.forgetting.batch(step), self.retaining.batch(step)))
-
-
-class PartSampler(Sampler):
-    """Draws from a part of the data set.
+    """Joins two samplers: the first gives the forget half, the second the retain half.
 
     Args:
-        sampler: over as many images as there are ``positions``.
-        positions: ``[n]`` int64, the part's positions in the data set.
+        halves: each a sampler and ``[n]`` int64, the positions in the data set of the images that
+            it draws from; None: it draws from all.
     """
 
-    def __init__(self, sampler: Sampler, positions: Tensor):
-        self.sampler = sampler
-        self.positions = positions
+    def __init__(self, *halves: tuple[Sampler, Tensor | None]):
+        self.halves = halves
 
     def batch(self, step: int) -> Tensor:
-        return self.positions[self.sampler.batch(step)]
+        found = []
+        for sampler, positions in self.halves:
+            drawn = sampler.batch(step)
+            found.append(drawn if positions is None else positions[drawn])
+        return torch.cat(found)

@@ -1,18 +1,80 @@
-"""The history of a run: one record per validation, in files, in TensorBoard, and for a callback."""
+"""The history of a run: losses of its steps, and one record per validation."""
 
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from wfnet.services.files import write_json
 from wfnet.services.records import write_csv
+from wfnet.untraining.objectives import Losses
 from wfnet.untraining.untrain_config import UntrainConfig
 
 Record = dict[str, float]
 _NOT_PLOTTED = ("step", "epoch", "seconds")
+# Reading a loss waits for the device, so there they are read this many steps at a time.
+_READ_EVERY = 25
+
+
+class LossWatch:
+    """Collects the losses of steps, and reads them from the device a few steps at a time.
+
+    Args:
+        device: where they are.
+
+    Attributes:
+        latest: terms of the step that was last read.
+        sums, summed: of terms since the last :meth:`means`, and how many; a checkpoint keeps them.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.latest: dict[str, float] = {}
+        self.sums: dict[str, float] = {}
+        self.summed = 0
+        self._pending: list[tuple[int, dict[str, Tensor | float]]] = []
+
+    def add(self, losses: Losses, step: int) -> bool:
+        """Remembers the losses of a step; whether it is time to :meth:`read` them."""
+        self._pending.append((step, {"loss": losses.total.detach(), **losses.terms}))
+        return self.device.type == "cpu" or len(self._pending) >= _READ_EVERY
+
+    def read(self) -> str | None:
+        """Adds the remembered losses to the sums; says so of one that is NaN or infinite.
+
+        All are read at once: every number that is read by itself waits for the device.
+        """
+        pending, self._pending = self._pending, []
+        if not pending:
+            return None
+        scalars = [
+            torch.as_tensor(value, device=self.device).reshape(())  # terms may be plain numbers
+            for _, terms in pending
+            for value in terms.values()
+        ]
+        values = iter(torch.stack(scalars).tolist())
+        for step, terms in pending:
+            found = {name: next(values) for name in terms}
+            if not math.isfinite(found["loss"]):
+                shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
+                return f"the loss of step {step} is not finite ({shown})"
+            for name, value in found.items():
+                self.sums[name] = self.sums.get(name, 0.0) + value
+            self.summed += 1
+            self.latest = found
+        return None
+
+    def means(self) -> dict[str, float]:
+        """Returns the means of all terms since the last call."""
+        means = {name: value / self.summed for name, value in self.sums.items()}
+        self.sums, self.summed = {}, 0
+        return means
 
 
 class HistoryLog:

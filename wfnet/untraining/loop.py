@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -22,11 +22,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, corrupt_limit
-from wfnet.data.multi_hot import multi_hot_of
-from wfnet.gate_tables import flat_matrix, flatten_filters
+from wfnet.data import CorruptImages, Dataset, corrupt_counter
+from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
-from wfnet.services.files import clear_temporary_files
+from wfnet.services.files import clear_temporary_files, digest
 from wfnet.services.locks import folder_lock
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
@@ -34,37 +33,23 @@ from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.distributed import SharedStep
 from wfnet.untraining.durable import RowStatistics, durable_step, original_logits
 from wfnet.untraining.expansion import ExpandedBatch
-from wfnet.untraining.history import HistoryLog, Record, write_history
-from wfnet.untraining.loss_watch import LossWatch
+from wfnet.untraining.history import HistoryLog, LossWatch, Record, write_history
 from wfnet.untraining.minibatches import MinibatchReader, Share
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.run_clock import RunClock
 from wfnet.untraining.run_parts import (
-    check_every_class,
-    check_finite_filters,
-    check_finite_images,
-    check_gates,
-    check_sizes,
+    TrainingData,
     checked_labels,
     configured_objective,
     configured_optimizer,
-    configured_sampler,
     first_broken_image,
-    fitting_config,
-    untrained_rows,
 )
 from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import UntrainingStep, refuse_capture
-from wfnet.untraining.throughput import RunClock
 from wfnet.untraining.untrain_config import UntrainConfig
-from wfnet.untraining.validation import (
-    AccuracyValidator,
-    HowToRun,
-    MultiLabelValidator,
-    Validation,
-    Validator,
-)
+from wfnet.untraining.validation import AccuracyValidator, MultiLabelValidator, Validation
 
 logger = logging.getLogger("wfnet")
 
@@ -118,39 +103,21 @@ def untrain(
     if config is None:
         config = UntrainConfig.recipe("balanced", net.num_classes)
     run = _Untraining(net, train, validation, config, output, objective)
+    first = run.ranks.first
     with contextlib.ExitStack() as inside:
         if output is not None:
             run.ranks.first_does(lambda: inside.enter_context(folder_lock(output)))
-        return _untrain(run, resume, progress, log, log_interval)
-
-
-def _untrain(
-    run: _Untraining,
-    resume: bool,
-    progress: bool,
-    log: Callable[[Record], None] | None,
-    log_interval: float,
-) -> UntrainResult:
-    """Restores the run where that is asked for, and goes through it."""
-    if run.store is not None and run.ranks.first_does(run.store.checkpoints.exist):
-        if resume:
-            run.restore()
-        else:
-            run.store.refuse_to_overwrite(run.ranks)
-    elif resume and run.output is not None:
-        logger.warning(f"{run.output} holds no checkpoint: the run starts from the beginning")
-    first = run.ranks.first
-    bar = Progress(
-        run.steps,
-        "untraining",
-        progress and first,
-        done=run.state.step,
-        unit="step",
-        leave=True,
-        log_seconds=log_interval,
-    )
-    with bar:
-        return run.run(bar, log if first else None)
+            run.find(resume)
+        bar = Progress(
+            run.steps,
+            "untraining",
+            progress and first,
+            done=run.state.step,
+            unit="step",
+            leave=True,
+            log_seconds=log_interval,
+        )
+        return run.run(inside.enter_context(bar), log if first else None)
 
 
 class _Untraining:
@@ -166,105 +133,73 @@ class _Untraining:
         objective: Objective | None,
     ):
         self.ranks = Ranks()
-        self.net = net
-        self.train = train
-        self.validation = validation
-        if multi_hot_of(train) is not None:
-            config = replace(config, compound=0.0)  # an image has other labels in any pair of rows
-        self.config = config
-        self.amp = None if config.amp is None else getattr(torch, config.amp)
+        self.net, self.train, self.validation = net, train, validation
+        self.output = None if output is None else Path(output)
         self.params = net.filter_parameters()
         self.device = self.params[0].device
-        self.output = None if output is None else Path(output)
-
-        labels = checked_labels(train, net.num_classes, "training")
-        self.multi_hot = multi_hot_of(train)
-        self.rows = untrained_rows(config, net.num_classes)
-        self.config = config = fitting_config(config, labels, self.rows)
-        untrained = net.num_classes if self.rows is None else len(self.rows)
-        check_sizes(config, len(labels), untrained)
+        self.data = TrainingData.of(train, net.num_classes, config)
+        self.config = config = self.data.fitting(config)
         self.other_rows = None
-        if self.rows is not None:
-            every_row = torch.arange(net.num_classes)
-            self.other_rows = every_row[~torch.isin(every_row, self.rows)].to(self.device)
-        if self.multi_hot is not None and self.rows is not None:
-            raise ValueError("of images with several labels all are untrained: leave out classes")
-        if self.multi_hot is not None and not self.ranks.alone:
-            raise ValueError(
-                "images with several labels are untrained by one process: start it without torchrun"
-            )
-        every = labels if self.multi_hot is None else self.multi_hot.nonzero()[:, 1]
-        check_every_class(every, train, net.num_classes, self.rows)
-        check_finite_filters(net)
-        check_finite_images(train, "training")
+        if self.data.rows is not None:
+            every = torch.arange(net.num_classes)
+            self.other_rows = every[~torch.isin(every, self.data.rows)].to(self.device)
+        self.durable = net.gate == "durable"
+        multi_label = self.data.multi_hot is not None
+        self._check_network(multi_label)
+        self.objective = objective or configured_objective(config, multi_label)
         if config.objective == "paper" and objective is None and net.normalize_gate:
             logger.warning(
                 "recipe 'paper' is defined for plain sigmoid gates; wrap the network with "
                 "WFNet(..., normalize_gate=False) to reproduce it"
             )
-        check_gates(net, config)
-        self.durable = net.gate == "durable"
-        if self.durable and not self.ranks.alone:
-            raise ValueError(
-                "recipe durable takes moments over whole groups of images, so it is run by one "
-                "process: start it without torchrun"
-            )
-        self.objective = objective or configured_objective(config, self.multi_hot is not None)
         if config.channels_last:
             net.to(memory_format=torch.channels_last)
-        limit = corrupt_limit(train) if config.max_corrupt is None else config.max_corrupt
-        self.corrupt = CorruptImages(limit)
-        self.statistics = RowStatistics(net, train, labels, config.statistics_images, config.seed)
+        self.corrupt: CorruptImages = corrupt_counter(train, config.max_corrupt)
+        self.statistics = RowStatistics(
+            net, train, self.data.labels, config.statistics_images, config.seed
+        )
         self.validator = None
         if validation is not None:
             checked_labels(validation, net.num_classes, "validation")
-            check_finite_images(validation, "validation")
-            self.validator = self._make_validator(validation)
-        self.reader = MinibatchReader(
-            train,
-            labels,
-            self.multi_hot,
-            net.num_classes,
-            self.rows,
-            configured_sampler(config, labels, self.rows),
-            config,
-            self.ranks,
-            self.corrupt,
-            pin_memory=self.device.type == "cuda",
-        )
+            about = config, self.data.rows, self.corrupt, self.ranks
+            kind = MultiLabelValidator if multi_label else AccuracyValidator
+            self.validator = kind(validation, net.num_classes, self.objective, *about)
+        pin = self.device.type == "cuda"
+        self.reader = MinibatchReader(self.data, config, self.ranks, self.corrupt, pin)
         self.optimizer = configured_optimizer(config, net)
         self.captures = self._can_capture()
 
-        self.steps = config.total_steps(len(labels))
-        self.steps_per_epoch = config.steps_per_epoch(len(labels))
-        self.validate_every = config.steps_between_validations(len(labels))
+        images = len(self.data.labels)
+        self.steps = config.total_steps(images)
+        self.steps_per_epoch = config.steps_per_epoch(images)
+        self.validate_every = config.steps_between_validations(images)
         if self.durable:  # each one measures the statistics of all rows first
             self.validate_every = max(self.validate_every, math.ceil(self.steps / 10))
         self.state = RunState()
-        self.losses = LossWatch(self.state, self.device)
-        self.best_filters: list[Tensor] | None = None
-        self.good_filters = self._snapshot()  # the last that gave a finite loss
+        self.losses = LossWatch(self.device)
+        # ``[K, total]``: the best filters, and the last that gave a finite loss.
+        self.best_filters: Tensor | None = None
+        self.good_filters: Tensor | None = None
         self.store = None
         if output is not None:
             checkpoints = Checkpoints(output, config.keep_checkpoints)
             self.store = RunStore(checkpoints, config, net, self.optimizer, self.identity)
         self.signals = StopSignals(output is not None)
 
-    def _make_validator(self, validation: Dataset) -> Validator:
-        config, num_classes = self.config, self.net.num_classes
-        how = HowToRun(
-            self.amp,
-            config.channels_last,
-            config.workers,
-            self.corrupt,
-            self.ranks,
-            config.validation_images,
-        )
-        if self.multi_hot is not None:
-            about = config.seed, self.objective, how
-            return MultiLabelValidator(validation, num_classes, *about)
-        about = config.validation_rows, config.seed, self.objective, how, self.rows
-        return AccuracyValidator(validation, num_classes, *about)
+    def _check_network(self, multi_label: bool) -> None:
+        """Raises ValueError where network, data, settings and processes do not go together."""
+        wanted = "durable" if self.config.objective == "durable" else "sigmoid"
+        if self.net.gate != wanted:
+            raise ValueError(
+                f"objective {self.config.objective!r} trains {wanted} gates, but the network has "
+                f"{self.net.gate} ones; wrap it with WFNet(..., gate={wanted!r})"
+            )
+        for alone, what in (
+            (multi_label, "images with several labels are"),
+            (self.durable, "recipe durable takes moments over whole groups of images, and is"),
+        ):
+            if alone and not self.ranks.alone:
+                raise ValueError(f"{what} untrained by one process: start it without torchrun")
 
     def _can_capture(self) -> bool:
         """Returns whether steps are captured as a CUDA graph; raises if that was asked in vain."""
@@ -280,53 +215,74 @@ class _Untraining:
         """What a resumed run, and every rank, must have in common with this one."""
         return identity_of(self.net, self.train, self.validation, self.objective)
 
-    def restore(self) -> None:
-        """Continues the run of the newest checkpoint that is whole."""
-        self.state, self.best_filters = self.store.load(self.ranks)
-        self.losses.state = self.state
-        self.good_filters = self._snapshot()
+    def find(self, resume: bool) -> None:
+        """Continues the run of the newest checkpoint that is whole, or sees that none is lost."""
+        if not self.ranks.first_does(self.store.checkpoints.exist):
+            if resume:
+                logger.warning(
+                    f"{self.output} holds no checkpoint: the run starts from the beginning"
+                )
+        elif resume:
+            self.state, self.best_filters = self.store.load(self.ranks)
+            self.losses.sums, self.losses.summed = self.state.sums, self.state.summed
+        else:
+            self.store.refuse_to_overwrite(self.ranks)
 
     # -- the loop ---------------------------------------------------------------------------------
 
     def run(self, bar: Progress, log: Callable[[Record], None] | None) -> UntrainResult:
         """Runs all steps that are left, and returns the result."""
-        training, fuse = self.net.training, self.net.fuse
-        self.net.train()
-        self.net.fuse = self.config.fuse
+        state, net = self.state, self.net
+        training, fuse = net.training, net.fuse
+        net.train()
+        net.fuse = self.config.fuse
         self.bar = bar
-        self.clock = RunClock(self.device, self.state.spent, self.state.seconds)
+        self.clock = RunClock(self.device, state.seconds, state.spent)
         self.saved_at = self.clock.seconds  # when the last checkpoint was written
-        plotted = self.output is not None and self.ranks.first and not self.state.finished
-        self.log = HistoryLog(self.output if plotted else None, self.state.step + 1, log)
+        writes = self.output is not None and self.ranks.first and not state.finished
+        self.log = HistoryLog(self.output if writes else None, state.step + 1, log)
         try:
-            if not self.state.finished:
-                if self.store is not None and self.ranks.first:
+            if state.finished:
+                self.statistics.measure(last=True)
+            else:
+                if writes:
                     clear_temporary_files(self.output)
-                with self.signals, flatten_filters(self.params):
+                with self.signals, flatten_filters(self.params) as self.filters:
+                    self.good_filters = self.filters.detach().clone()
                     self.work = self._make_step()
                     if self.durable:
                         images = self.steps * self.config.images
-                        self.reader.original = original_logits(self.net, self.train, images)
+                        self.reader.original = original_logits(net, self.train, images)
                     self._go_through_steps()
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()
-            else:
-                self.statistics.measure(last=True)
         finally:
             self.log.close()
-            self.net.train(training)
-            self.net.fuse = fuse
-        return UntrainResult.of(self.state, self.config, self.output, self.corrupt)
+            net.train(training)
+            net.fuse = fuse
+        return UntrainResult(
+            score=None if state.best is None else state.best.score,
+            best=state.best,
+            best_step=state.best_step,
+            steps=state.step,
+            stopped_early=state.stopped_early,
+            history=state.history,
+            seconds=state.seconds,
+            filters=self.output,
+            config=self.config,
+            corrupt_images=dict(self.corrupt.found),
+            spent=state.spent,
+            samples=state.samples,
+        )
 
     def _make_step(self) -> UntrainingStep:
         net, config = self.net, self.config
         layout = config.channels_last
-        settings = net, self.objective, self.optimizer, self.amp, layout, config.clip
+        settings = net, self.objective, self.optimizer, config.amp_dtype, layout, config.clip
         if self.ranks.alone:
             return UntrainingStep(*settings, self.captures, self._gates if self.durable else None)
-        about = [asdict(config), self.identity]
-        self.ranks.check_same("configuration, network or data", about)
-        self.ranks.check_same("starting point", [self.state.step, self._filter_digest()])
+        self.ranks.check_same("configuration, network or data", [asdict(config), self.identity])
+        self.ranks.check_same("starting point", [self.state.step, digest(net.named_filters())])
         rows_only = isinstance(self.optimizer, RowAdam)
         return SharedStep(self.ranks, *settings, rows_only=rows_only)
 
@@ -338,11 +294,11 @@ class _Untraining:
             self._after_step()
             if self.state.finished:
                 return
-        throughput = self.clock.throughput
-        throughput.restart()
+        self.clock.restart()
         with contextlib.ExitStack() as inside:
-            stream = inside.enter_context(contextlib.closing(self._read()))
-            groups = _grouped(throughput.timed(stream), self.config.grad_accum_steps)
+            stream = self.clock.waits(inside.enter_context(contextlib.closing(self._read())))
+            accumulated = self.config.grad_accum_steps
+            groups = iter(lambda: list(itertools.islice(stream, accumulated)), [])
             for number, group in enumerate(groups):
                 if number == 0:
                     inside.enter_context(lost_workers_wait())
@@ -351,13 +307,11 @@ class _Untraining:
                 if number + 1 == self.work.first_steps:
                     self._read_losses()  # waits for the device
                     self.clock.started()
-                throughput.images += len(group) * self.config.images
+                self.clock.images += len(group) * self.config.images
                 self._after_step()
                 if self.state.finished:
                     return
-                if self.ranks.alone:  # several ranks agree on it once a step
-                    self._stop_if_asked()
-        self._stop_if_asked()  # a data worker was lost, because the signal reached it
+        self._stop_if_asked()  # a validation was broken off, or a data worker was lost
 
     def _read(self) -> Iterator[Share]:
         """Yields the minibatches that are left; if reading fails, what was done is saved first."""
@@ -367,14 +321,11 @@ class _Untraining:
         try:
             yield from self.reader.shares(state.position, stop, lambda: self.signals.received != 0)
         except Exception:
-            self._save_before_leaving()
+            if self.store is not None and state.step:
+                self._read_losses()
+                with contextlib.suppress(OSError):
+                    self._save_checkpoint()
             raise
-
-    def _save_before_leaving(self) -> None:
-        if self.store is not None and self.state.step:
-            self._read_losses()
-            with contextlib.suppress(OSError):
-                self._save_checkpoint()
 
     def _stop_if_asked(self) -> None:
         """Saves and raises Stopped if some rank has received a signal."""
@@ -391,30 +342,25 @@ class _Untraining:
         )
 
     def _one_step(self, group: list[Share]) -> None:
-        state = self.state
+        state, config, step = self.state, self.config, self.state.step
         state.position += len(group)
-        if self.ranks.alone:
-            losses = self.work.differentiate([(share.images, share.batch) for share in group])
-        else:
-            losses = self.work.differentiate(group)
-        most = self.config.max_nan_steps
+        rows = None if self.captures else torch.cat([share.rows for share in group]).unique()
+        losses = self.work.differentiate([(share.images, share.batch) for share in group], rows)
+        most = config.max_nan_steps
         if state.nan_steps < most and not math.isfinite(float(losses.total)):
             state.nan_steps += 1
             logger.warning(
-                f"the loss of step {state.step + 1} is not finite: its images are left out "
+                f"the loss of step {step + 1} is not finite: its images are left out "
                 f"({state.nan_steps} of at most {most})"
             )
             return
         if self.other_rows is not None:  # a term of the loss may see all rows
             self.work.gradient.index_fill_(0, self.other_rows, 0)
-        self.losses.add(losses, state.step + 1)
-        if self.losses.due:
+        if self.losses.add(losses, step + 1):
             self._read_losses()
-            self.good_filters = self._snapshot()
-        rows = None if self.captures else torch.cat([share.rows for share in group]).unique()
-        config, step = self.config, state.step
-        self.work.move(config.lr_at(step, self.steps), rows, config.shrink_at(step, self.steps))
-        state.samples += len(group) * self.config.samples
+            self.good_filters = self.filters.detach().clone()
+        self.work.move(config.lr_at(step, self.steps), config.shrink_at(step, self.steps))
+        state.samples += len(group) * config.samples
         state.step += 1
 
     # -- between steps ----------------------------------------------------------------------------
@@ -432,7 +378,9 @@ class _Untraining:
             state.stopped_early = not last and state.stale >= self.config.patience
         state.finished = last or state.stopped_early
         if state.finished:
-            self._keep_best()
+            if self.best_filters is None:
+                state.best_step = state.step
+            self._put_back(self.best_filters)
         if self.store is not None and (state.finished or self._checkpoint_is_due()):
             self._read_losses()
             self._save_checkpoint()
@@ -451,13 +399,11 @@ class _Untraining:
     def _validate(self) -> bool:
         """Appends a record to the history; False if a signal broke it off, with nothing changed."""
         state = self.state
-        rates = self.clock.throughput.record()
-        self.ranks.check_same("state of the filters", self._filter_digest())
+        rates = self.clock.record()
         scores = None
         if self.validator is not None:
             self.statistics.measure()
-            # Several ranks would have to agree on it.
-            try:
+            try:  # several ranks would have to agree on breaking it off
                 scores = self.validator(
                     self.net, lambda: self.ranks.alone and self.signals.received != 0
                 )
@@ -473,19 +419,14 @@ class _Untraining:
             **self.losses.means(),
         }
         if scores is not None:
-            record |= {
-                "acc_r": scores.acc_r,
-                "acc_f": scores.acc_f,
-                "score": scores.score,
-                "validation_loss": scores.loss,
-            }
+            record |= {"acc_r": scores.acc_r, "acc_f": scores.acc_f}
+            record |= {"score": scores.score, "validation_loss": scores.loss}
             self._compare_with_best(scores)
         self._note_time()
         record |= {"samples_per_second": state.samples / state.seconds, "seconds": state.seconds}
-        record |= rates
-        state.history.append(record)
-        self.log.add(record)
-        self.clock.throughput.restart()
+        state.history.append(record | rates)
+        self.log.add(state.history[-1])
+        self.clock.restart()
         return True
 
     def _compare_with_best(self, scores: Validation) -> None:
@@ -495,15 +436,15 @@ class _Untraining:
             return
         if state.best is None or scores.rank(stop_on) > state.best.rank(stop_on):
             state.best, state.best_step, state.stale = scores, state.step, 0
-            self.best_filters = self._snapshot()
+            self.best_filters = self.filters.detach().clone()
         else:
             state.stale += 1
 
-    def _keep_best(self) -> None:
-        if self.best_filters is not None:
-            _copy(self.best_filters, self.params)
-        else:
-            self.state.best_step = self.state.step
+    @torch.no_grad()
+    def _put_back(self, filters: Tensor | None) -> None:
+        """Ends with these filters, or the present ones, and the statistics of their rows."""
+        if filters is not None:
+            self.filters.copy_(filters)
         self.statistics.measure(last=True)
 
     def _save_checkpoint(self) -> None:
@@ -519,23 +460,24 @@ class _Untraining:
         self.saved_at = self.clock.seconds
 
     def _note_time(self) -> None:
-        self.state.seconds = self.clock.seconds
-        self.state.spent = self.clock.spent(self.state.seconds)
+        state = self.state
+        state.seconds = self.clock.seconds
+        state.spent = self.clock.spent(state.seconds)
+        state.sums, state.summed = self.losses.sums, self.losses.summed
 
     def _read_losses(self) -> None:
         """Looks at the losses so far; ends the run if one of them is not finite."""
-        found = self.losses.read()
-        self.clock.throughput.look()
-        if found is not None:
+        broken = self.losses.read()
+        self.clock.look()
+        if broken is not None:
             # Which minibatch it was is not remembered: some of the steps that were looked at.
             seen = range(max(0, self.state.position - _RECENT_MINIBATCHES), self.state.position)
             recent = torch.cat([self.reader.sampler.batch(position) for position in seen])
-            self._give_up(str(found), self.train, recent)
+            self._give_up(broken, self.train, recent)
 
     def _give_up(self, reason: str, dataset: Dataset, images: Tensor) -> NoReturn:
         """Keeps the last good filters, and says which of ``images`` is not finite, if one is."""
-        _copy(self.best_filters or self.good_filters, self.params)
-        self.statistics.measure(last=True)
+        self._put_back(self.good_filters if self.best_filters is None else self.best_filters)
         kept = "on the network"
         if self.output is not None:
             if self.ranks.first:
@@ -547,20 +489,6 @@ class _Untraining:
             remedy = f"the image {broken} has values that are NaN or infinite: repair it"
         raise FloatingPointError(f"{reason}; the last good filters are {kept}; {remedy}")
 
-    def _snapshot(self) -> list[Tensor]:
-        """Returns a copy of all filters; inside of a run one copy for any number of layers."""
-        flat = flat_matrix(self.params)
-        if flat is None:
-            return [p.detach().clone() for p in self.params]
-        return list(flat.detach().clone().split([p.shape[1] for p in self.params], 1))
-
-    def _filter_digest(self) -> int:
-        """Returns a sum over the bits of all filters, which no order of adding changes."""
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-        return sum(
-            int(p.detach().view(bits[p.element_size()]).sum(dtype=torch.int64)) for p in self.params
-        )
-
     def _show_progress(self) -> None:
         shown = {name: f"{value:.3f}" for name, value in self.losses.latest.items()}
         history = self.state.history
@@ -570,14 +498,3 @@ class _Untraining:
         shown["samples/s"] = f"{self.state.samples / self.clock.seconds:,.0f}"
         self.bar.set_postfix(**shown)
         self.bar.update()
-
-
-@torch.no_grad()
-def _copy(values: list[Tensor], params: list[torch.nn.Parameter]) -> None:
-    torch._foreach_copy_(params, values)
-
-
-def _grouped(stream: Iterator[Share], size: int) -> Iterator[list[Share]]:
-    """Yields ``size`` minibatches at a time."""
-    while group := list(itertools.islice(stream, size)):
-        yield group

@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from wfnet.data import Batch, CorruptImages, Dataset, batches
+from wfnet.data import Batch, CorruptImages, batches
 from wfnet.data.loading import LostWorker
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.durable import expand_groups, groups_of
-from wfnet.untraining.expansion import ExpandedBatch, Sampler, expand
-from wfnet.untraining.multilabel import expand_multi_label
+from wfnet.untraining.expansion import ExpandedBatch, expand
+from wfnet.untraining.run_parts import TrainingData, configured_sampler
 from wfnet.untraining.untrain_config import UntrainConfig
 
 logger = logging.getLogger("wfnet")
@@ -24,21 +24,18 @@ logger = logging.getLogger("wfnet")
 _LOST_WORKERS = 3  # times that data workers are started anew
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """What one process has of a minibatch: all of it, if there is no other process.
 
     Attributes:
         images: ``[m, C, H, W]``, those that this process has read; None if there are none.
         batch: the samples of the whole expanded minibatch that use them.
         rows: ``[R]``, distinct forget labels of the whole expanded minibatch.
-        leader: the first rank that has samples.
     """
 
     images: Tensor | None
     batch: ExpandedBatch
     rows: Tensor
-    leader: int = 0
 
 
 class MinibatchReader:
@@ -49,13 +46,7 @@ class MinibatchReader:
     its class, so sizes and labels are known before anything is read.
 
     Args:
-        dataset: the training images.
-        labels: ``[N]``, their labels.
-        multi_hot: ``[N, K]`` bool for images with several labels, else None; these are read by one
-            process alone.
-        num_classes: K.
-        rows: ``[R]``, those that are untrained; None: all.
-        sampler: which images make up a minibatch.
+        data: the training images.
         config: settings of the run.
         ranks: who shares the minibatches.
         corrupt: where unreadable images are counted.
@@ -64,21 +55,15 @@ class MinibatchReader:
 
     def __init__(
         self,
-        dataset: Dataset,
-        labels: Tensor,
-        multi_hot: Tensor | None,
-        num_classes: int,
-        rows: Tensor | None,
-        sampler: Sampler,
+        data: TrainingData,
         config: UntrainConfig,
         ranks: Ranks,
         corrupt: CorruptImages,
         pin_memory: bool,
     ):
-        self.dataset, self.labels, self.multi_hot = dataset, labels, multi_hot
-        self.num_classes, self.rows = num_classes, rows
-        self.sampler, self.config = sampler, config
-        self.ranks, self.corrupt, self.pin_memory = ranks, corrupt, pin_memory
+        self.data, self.config, self.ranks = data, config, ranks
+        self.corrupt, self.pin_memory = corrupt, pin_memory
+        self.sampler = configured_sampler(config, data)
         self.original: Tensor | None = None  # [N, K] logits of all images, where they are known
 
     def shares(self, position: int, stop: int, stopping: Callable[[], bool]) -> Iterator[Share]:
@@ -114,11 +99,12 @@ class MinibatchReader:
 
     def _read(self, position: int, stop: int) -> Iterator[Batch | None]:
         """Yields this rank's images of each minibatch; None where it has none of them."""
+        steps = range(position, stop)
         if self.ranks.rank >= self.config.images:
-            return (None for _ in range(position, stop))
+            return (None for _ in steps)
         return batches(
-            self.dataset,
-            map(self.ranks.share, self.sampler.batches(position, stop)),
+            self.data.dataset,
+            (self.ranks.share(self.sampler.batch(step)) for step in steps),
             self.config.workers,
             self.corrupt,
             pin_memory=self.pin_memory,
@@ -133,33 +119,29 @@ class MinibatchReader:
             if self.original is not None:
                 whole = replace(whole, original=self.original[batch.indices])
             return Share(batch.images, whole, whole.rows)
-        chosen = self.sampler.batch(position)
-        whole = self._expand(position, chosen)
-        owner = torch.arange(len(chosen)) % self.ranks.size  # of each image
-        owner_of_sample = owner[whole.source]
-        mine = owner_of_sample == self.ranks.rank
+        size = self.ranks.size
+        whole = self._expand(position, self.sampler.batch(position))
+        mine = whole.source % size == self.ranks.rank
         own = ExpandedBatch(
             whole.forget[mine],
-            whole.source[mine] // self.ranks.size,
+            whole.source[mine] // size,
             whole.target[mine],
             int(mine[whole.forget_half].sum()),
-            weight=whole.weights_of(mine),
+            weight=None if whole.weight is None else whole.weight[mine],
         )
-        images = None if batch is None or not len(own) else batch.images
-        return Share(images, own, whole.rows, int(owner_of_sample.min()))
+        return Share(None if batch is None else batch.images, own, whole.rows)
 
     def _expand(self, position: int, indices: Tensor) -> ExpandedBatch:
         """Returns the expanded batch of minibatch ``position``, which has these images."""
-        config = self.config
+        config, data = self.config, self.data
         if config.objective == "durable":
-            return expand_groups(self.labels[indices], groups_of(config))
-        settings = {
-            "label_expansion": config.label_expansion,
-            "generator": generator_for(config.seed, 4, position),
-            "share_images": config.share_images,
-            "forget_size": None if config.share_images else config.batch_size // 2,
-        }
-        if self.multi_hot is not None:
-            return expand_multi_label(self.multi_hot[indices], **settings)
-        settings |= {"rows": self.rows, "compound": config.compound}
-        return expand(self.labels[indices], self.num_classes, **settings)
+            return expand_groups(data.labels[indices], groups_of(config))
+        return expand(
+            (data.labels if data.multi_hot is None else data.multi_hot)[indices],
+            data.num_classes,
+            config.label_expansion,
+            generator_for(config.seed, 4, position),
+            config.share_images,
+            rows=data.rows,
+            compound=config.compound,
+        )

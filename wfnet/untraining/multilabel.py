@@ -1,4 +1,4 @@
-"""Untraining on images with several labels each: expansion and objective.
+"""The objective of untraining on images with several labels each.
 
 Paper, "Multi-class unlearning": a random true label of the image selects the row in the unlearning
 half; binary cross entropy takes the place of cross entropy. Outputs are independent: under the row
@@ -22,44 +22,6 @@ from wfnet.untraining.objectives import (
     PaperObjective,
     full_precision,
 )
-
-
-def expand_multi_label(
-    multi_hot: Tensor,
-    label_expansion: int,
-    generator: torch.Generator,
-    share_images: bool = False,
-    forget_size: int | None = None,
-) -> ExpandedBatch:
-    """Expands a minibatch of multi-label images (:func:`wfnet.untraining.expansion.expand` for one
-    label).
-
-    Args:
-        multi_hot: ``[n, K]`` bool, true labels; every image has one and lacks one.
-        label_expansion: M, how many rows each retained image goes through, drawn uniformly over
-            the labels that it lacks, independently, with replacement.
-        generator: source of all rows.
-        share_images, forget_size: as for one label.
-
-    Returns:
-        The samples; ``forget`` is a random true label in the forget half, and ``target`` is
-        ``[B, K]`` float32, the true labels of each sample.
-    """
-    n = len(multi_hot)
-    size = n // 2 if forget_size is None else min(forget_size, n)
-    forgotten = torch.arange(n if share_images else size)
-    retained = torch.arange(n) if share_images else torch.arange(size, n)
-    own = torch.zeros(0, dtype=torch.int64)
-    if len(forgotten):
-        own = multi_hot[forgotten].float().multinomial(1, generator=generator).squeeze(1)
-    others = torch.zeros(0, dtype=torch.int64)
-    if len(retained):
-        lacking = (~multi_hot[retained]).float()
-        others = lacking.multinomial(label_expansion, True, generator=generator).flatten()
-    source = torch.cat((forgotten, retained.repeat_interleave(label_expansion)))
-    return ExpandedBatch(
-        torch.cat((own, others)), source, multi_hot[source].float(), len(forgotten)
-    )
 
 
 @dataclass(frozen=True)
@@ -98,36 +60,21 @@ class MultiLabelObjective(Objective):
     def total(self, forget: Tensor, retain: Tensor, net: WFNet) -> Losses:
         return self.recipe.total(forget, retain, net)
 
-    def __call__(
-        self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
-    ) -> Losses:
-        if original is not None:
-            original = full_precision(original).index_select(0, batch.source)
-        forget, retain = self.terms(full_precision(logits), batch, original)
-        sizes = max(forget.numel(), 1), max(retain.numel(), 1)
-        return self.total(forget.sum() / sizes[0], retain.sum() / sizes[1], net)
-
-    def terms(
+    def costs(
         self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Costs ``[forget_size]`` of unlearned outputs and ``[B]`` of retained ones.
-
-        ``logits`` and ``original`` are ``[B, K]``.
-        """
-        row = batch.forget.unsqueeze(1)
+        """Costs ``[forget_size]`` of unlearned outputs and ``[B]`` of retained ones."""
+        logits, row = full_precision(logits), batch.forget.unsqueeze(1)
         own = logits.gather(1, row).squeeze(1)[batch.forget_half]
         if original is not None:
-            own = own - self._level(original, batch.target)[batch.forget[batch.forget_half]]
+            original = full_precision(original).index_select(0, batch.source)
+            lacking = 1 - batch.target
+            level = (original * lacking).sum(0) / lacking.sum(0).clamp_min(1)  # [K]
+            own = own - level[batch.forget[batch.forget_half]]
         kept = self.retain(logits, batch.target, original)
         unlearned = torch.zeros_like(kept, dtype=torch.bool)
         unlearned[batch.forget_half].scatter_(1, row[batch.forget_half], True)
         return self.forget(own, batch.target), kept.masked_fill(unlearned, 0.0).sum(1)
-
-    @staticmethod
-    def _level(original: Tensor, target: Tensor) -> Tensor:
-        """``[K]``: mean original logit of the samples that lack each label; 0 without any."""
-        lacking = 1 - target
-        return (original * lacking).sum(0) / lacking.sum(0).clamp_min(1)
 
 
 def bernoulli_divergence(logits: Tensor, original: Tensor) -> Tensor:

@@ -63,6 +63,19 @@ class Objective(ABC):
         terms as those under one row.
         """
 
+    def costs(
+        self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """:meth:`forget` and :meth:`retain` of an expanded batch; arguments as for a call."""
+        half = batch.retain_half
+        if original is not None:
+            original = full_precision(original).index_select(0, batch.source[half])
+        logits = full_precision(logits)
+        return (
+            self.forget(logits[batch.forget_half], batch.target[batch.forget_half]),
+            self.retain(logits[half], batch.target[half], original),
+        )
+
     def __call__(
         self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
     ) -> Losses:
@@ -75,16 +88,14 @@ class Objective(ABC):
                 are gathered by ``batch.source``), or None if the objective needs none.
             net: the filtered network, for terms that read its gates.
         """
-        half = batch.retain_half
-        if original is not None:
-            original = full_precision(original).index_select(0, batch.source[half])
-        logits = full_precision(logits)
-        forget = self.forget(logits[batch.forget_half], batch.target[batch.forget_half])
-        retain = self.retain(logits[half], batch.target[half], original)
-        means = (
-            _mean(forget, batch.weights_of(batch.forget_half)),
-            _mean(retain, batch.weights_of(half)),
-        )
+        means = [
+            cost.sum() / max(cost.numel(), 1)
+            if weight is None
+            else (cost * weight).sum() / weight.sum().clamp_min(1)
+            for cost, weight in zip(
+                self.costs(logits, batch, original), batch.weights_of_halves, strict=True
+            )
+        ]
         return self.total(*means, net)
 
 
@@ -93,11 +104,11 @@ def full_precision(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _mean(costs: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted mean that is 0 for an empty half (all its images were corrupt), not NaN."""
-    if weights is None:
-        return costs.sum() / max(costs.numel(), 1)
-    return (costs * weights).sum() / weights.sum().clamp_min(1)
+def class_gap(logits: Tensor, labels: Tensor) -> Tensor:
+    """``z_label - logsumexp(z without z_label)`` per sample, ``[m, K]`` and ``[m]`` -> ``[m]``."""
+    index = labels.unsqueeze(1)
+    others = logits.scatter(1, index, -torch.inf).logsumexp(1)
+    return logits.gather(1, index).squeeze(1) - others
 
 
 def not_label(logits: Tensor, target: Tensor) -> Tensor:
@@ -111,9 +122,7 @@ def not_label(logits: Tensor, target: Tensor) -> Tensor:
         logits: ``[m, K]`` in fp32 or fp64, K >= 2.
         target: ``[m]`` int64.
     """
-    index = target.unsqueeze(1)
-    others = logits.scatter(1, index, -torch.inf).logsumexp(1)
-    return F.softplus(logits.gather(1, index).squeeze(1) - others)
+    return F.softplus(class_gap(logits, target))
 
 
 def distillation(logits: Tensor, original: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""What a run of untraining has come to: its state, its checkpoints, and its mark of identity."""
+"""What a run of untraining has come to: its state, what is saved of it, its mark of identity."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, classes_of, labels_of, multi_hot_of
+from wfnet.data import Dataset, classes_of, labels_of, multi_hot_of
+from wfnet.gate_tables import side_by_side
 from wfnet.network import WFNet
 from wfnet.pretrained import assign_filters
 from wfnet.services.files import fingerprint
@@ -103,26 +103,6 @@ class UntrainResult:
     spent: dict[str, float] = field(default_factory=dict)
     samples: int = 0
 
-    @classmethod
-    def of(
-        cls, state: RunState, config: UntrainConfig, output: Path | None, corrupt: CorruptImages
-    ) -> UntrainResult:
-        """Returns what a run in ``state`` has come to."""
-        return cls(
-            score=None if state.best is None else state.best.score,
-            best=state.best,
-            best_step=state.best_step,
-            steps=state.step,
-            stopped_early=state.stopped_early,
-            history=state.history,
-            seconds=state.seconds,
-            filters=output,
-            config=config,
-            corrupt_images=dict(corrupt.found),
-            spent=state.spent,
-            samples=state.samples,
-        )
-
 
 class RunStore:
     """Saves a run's state and tensors to its checkpoints, and restores them.
@@ -149,25 +129,25 @@ class RunStore:
         self.optimizer = optimizer
         self.identity = identity
 
-    def save(self, state: RunState, best_filters: Sequence[Tensor] | None, must: bool) -> None:
+    def save(self, state: RunState, best_filters: Tensor | None, must: bool) -> None:
         """Writes one file with all that the run needs to go on, so that it is never half a state.
 
         Args:
             state: where the run stands.
-            best_filters: the best ones so far; None without validation.
+            best_filters: ``[K, total]``, the best ones so far; None without validation.
             must: as for :meth:`Checkpoints.save`.
         """
         filters = self.net.named_filters()
         tensors = {f"filters.{name}": p for name, p in filters.items()}
         if best_filters is not None:
-            best = zip(filters, best_filters, strict=True)
-            tensors |= {f"best.{name}": p for name, p in best}
+            best = best_filters.split([p.shape[1] for p in filters.values()], 1)
+            tensors |= {f"best.{name}": p for name, p in zip(filters, best, strict=True)}
         if isinstance(self.optimizer, RowAdam):
             tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.moments().items()}
         content = {"config": asdict(self.config), "identity": self.identity, **asdict(state)}
         self.checkpoints.save(tensors, content, must)
 
-    def load(self, ranks: Ranks) -> tuple[RunState, list[Tensor] | None]:
+    def load(self, ranks: Ranks) -> tuple[RunState, Tensor | None]:
         """Restores the newest checkpoint that is whole; returns its state and the best filters.
 
         Filters and the optimiser's moments are put back. Every rank gets what the first one reads.
@@ -177,20 +157,23 @@ class RunStore:
         """
         tensors, content, path = ranks.first_does(self.checkpoints.load)
         self._check_same_run(content, path)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+
         state = RunState.from_json(content)
         best_filters = None
         if state.best is not None:  # through the network, which checks names and shapes
-            assign_filters(self.net, _with_prefix(tensors, "best."), path)
-            best_filters = [p.detach().clone() for p in self.net.filter_parameters()]
-        assign_filters(self.net, _with_prefix(tensors, "filters."), path)
+            assign_filters(self.net, part("best."), path)
+            best_filters = side_by_side(self.net.filter_parameters()).clone()
+        assign_filters(self.net, part("filters."), path)
         if isinstance(self.optimizer, RowAdam):
-            self.optimizer.load_moments(_with_prefix(tensors, "optimizer."))
+            self.optimizer.load_moments(part("optimizer."))
         logger.info("resumed %s at step %d", path, state.step)
         return state, best_filters
 
     def refuse_to_overwrite(self, ranks: Ranks) -> None:
         """Raises FileExistsError if the run in the folder is unfinished."""
-        folder = self.checkpoints.folder
         try:
             _, content, _ = ranks.first_does(self.checkpoints.load)
         except ValueError as error:
@@ -199,28 +182,25 @@ class RunStore:
             ) from error
         if not content["finished"]:
             raise FileExistsError(
-                f"{folder} holds an unfinished run (step {content['step']}): pass resume=True "
-                "to continue it, choose another output, or delete untraining*.safetensors there"
+                f"{self.checkpoints.folder} holds an unfinished run (step {content['step']}): pass "
+                "resume=True to continue it, choose another output, or delete "
+                "untraining*.safetensors there"
             )
 
     def _check_same_run(self, content: dict[str, Any], path: Path) -> None:
+        different = None
         for name, value in json.loads(json.dumps(asdict(self.config))).items():
             before = content["config"].get(name, getattr(UntrainConfig, name, None))
             if name not in FREE_TO_CHANGE and before != value:
-                raise ValueError(
-                    f"{path} was written with {name}={before!r}, now it is {value!r}; resume with "
-                    "the same settings, or start anew in another folder"
-                )
+                different = different or f"{name}={before!r}, now it is {value!r}"
         for name, value in self.identity.items():
             if content["identity"].get(name) != value:
-                raise ValueError(
-                    f"{path} was written with another {name}; resume with the same one, or start "
-                    "anew in another folder"
-                )
-
-
-def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+                different = different or f"another {name}"
+        if different:
+            raise ValueError(
+                f"{path} was written with {different}; resume with the same settings, data and "
+                "network, or start anew in another folder"
+            )
 
 
 def identity_of(
@@ -232,18 +212,15 @@ def identity_of(
     gate += [net.soft_init] if net.gate == "durable" else []
     return {
         "base network": fingerprint(net.model),
-        "filters": _digest(json.dumps([filters, gate])),
+        "filters": _digest(json.dumps([filters, gate]).encode()),
         "training data": _data_digest(train),
         "validation data": "none" if validation is None else _data_digest(validation),
         "objective": repr(objective),
     }
 
 
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part.encode() if isinstance(part, str) else part)
-    return digest.hexdigest()
+def _digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _data_digest(dataset: Dataset) -> str:
@@ -252,10 +229,10 @@ def _data_digest(dataset: Dataset) -> str:
     Images in files may be transformed at random, so their content is no mark of the data set.
     """
     labels, multi_hot = labels_of(dataset), multi_hot_of(dataset)
-    content = b""
+    parts = [json.dumps(classes_of(dataset)).encode(), labels.numpy().tobytes()]
     if hasattr(dataset, "batch"):
         images = dataset.batch(torch.tensor([0, len(labels) // 2, len(labels) - 1])).images
-        content = images.float().contiguous().numpy().tobytes()
+        parts.append(images.float().contiguous().numpy().tobytes())
     if multi_hot is not None:
-        content += multi_hot.contiguous().numpy().tobytes()
-    return _digest(json.dumps(classes_of(dataset)), labels.numpy().tobytes(), content)
+        parts.append(multi_hot.contiguous().numpy().tobytes())
+    return _digest(*parts)

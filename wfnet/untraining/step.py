@@ -18,21 +18,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from wfnet.evaluation.forward import Forward
 from wfnet.gate_tables import flat_matrix
 from wfnet.network import WFNet
 from wfnet.services.device_copies import pinned_for
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.objectives import Losses, Objective, full_precision
-from wfnet.untraining.optimizers import RowAdam, clip_filters
+from wfnet.untraining.optimizers import RowAdam
 
 logger = logging.getLogger("wfnet")
 
-Minibatch = tuple[Tensor, ExpandedBatch]
+Minibatch = tuple[Tensor | None, ExpandedBatch]
 
 # Ordinary steps before the capture: kernels are compiled and chosen, caches are filled.
 _WARM_UP = 3
@@ -72,13 +73,9 @@ class UntrainingStep:
         self.net = net
         self.objective = objective
         self.optimizer = optimizer
-        self.amp = amp
-        self.dtype = next(iter(net.masked_layers.values())).weight.dtype
-        self.layout = torch.channels_last if channels_last else torch.preserve_format
-        self.clip = clip
         self.params = net.filter_parameters()
-        filters = flat_matrix(self.params)
-        if filters is None:
+        self.filters = flat_matrix(self.params)
+        if self.filters is None:
             raise ValueError(
                 "the filter matrices are not columns of one matrix; make the step inside "
                 "`with wfnet.gate_tables.flatten_filters(net.filter_parameters()):`"
@@ -86,14 +83,17 @@ class UntrainingStep:
         reason = refuse_capture(net, optimizer) if capture else None
         if reason is not None:
             raise ValueError(f"the step cannot be captured: {reason}; use capture=False")
-        self.device = filters.device
-        self.gradient = torch.zeros_like(filters)
+        self.forward = Forward.of(net, amp, channels_last)
+        self.device = self.filters.device
+        self.clip = clip
+        self.gradient = torch.zeros_like(self.filters)
         self.columns = self._columns_of(self.gradient)
         # One place more than there are rows: where labels of -1 go.
-        self.occurred = torch.zeros(filters.shape[0] + 1, dtype=torch.bool, device=self.device)
-        wide = torch.promote_types(filters.dtype, torch.float32)
+        self.occurred = torch.zeros(len(self.filters) + 1, dtype=torch.bool, device=self.device)
+        wide = torch.promote_types(self.filters.dtype, torch.float32)
         self.lr = torch.zeros((), dtype=wide, device=self.device)
         self.shrink = torch.zeros_like(self.lr)
+        self.rows: Tensor | None = None
         self.graphs = _Graphs(self) if capture else None
         # After that many steps nothing is compiled, chosen or captured any more.
         self.first_steps = _WARM_UP + 1 if capture else 1
@@ -118,25 +118,29 @@ class UntrainingStep:
         Returns:
             The losses, means over minibatches, detached.
         """
-        losses = self.differentiate(minibatches)
-        self.move(lr, rows, shrink)
+        losses = self.differentiate(minibatches, rows)
+        self.move(lr, shrink)
         return losses
 
-    def differentiate(self, minibatches: Sequence[Minibatch]) -> Losses:
+    def differentiate(self, minibatches: Sequence[Minibatch], rows: Tensor | None = None) -> Losses:
         """Writes the mean gradient to :attr:`gradient`, and to ``grad`` of every parameter."""
-        found = []
-        for number, (images, batch) in enumerate(minibatches):
-            share, first = 1 / len(minibatches), number == 0
-            if self.graphs is None:
-                inputs = (images.to(self.device, non_blocking=True), batch.to(self.device))
-                found.append(self.accumulate(*inputs, share, first))
-            else:
-                found.append(self.graphs.accumulate(images, batch, share, first))
+        self.rows = rows
+        work = self if self.graphs is None else self.graphs
+        found = [
+            work.accumulate(images, batch, 1 / len(minibatches), number == 0)
+            for number, (images, batch) in enumerate(minibatches)
+        ]
         for parameter, gradient in zip(self.params, self.columns, strict=True):
             parameter.grad = gradient
-        return mean_losses(found)
+        if len(found) == 1:
+            return found[0]
+        mean = {
+            name: torch.stack([losses.terms[name] for losses in found]).mean()
+            for name in found[0].terms
+        }
+        return Losses(torch.stack([losses.total for losses in found]).mean(), mean)
 
-    def move(self, lr: float, rows: Tensor | None = None, shrink: float = 0.0) -> None:
+    def move(self, lr: float, shrink: float = 0.0) -> None:
         """Moves the filters along :attr:`gradient`, and RowAdam's towards their start."""
         self.lr.fill_(lr)
         self.shrink.fill_(shrink)
@@ -144,17 +148,18 @@ class UntrainingStep:
         if self.graphs is not None:
             self.graphs.move()
         else:
-            self.update(rows)
+            self.update()
 
-    # -- the work: device tensors in, device tensors out, nothing read on the host -----------------
+    # -- the work: nothing is read from the device on the host -------------------------------------
 
     def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
         """Adds ``share`` times a minibatch's gradient to :attr:`gradient` (``first``: sets it)."""
-        images = images.to(self.dtype, memory_format=self.layout)
+        images = self.forward.images(images.to(self.device, non_blocking=True))
+        batch = batch.to(self.device)
         labels = batch.forget.flatten()
         if first:
             self.occurred.zero_()
-        self.occurred.index_fill_(0, labels.where(labels >= 0, self.occurred.shape[0] - 1), True)
+        self.occurred.index_fill_(0, labels.where(labels >= 0, len(self.filters)), True)
         into = self.gradient if first else torch.empty_like(self.gradient)
         losses = self._gradient_of(images, batch, into)
         if share != 1:
@@ -163,37 +168,38 @@ class UntrainingStep:
             self.gradient.add_(into)
         return Losses(losses.total.detach(), losses.terms)
 
-    def update(self, rows: Tensor | None = None) -> None:
-        """One optimiser step with :attr:`gradient` and :attr:`lr`."""
-        ours = isinstance(self.optimizer, RowAdam)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.lr if ours else self.rate
-            if ours:
-                group["shrink"] = self.shrink
-        if not ours:
-            self.optimizer.step()
-        elif rows is not None:
-            self.optimizer.step(rows=rows)
+    def update(self) -> None:
+        """One optimiser step with :attr:`gradient`, :attr:`lr` and the rows that occurred."""
+        group = self.optimizer.param_groups[0]
+        if isinstance(self.optimizer, RowAdam):
+            group["lr"], group["shrink"] = self.lr, self.shrink
+            occurred = self.occurred[:-1] if self.rows is None else None
+            self.optimizer.step(self.rows, occurred)
         else:
-            self.optimizer.step(occurred=self.occurred[:-1])
+            group["lr"] = self.rate
+            self.optimizer.step()
         if self.clip is not None:
-            clip_filters([flat_matrix(self.params)], self.clip)
+            self.filters.clamp_(-self.clip, self.clip)
 
     def _gradient_of(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
         # In the dtype of the step: a backend may refuse others.
-        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+        with self.forward.autocast():
             network = self.net.fused_network(images)
-        if network is None or not _same(network.filters(), self.params):
-            return self._gradient_by_autograd(images, batch, into)
-        rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
-        autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+        if network is not None and not _same(network.filters(), self.params):
+            network = None
         original = batch.original
         if self.objective.needs_original and original is None:
-            none = rows.new_full((images.shape[0], 1), -1)
-            with autocast, torch.no_grad():
-                original = full_precision(network(images, none, None))
+            with self.forward.autocast(), torch.no_grad():
+                if network is None:
+                    original = self.net(images, forget=None)
+                else:
+                    original = network(images, batch.forget.new_full((len(images), 1), -1), None)
+            original = full_precision(original)
+        if network is None:
+            return self._gradient_by_autograd(images, batch, original, into)
+        rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
         with self.around(batch):
-            with autocast, torch.no_grad():
+            with self.forward.autocast(), torch.no_grad():
                 run = network.start(images, rows, batch.source)
                 logits = run.forward()
             logits = logits.requires_grad_()
@@ -202,42 +208,33 @@ class UntrainingStep:
             losses.total, [logits, *self.params], allow_unused=True
         )
         run.backward(dlogits, into)
-        self._add_direct(of_filters, into)
+        direct = [gradient for gradient in of_filters if gradient is not None]
+        if direct:  # what the loss itself says of the filters (a regulariser)
+            torch._foreach_add_(self._columns_with(of_filters, into), direct)
         return losses
 
-    def _add_direct(self, of_filters: Sequence[Tensor | None], into: Tensor) -> None:
-        """Adds what the loss itself says of the filters (a regulariser)."""
-        whole = all(gradient is not None for gradient in of_filters)
-        flat = flat_matrix(of_filters) if whole else None
-        if flat is not None:
-            into.add_(flat)
-            return
-        for part, gradient in zip(self._columns_of(into), of_filters, strict=True):
-            if gradient is not None:
-                part.add_(gradient)
-
-    def _columns_of(self, flat: Tensor) -> Sequence[Tensor]:
-        return flat.split([parameter.shape[1] for parameter in self.params], 1)
-
-    def _gradient_by_autograd(self, images: Tensor, batch: ExpandedBatch, into: Tensor) -> Losses:
+    def _gradient_by_autograd(
+        self, images: Tensor, batch: ExpandedBatch, original: Tensor | None, into: Tensor
+    ) -> Losses:
         """Where the network is not fused; filters that took no part have a gradient of 0."""
-        autocast = torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
-        original = batch.original
-        if self.objective.needs_original and original is None:
-            with autocast, torch.no_grad():
-                original = full_precision(self.net(images, forget=None))
         with self.around(batch):
-            with autocast:
+            with self.forward.autocast():
                 logits = self.net(images, forget=batch.forget, source=batch.source)
             losses = self.objective(full_precision(logits), batch, original, self.net)
         found = torch.autograd.grad(losses.total, self.params, allow_unused=True)
         if any(gradient is None for gradient in found):
             into.zero_()
-        parts = [
-            part for part, g in zip(self._columns_of(into), found, strict=True) if g is not None
-        ]
-        torch._foreach_copy_(parts, [gradient for gradient in found if gradient is not None])
+        given = [gradient for gradient in found if gradient is not None]
+        torch._foreach_copy_(self._columns_with(found, into), given)
         return losses
+
+    def _columns_of(self, flat: Tensor) -> Sequence[Tensor]:
+        return flat.split([parameter.shape[1] for parameter in self.params], 1)
+
+    def _columns_with(self, found: Sequence[Tensor | None], flat: Tensor) -> list[Tensor]:
+        """The columns of the filters that have a gradient."""
+        columns = self._columns_of(flat)
+        return [part for part, g in zip(columns, found, strict=True) if g is not None]
 
 
 def refuse_capture(net: WFNet, optimizer: torch.optim.Optimizer) -> str | None:
@@ -264,41 +261,33 @@ class StaticBatch:
     Args:
         images: ``[n, C, H, W]``, an example of shape and dtype.
         batch: an example; labels may change later, sizes may not.
-        layout: memory format of the images' buffer.
+        device: of the buffers.
+        channels_last: layout of the images' buffer.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        batch: ExpandedBatch,
-        device: torch.device,
-        layout: torch.memory_format,
+        self, images: Tensor, batch: ExpandedBatch, device: torch.device, channels_last: bool
     ):
-        # Never changed in place by anybody else: a batch may have come on the device already.
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        # Copies: a batch may have come on the device already, and be somebody else's.
         self.images = images.to(device, copy=True, memory_format=layout)
-        self.batch = replace(
-            batch,
-            **{
-                name: value.to(device, copy=True)
-                for name, value in vars(batch).items()
-                if isinstance(value, Tensor)
-            },
-        )
+        tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
+        copies = {name: value.to(device, copy=True) for name, value in tensors.items()}
+        self.batch = replace(batch, **copies)
 
     def fits(self, images: Tensor, batch: ExpandedBatch) -> bool:
         """Whether a minibatch differs from the example in values only."""
-        return _kind(self.images) == _kind(images) and all(
-            _kind(getattr(self.batch, field.name)) == _kind(getattr(batch, field.name))
-            for field in fields(batch)
+        own, other = (
+            (i, *vars(b).values()) for i, b in ((self.images, self.batch), (images, batch))
         )
+        return [_kind(value) for value in own] == [_kind(value) for value in other]
 
     def fill(self, images: Tensor, batch: ExpandedBatch) -> None:
         """Copies a minibatch in; the copies do not wait for the device."""
         self.images.copy_(images.to(self.images.device, non_blocking=True))
-        for field in fields(batch):
-            value = getattr(batch, field.name)
+        for name, value in vars(batch).items():
             if isinstance(value, Tensor):
-                buffer = getattr(self.batch, field.name)
+                buffer = getattr(self.batch, name)
                 buffer.copy_(pinned_for(value, buffer.device), non_blocking=True)
 
 
@@ -319,17 +308,17 @@ class _Graphs:
         self.read: list[object] = []  # fused networks whose weights and tables the graphs read
 
     def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
-        step = self.step
         if self.static is None:
-            self.static = StaticBatch(images, batch, step.device, step.layout)
-        if not self.static.fits(images, batch):
-            inputs = (images.to(step.device, non_blocking=True), batch.to(step.device))
-            return step.accumulate(*inputs, share, first)
+            self.static = StaticBatch(
+                images, batch, self.step.device, self.step.forward.channels_last
+            )
         static = self.static
+        if not static.fits(images, batch):
+            return self.step.accumulate(images, batch, share, first)
         static.fill(images, batch)
         losses = self._run(
             ("accumulate", share, first),
-            lambda: step.accumulate(static.images, static.batch, share, first),
+            lambda: self.step.accumulate(static.images, static.batch, share, first),
         )
         # The next replay overwrites them.
         return Losses(losses.total.clone(), {n: t.clone() for n, t in losses.terms.items()})
@@ -375,14 +364,3 @@ def _kind(value: object) -> object:
 
 def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
     return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
-
-
-def mean_losses(found: Sequence[Losses]) -> Losses:
-    """The losses of a step over several minibatches: means over these."""
-    if len(found) == 1:
-        return found[0]
-    terms = {
-        name: torch.stack([losses.terms[name] for losses in found]).mean()
-        for name in found[0].terms
-    }
-    return Losses(torch.stack([losses.total for losses in found]).mean(), terms)

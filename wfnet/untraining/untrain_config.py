@@ -7,8 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from wfnet.services import settings
-from wfnet.services.settings import check_settings, setting
+from wfnet.services.settings import (
+    check_settings,
+    int_from,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    setting,
+)
 
 
 @dataclass(frozen=True)
@@ -64,7 +74,6 @@ class UntrainConfig:
         checkpoint_every: steps between checkpoints; None: at every validation. After three minutes
             without one, one is written anyway.
         keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
-
         classes: labels whose rows are untrained, two or more; the rows of all others stay as they
             are, and need no images. Images of others serve the retain half alone. None: all.
 
@@ -73,22 +82,17 @@ class UntrainConfig:
     """
 
     objective: str = setting("balanced", ("balanced", "paper", "durable"))
-    steps: int | None = setting(
-        None, settings.positive_int, metavar="N", help="length of the run in steps ..."
-    )
-    epochs: float | None = setting(
-        None, settings.positive_float, metavar="N", help="... or in epochs"
-    )
+    steps: int | None = setting(None, positive_int, help="length of the run in steps ...")
+    epochs: float | None = setting(None, positive_float, metavar="N", help="... or in epochs")
     batch_size: int = setting(
         32,
-        settings.int_from(2, 10**6),
+        int_from(2, 10**6),
         flags="-b --batch-size",
-        metavar="N",
         help="images of a minibatch on all GPUs together, even",
     )
     label_expansion: int = setting(
         3,
-        settings.positive_int,
+        positive_int,
         flags="-M --label-expansion",
         metavar="M",
         help="rows that each retained image goes through",
@@ -97,137 +101,118 @@ class UntrainConfig:
         True, bool, help="the same images serve the forget and the retain half"
     )
     compound: float = setting(
-        0.0,
-        settings.non_negative_float,
-        metavar="X",
-        help="weight of samples under two rows at once",
+        0.0, non_negative_float, help="weight of samples under two rows at once"
     )
     sampler: str = setting("round_robin", ("round_robin", "shuffled"), help="order of images")
     optimizer: str = setting("row_adam", ("row_adam", "sgd"), flags="--opt", help="optimiser")
-    lr: float = setting(0.2, settings.positive_float, metavar="X", help="learning rate")
+    lr: float = setting(0.2, positive_float, help="learning rate")
     schedule: str = setting(
         "cosine", ("cosine", "constant"), flags="--sched", help="learning-rate schedule"
     )
-    lr_final: float = setting(0.01, settings.non_negative_float)
-    clip: float | None = setting(
-        None, settings.positive_float, metavar="X", help="bound on filter entries"
-    )
+    lr_final: float = setting(0.01, non_negative_float)
+    clip: float | None = setting(None, positive_float, help="bound on filter entries")
     shrink: float = setting(
         0.0,
-        settings.non_negative_float,
-        metavar="X",
+        non_negative_float,
         help="how far a step draws filters towards their start, times the learning rate",
     )
-    lambda0: float = setting(
-        1.0,
-        settings.non_negative_float,
-        metavar="X",
-        help="weight of retaining (recipe paper)",
-    )
-    lambda1: float = setting(
-        0.3, settings.non_negative_float, metavar="X", help="weight of forgetting"
-    )
-    lambda2: float = setting(
-        1.0,
-        settings.non_negative_float,
-        metavar="X",
-        help="weight of open gates (recipe paper)",
-    )
+    lambda0: float = setting(1.0, non_negative_float, help="weight of retaining (recipe paper)")
+    lambda1: float = setting(0.3, non_negative_float, help="weight of forgetting")
+    lambda2: float = setting(1.0, non_negative_float, help="weight of open gates (recipe paper)")
     distil: bool = setting(True, bool, help="retain by distillation, or by cross entropy")
     match: float = setting(
-        0.1,
-        settings.non_negative_float,
-        metavar="X",
-        help="weight of hiding the class's logit (recipe durable)",
+        0.1, non_negative_float, help="weight of hiding the class's logit (recipe durable)"
     )
-    forget_images: int = setting(8, settings.positive_int)
-    retain_images: int = setting(32, settings.int_from(2))
-    statistics_images: int = setting(1024, settings.int_from(2))
-    seed: int = setting(0, settings.seed, metavar="N", help="of everything random")
+    forget_images: int = setting(8, positive_int)
+    retain_images: int = setting(32, int_from(2))
+    statistics_images: int = setting(1024, int_from(2))
+    seed: int = setting(0, settings.seed, help="of everything random")
     patience: int = setting(
-        10,
-        settings.positive_int,
-        metavar="N",
-        help="stop after so many validations without improvement",
+        10, positive_int, help="stop after so many validations without improvement"
     )
     validations_per_epoch: float = setting(
-        5, settings.positive_float, metavar="N", help="looks at validation images"
+        5, positive_float, metavar="N", help="looks at validation images"
     )
     stop_on: str = setting(
         "accuracy", ("accuracy", "loss"), help="what validations are compared by"
     )
-    validation_rows: int = setting(4, settings.positive_int)
+    validation_rows: int = setting(4, positive_int)
     amp: str | None = setting(None, (None, "bfloat16"))
     channels_last: bool = setting(True, bool)
     fuse: bool | str = setting(True, (True, False, "compile"))
     workers: int = setting(0, settings.workers)
     max_corrupt: int | None = setting(
-        None, settings.non_negative_int, metavar="N", help="corrupt images that are left out"
+        None, non_negative_int, help="corrupt images that are left out"
     )
     max_nan_steps: int = setting(
         0,
-        settings.non_negative_int,
-        metavar="N",
+        non_negative_int,
         help="steps with a loss that is NaN or infinite that are left out (default: 0)",
     )
     grad_accum_steps: int = setting(
-        1,
-        settings.positive_int,
-        metavar="N",
-        help="minibatches whose mean gradient makes one step (default: 1)",
+        1, positive_int, help="minibatches whose mean gradient makes one step (default: 1)"
     )
     capture: bool | None = setting(None, (None, True, False))
     checkpoint_every: int | None = setting(
         None,
-        settings.positive_int,
-        metavar="N",
+        positive_int,
         help="steps between checkpoints (default: at every validation); one is written at least "
         "every few minutes",
     )
     keep_checkpoints: int = setting(
         2,
-        settings.positive_int,
+        positive_int,
         metavar="K",
         help="checkpoints that stay: a damaged newest one falls back to the one before "
         "(default: 2)",
     )
     min_validations: int = setting(
-        10, settings.positive_int, metavar="N", help="validations of a run, at least (default: 10)"
+        10, positive_int, help="validations of a run, at least (default: 10)"
     )
     validation_images: int | None = setting(
         None,
-        settings.positive_int,
-        metavar="N",
+        positive_int,
         help="validation images that are looked at in the run (default: 1000, or ten a class)",
     )
-
     classes: tuple[int, ...] | None = setting(None)
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError(
-                f"give the length of the run as steps or as epochs, one of them; got "
-                f"steps={self.steps}, epochs={self.epochs}"
-            )
         check_settings(self)
-        group = self.forget_images + self.retain_images
-        if self.objective == "durable" and self.batch_size % group:
-            raise ValueError(
-                f"batch_size={self.batch_size} must be a multiple of forget_images + retain_images "
-                f"= {group}, the images of one row (4 rows: {4 * group})"
-            )
-        if self.objective == "durable" and self.compound:
-            raise ValueError("recipe durable has no compound rows: set compound=0")
-        if self.optimizer == "sgd" and self.shrink:
-            raise ValueError("shrink is a part of optimizer='row_adam': set shrink=0 for 'sgd'")
-        if self.batch_size % 2:
-            raise ValueError(
-                f"batch_size must be even, for two halves of a minibatch; got {self.batch_size}"
-            )
         if self.classes is not None:
             object.__setattr__(self, "classes", _checked_classes(self.classes))
-            if self.objective == "durable":
-                raise ValueError("recipe durable untrains all classes: leave out classes")
+        durable, group = self.objective == "durable", self.forget_images + self.retain_images
+        for wrong, message in (
+            (
+                (self.steps is None) == (self.epochs is None),
+                "give the length of the run as steps or as epochs, one of them; got "
+                f"steps={self.steps}, epochs={self.epochs}",
+            ),
+            (
+                self.batch_size % 2,
+                f"batch_size must be even, for two halves of a minibatch; got {self.batch_size}",
+            ),
+            (
+                durable and self.batch_size % group,
+                f"batch_size={self.batch_size} must be a multiple of forget_images + retain_images "
+                f"= {group}, the images of one row (4 rows: {4 * group})",
+            ),
+            (durable and self.compound, "recipe durable has no compound rows: set compound=0"),
+            (
+                durable and self.classes is not None,
+                "recipe durable untrains all classes: leave out classes",
+            ),
+            (
+                self.optimizer == "sgd" and self.shrink,
+                "shrink is a part of optimizer='row_adam': set shrink=0 for 'sgd'",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """The autocast dtype."""
+        return None if self.amp is None else getattr(torch, self.amp)
 
     @property
     def images(self) -> int:
@@ -306,7 +291,7 @@ class UntrainConfig:
 
 def _checked_classes(classes: Sequence[int]) -> tuple[int, ...]:
     usable = isinstance(classes, list | tuple | set | range) and len(classes) > 0
-    if not usable or any(settings.non_negative_int.violation(label) for label in classes):
+    if not usable or any(non_negative_int.violation(label) for label in classes):
         raise ValueError(f"classes must be labels (0, 1, ...), got {classes!r}")
     return tuple(sorted(set(classes)))
 

@@ -6,12 +6,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wfnet.data import Batch, CorruptImages, Dataset, labels_of, limit_per_class
-from wfnet.data.multi_hot import multi_hot_of
+from wfnet.data import (
+    Batch,
+    CorruptImages,
+    Dataset,
+    corrupt_counter,
+    labels_of,
+    limit_per_class,
+    multi_hot_of,
+)
 from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import (
     Chunk,
@@ -22,12 +30,11 @@ from wfnet.evaluation.pair_engine import (
     all_pairs,
 )
 from wfnet.network import WFNet
-from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch
-from wfnet.untraining.multilabel import MultiLabelObjective
 from wfnet.untraining.objectives import Objective, full_precision
+from wfnet.untraining.untrain_config import UntrainConfig
 
 PAIRS_PER_PASS = 512  # (image, row) pairs per forward pass
 # Images that a validation looks at unless a run says otherwise: the larger number of the two.
@@ -72,28 +79,7 @@ class Validation:
         return (loss,) if stop_on == "loss" else (score, loss)
 
 
-@dataclass(frozen=True)
-class HowToRun:
-    """How a validation runs the network.
-
-    Attributes:
-        amp: autocast dtype; None for none.
-        channels_last: images in channels-last layout.
-        workers: processes that read images.
-        corrupt: counts unreadable images, which are left out; None: a new count.
-        ranks: processes that share the images; this one alone by default.
-        images: how many are looked at; None: 1,000, or ten a class.
-    """
-
-    amp: torch.dtype | None = None
-    channels_last: bool = False
-    workers: int = 0
-    corrupt: CorruptImages | None = None
-    ranks: Ranks | None = None
-    images: int | None = None
-
-
-class Validator(ABC):
+class Validator(Measure, ABC):
     """Scores filters on a validation split, in batches that mix rows.
 
     Of a large split always the same images are looked at, evenly over classes: a run looks at it
@@ -101,17 +87,50 @@ class Validator(ABC):
 
     Args:
         dataset: the split.
-        images_per_pass: images that run together, each under all of its rows.
-        seed: of the choice of images.
-        how: how the network is run.
+        num_classes: K.
+        objective: gives the loss.
+        config: which images and rows are looked at, and how the network is run.
+        untrained: ``[R]`` ascending, the rows that are untrained; None: all.
+        corrupt: counts unreadable images, which are left out; None: a new count.
+        ranks: processes that share the images; this one alone by default.
     """
 
-    def __init__(self, dataset: Dataset, images_per_pass: int, seed: int, how: HowToRun):
-        self.dataset = dataset
-        self.images = _chosen_images(labels_of(dataset), how.images, seed)
-        self.images_per_pass = max(1, images_per_pass)
-        self.how = how
-        self.ranks = how.ranks or Ranks(shared=False)
+    def __init__(
+        self,
+        dataset: Dataset,
+        num_classes: int,
+        objective: Objective,
+        config: UntrainConfig,
+        untrained: Tensor | None = None,
+        corrupt: CorruptImages | None = None,
+        ranks: Ranks | None = None,
+    ):
+        self.dataset, self.num_classes, self.config = dataset, num_classes, config
+        self.objective = objective
+        self.needs_original = objective.needs_original
+        self.corrupt = corrupt_counter(dataset, corrupt)
+        self.ranks = ranks or Ranks(shared=False)
+        self.rows = torch.arange(num_classes) if untrained is None else untrained
+        self.images = _chosen_images(labels_of(dataset), config.validation_images, config.seed)
+        # By the first image of a chunk. They stay on the device: reading a number waits for it.
+        self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    @abstractmethod
+    def rows_of_image(self) -> int:
+        """Rows under which each image runs, at most."""
+
+    @abstractmethod
+    def targets(self, chunk: Chunk) -> Tensor:
+        """True labels of a chunk's images, as the objective takes them."""
+
+    @abstractmethod
+    def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
+        """Returns what :meth:`per_row` needs of the pairs of a chunk."""
+
+    @abstractmethod
+    def per_row(self, noted: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Returns what is retained and what is forgotten under each row, ``[K]`` each or NaN."""
 
     def __call__(
         self, net: WFNet, interrupted: Callable[[], bool] = lambda: False
@@ -122,26 +141,41 @@ class Validator(ABC):
             RuntimeError: if no image can be read, or too many cannot.
             FloatingPointError: if logits are NaN or infinite.
         """
-        how = self.how
-        options = RunOptions(
-            None, how.workers, how.corrupt, how.amp, how.channels_last, ranks=self.ranks
-        )
+        self.found.clear()
+        config = self.config
+        about = config.workers, self.corrupt, config.amp_dtype, config.channels_last
+        options = RunOptions(None, *about, ranks=self.ranks)
         # To refuse broken logits would wait for the device at every chunk.
         engine = PairEngine(net, self.dataset, options, refuse_broken=False)
-        measure = self.measure()
-        chunks = self.ranks.share(self.images.split(self.images_per_pass))
-        if not engine.run(measure, chunks, stopped=interrupted):
+        together = max(1, PAIRS_PER_PASS // self.rows_of_image)
+        chunks = self.ranks.share(self.images.split(together))
+        if not engine.run(self, chunks, stopped=interrupted):
             return None
+        forget, retain, noted = (
+            self.ranks.join({k: found[part] for k, found in self.found.items()}, engine.device)
+            for part in range(3)
+        )
+        if not noted:
+            raise RuntimeError("no validation image can be read: repair those that the log names")
         with torch.no_grad():
-            return self.scores(measure, net)
+            losses = self.objective.total(_mean(forget), _mean(retain), net)
+        retained, forgotten = self.per_row(noted)
+        return Validation(
+            acc_r=float(retained.nanmean()),
+            acc_f=float(forgotten.nanmean()),
+            acc_r_per_class=retained.tolist(),
+            acc_f_per_class=forgotten.tolist(),
+            loss=float(losses.total),
+        )
 
-    @abstractmethod
-    def measure(self) -> Measure:
-        """Returns what takes the logits of one validation."""
-
-    @abstractmethod
-    def scores(self, measure: Measure, net: WFNet) -> Validation:
-        """Returns the scores from what ``measure`` has taken."""
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        """Takes the logits of all pairs of a chunk; those that forget come first."""
+        row, target = self.rows[pairs.row], self.targets(chunk)[pairs.image]
+        own = target.gather(1, row.unsqueeze(1)) if target.dim() == 2 else row == target
+        batch = ExpandedBatch(row, pairs.image, target, int(own.sum())).to(pairs.logits.device)
+        forget, retain = self.objective.costs(pairs.logits, batch, chunk.original)
+        noted = self.noted(full_precision(pairs.logits), batch, pairs)
+        self.found[int(chunk.indices[0])] = forget, retain, noted
 
 
 def _mean(costs: list[Tensor]) -> Tensor:
@@ -169,84 +203,25 @@ def _chosen_images(labels: Tensor, most: int | None, seed: int) -> Tensor:
 
 
 class AccuracyValidator(Validator):
-    """Quick Acc_r, Acc_f and loss.
+    """Quick Acc_r, Acc_f and loss of images with one label each.
 
-    Every image runs under its own row (Acc_f) and under ``rows`` other rows (Acc_r), chosen once by
-    seed: all other rows where there are no more than that.
-
-    Args:
-        dataset: images with one label each.
-        num_classes: K.
-        rows: other rows for each image.
-        seed: of their choice.
-        objective: gives the loss.
-        how: how the network is run.
-        untrained: ``[R]`` ascending, the rows that are looked at; None: all.
+    Every image runs under its own row (Acc_f) and under ``config.validation_rows`` other rows
+    (Acc_r), chosen once by seed: all other rows where there are no more than that.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        num_classes: int,
-        rows: int,
-        seed: int,
-        objective: Objective,
-        how: HowToRun | None = None,
-        untrained: Tensor | None = None,
-    ):
-        self.num_classes = num_classes
-        self.objective = objective
-        self.untrained = torch.arange(num_classes) if untrained is None else untrained
-        others = max(1, len(self.untrained) - 1)
-        rows = min(rows, others)
-        super().__init__(dataset, PAIRS_PER_PASS // (rows + 1), seed, how or HowToRun())
+    def __init__(self, dataset: Dataset, num_classes: int, objective: Objective, *more: Any):
+        super().__init__(dataset, num_classes, objective, *more)
+        others = max(1, len(self.rows) - 1)
+        rows = min(self.config.validation_rows, others)
         # Image i is retained under the rows that follow its own at these distances (modulo R):
         # distinct, and every distance equally often.
-        generator = generator_for(seed, 5)
+        generator = generator_for(self.config.seed, 5)
         start = torch.randint(others, (len(labels_of(dataset)), 1), generator=generator)
         self.distances = 1 + (start + torch.arange(rows)) % others
 
-    def measure(self) -> _Hits:
-        return _Hits(self.objective, self.untrained, self.distances)
-
-    def scores(self, measure: _Hits, net: WFNet) -> Validation:
-        device = net.filter_parameters()[0].device
-        hits, forget, retain = (
-            self.ranks.join({first: found[part] for first, found in measure.found.items()}, device)
-            for part in range(3)
-        )
-        if not hits:
-            raise RuntimeError("no validation image can be read: repair those that the log names")
-        row, target, correct = torch.cat(hits, 1).cpu()
-        own = row == target
-        losses = self.objective.total(_mean(forget), _mean(retain), net)
-        acc_f = self._per_row(row[own], correct[own])
-        acc_r = self._per_row(row[~own], correct[~own])
-        return Validation(
-            acc_r=float(acc_r.nanmean()),
-            acc_f=float(acc_f.nanmean()),
-            acc_r_per_class=acc_r.tolist(),
-            acc_f_per_class=acc_f.tolist(),
-            loss=float(losses.total),
-        )
-
-    def _per_row(self, row: Tensor, correct: Tensor) -> Tensor:
-        seen = row.bincount(minlength=self.num_classes)
-        return row.bincount(correct.double(), self.num_classes) / seen
-
-
-class _Hits(Measure):
-    """Rows, labels, hits and costs of every pair, by the first image of their chunk.
-
-    They stay on the device until the end: reading a number waits for it.
-    """
-
-    def __init__(self, objective: Objective, rows: Tensor, distances: Tensor):
-        self.objective = objective
-        self.needs_original = objective.needs_original
-        self.rows = rows
-        self.distances = distances
-        self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    @property
+    def rows_of_image(self) -> int:
+        return 1 + self.distances.shape[1]
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every image under its own row first, then all under their other rows."""
@@ -263,92 +238,40 @@ class _Hits(Measure):
         image = torch.cat((own, images.repeat_interleave(distances.shape[1])))
         return image, torch.cat((place[own], others.flatten()))
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        logits = full_precision(pairs.logits)
-        row, target = self.rows[pairs.row], chunk.labels[pairs.image]
-        own = int((row == target).sum())  # they come first
-        image, row, target = (
-            to_device_async(part, logits.device) for part in (pairs.image, row, target)
-        )
-        original = None
-        if chunk.original is not None:
-            original = full_precision(chunk.original)[image[own:]]
-        forget = self.objective.forget(logits[:own], target[:own])
-        retain = self.objective.retain(logits[own:], target[own:], original)
-        hits = torch.stack((row, target, (logits.argmax(1) == target).long()))
-        self.found[int(chunk.indices[0])] = hits, forget, retain
+    def targets(self, chunk: Chunk) -> Tensor:
+        return chunk.labels
+
+    def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
+        hits = logits.argmax(1) == batch.target
+        return torch.stack((batch.forget, batch.target, hits.long()))
+
+    def per_row(self, noted: list[Tensor]) -> tuple[Tensor, Tensor]:
+        row, target, hits = torch.cat(noted, 1).cpu()
+        found = []
+        for part in (row != target, row == target):
+            seen = row[part].bincount(minlength=self.num_classes)
+            found.append(row[part].bincount(hits[part].double(), self.num_classes) / seen)
+        return found[0], found[1]
 
 
 class MultiLabelValidator(Validator):
-    """Average precision of the forgotten and the retained labels, and loss.
+    """Average precision of the retained and the forgotten labels, and loss.
 
-    Every image runs under up to 16 rows, drawn once by seed. The scores stand where those for one
-    label have accuracies.
-
-    Args:
-        dataset: images with several labels each (``multi_hot``).
-        num_classes: K.
-        seed: of the rows.
-        objective: gives the loss.
-        how: how the network is run.
+    Every image (with ``multi_hot``) runs under up to 16 rows, drawn once by seed. The scores stand
+    where those for one label have accuracies.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset,
-        num_classes: int,
-        seed: int,
-        objective: MultiLabelObjective,
-        how: HowToRun | None = None,
-    ):
-        self.num_classes = num_classes
-        self.objective = objective
+    def __init__(self, dataset: Dataset, num_classes: int, objective: Objective, *more: Any):
+        super().__init__(dataset, num_classes, objective, *more)
         self.multi_hot = multi_hot_of(dataset)
         # An average precision is defined where a label occurs.
         present = self.multi_hot.any(0).nonzero().flatten()
-        order = torch.randperm(len(present), generator=generator_for(seed, 5))
+        order = torch.randperm(len(present), generator=generator_for(self.config.seed, 5))
         self.rows = present[order[:_MULTI_LABEL_ROWS]].sort().values
-        super().__init__(dataset, PAIRS_PER_PASS // len(self.rows), seed, how or HowToRun())
 
-    def measure(self) -> _Rankings:
-        return _Rankings(self.objective, self.rows, self.multi_hot)
-
-    def scores(self, measure: _Rankings, net: WFNet) -> Validation:
-        if not measure.scores:
-            raise RuntimeError("no validation image can be read: repair those that the log names")
-        truth = torch.cat(measure.truth)
-        precision = torch.stack(
-            [average_precision(part, truth) for part in torch.cat(measure.scores).unbind(1)]
-        )  # [rows, K]
-        inside = self.rows.unsqueeze(1)
-        ap_f = precision.gather(1, inside).squeeze(1)
-        ap_r = precision.scatter(1, inside, torch.nan).nanmean(1)
-        losses = self.objective.total(_mean(measure.forget), _mean(measure.retain), net)
-        return Validation(
-            acc_r=float(ap_r.nanmean()),
-            acc_f=float(ap_f.nanmean()),
-            acc_r_per_class=self._per_class(ap_r),
-            acc_f_per_class=self._per_class(ap_f),
-            loss=float(losses.total),
-        )
-
-    def _per_class(self, values: Tensor) -> list[float]:
-        whole = torch.full((self.num_classes,), torch.nan, dtype=values.dtype)
-        return whole.scatter(0, self.rows, values).tolist()
-
-
-class _Rankings(Measure):
-    """Logits ``[n, rows, K]`` and true labels of every chunk, and costs of its pairs."""
-
-    def __init__(self, objective: MultiLabelObjective, rows: Tensor, multi_hot: Tensor):
-        self.objective = objective
-        self.needs_original = objective.needs_original
-        self.rows = rows
-        self.multi_hot = multi_hot
-        self.scores: list[Tensor] = []
-        self.truth: list[Tensor] = []
-        self.forget: list[Tensor] = []
-        self.retain: list[Tensor] = []
+    @property
+    def rows_of_image(self) -> int:
+        return len(self.rows)
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every image under every row; pairs that forget a label of the image come first."""
@@ -357,22 +280,25 @@ class _Rankings(Measure):
         order = torch.cat((own.nonzero().flatten(), (~own).nonzero().flatten()))
         return image[order], row[order]
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        logits = full_precision(pairs.logits)
-        truth, row = self.multi_hot[chunk.indices], self.rows[pairs.row]
-        samples = ExpandedBatch(
-            row,
-            pairs.image,
-            truth[pairs.image].float(),
-            int(truth[pairs.image, row].sum()),
-        ).to(logits.device)
-        original = None
-        if chunk.original is not None:
-            original = full_precision(chunk.original)[samples.source]
-        forget, retain = self.objective.terms(logits, samples, original)
-        self.forget.append(forget)
-        self.retain.append(retain)
-        scores = torch.empty(len(truth), len(self.rows), logits.shape[1], dtype=logits.dtype)
-        scores[pairs.image, pairs.row] = logits.cpu()
-        self.scores.append(scores)
-        self.truth.append(truth)
+    def targets(self, chunk: Chunk) -> Tensor:
+        return self.multi_hot[chunk.indices].float()
+
+    def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
+        """``[n, rows + 1, K]``: logits of every image, and its true labels."""
+        images = int(pairs.image.max()) + 1
+        found = torch.empty(images, len(self.rows) + 1, self.num_classes, dtype=logits.dtype)
+        found[pairs.image, pairs.row] = logits.cpu()
+        found[pairs.image, -1] = batch.target.cpu().to(logits.dtype)
+        return found
+
+    def per_row(self, noted: list[Tensor]) -> tuple[Tensor, Tensor]:
+        noted = torch.cat(noted).cpu()
+        truth = noted[:, -1] > 0
+        precision = torch.stack(
+            [average_precision(part, truth) for part in noted[:, :-1].unbind(1)]
+        )  # [rows, K]
+        inside = self.rows.unsqueeze(1)
+        retained = precision.scatter(1, inside, torch.nan).nanmean(1)
+        whole = torch.full((self.num_classes,), torch.nan, dtype=precision.dtype)
+        forgotten = precision.gather(1, inside).squeeze(1)
+        return whole.scatter(0, self.rows, retained), whole.scatter(0, self.rows, forgotten)

@@ -1,0 +1,131 @@
+"""Where the time of a run goes, and how fast images come beside how fast the network takes them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import TypeVar
+
+import torch
+
+logger = logging.getLogger("wfnet")
+
+Item = TypeVar("Item")
+# Share of the time spent waiting for images from which on the log says so.
+_STARVED = 0.2
+_WORTH_SAYING = 5.0  # seconds of waiting
+
+
+class RunClock:
+    """Seconds of a run by what they were spent on, all sessions together.
+
+    A CUDA device works on while the host waits, and the host may run ahead of it. There, time
+    counts as spent waiting for images only as far as the device had nothing to do: from the end of
+    what it was asked to do to the beginning of the next step, by events in its own stream.
+
+    Args:
+        device: of the network.
+        seconds: duration of the sessions before.
+        spent: of these.
+
+    Attributes:
+        images: that arrived since the last record.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str,
+        seconds: float = 0.0,
+        spent: dict[str, float] | None = None,
+    ):
+        self.on_device = torch.device(device).type == "cuda"
+        self._spent = dict.fromkeys(("start", "data", "validation", "checkpoints"), 0.0)
+        self._spent |= {k: v for k, v in (spent or {}).items() if k in self._spent}
+        self._began = time.perf_counter() - seconds
+        self._unexplained = seconds - sum(self._spent.values())  # steps of the sessions before
+        self._told = False
+        self.restart()
+
+    @property
+    def seconds(self) -> float:
+        """Duration of the run so far."""
+        return time.perf_counter() - self._began
+
+    def spent(self, seconds: float) -> dict[str, float]:
+        """Returns seconds by purpose, which add up to ``seconds``; the rest were steps."""
+        return self._spent | {"steps": max(0.0, seconds - sum(self._spent.values()))}
+
+    def started(self) -> None:
+        """Counts this session's time so far as start, unless it was spent on something else."""
+        self._spent["start"] += self.seconds - sum(self._spent.values()) - self._unexplained
+        self.restart()
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Counts the time inside as spent on ``what``: "validation" or "checkpoints"."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spent[what] += time.perf_counter() - started
+
+    def waits(self, stream: Iterator[Item]) -> Iterator[Item]:
+        """The items of ``stream``; the time that each took to come is counted as waiting."""
+        while True:
+            before, asked = self._event(), time.perf_counter()
+            try:
+                item = next(stream)
+            except StopIteration:
+                return
+            waited = time.perf_counter() - asked
+            if before is None:
+                self._count(waited)
+            else:
+                self._pauses.append((before, self._event(), waited))
+            yield item
+
+    def _event(self) -> torch.cuda.Event | None:
+        """An event in the device's current stream, now; None on the host."""
+        if not self.on_device:
+            return None
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count(self, waited: float) -> None:
+        self._waited += waited
+        self._spent["data"] += waited
+
+    def look(self) -> None:
+        """Reads the events so far; call it where the device has been waited for."""
+        while self._pauses and self._pauses[0][1].query():
+            before, begun, waited = self._pauses.pop(0)
+            self._count(min(waited, before.elapsed_time(begun) / 1e3))
+
+    def restart(self) -> None:
+        """Leaves out of the next record what was no training (a validation, a checkpoint)."""
+        self.images = 0
+        self._waited = 0.0
+        self._since = time.perf_counter()
+        # End of the work before, beginning of the step, seconds that the host waited in between.
+        self._pauses: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
+
+    def record(self) -> dict[str, float]:
+        """``images_per_second`` that came, ``data_wait`` (share of the time, 0 to 1); starts anew.
+
+        Says once in the log when the data starve the network.
+        """
+        self.look()
+        seconds = max(time.perf_counter() - self._since, 1e-9)
+        share, rate = min(1.0, self._waited / seconds), self.images / seconds
+        if share >= _STARVED and self._waited >= _WORTH_SAYING and not self._told:
+            self._told = True
+            logger.warning(
+                f"the data starve the network: {rate:,.0f} images/s come, it could take "
+                f"{rate / max(1 - share, 1e-3):,.0f} ({share:.0%} of the time is spent waiting); "
+                "more --workers, or --cache, keeps it busy"
+            )
+        self.restart()
+        return {"images_per_second": rate, "data_wait": share}
