@@ -31,12 +31,9 @@ class Bypass(nn.Module):
 
 class Helper(Bypass):
     def forward(self, x):
-        return self.convs[0](self.first(x))
+        return self.convs[0](self.helper(x))
 
-    def first(self, x):
-        return self.second(x)
-
-    def second(self, x):
+    def helper(self, x):
         return F.conv2d(x, self.conv.weight, self.conv.bias)
 
 
@@ -44,16 +41,6 @@ class Alias(Bypass):
     def forward(self, x):
         conv = self.conv
         return self.convs[0](F.conv2d(x, conv.weight))
-
-
-class InAList(Bypass):
-    def forward(self, x):
-        return F.conv2d(self.conv(x), self.convs[0].weight)
-
-
-class Inner(Bypass):
-    def forward(self, x):
-        return self.convs[0](self.conv._conv_forward(x, self.conv._parameters["weight"], None))
 
 
 class Harmless(Bypass):
@@ -74,13 +61,10 @@ def test_a_bypass_in_a_helper_method_is_found_before_work_starts():
         WFNet(small(Helper()), CLASSES)
 
 
-@pytest.mark.parametrize(
-    ("kind", "name"), [(Alias, "conv"), (InAList, r"convs\.0"), (Inner, "conv")]
-)
-def test_a_hidden_bypass_is_found_on_the_first_forward(kind, name):
-    net = WFNet(small(kind()), CLASSES)
+def test_a_hidden_bypass_is_found_on_the_first_forward():
+    net = WFNet(small(Alias()), CLASSES)
     for _ in range(2):
-        with pytest.raises(ValueError, match=rf"layer '0\.{name}' cannot be masked"):
+        with pytest.raises(ValueError, match=r"layer '0\.conv' cannot be masked"):
             net(X, 1)
 
 
@@ -88,10 +72,3 @@ def test_what_bypasses_nothing_is_not_refused():
     net = WFNet(small(Harmless()), CLASSES)
     net(X, 1)
     net(X, 2)
-
-
-def test_a_replaced_forward_is_refused():
-    model = small(nn.Conv2d(3, 4, 3))
-    model[0].forward = lambda x: F.conv2d(x, model[0].weight)
-    with pytest.raises(ValueError, match=r"layer '0'.*replaced"):
-        WFNet(model, CLASSES)

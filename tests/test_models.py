@@ -21,22 +21,6 @@ def test_logits(name, channels):
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_options():
-    convs = [m for m in create("resnet", 10).modules() if isinstance(m, nn.Conv2d)]
-    assert sum(conv.out_channels for conv in convs) == 504
-    depth20 = create("resnet", 10, depth=20, width=16, stem_stride=1)
-    assert (
-        sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in depth20.modules()) == 19
-    )
-    plain = create("vgg", 10, batch_norm=False)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
-    assert all(m.bias is not None for m in plain.modules() if isinstance(m, nn.Conv2d))
-    vit = create("vit", 10, width=96, depth=2, patch_size=4, image_size=24)
-    qkv = [m for name, m in vit.named_modules() if name.endswith("qkv")]
-    assert [type(m) for m in qkv] == [nn.Linear] * 2
-    assert vit(torch.randn(1, 1, 24, 24)).shape == (1, 10)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -193,6 +193,8 @@ def test_wrapping_copies_and_freezes():
     assert {n for n, p in net.named_parameters() if p.requires_grad} == wanted
     assert list(net.named_filters()) == ["0.alpha_weight", "0.alpha_bias"]
     assert [p.shape for p in net.filter_parameters()] == [(CLASSES, 4)] * 2
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        net._replicate_for_data_parallel()(X, 1)
     with pytest.raises(ValueError, match="is a WFNet already"):
         WFNet(net, CLASSES)
     gates = net.gates()
@@ -297,9 +299,3 @@ def test_whole_networks_in_other_dtypes(dtype):
         assert all(p.grad.isfinite().all() for p in net.filter_parameters())
     wanted = torch.float64 if dtype == torch.float64 else torch.float32
     assert before.filter_parameters()[0].dtype == wanted
-
-
-def test_data_parallel_is_refused():
-    replica = trainable()._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
-        replica(X, 1)

@@ -1,8 +1,6 @@
 """benchmarks/device_run.py without a device: what hangs, crashes, is out of time, or goes on."""
 
 import json
-import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -206,21 +204,6 @@ def test_every_device_test_is_in_exactly_one_group():
         assert len(chosen(test, device_run.TESTS)) == 1, test
     smoked = [group for test in tests for group in chosen(test, device_run.SMOKE)]
     assert set(smoked) == {expression for _, expression in device_run.SMOKE.values()}
-
-
-def test_make_device_passes_its_arguments():
-    command = ["make", "-n", "--no-print-directory", "device", "OUT=there", "BUDGET=60"]
-    shown = subprocess.run(
-        [*command, "ARGS=--stages eval"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "MAKEFLAGS": ""},
-    ).stdout
-    words = shlex.split(shown.splitlines()[-1])
-    options = device_run.parse(words[words.index("benchmarks/device_run.py") + 1 :])
-    assert (options.output.name, options.budget, options.stages) == ("there", 60, ["eval"])
 
 
 def test_facts_of_this_machine(tmp_path):

@@ -74,9 +74,3 @@ def test_trust(tmp_path, commands):
     assert list(record["by_prune_below"]) == ["0", "0.1"]
     assert "--retrained" in commands[1]
     assert commands[2][-3:] == ["--checks", "removal", "--cut-output"]
-
-
-def test_a_command_that_fails_ends_the_experiment(tmp_path, monkeypatch):
-    monkeypatch.setattr(experiments, "wfnet", lambda words: 2)
-    with pytest.raises(SystemExit, match=r"wfnet train .* failed"):
-        experiments.main(["tables", "--folder", str(tmp_path), "--output", str(tmp_path / "t")])
