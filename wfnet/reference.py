@@ -42,19 +42,10 @@ def wf_conv2d(
     source: Tensor | None = None,
 ) -> Tensor:
     """Masked convolution; shapes as in :func:`wfnet.functional.wf_conv2d`, ``forget`` is [B, J]."""
-    source = torch.arange(len(forget)) if source is None else source
-    outputs = []
-    for image, labels in zip(source.tolist(), forget.tolist(), strict=True):
-        w = masked(weight, alpha_weight, labels, gate_scale)
-        b = None if bias is None else masked(bias, alpha_bias, labels, gate_scale)
-        outputs.append(
-            F.conv2d(
-                x[image : image + 1], w.to(x.dtype), _to(b, x), stride, padding, dilation, groups
-            )
-        )
-    if outputs:
-        return torch.cat(outputs)
-    return F.conv2d(x[:0], weight, bias, stride, padding, dilation, groups)
+    parts = _samples(x, weight, bias, alpha_weight, alpha_bias, forget, gate_scale, source)
+    geometry = stride, padding, dilation, groups
+    outputs = [F.conv2d(*sample, *geometry) for sample in parts]
+    return torch.cat(outputs) if outputs else F.conv2d(x[:0], weight, bias, *geometry)
 
 
 def wf_linear(
@@ -68,14 +59,15 @@ def wf_linear(
     source: Tensor | None = None,
 ) -> Tensor:
     """Masked linear map: ``x`` ``[N, T, C]``, ``forget`` ``[B, J]``, returns ``[B, T, O]``."""
-    source = torch.arange(len(forget)) if source is None else source
-    outputs = []
-    for image, labels in zip(source.tolist(), forget.tolist(), strict=True):
-        w = masked(weight, alpha_weight, labels, gate_scale)
-        b = None if bias is None else masked(bias, alpha_bias, labels, gate_scale)
-        outputs.append(F.linear(x[image : image + 1], w.to(x.dtype), _to(b, x)))
+    parts = _samples(x, weight, bias, alpha_weight, alpha_bias, forget, gate_scale, source)
+    outputs = [F.linear(*sample) for sample in parts]
     return torch.cat(outputs) if outputs else F.linear(x[:0], weight, bias)
 
 
-def _to(bias: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if bias is None else bias.to(x.dtype)
+def _samples(x, weight, bias, alpha_weight, alpha_bias, forget, gate_scale, source):
+    """Yields every sample with its masked copies of weight and bias."""
+    source = torch.arange(len(forget)) if source is None else source
+    for image, labels in zip(source.tolist(), forget.tolist(), strict=True):
+        w = masked(weight, alpha_weight, labels, gate_scale).to(x.dtype)
+        b = None if bias is None else masked(bias, alpha_bias, labels, gate_scale).to(x.dtype)
+        yield x[image : image + 1], w, b

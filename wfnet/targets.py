@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -65,126 +65,108 @@ def choose_targets(
         TypeError, ValueError: for targets that are none of these, that match nothing, or that name
             a layer which cannot be masked correctly.
     """
-    choose = _Durable if durable else _Maskable
-    layers = choose(model, num_classes)
-    names = layers.defaults() if targets is None else _named(layers, targets)
-    if not names:
-        if any(isinstance(m, MaskedLayer) for m in model.modules()):
+    heads = head_modules(model, num_classes)
+    modules = {name: m for name, m in model.named_modules() if name}
+    # A patch embedding by another name: MLP-Mixer's stem.
+    stems = tuple(f"{name}." for name, m in modules.items() if "PatchEmbed" in type(m).__name__)
+    inner = {
+        name: m
+        for name, m in modules.items()
+        if m not in heads
+        and not _NOT_BY_DEFAULT & set(name.split("."))
+        and not (stems and name.startswith(stems))
+    }
+    if durable:
+        layers = {n: m for n, m in modules.items() if m not in heads and durable_type(m)}
+        patterns = _durable_layers({n: m for n, m in inner.items() if n in layers})
+        listed = f"its layers that can have durable gates are: {_some(list(layers))}"
+    else:
+        layers = patterns = modules
+        names = [name for name, m in modules.items() if masked_type(m) is not None]
+        listed = f"its maskable layers are: {_some(names)}"
+    kind = type(model).__name__
+    if targets is None:
+        if not durable and any(isinstance(m, MaskedLayer) for m in modules.values()):
             return []
-        raise ValueError(f"{type(model).__name__} has no {layers.kinds}; {layers.listed()}")
-    ordered = [name for name, _ in model.named_modules() if name in names]
+        names = _usual_durable(patterns) if durable else _usual(inner)
+        if not names:
+            raise ValueError(f"{kind} has no convolution and no linear map of a block; {listed}")
+    else:
+        names = _named(kind, targets, layers, patterns, durable, listed)
+    ordered = [name for name in modules if name in names]
     if not durable:
         for name in ordered:
             _check_target(model, name)
     return ordered
 
 
-class _Maskable:
-    """Layers that can be masked in front of what follows them."""
-
-    kinds = "convolution and no qkv projection that could be masked"
-
-    def __init__(self, model: nn.Module, num_classes: int | None):
-        self.model = model
-        heads = head_modules(model, num_classes)
-        modules = {name: m for name, m in model.named_modules() if name}
-        # A patch embedding by another name: MLP-Mixer's stem.
-        stems = tuple(f"{n}." for n, m in modules.items() if "PatchEmbed" in type(m).__name__)
-        self.modules = modules
-        self.inner = {
-            name: m
-            for name, m in modules.items()
-            if m not in heads
-            and not _NOT_BY_DEFAULT & set(name.split("."))
-            and not (stems and name.startswith(stems))
-        }
-
-    def defaults(self) -> set[str]:
-        if any(isinstance(m, MaskedLayer) for m in self.modules.values()):
-            return set()
-        qkv = _linear_maps(self.inner, _QKV_NAME)
-        attention = [n for n, m in self.inner.items() if isinstance(m, nn.MultiheadAttention)]
-        if not qkv and attention:
-            raise ValueError(
-                f"the qkv projection of {attention[0]!r} (nn.MultiheadAttention) is not a module "
-                "of its own, so it cannot be masked; use an implementation with a qkv linear "
-                "layer (timm's, for example), or name other layers in targets="
-            )
-        # The residual stream goes past qkv alone: all linear maps of the blocks take part.
-        blocks = {_block(name) for name in qkv}
-        chosen = {n for n in _linear_maps(self.inner, _BLOCK_LINEAR) if _block(n) in blocks}
-        return chosen or {name for name, m in self.inner.items() if isinstance(m, nn.Conv2d)}
-
-    def matching(self, target: str | type, exact: bool) -> list[str]:
-        if isinstance(target, type):
-            return [name for name, m in self.modules.items() if isinstance(m, target)]
-        if exact:
-            return [target] if target in self.modules else []
-        found = [name for name in self.modules if _matches(name, target)]
-        if any(c in target for c in "*?["):
-            # what is no layer to mask is passed over, a convolution that cannot be masked is not
-            found = [name for name in found if _is_layer(self.modules[name])]
-        return found
-
-    def listed(self) -> str:
-        names = [name for name, m in self.modules.items() if masked_type(m) is not None]
-        return f"its maskable layers are: {_some(names)}"
-
-
-class _Durable(_Maskable):
-    """Layers that can have gates behind them."""
-
-    kinds = "BatchNorm, linear map or convolution that could have durable gates"
-
-    def __init__(self, model: nn.Module, num_classes: int | None):
-        super().__init__(model, num_classes)
-        heads = head_modules(model, num_classes)
-        own = {n: m for n, m in self.modules.items() if m not in heads and durable_type(m)}
-        self.modules, self.inner = own, {n: m for n, m in self.inner.items() if n in own}
-        norms = [
-            n for n, m in self.inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)
-        ]
-        maps = _linear_maps(self.inner, _BLOCK_LINEAR)
-        convolutions = [n for n, m in self.inner.items() if isinstance(m, nn.Conv2d)]
-        self.possible = norms or maps or convolutions
-
-    def defaults(self) -> set[str]:
-        if not any(_QKV_NAME.fullmatch(_last(name)) for name in self.possible):
-            return set(self.possible)
-        # Gates behind attn.proj and mlp.fc2 too cost more of the other classes.
-        return {n for n in self.possible if _QKV_NAME.fullmatch(_last(n)) or _last(n) == "fc1"}
-
-    def matching(self, target: str | type, exact: bool) -> list[str]:
-        if isinstance(target, type) or exact or target in self.modules:
-            return super().matching(target, True)
-        return [name for name in self.possible if _matches(name, target)]
-
-    def listed(self) -> str:
-        return f"its layers that can have durable gates are: {_some(list(self.modules))}"
-
-
-def _named(layers: _Maskable, targets: Targets) -> set[str]:
+def _named(
+    kind: str,
+    targets: str | type | Sequence[str | type],
+    layers: dict[str, nn.Module],
+    patterns: Collection[str],
+    durable: bool,
+    listed: str,
+) -> set[str]:
     """Names of the layers that the user's targets match, each at least one."""
     if not isinstance(targets, str | type | Sequence):
         raise TypeError(
             f"targets is a name, a pattern, a layer type or a list of them; got {targets!r}"
         )
-    kind = type(layers.model).__name__
-    wanted = [targets] if isinstance(targets, str | type) else list(targets)
-    if not wanted:
-        raise ValueError(f"targets is empty, so nothing of {kind} is masked; {layers.listed()}")
+    if isinstance(targets, str | type):
+        targets = [targets]
+    if not targets:
+        raise ValueError(f"targets is empty, so nothing of {kind} is masked; {listed}")
     exact = isinstance(targets, LayerNames)
     names: set[str] = set()
-    for target in wanted:
-        if not isinstance(target, str | type):
+    for target in targets:
+        if isinstance(target, type):
+            found = [name for name, m in layers.items() if isinstance(m, target)]
+        elif not isinstance(target, str):
             raise TypeError(f"a target is a name, a pattern or a layer type; got {target!r}")
-        found = layers.matching(target, exact)
+        elif exact or (durable and target in layers):
+            found = [target] if target in layers else []
+        else:
+            found = [name for name in patterns if _matches(name, target)]
+            if any(c in target for c in "*?["):
+                # what is no layer to mask is passed over, a convolution that cannot be is not
+                found = [name for name in found if durable or _is_layer(layers[name])]
         if not found:
-            raise ValueError(f"target {target!r} matches no layer of {kind}; {layers.listed()}")
+            raise ValueError(f"target {target!r} matches no layer of {kind}; {listed}")
         if exact:  # a checkpoint also names the WF layers that its model came with
-            found = [n for n in found if not isinstance(layers.modules[n], MaskedLayer)]
+            found = [name for name in found if not isinstance(layers[name], MaskedLayer)]
         names.update(found)
     return names
+
+
+def _usual(inner: dict[str, nn.Module]) -> set[str]:
+    """All linear maps of a transformer's blocks, else all convolutions."""
+    qkv = _linear_maps(inner, _QKV_NAME)
+    attention = [name for name, m in inner.items() if isinstance(m, nn.MultiheadAttention)]
+    if not qkv and attention:
+        raise ValueError(
+            f"the qkv projection of {attention[0]!r} (nn.MultiheadAttention) is not a module of "
+            "its own, so it cannot be masked; use an implementation with a qkv linear layer "
+            "(timm's, for example), or name other layers in targets="
+        )
+    # The residual stream goes past qkv alone: all linear maps of the blocks take part.
+    blocks = {_block(name) for name in qkv}
+    chosen = {name for name in _linear_maps(inner, _BLOCK_LINEAR) if _block(name) in blocks}
+    return chosen or {name for name, m in inner.items() if isinstance(m, nn.Conv2d)}
+
+
+def _durable_layers(inner: dict[str, nn.Module]) -> list[str]:
+    """BatchNorms, else a transformer's linear maps, else convolutions."""
+    norms = [n for n, m in inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)]
+    convolutions = [name for name, m in inner.items() if isinstance(m, nn.Conv2d)]
+    return norms or _linear_maps(inner, _BLOCK_LINEAR) or convolutions
+
+
+def _usual_durable(possible: list[str]) -> set[str]:
+    if not any(_QKV_NAME.fullmatch(_last(name)) for name in possible):
+        return set(possible)
+    # Gates behind attn.proj and mlp.fc2 too cost more of the other classes.
+    return {n for n in possible if _QKV_NAME.fullmatch(_last(n)) or _last(n) == "fc1"}
 
 
 def _is_layer(m: nn.Module) -> bool:
