@@ -96,129 +96,108 @@ class Stage:
 # -- the plan --------------------------------------------------------------------------------------
 
 
-class Plan:
-    """Makes the stages.
-
-    Args:
-        rehearse: the same at tiny size on the CPU, without what needs a device.
-        batch_size: n of whole steps, of which 2 n expanded samples.
-    """
-
-    def __init__(self, rehearse: bool = False, batch_size: int = 256):
-        self.rehearse = rehearse
-        self.sizes = f"--image-size 224 --classes 1000 --dtype bfloat16 -b {batch_size} -M 3"
-        if rehearse:
-            self.sizes = "--image-size 32 --classes 10 -b 4 -M 2 --repeats 1 --device cpu"
-
-    def stages(self) -> list[Stage]:
-        """Returns all stages in the order of their value: first what the claim rests on."""
-        compiled = ("unmasked_compiled", "compile")
-        return [
-            self.own("facts", 90),
-            self.own("build", 240),
-            *self.on_device(Stage("first-steps", python("tests/csrc/first_steps.py"), 120)),
-            *self.tests(SMOKE, "smoke", 60),
-            self.step("resnet18", "cuda", *compiled),
-            self.step("resnet18", "triton", *compiled),
-            self.plan("resnet50"),
-            self.step("resnet50", "cuda", *compiled),
-            self.step("resnet50", "triton", "unmasked_compiled"),
-            *self.tests(TESTS, "tests", 120),
-            *self.sanitizer("memcheck"),
-            *(
-                self.step(network, backend, "unmasked_compiled", "compile")
-                for network in ("vit-small", "vgg16", "vit-tiny")
-                for backend in ("cuda", "triton")
-            ),
-            self.step("resnet18", "eager"),
-            *(self.plan(network) for network in ("resnet18", "vgg16", "vit-small")),
-            self.whole(100, "resnet18"),
-            self.whole(1000, "resnet50"),
-            *self.sanitizer("racecheck"),
-            *self.others(),
-        ]
-
-    def own(self, name: str, limit: float) -> Stage:
-        device = "cpu" if self.rehearse else "cuda"
-        words = f"benchmarks/device_run.py --inner {name} {device} {{results}}/{name}.json"
-        return Stage(name, python(*words.split()), limit)
-
-    def on_device(self, *stages: Stage) -> tuple[Stage, ...]:
-        return () if self.rehearse else stages
-
-    def tests(self, groups: dict[str, tuple[str, str]], prefix: str, limit: float) -> list[Stage]:
-        options = "-v --tb=short -o timeout=100 -o faulthandler_timeout=90 -p no:cacheprovider"
-        made = []
-        for name, (file, expression) in groups.items():
-            name = f"{prefix}-{name}"
-            words = ["-P", "-m", "pytest", "-m", "gpu", f"tests/gpu/{file}", "-k", expression]
-            report = f"--junitxml={{results}}/{name}.xml"
-            made.append(Stage(name, python(*words, *options.split(), report), limit))
-        return list(self.on_device(*made))
-
-    def step(self, network: str, backend: str, *columns: str) -> Stage:
-        """Whole steps; one process per backend: at real sizes a kernel may take down its own."""
-        name, model = f"step-{network}-{backend}", NETWORKS[network]
-        hows = ("captured",) if backend != "eager" else ("fused", "compiled_captured")
-        if self.rehearse:
-            model = "small/vit" if network.startswith("vit") else "small/resnet"
-            columns, backend, hows = (), "eager", ("fused",)
-        columns = ("eager", *columns, *(f"wfnet/{backend}/{how}" for how in hows))
-        words = f"benchmarks/bench_step.py --models {model} {self.sizes} --no-share-images"
-        words += f" --output {{results}}/{name}.json --columns {' '.join(columns)}"
-        return Stage(name, python(*words.split()), 180, self.kernels(backend, network))
-
-    def kernels(self, backend: str, network: str) -> tuple[str, ...]:
-        """Returns the needs of a stage that measures a backend."""
-        return (_LINEAR if network.startswith("vit") else _CONVOLVES).get(backend, ())
-
-    def plan(self, network: str) -> Stage:
-        name, model = f"plan-{network}", NETWORKS[network]
-        words = f"benchmarks/bench_plan.py --model {model} {self.sizes}"
-        if self.rehearse:
-            words = f"benchmarks/bench_plan.py --model small/resnet {self.sizes} --providers eager"
-        words += f" --output {{results}}/{name}.json"
-        return Stage(name, python(*words.split()), 150)
-
-    def whole(self, classes: int, network: str) -> Stage:
-        name = f"whole-{classes}-{network}"
-        words = f"--classes {classes} --network {network} --backend cuda"
-        if self.rehearse:
-            words = "--classes 10 --network small/resnet --image-size 32 --samples 600 -b 8 -M 2"
-            words += " --workers 1 --threads 1 --device cpu"
-        command = python("benchmarks/whole_run.py", *words.split())
-        command += ("--output", f"{{results}}/{name}.json")
-        return Stage(name, command, 400, self.kernels("cuda", network))
-
-    def sanitizer(self, tool: str) -> tuple[Stage, ...]:
-        program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-        command = (program, "--tool", tool, "--error-exitcode", "9", *python())
-        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        command += ("tests/gpu/sanitized.py",)
-        return self.on_device(Stage(tool, command, 240, environment=environment))
-
-    def others(self) -> list[Stage]:
-        lines = {
-            "ops": "bench_ops.py --providers eager unmasked triton cuda",
-            "eval": "bench_eval.py --model resnet50 --images 64 --classes 250 --repeats 3",
-            "data": "bench_data.py --workers 0 8",
-        }
-        if self.rehearse:
-            tiny, cpu = "--scale 16 -b 2 --repeats 1 --classes 10", "--repeats 1 --device cpu"
-            lines = {
-                "ops": f"bench_ops.py {tiny} --layers resnet18.layer1 --providers eager unmasked",
-                "eval": f"bench_eval.py --model small/resnet --image-size 16 --images 4 {cpu} "
-                "--classes 5 -b 10",
-                "data": f"bench_data.py --workers 0 --images 16 --image-size 32 -b 8 {cpu}",
-            }
-        return [
-            Stage(name, python(*f"benchmarks/{line} --output {{results}}/{name}.json".split()), 300)
-            for name, line in lines.items()
-        ]
+# Every script at tiny size on the CPU; `facts` and `build` come before.
+REHEARSAL = {
+    "step-resnet18": "bench_step.py --models small/resnet --image-size 32 --classes 10 -b 4 -M 2 "
+    "--no-share-images --columns eager wfnet/eager/fused --repeats 1",
+    "plan-resnet18": "bench_plan.py --model small/resnet --image-size 32 --classes 10 -b 4 -M 2 "
+    "--providers eager --repeats 1",
+    "whole-10": "whole_run.py --classes 10 --network small/resnet --image-size 32 --samples 600 "
+    "-b 8 -M 2 --workers 1 --threads 1",
+    "ops": "bench_ops.py --scale 16 -b 2 --classes 10 --layers resnet18.layer1 "
+    "--providers eager unmasked --repeats 1",
+    "eval": "bench_eval.py --model small/resnet --image-size 16 --images 4 --classes 5 -b 10 "
+    "--repeats 1",
+    "data": "bench_data.py --workers 0 --images 16 --image-size 32 -b 8 --repeats 1",
+}
 
 
 def python(*words: str) -> tuple[str, ...]:
     return sys.executable, *words
+
+
+def script(name: str, line: str, limit: float, needs: tuple[str, ...] = ()) -> Stage:
+    """A script of this folder that writes ``{results}/NAME.json``."""
+    words = f"benchmarks/{line} --output {{results}}/{name}.json"
+    return Stage(name, python(*words.split()), limit, needs)
+
+
+def own(name: str, limit: float, device: str) -> Stage:
+    words = f"benchmarks/device_run.py --inner {name} {device} {{results}}/{name}.json"
+    return Stage(name, python(*words.split()), limit)
+
+
+def rehearsal() -> list[Stage]:
+    """Returns the stages of ``--rehearse``."""
+    first = [own("facts", 90, "cpu"), own("build", 240, "cpu")]
+    return first + [script(n, f"{line} --device cpu", 300) for n, line in REHEARSAL.items()]
+
+
+def tests(groups: dict[str, tuple[str, str]], prefix: str, limit: float) -> list[Stage]:
+    options = "-v --tb=short -o timeout=100 -o faulthandler_timeout=90 -p no:cacheprovider"
+    made = []
+    for name, (file, expression) in groups.items():
+        name = f"{prefix}-{name}"
+        words = ["-P", "-m", "pytest", "-m", "gpu", f"tests/gpu/{file}", "-k", expression]
+        report = f"--junitxml={{results}}/{name}.xml"
+        made.append(Stage(name, python(*words, *options.split(), report), limit))
+    return made
+
+
+def sanitizer(tool: str) -> Stage:
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    command = (program, "--tool", tool, "--error-exitcode", "9", *python())
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Stage(tool, (*command, "tests/gpu/sanitized.py"), 240, environment=environment)
+
+
+def plan(batch_size: int = 256) -> list[Stage]:
+    """Returns all stages in the order of their value: first what the claim rests on.
+
+    Args:
+        batch_size: n of whole steps, of which 2 n expanded samples.
+    """
+    sizes = f"--image-size 224 --classes 1000 --dtype bfloat16 -b {batch_size} -M 3"
+
+    def step(network: str, backend: str, *columns: str) -> Stage:
+        """Whole steps; one process per backend: at real sizes a kernel may take down its own."""
+        hows = ("fused", "compiled_captured") if backend == "eager" else ("captured",)
+        columns = ("eager", *columns, *(f"wfnet/{backend}/{how}" for how in hows))
+        line = f"bench_step.py --models {NETWORKS[network]} {sizes} --no-share-images"
+        needs = (_LINEAR if network.startswith("vit") else _CONVOLVES).get(backend, ())
+        line += f" --columns {' '.join(columns)}"
+        return script(f"step-{network}-{backend}", line, 180, needs)
+
+    def calls(network: str) -> Stage:
+        return script(f"plan-{network}", f"bench_plan.py --model {NETWORKS[network]} {sizes}", 150)
+
+    compiled = ("unmasked_compiled", "compile")
+    whole = "whole_run.py --classes 1000 --network resnet50 --backend cuda"
+    return [
+        own("facts", 90, "cuda"),
+        own("build", 240, "cuda"),
+        Stage("first-steps", python("tests/csrc/first_steps.py"), 120),
+        *tests(SMOKE, "smoke", 60),
+        step("resnet18", "cuda", *compiled),
+        step("resnet18", "triton", *compiled),
+        calls("resnet50"),
+        step("resnet50", "cuda", *compiled),
+        step("resnet50", "triton", "unmasked_compiled"),
+        *tests(TESTS, "tests", 120),
+        sanitizer("memcheck"),
+        *(
+            step(network, backend, *compiled)
+            for network in ("vit-small", "vgg16", "vit-tiny")
+            for backend in ("cuda", "triton")
+        ),
+        step("resnet18", "eager"),
+        *map(calls, ("resnet18", "vgg16", "vit-small")),
+        script("whole-1000-resnet50", whole, 400, _CONVOLVES["cuda"]),
+        sanitizer("racecheck"),
+        script("ops", "bench_ops.py --providers eager unmasked triton cuda", 300),
+        script("eval", "bench_eval.py --model resnet50 --images 64 --classes 250 --repeats 3", 300),
+        script("data", "bench_data.py --workers 0 8", 300),
+    ]
 
 
 # -- what the first two stages do ------------------------------------------------------------------
@@ -310,10 +289,6 @@ class Process:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.child.pid, signal.SIGKILL)
 
-    @property
-    def exit_code(self) -> int | None:
-        return None if self.child is None else self.child.returncode
-
     def tail(self) -> list[str]:
         """Returns the last lines of the log."""
         return self.log.read_bytes()[-20000:].decode(errors="replace").splitlines()[-_TAIL:]
@@ -394,11 +369,11 @@ class Runner:
             process.stop()
             raise
         record["seconds"] = round(time.monotonic() - process.start, 1)
-        record["exit_code"] = process.exit_code
+        record["exit_code"] = code = process.child.returncode if process.child else None
         if record["status"] != "passed":
             record["tail"] = process.tail()
-        if process.exit_code is not None and process.exit_code < 0:
-            record.setdefault("note", signal.Signals(-process.exit_code).name)
+        if code is not None and code < 0:
+            record["note"] = signal.Signals(-code).name
 
     def write(self) -> None:
         """Writes the summary, and the archive of all files."""
@@ -466,7 +441,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the stages and end")
     add("--inner", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    names = [stage.name for stage in Plan(options.rehearse).stages()]
+    names = [stage.name for stage in (rehearsal() if options.rehearse else plan())]
     unknown = [name for name in options.stages or () if name not in names]
     if unknown:
         parser.error(f"no stage {', '.join(unknown)}; choose among {', '.join(names)}")
@@ -482,7 +457,7 @@ def main(argv: list[str] | None = None, stages: list[Stage] | None = None) -> in
         name, device, output = options.inner
         {"facts": facts, "build": build}[name](device, output)
         return 0
-    stages = stages or Plan(options.rehearse, options.batch_size).stages()
+    stages = stages or (rehearsal() if options.rehearse else plan(options.batch_size))
     if options.stages:
         by_name = {stage.name: stage for stage in stages}
         wanted = dict.fromkeys([*FIRST, *options.stages])
