@@ -108,8 +108,11 @@ def test_definitions_are_plain_text(run, parse):
 
 
 def test_what_was_left_out_is_said_on_the_page_and_in_the_log(run, parse, caplog):
-    (run / "wf_config.json").write_text('{"num_classes": 9}')
-    sentence = "evaluation.json is of another network (num_classes 12, here 9) and left out"
+    content = json.loads((run / "evaluation.json").read_text())
+    content["settings"]["filters_digest"] = "b"
+    (run / "evaluation.json").write_text(json.dumps(content))
+    (run / "wf_config.json").write_text('{"filters_digest": "a"}')
+    sentence = "evaluation.json is of other filters and left out"
     assert sentence in parse(page.write_report(run)).text
     assert sentence in caplog.text
 

@@ -1,7 +1,7 @@
-import pytest
 import torch
 
-from wfnet.report.figures import association_graph, associations
+from wfnet.report.figures import association_graph
+from wfnet.report.figures.associations import associations
 
 
 def test_associations_are_the_lowest_gates():
@@ -12,33 +12,24 @@ def test_associations_are_the_lowest_gates():
 
 
 def test_a_graph_keeps_shared_filters(make_net, drawn, outside, tmp_path):
-    net = make_net(5, layers=1, channels=6)
-    association_graph(net, tmp_path / "graph.png", top=2)
-    links = associations(net.masked_layers["0"].gates(), 2)
+    net = make_net(5, layers=1, channels=16)
+    association_graph(net, tmp_path / "graph.png", range(5), list("abcde"))
+    links = associations(net.masked_layers["0"].gates())
     shared = (links.sum(0) >= 2).nonzero().squeeze(1)
     axis = drawn[0].axes[0]
     assert len(axis.lines) == int(links[:, shared].sum())
-    assert {str(f) for f in shared.tolist()} <= {text.get_text() for text in axis.texts}
-    assert f"{len(shared)} of 6 filters are shared" in drawn[0].get_suptitle()
+    assert {*"abcde", *map(str, shared.tolist())} <= {text.get_text() for text in axis.texts}
+    assert f"{len(shared)} of 16 filters are shared" in drawn[0].get_suptitle()
     assert outside(drawn[0]) == []
 
 
 def test_many_classes_have_no_crowd_of_names(make_net, drawn, outside, tmp_path):
     net = make_net(300, layers=1, channels=40)
     names = [f"a class with a long name, {k}" for k in range(300)]
-    association_graph(net, tmp_path / "graph.png", names=names)
+    association_graph(net, tmp_path / "graph.png", range(300), names)
     left, right = drawn[0].axes
     assert len(left.get_yticks()) <= 30
-    assert len(right.get_yticks()) <= 30
-    links = associations(net.masked_layers["0"].gates(), 10)
+    assert len(right.get_yticks()) == 30  # of names that begin alike
+    links = associations(net.masked_layers["0"].gates())
     assert left.patches[0].get_width() == links.sum(0).max()
     assert outside(drawn[0]) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [("layer", "fc", "'fc' is no masked layer"), ("top", 0, "top must be at least 1")],
-)
-def test_a_graph_of_something_else(make_net, tmp_path, name, value, message):
-    with pytest.raises(ValueError, match=message):
-        association_graph(make_net(3), tmp_path / "graph.png", **{name: value})

@@ -10,7 +10,7 @@ from wfnet.report.figures import gate_heatmap, style
 def test_unknown_format_writes_nothing(tmp_path, make_net):
     for name in ("gates", "gates.xyz"):
         with pytest.raises(ValueError, match="no ending that names a picture format"):
-            gate_heatmap(make_net(2), tmp_path / name)
+            gate_heatmap(make_net(2), tmp_path / name, [0], "ab")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -30,7 +30,7 @@ def test_matplotlibs_and_torchs_state_are_left_alone(tmp_path, make_net):
 
     net, state = make_net(3), torch.get_rng_state()
     before, pyplot = dict(matplotlib.rcParams), "matplotlib.pyplot" in sys.modules
-    gate_heatmap(net, tmp_path / "o.png")
+    gate_heatmap(net, tmp_path / "o.png", [0], "abc")
     assert dict(matplotlib.rcParams) == before
     assert ("matplotlib.pyplot" in sys.modules) == pyplot
     assert torch.equal(torch.get_rng_state(), state)

@@ -1,7 +1,7 @@
 """Figures of a run, one module for each family; matplotlib is imported when one is drawn."""
 
 from wfnet.report.figures.accuracies import accuracy_per_class, overview
-from wfnet.report.figures.associations import association_graph, associations
+from wfnet.report.figures.associations import association_graph
 from wfnet.report.figures.confusions import confusion
 from wfnet.report.figures.curves import insertion_deletion, training_curves
 from wfnet.report.figures.gate_maps import gate_heatmap
@@ -10,7 +10,6 @@ from wfnet.report.figures.trust_levels import trust_checks
 __all__ = [
     "accuracy_per_class",
     "association_graph",
-    "associations",
     "confusion",
     "gate_heatmap",
     "insertion_deletion",

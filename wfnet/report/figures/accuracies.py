@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from wfnet.evaluation import ClassRecord, EvaluationResult
 from wfnet.network import WFNet
-from wfnet.report.figures.gate_maps import draw_gates, shown_layers
+from wfnet.report.figures.gate_maps import draw_gates
 from wfnet.report.figures.style import (
     AFTER,
     BEFORE,
@@ -25,17 +25,13 @@ from wfnet.report.figures.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_ORDERS = {
-    "index": (lambda r: r.index, "in the order of the data set"),
-    "original": (lambda r: (-r.original_acc_f, r.index), "sorted by accuracy before"),
-    "acc_f": (lambda r: (-r.acc_f, -r.original_acc_f, r.index), "sorted by Acc_f"),
-}
+# Label -> (fractions, colour), of the records in their order.
+Series = Mapping[str, tuple[Sequence[float], str]]
 
 
 def accuracy_per_class(
     result: EvaluationResult,
     path: str | os.PathLike,
-    sort: str | None = None,
     retrained: Mapping[int, tuple[float, float]] | None = None,
 ) -> None:
     """Draws the accuracy on each class, and on all others, before and after it is forgotten.
@@ -43,42 +39,36 @@ def accuracy_per_class(
     Args:
         result: of :func:`wfnet.evaluation.evaluate`.
         path: file to write; its ending chooses the format (png, svg, pdf).
-        sort: order of the classes: "index", "original" (accuracy before, highest first) or
-            "acc_f" (worst forgotten first). By default by index if every class gets its name,
-            else by "original".
         retrained: class -> (Acc_r, Acc_f), fractions, of a network retrained without the class, to
             stand beside; classes may be missing.
 
     Raises:
         ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown order or file format, before anything is written.
+        ValueError: for an unknown file format, before anything is written.
     """
-    records, order = _ordered(result.records, sort)
+    records = _ordered(result.records)
     named = len(records) <= NAMED
     width = max(8.0, min(16.0, 2.5 + 0.45 * len(records))) if named else 11.0
-    absent = (math.nan, math.nan)
-    levels = [(retrained or {}).get(record.index, absent) for record in records]
-    parts = (
-        ("acc_f", AFTER, "the class itself", "the class", [acc_f for _, acc_f in levels]),
-        ("acc_r", RETAINED, "all other classes", "the others", [acc_r for acc_r, _ in levels]),
-    )
+    levels = [(retrained or {}).get(r.index, (math.nan, math.nan)) for r in records]
     with picture(path, width, 6.4) as figure:
-        axes = figure.subplots(2, 1, sharex=True)
-        for axis, (measure, color, images, short, level) in zip(axes, parts, strict=True):
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for axis, measure, color, which in (
+            (upper, "acc_f", AFTER, 1),
+            (lower, "acc_r", RETAINED, 0),
+        ):
+            after = f"after, with the class forgotten ({measure.capitalize()})"
             series = {
                 "before": ([getattr(r, f"original_{measure}") for r in records], BEFORE),
-                f"after, with the class forgotten ({measure.capitalize()})": (
-                    [getattr(r, measure) for r in records],
-                    color,
-                ),
+                after: ([getattr(r, measure) for r in records], color),
             }
             if retrained:
-                series["retrained without it"] = (level, RETRAINED)
-            _draw_accuracy(axis, records, series, zoom=measure == "acc_r" and not named)
-            forgotten = "it" if measure == "acc_f" else "the class"
-            axis.set_title(f"Accuracy on {images}, before and after {forgotten} is forgotten")
-            axis.set_ylabel(f"accuracy on {short}, %")
-        _name_classes(axes[-1], records, order)
+                series["retrained without it"] = ([level[which] for level in levels], RETRAINED)
+            _draw_accuracy(axis, series, zoom=axis is lower and not named)
+        upper.set_title("Accuracy on the class itself, before and after it is forgotten")
+        upper.set_ylabel("accuracy on the class, %")
+        lower.set_title("Accuracy on all other classes, before and after the class is forgotten")
+        lower.set_ylabel("accuracy on the others, %")
+        _name_classes(lower, records, "class")
 
 
 def overview(result: EvaluationResult, net: WFNet, path: str | os.PathLike) -> None:
@@ -93,63 +83,52 @@ def overview(result: EvaluationResult, net: WFNet, path: str | os.PathLike) -> N
         ImportError: without matplotlib (extra ``viz``).
         ValueError: for an unknown file format.
     """
-    records, order = _ordered(result.records, None)
-    layers = shown_layers(net)
+    records = _ordered(result.records)
+    before, after = result.original, result.mean
+    series = {
+        "on the class, before": ([r.original_acc_f for r in records], BEFORE),
+        "on the class, after forgetting it": ([r.acc_f for r in records], AFTER),
+        "on all other classes, after": ([r.acc_r for r in records], RETAINED),
+    }
     with picture(path, 15.0, 5.0) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
         axis = left.subplots()
-        series = {
-            "on the class, before": ([r.original_acc_f for r in records], BEFORE),
-            "on the class, after forgetting it": ([r.acc_f for r in records], AFTER),
-            "on all other classes, after": ([r.acc_r for r in records], RETAINED),
-        }
-        _draw_accuracy(axis, records, series)
+        _draw_accuracy(axis, series)
         axis.set_ylabel("accuracy, %")
-        before, after = result.original, result.mean
         left.suptitle(
             f"One checkpoint that can forget any of {len(records):,} classes\n"
             f"accuracy on the class {100 * before.acc_f:.1f}% \u2192 {100 * after.acc_f:.1f}%, "
             f"on all others {100 * before.acc_r:.1f}% \u2192 {100 * after.acc_r:.1f}%"
         )
-        _name_classes(axis, records, order, "forgotten class")
-        axes = list(right.subplots(1, len(layers), squeeze=False)[0])
-        rows = sorted(record.index for record in records)
+        _name_classes(axis, records, "forgotten class")
         names = {record.index: record.name for record in records}
-        draw_gates(right, axes, net, layers, rows, names, sort=True, compact=True)
+        draw_gates(right, net, sorted(names), names, compact=True)
         right.suptitle("Gates: which channels each forgotten class closes")
 
 
-def _ordered(records: Sequence[ClassRecord], sort: str | None) -> tuple[list[ClassRecord], str]:
-    """Returns the records in the order asked for, and what the order is."""
-    if sort is not None and sort not in _ORDERS:
-        raise ValueError(f"sort={sort!r} is unknown; use one of {', '.join(_ORDERS)}, or None")
-    key, name = _ORDERS[sort or ("index" if len(records) <= NAMED else "original")]
-    return sorted(records, key=key), name
+def _ordered(records: Sequence[ClassRecord]) -> list[ClassRecord]:
+    """Returns few classes in the order of the data set, many by accuracy before."""
+    few = len(records) <= NAMED
+    return sorted(records, key=lambda r: (0 if few else -r.original_acc_f, r.index))
 
 
-def _draw_accuracy(
-    axis: Axes,
-    records: Sequence[ClassRecord],
-    series: Mapping[str, tuple[Sequence[float], str]],
-    zoom: bool = False,
-) -> None:
-    """Draws ``series``, label -> (fractions, colour), as bars, or as points for many classes."""
-    named = len(records) <= NAMED
-    places = range(len(records))
-    everything = []
+def _draw_accuracy(axis: Axes, series: Series, zoom: bool = False) -> None:
+    """Draws the series as bars, or as points for many classes."""
+    count = len(next(iter(series.values()))[0])
+    named, everything = count <= NAMED, []
     width = 0.84 / len(series)
     for i, (label, (shares, color)) in enumerate(series.items()):
         values = [100 * share for share in shares]
         everything += [value for value in values if not math.isnan(value)]
         if named:
-            left = [place - 0.42 + i * width for place in places]
+            left = [place - 0.42 + i * width for place in range(count)]
             axis.bar(left, values, 0.94 * width, align="edge", color=color, label=label)
             _write_values(axis, left, values, width, color, always=len(series) == 2)
         else:
-            size = max(1.5, min(12.0, 3000 / len(records)))
-            axis.scatter(places, values, s=size, color=color, label=label, linewidths=0)
-    margin = 0.6 if named else 0.01 * len(records)
-    axis.set_xlim(-margin, len(records) - 1 + margin)
+            size = max(1.5, min(12.0, 3000 / count))
+            axis.scatter(range(count), values, s=size, color=color, label=label, linewidths=0)
+    margin = 0.6 if named else 0.01 * count
+    axis.set_xlim(-margin, count - 1 + margin)
     axis.grid(axis="y")
     if zoom:  # the rows of many classes differ by a point or less, which a full axis would hide
         low, high = min(everything), max(everything)
@@ -158,12 +137,10 @@ def _draw_accuracy(
     else:
         axis.set_ylim(0 if named else -1.5, 121)  # room for the legend above the data
         axis.set_yticks(range(0, 101, 20))
-    legend = axis.legend(
-        loc="upper center", ncols=len(series), borderaxespad=0.1, handletextpad=0.5
-    )
-    if not named:
-        for handle in legend.legend_handles:
-            handle.set_sizes([30])
+    look = {"ncols": len(series), "borderaxespad": 0.1, "handletextpad": 0.5}
+    legend = axis.legend(loc="upper center", **look)
+    for handle in () if named else legend.legend_handles:
+        handle.set_sizes([30])
 
 
 def _write_values(
@@ -171,27 +148,19 @@ def _write_values(
 ) -> None:
     """Writes numbers above the bars where there is room; without a 0, a bar of 0 looks lost."""
     few = len(values) <= 12
+    look = {"ha": "center", "va": "bottom", "color": INK if color == BEFORE else color}
+    look["fontsize"] = 8.5 if few else 7
     for x, value in zip(left, values, strict=True):
         zero = value < 0.05
         if (always and zero) or (few and (always or value < 5) and not math.isnan(value)):
             text = f"{value:.1f}" if 0.05 <= value < 99.95 else f"{value:.0f}"
-            axis.text(
-                x + 0.47 * width,
-                value + 1,
-                text,
-                ha="center",
-                va="bottom",
-                color=INK if color == BEFORE else color,
-                fontsize=8.5 if few else 7,
-                fontweight="bold" if zero else "normal",
-            )
+            weight = "bold" if zero else "normal"
+            axis.text(x + 0.47 * width, value + 1, text, fontweight=weight, **look)
 
 
-def _name_classes(
-    axis: Axes, records: Sequence[ClassRecord], order: str, title: str = "class"
-) -> None:
+def _name_classes(axis: Axes, records: Sequence[ClassRecord], title: str) -> None:
     if len(records) > NAMED:
-        axis.set_xlabel(f"{title} ({len(records):,}, {order})")
+        axis.set_xlabel(f"{title} ({len(records):,}, sorted by accuracy before)")
         return
     texts = [shorten(record.name) for record in records]
     axis.set_xticks(range(len(records)), texts)

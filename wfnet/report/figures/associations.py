@@ -11,63 +11,40 @@ from torch import Tensor
 
 from wfnet.fusion.trace import execution_order
 from wfnet.network import WFNet
-from wfnet.report.figures.style import (
-    AFTER,
-    INK,
-    RETAINED,
-    bars_by_name,
-    checked_rows,
-    picture,
-    shorten,
-)
+from wfnet.report.figures.style import AFTER, INK, RETAINED, bars_by_name, picture, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# More classes than this cannot be told apart in a graph.
-_IN_A_GRAPH = 20
+# Filters of each class, and how many classes can be told apart in a graph.
+TOP, _IN_A_GRAPH = 10, 20
 _BARS = 30
 
 
 def association_graph(
-    net: WFNet,
-    path: str | os.PathLike,
-    layer: str | None = None,
-    names: Sequence[str] | None = None,
-    classes: Sequence[int] | None = None,
-    top: int = 10,
+    net: WFNet, path: str | os.PathLike, classes: Sequence[int], names: Sequence[str]
 ) -> None:
-    """Draws which classes close the same filters (the paper's Figure 3).
+    """Draws which classes close the same filters of the last masked layer to run.
 
-    Each class is linked to its ``top`` filters, those with the lowest gates in the layer; filters
-    that only one class closes are left out. For more classes than can be told apart, the figure
-    shows the most shared filters and the pairs of classes that share most instead.
+    Each class is linked to the filters with the lowest gates; filters that only one class closes
+    are left out. For more classes than can be told apart, the figure shows the most shared filters
+    and the pairs of classes that share most instead.
 
     Args:
         net: the filtered network.
         path: file to write.
-        layer: name of a masked layer; the last one to run by default.
-        names: names of all classes; numbers by default.
-        classes: rows; all by default.
-        top: filters of each class.
+        classes: rows.
+        names: names of all classes.
 
     Raises:
         ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown layer, classes out of range, ``top`` below 1 or an unknown file
-            format.
+        ValueError: for an unknown file format.
     """
-    rows = checked_rows(net, classes)
-    order = execution_order(net.model, list(net.masked_layers))
-    chosen = order[-1] if layer is None else layer
-    if chosen not in net.masked_layers:
-        raise ValueError(f"{chosen!r} is no masked layer; they are {', '.join(order)}")
-    if top < 1:
-        raise ValueError(f"top must be at least 1; got {top}")
-    gates = net.masked_layers[chosen].gates()[rows].detach().float().cpu()
-    links = associations(gates, top)
-    texts = [str(row) if names is None else names[row] for row in rows]
-    many = len(rows) > _IN_A_GRAPH
+    layer = execution_order(net.model, list(net.masked_layers))[-1]
+    links = associations(net.masked_layers[layer].gates()[classes].detach().float().cpu())
+    texts = [names[row] for row in classes]
+    many = len(classes) > _IN_A_GRAPH
     with picture(path, 13.0, 6.4 if many else 5.4) as figure:
         if many:
             _draw_shared(figure, links, texts)
@@ -75,12 +52,12 @@ def association_graph(
             _draw_graph(figure.subplots(), links, texts)
         kept, filters = int((links.sum(0) >= 2).sum()), links.shape[1]
         figure.suptitle(
-            f"Filters that several classes close, layer {chosen}: of the {min(top, filters)} "
+            f"Filters that several classes close, layer {layer}: of the {min(TOP, filters)} "
             f"lowest gates of each class, {kept} of {filters} filters are shared"
         )
 
 
-def associations(gates: Tensor, top: int = 10) -> Tensor:
+def associations(gates: Tensor, top: int = TOP) -> Tensor:
     """Returns whether a filter is among the ``top`` lowest gates of a class.
 
     Args:
@@ -96,37 +73,33 @@ def associations(gates: Tensor, top: int = 10) -> Tensor:
 
 def _draw_graph(axis: Axes, links: Tensor, names: Sequence[str]) -> None:
     """Draws classes above, shared filters below in the order of their classes' mean place."""
-    classes = len(links)
-    shared = (links.sum(0) >= 2).nonzero().squeeze(1)
     axis.set_axis_off()
+    shared = (links.sum(0) >= 2).nonzero().squeeze(1)
     if not len(shared):
         axis.text(0.5, 0.5, "no filter is among the lowest gates of two classes", ha="center")
         return
-    place = torch.linspace(0, 1, classes) if classes > 1 else torch.tensor([0.5])
+    place = torch.linspace(0, 1, len(links))
+    center = (links[:, shared] * place.unsqueeze(1)).sum(0) / links[:, shared].sum(0)
+    shared = shared[center.argsort(stable=True)]
     counts = links[:, shared].sum(0)
-    center = (links[:, shared] * place.unsqueeze(1)).sum(0) / counts
-    order = center.argsort(stable=True)
-    shared, counts = shared[order], counts[order]
     below = torch.linspace(0, 1, len(shared)) if len(shared) > 1 else torch.tensor([0.5])
     most = int(counts.max())
-    for j, (filter_, count) in enumerate(zip(shared.tolist(), counts.tolist(), strict=True)):
-        strength = 0.25 + 0.55 * (count - 1) / max(most - 1, 1)
+    for j, filter_ in enumerate(shared.tolist()):
+        strength = 0.25 + 0.55 * (int(counts[j]) - 1) / max(most - 1, 1)
         for i in links[:, filter_].nonzero().squeeze(1).tolist():
             axis.plot([place[i], below[j]], [1, 0], color=RETAINED, lw=1.1, alpha=strength)
-    axis.scatter(place, [1] * classes, s=420, color=INK, zorder=3)
+    axis.scatter(place, [1] * len(links), s=420, color=INK, zorder=3)
     axis.scatter(below, [0] * len(shared), s=40 + 45 * counts, color=AFTER, zorder=3)
     short = max(map(len, names)) <= 3  # names then fit into the dots
+    where = {"ha": "center", "va": "bottom", "color": INK}
     if short:
         where = {"ha": "center", "va": "center", "color": "white"}
-    elif classes <= 8:
-        where = {"ha": "center", "va": "bottom", "color": INK}
-    else:
-        where = {"ha": "left", "va": "bottom", "color": INK, "rotation": 35}
+    elif len(links) > 8:
+        where |= {"ha": "left", "rotation": 35}
     for i, name in enumerate(names):
         height = 1 if short else 1.07
         axis.text(place[i], height, shorten(name, 16), fontsize=10, zorder=4, **where)
-    crowded = len(shared) > 30
-    number = {"fontsize": 6.5, "rotation": 90} if crowded else {"fontsize": 8}
+    number = {"fontsize": 6.5, "rotation": 90} if len(shared) > 30 else {"fontsize": 8}
     for j, filter_ in enumerate(shared.tolist()):
         axis.text(below[j], -0.09, str(filter_), ha="center", va="top", **number)
     axis.text(-0.03, 1, "class", ha="right", va="center", fontsize=10, color=INK)
@@ -142,23 +115,14 @@ def _draw_shared(figure: Figure, links: Tensor, names: Sequence[str]) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
     counts = links.sum(0)
     most = counts.argsort(descending=True, stable=True)[:_BARS]
-    most = most[counts[most] >= 2]
-    bars_by_name(
-        left,
-        [f"filter {filter_}" for filter_ in most.tolist()],
-        counts[most].tolist(),
-        AFTER,
-        "classes with the filter among their lowest gates",
-        "The most shared filters",
-    )
+    bars = [(f"filter {k}", int(counts[k])) for k in most.tolist() if counts[k] >= 2]
+    what = "classes with the filter among their lowest gates"
+    bars_by_name(left, bars, AFTER, what, "The most shared filters")
     common = links.float() @ links.float().T
     pairs = common.triu(1).flatten().argsort(descending=True, stable=True)[:_BARS].tolist()
-    pairs = [divmod(pair, len(links)) for pair in pairs]
-    bars_by_name(
-        right,
-        [f"{shorten(names[i], 22)} \u2013 {shorten(names[j], 22)}" for i, j in pairs],
-        [int(common[i, j]) for i, j in pairs],
-        RETAINED,
-        "filters in common",
-        "The pairs of classes that share most filters",
-    )
+    bars = [
+        (f"{shorten(names[i], 22)} \u2013 {shorten(names[j], 22)}", int(common[i, j]))
+        for i, j in (divmod(pair, len(links)) for pair in pairs)
+    ]
+    title = "The pairs of classes that share most filters"
+    bars_by_name(right, bars, RETAINED, "filters in common", title)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 # More classes than this make no readable map.
 _IN_A_MAP = 20
 _BARS = 18
+_IMAGES, _CHANGE = "images of the forgotten class, %", "change of accuracy, points"
+_WHERE = "Where images of a forgotten class go"
 
 
 def confusion(change: ConfusionChange, path: str | os.PathLike) -> None:
@@ -49,37 +51,48 @@ def confusion(change: ConfusionChange, path: str | os.PathLike) -> None:
         if few:
             _draw_maps(figure, change)
         else:
-            _draw_summary(figure, change)
+            left, right = figure.subplots(2, 2)
+            _draw_flows(*left, change)
+            _draw_harm(*right, change)
 
 
 def _draw_maps(figure: Figure, change: ConfusionChange) -> None:
     left, right = figure.subplots(1, 2)
     shares, harm = 100 * change.shares(), 100 * change.collateral()
     reach = max(5.0, harm.nan_to_num(0).abs().max().item())
-    image = left.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=100, aspect="auto")
-    figure.colorbar(image, ax=left, pad=0.02).set_label("images of the forgotten class, %")
-    left.set_title("Where images of the forgotten class go")
-    left.set_xlabel("taken for")
-    _label_cells(left, shares, change, "{:.0f}", bright=55.0)
-    image = right.imshow(harm.numpy(), cmap="PuOr", vmin=-reach, vmax=reach, aspect="auto")
-    figure.colorbar(image, ax=right, pad=0.02).set_label("change of accuracy, points")
-    right.set_title("What it does to the other classes")
-    right.set_xlabel("class")
-    _label_cells(right, harm, change, "{:+.0f}", bright=0.6 * reach)
+    title = "Where images of the forgotten class go"
+    _draw_map(left, shares, change, "Blues", (0, 100), _IMAGES, title, "taken for", "{:.0f}", 55.0)
+    title = "What it does to the other classes"
+    span = (-reach, reach)
+    _draw_map(right, harm, change, "PuOr", span, _CHANGE, title, "class", "{:+.0f}", 0.6 * reach)
     for i, label in enumerate(change.classes.tolist()):
         right.text(label, i, "\u2715", ha="center", va="center", fontsize=8, color=BEFORE)
 
 
-def _label_cells(
-    axis: Axes, values: Tensor, change: ConfusionChange, written: str, bright: float
+def _draw_map(
+    axis: Axes,
+    values: Tensor,
+    change: ConfusionChange,
+    colors: str,
+    span: tuple[float, float],
+    unit: str,
+    title: str,
+    columns: str,
+    written: str,
+    bright: float,
 ) -> None:
-    """Names rows and columns, and writes every value that rounds to more than 0."""
-    columns = [shorten(name, 14) for name in change.names]
-    axis.set_xticks(range(len(columns)), columns)
-    rows = change.classes.tolist()
-    axis.set_yticks(range(len(rows)), [columns[row] for row in rows])
+    """Draws a map with named rows and columns; values that do not round to 0 are written."""
+    low, high = span
+    image = axis.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
+    axis.figure.colorbar(image, ax=axis, pad=0.02).set_label(unit)
+    axis.set_title(title)
+    axis.set_xlabel(columns)
+    names = [shorten(name, 14) for name in change.names]
+    axis.set_xticks(range(len(names)), names)
+    rows = [names[row] for row in change.classes.tolist()]
+    axis.set_yticks(range(len(rows)), rows)
     axis.set_ylabel("forgotten class")
-    if max(map(len, columns)) > 3:
+    if max(map(len, names)) > 3:
         slant(axis, 60)
     for i, j in (values.nan_to_num(0).abs() >= 0.5).nonzero().tolist():
         value = values[i, j].item()
@@ -87,50 +100,39 @@ def _label_cells(
         axis.text(j, i, written.format(value), ha="center", va="center", fontsize=8, color=color)
 
 
-def _draw_summary(figure: Figure, change: ConfusionChange) -> None:
-    (flows, kept), (suffering, changes) = figure.subplots(2, 2)
-    names, classes = change.names, change.classes.tolist()
-    shares, original = 100 * change.shares(), 100 * change.original_shares()
-    own = torch.arange(len(classes))
+def _draw_flows(flows: Axes, kept: Axes, change: ConfusionChange) -> None:
+    """Draws the strongest flows by name, and how many images stay, for all classes."""
+    names, classes = [shorten(name, 24) for name in change.names], change.classes.tolist()
+    shares, own = 100 * change.shares(), torch.arange(len(classes))
     elsewhere = shares.clone()
     elsewhere[own, change.classes] = -1
     most, target = elsewhere.max(1)
     strongest = most.argsort(descending=True, stable=True)[:_BARS].tolist()
-    bars_by_name(
-        flows,
-        [
-            f"{shorten(names[classes[i]], 24)} \u2192 {shorten(names[target[i]], 24)}"
-            for i in strongest
-        ],
-        [most[i].item() for i in strongest],
-        RETAINED,
-        "images of the forgotten class, %",
-        "The strongest flows from a forgotten class",
-        "{:.0f}",
-    )
-    _sorted_curve(kept, original[own, change.classes], "kept on the class, before", BEFORE)
+    bars = [(f"{names[classes[i]]} \u2192 {names[target[i]]}", most[i].item()) for i in strongest]
+    title = "The strongest flows from a forgotten class"
+    bars_by_name(flows, bars, RETAINED, _IMAGES, title, "{:.0f}")
+    before = 100 * change.original_shares()[own, change.classes]
+    _sorted_curve(kept, before, "kept on the class, before", BEFORE)
     _sorted_curve(kept, shares[own, change.classes], "kept on the class, after", AFTER)
     receiver = "to the one class that receives most"
     _sorted_curve(kept, most.clamp_min(0), receiver, RETAINED, ls="--")
     kept.set_ylim(-2, 118)
     kept.set_yticks(range(0, 101, 20))
-    kept.set_ylabel("images of the forgotten class, %")
+    kept.set_ylabel(_IMAGES)
     kept.set_xlabel(f"forgotten classes ({len(classes):,}), each curve sorted by itself")
-    kept.set_title("Where images of a forgotten class go")
+    kept.set_title(_WHERE)
     kept.legend(loc="upper right")
+
+
+def _draw_harm(suffering: Axes, changes: Axes, change: ConfusionChange) -> None:
+    """Draws the classes that suffer most by name, and the change of accuracy of all."""
     harm = 100 * change.collateral()
     suffered, caused = harm.nanmean(0), harm.nanmean(1)
     known = (~suffered.isnan()).nonzero().squeeze(1)
     worst = known[suffered[known].argsort(stable=True)[:_BARS]].tolist()
-    bars_by_name(
-        suffering,
-        [shorten(names[k], 30) for k in worst],
-        [suffered[k].item() for k in worst],
-        AFTER,
-        "mean change of accuracy, points",
-        "Classes that suffer most from others' rows",
-        "{:+.1f}",
-    )
+    bars = [(shorten(change.names[k], 30), suffered[k].item()) for k in worst]
+    title = "Classes that suffer most from others' rows"
+    bars_by_name(suffering, bars, AFTER, f"mean {_CHANGE}", title, "{:+.1f}")
     label = "on a class, mean over the rows of others"
     _sorted_curve(changes, suffered[known], label, AFTER, descending=False)
     label = "under a row, mean over the other classes"
@@ -138,7 +140,7 @@ def _draw_summary(figure: Figure, change: ConfusionChange) -> None:
     _sorted_curve(changes, caused, label, RETAINED, ls="--", descending=False)
     changes.axhline(0, color=BEFORE, lw=1)
     changes.set_title("Change of accuracy on the other classes")
-    changes.set_ylabel("change of accuracy, points")
+    changes.set_ylabel(_CHANGE)
     changes.set_xlabel("classes, each curve sorted by itself")
     changes.legend(loc="lower right")
 

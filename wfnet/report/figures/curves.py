@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from wfnet.evaluation.attribution import AttributionResult
 from wfnet.report.figures.style import AFTER, INK, RETAINED, SERIES, picture
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Name -> (step, value) in the order of training.
 Points = dict[str, list[tuple[float, float]]]
 
 
@@ -27,43 +32,53 @@ def training_curves(history: Sequence[Mapping[str, object]], path: str | os.Path
         ImportError: without matplotlib (extra ``viz``).
         ValueError: for a history without losses and accuracies, or an unknown file format.
     """
-    panels = [
-        ("Losses while untraining", "loss", "", 1, _points(history, lambda n: "loss" in n)),
-        (
-            "Accuracy on validation images while untraining",
-            "accuracy, %",
-            ", %",
-            100,
-            _points(history, lambda n: n.startswith("acc")),
-        ),
-    ]
-    panels = [panel for panel in panels if panel[-1]]
-    if not panels:
+    series = _points(history)
+    losses = {name: points for name, points in series.items() if "loss" in name}
+    accuracies = {name: points for name, points in series.items() if name.startswith("acc")}
+    count = bool(losses) + bool(accuracies)
+    if not count:
         raise ValueError(
             f"the history has no losses or accuracies to draw ({len(history)} records); its "
             "records need names such as 'loss' or 'acc_r'"
         )
-    with picture(path, 5.6 * len(panels) + 0.4, 3.8) as figure:
-        axes = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axis, (title, label, unit, scale, series) in zip(axes, panels, strict=True):
-            for i, (name, points) in enumerate(series.items()):
-                axis.plot(
-                    [step for step, _ in points],
-                    [scale * value for _, value in points],
-                    color=SERIES[i % len(SERIES)],
-                    label=_pretty(name),
-                    lw=1.6,
-                    marker="o" if len(points) <= 30 else None,
-                    ms=3.5,
-                )
-            axis.set_xlabel("step")
-            axis.grid()
-            axis.set_title(title)
-            axis.set_ylabel(label if len(series) > 1 else f"{_pretty(next(iter(series)))}{unit}")
-            if scale == 100:
-                axis.set_ylim(-3, 103)
-            if len(series) > 1:
-                axis.legend()
+    with picture(path, 5.6 * count + 0.4, 3.8) as figure:
+        axes = list(figure.subplots(1, count, squeeze=False)[0])
+        if losses:
+            _draw_points(axes[0], losses, "loss", 1)
+            axes[0].set_title("Losses while untraining")
+        if accuracies:
+            _draw_points(axes[-1], accuracies, "accuracy", 100)
+            axes[-1].set_title("Accuracy on validation images while untraining")
+            axes[-1].set_ylim(-3, 103)
+
+
+def _draw_points(axis: Axes, series: Points, label: str, scale: int) -> None:
+    shown = {"acc_r": "Acc_r (other classes)", "acc_f": "Acc_f (forgotten class)"}
+    names = {name: shown.get(name, name.replace("_", " ")) for name in series}
+    for i, (name, points) in enumerate(series.items()):
+        steps, values = [step for step, _ in points], [scale * value for _, value in points]
+        look = {"color": SERIES[i % len(SERIES)], "lw": 1.6, "ms": 3.5}
+        marker = "o" if len(points) <= 30 else None
+        axis.plot(steps, values, label=names[name], marker=marker, **look)
+    axis.set_xlabel("step")
+    axis.grid()
+    one = len(series) == 1
+    axis.set_ylabel((names.popitem()[1] if one else label) + (", %" if scale == 100 else ""))
+    if not one:
+        axis.legend()
+
+
+def _points(history: Sequence[Mapping[str, object]]) -> Points:
+    """Returns every finite number in the history by name."""
+    series: Points = {}
+    for position, record in enumerate(history):
+        for name, value in record.items():
+            if isinstance(value, torch.Tensor) and value.numel() == 1:
+                value = value.item()
+            if isinstance(value, int | float) and math.isfinite(value):
+                step = record.get("step", position)
+                series.setdefault(name, []).append((float(step), float(value)))
+    return series
 
 
 def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> None:
@@ -78,7 +93,6 @@ def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> No
         ValueError: for an unknown file format.
     """
     shares = [100 * share for share in result.shares]
-    mean = result.mean
     parts = (
         ("insertion", RETAINED, "Insertion: the class's gates reset to 1"),
         ("deletion", AFTER, "Deletion: all gates at 1, then set to 0"),
@@ -90,9 +104,9 @@ def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> No
             low, high = (torch.quantile(curves, q, dim=0).tolist() for q in (0.1, 0.9))
             spread = "10th to 90th percentile of classes"
             axis.fill_between(shares, low, high, color=color, alpha=0.2, lw=0, label=spread)
-            label = f"lowest learned gates first: area {mean[name]:.2f}"
+            label = f"lowest learned gates first: area {result.mean[name]:.2f}"
             axis.plot(shares, curves.mean(0).tolist(), color=color, lw=2, label=label)
-            label = f"random order: area {mean[f'{name}_random']:.2f}"
+            label = f"random order: area {result.mean[f'{name}_random']:.2f}"
             axis.plot(shares, chance.mean(0).tolist(), color=INK, lw=1.6, ls="--", label=label)
             axis.set_title(title)
             axis.set_xlabel("gates changed, % of each layer")
@@ -104,22 +118,3 @@ def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> No
         figure.suptitle(
             f"Are the closed gates those that the class needs? ({len(result.records):,} classes)"
         )
-
-
-def _points(history: Sequence[Mapping[str, object]], wanted: Callable[[str], bool]) -> Points:
-    """Returns (step, value) of every finite number in the history whose name is wanted."""
-    series: Points = {}
-    for position, record in enumerate(history):
-        for name, value in record.items():
-            if isinstance(value, torch.Tensor) and value.numel() == 1:
-                value = value.item()
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if wanted(name) and number and math.isfinite(value):
-                step = record.get("step", position)
-                series.setdefault(name, []).append((float(step), float(value)))
-    return series
-
-
-def _pretty(name: str) -> str:
-    shown = {"acc_r": "Acc_r (other classes)", "acc_f": "Acc_f (forgotten class)"}
-    return shown.get(name, name.replace("_", " "))

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from wfnet.network import WFNet
 from wfnet.services.extras import require
 from wfnet.services.files import write_atomically
 
@@ -69,23 +68,6 @@ def picture(path: str | os.PathLike, width: float, height: float) -> Iterator[Fi
         write_atomically(path, lambda temporary: figure.savefig(temporary, format=suffix))
 
 
-def checked_rows(net: WFNet, classes: Sequence[int] | None) -> list[int]:
-    """Returns ``classes`` as rows of the filters, all rows for None.
-
-    Raises:
-        ValueError: for no classes, or classes out of range.
-    """
-    rows = list(range(net.num_classes)) if classes is None else [int(c) for c in classes]
-    if not rows:
-        raise ValueError("classes must name at least one class, or be None for all of them")
-    for row in rows:
-        if not 0 <= row < net.num_classes:
-            raise ValueError(
-                f"class {row} is out of range: the filters have classes 0 to {net.num_classes - 1}"
-            )
-    return rows
-
-
 def shorten(text: str, length: int = 18) -> str:
     """Returns ``text``, its end replaced by an ellipsis where it is longer than ``length``."""
     return text if len(text) <= length else f"{text[: length - 1]}\u2026"
@@ -101,25 +83,23 @@ def slant(axis: Axes, degrees: float) -> None:
 
 def bars_by_name(
     axis: Axes,
-    names: list[str],
-    values: list[float],
+    bars: Sequence[tuple[str, float]],
     color: str,
     unit: str,
     title: str,
     written: str = "{:g}",
 ) -> None:
-    """Draws horizontal bars, the first at the top, with their values."""
-    places = range(len(names))
-    axis.barh(places, values, color=color, height=0.72)
-    axis.set_yticks(places, names, fontsize=7.5 if len(names) > 20 else 9)
-    axis.set_ylim(len(names) - 0.4, -0.6)
-    span = max([abs(v) for v in values], default=1) or 1
-    for place, value in zip(places, values, strict=True):
+    """Draws horizontal bars (name, value), the first at the top, with their values."""
+    names, values = [name for name, _ in bars], [value for _, value in bars]
+    axis.barh(range(len(bars)), values, color=color, height=0.72)
+    axis.set_yticks(range(len(bars)), names, fontsize=7.5 if len(bars) > 20 else 9)
+    axis.set_ylim(len(bars) - 0.4, -0.6)
+    span = max(map(abs, values), default=1) or 1
+    for place, value in enumerate(values):
         side, gap = ("left", 0.012) if value >= 0 else ("right", -0.012)
         text = written.format(value)
         axis.text(value + gap * span, place, text, va="center", ha=side, fontsize=7.5)
-    low, high = min([0.0, *values]), max([0.0, *values])
-    axis.set_xlim(1.14 * low, 1.12 * span if high > 0 else 0)
+    axis.set_xlim(1.14 * min([0.0, *values]), 1.12 * span if max([0.0, *values]) > 0 else 0)
     axis.set_xlabel(unit)
     axis.set_title(title)
     if all(isinstance(value, int) for value in values):

@@ -41,9 +41,18 @@ def trust_checks(result: TrustResult, path: str | os.PathLike) -> None:
     with picture(path, 15.0, 7.6) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=[1.6, 1])
         _draw_levels(left.subplots(), means)
-        upper, lower = right.subplots(2, 1)
-        _draw_probes(upper, [r for r in result.records if r.details.get("layers")])
-        _draw_relearning(lower, [r for r in result.records if r.details.get("course")])
+        parts = (
+            ("layers", "Linear probes: the class read from each layer", _draw_probes),
+            ("course", "Relearning: best accuracy on the class by fine-tuning", _draw_relearning),
+        )
+        for axis, (detail, title, draw) in zip(right.subplots(2, 1), parts, strict=True):
+            found = [record for record in result.records if record.details.get(detail)]
+            axis.set_title(title)
+            if found:
+                draw(axis, found)
+            else:
+                axis.set_axis_off()
+                axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
         classes = len({record.index for record in result.records})
         what = "class" if classes == 1 else "classes"
         figure.suptitle(f"Trust checks, means over {classes:,} {what}")
@@ -52,7 +61,7 @@ def trust_checks(result: TrustResult, path: str | os.PathLike) -> None:
 def _draw_levels(axis: Axes, means: Mapping[str, Mapping[str, Mapping[str, float | None]]]) -> None:
     """Draws one line per measure that is a fraction: the model under test between its levels."""
     wanted = [
-        (check, name, row)
+        (CHECKS[check], name, row)
         for check, rows in means.items()
         for name, row in rows.items()
         if not name.startswith(("kl_", "js_", "acc_r_"))
@@ -66,13 +75,16 @@ def _draw_levels(axis: Axes, means: Mapping[str, Mapping[str, Mapping[str, float
             x, y = zip(*points, strict=True)
             look = {"color": color, "marker": marker, "s": size, "label": label}
             axis.scatter(x, y, zorder=3, edgecolors="white", linewidths=0.7, **look)
-    labels = [_label(check, name) for check, name, _ in wanted]
-    axis.set_yticks(range(len(wanted)), labels, fontsize=7.5)
-    edges = [i for i in range(1, len(wanted)) if wanted[i][0] != wanted[i - 1][0]]
+    texts = [
+        check.meaning(name).removeprefix("accuracy on the forgotten class, ")
+        for check, name, _ in wanted
+    ]
+    axis.set_yticks(range(len(wanted)), [shorten(text, 60) for text in texts], fontsize=7.5)
+    edges = [i for i in range(1, len(wanted)) if wanted[i][0] is not wanted[i - 1][0]]
     for edge in edges:
         axis.axhline(edge - 0.5, color="#C4CAD0", lw=0.8)
     for start in (0, *edges):
-        title = CHECKS[wanted[start][0]].title
+        title = wanted[start][0].title
         axis.text(1.035, start, title, fontsize=8.5, va="center", color=INK)
     axis.set_ylim(len(wanted) - 0.4, -0.6)
     axis.set_xlim(-0.03, 1.03)
@@ -81,16 +93,7 @@ def _draw_levels(axis: Axes, means: Mapping[str, Mapping[str, Mapping[str, float
     axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
-def _label(check: str, name: str) -> str:
-    text = CHECKS[check].meaning(name) or name
-    return shorten(text.removeprefix("accuracy on the forgotten class, "), 60)
-
-
 def _draw_probes(axis: Axes, found: list[TrustRecord]) -> None:
-    axis.set_title("Linear probes: the class read from each layer")
-    if not found:
-        _say_not_measured(axis)
-        return
     layers = list(found[0].details["layers"])
     values = torch.tensor([[100 * r.details["layers"][n] for n in layers] for r in found])
     places = range(len(layers))
@@ -106,10 +109,9 @@ def _draw_probes(axis: Axes, found: list[TrustRecord]) -> None:
         axis.scatter([len(layers) - 1], [level], zorder=3, **look)
     axis.set_xticks(places, [shorten(name, 22) for name in layers], fontsize=7.5)
     slant(axis, 40)
-    if len(layers) > _PROBES_NAMED:
-        every = math.ceil(len(layers) / _PROBES_NAMED)
-        for i, text in enumerate(axis.get_xticklabels()):
-            text.set_visible(i % every == 0 or i == len(layers) - 1)
+    every = math.ceil(len(layers) / _PROBES_NAMED)
+    for i, text in enumerate(axis.get_xticklabels()):
+        text.set_visible(i % every == 0 or i == len(layers) - 1)
     axis.set_ylim(45, 103)
     axis.set_ylabel("balanced accuracy, %\n(50: chance)")
     axis.grid()
@@ -117,24 +119,17 @@ def _draw_probes(axis: Axes, found: list[TrustRecord]) -> None:
 
 
 def _draw_relearning(axis: Axes, found: list[TrustRecord]) -> None:
-    axis.set_title("Relearning: best accuracy on the class by fine-tuning")
-    if not found:
-        _say_not_measured(axis)
-        return
     names = list(dict.fromkeys(name for record in found for name in record.forgetful))
     for who, shift in (("forgetful", -0.2), ("retrained", 0.2)):
-        values = [
-            [100 * getattr(r, who)[name] for r in found if name in getattr(r, who)]
-            for name in names
-        ]
-        if not any(values):
-            continue
-        label, color, _, _ = _MODELS[who]
-        heights = [sum(v) / len(v) if v else 0.0 for v in values]
-        places = [j + shift for j in range(len(names))]
-        axis.bar(places, heights, 0.38, color=color, label=label)
-        for x, height in zip(places, heights, strict=True):
-            axis.text(x, height + 1.5, f"{height:.0f}", ha="center", fontsize=8.5)
+        rows = [[r.row(name)[who] for r in found] for name in names]
+        known = [[100 * value for value in row if value is not None] for row in rows]
+        if any(known):
+            heights = [sum(v) / len(v) if v else 0.0 for v in known]
+            label, color, _, _ = _MODELS[who]
+            places = [j + shift for j in range(len(names))]
+            axis.bar(places, heights, 0.38, color=color, label=label)
+            for x, height in zip(places, heights, strict=True):
+                axis.text(x, height + 1.5, f"{height:.0f}", ha="center", fontsize=8.5)
     axis.set_xticks(range(len(names)), [_what_is_learned_from(name) for name in names])
     axis.set_ylim(0, 128)
     axis.set_yticks(range(0, 101, 20))
@@ -148,8 +143,3 @@ def _what_is_learned_from(name: str) -> str:
         return "other classes\nonly"
     count = name.rpartition("_")[2]
     return f"{count} image{'' if count == '1' else 's'}\nof the class"
-
-
-def _say_not_measured(axis: Axes) -> None:
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
