@@ -154,11 +154,9 @@ def test_a_step_waits_for_nothing(pretended_device, capture):
 # Where the host waits, and why that is right: never per pair.
 EVALUATION_WAITS = {
     "pair_engine.py:_run_pairs",  # rows travel to the device
-    "pairs.py:begin",  # and labels
-    "pairs.py:add",
-    "rows.py:add",
-    "pair_engine.py:_check_finite",  # once per chunk of images: broken logits are an error
-    "rows.py:end",  # once per chunk: divergences are kept
+    "pairs.py:add",  # and labels
+    "pair_engine.py:_check",  # once per chunk of images: broken logits are an error
+    "rows.py:add",  # once per chunk: divergences are kept
     "rows.py:records",  # at the end: counts
     "rows.py:<genexpr>",
     "rows.py:evaluate",

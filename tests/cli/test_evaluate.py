@@ -73,7 +73,7 @@ def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch, fails):
               "--no-figures"]  # fmt: skip
     before = load_file(run / "wf_model.safetensors")
     capsys.readouterr()
-    fails([*tables, "--relearn-lr", "0.5"], "relearned with lr=0.01, others with 0.5")
+    fails([*tables, "--relearn-lr", "0.5"], "measured with lr=0.01, others with 0.5")
     assert not (run / "evaluation.json").exists()  # noticed before the work
     assert main(tables) == 0
     shown = capsys.readouterr().out
@@ -111,7 +111,7 @@ def test_an_interrupted_evaluation_goes_on(digits, tmp_path, monkeypatch, capsys
     assert "goes on there" in capsys.readouterr().err
     assert (run / "unfinished_evaluation" / "counts.safetensors").is_file()
     with monkeypatch.context() as patch:  # counted images are not run again
-        patch.setattr("wfnet.evaluation.rows.RowScores.end", interrupt)
+        patch.setattr("wfnet.evaluation.rows.RowScores.add", interrupt)
         assert main(call) == 0
 
 

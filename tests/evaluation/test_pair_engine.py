@@ -13,7 +13,6 @@ from wfnet.evaluation.confusion import confusion_change
 from wfnet.evaluation.groups import evaluate_groups
 from wfnet.evaluation.pair_engine import Measure, PairEngine, RunOptions
 from wfnet.evaluation.plain_models import evaluate_models
-from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.evaluation.rows import evaluate
 from wfnet.services.progress import Progress
 
@@ -24,65 +23,41 @@ QUIET = RunOptions(progress=False)
 class Everything(Measure):
     """Keeps all logits, under all rows."""
 
-    def __init__(self, needs_original=True):
-        self.rows, self.needs_original = torch.arange(K), needs_original
-        self.original, self.initialised, self.chunks, self.pairs_seen = [], [], [], []
-
-    def begin(self, chunk):
-        self.original.append(chunk.original)
-        self.initialised.append(chunk.initialised)
+    def __init__(self):
+        self.rows, self.chunks, self.taken = torch.arange(K), [], []
 
     def add(self, chunk, pairs):
-        self.pairs_seen.append((chunk.indices[pairs.image], pairs.row, pairs.logits))
-
-    def end(self, chunk):
-        self.chunks.append(chunk.indices.tolist())
-
-
-@pytest.fixture
-def sent(monkeypatch):
-    """(images, pairs) of every pass through a filtered network with ``source``."""
-    found, forward = [], wfnet.WFNet.forward
-
-    def spy(self, images, forget=None, source=None):
-        if source is not None:
-            found.append((len(images), len(forget)))
-        return forward(self, images, forget, source)
-
-    monkeypatch.setattr(wfnet.WFNet, "forward", spy)
-    return found
+        self.chunks.append(chunk)
+        self.taken.append((chunk.indices[pairs.image], pairs.row, pairs.logits))
 
 
 # Less than one image's rows, not a divisor of them, several images, all pairs of a chunk.
 @pytest.mark.parametrize("batch_size", [3, 5, 2 * K, None])
 @torch.no_grad()
-def test_logits_are_those_of_the_rows_in_mixed_batches(make_net, dataset, sent, batch_size):
-    net, everything = make_net(), Everything()
-    engine = PairEngine(net, dataset, RunOptions(batch_size))
+def test_logits_are_those_of_the_rows_in_mixed_batches(
+    make_net, make_model, dataset, batch_size, monkeypatch
+):
+    net, everything, sent = make_net(), Everything(), []
+    model, forward = make_model().eval(), wfnet.WFNet.forward
+
+    def spy(self, images, forget=None, source=None):
+        if source is not None:
+            sent.append((len(images), len(forget)))
+        return forward(self, images, forget, source)
+
+    monkeypatch.setattr(wfnet.WFNet, "forward", spy)
+    engine = PairEngine(net, dataset, RunOptions(batch_size), initialised=model)
     assert engine.run(everything, torch.arange(len(dataset)).split(4))
-    read = list(range(len(dataset)))
-    assert everything.chunks == [read[i : i + 4] for i in range(0, len(read), 4)]
-    image, row, logits = (torch.cat(parts) for parts in zip(*everything.pairs_seen, strict=True))
+    assert [len(chunk.indices) for chunk in everything.chunks] == [4] * 9 + [1]
+    image, row, logits = (torch.cat(parts) for parts in zip(*everything.taken, strict=True))
     assert torch.equal(image, torch.arange(len(dataset)).repeat_interleave(K))
     images = dataset.batch(torch.arange(len(dataset))).images
     torch.testing.assert_close(logits, net.eval()(images[image], row))
-    torch.testing.assert_close(torch.cat(everything.original), net(images))
+    for name, expected in (("original", net(images)), ("initialised", model(images))):
+        found = torch.cat([getattr(chunk, name) for chunk in everything.chunks])
+        torch.testing.assert_close(found, expected)
     if batch_size == 2 * K:  # an image is sent once, with all of its rows
-        assert all(size == (2, 2 * K) for size in sent[:-1])
-
-
-def test_runs_without_the_original_network_and_with_a_new_one(make_net, make_model, dataset):
-    everything, model = Everything(needs_original=False), make_model().eval()
-    engine = PairEngine(make_net(), dataset, QUIET, initialised=model)
-    engine.run(everything, [torch.arange(3)])
-    assert everything.original == [None]
-    with torch.no_grad():
-        expected = model(dataset.batch(torch.arange(3)).images)
-    assert torch.equal(everything.initialised[0], expected)
-    wrong = nn.Sequential(nn.Flatten(), nn.Linear(64, K + 1))
-    engine = PairEngine(make_net(), dataset, QUIET, initialised=wrong)
-    with pytest.raises(ValueError, match=rf"outputs of shape \[3, {K + 1}\]"):
-        engine.run(everything, [torch.arange(3)])
+        assert all(size == (2, 2 * K) for size in sent[:-2])
 
 
 def test_a_run_can_be_stopped_between_chunks(make_net, dataset):
@@ -128,17 +103,20 @@ def test_an_image_that_is_not_finite_is_named(make_net):
         PairEngine(make_net(), data, QUIET).run(Everything(), [torch.arange(5, 10)])
 
 
-def test_logits_that_are_not_finite_are_an_error_and_the_mode_is_restored(make_net, dataset):
-    net, everything = make_net(), Everything()
+def test_broken_logits_are_an_error_and_the_mode_is_restored(make_net, dataset):
+    net = make_net()
     net.train()
     with torch.no_grad():
         net.filter_parameters()[0][3].fill_(math.nan)
     with pytest.raises(FloatingPointError, match=r"filtered network are NaN .* images 5 to 9"):
-        PairEngine(net, dataset, QUIET).run(everything, [torch.arange(5, 10)])
+        PairEngine(net, dataset, QUIET).run(Everything(), [torch.arange(5, 10)])
     assert net.training
-    assert not everything.chunks
     lenient = PairEngine(net, dataset, QUIET, refuse_broken=False)
     assert lenient.run(Everything(), [torch.arange(2)])
+    wrong = nn.Sequential(nn.Flatten(), nn.Linear(64, K + 1))
+    engine = PairEngine(make_net(), dataset, QUIET, initialised=wrong)
+    with pytest.raises(ValueError, match=rf"outputs of shape \[3, {K + 1}\]"):
+        engine.run(Everything(), [torch.arange(3)])
 
 
 def test_corrupt_images_are_left_out_and_counted(make_net, dataset):
@@ -153,10 +131,9 @@ def test_corrupt_images_are_left_out_and_counted(make_net, dataset):
                 raise OSError("image file is truncated")
             return dataset[index]
 
-    net = make_net()
-    result = evaluate(net, Damaged(), batch_size=8, progress=False)
+    result = evaluate(make_net(), Damaged(), batch_size=8, progress=False)
     kept = torch.tensor([i for i in range(len(dataset)) if i not in (3, 20)])
-    expected = evaluate(net, dataset.select(kept), progress=False)
+    expected = evaluate(make_net(), dataset.select(kept), progress=False)
     assert result.settings["corrupt_images"] == 2
     assert result.settings["images"] == len(dataset) - 2
     assert torch.equal(result.counts.top1, expected.counts.top1)
@@ -164,9 +141,9 @@ def test_corrupt_images_are_left_out_and_counted(make_net, dataset):
 
 
 def test_progress_counts_pairs_on_stderr_and_can_be_silent(make_net, dataset, capsys):
-    engine, pairs = PairEngine(make_net(), dataset, RunOptions()), K * len(dataset)
+    engine, pairs = PairEngine(make_net(), dataset, RunOptions(8)), K * len(dataset)
     with Progress(pairs, "evaluating", log_seconds=0.0) as engine.progress:
-        engine.run(Everything(), engine.chunks(8))
+        engine.run(Everything(), engine.chunks(K))
     output = capsys.readouterr()
     assert f"{pairs}/{pairs}" in output.err
     assert output.out == ""
@@ -174,31 +151,19 @@ def test_progress_counts_pairs_on_stderr_and_can_be_silent(make_net, dataset, ca
     assert capsys.readouterr().err == ""
 
 
-class Returning(nn.Module):
-    """A classifier whose outputs are wrapped."""
+def test_networks_that_return_more_than_logits(make_model, dataset):
+    class Returning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make_model()
 
-    def __init__(self, model, wrap):
-        super().__init__()
-        self.inner, self.wrap = model, wrap
+        def forward(self, images):
+            return SimpleNamespace(logits=self.inner(images))
 
-    def forward(self, images):
-        return self.wrap(self.inner(images))
-
-
-@pytest.mark.parametrize(
-    "wrap",
-    [lambda y: (y, y.mean()), lambda y: {"aux": y * 0, "logits": y},
-     lambda y: SimpleNamespace(logits=y)],
-    ids=["tuple", "dict", "attribute"],
-)  # fmt: skip
-def test_networks_that_return_more_than_logits(make_model, dataset, wrap):
-    plain = wfnet.WFNet(make_model(), K)
-    net = wfnet.WFNet(Returning(make_model(), wrap), K)
-    found, expected = (evaluate(n, dataset, progress=False) for n in (net, plain))
+    nets = wfnet.WFNet(Returning(), K), wfnet.WFNet(make_model(), K)
+    found, expected = (evaluate(net, dataset, progress=False) for net in nets)
     assert found.records == expected.records
     found, expected = (
-        evaluate_models(n.bake, n.bake(None), dataset, options=QUIET) for n in (net, plain)
+        evaluate_models(net.bake, net.bake(None), dataset, options=QUIET) for net in nets
     )
     assert found.records == expected.records
-    config = RelearnConfig(samples=8, batch_size=4, max_epochs=1)
-    assert relearn_times(net, dataset, dataset, classes=[1], config=config, options=QUIET).records

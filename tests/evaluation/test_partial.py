@@ -2,7 +2,7 @@
 
 import pytest
 
-from wfnet.evaluation import evaluate_groups, evaluate_models, evaluate_multi_label
+from wfnet.evaluation import evaluate_groups, evaluate_multi_label
 from wfnet.evaluation.attribution import attribution
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.partial import PartialResults
@@ -19,11 +19,6 @@ def curves(net, data, options):
     return attribution(net, data, steps=2, classes_together=2, options=options)
 
 
-def models(net, data, options):
-    filters = {"filters": repr(net.gates())}
-    return evaluate_models(net.bake, net.bake(None), data, options=options, identity=filters)
-
-
 def times(net, data, options):
     return relearn_times(net, data, data, config=QUICK, options=options)
 
@@ -32,7 +27,7 @@ def precisions(net, data, options):
     return evaluate_multi_label(net, data, rows_together=3, options=options)
 
 
-@pytest.mark.parametrize("measure", [groups, curves, models, times, precisions])
+@pytest.mark.parametrize("measure", [groups, curves, times, precisions])
 def test_an_interrupted_call_goes_on_after_the_last_record(
     measure, make_net, dataset, multi_label_dataset, tmp_path, monkeypatch
 ):

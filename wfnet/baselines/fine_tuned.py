@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.baselines.method import BaselineConfig, Method, Origin
-from wfnet.data import batches, classes_of, corrupt_counter, labels_of
-from wfnet.head import first_output
+from wfnet.data import classes_of, corrupt_counter, labels_of
+from wfnet.evaluation.pair_engine import RunOptions
+from wfnet.evaluation.relearning import epoch_logits
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import random_other_rows
 
@@ -24,21 +25,13 @@ class FineTuned(Method):
     def order(
         self, own: Tensor, others: Tensor, batch_size: int, generator: torch.Generator
     ) -> Iterator[Tensor]:
-        """Yields the minibatches of an epoch: positions in the training set.
-
-        Args:
-            own, others: positions of the images of the class, and of all others.
-        """
+        """Yields the minibatches of an epoch, of the images of the class and of all others."""
 
     @abstractmethod
     def loss(self, config: BaselineConfig, logits: Tensor, targets: Tensor, own: Tensor) -> Tensor:
-        """Returns the scalar to be lowered.
+        """Returns the scalar to be lowered, of ``logits [n, K]`` and ``targets [n]``.
 
-        Args:
-            config: settings.
-            logits: ``[n, K]``.
-            targets: ``[n]``, of :meth:`targets`.
-            own: ``[n]`` bool, whether an image is of the class to forget.
+        ``own [n]`` says whether an image is of the class to forget.
         """
 
     def targets(self, origin: Origin, label: int, seed: int) -> Tensor:
@@ -53,6 +46,7 @@ class FineTuned(Method):
         model, device = copy.deepcopy(origin.original).requires_grad_(True), origin.device
         own, others = origin.images(label)
         corrupt = corrupt_counter(origin.train, origin.max_corrupt)
+        options = RunOptions(workers=origin.workers, max_corrupt=corrupt)
         targets = self.targets(origin, label, config.seed)
         optimizer = torch.optim.SGD(
             model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
@@ -63,19 +57,10 @@ class FineTuned(Method):
                 model.train(config.batch_norm == "train")
                 generator = generator_for(config.seed, 10, label, epoch)
                 order = list(self.order(own, others, config.batch_size, generator))
-                stream = batches(
-                    origin.train,
-                    order,
-                    origin.workers,
-                    corrupt,
-                    pin_memory=device.type == "cuda",
-                    seed=config.seed,
-                    start=epoch * len(order),
-                    replace_corrupt=True,
-                )
                 right = seen = 0
-                for batch in stream:
-                    logits = first_output(model(batch.images.to(device)))
+                for batch, logits in epoch_logits(
+                    model, origin.train, order, options, config.seed, epoch
+                ):
                     is_own = (batch.labels == label).to(device)
                     right += int((logits.detach().argmax(1) == label)[is_own].sum())
                     seen += int(is_own.sum())

@@ -26,20 +26,12 @@ from wfnet.evaluation.results import EvaluationResult
 from wfnet.services.files import fingerprint, read_tensors, write_tensors
 from wfnet.services.records import read_json
 
-RECORDS = "evaluation_records.json"
 RELEARNED = "relearning_records.json"
 
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """One method, all classes.
-
-    Attributes:
-        method: one of ``METHODS``.
-        evaluation: accuracies and ZRF, as of the filtered network.
-        relearning: relearn times; None if not asked for.
-        settings: how the models were made.
-    """
+    """One method, all classes: its measures, and how the models were made."""
 
     method: str
     evaluation: EvaluationResult
@@ -141,13 +133,10 @@ def run_baseline(
     """
     origin, identity = models.origin, models.identity
     rows = check_classes(classes, labels_of(origin.train), len(classes_of(origin.train))).tolist()
-    options = replace(options or RunOptions(), records=models.folder / RECORDS)
-    evaluation = evaluate_models(
-        models, origin.original, test, rows, zrf_base, seed, options, identity
-    )
+    options = replace(options or RunOptions(), records=models.folder / RELEARNED)
+    evaluation = evaluate_models(models, origin.original, test, rows, zrf_base, seed, options)
     relearning = None
     if relearn is not None:
-        options = replace(options, records=models.folder / RELEARNED)
         relearning = relearn_times(
             models, origin.train, test, origin.original, rows, relearn, options, identity
         )

@@ -15,11 +15,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_named(name: str) -> Method:
-    """Returns the baseline ``name``.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """Returns the baseline ``name``; ValueError if there is none."""
     if name not in METHODS:
         raise ValueError(f"there is no baseline {name!r}; choose of {', '.join(METHODS)}")
     return METHODS[name]

@@ -65,13 +65,9 @@ class AttributionRecord:
 
 @dataclass(frozen=True)
 class AttributionResult:
-    """Records of all classes.
+    """Records of all classes, how they were made, and the duration.
 
-    Attributes:
-        shares: ``[S + 1]``, shares of changed gates from 0 to 1: the abscissa of every curve.
-        records: one per class.
-        settings: steps, seed, images.
-        seconds: duration.
+    ``shares [S + 1]`` of changed gates run from 0 to 1: the abscissa of every curve.
     """
 
     shares: list[float]
@@ -164,12 +160,7 @@ def _shares(steps: int) -> Tensor:
 
 
 class Confidences(Measure):
-    """Mean confidence kept in the true class, under the rows of every image's own class.
-
-    Args:
-        classes: ``[C]``, whose rows follow each other in the network, ``4 (S + 1)`` each.
-        steps: S.
-        num_classes: of the labels.
+    """Confidence kept in the true class, under the ``4 (S + 1)`` rows of every image's own class.
 
     Attributes:
         tables: ``total [C, 4 (S + 1)]`` fp64, summed over ``seen [C]`` images.
@@ -184,7 +175,6 @@ class Confidences(Measure):
             "total": torch.zeros(len(classes), self.each, dtype=torch.float64),
             "seen": torch.zeros(len(classes), dtype=torch.int64),
         }
-        self._found: list[Tensor] = []
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         image, step = all_pairs(len(batch.labels), self.each)
@@ -193,13 +183,10 @@ class Confidences(Measure):
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
         device = pairs.logits.device
         label, before = chunk.labels[pairs.image].to(device), chunk.original[pairs.image.to(device)]
-        self._found.append(metrics.confidence_kept(pairs.logits, before, label).cpu())
-
-    def end(self, chunk: Chunk) -> None:
+        kept = metrics.confidence_kept(pairs.logits, before, label).cpu()
         place = self.place[chunk.labels]
-        self.tables["total"].index_add_(0, place, torch.cat(self._found).view(-1, self.each))
+        self.tables["total"].index_add_(0, place, kept.view(-1, self.each))
         self.tables["seen"] += torch.bincount(place, minlength=len(self.classes))
-        self._found.clear()
 
     def records(self, names: list[str]) -> Iterator[AttributionRecord]:
         """Curves and areas of every class.
@@ -296,16 +283,10 @@ def _replaced(start: Tensor, end: Tensor, order: Tensor, counts: Tensor) -> Tens
 
 
 def network_with_filters(net: WFNet, filters: Mapping[str, Tensor]) -> WFNet:
-    """The same network with other filter matrices, of any number of rows; weights are shared.
+    """The same network with other filters ``[R, O]``, of any number of rows; weights are shared.
 
-    Args:
-        net: not changed.
-        filters: ``[R, out_channels]`` by the names of ``net.named_filters()`` and
-            ``net.named_statistics()``. An entry of minus infinity is a gate of exactly 0; plus
-            infinity is the largest gate, ``gate_scale``.
-
-    Returns:
-        A network for evaluation whose forget labels are the rows ``0 .. R-1``.
+    ``filters`` has the names of ``net.named_filters()`` and ``net.named_statistics()``. An entry of
+    minus infinity is a gate of exactly 0; plus infinity is the largest gate, ``gate_scale``.
     """
     shared = (*net.model.parameters(), *net.model.buffers())
     changed = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})

@@ -132,20 +132,12 @@ def confusion_change(
     predictions = Predictions(Pairing(rows, labels, other_rows, seed), net.num_classes)
     engine = PairEngine(net, dataset, options or RunOptions())
     with engine.show(predictions.pairing.pairs, "evaluating"):
-        engine.run(predictions, engine.chunks())
+        engine.run(predictions, engine.chunks(len(rows)))
     return ConfusionChange(names_of(dataset, net.num_classes), rows, **predictions.tables)
 
 
 class Predictions(Measure):
-    """Counts of predictions, of the original network and under every row.
-
-    Args:
-        pairing: under which rows each image is run.
-        num_classes: K, outputs of the network.
-
-    Attributes:
-        tables: as in :class:`ConfusionChange`.
-    """
+    """Counts of predictions; ``tables`` are those of :class:`ConfusionChange`."""
 
     def __init__(self, pairing: Pairing, num_classes: int):
         self.pairing, self.rows = pairing, pairing.classes
@@ -157,10 +149,8 @@ class Predictions(Measure):
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.pairing.of(batch.indices)
 
-    def begin(self, chunk: Chunk) -> None:
-        self._count("original_destinations", chunk.labels, chunk.original.argmax(1).cpu())
-
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
+        self._count("original_destinations", chunk.labels, chunk.original.argmax(1).cpu())
         found, truth, row = pairs.logits.argmax(1).cpu(), chunk.labels[pairs.image], pairs.row
         is_own, right = self.rows[row] == truth, found == truth
         self._count("destinations", row[is_own], found[is_own])

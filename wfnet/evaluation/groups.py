@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from wfnet.data import Dataset, labels_of
 from wfnet.evaluation.pair_engine import PairEngine, RunOptions
 from wfnet.evaluation.pairs import HitCounts, check_classes, names_of
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.evaluation.results import means
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.settings import check_value
@@ -50,12 +50,7 @@ class GroupRecord:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """Records of all evaluated groups of one size.
-
-    Attributes:
-        records: one per group.
-        seconds: duration.
-    """
+    """Records of all evaluated groups of one size, and the duration."""
 
     records: list[GroupRecord]
     seconds: float
@@ -64,8 +59,8 @@ class GroupResult:
     def mean(self) -> dict[str, float]:
         """Means over groups, and the worst accuracy on a forgotten class of any group."""
         names = ("acc_f", "acc_r", "original_acc_f", "original_acc_r")
-        means = {n: statistics.fmean(getattr(r, n) for r in self.records) for n in names}
-        return {**means, "acc_f_worst": max(r.acc_f_worst for r in self.records)}
+        worst = max(record.acc_f_worst for record in self.records)
+        return {**means(self.records, names), "acc_f_worst": worst}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -116,9 +111,6 @@ def evaluate_groups(
 ) -> GroupResult:
     """Acc_f and Acc_r of groups of classes, each forgotten by the product of its rows.
 
-    Every image runs under every group, in batches that mix groups; the network and the caller's
-    random state are not changed.
-
     Args:
         net: the filtered network.
         dataset: images; every class of a group needs one.
@@ -133,12 +125,8 @@ def evaluate_groups(
     """
     options = options or RunOptions()
     labels, names = labels_of(dataset), names_of(dataset, net.num_classes)
-    sizes = {len(group) for group in groups}
-    if len(sizes) != 1 or min(sizes) < 2:
-        raise ValueError(
-            "groups must be one or more, each of the same number of classes, at least 2; got sizes "
-            f"{sorted(sizes)}"
-        )
+    if len({len(group) for group in groups}) != 1:
+        raise ValueError("groups must be one or more, each of the same number of classes")
     for group in groups:
         chosen = check_classes(group, labels, net.num_classes)
         if torch.isin(labels, chosen).all():
@@ -151,13 +139,13 @@ def evaluate_groups(
 
     def make(part: list[tuple[int, ...]]) -> Iterator[GroupRecord]:
         hits = HitCounts(torch.tensor(part), net.num_classes, engine.device)
-        engine.run(hits, engine.chunks())
+        engine.run(hits, engine.chunks(len(part)))
         tables = {name: table.cpu() for name, table in hits.tables.items()}
         return (_record(group, tables, row, names) for row, group in enumerate(part))
 
-    keys = [tuple(int(label) for label in group) for group in groups]
-    with engine.show(len(kept.left(keys)) * len(labels), "groups"):
-        records = kept.complete(keys, GroupRecord, make, _GROUPS_TOGETHER)
+    groups = [tuple(group) for group in groups]
+    with engine.show(len(kept.left(groups)) * len(labels), "groups"):
+        records = kept.complete(groups, GroupRecord, make, _GROUPS_TOGETHER)
     return GroupResult(records, time.perf_counter() - started)
 
 
@@ -165,8 +153,11 @@ def _record(
     group: tuple[int, ...], tables: dict[str, Tensor], row: int, names: list[str]
 ) -> GroupRecord:
     classes = list(group)
-    seen, before = tables["original_seen"][0], tables["original_top1"][0]
-    right = tables["top1"][row]
+    seen, before, right = (
+        tables["original_seen"][0],
+        tables["original_top1"][0],
+        tables["top1"][row],
+    )
     inside = torch.zeros(len(seen), dtype=torch.bool)
     inside[classes] = True
     if not seen[inside].all() or not seen[~inside].any():

@@ -16,20 +16,13 @@ logger = logging.getLogger("wfnet")
 
 # Raw parameters (owned by a module that has no way to reset them) by the last part of their name,
 # as timm and torchvision initialise them.
-_TOKENS = {
-    "cls_token",
-    "class_token",
-    "dist_token",
-    "reg_token",
-    "mask_token",
-    "pos_embed",
-    "pos_embedding",
-    "position_embedding",
-    "relative_position_bias_table",
-}
+_TOKENS = {"cls_token", "class_token", "dist_token", "reg_token", "mask_token"}
+_TOKENS |= {"pos_embed", "pos_embedding", "position_embedding", "relative_position_bias_table"}
 _TOKEN_STD = 0.02
 _LAYER_SCALES = {"gamma", "gamma1", "gamma2", "gamma_1", "gamma_2", "layer_scale", "ls1", "ls2"}
 _LAYER_SCALE = 1e-6
+_METHODS = ("reset_parameters", "_reset_parameters", "init_weights", "_initialize_weights")
+_STATISTICS = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}
 
 
 def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -60,14 +53,11 @@ def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.is_floating_point():
                 parameter.fill_(torch.nan)
         for module in reversed(list(new.modules())):  # a parent's own initialisation comes last
-            for method in (
-                "reset_parameters",
-                "_reset_parameters",
-                "init_weights",
-                "_initialize_weights",
-            ):
+            for method in _METHODS:
                 _call_without_arguments(module, method)
-            _reset_running_statistics(module)
+            for name, value in _STATISTICS.items():
+                if module._buffers.get(name) is not None:
+                    module._buffers[name].fill_(value)
         _initialise_raw(new, old)
     return new.requires_grad_(False).eval()
 
@@ -82,13 +72,6 @@ def _call_without_arguments(module: nn.Module, method: str) -> None:
     except TypeError:
         return
     function()
-
-
-def _reset_running_statistics(module: nn.Module) -> None:
-    for name, value in (("running_mean", 0), ("running_var", 1), ("num_batches_tracked", 0)):
-        buffer = module._buffers.get(name)
-        if buffer is not None:
-            buffer.fill_(value)
 
 
 def _initialise_raw(model: nn.Module, old: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from wfnet.services.extras import require
-from wfnet.services.settings import check_value
 
 TOP_K = 5
 
@@ -38,13 +37,8 @@ def topk_hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
 def accuracy_forget(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
     """Acc_f of each row: accuracy on samples of the class that the row forgets (paper; 0 is best).
 
-    Args:
-        correct: ``[R, K]`` integers: hits of samples of class k under row r.
-        seen: ``[R, K]`` integers: samples of class k that were run under row r.
-        classes: ``[R]`` int64, the class that each row forgets.
-
-    Returns:
-        ``[R]`` fp64; NaN where no sample was seen.
+    ``correct`` and ``seen [R, K]`` count hits and samples of class k under row r, which forgets
+    ``classes[r]``; the result ``[R]`` is fp64, NaN where no sample was seen.
     """
     return _own(correct, classes) / _own(seen, classes)
 
@@ -52,8 +46,7 @@ def accuracy_forget(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
 def accuracy_retain(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
     """Acc_r of each row: accuracy on samples of all other classes (paper; the original is best).
 
-    Every sample counts once, so large classes weigh more. Arguments and result as
-    :func:`accuracy_forget`.
+    Every sample counts once, so large classes weigh more. Arguments as :func:`accuracy_forget`.
     """
     others = (counts.sum(1).double() - _own(counts, classes) for counts in (correct, seen))
     return torch.div(*others)
@@ -73,17 +66,10 @@ def jensen_shannon(
     probability of 0 (a logit of -inf) is fine.
 
     Args:
-        logits, other_logits: ``[..., K]``, any floating-point dtype.
+        logits, other_logits: ``[..., K]``, any floating-point dtype; the result ``[...]`` is fp64.
         base: base of the logarithm; e gives nats, 2 gives bits.
         swapped: ``KL(m || p)`` and ``KL(m || q)`` instead, which is another measure.
-
-    Returns:
-        ``[...]`` fp64.
-
-    Raises:
-        ValueError: for a base that no logarithm has.
     """
-    check_base(base)
     log_p = torch.log_softmax(logits.double(), -1)
     log_q = torch.log_softmax(other_logits.double(), -1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
@@ -110,9 +96,7 @@ def check_base(base: float) -> None:
         )
 
 
-def zrf(
-    logits: Tensor, initial_logits: Tensor, base: float = math.e, mode: str = "definition"
-) -> Tensor:
+def zrf(logits: Tensor, initial_logits: Tensor, base: float = math.e) -> Tensor:
     """Zero Retrain Forgetting: 1 - mean JS divergence from a network that knows nothing.
 
     ``ZRF = 1 - 1/n * sum_i JS(softmax(logits_i), softmax(initial_logits_i))`` over the forget
@@ -123,31 +107,21 @@ def zrf(
     for original models (confident against uniform gives 0.474 for 10 classes and 0.311 for 1,000),
     so it is the default; write the base beside every value.
 
-    Modes other than ``definition`` exist to compare with numbers of other code, which differ:
-    ``elementwise_mean`` divides by ``n * K`` instead of ``n`` (a mean over the elements of
-    :func:`torch.nn.functional.kl_div`), ``swapped`` takes ``KL(m || p)`` and ``KL(m || q)`` for
-    ``KL(p || m)`` and ``KL(q || m)``, ``swapped_elementwise_mean`` does both.
-
-    Args:
-        logits: ``[n, K]`` of the unlearned network on samples of the forgotten class.
-        initial_logits: ``[n, K]`` of the newly initialised network on the same samples.
-        base: base of the logarithm.
-        mode: one of ``ZRF_MODES``.
-
-    Returns:
-        Scalar, fp64; NaN for no samples.
-
-    Raises:
-        ValueError: for a base that no logarithm has, or an unknown mode.
+    Both logits are ``[n, K]``, on samples of the forgotten class; the result is an fp64 scalar.
     """
-    return 1 - zrf_divergence(logits, initial_logits, base, mode).mean()
+    return 1 - zrf_divergence(logits, initial_logits, base).mean()
 
 
 def zrf_divergence(
     logits: Tensor, initial_logits: Tensor, base: float = math.e, mode: str = "definition"
 ) -> Tensor:
-    """``[n]`` fp64: what :func:`zrf` averages over samples."""
-    check_value("zrf_mode", mode, tuple(ZRF_MODES))
+    """``[n]`` fp64: what :func:`zrf` averages over samples.
+
+    Modes other than ``definition`` exist to compare with numbers of other code, which differ:
+    ``elementwise_mean`` divides by ``n * K`` instead of ``n`` (a mean over the elements of
+    :func:`torch.nn.functional.kl_div`), ``swapped`` takes ``KL(m || p)`` and ``KL(m || q)`` for
+    ``KL(p || m)`` and ``KL(q || m)``, ``swapped_elementwise_mean`` does both.
+    """
     swapped, by_classes = ZRF_MODES[mode]
     divergence = jensen_shannon(logits, initial_logits, base, swapped)
     return divergence / logits.shape[-1] if by_classes else divergence
@@ -166,12 +140,8 @@ def relearn_time(epochs: Sequence[int | None], cap: int) -> tuple[float, int]:
 def confidence_kept(logits: Tensor, original_logits: Tensor, labels: Tensor) -> Tensor:
     """Confidence in the true class divided by the original network's, capped at 1 (paper).
 
-    Args:
-        logits, original_logits: ``[n, K]``.
-        labels: ``[n]`` int64.
-
-    Returns:
-        ``[n]`` fp64 in [0, 1]; 1 where the original confidence underflows to 0.
+    ``[n]`` fp64, of ``logits [n, K]`` and ``labels [n]``; 1 where the original confidence
+    underflows to 0.
     """
     index = labels.unsqueeze(1)
     own = torch.log_softmax(logits.double(), 1).gather(1, index)
@@ -181,18 +151,10 @@ def confidence_kept(logits: Tensor, original_logits: Tensor, labels: Tensor) -> 
 
 
 def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
-    """Average precision of each label: mean precision at the ranks of its images.
+    """scikit-learn's average precision of each label, ``[K]`` fp64: NaN where no image has it.
 
-    scikit-learn's ``average_precision_score``, the step-wise area under the curve of precision over
-    recall, without interpolation.
-
-    Args:
-        scores: ``[N, K]``, larger is more likely; logits will do.
-        truth: ``[N, K]`` bool.
-
-    Returns:
-        ``[K]`` fp64; NaN for a label that no image has. A label whose scores say nothing has its
-        share of the images.
+    The mean precision at the ranks of a label's images, without interpolation. Scores ``[N, K]``
+    (logits will do) that say nothing give the label's share of the images, in ``truth [N, K]``.
     """
     score = require("sklearn.metrics", "eval").average_precision_score
     values = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -18,7 +17,7 @@ from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, RunOptions
 from wfnet.evaluation.pairs import names_of
 from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
-from wfnet.evaluation.results import aligned
+from wfnet.evaluation.results import aligned, means
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
 from wfnet.services.records import write_csv
@@ -51,13 +50,7 @@ class MultiLabelRecord:
 
 @dataclass(frozen=True)
 class MultiLabelResult:
-    """Records per label.
-
-    Attributes:
-        records: one per evaluated label.
-        settings: what was evaluated and how.
-        seconds: duration.
-    """
+    """Records of all evaluated labels, what was evaluated and how, and the duration."""
 
     records: list[MultiLabelRecord]
     settings: dict[str, Any]
@@ -66,21 +59,14 @@ class MultiLabelResult:
     @property
     def mean(self) -> dict[str, float]:
         """Means over labels: mAP forgotten (``ap_f``) and retained (``map_r``), and before."""
-        names = ("ap_f", "map_r", "original_ap_f", "original_map_r", "share")
-        return {n: statistics.fmean(getattr(r, n) for r in self.records) for n in names}
+        return means(self.records, ("ap_f", "map_r", "original_ap_f", "original_map_r", "share"))
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes everything, atomically."""
-        content = {
-            "format": FORMAT,
-            "kind": "multi-label",
-            "units": "average precisions are fractions in [0, 1]",
-            "mean": self.mean,
-            "settings": self.settings,
-            "seconds": self.seconds,
-            "classes": [asdict(record) for record in self.records],
-        }
-        write_json(path, content)
+        content = asdict(self)
+        about = {"format": FORMAT, "kind": "multi-label", "mean": self.mean}
+        about["units"] = "average precisions are fractions in [0, 1]"
+        write_json(path, {**about, "classes": content.pop("records"), **content})
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per label, then the means, atomically."""
@@ -153,7 +139,7 @@ def evaluate_multi_label(
 
     def make(part: list[int]) -> Iterator[MultiLabelRecord]:
         scores = LabelScores(torch.tensor(part), multi_hot)
-        engine.run(scores, engine.chunks(max(1, options.batch_size // len(part))))
+        engine.run(scores, engine.chunks(len(part)))
         engine.merge(scores)
         return scores.records(names)
 
@@ -166,10 +152,6 @@ def evaluate_multi_label(
 
 class LabelScores(Measure):
     """Logits of all images, of the original network and under each row: rankings need all.
-
-    Args:
-        rows: ``[R]`` int64, labels that are forgotten.
-        multi_hot: ``[N, K]`` bool, true labels of the data set.
 
     Attributes:
         tables: ``original [N, K]``, ``filtered [N, R, K]``; ``read [N]``, 1 for images that were.
@@ -184,11 +166,9 @@ class LabelScores(Measure):
             "read": torch.zeros(count, dtype=torch.int64),
         }
 
-    def begin(self, chunk: Chunk) -> None:
+    def add(self, chunk: Chunk, pairs: Pairs) -> None:
         self.tables["original"][chunk.indices] = chunk.original.float().cpu()
         self.tables["read"][chunk.indices] = 1
-
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
         place = chunk.indices[pairs.image], pairs.row
         self.tables["filtered"][place] = pairs.logits.float().cpu()
 

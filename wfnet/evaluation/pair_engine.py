@@ -28,17 +28,15 @@ from wfnet.services.ranks import Ranks
 from wfnet.services.settings import check_value
 from wfnet.version import __version__
 
+_LOGITS_TOGETHER = 2**26  # that a chunk of images may have: 256 MB in fp32
+
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How images are run: what every measure takes beside its own arguments.
+    """How images are run, as in :func:`wfnet.evaluate`: what every measure takes.
 
     Attributes:
         batch_size: (image, row) pairs per forward pass; None: all pairs of a chunk in one.
-        workers, max_corrupt: as in :func:`wfnet.data.batches`.
-        amp_dtype: autocast dtype; None for none.
-        channels_last: images in channels-last layout.
-        progress: show progress and time left on stderr.
         records: file in which what is finished is kept: an interrupted call goes on there.
         ranks: processes that share the images; None: this one alone.
 
@@ -80,7 +78,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Some pairs of a chunk that went through the network together.
+    """All pairs of a chunk.
 
     Attributes:
         image: ``[p]`` int64, positions in the chunk.
@@ -94,7 +92,7 @@ class Pairs:
 
 
 class Measure:
-    """What is made of logits: a subclass overrides what it needs.
+    """What is made of logits.
 
     Attributes:
         rows: forget labels by row position: ``[R]``, or ``[R, J]`` for several classes at once.
@@ -110,15 +108,9 @@ class Measure:
         """Pairs of a batch of images: positions in the batch and row positions, both ``[P]``."""
         return all_pairs(len(batch.labels), len(self.rows))
 
-    def begin(self, chunk: Chunk) -> None:
-        """Takes the logits of the original network, before those of the pairs."""
-
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        """Takes the logits of one mixed batch."""
+        """Takes the logits of some images."""
         raise NotImplementedError
-
-    def end(self, chunk: Chunk) -> None:
-        """Is called after the last pair of a chunk, whose logits are then known to be finite."""
 
 
 def all_pairs(images: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -173,16 +165,15 @@ class PairEngine:
         self.progress = Progress(pairs, title, wanted, done=done, unit="samples")
         return self.progress
 
-    def chunks(self, images_together: int | None = None, start: int = 0) -> list[Tensor]:
+    def chunks(self, rows: int, start: int = 0) -> list[Tensor]:
         """This rank's images from position ``start`` on, in parts that are read together.
 
-        Args:
-            images_together: images of a part; ``batch_size`` by default.
+        ``batch_size`` images each, or fewer where the logits under ``rows`` rows are many.
         """
         first, last = self.ranks.range(len(labels_of(self.dataset)))
         own = torch.arange(max(first, start), max(last, start))
-        parts = own.split(images_together or self.options.batch_size)
-        return [part for part in parts if len(part)]
+        most = max(1, _LOGITS_TOGETHER // (rows * self.outputs))
+        return [part for part in own.split(min(self.options.batch_size, most)) if len(part)]
 
     def run(
         self,
@@ -246,55 +237,47 @@ class PairEngine:
                 original = self.net(images, forget=None)
             if self.initialised is not None:
                 initialised = first_output(self.initialised(images))
-        plain = {"the original network": original, "the initialised network": initialised}
-        broken = {}
-        for name, logits in plain.items():
-            if logits is not None:
-                self._check_shape(logits, name)
-                broken[name] = [broken_logits(logits)]
-        broken["the filtered network"] = []
-        chunk = Chunk(batch.indices, batch.labels, original, initialised)
-        measure.begin(chunk)
         image, row = measure.pairs(batch)
-        for part in torch.arange(len(image)).split(self.options.batch_size or len(image)):
-            pairs = self._run_pairs(images, image[part], row[part], measure.rows)
-            broken["the filtered network"].append(broken_logits(pairs.logits))
-            measure.add(chunk, pairs)
-        if self.refuse_broken:
-            self._check_finite(broken, batch)
-        measure.end(chunk)
+        parts = torch.arange(len(image)).split(self.options.batch_size or len(image))
+        found = [self._run_pairs(images, image[part], measure.rows[row[part]]) for part in parts]
+        logits = torch.cat(found) if found else images.new_zeros(0, self.outputs)
+        plain = {"original": original, "initialised": initialised, "filtered": logits}
+        self._check({name: part for name, part in plain.items() if part is not None}, batch)
+        chunk = Chunk(batch.indices, batch.labels, original, initialised)
+        measure.add(chunk, Pairs(image, row, logits))
         return len(image)
 
-    def _run_pairs(self, images: Tensor, image: Tensor, row: Tensor, rows: Tensor) -> Pairs:
+    def _run_pairs(self, images: Tensor, image: Tensor, forget: Tensor) -> Tensor:
         # Only the images that occur are sent: they are neighbours.
         first, last = int(image.min()), int(image.max())
-        forget = to_device_async(rows[row], self.device)
+        forget = to_device_async(forget, self.device)
         source = to_device_async(image - first, self.device)
         with self.forward.autocast():
-            logits = self.net(images[first : last + 1], forget=forget, source=source)
-        return Pairs(image, row, logits)
+            return self.net(images[first : last + 1], forget=forget, source=source)
 
-    def _check_shape(self, logits: Tensor, name: str) -> None:
-        expected = [len(logits), self.outputs]
-        if list(logits.shape) != expected:
-            raise ValueError(
-                f"{name} gave outputs of shape {list(logits.shape)}; expected {expected}"
-            )
-
-    @staticmethod
-    def _check_finite(broken: dict[str, list[Tensor]], batch: Batch) -> None:
-        # One look for all: on a device every look waits for it.
-        if not bool(torch.stack([flag for flags in broken.values() for flag in flags]).any()):
+    def _check(self, networks: dict[str, Tensor], batch: Batch) -> None:
+        """Raises an error for logits of another shape, or that are NaN or infinite."""
+        for name, logits in networks.items():
+            expected = [len(logits), self.outputs]
+            if list(logits.shape) != expected:
+                raise ValueError(
+                    f"the {name} network gave outputs of shape {list(logits.shape)}; expected "
+                    f"{expected}"
+                )
+        if not self.refuse_broken:
             return
-        finite = batch.images.flatten(1).isfinite().all(1)
+        broken = torch.stack([broken_logits(logits) for logits in networks.values() if len(logits)])
+        if not bool(broken.any()):  # one look for all: on a device every look waits for it
+            return
+        finite = batch.images.flatten(1).isfinite().all(1).cpu()
         if not finite.all():
             raise FloatingPointError(
-                f"image {int(batch.indices[~finite.cpu()][0])} of the data has values that are NaN "
-                "or infinite: repair it, or leave it out"
+                f"image {int(batch.indices[~finite][0])} of the data has values that are NaN or "
+                "infinite: repair it, or leave it out"
             )
-        name = next(name for name, flags in broken.items() if any(flags))
+        name = next(name for name, logits in networks.items() if bool(broken_logits(logits)))
         raise FloatingPointError(
-            f"logits of {name} are NaN or infinite for images {int(batch.indices[0])} to "
-            f"{int(batch.indices[-1])}; check the images and the filters, or evaluate without "
+            f"logits of the {name} network are NaN or infinite for images {int(batch.indices[0])} "
+            f"to {int(batch.indices[-1])}; check the images and the filters, or evaluate without "
             "16-bit autocast"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -23,44 +24,33 @@ def check_classes(classes: Sequence[int] | None, labels: Tensor, num_classes: in
     Raises:
         ValueError: for classes or ``labels`` of the data that do not fit the network.
     """
-    if num_classes < 2:
-        raise ValueError(
-            f"the network has {num_classes} class; unlearning needs one to forget and one to retain"
-        )
-    if not len(labels):
-        raise ValueError("the data set is empty; evaluation needs images")
-    run = f"the network's {num_classes} classes run from 0 to {num_classes - 1}"
     outside = labels[(labels < 0) | (labels >= num_classes)]
     if len(outside):
-        raise ValueError(f"the data set has label {int(outside[0])}, but {run}")
-    try:
-        rows = torch.arange(num_classes) if classes is None else torch.as_tensor(classes).cpu()
-    except (TypeError, ValueError, RuntimeError):  # no numbers
-        rows = torch.empty(0)
-    if rows.dim() != 1 or not rows.numel() or rows.is_floating_point() or rows.dtype == torch.bool:
         raise ValueError(
-            f"classes must be one or more integers, or None for all classes; got {classes!r}"
+            f"the data set has label {int(outside[0])}, but the network's {num_classes} classes "
+            f"run from 0 to {num_classes - 1}; evaluate on the data it was made for"
         )
-    rows = rows.long()
-    outside = rows[(rows < 0) | (rows >= num_classes)]
-    if len(outside):
-        raise ValueError(f"class {int(outside[0])} in classes is out of range: {run}")
-    if len(rows.unique()) != len(rows):
-        raise ValueError(f"classes must name each class once; got {rows.tolist()}")
+    rows = classes.tolist() if isinstance(classes, Tensor) else classes
+    rows = list(range(num_classes) if rows is None else rows)
+    known = all(isinstance(row, Integral) and 0 <= row < num_classes for row in rows)
+    if not rows or not known or len(set(rows)) != len(rows):
+        raise ValueError(
+            "classes must be different integers, one or more, from 0 to "
+            f"{num_classes - 1}, or None for all; got {rows}"
+        )
     count = torch.bincount(labels, minlength=num_classes)
-    empty = rows[count[rows] == 0]
-    if len(empty):
+    empty = [row for row in rows if not count[row]]
+    if empty:
         more = f" (and {len(empty) - 1} more)" if len(empty) > 1 else ""
         raise ValueError(
-            f"class {int(empty[0])}{more} has no image in the data set; name the classes to "
-            "evaluate in classes="
+            f"class {empty[0]}{more} has no image in the data set; name the classes to evaluate in "
+            "classes="
         )
     if int((count > 0).sum()) < 2:
         raise ValueError(
-            f"all images of the data set are of class {int(labels[0])}; Acc_r needs images of "
-            "other classes"
+            f"all images of the data set are of class {rows[0]}; Acc_r needs images of others"
         )
-    return rows
+    return torch.tensor(rows)
 
 
 def names_of(dataset: Dataset, num_classes: int) -> list[str]:
@@ -70,20 +60,12 @@ def names_of(dataset: Dataset, num_classes: int) -> list[str]:
 
 
 class Pairing:
-    """Under which rows each image is run.
-
-    Args:
-        classes: ``[R]``, the class of each row; positions in it are called row positions.
-        labels: ``[N]``, labels of the data set.
-        retained_rows: random rows per image besides its own; None for all rows.
-        seed: of the draw.
+    """Under which rows each image is run: all, or its own and some that are drawn by seed.
 
     Attributes:
+        classes: ``[R]``, the class of each row; positions in it are called row positions.
         pairs: their number.
         has_row: ``[N]`` bool, whether the class of each image has a row.
-
-    Raises:
-        ValueError: for settings out of range, or a row that is left without a retained image.
     """
 
     def __init__(self, classes: Tensor, labels: Tensor, retained_rows: int | None, seed: int):
@@ -122,11 +104,7 @@ class Pairing:
         return keys.topk(count, dim=1).indices
 
     def of(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Pairs of the images ``indices [n]``, image by image.
-
-        Returns:
-            Positions in ``indices`` and row positions, both ``[P]``.
-        """
+        """Pairs of the images ``indices [n]``: positions in it and row positions, both ``[P]``."""
         if self.drawn is None:
             return all_pairs(len(indices), len(self.classes))
         drawn = self.drawn[indices]
@@ -136,12 +114,6 @@ class Pairing:
 
 class HitCounts(Measure):
     """Counts of samples and of hits, under every row and of the original network.
-
-    Args:
-        rows: ``[R]`` or ``[R, J]``, forget labels by row position.
-        num_classes: K, outputs of the network.
-        device: of the network.
-        pairing: under which rows each image is run; None: under all.
 
     Attributes:
         tables: ``seen``, ``top1``, ``top5 [R, K]`` int64: samples of class k under row position r,
@@ -162,18 +134,15 @@ class HitCounts(Measure):
             for prefix, height in (("", len(rows)), ("original_", 1))
             for name in ("seen", "top1", "top5")
         }
-        self._labels = torch.empty(0)  # of the chunk that is run, on the device
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return super().pairs(batch) if self.pairing is None else self.pairing.of(batch.indices)
 
-    def begin(self, chunk: Chunk) -> None:
-        self._labels = chunk.labels.to(chunk.original.device, non_blocking=True)
-        self._count("original_", chunk.original, self._labels, torch.zeros_like(self._labels))
-
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
         device = pairs.logits.device
-        self._count("", pairs.logits, self._labels[pairs.image.to(device)], pairs.row.to(device))
+        labels = chunk.labels.to(device, non_blocking=True)
+        self._count("original_", chunk.original, labels, torch.zeros_like(labels))
+        self._count("", pairs.logits, labels[pairs.image.to(device)], pairs.row.to(device))
 
     def _count(self, prefix: str, logits: Tensor, labels: Tensor, row: Tensor) -> None:
         hits = {

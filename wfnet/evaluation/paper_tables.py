@@ -7,11 +7,10 @@ backbone, ``cifar10/resnet18``.
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from typing import Any
@@ -33,7 +32,9 @@ TITLES = {
     "neggrad_plus": "NegGrad+",
     "wfnet": "WF-Net",
 }
-
+_SCORES = ("acc_r", "acc_f", "zrf")
+_AREAS = ("insertion", "deletion", "insertion_random", "deletion_random")
+_VALUES = (*_SCORES, "rt", "rt_never", "rt_tolerant", "rt_tolerant_never", *_AREAS)
 
 # The last part of a model's name -> the backbone in the published cells, and the millions of
 # parameters that it has, whatever its head and first layer: a narrower network is another one.
@@ -73,38 +74,6 @@ def published_cell(data: str | None, name: str, parameters: int) -> str | None:
 
 
 @dataclass(frozen=True)
-class TableRow:
-    """One method: ours, and what was published for it.
-
-    Attributes:
-        method: a key of ``TITLES``, or another baseline's name.
-        acc_r, acc_f, zrf: in %.
-        rt, rt_never: relearn time in epochs (mean over classes) and classes never relearned;
-            None where it was not measured.
-        rt_tolerant, rt_tolerant_never: the same within the tolerance of the relearn settings.
-        insertion, deletion: areas in [0, 1]; insertion_random, deletion_random: in random order.
-        published: the paper's values by the same names, where it has them.
-    """
-
-    method: str
-    acc_r: float | None = None
-    acc_f: float | None = None
-    zrf: float | None = None
-    rt: float | None = None
-    rt_never: int | None = None
-    rt_tolerant: float | None = None
-    rt_tolerant_never: int | None = None
-    insertion: float | None = None
-    deletion: float | None = None
-    insertion_random: float | None = None
-    deletion_random: float | None = None
-    published: dict[str, float] = field(default_factory=dict)
-
-
-_VALUES = [f.name for f in fields(TableRow) if f.name not in ("method", "published")]
-
-
-@dataclass(frozen=True)
 class PaperTables:
     """Rows of Table 1 and Table 2 for one data set and backbone, and groups of classes.
 
@@ -113,7 +82,10 @@ class PaperTables:
         cell: the paper's cell that stands beside; None if it has none.
         zrf_base: base of the logarithm in every ZRF of ours.
         tolerance: of ``rt_tolerant``, in points; None without relearning.
-        rows: one per method.
+        rows: one per ``method``: ``acc_r``, ``acc_f``, ``zrf`` in %; ``rt``, ``rt_never``: relearn
+            time in epochs, and classes never relearned, also within the tolerance;
+            ``insertion``, ``deletion``: areas in [0, 1], also in random order. None where it was
+            not measured. ``published``: the paper's values by the same names, where it has them.
         groups: means of :class:`wfnet.evaluation.GroupResult`, one per size of group.
         settings: how each row was made.
     """
@@ -122,7 +94,7 @@ class PaperTables:
     cell: str | None
     zrf_base: float
     tolerance: float | None
-    rows: list[TableRow]
+    rows: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     settings: dict[str, Any]
 
@@ -141,10 +113,9 @@ class PaperTables:
         """One line per method: ours, then ``published_*``; atomically."""
         lines = []
         for row in self.rows:
-            ours = {name: getattr(row, name) for name in _VALUES}
-            line = {name: round(value, 6) for name, value in ours.items() if value is not None}
-            theirs = {f"published_{name}": value for name, value in row.published.items()}
-            lines.append({"title": self.title, "method": row.method, **line, **theirs})
+            ours = {name: round(row[name], 6) for name in _VALUES if row[name] is not None}
+            theirs = {f"published_{name}": value for name, value in row["published"].items()}
+            lines.append({"title": self.title, "method": row["method"], **ours, **theirs})
         columns = ["title", "method", *_VALUES, *(f"published_{name}" for name in _VALUES)]
         write_csv(path, lines, columns)
 
@@ -154,68 +125,47 @@ class PaperTables:
 
     def markdown(self) -> str:
         """The tables as Markdown, readable in a terminal too."""
-        timed = any(row.rt is not None for row in self.rows)
-        tables = [self._table1(timed)]
-        if any(row.insertion is not None or "insertion" in row.published for row in self.rows):
-            tables.append(self._table2())
-        if self.groups:
-            tables.append(self._table3())
-        sections = [f"### {self.title}", *(_aligned(table) for table in tables)]
-        return "\n\n".join([*sections, "\n".join(self._notes(timed))]) + "\n"
-
-    def _table1(self, timed: bool) -> list[list[str]]:
-        table = [["Table 1", "Acc_r", "Acc_f", "ZRF"]]
+        timed = any(row["rt"] is not None for row in self.rows)
+        columns = [("Table 1", _title)]
+        columns += [("Acc_r", _percent("acc_r")), ("Acc_f", _percent("acc_f"))]
+        columns.append(("ZRF", _percent("zrf")))
         if timed:
-            table[0] += ["RT", f"RT within {100 * (self.tolerance or 0):g} points"]
-        beside = any(row.published for row in self.rows)
-        if beside:
-            table[0].append("published: Acc_r / Acc_f / ZRF / RT")
-        for row in self.rows:
-            cells = [_title(row.method), *_numbers(vars(row), ("acc_r", "acc_f", "zrf"), ".2f")]
-            if timed:
-                cells.append(_epochs(row.rt, row.rt_never, ".1f"))
-                cells.append(_epochs(row.rt_tolerant, row.rt_tolerant_never, ".1f"))
-            theirs = row.published
-            if beside:
-                published = _numbers(theirs, ("acc_r", "acc_f", "zrf"), "g")
-                published.append(_epochs(theirs.get("rt"), theirs.get("rt_never"), "g"))
-                cells.append(" / ".join(published) if theirs else "-")
-            table.append(cells)
-        return table
+            within = f"RT within {100 * (self.tolerance or 0):g} points"
+            columns += [("RT", _epochs("rt", ".1f")), (within, _epochs("rt_tolerant", ".1f"))]
+        if any(row["published"] for row in self.rows):
+            theirs = [*(_number(name, "g") for name in _SCORES), _epochs("rt", "g")]
+            columns.append(("published: Acc_r / Acc_f / ZRF / RT", _published(theirs)))
+        parts = [f"### {self.title}", _markdown(columns, self.rows)]
 
-    def _table2(self) -> list[list[str]]:
-        names = ("insertion", "deletion", "insertion_random", "deletion_random")
-        table = [["Table 2", "insertion", "deletion", "random order: insertion", "deletion"]]
-        beside = any("insertion" in row.published for row in self.rows)
-        if beside:
-            table[0].append("published: insertion / deletion")
-        for row in self.rows:
-            if row.insertion is None and "insertion" not in row.published:
-                continue
-            cells = [_title(row.method), *_numbers(vars(row), names, ".3f")]
-            if beside:
-                cells.append(" / ".join(_numbers(row.published, names[:2], ".2f")))
-            table.append(cells)
-        return table
-
-    def _table3(self) -> list[list[str]]:
-        table = [
-            [
-                "several classes at once",
-                "groups",
-                "Acc_r",
-                "original",
-                "Acc_f",
-                "original",
-                "worst class",
-            ]
+        areas = [
+            r for r in self.rows if r["insertion"] is not None or "insertion" in r["published"]
         ]
-        names = ("acc_r", "original_acc_r", "acc_f", "original_acc_f", "acc_f_worst")
+        titles = ("insertion", "deletion", "random order: insertion", "deletion")
+        columns = [("Table 2", _title)]
+        columns += [(t, _number(name, ".3f")) for t, name in zip(titles, _AREAS, strict=True)]
+        if any("insertion" in row["published"] for row in areas):
+            theirs = [_number(name, ".2f") for name in _AREAS[:2]]
+            columns.append(("published: insertion / deletion", _published(theirs)))
+        if areas:
+            parts.append(_markdown(columns, areas))
+
+        columns = [
+            ("several classes at once", lambda group: group["title"]),
+            ("groups", _number("groups", "d")),
+            ("Acc_r", _percent("acc_r")),
+            ("original", _percent("original_acc_r")),
+            ("Acc_f", _percent("acc_f")),
+            ("original", _percent("original_acc_f")),
+            ("worst class", _percent("acc_f_worst")),
+        ]
+        groups = []
         for group in self.groups:
-            label = "pairs" if group["size"] == 2 else f"groups of {group['size']}"
-            percent = {name: 100 * value for name, value in group["mean"].items()}
-            table.append([label, str(group["groups"]), *_numbers(percent, names, ".2f")])
-        return table
+            title = "pairs" if group["size"] == 2 else f"groups of {group['size']}"
+            means = {name: 100 * value for name, value in group["mean"].items()}
+            groups.append({"title": title, "groups": group["groups"], **means})
+        if groups:
+            parts.append(_markdown(columns, groups))
+        return "\n\n".join([*parts, "\n".join(self._notes(timed))]) + "\n"
 
     def _notes(self, timed: bool) -> list[str]:
         notes = [
@@ -252,52 +202,44 @@ def make_tables(
         title: data set and network.
         evaluation: of the filtered network; the row ``original`` comes from it too.
         relearning, attribution: of the filtered network, where they were measured.
-        baselines: :meth:`wfnet.baselines.BaselineResult.as_dict` of each method.
+        baselines: :meth:`wfnet.baselines.BaselineResult.as_dict` of each method, measured alike
+            (:func:`check_baselines`).
         groups: groups of classes, one result per size.
         cell: published numbers to stand beside, a key of ``published()["cells"]``.
-
-    Raises:
-        ValueError: for an unknown cell, or baselines whose ZRF or relearn time was computed
-            otherwise.
     """
-    cells = published()["cells"]
-    if cell is not None and cell not in cells:
-        raise ValueError(f"nothing was published for {cell!r}; there is {', '.join(cells)}")
-    theirs = cells.get(cell, {})
+    theirs = {} if cell is None else published()["cells"][cell]
     timed = None if relearning is None else relearning.as_dict()
     settings: dict[str, Any] = {"evaluation": evaluation.settings}
     if timed is not None:
         settings["relearning"] = timed["config"]
     if attribution is not None:
         settings["attribution"] = attribution.settings
-    zrf_mode = evaluation.settings.get("zrf_mode", "definition")
-    check_baselines(baselines, evaluation.zrf_base, zrf_mode, settings.get("relearning"))
     areas = {} if attribution is None else attribution.mean
     values = {
-        "original": _accuracies(evaluation.original),
-        "wfnet": {**_accuracies(evaluation.mean), **_times(timed), **areas},
+        "original": _scores(evaluation.original),
+        "wfnet": {**_scores(evaluation.mean), **_times(timed), **areas},
     }
     for baseline in baselines:
         method, found = baseline["method"], EvaluationResult.from_dict(baseline["evaluation"])
-        values[method] = {**_accuracies(found.mean), **_times(baseline["relearning"])}
+        values[method] = {**_scores(found.mean), **_times(baseline["relearning"])}
         if baseline["relearning"] is not None:
             settings.setdefault("relearning", baseline["relearning"]["config"])
         settings[method] = {**baseline["settings"], "classes": found.settings["classes"]}
     known = [*values, *theirs]
     methods = [method for method in TITLES if method in known and method != "wfnet"]
     methods += [method for method in dict.fromkeys(known) if method not in TITLES]
-    return PaperTables(
-        title=title,
-        cell=cell,
-        zrf_base=evaluation.zrf_base,
-        tolerance=settings.get("relearning", {}).get("tolerance"),
-        rows=[
-            TableRow(method, **values.get(method, {}), published=dict(theirs.get(method, {})))
-            for method in (*methods, "wfnet")
-        ],
-        groups=[result.as_dict() for result in groups],
-        settings=settings,
-    )
+    rows = [
+        {
+            "method": method,
+            **dict.fromkeys(_VALUES),
+            **values.get(method, {}),
+            "published": dict(theirs.get(method, {})),
+        }
+        for method in (*methods, "wfnet")
+    ]
+    tolerance = settings.get("relearning", {}).get("tolerance")
+    groups = [result.as_dict() for result in groups]
+    return PaperTables(title, cell, evaluation.zrf_base, tolerance, rows, groups, settings)
 
 
 def check_baselines(
@@ -319,31 +261,23 @@ def check_baselines(
             "defined; evaluate with --zrf-mode definition"
         )
     for baseline in baselines:
-        method, base = baseline["method"], baseline["evaluation"]["zrf_base"]
-        if not math.isclose(base, zrf_base):
-            raise ValueError(
-                f"baseline {method} was evaluated with ZRF base {base_name(base)}, the filtered "
-                f"network with {base_name(zrf_base)}; evaluate both alike"
-            )
-        timed = baseline["relearning"]
-        if timed is None:
-            continue
-        relearning = timed["config"] if relearning is None else relearning
-        differ = [name for name in relearning if timed["config"].get(name) != relearning[name]]
+        evaluated, timed = baseline["evaluation"], baseline["relearning"]
+        config = {} if timed is None else timed["config"]
+        relearning = config if relearning is None else relearning
+        wanted = {"zrf_base": zrf_base, **(relearning if config else {})}
+        found = {"zrf_base": evaluated["zrf_base"], **config}
+        differ = [name for name in wanted if found.get(name) != wanted[name]]
         if differ:
+            name = differ[0]
             raise ValueError(
-                f"baseline {method} was relearned with {differ[0]}={timed['config'][differ[0]]}, "
-                f"others with {relearning[differ[0]]}: relearn all alike, or leave it out "
+                f"baseline {baseline['method']} was measured with {name}={found.get(name)}, "
+                f"others with {wanted[name]}: measure all alike, or leave the relearn time out "
                 "(--no-relearn)"
             )
 
 
-def _title(method: str) -> str:
-    return TITLES.get(method, method.replace("_", " "))
-
-
-def _accuracies(scores: Scores) -> dict[str, float]:
-    return {name: 100 * getattr(scores, name) for name in ("acc_r", "acc_f", "zrf")}
+def _scores(scores: Scores) -> dict[str, float]:
+    return {name: 100 * getattr(scores, name) for name in _SCORES}
 
 
 def _times(timed: Mapping[str, Any] | None) -> dict[str, float]:
@@ -351,25 +285,48 @@ def _times(timed: Mapping[str, Any] | None) -> dict[str, float]:
     if timed is None:
         return {}
     return {
-        "rt": timed["mean"]["epochs"],
-        "rt_never": timed["mean"]["never"],
-        "rt_tolerant": timed["mean_tolerant"]["epochs"],
-        "rt_tolerant_never": timed["mean_tolerant"]["never"],
+        f"{name}{suffix}": timed[mean][value]
+        for name, mean in (("rt", "mean"), ("rt_tolerant", "mean_tolerant"))
+        for suffix, value in (("", "epochs"), ("_never", "never"))
     }
 
 
-def _numbers(values: Mapping[str, float | None], names: Sequence[str], form: str) -> list[str]:
-    found = (values.get(name) for name in names)
-    return ["-" if value is None else format(value, form) for value in found]
+# A cell of a table is a function of its row.
+Cell = Callable[[Mapping[str, Any]], str]
 
 
-def _epochs(mean: float | None, never: int | None, form: str) -> str:
-    return "-" if mean is None else f"{mean:{form}} ({never:g})"
+def _title(row: Mapping[str, Any]) -> str:
+    return TITLES.get(row["method"], row["method"].replace("_", " "))
 
 
-def _aligned(table: list[list[str]]) -> str:
+def _number(name: str, form: str) -> Cell:
+    return lambda row: "-" if row.get(name) is None else format(row[name], form)
+
+
+def _percent(name: str) -> Cell:
+    return _number(name, ".2f")
+
+
+def _epochs(name: str, form: str) -> Cell:
+    mean, never = _number(name, form), _number(f"{name}_never", "g")
+    return lambda row: "-" if row.get(name) is None else f"{mean(row)} ({never(row)})"
+
+
+def _published(cells: Sequence[Cell]) -> Cell:
+    """The paper's values of a row, one beside the other."""
+
+    def cell(row: Mapping[str, Any]) -> str:
+        theirs = row["published"]
+        return " / ".join(part(theirs) for part in cells) if theirs else "-"
+
+    return cell
+
+
+def _markdown(columns: Sequence[tuple[str, Cell]], rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table whose columns are as wide as their widest cell; numbers to the right."""
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    header = [title for title, _ in columns]
+    table = [header, *([cell(row) for _, cell in columns] for row in rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [padded(cells, widths) for cells in table]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))

@@ -89,14 +89,9 @@ def _content(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
 
 
 class PartialCounts:
-    """Tables over the images seen so far, in one file that is replaced atomically.
+    """Tables over the images seen so far, and what was corrupt, in one file replaced atomically.
 
-    Args:
-        path: the file; with several ranks each has its own beside it.
-        identity: what the tables depend on.
-        tables: filled by :meth:`load`, and saved.
-        corrupt: images that were left out, saved with the tables.
-        ranks: processes that share the images.
+    With several ranks each has its own file beside ``path``.
     """
 
     def __init__(

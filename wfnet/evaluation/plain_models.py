@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +15,9 @@ from wfnet.evaluation.forward import Forward, broken_logits
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.pairs import check_classes
-from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
 from wfnet.head import first_output
 from wfnet.services import settings
-from wfnet.services.files import fingerprint
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.settings import check_value
@@ -35,7 +32,6 @@ def evaluate_models(
     zrf_base: float = math.e,
     seed: int = 0,
     options: RunOptions | None = None,
-    identity: Mapping[str, Any] | None = None,
 ) -> EvaluationResult:
     """The measures of :func:`wfnet.evaluate` for one plain model per class; none is changed.
 
@@ -43,12 +39,10 @@ def evaluate_models(
         models: gives the plain model that has unlearned a class; asked once for each class.
         original: the plain classifier before unlearning.
         dataset, classes, zrf_base, seed: as in :func:`wfnet.evaluate`.
-        options: how images are run; ``records`` is a JSON file with finished classes.
-        identity: what ``records`` depends on besides data and settings: how ``models`` were made.
+        options: how images are run.
 
     Raises:
-        ValueError: before work starts, for arguments or labels that do not fit, or a file of
-            something else in ``records``.
+        ValueError: before work starts, for arguments or labels that do not fit.
         FloatingPointError: if logits are NaN or infinite.
     """
     options = options or RunOptions()
@@ -57,15 +51,6 @@ def evaluate_models(
     metrics.check_base(zrf_base)
     check_value("seed", seed, settings.seed)
     corrupt = corrupt_counter(dataset, options.max_corrupt)
-    kept = PartialResults(
-        options.records,
-        lambda: {
-            **(identity or {}),
-            **data_identity(dataset),
-            "original": fingerprint(original),
-            "settings": {"zrf_base": zrf_base, "seed": seed, "amp": str(options.amp_dtype)},
-        },
-    )
     started = time.perf_counter()
 
     def run(model: nn.Module) -> tuple[Tensor, Tensor]:
@@ -84,27 +69,20 @@ def evaluate_models(
                 seen.append(batch.labels)
         return torch.cat(found), torch.cat(seen)
 
-    left = kept.left(rows)
-    if left:
-        (before, seen), (new, _) = run(original), run(reinitialise(original, seed))
-
-    def make(part: list[int]) -> Iterator[ClassRecord]:
-        for label in part:
-            after, _ = run(models(label))
-            own = seen == label
-            scores = {
-                **_scores("", after, new, seen, own, zrf_base),
-                **_scores("original_", before, new, seen, own, zrf_base),
-            }
-            count = int(own.sum())
-            yield ClassRecord(
-                index=label, name=names[label], n_forget=count, n_retain=len(seen) - count, **scores
-            )
+    (before, seen), (new, _) = run(original), run(reinitialise(original, seed))
+    records = []
+    with Progress(len(rows), "evaluating", options.progress, unit="class") as bar:
+        for label in rows:
+            own, scores = seen == label, {}
+            for prefix, logits in (("", run(models(label))[0]), ("original_", before)):
+                scores[f"{prefix}zrf"] = metrics.zrf(logits[own], new[own], zrf_base).item()
+                for suffix, k in (("", 1), ("_top5", metrics.TOP_K)):
+                    hits = metrics.topk_hits(logits, seen, k).double()
+                    scores[f"{prefix}acc_f{suffix}"] = hits[own].mean().item()
+                    scores[f"{prefix}acc_r{suffix}"] = hits[~own].mean().item()
+            counts = {"n_forget": int(own.sum()), "n_retain": int((~own).sum())}
+            records.append(ClassRecord(index=label, name=names[label], **counts, **scores))
             bar.update(1)
-
-    done = len(rows) - len(left)
-    with Progress(len(rows), "evaluating", options.progress, done=done, unit="class") as bar:
-        found = kept.complete(rows, ClassRecord, make)
     about = {
         "wfnet_version": __version__,
         "model": type(original).__name__,
@@ -115,14 +93,4 @@ def evaluate_models(
         "seed": seed,
         "initialised": "reinitialise(original, seed)",
     }
-    return EvaluationResult.from_records(found, zrf_base, about, time.perf_counter() - started)
-
-
-def _scores(
-    prefix: str, logits: Tensor, new: Tensor, labels: Tensor, own: Tensor, zrf_base: float
-) -> dict[str, float]:
-    scores = {"zrf": metrics.zrf(logits[own], new[own], zrf_base)}
-    for suffix, k in (("", 1), ("_top5", metrics.TOP_K)):
-        hits = metrics.topk_hits(logits, labels, k).double()
-        scores |= {f"acc_f{suffix}": hits[own].mean(), f"acc_r{suffix}": hits[~own].mean()}
-    return {prefix + name: value.item() for name, value in scores.items()}
+    return EvaluationResult.from_records(records, zrf_base, about, time.perf_counter() - started)

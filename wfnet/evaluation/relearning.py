@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.data import Dataset, batches, classes_of, corrupt_counter, labels_of
+from wfnet.data import Batch, Dataset, batches, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.pairs import check_classes
@@ -106,13 +106,7 @@ class RelearnRecord:
 
 @dataclass(frozen=True)
 class RelearnResult:
-    """Records of all relearned classes.
-
-    Attributes:
-        records: one per class.
-        config: how they were relearned.
-        seconds: duration.
-    """
+    """Records of all relearned classes, how they were relearned, and the duration."""
 
     records: list[RelearnRecord]
     config: RelearnConfig
@@ -152,9 +146,7 @@ def relearn_times(
     options: RunOptions | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> RelearnResult:
-    """Relearns every class, each from its own unlearned model.
-
-    The network, the models and the caller's random state stay as they are; models are copied.
+    """Relearns every class from a copy of its own unlearned model; nothing that is given changes.
 
     Args:
         models: a filtered network (it is baked for each class), or a function that gives the plain
@@ -250,22 +242,12 @@ def relearn(
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         while accuracy[-1] < original and len(accuracy) <= config.max_epochs:
-            generator = generator_for(config.seed, 7, label, len(accuracy))
+            epoch = len(accuracy) - 1
+            generator = generator_for(config.seed, 7, label, epoch + 1)
             drawn = torch.randperm(len(train), generator=generator)[: config.samples]
-            model.train(config.batch_norm == "train")
             order = [part for part in drawn.split(config.batch_size) if len(part) > 1]
-            stream = batches(
-                train,
-                order,
-                options.workers,
-                options.max_corrupt,
-                pin_memory=device.type == "cuda",
-                seed=config.seed,
-                start=(len(accuracy) - 1) * len(order),
-                replace_corrupt=True,
-            )
-            for batch in stream:
-                logits = first_output(model(batch.images.to(device)))
+            model.train(config.batch_norm == "train")
+            for batch, logits in epoch_logits(model, train, order, options, config.seed, epoch):
                 loss = F.cross_entropy(logits, batch.labels.to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
@@ -281,6 +263,21 @@ def relearn(
         epochs_tolerant=_first(accuracy, close),
         accuracy=accuracy,
     )
+
+
+def epoch_logits(
+    model: nn.Module,
+    train: Dataset,
+    order: list[Tensor],
+    options: RunOptions,
+    seed: int,
+    epoch: int,
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Yields minibatches, and their logits with a graph; unreadable images are replaced."""
+    device, start = next(model.parameters()).device, epoch * len(order)
+    pin, workers, corrupt = device.type == "cuda", options.workers, options.max_corrupt
+    for batch in batches(train, order, workers, corrupt, pin, seed, start, replace_corrupt=True):
+        yield batch, first_output(model(batch.images.to(device)))
 
 
 def _first(accuracy: list[float], wanted: float) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -42,8 +42,7 @@ class ClassRecord(Scores):
 
     Attributes:
         index, name: the class.
-        n_forget: images of the class that were evaluated.
-        n_retain: images of other classes that were evaluated under this row.
+        n_forget, n_retain: images of the class, and of others, that were evaluated under its row.
         original_acc_f, original_acc_r, ...: the same measures of the original network, over the
             same class and all images of other classes.
     """
@@ -109,21 +108,12 @@ class EvaluationResult:
         seconds: float,
         counts: PairCounts | None = None,
     ) -> EvaluationResult:
-        """The result whose means are those of ``records``.
-
-        Raises:
-            ValueError: for no records.
-        """
-        if not records:
-            raise ValueError("an evaluation has at least one class")
+        """The result whose means are those of ``records``, which are one or more."""
         names = [f.name for f in fields(Scores)]
-
-        def mean(prefix: str) -> Scores:
-            return Scores(
-                **{n: statistics.fmean(getattr(r, prefix + n) for r in records) for n in names}
-            )
-
-        return cls(records, mean(""), mean("original_"), zrf_base, settings, seconds, counts)
+        mean = Scores(**means(records, names))
+        before = means(records, [f"original_{name}" for name in names])
+        original = Scores(**{name: before[f"original_{name}"] for name in names})
+        return cls(records, mean, original, zrf_base, settings, seconds, counts)
 
     def as_dict(self) -> dict:
         """Everything but ``counts``, for JSON."""
@@ -187,8 +177,7 @@ class EvaluationResult:
         """An aligned table in % for the terminal: classes, mean, original network.
 
         Args:
-            max_rows: with more classes than that, the middle is left out and the classes that
-                came out worst and best are listed below.
+            max_rows: of more classes than that, those that were forgotten worst are shown.
         """
         columns = {"acc_r": "Acc_r", "acc_f": "Acc_f"}
         if self.settings["num_classes"] > metrics.TOP_K:
@@ -199,23 +188,15 @@ class EvaluationResult:
             values = [*(getattr(scores, name) for name in columns), *before]
             return [label, str(images), *(f"{100 * value:.2f}" for value in values)]
 
-        def lines(records: list[ClassRecord]) -> list[list[str]]:
-            return [
-                line(_label(r), r.n_forget, r, r.original_acc_r, r.original_acc_f) for r in records
-            ]
-
         parts = [["class", "images", *columns.values(), "Acc_r before", "Acc_f before"], "-"]
-        if len(self.records) <= max_rows:
-            parts += lines(self.records)
-        else:
-            shown = max(1, max_rows // 4)
-            left_out = len(self.records) - 2 * shown
-            parts += lines(self.records[:shown])
-            parts.append(f"... {left_out:,} more classes (all are in the CSV) ...")
-            parts += [*lines(self.records[-shown:]), "-"]
-            for title, key in _EXTREMES.items():
-                most = sorted(self.records, key=key)[: max(1, shown // 2)]
-                parts += [title, *lines(most)]
+        records, left_out = self.records, len(self.records) - max_rows
+        if left_out > 0:
+            records = sorted(records, key=lambda r: (-r.acc_f, r.acc_r - r.original_acc_r))
+        for record in records[:max_rows]:
+            before = (record.original_acc_r, record.original_acc_f)
+            parts.append(line(_label(record), record.n_forget, record, *before))
+        if left_out > 0:
+            parts.append(f"... forgotten worst; {left_out:,} more classes are in the CSV ...")
         images = sum(record.n_forget for record in self.records)
         original = self.original
         parts += [
@@ -228,16 +209,9 @@ class EvaluationResult:
         return aligned(parts)
 
 
-def _gap(record: ClassRecord) -> float:
-    return record.acc_r - record.original_acc_r
-
-
-# What a table of many classes lists below them, and by what they are sorted for it.
-_EXTREMES: dict[str, Callable[[ClassRecord], Any]] = {
-    "forgotten worst (highest Acc_f):": lambda record: (-record.acc_f, _gap(record)),
-    "retained worst (largest drop of Acc_r):": _gap,
-    "best (lowest Acc_f, then least drop of Acc_r):": lambda r: (r.acc_f, -_gap(r)),
-}
+def means(records: Sequence[Any], names: Sequence[str]) -> dict[str, float]:
+    """Means over records of the fields ``names``."""
+    return {name: statistics.fmean(getattr(r, name) for r in records) for name in names}
 
 
 def _label(record: ClassRecord) -> str:
@@ -246,10 +220,7 @@ def _label(record: ClassRecord) -> str:
 
 
 def aligned(parts: Sequence[list[str] | str]) -> str:
-    """Lists of cells as columns, the first to the left, others to the right.
-
-    A text stands in a line of its own; "-" is a rule.
-    """
+    """Lists of cells as columns; a text stands in a line of its own, "-" is a rule."""
     rows = [part for part in parts if isinstance(part, list)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = []

@@ -118,7 +118,7 @@ def evaluate(
     first, last = ranks.range(len(labels))
     total = pairing.pairs * (last - first) // len(labels)
     with engine.show(total, "evaluating", done=int(scores.tables["seen"].sum())):
-        engine.run(scores, engine.chunks(start=position), counted=kept.save if kept else None)
+        engine.run(scores, engine.chunks(len(rows), position), counted=kept.save if kept else None)
     if kept is not None:
         kept.save(last, now=True)
     engine.merge(scores)
@@ -143,13 +143,6 @@ def evaluate(
 class RowScores(HitCounts):
     """Hits of every row, and divergences from a new network under each image's own row.
 
-    Args:
-        pairing: under which rows each image is run.
-        labels: ``[N]``, of the data set.
-        num_classes: outputs of the network.
-        device: of the network.
-        zrf_base, zrf_mode: as in :func:`evaluate`.
-
     Attributes:
         tables: those of :class:`HitCounts`; ``divergence`` and ``original_divergence [N]`` fp64,
             0 for images that were not run; ``measured [N]``, 1 for those that were.
@@ -168,27 +161,19 @@ class RowScores(HitCounts):
         self.labels, self.zrf_base, self.zrf_mode = labels, zrf_base, zrf_mode
         for name in ("divergence", "original_divergence", "measured"):
             self.tables[name] = torch.zeros(len(labels), dtype=torch.float64)
-        self._own = torch.empty(0)  # logits of each image of the chunk under its own row
-
-    def begin(self, chunk: Chunk) -> None:
-        super().begin(chunk)
-        self._own = torch.full_like(chunk.original, torch.nan)
 
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
         super().add(chunk, pairs)
-        device = pairs.logits.device
-        # Found on the host, where the labels are: a device would have to be waited for.
+        device, has_row = pairs.logits.device, self.pairing.has_row[chunk.indices]
+        # Found on the host, where the labels are: a device would have to be waited for. One pair
+        # of each image that has a row, in the order of the images.
         is_own = self.rows[pairs.row] == chunk.labels[pairs.image]
-        at = is_own.nonzero().squeeze(1)
-        self._own[pairs.image[at].to(device)] = pairs.logits[at.to(device)].to(self._own.dtype)
-
-    def end(self, chunk: Chunk) -> None:
-        has_row = self.pairing.has_row[chunk.indices]
-        chosen, place = has_row.to(self._own.device), chunk.indices[has_row]
-        new = chunk.initialised[chosen]
+        own = pairs.logits[is_own.nonzero().squeeze(1).to(device)]
+        chosen, place = has_row.nonzero().squeeze(1).to(device), chunk.indices[has_row]
+        new, original = chunk.initialised[chosen], chunk.original[chosen]
         self.tables["measured"][place] = 1.0
-        for name, logits in (("divergence", self._own), ("original_divergence", chunk.original)):
-            divergence = metrics.zrf_divergence(logits[chosen], new, self.zrf_base, self.zrf_mode)
+        for name, logits in (("divergence", own), ("original_divergence", original)):
+            divergence = metrics.zrf_divergence(logits, new, self.zrf_base, self.zrf_mode)
             self.tables[name][place] = divergence.cpu()
 
     def counts(self) -> PairCounts:
