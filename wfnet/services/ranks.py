@@ -111,15 +111,6 @@ class Ranks:
             dist.all_gather_object(found, value, group=self.host)
         return found
 
-    def exchange(self, message: Tensor) -> Tensor:
-        """``[size, m]``: the small message ``[m]`` of every rank, on the host."""
-        if self.alone:
-            return message.unsqueeze(0)
-        found = [torch.empty_like(message) for _ in range(self.size)]
-        with _in_touch():
-            dist.all_gather(found, message, group=self.host)
-        return torch.stack(found)
-
     def add(self, values: Tensor) -> Tensor:
         """Sums a tensor over ranks, in place; the result has the same bits on every rank."""
         if not self.alone:

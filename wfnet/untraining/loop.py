@@ -329,8 +329,7 @@ class _Untraining:
 
     def _stop_if_asked(self) -> None:
         """Saves and raises Stopped if some rank has received a signal."""
-        received = self.ranks.exchange(torch.tensor([self.signals.received]))
-        self.signals.received = int(received.max())
+        self.signals.received = max(self.ranks.gather(self.signals.received))
         if not self.signals.received:
             return
         self._read_losses()
