@@ -51,35 +51,37 @@ def cifar10_batch(number: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (20, 3072), dtype=np.uint8), np.arange(20) % 10
 
 
-def cifar10_names() -> dict[int, str]:
-    return {0: "test_batch", **{number: f"data_batch_{number}" for number in range(1, 6)}}
+def write_cifar10(root: Path, version: str = "bin") -> Path:
+    """The six batches as "bin", "py" or "py bytes" (keys), or in an archive ("bin archive").
+
+    Returns their folder, or the archive.
+    """
+    kind = "bin" if version.startswith("bin") else "py"
+    members = {"readme.html": b"x"}
+    for number in range(6):
+        images, labels = cifar10_batch(number)
+        name = f"data_batch_{number}" if number else "test_batch"
+        if kind == "bin":
+            rows = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
+            members[f"{name}.bin"] = rows.tobytes()
+        else:
+            table = {"data": images, "labels": labels.tolist(), "batch_label": "x"}
+            if "bytes" in version:
+                table = {key.encode(): value for key, value in table.items()}
+            members[name] = pickle.dumps(table, protocol=2)
+    folder = f"cifar-10-batches-{kind}"
+    if "archive" in version:
+        archive = root / f"cifar-10-{'binary' if kind == 'bin' else 'python'}.tar.gz"
+        members = {f"{folder}/{name}": content for name, content in members.items()}
+        return write_tar(archive, members, "gz")
+    (root / folder).mkdir(parents=True)
+    for name, content in members.items():
+        (root / folder / name).write_bytes(content)
+    return root / folder
 
 
-def cifar10_binary(number: int) -> bytes:
-    images, labels = cifar10_batch(number)
-    return np.concatenate([labels[:, None].astype(np.uint8), images], axis=1).tobytes()
-
-
-def cifar10_pickle(number: int, byte_keys: bool = False) -> bytes:
-    images, labels = cifar10_batch(number)
-    table = {"data": images, "labels": labels.tolist(), "batch_label": "x", "filenames": ["a.png"]}
-    if byte_keys:
-        table = {key.encode(): value for key, value in table.items()}
-    return pickle.dumps(table, protocol=2)
-
-
-def write_archive(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w:gz") as tar:
-        for name, content in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-    return path
-
-
-def write_shard(path: Path, members: dict[str, bytes], compression: str = "") -> Path:
-    """A WebDataset shard; `compression` is tarfile's."""
+def write_tar(path: Path, members: dict[str, bytes], compression: str = "") -> Path:
+    """A WebDataset shard, or an archive; `compression` is tarfile's."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, f"w:{compression}") as tar:
         for name, content in members.items():
@@ -103,6 +105,6 @@ def pack_folder(root: Path, packed: Path, order: list[str] | None = None) -> Pat
                 key = f"{folder.name}-{image.stem}-{image.suffix[1:].swapcase()}"
                 members[f"{key}{image.suffix}"] = image.read_bytes()
                 members[f"{key}.cls"] = str(label).encode()
-        write_shard(packed / part.name / "0.tar", members)
+        write_tar(packed / part.name / "0.tar", members)
         (packed / "classes.txt").write_text("\n".join(names) + "\n")
     return packed

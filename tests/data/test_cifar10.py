@@ -3,34 +3,9 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from image_files import (
-    cifar10_batch,
-    cifar10_binary,
-    cifar10_names,
-    cifar10_pickle,
-    truncate,
-    write_archive,
-)
+from image_files import cifar10_batch, truncate, write_cifar10, write_tar
 
 from wfnet.data import open_data
-
-
-def write_cifar10(root, version):
-    binary = version.startswith("bin")
-    folder = "cifar-10-batches-bin" if binary else "cifar-10-batches-py"
-    members = {f"{folder}/readme.html": b"x"}
-    for number, name in cifar10_names().items():
-        if binary:
-            members[f"{folder}/{name}.bin"] = cifar10_binary(number)
-        else:
-            members[f"{folder}/{name}"] = cifar10_pickle(number, byte_keys="bytes" in version)
-    if "archive" in version:
-        kind = "binary" if binary else "python"
-        return write_archive(root / f"cifar-10-{kind}.tar.gz", members)
-    (root / folder).mkdir()
-    for name, content in members.items():
-        (root / name).write_bytes(content)
-    return root
 
 
 @pytest.mark.parametrize("version", ["bin", "py", "py bytes", "bin archive", "py archive"])
@@ -61,7 +36,7 @@ def test_damaged_archive(tmp_path):
     path = truncate(write_cifar10(tmp_path, "py archive"))
     with pytest.raises(ValueError, match=r"python.tar.gz is truncated or damaged"):
         open_data("cifar10", tmp_path)
-    write_archive(path, {"cifar-10-batches-py/readme.html": b""})
+    write_tar(path, {"cifar-10-batches-py/readme.html": b""}, "gz")
     with pytest.raises(ValueError, match="has no member data_batch_1"):
         open_data("cifar10", tmp_path)
 
@@ -90,7 +65,7 @@ def table(images, labels):
     ],
 )
 def test_pickles_build_arrays_and_nothing_else(tmp_path, value, message):
-    path = write_cifar10(tmp_path, "py") / "cifar-10-batches-py" / "test_batch"
+    path = write_cifar10(tmp_path, "py") / "test_batch"
     path.write_bytes(pickle.dumps(value, protocol=2))
     with pytest.raises(ValueError, match=rf"test_batch is .*{message}"):
         open_data("cifar10", tmp_path)

@@ -161,7 +161,7 @@ def test_items_must_be_tensors_of_one_size(image_folder, workers):
     write_image(image_folder / "train" / "ant" / "0.jpg", 0, size=(50, 20))
     with pytest.raises(ValueError, match=r"0\.jpg is .*Image.*: give the data set a transform"):
         list(batches(files(image_folder).with_transform(lambda image: image), [[0, 1]], workers))
-    with pytest.raises(ValueError, match=r"1\.png has shape .* give the data set a transform with"):
+    with pytest.raises(ValueError, match="give the data set a transform with one size"):
         list(batches(files(image_folder).with_transform(ToTensor()), [[0, 1]], workers))
 
 

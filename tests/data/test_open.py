@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from image_files import CLASS_NAMES, write_image, write_shard
+from image_files import CLASS_NAMES, write_image, write_tar
 
 from wfnet.data import folder_classes, open_data
 
@@ -42,8 +42,9 @@ def test_augmentation_is_for_training_alone(image_folder):
     splits = open_data(image_folder, image_size=SIZE, augment=True)
     assert not torch.equal(splits.train[0][0], splits.train[0][0])
     assert torch.equal(splits.validation[0][0], splits.validation[0][0])
-    with pytest.raises(ValueError, match="exclude each other"):
-        open_data(image_folder, augment=True, transform=lambda image: image)
+    for option in ({"augment": True}, {"cache": "host"}):
+        with pytest.raises(ValueError, match="exclude each other"):
+            open_data(image_folder, transform=lambda image: image, **option)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def test_class_folders_win_over_what_says_no_more(image_folder, beside):
             labels = ["cat;dog" if number % 2 else "ant" for number in range(len(files))]
         rows = [f"{f.parent.name}/{f.name},{x}" for f, x in zip(files, labels, strict=True)]
         if beside == "archive":
-            write_shard(image_folder / part / "originals.tar", {"0.txt": b"x"})
+            write_tar(image_folder / part / "originals.tar", {"0.txt": b"x"})
         else:
             head = "id,breed" if beside == "other labels" else "image,labels"
             (image_folder / part / "labels.csv").write_text("\n".join([head, *rows]))

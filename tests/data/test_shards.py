@@ -7,7 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from image_files import truncate, write_shard
+from image_files import truncate, write_tar
 from PIL import Image
 
 from wfnet.data import CorruptImage, ImageShards, batches, evaluation_transform, open_data
@@ -39,8 +39,8 @@ def samples(first, labels):
 @pytest.fixture
 def shards(tmp_path):
     return [
-        write_shard(tmp_path / "train" / "a-000.tar", samples(0, [0, 1, 2])),
-        write_shard(tmp_path / "train" / "a-001.tar", samples(3, [2, 1, 0, 0])),
+        write_tar(tmp_path / "train" / "a-000.tar", samples(0, [0, 1, 2])),
+        write_tar(tmp_path / "train" / "a-001.tar", samples(3, [2, 1, 0, 0])),
     ]
 
 
@@ -70,7 +70,7 @@ def test_the_index_is_kept_until_a_shard_changes(shards, monkeypatch):
         patch.setattr(shards_module, "_scan", lambda *_: pytest.fail("headers were read again"))
         again = read(shards)
     assert torch.equal(again[3][0], first[3][0])
-    write_shard(shards[1], samples(3, [1, 1]))
+    write_tar(shards[1], samples(3, [1, 1]))
     assert read(shards).labels.tolist() == [0, 1, 2, 1, 1]
 
 
@@ -90,7 +90,7 @@ def test_other_members_are_never_looked_into(tmp_path, caplog):
         "8.cls": b"1",
         "._n0001.jpg": b"of a Mac",
     }
-    data = read([write_shard(tmp_path / "s.tar", members)])
+    data = read([write_tar(tmp_path / "s.tar", members)])
     assert data.labels.tolist() == [1, 0]
     assert data.name_of(0).endswith("x/0.v2")
     assert "passed over 3 that are no readable images: ._n0001.jpg, 7.seg.png, 8.cls" in caplog.text
@@ -117,11 +117,11 @@ def test_class_names_stand_beside_the_shards_or_above(shards):
 )
 def test_bad_samples_are_refused(tmp_path, members, message):
     with pytest.raises(ValueError, match=message):
-        read([write_shard(tmp_path / "s.tar", members)])
+        read([write_tar(tmp_path / "s.tar", members)])
 
 
 def test_a_key_that_comes_twice_is_two_samples(tmp_path):
-    path = write_shard(tmp_path / "s.tar", samples(0, [0, 1]))
+    path = write_tar(tmp_path / "s.tar", samples(0, [0, 1]))
     with tarfile.open(path, "a:") as tar:
         for name, content in (("n0000.jpg", jpeg(9)), ("n0000.cls", b"2")):
             member = tarfile.TarInfo(name)
@@ -135,7 +135,7 @@ def test_a_key_that_comes_twice_is_two_samples(tmp_path):
 def test_missing_and_compressed_shards(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.tar does not exist"):
         read([tmp_path / "none.tar"])
-    packed = write_shard(tmp_path / "s.tar.gz", samples(0, [0]), "gz")
+    packed = write_tar(tmp_path / "s.tar.gz", samples(0, [0]), "gz")
     with pytest.raises(ValueError, match=r"is compressed.*unpack it"):
         read([packed])
 
@@ -157,7 +157,7 @@ def test_unreadable_shards_are_named(shards, damage):
 def test_corrupt_images_are_left_out(tmp_path):
     members = samples(0, [0, 1, 0])
     members["n0001.jpg"] = members["n0001.jpg"][:200]
-    data = read([write_shard(tmp_path / "s.tar", members)])
+    data = read([write_tar(tmp_path / "s.tar", members)])
     with pytest.raises(CorruptImage, match=r"s\.tar:n0001"):
         data[1]
     (batch,) = batches(data, [torch.arange(3)], max_corrupt=1)
@@ -169,10 +169,10 @@ def test_open_data(tmp_path, layout):
     root = tmp_path / "set"
     for part, name, labels in (("train", "train", [0, 1] * 4), ("val", "validation", [1, 0])):
         path = root / part / "0.tar" if layout == "folders" else root / f"set-{name}-0.tar"
-        write_shard(path, samples(0, labels))
+        write_tar(path, samples(0, labels))
     splits = open_data(root, image_size=SIZE, validation_fraction=0.25)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (6, 2, 2)
     assert splits.test.labels.tolist() == [1, 0]
-    write_shard(root / "set-test-0.tar", samples(0, [0, 1, 1]))
+    write_tar(root / "set-test-0.tar", samples(0, [0, 1, 1]))
     splits = open_data(root, image_size=SIZE)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (8, 2, 3)

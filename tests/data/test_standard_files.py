@@ -2,7 +2,7 @@ import gzip
 import hashlib
 
 import pytest
-from image_files import cifar10_binary, cifar10_names
+from image_files import write_cifar10
 
 from wfnet.data import standard_files
 from wfnet.data.standard_files import standard_name
@@ -29,8 +29,7 @@ def test_cifar10_is_known_as_an_archive(tmp_path, monkeypatch):
     assert standard_name("cifar10", tmp_path, []) is None
     known(monkeypatch, "cifar10", b"anything")
     assert standard_name("cifar10", tmp_path, []) == "cifar10"
-    for number, name in cifar10_names().items():
-        (tmp_path / f"{name}.bin").write_bytes(cifar10_binary(number))
+    write_cifar10(tmp_path)
     assert standard_name("cifar10", tmp_path, []) is None
 
 

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from image_files import cifar10_binary, cifar10_names, write_idx
+from image_files import write_cifar10, write_idx
 
 from wfnet import models, recipes
 from wfnet.cli import build_parser, main
@@ -19,17 +19,11 @@ def mnist_files(folder):
         write_idx(folder / f"{part}-labels-idx1-ubyte", np.arange(count) % 10)
 
 
-def cifar10_files(folder):
-    folder.mkdir()
-    for number, name in cifar10_names().items():
-        (folder / f"{name}.bin").write_bytes(cifar10_binary(number))
-
-
 @pytest.mark.parametrize(
     ("cell", "write", "kwargs"),
     [
         ("mnist/vgg16", mnist_files, ["width=8"]),
-        ("cifar10/resnet18", cifar10_files, ["width=8"]),
+        ("cifar10/resnet18", write_cifar10, ["width=8"]),
     ],
 )
 def test_recipes_run_on_files_in_the_real_formats(cell, write, kwargs, tmp_path):

@@ -230,7 +230,12 @@ class _Reader(torch.utils.data.Dataset):
             with _random_states_put_back():
                 items = [self._item(request[0], index, corrupt) for index in request[1]]
             items = [item for item in items if item is not None]
-            self._check_shapes(items)
+            shapes = {tuple(image.shape) for image, _, _ in items}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"images of one batch have the shapes {', '.join(map(str, sorted(shapes)))}: "
+                    "give the data set a transform with one size"
+                )
         except (ValueError, OSError, EOFError, RuntimeError) as error:
             return None, corrupt, error
         if not items:
@@ -276,9 +281,8 @@ class _Reader(torch.utils.data.Dataset):
     def _check(self, image: Any, label: int, index: int, name: str) -> None:
         is_image = isinstance(image, Tensor) and image.dim() == 3
         if not is_image or (self.floats and not image.is_floating_point()):
-            what = (
-                f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image)
-            )
+            is_tensor = isinstance(image, Tensor)
+            what = f"{image.dtype} {list(image.shape)}" if is_tensor else type(image)
             raise ValueError(
                 f"{name} is {what}: give the data set a transform that ends in a float32 tensor "
                 "[C, H, W] (ToTensor, or ToDtype(torch.float32, scale=True))"
@@ -289,15 +293,6 @@ class _Reader(torch.utils.data.Dataset):
                 f"say {int(self.labels[index])}: give the data set an attribute `labels` with the "
                 "labels that its items have"
             )
-
-    def _check_shapes(self, items: list[tuple[Tensor, int, int]]) -> None:
-        for image, _, index in items:
-            if image.shape != items[0][0].shape:
-                raise ValueError(
-                    f"{name_of(self.dataset, index)} has shape {list(image.shape)} and others of "
-                    f"its batch {list(items[0][0].shape)}: give the data set a transform with one "
-                    "size"
-                )
 
 
 def mixed_seed(seed: int, position: int, index: int) -> int:
