@@ -23,7 +23,7 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.tags, self.ids, self.open, self.tables, self.text = [], [], [], {}, ""
-        self.current, self.row, self.cell = None, None, None
+        self.rows, self.cell = None, None
         self.feed(text)
         self.close()
         assert self.open == []
@@ -31,18 +31,16 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
         self.tags.append((tag, attrs))
-        if "id" in attrs:
-            self.ids.append(attrs["id"])
+        self.ids += [attrs["id"]] if "id" in attrs else []
         if tag not in ("meta", "img", "input", "br", "link"):
             self.open.append(tag)
         if tag == "table":
-            self.current = self.tables.setdefault(attrs.get("id", f"#{len(self.tables)}"), [])
+            self.rows = self.tables.setdefault(attrs.get("id", f"#{len(self.tables)}"), [])
         if tag == "tr":
-            self.row = (attrs, [])
-            self.current.append(self.row)
+            self.rows.append((attrs, []))
         if tag in ("td", "th"):
             self.cell = [attrs.get("data-value"), ""]
-            self.row[1].append(self.cell)
+            self.rows[-1][1].append(self.cell)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -69,28 +67,19 @@ def parse():
 @pytest.fixture(scope="session")
 def make_evaluation():
     def make(classes, names=None, **changes):
-        records = [
-            ClassRecord(
-                index=k,
-                name=(names or [f"class {k}" for k in range(classes)])[k],
-                n_forget=5 + k % 3,
-                n_retain=5 * classes,
-                original_acc_r_top5=0.9,
-                original_acc_f_top5=0.95,
-                original_zrf=0.34,
-                acc_r_top5=0.9,
-                acc_f_top5=0.1,
-                zrf=0.5 + k / 1e4,
-                **{
-                    "acc_r": 0.70 + 0.01 * math.sin(k),
-                    "acc_f": 0.2 if k % 70 == 3 else k / 1e5,
-                    "original_acc_r": 0.71,
-                    "original_acc_f": 0.6 + 0.3 * math.cos(k),
-                    **changes,
-                },
-            )
-            for k in range(classes)
-        ]
+        same = {"original_acc_r": 0.71, "original_acc_r_top5": 0.9, "original_acc_f_top5": 0.95}
+        same |= {"original_zrf": 0.34, "acc_r_top5": 0.9, "acc_f_top5": 0.1}
+        records = []
+        for k in range(classes):
+            own = {
+                "acc_r": 0.70 + 0.01 * math.sin(k),
+                "acc_f": 0.2 if k % 70 == 3 else k / 1e5,
+                "original_acc_f": 0.6 + 0.3 * math.cos(k),
+                "zrf": 0.5 + k / 1e4,
+            }
+            name = names[k] if names else f"class {k}"
+            counts = {"n_forget": 5 + k % 3, "n_retain": 5 * classes}
+            records.append(ClassRecord(index=k, name=name, **counts, **same | own | changes))
         settings = {"num_classes": classes, "images": 5 * classes}
         return EvaluationResult.from_records(records, math.e, settings, 1.0)
 
@@ -104,26 +93,14 @@ def make_trust():
         records = []
         for k in classes:
             for check in dict.fromkeys(check for check, _ in values):
-                own, level, original = (
+                own, original, level = (
                     {name: v for (c, name), v in found.items() if c == check}
-                    for found in (values, retrained or {}, more.get("original", {}))
+                    for found in (values, more.get("original", {}), retrained or {})
                 )
-                records.append(
-                    TrustRecord(
-                        index=k,
-                        name=names[k] if names else f"class {k}",
-                        check=check,
-                        forgetful=own,
-                        original=original,
-                        retrained=level,
-                        retrained_spread={},
-                        retrained_models=int(bool(retrained)),
-                        missing=more.get("missing"),
-                        details={"standard_error": 0.025} if check == "membership" else {},
-                        seconds=1.0,
-                        key=f"{check}{k}",
-                    )
-                )
+                name = names[k] if names else f"class {k}"
+                details = {"standard_error": 0.025} if check == "membership" else {}
+                last = int(bool(retrained)), more.get("missing"), details, 1.0, f"{check}{k}"
+                records.append(TrustRecord(k, name, check, own, original, level, {}, *last))
         return TrustResult(records, settings or {})
 
     return make
@@ -136,12 +113,12 @@ def make_run(make_evaluation, make_trust):
         if trust:
             headlines = [(check.name, check.headline) for check in CHECKS.values()]
             make_trust(
-                dict.fromkeys(headlines, 0.9) | {("removal", "auc_logit"): 0.99},
+                dict.fromkeys(headlines, 0.9),
                 dict.fromkeys(headlines, 0.1),
                 {"samples": 10, "attackers_images": "in the natural mix"},
                 range(0, classes, 2),
                 names,
-                original=dict.fromkeys(headlines[1:2], 1.0),
+                original={h: 1.0 for h in headlines if h[0] in ("relearning", "collateral")},
                 missing=f"A check: needs more (1 at hand); run `wfnet {EVIL}`",
             ).to_json(folder / "trust.json")
         options = {"model": f"net {EVIL}", "data": "some"}

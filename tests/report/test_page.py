@@ -12,99 +12,78 @@ from wfnet.report import page
 from wfnet.trust import CHECKS
 
 
+@pytest.fixture
+def shown(run, parse):
+    return parse(page.write_report(run))
+
+
 @pytest.mark.parametrize("classes", [3, 1000])
 def test_every_class_with_the_numbers_of_the_json(tmp_path, make_run, parse, classes):
-    path = page.write_report(make_run(tmp_path, classes))
-    found = parse(path)
+    found = parse(page.write_report(make_run(tmp_path, classes)))
     head, *rows = found.tables["class-table"]
     titles = [cell[1] for cell in head[1]]
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert len(rows) == classes
-    columns = {
-        "#": "index",
-        "class": "name",
-        "images": "n_forget",
-        "Acc_f": "acc_f",
-        "Acc_r": "acc_r",
-        "Acc_f before": "original_acc_f",
-        "Acc_r before": "original_acc_r",
-        "ZRF": "zrf",
-    }
+    columns = {"#": "index", "images": "n_forget", "ZRF": "zrf"}
+    percent = {"Acc_f": "acc_f", "Acc_r": "acc_r"}
+    percent |= {f"{title} before": f"original_{name}" for title, name in percent.items()}
     for (attrs, cells), record in zip(rows, content["classes"], strict=True):
         assert attrs["id"] == f"class-{record['index']}"
         assert record["name"] in attrs["data-search"]
-        for title, name in columns.items():
-            value, shown = cells[titles.index(title)]
-            if name == "name":
-                assert value == shown == record[name]
-            else:
-                assert float(value) == record[name]  # bit for bit
-                scale = 100 if name.endswith(("acc_f", "acc_r")) else 1
-                assert float(shown) == pytest.approx(scale * record[name], abs=0.0051)
+        assert cells[titles.index("class")] == [record["name"], record["name"]]
+        for title, name in (columns | percent).items():
+            value, written = cells[titles.index(title)]
+            assert float(value) == record[name]  # bit for bit
+            scale = 100 if title in percent else 1
+            assert float(written) == pytest.approx(scale * record[name], abs=0.0051)
     assert ("Acc_f@5" in titles) == (classes > 5)
     by_class = found.tables["trust-table"][1:]
     assert len(by_class) == (classes + 1) // 2
     assert by_class[1][1][2] == ["0.9", "0.900 (+0.800)"]
-    assert path.stat().st_size < 3e6
 
 
-def test_nothing_is_loaded_and_ids_are_unique(run, parse):
-    path = page.write_report(run)
-    text, found = path.read_text(), parse(path)
-    assert text.startswith("<!DOCTYPE html>")
-    assert len(set(found.ids)) == len(found.ids)
-    for tag, attrs in found.tags:
+def test_nothing_is_loaded_and_ids_are_unique(shown):
+    assert len(set(shown.ids)) == len(shown.ids)
+    for tag, attrs in shown.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "form")
         for name in ("src", "href", "srcset", "action", "poster", "data"):
             value = attrs.get(name, "#")
             assert value.startswith(("#", "data:image/png;base64,")), (tag, value)
         assert not [name for name in attrs if name.startswith("on")]
         if tag == "a":
-            assert attrs["href"][1:] in found.ids
+            assert attrs["href"][1:] in shown.ids
         if tag == "img":
             assert attrs["alt"]
-    assert "@import" not in text
-    assert "url(" not in text
-    policy = next(a["content"] for t, a in found.tags if a.get("http-equiv"))
+    policy = next(a["content"] for t, a in shown.tags if a.get("http-equiv"))
     assert "default-src 'none'" in policy
-    assert [tag for tag, _ in found.tags].count("img") == 2
+    assert [tag for tag, _ in shown.tags].count("img") == 2
 
 
 def test_names_from_data_are_escaped(tmp_path, make_run, parse, evil):
     names = [evil, 'a "quoted" name', "b & c <i>"]
     found = parse(page.write_report(make_run(tmp_path, 3, names)))
     assert [tag for tag, _ in found.tags].count("script") == 1  # ours
-    assert not any(attrs.get("src") == "x" for _, attrs in found.tags)
     rows = found.tables["class-table"][1:]
     assert [cells[1] for _, cells in rows] == [[name, name] for name in names]
     assert evil in found.text
 
 
-def test_measures_are_words_and_empty_columns_are_left_out(run, parse):
-    path = page.write_report(run)
-    found = parse(path)
+def test_checks_are_in_words_and_empty_columns_are_left_out(shown):
     measures = {name for check in CHECKS.values() for name in check.measures} - {"acc_f", "acc_r"}
-    assert not measures & set(re.findall(r"\w+", path.read_text()))
+    assert not measures & set(re.findall(r"\w+", shown.text))
     heads = {
         rows[1][1][0][1]: [cell[1] for cell in rows[0][1]]
-        for name, rows in found.tables.items()
+        for name, rows in shown.tables.items()
         if name.startswith("#")
     }
     relearning, probing = (CHECKS[name] for name in ("relearning", "probing"))
     every = ["measure", "model under test", "original", "retrained", "distance"]
     assert heads[relearning.measures[relearning.headline]] == every
     assert heads[probing.measures[probing.headline]] == [h for h in every if h != "original"]
-    assert found.text.count("Not measured") == 1
-    assert "0.025 on average" in found.text
-
-
-def test_definitions_are_plain_text(run, parse):
-    text = parse(page.write_report(run)).text
-    assert "phi(x) = log(p_y / (1 - p_y))" in text
-    assert "wfnet.evaluation.relearning.relearn" in text
-    assert "`" not in text.partition("Definitions")[2].partition("Configuration")[0]
-    for check in CHECKS.values():
-        assert check.title in text
+    assert shown.text.count("Not measured") == 1
+    assert "0.025 on average" in shown.text
+    assert "phi(x) = log(p_y / (1 - p_y))" in shown.text
+    assert "`" not in shown.text.partition("Definitions")[2].partition("Configuration")[0]
 
 
 def test_what_was_left_out_is_said_on_the_page_and_in_the_log(run, parse, caplog):
@@ -118,18 +97,15 @@ def test_what_was_left_out_is_said_on_the_page_and_in_the_log(run, parse, caplog
 
 
 def test_sections_say_what_is_missing(tmp_path, make_run, parse):
-    make_run(tmp_path, 4, trust=False)
-    (tmp_path / "gates.png").unlink()
-    text = parse(page.write_report(tmp_path)).text
+    text = parse(page.write_report(make_run(tmp_path, 4, trust=False))).text
     assert f"wfnet trust {tmp_path}" in text
     assert f"wfnet baseline {tmp_path}" in text
 
 
 def test_baselines_and_the_papers_tables_are_shown(run, parse):
     evaluation = json.loads((run / "evaluation.json").read_text())
-    (run / "baselines").mkdir()
     content = {"method": "retrained", "evaluation": evaluation, "relearning": None, "settings": {}}
-    (run / "baselines" / "retrained.json").write_text(json.dumps(content))
+    (run / "retrained.json").write_text(json.dumps(content))
     found = parse(page.write_report(run))
     assert "retrained Acc_f" in [cell[1] for cell in found.tables["class-table"][0][1]]
     assert any(cells[0][1] == "wfnet" for rows in found.tables.values() for _, cells in rows)
@@ -143,27 +119,18 @@ def test_baselines_and_the_papers_tables_are_shown(run, parse):
     }
     (run / "tables.json").write_text(json.dumps(tables))
     found = parse(page.write_report(run))
-    shown = [cells for rows in found.tables.values() for _, cells in rows]
-    assert [["ours", "ours"], ["98.125", "98.12"], ["0.5", "0.5"], ["94", "94"]] in shown
+    cells = [cells for rows in found.tables.values() for _, cells in rows]
+    assert [["ours", "ours"], ["98.125", "98.12"], ["0.5", "0.5"], ["94", "94"]] in cells
     assert "published: Poppi et al." in found.text
     assert "Acc_r 97.00% (original 98.00%)" in found.text
 
 
 def test_several_labels_per_image(tmp_path, parse):
+    mean = {"ap_f": 0.2, "map_r": 0.8, "original_ap_f": 0.9, "original_map_r": 0.81}
     records = [
-        {
-            "index": k,
-            "name": f"label {k}",
-            "images": 9,
-            "share": 0.1,
-            "ap_f": 0.2 + k / 100,
-            "map_r": 0.8,
-            "original_ap_f": 0.9,
-            "original_map_r": 0.81,
-        }
+        {"index": k, "name": f"label {k}", "images": 9, "share": 0.1, **mean, "ap_f": k / 100}
         for k in range(4)
     ]
-    mean = {"ap_f": 0.2, "map_r": 0.8, "original_ap_f": 0.9, "original_map_r": 0.81}
     content = {"kind": "multi-label", "mean": mean, "settings": {}, "classes": records}
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     found = parse(page.write_report(tmp_path))
@@ -174,27 +141,6 @@ def test_several_labels_per_image(tmp_path, parse):
     assert "wfnet trust" not in found.text  # which does not take such data
 
 
-def test_an_old_report_survives_a_failure(run, monkeypatch):
-    path = page.write_report(run)
-    before = path.read_bytes()
-    monkeypatch.setattr(page, "render", lambda contents: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        page.write_report(run)
-    assert path.read_bytes() == before
-
-
-# -- in a browser ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    found = next(filter(None, map(shutil.which, names)), None)
-    if found is None:
-        pytest.skip("neither chromium nor google-chrome is installed")
-    return found
-
-
 SCRIPT = """
 const table = document.getElementById('class-table');
 const column = (k, n) => [...table.tBodies[0].rows].filter(r => !r.hidden).slice(0, n)
@@ -202,17 +148,14 @@ const column = (k, n) => [...table.tBodies[0].rows].filter(r => !r.hidden).slice
 const head = k => table.tHead.rows[0].cells[k].querySelector('button').click();
 const found = {title: document.title};
 found.before = column(0, 3);
-head(4); found.worst = column(4, 3);
-head(4); found.best = column(4, 3); found.sorted = table.tHead.rows[0].cells[4].ariaSort;
+head(4); found.worst = column(4, 1);
+head(4); found.best = column(4, 1); found.sorted = table.tHead.rows[0].cells[4].ariaSort;
 head(1); found.names = column(1, 3);
 head(0); found.back = column(0, 3);
 const input = document.getElementById('class-table-search');
 input.value = 'CLASS 11'; input.dispatchEvent(new Event('input'));
-found.search = column(1, 99); found.count = document.querySelector('[data-count=class-table]')
-  .textContent;
+found.search = column(1, 99);
 found.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-found.cut = [...document.querySelectorAll('.wide')].filter(t => t.scrollWidth > t.clientWidth &&
-  t.querySelector('.levels')).length;
 found.loaded = performance.getEntriesByType('resource').length;
 const p = document.createElement('p'); p.id = 'result'; p.textContent = JSON.stringify(found);
 document.body.append(p);
@@ -220,40 +163,29 @@ document.body.append(p);
 
 
 @pytest.mark.parametrize(("classes", "width"), [(12, 390), (1000, 1280)])
-def test_sorting_and_search_in_a_browser(browser, tmp_path, make_run, evil, classes, width):
+def test_sorting_and_search_in_a_browser(tmp_path, make_run, evil, classes, width):
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("neither chromium nor google-chrome is installed")
     names = [f"class {k}" for k in range(classes)]
     names[2] = evil
     text = page.write_report(make_run(tmp_path, classes, names)).read_text()
     scripted = tmp_path / "scripted.html"
-    # Headless windows have a least width: a frame has the width of a phone.
     scripted.write_text(text.replace("</body>", f"<script>{SCRIPT}</script></body>"))
-    shown = subprocess.run(
-        [
-            browser,
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--dump-dom",
-            f"--window-size={width},900",
-            f"--user-data-dir={tmp_path / 'profile'}",
-            scripted.as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    ).stdout
-    result = re.search(r'<p id="result">(.*?)</p>', shown, re.S).group(1)
-    found = json.loads(html.unescape(result))
-    assert found["title"] == f"wfnet: {tmp_path.name}"  # no name of a class was run
-    assert found["before"] == found["back"] == ["0", "1", "2"]
-    assert found["worst"][0] == "20.00"
-    assert found["best"][0] == "0.00"
-    assert found["sorted"] == "ascending"
-    assert found["names"] == [evil, "class 0", "class 1"]
-    wanted = [name for name in names if "class 11" in name]
-    assert found["search"] == wanted
-    assert found["count"] == f"{len(wanted)} of {classes:,}"
-    assert found["wide"] is False
-    assert found["cut"] == 0
-    assert found["loaded"] == 0
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    options += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    call = [browser, *options, scripted.as_uri()]
+    shown = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout
+    result = re.search(r'<p id="result">(.*?)</p>', shown, re.DOTALL).group(1)
+    assert json.loads(html.unescape(result)) == {
+        "title": f"wfnet: {tmp_path.name}",  # no name of a class was run
+        "before": ["0", "1", "2"],
+        "back": ["0", "1", "2"],
+        "worst": ["20.00"],
+        "best": ["0.00"],
+        "sorted": "ascending",
+        "names": [evil, "class 0", "class 1"],
+        "search": [name for name in names if "class 11" in name],
+        "wide": False,
+        "loaded": 0,
+    }

@@ -15,7 +15,7 @@ def small_pictures(monkeypatch):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved, to look inside."""
+    """The figures that were saved; every text of them lies inside the picture."""
     from matplotlib.figure import Figure
 
     seen, save = [], Figure.savefig
@@ -25,7 +25,28 @@ def drawn(monkeypatch):
         seen.append(self)
 
     monkeypatch.setattr(Figure, "savefig", spy)
-    return seen
+    yield seen
+    for figure in seen:
+        width, height = figure.get_size_inches() * figure.dpi
+        boxes = [(text.get_text(), text.get_window_extent()) for text in _texts(figure)]
+        assert [
+            text
+            for text, box in boxes
+            if box.x0 < -2 or box.y0 < -2 or box.x1 > width + 2 or box.y1 > height + 2
+        ] == []
+
+
+def _texts(figure):
+    parts = (figure, *figure.subfigs)
+    texts = [text for part in parts for text in part.texts]
+    for axis in (axis for part in parts for axis in part.axes):
+        legend = axis.get_legend()
+        texts += [*axis.texts, axis.title, *(legend.get_texts() if legend else ())]
+        for side in (axis.xaxis, axis.yaxis) if axis.axison else ():
+            low, high = sorted(side.get_view_interval())
+            ticks = [tick for tick in side.get_major_ticks() if low <= tick.get_loc() <= high]
+            texts += [side.label, *(t.label1 for t in ticks if t.label1.get_visible())]
+    return [text for text in texts if text.get_text()]
 
 
 @pytest.fixture
@@ -43,45 +64,3 @@ def make_net():
         return net
 
     return make
-
-
-def _texts(figure):
-    texts = [t for part in (figure, *figure.subfigs) for t in part.texts]
-    for axis in (a for part in (figure, *figure.subfigs) for a in part.axes):
-        legend = axis.get_legend()
-        texts += [*axis.texts, axis.title, *(legend.get_texts() if legend else ())]
-        if axis.axison:
-            texts += [axis.xaxis.label, axis.yaxis.label]
-            for ticks, limits in ((axis.xaxis, axis.get_xlim()), (axis.yaxis, axis.get_ylim())):
-                low, high = sorted(limits)
-                for tick in ticks.get_major_ticks():
-                    if low <= tick.get_loc() <= high and tick.label1.get_visible():
-                        texts.append(tick.label1)
-    return [text for text in texts if text.get_text()]
-
-
-@pytest.fixture
-def outside():
-    """Texts of a figure that do not lie inside the picture."""
-
-    def find(figure):
-        width, height = figure.get_size_inches() * figure.dpi
-        return [
-            text.get_text()
-            for text in _texts(figure)
-            for box in [text.get_window_extent()]
-            if box.x0 < -2 or box.y0 < -2 or box.x1 > width + 2 or box.y1 > height + 2
-        ]
-
-    return find
-
-
-@pytest.fixture
-def overlapping():
-    """Pairs of neighbouring texts that are drawn over each other."""
-
-    def find(texts):
-        boxes = [(t.get_text(), t.get_window_extent()) for t in texts if t.get_text()]
-        return [(a[0], b[0]) for a, b in itertools.pairwise(boxes) if a[1].overlaps(b[1])]
-
-    return find

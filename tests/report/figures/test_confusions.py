@@ -6,20 +6,16 @@ from wfnet.report.figures import confusion
 
 
 @pytest.mark.parametrize("classes", [5, 1000])
-def test_maps_of_few_classes_and_curves_of_many(drawn, outside, tmp_path, classes):
+def test_maps_of_few_classes_and_curves_of_many(drawn, tmp_path, classes):
     generator = torch.Generator().manual_seed(0)
     size = (classes, classes)
     destinations = (torch.rand(size, generator=generator) < 4 / classes).long()
-    change = ConfusionChange(
-        [f"a class with a long name, {k}" for k in range(classes)],
-        torch.arange(classes),
-        destinations,
-        torch.eye(classes, dtype=torch.int64) * 4 + destinations,
-        torch.full(size, 2),
-        torch.randint(0, 3, size, generator=generator),
-    )
+    original = torch.eye(classes, dtype=torch.int64) * 4 + destinations
+    hits = torch.randint(0, 3, size, generator=generator)
+    names = [f"a class with a long name, {k}" for k in range(classes)]
+    counts = (torch.arange(classes), destinations, original, torch.full(size, 2), hits)
+    change = ConfusionChange(names, *counts)
     confusion(change, tmp_path / "confusion.png")
-    assert outside(drawn[0]) == []
     assert max(len(a.get_xticks()) + len(a.get_yticks()) for a in drawn[0].axes) <= 40
     if classes == 5:
         shown = torch.from_numpy(drawn[0].axes[0].images[0].get_array().data)

@@ -29,22 +29,17 @@ def test_training_curves_of_losses_alone(tmp_path, drawn):
         training_curves([{"lr": 1.0}], tmp_path / "d.png")
 
 
-@pytest.mark.parametrize("classes", [1, 300])
-def test_insertion_and_deletion(drawn, outside, tmp_path, classes):
+def test_insertion_and_deletion(drawn, tmp_path):
     names = ("insertion", "deletion", "insertion_random", "deletion_random")
+    areas = (0.8, 0.1, 0.5, 0.4)
     records = [
-        AttributionRecord(
-            k, str(k), 5, 0.8, 0.1, 0.5, 0.4, {n: [0.0, k / classes, 1.0] for n in names}
-        )
-        for k in range(classes)
+        AttributionRecord(k, str(k), 5, *areas, {n: [0.0, k / 30, 1.0] for n in names})
+        for k in range(31)
     ]
     result = AttributionResult([0.0, 0.5, 1.0], records, {}, 1.0)
     insertion_deletion(result, tmp_path / "attribution.png")
     for axis, area in zip(drawn[0].axes, ("0.80", "0.10"), strict=True):
         curve = axis.lines[0]
         assert list(curve.get_xdata()) == [0, 50, 100]
-        mean = sum(k / classes for k in range(classes)) / classes
-        assert curve.get_ydata()[1] == pytest.approx(100 * mean)
+        assert curve.get_ydata()[1] == pytest.approx(50)
         assert any(area in text.get_text() for text in axis.get_legend().get_texts())
-        assert "%" in axis.get_xlabel()
-    assert outside(drawn[0]) == []
