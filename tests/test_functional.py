@@ -338,14 +338,11 @@ def test_bad_input_is_named(change, error, says):
 
 
 def test_explain_says_what_would_run_and_why():
-    weight, *_ = tensors(6, (4,), (3, 3), dtype=torch.float32)
-    x = torch.randn(2, 4, 6, 6)
-    lines = explain(x, weight, padding="same").splitlines()
+    lines = explain(torch.randn(2, 4, 6, 6), torch.randn(6, 4, 3, 3), padding="same").splitlines()
     assert lines[0].startswith("eager: chosen (auto)")
     assert any(line.startswith("triton: refused: ") for line in lines)
-    assert explain(x, weight, backend="eager").startswith("eager: chosen (asked for by name)")
-    for tokens in (torch.randn(2, 4), torch.randn(2, 3, 4), torch.randn(0, 3, 4)):
-        assert "chosen" in explain(tokens, torch.randn(6, 4))
+    linear = explain(torch.randn(2, 3, 4), torch.randn(6, 4), backend="eager")
+    assert linear.startswith("eager: chosen (asked for by name)")
 
 
 def test_environment_chooses_the_backend(monkeypatch):

@@ -69,15 +69,6 @@ def test_gates_keep_their_gradient_even_where_they_are_snapped_to_one(value):
     torch.testing.assert_close(alpha.grad, slope.detach())
 
 
-def test_low_precision_filters_give_fp32_gates():
-    assert gates.gate(torch.zeros(2, 2, dtype=torch.bfloat16), 1.0).dtype == torch.float32
-    rows = gates.gate_rows(torch.zeros(2, 2, dtype=torch.float16), torch.tensor([[1]]), 1.0)
-    assert rows.dtype == torch.float32
-    t = torch.ones(1, 2)
-    found = gates.gate_rows_backward(t, torch.zeros(2, 2).half(), torch.tensor([[1]]))
-    assert found.dtype == torch.float16
-
-
 @pytest.mark.parametrize("low", [-1, 0])
 def test_segment_sum_is_right_and_bitwise_repeatable(low):
     values, segment = torch.randn(200, 3, 2), torch.randint(low, 5, (200,))

@@ -126,24 +126,19 @@ X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(3))
 
 
 class Shared(nn.Module):
-    def __init__(self, names):
+    def __init__(self):
         super().__init__()
-        conv = nn.Conv2d(3, 3, 3, padding=1)
-        self.a = conv
-        if names == 2:
-            self.b = conv
+        self.a = self.b = nn.Conv2d(3, 3, 3, padding=1)
         self.head = nn.Linear(3, CLASSES)
 
     def forward(self, x):
-        return self.head(getattr(self, "b", self.a)(self.a(x).relu()).mean((2, 3)))
+        return self.head(self.b(self.a(x).relu()).mean((2, 3)))
 
 
-@pytest.mark.parametrize("names", [1, 2])
-def test_a_layer_that_is_used_twice(names):
-    net = randomize(WFNet(Shared(names).double().eval(), CLASSES))
+def test_a_layer_that_is_used_twice():
+    net = randomize(WFNet(Shared().double().eval(), CLASSES))
     assert list(net.masked_layers) == ["a"]
-    if names == 2:
-        assert net.model.a is net.model.b
+    assert net.model.a is net.model.b
     x, forget = X.double(), torch.tensor([3, 7])
     found = net(x, forget)
     gradients = torch.autograd.grad(found.square().sum(), net.filter_parameters())
@@ -223,20 +218,12 @@ def trainable():
     )
 
 
-@pytest.mark.parametrize(
-    ("forget", "error", "says"),
-    [
-        (CLASSES, ValueError, "label 10 is out of range"),
-        (torch.tensor([[0, 1], [2, -2]]), ValueError, "label -2"),
-        (torch.tensor([0]), ValueError, "1 forget labels.*batch of 2"),
-        (torch.tensor([0.0, 1.0]), TypeError, "float32"),
-    ],
-)
-def test_wrong_labels(forget, error, says):
+def test_wrong_labels_are_found_before_work_starts():
     net = trainable()
     net.model[0].register_forward_pre_hook(lambda *_: pytest.fail("work started"))
-    with pytest.raises(error, match=says):
-        net(X, forget)
+    for forget, says in ((CLASSES, "label 10"), (torch.tensor([0]), "1 forget labels.*batch of 2")):
+        with pytest.raises(ValueError, match=says):
+            net(X, forget)
 
 
 def test_kinds_of_labels_agree():

@@ -88,12 +88,12 @@ def test_another_base_is_refused(tmp_path):
         wfnet.WFNet.from_pretrained(tmp_path, Net().bfloat16())
 
 
-@pytest.mark.parametrize("missing", [CONFIG_NAME, FILTERS_NAME])
-def test_missing_files_are_named(tmp_path, missing):
+def test_missing_files_are_named(tmp_path):
     trained().save_pretrained(tmp_path)
-    (tmp_path / missing).unlink()
-    with pytest.raises(FileNotFoundError, match=missing):
-        wfnet.WFNet.from_pretrained(tmp_path, Net())
+    for missing in (FILTERS_NAME, CONFIG_NAME):
+        (tmp_path / missing).unlink()
+        with pytest.raises(FileNotFoundError, match=missing):
+            wfnet.WFNet.from_pretrained(tmp_path, Net())
 
 
 @pytest.mark.parametrize("kept", [0, 100, -1])
@@ -108,24 +108,20 @@ def test_truncated_filters_are_refused(tmp_path, kept):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"format": 2}, "has format 2, this version of wfnet reads 1"),
-        ({"targets": 5}, "targets must be a list of names; got 5"),
-        ({"filter_dtype": "int8"}, "filter_dtype is 'int8'"),
+        (lambda config: config | {"format": 2}, "has format 2, this version of wfnet reads 1"),
+        (lambda config: config | {"targets": 5}, "targets must be a list of names; got 5"),
+        (lambda config: config | {"filter_dtype": "int8"}, "filter_dtype is 'int8'"),
+        (lambda config: [1], "is not a wfnet configuration"),
     ],
 )
 def test_a_changed_configuration_is_refused(tmp_path, change, says):
     trained().save_pretrained(tmp_path)
     path = tmp_path / CONFIG_NAME
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=says):
         wfnet.WFNet.from_pretrained(tmp_path, Net())
-
-
-@pytest.mark.parametrize("text", ["", "[1]", '{"a": 1}'])
-def test_a_foreign_configuration_is_refused(tmp_path, text):
-    trained().save_pretrained(tmp_path)
-    (tmp_path / CONFIG_NAME).write_text(text)
-    with pytest.raises(ValueError, match=r"wf_config\.json is (damaged|not a wfnet configuration)"):
+    path.write_text("")
+    with pytest.raises(ValueError, match=r"wf_config\.json is damaged"):
         wfnet.WFNet.from_pretrained(tmp_path, Net())
 
 
