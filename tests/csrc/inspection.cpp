@@ -14,18 +14,6 @@ using namespace wf;
 
 namespace {
 
-py::dict axis_fields(const Axis& axis) {
-  py::dict fields;
-  fields["size"] = axis.size;
-  fields["out"] = py::make_tuple(axis.out_first, axis.out_step);
-  fields["base"] = py::make_tuple(axis.base, axis.base_step);
-  py::list taps, offsets;
-  for (int k = 0; k < axis.taps; ++k) taps.append(axis.tap(k)), offsets.append(axis.offset(k));
-  fields["taps"] = taps;
-  fields["offsets"] = offsets;
-  return fields;
-}
-
 Problem problem_of(const Convolution& conv, bool backward) {
   return backward ? dgrad_problem(conv) : fprop_problem(conv);
 }
@@ -164,118 +152,61 @@ PYBIND11_MODULE(inspection, module) {
     device.memory.add(reinterpret_cast<uintptr_t>(output), 128, true, "output");
     device.run(1, kCluster * kWarpgroup, kCluster * 1024, [&] { misuse(name, memory); });
   });
-  // What the driver would say to the tensor map of phase 0 with one number changed.
-  module.def("refuse_changed_map",
-             [](const Convolution& conv, const std::string& name, int64_t value) -> py::object {
-               const Problem problem = problem_of(conv, false);
-               TensorMapParameters map = im2col_map(nullptr, true, problem, problem.phases[0]);
-               if (name == "address") map.address = reinterpret_cast<void*>(value);
-               if (name == "size") map.size[1] = value;
-               if (name == "stride") map.stride[2] = value;
-               if (name == "element_step") map.element_step[1] = static_cast<uint32_t>(value);
-               if (name == "lower") map.lower[0] = static_cast<int>(value);
-               if (name == "upper") map.upper[1] = static_cast<int>(value);
-               if (name == "channels") map.channels = static_cast<uint32_t>(value);
-               if (name == "pixels") map.pixels = static_cast<uint32_t>(value);
-               const char* reason = refuse_map(map);
-               return reason == nullptr ? py::object(py::none()) : py::str(reason);
-             });
   module.def("problem", [](const Convolution& conv, bool backward) {
     const Problem problem = problem_of(conv, backward);
     py::dict fields;
-    py::list phases;
+    py::list rows, slices;
     for (int i = 0; i < problem.num_phases; ++i) {
-      const Phase& phase = problem.phases[i];
-      py::dict p;
-      p["h"] = axis_fields(phase.h);
-      p["w"] = axis_fields(phase.w);
-      p["rows"] = phase.rows;
-      p["m_tiles"] = phase.m_tiles;
-      p["slices"] = phase.slices;
-      phases.append(p);
+      rows.append(problem.phases[i].rows);
+      slices.append(problem.phases[i].slices);
     }
-    fields["phases"] = phases;
+    fields["rows"] = rows;
+    fields["slices"] = slices;
     fields["block_n"] = problem.block_n;
-    fields["n_tiles"] = problem.n_tiles;
-    fields["tiled"] = problem.tiled;
     fields["keep_filter"] = problem.keep_filter != 0;
     fields["partial_rows"] = problem.partial_rows;
     return fields;
   });
-  // Tiles of every thread block in their order, [(phase, m, n), ...]; the blocks of a cluster
-  // follow each other. A tile that does not exist has m at or past the end.
-  module.def("schedule_of", [](const Convolution& conv, bool backward, int clusters) {
+  // Slices that every cluster multiplies.
+  module.def("work_of", [](const Convolution& conv, bool backward, int clusters) {
     const Problem problem = problem_of(conv, backward);
-    std::vector<std::vector<std::tuple<int, int, int>>> blocks(clusters * kCluster);
+    std::vector<int> slices(clusters);
     for (int cluster = 0; cluster < clusters; ++cluster)
       for (Work work = next_work(problem, cluster, clusters); work.slot < problem.tile_slots;
            work = next_work(problem, work.slot + clusters, clusters))
-        for (int rank = 0; rank < kCluster; ++rank)
-          blocks[cluster * kCluster + rank].emplace_back(work.phase, work.pair * kCluster + rank,
-                                                         work.n);
-    return blocks;
-  });
-  // (sample, pixel) of the tensor that is written, for every row of a phase.
-  module.def("rows_of", [](const Convolution& conv, bool backward, int phase) {
-    const Problem problem = problem_of(conv, backward);
-    std::vector<std::pair<int, int64_t>> rows;
-    for (int m = 0; m < problem.phases[phase].rows; ++m) {
-      const Row row = row_at(problem, problem.phases[phase], m);
-      rows.emplace_back(row.sample, row.pixel);
-    }
-    return rows;
-  });
-  module.def("row_of", [](const Convolution& conv, bool backward, int phase, int row) {
-    const Problem problem = problem_of(conv, backward);
-    const Row r = row_at(problem, problem.phases[phase], row);
-    return std::make_pair(r.sample, r.pixel);
-  });
-  // (tap, offset_h, offset_w, channel) of every slice of a phase's sum.
-  module.def("slices_of", [](const Convolution& conv, bool backward, int phase) {
-    const Problem problem = problem_of(conv, backward);
-    std::vector<std::tuple<int, int, int, int>> slices;
-    const Phase& p = problem.phases[phase];
-    Slice slice(problem, p);
-    for (int i = 0; i < p.slices; ++i, slice.advance())
-      slices.emplace_back(slice.tap, slice.offset_h, slice.offset_w, slice.channel);
+        slices[cluster] += problem.phases[work.phase].slices;
     return slices;
   });
-  // (sample, h, w) of the filter base of a row.
-  module.def("base_of", [](const Convolution& conv, bool backward, int phase, int row) {
-    const Base base = base_at(problem_of(conv, backward).phases[phase], row);
-    return std::make_tuple(base.sample, base.h, base.w);
-  });
-  // Row of the partial sums for (phase, m, sample), and the tiles that hold a sample.
-  module.def("partial_row",
-             [](const Convolution& conv, bool backward, int phase, int m, int sample) {
-               return partial_row(problem_of(conv, backward).phases[phase], m, sample);
-             });
-  module.def("tiles_of_sample", [](const Convolution& conv, bool backward, int phase, int sample) {
-    const TileRange tiles = tiles_of_sample(problem_of(conv, backward).phases[phase], sample);
-    return std::make_pair(tiles.first, tiles.last);
-  });
-  module.def("tensor_map", [](const Convolution& conv, bool backward, int phase) {
+  // (sample, pixel) that the last row of a phase writes, and the sample, h, w that it begins at.
+  module.def("last_row", [](const Convolution& conv, bool backward, int phase) {
     const Problem problem = problem_of(conv, backward);
-    const TensorMapParameters map = im2col_map(nullptr, true, problem, problem.phases[phase]);
-    py::dict fields;
-    const auto four = [](const auto& values) {
-      return py::make_tuple(values[0], values[1], values[2], values[3]);
-    };
-    fields["size"] = four(map.size);
-    fields["stride"] = four(map.stride);
-    fields["element_step"] = four(map.element_step);
-    fields["lower"] = py::make_tuple(map.lower[0], map.lower[1]);
-    fields["upper"] = py::make_tuple(map.upper[0], map.upper[1]);
-    fields["channels"] = map.channels;
-    fields["pixels"] = map.pixels;
-    return fields;
+    const Phase& p = problem.phases[phase];
+    const Row row = row_at(problem, p, p.rows - 1);
+    const Base base = base_at(p, p.rows - 1);
+    return std::make_tuple(row.sample, row.pixel, base.sample, base.h, base.w);
   });
-  module.def("descriptor", [](uint32_t address, uint32_t leading, uint32_t stride) {
-    return wgmma_descriptor(address, leading, stride);
-  });
-  module.def("shared_bytes", [](int block_n, bool keep_filter) {
-    return block_n == 128 ? Layout<128, false>::kBytes
-           : keep_filter  ? Layout<64, true>::kBytes
-                          : Layout<64, false>::kBytes;
+  // The product of one channel by the geometry's numbers alone: every row of every phase, every tap.
+  module.def("convolve", [](const Convolution& conv, bool backward, uintptr_t a, uintptr_t filter,
+                            uintptr_t out) {
+    const Problem problem = problem_of(conv, backward);
+    const double* input = reinterpret_cast<double*>(a);
+    const double* taps = reinterpret_cast<double*>(filter);
+    double* output = reinterpret_cast<double*>(out);
+    for (int i = 0; i < problem.num_phases; ++i) {
+      const Phase& phase = problem.phases[i];
+      for (int m = 0; m < phase.rows; ++m) {
+        const Base base = base_at(phase, m);
+        Slice slice(problem, phase);
+        double sum = 0.0;
+        for (int k = 0; k < phase.slices; ++k, slice.advance()) {
+          const int h = base.h + slice.offset_h, w = base.w + slice.offset_w;
+          if (slice.channel != 0 || h < 0 || w < 0 || h >= problem.a_height || w >= problem.a_width)
+            continue;
+          const int row = base.sample * problem.a_height + h;
+          sum += input[row * problem.a_width + w] * taps[slice.tap];
+        }
+        output[row_at(problem, phase, m).pixel] += sum;
+      }
+    }
   });
 }
