@@ -29,7 +29,7 @@ if wish not in ("0", "1", "auto"):
 
 
 class BuildKernels(build_ext):
-    """Compiles csrc/ with nvcc and ninja; setuptools only copies the result."""
+    """Compiles csrc/ with nvcc; setuptools only copies the result."""
 
     def build_extension(self, ext: Extension) -> None:
         try:

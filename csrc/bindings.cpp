@@ -1,116 +1,133 @@
 // wfnet._C: kernels by address, size and stream; the Python side owns all memory. An address of 0
 // is no tensor. The same file makes the emulated module of the tests.
-#include "bindings.h"
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "convolution.h"
+#if defined(WF_EMULATED)
+#include "emulation/machine.h"
+#endif
 
 namespace wf {
 namespace {
 
 namespace py = pybind11;
-using Address = uintptr_t;
-
-template <class T = void>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// height, width: (input, output, kernel, stride, padding, dilation).
-Convolution convolution_of(int batch, int in_channels, int out_channels, const py::tuple& height,
-                           const py::tuple& width) {
-  if (height.size() != 6 || width.size() != 6) throw std::invalid_argument("an axis has 6 numbers");
-  const auto h = [&](int i) { return height[i].cast<int>(); };
-  const auto w = [&](int i) { return width[i].cast<int>(); };
-  if (h(3) < 1 || w(3) < 1) throw std::invalid_argument("strides must be positive");
-  const Convolution conv{batch, h(0), w(0), in_channels, out_channels, h(2), w(2),
-                         h(3),  w(3), h(4), w(4),        h(5),         w(5)};
-  if (conv.out_height() != h(1) || conv.out_width() != w(1))
+// Of batch, in_channels, out_channels and two axes: (input, output, kernel, stride, padding,
+// dilation).
+Convolution convolution_of(const py::kwargs& given) {
+  const auto number = [&](const char* name) { return given[name].cast<int>(); };
+  const auto axis = [&](const char* name) {
+    const auto numbers = given[name].cast<std::vector<int>>();
+    if (numbers.size() != 6) throw std::invalid_argument("an axis has 6 numbers");
+    if (numbers[3] < 1) throw std::invalid_argument("strides must be positive");
+    return numbers;
+  };
+  const std::vector<int> h = axis("height"), w = axis("width");
+  const Convolution conv{number("batch"), h[0], w[0], number("in_channels"), number("out_channels"),
+                         h[2],            w[2], h[3], w[3],                  h[4],
+                         w[4],            h[5], w[5]};
+  if (conv.out_height() != h[1] || conv.out_width() != w[1])
     throw std::invalid_argument("the output is " + std::to_string(conv.out_height()) + " x " +
-                                std::to_string(conv.out_width()) + ", not " + std::to_string(h(1)) +
-                                " x " + std::to_string(w(1)));
+                                std::to_string(conv.out_width()) + ", not " +
+                                std::to_string(h[1]) + " x " + std::to_string(w[1]));
   return conv;
 }
 
-bool is_bf16(const std::string& dtype) {
+template <class T = void>
+T* pointer(const py::kwargs& given, const char* name) {
+  return reinterpret_cast<T*>(given[name].cast<uintptr_t>());
+}
+
+Operands operands_of(const py::kwargs& given, const char* a) {
+  const auto dtype = given["dtype"].cast<std::string>();
   if (dtype != "bfloat16" && dtype != "float16")
     throw std::invalid_argument("the CUDA kernels take bfloat16 and float16, not " + dtype);
-  return dtype == "bfloat16";
+  const Place place{given["device"].cast<int>(), given["stream"].cast<uintptr_t>()};
+  return Operands{pointer(given, a), pointer(given, "weight"), dtype == "bfloat16",
+                  given["processors"].cast<int>(), place};
 }
 
-void bound_fprop(int batch, int in_channels, int out_channels, const py::tuple& height,
-                 const py::tuple& width, Address x, Address weight, Address scale, Address shift,
-                 int table_stride, Address residual, Address branch, Address out, bool relu,
-                 const std::string& dtype, int processors, int device, Address stream) {
-  const Operands operands{pointer(x), pointer(weight), is_bf16(dtype), processors,
-                          Place{device, stream}};
-  fprop(convolution_of(batch, in_channels, out_channels, height, width), operands,
-        ForwardEpilogue{pointer<float>(scale), pointer<float>(shift), pointer(residual),
-                        pointer(branch), pointer(out), table_stride, relu});
+void bound_fprop(const py::kwargs& given) {
+  const ForwardEpilogue epilogue{pointer<float>(given, "scale"),    pointer<float>(given, "shift"),
+                                 pointer(given, "residual"),        pointer(given, "branch"),
+                                 pointer(given, "out"),             given["table_stride"].cast<int>(),
+                                 given["relu"].cast<bool>()};
+  fprop(convolution_of(given), operands_of(given, "x"), epilogue);
 }
 
-void bound_dgrad(int batch, int in_channels, int out_channels, const py::tuple& height,
-                 const py::tuple& width, Address ag, Address weight, Address skip, Address branch,
-                 Address activation, Address scale, Address shift, int table_stride, bool relu,
-                 Address grad, Address scaled_grad, Address partial0, Address partial1, Address t0,
-                 Address t1, int total_stride, const std::string& dtype, int processors, int device,
-                 Address stream) {
-  const Operands operands{pointer(ag), pointer(weight), is_bf16(dtype), processors,
-                          Place{device, stream}};
+void bound_dgrad(const py::kwargs& given) {
   BackwardEpilogue e;
-  e.skip = pointer(skip);
-  e.branch = pointer(branch);
-  e.activation = pointer(activation);
-  e.scale = pointer<float>(scale);
-  e.shift = pointer<float>(shift);
-  e.grad = pointer(grad);
-  e.scaled_grad = pointer(scaled_grad);
-  e.partial0 = pointer<float>(partial0);
-  e.partial1 = pointer<float>(partial1);
-  e.table_stride = table_stride;
-  e.relu = relu;
-  dgrad(convolution_of(batch, in_channels, out_channels, height, width), operands, e,
-        ColumnSums{pointer<float>(t0), pointer<float>(t1), total_stride});
+  e.skip = pointer(given, "skip");
+  e.branch = pointer(given, "branch");
+  e.activation = pointer(given, "activation");
+  e.scale = pointer<float>(given, "scale");
+  e.shift = pointer<float>(given, "shift");
+  e.grad = pointer(given, "grad");
+  e.scaled_grad = pointer(given, "scaled_grad");
+  e.partial0 = pointer<float>(given, "partial0");
+  e.partial1 = pointer<float>(given, "partial1");
+  e.table_stride = given["table_stride"].cast<int>();
+  e.relu = given["relu"].cast<bool>();
+  const ColumnSums sums{pointer<float>(given, "t0"), pointer<float>(given, "t1"),
+                        given["total_stride"].cast<int>()};
+  dgrad(convolution_of(given), operands_of(given, "ag"), e, sums);
 }
 
-// A function of the sizes of a convolution alone.
-template <class Function>
-auto of_sizes(Function function) {
-  return [function](int batch, int in_channels, int out_channels, const py::tuple& height,
-                    const py::tuple& width) {
-    return function(convolution_of(batch, in_channels, out_channels, height, width));
-  };
+#if defined(WF_EMULATED)
+
+// What tests steer the emulated device with.
+void bind_emulation(py::module_& module) {
+  using emulation::Completion;
+  using emulation::device;
+  py::enum_<Completion>(module, "Completion")
+      .value("LATE", Completion::kLate)
+      .value("EARLY", Completion::kEarly)
+      .value("RANDOM", Completion::kRandom);
+  py::enum_<Fault>(module, "Fault")
+      .value("NONE", Fault::kNone)
+      .value("FULL_WAIT", Fault::kFullWait)
+      .value("EMPTY_WAIT", Fault::kEmptyWait)
+      .value("FILTER_WAIT", Fault::kFilterWait)
+      .value("WGMMA_WAIT", Fault::kWgmmaWait)
+      .value("SUMS_BARRIER", Fault::kSumsBarrier)
+      .value("PEER_ARRIVAL", Fault::kPeerArrival)
+      .value("BARRIER_FENCE", Fault::kBarrierFence)
+      .value("JOINT_EXIT", Fault::kJointExit);
+  module.def("register_memory",
+             [](uintptr_t address, size_t bytes, bool writable, std::string name) {
+               device().memory.add(address, bytes, writable, std::move(name));
+             });
+  module.def("clear_memory", [] { device().memory.clear(); });
+  module.def("set_schedule", [](uint64_t seed, Completion completion) {
+    device().seed = seed;
+    device().completion = completion;
+  });
+  module.def("leave_out", [](Fault fault) { device().broken = fault; });
 }
 
-}  // namespace
+#endif
 
+// Adds the functions that the launchers call, all of them by name.
 void bind_kernels(py::module_& module) {
-  using py::arg;
-  module.def("refuse_fprop", of_sizes(&refuse_fprop), py::kw_only(), arg("batch"),
-             arg("in_channels"), arg("out_channels"), arg("height"), arg("width"),
-             "Why the forward kernel cannot run this, or None.");
-  module.def("refuse_dgrad", of_sizes(&refuse_dgrad), py::kw_only(), arg("batch"),
-             arg("in_channels"), arg("out_channels"), arg("height"), arg("width"),
-             "Why the input-gradient kernel cannot run this, or None.");
-  module.def("dgrad_slots", of_sizes(&dgrad_partial_rows), py::kw_only(), arg("batch"),
-             arg("in_channels"), arg("out_channels"), arg("height"), arg("width"),
-             "Rows of the workspaces partial0 and partial1, [rows, in_channels] fp32.");
-  module.def("fprop", &bound_fprop, py::kw_only(), arg("batch"), arg("in_channels"),
-             arg("out_channels"), arg("height"), arg("width"), arg("x"), arg("weight"),
-             arg("scale"), arg("shift"), arg("table_stride"), arg("residual"), arg("branch"),
-             arg("out"), arg("relu"), arg("dtype"), arg("processors"), arg("device"), arg("stream"),
-             "out = act(scale * conv(x, weight) + shift + residual).");
-  module.def("dgrad", &bound_dgrad, py::kw_only(), arg("batch"), arg("in_channels"),
-             arg("out_channels"), arg("height"), arg("width"), arg("ag"), arg("weight"),
-             arg("skip"), arg("branch"), arg("activation"), arg("scale"), arg("shift"),
-             arg("table_stride"), arg("relu"), arg("grad"), arg("scaled_grad"), arg("partial0"),
-             arg("partial1"), arg("t0"), arg("t1"), arg("total_stride"), arg("dtype"),
-             arg("processors"), arg("device"), arg("stream"),
+  const auto of_sizes = [&](const char* name, auto function, const char* text) {
+    module.def(
+        name, [function](const py::kwargs& given) { return function(convolution_of(given)); },
+        text);
+  };
+  of_sizes("refuse_fprop", &refuse_fprop, "Why the forward kernel cannot run this, or None.");
+  of_sizes("refuse_dgrad", &refuse_dgrad, "Why the input-gradient kernel cannot, or None.");
+  of_sizes("dgrad_slots", &dgrad_partial_rows,
+           "Rows of the workspaces partial0 and partial1, [rows, in_channels] fp32.");
+  module.def("fprop", &bound_fprop, "out = act(scale * conv(x, weight) + shift + residual).");
+  module.def("dgrad", &bound_dgrad,
              "g = (dx + skip) * act' of the layer below, scale * g, and both column sums.");
 }
 
+}  // namespace
 }  // namespace wf
 
 #define WF_TEXT_OF(token) #token

@@ -1,6 +1,7 @@
 // Checks of convolutions: everything that the kernels assume, in one place.
 #include "convolution.h"
 
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -13,9 +14,17 @@ void require(const char* refusal) {
   if (refusal != nullptr) throw std::invalid_argument(refusal);
 }
 
-void require_aligned(const void* pointer, const char* name) {
-  if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
-    throw std::invalid_argument(std::string(name) + " is not 16-byte aligned");
+struct Named {
+  const void* pointer;
+  const char* name;
+};
+
+void require_aligned(std::initializer_list<Named> tensors, int table_stride) {
+  if (table_stride % 4 != 0)
+    throw std::invalid_argument("rows of the tables are not 16-byte aligned");
+  for (const auto& [pointer, name] : tensors)
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0)
+      throw std::invalid_argument(std::string(name) + " is not 16-byte aligned");
 }
 
 // Of the larger one of input and output.
@@ -57,7 +66,7 @@ const char* refuse_fprop(const Convolution& conv) {
   if (conv.stride_h > 8 || conv.stride_w > 8) return "the stride is above 8";
   if (conv.stride_h < 1 || conv.stride_w < 1) return "the stride is below 1";
   if (const char* reason = refuse_sizes(conv)) return reason;
-  return refuse(conv, fprop_problem(conv));
+  return refuse(conv, problem_of(conv, false));
 }
 
 const char* refuse_dgrad(const Convolution& conv) {
@@ -65,21 +74,20 @@ const char* refuse_dgrad(const Convolution& conv) {
   if (conv.stride_h * conv.stride_w > kMostPhases)
     return "the input gradient of strides whose product is above 4 has no Hopper kernel";
   if (const char* reason = refuse_sizes(conv)) return reason;
-  return refuse(conv, dgrad_problem(conv));
+  return refuse(conv, problem_of(conv, true));
 }
 
 void fprop(const Convolution& conv, const Operands& operands, const ForwardEpilogue& e) {
   require(refuse_fprop(conv));
   if (e.scale == nullptr || e.out == nullptr)
     throw std::invalid_argument("scale and out are needed");
-  if (e.table_stride % 4 != 0)
-    throw std::invalid_argument("rows of the tables are not 16-byte aligned");
-  require_aligned(e.scale, "scale");
-  require_aligned(e.shift, "shift");
-  require_aligned(e.residual, "residual");
-  require_aligned(e.branch, "branch");
-  require_aligned(e.out, "out");
-  launch_fprop(fprop_problem(conv), operands, e);
+  require_aligned({{e.scale, "scale"},
+                   {e.shift, "shift"},
+                   {e.residual, "residual"},
+                   {e.branch, "branch"},
+                   {e.out, "out"}},
+                  e.table_stride);
+  launch_fprop(problem_of(conv, false), operands, e);
 }
 
 void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpilogue& e,
@@ -92,16 +100,15 @@ void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpil
     throw std::invalid_argument("scaled_grad needs scale");
   if (e.branch == nullptr && e.needs_branch())
     throw std::invalid_argument("t1 and a ReLU without its output need the branch");
-  if (e.table_stride % 4 != 0)
-    throw std::invalid_argument("rows of the tables are not 16-byte aligned");
-  require_aligned(e.skip, "skip");
-  require_aligned(e.branch, "branch");
-  require_aligned(e.activation, "activation");
-  require_aligned(e.scale, "scale");
-  require_aligned(e.shift, "shift");
-  require_aligned(e.grad, "grad");
-  require_aligned(e.scaled_grad, "scaled_grad");
-  const Problem problem = dgrad_problem(conv);
+  require_aligned({{e.skip, "skip"},
+                   {e.branch, "branch"},
+                   {e.activation, "activation"},
+                   {e.scale, "scale"},
+                   {e.shift, "shift"},
+                   {e.grad, "grad"},
+                   {e.scaled_grad, "scaled_grad"}},
+                  e.table_stride);
+  const Problem problem = problem_of(conv, true);
   launch_dgrad(problem, operands, e);
   if (sums.t0 != nullptr || sums.t1 != nullptr)
     launch_column_sums(problem, e, sums, operands.place);
@@ -109,7 +116,7 @@ void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpil
 
 int dgrad_partial_rows(const Convolution& conv) {
   require(refuse_dgrad(conv));
-  return dgrad_problem(conv).partial_rows;
+  return problem_of(conv, true).partial_rows;
 }
 
 }  // namespace wf

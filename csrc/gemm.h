@@ -24,6 +24,8 @@
 // must say (tests/csrc/first_steps.py prints it).
 #pragma once
 
+#include <type_traits>
+
 #include "tile_epilogue.h"
 
 namespace wf {
@@ -38,22 +40,15 @@ static_assert(kConsumers * kConsumerRegisters + kProducerRegisters <=
 enum class Direction { kForward, kBackward };
 
 template <Direction kDirection>
-struct EpilogueOf;
-template <>
-struct EpilogueOf<Direction::kForward> {
-  using Type = ForwardEpilogue;
-};
-template <>
-struct EpilogueOf<Direction::kBackward> {
-  using Type = BackwardEpilogue;
-};
+using EpilogueOf = std::conditional_t<kDirection == Direction::kForward, ForwardEpilogue,
+                                      BackwardEpilogue>;
 
 template <Direction kDirection>
 struct Params {
   TensorMap a[kMostPhases];
   TensorMap b;
   Problem problem;
-  typename EpilogueOf<kDirection>::Type epilogue;
+  EpilogueOf<kDirection> epilogue;
 };
 
 // Position in the ring of stages: every role walks it slice by slice.

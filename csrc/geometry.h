@@ -162,43 +162,30 @@ WF_HOST_DEVICE bool is_matrix(const Convolution& conv) {
          conv.pad_w == 0;
 }
 
-WF_HOST_DEVICE Problem fprop_problem(const Convolution& conv) {
+WF_HOST_DEVICE Problem problem_of(const Convolution& conv, bool backward) {
   Problem problem{};
-  problem.num_phases = 1;
-  problem.phases[0].h =
-      fprop_axis(conv.out_height(), conv.filter_h, conv.stride_h, conv.pad_h, conv.dilation_h);
-  problem.phases[0].w =
-      fprop_axis(conv.out_width(), conv.filter_w, conv.stride_w, conv.pad_w, conv.dilation_w);
-  problem.batch = conv.batch;
-  problem.out_height = conv.out_height();
-  problem.out_width = conv.out_width();
-  problem.a_height = conv.height;
-  problem.a_width = conv.width;
-  problem.depth = conv.in_channels;
-  problem.columns = conv.out_channels;
-  problem.filter_h = conv.filter_h;
-  problem.filter_w = conv.filter_w;
-  problem.tiled = is_matrix(conv);
-  finish_problem(problem, choose_block_n(problem.columns));
-  return problem;
-}
-
-WF_HOST_DEVICE Problem dgrad_problem(const Convolution& conv) {
-  Problem problem{};
-  problem.num_phases = conv.stride_h * conv.stride_w;
+  problem.num_phases = backward ? conv.stride_h * conv.stride_w : 1;
   for (int i = 0; i < problem.num_phases && i < kMostPhases; ++i) {
-    problem.phases[i].h = dgrad_axis(i / conv.stride_w, conv.height, conv.filter_h, conv.stride_h,
-                                     conv.pad_h, conv.dilation_h);
-    problem.phases[i].w = dgrad_axis(i % conv.stride_w, conv.width, conv.filter_w, conv.stride_w,
-                                     conv.pad_w, conv.dilation_w);
+    Phase& phase = problem.phases[i];
+    if (backward) {
+      phase.h = dgrad_axis(i / conv.stride_w, conv.height, conv.filter_h, conv.stride_h, conv.pad_h,
+                           conv.dilation_h);
+      phase.w = dgrad_axis(i % conv.stride_w, conv.width, conv.filter_w, conv.stride_w, conv.pad_w,
+                           conv.dilation_w);
+    } else {
+      phase.h =
+          fprop_axis(conv.out_height(), conv.filter_h, conv.stride_h, conv.pad_h, conv.dilation_h);
+      phase.w =
+          fprop_axis(conv.out_width(), conv.filter_w, conv.stride_w, conv.pad_w, conv.dilation_w);
+    }
   }
   problem.batch = conv.batch;
-  problem.out_height = conv.height;
-  problem.out_width = conv.width;
-  problem.a_height = conv.out_height();
-  problem.a_width = conv.out_width();
-  problem.depth = conv.out_channels;
-  problem.columns = conv.in_channels;
+  problem.out_height = backward ? conv.height : conv.out_height();
+  problem.out_width = backward ? conv.width : conv.out_width();
+  problem.a_height = backward ? conv.out_height() : conv.height;
+  problem.a_width = backward ? conv.out_width() : conv.width;
+  problem.depth = backward ? conv.out_channels : conv.in_channels;
+  problem.columns = backward ? conv.in_channels : conv.out_channels;
   problem.filter_h = conv.filter_h;
   problem.filter_w = conv.filter_w;
   problem.tiled = is_matrix(conv);

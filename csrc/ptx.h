@@ -19,28 +19,16 @@
 #define WF_UNROLL _Pragma("unroll")
 #define WF_ROLLED _Pragma("unroll 1")
 
+#include "words.h"
+
 namespace wf {
 
 using TensorMap = CUtensorMap;
-
-constexpr int kWarpgroup = 128;
 
 // Nothing is ever left out here.
 WF_DEVICE constexpr bool is_broken(Fault) { return false; }
 
 // --- numbers ---
-
-// 16-bit numbers as they lie in memory; arithmetic is in fp32.
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
-
-struct alignas(16) Vec16 {
-  uint32_t word[4];
-};
 
 WF_DEVICE float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -63,15 +51,6 @@ WF_DEVICE uint32_t pack(float low, float high) {
   else
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
-}
-
-template <class T>
-WF_DEVICE float low_half(uint32_t word) {
-  return to_float(T{static_cast<uint16_t>(word & 0xFFFFu)});
-}
-template <class T>
-WF_DEVICE float high_half(uint32_t word) {
-  return to_float(T{static_cast<uint16_t>(word >> 16)});
 }
 
 // --- threads ---
@@ -210,38 +189,8 @@ WF_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
                : "memory");
 }
 
-#if defined(WF_DEADLINE)
-// A build that looks for the wait that never ends: after WF_DEADLINE seconds it is an error, of one
-// kind for the producer and of another for consumers (see tests/csrc/first_steps.py).
-WF_DEVICE void wait_with_deadline(uint32_t barrier, uint32_t parity) {
-  uint64_t start, now;
-  asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(start));
-  while (true) {
-    uint32_t done;
-    asm volatile(
-        "{\n"
-        ".reg .pred done;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.b32 %0, 1, 0, done;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-    if (done) return;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-    if (now - start < WF_DEADLINE * 1000000000ull) continue;
-    const bool producer = threadIdx.x / kWarpgroup == blockDim.x / kWarpgroup - 1;
-    if (!producer) asm volatile("trap;");                      // "unspecified launch failure"
-    asm volatile("st.shared.b32 [%0], %1;" ::"r"(1), "r"(0));  // "misaligned address"
-  }
-}
-#endif
-
 // Waits until the phase of this parity is complete.
 WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
-#if defined(WF_DEADLINE)
-  wait_with_deadline(barrier, parity);
-#else
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -253,7 +202,6 @@ WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
       "}\n" ::"r"(barrier),
       "r"(parity)
       : "memory");
-#endif
 }
 
 // --- TMA ---
@@ -302,15 +250,6 @@ WF_DEVICE void tma_load_im2col(uint32_t destination, const TensorMap* map, uint3
 }
 
 // --- wgmma ---
-
-// Matrix descriptor of a 128-byte swizzled tile at a multiple of 1024 bytes (or 32 * i bytes into
-// its rows, for the i-th 16 of K). `stride`: bytes from 8 rows to the next 8 rows; a row is 128
-// bytes. `leading`: bytes from 64 elements of N to the next 64, for N-major operands only.
-WF_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  return static_cast<uint64_t>(address >> 4 & 0x3FFF) |
-         static_cast<uint64_t>(leading >> 4 & 0x3FFF) << 16 |
-         static_cast<uint64_t>(stride >> 4 & 0x3FFF) << 32 | uint64_t{1} << 62;
-}
 
 // Before the first wgmma, and after registers of an accumulator were touched by other instructions.
 WF_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

@@ -45,7 +45,7 @@ def emulated_module(csrc_build):
         try:
             library = csrc_build.build_emulated(name, sources, ROOT / "build/emulated")
         except csrc_build.BuildError as error:
-            if "ninja failed" in str(error):
+            if "failed:" in str(error):
                 raise
             pytest.skip(str(error))
         return load_module(name, library)
@@ -56,7 +56,7 @@ def emulated_module(csrc_build):
 @pytest.fixture(scope="session")
 def emulated_kernels(csrc_build, emulated_module) -> ModuleType:
     """The compiled kernels on the emulated device."""
-    return emulated_module("_emulated", csrc_build.emulated_sources())
+    return emulated_module("_emulated", csrc_build.kernel_sources())
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@
 // - a block that has ended takes neither arrivals nor copies.
 #pragma once
 
+#include <initializer_list>
 #include <map>
 #include <string>
 #include <utility>
@@ -120,18 +121,28 @@ inline void start_copy(const Box& box, uint32_t destination, uint32_t barrier, u
   }
 }
 
-inline void check_memory(const TensorMapParameters& map, const char* what) {
-  size_t bytes = 2 * map.size[0];
-  for (int i = 1; i < map.rank; ++i) bytes += map.stride[i] * (map.size[i] - 1);
-  block().global(map.address, bytes, false, what);
-  if (const char* reason = refuse_map(map)) block().fail(std::string(what) + ": " + reason);
+inline const TensorMapParameters& checked(const TensorMap* map, int rank, const char* what) {
+  const TensorMapParameters& p = map->parameters;
+  size_t bytes = 2 * p.size[0];
+  for (int i = 1; i < p.rank; ++i) bytes += p.stride[i] * (p.size[i] - 1);
+  block().global(p.address, bytes, false, what);
+  if (const char* reason = refuse_map(p)) block().fail(std::string(what) + ": " + reason);
+  if (p.rank != rank) block().fail(std::string(what) + ": a map of another tensor");
+  return p;
 }
 
-// Row of a box that starts at channel c of the pixel at `at` (null: outside).
-inline void add_row(Box& box, const TensorMapParameters& map, const char* pixel, int64_t c) {
-  const bool inside = pixel != nullptr && c >= 0 && c < static_cast<int64_t>(map.size[0]);
-  const int64_t rest = inside ? 2 * (static_cast<int64_t>(map.size[0]) - c) : 0;
-  box.sources.push_back(inside ? pixel + 2 * c : nullptr);
+// Adds the row at channel c and coordinates `at` of the other axes: zeros outside.
+inline void add_row(Box& box, const TensorMapParameters& p, int64_t c,
+                    std::initializer_list<int64_t> at) {
+  bool inside = c >= 0 && c < static_cast<int64_t>(p.size[0]);
+  const char* source = static_cast<const char*>(p.address) + 2 * c;
+  int axis = 1;
+  for (const int64_t index : at) {
+    inside &= index >= 0 && index < static_cast<int64_t>(p.size[axis]);
+    source += index * static_cast<int64_t>(p.stride[axis++]);
+  }
+  const int64_t rest = inside ? 2 * (static_cast<int64_t>(p.size[0]) - c) : 0;
+  box.sources.push_back(inside ? source : nullptr);
   box.bytes.push_back(static_cast<uint32_t>(rest < 128 ? rest : 128));
 }
 
@@ -154,15 +165,11 @@ WF_DEVICE void mbarrier_init(uint32_t barrier, int arrivals) {
   state.expected = state.pending = arrivals;
 }
 
-// After mbarrier_init, before the cluster-wide barrier: initial values reach the TMA unit too.
 WF_DEVICE void fence_mbarrier_init() {
   if (is_broken(Fault::kBarrierFence)) return;
   for (auto& [address, state] : emulation::mbarriers().at) state.fenced = true;
 }
 
-// At the barrier at this place of the cluster's block `rank`. What it orders are reads by wgmma,
-// which are complete, and writes by TMA; ordinary accesses of one block are not made visible to the
-// other: that (.release.cluster) would put a membar.gpu and an L1 invalidation into every slice.
 WF_DEVICE void mbarrier_arrive(uint32_t barrier, int rank) {
   if (is_broken(Fault::kPeerArrival)) rank = emulation::rank();
   emulation::check_alive(rank, "mbarrier_arrive");
@@ -171,7 +178,6 @@ WF_DEVICE void mbarrier_arrive(uint32_t barrier, int rank) {
   state.settle(emulation::block());
 }
 
-// Announces `bytes` that TMA loads will bring, and arrives.
 WF_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   auto& state = emulation::mbarriers().get(emulation::own(barrier), "mbarrier_arrive_expect");
   state.counts_bytes = true;
@@ -181,10 +187,8 @@ WF_DEVICE void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   state.settle(emulation::block());
 }
 
-// Waits until the phase of this parity is complete.
 WF_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   auto& state = emulation::mbarriers().get(emulation::own(barrier), "mbarrier_wait");
-  if (parity > 1) emulation::block().fail("mbarrier_wait: a parity is 0 or 1");
   if (is_broken(state.counts_bytes ? Fault::kFullWait : Fault::kEmptyWait)) return;
   emulation::block().wait_until(state.counts_bytes ? "mbarrier_wait (data)" : "mbarrier_wait",
                                 [&state, parity] { return (state.phase & 1) != parity; });
@@ -196,55 +200,31 @@ WF_DEVICE void prefetch_tensor_map(const TensorMap* map) {
   if (map->parameters.rank == 0) emulation::block().fail("prefetch_tensor_map: no tensor map");
 }
 
-// Asks for `bytes` of global memory to be in L2 soon; address and size are multiples of 16.
 WF_DEVICE void prefetch_l2(const void* address, uint32_t bytes) {
   if (bytes % 16 != 0 || reinterpret_cast<uintptr_t>(address) % 16 != 0)
     emulation::block().fail("prefetch_l2: address and size must be multiples of 16");
   emulation::block().global(address, bytes, false, "prefetch_l2");
 }
 
-// A box of [rows, 64] from row r0, channel c, of a matrix.
 WF_DEVICE void tma_load_matrix(uint32_t destination, const TensorMap* map, uint32_t barrier, int c,
                                int r0) {
-  const TensorMapParameters& p = map->parameters;
-  emulation::check_memory(p, "tma_load_matrix");
-  if (p.rank != 2 || p.im2col) emulation::block().fail("tma_load_matrix: not a map of a matrix");
+  const TensorMapParameters& p = emulation::checked(map, 2, "tma_load_matrix");
   emulation::Box box;
-  for (int64_t r = r0; r < r0 + static_cast<int64_t>(p.box[1]); ++r) {
-    const bool inside = r >= 0 && r < static_cast<int64_t>(p.size[1]);
-    emulation::add_row(box, p,
-                       inside ? static_cast<const char*>(p.address) + r * p.stride[1] : nullptr, c);
-  }
+  for (uint32_t i = 0; i < p.box[1]; ++i) emulation::add_row(box, p, c, {int64_t{r0} + i});
   emulation::start_copy(box, destination, barrier, 1u << emulation::rank(), "tma_load_matrix");
 }
 
-// A box of [rows, 1, 64] of the filter, to all blocks of the cluster: out channels from o, one tap,
-// in channels from c.
 WF_DEVICE void tma_load_filter(uint32_t destination, const TensorMap* map, uint32_t barrier, int c,
                                int tap, int o) {
-  const TensorMapParameters& p = map->parameters;
-  emulation::check_memory(p, "tma_load_filter");
-  if (p.rank != 3 || p.im2col) emulation::block().fail("tma_load_filter: not a map of a filter");
+  const TensorMapParameters& p = emulation::checked(map, 3, "tma_load_filter");
   emulation::Box box;
-  for (int64_t r = o; r < o + static_cast<int64_t>(p.box[2]); ++r) {
-    const bool inside = r >= 0 && r < static_cast<int64_t>(p.size[2]) && tap >= 0 &&
-                        tap < static_cast<int64_t>(p.size[1]);
-    emulation::add_row(
-        box, p,
-        inside ? static_cast<const char*>(p.address) + r * p.stride[2] + tap * p.stride[1]
-               : nullptr,
-        c);
-  }
+  for (uint32_t i = 0; i < p.box[2]; ++i) emulation::add_row(box, p, c, {tap, int64_t{o} + i});
   emulation::start_copy(box, destination, barrier, (1u << kCluster) - 1, "tma_load_filter");
 }
 
-// Pixels at (n, h, w) and behind it in the order of filter bases, each read at its distance
-// (offset_h, offset_w) from the base; 64 channels from c.
 WF_DEVICE void tma_load_im2col(uint32_t destination, const TensorMap* map, uint32_t barrier, int c,
                                int w, int h, int n, int offset_w, int offset_h) {
-  const TensorMapParameters& p = map->parameters;
-  emulation::check_memory(p, "tma_load_im2col");
-  if (p.rank != 4 || !p.im2col) emulation::block().fail("tma_load_im2col: not an im2col map");
+  const TensorMapParameters& p = emulation::checked(map, 4, "tma_load_im2col");
   if (offset_w < 0 || offset_w > 255 || offset_h < 0 || offset_h > 255)
     emulation::block().fail("tma_load_im2col: offsets have 8 bits");
   const int64_t last[2] = {static_cast<int64_t>(p.size[1]) - 1 + p.upper[0],
@@ -254,21 +234,12 @@ WF_DEVICE void tma_load_im2col(uint32_t destination, const TensorMap* map, uint3
   emulation::Box box;
   int64_t at_w = w, at_h = h, at_n = n;
   for (uint32_t i = 0; i < p.pixels; ++i) {
-    const int64_t x = at_w + offset_w, y = at_h + offset_h;
-    const bool inside = x >= 0 && x < static_cast<int64_t>(p.size[1]) && y >= 0 &&
-                        y < static_cast<int64_t>(p.size[2]) && at_n >= 0 &&
-                        at_n < static_cast<int64_t>(p.size[3]);
-    emulation::add_row(box, p,
-                       inside ? static_cast<const char*>(p.address) + at_n * p.stride[3] +
-                                    y * p.stride[2] + x * p.stride[1]
-                              : nullptr,
-                       c);
+    emulation::add_row(box, p, c, {at_w + offset_w, at_h + offset_h, at_n});
     at_w += p.element_step[1];
-    if (at_w > last[0]) {
-      at_w = p.lower[0];
-      at_h += p.element_step[2];
-      if (at_h > last[1]) at_h = p.lower[1], ++at_n;
-    }
+    if (at_w <= last[0]) continue;
+    at_w = p.lower[0];
+    at_h += p.element_step[2];
+    if (at_h > last[1]) at_h = p.lower[1], ++at_n;
   }
   emulation::start_copy(box, destination, barrier, 1u << emulation::rank(), "tma_load_im2col");
 }

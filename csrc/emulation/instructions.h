@@ -12,25 +12,13 @@
 #define WF_UNROLL
 #define WF_ROLLED
 
-namespace wf {
+#include "words.h"
 
-constexpr int kWarpgroup = 128;
+namespace wf {
 
 inline bool is_broken(Fault fault) { return emulation::device().broken == fault; }
 
 // --- numbers ---
-
-// 16-bit numbers as they lie in memory; arithmetic is in fp32.
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
-
-struct alignas(16) Vec16 {
-  uint32_t word[4];
-};
 
 WF_DEVICE float float_of_bits(uint32_t bits) {
   float value;
@@ -43,8 +31,6 @@ WF_DEVICE uint32_t bits_of_float(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-
-WF_DEVICE float not_a_number() { return float_of_bits(0x7FC00000u); }
 
 WF_DEVICE float to_float(Bf16 value) { return float_of_bits(uint32_t{value.bits} << 16); }
 
@@ -94,22 +80,11 @@ WF_DEVICE uint32_t pack(float low, float high) {
   return uint32_t{from_float<T>(low).bits} | uint32_t{from_float<T>(high).bits} << 16;
 }
 
-template <class T>
-WF_DEVICE float low_half(uint32_t word) {
-  return to_float(T{static_cast<uint16_t>(word & 0xFFFFu)});
-}
-template <class T>
-WF_DEVICE float high_half(uint32_t word) {
-  return to_float(T{static_cast<uint16_t>(word >> 16)});
-}
-
 // --- threads ---
 
 WF_DEVICE int thread_index() { return emulation::current_fiber()->thread; }
 
 WF_DEVICE uint32_t block_index() { return emulation::block().index(); }
-
-WF_DEVICE uint32_t grid_size() { return emulation::block().launch().grid; }
 
 // All threads of all blocks of a cluster.
 WF_DEVICE void sync_block() {
@@ -128,59 +103,37 @@ inline void meet_warp(const char* what) {
 
 }  // namespace emulation
 
-// Barrier `id` (1 to 15) of `threads` threads, whole warps whose lanes are all here.
-WF_DEVICE void sync_named(int id, int threads) {
-  emulation::Block& block = emulation::block();
-  if (threads % 32 != 0) block.fail("sync_named: whole warps only");
-  emulation::meet_warp("sync_named");
-  block.meet(block.barriers()[id], "sync_named", threads, 0, nullptr, [](void* const*) {});
-}
-
-// Counts at a named barrier without waiting for it.
-WF_DEVICE void arrive_named(int id, int threads) {
-  emulation::Block& block = emulation::block();
-  emulation::meet_warp("arrive_named");
-  block.arrive(block.barriers()[id], "sync_named", threads);
-}
-
 WF_DEVICE void sync_warp() { emulation::meet_warp("sync_warp"); }
 
-// The value of lane `lane ^ mask`.
-WF_DEVICE float shuffle_xor(float value, int mask) {
+namespace emulation {
+
+// The value of lane `from` for every lane of the warp.
+template <class T>
+T exchange(T value, int from, const char* what) {
   struct Arguments {
-    float value, result;
-    int mask;
-  } mine{value, 0.0f, mask};
-  emulation::Fiber& self = *emulation::current_fiber();
-  emulation::block().meet(self.warp().rendezvous, "shuffle_xor", 32, self.lane(), &mine,
-                          [](void* const* all) {
-                            for (int lane = 0; lane < 32; ++lane) {
-                              Arguments& a = *static_cast<Arguments*>(all[lane]);
-                              a.result = static_cast<Arguments*>(all[lane ^ a.mask])->value;
-                            }
-                          });
+    T value, result;
+    int from;
+  } mine{value, value, from};
+  Fiber& self = *current_fiber();
+  block().meet(self.warp().rendezvous, what, kWarp, self.lane(), &mine, [](void* const* all) {
+    for (int lane = 0; lane < kWarp; ++lane) {
+      Arguments& a = *static_cast<Arguments*>(all[lane]);
+      a.result = static_cast<Arguments*>(all[a.from])->value;
+    }
+  });
   return mine.result;
 }
 
-// The value of lane `from`.
-WF_DEVICE int shuffle(int value, int from) {
-  struct Arguments {
-    int value, result, from;
-  } mine{value, 0, from};
-  emulation::Fiber& self = *emulation::current_fiber();
-  emulation::block().meet(self.warp().rendezvous, "shuffle", 32, self.lane(), &mine,
-                          [](void* const* all) {
-                            for (int lane = 0; lane < 32; ++lane) {
-                              Arguments& a = *static_cast<Arguments*>(all[lane]);
-                              a.result = static_cast<Arguments*>(all[a.from])->value;
-                            }
-                          });
-  return mine.result;
+}  // namespace emulation
+
+WF_DEVICE float shuffle_xor(float value, int mask) {
+  return emulation::exchange(value, (thread_index() % 32) ^ mask, "shuffle_xor");
 }
+
+WF_DEVICE int shuffle(int value, int from) { return emulation::exchange(value, from, "shuffle"); }
 
 // --- global memory ---
 
-// V: float or Vec16.
 template <class V>
 WF_DEVICE V load_global(const void* pointer) {
   emulation::block().global(pointer, sizeof(V), false, "load_global");
@@ -228,33 +181,40 @@ inline uint32_t own(uint32_t address) { return at_rank(address, rank()); }
 
 }  // namespace emulation
 
-// Thread of the block, block of the cluster, cluster of the grid.
 WF_DEVICE int block_thread() { return thread_index() % emulation::block_threads(); }
 
 WF_DEVICE int cluster_rank() { return emulation::rank(); }
 
 WF_DEVICE int cluster_index() { return static_cast<int>(block_index()); }
 
-WF_DEVICE int cluster_count() { return static_cast<int>(grid_size()); }
+WF_DEVICE int cluster_count() { return static_cast<int>(emulation::block().launch().grid); }
 
-// Named barriers 1 to 7 of this block.
+namespace emulation {
+
+// Named barrier `id` of this block; whole warps whose lanes are all here.
+inline Rendezvous& named_barrier(int id, int threads, const char* what) {
+  if (id < 1 || id > 7) block().fail(std::string(what) + ": barriers are 1 to 7");
+  if (threads % kWarp != 0) block().fail(std::string(what) + ": whole warps only");
+  meet_warp(what);
+  return block().barriers()[id + rank() * 8];
+}
+
+}  // namespace emulation
+
 WF_DEVICE void sync_block_named(int id, int threads) {
-  if (id < 1 || id > 7) emulation::block().fail("sync_block_named: barriers are 1 to 7");
-  sync_named(id + emulation::rank() * 8, threads);
+  emulation::Rendezvous& barrier = emulation::named_barrier(id, threads, "sync_named");
+  emulation::block().meet(barrier, "sync_named", threads, 0, nullptr, [](void* const*) {});
 }
 WF_DEVICE void arrive_block_named(int id, int threads) {
-  if (id < 1 || id > 7) emulation::block().fail("arrive_block_named: barriers are 1 to 7");
-  arrive_named(id + emulation::rank() * 8, threads);
+  emulation::Rendezvous& barrier = emulation::named_barrier(id, threads, "arrive_named");
+  emulation::block().arrive(barrier, "sync_named", threads);
 }
 
-// True for one lane of a warp whose lanes are all here. The compiler knows it to be one, and issues
-// what this lane alone does without asking which lanes are there.
 WF_DEVICE bool elect_one() {
   emulation::meet_warp("elect_one");
   return thread_index() % 32 == 0;
 }
 
-// Address for load_shared and store_shared of a byte of this block's shared memory.
 WF_DEVICE uint32_t own_shared(uint32_t address) { return emulation::own(address); }
 
 }  // namespace wf

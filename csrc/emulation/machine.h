@@ -13,24 +13,9 @@
 //
 // An error is recorded once and ends the launch with std::runtime_error.
 //
-// How an instruction is added:
-//
-// 1. N threads meet, the last one to arrive does the work for all:
-//        struct Arguments {...} mine{...};
-//        Fiber& self = *current_fiber();
-//        block().meet(self.warp().rendezvous, "name", 32, self.lane(), &mine,
-//                     [&](void* const* all) { ... static_cast<Arguments*>(all[lane]) ... });
-//    A Rendezvous may have any number of participants: keep one per warpgroup or barrier in
-//    Block::extension<State>() (one State per block and type, made on first use).
-// 2. Asynchronous, waited for through a condition (mbarrier, TMA): at the issue
-//        block().post([=] { copy; arrive on the barrier; });
-//    and at the wait
-//        block().wait_until("name", [&] { return phase has flipped; });
-//    A posted completion runs at any later time (as late as possible: when no thread can go on).
-// 3. Asynchronous, waited for by the issuing thread in groups (wgmma): keep a queue per warp and
-//    run it at the wait.
-// 4. Shared memory is reached through Block::shared_read / shared_write (or shared_span for bulk
-//    work), global memory through Memory::check, both with a word for the error message.
+// An instruction at which threads meet is a Block::meet; one that is waited for through a condition
+// posts its completion (Block::post) and waits with Block::wait_until; state of its own lives in
+// Block::extension. Memory is reached through Block::shared_* and Block::global alone.
 #pragma once
 
 #include <ucontext.h>
@@ -43,6 +28,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <typeindex>
@@ -57,18 +43,14 @@ constexpr size_t kStackBytes = 128 * 1024;
 
 enum class Completion { kLate, kEarly, kRandom };
 
-// xorshift64*: the same schedule on every machine for a seed.
+// The same schedule on every machine for a seed.
 class Random {
  public:
-  explicit Random(uint64_t seed) : state_(seed * 0x9E3779B97F4A7C15ull + 0x1234567ull) {}
-  uint64_t next() {
-    state_ ^= state_ >> 12, state_ ^= state_ << 25, state_ ^= state_ >> 27;
-    return state_ * 0x2545F4914F6CDD1Dull;
-  }
-  size_t below(size_t n) { return (next() >> 33) % n; }
+  explicit Random(uint64_t seed) : numbers_(seed) {}
+  size_t below(size_t n) { return numbers_() % n; }
 
  private:
-  uint64_t state_;
+  std::mt19937_64 numbers_;
 };
 
 // Global memory that a launch may touch, registered by address before it.
@@ -89,7 +71,6 @@ class Memory {
   void forget_writes() {
     for (Region& region : regions_) region.written.assign(region.written.size(), 0);
   }
-  const std::vector<Region>& regions() const { return regions_; }
 
   // Empty if the access is allowed, else what is wrong with it.
   std::string check(const void* pointer, size_t bytes, bool write, const char* what) {
@@ -109,14 +90,8 @@ class Memory {
                    " is written twice";
       return {};
     }
-    std::string nearest = "no registered memory";
-    for (const Region& region : regions_)
-      if (at + bytes > region.begin && at < region.end + 4096)
-        nearest = region.name + (region.writable ? "" : " (read-only)") + " at byte " +
-                  std::to_string(static_cast<int64_t>(at - region.begin)) + " of " +
-                  std::to_string(region.end - region.begin);
     return std::string(what) + (write ? ": write" : ": read") + " of " + std::to_string(bytes) +
-           " bytes outside of registered global memory; nearest: " + nearest;
+           " bytes outside of registered global memory";
   }
 
  private:
@@ -225,7 +200,6 @@ class Block {
 
   uint32_t index() const { return index_; }
   const Launch& launch() const { return launch_; }
-  Memory& memory() { return memory_; }
   Random& random() { return random_; }
   std::vector<Rendezvous>& barriers() { return barriers_; }
   std::vector<Warp>& warps() { return warps_; }

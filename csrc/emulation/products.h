@@ -4,7 +4,7 @@
 //   hardware) at some time between issue and wait; until the wait, its accumulators read as NaN;
 // - the warps of a warpgroup must issue the same wgmma in the same order; each warp's part is only
 //   done when this warp has waited;
-// - setmaxnreg moves registers within what the block was launched with, whole warpgroups at a time.
+// - setmaxnreg is met by whole warpgroups.
 #pragma once
 
 #include <algorithm>
@@ -117,16 +117,6 @@ inline void execute(WarpQueue& queue, const Wgmma& op, int warp) {
 
 // --- wgmma ---
 
-// Matrix descriptor of a 128-byte swizzled tile at a multiple of 1024 bytes (or 32 * i bytes into
-// its rows, for the i-th 16 of K). `stride`: bytes from 8 rows to the next 8 rows; a row is 128
-// bytes. `leading`: bytes from 64 elements of N to the next 64, for N-major operands only.
-WF_DEVICE uint64_t wgmma_descriptor(uint32_t address, uint32_t leading, uint32_t stride) {
-  return static_cast<uint64_t>(address >> 4 & 0x3FFF) |
-         static_cast<uint64_t>(leading >> 4 & 0x3FFF) << 16 |
-         static_cast<uint64_t>(stride >> 4 & 0x3FFF) << 32 | uint64_t{1} << 62;
-}
-
-// Before the first wgmma, and after registers of an accumulator were touched by other instructions.
 WF_DEVICE void wgmma_fence() {
   emulation::meet_warp("wgmma_fence");
   auto& state = emulation::block().extension<emulation::WgmmaState>();
@@ -143,7 +133,6 @@ WF_DEVICE void wgmma_commit() {
                           });
 }
 
-// Waits until at most kPending of the committed groups are at work.
 template <int kPending>
 WF_DEVICE void wgmma_wait() {
   if (is_broken(Fault::kWgmmaWait)) return;
@@ -163,15 +152,9 @@ WF_DEVICE void wgmma_wait() {
                           });
 }
 
-// Keeps the compiler from moving accesses to accumulators across wgmma_fence and wgmma_wait.
 template <int kCount>
-WF_DEVICE void pin_registers(float (&registers)[kCount]) {
-  (void)registers;
-}
+WF_DEVICE void pin_registers(float (&)[kCount]) {}
 
-// d[64, N] += a[64, 16] * b[16, N] by a warpgroup; asynchronous. Warp w of it, lane l, holds in
-// d[4 * j + 2 * h + i] row 16 * w + 8 * h + l / 4, column 8 * j + 2 * (l % 4) + i. `a` is K-major;
-// `b` is K-major ([N, 16]) or, with kTransposedB, N-major ([16, N]). `accumulate` false: d = a * b.
 template <class T, bool kTransposedB, int kCount>
 WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kCount == 32 || kCount == 64, "N is 64 or 128");
@@ -211,7 +194,7 @@ WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate
         accumulator->registers[lane] = static_cast<Arguments*>(all[lane])->d;
         for (int i = 0; i < kCount; ++i) {
           accumulator->value[lane * kCount + i] = accumulator->registers[lane][i];
-          accumulator->registers[lane][i] = not_a_number();
+          accumulator->registers[lane][i] = float_of_bits(0x7FC00000u);
         }
       }
     }
@@ -232,62 +215,30 @@ WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate
 }
 
 // --- registers ---
+//
+// Budgets are checked by static assertions (gemm.h) and by ptxas; here, that whole warpgroups come.
 
 namespace emulation {
 
-// Registers of a block: what each of its warpgroups has per thread, and what the launch gave it.
-struct RegisterPools {
-  std::map<int, Rendezvous> meeting;  // by warpgroup of the cluster
-  std::map<int, int> of_warpgroup;
-
-  int free(int rank, int threads) {
-    const int warpgroups = threads / kWarpgroup;
-    const int at_launch = std::min(65536 / threads / 8 * 8, 248);  // as __launch_bounds__ has it
-    int rest = warpgroups * at_launch;
-    for (int i = rank * warpgroups; i < (rank + 1) * warpgroups; ++i)
-      rest -= of_warpgroup.try_emplace(i, at_launch).first->second;
-    return rest;
-  }
+struct RegisterMoves {
+  std::map<int, Rendezvous> of_warpgroup;
 };
 
-inline void move_registers(int registers, bool take) {
-  Block& blk = block();
-  auto& pools = blk.extension<RegisterPools>();
-  const int warpgroup = thread_index() / kWarpgroup;
-  const int threads = block_threads(), own_rank = rank();
-  // All threads of the warpgroup: one that never comes shows as a deadlock.
-  blk.meet(pools.meeting[warpgroup], take ? "setmaxnreg.inc" : "setmaxnreg.dec", kWarpgroup,
-           thread_index() % kWarpgroup, nullptr, [&](void* const*) {
-             pools.free(own_rank, threads);
-             int& mine = pools.of_warpgroup.at(warpgroup);
-             if (take ? registers < mine : registers > mine)
-               blk.fail(take ? "setmaxnreg.inc: fewer registers than before"
-                             : "setmaxnreg.dec: more registers than before");
-             if (!take) mine = registers;
-           });
-  if (!take) return;
-  int& mine = pools.of_warpgroup.at(warpgroup);
-  blk.wait_until("setmaxnreg.inc", [&pools, &mine, own_rank, threads, registers] {
-    if (mine == registers) return true;
-    if (pools.free(own_rank, threads) < registers - mine) return false;
-    mine = registers;
-    return true;
-  });
+inline void move_registers(const char* what) {
+  Rendezvous& meeting = block().extension<RegisterMoves>().of_warpgroup[thread_index() / kWarpgroup];
+  block().meet(meeting, what, kWarpgroup, thread_index() % kWarpgroup, nullptr,
+               [](void* const*) {});
 }
 
 }  // namespace emulation
 
-// Moves registers from the producer warpgroup to the consumers; once per warpgroup, all its
-// threads.
 template <int kRegisters>
 WF_DEVICE void take_registers() {
-  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg");
-  emulation::move_registers(kRegisters, true);
+  emulation::move_registers("setmaxnreg.inc");
 }
 template <int kRegisters>
 WF_DEVICE void give_registers() {
-  static_assert(kRegisters % 8 == 0 && kRegisters >= 24 && kRegisters <= 256, "setmaxnreg");
-  emulation::move_registers(kRegisters, false);
+  emulation::move_registers("setmaxnreg.dec");
 }
 
 }  // namespace wf

@@ -14,10 +14,6 @@ using namespace wf;
 
 namespace {
 
-Problem problem_of(const Convolution& conv, bool backward) {
-  return backward ? dgrad_problem(conv) : fprop_problem(conv);
-}
-
 // One 128 x 16k x 64 product by one warpgroup of each block of a cluster, with the descriptors that
 // the test asks for: what the emulation makes of right and wrong ones. d: [2 blocks][128
 // threads][32].
@@ -64,27 +60,17 @@ void misuse(const std::string& name, const Memory& memory) {
   if (block_thread() == 0) {
     mbarrier_init(barrier, 1);
     if (name != "unfenced barrier") fence_mbarrier_init();
-    if (name == "unannounced barrier") mbarrier_arrive(barrier, cluster_rank());
-  }
+    }
   sync_cluster();
   if (name == "unfenced barrier" && block_thread() == 0) mbarrier_wait(barrier, 0);
   if (name == "too many bytes" && block_thread() == 0) mbarrier_arrive_expect(barrier, 1 << 20);
   if (name == "named barrier") sync_block_named(8, kWarpgroup);
-  if (name == "arrival at a named barrier") arrive_block_named(8, kWarpgroup);
-  if (name == "parity") mbarrier_wait(barrier, 2);
   if (name == "half a warp elects" && block_thread() % 32 < 16) elect_one();
   if (name == "lanes apart at a named barrier") {
     if (block_thread() % 32 < 16) shuffle_xor(0.0f, 1);
     sync_block_named(1, kWarpgroup);
   }
-  if (name == "lanes apart at a fence") {
-    if (block_thread() % 32 < 16) wgmma_fence();
-    sync_warp();
-  }
-  if (name == "part of a warp") sync_block_named(1, 48);
   if (name == "three warps give registers" && block_thread() < 96) give_registers<40>();
-  if (name == "registers from nowhere") take_registers<256>();
-  if (name == "give more registers") give_registers<40>(), give_registers<48>();
   if (name == "lanes apart at a shuffle") {
     if (thread_index() % 32 == 3) shuffle_xor(1.0f, 1);
     sync_warp();

@@ -3,7 +3,6 @@
 Compiled with nvcc (about ten seconds), cached by the hash of the sources.
 """
 
-import functools
 import hashlib
 import re
 import subprocess
@@ -47,12 +46,12 @@ class Kernel:
 
 @pytest.fixture(scope="module")
 def compiled(csrc_build):
-    """A function of more flags: what nvcc printed, and the disassembly."""
+    """What nvcc printed, and the disassembly."""
     try:
         compiler = csrc_build.nvcc()
     except csrc_build.BuildError as error:
         pytest.skip(str(error))
-    return functools.cache(lambda *more: _compiled([compiler, *csrc_build.NVCC_FLAGS, *more]))
+    return _compiled([compiler, *csrc_build.NVCC_FLAGS])
 
 
 def _compiled(command: list[str]) -> tuple[str, str]:
@@ -95,7 +94,7 @@ def kernel(compiled):
     """A function that gives the one kernel whose mangled name matches a pattern."""
 
     def find(name: str) -> Kernel:
-        log, code = compiled()
+        log, code = compiled
         [report] = [p for p in log.split("Compiling entry function")[1:] if re.search(name, p)]
         [body] = [p for p in functions(code) if re.search(name, p.split("\n", 1)[0])]
         stack, stores, loads = re.search(
@@ -185,21 +184,9 @@ def test_order_of_machine_code(kernel, role, element, block_n, keep, direction):
 
 
 def test_compiler_does_not_serialise_wgmma(compiled):
-    log, _ = compiled()
+    log, _ = compiled
     assert "C75" not in log, log  # C7508: setmaxnreg ignored; C7510, C7514: wgmma serialised
     assert "error" not in log
-
-
-def test_a_build_with_a_deadline(compiled):
-    """Waits that end: for finding one that does not. Within the same registers."""
-    log, code = compiled("-DWF_DEADLINE=2")
-    assert log.count("0 bytes spill stores, 0 bytes spill loads") == log.count("bytes spill stores")
-    assert "C75" not in log, log
-    for name in TEMPLATES:
-        [body] = [p for p in functions(code) if re.search(mangled(*name), p)]
-        assert "BPT.TRAP" in body  # consumers
-        assert len(re.findall(r"STS \[UR\d+\+0x1\]", body)) >= 1  # the producer
-    assert "BPT.TRAP" not in compiled()[1]
 
 
 def test_column_sums_kernel(kernel):
