@@ -149,6 +149,16 @@ def test_a_step_waits_for_nothing(pretended_device, capture):
     assert pretended_device.waits == []
 
 
+def test_checkpointed_activations_are_not_captured(pretended_device):
+    net = network(Residual, "cuda")
+    net.model.first.grad_checkpointing = True
+    with (
+        flatten_filters(net.filter_parameters()),
+        pytest.raises(ValueError, match="checkpoints its activations"),
+    ):
+        UntrainingStep(net, BalancedObjective(), RowAdam(net.filter_parameters()), capture=True)
+
+
 # -- evaluation and the command line ---------------------------------------------------------------
 
 # Where the host waits, and why that is right: never per pair.

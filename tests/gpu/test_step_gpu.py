@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from closeness import assert_as_good
+from masked_products import check
 from torch import nn
 
 import wfnet
@@ -118,16 +118,6 @@ def test_replays_allocate_nothing_and_wait_for_nothing(backend: str):
         assert grown <= 64 * 1024, f"{grown} bytes more than the losses need"
 
 
-def test_checkpointed_activations_are_refused():
-    net = network("eager")
-    net.model[3].grad_checkpointing = True
-    with (
-        flatten_filters(net.filter_parameters()),
-        pytest.raises(ValueError, match="checkpoints its activations"),
-    ):
-        UntrainingStep(net, BalancedObjective(), RowAdam(net.filter_parameters()), capture=True)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
 def test_gradients_of_a_resnet_in_bf16(backend: str, gate: float):
@@ -159,5 +149,5 @@ def test_gradients_of_a_resnet_in_bf16(backend: str, gate: float):
     exact = gradients("eager", False, torch.float64)
     mine = gradients(backend, True, torch.bfloat16)
     theirs = gradients("eager", False, torch.bfloat16)
-    assert_as_good(mine, theirs, exact, "gradients")
+    check(mine, exact, bound=2 * ((theirs - exact).norm() / exact.norm()).item())
     assert torch.equal(mine, gradients(backend, True, torch.bfloat16)), "not repeatable"
