@@ -106,9 +106,7 @@ def build_extension(folder: Path) -> Path:
     kernels = [nvcc(), *NVCC_FLAGS, f"-I{HERE}"]
     host = [os.environ.get("CXX", "g++"), *_HOST_FLAGS, f"-DWF_SOURCES={digest}", *_includes()]
     compilers = {s: kernels if s.suffix == ".cu" else host for s in kernel_sources()}
-    return _library(
-        folder / digest, "_C", compilers, [nvcc(), "-shared", "--cudart=static", _ARCH]
-    )
+    return _library(folder / digest, "_C", compilers, [nvcc(), "-shared", "--cudart=static", _ARCH])
 
 
 def build_emulated(name: str, sources: Sequence[Path], root: Path) -> Path:
