@@ -63,7 +63,7 @@ def test_grey_becomes_colour_and_colour_grey():
         ({"labels": torch.tensor([0, 1, 2])}, "label 2 is outside 0..1"),
         ({"labels": torch.tensor([0, -1, 0])}, "label -1"),
         ({"labels": torch.zeros(3)}, "integers"),
-        ({"mean": (0.1, 0.2)}, "mean has 2 values"),
+        ({"mean": (0.1, 0.2)}, "2 mean or std values"),
         ({"std": 0.0}, "std must be above 0"),
         ({"images": torch.zeros(3, 2, 8, 8), "channels": 3}, "2 channels cannot become 3"),
     ],

@@ -95,28 +95,13 @@ def _in_8_bits(image: Any) -> Any:
 
 
 class EncodedFiles(EncodedImages):
-    """Images in files of their own below a folder.
+    """Images in files of their own: `files` [N] are paths, as bytes, below the folder `root`."""
 
-    root:  the folder.
-    files: paths relative to it, as bytes.
-    """
-
+    root: Path
+    # One array of bytes: millions of Python strings would be copied by every worker, because
+    # touching their reference counts writes to shared pages.
+    files: np.ndarray
     per_image = ("labels", "multi_hot", "files")
-
-    def __init__(
-        self,
-        root: Path,
-        files: list[bytes],
-        labels: Tensor,
-        classes: list[str],
-        transform: Transform,
-        channels: int,
-    ):
-        super().__init__(labels, classes, transform, channels)
-        self.root = root
-        # One array of bytes: millions of Python strings would be copied by every worker, because
-        # touching their reference counts writes to shared pages.
-        self.files = np.array(files)
 
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(bytes(self.files[index]))

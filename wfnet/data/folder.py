@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from wfnet.data.encoded import EXTENSIONS, EncodedFiles, log_passed_over
@@ -57,9 +58,10 @@ class ImageFiles(EncodedFiles):
                 "or remove the class from every part of the data"
             )
         counts = torch.tensor([len(files) for files in images])
-        files = [os.fsencode(path.removeprefix(start)) for own in images for path in own]
         labels = torch.arange(len(names)).repeat_interleave(counts)
-        super().__init__(root, files, labels, names, transform, channels)
+        super().__init__(labels, names, transform, channels)
+        self.root = root
+        self.files = np.array([os.fsencode(f.removeprefix(start)) for own in images for f in own])
 
 
 def _images(folder: str, seen: set[str], passed_over: list[str]) -> list[str]:

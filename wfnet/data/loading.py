@@ -237,6 +237,8 @@ class _Reader(torch.utils.data.Dataset):
                     "give the data set a transform with one size"
                 )
         except (ValueError, OSError, EOFError, RuntimeError) as error:
+            if type(error).__module__ != "builtins":  # it may not pass from process to process
+                raise
             return None, corrupt, error
         if not items:
             return None, corrupt, None

@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -113,9 +114,9 @@ class MultiLabelFiles(EncodedFiles):
             labels = rarest_labels(multi_hot)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        files = [os.fsencode(image) for image in known]
-        super().__init__(root, files, labels, names, transform, channels)
-        self.multi_hot = multi_hot
+        super().__init__(labels, names, transform, channels)
+        self.root, self.multi_hot = root, multi_hot
+        self.files = np.array([os.fsencode(image) for image in known])
 
 
 def find_labels(root: Path) -> Path | None:

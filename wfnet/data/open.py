@@ -20,6 +20,7 @@ from wfnet.data.transforms import (
     IMAGENET_STD,
     Transform,
     evaluation_transform,
+    per_channel,
     training_transform,
 )
 from wfnet.services import settings
@@ -103,8 +104,8 @@ def open_data(
         name = root.name
         how: dict[str, Any] = {
             "size": image_size or 224,
-            "mean": _as_many(IMAGENET_MEAN if mean is None else mean, channels),
-            "std": _as_many(IMAGENET_STD if std is None else std, channels),
+            "mean": per_channel(IMAGENET_MEAN if mean is None else mean, channels),
+            "std": per_channel(IMAGENET_STD if std is None else std, channels),
             "interpolation": interpolation,
         }
         plain = transform or evaluation_transform(**how, crop_pct=crop_pct)
@@ -165,8 +166,7 @@ def _named_set(
         labels = torch.arange(len(classes)).repeat_interleave(glyphs.PER_CLASS)
         images = glyphs.render("".join(classes), labels, seed, size, channels)
         module, parts = glyphs, [(images, labels)]
-    mean = _as_many(module.MEAN if mean is None else mean, channels)
-    std = _as_many(module.STD if std is None else std, channels)
+    mean, std = module.MEAN if mean is None else mean, module.STD if std is None else std
     sets = [TensorImages(*part, classes, mean, std, size, channels) for part in parts]
     return split_dataset(sets[0], TEST_FRACTION, seed) if len(sets) == 1 else (sets[0], sets[1])
 
@@ -184,16 +184,6 @@ def _named(classes: list[str], names: list[str], data: str) -> list[str]:
         )
     check_names(names, "class_names")
     return names
-
-
-def _as_many(values: float | Sequence[float], channels: int) -> list[float]:
-    """One value for each channel; grey images take the average of colour statistics."""
-    values = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
-    if channels == 1 and len(values) == 3:
-        return [sum(values) / 3]
-    if len(values) not in (1, channels):
-        raise ValueError(f"{len(values)} mean or std values for images of {channels} channels")
-    return values * channels if len(values) == 1 else values
 
 
 def _folder(name: str, data_dir: str | Path | None) -> Path:

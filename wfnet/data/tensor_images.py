@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from wfnet.data.dataset import Batch, LabelledImages, check_labels
+from wfnet.data.transforms import per_channel
 
 # Above this many bytes, resized images are not kept: they are resized again on each access.
 RESIZED_BYTES = 2 << 30
@@ -64,8 +65,10 @@ class TensorImages(LabelledImages):
                 self.size = size
         self.images = images
         self.channels = channels
-        mean = _per_channel(0.0 if mean is None else mean, channels, "mean")
-        std = _per_channel(1.0 if std is None else std, channels, "std")
+        mean, std = (
+            torch.tensor(per_channel(values, channels), dtype=torch.float64).view(1, -1, 1, 1)
+            for values in (0.0 if mean is None else mean, 1.0 if std is None else std)
+        )
         if not bool((std > 0).all()):
             raise ValueError(f"std must be above 0, got {std.flatten().tolist()}")
         self._scale = (1.0 / (255.0 if images.dtype == torch.uint8 else 1.0) / std).float()
@@ -82,13 +85,6 @@ class TensorImages(LabelledImages):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         batch = self.batch(torch.tensor([index]))
         return batch.images[0], int(batch.labels[0])
-
-
-def _per_channel(value: float | Sequence[float], channels: int, what: str) -> Tensor:
-    values = torch.as_tensor(value, dtype=torch.float64).flatten()
-    if len(values) not in (1, channels):
-        raise ValueError(f"{what} has {len(values)} values for images of {channels} channels")
-    return values.expand(channels).reshape(1, channels, 1, 1)
 
 
 def _grey(images: Tensor) -> Tensor:

@@ -17,6 +17,16 @@ INTERPOLATIONS = ("nearest", "nearest-exact", "bilinear", "bicubic", "box", "ham
 Transform = Callable[[Any], Tensor]  # PIL.Image -> float32 [C, H, W]
 
 
+def per_channel(values: float | Sequence[float], channels: int) -> list[float]:
+    """One value for each channel; grey images take the average of colour statistics."""
+    found = torch.as_tensor(values, dtype=torch.float64).flatten().tolist()
+    if channels == 1 and len(found) == 3:
+        return [sum(found) / 3]
+    if len(found) not in (1, channels):
+        raise ValueError(f"{len(found)} mean or std values for images of {channels} channels")
+    return found * channels if len(found) == 1 else found
+
+
 def evaluation_transform(
     size: int,
     mean: Sequence[float] = IMAGENET_MEAN,
