@@ -4,13 +4,14 @@ They run on the emulated device here; wrong kernels are made up.
 """
 
 import importlib.util
-import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from wfnet.backends import cuda_launch
+from wfnet.backends.contract import Activation
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def broken(monkeypatch, change):
     right = cuda_launch.conv2d
 
     def wrong(*arguments):
-        return change(right(*arguments).out), None, None
+        return Activation(change(right(*arguments).out))
 
     monkeypatch.setattr(cuda_launch, "conv2d", wrong)
 
@@ -58,45 +59,32 @@ def test_says_where_a_tile_is_wrong(steps, monkeypatch, capsys):
     assert "12.50% not finite" in out
 
 
-def ends(monkeypatch, script, *rounds):
-    """Each round of ``follow``: steps that finish, then the step it ends in, and its status."""
-    left = list(rounds)
+@pytest.mark.parametrize(
+    ("ends", "status", "said"),
+    [
+        ([(3, 3), (19, 0)], 1, "no answer within"),
+        ([(1, 3)] * 3, 1, "not begun, after 3 that hang: ragged, "),
+        ([(2, -11), (20, 0)], 1, "the process ended, -11"),
+        ([(0, 1)], 1, "no step has begun"),
+        ([(2, 2), (20, 0)], 1, ""),
+        ([(22, 1)], 1, ""),
+        ([(22, 0)], 0, ""),
+    ],
+    ids=["hang", "hangs", "crash", "no start", "exception", "failure", "fine"],
+)
+def test_a_step_that_ends_its_process_costs_that_step(
+    steps, monkeypatch, capsys, ends, status, said
+):
+    """``ends``: how many steps each process begins, and its exit status."""
+    assert len(steps.STEPS) == 22
+    left = list(ends)
 
-    def follow(words, seen):
-        finished, begun, status = left.pop(0)
-        for name in words[:finished]:
-            seen(name)
-        return (words[finished] if begun else ""), status
+    def start(command, **_):
+        begun, code = left.pop(0)
+        lines = [f"begins {name}\n" for name in command[2:][:begun]]
+        return SimpleNamespace(stdout=lines, wait=lambda: code)
 
-    monkeypatch.setattr(script, "follow", follow)
-    return left
-
-
-def test_one_hang_costs_one_step(steps, monkeypatch, capsys):
-    count = len(steps.STEPS)
-    ends(monkeypatch, steps, (2, True, -signal.SIGKILL), (count - 3, False, 0))
-    assert steps.supervise() == 1
-    out = capsys.readouterr().out
-    assert out.count("FAILED") == 1
-    assert "WFNET_CUDA_DEADLINE" in out
-
-
-def test_hangs_end_it(steps, monkeypatch, capsys):
-    """A machinery that is broken as a whole does not take half a minute for each step."""
-    left = ends(monkeypatch, steps, *[(0, True, -signal.SIGKILL)] * len(steps.STEPS))
-    assert steps.supervise() == 1
-    assert len(left) == len(steps.STEPS) - steps.MOST_HANGS
-    assert "not begun, after 3 that hang: ragged, " in capsys.readouterr().out
-
-
-def test_a_process_that_does_not_start_ends_it(steps, monkeypatch, capsys):
-    ends(monkeypatch, steps, (0, False, 1))
-    assert steps.supervise() == 1
-    assert "no step has begun" in capsys.readouterr().out
-
-
-def test_a_step_that_failed_fails_the_whole(steps, monkeypatch):
-    ends(monkeypatch, steps, (3, False, 2), (len(steps.STEPS) - 3, False, 0))
-    assert steps.supervise() == 1  # status 2: a step has failed
-    ends(monkeypatch, steps, (len(steps.STEPS), False, 0))
-    assert steps.supervise() == 0
+    monkeypatch.setattr(steps.subprocess, "Popen", start)
+    assert steps.supervise() == status
+    assert not left
+    assert said in capsys.readouterr().out
