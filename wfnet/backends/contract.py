@@ -171,6 +171,11 @@ def as_tokens(pixels: Tensor | None) -> Tensor | None:
     return None if pixels is None else pixels.squeeze(3).transpose(1, 2)
 
 
+def as_filter(weight: Tensor) -> Tensor:
+    """Returns ``[O, C]`` as ``[O, C, 1, 1]``."""
+    return weight[:, :, None, None]
+
+
 class Backend(ABC):
     """One implementation of masked convolutions and linear maps, forward and backward.
 
@@ -210,12 +215,22 @@ class Backend(ABC):
             batch: samples that ``source`` expands ``x`` to; None without ``source``.
         """
         reason = self.refuse_conv2d(x, weight, geometry)
-        return "can run" if reason is None else f"refused: {reason}"
+        if reason is not None:
+            return f"refused: {reason}"
+        return self.describe(x, weight, geometry, batch, "conv")
 
     def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
         """As :meth:`explain_conv2d`."""
         reason = self.refuse_linear(x, weight)
-        return "can run" if reason is None else f"refused: {reason}"
+        if reason is not None:
+            return f"refused: {reason}"
+        return self.describe(as_pixels(x), as_filter(weight), ConvGeometry(), batch, "linear")
+
+    def describe(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
+    ) -> str:
+        """Says what runs a call that is not refused; ``op`` is ``conv`` or ``linear``."""
+        return "can run"
 
     @abstractmethod
     def conv2d(

@@ -62,9 +62,10 @@ class CudaBackend(TritonBackend):
     def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         return _refuse_tensor(x) or super().refuse_conv2d(x, weight, geometry)
 
-    def _explained(
+    def describe(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
     ) -> str:
+        """Says whose kernels run forward and input gradient, and why."""
         named = []
         for backward, expands in ((False, batch is not None), (True, False)):
             reason = _refuse_hopper(backward, tuple(x.shape), weight, geometry, expands)

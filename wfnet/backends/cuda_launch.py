@@ -89,12 +89,7 @@ def processors(device: torch.device) -> int:
     """Returns the multiprocessors of a device: thread blocks of the kernels' persistent grid."""
     if library().emulated:
         return _EMULATED_PROCESSORS
-    return _processors(device.index)
-
-
-@functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def refuse(
@@ -148,12 +143,6 @@ def _check(name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torc
         raise ValueError(
             f"{name} must be {list(shape)} {dtype}, not {list(tensor.shape)} {tensor.dtype}"
         )
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    if dtype not in DTYPES:
-        raise ValueError(REFUSED_DTYPE.format(dtype))
-    return DTYPES[dtype]
 
 
 def _launch(
@@ -260,7 +249,7 @@ def conv2d(x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
             **sizes,
             table_stride=stride,
             relu=epilogue.relu,
-            dtype=_name_of(x.dtype),
+            dtype=DTYPES[x.dtype],
         )
     out = _channels_first(out)
     masked = epilogue.save and epilogue.relu and residual is not None
@@ -311,45 +300,27 @@ def conv2d_dgrad(
             "scale": scale,
             "shift": shift,
         }
-        sums = _ColumnSums(below, sizes)
+        # Sums that are not rows of one stride go to fresh memory and are copied at the end.
+        wanted = {name: getattr(below, name) for name in ("t0", "t1")}
+        given = [t for t in wanted.values() if t is not None]
+        direct = all(t.stride() == (given[0].stride(0), 1) for t in given)
+        rows = library().module.dgrad_slots(**sizes) if given else 0
+        sums, partials = dict(wanted), {"partial0": None, "partial1": None}
+        for name, total in wanted.items():
+            if total is not None:
+                sums[name] = total if direct else total.new_empty(total.shape)
+                partials["partial" + name[1]] = total.new_empty((rows, total.shape[1]))
         _launch(
             "dgrad",
             reads,
-            {"grad": grad, "scaled_grad": scaled, **sums.writes()},
+            {"grad": grad, "scaled_grad": scaled, **partials, **sums},
             **sizes,
             table_stride=stride,
             relu=below.relu,
-            total_stride=sums.stride,
-            dtype=_name_of(dtype),
+            total_stride=next((t.stride(0) for t in sums.values() if t is not None), 0),
+            dtype=DTYPES[dtype],
         )
-        sums.copy()
+        if not direct:
+            for name, total in wanted.items():
+                total.copy_(sums[name])
     return LayerGradient(_channels_first(grad), _channels_first(scaled))
-
-
-class _ColumnSums:
-    """Where the two column sums of a launch go, with their workspaces.
-
-    Sums that are not rows of one stride go to fresh memory and are copied at the end.
-    """
-
-    def __init__(self, below: LayerBelow, sizes: dict[str, object]):
-        self.wanted = (below.t0, below.t1)
-        given = [t for t in self.wanted if t is not None]
-        direct = all(t.stride() == (given[0].stride(0), 1) for t in given)
-        self.totals = tuple(t if t is None or direct else t.new_empty(t.shape) for t in self.wanted)
-        self.stride = next((t.stride(0) for t in self.totals if t is not None), 0)
-        rows = library().module.dgrad_slots(**sizes) if given else 0
-        self.partials = tuple(
-            None if t is None else t.new_empty((rows, t.shape[1])) for t in self.wanted
-        )
-
-    def writes(self) -> dict[str, Tensor | None]:
-        """The launch's arguments."""
-        names = ("partial0", "partial1", "t0", "t1")
-        return dict(zip(names, (*self.partials, *self.totals), strict=True))
-
-    def copy(self) -> None:
-        """Brings the sums to where they are wanted."""
-        for place, total in zip(self.wanted, self.totals, strict=True):
-            if place is not total:
-                place.copy_(total)

@@ -25,14 +25,8 @@ def conv2d_input_gradient(
     du: Tensor, weight: Tensor, input_shape: tuple[int, ...], geometry: ConvGeometry
 ) -> Tensor:
     """``dx`` ``[N, C, H, W]`` from ``du`` ``[N, O, P, Q]``; the input itself is not needed."""
-    channels_last = du.is_contiguous(memory_format=torch.channels_last)
     # Only shape and memory format of the input are read; its pages are never touched.
-    x = torch.empty(
-        input_shape,
-        dtype=du.dtype,
-        device=du.device,
-        memory_format=torch.channels_last if channels_last else torch.contiguous_format,
-    )
+    x = _empty(input_shape, du)
     return torch.ops.aten.convolution_backward(
         du,
         x,
@@ -48,45 +42,48 @@ def conv2d_input_gradient(
     )[0]
 
 
-def _empty_batch(x: Tensor, batch: int) -> Tensor:
-    """Fresh memory like ``x``, layout included, for ``batch`` samples."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last)
+def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Fresh memory of a shape, with dtype, device and layout of ``like``."""
+    channels_last = like.is_contiguous(memory_format=torch.channels_last)
     return torch.empty(
-        (batch, *x.shape[1:]),
-        dtype=x.dtype,
-        device=x.device,
+        shape,
+        dtype=like.dtype,
+        device=like.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
     )
+
+
+def _empty_batch(x: Tensor, batch: int) -> Tensor:
+    """Fresh memory like ``x`` for ``batch`` samples."""
+    return _empty((batch, *x.shape[1:]), x)
 
 
 # Elements of a tensor that a processor core still finds in a cache on the next elementwise pass.
 _CACHED_ELEMENTS = 2**19
 
 
-def _cache_sized(x: Tensor) -> list[slice | None]:
-    """Slices of the batch: as many samples as stay in the cache; None: all at once."""
+def _cache_sized(x: Tensor) -> list[slice]:
+    """Slices of the batch: as many samples as stay in the cache."""
     batch, elements = x.shape[0], x.numel()
-    if x.device.type != "cpu" or elements <= _CACHED_ELEMENTS:
-        return [None]
-    step = max(1, _CACHED_ELEMENTS * torch.get_num_threads() * batch // elements)
-    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
+    step = max(1, batch)
+    if x.device.type == "cpu" and elements > _CACHED_ELEMENTS:
+        step = max(1, _CACHED_ELEMENTS * torch.get_num_threads() * batch // elements)
+    return [slice(start, min(start + step, batch)) for start in range(0, max(1, batch), step)]
 
 
-def _part_of(x: Tensor | None, part: slice | None) -> Tensor | None:
-    """Samples ``part`` of a tensor with one row per sample."""
-    return x if x is None or part is None else x[part]
+def _of(part: slice, *tensors: Tensor | None) -> list[Tensor | None]:
+    """Samples ``part`` of tensors with one row per sample."""
+    return [x if x is None else x[part] for x in tensors]
 
 
-def _room(scratch: Tensor, part: slice | None) -> Tensor:
+def _room(scratch: Tensor, part: slice) -> Tensor:
     """The beginning of memory that every part uses in turn."""
-    return scratch if part is None else scratch[: part.stop - part.start]
+    return scratch[: part.stop - part.start]
 
 
-def _rows(x: Tensor, part: slice | None, source: Tensor | None) -> Tensor:
+def _rows(x: Tensor, part: slice, source: Tensor | None) -> Tensor:
     """Samples ``part`` of a tensor that has one row per source image, or per sample."""
-    if source is None:
-        return _part_of(x, part)
-    return gather_samples(x, _part_of(source, part))
+    return x[part] if source is None else gather_samples(x, source[part])
 
 
 def _per_pixel(table: Tensor | None) -> Tensor | None:
@@ -150,49 +147,36 @@ def sample_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     mean = torch.empty(x.shape[:2], dtype=dtype, device=x.device)
     var = torch.empty_like(mean)
     parts = _cache_sized(x)
-    scratch = torch.empty_like(_part_of(x, parts[0]), dtype=dtype)
+    scratch = torch.empty_like(x[parts[0]], dtype=dtype)
     for part in parts:
-        own, mean_of_part = _part_of(x, part).to(dtype), _part_of(mean, part)
-        torch.mean(own, (2, 3), out=mean_of_part)
-        centred = torch.sub(own, _per_pixel(mean_of_part), out=_room(scratch, part))
-        torch.mean(centred.square_(), (2, 3), out=_part_of(var, part))
+        own = x[part].to(dtype)
+        torch.mean(own, (2, 3), out=mean[part])
+        centred = torch.sub(own, _per_pixel(mean[part]), out=_room(scratch, part))
+        torch.mean(centred.square_(), (2, 3), out=var[part])
     return mean, var
 
 
-class _Part:
-    """The elementwise backward of some samples of a layer, in memory that is used again."""
+def _write_sums(layer: LayerBelow, part: slice, u: Tensor, g: Tensor, scratch: Tensor) -> None:
+    """``t1`` and ``t0`` of samples ``part``."""
+    scale, t1, t0 = _of(part, layer.scale, layer.t1, layer.t0)
+    if t1 is not None:
+        torch.mul(g, u, out=scratch)
+        torch.sum(scratch, (2, 3), dtype=t1.dtype, out=t1)
+        t1.mul_(scale)
+    if t0 is not None:
+        torch.sum(g, (2, 3), dtype=t0.dtype, out=t0)
 
-    def __init__(
-        self,
-        below: LayerBelow,
-        part: slice | None,
-        scale: Tensor,
-        shift: Tensor | None,
-        scratch: Tensor,
-    ):
-        self.below, self.part = below, part
-        self.scale, self.shift = _part_of(scale, part), _part_of(shift, part)
-        self.u = _rows(below.branch, part, below.source)
-        self.scratch = _room(scratch, part)
 
-    def through_relu(self, g: Tensor, into: Tensor) -> Tensor:
-        """``g * (out > 0)`` in ``into``."""
-        mask = _part_of(self.below.mask, self.part)
-        if mask is not None:  # as bytes: conversion of booleans is not vectorised
-            alive = self.scratch.copy_(mask.view(torch.uint8))
-        else:  # a second look at scale * u + shift is cheaper than keeping its sign
-            alive = torch.addcmul(self.shift, self.u, self.scale, out=self.scratch)
-        return torch.ops.aten.threshold_backward.grad_input(g, alive, 0, grad_input=into)
-
-    def write_sums(self, g: Tensor) -> None:
-        """``t1`` and ``t0`` of these samples."""
-        t1, t0 = _part_of(self.below.t1, self.part), _part_of(self.below.t0, self.part)
-        if t1 is not None:
-            torch.mul(g, self.u, out=self.scratch)
-            torch.sum(self.scratch, (2, 3), dtype=t1.dtype, out=t1)
-            t1.mul_(_part_of(self.below.scale, self.part))
-        if t0 is not None:
-            torch.sum(g, (2, 3), dtype=t0.dtype, out=t0)
+def _through_relu(
+    layer: LayerBelow, part: slice, u: Tensor, g: Tensor, scratch: Tensor, into: Tensor
+) -> Tensor:
+    """``g * (out > 0)`` of samples ``part``, in ``into``."""
+    scale, shift, mask = _of(part, layer.scale, layer.shift, layer.mask)
+    if mask is not None:  # as bytes: conversion of booleans is not vectorised
+        alive = scratch.copy_(mask.view(torch.uint8))
+    else:  # a second look at scale * u + shift is cheaper than keeping its sign
+        alive = torch.addcmul(_per_pixel(shift), u, _per_pixel(scale), out=scratch)
+    return torch.ops.aten.threshold_backward.grad_input(g, alive, 0, grad_input=into)
 
 
 class EagerBackend(Backend):
@@ -230,14 +214,14 @@ class EagerBackend(Backend):
         if epilogue.save and relu and residual is not None:
             mask = torch.empty_like(out, dtype=torch.bool)
         for part in _cache_sized(out):
-            y = _part_of(out, part)
-            _scale_shift(_rows(u, part, source), _part_of(scale, part), _part_of(shift, part), y)
-            if residual is not None:
-                y.add_(_part_of(residual, part))
+            y, a, c, added, kept = _of(part, out, scale, shift, residual, mask)
+            _scale_shift(_rows(u, part, source), a, c, y)
+            if added is not None:
+                y.add_(added)
             if relu:
                 y.relu_()
-            if mask is not None:  # nothing is below 0 now; copying is faster than comparing
-                _part_of(mask, part).copy_(y)
+            if kept is not None:  # nothing is below 0 now; copying is faster than comparing
+                kept.copy_(y)
         return Activation(out, u if epilogue.save else None, mask)
 
     def conv2d_backward(
@@ -269,30 +253,26 @@ class EagerBackend(Backend):
             scaled = dout if free else _empty_batch(below.branch, samples)
         if shortcut is not None and shortcut.need_scaled_grad:
             shortcut_scaled = _empty_batch(shortcut.branch, samples)
-        scale, shift = _per_pixel(below.scale), _per_pixel(below.shift)
-        if shortcut is not None:
-            shortcut_scale = _per_pixel(shortcut.scale)
         parts = _cache_sized(dout)
-        largest = samples if parts[0] is None else parts[0].stop
-        scratch = _empty_batch(below.branch, largest)
-        room = None if passes or grad is not None else _empty_batch(below.branch, largest)
+        scratch = _empty_batch(below.branch, parts[0].stop)
+        room = None if passes or grad is not None else _empty_batch(below.branch, parts[0].stop)
         for part in parts:
-            layer = _Part(below, part, scale, shift, scratch)
-            g = _part_of(dout, part)
+            g, added, own = _of(part, dout, skip, grad)
+            u, within = _rows(below.branch, part, below.source), _room(scratch, part)
             if not passes:
-                own = _room(room, part) if grad is None else _part_of(grad, part)
-                if skip is not None:
-                    g = torch.add(g, _part_of(skip, part), out=own)
+                own = _room(room, part) if own is None else own
+                if added is not None:
+                    g = torch.add(g, added, out=own)
                 if below.relu:
-                    g = layer.through_relu(g, own)
-            layer.write_sums(g)
+                    g = _through_relu(below, part, u, g, within, own)
+            _write_sums(below, part, u, g, within)
             if shortcut is not None:
-                other = _Part(shortcut, part, shortcut_scale, None, scratch)
-                other.write_sums(g)
-                if shortcut_scaled is not None:
-                    torch.mul(g, other.scale, out=_part_of(shortcut_scaled, part))
-            if scaled is not None:
-                torch.mul(g, layer.scale, out=_part_of(scaled, part))
+                u = _rows(shortcut.branch, part, shortcut.source)
+                _write_sums(shortcut, part, u, g, within)
+            # The layer's own last: it may be the memory of g.
+            for layer, result in ((shortcut, shortcut_scaled), (below, scaled)):
+                if result is not None:
+                    torch.mul(g, _per_pixel(layer.scale[part]), out=result[part])
         if scaled is not None and below.source is not None:
             scaled = segment_sum(scaled, below.source, below.images)
         return LayerGradient(grad, scaled, shortcut_scaled)
@@ -330,9 +310,10 @@ class EagerBackend(Backend):
         du = g if may_overwrite else torch.empty_like(g)
         scale, on_u, constant = map(_per_pixel, (scale, on_u, constant))
         for part in _cache_sized(g):
-            out = torch.mul(_part_of(g, part), _part_of(scale, part), out=_part_of(du, part))
-            if on_u is not None:
-                out.addcmul_(_part_of(u, part), _part_of(on_u, part)).add_(_part_of(constant, part))
+            u_, a, b, c = _of(part, u, scale, on_u, constant)
+            out = torch.mul(g[part], a, out=du[part])
+            if b is not None:
+                out.addcmul_(u_, b).add_(c)
         return du
 
     def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:

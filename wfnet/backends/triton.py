@@ -21,6 +21,7 @@ from wfnet.backends.contract import (
     LayerBelow,
     LayerGradient,
     PoolGeometry,
+    as_filter,
     as_pixels,
     as_tokens,
 )
@@ -40,11 +41,6 @@ _INTERPRETED = triton is not None and interpreted(gate.gate_rows_kernel)
 _MOST_LABELS = 16
 _MOST_ROWS = 2**31
 POINTWISE = ConvGeometry()
-
-
-def as_filter(weight: Tensor) -> Tensor:
-    """``[O, C]`` as ``[O, C, 1, 1]``."""
-    return weight[:, :, None, None]
 
 
 def _refuse_tensor(x: Tensor) -> str | None:
@@ -92,25 +88,10 @@ class TritonBackend(Backend):
     def refuse_linear(self, x: Tensor, weight: Tensor) -> str | None:
         return self.refuse_conv2d(as_pixels(x), as_filter(weight), POINTWISE)
 
-    def explain_conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None = None
-    ) -> str:
-        """What runs forward and input gradient, and why; or the refusal."""
-        refusal = self.refuse_conv2d(x, weight, geometry)
-        if refusal is not None:
-            return f"refused: {refusal}"
-        return self._explained(x, weight, geometry, batch, "conv")
-
-    def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
-        """As :meth:`explain_conv2d`."""
-        refusal = self.refuse_linear(x, weight)
-        if refusal is not None:
-            return f"refused: {refusal}"
-        return self._explained(as_pixels(x), as_filter(weight), POINTWISE, batch, "linear")
-
-    def _explained(
+    def describe(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
     ) -> str:
+        """Says which tiles forward and input gradient take, and why."""
         images, filters, expanded = channels_last(x), channels_last(weight), batch is not None
         shape = ConvShape.of(
             batch if expanded else x.shape[0], tuple(x.shape[2:]), weight, geometry
