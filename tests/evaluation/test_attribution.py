@@ -61,17 +61,6 @@ def test_equals_baked_networks_masked_by_hand(dataset, make_model, order, option
     assert result.mean["deletion"] != result.mean["deletion_random"]
 
 
-def test_ends_of_the_curves_are_exact(dataset, make_net):
-    result = attribution(make_net(), dataset, steps=3, options=QUIET)
-    assert result.shares == [0, 1 / 3, 2 / 3, 1]
-    for order in ("", "_random"):  # all gates 1: the original
-        assert (result.curve(f"insertion{order}")[:, -1] - 1).abs().max() < 1e-6
-        assert (result.curve(f"deletion{order}")[:, 0] - 1).abs().max() < 1e-6
-    # The learned row, and nothing, whatever the order.
-    assert torch.equal(result.curve("insertion")[:, 0], result.curve("insertion_random")[:, 0])
-    assert torch.equal(result.curve("deletion")[:, -1], result.curve("deletion_random")[:, -1])
-
-
 def test_bad_arguments_are_refused(dataset, make_net):
     with pytest.raises(ValueError, match="steps must be"):
         attribution(make_net(), dataset, steps=0)

@@ -1,6 +1,5 @@
 import math
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,9 +11,7 @@ from wfnet.evaluation.attribution import attribution
 from wfnet.evaluation.confusion import confusion_change
 from wfnet.evaluation.groups import evaluate_groups
 from wfnet.evaluation.pair_engine import Measure, PairEngine, RunOptions
-from wfnet.evaluation.plain_models import evaluate_models
 from wfnet.evaluation.rows import evaluate
-from wfnet.services.progress import Progress
 
 K = 7
 QUIET = RunOptions(progress=False)
@@ -95,15 +92,12 @@ def test_the_model_and_the_random_states_stay_as_they_were(make_net, dataset, me
     assert all(p.requires_grad and p.grad is None for p in net.filter_parameters())
 
 
-def test_an_image_that_is_not_finite_is_named(make_net):
+def test_broken_logits_are_an_error_and_the_mode_is_restored(make_net, dataset):
     images = torch.rand(10, 1, 8, 8)
     images[7, 0, 2, 2] = math.nan
     data = torch.utils.data.TensorDataset(images, torch.arange(10) % 2)
     with pytest.raises(FloatingPointError, match="image 7 of the data"):
         PairEngine(make_net(), data, QUIET).run(Everything(), [torch.arange(5, 10)])
-
-
-def test_broken_logits_are_an_error_and_the_mode_is_restored(make_net, dataset):
     net = make_net()
     net.train()
     with torch.no_grad():
@@ -138,32 +132,3 @@ def test_corrupt_images_are_left_out_and_counted(make_net, dataset):
     assert result.settings["images"] == len(dataset) - 2
     assert torch.equal(result.counts.top1, expected.counts.top1)
     assert result.mean.zrf == pytest.approx(expected.mean.zrf, abs=1e-6)
-
-
-def test_progress_counts_pairs_on_stderr_and_can_be_silent(make_net, dataset, capsys):
-    engine, pairs = PairEngine(make_net(), dataset, RunOptions(8)), K * len(dataset)
-    with Progress(pairs, "evaluating", log_seconds=0.0) as engine.progress:
-        engine.run(Everything(), engine.chunks(K))
-    output = capsys.readouterr()
-    assert f"{pairs}/{pairs}" in output.err
-    assert output.out == ""
-    evaluate(make_net(), dataset, progress=False)
-    assert capsys.readouterr().err == ""
-
-
-def test_networks_that_return_more_than_logits(make_model, dataset):
-    class Returning(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = make_model()
-
-        def forward(self, images):
-            return SimpleNamespace(logits=self.inner(images))
-
-    nets = wfnet.WFNet(Returning(), K), wfnet.WFNet(make_model(), K)
-    found, expected = (evaluate(net, dataset, progress=False) for net in nets)
-    assert found.records == expected.records
-    found, expected = (
-        evaluate_models(net.bake, net.bake(None), dataset, options=QUIET) for net in nets
-    )
-    assert found.records == expected.records

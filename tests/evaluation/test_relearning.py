@@ -21,25 +21,22 @@ def times(patches, linear):
     return run
 
 
-def test_a_class_is_relearned_and_the_epochs_counted(times):
-    result = times(samples=60, batch_size=20, lr=0.1, max_epochs=40)
+def test_a_class_is_relearned_and_the_epochs_counted(times, linear):
+    config = {"samples": 60, "batch_size": 20, "max_epochs": 40}
+    result = times(**config, lr=0.1)
     for record in result.records:
         assert record.original == 1.0
         assert record.accuracy[0] == 0.0
-        assert 1 <= record.epochs <= 40
         assert len(record.accuracy) == record.epochs + 1  # stopped as soon as it was regained
         assert record.accuracy[-1] == 1.0
         assert all(value < 1.0 for value in record.accuracy[:-1])
-        assert record.epochs_tolerant <= record.epochs
+        assert 1 <= record.epochs_tolerant <= record.epochs
     assert result.mean == (sum(r.epochs for r in result.records) / CLASSES, 0)
-    # A smaller learning rate takes longer: the count means something.
-    assert times(samples=60, batch_size=20, lr=0.02).mean[0] > result.mean[0]
-
-
-def test_what_was_never_lost_takes_no_epoch_and_what_never_comes_back_counts_the_cap(times, linear):
-    config = {"samples": 30, "batch_size": 10, "lr": 1e-6, "max_epochs": 2}
+    # A smaller learning rate takes longer; what was never lost takes no epoch, and what never
+    # comes back counts the cap.
+    assert times(**config, lr=0.03).mean[0] > result.mean[0]
     assert times(lambda label: linear(), **config).mean == (0, 0)
-    lost = times(**config)
+    lost = times(**{**config, "max_epochs": 2}, lr=1e-6)
     assert lost.mean == (2, CLASSES)
     assert [record.epochs for record in lost.records] == [None] * CLASSES
 

@@ -48,8 +48,6 @@ def test_csv(result, tmp_path):
 
 def test_table_of_few_classes(result):
     lines = result.table().splitlines()
-    assert lines[0].split()[:2] == ["class", "images"]
-    assert "Acc_r@5" in lines[0]
     assert len(lines) == 1 + 1 + K + 1 + 2 + 1
     assert lines[2].startswith("0 name0")
     assert f"{100 * result.records[0].acc_r:.2f}" in lines[2]

@@ -9,7 +9,6 @@ from wfnet.data import TensorImages
 from wfnet.evaluation import evaluate, metrics, reinitialise
 
 K = 7
-NAMES = ("acc_r", "acc_f", "acc_r_top5", "acc_f_top5", "zrf")
 
 
 def run(net, dataset, **options):
@@ -46,11 +45,10 @@ def test_equals_one_pass_per_class_with_baked_networks(dataset, batch_size, make
         assert record.name == f"name{record.index}"
         assert record.n_forget == int((dataset.labels == record.index).sum())
         assert record.n_forget + record.n_retain == len(dataset)
-    for name in NAMES:
-        mean = sum(values[name] for values in expected) / K
-        original = sum(values[f"original_{name}"] for values in expected) / K
-        assert getattr(result.mean, name) == pytest.approx(mean, abs=1e-5)
-        assert getattr(result.original, name) == pytest.approx(original, abs=1e-5)
+    for prefix, scores in (("", result.mean), ("original_", result.original)):
+        for name, value in vars(scores).items():
+            mean = sum(values[f"{prefix}{name}"] for values in expected) / K
+            assert value == pytest.approx(mean, abs=1e-5)
     assert result.zrf_base == 2
     # The rows differ, or the comparison would prove nothing.
     assert len({record.acc_r for record in result.records}) > 3
@@ -82,10 +80,6 @@ def test_retained_rows(dataset, make_net):
         assert a.original_acc_r == b.original_acc_r
     assert torch.equal(run(net, dataset, retained_rows=3).counts.top1, some.counts.top1)
     assert not torch.equal(run(net, dataset, retained_rows=3, seed=1).counts.seen, seen)
-    # With all other rows it is the full evaluation.
-    most = run(net, dataset, retained_rows=K - 1)
-    assert torch.equal(most.counts.seen, full.counts.seen)
-    assert torch.equal(most.counts.top1, full.counts.top1)
     few = run(net, dataset, classes=[1, 3, 4], retained_rows=2)
     own = int(torch.isin(dataset.labels, torch.tensor([1, 3, 4])).sum())
     assert few.settings["pairs"] == 2 * len(dataset) + own
@@ -127,7 +121,6 @@ ALL = list(range(K))
         ([0, 0], {"classes": [0]}, "all images of the data set are of class 0"),
         ([], {}, "class 0 \\(and 6 more\\) has no image"),
         ([0, 1], {"classes": [0, K]}, "different integers, one or more, from 0 to 6"),
-        ([0, 1], {"classes": []}, "one or more"),
         ([0, 1], {"classes": "3"}, "one or more"),
         ([0, 1], {"classes": [0, 0]}, "different integers"),
         (ALL, {"batch_size": 0}, "batch_size must be"),
