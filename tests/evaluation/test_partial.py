@@ -5,7 +5,7 @@ import pytest
 from wfnet.evaluation import evaluate_groups, evaluate_multi_label
 from wfnet.evaluation.attribution import attribution
 from wfnet.evaluation.pair_engine import RunOptions
-from wfnet.evaluation.partial import PartialResults
+from wfnet.evaluation.partial import PartialResults, network_identity
 from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 
 QUICK = RelearnConfig(samples=8, batch_size=4, max_epochs=1)
@@ -20,7 +20,8 @@ def curves(net, data, options):
 
 
 def times(net, data, options):
-    return relearn_times(net, data, data, config=QUICK, options=options)
+    identity, original = network_identity(net), net.bake(None)
+    return relearn_times(net.bake, data, data, original, None, QUICK, options, identity)
 
 
 def precisions(net, data, options):

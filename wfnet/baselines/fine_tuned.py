@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.baselines.method import BaselineConfig, Method, Origin
@@ -22,10 +22,8 @@ class FineTuned(Method):
     """Epochs of SGD on a loss that a subclass defines."""
 
     @abstractmethod
-    def order(
-        self, own: Tensor, others: Tensor, batch_size: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        """Yields the minibatches of an epoch, of the images of the class and of all others."""
+    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
+        """Returns the minibatches of an epoch, of the images of the class and of all others."""
 
     @abstractmethod
     def loss(self, config: BaselineConfig, logits: Tensor, targets: Tensor, own: Tensor) -> Tensor:
@@ -94,11 +92,9 @@ class RandomLabels(FineTuned):
     unused = ("retain_weight", "stop_below")
     defaults = BaselineConfig(epochs=5, lr=0.003, batch_norm="frozen")
 
-    def order(
-        self, own: Tensor, others: Tensor, batch_size: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
+    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
         everything = torch.cat((own, others)).sort().values
-        yield from _shuffled(everything, generator).split(batch_size)
+        return _shuffled(everything, seed).split(size)
 
     def targets(self, origin: Origin, label: int, seed: int) -> Tensor:
         targets = labels_of(origin.train).clone()
@@ -121,10 +117,8 @@ class NegativeGradient(FineTuned):
     unused = ("retain_weight",)
     defaults = BaselineConfig(epochs=200, lr=3e-4, momentum=0.0, batch_size=32, batch_norm="frozen")
 
-    def order(
-        self, own: Tensor, others: Tensor, batch_size: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        yield from _shuffled(own, generator).split(batch_size)
+    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
+        return _shuffled(own, seed).split(size)
 
     def loss(self, config: BaselineConfig, logits: Tensor, targets: Tensor, own: Tensor) -> Tensor:
         return -F.cross_entropy(logits, targets, reduction="none").mean()
@@ -144,11 +138,9 @@ class NegGradPlus(FineTuned):
     unused = ("stop_below",)
     defaults = BaselineConfig(epochs=5, lr=0.001, retain_weight=0.9, batch_norm="frozen")
 
-    def order(
-        self, own: Tensor, others: Tensor, batch_size: int, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        forgotten = _shuffled(own, generator)
-        for number, part in enumerate(_shuffled(others, generator).split(batch_size)):
+    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
+        forgotten = _shuffled(own, seed)
+        for number, part in enumerate(_shuffled(others, seed).split(size)):
             count = min(len(part), len(forgotten))
             at = (number * count + torch.arange(count)) % len(forgotten)
             yield torch.cat((part, forgotten[at]))
@@ -163,5 +155,5 @@ def _mean(values: Tensor) -> Tensor:
     return values.sum() / max(values.numel(), 1)
 
 
-def _shuffled(positions: Tensor, generator: torch.Generator) -> Tensor:
-    return positions[torch.randperm(len(positions), generator=generator)]
+def _shuffled(positions: Tensor, seed: Generator) -> Tensor:
+    return positions[torch.randperm(len(positions), generator=seed)]

@@ -44,6 +44,7 @@ from wfnet.evaluation.paper_tables import (
     published,
     published_cell,
 )
+from wfnet.evaluation.partial import network_identity
 from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.network import WFNet
 from wfnet.services import settings
@@ -287,12 +288,14 @@ def _write_tables(
     relearn = relearn_config(options)
     if relearn is not None:
         relearning = relearn_times(
-            net,
+            net.bake,
             data.train,
             images,
-            classes=classes,
-            config=relearn,
-            options=kept_in("relearning.json"),
+            net.bake(None),
+            classes,
+            relearn,
+            kept_in("relearning.json"),
+            network_identity(net),
         )
         write_json(output / "relearning.json", relearning.as_dict())
         written.append("relearning.json")

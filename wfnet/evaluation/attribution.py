@@ -28,8 +28,8 @@ from wfnet import gates
 from wfnet.data import Batch, Dataset, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, RunOptions, all_pairs
-from wfnet.evaluation.pairs import check_classes, names_of
-from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.evaluation.pairs import check_classes, names_of, unreadable
+from wfnet.evaluation.partial import PartialResults, evaluation_identity
 from wfnet.layers import MaskedLayer
 from wfnet.network import WFNet
 from wfnet.services import settings
@@ -135,8 +135,7 @@ def attribution(
     engine = PairEngine(net, dataset, options)
     about = {"steps": steps, "order": order, "seed": seed}
     kept = PartialResults(
-        options.records,
-        lambda: {**network_identity(net), **data_identity(dataset), "settings": about},
+        options.records, lambda: evaluation_identity(net, dataset, settings=about)
     )
     started = time.perf_counter()
 
@@ -197,10 +196,7 @@ class Confidences(Measure):
         for place, label in enumerate(self.classes.tolist()):
             images = int(self.tables["seen"][place])
             if not images:
-                raise ValueError(
-                    f"class {label} has no readable image; repair the images, or leave it out of "
-                    "classes="
-                )
+                raise unreadable(f"class {label}")
             curves = (self.tables["total"][place] / images).unflatten(0, (4, -1))
             # By trapezoids, as in Petsiuk et al., "RISE", BMVC 2018.
             areas = torch.trapezoid(curves, _shares(self.steps), dim=-1).tolist()

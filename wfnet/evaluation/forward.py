@@ -30,11 +30,7 @@ class Forward:
     def of(
         cls, model: nn.Module, amp_dtype: torch.dtype | None = None, channels_last: bool = False
     ) -> Forward:
-        """For the device and dtype of ``model``'s weights.
-
-        Raises:
-            ValueError: for an ``amp_dtype`` that autocast does not know.
-        """
+        """For the device and dtype of ``model``'s weights; ValueError for an unknown amp_dtype."""
         check_value("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
         if isinstance(model, WFNet):
             weight = next(iter(model.masked_layers.values())).weight

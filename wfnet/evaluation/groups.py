@@ -14,8 +14,8 @@ from torch import Tensor
 
 from wfnet.data import Dataset, labels_of
 from wfnet.evaluation.pair_engine import PairEngine, RunOptions
-from wfnet.evaluation.pairs import HitCounts, check_classes, names_of
-from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.evaluation.pairs import HitCounts, check_classes, names_of, unreadable
+from wfnet.evaluation.partial import PartialResults, evaluation_identity
 from wfnet.evaluation.results import means
 from wfnet.network import WFNet
 from wfnet.services import settings
@@ -132,9 +132,7 @@ def evaluate_groups(
         if torch.isin(labels, chosen).all():
             raise ValueError(f"group {list(group)} leaves no class with images to retain")
     engine = PairEngine(net, dataset, options)
-    kept = PartialResults(
-        options.records, lambda: {**network_identity(net), **data_identity(dataset)}
-    )
+    kept = PartialResults(options.records, lambda: evaluation_identity(net, dataset))
     started = time.perf_counter()
 
     def make(part: list[tuple[int, ...]]) -> Iterator[GroupRecord]:
@@ -161,7 +159,7 @@ def _record(
     inside = torch.zeros(len(seen), dtype=torch.bool)
     inside[classes] = True
     if not seen[inside].all() or not seen[~inside].any():
-        raise ValueError(f"group {classes} lacks readable images; repair them, or leave it out")
+        raise unreadable(f"a class of group {classes}, or all beside it,")
     each = right[classes] / seen[classes]
     return GroupRecord(
         classes=classes,

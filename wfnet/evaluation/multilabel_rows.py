@@ -15,8 +15,8 @@ from wfnet.data import Dataset
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, RunOptions
-from wfnet.evaluation.pairs import names_of
-from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.evaluation.pairs import names_of, unreadable
+from wfnet.evaluation.partial import PartialResults, evaluation_identity
 from wfnet.evaluation.results import aligned, means
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
@@ -132,7 +132,7 @@ def evaluate_multi_label(
     ranks, names = engine.ranks, names_of(dataset, net.num_classes)
     kept = PartialResults(
         options.records if ranks.first else None,
-        lambda: {**network_identity(net), **data_identity(dataset)},
+        lambda: evaluation_identity(net, dataset),
     )
     kept.records = ranks.first_does(lambda: kept.records)
     started = time.perf_counter()
@@ -184,10 +184,7 @@ class LabelScores(Measure):
         for row, label in enumerate(self.rows.tolist()):
             images = int(truth[:, label].sum())
             if not images:
-                raise ValueError(
-                    f"label {label} has no readable image; repair the images, or leave it out of "
-                    "classes="
-                )
+                raise unreadable(f"label {label}")
             found = average_precision(filtered[:, row], truth)
             others = torch.arange(truth.shape[1]) != label
             yield MultiLabelRecord(

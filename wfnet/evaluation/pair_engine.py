@@ -186,15 +186,11 @@ class PairEngine:
 
         Args:
             chunks: positions ``[n]`` in the data set, read together each.
-            stopped: is asked before every chunk.
+            stopped: is asked before every chunk; True ends the run, which then returns False.
             counted: is told after every chunk how far it reached: the position behind it.
 
-        Returns:
-            False if ``stopped`` said so; the measure is incomplete then.
-
         Raises:
-            ValueError: for logits that are not ``[n, K]``.
-            FloatingPointError: for logits that are NaN or infinite, if they are refused.
+            ValueError, FloatingPointError: for logits of another shape, or that are not finite.
         """
         on_gpu = self.device.type == "cuda"
         stream = batches(self.dataset, chunks, self.options.workers, self.corrupt, on_gpu)

@@ -53,6 +53,11 @@ def check_classes(classes: Sequence[int] | None, labels: Tensor, num_classes: in
     return torch.tensor(rows)
 
 
+def unreadable(what: str) -> ValueError:
+    """The error of a class whose images cannot be read."""
+    return ValueError(f"{what} has no readable image; repair the images, or leave it out")
+
+
 def names_of(dataset: Dataset, num_classes: int) -> list[str]:
     """Names of all classes of a network: a number where the data have none."""
     names = classes_of(dataset)

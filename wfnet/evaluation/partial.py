@@ -168,6 +168,11 @@ def network_identity(net: WFNet) -> dict[str, str]:
     return {"base network": fingerprint(net.model), "filters": digest.hexdigest()}
 
 
+def evaluation_identity(net: WFNet, dataset: Dataset, **more: Any) -> dict[str, Any]:
+    """What the measures of a filtered network depend on; ``more``: settings of a measure."""
+    return {**network_identity(net), **data_identity(dataset), **more}
+
+
 def data_identity(dataset: Dataset, what: str = "data") -> dict[str, str]:
     """A digest of labels and class names, and of some images where they are in memory.
 

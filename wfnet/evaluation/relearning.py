@@ -26,10 +26,9 @@ from torch.nn import functional as F
 from wfnet.data import Batch, Dataset, batches, classes_of, corrupt_counter, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.pair_engine import RunOptions
-from wfnet.evaluation.pairs import check_classes
-from wfnet.evaluation.partial import PartialResults, data_identity, network_identity
+from wfnet.evaluation.pairs import check_classes, unreadable
+from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.head import first_output
-from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
@@ -137,10 +136,10 @@ class RelearnResult:
 
 
 def relearn_times(
-    models: WFNet | Callable[[int], nn.Module],
+    models: Callable[[int], nn.Module],
     train: Dataset,
     test: Dataset,
-    original: nn.Module | None = None,
+    original: nn.Module,
     classes: Sequence[int] | None = None,
     config: RelearnConfig | None = None,
     options: RunOptions | None = None,
@@ -149,17 +148,15 @@ def relearn_times(
     """Relearns every class from a copy of its own unlearned model; nothing that is given changes.
 
     Args:
-        models: a filtered network (it is baked for each class), or a function that gives the plain
-            model that has unlearned a class.
+        models: gives the plain model that has unlearned a class, as ``net.bake`` does.
         train: images to relearn from.
         test: images on which the accuracy on the class is measured.
-        original: the original network, a plain classifier; known from a filtered network.
+        original: the original network, a plain classifier.
         classes: to be relearned; all by default.
         config: settings.
         options: of them progress, workers and ``max_corrupt`` are used, and ``records``: a JSON
             file with finished classes.
-        identity: what ``records`` depends on besides data and settings; known for a filtered
-            network.
+        identity: what ``records`` depends on besides data and settings.
 
     Raises:
         ValueError: before work starts, for data or classes that do not fit, or a file of something
@@ -167,22 +164,13 @@ def relearn_times(
     """
     config, options = config or RelearnConfig(), options or RunOptions()
     labels, names = labels_of(test), classes_of(test)
-    unlearned, num_classes = models, len(names)
-    if isinstance(models, WFNet):
-        unlearned, num_classes = models.bake, models.num_classes
-        original = original or models.bake(None)
-    if original is None:
-        raise ValueError(
-            "relearning needs the original network, whose accuracy is to be regained: pass "
-            "original="
-        )
-    rows = check_classes(classes, labels, num_classes).tolist()
-    check_classes(rows, labels_of(train), num_classes)
+    rows = check_classes(classes, labels, len(names)).tolist()
+    check_classes(rows, labels_of(train), len(names))
     options = replace(options, max_corrupt=corrupt_counter(train, options.max_corrupt))
     kept = PartialResults(
         options.records,
         lambda: {
-            **(network_identity(models) if isinstance(models, WFNet) else identity or {}),
+            **(identity or {}),
             **data_identity(train, "training data"),
             **data_identity(test, "test data"),
             "settings": asdict(config),
@@ -194,8 +182,9 @@ def relearn_times(
         for label in part:
             images = _images_of(test, (labels == label).nonzero().flatten(), options)
             accuracy = _accuracy(original, images, label)
-            model = unlearned(label)
-            yield relearn(model, train, images, label, accuracy, config, names[label], options)
+            yield relearn(
+                models(label), train, images, label, accuracy, config, names[label], options
+            )
             bar.update(1)
 
     done = len(rows) - len(kept.left(rows))
@@ -310,8 +299,5 @@ def _images_of(dataset: Dataset, positions: Tensor, options: RunOptions) -> Tens
     stream = batches(dataset, parts, options.workers, options.max_corrupt)
     images = [batch.images for batch in stream]
     if not images:
-        raise ValueError(
-            f"class {int(labels_of(dataset)[positions[0]])} has no readable test image; repair "
-            "the images, or leave it out of classes="
-        )
+        raise unreadable(f"class {int(labels_of(dataset)[positions[0]])}")
     return torch.cat(images)

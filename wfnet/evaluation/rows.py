@@ -17,8 +17,8 @@ from wfnet.data import CorruptImages, Dataset, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pair_engine import Chunk, PairEngine, Pairs, RunOptions
-from wfnet.evaluation.pairs import HitCounts, Pairing, check_classes, names_of
-from wfnet.evaluation.partial import PartialCounts, data_identity, network_identity
+from wfnet.evaluation.pairs import HitCounts, Pairing, check_classes, names_of, unreadable
+from wfnet.evaluation.partial import PartialCounts, evaluation_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
 from wfnet.network import WFNet
 from wfnet.services.files import fingerprint
@@ -100,19 +100,16 @@ def evaluate(
     scores = RowScores(pairing, labels, net.num_classes, engine.device, zrf_base, zrf_mode)
     kept, position = None, 0
     if records is not None:
-        identity = {
-            **network_identity(net),
-            **data_identity(dataset),
-            "settings": {
-                "classes": rows.tolist(),
-                "zrf_base": zrf_base,
-                "zrf_mode": zrf_mode,
-                "seed": seed,
-                "retained_rows": retained_rows,
-                "amp": str(amp_dtype),
-                "initialised": "own" if initialised is None else fingerprint(initialised),
-            },
+        settings = {
+            "classes": rows.tolist(),
+            "zrf_base": zrf_base,
+            "zrf_mode": zrf_mode,
+            "seed": seed,
+            "retained_rows": retained_rows,
+            "amp": str(amp_dtype),
+            "initialised": "own" if initialised is None else fingerprint(initialised),
         }
+        identity = evaluation_identity(net, dataset, settings=settings)
         kept = PartialCounts(records, identity, scores.tables, engine.corrupt, ranks)
         position = kept.load()
     first, last = ranks.range(len(labels))
@@ -205,10 +202,7 @@ class RowScores(HitCounts):
         columns["n_retain"] = seen.sum(1) - columns["n_forget"]
         lost = columns["acc_f"].isnan() | columns["acc_r"].isnan()
         if lost.any():
-            raise ValueError(
-                f"class {int(self.rows[lost][0])} has no readable image, or no readable retained "
-                "image; repair the images, or leave it out of classes="
-            )
+            raise unreadable(f"class {int(self.rows[lost][0])}, or all classes beside it,")
         values = {name: column.tolist() for name, column in columns.items()}
         return [
             ClassRecord(index=label, name=names[label], **{n: v[i] for n, v in values.items()})
