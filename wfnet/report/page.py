@@ -27,8 +27,7 @@ from wfnet.evaluation.results import base_name
 from wfnet.report.contents import PICTURES, Contents, read_contents
 from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT, judge
 from wfnet.services.files import write_text
-from wfnet.trust import CHECKS, TrustRecord, TrustResult
-from wfnet.trust.attacks import ATTACKS
+from wfnet.trust import CHECKS, TrustRecord, TrustResult, describe_export
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
@@ -180,17 +179,13 @@ def _by_class(trust: TrustResult) -> list[tuple[int, str, list[Mapping[str, floa
 
 def _exports(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """Returns the file, how it was made and what was found, of every class of every export."""
-    texts = {"acc_f": "as it is"} | {f"acc_f_{a.name}": f"with {a.text}" for a in ATTACKS.values()}
     rows = []
     for name, report in reports.items():
         below = report.get("prune_below") or 0
         how = f", gates below {below:g} at 0" if below else ""
         how += ", class cut from the head" if report.get("cut_output") else ""
-        for found in report.get("classes", ()):
-            values = found["values"]
-            ways = "; ".join(f"{text} {values[k]:.1%}" for k, text in texts.items() if k in values)
-            text = f"accuracy on class {found['name']} {ways}. On the others {values['acc_r']:.1%}."
-            rows.append((str(report.get("file", name)), how, text))
+        file = str(report.get("file", name))
+        rows += [(file, how, describe_export(found)) for found in report.get("classes", ())]
     return rows
 
 

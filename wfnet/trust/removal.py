@@ -26,7 +26,7 @@ from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.attacks.base_norms import rows_against_base
 from wfnet.trust.check import Check, Found
 from wfnet.trust.membership import roc_auc
-from wfnet.trust.subject import ImageReader, Subject, TrustSettings
+from wfnet.trust.subject import Subject, TrustSettings, image_readers
 
 # An attack that destroys the rest is no attack: what it may cost the other classes.
 TOLERATED = 0.1
@@ -80,14 +80,11 @@ def check_export(
         original_acc_r of the original on the same images, and how many images there were of the
         class (forget) and of those that were not forgotten (retain).
     """
-    readers = [
-        ImageReader(part, settings.samples, settings.seed, workers)
-        for part in (data.train, data.test)
-    ]
+    readers = image_readers(data, settings, workers)
+    same = (data.num_classes, *readers, layers, settings, plain, original)
     found = []
     for label in forget:
-        models = {"forgetful": plain, "original": original, "forgotten": forget}
-        subject = Subject(label, data.num_classes, *readers, layers, settings, **models)
+        subject = Subject(label, *same, forgotten=forget)
         values, details = measure(plain, subject)
         found.append(
             {

@@ -20,7 +20,7 @@ from wfnet.services.files import fingerprint
 from wfnet.services.progress import Progress
 from wfnet.trust.check import Check
 from wfnet.trust.checks import CHECKS
-from wfnet.trust.subject import ImageReader, Subject, TrustSettings
+from wfnet.trust.subject import Subject, TrustSettings, image_readers
 from wfnet.trust.trust_records import TrustRecord, TrustResult
 from wfnet.version import __version__
 
@@ -29,14 +29,6 @@ NATURAL = "classes in the proportion of the training part"
 # Finished pieces of work by their key, until the result is written.
 JOURNAL = "trust.partial.json"
 RESULT = "trust.json"
-
-
-def missing_retrained(label: int) -> str:
-    """Returns what to say where a check has no retrained model for class ``label``."""
-    return (
-        f"no model retrained without class {label} is at hand; train one in the same way on the "
-        "images of the other classes and pass it as retrained="
-    )
 
 
 def run_checks(
@@ -50,7 +42,7 @@ def run_checks(
     settings: TrustSettings | None = None,
     folder: str | os.PathLike | None = None,
     identity: Mapping[str, Any] | None = None,
-    advice: Callable[[int], str] = missing_retrained,
+    advice: Callable[[int], str] = "train one without class {} as retrained=".format,
     workers: int = 0,
     progress: bool = True,
 ) -> TrustResult:
@@ -85,10 +77,8 @@ def run_checks(
         raise ValueError(f"name at least one class, and checks of {', '.join(CHECKS)}; got {names}")
     if not 0 <= min(chosen) <= max(chosen) < data.num_classes:
         raise ValueError(f"a class of {chosen} is out of range: they run to {data.num_classes - 1}")
-    readers = [
-        ImageReader(part, settings.samples, settings.seed, workers)
-        for part in (data.train, data.test)
-    ]
+    readers = image_readers(data, settings, workers)
+    same = (data.num_classes, *readers, layers, settings)
     common = {
         "settings": json.loads(json.dumps(asdict(settings))),
         "data": data.name,
@@ -109,18 +99,9 @@ def run_checks(
             for name in names:
                 key = _digest({**common, "class": label, "check": name, "models": digests})
                 if key not in known:
-                    subject = subject or Subject(
-                        label,
-                        data.num_classes,
-                        *readers,
-                        layers,
-                        settings,
-                        forgetful,
-                        original,
-                        others,
-                    )
-                    text = advice(label)
-                    known[key] = _run_check(CHECKS[name], subject, data.classes[label], text, key)
+                    subject = subject or Subject(label, *same, forgetful, original, others)
+                    about = (data.classes[label], advice(label), key)
+                    known[key] = _run_check(CHECKS[name], subject, *about)
                     journal.add(key, asdict(known[key]))
                 records[label, name] = known[key]
                 bar.set_postfix(last=f"{name} of {data.classes[label]}")

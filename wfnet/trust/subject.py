@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import Dataset, batches, labels_of, multi_hot_of
+from wfnet.data import Dataset, Splits, batches, labels_of, multi_hot_of
 from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.modes import evaluation_mode
@@ -136,6 +136,12 @@ class ImageReader:
         if not read:
             raise ValueError("none of the images could be read")
         return Sample(torch.cat([b.images for b in read]), torch.cat([b.labels for b in read]))
+
+
+def image_readers(data: Splits, settings: TrustSettings, workers: int) -> list[ImageReader]:
+    """Returns the readers of the training and the test part."""
+    parts = (data.train, data.test)
+    return [ImageReader(part, settings.samples, settings.seed, workers) for part in parts]
 
 
 @dataclass

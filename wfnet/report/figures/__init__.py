@@ -1,4 +1,8 @@
-"""Figures of a run, one module for each family; matplotlib is imported when one is drawn."""
+"""Figures of a run, one module for each family; matplotlib is imported when one is drawn.
+
+Each is a function that writes the file ``path``, whose ending chooses the format (png, svg, pdf).
+It raises ImportError without matplotlib (extra ``viz``), and ValueError for an unknown format.
+"""
 
 from wfnet.report.figures.accuracies import accuracy_per_class, overview
 from wfnet.report.figures.associations import association_graph

@@ -9,24 +9,12 @@ from typing import TYPE_CHECKING
 
 from wfnet.evaluation import ClassRecord, EvaluationResult
 from wfnet.network import WFNet
+from wfnet.report.figures import style
 from wfnet.report.figures.gate_maps import draw_gates
-from wfnet.report.figures.style import (
-    AFTER,
-    BEFORE,
-    INK,
-    NAMED,
-    RETAINED,
-    RETRAINED,
-    picture,
-    shorten,
-    slant,
-)
+from wfnet.report.figures.style import AFTER, BEFORE, NAMED, RETAINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-# Label -> (fractions, colour), of the records in their order.
-Series = Mapping[str, tuple[Sequence[float], str]]
 
 
 def accuracy_per_class(
@@ -38,36 +26,34 @@ def accuracy_per_class(
 
     Args:
         result: of :func:`wfnet.evaluation.evaluate`.
-        path: file to write; its ending chooses the format (png, svg, pdf).
+        path: file to write.
         retrained: class -> (Acc_r, Acc_f), fractions, of a network retrained without the class, to
             stand beside; classes may be missing.
-
-    Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown file format, before anything is written.
     """
     records = _ordered(result.records)
     named = len(records) <= NAMED
     width = max(8.0, min(16.0, 2.5 + 0.45 * len(records))) if named else 11.0
     levels = [(retrained or {}).get(r.index, (math.nan, math.nan)) for r in records]
-    with picture(path, width, 6.4) as figure:
+    with style.picture(path, width, 6.4) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True)
-        for axis, measure, color, which in (
-            (upper, "acc_f", AFTER, 1),
-            (lower, "acc_r", RETAINED, 0),
-        ):
-            after = f"after, with the class forgotten ({measure.capitalize()})"
-            series = {
-                "before": ([getattr(r, f"original_{measure}") for r in records], BEFORE),
-                after: ([getattr(r, measure) for r in records], color),
-            }
+        for axis, name, color, which in ((upper, "acc_f", AFTER, 1), (lower, "acc_r", RETAINED, 0)):
+            after = f"after, with the class forgotten ({name.capitalize()})"
+            series = [
+                ("before", [getattr(r, f"original_{name}") for r in records], BEFORE),
+                (after, [getattr(r, name) for r in records], color),
+            ]
             if retrained:
-                series["retrained without it"] = ([level[which] for level in levels], RETRAINED)
+                known = [level[which] for level in levels]
+                series.append(("retrained without it", known, style.RETRAINED))
             _draw_accuracy(axis, series, zoom=axis is lower and not named)
-        upper.set_title("Accuracy on the class itself, before and after it is forgotten")
-        upper.set_ylabel("accuracy on the class, %")
-        lower.set_title("Accuracy on all other classes, before and after the class is forgotten")
-        lower.set_ylabel("accuracy on the others, %")
+        upper.set(
+            title="Accuracy on the class itself, before and after it is forgotten",
+            ylabel="accuracy on the class, %",
+        )
+        lower.set(
+            title="Accuracy on all other classes, before and after the class is forgotten",
+            ylabel="accuracy on the others, %",
+        )
         _name_classes(lower, records, "class")
 
 
@@ -78,19 +64,15 @@ def overview(result: EvaluationResult, net: WFNet, path: str | os.PathLike) -> N
         result: of :func:`wfnet.evaluation.evaluate`.
         net: the network that was evaluated.
         path: file to write.
-
-    Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown file format.
     """
     records = _ordered(result.records)
     before, after = result.original, result.mean
-    series = {
-        "on the class, before": ([r.original_acc_f for r in records], BEFORE),
-        "on the class, after forgetting it": ([r.acc_f for r in records], AFTER),
-        "on all other classes, after": ([r.acc_r for r in records], RETAINED),
-    }
-    with picture(path, 15.0, 5.0) as figure:
+    series = [
+        ("on the class, before", [r.original_acc_f for r in records], BEFORE),
+        ("on the class, after forgetting it", [r.acc_f for r in records], AFTER),
+        ("on all other classes, after", [r.acc_r for r in records], RETAINED),
+    ]
+    with style.picture(path, 15.0, 5.0) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
         axis = left.subplots()
         _draw_accuracy(axis, series)
@@ -112,18 +94,23 @@ def _ordered(records: Sequence[ClassRecord]) -> list[ClassRecord]:
     return sorted(records, key=lambda r: (0 if few else -r.original_acc_f, r.index))
 
 
-def _draw_accuracy(axis: Axes, series: Series, zoom: bool = False) -> None:
-    """Draws the series as bars, or as points for many classes."""
-    count = len(next(iter(series.values()))[0])
+def _draw_accuracy(
+    axis: Axes, series: Sequence[tuple[str, Sequence[float], str]], zoom: bool = False
+) -> None:
+    """Draws series (label, fractions, colour) as bars, or as points for many classes."""
+    count, width = len(series[0][1]), 0.84 / len(series)
     named, everything = count <= NAMED, []
-    width = 0.84 / len(series)
-    for i, (label, (shares, color)) in enumerate(series.items()):
+    for i, (label, shares, color) in enumerate(series):
         values = [100 * share for share in shares]
         everything += [value for value in values if not math.isnan(value)]
         if named:
             left = [place - 0.42 + i * width for place in range(count)]
-            axis.bar(left, values, 0.94 * width, align="edge", color=color, label=label)
-            _write_values(axis, left, values, width, color, always=len(series) == 2)
+            bars = axis.bar(left, values, 0.94 * width, align="edge", color=color, label=label)
+            texts = [_written(value, count <= 12, len(series) == 2) for value in values]
+            ink = style.INK if color == BEFORE else color
+            size = 8.5 if count <= 12 else 7
+            for text in axis.bar_label(bars, texts, fontsize=size, color=ink, padding=1):
+                text.set_fontweight("bold" if text.get_text() == "0" else "normal")
         else:
             size = max(1.5, min(12.0, 3000 / count))
             axis.scatter(range(count), values, s=size, color=color, label=label, linewidths=0)
@@ -143,30 +130,23 @@ def _draw_accuracy(axis: Axes, series: Series, zoom: bool = False) -> None:
         handle.set_sizes([30])
 
 
-def _write_values(
-    axis: Axes, left: list[float], values: list[float], width: float, color: str, always: bool
-) -> None:
-    """Writes numbers above the bars where there is room; without a 0, a bar of 0 looks lost."""
-    few = len(values) <= 12
-    look = {"ha": "center", "va": "bottom", "color": INK if color == BEFORE else color}
-    look["fontsize"] = 8.5 if few else 7
-    for x, value in zip(left, values, strict=True):
-        zero = value < 0.05
-        if (always and zero) or (few and (always or value < 5) and not math.isnan(value)):
-            text = f"{value:.1f}" if 0.05 <= value < 99.95 else f"{value:.0f}"
-            weight = "bold" if zero else "normal"
-            axis.text(x + 0.47 * width, value + 1, text, fontweight=weight, **look)
+def _written(value: float, few: bool, always: bool) -> str:
+    """Returns the number above a bar where there is room; without a 0, a bar of 0 looks lost."""
+    zero = value < 0.05
+    if (always and zero) or (few and (always or value < 5) and not math.isnan(value)):
+        return f"{value:.1f}" if 0.05 <= value < 99.95 else f"{value:.0f}"
+    return ""
 
 
 def _name_classes(axis: Axes, records: Sequence[ClassRecord], title: str) -> None:
     if len(records) > NAMED:
         axis.set_xlabel(f"{title} ({len(records):,}, sorted by accuracy before)")
         return
-    texts = [shorten(record.name) for record in records]
+    texts = [style.shorten(record.name) for record in records]
     axis.set_xticks(range(len(records)), texts)
     if max(map(len, texts)) * len(texts) > 90:
         if len(texts) <= 20:
-            slant(axis, 45)
+            style.slant(axis, 45)
         else:
             axis.tick_params(axis="x", rotation=90)
     axis.set_xlabel(title)

@@ -36,10 +36,6 @@ def association_graph(
         path: file to write.
         classes: rows.
         names: names of all classes.
-
-    Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown file format.
     """
     layer = execution_order(net.model, list(net.masked_layers))[-1]
     links = associations(net.masked_layers[layer].gates()[classes].detach().float().cpu())
@@ -106,8 +102,7 @@ def _draw_graph(axis: Axes, links: Tensor, names: Sequence[str]) -> None:
     axis.text(-0.03, 0, "filter", ha="right", va="center", fontsize=10, color=AFTER)
     legend = f"larger and darker: shared by more classes (2 to {most})"
     axis.text(0.5, -0.26, legend, ha="center", va="top", fontsize=9, color=INK)
-    axis.set_xlim(-0.09, 1.06)
-    axis.set_ylim(-0.36, 1.2 if short else 1.5)
+    axis.set(xlim=(-0.09, 1.06), ylim=(-0.36, 1.2 if short else 1.5))
 
 
 def _draw_shared(figure: Figure, links: Tensor, names: Sequence[str]) -> None:

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 _IN_A_MAP = 20
 _BARS = 18
 _IMAGES, _CHANGE = "images of the forgotten class, %", "change of accuracy, points"
-_WHERE = "Where images of a forgotten class go"
 
 
 def confusion(change: ConfusionChange, path: str | os.PathLike) -> None:
@@ -40,10 +39,6 @@ def confusion(change: ConfusionChange, path: str | os.PathLike) -> None:
     Args:
         change: of :func:`wfnet.evaluation.confusion.confusion_change`.
         path: file to write.
-
-    Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown file format.
     """
     few = max(len(change.classes), len(change.names)) <= _IN_A_MAP
     size = (13.0, max(4.6, 1.9 + 0.32 * len(change.classes))) if few else (13.5, 8.6)
@@ -60,11 +55,11 @@ def _draw_maps(figure: Figure, change: ConfusionChange) -> None:
     left, right = figure.subplots(1, 2)
     shares, harm = 100 * change.shares(), 100 * change.collateral()
     reach = max(5.0, harm.nan_to_num(0).abs().max().item())
-    title = "Where images of the forgotten class go"
-    _draw_map(left, shares, change, "Blues", (0, 100), _IMAGES, title, "taken for", "{:.0f}", 55.0)
-    title = "What it does to the other classes"
-    span = (-reach, reach)
-    _draw_map(right, harm, change, "PuOr", span, _CHANGE, title, "class", "{:+.0f}", 0.6 * reach)
+    _draw_map(left, shares, change, "{:.0f}", 55.0, _IMAGES, cmap="Blues", vmin=0, vmax=100)
+    left.set(title="Where images of the forgotten class go", xlabel="taken for")
+    span = {"cmap": "PuOr", "vmin": -reach, "vmax": reach}
+    _draw_map(right, harm, change, "{:+.0f}", 0.6 * reach, _CHANGE, **span)
+    right.set(title="What it does to the other classes", xlabel="class")
     for i, label in enumerate(change.classes.tolist()):
         right.text(label, i, "\u2715", ha="center", va="center", fontsize=8, color=BEFORE)
 
@@ -73,23 +68,17 @@ def _draw_map(
     axis: Axes,
     values: Tensor,
     change: ConfusionChange,
-    colors: str,
-    span: tuple[float, float],
-    unit: str,
-    title: str,
-    columns: str,
     written: str,
     bright: float,
+    unit: str,
+    **colors: object,
 ) -> None:
     """Draws a map with named rows and columns; values that do not round to 0 are written."""
-    low, high = span
-    image = axis.imshow(values.numpy(), cmap=colors, vmin=low, vmax=high, aspect="auto")
+    image = axis.imshow(values.numpy(), aspect="auto", **colors)
     axis.figure.colorbar(image, ax=axis, pad=0.02).set_label(unit)
-    axis.set_title(title)
-    axis.set_xlabel(columns)
     names = [shorten(name, 14) for name in change.names]
-    axis.set_xticks(range(len(names)), names)
     rows = [names[row] for row in change.classes.tolist()]
+    axis.set_xticks(range(len(names)), names)
     axis.set_yticks(range(len(rows)), rows)
     axis.set_ylabel("forgotten class")
     if max(map(len, names)) > 3:
@@ -116,11 +105,13 @@ def _draw_flows(flows: Axes, kept: Axes, change: ConfusionChange) -> None:
     _sorted_curve(kept, shares[own, change.classes], "kept on the class, after", AFTER)
     receiver = "to the one class that receives most"
     _sorted_curve(kept, most.clamp_min(0), receiver, RETAINED, ls="--")
-    kept.set_ylim(-2, 118)
-    kept.set_yticks(range(0, 101, 20))
-    kept.set_ylabel(_IMAGES)
-    kept.set_xlabel(f"forgotten classes ({len(classes):,}), each curve sorted by itself")
-    kept.set_title(_WHERE)
+    kept.set(
+        ylim=(-2, 118),
+        yticks=range(0, 101, 20),
+        ylabel=_IMAGES,
+        xlabel=f"forgotten classes ({len(classes):,}), each curve sorted by itself",
+        title="Where images of a forgotten class go",
+    )
     kept.legend(loc="upper right")
 
 
@@ -139,9 +130,11 @@ def _draw_harm(suffering: Axes, changes: Axes, change: ConfusionChange) -> None:
     caused = caused[~caused.isnan()]
     _sorted_curve(changes, caused, label, RETAINED, ls="--", descending=False)
     changes.axhline(0, color=BEFORE, lw=1)
-    changes.set_title("Change of accuracy on the other classes")
-    changes.set_ylabel(_CHANGE)
-    changes.set_xlabel("classes, each curve sorted by itself")
+    changes.set(
+        title="Change of accuracy on the other classes",
+        ylabel=_CHANGE,
+        xlabel="classes, each curve sorted by itself",
+    )
     changes.legend(loc="lower right")
 
 

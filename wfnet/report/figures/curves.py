@@ -29,8 +29,7 @@ def training_curves(history: Sequence[Mapping[str, object]], path: str | os.Path
         path: file to write.
 
     Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: for a history without losses and accuracies, or an unknown file format.
+        ValueError: for a history without losses and accuracies.
     """
     series = _points(history)
     losses = {name: points for name, points in series.items() if "loss" in name}
@@ -48,8 +47,7 @@ def training_curves(history: Sequence[Mapping[str, object]], path: str | os.Path
             axes[0].set_title("Losses while untraining")
         if accuracies:
             _draw_points(axes[-1], accuracies, "accuracy", 100)
-            axes[-1].set_title("Accuracy on validation images while untraining")
-            axes[-1].set_ylim(-3, 103)
+            axes[-1].set(title="Accuracy on validation images while untraining", ylim=(-3, 103))
 
 
 def _draw_points(axis: Axes, series: Points, label: str, scale: int) -> None:
@@ -87,10 +85,6 @@ def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> No
     Args:
         result: of :func:`wfnet.evaluation.attribution.attribution`.
         path: file to write.
-
-    Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown file format.
     """
     shares = [100 * share for share in result.shares]
     parts = (
@@ -108,10 +102,9 @@ def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> No
             axis.plot(shares, curves.mean(0).tolist(), color=color, lw=2, label=label)
             label = f"random order: area {result.mean[f'{name}_random']:.2f}"
             axis.plot(shares, chance.mean(0).tolist(), color=INK, lw=1.6, ls="--", label=label)
-            axis.set_title(title)
-            axis.set_xlabel("gates changed, % of each layer")
-            axis.set_xlim(0, 100)
-            axis.set_ylim(0, 103)
+            axis.set(
+                title=title, xlabel="gates changed, % of each layer", xlim=(0, 100), ylim=(0, 103)
+            )
             axis.grid()
             axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16))
         axes[0].set_ylabel("confidence in the class,\n% of the original's, at most 100")

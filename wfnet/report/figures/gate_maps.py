@@ -33,10 +33,6 @@ def gate_heatmap(
         path: file to write.
         classes: rows to draw.
         names: names of all classes.
-
-    Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: for an unknown file format.
     """
     height = 1.6 + (0.24 * len(classes) if len(classes) <= NAMED else 4.6)
     with picture(path, 13.0, max(3.2, height)) as figure:

@@ -99,8 +99,10 @@ def bars_by_name(
         side, gap = ("left", 0.012) if value >= 0 else ("right", -0.012)
         text = written.format(value)
         axis.text(value + gap * span, place, text, va="center", ha=side, fontsize=7.5)
-    axis.set_xlim(1.14 * min([0.0, *values]), 1.12 * span if max([0.0, *values]) > 0 else 0)
-    axis.set_xlabel(unit)
-    axis.set_title(title)
+    axis.set(
+        xlim=(1.14 * min([0.0, *values]), 1.12 * span if max([0.0, *values]) > 0 else 0),
+        xlabel=unit,
+        title=title,
+    )
     if all(isinstance(value, int) for value in values):
         axis.xaxis.get_major_locator().set_params(integer=True)

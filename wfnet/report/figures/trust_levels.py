@@ -32,8 +32,7 @@ def trust_checks(result: TrustResult, path: str | os.PathLike) -> None:
         path: file to write.
 
     Raises:
-        ImportError: without matplotlib (extra ``viz``).
-        ValueError: without records, or for an unknown file format.
+        ValueError: without records.
     """
     means = result.means()
     if not means:
@@ -86,9 +85,11 @@ def _draw_levels(axis: Axes, means: Mapping[str, Mapping[str, Mapping[str, float
     for start in (0, *edges):
         title = wanted[start][0].title
         axis.text(1.035, start, title, fontsize=8.5, va="center", color=INK)
-    axis.set_ylim(len(wanted) - 0.4, -0.6)
-    axis.set_xlim(-0.03, 1.03)
-    axis.set_xlabel("fraction (accuracy, area under the ROC, total variation, agreement)")
+    axis.set(
+        ylim=(len(wanted) - 0.4, -0.6),
+        xlim=(-0.03, 1.03),
+        xlabel="fraction (accuracy, area under the ROC, total variation, agreement)",
+    )
     axis.grid(axis="x")
     axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
@@ -112,8 +113,7 @@ def _draw_probes(axis: Axes, found: list[TrustRecord]) -> None:
     every = math.ceil(len(layers) / _PROBES_NAMED)
     for i, text in enumerate(axis.get_xticklabels()):
         text.set_visible(i % every == 0 or i == len(layers) - 1)
-    axis.set_ylim(45, 103)
-    axis.set_ylabel("balanced accuracy, %\n(50: chance)")
+    axis.set(ylim=(45, 103), ylabel="balanced accuracy, %\n(50: chance)")
     axis.grid()
     axis.legend(loc="lower right")
 
@@ -131,9 +131,7 @@ def _draw_relearning(axis: Axes, found: list[TrustRecord]) -> None:
             for x, height in zip(places, heights, strict=True):
                 axis.text(x, height + 1.5, f"{height:.0f}", ha="center", fontsize=8.5)
     axis.set_xticks(range(len(names)), [_what_is_learned_from(name) for name in names])
-    axis.set_ylim(0, 128)
-    axis.set_yticks(range(0, 101, 20))
-    axis.set_ylabel("accuracy on the class, %")
+    axis.set(ylim=(0, 128), yticks=range(0, 101, 20), ylabel="accuracy on the class, %")
     axis.grid(axis="y")
     axis.legend(ncols=2, loc="upper center")
 
