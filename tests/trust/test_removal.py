@@ -3,7 +3,7 @@ from wfnet.trust import removal
 
 def test_a_class_that_is_voted_down_at_the_output_comes_back(make_subject, oracle):
     subject = make_subject(forgetful=oracle, original=oracle)
-    subject.layers = ("conv1",)
+    subject.layers = ()
     found, _ = removal.measure(oracle, subject)
     assert found["acc_f"] == 0.0
     assert found["acc_f_offset"] == found["acc_f_standardised"] == found["auc_logit"] == 1.0
@@ -12,7 +12,7 @@ def test_a_class_that_is_voted_down_at_the_output_comes_back(make_subject, oracl
 
 
 def test_removal_reports_every_attack_that_applies(make_subject, make_network, closed):
-    subject = make_subject(forgetful=closed(make_network(0), 0.05))
+    subject = make_subject(forgetful=closed(0.05))
     values, details = removal.measure(subject.forgetful, subject)
     assert set(values) == set(removal.CHECK.measures)
     assert details["rows"]["multiples"] == 1.0
@@ -24,7 +24,7 @@ def test_removal_reports_every_attack_that_applies(make_subject, make_network, c
 
 def test_every_class_of_an_export_is_attacked(data, make_network, closed, quick):
     base = make_network(0)
-    args = closed(base, 0.05), base, data, ("conv1", "conv2"), [1, 2], quick
+    args = closed(0.05), base, data, ("conv1", "conv2"), [1, 2], quick
     checks = removal.check_export(*args)
     assert [(check["label"], check["name"]) for check in checks] == [
         (1, "quarter 1"),

@@ -1,7 +1,5 @@
 """The runner loses nothing and changes nothing."""
 
-import json
-
 import pytest
 import torch
 
@@ -147,10 +145,3 @@ def test_what_is_missing_is_said(run):
 def test_a_wrong_request_is_refused(run, name, value, part):
     with pytest.raises(ValueError, match=part):
         run(**{name: value})
-
-
-def test_a_damaged_earlier_result_is_named_before_work_starts(run, tmp_path, calls):
-    (tmp_path / "trust.json").write_text(json.dumps({"format": 1, "records": [{}]}))
-    with pytest.raises(ValueError, match="is damaged or not a result of"):
-        run(tmp_path)
-    assert calls == []

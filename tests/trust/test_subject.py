@@ -19,24 +19,16 @@ def test_samples_are_bounded_repeatable_and_of_the_classes_asked_for(data):
 
 
 @pytest.mark.parametrize(
-    ("per_class", "label", "samples", "own", "others"),
-    [
-        ((8, 8, 8, 8), 1, 100, 8, 24),
-        ((90, 10, 60, 40), 1, 100, 5, 95),
-        ((90, 10, 60, 40), 0, 100, 45, 55),
-        ((1, 299, 0, 0), 0, 100, 1, 100),
-    ],
+    ("per_class", "label", "own", "others"),
+    [((8, 8, 8, 8), 1, 8, 24), ((90, 10, 60, 40), 1, 5, 95), ((1, 299, 0, 0), 0, 1, 100)],
 )
-def test_attackers_images_have_the_natural_mix(make_images, per_class, label, samples, own, others):
-    reader = ImageReader(make_images(per_class, 0), samples, seed=1)
-    found = reader.mixed(label)
+def test_attackers_images_have_the_natural_mix(make_images, per_class, label, own, others):
+    found = ImageReader(make_images(per_class, 0), 100, seed=1).mixed(label)
     count = int((found.labels == label).sum())
     rest = len(found) - count
     assert rest == pytest.approx(others, abs=12)  # drawn at random
     assert count == max(1, round(rest * per_class[label] / (sum(per_class) - per_class[label])))
     assert count == pytest.approx(own, abs=12)
-    again = ImageReader(make_images(per_class, 0), samples, seed=1).mixed(label)
-    assert torch.equal(again.images, found.images)
 
 
 def test_a_sample_that_cannot_be_drawn(data, make_images):

@@ -21,10 +21,10 @@ class Check:
         name: as in ``wfnet trust --checks``.
         title, question: for people.
         definition: source and formula, for the report: the documentation of the check's module.
-        needs: which retrained models it needs, as words.
         measures: what each measure is, by name.
         headline: the measure that stands for the check in a table of classes.
         measure: ``measure(model, subject)`` gives the values of one plain model, and details.
+        needs: which retrained models it needs, as words.
         original: whether the original is measured as well.
         retrained: how many retrained models everything can be measured with.
         counted: what measures are whose names end in a number that the settings decide, by the name
@@ -35,10 +35,10 @@ class Check:
     title: str
     question: str
     definition: str
-    needs: str
     measures: Mapping[str, str]
     headline: str
     measure: Callable[[nn.Module, Subject], Found]
+    needs: str = "a model retrained without the class, for the level to compare with"
     original: bool = True
     retrained: int = 1
     counted: Mapping[str, str] = field(default_factory=dict)

@@ -78,7 +78,6 @@ CHECK = Check(
     title="Collateral damage",
     question="Do the classes that resemble the forgotten one pay for it?",
     definition=__doc__,
-    needs="a model retrained without the class, for the level to compare with",
     measures={
         "acc_nearest_confusion": "accuracy on the nearest classes by confusion",
         "acc_nearest_features": "accuracy on the nearest classes by feature distance",

@@ -139,7 +139,6 @@ CHECK = Check(
     title="Linear probes",
     question="How much of the forgotten class do the features of each layer still hold?",
     definition=__doc__,
-    needs="a model retrained without the class, for the level to compare with",
     measures={
         "probe_last": "balanced accuracy of a linear probe on the input of the head",
         "probe_best": "the highest balanced accuracy over all layers",

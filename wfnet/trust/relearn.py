@@ -77,7 +77,6 @@ CHECK = Check(
     title="Relearning",
     question="How soon does fine-tuning bring the class back?",
     definition=__doc__,
-    needs="a model retrained without the class, for the level to compare with",
     measures={
         "acc_f_retain_only": "best accuracy on the class while fine-tuning on other classes alone"
     },

@@ -123,7 +123,6 @@ CHECK = Check(
     title="Removability of the export",
     question="Can the holder of the baked file bring the class back without labelled images?",
     definition=__doc__,
-    needs="a model retrained without the class, for the level to compare with",
     measures={
         **{f"acc_f{k}": f"accuracy on the forgotten class, {text}" for k, text in _TEXTS.items()},
         **{f"acc_r{k}": f"accuracy on the other classes, {text}" for k, text in _TEXTS.items()},

@@ -26,9 +26,9 @@ def test_estimated_anew_undoes_any_gate_but_zero(data, make_network, make_subjec
     base, subject, attack = make_network(0), make_subject(), ATTACKS["batchnorm_all"]
     wanted = attack(base, subject)(data.test.images)
     # Small variances meet eps: the scale must stay well above sqrt(eps).
-    found = attack(closed(base, 0.2), subject)(data.test.images)
+    found = attack(closed(0.2), subject)(data.test.images)
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
-    zero = attack(closed(base, 0.0), subject)(data.test.images)
+    zero = attack(closed(0.0), subject)(data.test.images)
     assert (zero - wanted).abs().max() > 0.05
 
 
@@ -62,7 +62,7 @@ def test_gates_behind_batchnorm_are_undone_unless_they_are_0(make_network, make_
 
 
 def test_rows_have_the_median_norm(make_network, make_subject, closed):
-    model = closed(make_network(0), 0.0)
+    model = closed(0.0)
     found = ATTACKS["equalised"](model, make_subject())
     norms = found.conv1.weight.flatten(1).norm(dim=1)
     expected = model.conv1.weight[[1, 2, 4, 5]].flatten(1).norm(dim=1).median()
@@ -76,7 +76,7 @@ def test_base_norms_restore_everything_but_zeros(make_network, make_subject, clo
     base = make_network(0)
 
     def attacked(factor):
-        model = closed(base, factor)
+        model = closed(factor)
         subject = make_subject(forgetful=model, original=base)
         return ATTACKS["base_norms"](model, subject), rows_against_base(subject)
 
