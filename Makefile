@@ -40,8 +40,8 @@ test-gpu: ## the tests that need a CUDA device; installs this checkout offline, 
 
 # Results go to $(OUT); those that are committed were written to benchmarks/results.
 OUT ?= runs/bench
-bench: $(READY) ## operators, whole steps, evaluation and data loading on this CPU (10 minutes)
-	$(BIN)/python benchmarks/bench_ops.py --layers resnet18.layer1 resnet18.layer4.conv vit_tiny --output $(OUT)/ops.json
+bench: $(READY) ## calls of layers, whole steps, evaluation and data loading on this CPU (10 minutes)
+	$(BIN)/python benchmarks/bench_plan.py --models small/resnet --providers eager --output $(OUT)/plan_cpu.json
 	$(BIN)/python benchmarks/bench_step.py --models small/resnet resnet18 -b 16 --output $(OUT)/step_cpu.json
 	$(BIN)/python benchmarks/bench_eval.py --output $(OUT)/eval_cpu.json
 	$(BIN)/python benchmarks/bench_data.py --output $(OUT)/data_cpu.json

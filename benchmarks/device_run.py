@@ -2,7 +2,7 @@
 
     python benchmarks/device_run.py --output runs/device --budget 540
     python benchmarks/device_run.py --list
-    python benchmarks/device_run.py --stages ops eval --output runs/device2
+    python benchmarks/device_run.py --stages eval data --output runs/device2
     python benchmarks/device_run.py --rehearse --output runs/rehearsal      tiny, on the CPU
 
 Stages run in order of value until the budget is spent. Each is a process of its own with a log and
@@ -104,8 +104,6 @@ REHEARSAL = {
     "--providers eager --repeats 1",
     "whole-10": "whole_run.py --classes 10 --network small/resnet --image-size 32 --samples 600 "
     "-b 8 -M 2 --workers 1 --threads 1",
-    "ops": "bench_ops.py --scale 16 -b 2 --classes 10 --layers resnet18.layer1 "
-    "--providers eager unmasked --repeats 1",
     "eval": "bench_eval.py --model small/resnet --image-size 16 --images 4 --classes 5 -b 10 "
     "--repeats 1",
     "data": "bench_data.py --workers 0 --images 16 --image-size 32 -b 8 --repeats 1",
@@ -194,7 +192,6 @@ def plan(batch_size: int = 256) -> list[Stage]:
         *map(calls, ("resnet18", "vgg16", "vit-small")),
         script("whole-1000-resnet50", whole, 400, _CONVOLVES["cuda"]),
         sanitizer("racecheck"),
-        script("ops", "bench_ops.py --providers eager unmasked triton cuda", 300),
         script("eval", "bench_eval.py --model resnet50 --images 64 --classes 250 --repeats 3", 300),
         script("data", "bench_data.py --workers 0 8", 300),
     ]

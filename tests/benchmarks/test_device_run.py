@@ -10,7 +10,6 @@ from pathlib import Path
 
 import bench_data
 import bench_eval
-import bench_ops
 import bench_plan
 import bench_step
 import device_run
@@ -155,7 +154,6 @@ def test_a_runner_that_is_ended_leaves_its_results_and_no_process(tmp_path, how)
 PARSERS = {
     "bench_data.py": bench_data.parse,
     "bench_eval.py": bench_eval.parse,
-    "bench_ops.py": bench_ops.parse,
     "bench_plan.py": bench_plan.parse,
     "bench_step.py": bench_step.parse,
     "whole_run.py": whole_run.parse,

@@ -31,20 +31,6 @@ def timed(call: Call, device: torch.device) -> float:
     return (time.perf_counter() - start) * 1e3
 
 
-class ColdCacheClock:
-    """Milliseconds of a call after the second-level cache was flushed (on a CUDA device)."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        if device.type == "cuda":
-            self.flush = torch.empty(256 * 2**20, dtype=torch.int8, device=device)
-
-    def __call__(self, call: Call) -> float:
-        if self.device.type == "cuda":
-            self.flush.zero_()
-        return timed(call, self.device)
-
-
 def interleaved(
     calls: Mapping[str, Call],
     repeats: int,
