@@ -93,12 +93,7 @@ def wf_conv2d(
     _check_call(x, weight, bias, alpha_weight, alpha_bias)
     rows, source = _resolve_rows(selection, source, x, x.shape[0], alpha_weight.shape[0])
     layer = weight, bias, alpha_weight, alpha_bias
-    name = backends.resolve(backend)
-    if name == "reference":
-        return reference.wf_conv2d(x, *layer, rows, *geometry, gate_scale, source)
-    _check_transforms(x, *layer)
-    options = gate_scale, name, _saves(alpha_weight)
-    return operators.conv2d(x, *layer, rows, source, *options, *geometry)[0]
+    return _run(x, layer, rows, source, gate_scale, backend, geometry)
 
 
 def wf_linear(
@@ -148,13 +143,7 @@ def wf_linear(
     images, windows = _images_and_windows(x, selection, source)
     rows, source = _resolve_rows(selection, source, x, images, alpha_weight.shape[0])
     tokens = x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
-    name = backends.resolve(backend)
-    if name == "reference":
-        y = reference.wf_linear(tokens, *layer, rows, gate_scale, source)
-    else:
-        _check_transforms(x, *layer)
-        options = gate_scale, name, _saves(alpha_weight)
-        y = operators.linear(tokens, *layer, rows, source, *options)[0]
+    y = _run(tokens, layer, rows, source, gate_scale, backend)
     return y.reshape(rows.shape[0] * windows, *x.shape[1:-1], weight.shape[0])
 
 
@@ -225,9 +214,8 @@ def _gather(x: Tensor, source: Tensor | None) -> Tensor:
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Data and frozen weights in the autocast dtype, as PyTorch's own layers; filters stay fp32."""
     device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return list(tensors)
-    if tensors[0].dtype == torch.float64:
+    off = device == "meta" or not torch.is_autocast_enabled(device)
+    if off or tensors[0].dtype == torch.float64:
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [None if t is None else t.to(dtype) for t in tensors]
@@ -248,18 +236,14 @@ def _check_call(
     if (bias is None) != (alpha_bias is None):
         present, absent = ("bias", "alpha_bias") if alpha_bias is None else ("alpha_bias", "bias")
         raise ValueError(f"{present} was given without {absent}; give both or neither")
-    for name, alpha in (("alpha_weight", alpha_weight), ("alpha_bias", alpha_bias)):
-        if alpha is not None and (alpha.dim() != 2 or alpha.shape[1] != weight.shape[0]):
-            raise ValueError(
-                f"{name} must be [num_classes, {weight.shape[0]}]; got {list(alpha.shape)}"
-            )
-    if alpha_bias is not None and alpha_bias.shape != alpha_weight.shape:
-        raise ValueError(
-            f"alpha_bias {list(alpha_bias.shape)} must have the shape of alpha_weight "
-            f"{list(alpha_weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{weight.shape[0]}]; got {list(bias.shape)}")
+    columns, classes = weight.shape[0], alpha_weight.shape[0] if alpha_weight.dim() else 1
+    for name, tensor, shape in (
+        ("bias", bias, [columns]),
+        ("alpha_weight", alpha_weight, [classes, columns]),
+        ("alpha_bias", alpha_bias, [classes, columns]),
+    ):
+        if tensor is not None and list(tensor.shape) != shape:
+            raise ValueError(f"{name} must be {shape}; got {list(tensor.shape)}")
 
 
 def _check_frozen(weight: Tensor, bias: Tensor | None) -> None:
@@ -290,10 +274,8 @@ def _resolve_rows(
     if source is None:
         return selection.expand(images, x.device, num_classes), None
     check_source(source, images)
-    return (
-        selection.expand(source.shape[0], x.device, num_classes),
-        source.to(x.device, non_blocking=True),
-    )
+    rows = selection.expand(source.shape[0], x.device, num_classes)
+    return rows, source.to(x.device, non_blocking=True)
 
 
 def _images_and_windows(x: Tensor, selection: Selection, source: Tensor | None) -> tuple[int, int]:
@@ -307,6 +289,22 @@ def _images_and_windows(x: Tensor, selection: Selection, source: Tensor | None) 
     return labels, batch // labels
 
 
-def _saves(alpha_weight: Tensor) -> bool:
-    """Whether backward will sum T1, for which forward keeps a private tensor."""
-    return torch.is_grad_enabled() and alpha_weight.requires_grad
+def _run(
+    x: Tensor,
+    layer: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    rows: Tensor,
+    source: Tensor | None,
+    gate_scale: float,
+    backend: str,
+    geometry: tuple = (),
+) -> Tensor:
+    """The masked convolution, or without ``geometry`` the linear map, of whoever computes it."""
+    name = backends.resolve(backend)
+    if name == "reference":
+        compute = reference.wf_conv2d if geometry else reference.wf_linear
+        return compute(x, *layer, rows, *geometry, gate_scale, source)
+    _check_transforms(x, *layer)
+    # Whether backward will sum T1, for which forward keeps a private tensor.
+    save = torch.is_grad_enabled() and layer[2].requires_grad
+    operator = operators.conv2d if geometry else operators.linear
+    return operator(x, *layer, rows, source, gate_scale, name, save, *geometry)[0]
