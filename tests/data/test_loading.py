@@ -1,6 +1,5 @@
 import logging
 import os
-import pickle
 import random
 
 import numpy as np
@@ -12,7 +11,6 @@ from torchvision.transforms import ToTensor
 
 from wfnet.data import (
     CachedImages,
-    CorruptImage,
     CorruptImages,
     ImageFiles,
     Selection,
@@ -106,11 +104,6 @@ def test_a_vanished_file_is_no_corrupt_image(image_folder, workers):
     data.path(3).unlink()
     with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\]"):
         list(batches(data, index_batches(18), workers))
-
-
-def test_corrupt_image_error_survives_pickling():
-    error = pickle.loads(pickle.dumps(CorruptImage("a.jpg", "short")))
-    assert (error.name, error.reason, str(error)) == ("a.jpg", "short", "a.jpg: short")
 
 
 def test_random_transforms_depend_on_seed_and_position_alone(image_folder):

@@ -39,12 +39,8 @@ class CorruptImage(Exception):
     """An image that cannot be decoded. `name` says which, `reason` why."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(name, reason)  # both as args: the error crosses process borders
-        self.name = name
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
+        super().__init__(f"{name}: {reason}")
+        self.name, self.reason = name, reason
 
 
 def is_decoding_error(error: Exception) -> bool:

@@ -111,13 +111,11 @@ def class_folders(root: Path) -> list[str]:
 
 def has_class_images(root: Path) -> bool:
     """Returns whether there are folders below `root` with an image in them."""
+    if not root.is_dir():
+        return False
     tops = [e.path for e in os.scandir(root) if not _hidden(e) and _is_folder(e)]
-    return any(has_images(folder) for top in tops for folder, _, _ in os.walk(top))
-
-
-def has_images(folder: str | Path) -> bool:
-    """Returns whether an image lies in a folder itself."""
-    return any(entry.name.lower().endswith(EXTENSIONS) for entry in os.scandir(folder))
+    files = (file for top in tops for _, _, files in os.walk(top) for file in files)
+    return any(file.lower().endswith(EXTENSIONS) for file in files)
 
 
 def _listed(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from wfnet.data import cifar10, digits, glyphs, mnist
 from wfnet.data.cache import CachedImages
 from wfnet.data.class_names import check_names
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.folder import ImageFiles, class_folders, has_class_images, has_images
+from wfnet.data.folder import ImageFiles, class_folders, has_class_images
 from wfnet.data.multi_hot import MultiLabelFiles, find_labels, labels_say_more
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
@@ -215,13 +215,12 @@ def _kind(root: Path, part: str) -> type[EncodedImages]:
     """Returns how a part is read.
 
     Class folders win over shards and over a file of labels beside them, unless that file gives
-    images labels other than their folders, or images lie beside it.
+    images labels other than their folders.
     """
-    folder, labels = root / part, find_labels(root / part)
-    in_folders = folder.is_dir() and has_class_images(folder)
-    if labels is not None and (has_images(folder) or (in_folders and labels_say_more(labels))):
+    labels = find_labels(root / part)
+    if labels is not None and labels_say_more(labels):
         return MultiLabelFiles
-    if in_folders:
+    if has_class_images(root / part):
         return ImageFiles
     if find_shards(root, part):
         return ImageShards

@@ -128,7 +128,8 @@ def _read_index(shards: list[Path]) -> dict[str, torch.Tensor]:
         return read_tensors(kept)
     except (FileNotFoundError, ValueError):
         pass
-    samples: list[tuple[int, int, tarfile.TarInfo]] = []  # shard, label, image
+    keys: list[bytes] = []
+    numbers: list[tuple[int, int, int, int]] = []  # label, shard, offset, size
     for number, shard in enumerate(shards):
         try:
             found = _scan(shard)
@@ -136,14 +137,15 @@ def _read_index(shards: list[Path]) -> dict[str, torch.Tensor]:
             raise ValueError(
                 f"the shard {shard} cannot be read ({error}): fetch it again, or remove it"
             ) from error
-        samples += [(number, label, image) for image, label in found]
-    keys = [os.fsencode(os.path.splitext(image.name)[0]) for _, _, image in samples]
+        for key, label, offset, size in found:
+            keys.append(os.fsencode(key))
+            numbers.append((label, number, offset, size))
     longest = max((len(key) for key in keys), default=1)
     packed = np.array(keys, dtype=f"S{longest}").view(np.uint8).reshape(len(keys), longest)
-    places = [(number, image.offset_data, image.size) for number, _, image in samples]
+    table = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 4)
     index = {
-        "label": torch.tensor([label for _, label, _ in samples], dtype=torch.int64),
-        "place": torch.tensor(places, dtype=torch.int64).reshape(-1, 3),
+        "label": table[:, 0].clone(),
+        "place": table[:, 1:].clone(),
         "key": torch.from_numpy(packed.copy()),
     }
     try:
@@ -153,8 +155,8 @@ def _read_index(shards: list[Path]) -> dict[str, torch.Tensor]:
     return index
 
 
-def _scan(shard: Path) -> list[tuple[tarfile.TarInfo, int]]:
-    """Reads the headers of one shard: its images with their labels, in order.
+def _scan(shard: Path) -> list[tuple[str, int, int, int]]:
+    """Reads the headers of one shard: key, label, offset and size of its images, in order.
 
     Raises tarfile.TarError if it is no tar file or is cut off, ValueError for what is wrong in it.
     """
@@ -187,7 +189,10 @@ def _scan(shard: Path) -> list[tuple[tarfile.TarInfo, int]]:
                 f"with {len(own)} class indices; a sample is one image with its number in {key}.cls"
             )
         else:
-            found += zip(members, own, strict=True)
+            found += [
+                (key, label, member.offset_data, member.size)
+                for member, label in zip(members, own, strict=True)
+            ]
     passed_over += [f"{key}.cls" for key in labels]
     log_passed_over(shard, passed_over)
     return found
