@@ -116,12 +116,7 @@ class InMemory:
 class Files(torch.utils.data.Dataset):
     """The same images one by one, as from files; ``before(index)`` runs before each is read."""
 
-    def __init__(self, dataset, before=lambda index: None):
-        self.dataset, self.before = dataset, before
-        self.labels, self.classes = dataset.labels, dataset.classes
-
-    def __len__(self):
-        return len(self.dataset)
+    __init__, __len__ = InMemory.__init__, InMemory.__len__
 
     def __getitem__(self, index):
         self.before(index)
@@ -143,10 +138,9 @@ def at_call(size: int, number: int, action: Callable[[], object]) -> Callable:
     left = [number]
 
     def before(indices):
-        if len(indices) == size:
-            left[0] -= 1
-            if left[0] == 0:
-                action()
+        left[0] -= len(indices) == size
+        if len(indices) == size and left[0] == 0:
+            action()
 
     return before
 
@@ -160,18 +154,13 @@ class Interrupted(BaseException):
     """As from outside: nobody saves anything first."""
 
 
-def interrupting(dataset, after: int) -> InMemory:
-    """Breaks off after so many minibatches of four images (eight, without shared images)."""
-    left = [after]
+def interrupting(dataset, after: int, size: int = 4) -> InMemory:
+    """Breaks off after so many minibatches of ``size`` images."""
 
-    def before(indices):
-        if len(indices) == 3:  # the look at three images that marks a data set
-            return
-        if left[0] == 0:
-            raise Interrupted
-        left[0] -= 1
+    def interrupt():
+        raise Interrupted
 
-    return InMemory(dataset, before)
+    return InMemory(dataset, at_call(size, after + 1, interrupt))
 
 
 class NaNLoss(BalancedObjective):
@@ -194,8 +183,9 @@ class NaNLoss(BalancedObjective):
 
 
 def assert_same_filters(net, other):
-    pairs = zip(net.named_filters().items(), other.named_filters().values(), strict=True)
-    for (name, a), b in pairs:
+    for (name, a), b in zip(
+        net.named_filters().items(), other.named_filters().values(), strict=True
+    ):
         assert torch.equal(a, b), name
 
 
@@ -234,20 +224,13 @@ def forked(work) -> int:
 
 def ended(child: int, seconds: float = 60) -> int | None:
     """The wait status of a child once it has ended; None if it has not after so long."""
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return status
-        time.sleep(0.002)
-    return None
+    return wait_until(lambda: False, child, seconds)
 
 
 def wait_until(happened: Callable[[], object], child: int, seconds: float = 60) -> int | None:
     """Waits until something has happened; the wait status if the child ended before."""
     until = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < until
+    while not happened() and time.monotonic() < until:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
             return status

@@ -72,10 +72,14 @@ class ExpandedBatch:
     def __len__(self) -> int:
         return self.forget.shape[0]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The attributes that are tensors, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device | str) -> ExpandedBatch:
         """The same batch on ``device``; copies do not wait for the device."""
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **{k: to_device_async(v, device) for k, v in tensors.items()})
+        moved = {name: to_device_async(t, device) for name, t in self.tensors().items()}
+        return replace(self, **moved)
 
 
 def random_other_rows(

@@ -19,6 +19,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -255,71 +256,40 @@ def refuse_capture(net: WFNet, optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-class StaticBatch:
-    """Device buffers for one minibatch: a captured step reads these, whatever is copied in.
-
-    Args:
-        images: ``[n, C, H, W]``, an example of shape and dtype.
-        batch: an example; labels may change later, sizes may not.
-        device: of the buffers.
-        channels_last: layout of the images' buffer.
-    """
-
-    def __init__(
-        self, images: Tensor, batch: ExpandedBatch, device: torch.device, channels_last: bool
-    ):
-        layout = torch.channels_last if channels_last else torch.preserve_format
-        # Copies: a batch may have come on the device already, and be somebody else's.
-        self.images = images.to(device, copy=True, memory_format=layout)
-        tensors = {k: v for k, v in vars(batch).items() if isinstance(v, Tensor)}
-        copies = {name: value.to(device, copy=True) for name, value in tensors.items()}
-        self.batch = replace(batch, **copies)
-
-    def fits(self, images: Tensor, batch: ExpandedBatch) -> bool:
-        """Whether a minibatch differs from the example in values only."""
-        own, other = (
-            (i, *vars(b).values()) for i, b in ((self.images, self.batch), (images, batch))
-        )
-        return [_kind(value) for value in own] == [_kind(value) for value in other]
-
-    def fill(self, images: Tensor, batch: ExpandedBatch) -> None:
-        """Copies a minibatch in; the copies do not wait for the device."""
-        self.images.copy_(images.to(self.images.device, non_blocking=True))
-        for name, value in vars(batch).items():
-            if isinstance(value, Tensor):
-                buffer = getattr(self.batch, name)
-                buffer.copy_(pinned_for(value, buffer.device), non_blocking=True)
-
-
 class _Graphs:
     """The parts of a step as CUDA graphs: gradients (setting, adding), and the move of the filters.
 
-    The first few steps run as they are, on the stream that is then captured. All graphs share one
-    memory pool: they never run at the same time.
+    They read one minibatch in buffers on the device, whatever is copied there. The first few steps
+    run as they are, on the stream that is then captured. All graphs share one memory pool: they
+    never run at the same time.
     """
 
     def __init__(self, step: UntrainingStep):
         self.step = step
         self.stream = torch.cuda.Stream(step.device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.static: StaticBatch | None = None
+        self.static: Minibatch | None = None
         self.runs: dict[object, int] = {}
         self.graphs: dict[object, tuple[torch.cuda.CUDAGraph, Losses | None]] = {}
         self.read: list[object] = []  # fused networks whose weights and tables the graphs read
 
     def accumulate(self, images: Tensor, batch: ExpandedBatch, share: float, first: bool) -> Losses:
+        step = self.step
+        images = images.to(step.device, non_blocking=True)
         if self.static is None:
-            self.static = StaticBatch(
-                images, batch, self.step.device, self.step.forward.channels_last
-            )
-        static = self.static
-        if not static.fits(images, batch):
-            return self.step.accumulate(images, batch, share, first)
-        static.fill(images, batch)
-        losses = self._run(
-            ("accumulate", share, first),
-            lambda: self.step.accumulate(static.images, static.batch, share, first),
-        )
+            copies = {k: t.to(step.device, copy=True) for k, t in batch.tensors().items()}
+            layout = torch.channels_last if step.forward.channels_last else torch.preserve_format
+            buffer = images.to(images.dtype, copy=True, memory_format=layout)
+            self.static = buffer, replace(batch, **copies)
+        if _kinds(*self.static) != _kinds(images, batch):
+            return step.accumulate(images, batch, share, first)
+        static_images, static = self.static
+        static_images.copy_(images)
+        for name, value in batch.tensors().items():
+            buffer = getattr(static, name)
+            buffer.copy_(pinned_for(value, buffer.device), non_blocking=True)
+        work = partial(step.accumulate, static_images, static, share, first)
+        losses = self._run(("accumulate", share, first), work)
         # The next replay overwrites them.
         return Losses(losses.total.clone(), {n: t.clone() for n, t in losses.terms.items()})
 
@@ -358,8 +328,10 @@ class _Graphs:
         return result
 
 
-def _kind(value: object) -> object:
-    return (value.shape, value.dtype) if isinstance(value, Tensor) else value
+def _kinds(images: Tensor, batch: ExpandedBatch) -> list[object]:
+    """What two minibatches must have in common to be run by one graph."""
+    tensors = {"images": images, **batch.tensors()}
+    return [batch.forget_size, *((k, t.shape, t.dtype) for k, t in tensors.items())]
 
 
 def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
