@@ -136,15 +136,6 @@ def test_a_full_disk_is_survived_a_few_times(tmp_path, disk, caplog):
     assert_holds(store, 35)
 
 
-def test_older_checkpoints_make_room_on_a_full_disk(tmp_path, disk):
-    store = Checkpoints(tmp_path, 4)
-    save(store, 5, 10, 15)
-    disk(lambda: len(store.older()) < 2)
-    assert save(store, 20) == [True]
-    assert names(tmp_path) == [*older(15), CHECKPOINT_NAME]
-    assert_holds(store, 20)
-
-
 def test_a_real_limit_on_file_size(tmp_path):
     """The write breaks off in the middle, as on a full disk; the file before stays."""
     store = Checkpoints(tmp_path)

@@ -1,6 +1,5 @@
 """Reading minibatches: unreadable images are replaced, lost workers too, errors are plain."""
 
-import contextlib
 import os
 import signal
 
@@ -14,7 +13,6 @@ from wfnet.services.ranks import Ranks
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.minibatches import MinibatchReader
 from wfnet.untraining.run_parts import TrainingData
-from wfnet.untraining.signals import lost_workers_wait
 
 
 def reader(runs, dataset, ranks=None, **changes) -> MinibatchReader:
@@ -24,7 +22,7 @@ def reader(runs, dataset, ranks=None, **changes) -> MinibatchReader:
 
 
 def read(reader, stop=3):
-    return list(reader.shares(0, stop, lambda: False))
+    return list(reader.shares(0, stop))
 
 
 @pytest.mark.parametrize("share_images", [True, False])
@@ -87,50 +85,25 @@ def test_shares_of_ranks_make_up_the_minibatch(runs, images):
 # -- broken ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def impatient(monkeypatch):
-    """Dead workers are noticed after a tenth of a second."""
+def test_a_lost_data_worker_ends_the_run_after_a_checkpoint(runs, tmp_path, monkeypatch):
+    """Killed in the middle of the run, as for lack of memory; the run goes on where it was."""
     iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.1,))
-
-
-def test_lost_data_workers_are_replaced(runs, tmp_path, impatient, caplog):
-    """Killed in the middle of the run, as for lack of memory; it ends as it would have."""
-    mark, main_process = tmp_path / "killed", os.getpid()
-
-    def kill_once(index):
-        if index == 13 and not mark.exists() and os.getpid() != main_process:
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    broken = reader(runs, runs.Files(runs.images(), kill_once), workers=1)
-    found = []
-    with contextlib.ExitStack() as inside:
-        for share in broken.shares(0, 12, lambda: False):
-            if not found:  # the loader has set its handler
-                inside.enter_context(lost_workers_wait())
-            found.append(share)
-    assert mark.exists()
-    assert "a data worker died" in caplog.text
-    assert "(1 of at most 3 times)" in caplog.text
-    for share, expected in zip(found, read(reader(runs, runs.images()), 12), strict=True):
-        assert torch.equal(share.images, expected.images)
-        assert torch.equal(share.batch.forget, expected.batch.forget)
-
-
-def test_workers_that_die_again_and_again_end_the_run(runs, tmp_path, impatient):
+    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.1,))  # seconds until noticed
     main_process, read = os.getpid(), []
 
-    def kill_always(index):
+    def kill(index):
         read.append(index)
-        if len(read) > 18 and os.getpid() != main_process:  # every worker: it has a list of its own
+        if len(read) > 18 and os.getpid() != main_process:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    settings = runs.config(workers=1, checkpoint_every=1000)
-    train = runs.Files(runs.images(), kill_always)
+    def go(train, folder, workers=0):
+        net, settings = runs.network(), runs.config(workers=workers, checkpoint_every=1000)
+        return net, untrain(net, train, None, settings, folder, True, False)
+
     with pytest.raises(LostWorker, match="a data worker died"):
-        untrain(runs.network(), train, None, settings, tmp_path, progress=False)
-    assert Checkpoints(tmp_path).load()[1]["step"] >= 1  # what was done is kept
+        go(runs.Files(runs.images(), kill), tmp_path, workers=1)
+    assert Checkpoints(tmp_path).load()[1]["step"] >= 1
+    runs.assert_same_run(*go(runs.Files(runs.images()), tmp_path), *go(runs.images(), None))
 
 
 def test_a_disk_that_fails_to_read_ends_the_run_and_nothing_is_lost(runs, tmp_path):

@@ -64,9 +64,9 @@ class Checkpoints:
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any], must: bool = False) -> bool:
         """Writes a checkpoint of ``state["step"]`` and keeps the one before.
 
-        On a full disk the older checkpoints make room; if that is not enough, the log says so, what
-        was saved before stays, and the run may go on: ``False``. The fourth failure in a row, or
-        the first one with ``must`` (there will be no later one), is an error.
+        On a full disk the log says so, what was saved before stays, and the run may go on:
+        ``False``. The fourth failure in a row, or the first one with ``must`` (there will be no
+        later one), is an error.
 
         Args:
             tensors: by name.
@@ -80,13 +80,7 @@ class Checkpoints:
         metadata = {"state": text, "sha256": checksum(tensors, text)}
         before = self._set_aside(state["step"])
         try:
-            try:
-                write_tensors(self.newest, tensors, metadata)
-            except OSError as error:
-                if error.errno not in _FULL:
-                    raise
-                self._remove(path for path in self.older() if path != before)
-                write_tensors(self.newest, tensors, metadata)
+            write_tensors(self.newest, tensors, metadata)
         except OSError as error:
             if before is not None:
                 before.replace(self.newest)
@@ -171,7 +165,7 @@ def read_state(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it is damaged.
     """
-    return json.loads(_metadata(path)["state"])
+    return _parsed(path)[1]
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -180,26 +174,25 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it is damaged.
     """
-    tensors, metadata = read_tensors(path), _metadata(path)
+    tensors, (metadata, state) = read_tensors(path), _parsed(path)
     if checksum(tensors, metadata["state"]) != metadata.get("sha256"):
         raise ValueError(
             f"{path} is damaged: its contents do not have the checksum that was written with them; "
             "delete it to start anew, or restore it from a copy"
         )
-    return tensors, json.loads(metadata["state"])
+    return tensors, state
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def _parsed(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
         state = json.loads(metadata["state"])
         if state["format"] != FORMAT:
             raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
-        int(state["step"])
+        return metadata, state | {"step": int(state["step"])}
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is truncated, damaged or not a checkpoint of untraining ({error}); delete it "
             "to start anew, or restore it from a copy"
         ) from error
-    return metadata

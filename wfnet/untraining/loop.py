@@ -319,8 +319,10 @@ class _Untraining:
         left = self.steps - state.step + self.config.max_nan_steps - state.nan_steps
         stop = state.position + left * self.config.grad_accum_steps
         try:
-            yield from self.reader.shares(state.position, stop, lambda: self.signals.received != 0)
+            yield from self.reader.shares(state.position, stop)
         except Exception:
+            if self.signals.received:  # the signal reached the data workers, too
+                return
             if self.store is not None and state.step:
                 self._read_losses()
                 with contextlib.suppress(OSError):

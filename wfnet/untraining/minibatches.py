@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 
 from wfnet.data import Batch, CorruptImages, batches
-from wfnet.data.loading import LostWorker
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.durable import expand_groups, groups_of
 from wfnet.untraining.expansion import ExpandedBatch, expand
 from wfnet.untraining.run_parts import TrainingData, configured_sampler
 from wfnet.untraining.untrain_config import UntrainConfig
-
-logger = logging.getLogger("wfnet")
-
-_LOST_WORKERS = 3  # times that data workers are started anew
 
 
 class Share(NamedTuple):
@@ -38,6 +31,7 @@ class Share(NamedTuple):
     rows: Tensor
 
 
+@dataclass
 class MinibatchReader:
     """Reads minibatch after minibatch, each rank its share of the images.
 
@@ -45,73 +39,47 @@ class MinibatchReader:
     learns does not depend on the number of ranks. An unreadable image is replaced by another one of
     its class, so sizes and labels are known before anything is read.
 
-    Args:
+    Attributes:
         data: the training images.
         config: settings of the run.
         ranks: who shares the minibatches.
         corrupt: where unreadable images are counted.
         pin_memory: read into page-locked memory.
+        original: ``[N, K]``, the original network's logits of all images, where they are known.
     """
 
-    def __init__(
-        self,
-        data: TrainingData,
-        config: UntrainConfig,
-        ranks: Ranks,
-        corrupt: CorruptImages,
-        pin_memory: bool,
-    ):
-        self.data, self.config, self.ranks = data, config, ranks
-        self.corrupt, self.pin_memory = corrupt, pin_memory
-        self.sampler = configured_sampler(config, data)
-        self.original: Tensor | None = None  # [N, K] logits of all images, where they are known
+    data: TrainingData
+    config: UntrainConfig
+    ranks: Ranks
+    corrupt: CorruptImages
+    pin_memory: bool
+    original: Tensor | None = None
 
-    def shares(self, position: int, stop: int, stopping: Callable[[], bool]) -> Iterator[Share]:
+    def __post_init__(self) -> None:
+        self.sampler = configured_sampler(self.config, self.data)
+
+    def shares(self, position: int, stop: int) -> Iterator[Share]:
         """Yields this rank's shares of the minibatches ``position .. stop - 1``.
 
-        A few lost data workers are replaced.
-
-        Args:
-            position, stop: numbers of minibatches.
-            stopping: whether the run is to stop; a worker lost then ends the shares.
-
         Raises:
-            LostWorker: if workers die again and again.
+            LostWorker: if a data worker dies.
             RuntimeError: for too many corrupt images, or none of a class that can be read.
         """
-        lost = 0
-        while position < stop:
-            try:
-                with contextlib.closing(self._read(position, stop)) as stream:
-                    for batch in stream:
-                        yield self._share(position, batch)
-                        position += 1
-            except LostWorker as error:
-                if stopping():  # the signal reached the workers, too
-                    return
-                lost += 1
-                if lost > _LOST_WORKERS:
-                    raise
-                logger.warning(
-                    f"{error}; new ones go on from minibatch {position} ({lost} of at most "
-                    f"{_LOST_WORKERS} times)"
-                )
-
-    def _read(self, position: int, stop: int) -> Iterator[Batch | None]:
-        """Yields this rank's images of each minibatch; None where it has none of them."""
         steps = range(position, stop)
-        if self.ranks.rank >= self.config.images:
-            return (None for _ in steps)
-        return batches(
-            self.data.dataset,
-            (self.ranks.share(self.sampler.batch(step)) for step in steps),
-            self.config.workers,
-            self.corrupt,
-            pin_memory=self.pin_memory,
-            seed=self.config.seed,
-            start=position,
-            replace_corrupt=True,
-        )
+        stream: Iterator[Batch | None] = iter([None] * len(steps))
+        if self.ranks.rank < self.config.images:  # else it has none of them
+            stream = batches(
+                self.data.dataset,
+                (self.ranks.share(self.sampler.batch(step)) for step in steps),
+                self.config.workers,
+                self.corrupt,
+                pin_memory=self.pin_memory,
+                seed=self.config.seed,
+                start=position,
+                replace_corrupt=True,
+            )
+        for step, batch in zip(steps, stream, strict=True):
+            yield self._share(step, batch)
 
     def _share(self, position: int, batch: Batch | None) -> Share:
         if self.ranks.alone:

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import time
 from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 
-logger = logging.getLogger("wfnet")
-
 Item = TypeVar("Item")
-# Share of the time spent waiting for images from which on the log says so.
-_STARVED = 0.2
-_WORTH_SAYING = 5.0  # seconds of waiting
 
 
 class RunClock:
@@ -45,7 +39,6 @@ class RunClock:
         self._spent |= {k: v for k, v in (spent or {}).items() if k in self._spent}
         self._began = time.perf_counter() - seconds
         self._unexplained = seconds - sum(self._spent.values())  # steps of the sessions before
-        self._told = False
         self.restart()
 
     @property
@@ -113,19 +106,9 @@ class RunClock:
         self._pauses: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
     def record(self) -> dict[str, float]:
-        """``images_per_second`` that came, ``data_wait`` (share of the time, 0 to 1); starts anew.
-
-        Says once in the log when the data starve the network.
-        """
+        """``images_per_second`` that came, and ``data_wait``, a share of the time; starts anew."""
         self.look()
         seconds = max(time.perf_counter() - self._since, 1e-9)
         share, rate = min(1.0, self._waited / seconds), self.images / seconds
-        if share >= _STARVED and self._waited >= _WORTH_SAYING and not self._told:
-            self._told = True
-            logger.warning(
-                f"the data starve the network: {rate:,.0f} images/s come, it could take "
-                f"{rate / max(1 - share, 1e-3):,.0f} ({share:.0%} of the time is spent waiting); "
-                "more --workers, or --cache, keeps it busy"
-            )
         self.restart()
         return {"images_per_second": rate, "data_wait": share}

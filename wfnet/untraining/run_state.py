@@ -104,10 +104,11 @@ class UntrainResult:
     samples: int = 0
 
 
+@dataclass
 class RunStore:
     """Saves a run's state and tensors to its checkpoints, and restores them.
 
-    Args:
+    Attributes:
         checkpoints: of the folder of the run.
         config: its settings.
         net, optimizer: whose tensors are saved and restored.
@@ -115,28 +116,14 @@ class RunStore:
             (:func:`identity_of`).
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        config: UntrainConfig,
-        net: WFNet,
-        optimizer: torch.optim.Optimizer,
-        identity: dict[str, str],
-    ):
-        self.checkpoints = checkpoints
-        self.config = config
-        self.net = net
-        self.optimizer = optimizer
-        self.identity = identity
+    checkpoints: Checkpoints
+    config: UntrainConfig
+    net: WFNet
+    optimizer: torch.optim.Optimizer
+    identity: dict[str, str]
 
     def save(self, state: RunState, best_filters: Tensor | None, must: bool) -> None:
-        """Writes one file with all that the run needs to go on, so that it is never half a state.
-
-        Args:
-            state: where the run stands.
-            best_filters: ``[K, total]``, the best ones so far; None without validation.
-            must: as for :meth:`Checkpoints.save`.
-        """
+        """Writes all that the run needs to go on; ``best_filters`` are ``[K, total]`` or None."""
         filters = self.net.named_filters()
         tensors = {f"filters.{name}": p for name, p in filters.items()}
         if best_filters is not None:

@@ -38,29 +38,25 @@ class Stopped(KeyboardInterrupt):
 class StopSignals:
     """Remembers the first SIGTERM or SIGINT while it is entered; lets the second one kill.
 
-    Signals reach the main thread of a process alone; elsewhere, and when not ``enabled``, this does
-    nothing.
+    Elsewhere than in the main thread of a process, and when not ``enabled``, this does nothing.
 
     Attributes:
         received: number of the signal that came, or 0.
     """
 
     def __init__(self, enabled: bool = True):
-        self.enabled = enabled and threading.current_thread() is threading.main_thread()
+        self.numbers = SIGNALS if enabled else ()
         self.received = 0
         self._process = os.getpid()
-        self._before: dict[int, Any] = {}
+        self._inside = contextlib.ExitStack()
 
     def __enter__(self) -> StopSignals:
-        if self.enabled:
-            self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        for number in self.numbers:
+            self._inside.enter_context(_handled(number, self._receive))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            # None: a handler that was not set from Python and cannot be put back.
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
+        self._inside.close()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker: its parent tells it when to leave
@@ -76,19 +72,25 @@ class StopSignals:
         )
 
 
-@contextlib.contextmanager
-def lost_workers_wait() -> Iterator[None]:
+def lost_workers_wait() -> contextlib.AbstractContextManager[None]:
     """Inside, a data worker that dies is noticed when the next batch is asked for.
 
     PyTorch's handler of SIGCHLD raises wherever the main thread happens to be, for example between
     the update of the moments and that of the filters. A reader that waits looks for dead workers
     every few seconds anyway.
     """
+    return _handled(signal.SIGCHLD, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def _handled(number: int, handler: Any) -> Iterator[None]:
+    """Another handler of a signal inside; in other threads than the main one, nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    before = signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+        # None: a handler that was not set from Python and cannot be put back.
+        signal.signal(number, signal.SIG_DFL if before is None else before)

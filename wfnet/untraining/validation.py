@@ -83,7 +83,8 @@ class Validator(Measure, ABC):
     """Scores filters on a validation split, in batches that mix rows.
 
     Of a large split always the same images are looked at, evenly over classes: a run looks at it
-    many times, and compares its filters only with each other.
+    many times, and compares its filters only with each other. A subclass sets ``truth``, the labels
+    of all images as the objective takes them, and ``rows_of_image``, under how many an image runs.
 
     Args:
         dataset: the split.
@@ -114,15 +115,6 @@ class Validator(Measure, ABC):
         self.images = _chosen_images(labels_of(dataset), config.validation_images, config.seed)
         # By the first image of a chunk. They stay on the device: reading a number waits for it.
         self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
-
-    @property
-    @abstractmethod
-    def rows_of_image(self) -> int:
-        """Rows under which each image runs, at most."""
-
-    @abstractmethod
-    def targets(self, chunk: Chunk) -> Tensor:
-        """True labels of a chunk's images, as the objective takes them."""
 
     @abstractmethod
     def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
@@ -170,7 +162,7 @@ class Validator(Measure, ABC):
 
     def add(self, chunk: Chunk, pairs: Pairs) -> None:
         """Takes the logits of all pairs of a chunk; those that forget come first."""
-        row, target = self.rows[pairs.row], self.targets(chunk)[pairs.image]
+        row, target = self.rows[pairs.row], self.truth[chunk.indices][pairs.image]
         own = target.gather(1, row.unsqueeze(1)) if target.dim() == 2 else row == target
         batch = ExpandedBatch(row, pairs.image, target, int(own.sum())).to(pairs.logits.device)
         forget, retain = self.objective.costs(pairs.logits, batch, chunk.original)
@@ -218,10 +210,7 @@ class AccuracyValidator(Validator):
         generator = generator_for(self.config.seed, 5)
         start = torch.randint(others, (len(labels_of(dataset)), 1), generator=generator)
         self.distances = 1 + (start + torch.arange(rows)) % others
-
-    @property
-    def rows_of_image(self) -> int:
-        return 1 + self.distances.shape[1]
+        self.truth, self.rows_of_image = labels_of(dataset), 1 + rows
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every image under its own row first, then all under their other rows."""
@@ -237,9 +226,6 @@ class AccuracyValidator(Validator):
         own = has_row.nonzero().flatten()
         image = torch.cat((own, images.repeat_interleave(distances.shape[1])))
         return image, torch.cat((place[own], others.flatten()))
-
-    def targets(self, chunk: Chunk) -> Tensor:
-        return chunk.labels
 
     def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
         hits = logits.argmax(1) == batch.target
@@ -268,10 +254,7 @@ class MultiLabelValidator(Validator):
         present = self.multi_hot.any(0).nonzero().flatten()
         order = torch.randperm(len(present), generator=generator_for(self.config.seed, 5))
         self.rows = present[order[:_MULTI_LABEL_ROWS]].sort().values
-
-    @property
-    def rows_of_image(self) -> int:
-        return len(self.rows)
+        self.truth, self.rows_of_image = self.multi_hot.float(), len(self.rows)
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every image under every row; pairs that forget a label of the image come first."""
@@ -279,9 +262,6 @@ class MultiLabelValidator(Validator):
         own = self.multi_hot[batch.indices][image, self.rows[row]]
         order = torch.cat((own.nonzero().flatten(), (~own).nonzero().flatten()))
         return image[order], row[order]
-
-    def targets(self, chunk: Chunk) -> Tensor:
-        return self.multi_hot[chunk.indices].float()
 
     def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
         """``[n, rows + 1, K]``: logits of every image, and its true labels."""
