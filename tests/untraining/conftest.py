@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from wfnet import UntrainConfig, WFNet, models
-from wfnet.data import CorruptImage, TensorImages
+from wfnet.data import CorruptImage, MultiLabelTensors, TensorImages
 from wfnet.untraining.objectives import BalancedObjective
 
 CLASSES = 6
@@ -35,6 +35,17 @@ def images(per_class: int = 8, seed: int = 0, classes: int = CLASSES) -> TensorI
     labels = torch.arange(classes).repeat(per_class)
     pixels = torch.rand(len(labels), 1, 12, 12, generator=generator)
     return TensorImages(pixels, labels, [str(label) for label in range(classes)], 0.5, 0.5)
+
+
+def several_labels(count: int = 24, classes: int = CLASSES) -> MultiLabelTensors:
+    """Random images with several labels each; each has one and lacks one."""
+    generator = torch.Generator().manual_seed(0)
+    multi_hot = torch.rand(count, classes, generator=generator) < 0.35
+    multi_hot[:, 0] |= ~multi_hot.any(1)
+    multi_hot[multi_hot.all(1), 1] = False
+    pixels = torch.rand(count, 1, 12, 12, generator=generator)
+    names = [str(k) for k in range(classes)]
+    return MultiLabelTensors(pixels, multi_hot, names, mean=0.5, std=0.5)
 
 
 class BarNet(nn.Module):

@@ -85,6 +85,23 @@ def test_compound_rows_are_of_the_classes_that_are_untrained():
     assert two.forget[5:].tolist() == [[1, -1], [0, -1]]
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_of_several_labels_true_ones_are_forgotten_under_lacking_ones_is_retained(share, runs):
+    multi_hot, k = runs.several_labels(10).multi_hot, runs.CLASSES
+    batch = expand(multi_hot, k, 3, torch.Generator().manual_seed(0), share)
+    assert batch.forget_size == (10 if share else 5)
+    assert len(batch) == batch.forget_size * 4
+    truth = multi_hot[batch.source]
+    assert torch.equal(batch.target, truth.float())
+    own = truth.gather(1, batch.forget.unsqueeze(1)).squeeze(1)
+    assert own[batch.forget_half].all()
+    assert not own[batch.retain_half].any()
+    many = expand(multi_hot[:1].expand(600, k), k, 1, torch.Generator().manual_seed(0), True)
+    for half, rows in ((many.forget_half, multi_hot[0]), (many.retain_half, ~multi_hot[0])):
+        drawn = many.forget[half].bincount(minlength=k)[rows]
+        assert (drawn > 600 / len(drawn) / 1.5).all()  # all about equally often
+
+
 # -- samplers -------------------------------------------------------------------------------------
 
 

@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from wfnet import UntrainConfig, WFNet, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.objectives import BalancedObjective
+from wfnet.untraining.run_state import identity_of
 from wfnet.untraining.validation import AccuracyValidator
 
 CLASSES = 4
@@ -265,43 +265,30 @@ def test_some_classes_with_images_of_some(runs, go, classes, images, changes):
         assert result.best.acc_r > 0.9
 
 
-@pytest.mark.parametrize("kind", [tuple, "dict", "object"])
-def test_a_network_that_returns_more_than_logits(base, runs, go, kind):
-    class Wrapped(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = copy.deepcopy(base)
-
-        def forward(self, x):
-            logits = self.inner(x)
-            if kind is tuple:
-                return logits, x
-            return {"logits": logits} if kind == "dict" else SimpleNamespace(logits=logits)
-
-    nets = WFNet(Wrapped().eval(), CLASSES), WFNet(base, CLASSES)
-    for net in nets:
-        go(None, runs.bars(4, 1), net=net, steps=3, fuse=False)
-    for p, q in zip(*(net.filter_parameters() for net in nets), strict=True):
-        assert torch.equal(p, q)
+@pytest.mark.parametrize(
+    "output", [lambda z: (z, 1), lambda z: {"logits": z}, lambda z: SimpleNamespace(logits=z)]
+)
+def test_a_network_that_returns_more_than_logits(base, go, output):
+    model = copy.deepcopy(base)
+    model.register_forward_hook(lambda module, x, logits: output(logits))
+    wrapped, _ = go(net=WFNet(model, CLASSES), steps=3, fuse=False)
+    plain, _ = go(steps=3, fuse=False)
+    assert all(map(torch.equal, wrapped.filter_parameters(), plain.filter_parameters()))
 
 
-def test_items_in_every_form(runs, go):
-    class Items(runs.Files):
-        def __init__(self, make):
-            super().__init__(runs.bars())
-            self.make = make
-
-        def __getitem__(self, index):
-            return self.make(*super().__getitem__(index))
-
-    batch = runs.bars().batch(torch.arange(len(runs.bars())))
-    expected, _ = go(steps=2)
-    for data in (
-        torch.utils.data.TensorDataset(batch.images, batch.labels),
-        Items(lambda image, label: (image, label, "a.jpg")),
-        Items(lambda image, label: {"image": image, "label": label}),
-        Items(lambda image, label: (image.double(), torch.tensor(label))),
-    ):
-        runs.assert_same_filters(go(data, steps=2)[0], expected)
-    with pytest.raises(ValueError, match=r"torch.uint8.*float32"):
-        go(Items(lambda image, label: ((255 * image).byte(), label)), steps=2)
+def test_images_with_several_labels(runs):
+    """Runs repeat bit by bit; the mark of the data has all labels, not only the rarest ones."""
+    data, other = runs.several_labels(), runs.several_labels()
+    runs_of = []
+    for _ in range(2):
+        net = runs.network()
+        settings = UntrainConfig.recipe("balanced", runs.CLASSES, steps=6, batch_size=8)
+        runs_of += [net, untrain(net, data, data, settings, progress=False)]
+    runs.assert_same_run(*runs_of)
+    assert 0 < runs_of[1].best.acc_r <= 1
+    common = int(other.multi_hot.sum(0).argmax())
+    free = ~other.multi_hot[:, common] & (other.multi_hot.sum(1) < runs.CLASSES - 1)
+    other.multi_hot[int(free.nonzero()[0]), common] = True
+    assert torch.equal(data.labels, other.labels)
+    marks = [identity_of(net, d, None, BalancedObjective()) for d in (data, other)]
+    assert marks[0]["training data"] != marks[1]["training data"]

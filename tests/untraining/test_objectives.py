@@ -10,7 +10,13 @@ from torch import nn
 from wfnet import WFNet
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch, expand
-from wfnet.untraining.objectives import BalancedObjective, PaperObjective, not_label
+from wfnet.untraining.objectives import (
+    BalancedObjective,
+    MultiLabelObjective,
+    PaperObjective,
+    bernoulli_divergence,
+    not_label,
+)
 
 
 @pytest.fixture
@@ -97,3 +103,51 @@ def test_paper(outputs, net):
     shares = torch.stack([(1 - gate).mean() for gate in net.gates().values()])
     for mine, other in zip(found, torch.autograd.grad(3 * shares.mean(), params), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+# -- several labels each --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("distil", [True, False])
+def test_several_labels(distil, runs, net):
+    k_all = runs.CLASSES
+    multi_hot = runs.several_labels(6).multi_hot
+    batch = expand(multi_hot, k_all, 2, torch.Generator().manual_seed(1), True)
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(len(batch), k_all, dtype=torch.float64, generator=generator)
+    original = torch.randn(6, k_all, dtype=torch.float64, generator=generator)
+    objective = MultiLabelObjective(BalancedObjective(0.4, distil))
+    losses = objective(logits, batch, original if distil else None, net)
+    forget, retain = [], []
+    truth = multi_hot[batch.source]
+    for b in range(len(batch)):
+        row, image = int(batch.forget[b]), int(batch.source[b])
+        unlearns = b < batch.forget_size
+        if unlearns:
+            lacking = original[batch.source[~truth[:, row]], row].tolist()
+            level = sum(lacking) / max(len(lacking), 1) if distil else 0.0
+            forget.append(-math.log(1 - (logits[b, row] - level).sigmoid().item()))
+        cost = 0.0
+        for k in range(k_all):
+            if unlearns and k == row:
+                continue
+            q = logits[b, k].sigmoid().item()
+            p = original[image, k].sigmoid().item() if distil else float(multi_hot[image, k])
+            cost += p * (math.log(p) if distil else 0) - p * math.log(q) - (1 - p) * math.log(1 - q)
+            cost += (1 - p) * math.log(1 - p) if distil else 0.0
+        retain.append(cost)
+    expected = sum(retain) / len(retain) + 0.4 * sum(forget) / len(forget)
+    assert losses.total.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_several_labels_have_a_gradient_where_the_network_is_sure():
+    objective = MultiLabelObjective(BalancedObjective())
+    for margin in (0.0, 10.0, 100.0):
+        z = torch.tensor([margin], requires_grad=True)
+        objective.forget(z, None).sum().backward()
+        assert z.grad.item() == pytest.approx(torch.tensor(margin).sigmoid().item())
+    paper, z = MultiLabelObjective(PaperObjective()), torch.tensor([1.5])
+    expected = F.binary_cross_entropy_with_logits(z, torch.ones(1)).item()
+    assert paper.forget(z, None).item() == pytest.approx(expected)
+    same = torch.tensor([-80.0, -3.0, 0.0, 90.0])
+    assert bernoulli_divergence(same, same).abs().max() == 0

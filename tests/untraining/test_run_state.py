@@ -94,15 +94,6 @@ def test_a_resumed_run_must_be_the_same(base, runs, go, interrupted):
     assert go(interrupted, checkpoint_every=5)[1].steps == 20  # what does not matter
 
 
-def test_the_base_is_hashed_once_a_run(go, tmp_path, monkeypatch):
-    hashed = []
-    monkeypatch.setattr(
-        "wfnet.untraining.run_state.fingerprint", lambda model: hashed.append(model) or "same"
-    )
-    go(tmp_path, checkpoint_every=1)
-    assert len(hashed) == 1
-
-
 def test_a_folder_that_another_process_writes_is_refused(go, runs, tmp_path):
     def hold():
         with folder_lock(tmp_path):

@@ -12,8 +12,12 @@ from wfnet.data.dataset import name_of
 from wfnet.network import WFNet
 from wfnet.untraining.durable import DurableObjective, GroupSampler, groups_of
 from wfnet.untraining.expansion import HalvesSampler, RoundRobinSampler, Sampler, ShuffledSampler
-from wfnet.untraining.multilabel import MultiLabelObjective
-from wfnet.untraining.objectives import BalancedObjective, Objective, PaperObjective
+from wfnet.untraining.objectives import (
+    BalancedObjective,
+    MultiLabelObjective,
+    Objective,
+    PaperObjective,
+)
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.untrain_config import UntrainConfig
 
