@@ -11,8 +11,7 @@ from wfnet.data import CorruptImages
 from wfnet.data.loading import LostWorker
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.checkpoints import Checkpoints
-from wfnet.untraining.minibatches import MinibatchReader
-from wfnet.untraining.run_parts import TrainingData
+from wfnet.untraining.minibatches import MinibatchReader, TrainingData
 
 
 def reader(runs, dataset, ranks=None, **changes) -> MinibatchReader:

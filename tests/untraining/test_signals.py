@@ -104,23 +104,6 @@ def test_a_signal_stops_at_the_step_boundary(
     runs.assert_same_run(*go_on(tmp_path), *uninterrupted)
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_a_signal_breaks_off_a_validation_which_comes_first_when_the_run_goes_on(
-    tmp_path, runs, go_on, uninterrupted, last
-):
-    expected = [record["step"] for record in uninterrupted[1].history]
-    number = len(expected) if last else 2
-    step = expected[number - 1]
-    with pytest.raises(Stopped, match=rf"stopped after step {step} of 24"):
-        go_on(tmp_path, validation=runs.raising(runs.images(4, 1), 24, number))
-    state = Checkpoints(tmp_path).load()[1]
-    assert state["step"] == step
-    assert [record["step"] for record in state["history"]] == expected[: number - 1]
-    assert not (tmp_path / "wf_model.safetensors").exists()
-    runs.assert_same_run(*go_on(tmp_path), *uninterrupted)
-    assert (tmp_path / "wf_model.safetensors").exists()
-
-
 def test_the_second_signal_ends_it_at_once(tmp_path, runs):
     def work():
         with StopSignals():

@@ -22,7 +22,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, corrupt_counter
+from wfnet.data import CorruptImages, Dataset, batches, corrupt_counter
+from wfnet.data.dataset import name_of
 from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
 from wfnet.services.files import clear_temporary_files, digest
@@ -31,20 +32,23 @@ from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.distributed import SharedStep
-from wfnet.untraining.durable import RowStatistics, durable_step, original_logits
+from wfnet.untraining.durable import (
+    DurableObjective,
+    RowStatistics,
+    durable_step,
+    original_logits,
+)
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.history import HistoryLog, LossWatch, Record, write_history
-from wfnet.untraining.minibatches import MinibatchReader, Share
-from wfnet.untraining.objectives import Objective
+from wfnet.untraining.minibatches import MinibatchReader, Share, TrainingData, checked_labels
+from wfnet.untraining.objectives import (
+    BalancedObjective,
+    MultiLabelObjective,
+    Objective,
+    PaperObjective,
+)
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.run_clock import RunClock
-from wfnet.untraining.run_parts import (
-    TrainingData,
-    checked_labels,
-    configured_objective,
-    configured_optimizer,
-    first_broken_image,
-)
 from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import UntrainingStep, refuse_capture
@@ -290,10 +294,6 @@ class _Untraining:
         return durable_step(self.net, batch, self.config.seed, self.state.step)
 
     def _go_through_steps(self) -> None:
-        if self._validation_is_due():  # the run was stopped before it
-            self._after_step()
-            if self.state.finished:
-                return
         self.clock.restart()
         with contextlib.ExitStack() as inside:
             stream = self.clock.waits(inside.enter_context(contextlib.closing(self._read())))
@@ -311,7 +311,7 @@ class _Untraining:
                 self._after_step()
                 if self.state.finished:
                     return
-        self._stop_if_asked()  # a validation was broken off, or a data worker was lost
+        self._stop_if_asked()  # a data worker was lost, because the signal reached it
 
     def _read(self) -> Iterator[Share]:
         """Yields the minibatches that are left; if reading fails, what was done is saved first."""
@@ -373,9 +373,7 @@ class _Untraining:
         if self._validation_is_due():
             self._read_losses()
             with self.clock.timed("validation"):
-                whole = self._validate()
-            if not whole:
-                return  # the run is to stop; the validation comes first when it goes on
+                self._validate()
             state.stopped_early = not last and state.stale >= self.config.patience
         state.finished = last or state.stopped_early
         if state.finished:
@@ -397,21 +395,17 @@ class _Untraining:
         late = self.clock.seconds - self.saved_at >= _SECONDS_BETWEEN_CHECKPOINTS
         return self.state.step % every == 0 or late
 
-    def _validate(self) -> bool:
-        """Appends a record to the history; False if a signal broke it off, with nothing changed."""
+    def _validate(self) -> None:
+        """Appends a record to the history."""
         state = self.state
         rates = self.clock.record()
         scores = None
         if self.validator is not None:
             self.statistics.measure()
-            try:  # several ranks would have to agree on breaking it off
-                scores = self.validator(
-                    self.net, lambda: self.ranks.alone and self.signals.received != 0
-                )
+            try:
+                scores = self.validator(self.net)
             except FloatingPointError as error:
                 self._give_up(str(error), self.validation, self.validator.images)
-            if scores is None:
-                return False
         self.corrupt.merge(self.ranks)
         record: Record = {
             "step": state.step,
@@ -428,7 +422,6 @@ class _Untraining:
         state.history.append(record | rates)
         self.log.add(state.history[-1])
         self.clock.restart()
-        return True
 
     def _compare_with_best(self, scores: Validation) -> None:
         state, stop_on = self.state, self.config.stop_on
@@ -499,3 +492,36 @@ class _Untraining:
         shown["samples/s"] = f"{self.state.samples / self.clock.seconds:,.0f}"
         self.bar.set_postfix(**shown)
         self.bar.update()
+
+
+def configured_objective(config: UntrainConfig, multi_label: bool) -> Objective:
+    """Returns the objective of the settings, for images with one label or several."""
+    if config.objective == "durable":
+        if multi_label:
+            raise ValueError(
+                "recipe durable is for images with one label; take recipe balanced for these"
+            )
+        return DurableObjective(config.lambda1, config.match)
+    if config.objective == "paper":
+        objective = PaperObjective(config.lambda0, config.lambda1, config.lambda2)
+    else:
+        objective = BalancedObjective(config.lambda1, config.distil)
+    return MultiLabelObjective(objective) if multi_label else objective
+
+
+def configured_optimizer(config: UntrainConfig, net: WFNet) -> torch.optim.Optimizer:
+    """Returns the optimiser of the settings over the network's filter matrices."""
+    params = net.filter_parameters()
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(params, lr=config.lr)
+    starts = [start for m in net.masked_layers.values() for start in m.filter_starts().values()]
+    return RowAdam(params, lr=config.lr, shrink=config.shrink, starts=starts)
+
+
+def first_broken_image(dataset: Dataset, positions: Tensor) -> str | None:
+    """Returns the name of the first of some images that has NaN or infinite values, if one has."""
+    for batch in batches(dataset, positions.unique().split(64), 0, CorruptImages(len(positions))):
+        broken = (~batch.images.flatten(1).isfinite().all(1)).nonzero().flatten()
+        if len(broken):
+            return name_of(dataset, int(batch.indices[broken[0]]))
+    return None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,10 +123,8 @@ class Validator(Measure, ABC):
     def per_row(self, noted: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Returns what is retained and what is forgotten under each row, ``[K]`` each or NaN."""
 
-    def __call__(
-        self, net: WFNet, interrupted: Callable[[], bool] = lambda: False
-    ) -> Validation | None:
-        """Returns the scores of ``net``; None if ``interrupted`` said so between two batches.
+    def __call__(self, net: WFNet) -> Validation:
+        """Returns the scores of ``net``.
 
         Raises:
             RuntimeError: if no image can be read, or too many cannot.
@@ -140,9 +137,7 @@ class Validator(Measure, ABC):
         # To refuse broken logits would wait for the device at every chunk.
         engine = PairEngine(net, self.dataset, options, refuse_broken=False)
         together = max(1, PAIRS_PER_PASS // self.rows_of_image)
-        chunks = self.ranks.share(self.images.split(together))
-        if not engine.run(self, chunks, stopped=interrupted):
-            return None
+        engine.run(self, self.ranks.share(self.images.split(together)))
         forget, retain, noted = (
             self.ranks.join({k: found[part] for k, found in self.found.items()}, engine.device)
             for part in range(3)
