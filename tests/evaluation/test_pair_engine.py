@@ -57,14 +57,6 @@ def test_logits_are_those_of_the_rows_in_mixed_batches(
         assert all(size == (2, 2 * K) for size in sent[:-2])
 
 
-def test_a_run_can_be_stopped_between_chunks(make_net, dataset):
-    everything, asked = Everything(), []
-    engine = PairEngine(make_net(), dataset, QUIET)
-    chunks = torch.arange(len(dataset)).split(5)
-    assert not engine.run(everything, chunks, stopped=lambda: len(asked) == 2 or asked.append(1))
-    assert len(everything.chunks) == 2
-
-
 @pytest.mark.parametrize(
     "measure",
     [

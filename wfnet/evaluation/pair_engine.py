@@ -179,14 +179,12 @@ class PairEngine:
         self,
         measure: Measure,
         chunks: Iterable[Tensor],
-        stopped: Callable[[], bool] = lambda: False,
         counted: Callable[[int], None] | None = None,
-    ) -> bool:
+    ) -> None:
         """Hands the measure the logits of all pairs of the images in ``chunks``.
 
         Args:
             chunks: positions ``[n]`` in the data set, read together each.
-            stopped: is asked before every chunk; True ends the run, which then returns False.
             counted: is told after every chunk how far it reached: the position behind it.
 
         Raises:
@@ -197,15 +195,12 @@ class PairEngine:
         models = [self.net] if self.initialised is None else [self.net, self.initialised]
         with evaluation_mode(*models), torch.no_grad():
             for batch in stream:
-                if stopped():
-                    return False
                 count = self._run_chunk(measure, batch)
                 if self.progress is not None:
                     self.progress.update(count)
                 if counted is not None:
                     counted(int(batch.indices[-1]) + 1)
         self.net.check_labels()
-        return True
 
     def merge(self, measure: Measure) -> None:
         """Adds up what every rank has taken, and the images that each has left out."""
