@@ -44,7 +44,7 @@ def test_logits_are_those_of_the_rows_in_mixed_batches(
 
     monkeypatch.setattr(wfnet.WFNet, "forward", spy)
     engine = PairEngine(net, dataset, RunOptions(batch_size), initialised=model)
-    assert engine.run(everything, torch.arange(len(dataset)).split(4))
+    engine.run(everything, torch.arange(len(dataset)).split(4))
     assert [len(chunk.indices) for chunk in everything.chunks] == [4] * 9 + [1]
     image, row, logits = (torch.cat(parts) for parts in zip(*everything.taken, strict=True))
     assert torch.equal(image, torch.arange(len(dataset)).repeat_interleave(K))
@@ -98,7 +98,7 @@ def test_broken_logits_are_an_error_and_the_mode_is_restored(make_net, dataset):
         PairEngine(net, dataset, QUIET).run(Everything(), [torch.arange(5, 10)])
     assert net.training
     lenient = PairEngine(net, dataset, QUIET, refuse_broken=False)
-    assert lenient.run(Everything(), [torch.arange(2)])
+    lenient.run(Everything(), [torch.arange(2)])
     wrong = nn.Sequential(nn.Flatten(), nn.Linear(64, K + 1))
     engine = PairEngine(make_net(), dataset, QUIET, initialised=wrong)
     with pytest.raises(ValueError, match=rf"outputs of shape \[3, {K + 1}\]"):
