@@ -71,9 +71,7 @@ def test_what_was_not_measured_or_published_has_no_column():
 
 def test_files(tmp_path):
     result = tables()
-    result.to_json(tmp_path / "tables.json")
-    result.to_csv(tmp_path / "tables.csv")
-    result.to_markdown(tmp_path / "tables.md")
+    result.write(tmp_path)
     content = json.loads((tmp_path / "tables.json").read_text())
     assert content["rows"][-1]["published"]["acc_r"] == 79.7
     assert content["published_source"] == published()["source"]

@@ -15,7 +15,7 @@ import safetensors
 from torch import nn
 
 from wfnet.baselines.method import BaselineConfig, Origin
-from wfnet.baselines.unlearning import METHODS, method_named, unlearn
+from wfnet.baselines.unlearning import METHODS, unlearn
 from wfnet.data import Dataset, classes_of, labels_of
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.pairs import check_classes
@@ -71,11 +71,11 @@ class BaselineModels:
         origin: Origin,
         config: BaselineConfig | None = None,
     ):
-        known = method_named(method)
+        known = METHODS[method]
         self.method, self.folder, self.origin = method, Path(folder), origin
         self.config = config or known.defaults
         settings = known.settings(self.config, origin.training)
-        self.settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps(settings))  # as they are read again
         self.identity = {
             "method": method,
             "original": fingerprint(origin.original),

@@ -14,33 +14,22 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(name: str) -> Method:
-    """Returns the baseline ``name``; ValueError if there is none."""
-    if name not in METHODS:
-        raise ValueError(f"there is no baseline {name!r}; choose of {', '.join(METHODS)}")
-    return METHODS[name]
-
-
 def unlearn(
     method: str, origin: Origin, label: int, config: BaselineConfig | None = None
 ) -> nn.Module:
-    """Makes one baseline: a plain model that is to have forgotten class ``label``.
+    """Makes one baseline: a plain model, in evaluation mode, that is to have forgotten a class.
 
     Deterministic given its arguments, the number of threads and the device. The original network
     and the caller's random state stay as they are.
 
     Args:
         method: one of ``METHODS``.
-        origin: the original network and its training images.
-        label: the class to forget.
         config: settings; the method's defaults if None.
-
-    Returns:
-        A classifier in evaluation mode on the device of the original.
 
     Raises:
         ValueError: for an unknown method, or a class without training images or without others.
         FloatingPointError: if the loss is not finite.
     """
-    chosen = method_named(method)
-    return chosen.unlearn(origin, label, config or chosen.defaults)
+    if method not in METHODS:
+        raise ValueError(f"there is no baseline {method!r}; choose of {', '.join(METHODS)}")
+    return METHODS[method].unlearn(origin, label, config or METHODS[method].defaults)

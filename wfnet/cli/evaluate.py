@@ -329,9 +329,7 @@ def _write_tables(
             "their content shows"
         )
     tables.settings["versions"] = versions()
-    tables.to_json(output / "tables.json")
-    tables.to_csv(output / "tables.csv")
-    tables.to_markdown(output / "tables.md")
+    tables.write(output)
     print(f"\n{tables.markdown()}")
     return written
 

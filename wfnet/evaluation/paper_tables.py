@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from wfnet.evaluation.attribution import AttributionResult
@@ -59,8 +60,7 @@ def published_cell(data: str | None, name: str, parameters: int) -> str | None:
     """The paper's cell of a data set and a network; None if it has none.
 
     Args:
-        data: ``mnist``, ``cifar10`` or ``imagenet``, as their content shows
-            (:func:`wfnet.data.standard_files.standard_name`), or None for other data.
+        data: ``mnist``, ``cifar10``, ``imagenet``, or None for other data.
         name: of the model: ``resnet18``, ``timm/vit_tiny_patch16_224.augreg``, ``small/vgg16``.
         parameters: how many the network has.
     """
@@ -98,8 +98,8 @@ class PaperTables:
     groups: list[dict[str, Any]]
     settings: dict[str, Any]
 
-    def to_json(self, path: str | os.PathLike) -> None:
-        """Everything, atomically."""
+    def write(self, folder: str | os.PathLike) -> None:
+        """Writes ``tables.json``, ``tables.csv`` (ours, then ``published_*``) and ``tables.md``."""
         content = {
             "format": FORMAT,
             "units": "acc_r, acc_f, zrf in %; rt in epochs; insertion and deletion in [0, 1]",
@@ -107,28 +107,22 @@ class PaperTables:
             "rt_of_a_class_that_never_came_back": "the cap of the relearn settings",
             **asdict(self),
         }
-        write_json(path, content)
-
-    def to_csv(self, path: str | os.PathLike) -> None:
-        """One line per method: ours, then ``published_*``; atomically."""
+        write_json(Path(folder) / "tables.json", content)
         lines = []
         for row in self.rows:
             ours = {name: round(row[name], 6) for name in _VALUES if row[name] is not None}
             theirs = {f"published_{name}": value for name, value in row["published"].items()}
             lines.append({"title": self.title, "method": row["method"], **ours, **theirs})
         columns = ["title", "method", *_VALUES, *(f"published_{name}" for name in _VALUES)]
-        write_csv(path, lines, columns)
-
-    def to_markdown(self, path: str | os.PathLike) -> None:
-        """The tables as Markdown, atomically."""
-        write_text(path, self.markdown())
+        write_csv(Path(folder) / "tables.csv", lines, columns)
+        write_text(Path(folder) / "tables.md", self.markdown())
 
     def markdown(self) -> str:
         """The tables as Markdown, readable in a terminal too."""
         timed = any(row["rt"] is not None for row in self.rows)
         columns = [("Table 1", _title)]
-        columns += [("Acc_r", _percent("acc_r")), ("Acc_f", _percent("acc_f"))]
-        columns.append(("ZRF", _percent("zrf")))
+        columns += [("Acc_r", _number("acc_r", ".2f")), ("Acc_f", _number("acc_f", ".2f"))]
+        columns.append(("ZRF", _number("zrf", ".2f")))
         if timed:
             within = f"RT within {100 * (self.tolerance or 0):g} points"
             columns += [("RT", _epochs("rt", ".1f")), (within, _epochs("rt_tolerant", ".1f"))]
@@ -152,11 +146,11 @@ class PaperTables:
         columns = [
             ("several classes at once", lambda group: group["title"]),
             ("groups", _number("groups", "d")),
-            ("Acc_r", _percent("acc_r")),
-            ("original", _percent("original_acc_r")),
-            ("Acc_f", _percent("acc_f")),
-            ("original", _percent("original_acc_f")),
-            ("worst class", _percent("acc_f_worst")),
+            ("Acc_r", _number("acc_r", ".2f")),
+            ("original", _number("original_acc_r", ".2f")),
+            ("Acc_f", _number("acc_f", ".2f")),
+            ("original", _number("original_acc_f", ".2f")),
+            ("worst class", _number("acc_f_worst", ".2f")),
         ]
         groups = []
         for group in self.groups:
@@ -250,10 +244,7 @@ def check_baselines(
 ) -> None:
     """Raises ValueError for baselines that were not measured as the filtered network is.
 
-    Args:
-        baselines: as :func:`wfnet.baselines.read_baselines` gives them.
-        zrf_base, zrf_mode: of the filtered network's evaluation.
-        relearning: settings of its relearn time, as in a result; None without.
+    ``relearning`` are the settings of its relearn time, as in a result; None without.
     """
     if baselines and zrf_mode != "definition":
         raise ValueError(
@@ -301,10 +292,6 @@ def _title(row: Mapping[str, Any]) -> str:
 
 def _number(name: str, form: str) -> Cell:
     return lambda row: "-" if row.get(name) is None else format(row[name], form)
-
-
-def _percent(name: str) -> Cell:
-    return _number(name, ".2f")
 
 
 def _epochs(name: str, form: str) -> Cell:

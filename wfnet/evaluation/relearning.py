@@ -114,13 +114,12 @@ class RelearnResult:
     @property
     def mean(self) -> tuple[float, int]:
         """RT: mean epochs (the cap where never), and how many classes never regained."""
-        epochs = [record.epochs for record in self.records]
-        return metrics.relearn_time(epochs, self.config.max_epochs)
+        return metrics.relearn_time([r.epochs for r in self.records], self.config.max_epochs)
 
     @property
     def mean_tolerant(self) -> tuple[float, int]:
         """RT within the tolerance."""
-        epochs = [record.epochs_tolerant for record in self.records]
+        epochs = [r.epochs_tolerant for r in self.records]
         return metrics.relearn_time(epochs, self.config.max_epochs)
 
     def as_dict(self) -> dict[str, Any]:
@@ -152,10 +151,8 @@ def relearn_times(
         train: images to relearn from.
         test: images on which the accuracy on the class is measured.
         original: the original network, a plain classifier.
-        classes: to be relearned; all by default.
-        config: settings.
-        options: of them progress, workers and ``max_corrupt`` are used, and ``records``: a JSON
-            file with finished classes.
+        classes: all by default.
+        options: of them workers, ``max_corrupt``, progress, and ``records`` as a JSON file.
         identity: what ``records`` depends on besides data and settings.
 
     Raises:
@@ -209,10 +206,7 @@ def relearn(
         model: a plain classifier that has unlearned the class; not changed.
         train: images to relearn from.
         images: ``[n, C, H, W]``, test images of the class.
-        label: the class.
-        original: accuracy on ``images`` that is to be regained.
-        config: settings.
-        name: of the class, for the record.
+        original: accuracy on ``images``, all of class ``label``, that is to be regained.
         options: workers and ``max_corrupt``.
 
     Raises:
