@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from wfnet.data.loading import batches, corrupt_counter
+from wfnet.data.loading import CorruptImages, batches, corrupt_counter
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.evaluation.forward import Forward
 from wfnet.head import first_output
@@ -204,6 +204,8 @@ def accuracy(
 ) -> float:
     """Returns the fraction of `dataset` whose largest logit is the label, in evaluation mode.
 
+    Images that cannot be read are left out.
+
     The model's mode is put back after. Raises ValueError for an empty data set.
     """
     if len(dataset) == 0:
@@ -213,7 +215,7 @@ def accuracy(
     order = torch.arange(len(dataset)).split(batch_size)
     correct = seen = 0
     with evaluation_mode(model), forward.autocast():
-        for batch in batches(dataset, order, workers):
+        for batch in batches(dataset, order, workers, CorruptImages(len(dataset))):
             logits = first_output(model(forward.images(batch.images))).cpu()
             truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
             correct += int(_right(logits, truth).sum())

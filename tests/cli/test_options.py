@@ -3,7 +3,7 @@ from dataclasses import dataclass
 import pytest
 
 from wfnet.cli import build_parser, main
-from wfnet.cli.options import Group, Parser, config_changes, key_value, log_base
+from wfnet.cli.options import Parser, config_changes, key_value, log_base
 from wfnet.services import settings
 from wfnet.services.settings import Number, setting
 
@@ -20,7 +20,7 @@ class Config:
 
 def parse(arguments, **options):
     parser = Parser()
-    Group(parser, "title").add_fields(Config, **options)
+    parser.group("title").add_fields(Config, **options)
     return parser.parse_args(arguments)
 
 

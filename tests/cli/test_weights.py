@@ -120,12 +120,6 @@ def test_nothing_is_unpickled(content, tmp_path, monkeypatch):
     assert not (tmp_path / "created_by_unpickling").exists()
 
 
-def test_torchscript_is_called_that(tmp_path):
-    torch.jit.save(torch.jit.trace(network().eval(), torch.zeros(1, 1, 16, 16)), tmp_path / "w.pt")
-    with pytest.raises(ValueError, match=r"is a TorchScript program.*torch.jit.load"):
-        load_weights(network(), tmp_path / "w.pt")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [

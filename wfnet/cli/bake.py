@@ -7,22 +7,16 @@ import copy
 import hashlib
 import importlib.util
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from wfnet.cli.classifier import data_settings
 from wfnet.cli.inputs import Run, class_indices
-from wfnet.cli.options import (
-    Group,
-    add_command,
-    add_compute_options,
-    add_data_options,
-    add_model_options,
-    add_seed_option,
-)
+from wfnet.cli.options import Parser, add_command
 from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.weights import load_weights
 from wfnet.compact import compact, size_of
@@ -44,7 +38,7 @@ The file loads into the original model: model.load_state_dict(safetensors.torch.
 _ONNX = ("onnx", "onnxscript")
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -55,45 +49,35 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         arguments="RUN --forget CLASS [CLASS ...] [options]",
         example=EXAMPLE,
     )
-    parser.add_argument("folder", metavar="RUN", help="folder of a run")
-    group = Group(parser, "export")
+    group = parser.group("export")
     text = "the class to forget, by number or name; several are forgotten together"
     group.add("--forget CLASS", text, nargs="+", required=True)
-    group.add("--output FILE", "safetensors file (default: RUN/forget_CLASS.safetensors)")
-    group.add("--onnx FILE", "also export as ONNX, for any batch size")
-    group.add(
-        "--prune-below T",
-        "make gates below T exactly 0, so that what they scaled cannot be scaled back",
-        settings.non_negative_float,
-        0.0,
+    group.add_all(
+        f"""
+        --output FILE  safetensors file (default: RUN/forget_CLASS.safetensors)
+        --onnx FILE  also export as ONNX, for any batch size
+        --prune-below T  make gates below T exactly 0, so that what they scaled cannot be scaled
+            back [default: 0]
+        --cut-output  also cut the class from the head (its logit becomes a constant): re-estimated
+            BatchNorm, rescaled rows and fine-tuning on other classes find nothing to bring back
+            there; the outputs differ from a retrained model's in that entry, and whoever has images
+            of the class can still teach it again
+        --compact  also write the network without its closed channels, as an exported program beside
+            the file (.pt2, for torch.export.load): smaller, faster, and nothing of these channels
+            is in it
+        --verify  load the file again, compare its outputs with the filtered network's, and, where
+            the run knows its data, attack it: accuracies and what brings the class back go into a
+            JSON file beside it
+        --images N  for --verify: images to compare outputs on, test images if the run knows its
+            data [default: 256]
+        --samples N  for --verify: the most images of each kind in the attacks
+            [default: {TrustSettings().samples}]
+        """,
+        prune_below=settings.non_negative_float,
+        samples=settings.int_from(2),
     )
-    group.add(
-        "--cut-output",
-        "also cut the class from the head (its logit becomes a constant): re-estimated BatchNorm, "
-        "rescaled rows and fine-tuning on other classes find nothing to bring back there; the "
-        "outputs differ from a retrained model's in that entry, and whoever has images of the "
-        "class can still teach it again",
-    )
-    group.add(
-        "--compact",
-        "also write the network without its closed channels, as an exported program beside the "
-        "file (.pt2, for torch.export.load): smaller, faster, and nothing of these channels is in "
-        "it",
-    )
-    group.add(
-        "--verify",
-        "load the file again, compare its outputs with the filtered network's, and, where the run "
-        "knows its data, attack it: accuracies and what brings the class back go into a JSON file "
-        "beside it",
-    )
-    text = "for --verify: images to compare outputs on, test images if the run knows its data"
-    group.add("--images N", text, settings.positive_int, 256)
-    text = "for --verify: the most images of each kind in the attacks"
-    group.add("--samples N", text, settings.int_from(2), TrustSettings().samples)
-    add_seed_option(group, "of splits and draws")
-    add_model_options(parser)
-    add_data_options(parser)
-    add_compute_options(parser, workers=0)
+    group.add_seed("of splits and draws")
+    parser.add_inputs(workers=0)
     return parser
 
 
@@ -131,9 +115,15 @@ def run(options: argparse.Namespace) -> None:
     print(f"{path}: {type(classifier).__name__} that has forgotten {listed}")
     if options.verify:
         images, what = _images(work_on, classifier, options.images)
-        agreement = export.verify(net, classifier, images)
-        print(f"verified on {what}: {agreement}")
-        _attack(work_on, export, net, classifier, agreement)
+        found = export.verify(net, classifier, images)
+        pruned = f", gates below {options.prune_below:g} at 0," if options.prune_below else ""
+        cut = f"; the logit that was cut is {CUT_LOGIT:g} throughout" if options.cut_output else ""
+        print(
+            f"verified on {what}: equal to the filtered network{pruned} within rounding: outputs "
+            f"up to {found['span']:.1f} differ by at most {found['difference']:.1e} "
+            f"({found['predictions']} of {found['images']} predictions equal){cut}"
+        )
+        _attack(work_on, export, net, classifier, found)
     if options.compact:
         _write_compact(net, export, _images(work_on, classifier, 2)[0])
     if options.onnx:
@@ -142,44 +132,6 @@ def run(options: argparse.Namespace) -> None:
         _write_onnx(plain.cpu(), images, Path(options.onnx))
         size = ", ".join(map(str, images.shape[1:]))
         print(f"{options.onnx}: the same as ONNX, input [batch, {size}]")
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far two networks' outputs ``[N, K]`` are apart, and how far rounding may take them.
-
-    Logits that were cut are not among these outputs.
-
-    Attributes:
-        difference: largest absolute difference.
-        span: largest absolute output.
-        limit: bound on ``difference / span``.
-        predictions: images with equal predictions, of ``images``.
-        prune_below: gates below this were taken as 0 in both.
-        cut_logit: the constant that all logits of the forgotten classes were; None if not cut.
-    """
-
-    difference: float
-    span: float
-    limit: float
-    predictions: int
-    images: int
-    prune_below: float = 0.0
-    cut_logit: float | None = None
-
-    @property
-    def within_rounding(self) -> bool:
-        return self.difference <= self.limit * self.span  # False for NaN
-
-    def __str__(self) -> str:
-        pruned = f", gates below {self.prune_below:g} at 0," if self.prune_below else ""
-        cut = self.cut_logit is not None
-        constant = f"; the logit that was cut is {self.cut_logit:g} throughout" if cut else ""
-        return (
-            f"equal to the filtered network{pruned} within rounding: {'other ' if cut else ''}"
-            f"outputs up to {self.span:.1f} differ by at most {self.difference:.1e} "
-            f"({self.predictions} of {self.images} predictions equal){constant}"
-        )
 
 
 @dataclass(frozen=True)
@@ -214,11 +166,15 @@ class Export:
         return plain.eval()
 
     @torch.inference_mode()
-    def verify(self, net: WFNet, classifier: nn.Module, images: Tensor) -> Agreement:
+    def verify(self, net: WFNet, classifier: nn.Module, images: Tensor) -> dict[str, Any]:
         """Compares the file with the filtered network on ``images [N, C, H, W]``.
 
         A pruned export is compared with the network whose gates below the threshold are 0; one that
         was cut, in the logits of all other classes.
+
+        Returns:
+            Largest absolute difference and output (``span``), the bound on their quotient, the
+            number of equal predictions of so many images; what was pruned and cut.
 
         Raises:
             RuntimeError: if they differ by more than rounding, or a cut logit is not the constant.
@@ -235,38 +191,36 @@ class Export:
         expected = torch.cat([net(x, forget=labels.expand(len(x), -1)) for x in parts]).double()
         found = torch.cat([plain(part) for part in parts]).double()
         if self.cut_output:
-            cut = found[:, forget]
-            if not cut.eq(CUT_LOGIT).all():
+            if not found[:, forget].eq(CUT_LOGIT).all():
                 raise RuntimeError(
-                    f"{self.path}: logits of the forgotten class run from {cut.min():.4g} to "
-                    f"{cut.max():.4g} where {CUT_LOGIT:g} was expected; do not use it: bake again "
-                    f"(without --cut-output if {type(classifier).__name__} computes with the "
-                    "outputs of its head)"
+                    f"{self.path}: a logit of a forgotten class is not {CUT_LOGIT:g}; do not use "
+                    f"it: bake again (without --cut-output if {type(classifier).__name__} computes "
+                    "with the outputs of its head)"
                 )
             others = [k for k in range(found.shape[1]) if k not in forget]
             expected, found = expected[:, others], found[:, others]
-        agreement = Agreement(
-            difference=(found - expected).abs().max().item(),
-            span=expected.abs().max().item(),
-            # Rounding errors of the layers add up like a random walk.
-            limit=64 * torch.finfo(weight.dtype).eps * len(net.masked_layers) ** 0.5,
-            predictions=int((found.argmax(1) == expected.argmax(1)).sum()),
-            images=len(images),
-            prune_below=self.prune_below,
-            cut_logit=CUT_LOGIT if self.cut_output else None,
-        )
-        if not agreement.within_rounding:
+        difference, span = (found - expected).abs().max().item(), expected.abs().max().item()
+        # Rounding errors of the layers add up like a random walk.
+        limit = 64 * torch.finfo(weight.dtype).eps * len(net.masked_layers) ** 0.5
+        if not difference <= limit * span:  # or NaN
             raise RuntimeError(
                 f"{self.path} does not compute what the filtered network does: outputs differ by "
-                f"{agreement.difference:.2e} at outputs up to {agreement.span:.2e}, more than "
-                f"rounding ({agreement.limit * agreement.span:.1e}); do not use it, and please "
-                "report this"
+                f"{difference:.2e} at outputs up to {span:.2e}, more than rounding "
+                f"({limit * span:.1e}); do not use it, and please report this"
             )
-        return agreement
+        return {
+            "difference": difference,
+            "span": span,
+            "limit": limit,
+            "predictions": int((found.argmax(1) == expected.argmax(1)).sum()),
+            "images": len(images),
+            "prune_below": self.prune_below,
+            "cut_logit": CUT_LOGIT if self.cut_output else None,
+        }
 
 
 def _attack(
-    work_on: Run, export: Export, net: WFNet, classifier: nn.Module, agreement: Agreement
+    work_on: Run, export: Export, net: WFNet, classifier: nn.Module, agreement: dict[str, Any]
 ) -> None:
     """Attacks the file itself, prints what was found and writes it beside the file as JSON."""
     options, checks = work_on.options, []
@@ -302,7 +256,7 @@ def _attack(
         "cut_output": export.cut_output,
         "seed": options.seed,
         "samples": options.samples,
-        "agreement": asdict(agreement),
+        "agreement": agreement,
         "measures": CHECKS["removal"].measures,
         "classes": checks,
         "versions": versions(),

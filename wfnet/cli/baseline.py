@@ -21,15 +21,7 @@ from wfnet.cli.evaluate import (
     relearn_config,
 )
 from wfnet.cli.inputs import Run, choose_device
-from wfnet.cli.options import (
-    RECIPE_OR_FILE,
-    Group,
-    add_command,
-    add_compute_options,
-    add_data_options,
-    add_model_options,
-    key_value,
-)
+from wfnet.cli.options import Parser, add_command, key_value
 from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.train import add_training_options, training_of
 from wfnet.data import multi_hot_of
@@ -44,7 +36,7 @@ EXAMPLE = """\
 _SETTINGS = [field.name for field in fields(BaselineConfig)]
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -55,25 +47,26 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "class, when the command is given again.",
         arguments="RUN [options]",
         example=EXAMPLE,
+        resume=True,
     )
-    parser.add_argument("folder", nargs="?", metavar="RUN", help="folder of a run of untraining")
-    parser.add_argument("--resume", metavar="RUN", help="the same, as in timm")
-    group = Group(parser, "baselines")
-    text = f"of {', '.join(METHODS)} (default: all)"
-    group.add("--methods NAME", text, tuple(METHODS), list(METHODS), nargs="+")
-    group.add("--classes CLASS", "by number or name (default: all)", nargs="+")
+    group = parser.group("baselines")
+    group.add_all(
+        f"""
+        --methods NAME...  of {", ".join(METHODS)} [default: {" ".join(METHODS)}]
+        --classes CLASS...  by number or name (default: all)
+        --keep-models  keep the weights of every class and method [default: yes]
+        --output DIR  folder (default: RUN/{FOLDER})
+        """,
+        methods=tuple(METHODS),
+        keep_models=bool,
+    )
     text = f"settings of a method: {', '.join(_SETTINGS)}"
     group.add("--set METHOD.NAME=VALUE", text, _setting, [], nargs="+")
-    text = "keep the weights of every class and method (default: yes)"
-    group.add("--keep-models", text, bool, True)
     add_measure_options(group, "of evaluation")
-    group.add("--output DIR", f"folder (default: RUN/{FOLDER})")
-    group.add("--config FILE", RECIPE_OR_FILE)
+    group.add_config()
     add_relearn_options(parser)
     add_training_options(parser, "train-")
-    add_data_options(parser)
-    add_model_options(parser)
-    add_compute_options(parser)
+    parser.add_inputs()
     return parser
 
 

@@ -23,13 +23,7 @@ from wfnet.benchmarking.steps import (
 from wfnet.benchmarking.timing import choose_convolutions_by_trial, interleaved, timed
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
-from wfnet.cli.options import (
-    Group,
-    add_command,
-    add_device_options,
-    add_model_arguments,
-    add_seed_option,
-)
+from wfnet.cli.options import Parser, add_command
 from wfnet.services import settings
 from wfnet.services.records import write_csv
 from wfnet.version import __version__
@@ -48,7 +42,7 @@ FIELDS = (
 )
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -60,23 +54,30 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         arguments="--model NAME [NAME ...] [options]",
         example=EXAMPLE,
     )
-    group = Group(parser, "what is measured")
-    text = "names of timm, of torchvision (torchvision/resnet50), or small/resnet, ..."
-    group.add("--model NAME", text, nargs="+")
-    add_model_arguments(group)
-    group.add("--img-size PIXELS", "of the random images", settings.image_size, 224)
-    group.add("--num-classes N", "rows of the filters", settings.class_count, 1000)
-    group.add("-b --batch-size N", "images of a minibatch, even", settings.pair_batch_size, 32)
-    text = "rows that each retained image goes through"
-    group.add("-M --label-expansion M", text, settings.positive_int, 3)
-    text = "the same n / 2 images serve both halves (default: yes)"
-    group.add("--share-images", text, bool, True)
-    text = f"of {', '.join(COLUMNS)} (default: eager, unmasked, and ours that can run here)"
-    group.add("--columns COLUMN", text, tuple(COLUMNS), nargs="+")
-    group.add("--repeats N", "timed steps", settings.positive_int, 10)
-    add_seed_option(group)
-    group.add("--output FILE", "CSV with the columns of timm's benchmark.py, and more")
-    add_device_options(Group(parser, "computing"))
+    group = parser.group("what is measured")
+    group.add_all(
+        f"""
+        --model NAME...  names of timm, of torchvision (torchvision/resnet50), or small/resnet, ...
+        --img-size PIXELS  of the random images [default: 224]
+        --num-classes N  rows of the filters [default: 1000]
+        -b --batch-size N  images of a minibatch, even [default: 32]
+        -M --label-expansion M  rows that each retained image goes through [default: 3]
+        --share-images  the same n / 2 images serve both halves [default: yes]
+        --columns COLUMN...  of {", ".join(COLUMNS)} (default: eager, unmasked, and ours that can
+            run here)
+        --repeats N  timed steps [default: 10]
+        --output FILE  CSV with the columns of timm's benchmark.py, and more
+        """,
+        img_size=settings.image_size,
+        num_classes=settings.class_count,
+        batch_size=settings.pair_batch_size,
+        share_images=bool,
+        label_expansion=settings.positive_int,
+        columns=tuple(COLUMNS),
+    )
+    group.add_model_kwargs()
+    group.add_seed()
+    parser.group("computing").add_device()
     return parser
 
 

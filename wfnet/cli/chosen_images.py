@@ -20,13 +20,15 @@ PER_CLASS = 5  # the paper's number for ImageNet
 
 def add_list_options(group: Group) -> None:
     """Options of all commands that evaluate."""
-    group.add(
-        "--eval-per-class N",
-        "evaluate on N images of each class, drawn with --eval-seed and saved as a list in the "
-        f"output folder ({LIST_NAME}), which later commands there take up (default: all images)",
-        settings.positive_int,
+    group.add_all(
+        f"""
+        --eval-per-class N  evaluate on N images of each class, drawn with --eval-seed and saved as
+            a list in the output folder ({LIST_NAME}), which later commands there take up (default:
+            all images)
+        --eval-seed N  of the drawn images [default: 0]
+        """,
+        eval_seed=settings.seed,
     )
-    group.add("--eval-seed N", "of the drawn images", settings.seed, 0)
 
 
 def evaluated_images(

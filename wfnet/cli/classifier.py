@@ -56,12 +56,16 @@ def create_classifier(
         raise FileNotFoundError(f"the weights {checkpoint} do not exist")
     arguments = dict(options or {})
     _check_arguments(name, arguments)
+    if in_channels is not None:
+        arguments["in_channels" if is_small(name) else "in_chans"] = in_channels
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
     if is_small(name):
-        make = _small(name, num_classes, pretrained, in_channels, image_size, arguments)
+        make = _small(name, pretrained, image_size, arguments)
     elif name.startswith(_TORCHVISION):
-        make = _torchvision(name, num_classes, pretrained, in_channels, arguments)
+        make = _torchvision(name, pretrained, arguments)
     else:
-        make = _timm(name, num_classes, pretrained, in_channels, arguments)
+        make = _timm(name, pretrained, arguments)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.random.default_generator.manual_seed(seed)
         warnings.simplefilter("ignore")  # libraries warn of names that they renamed
@@ -132,56 +136,38 @@ def check_head(model: nn.Module, name: str, num_classes: int, data: str) -> None
 
 
 def _small(
-    name: str,
-    num_classes: int | None,
-    pretrained: bool,
-    in_channels: int | None,
-    image_size: int | None,
-    arguments: dict[str, Any],
+    name: str, pretrained: bool, image_size: int | None, arguments: dict[str, Any]
 ) -> Callable[[], nn.Module]:
     if pretrained:
         raise ValueError(
             f"{name} has no pretrained weights: `wfnet demo` trains one and saves its weights for "
             "--checkpoint"
         )
-    if num_classes is None:
+    if "num_classes" not in arguments:
         raise ValueError(f"give --num-classes for {name}")
     kind = name.removeprefix("small/")
     if kind.startswith("vit") and image_size is not None:
         arguments.setdefault("image_size", image_size)
-    return lambda: models.create(kind, num_classes, in_channels or 1, **arguments)
+    return lambda: models.create(kind, **arguments)
 
 
-def _torchvision(
-    name: str,
-    num_classes: int | None,
-    pretrained: bool,
-    in_channels: int | None,
-    arguments: dict[str, Any],
-) -> Callable[[], nn.Module]:
+def _torchvision(name: str, pretrained: bool, arguments: dict[str, Any]) -> Callable[[], nn.Module]:
     torchvision = require("torchvision.models", "train")
     plain = _plain(name)
     known = torchvision.list_models(module=torchvision)
     if plain not in known:
         raise ValueError(f"torchvision has no classifier {plain!r}{_near(plain, known)}")
-    if in_channels not in (None, 3):
-        raise ValueError(f"{name} takes images of 3 channels, not {in_channels}: leave --in-chans")
+    if arguments.pop("in_chans", 3) != 3:
+        raise ValueError(f"{name} takes images of 3 channels: leave --in-chans")
     if pretrained:
         weights = torchvision.get_model_weights(plain).DEFAULT
-        _check_pretrained_classes(name, num_classes, len(weights.meta["categories"]))
+        count = len(weights.meta["categories"])
+        _check_pretrained_classes(name, arguments.pop("num_classes", None), count)
         arguments["weights"] = weights
-    elif num_classes is not None:
-        arguments["num_classes"] = num_classes
     return lambda: torchvision.get_model(plain, **arguments)
 
 
-def _timm(
-    name: str,
-    num_classes: int | None,
-    pretrained: bool,
-    in_channels: int | None,
-    arguments: dict[str, Any],
-) -> Callable[[], nn.Module]:
+def _timm(name: str, pretrained: bool, arguments: dict[str, Any]) -> Callable[[], nn.Module]:
     timm = require("timm", "train")
     elsewhere = ":" in name or name.startswith("hf_hub/")  # hf-hub:, local-dir:
     if not elsewhere and not timm.is_model(name.partition(".")[0]):
@@ -189,13 +175,9 @@ def _timm(
             f"timm has no model {name!r}{_near(name, timm.list_models())}; torchvision's are "
             "called torchvision/NAME, the small networks of this package small/NAME"
         )
-    if in_channels is not None:
-        arguments["in_chans"] = in_channels
-    if num_classes is not None:
-        config = timm.get_pretrained_cfg(name) if pretrained and not elsewhere else None
-        if config is not None:
-            _check_pretrained_classes(name, num_classes, config.num_classes)
-        arguments["num_classes"] = num_classes
+    config = timm.get_pretrained_cfg(name) if pretrained and not elsewhere else None
+    if config is not None:
+        _check_pretrained_classes(name, arguments.get("num_classes"), config.num_classes)
     return lambda: timm.create_model(name, pretrained=pretrained, **arguments)
 
 

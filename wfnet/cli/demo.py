@@ -17,7 +17,7 @@ import torch
 
 from wfnet.cli import bake, evaluate, report, train, untrain
 from wfnet.cli.option_files import fill_from_files
-from wfnet.cli.options import Group, add_command, add_seed_option, add_threads_option, make_parser
+from wfnet.cli.options import Parser, add_command, make_parser
 from wfnet.cli.runs import BASE_NAME, RUN_FILE, check_writable, read_run, recorded
 from wfnet.pretrained import CONFIG_NAME
 from wfnet.services import settings
@@ -33,7 +33,7 @@ CLASSES = 10
 _MAX_THREADS = 4
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -45,20 +45,24 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         arguments="[options]",
         example=EXAMPLE,
     )
-    group = Group(parser, "demo")
-    group.add("--model", "network", tuple(SMALL_MODEL_SETTINGS), "resnet")
-    text = "balanced forgets evenly; paper has the authors' settings"
-    group.add("--recipe", text, tuple(RECIPES), "balanced")
-    group.add("--output DIR", "folder for everything", default="demo")
-    add_seed_option(group)
-    text = "class that is baked into a plain model"
-    group.add("--forget DIGIT", text, settings.int_from(0, CLASSES - 1), 3)
-    group.add("--steps N", "of untraining (default: the recipe's)", settings.positive_int)
+    group = parser.group("demo")
     epochs = [f"{name} {chosen['epochs']}" for name, chosen in SMALL_MODEL_SETTINGS.items()]
-    text = f"of training the network (default: {', '.join(epochs)})"
-    group.add("--train-epochs N", text, settings.positive_int)
-    group.add("--force", "train and untrain again")
-    add_threads_option(group, "one for each idle core, up to 4")
+    group.add_all(
+        f"""
+        --model  network [default: resnet]
+        --recipe  balanced forgets evenly; paper has the authors' settings [default: balanced]
+        --output DIR  folder for everything [default: demo]
+        --forget DIGIT  class that is baked into a plain model [default: 3]
+        --steps N  of untraining (default: the recipe's)
+        --train-epochs N  of training the network (default: {", ".join(epochs)})
+        --force  train and untrain again
+        """,
+        model=tuple(SMALL_MODEL_SETTINGS),
+        recipe=tuple(RECIPES),
+        forget=settings.int_from(0, CLASSES - 1),
+    )
+    group.add_seed()
+    group.add_threads("one for each idle core, up to 4")
     return parser
 
 

@@ -14,17 +14,7 @@ from wfnet.baselines import read_baselines
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.drawing import draw_run
 from wfnet.cli.inputs import Run, data_name, joined_ranks
-from wfnet.cli.options import (
-    RECIPE_OR_FILE,
-    Group,
-    add_command,
-    add_compute_options,
-    add_data_options,
-    add_model_options,
-    add_seed_option,
-    config_changes,
-    log_base,
-)
+from wfnet.cli.options import Group, Parser, add_command, config_changes, log_base
 from wfnet.cli.runs import ATTRIBUTION, check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
 from wfnet.data.standard_files import standard_name
@@ -60,7 +50,7 @@ PARTS = ("test", "validation", "train")
 PARTIAL = "unfinished_evaluation"
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -71,46 +61,50 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         "network's. Every image is run under every row.",
         arguments="RUN [options]",
         example=EXAMPLE,
+        resume=True,
     )
-    parser.add_argument("folder", nargs="?", metavar="RUN", help="folder of a run")
-    parser.add_argument("--resume", metavar="RUN", help="the same, as in timm")
-    group = Group(parser, "evaluation")
-    group.add("--classes CLASS", "rows, by number or name (default: all)", nargs="+")
-    group.add(
-        "--retained-rows N",
-        "for many classes: run each image under its own row and N random others, which makes Acc_r "
-        "an estimate (default: all rows)",
-        settings.positive_int,
+    group = parser.group("evaluation")
+    group.add_all(
+        """
+        --classes CLASS...  rows, by number or name (default: all)
+        --retained-rows N  for many classes: run each image under its own row and N random others,
+            which makes Acc_r an estimate (default: all rows)
+        --zrf-mode  how other code departs from the definition of ZRF [default: definition]
+        --output DIR  folder for the results (default: RUN)
+        --no-figures  table, JSON and CSV only
+        """,
+        zrf_mode=tuple(ZRF_MODES),
     )
-    text = "how other code departs from the definition of ZRF"
-    group.add("--zrf-mode", text, tuple(ZRF_MODES), "definition")
     add_measure_options(group, "samples of a forward pass: an image under a row each")
-    group.add("--output DIR", "folder for the results (default: RUN)")
-    group.add("--config FILE", RECIPE_OR_FILE)
-    group.add("--no-figures", "table, JSON and CSV only")
+    group.add_config()
     _add_table_options(parser)
     add_relearn_options(parser)
-    add_data_options(parser)
-    add_model_options(parser)
-    add_compute_options(parser)
+    parser.add_inputs()
     return parser
 
 
 def add_measure_options(group: Group, samples: str) -> None:
     """On which images and how accuracies and ZRF are measured; ``samples`` explains a batch."""
-    group.add("--split", "part of the data", PARTS, "test")
-    group.add("--eval-list FILE", "list of the images to evaluate on")
+    group.add_all(
+        f"""
+        --split  part of the data [default: test]
+        --eval-list FILE  list of the images to evaluate on
+        --zrf-base BASE  base of the logarithm in ZRF: e or 2 [default: e]
+        -b --batch-size N  {samples} [default: 256]
+        --max-corrupt N  corrupt images that are left out
+        """,
+        split=PARTS,
+        zrf_base=log_base,
+        batch_size=settings.batch_size,
+        max_corrupt=settings.non_negative_int,
+    )
     add_list_options(group)
-    text = "base of the logarithm in ZRF: e or 2 (default: e)"
-    group.add("--zrf-base BASE", text, log_base, log_base("e"))
-    group.add("-b --batch-size N", samples, settings.batch_size, 256)
-    add_seed_option(group)
-    group.add("--max-corrupt N", "corrupt images that are left out", settings.non_negative_int)
+    group.add_seed()
 
 
-def add_relearn_options(parser: argparse.ArgumentParser) -> None:
+def add_relearn_options(parser: Parser) -> None:
     """Relearn time: options of `wfnet evaluate --tables` and `wfnet baseline`."""
-    group = Group(parser, "relearn time")
+    group = parser.group("relearn time")
     text = "measure it (default: yes; it needs the training images)"
     group.add("--relearn", text, bool, True)
     group.add_fields(RelearnConfig, prefix="relearn-", defaults=RelearnConfig())
@@ -124,31 +118,30 @@ def relearn_config(options: argparse.Namespace) -> RelearnConfig | None:
     return RelearnConfig(seed=options.seed, **changes)
 
 
-def _add_table_options(parser: argparse.ArgumentParser) -> None:
+def _add_table_options(parser: Parser) -> None:
     text = "The paper's Table 1 and Table 2 for this network, with the baselines in RUN."
-    group = Group(parser, "tables", text)
-    group.add(
-        "--tables",
-        "relearn time, insertion, deletion and groups of classes too, as JSON, CSV, Markdown",
+    group = parser.group("tables", text)
+    group.add_all(
+        """
+        --tables  relearn time, insertion, deletion and groups of classes too, as JSON, CSV,
+            Markdown
+        --published CELL  published numbers to stand beside, for example cifar10/resnet18 (default:
+            those of the same data and backbone)
+        --baselines DIR  results of `wfnet baseline` (default: RUN/baselines)
+        --attribution-steps N  steps of the insertion and deletion curves; 0 for no curves
+            [default: 20]
+        --attribution-order  which gates count as most relevant: the lowest (the paper's), or the
+            farthest from 1 [default: lowest]
+        --group-sizes [N...]  how many classes are forgotten at once; none for no groups
+            [default: 2]
+        --groups N  groups of each size that are drawn by --seed, where there are more
+            [default: 100]
+        """,
+        attribution_steps=settings.int_from(0, MOST_STEPS),
+        attribution_order=tuple(ORDERS),
+        group_sizes=settings.int_from(2),
+        groups=settings.int_from(1, 100_000),
     )
-    group.add(
-        "--published CELL",
-        "published numbers to stand beside, for example cifar10/resnet18 (default: those of the "
-        "same data and backbone)",
-    )
-    group.add("--baselines DIR", "results of `wfnet baseline` (default: RUN/baselines)")
-    text = "steps of the insertion and deletion curves; 0 for no curves"
-    group.add("--attribution-steps N", text, settings.int_from(0, MOST_STEPS), 20)
-    group.add(
-        "--attribution-order",
-        "which gates count as most relevant: the lowest (the paper's), or the farthest from 1",
-        tuple(ORDERS),
-        "lowest",
-    )
-    text = "how many classes are forgotten at once; none for no groups (default: 2)"
-    group.add("--group-sizes N", text, settings.int_from(2), [2], nargs="*")
-    text = "groups of each size that are drawn by --seed, where there are more"
-    group.add("--groups N", text, settings.int_from(1, 100_000), 100)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -21,14 +23,94 @@ from wfnet.data.transforms import INTERPOLATIONS
 from wfnet.services import settings
 from wfnet.version import __version__
 
-RECIPE_OR_FILE = "options from a YAML or JSON file, a run's config.json, or a recipe by name"
-
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for a wrong command line: it is reported as every other error is."""
+    """A command's options. A wrong command line raises ValueError, as every other error is told."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see `{self.prog} --help`)")
+
+    def group(self, title: str, description: str | None = None) -> Group:
+        """Adds a titled group of options."""
+        return Group(self.add_argument_group(title, description))
+
+    def add_inputs(self, workers: int | None = None) -> None:
+        """Adds what describes images, classifier and computing.
+
+        Args:
+            workers: default of ``--workers``; None: one a core, at most four.
+        """
+        self._add_data()
+        self._add_classifier()
+        self._add_computing(min(4, os.cpu_count() or 1) if workers is None else workers)
+
+    def _add_data(self) -> None:
+        self.group("data").add_all(
+            """
+            --data-dir DIR  image folder with train/<class>/*.jpg and val/<class>/*.jpg, or with
+                WebDataset shards (train/*.tar, val/*.tar); with --data mnist or cifar10 the folder
+                of their files
+            --data  a data set by name
+            --img-size PIXELS  image size; known from the model
+            --mean X...  normalisation; known from the model
+            --std X...  of the normalisation
+            --interpolation  of resized images
+            --crop-pct X  part kept by the centre crop
+            --val-split X  part of the training images on which settings are judged (a folder with
+                test/ has its own: val/) [default: 0.1]
+            --class-names NAME...  names of classes that are only numbered, in that order (files in
+                MNIST's format)
+            --train-per-class N  at most so many training images of each class, drawn by the seed
+            --val-per-class N  at most so many validation images of each class, drawn by the seed
+            """,
+            data=tuple(DATA_NAMES),
+            img_size=settings.image_size,
+            mean=settings.pixel_mean,
+            std=settings.pixel_std,
+            interpolation=tuple(INTERPOLATIONS),
+            crop_pct=settings.fraction,
+            val_split=settings.inner_fraction,
+        )
+
+    def _add_classifier(self) -> None:
+        group = self.group("classifier")
+        group.add_all(
+            """
+            --model NAME  a name of timm (resnet50), of torchvision (torchvision/resnet50), or one
+                of the small networks small/resnet, small/vgg, small/vit
+            --pretrained  weights of timm or torchvision (may download)
+            --checkpoint FILE  weights of your own: safetensors, or .pth with tensors only (nothing
+                is unpickled)
+            --num-classes N  classes of the classifier; known from the data and from pretrained
+                weights
+            --in-chans  image channels; known from the model, and from the data for small networks
+            """,
+            num_classes=settings.class_count,
+            in_chans=(1, 3),
+        )
+        group.add_model_kwargs()
+
+    def _add_computing(self, workers: int) -> None:
+        group = self.group("computing")
+        group.add_device()
+        group.add_all(
+            f"""
+            --fuse  fold BatchNorm, residual and ReLU into the convolutions [default: yes]
+            --torchcompile  fuse, and let torch.compile fuse what lies between the convolutions
+            --backend  who computes masked layers; auto picks what measured fastest
+                [default: auto]
+            -j --workers N  processes that decode images [default: {workers}]
+            --cache  keep decoded images, so that none is decoded twice: on the device, on the host
+                or on disk (there later runs find them again)
+            --cache-dir DIR  folder of --cache disk (default: ~/.cache/wfnet)
+            --decoder  who decodes image files [default: pil]
+            """,
+            fuse=bool,
+            backend=tuple(backends.NAMES),
+            workers=settings.workers,
+            cache=tuple(PLACES),
+            decoder=("pil",),
+        )
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -53,8 +135,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class Group:
     """A titled group of options in a command's help."""
 
-    def __init__(self, parser: argparse.ArgumentParser, title: str, description: str | None = None):
-        self.group = parser.add_argument_group(title, description)
+    def __init__(self, group: argparse._ArgumentGroup):
+        self.group = group
 
     def add(
         self,
@@ -89,6 +171,36 @@ class Group:
                 more |= {"type": values}
         self.group.add_argument(*names, help=help, **more)
 
+    def add_all(self, text: str, **values: Any) -> None:
+        """Adds the options that a text describes as their help does.
+
+        Args:
+            text: for each option its flags and the name of its value (``N...`` for several,
+                ``[N...]`` for any number of them), two spaces, and its help, which may name a
+                ``[default: 3]``. Further lines of it are indented.
+            values: as in :meth:`add`, by the names of the parsed options. A value called N is a
+                whole number above 0 where nothing else is given.
+        """
+        for entry in re.split(r"\n(?=-)", inspect.cleandoc(text)):
+            flags, help = re.split(r"\s{2,}", entry, maxsplit=1)
+            help = " ".join(help.split())
+            name = next(word for word in flags.split() if word.startswith("--"))
+            kind = values.get(name.lstrip("-").replace("-", "_"))
+            more = {}
+            if flags.endswith(("...", "...]")):
+                more["nargs"] = "*" if flags.endswith("]") else "+"
+                flags = re.sub(r"[\[\].]{3,}", "", flags).replace(" [", " ")
+            if kind is None and flags.endswith(" N"):
+                kind = settings.positive_int
+            found = re.search(r"\[default: (.*?)\]", help)
+            if found is not None:
+                convert = kind if isinstance(kind, Callable) and kind is not bool else str
+                words = [convert(word) for word in found[1].split()]
+                more["default"] = words if "nargs" in more else words[0]
+                if kind is bool:
+                    more["default"] = found[1] == "yes"
+            self.add(flags, re.sub(r"\[(default: .*?)\]", r"(\1)", help), kind, **more)
+
     def add_fields(self, config: type, *names: str, prefix: str = "", defaults: Any = None) -> None:
         """Adds an option for each field of a configuration that has a help text.
 
@@ -103,6 +215,31 @@ class Group:
             about = field.metadata
             flags = " ".join([*_flags(field, prefix), about["metavar"] or ""])
             self.add(flags, about["help"], about["values"], getattr(defaults, field.name, None))
+
+    def add_seed(self, what: str = "of everything random") -> None:
+        self.add("--seed N", what, settings.seed, 0)
+
+    def add_threads(self, default: str = "PyTorch's") -> None:
+        self.add("--threads N", f"CPU threads (default: {default})", settings.cpu_threads)
+
+    def add_device(self) -> None:
+        self.add_all(
+            """
+            --device NAME  auto, cpu, cuda or cuda:1 [default: auto]
+            --amp  compute in bfloat16 where it is safe
+            --channels-last  memory layout in which convolutions are faster [default: yes]
+            """,
+            channels_last=bool,
+        )
+        self.add_threads()
+
+    def add_model_kwargs(self) -> None:
+        text = "arguments of the model's constructor, for example width=16"
+        self.add("--model-kwargs KEY=VALUE", text, key_value, nargs="*")
+
+    def add_config(self) -> None:
+        text = "options from a YAML or JSON file, a run's config.json, or a recipe by name"
+        self.add("--config FILE", text)
 
 
 def config_changes(
@@ -145,7 +282,7 @@ def make_parser(commands: Sequence[ModuleType]) -> Parser:
     parser.add_argument("--version", action="version", version=f"wfnet {__version__}")
     added = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for module in commands:
-        group = Group(module.add_parser(added), "messages")
+        group = module.add_parser(added).group("messages")
         group.add("--quiet", "only warnings and results")
         group.add("--debug", "show the traceback of an error")
     return parser
@@ -159,6 +296,7 @@ def add_command(
     description: str,
     arguments: str,
     example: str,
+    resume: bool = False,
 ) -> Parser:
     """Adds a command, which is called as the module of ``run``.
 
@@ -167,7 +305,9 @@ def add_command(
         run: does its work.
         saved: what is on disk after Ctrl-C.
         help, description, example: of its help.
-        arguments: what follows its name in its usage.
+        arguments: what follows its name in its usage; if that is RUN first, an argument for it is
+            added.
+        resume: RUN may be named by ``--resume`` too, as in timm.
     """
     name = run.__module__.rpartition(".")[2]
     parser = commands.add_parser(
@@ -179,117 +319,12 @@ def add_command(
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=run, saved=saved)
+    if arguments.startswith("RUN"):
+        nargs = "?" if resume else None
+        parser.add_argument("folder", nargs=nargs, metavar="RUN", help="folder of a run")
+    if resume:
+        parser.add_argument("--resume", metavar="RUN", help="the same, as in timm")
     return parser
-
-
-# -- shared options -------------------------------------------------------------------------------
-
-
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """The classifier, before any filters."""
-    group = Group(parser, "classifier")
-    group.add(
-        "--model NAME",
-        "a name of timm (resnet50), of torchvision (torchvision/resnet50), or one of the small "
-        "networks small/resnet, small/vgg, small/vit",
-    )
-    group.add("--pretrained", "weights of timm or torchvision (may download)")
-    group.add(
-        "--checkpoint FILE",
-        "weights of your own: safetensors, or .pth with tensors only (nothing is unpickled)",
-    )
-    group.add(
-        "--num-classes N",
-        "classes of the classifier; known from the data and from pretrained weights",
-        settings.class_count,
-    )
-    group.add(
-        "--in-chans",
-        "image channels; known from the model, and from the data for small networks",
-        (1, 3),
-    )
-    add_model_arguments(group)
-
-
-def add_model_arguments(group: Group) -> None:
-    group.add(
-        "--model-kwargs KEY=VALUE",
-        "arguments of the model's constructor, for example width=16",
-        key_value,
-        nargs="*",
-    )
-
-
-def add_data_options(parser: argparse.ArgumentParser) -> None:
-    """Images, and how they become the network's input."""
-    group = Group(parser, "data")
-    group.add(
-        "--data-dir DIR",
-        "image folder with train/<class>/*.jpg and val/<class>/*.jpg, or with WebDataset shards "
-        "(train/*.tar, val/*.tar); with --data mnist or cifar10 the folder of their files",
-    )
-    group.add("--data", "a data set by name", tuple(DATA_NAMES))
-    group.add("--img-size PIXELS", "image size; known from the model", settings.image_size)
-    normalisation = "normalisation, one value or one a channel; known from the model"
-    group.add("--mean X", normalisation, settings.pixel_mean, nargs="+")
-    group.add("--std X", normalisation, settings.pixel_std, nargs="+")
-    group.add("--interpolation", "of resized images", tuple(INTERPOLATIONS))
-    group.add("--crop-pct X", "part kept by the centre crop", settings.fraction)
-    group.add(
-        "--val-split X",
-        "part of the training images on which settings are judged (a folder with test/ has its "
-        "own: val/)",
-        settings.inner_fraction,
-        0.1,
-    )
-    group.add(
-        "--class-names NAME",
-        "names of classes that are only numbered, in that order (files in MNIST's format)",
-        nargs="+",
-    )
-    for part, images in (("train", "training"), ("val", "validation")):
-        text = f"at most so many {images} images of each class, drawn by the seed"
-        group.add(f"--{part}-per-class N", text, settings.positive_int)
-
-
-def add_compute_options(parser: argparse.ArgumentParser, workers: int | None = None) -> None:
-    """Where and how it runs; none of them changes what is computed."""
-    workers = min(4, os.cpu_count() or 1) if workers is None else workers
-    group = Group(parser, "computing")
-    add_device_options(group)
-    text = "fold BatchNorm, residual and ReLU into the convolutions (default: yes)"
-    group.add("--fuse", text, bool, True)
-    group.add(
-        "--torchcompile",
-        "fuse, and let torch.compile fuse what lies between the convolutions",
-    )
-    text = "who computes masked layers; auto picks what measured fastest"
-    group.add("--backend", text, tuple(backends.NAMES), "auto")
-    group.add("-j --workers N", "processes that decode images", settings.workers, workers)
-    group.add(
-        "--cache",
-        "keep decoded images, so that none is decoded twice: on the device, on the host or on disk "
-        "(there later runs find them again)",
-        tuple(PLACES),
-    )
-    group.add("--cache-dir DIR", "folder of --cache disk (default: ~/.cache/wfnet)")
-    group.add("--decoder", "who decodes image files", ("pil",), "pil")
-
-
-def add_device_options(group: Group) -> None:
-    group.add("--device NAME", "auto, cpu, cuda or cuda:1", default="auto")
-    group.add("--amp", "compute in bfloat16 where it is safe")
-    text = "memory layout in which convolutions are faster (default: yes)"
-    group.add("--channels-last", text, bool, True)
-    add_threads_option(group)
-
-
-def add_threads_option(group: Group, default: str = "PyTorch's") -> None:
-    group.add("--threads N", f"CPU threads (default: {default})", settings.cpu_threads)
-
-
-def add_seed_option(group: Group, what: str = "of everything random") -> None:
-    group.add("--seed N", what, settings.seed, 0)
 
 
 def fuse_of(options: argparse.Namespace) -> bool | str:

@@ -7,14 +7,7 @@ from pathlib import Path
 
 from wfnet.cli.drawing import draw_run
 from wfnet.cli.inputs import Run
-from wfnet.cli.options import (
-    Group,
-    add_command,
-    add_compute_options,
-    add_data_options,
-    add_model_options,
-    add_seed_option,
-)
+from wfnet.cli.options import Parser, add_command
 from wfnet.cli.runs import CONFUSION, check_writable
 from wfnet.data import Dataset, multi_hot_of
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
@@ -34,7 +27,7 @@ Before it: wfnet evaluate, wfnet trust and wfnet baseline make what the page sho
 _ALL_ROWS, _SOME_ROWS = 100, 10
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -46,16 +39,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         arguments="RUN [options]",
         example=EXAMPLE,
     )
-    parser.add_argument("folder", metavar="RUN", help="folder of a run")
-    group = Group(parser, "report")
-    group.add("--output FILE", "HTML file (default: RUN/report.html)")
-    group.add("--as-is", "only what the folder holds: no figure is drawn, no network loaded")
-    text = "samples of a forward pass, for the figure of confusion"
-    group.add("-b --batch-size N", text, settings.batch_size, 256)
-    add_seed_option(group, "of splits and draws")
-    add_data_options(parser)
-    add_model_options(parser)
-    add_compute_options(parser)
+    group = parser.group("report")
+    group.add_all(
+        """
+        --output FILE  HTML file (default: RUN/report.html)
+        --as-is  only what the folder holds: no figure is drawn, no network loaded
+        -b --batch-size N  samples of a forward pass, for the figure of confusion [default: 256]
+        """,
+        batch_size=settings.batch_size,
+    )
+    group.add_seed("of splits and draws")
+    parser.add_inputs()
     return parser
 
 

@@ -8,16 +8,7 @@ from typing import Any
 
 from wfnet.cli.classifier import is_small
 from wfnet.cli.inputs import choose_device, count_classes, data_name, make_classifier, open_images
-from wfnet.cli.options import (
-    RECIPE_OR_FILE,
-    Group,
-    add_command,
-    add_compute_options,
-    add_data_options,
-    add_model_options,
-    add_seed_option,
-    config_changes,
-)
+from wfnet.cli.options import Parser, add_command, config_changes
 from wfnet.cli.runs import BASE_NAME, RUN_FILE, check_writable, read_run, write_run
 from wfnet.data import labels_of
 from wfnet.services.files import write_tensors
@@ -31,7 +22,7 @@ EXAMPLE = """\
   wfnet evaluate runs/wf --tables"""
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -43,22 +34,20 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         arguments="--data NAME --model NAME --output DIR [options]",
         example=EXAMPLE,
     )
-    add_data_options(parser)
-    add_model_options(parser)
     add_training_options(parser, "")
-    group = Group(parser, "output")
+    group = parser.group("output")
     group.add("--output DIR", "folder for weights and settings")
     group.add("--force", "replace what is in the output folder")
-    group.add("--config FILE", RECIPE_OR_FILE)
-    add_seed_option(group)
-    add_compute_options(parser)
+    group.add_config()
+    group.add_seed()
+    parser.add_inputs()
     return parser
 
 
-def add_training_options(parser: argparse.ArgumentParser, prefix: str) -> None:
+def add_training_options(parser: Parser, prefix: str) -> None:
     """Adds ordinary training; names start with ``prefix`` where a command has others of that
     name."""
-    group = Group(parser, "training", "Small networks have settings of their own.")
+    group = parser.group("training", "Small networks have settings of their own.")
     group.add_fields(TrainingSettings, prefix=prefix)
 
 

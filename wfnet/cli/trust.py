@@ -14,14 +14,7 @@ from torch import nn
 
 from wfnet import trust
 from wfnet.cli.inputs import Run
-from wfnet.cli.options import (
-    Group,
-    add_command,
-    add_compute_options,
-    add_data_options,
-    add_model_options,
-    config_changes,
-)
+from wfnet.cli.options import Parser, add_command, config_changes
 from wfnet.cli.runs import check_writable
 from wfnet.data import Dataset
 from wfnet.evaluation.partial import data_identity
@@ -38,7 +31,7 @@ Numbers mean most beside those of models that never saw the class: `wfnet baseli
 those that are in RUN are found."""
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -52,41 +45,27 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         arguments="RUN [--classes CLASS ...] [options]",
         example=EXAMPLE,
     )
-    parser.add_argument("folder", metavar="RUN", help="folder of a run")
-    group = Group(parser, "checks")
-    group.add("--classes CLASS", "classes, by number or name (default: all)", nargs="+")
-    text = f"{', '.join(trust.CHECKS)} (default: all)"
-    group.add("--checks CHECK", text, tuple(trust.CHECKS), nargs="+")
+    group = parser.group("checks")
     defaults = trust.TrustSettings()
-    group.add(
-        "--prune-below T",
-        "check exports in which gates below T are exactly 0, as of `wfnet bake --prune-below`",
-        settings.Number(0.0, 1.0),
-        0.0,
-    )
-    group.add(
-        "--cut-output",
-        "check exports whose class is cut from the head, as of `wfnet bake --cut-output`",
+    group.add_all(
+        f"""
+        --classes CLASS...  classes, by number or name (default: all)
+        --checks CHECK...  {", ".join(trust.CHECKS)} (default: all)
+        --prune-below T  check exports in which gates below T are exactly 0, as of `wfnet bake
+            --prune-below` [default: 0]
+        --cut-output  check exports whose class is cut from the head, as of `wfnet bake
+            --cut-output`
+        --relearn-images N...  images of the class that relearning attacks have [default:
+            {" ".join(map(str, defaults.relearn_images))}]
+        --retrained DIR...  more folders in which `wfnet baseline` has put retrained models, of
+            other seeds for example (those in RUN are found)
+        --output DIR  folder for the results (default: RUN)
+        """,
+        checks=tuple(trust.CHECKS),
+        prune_below=settings.Number(0.0, 1.0),
     )
     group.add_fields(trust.TrustSettings, defaults=defaults)
-    group.add(
-        "--relearn-images N",
-        "images of the class that relearning attacks have (default: "
-        f"{' '.join(map(str, defaults.relearn_images))})",
-        settings.positive_int,
-        list(defaults.relearn_images),
-        nargs="+",
-    )
-    group.add(
-        "--retrained DIR",
-        "more folders in which `wfnet baseline` has put retrained models, of other seeds for "
-        "example (those in RUN are found)",
-        nargs="+",
-    )
-    group.add("--output DIR", "folder for the results (default: RUN)")
-    add_data_options(parser)
-    add_model_options(parser)
-    add_compute_options(parser)
+    parser.add_inputs()
     return parser
 
 

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -29,27 +28,9 @@ from wfnet.cli.inputs import (
     open_images,
     with_known_names,
 )
-from wfnet.cli.options import (
-    RECIPE_OR_FILE,
-    Group,
-    add_command,
-    add_compute_options,
-    add_data_options,
-    add_model_options,
-    add_seed_option,
-    config_changes,
-    fuse_of,
-)
+from wfnet.cli.options import Parser, add_command, config_changes, fuse_of
 from wfnet.cli.runs import RUN_FILES, check_writable, read_run, write_run
-from wfnet.data import (
-    CorruptImages,
-    Dataset,
-    Splits,
-    batches,
-    limit_per_class,
-    multi_hot_of,
-    select,
-)
+from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
 from wfnet.evaluation.forward import Forward
 from wfnet.head import find_head
 from wfnet.network import WFNet
@@ -57,6 +38,7 @@ from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.locks import folder_lock
 from wfnet.services.ranks import Ranks, local_device
+from wfnet.training import accuracy
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.memory import filter_memory, step_memory
@@ -76,7 +58,7 @@ _LOOK_AT = 1000
 _FILTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
@@ -87,12 +69,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         arguments="--data-dir DIR --model NAME [options]",
         example=EXAMPLE,
     )
-    add_data_options(parser)
-    add_model_options(parser)
     _add_method_options(parser)
-    group = Group(parser, "output")
-    group.add("--output DIR", "folder of the run (default: runs/MODEL-DATA)")
-    group.add("--experiment NAME", "a folder of that name in --output")
+    group = parser.group("output")
     group.add(
         "--resume RUN",
         "go on with the run in folder RUN and its options; without a name, with the one in the "
@@ -100,85 +78,62 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
     )
-    group.add("--force", "replace a run that is in the output folder")
-    group.add("--config FILE", RECIPE_OR_FILE)
+    group.add_config()
     group.add_fields(UntrainConfig, "checkpoint_every", "keep_checkpoints")
-    group.add(
-        "--log-interval SECONDS",
-        "least time between lines of progress, where no terminal shows a bar",
-        settings.positive_float,
-        60.0,
+    group.add_all(
+        """
+        --output DIR  folder of the run (default: runs/MODEL-DATA)
+        --experiment NAME  a folder of that name in --output
+        --force  replace a run that is in the output folder
+        --log-interval SECONDS  least time between lines of progress, where no terminal shows a
+            bar [default: 60]
+        --log-wandb  log to Weights & Biases, too (TensorBoard events are written where it is
+            installed)
+        --dry-run  check everything, run two small batches, show the plan and the memory it takes
+        """,
+        log_interval=settings.positive_float,
     )
-    group.add(
-        "--log-wandb",
-        "log to Weights & Biases, too (TensorBoard events are written where it is installed)",
-    )
-    group.add(
-        "--dry-run",
-        "check everything, run two small batches, show the plan and the memory it takes",
-    )
-    add_compute_options(parser)
+    parser.add_inputs()
     return parser
 
 
-def _add_method_options(parser: argparse.ArgumentParser) -> None:
+def _add_method_options(parser: Parser) -> None:
     text = "Options without a default here have that of the recipe."
-    group = Group(parser, "untraining", text)
-    group.add(
-        "--recipe",
-        "balanced forgets evenly and retains by distillation; paper has the authors' settings; "
-        "durable puts gates behind BatchNorm, so that a baked network withstands re-estimated "
-        "statistics and fine-tuning on the other classes",
-        tuple(RECIPES),
-        "balanced",
-    )
-    group.add(
-        "--untrain-split",
-        "val: untrain without the training set, on the validation images (those of val/) that are "
-        "not drawn for evaluation",
-        ("train", "val"),
-        "train",
+    group = parser.group("untraining", text)
+    group.add_all(
+        f"""
+        --recipe  balanced forgets evenly and retains by distillation; paper has the authors'
+            settings; durable puts gates behind BatchNorm, so that a baked network withstands
+            re-estimated statistics and fine-tuning on the other classes [default: balanced]
+        --untrain-split  val: untrain without the training set, on the validation images (those of
+            val/) that are not drawn for evaluation [default: train]
+        --classes [CLASS...]  untrain some classes of a network that knows more, with images of
+            these: numbers or names that the network has for them, or FOLDER=NUMBER for each class
+            of the data; without any, all classes of the data. The rows of all others stay at the
+            original
+        --targets NAME...  layers to mask: names or patterns (default: the linear maps of a
+            transformer's blocks, else convolutions; the paper masks qkv)
+        --filter-dtype  of filters and optimiser state; bfloat16 takes half the memory and is
+            rounded stochastically [default: float32]
+        --alpha-init X  first value of filter entries (default: 3; of the hard gates of recipe
+            durable {DURABLE_ALPHA_INIT:g})
+        --augment  crop and mirror training images at random
+        """,
+        recipe=tuple(RECIPES),
+        untrain_split=("train", "val"),
+        filter_dtype=tuple(_FILTER_DTYPES),
+        alpha_init=settings.filter_entry,
     )
     add_list_options(group)
-    group.add(
-        "--classes CLASS",
-        "untrain some classes of a network that knows more, with images of these: numbers or names "
-        "that the network has for them, or FOLDER=NUMBER for each class of the data; without any, "
-        "all classes of the data. The rows of all others stay at the original",
-        nargs="*",
-    )
-    group.add(
-        "--targets NAME",
-        "layers to mask: names or patterns (default: the linear maps of a transformer's blocks, "
-        "else convolutions; the paper masks qkv)",
-        nargs="+",
-    )
-    group.add_fields(UntrainConfig, "steps", "epochs", "batch_size", "grad_accum_steps")
-    group.add(
-        "--filter-dtype",
-        "of filters and optimiser state; bfloat16 takes half the memory and is rounded "
-        "stochastically",
-        tuple(_FILTER_DTYPES),
-        "float32",
-    )
     group.add_fields(
         UntrainConfig,
-        *("label_expansion", "lr", "optimizer", "schedule", "lambda0", "lambda1", "lambda2"),
-        *("match", "distil", "share_images", "sampler", "compound", "shrink", "clip"),
+        *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
+        *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "distil"),
+        *("share_images", "sampler", "compound", "shrink", "clip", "patience"),
+        *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
+        *("max_corrupt", "max_nan_steps"),
     )
-    group.add(
-        "--alpha-init X",
-        "first value of filter entries (default: 3; of the hard gates of recipe durable "
-        f"{DURABLE_ALPHA_INIT:g})",
-        settings.filter_entry,
-    )
-    group.add("--augment", "crop and mirror training images at random")
-    group.add_fields(
-        UntrainConfig,
-        *("patience", "validations_per_epoch", "min_validations", "validation_images"),
-        *("stop_on", "max_corrupt", "max_nan_steps"),
-    )
-    add_seed_option(group)
+    group.add_seed()
 
 
 def make_config(
@@ -309,43 +264,33 @@ def _untrain(
     if ranks.first and not started:
         _check_before(net, data.validation, config)
         write_run(folder, options, **about)
-    log = contextlib.nullcontext()
+    logged = None
     if wandb is not None and ranks.first:
-        log = _log_to_wandb(wandb, folder, about)
-    with log as log_record:
-        result = untrain(
-            net,
-            data.train,
-            data.validation,
-            config,
-            folder,
-            resume=options.resume is not None,
-            progress=not options.quiet,
-            log=log_record,
-            log_interval=options.log_interval,
+        logged = wandb.init(
+            project="wfnet",
+            name=folder.name,
+            id=about["wandb"],
+            resume="allow",
+            dir=str(folder),
+            config=about["untraining"],
         )
+    result = untrain(
+        net,
+        data.train,
+        data.validation,
+        config,
+        folder,
+        resume=options.resume is not None,
+        progress=not options.quiet,
+        log=logged and (lambda record: logged.log(record, step=int(record["step"]))),
+        log_interval=options.log_interval,
+    )
+    if logged is not None:
+        logged.finish()
     if ranks.first:
         write_run(folder, options, **about, result=summary(result))
         draw_training(result.history, folder)
         _show_result(result, folder, (config.classes or [0])[0])
-
-
-@contextlib.contextmanager
-def _log_to_wandb(
-    wandb: ModuleType, folder: Path, about: dict[str, Any]
-) -> Iterator[Callable[[dict[str, float]], None]]:
-    run = wandb.init(
-        project="wfnet",
-        name=folder.name,
-        id=about["wandb"],
-        resume="allow",
-        dir=str(folder),
-        config=about["untraining"],
-    )
-    try:
-        yield lambda record: run.log(record, step=int(record["step"]))
-    finally:
-        run.finish()
 
 
 def summary(result: UntrainResult) -> dict[str, Any]:
@@ -444,29 +389,22 @@ def _check_before(net: WFNet, images: Dataset, config: UntrainConfig) -> None:
     """
     per_class = max(1, math.ceil(_LOOK_AT / len(images.classes)))
     few = select(images, limit_per_class(images.labels, per_class, config.seed))
-    forward = Forward.of(net, config.amp_dtype, config.channels_last)
-    multi_hot = multi_hot_of(few)
     corrupt = CorruptImages(len(few))  # untraining counts them against the limit
-    right: list[bool] = []
-    for batch in batches(few, torch.arange(len(few)).split(64), config.workers, corrupt):
-        pixels = forward.images(batch.images)
-        with forward.autocast():
-            if not right:  # each layer asks its backend
-                net.fuse = False
-                net(pixels[:2], forget=0)
-                net.fuse = config.fuse
-            found = net(pixels, forget=None).argmax(1).cpu()
-        correct = found == batch.labels
-        if multi_hot is not None:  # one of its labels
-            correct = multi_hot[batch.indices, found]
-        right += correct.tolist()
-    share, chance = sum(right) / max(1, len(right)), 1 / len(images.classes)
+    batch = next(batches(few, torch.arange(len(few)).split(2), 0, corrupt), None)
+    if batch is None:
+        return
+    forward = Forward.of(net, config.amp_dtype, config.channels_last)
+    net.fuse = False  # each layer asks its backend
+    with forward.autocast():
+        net(forward.images(batch.images), forget=0)
+    net.fuse = config.fuse
+    share, chance = accuracy(net, few, 64, config.workers, config.amp), 1 / len(images.classes)
     print(
-        f"before      the original network classifies {share:.2%} of {len(right):,} validation "
+        f"before      the original network classifies {share:.2%} of {len(few):,} validation "
         "images correctly",
         flush=True,
     )
-    if right and share < max(2 * chance, chance + 0.05):
+    if share < max(2 * chance, chance + 0.05):
         logger.warning(
             "this is hardly better than guessing (%.2f%%): check the weights, the order of the "
             "classes, and the normalisation (--mean, --std)",

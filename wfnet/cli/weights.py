@@ -3,8 +3,8 @@ any code from them."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
-import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -70,19 +70,11 @@ def read_checkpoint(path: Path) -> Any:
     Only tensors and plain values are built (``weights_only``).
 
     Raises:
-        ValueError: for a file that is damaged, a TorchScript program, or something else.
+        ValueError: for a file that is damaged, or holds something else.
     """
     foreign: list[str] = []
-    try:
-        if zipfile.is_zipfile(path):
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception as error:  # a program, or a damaged file
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ValueError(
-                    f"{path} is a TorchScript program, not weights: save them by "
-                    "torch.save(torch.jit.load(path).state_dict(), 'weights.pth')"
-                ) from error
+    with contextlib.suppress(Exception):  # an old format, a program, or a damaged file
+        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     for tables in (True, False):
         stand_ins = [(_stand_in(name, tables), name) for name in foreign]
         try:
@@ -126,10 +118,10 @@ def _tensor_tables(content: Any) -> Iterator[dict[str, Tensor]]:
     """
     if not isinstance(content, dict):
         return
-    for place in (content, *(content.get(name) for name in _INSIDE)):
-        name = getattr(place, "stands_for", None)
-        if name is not None:
-            raise ValueError(f"the file holds an object of {name} as its weights; {_NOT_UNPICKLED}")
+    for place in (content, *map(content.get, _INSIDE)):
+        kind = getattr(place, "stands_for", None)
+        if kind is not None:
+            raise ValueError(f"the file holds an object of {kind} as its weights; {_NOT_UNPICKLED}")
     inside = [content[name] for name in _INSIDE if isinstance(content.get(name), dict)]
     others = [value for value in content.values() if isinstance(value, dict)]
     deeper = [table[name] for table in inside for name in _INSIDE if name in table]
@@ -187,20 +179,18 @@ def _problem(
             "folder missing, or one too many? `wfnet untrain --classes` takes images of some)"
         )
     if wrong:
-        name = wrong[0]
-        return (
-            f"{path} does not fit this {kind}: {name!r} is {list(tensors[name].shape)} in the file "
-            f"and {list(wanted[name].shape)} in the model; check --model, --num-classes and "
-            "--in-chans"
-        )
-    if missing or extra:
+        sizes = f"{list(tensors[wrong[0]].shape)} in the file and {list(wanted[wrong[0]].shape)}"
+        problem = f"{wrong[0]!r} is {sizes} in the model"
+    elif missing or extra:
         names, what = (missing, "lacks") if missing else (extra, "has, unknown to the model,")
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        return (
-            f"{path} does not fit this {kind}: it {what} {names[0]!r}{more}; is --model the "
-            "network that was trained?"
-        )
-    return None
+        problem = f"it {what} {names[0]!r}{more}"
+    else:
+        return None
+    return (
+        f"{path} does not fit this {kind}: {problem}; is --model the network that was trained, and "
+        "are --num-classes, --in-chans and --model-kwargs as they were then?"
+    )
 
 
 def _is_counter(name: str) -> bool:
