@@ -1,13 +1,11 @@
 """What users type stays: public names, parameters, commands, options and defaults.
 
 ``public_interface.txt`` holds the interface before the redesign; whatever is in it must be there.
-New names and options may come without a line here. ``python tests/test_public_interface.py`` prints
-the interface of the installed package.
+New names and options may come without a line here.
 """
 
 import argparse
 import inspect
-import textwrap
 from pathlib import Path
 
 import torch
@@ -61,17 +59,13 @@ def _default(option: str, action: argparse.Action) -> str:
     return repr(action.default).replace(" ", "")
 
 
-def read_table() -> dict[str, list[str]]:
+def test_everything_from_before_is_there():
+    now = current_interface()
     paragraphs = TABLE.read_text().strip().split("\n\n")
-    return {
+    before = {
         title: entries.split()
         for title, _, entries in (paragraph.partition("\n") for paragraph in paragraphs)
     }
-
-
-def test_everything_from_before_is_there():
-    now = current_interface()
-    before = read_table()
     missing = {
         title: sorted(set(entries) - set(now.get(title, ())))
         for title, entries in before.items()
@@ -79,9 +73,3 @@ def test_everything_from_before_is_there():
     }
     assert missing == {}
     assert len(before) == 23
-
-
-if __name__ == "__main__":
-    for title, entries in current_interface().items():
-        print(title)
-        print(textwrap.fill(" ".join(entries), 100, break_on_hyphens=False) + "\n")

@@ -1,10 +1,9 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from image_files import write_image
 from safetensors.torch import load_file
 
 from wfnet import baselines, models
@@ -115,44 +114,25 @@ def test_an_interrupted_evaluation_goes_on(digits, tmp_path, monkeypatch, capsys
         assert main(call) == 0
 
 
-def two_digits(root, count, seed):
-    """Pictures of two different digits (0 to 3) side by side, with both as labels."""
-    bunch = pytest.importorskip("sklearn.datasets").load_digits(n_class=4)
-    rng = np.random.default_rng(seed)
-    root.mkdir(parents=True)
-    lines = ["image,labels"]
-    for number in range(count):
-        pair = rng.choice(len(bunch.target), 2, replace=False)
-        names = sorted({str(bunch.target[i]) for i in pair})
-        canvas = np.zeros((16, 16), np.uint8)
-        for place, i in enumerate(pair):
-            canvas[4:12, 8 * place : 8 * place + 8] = bunch.images[i] * 15.9
-        Image.fromarray(canvas).resize((32, 32), Image.Resampling.BILINEAR).save(
-            root / f"{number}.png"
-        )
-        lines.append(f"{number}.png,{';'.join(names)}")
-    (root / "labels.csv").write_text("\n".join(lines) + "\n")
-
-
-def test_images_with_several_labels(tmp_path, capsys, fails):
-    two_digits(tmp_path / "data" / "train", 300, 0)
-    two_digits(tmp_path / "data" / "val", 80, 1)
-    shared = ["--data-dir", str(tmp_path / "data"), "--model", "small/resnet", "--model-kwargs",
-              "width=8", "--in-chans", "1", "--mean", "0.15", "--std", "0.3", "--crop-pct", "1",
-              "--workers", "0", "--quiet"]  # fmt: skip
+def test_images_with_several_labels(tmp_path, network_options, call, capsys, fails):
+    for part, count in (("train", 20), ("val", 12)):
+        names = [f"{number}.png" for number in range(count)]
+        for number, name in enumerate(names):
+            write_image(tmp_path / "data" / part / name, number)
+        pairs = ["a;b", "b;c", "c;a", "b"]
+        lines = [f"{name},{pairs[number % 4]}" for number, name in enumerate(names)]
+        (tmp_path / "data" / part / "labels.csv").write_text("\n".join(["image,labels", *lines]))
+    data = ["--data-dir", tmp_path / "data", *network_options, "-j0", "--quiet", "-b", "4"]
     base, run = tmp_path / "base", tmp_path / "run"
-    assert main(["train", *shared, "--epochs", "8", "-b", "32", "--output", str(base)]) == 0
-    untrain = ["untrain", *shared, "--checkpoint", str(base / "base.safetensors"), "--steps", "120",
-               "--lambda1", "1", "--output", str(run)]  # fmt: skip
-    assert main(untrain) == 0
-    assert main(["evaluate", str(run), "--workers", "0", "--quiet"]) == 0
+    call("train --epochs 1", *data, "--output", base)
+    weights = ["--checkpoint", base / "base.safetensors"]
+    call("untrain --steps 2", *data, *weights, "--output", run)
+    call("evaluate -j0 --quiet", run)
     assert "mAP_r" in capsys.readouterr().out
     content = json.loads((run / "evaluation.json").read_text())
-    mean = content["mean"]
     assert content["kind"] == "multi-label"
-    assert mean["original_ap_f"] > 0.85
-    # Rankings forget slowly: thresholds are of what a short run reaches.
-    assert mean["ap_f"] < mean["original_ap_f"] - 0.15
-    assert mean["map_r"] > mean["original_map_r"] - 0.08
-    fails(["evaluate", run, "--tables", "--workers", "0"], "leave out --tables")
-    fails(["baseline", run, "--workers", "0"], "one label each")
+    assert 0 <= content["mean"]["ap_f"] <= 1
+    fails(["evaluate", run, "--tables", "-j0"], "leave out --tables")
+    fails(["baseline", run, "-j0", "--train-epochs", "1"], "one label each")
+    call("bake", run, "--forget", "a", "--verify", "--quiet")
+    assert "not attacked" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from image_files import pack_folder
 from safetensors.torch import load_file
 
 from wfnet import models
-from wfnet.cli import inputs, main
+from wfnet.cli import inputs
 from wfnet.services.files import write_tensors
 
 
@@ -95,65 +95,48 @@ def test_untraining_compares_with_the_classes_of_the_weights(
     assert run["classes"] == ["cat", "ant", "bee"]  # the order of the network's outputs
 
 
-def test_evaluation_finds_classes_by_name(finished, image_folder, tmp_path):
+def test_evaluation_finds_classes_by_name(finished, image_folder, tmp_path, call):
     """Shards whose list of classes has another order give the same figures by name."""
-    call = ["evaluate", str(finished), "--no-figures", "-j0", "--quiet", "--output"]
-    assert main([*call, str(tmp_path / "plain")]) == 0
     packed = pack_folder(image_folder, tmp_path / "packed", order=["cat", "ant", "bee"])
-    assert main([*call, str(tmp_path / "shards"), "--data-dir", str(packed)]) == 0
-    results = [
-        json.loads((tmp_path / name / "evaluation.json").read_text())
-        for name in ("plain", "shards")
-    ]
-    plain, shards = (
-        [(r["index"], r["name"], r["acc_f"], r["acc_r"]) for r in result["classes"]]
-        for result in results
-    )
-    assert plain == shards
+
+    def classes(data, output):
+        words = [finished, "--data-dir", data, "--output", output]
+        call("evaluate --no-figures -j0 --quiet", *words)
+        found = json.loads((output / "evaluation.json").read_text())["classes"]
+        return [(r["index"], r["name"], r["acc_f"], r["acc_r"]) for r in found]
+
+    assert classes(image_folder, tmp_path / "plain") == classes(packed, tmp_path / "shards")
 
 
 def test_class_names_that_are_no_utf8_or_look_like_formulas(
-    image_folder, arguments, tmp_path, capsys
+    image_folder, arguments, tmp_path, call, capsys
 ):
     names = {"ant": b"caf\xe9", "bee": b"=1+1", "cat": b"$x^$"}
     for part in image_folder.iterdir():
         for folder in list(part.iterdir()):
             folder.rename(part / os.fsdecode(names[folder.name]))
     run = tmp_path / "run"
-    assert main(["untrain", *arguments, "--steps", "2", "--output", str(run), "--quiet"]) == 0
-    assert main(["evaluate", str(run), "--workers", "0", "--quiet"]) == 0
+    call("untrain --steps 2 --quiet", *arguments, "--output", run)
+    call("evaluate -j0 --quiet", run)
     assert r"caf\xe9" in capsys.readouterr().out
     lines = (run / "evaluation.csv").read_text(encoding="utf-8").splitlines()
     assert [line.split(",")[2] for line in lines[1:4]] == ["$x^$", "'=1+1", r"caf\xe9"]
     for name in (r"caf\xe9", os.fsdecode(b"caf\xe9"), "=1+1"):
-        assert main(["bake", str(run), "--forget", name, "--quiet"]) == 0
+        call("bake", run, "--forget", name, "--quiet")
 
 
 def test_classes_of_numbered_data_may_be_named_later(
-    mnist_folder, base, tmp_path, network_options, fails
+    mnist_folder, base, tmp_path, network_options, call, fails
 ):
     config = {"command": "train", "options": {}, "classes": [str(k) for k in range(10)]}
     (base.parent / "config.json").write_text(json.dumps(config))
     write_tensors(base, models.create("resnet", 10, 1, seed=1, width=8).state_dict())
-    names = list("abcdefghij")
-    data = ["--data", "mnist", "--data-dir", str(mnist_folder), "--checkpoint", str(base)]
-    call = [
-        "untrain",
-        *data,
-        *network_options,
-        "--steps",
-        "2",
-        "-b",
-        "2",
-        "-M",
-        "1",
-        "-j0",
-        "--quiet",
-    ]
-    run = tmp_path / "run"
-    assert main([*call, "--class-names", *names, "--output", str(run)]) == 0
-    evaluate = ["evaluate", str(run), "--no-figures", "-j0", "--quiet"]
-    assert main([*evaluate, "--classes", "a", "i"]) == 0
+    names, run = list("abcdefghij"), tmp_path / "run"
+    data = ["--data", "mnist", "--data-dir", mnist_folder, "--checkpoint", base, *network_options]
+    words = [*data, "--class-names", *names, "--output", run]
+    call("untrain --steps 2 -b 2 -M 1 -j0 --quiet", *words)
+    evaluate = ["evaluate", run, "--no-figures", "-j0", "--quiet"]
+    call("", *evaluate, "--classes", "a", "i")
     fails([*evaluate, "--class-names", *names[::-1][1:], "socks"], "'socks' is not known there")
 
 

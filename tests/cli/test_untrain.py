@@ -94,27 +94,16 @@ def test_resume_and_force_in_the_output_folder(words, tmp_path):
     assert Checkpoints(folder).older() == []
 
 
-def test_progress_where_there_is_no_terminal(words, tmp_path, capsys):
-    words += ["--steps", "6", "--output", str(tmp_path / "run"), "--log-interval", "0.001"]
-    assert main([word for word in words if word != "--quiet"] + ["--checkpoint-every", "1"]) == 0
-    shown = capsys.readouterr().err.splitlines()
-    lines = [line for line in shown if line.startswith("untraining: ")]
-    assert "Acc_r" in lines[-1]
-    assert "samples/s" in lines[-1]
-
-
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_a_dry_run_says_what_memory_the_run_takes(words, tmp_path, capfd, dtype, size):
+def test_a_dry_run_says_what_memory_the_run_takes(words, tmp_path, capfd):
     folder = tmp_path / "run"
-    words += ["--dry-run", "--filter-dtype", dtype, "--grad-accum-steps", "3"]
+    words += ["--dry-run", "--filter-dtype", "bfloat16", "--grad-accum-steps", "3"]
     assert main([*words, "--output", str(folder)]) == 0
     shown = capfd.readouterr()
     assert not folder.exists()
     assert "168 gates for each of 3 classes" in shown.out
     gates = r"([\d.]+ K?i?B)"
-    held = re.search(rf"{gates} in {dtype}, with the optimiser's state {gates}", shown.out)
-    assert held[1] == ("2 KiB" if size == 4 else "1008 B")  # 168 x 3 entries
-    assert held[2] == ("6 KiB" if size == 4 else "3 KiB")
+    held = re.search(rf"{gates} in bfloat16, with the optimiser's state {gates}", shown.out)
+    assert (held[1], held[2]) == ("1008 B", "3 KiB")  # 168 x 3 entries
     assert "2 images x 3 minibatches, 9 samples each" in shown.out
     weights = re.search(r"memory +\d+ KiB on each device: (\d+) KiB of frozen weights", shown.out)
     assert 4 * 19_723 / 1024 <= int(weights[1]) < 90  # and the statistics of BatchNorm

@@ -2,7 +2,7 @@ import argparse
 import copy
 import enum
 import pathlib
-from collections import OrderedDict, deque
+from collections import deque
 from functools import partial
 
 import numpy as np
@@ -47,7 +47,6 @@ STATE = network().state_dict()
 OLD = {name: tensor + 1 for name, tensor in STATE.items()}
 CHECKPOINTS = {
     "plain": STATE,
-    "ordered": OrderedDict(STATE),
     "averaged first": {"state_dict": OLD, "state_dict_ema": STATE},
     "two wrappers": under("module._orig_mod.", STATE),
     "torchvision": {
@@ -64,12 +63,7 @@ CHECKPOINTS = {
         "names": {"a", "b"},
         "schedule": partial(max, 1),
     },
-    "timm": {
-        "state_dict": STATE,
-        "arch": "vgg",
-        "args": argparse.Namespace(lr=0.1),
-        "metric": np.float64(71.5),
-    },
+    "timm": {"state_dict": STATE, "args": argparse.Namespace(lr=0.1), "metric": np.float64(71.5)},
     "lightning": {
         "state_dict": {
             **under("model.", STATE),
@@ -80,8 +74,6 @@ CHECKPOINTS = {
         "pytorch-lightning_version": "2.0",
     },
     "own name": {"state_dict": under("backbone.", STATE)},
-    "model_state_dict": {"model_state_dict": STATE, "loss": 0.5},
-    "net": {"net": STATE, "acc": 95.4, "epoch": 3},
     "averaged model": torch.optim.swa_utils.AveragedModel(network()).state_dict(),
 }
 

@@ -1,4 +1,15 @@
-"""`wfnet bake`: one class's plain model, without filters."""
+"""export the plain model that has forgotten a class
+
+Multiply the gates of one row (or several) into the weights: a plain model of the original class
+that carries neither filters nor the original weights.
+
+example:
+  wfnet bake runs/r50 --forget 281 --verify
+  wfnet bake runs/r50 --forget 281 --prune-below 0.1 --cut-output --verify
+  wfnet bake runs/r50 --forget tabby 285 --output cats.safetensors --onnx cats.onnx
+
+The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE))
+"""
 
 from __future__ import annotations
 
@@ -29,25 +40,12 @@ from wfnet.services.extras import require
 from wfnet.services.files import write_atomically, write_json, write_tensors
 from wfnet.trust import CHECKS, TrustSettings, check_export, describe_export
 
-EXAMPLE = """\
-  wfnet bake runs/r50 --forget 281 --verify
-  wfnet bake runs/r50 --forget 281 --prune-below 0.1 --cut-output --verify
-  wfnet bake runs/r50 --forget tabby 285 --output cats.safetensors --onnx cats.onnx
-
-The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE))"""
 _ONNX = ("onnx", "onnxscript")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
-        commands,
-        run,
-        "no file was left half written",
-        help="export the plain model that has forgotten a class",
-        description="Multiply the gates of one row (or several) into the weights: a plain model of "
-        "the original class that carries neither filters nor the original weights.",
-        arguments="RUN --forget CLASS [CLASS ...] [options]",
-        example=EXAMPLE,
+        commands, run, "no file was left half written", "RUN --forget CLASS [CLASS ...] [options]"
     )
     group = parser.group("export")
     text = "the class to forget, by number or name; several are forgotten together"

@@ -1,9 +1,19 @@
-"""`wfnet baseline`: what filters are compared with, one unlearned model per class."""
+"""retrained, random labels, negative gradient, NegGrad+: per class, same measures
+
+Make and evaluate the usual ways of unlearning, one model per class, with the measures of `wfnet
+evaluate`. An interrupted run goes on where it stopped, class by class, when the command is given
+again.
+
+example:
+  wfnet baseline runs/wf                    (all methods, all classes; again to go on)
+  wfnet baseline runs/wf --methods retrained --classes 0 1 --set neggrad_plus.lr=0.003
+  wfnet evaluate runs/wf --tables           (the tables, with the baselines that are there)
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +39,6 @@ from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services.files import write_json
 
 FOLDER = "baselines"
-EXAMPLE = """\
-  wfnet baseline runs/wf                    (all methods, all classes; again to go on)
-  wfnet baseline runs/wf --methods retrained --classes 0 1 --set neggrad_plus.lr=0.003
-  wfnet evaluate runs/wf --tables           (the tables, with the baselines that are there)"""
 _SETTINGS = [field.name for field in fields(BaselineConfig)]
 
 
@@ -41,12 +47,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         commands,
         run,
         "finished classes are kept; the same command goes on",
-        help="retrained, random labels, negative gradient, NegGrad+: per class, same measures",
-        description="Make and evaluate the usual ways of unlearning, one model per class, with the "
-        "measures of `wfnet evaluate`. An interrupted run goes on where it stopped, class by "
-        "class, when the command is given again.",
-        arguments="RUN [options]",
-        example=EXAMPLE,
+        "RUN [options]",
         resume=True,
     )
     group = parser.group("baselines")
@@ -149,8 +150,4 @@ def _config(method: str, options: argparse.Namespace) -> BaselineConfig:
                 f"--set {method}.{name}={value} would change nothing, {method} does not use {name}"
                 f"{other if method == 'retrained' else ''}"
             )
-        known = asdict(config)[name]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if number != isinstance(known, int | float):
-            raise ValueError(f"--set {method}.{name}={value} must be like {known!r}")
     return replace(config, **changes)

@@ -1,4 +1,13 @@
-"""`wfnet bench`: throughput of a whole untraining step on this machine, beside the alternatives."""
+"""throughput against the alternatives, on this machine
+
+Time one untraining step (label-expanded batch in, filters moved) and one filtered forward pass of
+any classifier with random weights and images, beside the same step as others would write it.
+Interleaved, medians; nothing is read or downloaded.
+
+example:
+  wfnet bench --model resnet50 -b 256 -M 3 --amp
+  wfnet bench --model resnet18 vit_tiny_patch16_224 --img-size 64 -b 8 --output steps.csv
+"""
 
 from __future__ import annotations
 
@@ -28,9 +37,6 @@ from wfnet.services import settings
 from wfnet.services.records import write_csv
 from wfnet.version import __version__
 
-EXAMPLE = """\
-  wfnet bench --model resnet50 -b 256 -M 3 --amp
-  wfnet bench --model resnet18 vit_tiny_patch16_224 --img-size 64 -b 8 --output steps.csv"""
 # Names of timm's benchmark.py where it has the quantity; ours where it has not. Times are in ms,
 # parameters in millions; batches are samples: images under a row each.
 FIELDS = (
@@ -44,15 +50,7 @@ FIELDS = (
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
-        commands,
-        run,
-        "the table is written at the end",
-        help="throughput against the alternatives, on this machine",
-        description="Time one untraining step (label-expanded batch in, filters moved) and one "
-        "filtered forward pass of any classifier with random weights and images, beside the same "
-        "step as others would write it. Interleaved, medians; nothing is read or downloaded.",
-        arguments="--model NAME [NAME ...] [options]",
-        example=EXAMPLE,
+        commands, run, "the table is written at the end", "--model NAME [NAME ...] [options]"
     )
     group = parser.group("what is measured")
     group.add_all(

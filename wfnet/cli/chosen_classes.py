@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,6 +31,16 @@ def network_names(recorded: Sequence[str] | None, num_classes: int) -> list[str]
     return None
 
 
+def class_number(label: str, names: Sequence[str] | None, count: int) -> int | None:
+    """Returns the number of a class from its name, in any case, or its number; None for none."""
+    lowered = [name.lower() for name in names or ()]
+    if label in (names or ()):
+        return list(names).index(label)
+    if lowered.count(label.lower()) == 1:
+        return lowered.index(label.lower())
+    return int(label) if label.isdecimal() and int(label) < count else None
+
+
 def choose_classes(
     chosen: Sequence[str], found: Sequence[str], num_classes: int, names: Sequence[str] | None
 ) -> tuple[Tensor, tuple[int, ...]]:
@@ -44,12 +55,7 @@ def choose_classes(
     Raises:
         ValueError: for a class that the network or the data do not have, or that two folders have.
     """
-
-    def number(name: str) -> int | None:
-        if names is not None and name in names:
-            return list(names).index(name)
-        return int(name) if name.isdecimal() and int(name) < num_classes else None
-
+    number = partial(class_number, names=names, count=num_classes)
     pairs = dict(entry.rsplit("=", 1) for entry in chosen if "=" in entry)
     if pairs and len(pairs) < len(chosen):
         raise ValueError("--classes takes classes, or FOLDER=NUMBER for all of them, not both")

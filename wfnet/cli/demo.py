@@ -1,6 +1,13 @@
-"""`wfnet demo`: the whole method on real digits, from training to a report, in about a minute.
+"""the whole method on real images, in about a minute, without a download
 
-It is a series of commands that a user could type; each is shown before it runs.
+Train a small network on scikit-learn's 1,797 handwritten digits, untrain all ten classes, evaluate,
+bake one class and write a report: a series of commands, each of which is shown before it runs. When
+it runs again with the same options, the trained network and the filters are reused.
+
+example:
+  wfnet demo
+  wfnet demo --model vit --output demo-vit
+  wfnet demo --recipe paper --output demo-paper     (the authors' settings, to compare)
 """
 
 from __future__ import annotations
@@ -25,26 +32,12 @@ from wfnet.services.locks import folder_lock
 from wfnet.training import SMALL_MODEL_SETTINGS
 from wfnet.untraining.untrain_config import RECIPES
 
-EXAMPLE = """\
-  wfnet demo
-  wfnet demo --model vit --output demo-vit
-  wfnet demo --recipe paper --output demo-paper     (the authors' settings, to compare)"""
 CLASSES = 10
 _MAX_THREADS = 4
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
-    parser = add_command(
-        commands,
-        run,
-        saved,
-        help="the whole method on real images, in about a minute, without a download",
-        description="Train a small network on scikit-learn's 1,797 handwritten digits, untrain all "
-        "ten classes, evaluate, bake one class and write a report. When it runs again with the "
-        "same options, the trained network and the filters are reused.",
-        arguments="[options]",
-        example=EXAMPLE,
-    )
+    parser = add_command(commands, run, saved, "[options]")
     group = parser.group("demo")
     epochs = [f"{name} {chosen['epochs']}" for name, chosen in SMALL_MODEL_SETTINGS.items()]
     group.add_all(

@@ -1,4 +1,14 @@
-"""`wfnet evaluate`: the measures of every class, as a table, files and figures."""
+"""accuracy and ZRF of every class of a run: table, JSON, CSV, figures
+
+Evaluate filters for all classes: Acc_f (accuracy on the forgotten class, low is good), Acc_r
+(accuracy on all others, high is good) and ZRF, next to the original network's. Every image is run
+under every row.
+
+example:
+  wfnet evaluate runs/r50                   (network and data as `wfnet untrain` recorded them)
+  wfnet evaluate runs/r50 --tables          (the paper's tables, with `wfnet baseline`'s results)
+  wfnet evaluate runs/r50 --data-dir /data/other --retained-rows 20 --output runs/r50-other
+"""
 
 from __future__ import annotations
 
@@ -41,10 +51,6 @@ from wfnet.services import settings
 from wfnet.services.files import write_json
 from wfnet.services.ranks import Ranks
 
-EXAMPLE = """\
-  wfnet evaluate runs/r50                   (network and data as `wfnet untrain` recorded them)
-  wfnet evaluate runs/r50 --tables          (the paper's tables, with `wfnet baseline`'s results)
-  wfnet evaluate runs/r50 --data-dir /data/other --retained-rows 20 --output runs/r50-other"""
 PARTS = ("test", "validation", "train")
 # What is known of an evaluation that is not finished.
 PARTIAL = "unfinished_evaluation"
@@ -55,12 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         commands,
         run,
         "what is counted is kept; the same command goes on there",
-        help="accuracy and ZRF of every class of a run: table, JSON, CSV, figures",
-        description="Evaluate filters for all classes: Acc_f (accuracy on the forgotten class, low "
-        "is good), Acc_r (accuracy on all others, high is good) and ZRF, next to the original "
-        "network's. Every image is run under every row.",
-        arguments="RUN [options]",
-        example=EXAMPLE,
+        "RUN [options]",
         resume=True,
     )
     group = parser.group("evaluation")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from wfnet.cli.chosen_classes import choose_classes, with_network_labels
+from wfnet.cli.chosen_classes import choose_classes, class_number, with_network_labels
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
 from wfnet.cli.options import fuse_of
 from wfnet.cli.runs import DATA_WITH_FILES, RUN_FILE, read_run
@@ -285,20 +285,12 @@ def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int
     Raises:
         ValueError: for one that does not exist.
     """
-    found = []
-    names = list(names or ())
-    lowered = [name.lower() for name in names]
-    for label in map(readable, labels):
-        if label in names:
-            found.append(names.index(label))
-        elif lowered.count(label.lower()) == 1:
-            found.append(lowered.index(label.lower()))
-        elif label.isdigit() and int(label) < count:
-            found.append(int(label))
-        else:
-            known = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    found = {label: class_number(readable(label), names, count) for label in labels}
+    for label, number in found.items():
+        if number is None:
+            known = ", ".join((names or ())[:5]) + (", ..." if len(names or ()) > 5 else "")
             raise ValueError(
                 f"there is no class {label!r}: classes are numbered 0 to {count - 1}"
                 f"{f', or called by their names ({known})' if known else ''}"
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found.values()))

@@ -12,6 +12,7 @@ import inspect
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -292,30 +293,28 @@ def add_command(
     commands: argparse._SubParsersAction,
     run: Callable[[argparse.Namespace], None],
     saved: str | Callable[[argparse.Namespace], str],
-    help: str,
-    description: str,
     arguments: str,
-    example: str,
     resume: bool = False,
 ) -> Parser:
-    """Adds a command, which is called as the module of ``run``.
+    """Adds the command of a module, which has the module's name and is explained by its docstring.
 
     Args:
         commands: to which it is added.
         run: does its work.
         saved: what is on disk after Ctrl-C.
-        help, description, example: of its help.
         arguments: what follows its name in its usage; if that is RUN first, an argument for it is
             added.
         resume: RUN may be named by ``--resume`` too, as in timm.
     """
     name = run.__module__.rpartition(".")[2]
+    text, example, examples = sys.modules[run.__module__].__doc__.partition("example:\n")
+    help, description = text.strip().split("\n\n")
     parser = commands.add_parser(
         name,
         help=help,
-        description=description,
+        description=" ".join(description.split()),
         usage=f"wfnet {name} {arguments}",
-        epilog=f"example:\n{example}",
+        epilog=example + examples,
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=run, saved=saved)

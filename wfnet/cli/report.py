@@ -1,4 +1,15 @@
-"""`wfnet report`: one page about a run, with tables, figures, trust checks and definitions."""
+"""one self-contained HTML page about a run
+
+Write one HTML page about a run that loads nothing from elsewhere: results of every class (sortable,
+with a search), figures, trust checks with what forgetting protects against and what not,
+definitions, configuration.
+
+example:
+  wfnet report runs/r50
+  wfnet report runs/r50 --as-is --output r50.html      (only what the folder holds, no network)
+
+Before it: wfnet evaluate, wfnet trust and wfnet baseline make what the page shows.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +29,12 @@ from wfnet.report.contents import Contents, read_contents
 from wfnet.report.page import write_report
 from wfnet.services import settings
 
-EXAMPLE = """\
-  wfnet report runs/r50
-  wfnet report runs/r50 --as-is --output r50.html      (only what the folder holds, no network)
-
-Before it: wfnet evaluate, wfnet trust and wfnet baseline make what the page shows."""
 # Where there are more classes than this, images run under some of the other rows only.
 _ALL_ROWS, _SOME_ROWS = 100, 10
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
-    parser = add_command(
-        commands,
-        run,
-        "an older report is left as it was",
-        help="one self-contained HTML page about a run",
-        description="Write one HTML page about a run that loads nothing from elsewhere: results of "
-        "every class (sortable, with a search), figures, trust checks with what forgetting "
-        "protects against and what not, definitions, configuration.",
-        arguments="RUN [options]",
-        example=EXAMPLE,
-    )
+    parser = add_command(commands, run, "an older report is left as it was", "RUN [options]")
     group = parser.group("report")
     group.add_all(
         """

@@ -1,4 +1,14 @@
-"""`wfnet train`: an ordinary classifier, to be untrained afterwards."""
+"""train a classifier, to be untrained afterwards
+
+Train a classifier in the ordinary way, from new weights. Its weights go into base.safetensors in
+the output folder, its settings beside them: `wfnet baseline` retrains with the same ones.
+
+example:
+  wfnet train --config digits/resnet --output runs/base
+  wfnet untrain --config digits/resnet --checkpoint runs/base/base.safetensors --output runs/wf
+  wfnet baseline runs/wf
+  wfnet evaluate runs/wf --tables
+"""
 
 from __future__ import annotations
 
@@ -15,24 +25,13 @@ from wfnet.services.files import write_tensors
 from wfnet.services.locks import folder_lock
 from wfnet.training import SMALL_MODEL_SETTINGS, TrainingSettings, accuracy, fit_classifier
 
-EXAMPLE = """\
-  wfnet train --config digits/resnet --output runs/base
-  wfnet untrain --config digits/resnet --checkpoint runs/base/base.safetensors --output runs/wf
-  wfnet baseline runs/wf
-  wfnet evaluate runs/wf --tables"""
-
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
         "training writes its weights at its end",
-        help="train a classifier, to be untrained afterwards",
-        description="Train a classifier in the ordinary way, from new weights. Its weights go into "
-        f"{BASE_NAME} in the output folder, its settings beside them: `wfnet baseline` retrains "
-        "with the same ones.",
-        arguments="--data NAME --model NAME --output DIR [options]",
-        example=EXAMPLE,
+        "--data NAME --model NAME --output DIR [options]",
     )
     add_training_options(parser, "")
     group = parser.group("output")

@@ -1,4 +1,16 @@
-"""`wfnet trust`: what forgetting withstands, class by class, beside retrained models."""
+"""attacks on what was forgotten: membership, relearning, probes, removability
+
+Attack the plain model of each class (as `wfnet bake` exports it), and measure the same on the
+original and on models retrained without the class. Finished classes and checks are kept, and the
+same command goes on after an interruption.
+
+example:
+  wfnet trust runs/r50 --classes 3 281
+  wfnet trust runs/r50 --classes tabby --checks removal relearning --prune-below 0.1
+
+Numbers mean most beside those of models that never saw the class: `wfnet baseline` trains them, and
+those that are in RUN are found.
+"""
 
 from __future__ import annotations
 
@@ -23,34 +35,21 @@ from wfnet.pretrained import FILTERS_NAME
 from wfnet.services import settings
 from wfnet.services.files import fingerprint, read_tensors
 
-EXAMPLE = """\
-  wfnet trust runs/r50 --classes 3 281
-  wfnet trust runs/r50 --classes tabby --checks removal relearning --prune-below 0.1
-
-Numbers mean most beside those of models that never saw the class: `wfnet baseline` trains them, and
-those that are in RUN are found."""
-
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
         commands,
         run,
         "finished checks are kept: the same command goes on there",
-        help="attacks on what was forgotten: membership, relearning, probes, removability",
-        description="Attack the plain model of each class (as `wfnet bake` exports it) in six "
-        "ways, and measure the same on the original and on models retrained without the class: "
-        + "; ".join(f"{c.name}: {c.question[:-1].lower()}" for c in trust.CHECKS.values())
-        + ". Finished classes and checks are kept, and the same command goes on after an "
-        "interruption.",
-        arguments="RUN [--classes CLASS ...] [options]",
-        example=EXAMPLE,
+        "RUN [--classes CLASS ...] [options]",
     )
     group = parser.group("checks")
     defaults = trust.TrustSettings()
+    questions = "; ".join(f"{c.name}: {c.question[:-1].lower()}" for c in trust.CHECKS.values())
     group.add_all(
         f"""
         --classes CLASS...  classes, by number or name (default: all)
-        --checks CHECK...  {", ".join(trust.CHECKS)} (default: all)
+        --checks CHECK...  {questions} (default: all)
         --prune-below T  check exports in which gates below T are exactly 0, as of `wfnet bake
             --prune-below` [default: 0]
         --cut-output  check exports whose class is cut from the head, as of `wfnet bake

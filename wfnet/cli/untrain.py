@@ -1,4 +1,15 @@
-"""`wfnet untrain`: learn filters for all classes of a classifier."""
+"""learn filters for all classes of a timm or torchvision classifier
+
+Learn filters for all classes of a classifier in one round. Its weights stay as they are; the output
+folder gets filters, history, checkpoints and every option.
+
+example:
+  wfnet untrain --data-dir /data/imagenet --model resnet50 --pretrained -b 256 --output runs/r50
+  wfnet untrain --resume runs/r50           (goes on where an interrupted run stopped)
+  torchrun --nproc-per-node 8 -m wfnet untrain ...     (the same run, shared by eight GPUs)
+  wfnet evaluate runs/r50
+  wfnet bake runs/r50 --forget 281
+"""
 
 from __future__ import annotations
 
@@ -47,28 +58,13 @@ from wfnet.wrapping import DURABLE_ALPHA_INIT, masks_linear_maps, wrap
 
 logger = logging.getLogger("wfnet")
 
-EXAMPLE = """\
-  wfnet untrain --data-dir /data/imagenet --model resnet50 --pretrained -b 256 --output runs/r50
-  wfnet untrain --resume runs/r50           (goes on where an interrupted run stopped)
-  torchrun --nproc-per-node 8 -m wfnet untrain ...     (the same run, shared by eight GPUs)
-  wfnet evaluate runs/r50
-  wfnet bake runs/r50 --forget 281"""
 # Images that the original network classifies before untraining starts, at most.
 _LOOK_AT = 1000
 _FILTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
-    parser = add_command(
-        commands,
-        run,
-        saved,
-        help="learn filters for all classes of a timm or torchvision classifier",
-        description="Learn filters for all classes of a classifier in one round. Its weights stay "
-        "as they are; the output folder gets filters, history, checkpoints and every option.",
-        arguments="--data-dir DIR --model NAME [options]",
-        example=EXAMPLE,
-    )
+    parser = add_command(commands, run, saved, "--data-dir DIR --model NAME [options]")
     _add_method_options(parser)
     group = parser.group("output")
     group.add(
