@@ -125,6 +125,16 @@ def test_baselines_and_the_papers_tables_are_shown(run, parse):
     assert "Acc_r 97.00% (original 98.00%)" in found.text
 
 
+def test_exports_are_described(run, parse):
+    found = {"name": "seven", "original_acc_f": 0.9, "original_acc_r": 0.8}
+    found |= {"images": {"forget": 3, "retain": 4}, "values": {"acc_f": 0.01, "acc_r": 0.7}}
+    found["details"] = {"attackers_images": {"unlabelled": 32, "of_the_class": 8}}
+    content = {"file": "x.safetensors", "prune_below": 0.1, "classes": [found]}
+    (run / "x.trust.json").write_text(json.dumps(content))
+    text = parse(page.write_report(run)).text
+    assert "x.safetensors, gates below 0.1 at 0class seven: accuracy on it 90.0% -> 1.0%" in text
+
+
 def test_several_labels_per_image(tmp_path, parse):
     mean = {"ap_f": 0.2, "map_r": 0.8, "original_ap_f": 0.9, "original_map_r": 0.81}
     records = [

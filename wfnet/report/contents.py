@@ -45,7 +45,7 @@ class Contents:
         multi_label: the same file where images have several labels each.
         trust: ``trust.json``.
         tables: ``tables.json``, the paper's tables beside the published numbers.
-        baselines: results of `wfnet baseline`, wherever in the folder.
+        baselines: (method, evaluation) of `wfnet baseline`, wherever in the folder.
         exports: reports beside baked files, by file name.
         pictures: file name -> bytes of a PNG.
         remarks: what was left out, as sentences.
@@ -55,7 +55,7 @@ class Contents:
     run: dict[str, Any]
     filters: dict[str, Any]
     tables: dict[str, Any] | None
-    baselines: list[dict[str, Any]]
+    baselines: list[tuple[str, EvaluationResult]]
     pictures: dict[str, bytes]
     evaluation: EvaluationResult | None = None
     multi_label: dict[str, Any] | None = None
@@ -66,11 +66,8 @@ class Contents:
     @property
     def retrained(self) -> dict[int, ClassRecord]:
         """By class, the evaluation of the network retrained without it; empty without any."""
-        for baseline in self.baselines:
-            if baseline["method"] == "retrained":
-                found = EvaluationResult.from_dict(baseline["evaluation"])
-                return {record.index: record for record in found.records}
-        return {}
+        found = next((result for name, result in self.baselines if name == "retrained"), None)
+        return {record.index: record for record in found.records} if found else {}
 
     def is_ours(self, path: Path, theirs: str | None, ours: str | None, remedy: str) -> bool:
         """Returns whether a result is of these filters, by their digests; adds a remark if not."""
@@ -96,7 +93,11 @@ def read_contents(folder: str | os.PathLike) -> Contents:
         run=_json(folder / "config.json") or {},
         filters=_json(folder / "wf_config.json") or {},
         tables=_json(folder / "tables.json"),
-        baselines=[result for place in places for result in read_baselines(place)],
+        baselines=[
+            (found["method"], EvaluationResult.from_dict(found["evaluation"]))
+            for place in places
+            for found in read_baselines(place)
+        ],
         pictures={
             name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()
         },

@@ -21,7 +21,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from wfnet.evaluation import EvaluationResult
 from wfnet.evaluation.metrics import TOP_K
 from wfnet.evaluation.results import base_name
 from wfnet.report.contents import PICTURES, Contents, read_contents
@@ -85,17 +84,13 @@ def render(contents: Contents) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.filters["marked"] = _marked
+    templates.filters |= {"marked": _marked, "described": describe_export}
     template = templates.get_template("page.html.jinja")
     return template.render(view=view(contents), margin=MARGIN, margin_taught=MARGIN_TAUGHT).lstrip()
 
 
 def view(contents: Contents) -> dict[str, Any]:
-    """Returns what the page shows, by the names of the template; None or empty without results.
-
-    ``checks`` and ``by_class`` are the trust checks over all classes and for each, ``methods`` the
-    run beside other methods, ``paper`` the paper's tables, ``settings`` all that made the numbers.
-    """
+    """Returns what the page shows, by the names of the template; None or empty without results."""
     options = contents.run.get("options", {})
     model = options.get("model") or contents.filters.get("model", "a classifier")
     data = options.get("data") or options.get("data_dir") or "its data"
@@ -109,17 +104,16 @@ def view(contents: Contents) -> dict[str, Any]:
         "subtitle": f"{model} on {data}; every class can be forgotten at run time",
         "folder": str(contents.folder),
         "result": result,
-        "worst": result and max(result.records, key=lambda record: record.acc_f),
         "top5": result is not None and result.settings.get("num_classes", 0) > TOP_K,
         "zrf_base": base_name(result.zrf_base) if result else "",
+        "baselines": contents.baselines,
         "retrained": contents.retrained,
         "labels": contents.multi_label,
         "verdicts": verdicts,
         "trust": trust,
         "checks": _checks(trust) if trust else [],
         "by_class": _by_class(trust) if trust else [],
-        "exports": _exports(contents.exports),
-        "methods": _methods(contents),
+        "exports": contents.exports,
         "paper": contents.tables and _paper_table(contents.tables),
         "pictures": {
             name: (PICTURES[name], base64.b64encode(content).decode())
@@ -174,31 +168,6 @@ def _by_class(trust: TrustResult) -> list[tuple[int, str, list[Mapping[str, floa
             for check, measure in headlines.items()
         ]
         rows.append((index, next(iter(records.values())).name, values))
-    return rows
-
-
-def _exports(reports: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    """Returns the file, how it was made and what was found, of every class of every export."""
-    rows = []
-    for name, report in reports.items():
-        below = report.get("prune_below") or 0
-        how = f", gates below {below:g} at 0" if below else ""
-        how += ", class cut from the head" if report.get("cut_output") else ""
-        file = str(report.get("file", name))
-        rows += [(file, how, describe_export(found)) for found in report.get("classes", ())]
-    return rows
-
-
-def _methods(contents: Contents) -> list[tuple[str, Any, int]]:
-    """Returns (method, scores, number of classes) of the run beside its baselines, if any."""
-    rows = []
-    for baseline in contents.baselines:
-        found = EvaluationResult.from_dict(baseline["evaluation"])
-        rows.append((baseline["method"], found.mean, len(found.records)))
-    own = contents.evaluation
-    if rows and own is not None:
-        count = len(own.records)
-        rows += [("original", own.original, count), ("wfnet", own.mean, count)]
     return rows
 
 
