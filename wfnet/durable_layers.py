@@ -158,7 +158,7 @@ class DurableLayer(MaskedLayer):
     def _gate_of(self, kind: str, labels: Tensor) -> Tensor:
         return self.row_gates(labels)[0]
 
-    def _group_gates(self) -> Tensor:
+    def group_gates(self) -> Tensor:
         """Gates ``[G, O]`` of the groups, with the noise and the parts that the mode says."""
         labels = self.mode.labels
         noise = self.mode.noise
@@ -192,7 +192,7 @@ class _GatedOutput(DurableLayer):
         if selection.rows is None:
             return y
         if self.mode.groups is not None:
-            gate = self._group_gates().index_select(0, self.mode.groups)
+            gate = self.group_gates().index_select(0, self.mode.groups)
         else:
             count = y.shape[0] if selection.uniform else selection.rows.shape[0]
             gate = self.row_gates(selection.expand(count, y.device, self.num_classes))
@@ -280,7 +280,7 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
     def _normalised(self, x: Tensor) -> Tensor:
         selection = active_selection(self._title())
         if selection.rows is not None and self.mode.groups is not None:
-            gate = self._group_gates()
+            gate = self.group_gates()
             y, mean, var = _GroupNorm.apply(
                 x, gate, self.weight, self.bias, self.mode.groups, self.eps
             )

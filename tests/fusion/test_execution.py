@@ -25,21 +25,17 @@ def timm_model(name: str, **options) -> nn.Module:
     return timm.create_model(name, num_classes=CLASSES, **options)
 
 
+RESNET = {"channels": (8, 16, 16, 16), "stem_width": 8}
+RES2NET = {"layers": (1, 1, 1, 1), "base_width": 8}
 NETWORKS = {
     "toy": lambda toy: toy(),
     "toy with biases": lambda toy: toy(bias=True, inplace=False),
     "own resnet": lambda toy: models.create("resnet", CLASSES, width=8, in_channels=3),
-    "own vgg": lambda toy: models.create("vgg", CLASSES, width=8, in_channels=3),
-    "torchvision shufflenet": lambda toy: torchvision.models.shufflenet_v2_x0_5(
-        num_classes=CLASSES
-    ),
-    "timm resnet26": lambda toy: timm_model("resnet26", channels=(8, 16, 16, 16), stem_width=8),
+    "shufflenet": lambda toy: torchvision.models.shufflenet_v2_x0_5(num_classes=CLASSES),
+    "timm resnet26": lambda toy: timm_model("resnet26", **RESNET),
     "timm mobilenetv3": lambda toy: timm_model("mobilenetv3_small_050"),
     "timm densenet": lambda toy: timm_model("densenet121", block_config=(2, 2), growth_rate=8),
-    "timm convnext": lambda toy: timm_model(
-        "convnext_atto", depths=(1, 1, 1, 1), dims=(8, 8, 16, 16)
-    ),
-    "timm res2net": lambda toy: timm_model("res2net50_26w_4s", layers=(1, 1, 1, 1), base_width=8),
+    "timm res2net": lambda toy: timm_model("res2net50_26w_4s", **RES2NET),
 }
 
 
@@ -76,39 +72,26 @@ def test_poolings_run_the_epilogue_of_the_layer_below(window, pair_of, check_equ
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("labels", [3, torch.tensor([0, -1, 4]), torch.tensor([[1], [1], [2]])])
-def test_without_source(labels, channels_last, toy, pair_of):
-    net, fused = pair_of(toy(bias=True))
-    x = images(size=9)
-    if channels_last:
-        fused = fused.to(memory_format=torch.channels_last)
-        x = x.contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(fused(x, labels), net(x, labels), rtol=1e-11, atol=1e-12)
-
-
-def test_mixed_rows_while_evaluating_and_the_original_network(toy, randomised, pair_of):
+def test_rows_while_evaluating_and_the_original_network(channels_last, toy, randomised, pair_of):
     base = randomised(toy(bias=True))
     net, fused = pair_of(base)
     x = images(2, 9)
     source, labels = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 4, 2, -1, 1])
+    if channels_last:
+        fused = fused.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         found = fused(x, labels, source)
         torch.testing.assert_close(found, net(x, labels, source), rtol=1e-11, atol=1e-12)
-        torch.testing.assert_close(found[3:4], base(x[1:]), rtol=1e-11, atol=1e-12)
+        torch.testing.assert_close(fused(x, 3), net(x, 3), rtol=1e-11, atol=1e-12)
         torch.testing.assert_close(fused(x, -1), base(x), rtol=1e-11, atol=1e-12)
-        assert torch.equal(fused(x), base(x))
+        assert channels_last or torch.equal(fused(x), base(x))
     assert fused.fused_network(x) is not None
+    fused(x, labels, source).sum().backward()  # a plan made while evaluating can be trained
+    assert all(p.grad.any() for p in fused.filter_parameters())
 
 
-def test_a_plan_made_while_evaluating_can_be_trained(toy, pair_of, check_equal):
-    net, fused = pair_of(toy())
-    x = images()
-    with torch.inference_mode():
-        fused(x, 1)
-    check_equal(net, fused, x)
-
-
-def test_prefix_and_stem_run_once_per_source_image(network_of, pair_of):
+def test_stem_runs_once_per_source_image(pair_of):
     seen = []
 
     class Stem(nn.Module):
@@ -158,7 +141,7 @@ def test_gradients_of_a_run_come_in_the_order_of_the_filters(several, network_of
         assert several or gradient.untyped_storage().data_ptr() == into.data_ptr()
 
 
-@pytest.mark.parametrize("gate", [1.0, 1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize("gate", [1.0, 1e-2, 1e-3])
 def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate, bfloat16_errors):
     _, error, unfused = bfloat16_errors(gate, True)
     assert error <= 2 * unfused
@@ -187,38 +170,34 @@ class Live(TorchDispatchMode):
         return sum(size for reference, size in self.made.values() if not reference.expired())
 
 
-def kept_by(net: wfnet.WFNet, x: torch.Tensor) -> float:
-    """Bytes that wait for the backward pass, in activations of 8 channels."""
-    net(x, 1)
-    with Live() as live:
-        out = net(x, 1).sum()
-        kept = live.bytes()
-    out.backward()
-    return kept / (x.shape[0] * 8 * x.shape[2] * x.shape[3] * 8)
+def sums_and_views(net, x):
+    y = torch.cat([net.conv(x), x + 1], 1)
+    y = F.pad(y, [1, 1, 1, 1])[:, :, 1:-1, 1:-1]
+    return net.conv(y[:, :8] - y[:, 8:])
 
 
-def conv() -> nn.Conv2d:
-    return nn.Conv2d(8, 8, 3, padding=1, bias=False)
+def activations(net, x):
+    for _ in range(6):
+        x = net.norm(net.conv(x))
+    return x
 
 
-def test_calls_keep_no_more_than_autograd_needs(network_of, pair_of):
-    """A branch and what the activation keeps, per layer: neither the clone of an activation in
-    place, nor results that nobody needs."""
-    layers = 6
-    norms = [timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU) for _ in range(layers)]
-    model = network_of(nn.Sequential(*(nn.Sequential(conv(), norm) for norm in norms)))
-    net, fused = pair_of(model)
-    x = images(4)
-    assert kept_by(fused, x) < 2 * layers + 1.5
-    assert kept_by(fused, x) < kept_by(net, x)
+# A branch and what the activation keeps, per layer: neither the clone of an activation in place,
+# nor results that nobody needs.
+@pytest.mark.parametrize(("body", "most"), [(sums_and_views, 3.5), (activations, 13.5)])
+def test_calls_keep_no_more_than_autograd_needs(body, most, network_of, pair_of):
+    norm = timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU)
+    model = network_of(body, conv=nn.Conv2d(8, 8, 3, padding=1, bias=False), norm=norm)
+    _, fused = pair_of(model)
 
+    def kept_by(net: wfnet.WFNet) -> float:
+        """Bytes that wait for the backward pass, in activations of 8 channels."""
+        x = images(4)
+        net(x, 1)
+        with Live() as live:
+            out = net(x, 1).sum()
+            kept = live.bytes()
+        out.backward()
+        return kept / (x.shape[0] * 8 * x.shape[2] * x.shape[3] * 8)
 
-def test_sums_concatenations_and_views_keep_nothing(network_of, pair_of, check_equal):
-    def body(net, x):
-        y = torch.cat([net.first(x), x + 1], 1)
-        y = F.pad(y, [1, 1, 1, 1])[:, :, 1:-1, 1:-1]
-        return net.second(y[:, :8] - y[:, 8:])
-
-    net, fused = pair_of(network_of(body, first=conv(), second=conv()))
-    assert kept_by(fused, images(4)) < 3.5  # the branches of three convolutions
-    check_equal(net, fused, images())
+    assert kept_by(fused) < most

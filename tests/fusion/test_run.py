@@ -18,12 +18,11 @@ def pair(request, toy, small_vit, pair_of):
 def test_gradients_repeat_bit_by_bit_and_accumulate(pair):
     net, fused = pair
     labels, found = torch.tensor([1, 1, 0]), []
-    for _ in range(3):
+    for _ in range(2):
         fused.zero_grad()
         fused(IMAGES, labels).square().sum().backward()
         found.append([p.grad.clone() for p in fused.filter_parameters()])
-    for other in found[1:]:
-        assert all(map(torch.equal, found[0], other))
+    assert all(map(torch.equal, *found))
     for network in (net, fused):
         network.zero_grad()
         for _ in range(2):
@@ -32,7 +31,7 @@ def test_gradients_repeat_bit_by_bit_and_accumulate(pair):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-12)
 
 
-def test_a_second_backward_pass_and_a_double_one_raise(pair):
+def test_what_backward_refuses(pair):
     _, fused = pair
     out = fused(IMAGES, 1).sum()
     out.backward(retain_graph=True)
@@ -40,10 +39,6 @@ def test_a_second_backward_pass_and_a_double_one_raise(pair):
         out.backward()
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(fused(IMAGES, 1).sum(), fused.filter_parameters(), create_graph=True)
-
-
-def test_filters_changed_before_backward_raise(pair):
-    _, fused = pair
     out = fused(IMAGES, 1).sum()
     with torch.no_grad():
         fused.filter_parameters()[0].add_(1)
@@ -59,11 +54,6 @@ def test_images_that_need_a_gradient_and_no_labels_run_unfused(pair):
     assert torch.equal(found, expected)
     with torch.no_grad():
         assert torch.equal(fused(IMAGES), net.bake(None)(IMAGES))
-
-
-def test_out_of_range_labels_are_refused_before_work(pair):
-    with pytest.raises(ValueError, match="forget label 5 is out of range"):
-        pair[1](IMAGES, torch.tensor([0, 5, 1]))
 
 
 class Branching(nn.Module):

@@ -1,4 +1,4 @@
-"""Tracing: the order of layers, an example's shapes, and what a trace would lose."""
+"""Tracing: the order of layers, and what a trace would lose."""
 
 import pytest
 import torch
@@ -26,27 +26,14 @@ def test_layers_in_the_order_of_the_forward_pass():
     assert order[-3:] == ["layer3.0.downsample.0", "layer3.0.conv1", "layer3.0.conv2"]
     assert sorted(order) == sorted(names)
     assert trace.execution_order(net.bake(0), names) == order  # plain models, too
-
-
-def test_a_network_that_cannot_be_traced_keeps_its_order():
     assert trace.execution_order(Branching(), ["second", "first"]) == ["second", "first"]
-    graph, failure = trace.trace_around(nn.Sequential(Branching()))
-    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0"]
-    assert failure is None, "a leaf without masked layers may do what it likes"
 
 
-def test_an_example_leaves_shapes_of_one_image_twice():
+def test_an_example_that_fails_and_checkpoints_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2))
-    graph = trace.trace(model)
-    trace.run_example(model, graph, torch.zeros(7, 3, 6, 6))
-    shapes = [tuple(node.meta["shape"]) for node in graph.nodes if "shape" in node.meta]
-    assert shapes == [(2, 3, 6, 6), (2, 4, 4, 4), (2, 64), (2, 2), (2, 2)]
+    graph, _ = trace.trace(model)
     with pytest.raises(fusion.NotFusable, match=r"^running its graph failed \(.*\)$"):
         trace.run_example(model, graph, torch.zeros(7, 3, 9, 9))
-
-
-def test_checkpointed_activations_are_refused():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3))
     model.grad_checkpointing = True
     with pytest.raises(fusion.NotFusable, match="checkpoints its activations"):
         trace.check_traceable(model, [])

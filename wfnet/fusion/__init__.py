@@ -25,14 +25,13 @@ by step), ``compiled``, ``durable_tables`` and ``durable_run``; for transformers
 and ``transformer``; above them ``checked``.
 """
 
-from wfnet.fusion.checked import Fusion, backend_for, check_mode, check_plan
+from wfnet.fusion.checked import Fusion, backend_for, check_mode
 from wfnet.fusion.compiled import CompiledNetwork
-from wfnet.fusion.cut import split_at_first_mask
 from wfnet.fusion.durable_run import DurableNetwork
 from wfnet.fusion.execution import PlanNetwork
 from wfnet.fusion.plan import CallStep, ConvStep, Plan, make_plan
 from wfnet.fusion.run import FusedNetwork
-from wfnet.fusion.trace import NotFusable, execution_order
+from wfnet.fusion.trace import NotFusable
 from wfnet.fusion.transformer import TrunkNetwork
 
 __all__ = [
@@ -48,8 +47,5 @@ __all__ = [
     "TrunkNetwork",
     "backend_for",
     "check_mode",
-    "check_plan",
-    "execution_order",
     "make_plan",
-    "split_at_first_mask",
 ]

@@ -1,8 +1,8 @@
 """Making a network's fused form, comparing it with the network, and noticing when it has changed.
 
 A plan holds modules, not their weights: those are read anew, or compared by version. What it was
-made from beyond them (which modules there are, their hooks, modes and settings) is noted in a
-:class:`_Structure`; where that has changed, the fused form is made anew.
+made from beyond them (which modules there are, their hooks, modes and settings) is noted; where
+that has changed, the fused form is made anew.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from wfnet.fusion.durable_run import DurableNetwork
 from wfnet.fusion.execution import PlanNetwork
 from wfnet.fusion.plan import make_plan
 from wfnet.fusion.run import FusedNetwork
-from wfnet.fusion.trace import NotFusable, because, global_hooks_of_torch, is_hooked
+from wfnet.fusion.trace import NotFusable, because, global_hooks_of_torch
 from wfnet.fusion.transformer import TrunkNetwork
 from wfnet.layers import MaskedLayer
 
@@ -45,7 +45,9 @@ class Fusion:
     def __init__(self) -> None:
         self.network: FusedNetwork | None = None
         self._made_for: tuple[object, ...] | None = None
-        self._structure: _Structure | None = None
+        self._structure: dict[nn.Module, tuple] = {}
+        # Modules whose attributes change in every run: counters of calls, say.
+        self._restless: set[nn.Module] = set()
 
     def __reduce__(self) -> tuple:
         return Fusion, ()
@@ -70,14 +72,19 @@ class Fusion:
             ValueError: for another mode.
         """
         check_mode(mode)
-        made_for = (mode, images.device, images.dtype)
-        if made_for != self._made_for or not self._structure.holds(model):
-            self.network, self._made_for = None, None
-            self._structure = _Structure(model)
+        made_for = (mode, images.device, images.dtype, global_hooks_of_torch())
+        if made_for != self._made_for or self._noted(model) != self._structure:
+            self.network, self._made_for, self._restless = None, None, set()
+            before = self._noted(model)
             self.network = _make(model, layers, mode, images, unfused)
-            self._structure.leave_out_what_changed()
-            self._made_for = made_for
+            after = self._noted(model)
+            self._restless = {module for module in before if before[module] != after.get(module)}
+            self._structure, self._made_for = self._noted(model), made_for
         return self.network
+
+    def _noted(self, model: nn.Module) -> dict[nn.Module, tuple]:
+        """What the modules of ``model`` are, but for their tensors."""
+        return {m: _settings_of(m) for m in model.modules() if m not in self._restless}
 
 
 def check_mode(mode: object) -> None:
@@ -86,75 +93,20 @@ def check_mode(mode: object) -> None:
         raise ValueError(f"fuse={mode!r} is none of True, False and 'compile'")
 
 
-# -- what a plan was made from --------------------------------------------------------------------
-
 _PLAIN = frozenset((bool, int, float, str, NoneType, FunctionType, MethodType))
 
 
-class _Structure:
-    """Modules of a model, their types, children, hooks and plain attributes, at one time."""
-
-    def __init__(self, model: nn.Module):
-        self.global_hooks = global_hooks_of_torch()
-        self.modules = [_Noted(module) for module in model.modules()]
-
-    def holds(self, model: nn.Module) -> bool:
-        """Whether ``model`` still is what was noted."""
-        same = model is self.modules[0].module and self.global_hooks == global_hooks_of_torch()
-        return same and all(noted.holds() for noted in self.modules)
-
-    def leave_out_what_changed(self) -> None:
-        """Lets go of the attributes of modules that change in every run: counters of calls, say."""
-        for noted in self.modules:
-            noted.restless = not noted.holds()
-
-
-class _Noted:
-    def __init__(self, module: nn.Module):
-        self.module = module
-        self.kind = type(module)
-        self.children = dict(module._modules)
-        self.hooks = _hooks_of(module)
-        self.state = dict(vars(module))
-        self.restless = False
-
-    def holds(self) -> bool:
-        module = self.module
-        if module._modules != self.children or type(module) is not self.kind:
-            return False
-        if (self.hooks or is_hooked(module)) and self.hooks != _hooks_of(module):
-            return False
-        return self.restless or self._same_settings()
-
-    def _same_settings(self) -> bool:
-        state = vars(self.module)
-        try:  # in C, and mostly of the very same objects
-            same = state == self.state
-        except Exception:  # tensors are not simply equal
-            same = False
-        if not same and _settings_of(state) == _settings_of(self.state):
-            self.state, same = dict(state), True
-        return same
-
-
-def _hooks_of(module: nn.Module) -> list[tuple[int, ...]]:
-    if not is_hooked(module):
-        return []
-    kinds = (module._forward_hooks, module._forward_pre_hooks)
-    return [tuple(hooks) for hooks in (*kinds, module._backward_hooks, module._backward_pre_hooks)]
-
-
-def _settings_of(state: dict[str, object]) -> dict[str, object]:
-    """Attributes that say what a module computes: mode, stride, a forward of its own."""
-    return {
+def _settings_of(module: nn.Module) -> tuple[object, ...]:
+    """Type, children, hooks and plain attributes: mode, stride, a forward of its own."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    hooks = (*hooks, module._backward_hooks, module._backward_pre_hooks)
+    settings = {
         name: value
-        for name, value in state.items()
+        for name, value in vars(module).items()
         if type(value) in _PLAIN
         or (type(value) is tuple and all(type(part) in _PLAIN for part in value))
     }
-
-
-# -- making and checking --------------------------------------------------------------------------
+    return type(module), list(module._modules.items()), [*map(tuple, hooks)], settings
 
 
 def _make(
@@ -165,9 +117,21 @@ def _make(
     unfused: Unfused,
 ) -> FusedNetwork | None:
     name = type(model).__name__
-    make = _make_trunk if all(isinstance(layer, nn.Linear) for layer in layers) else _make_plan
     try:
-        network = make(model, layers, mode, images, unfused)
+        if all(isinstance(layer, nn.Linear) for layer in layers):
+            parts = split_at_first_mask(model, images[:2])
+            network = TrunkNetwork(*parts, compiled=False)
+            check_plan(network, unfused, images)
+            if mode == "compile" or images.device.type == "cuda":
+                network = TrunkNetwork(*parts, compiled=True)
+        else:
+            backend = backend_for(layers)
+            plan = make_plan(model, images[:2])
+            network = (DurableNetwork if plan.durable else PlanNetwork)(plan, backend)
+            with plan.layers[0].mode.by_rows() if plan.durable else nullcontext():
+                check_plan(network, unfused, images)
+            if mode == "compile" and backend is backends.get("eager"):  # it has a graph to compile
+                network = _compiled(network, name)
     except NotFusable as reason:
         logger.warning("%s runs unfused: %s", name, reason)
         return None
@@ -175,41 +139,13 @@ def _make(
     return network
 
 
-def _make_plan(
-    model: nn.Module,
-    layers: Sequence[MaskedLayer],
-    mode: bool | str,
-    images: Tensor,
-    unfused: Unfused,
-) -> PlanNetwork:
-    backend = backend_for(layers)
-    plan = make_plan(model, images[:2])
-    network = (DurableNetwork if plan.durable else PlanNetwork)(plan, backend)
-    with plan.layers[0].mode.by_rows() if plan.durable else nullcontext():
-        check_plan(network, unfused, images)
-    if mode != "compile" or backend is not backends.get("eager"):  # which has a graph to compile
-        return network
-    reason = "some of its masked layers do not fold" if plan.masked_calls else None
-    if plan.durable:
+def _compiled(network: PlanNetwork, name: str) -> PlanNetwork:
+    reason = "some of its masked layers do not fold" if network.plan.masked_calls else None
+    if network.plan.durable:
         reason = "moments of groups have no compiled graph"
     if reason is None:
         return CompiledNetwork(network)
-    logger.warning("%s runs uncompiled: %s", type(model).__name__, reason)
-    return network
-
-
-def _make_trunk(
-    model: nn.Module,
-    layers: Sequence[MaskedLayer],
-    mode: bool | str,
-    images: Tensor,
-    unfused: Unfused,
-) -> TrunkNetwork:
-    parts = split_at_first_mask(model, images[:2])
-    network = TrunkNetwork(*parts, compiled=False)
-    check_plan(network, unfused, images)
-    if mode == "compile" or images.device.type == "cuda":
-        return TrunkNetwork(*parts, compiled=True)
+    logger.warning("%s runs uncompiled: %s", name, reason)
     return network
 
 

@@ -1,7 +1,7 @@
-"""The fused plan as one graph for ``torch.compile``: for the eager backend, on any device.
+"""Fused networks as one graph for ``torch.compile``: for the eager backend, on any device.
 
 Where kernels run the epilogue backward inside of a GEMM, the eager backend makes separate passes
-over memory. :func:`graph_of` writes the plan down as one graph of differentiable PyTorch operations
+over memory. :func:`graph_of` writes a plan down as one graph of differentiable PyTorch operations
 between convolutions, and the compiler fuses what lies between them, forward and backward. Two
 things are kept from the plan: what comes before the first mask runs once per source image, and a
 convolution's input gradient reads no input, so that only the branches ``u`` need to be kept. The
@@ -10,7 +10,10 @@ tables are inputs of the graph: new labels never recompile.
 
 from __future__ import annotations
 
+import logging
+import operator
 from collections.abc import Callable
+from types import FunctionType, MethodType
 
 import torch
 import torch.nn.functional as F
@@ -19,10 +22,91 @@ from torch import Tensor, fx, nn
 from wfnet import gates
 from wfnet.backends.contract import ConvGeometry
 from wfnet.backends.eager import conv2d_input_gradient
-from wfnet.fusion.execution import PlanNetwork, TableRun, max_pool_window
+from wfnet.fusion.execution import PlanNetwork, expand
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
-from wfnet.fusion.run import CompiledGraph, Run, write_sums
+from wfnet.fusion.run import Run
 from wfnet.operators import memory_format_of
+
+logger = logging.getLogger("wfnet")
+
+# So many batches that differ in size, dtype or use have a compiled graph of their own: as many as
+# the compiler itself keeps of one function.
+_MOST_GRAPHS = 8
+
+
+class CompiledGraph:
+    """A function that is compiled anew for every kind of batch, up to as many as are kept.
+
+    Args:
+        function: takes tensors, and lists of tensors, to logits.
+    """
+
+    def __init__(self, function: Callable[..., Tensor]):
+        if isinstance(function, MethodType):  # what is compiled is kept, and counted, by code
+            of_class = function.__func__
+            own = FunctionType(of_class.__code__.replace(), of_class.__globals__)
+            function = MethodType(own, function.__self__)
+        self._function = function
+        self._compiled = torch.compile(function, fullgraph=True, dynamic=False)
+        self._kinds: set[tuple] = set()
+        self.works = True
+
+    def takes(self, images: Tensor, *kind: object) -> bool:
+        """Whether a batch runs compiled: one of a kind that is known, or one of the first few."""
+        device = images.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (images.shape, images.dtype, autocast, *kind)
+        if not self.works or (key not in self._kinds and len(self._kinds) == _MOST_GRAPHS):
+            return False
+        self._kinds.add(key)
+        return True
+
+    def __call__(self, *inputs: object) -> Tensor:
+        """Logits; uncompiled if that fails (no C++ compiler, say), with a line in the log."""
+        from torch._dynamo.exc import TorchDynamoException  # half of the time of `import wfnet`
+
+        try:
+            return self._compiled(*inputs)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).strip().split("\n\n")[0].split())
+            logger.warning("the fused network runs uncompiled: compiling failed (%s)", reason)
+            self.works = False
+            return self._function(*inputs)
+
+
+class GraphRun(Run):
+    """A run whose network has a ``graph`` of ``(images, source, weights, scales, shifts)``.
+
+    Weights in the dtype of the run and tables ``[B, O]`` are lists, in the order of the folded
+    layers; by the tables it can be differentiated.
+    """
+
+    def forward(self) -> Tensor:
+        network, tables = self.network, self.tables
+        weights = [network.weight(layer, self.dtype) for layer, _ in network.folded]
+        learned = [self.save and layer.bias is not None for layer, _ in network.folded]
+        with torch.set_grad_enabled(self.save):
+            self.scales = [scale.detach().requires_grad_(self.save) for scale in tables.scales]
+            self.shifts = [
+                shift.detach().requires_grad_(learns)
+                for shift, learns in zip(tables.shifts, learned, strict=True)
+            ]
+            logits = network.graph(self.images, self.source, weights, self.scales, self.shifts)
+        if self.save:
+            self.logits = logits
+        return logits.detach()
+
+    def propagate(self, dout: Tensor) -> None:
+        shifts = [shift for shift in self.shifts if shift.requires_grad]
+        inputs = [*self.scales, *shifts]
+        found = torch.autograd.grad(self.logits, inputs, dout.to(self.logits.dtype))
+        del self.logits, self.scales, self.shifts
+        tables = self.tables
+        for t1, scale, of_scale in zip(tables.t1, tables.scales, found, strict=False):
+            torch.mul(of_scale, scale, out=t1)  # t1 is the derivative by the log of the scale
+        sums = [t0 for t0 in tables.t0 if t0 is not None]
+        for t0, of_shift in zip(sums, found[len(tables.scales) :], strict=True):
+            t0.copy_(of_shift)
 
 
 class CompiledNetwork(PlanNetwork):
@@ -33,58 +117,22 @@ class CompiledNetwork(PlanNetwork):
 
     def __init__(self, network: PlanNetwork):
         super().__init__(network.plan, network.backend)
-        self.graph = CompiledGraph(graph_of(self.plan, self.convs))
+        self.graph = CompiledGraph(graph_of(self.plan))
 
     def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
         if self.graph.takes(images, rows.shape[0], source is None, save):
-            return CompiledRun(self, images, rows, source, save)
+            return GraphRun(self, images, rows, source, save)
         return super().start(images, rows, source, save)
 
     def describe(self) -> str:
         return f"{super().describe()}; compiled"
 
 
-class CompiledRun(TableRun):
-    """Tables before and filter gradients after the compiled graphs."""
-
-    network: CompiledNetwork
-
-    def forward(self) -> Tensor:
-        network, tables = self.network, self.tables
-        weights = [network.weight(step.layer, self.dtype) for step in network.convs]
-        with torch.enable_grad():
-            self.scales = [scale.detach().requires_grad_(self.save) for scale in tables.scales]
-            self.shifts = [
-                shift.detach().requires_grad_(self.save and step.layer.bias is not None)
-                for shift, step in zip(tables.shifts, network.convs, strict=True)
-            ]
-            inputs = (self.images, self.source, weights, self.scales, self.shifts)
-            logits = network.graph(*inputs)
-            if logits is None:  # the graph as it is: the tables are those of this run already
-                logits = graph_of(network.plan, network.convs)(*inputs)
-        self.logits = logits
-        return logits.detach()
-
-    def propagate(self, dout: Tensor) -> None:
-        learned = [shift for shift in self.shifts if shift.requires_grad]
-        found = list(torch.autograd.grad(self.logits, [*self.scales, *learned], dout))
-        of_scales, of_learned = found[: len(self.scales)], iter(found[len(self.scales) :])
-        of_shifts = [next(of_learned) if s.requires_grad else None for s in self.shifts]
-        del self.logits, self.scales, self.shifts
-        write_sums(self.tables, of_scales, of_shifts)
-
-
 # -- the plan as a graph ---------------------------------------------------------------------------
 
 
-def graph_of(plan: Plan, convs: list[ConvStep]) -> fx.GraphModule:
-    """A module of ``(images, source, weights, scales, shifts)`` that returns logits ``[B, K]``.
-
-    Args:
-        plan: what to write down.
-        convs: its convolutions, in the order of the three lists that the module takes: frozen
-            weights, and tables ``[B, O]`` by which it can be differentiated.
-    """
+def graph_of(plan: Plan) -> fx.GraphModule:
+    """A module of the arguments of :class:`GraphRun` that returns logits ``[B, K]``."""
     graph, calls = fx.Graph(), nn.Module()
     images, source, *lists = (
         graph.placeholder(name) for name in ("images", "source", "weights", "scales", "shifts")
@@ -96,45 +144,30 @@ def graph_of(plan: Plan, convs: list[ConvStep]) -> fx.GraphModule:
         if plan.level[node] != SOURCE:
             return values[node]
         if node not in expanded:
-            expanded[node] = graph.call_function(_per_sample, (values[node], source))
+            expanded[node] = graph.call_function(expand, (values[node], source))
         return expanded[node]
 
     for step in plan.steps:
         if isinstance(step, ConvStep):
-            weight, scale, shift = (
-                graph.call_function(_item, (tensors, convs.index(step))) for tensors in lists
-            )
+            tables = [
+                graph.call_function(operator.getitem, (tensors, step.index)) for tensors in lists
+            ]
             residual = None if step.residual is None else per_sample(step.residual)
             of_samples = source if step.at_source else None
-            arguments = (values[step.input], weight, scale, shift, residual, step.relu, of_samples)
+            geometry = step.geometry
             values[step.output] = graph.call_function(
-                fused_convolution, (*arguments, *_geometry_of(step))
+                fused_convolution,
+                (values[step.input], *tables, residual, step.relu, of_samples)
+                + (geometry.stride, geometry.padding, geometry.dilation, geometry.groups),
             )
         else:
-            name = f"call_{len(values)}"
-            calls.add_module(name, _Call(step))
             read = per_sample if step.level == EXPANDED else values.__getitem__
             args, kwargs = fx.node.map_arg(step.arguments, read)
-            window = max_pool_window(step)
-            if window is None:
-                values[step.output] = graph.call_module(name, args, kwargs)
-            else:
-                values[step.output] = graph.call_function(max_pool2d, (*args, window))
+            name = f"call_{len(values)}"
+            calls.add_module(name, _Call(step))
+            values[step.output] = graph.call_module(name, args, kwargs)
     graph.output(per_sample(plan.result))
     return fx.GraphModule(calls, graph)
-
-
-def _item(tensors: list[Tensor], index: int) -> Tensor:
-    return tensors[index]
-
-
-def _per_sample(value: object, source: Tensor | None) -> object:
-    return gates.gather_samples(value, source) if isinstance(value, Tensor) else value
-
-
-def _geometry_of(step: ConvStep) -> tuple:
-    geometry = step.geometry
-    return geometry.stride, geometry.padding, geometry.dilation, geometry.groups
 
 
 class _Call(nn.Module):
@@ -205,43 +238,12 @@ class _FrozenConvolution(torch.autograd.Function):
         return dx, None, None, None, None, None
 
 
-def max_pool2d(x: Tensor, window: tuple) -> Tensor:
-    """``F.max_pool2d``; on a CPU through PyTorch's own kernels, which compiled code is behind."""
-    if x.device.type != "cpu":
-        return F.max_pool2d(x, *window)
-    return _MaxPool.apply(x, *window)
-
-
-class _MaxPool(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, *window):
-        out, positions = torch.ops.wfnet.max_pool2d(x, *window)
-        ctx.save_for_backward(positions)
-        channels_last = memory_format_of(x, x) is torch.channels_last
-        ctx.arguments = (list(x.shape), channels_last, *window)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        (positions,) = ctx.saved_tensors
-        dx = torch.ops.wfnet.max_pool2d_backward(dout, positions, *ctx.arguments)
-        return dx, None, None, None, None, None
-
-
-# -- operators that the compiler leaves alone ------------------------------------------------------
-
-# It would make a real input for PyTorch's input gradient, in a layout of its choice, to which the
-# gradient is then converted.
+# The compiler would make a real input for PyTorch's input gradient, in a layout of its choice, to
+# which the gradient is then converted: this operator it leaves alone.
 _library = torch.library.Library("wfnet", "FRAGMENT")
 _library.define(
     "conv2d_input_gradient(Tensor du, Tensor weight, SymInt[] input_shape, bool channels_last, "
     "int[] stride, int[] padding, int[] dilation, int groups) -> Tensor"
-)
-_WINDOW = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
-_library.define(f"max_pool2d(Tensor x, {_WINDOW}) -> (Tensor out, Tensor positions)")
-_library.define(
-    "max_pool2d_backward(Tensor dout, Tensor positions, SymInt[] input_shape, bool channels_last, "
-    f"{_WINDOW}) -> Tensor"
 )
 
 
@@ -249,39 +251,13 @@ def _layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-@torch.library.impl(_library, "max_pool2d", "CompositeExplicitAutograd")
-def _(x, *window):
-    return torch.ops.aten.max_pool2d_with_indices(x, *window)
-
-
-@torch.library.register_fake("wfnet::max_pool2d", lib=_library)
-def _(x, *window):
-    return torch.ops.aten.max_pool2d_with_indices(x, *window)
-
-
-@torch.library.impl(_library, "max_pool2d_backward", "CompositeExplicitAutograd")
-def _(dout, positions, input_shape, channels_last, *window):
-    layout = _layout(channels_last)
-    # Only shape and layout of the input are read; its pages are never touched.
-    x = torch.empty(input_shape, dtype=dout.dtype, device=dout.device, memory_format=layout)
-    return torch.ops.aten.max_pool2d_with_indices_backward(dout, x, *window, positions).contiguous(
-        memory_format=layout
-    )
-
-
-@torch.library.register_fake("wfnet::max_pool2d_backward", lib=_library)
-def _(dout, positions, input_shape, channels_last, *window):
-    return dout.new_empty(input_shape).to(memory_format=_layout(channels_last))
-
-
 @torch.library.impl(_library, "conv2d_input_gradient", "CompositeExplicitAutograd")
-def _(du, weight, input_shape, channels_last, stride, padding, dilation, groups):
-    geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+def _(du, weight, input_shape, channels_last, *geometry):
     du = du.contiguous(memory_format=_layout(channels_last))
-    dx = conv2d_input_gradient(du, weight, tuple(input_shape), geometry)
+    dx = conv2d_input_gradient(du, weight, tuple(input_shape), ConvGeometry(*geometry))
     return dx.contiguous(memory_format=_layout(channels_last))
 
 
 @torch.library.register_fake("wfnet::conv2d_input_gradient", lib=_library)
-def _(du, weight, input_shape, channels_last, stride, padding, dilation, groups):
+def _(du, weight, input_shape, channels_last, *geometry):
     return du.new_empty(input_shape).to(memory_format=_layout(channels_last))

@@ -1,9 +1,9 @@
 """Cutting a traced network before its first masked layer.
 
 The part before the cut takes images; the rest takes a run, which it asks for masked layers and for
-tensors of the cut as samples see them (:class:`Samples`), and the tensors that cross. A masked
-layer is called together with the views that are first taken of its result
-(:class:`wfnet.fusion.views.MaskedCall`).
+tensors of the cut as samples see them (:class:`wfnet.fusion.transformer.Samples`), and the tensors
+that cross. A masked layer is called together with the views that are first taken of its result
+(query, key and value, say): a compiler then computes them again in backward.
 """
 
 from __future__ import annotations
@@ -11,35 +11,22 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor, fx, nn
-from torch.autograd.graph import saved_tensors_hooks
 
 from wfnet.durable_layers import DurableLayer
 from wfnet.fusion.plan import EXPANDED, SOURCE
-from wfnet.fusion.rewrite import changed_in_place, erase_idle
+from wfnet.fusion.rewrite import erase_idle
 from wfnet.fusion.tokens import drop_unread_tokens
-from wfnet.fusion.trace import NotFusable, check_traceable, run_example, trace
-from wfnet.fusion.views import MaskedCall, is_view
+from wfnet.fusion.trace import NotFusable, check_traceable, name_of, run_example, trace
 from wfnet.layers import MaskedLayer, WFLinear
 
-
-class Samples(Protocol):
-    """What the rest asks of a run (:class:`wfnet.fusion.transformer.Samples`)."""
-
-    watches: bool
-
-    def expanded(self, x: Tensor) -> Tensor: ...
-
-    def shaped(self, x: Tensor) -> Tensor: ...
-
-    def masked(self, call: MaskedCall, x: Tensor, sizes: tuple) -> tuple: ...
-
-    def pack(self, t: Tensor) -> tuple: ...
-
-    def unpack(self, packed: tuple) -> Tensor: ...
+# Operations whose result is a view of their first argument, or a copy that stands for it.
+_VIEWS = frozenset(
+    ("chunk", "contiguous", "expand", "flatten", "getitem", "movedim", "narrow", "permute")
+    + ("reshape", "select", "split", "squeeze", "swapaxes", "tensor_split", "transpose")
+    + ("unbind", "unflatten", "unsqueeze", "view")
+)
 
 
 def split_at_first_mask(
@@ -47,8 +34,7 @@ def split_at_first_mask(
 ) -> tuple[fx.GraphModule, fx.GraphModule, list[MaskedLayer]]:
     """The network before its first masked layer, from there on, and its masked layers.
 
-    The rest takes a run, which it asks for masked layers and for tensors of the cut as samples see
-    them (:class:`Samples`), and the tensors that cross the cut.
+    The rest takes a run and the tensors that cross the cut.
 
     Args:
         images: an example ``[N, C, H, W]``; the network is run on it, without labels.
@@ -64,22 +50,23 @@ def split_at_first_mask(
     run_example(model, graph, images)
     drop_unread_tokens(graph, modules)
     level: dict[fx.Node, int] = {image: SOURCE}
-    called: set[nn.Module] = set()
+    called: dict[fx.Node, MaskedLayer] = {}
     for node in graph.nodes:
-        masks = node.op == "call_module" and isinstance(modules[node.target], MaskedLayer)
-        below = max((level.get(read, 0) for read in node.all_input_nodes), default=0)
+        module = modules[node.target] if node.op == "call_module" else None
+        if isinstance(module, MaskedLayer):
+            called[node] = module
         if node is not image:
-            level[node] = EXPANDED if masks else below
-        if masks:
-            called.add(modules[node.target])
-    for name, module in modules.items():
-        if module in called and type(module).forward is not WFLinear.forward:
-            durable = isinstance(module, DurableLayer)
+            below = max((level.get(read, 0) for read in node.all_input_nodes), default=0)
+            level[node] = EXPANDED if node in called else below
+    layers = [module for module in modules.values() if module in called.values()]
+    for layer in layers:
+        if type(layer).forward is not WFLinear.forward:
+            durable = isinstance(layer, DurableLayer)
             what = "has durable gates, not fused here" if durable else "is no linear map"
-            raise NotFusable(f"{name!r} {what}")
-    layers = [module for module in modules.values() if module in called]
+            raise NotFusable(f"{layer.layer_name!r} {what}")
     cut = _Cut(graph, level)
-    return cut.prefix(model), cut.rest(model, layers), layers
+    positions = {node: layers.index(layer) for node, layer in called.items()}
+    return cut.prefix(model), cut.rest(model, positions), layers
 
 
 def _graph_of(model: nn.Module) -> tuple[fx.Graph, fx.Node]:
@@ -90,7 +77,9 @@ def _graph_of(model: nn.Module) -> tuple[fx.Graph, fx.Node]:
         for p in others
         if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     }
-    graph = trace(model, constants)
+    graph, failure = trace(model, constants)
+    if failure is not None:
+        raise failure
     image, *extra = [node for node in graph.nodes if node.op == "placeholder"]
     for node in extra:
         _erase_assertions(graph, node)
@@ -107,28 +96,30 @@ def _erase_assertions(graph: fx.Graph, node: fx.Node) -> None:
 
 
 class _Cut:
-    """Copies the nodes of a graph to both sides of the cut."""
+    """Copies the nodes of a graph to both sides of the cut.
+
+    Attributes:
+        crossing: tensors of source images that are read behind the cut.
+        again: what else is read there: a size of the batch counts source images before the cut, so
+            that it is read anew.
+    """
 
     def __init__(self, graph: fx.Graph, level: dict[fx.Node, int]):
         self.graph, self.level = graph, level
         self.late = {n for n in graph.nodes if level[n] == EXPANDED or n.op == "output"}
-        # A size of the batch counts source images before the cut: behind it, sizes are read anew.
-        self.crossing: list[fx.Node] = []
+        self.crossing: dict[fx.Node, None] = {}
         self.again: set[fx.Node] = set()
         for node in graph.nodes:
             if node in self.late:
-                for read in node.all_input_nodes:
-                    self._cross(read)
+                self._cross(node)
 
-    def _cross(self, node: fx.Node) -> None:
-        if node in self.late or node in self.again or node in self.crossing:
-            return
-        if "shape" in node.meta and self.level[node] == SOURCE:
-            self.crossing.append(node)
-            return
-        self.again.add(node)
-        for read in node.all_input_nodes:
-            self._cross(read)
+    def _cross(self, reader: fx.Node) -> None:
+        for node in reader.all_input_nodes:
+            if "shape" in node.meta and self.level[node] == SOURCE:
+                self.crossing[node] = None
+            elif node not in self.late and node not in self.again:
+                self.again.add(node)
+                self._cross(node)
 
     def prefix(self, model: nn.Module) -> fx.GraphModule:
         graph, copies = fx.Graph(), {}
@@ -141,13 +132,12 @@ class _Cut:
         module.recompile()
         return module
 
-    def rest(self, model: nn.Module, layers: list[MaskedLayer]) -> fx.GraphModule:
+    def rest(self, model: nn.Module, masked: dict[fx.Node, int]) -> fx.GraphModule:
+        """From a run and the tensors that cross; ``masked``: indices of layers by their calls."""
         graph = fx.Graph()
         run = graph.placeholder("run")
         raw = {node: graph.placeholder(f"crossing_{i}") for i, node in enumerate(self.crossing)}
         copies: dict[fx.Node, fx.Node] = {}
-        modules = dict(model.named_modules())
-        changes = {changed_in_place(node, modules) for node in self.late} - {None}
         seen: dict[tuple[str, fx.Node], fx.Node] = {}  # tensors of the cut as samples see them
 
         def read(node: fx.Node, how: str) -> fx.Node:
@@ -157,107 +147,56 @@ class _Cut:
                 seen[how, node] = graph.call_method(how, (run, raw[node]))
             return seen[how, node]
 
-        regions: dict[fx.Node, _Region] = {}  # by the values inside, until one is wanted outside
-
-        def leave(region: _Region) -> None:
-            x = region.input
-            source = raw.get(x)
-            index = layers.index(modules[region.root.target])
-            call = region.function(index, x in raw, changes.isdisjoint(region.members))
-            arguments = [copies[x] if source is None else source]
-            arguments += [read(n, "expanded") for n in region.externals]
-            made = graph.call_function(call, (run, *arguments))
-            for i, node in enumerate(region.results):
-                copies[node] = graph.call_function(operator.getitem, (made, i))
-                of_masks.add(node)
-            for node in region.members:
-                del regions[node]
-
-        of_masks: set[fx.Node] = set()  # results of masked layers, and views of them
+        inside: set[fx.Node] = set()
         for node in self.graph.nodes:
-            if node not in self.late and node not in self.again:
+            if node in inside:
                 continue
-            module = modules.get(node.target) if node.op == "call_module" else None
-            inside = dict.fromkeys(regions[n] for n in node.all_input_nodes if n in regions)
-            if len(inside) == 1 and is_view(node):
-                (region,) = inside
-                region.members.append(node)
-                regions[node] = region
-                continue
-            for region in inside:
-                leave(region)
-            if isinstance(module, MaskedLayer):
-                regions[node] = _Region(node)
-                continue
-            how = "shaped" if node in self.again else "expanded"
-            copies[node] = copy = graph.node_copy(node, lambda n, how=how: read(n, how))
-            if of_masks.intersection(node.all_input_nodes) and node.op != "output":
-                if is_view(node):
-                    of_masks.add(node)
-                else:
-                    _watch(copy, run, module)
+            if node in masked:
+                (x,) = node.all_input_nodes
+                region = self._with_views(node)
+                inside.update(region)
+                sizes = dict.fromkeys(n for v in region[1:] for n in v.all_input_nodes)
+                sizes = [size for size in sizes if size not in inside]
+                results = [n for n in region if not inside.issuperset(n.users)]
+                call = _masked_call(masked[node], x in raw, region, sizes, results)
+                given = raw[x] if x in raw else copies[x]
+                made = graph.call_function(call, (run, given, *(copies[size] for size in sizes)))
+                for i, result in enumerate(results):
+                    copies[result] = graph.call_function(operator.getitem, (made, i))
+            elif node in self.late or node in self.again:
+                how = "shaped" if node in self.again else "expanded"
+                copies[node] = graph.node_copy(node, lambda n, how=how: read(n, how))
         return fx.GraphModule(model, graph)
 
-
-@dataclass(eq=False)
-class _Region:
-    """A masked layer and the views of its result that come before anything else is done with it."""
-
-    root: fx.Node
-
-    def __post_init__(self) -> None:
-        self.members = [self.root]
-
-    @property
-    def input(self) -> fx.Node:
-        (x,) = self.root.all_input_nodes
-        return x
-
-    @property
-    def externals(self) -> list[fx.Node]:
-        """Sizes and the like that the views read."""
-        read = [n for member in self.members[1:] for n in member.all_input_nodes]
-        return [n for n in dict.fromkeys(read) if n not in self.members]
-
-    @property
-    def results(self) -> list[fx.Node]:
-        """What is read from outside."""
-        return [n for n in self.members if any(user not in self.members for user in n.users)]
-
-    def function(self, index: int, at_source: bool, constant: bool) -> Callable[..., tuple]:
-        """A run, the layer's input and :attr:`externals` to :attr:`results`."""
-        graph = fx.Graph()
-        copies = {self.root: graph.placeholder("y")}
-        for node in self.externals:
-            copies[node] = graph.placeholder(node.name)
-        for node in self.members[1:]:
-            copies[node] = graph.node_copy(node, lambda n: copies[n])
-        graph.output(tuple(copies[node] for node in self.results))
-        call = MaskedCall(index, at_source, constant, fx.GraphModule({}, graph).forward)
-
-        def masked(run: Samples, x: Tensor, *sizes: object) -> tuple:
-            return run.masked(call, x, sizes)
-
-        return _named(masked, f"masked_{self.root.name}")
+    def _with_views(self, masked: fx.Node) -> list[fx.Node]:
+        """A masked layer's call and the views of its result, as far as sizes are known before."""
+        region = [masked]
+        for node in self.graph.nodes:
+            reads = node.all_input_nodes
+            view = node.op != "call_module" and name_of(node) in _VIEWS
+            known = all(n in region or ("shape" not in n.meta and n < masked) for n in reads)
+            if view and known and reads and reads[0] in region:
+                region.append(node)
+        return region
 
 
-def _named(function: Callable, name: str) -> Callable:
-    """The code that torch.fx writes calls a function by its name, which must be one of its own."""
-    function.__name__ = name
-    return function
+def _masked_call(
+    index: int,
+    at_source: bool,
+    region: list[fx.Node],
+    sizes: list[fx.Node],
+    results: list[fx.Node],
+) -> Callable[..., tuple]:
+    """A function of a run, a layer's input and ``sizes`` that returns views of its result."""
+    graph = fx.Graph()
+    copies = {node: graph.placeholder(node.name) for node in [region[0], *sizes]}
+    for node in region[1:]:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.output(tuple(copies[node] for node in results))
+    views = fx.GraphModule({}, graph).forward
 
+    def masked(run: object, x: Tensor, *sizes: object) -> tuple:
+        return run.masked(index, x, at_source, lambda y: views(y, *sizes))
 
-def _watch(node: fx.Node, run: fx.Node, module: nn.Module | None) -> None:
-    """Lets the run see what autograd saves in the operation of ``node``."""
-    call = node.target if module is None else module
-    if node.op == "call_method":
-        call = getattr(Tensor, node.target)
-
-    def watched(run: Samples, *args: object, **kwargs: object) -> object:
-        if not run.watches:
-            return call(*args, **kwargs)
-        with saved_tensors_hooks(run.pack, run.unpack):
-            return call(*args, **kwargs)
-
-    node.op, node.args = "call_function", (run, *node.args)
-    node.target = _named(watched, f"watched_{node.name}")
+    masked.__name__ = f"masked_{region[0].name}"  # the code that torch.fx writes calls it so
+    return masked

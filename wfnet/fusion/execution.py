@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from wfnet import gates
 from wfnet.backends.contract import (
@@ -21,10 +21,8 @@ from wfnet.backends.contract import (
 )
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
 from wfnet.fusion.run import FusedNetwork, Run
-from wfnet.fusion.trace import NotFusable, is_hooked
-from wfnet.gate_tables import GatedLayer, StepTables
+from wfnet.fusion.trace import is_hooked
 from wfnet.labels import Selection, forgetting
-from wfnet.layers import MaskedLayer
 
 
 class PlanNetwork(FusedNetwork):
@@ -36,58 +34,16 @@ class PlanNetwork(FusedNetwork):
     """
 
     def __init__(self, plan: Plan, backend: Backend):
-        super().__init__()
         self.plan = plan
-        self.backend = backend
         # In the order of the network's modules, as `WFNet.filter_parameters`.
         self.convs = sorted(plan.convolutions, key=lambda step: step.index)
-
-    @property
-    def layers(self) -> tuple[MaskedLayer, ...]:
-        return tuple(self.plan.layers)
+        super().__init__(plan.layers, [(step.layer, step.norm) for step in self.convs], backend)
 
     def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
         return PlanRun(self, images, rows, source, save)
 
     def describe(self) -> str:
         return self.plan.describe()
-
-    def folded_filters(self) -> list[Tensor]:
-        """Filter matrices of the folded layers, in the order of the tables' gradients."""
-        return [matrix for step in self.convs for matrix in step.masked.named_filters().values()]
-
-    def tables(self, rows: Tensor, save: bool) -> StepTables:
-        """Tables of one pass over labels ``rows`` ``[B, J]``; ``save``: with column sums."""
-        tables = self._tables_over(
-            self.folded_filters(),
-            (tensor for step in self.convs for tensor in _constants_of(step)),
-            lambda: self.backend.gate_tables([_gated(step) for step in self.convs]),
-        )
-        return tables(rows, save)
-
-
-def _constants_of(step: ConvStep) -> Iterable[Tensor]:
-    norm = step.norm
-    tensors = [step.layer.bias]
-    if norm is not None:
-        tensors += [norm.weight, norm.bias, norm.running_mean, norm.running_var]
-    return (t for t in tensors if t is not None)
-
-
-def _gated(step: ConvStep) -> GatedLayer:
-    conv, norm = step.layer, step.norm
-    of_norm = {}
-    if norm is not None:
-        of_norm = {
-            "gamma": norm.weight,
-            "beta": norm.bias,
-            "mean": norm.running_mean,
-            "var": norm.running_var,
-            "eps": norm.eps,
-        }
-    return GatedLayer(
-        conv.alpha_weight, conv.alpha_bias, conv.bias, gate_scale=conv.gate_scale, **of_norm
-    )
 
 
 @dataclass
@@ -114,25 +70,20 @@ class _Entry(torch.autograd.Function):
         return None, None  # only the gradient of its output is ever asked for
 
 
+# A tensor of a value: a node, and which one of the tensors that it returns.
+_Place = tuple[fx.Node, int]
+
+
 @dataclass
 class _Recorded:
-    """What a recorded call keeps: places in autograd's graph, neither its inputs nor its result.
+    """What a recorded call keeps: places in autograd's graph, neither its inputs nor its results.
 
     What its backward needs is kept by the graph.
     """
 
-    inputs: dict[fx.Node, GradientEdge]
+    inputs: dict[_Place, GradientEdge]
     filters: list[Tensor]  # of masked layers inside
-    result: GradientEdge
-    dtype: torch.dtype
-
-
-@dataclass
-class _Part:
-    """A view of some elements of a value: its gradient is added into that of the whole."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    results: dict[_Place, tuple[GradientEdge, torch.dtype]]
 
 
 @dataclass
@@ -155,55 +106,20 @@ def max_pool_window(step: CallStep) -> PoolGeometry | None:
     return PoolGeometry(*pairs, pool.ceil_mode)
 
 
-class TableRun(Run):
-    """A run of a plan: tables before, filter gradients from their column sums after.
-
-    Attributes:
-        tables: of the batch, with room for the column sums that :meth:`propagate` writes.
-    """
+class PlanRun(Run):
+    """Runs the steps of a plan one by one, through the methods of a backend."""
 
     network: PlanNetwork
 
     def __init__(self, network: PlanNetwork, *batch: object):
         super().__init__(network, *batch)
         self.backend = network.backend
-        self.tables: StepTables = self._make_tables()
-        self.of_calls: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
-
-    def _make_tables(self) -> StepTables:
-        return self.network.tables(self.rows, self.save)
-
-    def gradients(self, into: Tensor | None) -> list[Tensor]:
-        """Of the tables; of calls too, where layers run by themselves; summed for one run twice."""
-        network = self.network
-        folded = network.folded_filters()
-        if len(folded) == len(network.filters()) and not self.of_calls:
-            return self.tables.gradients(into)
-        for matrix, gradient in zip(folded, self.tables.gradients(), strict=True):
-            self._add_filter(matrix, gradient)
-        gradients = [
-            self.of_calls[matrix] if matrix in self.of_calls else torch.zeros_like(matrix)
-            for matrix in network.filters()
-        ]
-        self.of_calls.clear()
-        if into is None:
-            return gradients
-        torch.cat(gradients, 1, out=into)
-        return list(into.split([gradient.shape[1] for gradient in gradients], 1))
-
-    def _add_filter(self, matrix: Tensor, gradient: Tensor) -> None:
-        known = self.of_calls.get(matrix)
-        self.of_calls[matrix] = gradient if known is None else known + gradient
-
-
-class PlanRun(TableRun):
-    """Runs the steps of a plan one by one, through the methods of a backend."""
-
-    def __init__(self, network: PlanNetwork, *batch: object):
-        super().__init__(network, *batch)
         self.values: dict[fx.Node, object] = {}
         self.kept: dict[ConvStep | CallStep, object] = {}
         self.ticket = torch.zeros((), requires_grad=True) if self.save else None
+        # Gradients by place, and whether they are ours to overwrite.
+        self.of_values: dict[_Place, tuple[Tensor, bool]] = {}
+        self.scaled: dict[ConvStep, Tensor | None] = {}  # by layers whose epilogue is behind them
 
     # -- forward ----------------------------------------------------------------------------------
 
@@ -224,21 +140,23 @@ class PlanRun(TableRun):
     def _expanded(self, node: fx.Node) -> object:
         """The value of ``node`` with one row per sample."""
         value = self.values[node]
-        level = self.network.plan.level[node]
-        if self.source is None or level != SOURCE or not isinstance(value, Tensor):
+        if self.source is None or self.network.plan.level[node] != SOURCE:
             return value
-        return gates.gather_samples(value, self.source)
+        return expand(value, self.source)
 
     def _cast(self, tensor: Tensor | None) -> Tensor | None:
         """``tensor`` in the dtype of the run."""
-        if tensor is None or tensor.dtype == self.dtype:
-            return tensor
-        return tensor.to(self.dtype)
+        return None if tensor is None else tensor.to(self.dtype)
 
     def _convolve(self, step: ConvStep) -> None:
-        x = self.values[step.input]
+        x = self._cast(self.values[step.input])
+        weight = self.network.weight(step.layer, self.dtype)
+        found = self.backend.conv2d(x, weight, step.geometry, self._epilogue(step))
+        self._keep(step, x, found)
+
+    def _epilogue(self, step: ConvStep) -> Epilogue:
         residual = None if step.residual is None else self._expanded(step.residual)
-        epilogue = Epilogue(
+        return Epilogue(
             scale=self.tables.scales[step.index],
             shift=self.tables.shifts[step.index],
             residual=self._cast(residual),
@@ -246,8 +164,6 @@ class PlanRun(TableRun):
             source=self.source if step.at_source else None,
             save=self.save,
         )
-        weight = self.network.weight(step.layer, self.dtype)
-        self._keep(step, x, self.backend.conv2d(self._cast(x), weight, step.geometry, epilogue))
 
     def _keep(self, step: ConvStep, x: Tensor, found: Activation) -> None:
         self.values[step.output] = found.out
@@ -255,50 +171,32 @@ class PlanRun(TableRun):
             self.kept[step] = _Kept(found.branch, found.mask, tuple(x.shape))
 
     def _call(self, step: CallStep) -> None:
-        plan = self.network.plan
+        level = self.network.plan.level
         expanded = step.level == EXPANDED
         record = self.save and expanded
         window = max_pool_window(step) if expanded else None
         if window is not None:
             self._pool(step, window)
             return
-        if record and step.part:
-            whole = self.values[step.reads[0]]
-            if isinstance(whole, Tensor):
-                self.values[step.output] = self._run(step, self.values.__getitem__)
-                strides = torch.empty_like(whole, device="meta").stride()
-                self.kept[step] = _Part(tuple(whole.shape), strides)
-                return
-        inputs: dict[fx.Node, Tensor] = {}
+        inputs: dict[_Place, Tensor] = {}
 
         def value_of(node: fx.Node) -> object:
-            value = self._expanded(node) if expanded else self.values[node]
-            if not isinstance(value, Tensor):
-                return value
-            if record and plan.level[node] == EXPANDED and value.is_floating_point():
-                if node not in inputs:
-                    inputs[node] = _Entry.apply(self.ticket, value)
-                value = inputs[node]
-            return value.clone() if step.in_place else value
+            def given(place: int, leaf: object) -> object:
+                if not isinstance(leaf, Tensor):
+                    return leaf
+                if record and level[node] == EXPANDED and leaf.is_floating_point():
+                    if (node, place) not in inputs:
+                        inputs[node, place] = _Entry.apply(self.ticket, leaf)
+                    leaf = inputs[node, place]
+                return leaf.clone() if step.in_place else leaf
+
+            leaves, spec = tree_flatten(self._expanded(node) if expanded else self.values[node])
+            return tree_unflatten([given(i, leaf) for i, leaf in enumerate(leaves)], spec)
 
         with torch.set_grad_enabled(record):
             result = self._run(step, value_of)
-        if isinstance(result, Tensor):
-            if record and result.requires_grad:
-                self.kept[step] = _Recorded(
-                    {node: get_gradient_edge(value) for node, value in inputs.items()},
-                    [
-                        matrix
-                        for layer in step.layers
-                        for matrix in layer.named_filters().values()
-                        if matrix.requires_grad
-                    ],
-                    get_gradient_edge(result),
-                    result.dtype,
-                )
-                result = result.detach()
-        elif any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):
-            raise NotFusable(f"{step.output.name!r} returns several tensors")
+        if record:
+            result = self._record(step, inputs, result)
         self.values[step.output] = result
 
     def _run(self, step: CallStep, value_of: Callable[[fx.Node], object]) -> object:
@@ -307,6 +205,23 @@ class PlanRun(TableRun):
             return step.call(*args, **kwargs)
         with forgetting(Selection(self.rows)):
             return step.call(*args, **kwargs)
+
+    def _record(self, step: CallStep, inputs: dict[_Place, Tensor], result: object) -> object:
+        """Keeps the places of a call in autograd's graph; returns the result without its graph."""
+        leaves, spec = tree_flatten(result)
+        results: dict[_Place, tuple[GradientEdge, torch.dtype]] = {}
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                results[step.output, i] = get_gradient_edge(leaf), leaf.dtype
+                leaves[i] = leaf.detach()
+        if results:
+            filters = [m for layer in step.layers for m in layer.named_filters().values()]
+            self.kept[step] = _Recorded(
+                {place: get_gradient_edge(value) for place, value in inputs.items()},
+                [matrix for matrix in filters if matrix.requires_grad],
+                results,
+            )
+        return tree_unflatten(leaves, spec)
 
     def _pool(self, step: CallStep, window: PoolGeometry) -> None:
         """A maximum pooling keeps the positions of its maxima, where autograd keeps its input."""
@@ -319,94 +234,73 @@ class PlanRun(TableRun):
 
     def propagate(self, dout: Tensor) -> None:
         plan = self.network.plan
-        self.of_values: dict[fx.Node, Tensor] = {plan.result: dout}
-        self.owned: set[fx.Node] = set()  # whose gradient is ours to overwrite
-        self.scaled: dict[ConvStep, Tensor | None] = {}  # by layers whose epilogue is behind them
+        self._add(plan.result, dout, own=False)
         for step in reversed(plan.steps):
-            if isinstance(step, CallStep):
-                self._call_backward(step)
-            else:
-                self._convolve_backward(step)
-        self.kept.clear()
+            kept = self.kept.get(step)
+            if isinstance(kept, _Kept):
+                self._convolve_backward(step, kept)
+            elif isinstance(kept, _Pooled):
+                self._pool_backward(step, kept)
+            elif isinstance(kept, _Recorded):
+                self._call_backward(kept)
+            self.kept.pop(step, None)
 
-    def _add(self, node: fx.Node, gradient: Tensor, own: bool) -> None:
-        if node not in self.of_values:
-            self.of_values[node] = gradient
-            self.owned.update([node] if own else [])
-        elif node in self.owned:
-            self.of_values[node].add_(gradient)
-        else:
-            self.of_values[node] = self.of_values[node] + gradient
-            self.owned.add(node)
+    def _add(self, node: fx.Node, gradient: Tensor, own: bool, place: int = 0) -> None:
+        known, ours = self._pop(node, place)
+        if known is not None:
+            gradient, own = known.add_(gradient) if ours else known + gradient, True
+        self.of_values[node, place] = gradient, own
 
-    def _call_backward(self, step: CallStep) -> None:
-        kept = self.kept.pop(step, None)
-        gradient = self.of_values.pop(step.output, None)
-        self.owned.discard(step.output)
-        if kept is None or gradient is None:
+    def _pop(self, node: fx.Node, place: int = 0) -> tuple[Tensor | None, bool]:
+        """The gradient that has arrived there, and whether it is ours to overwrite."""
+        return self.of_values.pop((node, place), (None, False))
+
+    def _call_backward(self, kept: _Recorded) -> None:
+        edges, gradients = [], []
+        for place, (edge, dtype) in kept.results.items():
+            gradient, _ = self._pop(*place)
+            if gradient is not None:
+                edges.append(edge)
+                gradients.append(gradient.to(dtype))
+        if not edges:
             return
-        if isinstance(kept, _Pooled):
-            self._pool_backward(step, kept, gradient)
-            return
-        if isinstance(kept, _Part):
-            self._add_part(step, kept, gradient)
-            return
-        found = torch.autograd.grad(
-            [kept.result],
-            [*kept.inputs.values(), *map(get_gradient_edge, kept.filters)],
-            [gradient.to(kept.dtype)],
-            allow_unused=True,
-        )
-        for node, of_input in zip(kept.inputs, found, strict=False):
+        wanted = [*kept.inputs.values(), *map(get_gradient_edge, kept.filters)]
+        found = torch.autograd.grad(edges, wanted, gradients, allow_unused=True)
+        for (node, place), of_input in zip(kept.inputs, found, strict=False):
             if of_input is not None:
-                self._add(node, of_input, own=False)
+                self._add(node, of_input, False, place)
         for matrix, of_filter in zip(kept.filters, found[len(kept.inputs) :], strict=True):
             if of_filter is not None:
-                self._add_filter(matrix, of_filter)
+                self.add_filter(matrix, of_filter)
 
-    def _pool_backward(self, step: CallStep, kept: _Pooled, gradient: Tensor) -> None:
-        node = step.reads[0]
+    def _pool_backward(self, step: CallStep, kept: _Pooled) -> None:
+        gradient, _ = self._pop(step.output)
+        if gradient is None:
+            return
+        (node,) = step.reads
         skip = below = None
         layer = step.below if self.backend.pools_with_epilogue else None
         if layer is not None:
-            skip, below = self._cast(self.of_values.pop(node, None)), self._layer_below(layer)
-            self.owned.discard(node)
+            skip, below = self._cast(self._pop(node)[0]), self._layer_below(layer)
             gradient = self._cast(gradient)
         found = self.backend.max_pool2d_backward(
             gradient, kept.positions, kept.like, kept.window, skip, below
         )
-        if layer is None:
-            self._add(node, found.grad, own=True)
-        else:
-            self._take(layer, found, True)
+        self._pass_down(node, layer, found)
 
-    def _add_part(self, step: CallStep, whole: _Part, gradient: Tensor) -> None:
-        (node,) = step.reads
-        if node not in self.of_values:
-            self.of_values[node] = gradient.new_empty_strided(whole.shape, whole.strides).zero_()
-        elif node not in self.owned:
-            self.of_values[node] = self.of_values[node].clone()
-        self.owned.add(node)
-        self._run(step, self.of_values.__getitem__).add_(gradient)
-
-    def _convolve_backward(self, step: ConvStep) -> None:
+    def _convolve_backward(self, step: ConvStep, kept: _Kept) -> None:
         if step not in self.scaled:  # no link above ran its epilogue
-            dout = self.of_values.pop(step.output, None)
+            dout, own = self._pop(step.output)
             if dout is None:
-                self.kept.pop(step)
                 return
-            own = step.output in self.owned
-            self.owned.discard(step.output)
             below = self._layer_below(step)
             found = self.backend.epilogue_backward(self._cast(dout), below, may_overwrite=own)
             self._take(step, found, own or found.grad is not dout)
             del dout, below, found
         scaled = self.scaled.pop(step)
-        kept = self.kept.pop(step)
         if step.at_source:
             return
-        skip = self.of_values.pop(step.input, None)
-        self.owned.discard(step.input)
+        skip, _ = self._pop(step.input)
         found = self.backend.conv2d_dgrad(
             scaled,
             self.network.weight(step.layer, self.dtype),
@@ -415,10 +309,14 @@ class PlanRun(TableRun):
             self._cast(skip),
             None if step.below is None else self._layer_below(step.below),
         )
-        if step.below is None:
-            self._add(step.input, found.grad, own=True)
+        self._pass_down(step.input, step.below, found)
+
+    def _pass_down(self, node: fx.Node, layer: ConvStep | None, found: LayerGradient) -> None:
+        """Takes a gradient by ``node``, or what lies behind the epilogue of its ``layer``."""
+        if layer is None:
+            self._add(node, found.grad, own=True)
         else:
-            self._take(step.below, found, True)
+            self._take(layer, found, own=True)
 
     def _layer_below(self, step: ConvStep) -> LayerBelow:
         kept, tables = self.kept[step], self.tables
@@ -446,3 +344,10 @@ class PlanRun(TableRun):
         for done in (step, step.shortcut):
             if done is not None:  # only its input shape is still of use
                 self.kept[done].branch = self.kept[done].mask = None
+
+
+def expand(value: object, source: Tensor | None) -> object:
+    """The tensors of ``value``, one row per source image, with one row per sample."""
+    return tree_map(
+        lambda t: gates.gather_samples(t, source) if isinstance(t, Tensor) else t, value
+    )

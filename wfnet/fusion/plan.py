@@ -14,6 +14,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +23,17 @@ from torch import Tensor, fx, nn
 from wfnet.backends.contract import ConvGeometry
 from wfnet.durable_layers import DurableConv2d, DurableLayer
 from wfnet.fusion import rewrite
-from wfnet.fusion.rewrite import Method, NormSlice, Padded
-from wfnet.fusion.trace import NotFusable, check_traceable, is_hooked, trace_around
+from wfnet.fusion.trace import (
+    NotFusable,
+    check_traceable,
+    is_hooked,
+    run_example,
+    trace,
+)
 from wfnet.layers import MaskedLayer
 
-_ADD = {operator.add, operator.iadd, torch.add}
-_RELU = {F.relu, torch.relu, torch.relu_}
+_ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
+_RELU = {F.relu, torch.relu, torch.relu_, "relu", "relu_"}
 # What a tensor is computed from: nothing of the batch, source images, or expanded samples.
 CONSTANT, SOURCE, EXPANDED = 0, 1, 2
 
@@ -39,6 +45,7 @@ class ConvStep:
     Attributes:
         layer: the convolution; masked itself, or with durable gates behind the norm.
         norm: with weight, bias, running_mean, running_var and eps of a frozen BatchNorm.
+        index: among the convolutions of the plan, in module order.
         at_source: whether the input has one row per source image (nothing below is masked): then
             no gradient is sent down.
         residual_learns: whether the residual needs a gradient: it comes from behind a mask.
@@ -52,21 +59,15 @@ class ConvStep:
     layer: nn.Conv2d
     input: fx.Node
     output: fx.Node
-    norm: nn.Module | NormSlice | None = None
+    geometry: ConvGeometry
+    norm: nn.Module | None = None
     residual: fx.Node | None = None
     relu: bool = False
-    geometry: ConvGeometry = field(init=False)
-    position: int = field(init=False)  # of the masked layer among all, in module order
-    index: int = field(init=False)  # among the convolutions of the plan, in module order
+    index: int = field(init=False)
     at_source: bool = field(init=False)
     residual_learns: bool = field(init=False)
     shortcut: ConvStep | None = field(init=False, default=None)
     below: ConvStep | None = field(init=False, default=None)
-
-    def __post_init__(self) -> None:
-        conv = self.layer
-        padding = Padded(conv).remaining
-        self.geometry = ConvGeometry(conv.stride, padding, conv.dilation, conv.groups)
 
     @property
     def masked(self) -> MaskedLayer:
@@ -86,7 +87,6 @@ class CallStep:
         arguments: ``(args, kwargs)`` with a fx.Node where a computed value goes.
         in_place: whether it overwrites what it is given: it must be given a copy.
         layers: masked layers inside that run by their own operators and need forget labels.
-        part: whether its result is a view of some elements of the one value that it reads.
         below: as :attr:`ConvStep.below`, for a step that reads one value.
     """
 
@@ -95,7 +95,6 @@ class CallStep:
     output: fx.Node
     in_place: bool
     layers: tuple[MaskedLayer, ...] = ()
-    part: bool = False
     level: int = field(init=False)  # CONSTANT, SOURCE or EXPANDED
     below: ConvStep | None = field(init=False, default=None)
 
@@ -110,7 +109,6 @@ class Plan:
 
     Attributes:
         layers: the masked layers that the steps run, folded or not, in module order.
-        masked_calls: whether some of them are not folded (:attr:`CallStep.layers`).
         level: whether a value has one row per source image or per sample.
     """
 
@@ -124,6 +122,9 @@ class Plan:
     def __post_init__(self) -> None:
         self.level = _levels(self.steps, self.image)
         self.dead_after = _last_reads(self.steps, self.result)
+        convs = sorted(self.convolutions, key=lambda step: self.layers.index(step.masked))
+        for index, step in enumerate(convs):
+            step.index = index
         _link(self.steps, self.level, self.result)
 
     @property
@@ -136,8 +137,10 @@ class Plan:
         return [step for step in self.steps if isinstance(step, ConvStep)]
 
     @property
-    def masked_calls(self) -> bool:
-        return any(isinstance(step, CallStep) and step.layers for step in self.steps)
+    def masked_calls(self) -> list[str]:
+        """Names of steps that are not folded and have masked layers inside."""
+        calls = [step for step in self.steps if isinstance(step, CallStep)]
+        return [step.output.name for step in calls if step.layers]
 
     def describe(self) -> str:
         """One line for the log: how much of the network is fused."""
@@ -148,13 +151,8 @@ class Plan:
             f"{sum(s.residual is not None for s in convs)} residual sums; "
             f"{len(self.steps) - len(convs)} other operations run as they are"
         )
-        apart = [
-            step.output.name for step in self.steps if isinstance(step, CallStep) and step.layers
-        ]
+        apart = self.masked_calls
         return f"{text}, with masked layers in {', '.join(apart)}" if apart else text
-
-
-# -- making the plan ------------------------------------------------------------------------------
 
 
 def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
@@ -165,67 +163,65 @@ def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
 
     Args:
         model: whose masked layers may be of any kind.
-        images: an example ``[N, C, H, W]``. With it a sum that broadcasts is not folded, and a
-            split may be read as a whole.
+        images: an example ``[N, C, H, W]``. With it a sum that broadcasts is not folded.
 
     Raises:
         NotFusable: if the network cannot be traced, or no convolution folds.
     """
-    masked = {n: m for n, m in model.named_modules() if isinstance(m, MaskedLayer)}
     check_traceable(model, [("", model)])
-    graph, failure = trace_around(model)
-    folder = _Folder(model, graph, masked)
-    folder.rewrite(images)
+    graph, failure = trace(model)
+    folder = _Folder(model, graph)
+    rewrite.erase_idle(graph, folder.modules)
+    rewrite.check_in_place(graph, folder.modules)
+    if images is not None:
+        run_example(model, graph, images)
     folder.grow_all()
     if not folder.grown:
         raise failure or NotFusable("it has no masked convolution that folds")
     return folder.plan()
 
 
+@dataclass(frozen=True)
+class _Method:
+    """A method of its first argument."""
+
+    name: str
+
+    def __call__(self, receiver: object, *args: object, **kwargs: object) -> object:
+        return getattr(receiver, self.name)(*args, **kwargs)
+
+
 class _Folder:
     """Walks the traced graph and grows a ConvStep from every masked convolution."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph, masked: dict[str, MaskedLayer]):
+    def __init__(self, model: nn.Module, graph: fx.Graph):
         self.modules = dict(model.named_modules())
         self.model = model
         self.graph = graph
-        self.masked = masked
+        self.masked = [m for m in model.modules() if isinstance(m, MaskedLayer)]
         self.image, *extra = (n for n in graph.nodes if n.op == "placeholder")
         for node in extra:
             if node.users:
                 raise NotFusable(f"its forward takes a second input, {node.name!r}")
             graph.erase_node(node)
-        for node in graph.nodes:
-            owner = str(node.target).rpartition(".")[0]
-            if node.op == "get_attr" and owner in masked:
-                raise NotFusable(f"the network reads the parameters of {owner!r} directly")
         self.grown: dict[fx.Node, ConvStep] = {}  # by the node whose value the step computes
         self.absorbed: set[fx.Node] = set()
 
-    def rewrite(self, images: Tensor | None) -> None:
-        """Brings the graph into a form of which more folds."""
-        rewrite.erase_idle(self.graph, self.modules)
-        rewrite.check_in_place(self.graph, self.modules)
-        if images is not None:
-            rewrite.run_example_in_place(self.model, self.graph, self.modules, images)
-        rewrite.take_items(self.graph)
-        rewrite.distribute_norms(self.graph, self.modules)
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.modules[node.target] if node.op == "call_module" else None
 
     def grow_all(self) -> None:
         for node in list(self.graph.nodes):
-            layer = self.modules.get(node.target) if node.op == "call_module" else None
-            if layer is not None and self._roots(node, layer):
+            layer = self._module(node)
+            if layer is not None and rewrite.folds(layer) and self._has_gates(node, layer):
                 self._grow(node)
 
-    def _roots(self, node: fx.Node, layer: nn.Module) -> bool:
-        """Whether a step grows from ``node``: with filters of its own, or in the norm behind it."""
-        if not rewrite.folds(layer):
-            return False
+    def _has_gates(self, node: fx.Node, layer: nn.Module) -> bool:
+        """Whether there are filters in a convolution, or in the norm behind it."""
         if isinstance(layer, MaskedLayer):
             return True
         follower = next(iter(node.users))
-        behind = self.modules.get(follower.target) if follower.op == "call_module" else None
-        return len(node.users) == 1 and rewrite.is_durable_norm(behind)
+        return len(node.users) == 1 and rewrite.is_durable_norm(self._module(follower))
 
     def plan(self) -> Plan:
         """The steps, now that every convolution has grown."""
@@ -240,42 +236,35 @@ class _Folder:
                 steps.append(self._call(node))
         if not isinstance(result, fx.Node):
             raise NotFusable("its forward returns more than one tensor")
-        return Plan(steps, self.image, result, self._called(steps))
-
-    def _called(self, steps: list[ConvStep | CallStep]) -> list[MaskedLayer]:
-        called = {
-            layer
-            for step in steps
-            for layer in ((step.masked,) if isinstance(step, ConvStep) else step.layers)
-        }
-        return [layer for layer in self.masked.values() if layer in called]
+        called: set[MaskedLayer] = set()
+        for step in steps:
+            called.update([step.masked] if isinstance(step, ConvStep) else step.layers)
+        layers = [layer for layer in self.masked if layer in called]
+        return Plan(steps, self.image, result, layers)
 
     def _grow(self, node: fx.Node) -> None:
         """Absorbs BatchNorm, one residual sum and a ReLU as long as nobody else reads between."""
         layer, (value,) = self.modules[node.target], node.all_input_nodes
-        padded = Padded(layer)
-        if padded.needed:
+        padded = rewrite.Padded.of(layer)
+        if padded.pad is not None:
             with self.graph.inserting_before(node):
-                value = self.graph.create_node(
-                    "call_function", padded, (value,), name=f"{node.name}_padded"
-                )
-        step = ConvStep(node.target, layer, value, node)
-        while len(step.output.users) == 1:
+                name = f"{node.name}_padded"
+                value = self.graph.create_node("call_function", padded.pad, (value,), name=name)
+        geometry = ConvGeometry(layer.stride, padded.remaining, layer.dilation, layer.groups)
+        step = ConvStep(node.target, layer, value, node, geometry)
+        while len(step.output.users) == 1 and not step.relu:
             (follower,) = step.output.users
             if not self._absorb(step, follower):
                 break
             self.absorbed.add(step.output)
             step.output = follower
-            if step.relu:
-                break
-        step.position = list(self.masked.values()).index(step.masked)
         self.grown[step.output] = step
 
     def _absorb(self, step: ConvStep, node: fx.Node) -> bool:
         if node in self.absorbed or node in self.grown:  # the sum that the other summand took
             return False
-        module = self.modules.get(node.target) if node.op == "call_module" else None
-        if isinstance(module, nn.Module) and is_hooked(module):
+        module = self._module(node)
+        if module is not None and is_hooked(module):
             return False
         durable = isinstance(step.layer, DurableConv2d)
         if rewrite.is_durable_norm(module) or (rewrite.is_frozen_norm(module) and not durable):
@@ -284,10 +273,11 @@ class _Folder:
             step.norm = module
             rewrite.split_norm(self.graph, node, self.modules)
             return True
-        if _is_relu(node, module):
+        called = None if module is not None else node.target
+        if type(module) is nn.ReLU or called in _RELU:
             step.relu = True
             return True
-        if _is_sum(node) and step.residual is None:
+        if called in _ADD and len(node.args) == 2 and not node.kwargs and not step.residual:
             first, second = node.args
             other = second if first is step.output else first
             if not isinstance(other, fx.Node) or other is step.output:
@@ -302,52 +292,20 @@ class _Folder:
     def _call(self, node: fx.Node) -> CallStep:
         layers: tuple[MaskedLayer, ...] = ()
         kwargs = dict(node.kwargs)
+        call = node.target
         if node.op == "call_module":
             call = self.modules[node.target]
             layers = tuple(m for m in call.modules() if isinstance(m, MaskedLayer))
-        elif node.op == "call_function":
-            call = node.target
         elif node.op == "call_method":
-            call = Method(node.target)
+            call = _Method(node.target)
         elif node.op == "get_attr":
-            call = _Attribute(self.model, node.target)
-        else:
-            raise NotFusable(f"operation {node.op!r} is not known")
+            call = partial(operator.attrgetter(node.target), self.model)
         in_place = rewrite.changed_in_place(node, self.modules) is not None
-        if in_place:
-            plain = rewrite.out_of_place(node, call)
-            if plain is not None:
-                call, in_place = plain, False
-                kwargs.pop("inplace", None)
-        part = rewrite.is_part(node)
-        return CallStep(call, (node.args, kwargs), node, in_place, layers, part)
-
-
-@dataclass(frozen=True)
-class _Attribute:
-    model: nn.Module
-    path: str
-
-    def __call__(self) -> object:
-        value: object = self.model
-        for part in self.path.split("."):
-            value = getattr(value, part)
-        return value
-
-
-def _is_relu(node: fx.Node, module: nn.Module | None) -> bool:
-    if module is not None:
-        return type(module) is nn.ReLU
-    if node.op == "call_function":
-        return node.target in _RELU
-    return node.op == "call_method" and node.target in ("relu", "relu_")
-
-
-def _is_sum(node: fx.Node) -> bool:
-    known = (node.op == "call_function" and node.target in _ADD) or (
-        node.op == "call_method" and node.target in ("add", "add_")
-    )
-    return known and len(node.args) == 2 and not node.kwargs
+        plain = rewrite.out_of_place(node, call) if in_place else None
+        if plain is not None:
+            call, in_place = plain, False
+            kwargs.pop("inplace", None)
+        return CallStep(call, (node.args, kwargs), node, in_place, layers)
 
 
 def _last_reads(steps: list[ConvStep | CallStep], result: fx.Node) -> list[list[fx.Node]]:
@@ -380,8 +338,6 @@ def _link(steps: list[ConvStep | CallStep], level: dict[fx.Node, int], result: f
     for step in steps:
         for node in dict.fromkeys(step.reads):
             readers.setdefault(node, []).append(step)
-    for index, step in enumerate(sorted(maker.values(), key=lambda step: step.position)):
-        step.index = index
     for step in maker.values():
         step.at_source = level[step.input] == SOURCE
         step.residual_learns = step.residual is not None and level[step.residual] == EXPANDED

@@ -1,4 +1,4 @@
-"""What all fused networks share: how they are called, differentiated and compiled.
+"""What all fused networks share: how they are called and differentiated.
 
 A :class:`FusedNetwork` makes a :class:`Run` for every batch: forward, then the filters' gradients
 from that of the logits. Called as a function it is one autograd node around such a run
@@ -8,34 +8,37 @@ place).
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from wfnet.gate_tables import GateTables, StepTables
+from wfnet.backends.contract import Backend
+from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.layers import MaskedLayer
-
-logger = logging.getLogger("wfnet")
-
-# So many batches that differ in size, dtype or use have a compiled graph of their own: as many as
-# the compiler itself keeps of one function.
-_MOST_GRAPHS = 8
 
 
 class FusedNetwork(ABC):
-    """A frozen network that runs by a plan made once; masked ``layers`` in module order."""
+    """A frozen network that runs by a plan made once.
 
-    def __init__(self) -> None:
+    Args:
+        layers: all its masked layers, in the order of its modules.
+        folded: those that tables are made for, each with the frozen norm behind it, if any.
+        backend: who makes the tables.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[MaskedLayer],
+        folded: Sequence[tuple[nn.Module, nn.Module | None]],
+        backend: Backend,
+    ):
+        self.layers = tuple(layers)
+        self.folded = tuple(folded)
+        self.backend = backend
         self._weights: dict[tuple[MaskedLayer, torch.dtype], tuple[object, Tensor]] = {}
         self._tables: tuple[object, GateTables] | None = None
-
-    @property
-    @abstractmethod
-    def layers(self) -> tuple[MaskedLayer, ...]:
-        """All masked layers of the network, in the order of its modules."""
 
     @abstractmethod
     def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
@@ -63,29 +66,57 @@ class FusedNetwork(ABC):
         """Filter matrices, layer by layer, weight before bias: the order of the gradients."""
         return [matrix for layer in self.layers for matrix in layer.named_filters().values()]
 
-    def weight(self, layer: MaskedLayer, dtype: torch.dtype) -> Tensor:
+    def filters_in_tables(self) -> list[Tensor]:
+        """Those that tables have gradients of; of a layer that is called twice, twice."""
+        masked = [norm if isinstance(norm, MaskedLayer) else layer for layer, norm in self.folded]
+        return [matrix for layer in masked for matrix in layer.named_filters().values()]
+
+    def weight(self, layer: nn.Module, dtype: torch.dtype) -> Tensor:
         """The frozen weight of a layer in ``dtype``, converted once."""
         weight = layer.weight
         if weight.dtype == dtype:
             return weight
-        state = state_of(weight)
+        state = _state_of(weight)
         cached = self._weights.get((layer, dtype))
         if cached is None or cached[0] != state:
             cached = (state, weight.detach().to(dtype))
             self._weights[layer, dtype] = cached
         return cached[1]
 
-    def _tables_over(
-        self,
-        filters: Iterable[Tensor],
-        constants: Iterable[Tensor],
-        make: Callable[[], GateTables],
-    ) -> GateTables:
-        """What ``make`` gives, made anew when filters lie elsewhere or constants have changed."""
-        key = (*map(state_of, constants), *(matrix.data_ptr() for matrix in filters))
+    def tables(self, rows: Tensor, save: bool) -> StepTables:
+        """Tables of one pass over labels ``rows`` ``[B, J]``; ``save``: with column sums.
+
+        What they are made from is made anew where filters lie elsewhere or constants have changed.
+        """
+        layers = [_gated(*pair) for pair in self.folded]
+        constants = ((m.bias, m.gamma, m.beta, m.mean, m.var) for m in layers)
+        key = (
+            *(None if t is None else _state_of(t) for tensors in constants for t in tensors),
+            *(matrix.data_ptr() for layer in layers for matrix in layer.filters),
+        )
         if self._tables is None or self._tables[0] != key:
-            self._tables = (key, make())
-        return self._tables[1]
+            self._tables = (key, self.backend.gate_tables(layers))
+        return self._tables[1](rows, save)
+
+
+def _gated(layer: nn.Module, norm: nn.Module | None) -> GatedLayer:
+    of_norm = {}
+    if norm is not None:
+        of_norm = {
+            "gamma": norm.weight,
+            "beta": norm.bias,
+            "mean": norm.running_mean,
+            "var": norm.running_var,
+            "eps": norm.eps,
+        }
+    return GatedLayer(
+        layer.alpha_weight, layer.alpha_bias, layer.bias, gate_scale=layer.gate_scale, **of_norm
+    )
+
+
+def _state_of(t: Tensor) -> tuple[object, ...]:
+    """What changes with a tensor's values, dtype or place, without reading a value."""
+    return (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
 
 
 class Run(ABC):
@@ -96,6 +127,7 @@ class Run(ABC):
 
     Attributes:
         dtype: of the masked layers: that of the images, or of autocast.
+        tables: of the batch, with room for the column sums that :meth:`propagate` writes.
     """
 
     def __init__(
@@ -114,7 +146,12 @@ class Run(ABC):
         device = images.device.type
         autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64
         self.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
+        self.tables = self._make_tables()
+        self.others: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
         self._freed = not save
+
+    def _make_tables(self) -> StepTables:
+        return self.network.tables(self.rows, self.save)
 
     @abstractmethod
     def forward(self) -> Tensor:
@@ -124,9 +161,21 @@ class Run(ABC):
     def propagate(self, dout: Tensor) -> None:
         """Takes the gradient ``[B, K]`` of the logits down and frees what forward kept."""
 
-    @abstractmethod
     def gradients(self, into: Tensor | None) -> list[Tensor]:
         """Of the filters, after :meth:`propagate`; arguments and result of :meth:`backward`."""
+        network, in_tables = self.network, self.network.filters_in_tables()
+        if len(in_tables) == len(network.filters()) and not self.others:
+            return self.tables.gradients(into)
+        for matrix, gradient in zip(in_tables, self.tables.gradients(), strict=True):
+            self.add_filter(matrix, gradient)
+        found = [self.others.get(matrix) for matrix in network.filters()]
+        self.others.clear()
+        return in_columns(found, network.filters(), into)
+
+    def add_filter(self, matrix: Tensor, gradient: Tensor) -> None:
+        """Adds a gradient of a filter matrix that is not, or not only, in the tables."""
+        known = self.others.get(matrix)
+        self.others[matrix] = gradient if known is None else known + gradient
 
     def backward(self, dout: Tensor, into: Tensor | None = None) -> list[Tensor]:
         """Gradients of the filters, in the order of :meth:`FusedNetwork.filters`.
@@ -148,6 +197,18 @@ class Run(ABC):
         return self.gradients(into)
 
 
+def in_columns(
+    found: Sequence[Tensor | None], filters: Sequence[Tensor], into: Tensor | None
+) -> list[Tensor]:
+    """Gradients ``[K, O]`` of ``filters``, 0 for None; as columns of ``into``, if given."""
+    pairs = zip(found, filters, strict=True)
+    gradients = [torch.zeros_like(matrix) if g is None else g for g, matrix in pairs]
+    if into is None:
+        return gradients
+    torch.cat(gradients, 1, out=into)
+    return list(into.split([gradient.shape[1] for gradient in gradients], 1))
+
+
 class _RunFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, network, images, rows, source, *filters):
@@ -164,58 +225,3 @@ class _RunFunction(torch.autograd.Function):
             )
         _ = ctx.saved_tensors
         return None, None, None, None, *ctx.run.backward(dout)
-
-
-class CompiledGraph:
-    """A function that is compiled anew for every kind of batch, up to as many as are kept.
-
-    Args:
-        function: takes tensors, and lists of tensors, to logits.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]):
-        self._compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        self._kinds: set[tuple] = set()
-        self.works = True
-
-    def takes(self, images: Tensor, *kind: object) -> bool:
-        """Whether a batch runs compiled: one of a kind that is known, or one of the first few."""
-        device = images.device.type
-        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        key = (images.shape, images.dtype, autocast, *kind)
-        if not self.works or (key not in self._kinds and len(self._kinds) == _MOST_GRAPHS):
-            return False
-        self._kinds.add(key)
-        return True
-
-    def __call__(self, *inputs: object) -> Tensor | None:
-        """Logits; None if compiling fails (without a C++ compiler, say), with a line in the log."""
-        from torch._dynamo.exc import TorchDynamoException  # half of the time of `import wfnet`
-
-        try:
-            return self._compiled(*inputs)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).strip().split("\n\n")[0].split())
-            logger.warning("the fused network runs uncompiled: compiling failed (%s)", reason)
-            self.works = False
-            return None
-
-
-def state_of(t: Tensor) -> tuple[object, ...]:
-    """What changes with a tensor's values, dtype or place, without reading a value."""
-    return (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
-
-
-def write_sums(
-    tables: StepTables, of_scales: Sequence[Tensor | None], of_shifts: Sequence[Tensor | None]
-) -> None:
-    """The column sums of ``tables`` from gradients of its scales and shifts ``[B, O]``.
-
-    ``t1`` is the derivative by the log of the scale. Tables that took no part (None) keep their 0.
-    """
-    for sums, scale, gradient in zip(tables.t1, tables.scales, of_scales, strict=True):
-        if gradient is not None:
-            torch.mul(gradient, scale, out=sums)
-    for sums, gradient in zip(tables.t0, of_shifts, strict=True):
-        if sums is not None and gradient is not None:
-            sums.copy_(gradient)

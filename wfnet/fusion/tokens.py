@@ -17,7 +17,6 @@ from wfnet.fusion.rewrite import title_of
 
 # Of [..., C]: they treat every token alone. LayerNorm is one where it norms the last dimension.
 _PER_TOKEN = {
-    "timm.layers.drop.DropPath",
     "timm.layers.layer_scale.LayerScale",
     "timm.layers.mlp.GluMlp",
     "timm.layers.mlp.Mlp",
@@ -40,52 +39,20 @@ def drop_unread_tokens(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Changes ``graph`` so that values hold their first tokens only, where no others are read.
 
     Args:
-        graph: with shapes (:func:`wfnet.fusion.trace.run_example`), which are kept up to date.
+        graph: with shapes (:func:`wfnet.fusion.trace.run_example`).
         modules: of the network, by name.
     """
-    read = _tokens_read(graph, modules)
-    most = max(read.values(), default=0)
-    read = {node: _shape(node) for node in read if _shape(node)[1] > most}
-    moved = {node for node in read if _is_per_token(node, modules)}
-    for node in [node for node in graph.nodes if node in read]:
-        if node not in moved:
-            first = _first_tokens(graph, node, most)
-            node.replace_all_uses_with(first, lambda user, first=first: user is not first)
+    for node in reversed(list(graph.nodes)):
+        counts = [_selected(user, node) for user in node.users]
+        if not counts or None in counts or not _is_per_token(node, modules):
             continue
+        count = max(counts)
         for source in node.all_input_nodes:
-            if _shape(source)[1] > most:  # others read more of it
-                node.replace_input_with(source, _first_tokens(graph, source, most))
-        node.meta["shape"] = torch.Size((read[node][0], most, read[node][2]))
-
-
-def _shape(node: fx.Node) -> tuple[int, ...]:
-    """The shape of a tensor; empty for any other value."""
-    return node.meta.get("shape", ())
-
-
-def _first_tokens(graph: fx.Graph, node: fx.Node, count: int) -> fx.Node:
-    """A new value: ``node[:, :count]``."""
-    with graph.inserting_after(node):
-        first = graph.call_function(operator.getitem, (node, (slice(None), slice(None, count))))
-    first.meta["shape"] = torch.Size((_shape(node)[0], count, _shape(node)[2]))
-    return first
-
-
-def _tokens_read(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[fx.Node, int]:
-    """Values ``[B, T, C]`` of which only the first few tokens are read, and how many these are."""
-    read: dict[fx.Node, int] = {}
-    for node in reversed(graph.nodes):
-        if len(_shape(node)) != 3 or not node.users:
-            continue
-        counts = []
-        for user in node.users:
-            count = _selected(user, node)
-            if count is None and user in read and _is_per_token(user, modules):
-                count = read[user]
-            counts.append(count)
-        if None not in counts:
-            read[node] = max(counts)
-    return read
+            with graph.inserting_before(node):
+                index = (slice(None), slice(None, count))
+                first = graph.call_function(operator.getitem, (source, index))
+            first.meta = dict(source.meta)
+            node.replace_input_with(source, first)
 
 
 def _selected(user: fx.Node, node: fx.Node) -> int | None:
@@ -97,16 +64,15 @@ def _selected(user: fx.Node, node: fx.Node) -> int | None:
         return None
     if isinstance(index[1], int) and index[1] >= 0:
         return index[1] + 1
-    if isinstance(index[1], slice):
-        bounds = index[1].start or 0, index[1].stop, index[1].step or 1
-        if all(isinstance(bound, int) and bound > 0 for bound in bounds[1:]) and bounds[0] == 0:
-            return bounds[1]
-    return None
+    one = index[1] if isinstance(index[1], slice) else slice(1, None)
+    first = one.start in (None, 0) and one.step in (None, 1)
+    return one.stop if first and isinstance(one.stop, int) and one.stop > 0 else None
 
 
 def _is_per_token(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether ``node`` computes every token ``[b, t]`` from that token of its inputs."""
-    if any(len(_shape(x)) != 3 or _shape(x)[:2] != _shape(node)[:2] for x in node.all_input_nodes):
+    shapes = [x.meta.get("shape", ()) for x in [node, *node.all_input_nodes]]
+    if any(len(shape) != 3 or shape[:2] != shapes[0][:2] for shape in shapes):
         return False
     if node.op == "call_function":
         return node.target in _SUMS and not node.kwargs

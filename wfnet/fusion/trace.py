@@ -6,7 +6,7 @@ is, with any control flow.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,9 +24,6 @@ def because(what: str, error: Exception) -> NotFusable:
     """Returns a :class:`NotFusable` that says ``what``, with the first line of ``error``."""
     reason = str(error).strip().partition("\n")[0]
     return NotFusable(f"{what} ({reason})")
-
-
-# -- what a trace would lose ----------------------------------------------------------------------
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -60,35 +57,9 @@ def check_traceable(model: nn.Module, unhooked: Iterable[tuple[str, nn.Module]])
         raise NotFusable("the network checkpoints its activations")
 
 
-# -- tracing --------------------------------------------------------------------------------------
-
-
 def name_of(node: fx.Node) -> str:
     """Returns the name of the function, method or module that ``node`` calls."""
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-
-
-_SPLITS = {"split", "split_with_sizes", "chunk", "tensor_split", "unbind"}
-
-
-def splits(node: fx.Node) -> bool:
-    """Whether ``node`` splits a tensor into several."""
-    known = name_of(node) in _SPLITS
-    if node.op == "call_function":
-        return known and getattr(torch, name_of(node)) is node.target
-    return known and node.op == "call_method"
-
-
-def items_of(node: fx.Node) -> int | None:
-    """How many tensors a split returns, where its arguments tell (at most so many, of chunks)."""
-    if not splits(node) or len(node.args) < 2 or name_of(node) == "unbind":
-        return None
-    parts = node.args[1]
-    if isinstance(parts, int):  # split: the size of each
-        return None if name_of(node) == "split" else parts
-    if not isinstance(parts, tuple | list):
-        return None
-    return len(parts) + (name_of(node) == "tensor_split")  # it takes the places of the cuts
 
 
 class _Tracer(fx.Tracer):
@@ -106,10 +77,6 @@ class _Tracer(fx.Tracer):
             return False
         return not any(isinstance(inner, MaskedLayer) for inner in m.modules())
 
-    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
-        count = items_of(obj.node)
-        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
-
     def call_module(self, m: nn.Module, forward: Callable, args: tuple, kwargs: dict) -> object:
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -118,33 +85,26 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def trace(model: nn.Module, constants: dict[str, object] | None = None) -> fx.Graph:
-    """Returns the network as a graph.
+def trace(
+    model: nn.Module, constants: dict[str, object] | None = None
+) -> tuple[fx.Graph, NotFusable | None]:
+    """Traces ``model``, with modules that have hooks, or that torch.fx cannot follow, as leaves.
 
     Args:
         constants: values of inputs that control flow depends on.
 
-    Raises:
-        NotFusable: if torch.fx cannot follow its control flow.
-    """
-    try:
-        return _Tracer(set()).trace(model, constants)
-    except Exception as error:
-        raise because("torch.fx cannot trace it", error) from error
-
-
-def trace_around(model: nn.Module) -> tuple[fx.Graph, NotFusable | None]:
-    """As :func:`trace`, with modules that have hooks, or that torch.fx cannot follow, as leaves.
-
     Returns:
         The graph, and the first thing that torch.fx could not follow.
+
+    Raises:
+        NotFusable: if torch.fx cannot follow the control flow of the network itself.
     """
     opaque = {module for module in model.modules() if is_hooked(module)}
     first: NotFusable | None = None
     while True:
         tracer = _Tracer(opaque)
         try:
-            return tracer.trace(model), first
+            return tracer.trace(model, constants), first
         except Exception as error:
             first = first or because("torch.fx cannot trace it", error)
             if tracer.failed is None or tracer.failed in opaque:
@@ -186,50 +146,24 @@ def execution_order(model: nn.Module, names: Sequence[str]) -> list[str]:
     return found + [name for name in names if name not in set(found)]
 
 
-# -- an example -----------------------------------------------------------------------------------
-
-
-class _Example(fx.Interpreter):
-    def __init__(
-        self,
-        model: nn.Module,
-        graph: fx.Graph,
-        before: Callable[[fx.Node, dict[fx.Node, object]], None] | None,
-    ):
-        super().__init__(model, graph=graph)
-        self.before = before
-
+class _Shapes(fx.Interpreter):
     def run_node(self, node: fx.Node) -> object:
-        if self.before is not None:
-            self.before(node, self.env)
         value = super().run_node(node)
         if isinstance(value, Tensor):
             node.meta["shape"] = value.shape
-        elif isinstance(value, tuple | list):
-            node.meta["count"] = len(value)
         return value
 
 
-def run_example(
-    model: nn.Module,
-    graph: fx.Graph,
-    images: Tensor,
-    before: Callable[[fx.Node, dict[fx.Node, object]], None] | None = None,
-) -> None:
+def run_example(model: nn.Module, graph: fx.Graph, images: Tensor) -> None:
     """Runs ``graph`` without labels on one of ``images`` ``[N, ...]``, twice side by side.
 
-    In ``node.meta`` it leaves the ``shape`` of tensors, and the ``count`` of tuples and lists.
-
-    Args:
-        before: called before each node, with the values that are still read.
+    The shapes of tensors are in ``node.meta["shape"]`` then.
 
     Raises:
-        NotFusable: if that fails, or ``before`` raises it.
+        NotFusable: if that fails.
     """
     with torch.no_grad(), forgetting(None):
         try:
-            _Example(model, graph, before).run(images[:1].repeat(2, *[1] * (images.dim() - 1)))
-        except NotFusable:
-            raise
+            _Shapes(model, graph=graph).run(images[:1].repeat(2, *[1] * (images.dim() - 1)))
         except Exception as error:
             raise because("running its graph failed", error) from error

@@ -6,7 +6,7 @@ differentiated; the tensors that cross the cut are expanded to the samples there
 of masked layers, which read source images and expand their result.
 
 The rest is the network's own operations, with scales and shifts of all masked layers from one
-table (:mod:`wfnet.gate_tables`). :class:`TrunkRun` runs it in one of three ways:
+table (:mod:`wfnet.gate_tables`). It runs in one of three ways:
 
 - as it is: a masked layer keeps its branch ``u``, from which its result ``scale * u + shift`` is
   computed again when attention wants it in backward. What attention would keep of it, query, key
@@ -18,21 +18,20 @@ table (:mod:`wfnet.gate_tables`). :class:`TrunkRun` runs it in one of three ways
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from types import FunctionType, MethodType
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from wfnet import backends, gates
 from wfnet.backends.contract import Backend, Epilogue, LayerBelow
-from wfnet.fusion.run import CompiledGraph, FusedNetwork, Run, write_sums
+from wfnet.fusion.compiled import CompiledGraph, GraphRun
+from wfnet.fusion.run import FusedNetwork, Run, in_columns
 from wfnet.fusion.trace import NotFusable
-from wfnet.fusion.views import MaskedCall, Part
-from wfnet.gate_tables import GatedLayer, GateTables, StepTables
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
 from wfnet.operators import willing_backend
@@ -55,23 +54,17 @@ class TrunkNetwork(FusedNetwork):
     def __init__(
         self, prefix: nn.Module, rest: nn.Module, layers: Sequence[MaskedLayer], compiled: bool
     ):
-        names = [backends.requested(layer.backend) for layer in layers]
+        names = {backends.requested(layer.backend) for layer in layers}
         if "reference" in names:
             raise NotFusable("the reference backend is never fused")
-        super().__init__()
+        of_tables = names.pop() if len(names) == 1 and "auto" not in names else "eager"
+        self.compiles_tables = of_tables == "eager" and names <= {"auto", "eager"}
+        super().__init__(layers, [(layer, None) for layer in layers], backends.get(of_tables))
         self.prefix = prefix
         self.rest = rest
-        self._layers = tuple(layers)
-        self.compiles_tables = set(names) <= {"auto", "eager"}
-        self._backend = backends.get(names[0] if {*names} == {names[0]} != {"auto"} else "eager")
         self.graph: CompiledGraph | None = None
         if compiled:
-            traced = self._of_tables if self.compiles_tables else self._of_rows
-            self.graph = CompiledGraph(_own_code(traced))
-
-    @property
-    def layers(self) -> tuple[MaskedLayer, ...]:
-        return self._layers
+            self.graph = CompiledGraph(self._of_tables if self.compiles_tables else self._of_rows)
 
     @property
     def compiled(self) -> bool:
@@ -82,43 +75,29 @@ class TrunkNetwork(FusedNetwork):
         self,
         images: Tensor,
         source: Tensor | None,
+        weights: Sequence[Tensor],
         scales: Sequence[Tensor],
         shifts: Sequence[Tensor],
     ) -> Tensor:
-        sizes = images.shape[0], scales[0].shape[0]
-        run = _Affine(self.layers, *sizes, source, scales, shifts)
-        return self.rest(run, *self.crossing(images))
+        run = _Affine(self.layers, images.shape[0], scales[0].shape[0], source)
+        run.weights, run.scales, run.shifts = weights, scales, shifts
+        return self.logits(run, images)
 
     def _of_rows(self, images: Tensor, source: Tensor | None, rows: Tensor) -> Tensor:
         with forgetting(Selection(rows)):
             run = _Operators(self.layers, images.shape[0], rows.shape[0], source)
-            return self.rest(run, *self.crossing(images))
+            return self.logits(run, images)
 
-    def crossing(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The tensors that cross the cut."""
+    def logits(self, run: Samples, images: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.prefix(images)
+            crossing = self.prefix(images)
+        return self.rest(run, *crossing)
 
-    def start(
-        self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True
-    ) -> TrunkRun:
-        compiled = self.graph is not None and self.graph.takes(
-            images, rows.shape, source is None, save
-        )
-        return TrunkRun(self, images, rows, source, save, compiled)
-
-    def tables(self) -> GateTables:
-        """Tables over the present filters and biases; made anew when these change."""
-        return self._tables_over(
-            self.filters(),
-            (layer.bias for layer in self.layers if layer.bias is not None),
-            lambda: self._backend.gate_tables(
-                [
-                    GatedLayer(m.alpha_weight, m.alpha_bias, m.bias, gate_scale=m.gate_scale)
-                    for m in self.layers
-                ]
-            ),
-        )
+    def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
+        kind = TrunkRun
+        if self.graph is not None and self.graph.takes(images, rows.shape, source is None, save):
+            kind = GraphRun if self.compiles_tables else OperatorRun
+        return kind(self, images, rows, source, save)
 
     def describe(self) -> str:
         once = sum(node.op not in ("placeholder", "output") for node in self.prefix.graph.nodes)
@@ -126,93 +105,50 @@ class TrunkNetwork(FusedNetwork):
         return f"{once} operations before the first mask run once per image, the rest runs {how}"
 
 
-def _own_code(method: MethodType) -> MethodType:
-    """``method`` with a code object of its own: what is compiled is kept, and counted, by code."""
-    function = method.__func__
-    own = FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
-    return MethodType(own, method.__self__)
-
-
 class TrunkRun(Run):
-    """A run of a :class:`TrunkNetwork`.
-
-    Args:
-        compiled: run the compiled graph.
-    """
+    """A run of the network's own operations, with masked layers that write the tables' sums."""
 
     network: TrunkNetwork
 
-    def __init__(
-        self,
-        network: TrunkNetwork,
-        images: Tensor,
-        rows: Tensor,
-        source: Tensor | None,
-        save: bool,
-        compiled: bool,
-    ):
-        super().__init__(network, images, rows, source, save)
-        self.compiled = compiled
-        self.tables: StepTables | None = None
-        self.logits: Tensor | None = None  # with the graph of the rest
-
     def forward(self) -> Tensor:
-        network = self.network
+        samples = _Recorded(self)
+        # What every masked layer's node reads, so that it is one: no input of it needs a gradient.
+        self.anchor = samples.anchor
         with torch.set_grad_enabled(self.save):
-            logits = None
-            if self.compiled and network.compiles_tables:
-                logits = self._compiled_of_tables()
-            elif self.compiled:
-                self.inputs = [f for f in network.filters() if f.requires_grad]
-                logits = network.graph(self.images, self.source, self.rows)
-            if logits is None:
-                self.compiled = False
-                logits = self._recorded()
-        if self.save:
-            self.logits = logits
-        return logits.detach()
-
-    def _compiled_of_tables(self) -> Tensor | None:
-        self.tables = self.network.tables()(self.rows, self.save)
-        scales, shifts = self.tables.scales, self.tables.shifts
-        if self.save:
-            scales = [scale.detach().requires_grad_() for scale in scales]
-            shifts = [shift.detach().requires_grad_() for shift in shifts]
-        self.inputs = [*scales, *shifts]
-        return self.network.graph(self.images, self.source, scales, shifts)
-
-    def _recorded(self) -> Tensor:
-        network, sizes = self.network, (self.images.shape[0], self.rows.shape[0])
-        self.tables = network.tables()(self.rows, self.save)
-        run = _Recorded(network, *sizes, self.source, self.tables, self.save)
-        self.inputs = [run.anchor]
-        return network.rest(run, *network.crossing(self.images))
+            if not self.save:
+                return self.network.logits(samples, self.images)
+            with saved_tensors_hooks(samples.pack, samples.unpack):
+                self.logits = self.network.logits(samples, self.images)
+        return self.logits.detach()
 
     def propagate(self, dout: Tensor) -> None:
         logits, self.logits = self.logits, None
-        found = torch.autograd.grad(logits, self.inputs, dout.to(logits.dtype), allow_unused=True)
-        if self.tables is None:
-            self.found = found
-        elif self.compiled:
-            count = len(self.network.layers)
-            write_sums(self.tables, found[:count], found[count:])
+        torch.autograd.grad(logits, self.anchor, dout.to(logits.dtype), allow_unused=True)
+
+
+class OperatorRun(Run):
+    """A run whose masked layers are operators of a compiled graph: they read the filters."""
+
+    network: TrunkNetwork
+
+    def _make_tables(self) -> None:
+        return None
+
+    def forward(self) -> Tensor:
+        with torch.set_grad_enabled(self.save):
+            self.logits = self.network.graph(self.images, self.source, self.rows)
+        return self.logits.detach()
+
+    def propagate(self, dout: Tensor) -> None:
+        logits, self.logits = self.logits, None
+        filters = self.network.filters()
+        learned = [matrix for matrix in filters if matrix.requires_grad]
+        found = torch.autograd.grad(logits, learned, dout.to(logits.dtype), allow_unused=True)
+        self.others = dict(zip(learned, found, strict=True))
 
     def gradients(self, into: Tensor | None) -> list[Tensor]:
-        if self.tables is not None:
-            return self.tables.gradients(into)
-        return self._of_operators(self.found, into)
-
-    def _of_operators(self, found: Sequence[Tensor | None], into: Tensor | None) -> list[Tensor]:
-        of_filter = dict(zip(map(id, self.inputs), found, strict=True))
-        gradients = []
-        for matrix in self.network.filters():
-            gradient = of_filter.get(id(matrix))
-            gradients.append(torch.zeros_like(matrix) if gradient is None else gradient)
-        if into is None:
-            return gradients
-        columns = into.split([gradient.shape[1] for gradient in gradients], 1)
-        torch._foreach_copy_(columns, gradients)
-        return list(columns)
+        filters = self.network.filters()
+        return in_columns([self.others.get(matrix) for matrix in filters], filters, into)
 
 
 # -- what the graph of the rest asks of a run ------------------------------------------------------
@@ -226,8 +162,6 @@ class Samples:
         sources, batch: N and B.
         source: ``[B]``, or None: N is B.
     """
-
-    watches = False
 
     def __init__(
         self, layers: Sequence[MaskedLayer], sources: int, batch: int, source: Tensor | None
@@ -250,62 +184,47 @@ class Samples:
         windows = x.shape[0] // self.sources
         return x.new_empty(()).expand(self.batch * windows, *x.shape[1:])
 
-    def tokens(self, x: Tensor, images: int) -> Tensor:
-        """``[images, T, C]``: the windows of an image are tokens of it."""
-        return x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
+    def masked(self, index: int, x: Tensor, at_source: bool, views: Callable) -> tuple:
+        """``views`` of the result of a masked layer.
 
-    def shape_of(self, channels: int, x: Tensor, images: int) -> tuple[int, ...]:
-        """The shape of the output of a layer whose input is ``x``, which holds so many images."""
-        return self.batch * (x.shape[0] // max(images, 1)), *x.shape[1:-1], channels
+        Args:
+            x: one row per source image (``at_source``) or sample, or one per window of them.
+        """
+        images = self.sources if at_source else self.batch
+        # The windows of an image are tokens of it.
+        tokens = x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
+        shape = self.batch * (x.shape[0] // max(images, 1)), *x.shape[1:-1]
+        source = self.source if at_source else None
+        return self.linear(index, tokens, source, lambda y: views(y.view(*shape, y.shape[-1])))
 
-    def masked(self, call: MaskedCall, x: Tensor, sizes: tuple) -> tuple:
-        """Views of the result of a masked layer, from the layer's input; ``sizes`` are theirs."""
+    def linear(self, index: int, tokens: Tensor, source: Tensor | None, views: Callable) -> tuple:
+        """As :meth:`masked`, from tokens ``[N, T, C]`` of images, and to ``[B, T, O]`` of them."""
         raise NotImplementedError
 
 
 class _Operators(Samples):
     """Masked layers are operators, with the labels that are bound."""
 
-    def masked(self, call: MaskedCall, x: Tensor, sizes: tuple) -> tuple:
-        x = self.expanded(x) if call.at_source else x
-        return call.views(self.layers[call.index](x), *sizes)
+    def masked(self, index: int, x: Tensor, at_source: bool, views: Callable) -> tuple:
+        return views(self.layers[index](self.expanded(x) if at_source else x))
 
 
 class _Affine(Samples):
     """Masked layers are a product, a multiplication and a sum, for a compiler to fuse."""
 
-    def __init__(
-        self,
-        layers: Sequence[MaskedLayer],
-        sources: int,
-        batch: int,
-        source: Tensor | None,
-        scales: Sequence[Tensor],
-        shifts: Sequence[Tensor],
-    ):
-        super().__init__(layers, sources, batch, source)
-        self.scales, self.shifts = scales, shifts
+    weights: Sequence[Tensor]
+    scales: Sequence[Tensor]
+    shifts: Sequence[Tensor]
 
-    def masked(self, call: MaskedCall, x: Tensor, sizes: tuple) -> tuple:
-        images = self.sources if call.at_source else self.batch
-        layer = self.layers[call.index]
-        u = F.linear(self.tokens(x, images), layer.weight)
-        if call.at_source:
-            u = gates.gather_samples(u, self.source)
-        shape = self.shape_of(u.shape[-1], x, images)
-
+    def linear(self, index: int, tokens: Tensor, source: Tensor | None, views: Callable) -> tuple:
         def result(u: Tensor, scale: Tensor, shift: Tensor | None) -> tuple:
-            return call.views(_affine(u, scale, shift).reshape(shape), *sizes)
+            y = u * scale[:, None]
+            return views((y if shift is None else y + shift[:, None]).to(u.dtype))
 
+        u = gates.gather_samples(F.linear(tokens, self.weights[index]), source)
+        shift = None if self.layers[index].bias is None else self.shifts[index]
         # For the compiler: computed again in backward, where it would keep both u and the result.
-        shift = None if layer.bias is None else self.shifts[call.index]
-        return checkpoint(result, u, self.scales[call.index], shift, use_reentrant=False)
-
-
-def _affine(u: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
-    """``scale * u + shift`` in the dtype of ``u`` ``[B, T, O]``; tables are ``[B, O]``."""
-    y = u * scale[:, None]
-    return (y if shift is None else y + shift[:, None]).to(u.dtype)
+        return checkpoint(result, u, self.scales[index], shift, use_reentrant=False)
 
 
 class _Kept:
@@ -313,17 +232,17 @@ class _Kept:
 
     Attributes:
         branch: what ``t1`` is summed from, as the backend returned it.
-        out: the storage and version of the layer's result, where ``branch`` tells it.
+        version: of the layer's result, where ``branch`` tells it.
     """
 
     def __init__(self, index: int, backend: Backend, source: Tensor | None, branch: Tensor):
         self.index, self.backend, self.source, self.branch = index, backend, source, branch
-        self.out: tuple[StorageWeakRef, int] | None = None
+        self.version: int | None = None
         self.again: Tensor | None = None  # the result, computed a second time
 
 
 class _Recorded(Samples):
-    """Masked layers as nodes of PyTorch's autograd, which write the column sums of ``tables``.
+    """Masked layers as nodes of PyTorch's autograd, which write the column sums of the tables.
 
     Attention saves views of a masked layer's result, beside the branch that the layer keeps. Where
     a backend keeps ``u`` itself the result is one multiplication and sum away from it, so what
@@ -332,71 +251,45 @@ class _Recorded(Samples):
     rounded after scaling: it would give the result rounded twice.
     """
 
-    def __init__(
-        self,
-        network: TrunkNetwork,
-        sources: int,
-        batch: int,
-        source: Tensor | None,
-        tables: StepTables,
-        save: bool,
-    ):
-        super().__init__(network.layers, sources, batch, source)
-        self.network, self.tables, self.save = network, tables, save
-        self.watches = save
-        # What every masked layer's node reads, so that it is one: no input of it needs a gradient.
-        self.anchor = torch.zeros(()).requires_grad_(save)
-        self.kept: dict[int, _Kept] = {}  # by storage of the result
+    def __init__(self, run: TrunkRun):
+        super().__init__(run.network.layers, len(run.images), len(run.rows), run.source)
+        # Not the run: it holds the graph whose nodes refer to this.
+        self.network, self.tables, self.save = run.network, run.tables, run.save
+        self.anchor = torch.zeros(()).requires_grad_(run.save)
+        self.kept: dict[int, tuple[StorageWeakRef, _Kept]] = {}  # by storage of the result
 
-    def masked(self, call: MaskedCall, x: Tensor, sizes: tuple) -> tuple:
-        source = self.source if call.at_source else None
-        images = self.batch if source is None else self.sources
-        device = x.device.type
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        tokens = self.tokens(x, images).contiguous()
-        layer, weight = self.layers[call.index], self.weight(call.index, x.dtype)
+    def linear(self, index: int, tokens: Tensor, source: Tensor | None, views: Callable) -> tuple:
+        device = tokens.device.type
+        if torch.is_autocast_enabled(device) and tokens.dtype != torch.float64:
+            tokens = tokens.to(torch.get_autocast_dtype(device))
+        tokens, layer = tokens.contiguous(), self.layers[index]
+        weight = self.network.weight(layer, tokens.dtype)
         backend = willing_backend(backends.resolve(layer.backend), tokens, weight)
-        shape = self.shape_of(weight.shape[0], x, images)
-        if not self.save:
-            out, _ = self.run(tokens, backend, call.index, source, False)
-            return call.views(out.view(shape), *sizes)
-        if call.tiles(shape, sizes):
-            return _MaskedLinear.apply(
-                tokens, self.anchor, self, backend, call, source, shape, sizes
-            )
-        out = _MaskedLinear.apply(tokens, self.anchor, self, backend, call, source, None, None)
-        return call.views(out.view(shape), *sizes)
+        if self.save:
+            options = (self, weight, backend, index, source)
+            return views(_MaskedLinear.apply(tokens, self.anchor, *options))
+        return views(backend.linear(tokens, weight, self.epilogue(index, source)).out)
 
-    def run(
-        self, tokens: Tensor, backend: Backend, index: int, source: Tensor | None, save: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The backend's forward pass, with the tables of a layer."""
-        scale, shift = self.tables.scales[index], None
-        if self.layers[index].bias is not None:
-            shift = self.tables.shifts[index]
-        weight = self.weight(index, tokens.dtype)
-        found = backend.linear(tokens, weight, Epilogue(scale, shift, source=source, save=save))
-        return found.out, found.branch
+    def epilogue(self, index: int, source: Tensor | None) -> Epilogue:
+        scale, shift = self._tables_of(index)
+        return Epilogue(scale, shift, source=source, save=self.save)
 
-    def weight(self, index: int, dtype: torch.dtype) -> Tensor:
-        """The frozen weight of a layer in ``dtype``."""
-        return self.network.weight(self.layers[index], dtype)
-
-    # -- results that are computed again --------------------------------------------------------
+    def _tables_of(self, index: int) -> tuple[Tensor, Tensor | None]:
+        bias = self.layers[index].bias
+        return self.tables.scales[index], None if bias is None else self.tables.shifts[index]
 
     def keep(self, kept: _Kept, out: Tensor) -> None:
         """Notes the result ``out`` ``[B, T, O]`` of a layer, to be known again by its storage."""
         known = not kept.backend.keeps_scaled_branch  # from the branch, by one product and sum
         if known and out.is_contiguous() and out.storage_offset() == 0:
             storage = StorageWeakRef(out.untyped_storage())
-            kept.out = (storage, out._version)
-            self.kept[storage.cdata] = kept
+            kept.version = out._version
+            self.kept[storage.cdata] = storage, kept
 
     def pack(self, t: Tensor) -> tuple[object, ...]:
-        kept = self.kept.get(t.untyped_storage()._cdata)
+        _, kept = self.kept.get(t.untyped_storage()._cdata, (None, None))
         known = kept is not None and kept.branch is not None and t.dtype == kept.branch.dtype
-        if known and t._version == kept.out[1]:
+        if known and t._version == kept.version:
             return kept, t.shape, t.stride(), t.storage_offset()
         return t.detach(), t._version  # not t, which may hold the node that keeps it
 
@@ -416,89 +309,39 @@ class _Recorded(Samples):
     def result_of(self, kept: _Kept) -> Tensor:
         """``scale * u + shift``, by the operation that gave it in forward."""
         u = gates.gather_samples(kept.branch, kept.source)
-        scale = self.tables.scales[kept.index][:, None]
-        if self.layers[kept.index].bias is None:
-            return torch.mul(u, scale, out=torch.empty_like(u))
-        shift = self.tables.shifts[kept.index][:, None]
-        return torch.addcmul(shift, u, scale, out=torch.empty_like(u))
+        scale, shift = self._tables_of(kept.index)
+        if shift is None:
+            return torch.mul(u, scale[:, None], out=torch.empty_like(u))
+        return torch.addcmul(shift[:, None], u, scale[:, None], out=torch.empty_like(u))
 
 
 class _MaskedLinear(torch.autograd.Function):
-    """A masked layer of a :class:`_Recorded` run, and the views into which its result falls apart.
-
-    Gradients of query, key and value meet here, once, as the projection's own gradient; undoing the
-    views one by one would copy them twice.
-
-    Args:
-        shape: of the result of which the views are taken, of ``sizes``; None: of the whole result.
-    """
+    """A masked layer of a :class:`_Recorded` run."""
 
     @staticmethod
-    def forward(ctx, tokens, anchor, layers, backend, call, source, shape, sizes):
-        out, branch = layers.run(tokens, backend, call.index, source, True)
-        ctx.layers, ctx.input_shape, ctx.output_shape = layers, tokens.shape, out.shape
-        ctx.call, ctx.shape, ctx.sizes = call, shape, sizes
-        ctx.kept = _Kept(call.index, backend, source, branch)
-        layers.keep(ctx.kept, out)
-        return out if shape is None else call.views(out.view(shape), *sizes)
+    def forward(ctx, tokens, anchor, samples, weight, backend, index, source):
+        found = backend.linear(tokens, weight, samples.epilogue(index, source))
+        ctx.tables, ctx.weight, ctx.input_shape = samples.tables, weight, tuple(tokens.shape)
+        ctx.samples, ctx.kept = samples, _Kept(index, backend, source, found.branch)
+        samples.keep(ctx.kept, found.out)
+        return found.out
 
     @staticmethod
-    def backward(ctx, *gradients):
-        kept, parts = ctx.kept, None
-        branch, kept.branch, kept.again = kept.branch, None, None
-        if ctx.shape is not None and kept.out is not None:
-            parts = ctx.call.parts(ctx.output_shape, ctx.shape, ctx.sizes)
-        if parts is None:
-            dx = _by_backend(ctx, branch, gradients)
-        else:
-            dx = _by_parts(ctx, branch, gradients, parts)
-        return dx, *[None] * 7
-
-
-def _by_backend(ctx, branch: Tensor, gradients: Sequence[Tensor]) -> Tensor | None:
-    """The gradient of the layer's input, from gradients that are laid side by side first."""
-    kept, layers = ctx.kept, ctx.layers
-    if ctx.shape is None:
-        dout = gradients[0].contiguous()
-    else:
-        dout = gradients[0].new_empty(ctx.output_shape)
-        views = ctx.call.views(dout.view(ctx.shape), *ctx.sizes)
-        for part, gradient in zip(views, gradients, strict=True):
-            part.copy_(gradient)
-    t1, t0 = layers.tables.t1[kept.index], layers.tables.t0[kept.index]
-    layer = LayerBelow(
-        branch=branch,
-        scale=layers.tables.scales[kept.index],
-        t1=torch.empty(t1.shape, dtype=t1.dtype, device=t1.device),
-        t0=None if t0 is None else torch.empty(t0.shape, dtype=t0.dtype, device=t0.device),
-        source=kept.source,
-        need_scaled_grad=ctx.needs_input_grad[0],
-        images=ctx.input_shape[0],
-    )
-    weight = layers.weight(kept.index, dout.dtype)
-    dx = kept.backend.linear_backward(dout, layer, weight, tuple(ctx.input_shape))
-    t1.add_(layer.t1)  # a layer may run twice
-    if t0 is not None:
-        t0.add_(layer.t0)
-    return dx
-
-
-def _by_parts(ctx, u: Tensor, gradients: Sequence[Tensor], parts: Sequence[Part]) -> Tensor | None:
-    """As :func:`_by_backend` where the branch is ``u``: every gradient is read where it lies."""
-    kept, tables = ctx.kept, ctx.layers.tables
-    scale, t1, t0 = tables.scales[kept.index], tables.t1[kept.index], tables.t0[kept.index]
-    u = gates.gather_samples(u, kept.source)
-    product = torch.empty_like(u)
-    for part, g in zip(parts, gradients, strict=True):
-        torch.mul(g, part.of(u), out=part.of(product))
-    t1.addcmul_(product.sum(1, dtype=t1.dtype), scale)  # a layer may run twice
-    if t0 is not None:
-        sums = torch.empty_like(t0, memory_format=torch.contiguous_format)
-        for part, g in zip(parts, gradients, strict=True):
-            part.add_up(g, sums)
-        t0.add_(sums)
-    if not ctx.needs_input_grad[0]:
-        return None
-    for part, g in zip(parts, gradients, strict=True):
-        torch.mul(g, part.of_table(scale), out=part.of(product))
-    return product @ ctx.layers.weight(kept.index, product.dtype)
+    def backward(ctx, dout):
+        kept, tables = ctx.kept, ctx.tables
+        t1, t0 = tables.t1[kept.index], tables.t0[kept.index]
+        layer = LayerBelow(
+            branch=kept.branch,
+            scale=tables.scales[kept.index],
+            t1=torch.empty_like(t1),
+            t0=None if t0 is None else torch.empty_like(t0),
+            source=kept.source,
+            need_scaled_grad=ctx.needs_input_grad[0],
+            images=ctx.input_shape[0],
+        )
+        kept.branch = kept.again = None
+        dx = kept.backend.linear_backward(dout.contiguous(), layer, ctx.weight, ctx.input_shape)
+        t1.add_(layer.t1)  # a layer may run twice
+        if t0 is not None:
+            t0.add_(layer.t0)
+        return dx, None, None, None, None, None, None
