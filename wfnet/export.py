@@ -4,32 +4,30 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from wfnet.durable_layers import DurableLayer
 from wfnet.head import cut_from_head, example_images, first_output
 from wfnet.labels import check_range
-from wfnet.layers import MaskedLayer
 from wfnet.services.modes import evaluation_mode
+
+if TYPE_CHECKING:
+    from wfnet.network import WFNet
 
 logger = logging.getLogger("wfnet")
 
 
 def bake(
-    model: nn.Module,
-    masked_layers: Mapping[str, MaskedLayer],
-    num_classes: int,
+    net: WFNet,
     forget: int | Sequence[int] | Tensor | None,
     prune_below: float = 0.0,
     cut_output: bool = False,
-    head: str | None = None,
-    image_shape: Sequence[int] | None = None,
 ) -> nn.Module:
-    """A plain copy of ``model`` with the gates of ``forget`` in its weights.
+    """A plain copy of the model of ``net`` with the gates of ``forget`` in its weights.
 
     The work of :meth:`wfnet.WFNet.bake`, which see.
     """
@@ -38,27 +36,25 @@ def bake(
             f"prune_below={prune_below} must be a number from 0 to 1, the gate of an untouched "
             "filter: gates below it become 0 (0 prunes nothing)"
         )
-    labels = forget_list(forget, num_classes)
-    for name, layer in masked_layers.items():
+    labels = forget_list(forget, net.num_classes)
+    for name, layer in net.masked_layers.items():
         if any(filters[labels].isnan().any() for filters in layer.named_filters().values()):
             raise ValueError(
                 f"the filters of layer {name!r} are NaN for what is to be forgotten, so the export "
                 "would compute NaN: untrain again with a smaller learning rate"
             )
     # Masked layers are left shared: they are about to be replaced.
-    memo = {id(m): m for m in model.modules() if isinstance(m, MaskedLayer)}
-    plain = copy.deepcopy(model, memo)
-    for name, layer in masked_layers.items():
+    plain = copy.deepcopy(net.model, {id(m): m for m in net.masked_layers.values()})
+    for name, layer in net.masked_layers.items():
         baked = layer.bake(labels, prune_below)
         if name:
             replace_module(plain, layer, baked)
         else:
             plain = baked
-    _close_producers(
-        plain, [n for n, m in masked_layers.items() if isinstance(m, DurableLayer)], image_shape
-    )
+    if net.gate == "durable":
+        _close_producers(plain, net.masked_layers, net.image_shape)
     if cut_output:
-        cut_from_head(plain, labels, num_classes, head, image_shape)
+        cut_from_head(plain, labels, net.num_classes, net.head, net.image_shape)
     return plain.requires_grad_(True).eval()
 
 
@@ -98,7 +94,9 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
                 parent._modules[child] = new
 
 
-def _close_producers(plain: nn.Module, names: list[str], image_shape: Sequence[int] | None) -> None:
+def _close_producers(
+    plain: nn.Module, names: Iterable[str], image_shape: Sequence[int] | None
+) -> None:
     """Zeroes what convolutions compute for closed channels of the BatchNorms ``names``.
 
     Only where nothing else reads these channels: the logits are then bit by bit the same without

@@ -139,7 +139,7 @@ class WFNet(nn.Module):
         self._all_called = False
         # Kept apart from num_classes, which is that of the rows where filters are replaced.
         self._logits = num_classes if find_head(model, num_classes, head) is not None else None
-        self._image_shape: tuple[int, ...] | None = None  # (C, H, W) of the last images
+        self.image_shape: tuple[int, ...] | None = None  # (C, H, W) of the last images
         self._fusion = fusion.Fusion()
         self._label_check = DeferredLabelCheck()
         self.train()
@@ -178,7 +178,7 @@ class WFNet(nn.Module):
                 check_range(forget, forget, self.num_classes)
             with forgetting(selection):
                 return first_output(self.model(_expand(images, source)))
-        self._image_shape = tuple(images.shape[1:])
+        self.image_shape = tuple(images.shape[1:])
         batch = images.shape[0]
         if source is not None:
             check_source(source, batch)
@@ -329,17 +329,8 @@ class WFNet(nn.Module):
             TypeError, ValueError: for labels that do not fit or name no class, a threshold outside
                 [0, 1], or ``cut_output`` without a class to cut, a linear head or its bias.
         """
-        plain = export.bake(
-            self.model,
-            self.masked_layers,
-            self.num_classes,
-            forget,
-            prune_below,
-            cut_output,
-            self.head,
-            self._image_shape,
-        )
-        return compact_network(plain, self._image_shape) if compact else plain
+        plain = export.bake(self, forget, prune_below, cut_output)
+        return compact_network(plain, self.image_shape) if compact else plain
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Writes ``wf_config.json`` and ``wf_model.safetensors``: the filters, not the base.
