@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 import sys
 from collections.abc import Sequence
 
@@ -25,26 +24,13 @@ from script import CUDA, begin, make_parser
 
 from wfnet import backends
 from wfnet.benchmarking import roofline
-from wfnet.benchmarking.layer_times import LayerCall, time_layers
+from wfnet.benchmarking.layer_times import time_layers
 from wfnet.benchmarking.steps import StepSettings, make_problem
 from wfnet.cli.classifier import create_classifier
 from wfnet.services.files import write_json
 
 _SETTINGS = ("image_size", "batch_size", "label_expansion", "classes", "share_images", "device")
 _SETTINGS += ("repeats", "seed")
-
-
-def row_of(call: LayerCall, rates: roofline.Rates) -> dict:
-    """Returns JSON of a call."""
-    return {
-        "layer": call.layer,
-        "direction": call.direction,
-        "shapes": call.shapes,
-        "ms": {name: statistics.median(ms) for name, ms in call.milliseconds.items()},
-        "floor_ms": rates.seconds(call.flops, call.size) * 1e3,
-        "flops": call.flops,
-        "bytes": call.size,
-    }
 
 
 def lost(row: dict) -> float:
@@ -116,8 +102,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
         with contextlib.ExitStack() as stack:
             problem = make_problem(network, args.measured, stack)
-            calls, failed = time_layers(problem, args.providers, args.repeats)
-        rows = [row_of(call, rates) for call in calls]
+            rows, failed = time_layers(problem, args.providers, args.repeats, rates)
         samples = len(problem.batch)
         found = {"samples": samples, "failed": failed, "sums": sums(rows), "calls": rows}
         record["networks"][model] = found

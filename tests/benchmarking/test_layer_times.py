@@ -3,8 +3,11 @@ import contextlib
 import pytest
 
 from wfnet.benchmarking import layer_times
+from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import StepSettings, make_problem
 from wfnet.cli.classifier import create_classifier
+
+RATES = Rates(1e12, 1e11, 4)
 
 
 @pytest.fixture
@@ -16,28 +19,28 @@ def problem():
 
 
 def test_every_call_of_a_step_is_timed_and_its_work_counted(problem):
-    calls, failed = layer_times.time_layers(problem, ["eager"], repeats=2)
+    calls, failed = layer_times.time_layers(problem, ["eager"], 2, RATES)
     assert not failed
     layers = {
-        direction: [call.layer for call in calls if call.direction == direction]
+        direction: [call["layer"] for call in calls if call["direction"] == direction]
         for direction in ("forward", "backward")
     }
     assert len(layers["forward"]) == len(set(layers["forward"])) == 9
     assert set(layers["backward"]) == set(layers["forward"]) - {"conv1"}
-    assert all(len(call.milliseconds["eager"]) == 2 for call in calls)
-    by_key = {(call.layer, call.direction): call for call in calls}
+    assert all(min(call["ms"]["eager"], call["floor_ms"]) > 0 for call in calls)
+    by_key = {(call["layer"], call["direction"]): call for call in calls}
     samples, pixels, channels = 3, 16, 24
     for direction in ("forward", "backward"):
         call = by_key["layer1.0.conv2", direction]
-        assert call.flops == 2 * samples * pixels * channels * channels * 9
+        assert call["flops"] == 2 * samples * pixels * channels * channels * 9
         tensors = samples * pixels * channels
         assert (
             4 * (2 * tensors + channels * channels * 9)
-            <= call.size
+            <= call["bytes"]
             <= 2 * 4 * (4 * tensors + channels * channels * 9)
         )
     # The stem is computed once per image; expanded samples read it.
-    assert by_key["conv1", "forward"].flops == 2 * 1 * pixels * channels * 27
+    assert by_key["conv1", "forward"]["flops"] == 2 * 1 * pixels * channels * 27
 
 
 def test_a_backend_that_fails_or_is_wrong_has_no_times(problem, monkeypatch):
@@ -50,8 +53,8 @@ def test_a_backend_that_fails_or_is_wrong_has_no_times(problem, monkeypatch):
             return self.factor * super().count(calls)
 
     monkeypatch.setattr(layer_times, "BackendRun", Run)
-    calls, failed = layer_times.time_layers(problem, ["eager", "wrong", "cuda"], repeats=1)
+    calls, failed = layer_times.time_layers(problem, ["eager", "wrong", "cuda"], 1, RATES)
     assert list(failed) == ["wrong", "cuda"]
     assert failed["wrong"] == "computes something else: gradients differ by 1.0e+00"
     assert "cannot run" in failed["cuda"]
-    assert all(set(call.milliseconds) == {"eager"} for call in calls)
+    assert all(set(call["ms"]) == {"eager"} for call in calls)

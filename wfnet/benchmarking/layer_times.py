@@ -8,10 +8,11 @@ what each call finishes for others are those of the step. Backends take turns, s
 from __future__ import annotations
 
 import functools
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 
 import torch
 from torch import Tensor
@@ -36,27 +37,6 @@ _HEAD_START = 200_000_000
 _MOST_DIFFERENCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 Around = Callable[[str, tuple, Callable[[], object]], object]
-
-
-@dataclass
-class LayerCall:
-    """One direction of one layer.
-
-    Attributes:
-        layer: its name in the network.
-        direction: ``forward`` or ``backward``.
-        shapes: of the call's first operand and of the filter.
-        flops: twice the products; those of samples that share an image count once.
-        size: bytes read and written at least: every operand and every result once.
-        milliseconds: of each backend, every repeat.
-    """
-
-    layer: str
-    direction: str
-    shapes: tuple[tuple[int, ...], tuple[int, ...]]
-    flops: float = 0.0
-    size: float = 0.0
-    milliseconds: dict[str, list[float]] = field(default_factory=dict)
 
 
 @contextmanager
@@ -132,7 +112,7 @@ class BackendRun:
         gradients = run.backward(self.dout.to(logits.dtype))
         return torch.cat([gradient.double().flatten() for gradient in gradients])
 
-    def count(self, calls: dict[tuple[str, str], LayerCall]) -> Tensor:
+    def count(self, calls: dict[tuple[str, str], dict]) -> Tensor:
         """One step that notes shapes and work of every call; returns :meth:`step`'s gradients."""
         per_image = roofline.elements_per_image(self.net.model, self.problem.settings.image_size)
 
@@ -147,8 +127,14 @@ class BackendRun:
                 for t in tensors_of([arguments, result])
                 if (held := _elements(t))
             }
-            shapes = tuple(first.shape), tuple(module.weight.shape)
-            call = LayerCall(layer, direction, shapes, 2.0 * products, float(sum(moved.values())))
+            call = {
+                "layer": layer,
+                "direction": direction,
+                "shapes": (tuple(first.shape), tuple(module.weight.shape)),
+                "ms": {},
+                "flops": 2.0 * products,
+                "bytes": float(sum(moved.values())),
+            }
             calls.setdefault((layer, direction), call)
             return result
 
@@ -195,18 +181,20 @@ class BackendRun:
 
 
 def time_layers(
-    problem: Problem, names: Sequence[str], repeats: int
-) -> tuple[list[LayerCall], dict[str, str]]:
+    problem: Problem, names: Sequence[str], repeats: int, rates: roofline.Rates
+) -> tuple[list[dict], dict[str, str]]:
     """Times every call of a fused step on every backend.
 
     Args:
         names: backends. The first that runs is what the others' gradients are compared with.
 
     Returns:
-        The calls in the order of the step, and by name why a backend has no times: it fails, or
-        computes something else.
+        JSON of the calls in the order of the step: layer, direction, shapes of the first operand
+        and of the filter, median milliseconds by backend, those of the roofline, flops (of samples
+        that share an image once) and bytes moved at least. And by name why a backend has no times:
+        it fails, or computes something else.
     """
-    calls: dict[tuple[str, str], LayerCall] = {}
+    calls: dict[tuple[str, str], dict] = {}
     runs: dict[str, BackendRun] = {}
     failed: dict[str, str] = {}
     expected = None
@@ -229,7 +217,10 @@ def time_layers(
     for _ in range(repeats):
         for name, run in runs.items():
             for key, milliseconds in run.times():
-                calls[key].milliseconds.setdefault(name, []).append(milliseconds)
+                calls[key]["ms"].setdefault(name, []).append(milliseconds)
+    for call in calls.values():
+        call["ms"] = {name: statistics.median(ms) for name, ms in call["ms"].items()}
+        call["floor_ms"] = rates.seconds(call["flops"], call["bytes"]) * 1e3
     return list(calls.values()), failed
 
 
