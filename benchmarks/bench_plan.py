@@ -20,17 +20,14 @@ import sys
 from collections.abc import Sequence
 
 import torch
-from script import CUDA, begin, make_parser
+from script import CUDA, begin, make_parser, parse_step
 
 from wfnet import backends
 from wfnet.benchmarking import roofline
 from wfnet.benchmarking.layer_times import time_layers
-from wfnet.benchmarking.steps import StepSettings, make_problem
+from wfnet.benchmarking.steps import make_problem
 from wfnet.cli.classifier import create_classifier
 from wfnet.services.files import write_json
-
-_SETTINGS = ("image_size", "batch_size", "label_expansion", "classes", "share_images", "device")
-_SETTINGS += ("repeats", "seed")
 
 
 def lost(row: dict) -> float:
@@ -71,23 +68,10 @@ def print_network(name: str, network: dict) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, 15 if CUDA else 3, "bfloat16" if CUDA else "float32")
     add = parser.add_argument
-    names = "timm names, torchvision/NAME, small/NAME"
-    add("--models", "--model", nargs="+", default=["resnet18"], help=names)
-    add("--image-size", type=int, default=224 if CUDA else 32)
-    add("-b", "--batch-size", type=int, default=256 if CUDA else 8, help="images n of a minibatch")
-    add("-M", "--label-expansion", type=int, default=3)
-    add("--share-images", action=argparse.BooleanOptionalAction, default=False)
-    add("--classes", type=int, default=1000 if CUDA else 10)
     add("--providers", nargs="+", choices=backends.KERNELS, default=list(backends.KERNELS))
-    add("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        args.measured = StepSettings(
-            **{name: getattr(args, name) for name in _SETTINGS}, dtype=getattr(torch, args.dtype)
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    image_size, batch_size, classes = (224, 256, 1000) if CUDA else (32, 8, 10)
+    sizes = {"image_size": image_size, "batch_size": batch_size, "classes": classes}
+    return parse_step(parser, argv, **sizes, share_images=False)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -38,23 +38,19 @@ import sys
 from pathlib import Path
 
 import torch
-from script import begin, chart, make_parser
+from script import begin, chart, make_parser, parse_step
 
 from wfnet.benchmarking import roofline
 from wfnet.benchmarking.steps import (
     BASELINES,
     COLUMNS,
     OURS,
-    StepSettings,
     make_problem,
     measure,
     print_table,
 )
 from wfnet.cli.classifier import create_classifier
 from wfnet.services.files import write_json
-
-_SETTINGS = ("image_size", "batch_size", "label_expansion", "classes", "share_images", "device")
-_SETTINGS += ("channels_last", "repeats", "seed")
 
 
 def draw(record: dict, path: Path) -> None:
@@ -94,25 +90,10 @@ def draw(record: dict, path: Path) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=15, dtype="float32")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
-    names = "timm names, torchvision/NAME, small/NAME"
-    add("--models", "--model", nargs="+", default=["resnet18"], help=names)
-    add("--image-size", type=int, default=32)
-    add("-b", "--batch-size", type=int, default=32, help="images n of a minibatch")
-    add("-M", "--label-expansion", type=int, default=3)
-    help_text = "the same n / 2 images serve both halves"
-    add("--share-images", action=switch, default=True, help=help_text)
-    add("--classes", type=int, default=10)
     add("--channels-last", action=switch, default=True)
     add("--columns", nargs="+", choices=COLUMNS, default=[*BASELINES, *OURS])
-    add("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    try:
-        args.measured = StepSettings(
-            **{name: getattr(args, name) for name in _SETTINGS}, dtype=getattr(torch, args.dtype)
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    return args
+    sizes = {"image_size": 32, "batch_size": 32, "classes": 10}
+    return parse_step(parser, argv, **sizes, share_images=True)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -6,12 +6,14 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from wfnet.benchmarking.provenance import provenance, settings_of
+from wfnet.benchmarking.steps import StepSettings
 from wfnet.benchmarking.timing import choose_convolutions_by_trial
 
 CUDA = torch.cuda.is_available()
@@ -35,6 +37,33 @@ def make_parser(
     if dtype is not None:
         parser.add_argument("--dtype", default=dtype, choices=DTYPES)
     return parser
+
+
+def parse_step(
+    parser: argparse.ArgumentParser, argv: list[str] | None, **defaults: object
+) -> argparse.Namespace:
+    """Adds the options of a whole step and parses; ``measured`` of the result has its settings.
+
+    Args:
+        defaults: of ``image_size``, ``batch_size``, ``classes`` and ``share_images``.
+    """
+    add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    names = "timm names, torchvision/NAME, small/NAME"
+    add("--models", "--model", nargs="+", default=["resnet18"], help=names)
+    add("--image-size", type=int)
+    add("-b", "--batch-size", type=int, help="images n of a minibatch")
+    add("-M", "--label-expansion", type=int, default=3)
+    add("--share-images", action=switch, help="the same n / 2 images serve both halves")
+    add("--classes", type=int)
+    add("--seed", type=int, default=0)
+    parser.set_defaults(**defaults)
+    args = parser.parse_args(argv)
+    given = {one.name: getattr(args, one.name) for one in fields(StepSettings) if one.name in args}
+    try:
+        args.measured = StepSettings(**given | {"dtype": getattr(torch, args.dtype)})
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def begin(
