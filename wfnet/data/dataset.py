@@ -74,26 +74,16 @@ def labels_of(dataset: Any) -> Tensor:
         if isinstance(samples, (list, tuple)):
             candidates.append([sample[1] for sample in samples])
     for candidate in candidates:
-        labels = _as_labels(candidate)
-        if labels is not None and len(labels) == len(dataset):
-            return _transformed(labels, dataset)
+        try:
+            labels = torch.as_tensor(candidate)
+        except (TypeError, ValueError, RuntimeError):  # None, a method, or no numbers
+            continue
+        if labels.shape == (len(dataset),) and not labels.is_floating_point():
+            return _transformed(labels.to(device="cpu", dtype=torch.int64), dataset)
     raise ValueError(
         f"{type(dataset).__name__} has no usable labels: give it an attribute `labels` or "
         "`targets` with one integer per image"
     )
-
-
-def _as_labels(candidate: Any) -> Tensor | None:
-    """A 1-D int64 tensor, or None if the candidate is anything but integers in one dimension."""
-    if candidate is None or callable(candidate):
-        return None
-    try:
-        labels = torch.as_tensor(candidate)
-    except (TypeError, ValueError, RuntimeError):
-        return None
-    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
-        return None
-    return labels.to(device="cpu", dtype=torch.int64)
 
 
 def _transformed(labels: Tensor, dataset: Any) -> Tensor:
@@ -136,9 +126,11 @@ def check_labels(labels: Tensor, classes: Sequence[str]) -> None:
         raise ValueError(
             f"labels must be a 1-D tensor of integers, got {labels.dtype} {list(labels.shape)}"
         )
-    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= len(classes)):
-        bad = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise ValueError(f"label {bad} is outside 0..{len(classes) - 1} ({len(classes)} classes)")
+    outside = labels[(labels < 0) | (labels >= len(classes))]
+    if len(outside):
+        raise ValueError(
+            f"label {int(outside[0])} is outside 0..{len(classes) - 1} ({len(classes)} classes)"
+        )
 
 
 # Under these names data sets of dictionaries keep images and labels.

@@ -47,7 +47,7 @@ class ImageFiles(EncodedFiles):
         seen = {os.path.realpath(root / name) for name in folders}
         one_another = len(seen) < len(folders)
         seen |= {str(folder) for folder in (root.resolve(), *root.resolve().parents)}
-        passed_over = [e.path for e in os.scandir(root) if not _hidden(e) and not _is_folder(e)]
+        passed_over = [e.path for e in os.scandir(root) if not _hidden(e) and not e.is_dir()]
         images = [_images(start + name, seen, passed_over) for name in folders]
         log_passed_over(root, [readable(path.removeprefix(start)) for path in sorted(passed_over)])
         empty = [name for name, files in zip(names, images, strict=True) if not files]
@@ -77,10 +77,10 @@ def _images(folder: str, seen: set[str], passed_over: list[str]) -> list[str]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if _hidden(entry):
             continue
-        if _is_folder(entry) and os.path.realpath(entry.path) not in seen:
+        if entry.is_dir() and os.path.realpath(entry.path) not in seen:
             seen.add(os.path.realpath(entry.path))
             folders.append(entry.path)
-        elif entry.name.lower().endswith(EXTENSIONS) and _is_file(entry):
+        elif entry.name.lower().endswith(EXTENSIONS) and entry.is_file():
             files.append(entry.path)
         else:
             passed_over.append(entry.path)
@@ -91,19 +91,11 @@ def _hidden(entry: os.DirEntry) -> bool:
     return entry.name.startswith(".")
 
 
-def _is_folder(entry: os.DirEntry) -> bool:
-    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
-
-
-def _is_file(entry: os.DirEntry) -> bool:
-    return os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()
-
-
 def class_folders(root: Path) -> list[str]:
     """Returns the names of the class folders under `root`, sorted; hidden ones are none."""
     if not root.is_dir():
         raise FileNotFoundError(f"{root} is not a folder: it should hold one folder for each class")
-    names = sorted(e.name for e in os.scandir(root) if not _hidden(e) and _is_folder(e))
+    names = sorted(e.name for e in os.scandir(root) if not _hidden(e) and e.is_dir())
     if not names:
         raise ValueError(f"{root} has no class folders: images belong in {root / '<class>'}")
     return names
@@ -113,7 +105,7 @@ def has_class_images(root: Path) -> bool:
     """Returns whether there are folders below `root` with an image in them."""
     if not root.is_dir():
         return False
-    tops = [e.path for e in os.scandir(root) if not _hidden(e) and _is_folder(e)]
+    tops = [e.path for e in os.scandir(root) if not _hidden(e) and e.is_dir()]
     files = (file for top in tops for _, _, files in os.walk(top) for file in files)
     return any(file.lower().endswith(EXTENSIONS) for file in files)
 

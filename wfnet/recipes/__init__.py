@@ -8,23 +8,15 @@ stand on the command line: ``wfnet untrain --config mnist/resnet18 --data-dir fi
 from __future__ import annotations
 
 import json
-from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
+_FOLDER = Path(__file__).parent
 
-@cache
+
 def names() -> tuple[str, ...]:
     """All recipes, sorted: ``cifar10/resnet18``, ..."""
-    found = []
-    for folder in resources.files(__name__).iterdir():
-        if folder.is_dir():
-            found += [
-                f"{folder.name}/{file.name.removesuffix('.json')}"
-                for file in folder.iterdir()
-                if file.name.endswith(".json")
-            ]
-    return tuple(sorted(found))
+    return tuple(sorted(f"{path.parent.name}/{path.stem}" for path in _FOLDER.glob("*/*.json")))
 
 
 def read(name: str, command: str) -> dict[str, Any]:
@@ -35,5 +27,5 @@ def read(name: str, command: str) -> dict[str, Any]:
     """
     if name not in names():
         raise ValueError(f"there is no recipe {name!r}; recipes are {', '.join(names())}")
-    content = json.loads(resources.files(__name__).joinpath(f"{name}.json").read_text())
+    content = json.loads((_FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return {**content["shared"], **content.get(command, {})}
