@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "geometry.h"
 
@@ -24,49 +25,44 @@ struct TensorMapParameters {
   uint32_t channels, pixels;  // im2col: elements per copy
 };
 
+// Axes of dense memory, the contiguous one first.
+inline TensorMapParameters dense_map(const void* address, bool bf16,
+                                     std::initializer_list<int64_t> sizes) {
+  TensorMapParameters map{};
+  map.address = address;
+  map.bf16 = bf16;
+  uint64_t bytes = 2;
+  for (const int64_t size : sizes) {
+    if (map.rank > 0) map.stride[map.rank] = bytes;
+    map.element_step[map.rank] = map.box[map.rank] = 1;
+    map.size[map.rank++] = size;
+    bytes *= size;
+  }
+  return map;
+}
+
 // [rows, depth] in boxes of [box_rows, 64].
 inline TensorMapParameters matrix_map(const void* address, bool bf16, int64_t rows, int depth,
                                       int box_rows) {
-  TensorMapParameters map{};
-  map.address = address;
-  map.rank = 2;
-  map.bf16 = bf16;
-  map.size[0] = depth, map.size[1] = rows;
-  map.stride[1] = uint64_t{2} * depth;
+  TensorMapParameters map = dense_map(address, bf16, {depth, rows});
   map.box[0] = kBlockK, map.box[1] = box_rows;
-  map.element_step[0] = map.element_step[1] = 1;
   return map;
 }
 
 // The filter, [out_channels, R * S, in_channels], in boxes of [box_rows, 1, 64].
 inline TensorMapParameters filter_map(const void* address, bool bf16, int out_channels, int taps,
                                       int in_channels, int box_rows) {
-  TensorMapParameters map{};
-  map.address = address;
-  map.rank = 3;
-  map.bf16 = bf16;
-  map.size[0] = in_channels, map.size[1] = taps, map.size[2] = out_channels;
-  map.stride[1] = uint64_t{2} * in_channels;
-  map.stride[2] = map.stride[1] * taps;
-  map.box[0] = kBlockK, map.box[1] = 1, map.box[2] = box_rows;
-  for (uint32_t& step : map.element_step) step = 1;
+  TensorMapParameters map = dense_map(address, bf16, {in_channels, taps, out_channels});
+  map.box[0] = kBlockK, map.box[2] = box_rows;
   return map;
 }
 
 // [batch, a_height, a_width, depth]: 128 consecutive pixels of a phase at one tap, 64 channels.
 inline TensorMapParameters im2col_map(const void* address, bool bf16, const Problem& problem,
                                       const Phase& phase) {
-  TensorMapParameters map{};
-  map.address = address;
-  map.rank = 4;
+  TensorMapParameters map = dense_map(
+      address, bf16, {problem.depth, problem.a_width, problem.a_height, problem.batch});
   map.im2col = true;
-  map.bf16 = bf16;
-  map.size[0] = problem.depth, map.size[1] = problem.a_width, map.size[2] = problem.a_height;
-  map.size[3] = problem.batch;
-  map.stride[1] = uint64_t{2} * problem.depth;
-  map.stride[2] = map.stride[1] * problem.a_width;
-  map.stride[3] = map.stride[2] * problem.a_height;
-  map.element_step[0] = map.element_step[3] = 1;
   map.element_step[1] = phase.w.base_step, map.element_step[2] = phase.h.base_step;
   // The box of filter bases ends exactly at the last one: `size` of them per axis, whatever rest
   // the stride leaves.

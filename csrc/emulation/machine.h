@@ -124,6 +124,12 @@ struct Fiber {
   Warp& warp();
 };
 
+inline Fiber*& running() {
+  static Fiber* fiber = nullptr;
+  return fiber;
+}
+inline Fiber* current_fiber() { return running(); }
+
 // A meeting point of a fixed number of threads.
 struct Rendezvous {
   const char* what = nullptr;
@@ -205,16 +211,65 @@ class Block {
   std::vector<Warp>& warps() { return warps_; }
 
   // Ends the launch with this message; does not return.
-  [[noreturn]] void fail(const std::string& message);
+  [[noreturn]] void fail(const std::string& message) {
+    if (running() == nullptr)  // a posted completion, run by the scheduler itself
+      throw std::runtime_error("block " + std::to_string(index_) + ": " + message);
+    error_ = "thread " + std::to_string(running()->thread) + ": " + message;
+    _longjmp(scheduler_, 1);  // a fiber holds nothing that needs a destructor
+  }
 
   // Blocks until `expected` threads are here; the last one calls complete(arguments by rank).
   template <class Complete>
   void meet(Rendezvous& at, const char* what, int expected, int rank, void* argument,
-            Complete complete);
-  // Counts as one of the `expected` threads of a barrier without waiting (bar.arrive).
-  void arrive(Rendezvous& at, const char* what, int expected);
+                   Complete complete) {
+    Fiber* self = running();
+    if (at.arguments.empty()) at.what = what, at.expected = expected, at.arguments.reserve(expected);
+    if (at.what != what && std::strcmp(at.what, what) != 0)
+      fail(std::string("is at ") + what + " while others of its group are at " + at.what);
+    if (at.expected != expected)
+      fail(std::string(what) + ": " + std::to_string(expected) + " threads expected here, " +
+           std::to_string(at.expected) + " by others");
+    struct Entry {
+      int rank;
+      void* argument;
+    };
+    Entry mine{rank, argument};  // on this fiber's stack, which lives on while it waits
+    at.arguments.push_back(&mine);
+    at.waiting.push_back(self);
+    self->waits_at = what;
+    if (static_cast<int>(at.arguments.size()) == expected) {
+      std::vector<void*> by_rank(expected, nullptr);
+      for (void* other : at.arguments) {
+        const Entry* entry = static_cast<const Entry*>(other);  // null: a thread that only arrived
+        if (entry != nullptr && entry->rank < expected) by_rank[entry->rank] = entry->argument;
+      }
+      complete(by_rank.data());
+      release(at, self);
+      return;
+    }
+    self->state = Fiber::State::kWaiting;
+    yield(self);
+  }
 
-  void wait_until(const char* what, std::function<bool()> condition);
+  // Counts as one of the `expected` threads of a barrier without waiting (bar.arrive).
+  void arrive(Rendezvous& at, const char* what, int expected) {
+    if (at.arguments.empty()) at.what = what, at.expected = expected;
+    if (at.expected != expected) fail(std::string(what) + ": thread counts differ");
+    at.arguments.push_back(nullptr);
+    if (static_cast<int>(at.arguments.size()) == expected) {
+      release(at, nullptr);
+    }
+  }
+
+  void wait_until(const char* what, std::function<bool()> condition) {
+    if (condition()) return;
+    Fiber* self = running();
+    self->waits_at = what;
+    self->condition = std::move(condition);
+    self->state = Fiber::State::kWaiting;
+    yield(self);
+  }
+
   void post(std::function<void()> completion) { posted_.push_back(std::move(completion)); }
 
   // One object per block and type, for primitives with a state of their own.
@@ -256,11 +311,52 @@ class Block {
   }
 
  private:
-  static void enter();
-  void resume(Fiber* fiber);
-  void yield(Fiber* fiber);
+  // All but `self`, which runs, go on.
+  void release(Rendezvous& at, const Fiber* self) {
+    for (Fiber* fiber : at.waiting)
+      if (fiber != self) {
+        fiber->state = Fiber::State::kRunnable;
+        runnable_.push_back(fiber);
+      }
+    at.arguments.clear(), at.waiting.clear();
+  }
 
-  char* access(uint32_t address, uint32_t bytes, const char* what);
+  // noinline: no frame of these may hold a register across the switch. ucontext makes a fiber's first
+  // frame; from then on _setjmp/_longjmp switch without a system call.
+  __attribute__((noinline)) void resume(Fiber* fiber) {
+    const bool fresh = fiber->state == Fiber::State::kNew;
+    fiber->state = Fiber::State::kRunnable;
+    running() = fiber;
+    if (_setjmp(scheduler_) == 0) {
+      if (fresh) setcontext(&fiber->start);
+      _longjmp(fiber->context, 1);
+    }
+    running() = nullptr;
+  }
+
+  __attribute__((noinline)) void yield(Fiber* fiber) {
+    if (_setjmp(fiber->context) == 0) _longjmp(scheduler_, 1);
+  }
+
+  static void enter() {
+    Fiber* fiber = running();
+    Block* block = fiber->block;
+    (*block->kernel_)();
+    fiber->state = Fiber::State::kDone;
+    _longjmp(block->scheduler_, 1);
+  }
+
+  char* access(uint32_t address, uint32_t bytes, const char* what) {
+    char* pointer = shared_span(address, bytes, what);
+    if (address % bytes != 0)
+      fail(std::string(what) + ": shared address " + std::to_string(address) + " is not aligned to " +
+           std::to_string(bytes));
+    for (uint32_t word = address / 4; word < (address + bytes + 3) / 4; ++word)
+      if (copies_in_flight_[word] > 0)
+        fail(std::string(what) + ": shared byte " + std::to_string(word * 4) +
+             " has an asynchronous copy in flight");
+    return pointer;
+  }
 
   // Posted completions: now and then by themselves, as the policy says.
   void maybe_complete() {
@@ -324,117 +420,8 @@ class Block {
   jmp_buf scheduler_;
 };
 
-inline Fiber*& running() {
-  static Fiber* fiber = nullptr;
-  return fiber;
-}
-inline Fiber* current_fiber() { return running(); }
 inline Block& block() { return *running()->block; }
-
 inline Warp& Fiber::warp() { return block->warps()[thread / kWarp]; }
-
-// noinline: no frame of these may hold a register across the switch. ucontext makes a fiber's first
-// frame; from then on _setjmp/_longjmp switch without a system call.
-__attribute__((noinline)) inline void Block::resume(Fiber* fiber) {
-  const bool fresh = fiber->state == Fiber::State::kNew;
-  fiber->state = Fiber::State::kRunnable;
-  running() = fiber;
-  if (_setjmp(scheduler_) == 0) {
-    if (fresh) setcontext(&fiber->start);
-    _longjmp(fiber->context, 1);
-  }
-  running() = nullptr;
-}
-
-__attribute__((noinline)) inline void Block::yield(Fiber* fiber) {
-  if (_setjmp(fiber->context) == 0) _longjmp(scheduler_, 1);
-}
-
-inline void Block::enter() {
-  Fiber* fiber = running();
-  Block* block = fiber->block;
-  (*block->kernel_)();
-  fiber->state = Fiber::State::kDone;
-  _longjmp(block->scheduler_, 1);
-}
-
-inline void Block::fail(const std::string& message) {
-  if (running() == nullptr)  // a posted completion, run by the scheduler itself
-    throw std::runtime_error("block " + std::to_string(index_) + ": " + message);
-  error_ = "thread " + std::to_string(running()->thread) + ": " + message;
-  _longjmp(scheduler_, 1);  // a fiber holds nothing that needs a destructor
-}
-
-template <class Complete>
-void Block::meet(Rendezvous& at, const char* what, int expected, int rank, void* argument,
-                 Complete complete) {
-  Fiber* self = running();
-  if (at.arguments.empty()) at.what = what, at.expected = expected, at.arguments.reserve(expected);
-  if (at.what != what && std::strcmp(at.what, what) != 0)
-    fail(std::string("is at ") + what + " while others of its group are at " + at.what);
-  if (at.expected != expected)
-    fail(std::string(what) + ": " + std::to_string(expected) + " threads expected here, " +
-         std::to_string(at.expected) + " by others");
-  struct Entry {
-    int rank;
-    void* argument;
-  };
-  Entry mine{rank, argument};  // on this fiber's stack, which lives on while it waits
-  at.arguments.push_back(&mine);
-  at.waiting.push_back(self);
-  self->waits_at = what;
-  if (static_cast<int>(at.arguments.size()) == expected) {
-    std::vector<void*> by_rank(expected, nullptr);
-    for (void* other : at.arguments) {
-      const Entry* entry = static_cast<const Entry*>(other);  // null: a thread that only arrived
-      if (entry != nullptr && entry->rank < expected) by_rank[entry->rank] = entry->argument;
-    }
-    complete(by_rank.data());
-    for (Fiber* fiber : at.waiting)
-      if (fiber != self) {
-        fiber->state = Fiber::State::kRunnable;
-        runnable_.push_back(fiber);
-      }
-    at.arguments.clear(), at.waiting.clear();
-    return;
-  }
-  self->state = Fiber::State::kWaiting;
-  yield(self);
-}
-
-inline void Block::arrive(Rendezvous& at, const char* what, int expected) {
-  if (at.arguments.empty()) at.what = what, at.expected = expected;
-  if (at.expected != expected) fail(std::string(what) + ": thread counts differ");
-  at.arguments.push_back(nullptr);
-  if (static_cast<int>(at.arguments.size()) == expected) {
-    for (Fiber* fiber : at.waiting) {
-      fiber->state = Fiber::State::kRunnable;
-      runnable_.push_back(fiber);
-    }
-    at.arguments.clear(), at.waiting.clear();
-  }
-}
-
-inline void Block::wait_until(const char* what, std::function<bool()> condition) {
-  if (condition()) return;
-  Fiber* self = running();
-  self->waits_at = what;
-  self->condition = std::move(condition);
-  self->state = Fiber::State::kWaiting;
-  yield(self);
-}
-
-inline char* Block::access(uint32_t address, uint32_t bytes, const char* what) {
-  char* pointer = shared_span(address, bytes, what);
-  if (address % bytes != 0)
-    fail(std::string(what) + ": shared address " + std::to_string(address) + " is not aligned to " +
-         std::to_string(bytes));
-  for (uint32_t word = address / 4; word < (address + bytes + 3) / 4; ++word)
-    if (copies_in_flight_[word] > 0)
-      fail(std::string(what) + ": shared byte " + std::to_string(word * 4) +
-           " has an asynchronous copy in flight");
-  return pointer;
-}
 
 // The host's device: registered memory, how to run the next launches, and what to leave out.
 struct Device {
@@ -442,7 +429,6 @@ struct Device {
   uint64_t seed = 0;
   Completion completion = Completion::kLate;
   Fault broken = Fault::kNone;
-  int contexts = 0;  // scopes of the calling thread in which the driver has a context
 
   void run(uint32_t grid, int threads, uint32_t shared_bytes, const std::function<void()>& kernel) {
     Launch launch{grid, threads, shared_bytes, completion};
