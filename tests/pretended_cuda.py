@@ -13,6 +13,7 @@ makes by device (cuDNN, attention kernels, the autocast policy of CUDA) are not 
 from __future__ import annotations
 
 import contextlib
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
@@ -101,8 +102,7 @@ class Stream:
     numbers = iter(range(1, 1 << 30))
 
     def __init__(self, device=None, priority: int = 0):
-        self.cuda_stream = next(self.numbers) * 0x1000
-        self.device = CUDA
+        self.cuda_stream, self.device = next(self.numbers) * 0x1000, CUDA
 
     def wait_stream(self, other: Stream) -> None:
         assert isinstance(other, Stream)
@@ -116,9 +116,6 @@ class Stream:
     def synchronize(self) -> None:
         device.wait("stream.synchronize")
 
-    def query(self) -> bool:
-        return True
-
     def __enter__(self):
         self._outer, device.stream = device.stream, self
         return self
@@ -130,14 +127,11 @@ class Stream:
 class Event:
     """An event that has always happened."""
 
-    clock = 0.0
-
-    def __init__(self, enable_timing: bool = False, **_):
-        self.recorded = False
+    def __init__(self, **_):
+        self.at = 0.0
 
     def record(self, stream=None) -> None:
-        Event.clock += 0.001
-        self.at, self.recorded = Event.clock, True
+        self.at = time.monotonic()
 
     def query(self) -> bool:
         if device.recording is not None:
@@ -148,17 +142,19 @@ class Event:
         device.wait("event.synchronize")
 
     def wait(self, stream=None) -> None:
-        assert self.recorded
+        assert self.at, "an event that was not recorded"
 
     def elapsed_time(self, end: Event) -> float:
-        return end.at - self.at
+        return 1000 * (end.at - self.at)
 
 
 class Graph:
     """A captured graph: replays do again what happened on the device, nothing else."""
 
+    work: list[Callable[[], None]] | None = None
+
     def __init__(self, keep_graph: bool = False):
-        self.work: list[Callable[[], None]] | None = None
+        pass
 
     def replay(self) -> None:
         assert self.work is not None, "replay before the capture has ended"
@@ -168,9 +164,6 @@ class Graph:
 
     def pool(self):
         return (0, 1)
-
-    def reset(self) -> None:
-        self.work = None
 
 
 @contextlib.contextmanager
@@ -191,19 +184,8 @@ def capture(graph: Graph, pool=None, stream=None, capture_error_mode="global") -
 
 
 PROPERTIES = SimpleNamespace(
-    name="pretended",
-    major=9,
-    minor=0,
-    multi_processor_count=132,
-    total_memory=141 * 2**30,
-    shared_memory_per_block_optin=227 * 1024,
-    L2_cache_size=50 * 2**20,
-    warp_size=32,
+    name="pretended", major=9, minor=0, multi_processor_count=132, total_memory=141 * 2**30
 )
-
-
-def _waiting(what: str):
-    return lambda *_, **__: device.wait(what)
 
 
 def nothing(*_, **__):
@@ -233,7 +215,7 @@ REPLACED = {
     "graph": capture,
     "graph_pool_handle": lambda: (0, 1),
     "is_current_stream_capturing": lambda: device.recording is not None,
-    "synchronize": _waiting("synchronize"),
+    "synchronize": lambda *_: device.wait("synchronize"),
     "memory_snapshot": lambda *_: [],
     "mem_get_info": lambda *_: (100 * 2**30, 141 * 2**30),
     "get_rng_state": lambda *_: torch.get_rng_state(),
@@ -293,18 +275,12 @@ class Pretended(torch.Tensor):
         assert isinstance(stream, Stream)
         device.beside += 1
 
-    def __reduce_ex__(self, protocol):
-        raise NotImplementedError("pretended tensors are not pickled")
-
     def __deepcopy__(self, memo):
         copied = Pretended(self.inner.clone(), self.requires_grad)
         if getattr(self, "_is_param", False):
             copied = torch.nn.Parameter(copied, self.requires_grad)
         memo[id(self)] = copied
         return copied
-
-    def __repr__(self, **_) -> str:
-        return f"Pretended({self.inner!r})"
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
@@ -356,18 +332,17 @@ _READS = {
 
 
 def _inside(args, kwargs) -> tuple[tuple, dict, dict[int, Pretended]]:
+    """Arguments as C++ sees them, and the tensors that they stand for."""
     own: dict[int, Pretended] = {}
 
     def unwrap(value):
         if isinstance(value, Pretended):
             own[id(value.inner)] = value
             return value.inner
-        if isinstance(value, torch.device) and value.type == "cuda":  # to C++ it is the CPU
-            return HOST
-        return value
+        cuda = isinstance(value, torch.device) and value.type == "cuda"
+        return HOST if cuda else value
 
-    inner_args, inner_kwargs = tree_map(unwrap, (tuple(args), dict(kwargs)))
-    return inner_args, inner_kwargs, own
+    return *tree_map(unwrap, (tuple(args), dict(kwargs))), own
 
 
 def _check_devices(func, args, kwargs) -> None:
@@ -438,17 +413,14 @@ def _record(func, args, kwargs, result) -> None:
     device.record(again)
 
 
-def _no_host_copies() -> None:
-    raise WaitsInCapture("a graph replays a copy of host memory")
+def to_device(x: Tensor) -> Pretended:
+    """Returns a copy of ``x`` on the pretended device."""
 
+    def again() -> None:
+        raise WaitsInCapture("a graph replays a copy of host memory")
 
-def to_device(x: Tensor) -> Tensor:
-    """Returns ``x`` on the pretended device."""
-    if isinstance(x, Pretended):
-        return x
-    device.record(_no_host_copies)
-    inner = x.detach().to(HOST, copy=True)
-    return Pretended(inner, x.requires_grad and x.is_floating_point())
+    device.record(again)
+    return Pretended(x.detach().clone(), x.requires_grad and x.is_floating_point())
 
 
 def is_cuda(place) -> bool:
@@ -465,7 +437,7 @@ class _Factories(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         if name == "cuda":
-            return self._moved(args[0], kwargs.get("non_blocking", False), None)
+            return self._moved(args[0], kwargs.get("non_blocking", False))
         if name in ("cpu", "tolist") and isinstance(args[0], Pretended):
             return getattr(_to_host(args[0]), name)()
         if name in ("numpy", "__array__") and isinstance(args[0], Pretended):
@@ -506,38 +478,29 @@ class _Factories(TorchFunctionMode):
 
     def _to(self, args, kwargs):
         x, *rest = args
-        place = options = None
+        options = {name: value for name, value in kwargs.items() if value is not None}
         if rest and isinstance(rest[0], Tensor):
-            place, options = rest[0].device, {"dtype": rest[0].dtype}
+            options |= {"device": rest[0].device, "dtype": rest[0].dtype}
             rest = rest[1:]
-        elif rest and not isinstance(rest[0], torch.dtype):
-            place, *rest = rest
-        given = [value for value in rest if isinstance(value, torch.dtype)]
+        elif rest and isinstance(rest[0], str | int | torch.device):
+            options["device"], *rest = rest
         flags = [value for value in rest if isinstance(value, bool)]
-        options = {
-            **(options or {}),
-            **({"dtype": given[0]} if given else {}),
-            **dict(zip(("non_blocking", "copy"), flags, strict=False)),
-            **{name: value for name, value in kwargs.items() if value is not None},
-        }
-        place = options.pop("device", place)
-        late = options.pop("non_blocking", False)
+        for dtype in (value for value in rest if isinstance(value, torch.dtype)):
+            options["dtype"] = dtype
+        options |= dict(zip(("non_blocking", "copy"), flags, strict=False))
+        place, late = options.pop("device", None), options.pop("non_blocking", False)
         if place is None or is_cuda(place) == isinstance(x, Pretended):
             return x.to(**options) if options else x
         if is_cuda(place):
-            copied = options.pop("copy", False)
+            options.pop("copy", None)
             converted = x.to(**options) if options else x
-            pinned = getattr(x, "pretends_pinned", False) and converted is x
-            moved = self._moved(converted, late, pinned)
-            assert moved is not x or not copied
-            return moved
+            return self._moved(converted, late, converted is x)
         return _to_host(x).to(**options) if options else _to_host(x)
 
-    def _moved(self, x, non_blocking: bool, pinned: bool | None):
+    def _moved(self, x, non_blocking: bool, pinned: bool = True):
         if isinstance(x, Pretended):
             return x
-        pinned = getattr(x, "pretends_pinned", False) if pinned is None else pinned
-        if not (non_blocking and pinned):
+        if not (non_blocking and pinned and getattr(x, "pretends_pinned", False)):
             device.wait("copy from the host" + (" that may not wait" if non_blocking else ""))
         return to_device(x)
 

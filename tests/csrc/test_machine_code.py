@@ -3,7 +3,6 @@
 Compiled with nvcc (about ten seconds), cached by the hash of the sources.
 """
 
-import hashlib
 import re
 import subprocess
 from dataclasses import dataclass
@@ -13,22 +12,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
-SOURCES = sorted([*CSRC.glob("*.h"), CSRC / "gemm.cu"])
 TEMPLATES = [
     (element, block_n, keep, direction)
     for element in ("Bf16", "Fp16")
     for block_n, keep in ((64, True), (64, False), (128, False))  # keep: the filter stays
     for direction in ("forward", "backward")
 ]
-
-
-def cuobjdump() -> Path:
-    """The disassembler that comes with Triton's package."""
-    triton = pytest.importorskip("triton")
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    if not tool.exists():
-        pytest.skip("this Triton carries no cuobjdump")
-    return tool
 
 
 @dataclass(frozen=True)
@@ -45,58 +34,37 @@ class Kernel:
 
 
 @pytest.fixture(scope="module")
-def compiled(csrc_build):
-    """What nvcc printed, and the disassembly."""
+def compiled(csrc_build) -> tuple[str, str]:
+    """What nvcc printed, and the disassembly by the tool that comes with Triton's package."""
+    triton = pytest.importorskip("triton")
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not disassembler.exists():
+        pytest.skip("this Triton carries no cuobjdump")
     try:
-        compiler = csrc_build.nvcc()
+        command = [csrc_build.nvcc(), *csrc_build.NVCC_FLAGS, f"-I{CSRC}", "-Xptxas", "-v"]
     except csrc_build.BuildError as error:
         pytest.skip(str(error))
-    return _compiled([compiler, *csrc_build.NVCC_FLAGS])
-
-
-def _compiled(command: list[str]) -> tuple[str, str]:
-    command = [*command, f"-I{CSRC}", "-Xptxas", "-v"]
-    digest = hashlib.sha256(" ".join(command).encode())
-    for path in SOURCES:
-        digest.update(path.read_bytes())
-    folder = ROOT / "build/machine-code" / digest.hexdigest()[:16]
+    folder = ROOT / "build/machine-code" / csrc_build.sources_digest()
     folder.mkdir(parents=True, exist_ok=True)
     log, code = folder / "log.txt", folder / "code.sass"
     if not code.exists():
-        target = folder / "gemm.o"
-        done = subprocess.run(
-            [*command, "-c", str(CSRC / "gemm.cu"), "-o", str(target)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        words = {"capture_output": True, "text": True, "check": True}
+        target = str(folder / "gemm.o")
+        done = subprocess.run([*command, "-c", str(CSRC / "gemm.cu"), "-o", target], **words)
         log.write_text(done.stdout + done.stderr)
-        dump = subprocess.run(
-            [cuobjdump(), "-sass", str(target)], check=True, capture_output=True, text=True
-        )
-        code.write_text(dump.stdout)
+        code.write_text(subprocess.run([disassembler, "-sass", target], **words).stdout)
     return log.read_text(), code.read_text()
 
 
-def mangled(element: str, block_n: int, keep: bool, direction: str) -> str:
-    """Pattern of a kernel's mangled name."""
-    number = ("forward", "backward").index(direction)
-    return rf"GemmKernelINS_4{element}ELi{block_n}ELb{int(keep)}ELNS_9DirectionE{number}EE"
-
-
-def functions(code: str) -> list[str]:
-    """Disassembled functions, each beginning with its mangled name."""
-    return re.split(r"\n\s*Function : ", code)[1:]
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def kernel(compiled):
     """A function that gives the one kernel whose mangled name matches a pattern."""
 
     def find(name: str) -> Kernel:
         log, code = compiled
         [report] = [p for p in log.split("Compiling entry function")[1:] if re.search(name, p)]
-        [body] = [p for p in functions(code) if re.search(name, p.split("\n", 1)[0])]
+        bodies = re.split(r"\n\s*Function : ", code)[1:]
+        [body] = [p for p in bodies if re.search(name, p.split("\n", 1)[0])]
         stack, stores, loads = re.search(
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", report
         ).groups()
@@ -104,6 +72,12 @@ def kernel(compiled):
         return Kernel(int(registers), int(stack), int(stores) + int(loads), body)
 
     return find
+
+
+def mangled(element: str, block_n: int, keep: bool, direction: str) -> str:
+    """Pattern of a kernel's mangled name."""
+    number = ("forward", "backward").index(direction)
+    return rf"GemmKernelINS_4{element}ELi{block_n}ELb{int(keep)}ELNS_9DirectionE{number}EE"
 
 
 @pytest.mark.parametrize(("element", "block_n", "keep", "direction"), TEMPLATES)

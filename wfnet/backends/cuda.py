@@ -72,28 +72,33 @@ class CudaBackend(TritonBackend):
             named.append(_KERNEL if reason is None else f"Triton's kernel ({reason})")
         return f"forward: {named[0]}; input gradient: {named[1]}"
 
-    def product(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue, op: str
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        geometry: ConvGeometry,
+        epilogue: Epilogue,
+        op: str = "conv",
     ) -> Activation:
         expands = epilogue.source is not None
         if _refuse_hopper(False, tuple(x.shape), weight, geometry, expands) is not None:
-            return super().product(x, weight, geometry, epilogue, op)
+            return super().conv2d(x, weight, geometry, epilogue, op)
         return cuda_launch.conv2d(x, weight, geometry, epilogue)
 
-    def gradient(
+    def conv2d_dgrad(
         self,
         scaled_grad: Tensor,
         weight: Tensor,
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
-        skip: Tensor | None,
-        below: LayerBelow | None,
-        op: str,
+        skip: Tensor | None = None,
+        below: LayerBelow | None = None,
+        op: str = "conv",
     ) -> LayerGradient:
         """One GEMM; a projection shortcut takes a second pass over ``g``."""
         arguments = (scaled_grad, weight, input_shape, geometry, skip)
         if _refuse_hopper(True, input_shape, weight, geometry) is not None:
-            return super().gradient(*arguments, below, op)
+            return super().conv2d_dgrad(*arguments, below, op)
         shortcut = None if below is None else below.shortcut
         if shortcut is None:
             return cuda_launch.conv2d_dgrad(*arguments, below)

@@ -194,20 +194,19 @@ def _channels_first(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.permute(0, 3, 1, 2)
 
 
-def _tables(scale: Tensor | None, shift: Tensor | None) -> tuple[Tensor | None, Tensor | None, int]:
-    """Both tables with 16-byte aligned rows of one stride, copied only if need be, and the stride.
+def _tables(*tables: Tensor | None) -> tuple[list[Tensor | None], int]:
+    """Tables with 16-byte aligned rows of one stride, copied only if need be, and the stride.
 
     Columns of a wider table are taken where they lie.
     """
-    given = [t for t in (scale, shift) if t is not None]
-    if not given:
-        return None, None, 0
-    stride = given[0].stride(0)
-    fits = stride % 4 == 0 and stride >= given[0].shape[1]
-    if not all(fits and t.stride() == (stride, 1) and t.data_ptr() % 16 == 0 for t in given):
-        scale, shift = (None if t is None else _dense(t) for t in (scale, shift))
-        stride = given[0].shape[1]
-    return scale, shift, stride
+    given = [t for t in tables if t is not None]
+    stride = given[0].stride(0) if given else 0
+    fits = stride % 4 == 0 and all(
+        t.stride() == (stride, 1) and t.data_ptr() % 16 == 0 and stride >= t.shape[1] for t in given
+    )
+    if fits:
+        return list(tables), stride
+    return [None if t is None else _dense(t) for t in tables], given[0].shape[1]
 
 
 def conv2d(x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue) -> Activation:
@@ -234,7 +233,7 @@ def conv2d(x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
     out = x.new_empty(pixels)
     branch = torch.empty_like(out) if epilogue.save else None
     if out.numel():
-        scale, shift, stride = _tables(scale, shift)
+        (scale, shift), stride = _tables(scale, shift)
         reads = {
             "x": _pixels(x),
             "weight": _pixels(weight),
@@ -290,7 +289,7 @@ def conv2d_dgrad(
     grad = scaled_grad.new_empty(shape) if below.need_grad else None
     scaled = scaled_grad.new_empty(shape) if below.need_scaled_grad else None
     if input_shape[0]:
-        scale, shift, stride = _tables(below.scale, below.shift)
+        (scale, shift), stride = _tables(below.scale, below.shift)
         reads = {
             "ag": _pixels(scaled_grad),
             "weight": _pixels(weight),

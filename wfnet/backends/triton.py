@@ -105,33 +105,19 @@ class TritonBackend(Backend):
             f"input gradient {backward.config} ({backward.reason})"
         )
 
-    def product(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue, op: str
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        geometry: ConvGeometry,
+        epilogue: Epilogue,
+        op: str = "conv",
     ) -> Activation:
-        """Runs a convolution or (``op`` ``linear``) a linear map of pixels."""
+        """``op`` ``linear``: it is a linear map of pixels, whose TF32 setting holds."""
         return conv_fprop.conv_fprop(x, weight, geometry, epilogue, op=op)
 
-    def gradient(
-        self,
-        scaled_grad: Tensor,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        skip: Tensor | None,
-        below: LayerBelow | None,
-        op: str,
-    ) -> LayerGradient:
-        """Runs the input gradient of :meth:`product`, with the layer below in its epilogue."""
-        arguments = (scaled_grad, weight, input_shape, geometry, skip, below)
-        return conv_dgrad.conv_dgrad(*arguments, op=op)
-
-    def conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
-    ) -> Activation:
-        return self.product(x, weight, geometry, epilogue, "conv")
-
     def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
-        found = self.product(as_pixels(x), as_filter(weight), POINTWISE, epilogue, "linear")
+        found = self.conv2d(as_pixels(x), as_filter(weight), POINTWISE, epilogue, "linear")
         return Activation(as_tokens(found.out), as_tokens(found.branch))
 
     def epilogue_backward(
@@ -152,8 +138,11 @@ class TritonBackend(Backend):
         geometry: ConvGeometry,
         skip: Tensor | None = None,
         below: LayerBelow | None = None,
+        op: str = "conv",
     ) -> LayerGradient:
-        return self.gradient(scaled_grad, weight, input_shape, geometry, skip, below, "conv")
+        """One GEMM; its epilogue is the elementwise backward of the layer below."""
+        arguments = (scaled_grad, weight, input_shape, geometry, skip, below)
+        return conv_dgrad.conv_dgrad(*arguments, op=op)
 
     def linear_backward(
         self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
@@ -163,8 +152,8 @@ class TritonBackend(Backend):
         if scaled is None:
             return None
         shape = (input_shape[0], input_shape[2], input_shape[1], 1)
-        where = (as_filter(weight), shape, POINTWISE)
-        return as_tokens(self.gradient(scaled, *where, None, None, "linear").grad)
+        found = self.conv2d_dgrad(scaled, as_filter(weight), shape, POINTWISE, op="linear")
+        return as_tokens(found.grad)
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool
