@@ -11,15 +11,13 @@ from torch import Tensor
 
 from wfnet.fusion.trace import execution_order
 from wfnet.network import WFNet
-from wfnet.report.figures.style import AFTER, INK, RETAINED, bars_by_name, picture, shorten
+from wfnet.report.figures.style import AFTER, INK, RETAINED, picture, shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Filters of each class, and how many classes can be told apart in a graph.
-TOP, _IN_A_GRAPH = 10, 20
-_BARS = 30
+# Filters of each class, and how many classes can be told apart.
+TOP, SHOWN = 10, 20
 
 
 def association_graph(
@@ -28,8 +26,7 @@ def association_graph(
     """Draws which classes close the same filters of the last masked layer to run.
 
     Each class is linked to the filters with the lowest gates; filters that only one class closes
-    are left out. For more classes than can be told apart, the figure shows the most shared filters
-    and the pairs of classes that share most instead.
+    are left out. Of many classes, those that share most are drawn.
 
     Args:
         net: the filtered network.
@@ -39,17 +36,17 @@ def association_graph(
     """
     layer = execution_order(net.model, list(net.masked_layers))[-1]
     links = associations(net.masked_layers[layer].gates()[classes].detach().float().cpu())
-    texts = [names[row] for row in classes]
-    many = len(classes) > _IN_A_GRAPH
-    with picture(path, 13.0, 6.4 if many else 5.4) as figure:
-        if many:
-            _draw_shared(figure, links, texts)
-        else:
-            _draw_graph(figure.subplots(), links, texts)
-        kept, filters = int((links.sum(0) >= 2).sum()), links.shape[1]
+    filters = links.shape[1]
+    sharing = links[:, links.sum(0) >= 2].sum(1).argsort(descending=True, stable=True)
+    shown = sharing[:SHOWN].sort().values
+    links, texts = links[shown], [names[classes[i]] for i in shown.tolist()]
+    some = "" if len(shown) == len(classes) else f" ({SHOWN} of {len(classes):,} classes)"
+    with picture(path, 13.0, 5.4) as figure:
+        _draw_graph(figure.subplots(), links, texts)
+        kept = int((links.sum(0) >= 2).sum())
         figure.suptitle(
             f"Filters that several classes close, layer {layer}: of the {min(TOP, filters)} "
-            f"lowest gates of each class, {kept} of {filters} filters are shared"
+            f"lowest gates of each class, {kept} of {filters} filters are shared{some}"
         )
 
 
@@ -86,15 +83,9 @@ def _draw_graph(axis: Axes, links: Tensor, names: Sequence[str]) -> None:
             axis.plot([place[i], below[j]], [1, 0], color=RETAINED, lw=1.1, alpha=strength)
     axis.scatter(place, [1] * len(links), s=420, color=INK, zorder=3)
     axis.scatter(below, [0] * len(shared), s=40 + 45 * counts, color=AFTER, zorder=3)
-    short = max(map(len, names)) <= 3  # names then fit into the dots
-    where = {"ha": "center", "va": "bottom", "color": INK}
-    if short:
-        where = {"ha": "center", "va": "center", "color": "white"}
-    elif len(links) > 8:
-        where |= {"ha": "left", "rotation": 35}
+    look = {"rotation": 35, "ha": "left"} if len(links) > 8 else {"ha": "center"}
     for i, name in enumerate(names):
-        height = 1 if short else 1.07
-        axis.text(place[i], height, shorten(name, 16), fontsize=10, zorder=4, **where)
+        axis.text(place[i], 1.07, shorten(name, 16), fontsize=10, va="bottom", color=INK, **look)
     number = {"fontsize": 6.5, "rotation": 90} if len(shared) > 30 else {"fontsize": 8}
     for j, filter_ in enumerate(shared.tolist()):
         axis.text(below[j], -0.09, str(filter_), ha="center", va="top", **number)
@@ -102,22 +93,4 @@ def _draw_graph(axis: Axes, links: Tensor, names: Sequence[str]) -> None:
     axis.text(-0.03, 0, "filter", ha="right", va="center", fontsize=10, color=AFTER)
     legend = f"larger and darker: shared by more classes (2 to {most})"
     axis.text(0.5, -0.26, legend, ha="center", va="top", fontsize=9, color=INK)
-    axis.set(xlim=(-0.09, 1.06), ylim=(-0.36, 1.2 if short else 1.5))
-
-
-def _draw_shared(figure: Figure, links: Tensor, names: Sequence[str]) -> None:
-    """Draws the most shared filters, and the pairs of classes that share most of theirs."""
-    left, right = figure.subplots(1, 2, width_ratios=[1.15, 1])
-    counts = links.sum(0)
-    most = counts.argsort(descending=True, stable=True)[:_BARS]
-    bars = [(f"filter {k}", int(counts[k])) for k in most.tolist() if counts[k] >= 2]
-    what = "classes with the filter among their lowest gates"
-    bars_by_name(left, bars, AFTER, what, "The most shared filters")
-    common = links.float() @ links.float().T
-    pairs = common.triu(1).flatten().argsort(descending=True, stable=True)[:_BARS].tolist()
-    bars = [
-        (f"{shorten(names[i], 22)} \u2013 {shorten(names[j], 22)}", int(common[i, j]))
-        for i, j in (divmod(pair, len(links)) for pair in pairs)
-    ]
-    title = "The pairs of classes that share most filters"
-    bars_by_name(right, bars, RETAINED, "filters in common", title)
+    axis.set(xlim=(-0.09, 1.06), ylim=(-0.36, 1.5))

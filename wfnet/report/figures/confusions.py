@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,6 @@ from wfnet.report.figures.style import (
     BEFORE,
     INK,
     RETAINED,
-    bars_by_name,
     picture,
     shorten,
     slant,
@@ -98,8 +98,8 @@ def _draw_flows(flows: Axes, kept: Axes, change: ConfusionChange) -> None:
     most, target = elsewhere.max(1)
     strongest = most.argsort(descending=True, stable=True)[:_BARS].tolist()
     bars = [(f"{names[classes[i]]} \u2192 {names[target[i]]}", most[i].item()) for i in strongest]
-    title = "The strongest flows from a forgotten class"
-    bars_by_name(flows, bars, RETAINED, _IMAGES, title, "{:.0f}")
+    _bars_by_name(flows, bars, RETAINED, _IMAGES, "{:.0f}")
+    flows.set_title("The strongest flows from a forgotten class")
     before = 100 * change.original_shares()[own, change.classes]
     _sorted_curve(kept, before, "kept on the class, before", BEFORE)
     _sorted_curve(kept, shares[own, change.classes], "kept on the class, after", AFTER)
@@ -122,8 +122,8 @@ def _draw_harm(suffering: Axes, changes: Axes, change: ConfusionChange) -> None:
     known = (~suffered.isnan()).nonzero().squeeze(1)
     worst = known[suffered[known].argsort(stable=True)[:_BARS]].tolist()
     bars = [(shorten(change.names[k], 30), suffered[k].item()) for k in worst]
-    title = "Classes that suffer most from others' rows"
-    bars_by_name(suffering, bars, AFTER, f"mean {_CHANGE}", title, "{:+.1f}")
+    _bars_by_name(suffering, bars, AFTER, f"mean {_CHANGE}", "{:+.1f}")
+    suffering.set_title("Classes that suffer most from others' rows")
     label = "on a class, mean over the rows of others"
     _sorted_curve(changes, suffered[known], label, AFTER, descending=False)
     label = "under a row, mean over the other classes"
@@ -144,3 +144,22 @@ def _sorted_curve(
     ordered = values.sort(descending=descending).values
     axis.plot(ordered.tolist(), label=label, color=color, lw=2, ls=ls)
     axis.grid(True)
+
+
+def _bars_by_name(
+    axis: Axes, bars: Sequence[tuple[str, float]], color: str, unit: str, written: str
+) -> None:
+    """Draws horizontal bars (name, value), the first at the top, with their values."""
+    names, values = [name for name, _ in bars], [value for _, value in bars]
+    axis.barh(range(len(bars)), values, color=color, height=0.72)
+    axis.set_yticks(range(len(bars)), names, fontsize=9)
+    axis.set_ylim(len(bars) - 0.4, -0.6)
+    span = max(map(abs, values), default=1) or 1
+    for place, value in enumerate(values):
+        side, gap = ("left", 0.012) if value >= 0 else ("right", -0.012)
+        text = written.format(value)
+        axis.text(value + gap * span, place, text, va="center", ha=side, fontsize=7.5)
+    axis.set(
+        xlim=(1.14 * min([0.0, *values]), 1.12 * span if max([0.0, *values]) > 0 else 0),
+        xlabel=unit,
+    )

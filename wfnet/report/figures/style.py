@@ -7,7 +7,7 @@ is. Colours are those of Okabe and Ito, which colour-blind readers can tell apar
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,30 +79,3 @@ def slant(axis: Axes, degrees: float) -> None:
     for text in axis.get_xticklabels():
         text.set_horizontalalignment("right")
         text.set_rotation_mode("anchor")
-
-
-def bars_by_name(
-    axis: Axes,
-    bars: Sequence[tuple[str, float]],
-    color: str,
-    unit: str,
-    title: str,
-    written: str = "{:g}",
-) -> None:
-    """Draws horizontal bars (name, value), the first at the top, with their values."""
-    names, values = [name for name, _ in bars], [value for _, value in bars]
-    axis.barh(range(len(bars)), values, color=color, height=0.72)
-    axis.set_yticks(range(len(bars)), names, fontsize=7.5 if len(bars) > 20 else 9)
-    axis.set_ylim(len(bars) - 0.4, -0.6)
-    span = max(map(abs, values), default=1) or 1
-    for place, value in enumerate(values):
-        side, gap = ("left", 0.012) if value >= 0 else ("right", -0.012)
-        text = written.format(value)
-        axis.text(value + gap * span, place, text, va="center", ha=side, fontsize=7.5)
-    axis.set(
-        xlim=(1.14 * min([0.0, *values]), 1.12 * span if max([0.0, *values]) > 0 else 0),
-        xlabel=unit,
-        title=title,
-    )
-    if all(isinstance(value, int) for value in values):
-        axis.xaxis.get_major_locator().set_params(integer=True)
