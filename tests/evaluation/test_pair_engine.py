@@ -23,9 +23,9 @@ class Everything(Measure):
     def __init__(self):
         self.rows, self.chunks, self.taken = torch.arange(K), [], []
 
-    def add(self, chunk, pairs):
+    def add(self, chunk):
         self.chunks.append(chunk)
-        self.taken.append((chunk.indices[pairs.image], pairs.row, pairs.logits))
+        self.taken.append((chunk.indices[chunk.image], chunk.row, chunk.logits))
 
 
 # Less than one image's rows, not a divisor of them, several images, all pairs of a chunk.

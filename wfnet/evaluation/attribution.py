@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from wfnet import gates
 from wfnet.data import Batch, Dataset, labels_of
 from wfnet.evaluation import metrics
-from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, RunOptions, all_pairs
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions, all_pairs
 from wfnet.evaluation.pairs import check_classes, names_of, unreadable
 from wfnet.evaluation.partial import PartialResults, evaluation_identity
 from wfnet.layers import MaskedLayer
@@ -111,7 +111,7 @@ def attribution(
     Args:
         net: the filtered network, on any device.
         dataset: images; of each class only its own are used.
-        classes: to be attributed; all by default.
+        classes: all by default.
         steps: S; at step s the share s / S of every filter matrix is changed.
         order: which gates are the most relevant. "lowest" is the paper's; "farthest" takes those
             farthest from 1, by ``|log gate|``, for filters whose gates may also amplify: where they
@@ -179,10 +179,10 @@ class Confidences(Measure):
         image, step = all_pairs(len(batch.labels), self.each)
         return image, self.place[batch.labels][image] * self.each + step
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        device = pairs.logits.device
-        label, before = chunk.labels[pairs.image].to(device), chunk.original[pairs.image.to(device)]
-        kept = metrics.confidence_kept(pairs.logits, before, label).cpu()
+    def add(self, chunk: Chunk) -> None:
+        device = chunk.logits.device
+        label, before = chunk.labels[chunk.image].to(device), chunk.original[chunk.image.to(device)]
+        kept = metrics.confidence_kept(chunk.logits, before, label).cpu()
         place = self.place[chunk.labels]
         self.tables["total"].index_add_(0, place, kept.view(-1, self.each))
         self.tables["seen"] += torch.bincount(place, minlength=len(self.classes))

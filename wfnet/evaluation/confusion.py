@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from wfnet.data import Batch, Dataset, labels_of
-from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, RunOptions
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions
 from wfnet.evaluation.pairs import Pairing, check_classes, names_of
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
@@ -149,9 +149,9 @@ class Predictions(Measure):
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.pairing.of(batch.indices)
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+    def add(self, chunk: Chunk) -> None:
         self._count("original_destinations", chunk.labels, chunk.original.argmax(1).cpu())
-        found, truth, row = pairs.logits.argmax(1).cpu(), chunk.labels[pairs.image], pairs.row
+        found, truth, row = chunk.logits.argmax(1).cpu(), chunk.labels[chunk.image], chunk.row
         is_own, right = self.rows[row] == truth, found == truth
         self._count("destinations", row[is_own], found[is_own])
         self._count("seen", row, truth)

@@ -151,11 +151,8 @@ def _record(
     group: tuple[int, ...], tables: dict[str, Tensor], row: int, names: list[str]
 ) -> GroupRecord:
     classes = list(group)
-    seen, before, right = (
-        tables["original_seen"][0],
-        tables["original_top1"][0],
-        tables["top1"][row],
-    )
+    seen, before = tables["original_seen"], tables["original_top1"]
+    right = tables["top1"][row]
     inside = torch.zeros(len(seen), dtype=torch.bool)
     inside[classes] = True
     if not seen[inside].all() or not seen[~inside].any():

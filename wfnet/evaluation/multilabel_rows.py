@@ -14,7 +14,7 @@ from torch import Tensor
 from wfnet.data import Dataset
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.evaluation.metrics import average_precision
-from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, Pairs, RunOptions
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions
 from wfnet.evaluation.pairs import names_of, unreadable
 from wfnet.evaluation.partial import PartialResults, evaluation_identity
 from wfnet.evaluation.results import aligned, means
@@ -166,11 +166,11 @@ class LabelScores(Measure):
             "read": torch.zeros(count, dtype=torch.int64),
         }
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+    def add(self, chunk: Chunk) -> None:
         self.tables["original"][chunk.indices] = chunk.original.float().cpu()
         self.tables["read"][chunk.indices] = 1
-        place = chunk.indices[pairs.image], pairs.row
-        self.tables["filtered"][place] = pairs.logits.float().cpu()
+        place = chunk.indices[chunk.image], chunk.row
+        self.tables["filtered"][place] = chunk.logits.float().cpu()
 
     def records(self, names: list[str]) -> Iterator[MultiLabelRecord]:
         """What was found of every row.

@@ -61,31 +61,22 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Images that were read together.
+    """Images that were read together, and the logits of all their pairs.
 
     Attributes:
         indices: ``[n]`` int64, positions in the data set.
         labels: ``[n]`` int64.
         original: ``[n, K]``, logits of the original network; None if the measure needs none.
         initialised: ``[n, K]``, those of the engine's newly initialised network, if it has one.
+        image: ``[p]`` int64, positions of the pairs' images in the chunk.
+        row: ``[p]`` int64, positions in the measure's ``rows``.
+        logits: ``[p, K]``, on the network's device.
     """
 
     indices: Tensor
     labels: Tensor
     original: Tensor | None
     initialised: Tensor | None
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """All pairs of a chunk.
-
-    Attributes:
-        image: ``[p]`` int64, positions in the chunk.
-        row: ``[p]`` int64, positions in the measure's ``rows``.
-        logits: ``[p, K]``, on the network's device.
-    """
-
     image: Tensor
     row: Tensor
     logits: Tensor
@@ -108,7 +99,7 @@ class Measure:
         """Pairs of a batch of images: positions in the batch and row positions, both ``[P]``."""
         return all_pairs(len(batch.labels), len(self.rows))
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Takes the logits of some images."""
         raise NotImplementedError
 
@@ -234,8 +225,8 @@ class PairEngine:
         logits = torch.cat(found) if found else images.new_zeros(0, self.outputs)
         plain = {"original": original, "initialised": initialised, "filtered": logits}
         self._check({name: part for name, part in plain.items() if part is not None}, batch)
-        chunk = Chunk(batch.indices, batch.labels, original, initialised)
-        measure.add(chunk, Pairs(image, row, logits))
+        indices, labels = batch.indices, batch.labels
+        measure.add(Chunk(indices, labels, original, initialised, image, row, logits))
         return len(image)
 
     def _run_pairs(self, images: Tensor, image: Tensor, forget: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wfnet.data import Batch, Dataset, classes_of
 from wfnet.evaluation import metrics
-from wfnet.evaluation.pair_engine import Chunk, Measure, Pairs, all_pairs
+from wfnet.evaluation.pair_engine import Chunk, Measure, all_pairs
 from wfnet.services import settings
 from wfnet.services.settings import check_value
 
@@ -123,7 +123,7 @@ class HitCounts(Measure):
     Attributes:
         tables: ``seen``, ``top1``, ``top5 [R, K]`` int64: samples of class k under row position r,
             and those whose class is the first, or one of the first five; ``original_seen``,
-            ``original_top1``, ``original_top5 [1, K]``.
+            ``original_top1``, ``original_top5 [K]``.
     """
 
     def __init__(
@@ -135,19 +135,19 @@ class HitCounts(Measure):
     ):
         self.rows, self.pairing = rows, pairing
         self.tables = {
-            f"{prefix}{name}": torch.zeros(height, num_classes, dtype=torch.int64, device=device)
-            for prefix, height in (("", len(rows)), ("original_", 1))
+            f"{prefix}{name}": torch.zeros(*shape, dtype=torch.int64, device=device)
+            for prefix, shape in (("", (len(rows), num_classes)), ("original_", (num_classes,)))
             for name in ("seen", "top1", "top5")
         }
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return super().pairs(batch) if self.pairing is None else self.pairing.of(batch.indices)
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        device = pairs.logits.device
+    def add(self, chunk: Chunk) -> None:
+        device = chunk.logits.device
         labels = chunk.labels.to(device, non_blocking=True)
         self._count("original_", chunk.original, labels, torch.zeros_like(labels))
-        self._count("", pairs.logits, labels[pairs.image.to(device)], pairs.row.to(device))
+        self._count("", chunk.logits, labels[chunk.image.to(device)], chunk.row.to(device))
 
     def _count(self, prefix: str, logits: Tensor, labels: Tensor, row: Tensor) -> None:
         hits = {
@@ -157,4 +157,4 @@ class HitCounts(Measure):
         }
         for name, counted in hits.items():
             table = self.tables[prefix + name]
-            table.view(-1).index_add_(0, row * table.shape[1] + labels, counted)
+            table.view(-1).index_add_(0, row * table.shape[-1] + labels, counted)

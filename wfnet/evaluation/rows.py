@@ -9,6 +9,7 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from wfnet.data import CorruptImages, Dataset, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.initialisation import reinitialise
-from wfnet.evaluation.pair_engine import Chunk, PairEngine, Pairs, RunOptions
+from wfnet.evaluation.pair_engine import Chunk, PairEngine, RunOptions
 from wfnet.evaluation.pairs import HitCounts, Pairing, check_classes, names_of, unreadable
 from wfnet.evaluation.partial import PartialCounts, evaluation_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
@@ -159,13 +160,13 @@ class RowScores(HitCounts):
         for name in ("divergence", "original_divergence", "measured"):
             self.tables[name] = torch.zeros(len(labels), dtype=torch.float64)
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
-        super().add(chunk, pairs)
-        device, has_row = pairs.logits.device, self.pairing.has_row[chunk.indices]
+    def add(self, chunk: Chunk) -> None:
+        super().add(chunk)
+        device, has_row = chunk.logits.device, self.pairing.has_row[chunk.indices]
         # Found on the host, where the labels are: a device would have to be waited for. One pair
         # of each image that has a row, in the order of the images.
-        is_own = self.rows[pairs.row] == chunk.labels[pairs.image]
-        own = pairs.logits[is_own.nonzero().squeeze(1).to(device)]
+        is_own = self.rows[chunk.row] == chunk.labels[chunk.image]
+        own = chunk.logits[is_own.nonzero().squeeze(1).to(device)]
         chosen, place = has_row.nonzero().squeeze(1).to(device), chunk.indices[has_row]
         new, original = chunk.initialised[chosen], chunk.original[chosen]
         self.tables["measured"][place] = 1.0
@@ -175,10 +176,8 @@ class RowScores(HitCounts):
 
     def counts(self) -> PairCounts:
         """What the accuracies are made of, on the CPU."""
-        tables = {name: table.cpu() for name, table in self.tables.items()}
-        filtered = [tables[name] for name in ("seen", "top1", "top5")]
-        original = [tables[f"original_{name}"][0] for name in ("seen", "top1", "top5")]
-        return PairCounts(self.rows, *filtered, *original)
+        names = [field.name for field in fields(PairCounts) if field.name != "classes"]
+        return PairCounts(self.rows, *(self.tables[name].cpu() for name in names))
 
     def records(self, names: list[str]) -> list[ClassRecord]:
         """What was found of every row.
@@ -186,20 +185,19 @@ class RowScores(HitCounts):
         Raises:
             ValueError: for a class without readable images, or without retained ones.
         """
-        columns = {}
+        columns, counts = {}, self.counts()
         for prefix in ("", "original_"):
             # The original network has the same counts under every row.
             seen, top1, top5 = (
-                self.tables[prefix + name].cpu().expand(len(self.rows), -1)
+                getattr(counts, prefix + name).expand(len(self.rows), -1)
                 for name in ("seen", "top1", "top5")
             )
             for suffix, right in (("", top1), ("_top5", top5)):
                 columns[f"{prefix}acc_r{suffix}"] = metrics.accuracy_retain(right, seen, self.rows)
                 columns[f"{prefix}acc_f{suffix}"] = metrics.accuracy_forget(right, seen, self.rows)
             columns[f"{prefix}zrf"] = self._zrf(self.tables[f"{prefix}divergence"])
-        seen = self.tables["seen"].cpu()
-        columns["n_forget"] = seen.gather(1, self.rows.unsqueeze(1)).squeeze(1)
-        columns["n_retain"] = seen.sum(1) - columns["n_forget"]
+        columns["n_forget"] = counts.seen.gather(1, self.rows.unsqueeze(1)).squeeze(1)
+        columns["n_retain"] = counts.seen.sum(1) - columns["n_forget"]
         lost = columns["acc_f"].isnan() | columns["acc_r"].isnan()
         if lost.any():
             raise unreadable(f"class {int(self.rows[lost][0])}, or all classes beside it,")

@@ -20,14 +20,7 @@ from wfnet.data import (
     multi_hot_of,
 )
 from wfnet.evaluation.metrics import average_precision
-from wfnet.evaluation.pair_engine import (
-    Chunk,
-    Measure,
-    PairEngine,
-    Pairs,
-    RunOptions,
-    all_pairs,
-)
+from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions, all_pairs
 from wfnet.network import WFNet
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
@@ -116,7 +109,7 @@ class Validator(Measure, ABC):
         self.found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
     @abstractmethod
-    def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
+    def noted(self, logits: Tensor, batch: ExpandedBatch, chunk: Chunk) -> Tensor:
         """Returns what :meth:`per_row` needs of the pairs of a chunk."""
 
     @abstractmethod
@@ -155,13 +148,13 @@ class Validator(Measure, ABC):
             loss=float(losses.total),
         )
 
-    def add(self, chunk: Chunk, pairs: Pairs) -> None:
+    def add(self, chunk: Chunk) -> None:
         """Takes the logits of all pairs of a chunk; those that forget come first."""
-        row, target = self.rows[pairs.row], self.truth[chunk.indices][pairs.image]
+        row, target = self.rows[chunk.row], self.truth[chunk.indices][chunk.image]
         own = target.gather(1, row.unsqueeze(1)) if target.dim() == 2 else row == target
-        batch = ExpandedBatch(row, pairs.image, target, int(own.sum())).to(pairs.logits.device)
-        forget, retain = self.objective.costs(pairs.logits, batch, chunk.original)
-        noted = self.noted(full_precision(pairs.logits), batch, pairs)
+        batch = ExpandedBatch(row, chunk.image, target, int(own.sum())).to(chunk.logits.device)
+        forget, retain = self.objective.costs(chunk.logits, batch, chunk.original)
+        noted = self.noted(full_precision(chunk.logits), batch, chunk)
         self.found[int(chunk.indices[0])] = forget, retain, noted
 
 
@@ -222,7 +215,7 @@ class AccuracyValidator(Validator):
         image = torch.cat((own, images.repeat_interleave(distances.shape[1])))
         return image, torch.cat((place[own], others.flatten()))
 
-    def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
+    def noted(self, logits: Tensor, batch: ExpandedBatch, chunk: Chunk) -> Tensor:
         hits = logits.argmax(1) == batch.target
         return torch.stack((batch.forget, batch.target, hits.long()))
 
@@ -258,12 +251,12 @@ class MultiLabelValidator(Validator):
         order = torch.cat((own.nonzero().flatten(), (~own).nonzero().flatten()))
         return image[order], row[order]
 
-    def noted(self, logits: Tensor, batch: ExpandedBatch, pairs: Pairs) -> Tensor:
+    def noted(self, logits: Tensor, batch: ExpandedBatch, chunk: Chunk) -> Tensor:
         """``[n, rows + 1, K]``: logits of every image, and its true labels."""
-        images = int(pairs.image.max()) + 1
+        images = int(chunk.image.max()) + 1
         found = torch.empty(images, len(self.rows) + 1, self.num_classes, dtype=logits.dtype)
-        found[pairs.image, pairs.row] = logits.cpu()
-        found[pairs.image, -1] = batch.target.cpu().to(logits.dtype)
+        found[chunk.image, chunk.row] = logits.cpu()
+        found[chunk.image, -1] = batch.target.cpu().to(logits.dtype)
         return found
 
     def per_row(self, noted: list[Tensor]) -> tuple[Tensor, Tensor]:
