@@ -8,7 +8,6 @@ since the last one. One file holds all that a run needs to go on, so it is never
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -27,10 +26,7 @@ logger = logging.getLogger("wfnet")
 
 CHECKPOINT_NAME = "untraining.safetensors"
 FORMAT = 2
-# Saves that may fail in a row; the run ends with the next one, as its work would not be kept.
-_FAILED_SAVES = 3
 _OLDER = re.compile(r"untraining-(\d{8,})\.safetensors")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Checkpoints:
@@ -44,7 +40,6 @@ class Checkpoints:
     def __init__(self, folder: str | os.PathLike, keep: int = 2):
         self.folder = Path(folder)
         self.keep = keep
-        self.failed = 0  # saves in a row
         self._damaged: list[Path] = []  # as `load` found them; a save removes them
 
     @property
@@ -61,45 +56,32 @@ class Checkpoints:
         """Whether there is any checkpoint, damaged ones counted."""
         return self.newest.is_file() or bool(self.older())
 
-    def save(self, tensors: dict[str, Tensor], state: dict[str, Any], must: bool = False) -> bool:
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Writes a checkpoint of ``state["step"]`` and keeps the one before.
-
-        On a full disk the log says so, what was saved before stays, and the run may go on:
-        ``False``. The fourth failure in a row, or the first one with ``must`` (there will be no
-        later one), is an error.
 
         Args:
             tensors: by name.
             state: what JSON can hold.
-            must: raise on failure.
 
         Raises:
-            OSError: as above, and for other errors than a lack of space.
+            OSError: if it cannot be written, on a full disk for example; the one before stays.
         """
         text = json.dumps({"format": FORMAT, **state})
-        metadata = {"state": text, "sha256": checksum(tensors, text)}
         before = self._set_aside(state["step"])
         try:
+            metadata = {"state": text, "sha256": checksum(tensors, text)}
             write_tensors(self.newest, tensors, metadata)
         except OSError as error:
             if before is not None:
                 before.replace(self.newest)
-            if error.errno not in _FULL:
-                raise
-            self.failed += 1
-            message = (
-                f"the checkpoint of step {state['step']} could not be written ({error.strerror}; "
-                f"{self.failed} in a row): free some space in {self.folder}"
-            )
-            if must or self.failed > _FAILED_SAVES:
-                raise OSError(error.errno, message) from error
-            logger.warning(message)
-            return False
-        self.failed = 0
+            raise OSError(
+                error.errno,
+                f"the checkpoint of step {state['step']} could not be written ({error.strerror}): "
+                f"free some space in {self.folder}; what was saved before stays",
+            ) from error
         self._remove(path for path in self._damaged if path != self.newest)
         self._damaged.clear()
         self._remove(self.older()[self.keep - 1 :])
-        return True
 
     def _set_aside(self, step: int) -> Path | None:
         """Gives the newest checkpoint the name under which it stays, unless it is of ``step``."""

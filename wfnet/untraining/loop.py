@@ -101,7 +101,7 @@ def untrain(
             and saved.
         Stopped: with ``output``, after SIGTERM or SIGINT: a checkpoint of the last whole step is
             written (:mod:`wfnet.untraining.signals`).
-        OSError: if checkpoints cannot be written (on a full disk: several in a row).
+        OSError: if a checkpoint cannot be written; the one before stays.
         RuntimeError: for more corrupt images than ``config.max_corrupt``.
     """
     if config is None:
@@ -449,8 +449,7 @@ class _Untraining:
             if self.state.finished:
                 self.net.save_pretrained(self.output)
             write_history(self.output, self.config, self.state.history)
-            must = self.state.finished or self.signals.received != 0
-            self.store.save(self.state, self.best_filters, must)
+            self.store.save(self.state, self.best_filters)
         self.saved_at = self.clock.seconds
 
     def _note_time(self) -> None:
@@ -462,7 +461,6 @@ class _Untraining:
     def _read_losses(self) -> None:
         """Looks at the losses so far; ends the run if one of them is not finite."""
         broken = self.losses.read()
-        self.clock.look()
         if broken is not None:
             # Which minibatch it was is not remembered: some of the steps that were looked at.
             seen = range(max(0, self.state.position - _RECENT_MINIBATCHES), self.state.position)

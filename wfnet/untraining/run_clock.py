@@ -15,9 +15,8 @@ Item = TypeVar("Item")
 class RunClock:
     """Seconds of a run by what they were spent on, all sessions together.
 
-    A CUDA device works on while the host waits, and the host may run ahead of it. There, time
-    counts as spent waiting for images only as far as the device had nothing to do: from the end of
-    what it was asked to do to the beginning of the next step, by events in its own stream.
+    A CUDA device works on while the host waits, and the host may run ahead of it. There, a wait for
+    images counts only if the device has nothing left to do at its end.
 
     Args:
         device: of the network.
@@ -29,12 +28,9 @@ class RunClock:
     """
 
     def __init__(
-        self,
-        device: torch.device | str,
-        seconds: float = 0.0,
-        spent: dict[str, float] | None = None,
+        self, device: torch.device, seconds: float = 0.0, spent: dict[str, float] | None = None
     ):
-        self.on_device = torch.device(device).type == "cuda"
+        self.device = device
         self._spent = dict.fromkeys(("start", "data", "validation", "checkpoints"), 0.0)
         self._spent |= {k: v for k, v in (spent or {}).items() if k in self._spent}
         self._began = time.perf_counter() - seconds
@@ -67,47 +63,25 @@ class RunClock:
     def waits(self, stream: Iterator[Item]) -> Iterator[Item]:
         """The items of ``stream``; the time that each took to come is counted as waiting."""
         while True:
-            before, asked = self._event(), time.perf_counter()
+            asked = time.perf_counter()
             try:
                 item = next(stream)
             except StopIteration:
                 return
-            waited = time.perf_counter() - asked
-            if before is None:
-                self._count(waited)
-            else:
-                self._pauses.append((before, self._event(), waited))
+            if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
+                waited = time.perf_counter() - asked
+                self._waited += waited
+                self._spent["data"] += waited
             yield item
-
-    def _event(self) -> torch.cuda.Event | None:
-        """An event in the device's current stream, now; None on the host."""
-        if not self.on_device:
-            return None
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _count(self, waited: float) -> None:
-        self._waited += waited
-        self._spent["data"] += waited
-
-    def look(self) -> None:
-        """Reads the events so far; call it where the device has been waited for."""
-        while self._pauses and self._pauses[0][1].query():
-            before, begun, waited = self._pauses.pop(0)
-            self._count(min(waited, before.elapsed_time(begun) / 1e3))
 
     def restart(self) -> None:
         """Leaves out of the next record what was no training (a validation, a checkpoint)."""
         self.images = 0
         self._waited = 0.0
         self._since = time.perf_counter()
-        # End of the work before, beginning of the step, seconds that the host waited in between.
-        self._pauses: list[tuple[torch.cuda.Event, torch.cuda.Event, float]] = []
 
     def record(self) -> dict[str, float]:
         """``images_per_second`` that came, and ``data_wait``, a share of the time; starts anew."""
-        self.look()
         seconds = max(time.perf_counter() - self._since, 1e-9)
         share, rate = min(1.0, self._waited / seconds), self.images / seconds
         self.restart()

@@ -122,7 +122,7 @@ class RunStore:
     optimizer: torch.optim.Optimizer
     identity: dict[str, str]
 
-    def save(self, state: RunState, best_filters: Tensor | None, must: bool) -> None:
+    def save(self, state: RunState, best_filters: Tensor | None) -> None:
         """Writes all that the run needs to go on; ``best_filters`` are ``[K, total]`` or None."""
         filters = self.net.named_filters()
         tensors = {f"filters.{name}": p for name, p in filters.items()}
@@ -132,7 +132,7 @@ class RunStore:
         if isinstance(self.optimizer, RowAdam):
             tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.moments().items()}
         content = {"config": asdict(self.config), "identity": self.identity, **asdict(state)}
-        self.checkpoints.save(tensors, content, must)
+        self.checkpoints.save(tensors, content)
 
     def load(self, ranks: Ranks) -> tuple[RunState, Tensor | None]:
         """Restores the newest checkpoint that is whole; returns its state and the best filters.

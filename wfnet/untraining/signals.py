@@ -61,11 +61,8 @@ class StopSignals:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a forked worker: its parent tells it when to leave
             return
-        if self.received:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(self._process, number)
-            return
         self.received = number
+        self._inside.close()  # the next one does what it did before
         logger.warning(
             "%s: a checkpoint is written after this step; once more ends the run at once",
             signal.Signals(number).name,
