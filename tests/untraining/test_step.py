@@ -21,36 +21,21 @@ from wfnet.wrapping import wrap
 CLASSES = 6
 
 
-class Net(nn.Module):
-    """A residual block behind a stem with a pooling; the projection is registered out of order."""
+@pytest.fixture
+def network(runs):
+    def make(fuse: bool = True, dtype: torch.dtype = torch.float32) -> wfnet.WFNet:
+        torch.manual_seed(0)
+        net = wfnet.WFNet(runs.BarNet(CLASSES).eval(), CLASSES, fuse=fuse).to(dtype)
+        for parameter in net.filter_parameters():
+            nn.init.normal_(parameter, 1.0, 1.0)
+        return net
 
-    def __init__(self, bias: bool = True):
-        super().__init__()
-        self.project = nn.Conv2d(8, 12, 1, stride=2, bias=bias)
-        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=bias)
-        self.norm = nn.BatchNorm2d(8)
-        self.pool = nn.MaxPool2d(2)
-        self.conv1 = nn.Conv2d(8, 12, 3, stride=2, padding=1, bias=bias)
-        self.conv2 = nn.Conv2d(12, 12, 3, padding=1, bias=bias)
-        self.head = nn.Linear(12, CLASSES)
-
-    def forward(self, x):
-        x = self.pool(self.norm(self.stem(x)).relu())
-        x = (self.conv2(self.conv1(x).relu()) + self.project(x)).relu()
-        return self.head(x.mean((2, 3)))
-
-
-def network(fuse: bool = True, dtype: torch.dtype = torch.float32, **options) -> wfnet.WFNet:
-    torch.manual_seed(0)
-    net = wfnet.WFNet(Net().eval(), CLASSES, fuse=fuse, **options).to(dtype)
-    for parameter in net.filter_parameters():
-        nn.init.normal_(parameter, 1.0, 1.0)
-    return net
+    return make
 
 
 def minibatch(seed: int, n: int = 6, dtype: torch.dtype = torch.float32, compound: float = 0.0):
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(n, 3, 12, 12, generator=generator, dtype=dtype)
+    images = torch.randn(n, 1, 8, 8, generator=generator, dtype=dtype)
     labels = torch.randint(CLASSES, (n,), generator=generator)
     return images, expand(labels, CLASSES, 2, generator, share_images=True, compound=compound)
 
@@ -68,7 +53,7 @@ OBJECTIVES = [BalancedObjective(), BalancedObjective(distil=False), PaperObjecti
 @pytest.mark.parametrize(
     ("objective", "compound"), [*zip(OBJECTIVES, (0.5, 0.0, 0.5), strict=True)]
 )
-def test_gradients_are_those_of_an_ordinary_loop(fuse, objective, compound):
+def test_gradients_are_those_of_an_ordinary_loop(network, fuse, objective, compound):
     net, plain = network(fuse, torch.float64), network(False, torch.float64)
     images, batch = minibatch(1, dtype=torch.float64, compound=compound)
     original = plain(images) if objective.needs_original else None
@@ -86,7 +71,7 @@ def test_gradients_are_those_of_an_ordinary_loop(fuse, objective, compound):
             torch.testing.assert_close(found, parameter.grad, rtol=1e-8, atol=1e-12, msg=name)
 
 
-def test_accumulated_gradients_are_the_mean():
+def test_accumulated_gradients_are_the_mean(network):
     with flatten_filters((net := network()).filter_parameters()):
         step = step_of(net)
         parts = [minibatch(seed) for seed in range(3)]
@@ -120,7 +105,7 @@ class NoHostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_step_reads_nothing_on_the_host(fuse: bool, objective, monkeypatch):
+def test_a_step_reads_nothing_on_the_host(network, fuse: bool, objective, monkeypatch):
     net = network(fuse)
     with flatten_filters(net.filter_parameters()):
         step = step_of(net, objective, clip=3.0)
@@ -136,7 +121,7 @@ def test_a_step_reads_nothing_on_the_host(fuse: bool, objective, monkeypatch):
             step.update()
 
 
-def test_filters_stay_visible_while_flat():
+def test_filters_stay_visible_while_flat(network):
     net, other = network(), network()
     params = net.filter_parameters()
     before = torch.cat([p.detach() for p in params], 1)
@@ -151,7 +136,7 @@ def test_filters_stay_visible_while_flat():
     assert all(p.is_contiguous() for p in params)
 
 
-def test_what_cannot_be_a_step_is_refused():
+def test_what_cannot_be_a_step_is_refused(network):
     net = network()
     with pytest.raises(ValueError, match="flatten_filters"):
         step_of(net)
@@ -178,7 +163,7 @@ class ReplayedAtOnce(step_module._Graphs):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_replayed_work_equals_ordinary_steps_bitwise(accumulate: int):
+def test_replayed_work_equals_ordinary_steps_bitwise(network, accumulate: int):
     """Over changing labels, a smaller batch in between, and accumulated gradients."""
     parts = [minibatch(seed, n) for seed, n in enumerate([6, 6, 6, 4, 6, 6])]
     found = []

@@ -14,6 +14,7 @@ from torch import Tensor
 from wfnet.services.files import write_json
 from wfnet.services.records import write_csv
 from wfnet.untraining.objectives import Losses
+from wfnet.untraining.run_state import RunState
 from wfnet.untraining.untrain_config import UntrainConfig
 
 Record = dict[str, float]
@@ -27,17 +28,15 @@ class LossWatch:
 
     Args:
         device: where they are.
+        state: gets their sums.
 
     Attributes:
         latest: terms of the step that was last read.
-        sums, summed: of terms since the last :meth:`means`, and how many; a checkpoint keeps them.
     """
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, state: RunState):
+        self.device, self.state = device, state
         self.latest: dict[str, float] = {}
-        self.sums: dict[str, float] = {}
-        self.summed = 0
         self._pending: list[tuple[int, dict[str, Tensor | float]]] = []
 
     def add(self, losses: Losses, step: int) -> bool:
@@ -65,15 +64,15 @@ class LossWatch:
                 shown = ", ".join(f"{name} {value:g}" for name, value in found.items())
                 return f"the loss of step {step} is not finite ({shown})"
             for name, value in found.items():
-                self.sums[name] = self.sums.get(name, 0.0) + value
-            self.summed += 1
+                self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+            self.state.summed += 1
             self.latest = found
         return None
 
     def means(self) -> dict[str, float]:
         """Returns the means of all terms since the last call."""
-        means = {name: value / self.summed for name, value in self.sums.items()}
-        self.sums, self.summed = {}, 0
+        means = {name: value / self.state.summed for name, value in self.state.sums.items()}
+        self.state.sums, self.state.summed = {}, 0
         return means
 
 

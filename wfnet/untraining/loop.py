@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -180,7 +180,6 @@ class _Untraining:
         if self.durable:  # each one measures the statistics of all rows first
             self.validate_every = max(self.validate_every, math.ceil(self.steps / 10))
         self.state = RunState()
-        self.losses = LossWatch(self.device)
         # ``[K, total]``: the best filters, and the last that gave a finite loss.
         self.best_filters: Tensor | None = None
         self.good_filters: Tensor | None = None
@@ -228,7 +227,6 @@ class _Untraining:
                 )
         elif resume:
             self.state, self.best_filters = self.store.load(self.ranks)
-            self.losses.sums, self.losses.summed = self.state.sums, self.state.summed
         else:
             self.store.refuse_to_overwrite(self.ranks)
 
@@ -241,6 +239,7 @@ class _Untraining:
         net.train()
         net.fuse = self.config.fuse
         self.bar = bar
+        self.losses = LossWatch(self.device, state)
         self.clock = RunClock(self.device, state.seconds, state.spent)
         self.saved_at = self.clock.seconds  # when the last checkpoint was written
         writes = self.output is not None and self.ranks.first and not state.finished
@@ -264,20 +263,10 @@ class _Untraining:
             self.log.close()
             net.train(training)
             net.fuse = fuse
-        return UntrainResult(
-            score=None if state.best is None else state.best.score,
-            best=state.best,
-            best_step=state.best_step,
-            steps=state.step,
-            stopped_early=state.stopped_early,
-            history=state.history,
-            seconds=state.seconds,
-            filters=self.output,
-            config=self.config,
-            corrupt_images=dict(self.corrupt.found),
-            spent=state.spent,
-            samples=state.samples,
-        )
+        named = {f.name: getattr(state, f.name, None) for f in fields(UntrainResult)}
+        named |= {"score": state.best and state.best.score, "steps": state.step}
+        named |= {"config": self.config, "filters": self.output}
+        return UntrainResult(**named | {"corrupt_images": dict(self.corrupt.found)})
 
     def _make_step(self) -> UntrainingStep:
         net, config = self.net, self.config
@@ -456,7 +445,6 @@ class _Untraining:
         state = self.state
         state.seconds = self.clock.seconds
         state.spent = self.clock.spent(state.seconds)
-        state.sums, state.summed = self.losses.sums, self.losses.summed
 
     def _read_losses(self) -> None:
         """Looks at the losses so far; ends the run if one of them is not finite."""
