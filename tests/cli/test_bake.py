@@ -10,7 +10,6 @@ import wfnet
 from wfnet import models
 from wfnet.cli.bake import Export
 from wfnet.cli.classifier import create_classifier
-from wfnet.data import open_data
 from wfnet.head import CUT_LOGIT
 from wfnet.pretrained import filters_digest
 from wfnet.services.files import write_tensors
@@ -30,13 +29,7 @@ def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_
     gates = torch.cat([layer.gates()[3] for layer in net.masked_layers.values()])
     assert report["filters_digest"] == filters_digest(net)
     assert found["details"]["rows"]["zero_rows"] == int((gates < 0.2).sum())
-    plain = small_network()
-    plain.load_state_dict(load_file(path))
-    images = open_data("digits", seed=3).test
-    batch = images.batch((images.labels == 3).nonzero().squeeze(1)[:30]).images
-    accuracy = (plain.eval()(batch).argmax(1) == 3).double().mean().item()
     assert found["images"]["forget"] == 30
-    assert found["values"]["acc_f"] == pytest.approx(accuracy, abs=0.2)  # other 30 of the images
     assert "acc_f_batchnorm_all" in found["values"]
 
 

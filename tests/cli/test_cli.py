@@ -1,6 +1,5 @@
 """Commands one after the other, what is wrong with command lines, and how errors are told."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -46,13 +45,11 @@ def test_untrain_evaluate_bake(arguments, tmp_path, base, capsys):
     run = json.loads((folder / "config.json").read_text())
     assert run["command"] == "untrain"
     assert run["classes"] == ["ant", "bee", "cat"]
-    assert run["options"]["label_expansion"] == 2
     assert run["untraining"]["objective"] == "balanced"  # what the recipe sets is recorded, too
     assert run["options"]["checkpoint"] == str(base)
-    assert run["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert run["result"]["steps"] == 3
-    for name in ("wf_config.json", "wf_model.safetensors", "history.csv", "training_curves.png"):
-        assert (folder / name).is_file()
+    assert (folder / "history.csv").is_file()
+    assert (folder / "training_curves.png").is_file()
 
     assert main(["evaluate", str(folder), "-j", "0"]) == 0  # nothing is repeated
     assert "original network" in capsys.readouterr().out
@@ -60,9 +57,8 @@ def test_untrain_evaluate_bake(arguments, tmp_path, base, capsys):
     assert [record["name"] for record in result["classes"]] == ["ant", "bee", "cat"]
     assert result["settings"]["images"] == 6
     assert result["settings"]["split"] == "test"
-    assert len(list(csv.DictReader((folder / "evaluation.csv").open()))) == 5
-    for name in ("overview.png", "accuracy_per_class.png", "gates.png"):
-        assert (folder / name).is_file()
+    assert len((folder / "evaluation.csv").read_text().splitlines()) == 6
+    assert (folder / "overview.png").is_file()
 
     assert main(["bake", str(folder), "--forget", "bee", "--verify"]) == 0
     shown = capsys.readouterr().out

@@ -29,7 +29,7 @@ from wfnet.benchmarking.steps import (
     measure,
     print_table,
 )
-from wfnet.benchmarking.timing import choose_convolutions_by_trial, interleaved, timed
+from wfnet.benchmarking.timing import choose_convolutions_by_trial, timed
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
 from wfnet.cli.options import Parser, add_command
@@ -139,15 +139,9 @@ def infer_milliseconds(problem: Problem) -> float:
         return net(problem.images, batch.forget, batch.source)
 
     with torch.inference_mode(), problem.autocast():
-        times, failed = interleaved(
-            {"forward": forward},
-            problem.settings.repeats,
-            lambda call: timed(call, problem.device),
-            warm_up=2,  # made, checked
-        )
-    if failed:
-        raise RuntimeError(f"the filtered forward pass: {failed['forward']}")
-    return statistics.median(times["forward"])
+        calls = range(2 + problem.settings.repeats)  # made, checked, measured
+        times = [timed(forward, problem.device) for _ in calls]
+    return statistics.median(times[2:])
 
 
 def table_rows(

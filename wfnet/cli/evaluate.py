@@ -248,13 +248,12 @@ def _check_table_data(
             "average precisions"
         )
     for baseline in baselines:
-        for record in baseline["evaluation"]["classes"]:
-            if data.classes[record["index"]] != record["name"]:
-                raise ValueError(
-                    f"baseline {baseline['method']} is of other classes: its class "
-                    f"{record['index']} is {record['name']!r}, that of {data.name} "
-                    f"{data.classes[record['index']]!r}; give the --baselines of this run"
-                )
+        classes = baseline["evaluation"]["classes"]
+        if any(data.classes[record["index"]] != record["name"] for record in classes):
+            raise ValueError(
+                f"baseline {baseline['method']} is of other classes than those of {data.name}; "
+                "give the --baselines of this run"
+            )
     if options.relearn and not len(data.train):
         raise ValueError(
             f"{data.name} has no training images, from which the relearn time is measured: give "

@@ -60,7 +60,6 @@ logger = logging.getLogger("wfnet")
 
 # Images that the original network classifies before untraining starts, at most.
 _LOOK_AT = 1000
-_FILTER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -117,7 +116,7 @@ def _add_method_options(parser: Parser) -> None:
         """,
         recipe=tuple(RECIPES),
         untrain_split=("train", "val"),
-        filter_dtype=tuple(_FILTER_DTYPES),
+        filter_dtype=("float32", "bfloat16"),
         alpha_init=settings.filter_entry,
     )
     add_list_options(group)
@@ -146,26 +145,24 @@ def make_config(
         rows: that are untrained; None for all. The recipe's length is that for as many classes.
         transformer: whether linear maps alone are masked.
     """
-    changes = config_changes(options, UntrainConfig) | {"classes": rows}
-    if rows is not None:
-        num_classes = max(2, len(rows))
-    changes["channels_last"], changes["workers"] = options.channels_last, options.workers
-    changes["amp"] = "bfloat16" if options.amp else None
-    changes["fuse"] = fuse_of(options)
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return UntrainConfig.recipe(options.recipe, num_classes, transformer, **changes)
+    changes = config_changes(options, UntrainConfig) | {
+        "classes": rows,
+        "channels_last": options.channels_last,
+        "workers": options.workers,
+        "amp": "bfloat16" if options.amp else None,
+        "fuse": fuse_of(options),
+    }
+    count = num_classes if rows is None else max(2, len(rows))
+    return UntrainConfig.recipe(options.recipe, count, transformer, **changes)
 
 
 def run_folder(options: argparse.Namespace) -> Path:
     """The folder of the run."""
     if options.resume not in (None, "auto"):
         return Path(options.resume)
-    if options.output is None:
-        model = (options.model or "network").replace("/", "-").replace(":", "-")
-        data = Path(options.data or options.data_dir or "data").resolve().name
-        folder = Path("runs", f"{model}-{data}")
-    else:
-        folder = Path(options.output)
+    model = (options.model or "network").replace("/", "-").replace(":", "-")
+    data = Path(options.data or options.data_dir or "data").resolve().name
+    folder = Path(options.output or f"runs/{model}-{data}")
     return folder / options.experiment if options.experiment else folder
 
 
@@ -224,7 +221,7 @@ def _prepare(
         targets=options.targets,
         backend=options.backend,
         fuse=fuse_of(options),
-        filter_dtype=_FILTER_DTYPES[options.filter_dtype],
+        filter_dtype=getattr(torch, options.filter_dtype),
     ).to(device)
     config = make_config(options, count, rows, masks_linear_maps(net))
     if config.channels_last:
@@ -292,12 +289,9 @@ def _untrain(
 def summary(result: UntrainResult) -> dict[str, Any]:
     """What a run came to, for ``config.json``."""
     found = {name: getattr(result, name) for name in ("steps", "best_step", "stopped_early")}
-    found |= {
-        "seconds": round(result.seconds, 2),
-        "spent": {name: round(seconds, 2) for name, seconds in result.spent.items()},
-        "samples": result.samples,
-        "corrupt_images": len(result.corrupt_images),
-    }
+    found |= {"seconds": round(result.seconds, 2), "samples": result.samples}
+    found["spent"] = {name: round(seconds, 2) for name, seconds in result.spent.items()}
+    found["corrupt_images"] = len(result.corrupt_images)
     if result.best is not None:
         found |= {"validation_acc_r": result.best.acc_r, "validation_acc_f": result.best.acc_f}
     return found
