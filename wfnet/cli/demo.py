@@ -145,13 +145,10 @@ def _closing(options: argparse.Namespace, folder: Path) -> str:
     """Where everything is, and how to use it."""
     return f"""Everything is in {folder}/:
   report.html            everything on one page, for a browser
-  overview.png           the result in one picture; more figures beside it
   evaluation.csv, .json  every number of the table
   wf_model.safetensors   the filters of all classes (with wf_config.json)
   base/{BASE_NAME}  the network they belong to
   forget_{options.forget}.safetensors   a plain network that has forgotten class {options.forget}
-  history.csv            the course of untraining
-  config.json            all options, versions, results
 
 Use it in Python:
   import wfnet, wfnet.models, safetensors.torch

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from wfnet import recipes
 from wfnet.cli.runs import DATA_WITH_FILES, OF_THIS_CALL, RUN_FILE, read_run
+from wfnet.services.extras import require
 
 # Of each set, an option on the command line takes the place of the others' recorded values.
 _ALTERNATIVES = (
@@ -99,17 +99,9 @@ def read_options(path: Path, command: str) -> dict[str, Any]:
         )
     if path.name == RUN_FILE:
         return read_run(path.parent)["options"]
-    text = path.read_text()
+    load = json.loads if path.suffix == ".json" else require("yaml", "train").safe_load
     try:
-        if path.suffix == ".json":
-            content = json.loads(text)
-        else:
-            content = importlib.import_module("yaml").safe_load(text)
-    except ImportError as error:
-        raise ImportError(
-            f"{path} is read as YAML, which needs pyyaml (`pip install pyyaml`); or write it as "
-            "JSON in a file that ends in .json"
-        ) from error
+        content = load(path.read_text())
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} is not a readable options file: {reason}") from error

@@ -190,12 +190,12 @@ class Group:
             more = {}
             if flags.endswith(("...", "...]")):
                 more["nargs"] = "*" if flags.endswith("]") else "+"
-                flags = re.sub(r"[\[\].]{3,}", "", flags).replace(" [", " ")
+                flags = re.sub(r"[\[\].]", "", flags)
             if kind is None and flags.endswith(" N"):
                 kind = settings.positive_int
             found = re.search(r"\[default: (.*?)\]", help)
             if found is not None:
-                convert = kind if isinstance(kind, Callable) and kind is not bool else str
+                convert = kind if callable(kind) else str
                 words = [convert(word) for word in found[1].split()]
                 more["default"] = words if "nargs" in more else words[0]
                 if kind is bool:
