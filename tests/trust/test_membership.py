@@ -34,26 +34,25 @@ def test_confidence_is_the_logit_of_the_probability():
 def test_true_positives_at_a_bounded_false_positive_rate():
     positive = torch.tensor([5.0, 6.0, 0.5, 2.0])
     negative = torch.arange(10.0)  # one of ten may be above the threshold: 9, so it is 8
-    assert membership.true_positives(positive, negative, 0.1) == 0.0
-    assert membership.true_positives(positive + 5, negative, 0.1) == 0.5
+    assert membership.true_positives(positive, negative) == 0.0
+    assert membership.true_positives(positive + 5, negative) == 0.5
+
+
+class Constant(nn.Module):
+    """log-odds of class 1: `level` for each image, and the image's own hardness."""
+
+    def __init__(self, level, seed):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor(level))
+        self.seed = seed
+
+    def forward(self, x):
+        noise = 0.1 * torch.randn(len(x), generator=torch.Generator().manual_seed(self.seed))
+        odds = self.bias + 10 * x.mean((1, 2, 3)) + noise
+        return odds.unsqueeze(1) * torch.eye(4)[1]
 
 
 def test_an_overconfident_member_is_found_and_one_more_retrained_model_is_not(make_subject):
-    class Constant(nn.Module):
-        """log-odds of class 1: `level` for each image, and the image's own hardness."""
-
-        def __init__(self, level, seed):
-            super().__init__()
-            self.weight = nn.Parameter(torch.zeros(1))
-            self.level, self.seed = level, seed
-
-        def forward(self, x):
-            logits = torch.zeros(len(x), 4)
-            hard = 10 * x.mean((1, 2, 3))
-            noise = 0.1 * torch.randn(len(x), generator=torch.Generator().manual_seed(self.seed))
-            logits[:, 1] = self.level + hard + noise
-            return logits + 0 * self.weight
-
     retrained = [Constant(-5.0, seed) for seed in (1, 2, 3)]
 
     def measured(model, others):

@@ -4,13 +4,6 @@ Each check is one file with a ``CHECK``, whose ``measure(model, subject)`` is a 
 plain model; the runner applies it to the model under test, to the original, and to every retrained
 model, so that each number stands beside the two levels that give it meaning. What the checks say is
 a lower bound of what an attacker can do: a stronger attack may exist.
-
-    membership    can one tell that images of the class were trained on?
-    relearning    how soon does fine-tuning bring the class back?
-    probing       how much of the class do the features of each layer hold?
-    removal       what can the holder of the baked file do without labelled images?
-    collateral    do the classes that resemble it pay?
-    closeness     how far are the outputs from those of retrained models?
 """
 
 from wfnet.trust.checks import CHECKS

@@ -37,8 +37,6 @@ from torch import Tensor, nn
 from wfnet.trust.check import Check, Found
 from wfnet.trust.subject import Subject
 
-FALSE_POSITIVES = 0.1
-
 
 def measure(model: nn.Module, subject: Subject) -> Found:
     """Returns areas under the ROC; the calibrated ones need other retrained models."""
@@ -52,7 +50,7 @@ def measure(model: nn.Module, subject: Subject) -> Found:
     values = {
         "auc_confidence": auc,
         "auc_entropy": roc_auc(*(-_entropy(subject.logits(model, part)) for part in parts)),
-        "tpr_confidence": true_positives(members, strangers, FALSE_POSITIVES),
+        "tpr_confidence": true_positives(members, strangers),
     }
     others = subject.others(model)
     if others:
@@ -100,11 +98,8 @@ def auc_error(auc: float, positives: int, negatives: int) -> float:
     return math.sqrt(max(variance, 0.0) / (positives * negatives))
 
 
-def true_positives(positive: Tensor, negative: Tensor, false_positives: float) -> float:
-    """Returns the largest share of positives above a threshold.
-
-    At most the share ``false_positives`` of the negatives exceeds that threshold.
-    """
+def true_positives(positive: Tensor, negative: Tensor, false_positives: float = 0.1) -> float:
+    """Returns the share of positives above what a share of the negatives exceeds at most."""
     allowed = int(false_positives * len(negative))
     threshold = negative.sort(descending=True).values[allowed]
     return (positive > threshold).double().mean().item()

@@ -105,17 +105,13 @@ def layer_features(
             last.clear()
             predict(model, part)
             for name, features in last.items():
-                if len(features) % len(part) == 0:
-                    kept[name].append(pooled(_by_image(features, len(part))))
+                windows, rest = divmod(len(features), len(part))
+                if windows > 1 and rest == 0:  # [n * windows, tokens, C], of window transformers
+                    features = features.unflatten(0, (-1, windows)).flatten(1, -2)
+                if rest == 0:
+                    kept[name].append(pooled(features))
     found = {name: torch.cat(parts).double().numpy() for name, parts in kept.items() if parts}
     return {name: features for name, features in found.items() if len(features) == len(images)}
-
-
-def _by_image(features: Tensor, count: int) -> Tensor:
-    """Returns windows ``[count * windows, N, C]`` of features as ``[count, windows * N, C]``."""
-    if len(features) == count:
-        return features
-    return features.unflatten(0, (count, -1)).flatten(1, -2)
 
 
 def pooled(features: Tensor) -> Tensor:
