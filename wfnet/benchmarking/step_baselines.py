@@ -16,10 +16,14 @@ import wfnet
 from wfnet.layers import MaskedLayer
 
 
-class _Gated(nn.Module):
-    """A masked convolution or linear map, and the gates of the samples' labels."""
+class _Baseline(nn.Module):
+    """A masked convolution or linear map that is computed as ``kind`` says."""
 
+    kind: str
     labels: Tensor  # [B]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return KINDS[self.kind](self, x)
 
     @property
     def convolves(self) -> bool:
@@ -52,69 +56,53 @@ class _Gated(nn.Module):
         return table[:, :, None, None] if self.convolves else table[:, None]
 
 
-class Eager(_Gated):
+def _eager(layer: _Baseline, x: Tensor) -> Tensor:
     """The ordinary layer, then broadcast multiplies."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x, self.weight) * self.per_output(self.gate(self.alpha_weight))
-        bias = self.masked_bias()
-        return y if bias is None else y + self.per_output(bias)
+    y = layer.product(x, layer.weight) * layer.per_output(layer.gate(layer.alpha_weight))
+    bias = layer.masked_bias()
+    return y if bias is None else y + layer.per_output(bias)
 
 
-class Loop(_Gated):
+def _loop(layer: _Baseline, x: Tensor) -> Tensor:
     """A masked weight copy and a convolution or product per sample."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, bias = self.gate(self.alpha_weight), self.masked_bias()
-        ones = (1,) * (self.weight.dim() - 1)
-        return torch.cat(
-            [
-                self.product(
-                    sample, self.weight * gate[b].view(-1, *ones), None if bias is None else bias[b]
-                )
-                for b, sample in enumerate(x.split(1))
-            ]
-        )
+    gate, bias = layer.gate(layer.alpha_weight), layer.masked_bias()
+    ones = (1,) * (layer.weight.dim() - 1)
+    parts = []
+    for b, sample in enumerate(x.split(1)):
+        weight = layer.weight * gate[b].view(-1, *ones)
+        parts.append(layer.product(sample, weight, None if bias is None else bias[b]))
+    return torch.cat(parts)
 
 
-class Grouped(_Gated):
+def _grouped(layer: _Baseline, x: Tensor) -> Tensor:
     """The batch folded into the groups of one convolution; a batched product of linear maps."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.masked_copies(), self.masked_bias()
-        if not self.convolves:
-            y = torch.bmm(x, weight.transpose(1, 2))
-            return y if bias is None else y + bias[:, None]
-        batch = x.shape[0]
-        y = self.product(
-            x.reshape(1, -1, *x.shape[2:]),
-            weight.flatten(0, 1),
-            None if bias is None else bias.flatten(),
-            batch,
-        )
-        return y.reshape(batch, -1, *y.shape[2:])
+    weight, bias = layer.masked_copies(), layer.masked_bias()
+    if not layer.convolves:
+        y = torch.bmm(x, weight.transpose(1, 2))
+        return y if bias is None else y + bias[:, None]
+    batch, folded = x.shape[0], x.reshape(1, -1, *x.shape[2:])
+    bias = None if bias is None else bias.flatten()
+    y = layer.product(folded, weight.flatten(0, 1), bias, batch)
+    return y.reshape(batch, -1, *y.shape[2:])
 
 
-class Vmap(_Gated):
+def _vmap(layer: _Baseline, x: Tensor) -> Tensor:
     """torch.func.vmap over samples with masked copies."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        def one(sample: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-            return self.product(sample[None], weight, bias)[0]
+    def one(sample: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return layer.product(sample[None], weight, bias)[0]
 
-        operands = [x, self.masked_copies(), self.masked_bias()]
-        return torch.vmap(one)(*(t for t in operands if t is not None))
+    operands = [x, layer.masked_copies(), layer.masked_bias()]
+    return torch.vmap(one)(*(t for t in operands if t is not None))
 
 
-class Unmasked(_Gated):
+def _unmasked(layer: _Baseline, x: Tensor) -> Tensor:
     """The frozen layer. ``offset`` (a scalar 0) on the first one starts the gradient there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.product(x, self.weight, self.bias)
-        return y + self.offset if hasattr(self, "offset") else y
+    y = layer.product(x, layer.weight, layer.bias)
+    return y + layer.offset if hasattr(layer, "offset") else y
 
 
-KINDS = {"eager": Eager, "loop": Loop, "grouped": Grouped, "vmap": Vmap, "unmasked": Unmasked}
+KINDS = {"eager": _eager, "loop": _loop, "grouped": _grouped, "vmap": _vmap, "unmasked": _unmasked}
 # These hold a masked copy of every masked weight per sample until backward.
 COPYING = ("loop", "grouped", "vmap")
 
@@ -131,8 +119,7 @@ def baseline(net: wfnet.WFNet, kind: str, labels: Tensor) -> nn.Module:
     for module in model.modules():
         if not isinstance(module, MaskedLayer):
             continue
-        module.__class__ = KINDS[kind]
-        module.labels = labels
+        module.__class__, module.kind, module.labels = _Baseline, kind, labels
         if kind == "unmasked":
             for name in [n for n in module._parameters if n.startswith("alpha_")]:
                 del module._parameters[name]
