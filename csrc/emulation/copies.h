@@ -34,7 +34,6 @@ struct Mbarriers {
     uint32_t phase = 0;
     bool counts_bytes = false;
     bool fenced = false, visible = false;  // the initialisation: to whom has it come through
-    const char* error = nullptr;
 
     // Bytes of the other block's copy may come before this block announces them: then `bytes` is
     // negative, and the arrival that announces them is still pending.
@@ -53,7 +52,6 @@ struct Mbarriers {
     if (found == at.end())
       block().fail(std::string(what) + ": no mbarrier was initialised at shared byte " +
                    std::to_string(address));
-    if (found->second.error) block().fail(found->second.error);
     if (!found->second.visible)
       block().fail(std::string(what) + ": the mbarrier's initialisation is not visible yet");
     return found->second;

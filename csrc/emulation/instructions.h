@@ -2,8 +2,11 @@
 // clusters. Names and meanings are those of csrc/ptx.h.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "geometry.h"
 #include "machine.h"
@@ -45,33 +48,19 @@ WF_DEVICE float to_float(Fp16 value) {
 
 // Round to nearest even; NaN stays NaN.
 template <class T>
-WF_DEVICE T from_float(float value);
-
-template <>
-WF_DEVICE Bf16 from_float<Bf16>(float value) {
-  const uint32_t bits = bits_of_float(value);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>(0x7FFF)};
-  return {static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1)) >> 16)};
-}
-
-template <>
-WF_DEVICE Fp16 from_float<Fp16>(float value) {
-  const uint32_t bits = bits_of_float(value);
-  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return {static_cast<uint16_t>(0x7FFF)};
-  if (magnitude >= 0x477FF000u) return {static_cast<uint16_t>(sign | 0x7C00u)};  // 65520 and more
-  uint32_t result, rest, half;
-  if (magnitude < 0x38800000u) {  // subnormal: a multiple of 2^-24
-    const uint32_t exponent = magnitude >> 23;
-    if (exponent < 102) return {static_cast<uint16_t>(sign)};
-    const uint32_t shift = 126 - exponent;
-    const uint32_t fraction = (magnitude & 0x7FFFFFu) | 0x800000u;
-    result = fraction >> shift, rest = fraction & ((1u << shift) - 1), half = 1u << (shift - 1);
-  } else {
-    result = (magnitude - 0x38000000u) >> 13, rest = magnitude & 0x1FFFu, half = 0x1000u;
+WF_DEVICE T from_float(float value) {
+  constexpr bool kBf16 = std::is_same_v<T, Bf16>;
+  constexpr int kFraction = kBf16 ? 7 : 10, kLeast = kBf16 ? -126 : -14;  // of normal numbers
+  constexpr double kInfinity = kBf16 ? 0x7F80 : 0x7C00;
+  if (value != value) return {static_cast<uint16_t>(0x7FFF)};
+  double bits = kInfinity;
+  if (!std::isinf(value)) {
+    const int exponent = value == 0.0f ? kLeast : std::max(std::ilogb(value), kLeast);
+    const double steps = std::nearbyint(std::ldexp(std::fabs(double{value}), kFraction - exponent));
+    bits = std::min(std::ldexp(exponent - kLeast, kFraction) + steps, kInfinity);
   }
-  result += rest > half || (rest == half && (result & 1));
-  return {static_cast<uint16_t>(sign | result)};
+  const uint16_t sign = std::signbit(value) ? 0x8000 : 0;
+  return {static_cast<uint16_t>(sign | static_cast<uint16_t>(bits))};
 }
 
 // Two 16-bit numbers in one word, `low` at the lower address.

@@ -1,7 +1,5 @@
 """Index arithmetic and the choice of tiles, on the host."""
 
-import itertools
-
 import pytest
 import torch
 
@@ -34,26 +32,6 @@ def test_span_counts_samples_of_a_flat_tile(block_m):
         assert promised == 0 or most <= promised <= 4, (tokens, most, promised)
         if most <= 2:
             assert promised > 0
-
-
-@pytest.mark.parametrize("tokens", [16, 31, 49, 50, 197])
-def test_flat_tiles_give_every_sample_its_own_slots(tokens):
-    """The slots that a tile writes are those that the reduction reads, and no other's."""
-    batch, block_m = 9, 32
-    touched = span(block_m, tokens)
-    written = {}
-    for tile in range(-(-batch * tokens // block_m)):
-        rows = range(tile * block_m, min((tile + 1) * block_m, batch * tokens))
-        for row in rows:
-            slot = tile * touched + row // tokens - tile * block_m // tokens
-            assert slot < (tile + 1) * touched
-            written.setdefault(slot, []).append(row)
-    for sample in range(batch):
-        first = sample * tokens // block_m
-        last = ((sample + 1) * tokens - 1) // block_m
-        slots = [t * touched + sample - t * block_m // tokens for t in range(first, last + 1)]
-        rows = list(itertools.chain.from_iterable(written[slot] for slot in slots))
-        assert rows == list(range(sample * tokens, (sample + 1) * tokens))
 
 
 @pytest.mark.parametrize(
