@@ -139,14 +139,16 @@ def check_equal() -> Callable[..., None]:
 def bfloat16_errors(pair_of) -> Callable[..., tuple[wfnet.WFNet, float, float]]:
     """A fused network, and relative errors of its and of the unfused one's bf16 gradients."""
 
-    def errors(gate: float, fuse: bool | str) -> tuple[wfnet.WFNet, float, float]:
+    def errors(
+        gate: float, fuse: bool | str, model: nn.Module | None = None
+    ) -> tuple[wfnet.WFNet, float, float]:
         torch.manual_seed(0)  # at the smallest gates the ratio of two draws is between 0.3 and 4
-        net, fused = pair_of(Toy(), fuse)
+        net, fused = pair_of(model or Toy(), fuse)
         alpha = torch.logit(torch.tensor(gate * torch.sigmoid(torch.tensor(3.0)).item())).item()
         for mine, other in zip(net.filter_parameters(), fused.filter_parameters(), strict=True):
             mine.data.normal_(alpha, 0.1)
             other.data.copy_(mine)
-        images = torch.randn(64, 3, 16, 16, dtype=torch.float64)
+        images = torch.randn(64, 3, 32, 32, dtype=torch.float64)
         labels, weights = torch.arange(64) % CLASSES, torch.randn(64, CLASSES).double()
 
         def gradients(network: wfnet.WFNet, dtype: torch.dtype) -> torch.Tensor:

@@ -59,18 +59,12 @@ class Calls(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"], indirect=True)
 def test_calls_between_convolutions(compiled_pair, check_equal):
     net, compiled = compiled_pair(Calls())
-    check_equal(net, compiled, BATCH)
-    assert isinstance(compiled.fused_network(BATCH), fusion.CompiledNetwork)
-
-
-@pytest.mark.parametrize("compiler", ["inductor"], indirect=True)
-def test_generated_code_equals_the_unfused_network(toy, compiled_pair, check_equal):
-    net, compiled = compiled_pair(toy(bias=True))
     compiled = compiled.to(memory_format=torch.channels_last)
-    images = BATCH.contiguous(memory_format=torch.channels_last)
-    check_equal(net, compiled, images)
+    check_equal(net, compiled, BATCH.contiguous(memory_format=torch.channels_last))
+    assert isinstance(compiled.fused_network(BATCH), fusion.CompiledNetwork)
 
 
 def test_is_compiled_once_and_repeats_bit_by_bit(toy, compiled_pair, check_equal):
@@ -112,19 +106,6 @@ def test_runs_uncompiled_with_a_line_in_the_log(
         check_equal(net, compiled, BATCH, 2, None)
     assert caplog.text.count("runs uncompiled") == 1
     assert "no C++ compiler" in caplog.text
-
-
-def test_frees_what_it_kept_and_notices_changed_statistics(toy, compiled_pair):
-    net, compiled = compiled_pair(toy())
-    out = compiled(BATCH, 1)
-    out.sum().backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="second time"):
-        out.sum().backward()
-    for network in (net, compiled):
-        network.model.bn1.running_mean.add_(1.0)
-    after = compiled(BATCH, 1)
-    assert not torch.allclose(out, after)
-    torch.testing.assert_close(after, net(BATCH, 1))
 
 
 @pytest.mark.parametrize("gate", [1.0, 1e-3])

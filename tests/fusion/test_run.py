@@ -56,6 +56,14 @@ def test_images_that_need_a_gradient_and_no_labels_run_unfused(pair):
         assert torch.equal(fused(IMAGES), net.bake(None)(IMAGES))
 
 
+def test_a_network_made_in_inference_mode_runs_fused(toy, small_vit, pair_of):
+    for make in (toy, small_vit):
+        with torch.inference_mode():
+            net, fused = pair_of(make())
+            torch.testing.assert_close(fused(IMAGES, 1), net(IMAGES, 1), rtol=1e-11, atol=1e-12)
+        assert fused.fused_network(IMAGES) is not None
+
+
 class Branching(nn.Module):
     def __init__(self):
         super().__init__()

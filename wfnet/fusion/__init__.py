@@ -16,13 +16,12 @@ what attention would keep of a masked result is computed again. :class:`Compiled
 trunk on request, let ``torch.compile`` fuse what lies between convolutions or products. All are
 called and run in one way (:mod:`wfnet.fusion.run`).
 
-None changes anything in the module: tree, hooks and state-dict keys stay as they are. A network
-keeps its fused form in a :class:`Fusion`, which makes it anew where the network has changed.
+None changes anything in the module: tree, hooks and state-dict keys stay as they are.
 
 A walk through the room: ``trace`` (torch.fx), ``rewrite`` and ``tokens`` (so that more of a trace
 folds), ``plan`` (which steps), ``run`` (what every fused network is), ``execution`` (a plan, step
-by step), ``compiled``, ``durable_tables`` and ``durable_run``; for transformers ``cut``, ``views``
-and ``transformer``; above them ``checked``.
+by step), ``durable_tables`` and ``durable_run``, ``compiled``; for transformers ``cut`` and
+``transformer``; above them ``checked``, where a network keeps its fused form.
 """
 
 from wfnet.fusion.checked import Fusion, backend_for, check_mode

@@ -164,10 +164,11 @@ class Run(ABC):
     def gradients(self, into: Tensor | None) -> list[Tensor]:
         """Of the filters, after :meth:`propagate`; arguments and result of :meth:`backward`."""
         network, in_tables = self.network, self.network.filters_in_tables()
-        if len(in_tables) == len(network.filters()) and not self.others:
-            return self.tables.gradients(into)
-        for matrix, gradient in zip(in_tables, self.tables.gradients(), strict=True):
-            self.add_filter(matrix, gradient)
+        if self.tables is not None:
+            if len(in_tables) == len(network.filters()) and not self.others:
+                return self.tables.gradients(into)
+            for matrix, gradient in zip(in_tables, self.tables.gradients(), strict=True):
+                self.add_filter(matrix, gradient)
         found = [self.others.get(matrix) for matrix in network.filters()]
         self.others.clear()
         return in_columns(found, network.filters(), into)

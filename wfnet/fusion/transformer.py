@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from wfnet import backends, gates
 from wfnet.backends.contract import Backend, Epilogue, LayerBelow
 from wfnet.fusion.compiled import CompiledGraph, GraphRun
-from wfnet.fusion.run import FusedNetwork, Run, in_columns
+from wfnet.fusion.run import FusedNetwork, Run
 from wfnet.fusion.trace import NotFusable
 from wfnet.labels import Selection, forgetting
 from wfnet.layers import MaskedLayer
@@ -144,11 +144,7 @@ class OperatorRun(Run):
         filters = self.network.filters()
         learned = [matrix for matrix in filters if matrix.requires_grad]
         found = torch.autograd.grad(logits, learned, dout.to(logits.dtype), allow_unused=True)
-        self.others = dict(zip(learned, found, strict=True))
-
-    def gradients(self, into: Tensor | None) -> list[Tensor]:
-        filters = self.network.filters()
-        return in_columns([self.others.get(matrix) for matrix in filters], filters, into)
+        self.others = {f: g for f, g in zip(learned, found, strict=True) if g is not None}
 
 
 # -- what the graph of the rest asks of a run ------------------------------------------------------
