@@ -245,12 +245,12 @@ class _Folder:
     def _grow(self, node: fx.Node) -> None:
         """Absorbs BatchNorm, one residual sum and a ReLU as long as nobody else reads between."""
         layer, (value,) = self.modules[node.target], node.all_input_nodes
-        padded = rewrite.Padded.of(layer)
-        if padded.pad is not None:
+        pad, padding = rewrite.padding_of(layer)
+        if pad is not None:
             with self.graph.inserting_before(node):
                 name = f"{node.name}_padded"
-                value = self.graph.create_node("call_function", padded.pad, (value,), name=name)
-        geometry = ConvGeometry(layer.stride, padded.remaining, layer.dilation, layer.groups)
+                value = self.graph.create_node("call_function", pad, (value,), name=name)
+        geometry = ConvGeometry(layer.stride, padding, layer.dilation, layer.groups)
         step = ConvStep(node.target, layer, value, node, geometry)
         while len(step.output.users) == 1 and not step.relu:
             (follower,) = step.output.users

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
@@ -21,15 +20,7 @@ from wfnet.layers import WFConv2d, WFConv2dSame
 
 # -- values changed in place ----------------------------------------------------------------------
 
-_IN_PLACE_OPERATORS = {
-    operator.iadd,
-    operator.isub,
-    operator.imul,
-    operator.itruediv,
-    operator.ipow,
-    operator.imod,
-    operator.ifloordiv,
-}
+_IN_PLACE_OPERATORS = ("iadd", "isub", "imul", "itruediv", "ipow", "imod", "ifloordiv")
 
 
 def changed_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | None:
@@ -41,7 +32,7 @@ def changed_in_place(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node | 
         norm = isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm | nn.LayerNorm)
         writes = not norm and any(getattr(m, "inplace", False) for m in module.modules())
     elif getattr(operator, name, None) is node.target:  # operator.and_ writes nothing
-        writes = node.target in _IN_PLACE_OPERATORS
+        writes = name in _IN_PLACE_OPERATORS
     else:
         named = name.endswith("_") and not name.endswith("__")
         writes = bool(node.kwargs.get("inplace")) or named
@@ -159,28 +150,15 @@ def folds(layer: nn.Module) -> bool:
     return (plain or type(layer) in kinds) and not is_hooked(layer)
 
 
-@dataclass(frozen=True)
-class Padded:
-    """The input of a convolution with the padding applied that is not the same zeros all around.
-
-    Attributes:
-        pad: makes another tensor of the input; None where it stays as it is.
-        remaining: zero padding that is left to the convolution.
-    """
-
-    pad: Callable[[Tensor], Tensor] | None
-    remaining: tuple[int, int]
-
-    @classmethod
-    def of(cls, layer: nn.Conv2d) -> Padded:
-        own = getattr(type(layer), "_padded", WFConv2d._padded)
-        if layer.padding_mode != "zeros" or own is not WFConv2d._padded:
-            return cls(lambda x: own(layer, x)[0], (0, 0))
-        if layer.padding == "valid":
-            return cls(None, (0, 0))
-        if layer.padding != "same":
-            return cls(None, layer.padding)
-        high, wide = same_padding(layer.kernel_size, layer.dilation)
-        uneven = [0, wide % 2, 0, high % 2]
-        pad = (lambda x: F.pad(x, uneven)) if any(uneven) else None
-        return cls(pad, (high // 2, wide // 2))
+def padding_of(layer: nn.Conv2d) -> tuple[Callable[[Tensor], Tensor] | None, tuple[int, int]]:
+    """What pads the input of ``layer``, if that is not the same zeros all around; what is left."""
+    own = getattr(type(layer), "_padded", WFConv2d._padded)
+    if layer.padding_mode != "zeros" or own is not WFConv2d._padded:
+        return lambda x: own(layer, x)[0], (0, 0)
+    if layer.padding == "valid":
+        return None, (0, 0)
+    if layer.padding != "same":
+        return None, layer.padding
+    high, wide = same_padding(layer.kernel_size, layer.dilation)
+    uneven = [0, wide % 2, 0, high % 2]
+    return (lambda x: F.pad(x, uneven)) if any(uneven) else None, (high // 2, wide // 2)

@@ -276,8 +276,7 @@ class _Recorded(Samples):
 
     def keep(self, kept: _Kept, out: Tensor) -> None:
         """Notes the result ``out`` ``[B, T, O]`` of a layer, to be known again by its storage."""
-        known = not kept.backend.keeps_scaled_branch  # from the branch, by one product and sum
-        if known and out.is_contiguous() and out.storage_offset() == 0:
+        if not kept.backend.keeps_scaled_branch:  # it is one product and sum away from the branch
             storage = StorageWeakRef(out.untyped_storage())
             kept.version = out._version
             self.kept[storage.cdata] = storage, kept
