@@ -45,13 +45,6 @@ STEP_COLUMNS = {
     "wfnet/triton/captured": "**wfnet, Triton, captured**",
     "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
 }
-# What the tests show of a backend without a device.
-WITHOUT_DEVICE = {
-    "reference": ("tested; the truth for the others", "not run"),
-    "eager": ("tested in fp64 to 1e-10, forward and all gradients", "not run"),
-    "triton": ("numerics in Triton's interpreter (fp32, fp16)", "compiles, not yet run"),
-    "cuda": ("numerics in an emulation of the device (bf16, fp16)", "compiles, not yet run"),
-}
 
 
 _SAME_RUN = ("device", "torch", "commit")
@@ -171,27 +164,11 @@ def evaluation() -> str:
     ) + markdown_table(["", "ms", "(image, row) pairs per second", "peak MiB"], rows)
 
 
-def backends() -> str:
-    """Lists which backend ran where: from the devices of the committed step results."""
-    ran: dict[str, set[str]] = {}
-    for content in step_files():
-        for network in content["networks"].values():
-            for column, found in network["columns"].items():
-                if column.startswith("wfnet/") and "impossible" not in found:
-                    ran.setdefault(column.split("/")[1], set()).add(content["device"])
-    rows = []
-    for name, (cpu, cuda) in WITHOUT_DEVICE.items():
-        devices = sorted(device for device in ran.get(name, ()) if "NVIDIA" in device)
-        rows.append([f"`{name}`", cpu, f"steps run: {', '.join(devices)}" if devices else cuda])
-    return markdown_table(["backend", "CPU", "CUDA device"], rows)
-
-
 SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "step": step,
     "data": data,
     "evaluation": evaluation,
-    "backends": backends,
 }
 
 
