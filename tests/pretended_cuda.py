@@ -113,6 +113,9 @@ class Stream:
     def record_event(self, event: Event | None = None) -> Event:
         return event or Event()
 
+    def query(self) -> bool:
+        return True
+
     def synchronize(self) -> None:
         device.wait("stream.synchronize")
 
