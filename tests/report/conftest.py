@@ -98,7 +98,8 @@ def make_trust():
                     for found in (values, more.get("original", {}), retrained or {})
                 )
                 name = names[k] if names else f"class {k}"
-                details = {"standard_error": 0.025} if check == "membership" else {}
+                known = more.get("details", {"membership": {"standard_error": 0.025}})
+                details = known.get(check, {})
                 last = int(bool(retrained)), more.get("missing"), details, 1.0, f"{check}{k}"
                 records.append(TrustRecord(k, name, check, own, original, level, {}, *last))
         return TrustResult(records, settings or {})
