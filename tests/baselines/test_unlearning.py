@@ -1,5 +1,4 @@
 import copy
-import math
 
 import pytest
 import torch
@@ -90,8 +89,6 @@ def test_retraining_starts_from_new_weights(patches, linear):
 
 
 def test_bad_input_is_refused(patches, linear):
-    with pytest.raises(ValueError, match="lr must be a number above 0, got nan"):
-        BaselineConfig(lr=math.nan)
     origin = Origin(linear(), patches())
     with pytest.raises(ValueError, match="no baseline 'fisher'"):
         unlearn("fisher", origin, 0)

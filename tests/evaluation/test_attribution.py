@@ -61,11 +61,6 @@ def test_equals_baked_networks_masked_by_hand(dataset, make_model, order, option
     assert result.mean["deletion"] != result.mean["deletion_random"]
 
 
-def test_bad_arguments_are_refused(dataset, make_net):
-    with pytest.raises(ValueError, match="order='highest'"):
-        attribution(make_net(), dataset, order="highest")
-
-
 @torch.no_grad()
 def test_durable_gates_start_at_the_row_and_end_at_the_original():
     torch.manual_seed(0)
