@@ -73,10 +73,6 @@ class Device:
             memory.copy_(value)
         self.before.clear()
 
-    def waited_at(self) -> set[str]:
-        """Lines that waited."""
-        return {line for _, line in self.waits}
-
 
 def asked_by() -> str:
     """Innermost function of the project (else of anybody) outside of here: ``file:function``."""
