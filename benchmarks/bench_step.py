@@ -38,7 +38,7 @@ import sys
 from pathlib import Path
 
 import torch
-from script import begin, chart, make_parser, parse_step
+from script import begin, make_parser, parse_step
 
 from wfnet.benchmarking import roofline
 from wfnet.benchmarking.steps import (
@@ -55,6 +55,11 @@ from wfnet.services.files import write_json
 
 def draw(record: dict, path: Path) -> None:
     """Draws expanded samples per second of every column, one panel per network."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     shown = {
         name: {c: row for c, row in result["columns"].items() if "impossible" not in row}
         for name, result in record["networks"].items()
@@ -65,26 +70,30 @@ def draw(record: dict, path: Path) -> None:
     settings = record["settings"]
     title = f"{settings['image_size']} px, {settings['dtype']}, {record['device']}"
     size = 2.2 + 3.6 * len(shown), 1.4 + 0.3 * max(map(len, shown.values()))
-    with chart(path, len(shown), size, title) as axes:
-        for axis, (name, rows) in zip(axes, shown.items(), strict=True):
-            result = record["networks"][name]
-            samples = result["expanded_samples"]
-            rates = [row["samples_per_second"] for row in rows.values()]
-            errors = [
-                [rate - samples / row["largest_ms"] * 1e3, samples / row["least_ms"] * 1e3 - rate]
-                for rate, row in zip(rates, rows.values(), strict=True)
-            ]
-            colours = ["tab:orange" if c.startswith("wfnet/") else "tab:gray" for c in rows]
-            axis.barh(
-                list(rows), rates, xerr=list(zip(*errors, strict=True)), color=colours, height=0.7
-            )
-            axis.invert_yaxis()
-            axis.set_title(name, fontsize=10)
-            axis.set_xlabel("expanded samples per second")
-            roof = result["floor_samples_per_second"].get("fused_with_v")
-            if roof is not None:
-                axis.axvline(roof, color="tab:blue", linestyle="--", label="roofline")
-                axis.legend(fontsize=8, frameon=False)
+    figure, axes = pyplot.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained")
+    for axis, (name, rows) in zip(axes[0], shown.items(), strict=True):
+        result = record["networks"][name]
+        samples = result["expanded_samples"]
+        rates = [row["samples_per_second"] for row in rows.values()]
+        errors = [
+            [rate - samples / row["largest_ms"] * 1e3, samples / row["least_ms"] * 1e3 - rate]
+            for rate, row in zip(rates, rows.values(), strict=True)
+        ]
+        colours = ["tab:orange" if c.startswith("wfnet/") else "tab:gray" for c in rows]
+        axis.barh(
+            list(rows), rates, xerr=list(zip(*errors, strict=True)), color=colours, height=0.7
+        )
+        axis.invert_yaxis()
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("expanded samples per second")
+        roof = result["floor_samples_per_second"].get("fused_with_v")
+        if roof is not None:
+            axis.axvline(roof, color="tab:blue", linestyle="--", label="roofline")
+            axis.legend(fontsize=8, frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -19,11 +19,12 @@ from typing import Any
 import timm
 import torch
 import torchvision
-from script import RESULTS, ROOT, first_line, markdown_table
+from script import RESULTS, ROOT, markdown_table
 from torch import nn
 
 import wfnet
 from wfnet.benchmarking.provenance import provenance
+from wfnet.benchmarking.timing import reason_of
 from wfnet.data import TensorImages
 from wfnet.services.files import fingerprint, write_json
 
@@ -110,7 +111,7 @@ def examine(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         original = net(images, None)
         opened = net(images, torch.arange(4))
     except (ValueError, RuntimeError, TypeError) as error:
-        found["note"] = first_line(error)
+        found["note"] = reason_of(error)
         return found
     with torch.no_grad():
         expected = model(images)
@@ -131,7 +132,7 @@ def examine(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
             found["bake"] &= torch.equal(net.bake(None)(images), expected)
         found["untrain"] = _untrain_once(net, images)
     except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
-        found["note"] = first_line(error)
+        found["note"] = reason_of(error)
     return found
 
 

@@ -1,18 +1,16 @@
-"""What the scripts of this folder share: options, the record that they write, charts."""
+"""What the scripts of this folder share: options, the record that they write."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from wfnet.benchmarking.provenance import provenance, settings_of
+from wfnet.benchmarking.provenance import provenance
 from wfnet.benchmarking.steps import StepSettings
 from wfnet.benchmarking.timing import choose_convolutions_by_trial
 
@@ -81,31 +79,13 @@ def begin(
     words = sys.argv[1:] if argv is None else argv
     return {
         "benchmark": name.removeprefix("bench_"),
-        "settings": settings_of(args, *inner),
+        "settings": {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(args).items()
+            if name not in inner
+        },
         **provenance(args.device, [f"benchmarks/{name}.py", *words]),
     }
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error's message."""
-    return next(iter(str(error).strip().splitlines()), "")
-
-
-@contextmanager
-def chart(path: Path, columns: int, size: tuple[float, float], title: str) -> Iterator[Any]:
-    """Draws a chart: yields its axes ``[columns]`` and writes the file at the end."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
-    yield axes[0]
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def markdown_table(head: list[str], rows: list[list[object]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import os
 import platform
@@ -43,15 +42,6 @@ def provenance(device: torch.device | str, command: Sequence[str]) -> dict[str, 
         "commit": commit(),
         "command": " ".join(["python", *command]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-
-
-def settings_of(arguments: argparse.Namespace, *inner: str) -> dict[str, object]:
-    """Returns a command line's arguments as JSON takes them, without those named ``inner``."""
-    return {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(arguments).items()
-        if name not in inner
     }
 
 
