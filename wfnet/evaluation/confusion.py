@@ -50,11 +50,6 @@ class ConfusionChange:
         """``destinations`` as fractions of the images of each row's class, ``[R, K]`` fp64."""
         return self.destinations.double() / self.destinations.sum(1, keepdim=True).clamp_min(1)
 
-    def original_shares(self) -> Tensor:
-        """``original_destinations`` of the rows' classes as fractions, ``[R, K]`` fp64."""
-        counts = self.original_destinations[self.classes].double()
-        return counts / counts.sum(1, keepdim=True).clamp_min(1)
-
     def collateral(self) -> Tensor:
         """Accuracy on class k under row r less the original's, ``[R, K]`` fp64.
 
