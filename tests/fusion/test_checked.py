@@ -163,12 +163,9 @@ def test_a_wrong_plan_is_never_used(error, layer, reason, monkeypatch, caplog, t
     assert reason in caplog.text
 
 
-def test_another_way_to_fuse_is_refused(toy, pair_of):
+def test_another_way_to_fuse_is_refused(toy):
     with pytest.raises(ValueError, match="fuse='compiled' is none of True, False and 'compile'"):
         wfnet.WFNet(toy(), CLASSES, fuse="compiled")
-    _, fused = pair_of(toy(), "compiled")
-    with pytest.raises(ValueError, match="none of True, False"):
-        fused(IMAGES, 1)
 
 
 def test_which_backend_layers_ask_for():

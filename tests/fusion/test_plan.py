@@ -59,11 +59,6 @@ class WFDoubling(WFConv2d):
         return 2 * super().forward(x)
 
 
-class DoublingNorm(timm.layers.BatchNormAct2d):
-    def forward(self, x):
-        return 2 * super().forward(x)
-
-
 class Deciding(nn.Module):
     """Control flow that torch.fx cannot follow, around a masked layer."""
 
@@ -87,14 +82,12 @@ def summed_behind_a_norm(net, x):
 # Modules behind a stem without a norm, or a function of x; convolutions, norms, ReLUs, sums.
 FOLDED = {
     "norm with ReLU": ((norm_act("relu", inplace=True), conv(), norm_act("relu")), (2, 2, 2, 0)),
-    "norm with SiLU": ((norm_act(nn.SiLU, inplace=True), conv()), (2, 1, 0, 0)),
     "norm with PReLU": ((norm_act(nn.PReLU), conv(), norm_act(nn.PReLU)), (2, 2, 0, 0)),
     "dropping norm": ((norm_act("relu", drop_layer=timm.layers.DropBlock2d),), (1, 1, 1, 0)),
     "torchvision frozen": ((torchvision.ops.FrozenBatchNorm2d(8, eps=1e-3),), (1, 1, 0, 0)),
     "timm frozen": ((timm.layers.FrozenBatchNormAct2d(8, act_layer="silu"),), (1, 1, 0, 0)),
     "synchronised norm": ((nn.SyncBatchNorm(8), conv()), (2, 1, 0, 0)),
     "group norm": ((timm.layers.GroupNormAct(8, 2, act_layer=nn.ReLU), conv()), (2, 0, 0, 0)),
-    "norm of another forward": ((DoublingNorm(8), conv()), (2, 0, 0, 0)),
     "norm before a convolution": ((nn.ReLU(), norm_act("silu"), conv(bias=False)), (2, 0, 1, 0)),
     "norm behind another layer": ((Doubling(8, 8, 1), BN(8)), (1, 0, 0, 0)),
     "sum behind a norm": (summed_behind_a_norm, (2, 1, 0, 1)),
@@ -109,13 +102,11 @@ FOLDED = {
         (nn.Conv2d(8, 8, (2, 4), padding="same", dilation=(1, 3)), BN(8)),
         (2, 1, 0, 0),
     ),
-    "valid": ((conv(padding="valid"), BN(8)), (2, 1, 0, 0)),
     "reflect": ((conv(padding_mode="reflect"), BN(8)), (2, 1, 0, 0)),
     "circular": (
         (nn.Conv2d(8, 8, (1, 3), padding=(0, 1), stride=2, padding_mode="circular"),),
         (2, 0, 0, 0),
     ),
-    "replicate": ((conv(padding="same", padding_mode="replicate"), BN(8)), (2, 1, 0, 0)),
     "timm same": ((timm.layers.Conv2dSame(8, 8, 3, stride=2), BN(8)), (2, 1, 0, 0)),
 }
 
