@@ -88,7 +88,6 @@ class InDouble(torch.utils.data.Dataset):
 CORRUPT = set(range(0, 36, 3)) | set(range(1, 30, 2))
 SETTINGS = {
     "even": {"steps": 6},
-    "fewer images than ranks": {"steps": 6, "batch_size": 2},
     "uneven": {
         "steps": 4,
         "batch_size": 6,
@@ -197,6 +196,8 @@ def test_what_ranks_tell_each_other(both_ranks, runs):
     def work(rank):
         ranks = Ranks()
         assert (ranks.rank, ranks.size, ranks.first) == (rank, 2, rank == 0)
+        with pytest.raises(ValueError, match="cannot share minibatches of 1 images"):
+            untrain(runs.network(), runs.images(), None, runs.config(batch_size=2), progress=False)
         with pytest.raises(ValueError, match=r"another configuration, network or data"):
             untrain(runs.network(), runs.images(), None, runs.config(seed=rank), progress=False)
         if rank == 0:

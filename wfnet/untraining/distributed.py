@@ -4,7 +4,7 @@ Every rank draws the same minibatch from the same seed, reads and runs its share
 adds up gradients with the others. What is random is drawn for the whole minibatch, so a run depends
 on its configuration and its data, not on the number of ranks; only the order in which floating
 point sums are taken does. All means are taken over the whole minibatch, whatever share of it each
-rank has: shares may differ in size, and one may be empty.
+rank has: shares may differ in size.
 
 Filter gradients have few rows other than 0, those of the labels in the minibatch, and every rank
 knows all labels. So only these rows are sent, without any index (:func:`add_rows`).
@@ -54,29 +54,15 @@ class SharedObjective:
             weights = batch.weights_of_halves
             sums = torch.stack([(c * w).sum() for c, w in zip(costs, weights, strict=True)])
             counts = torch.stack([w.sum() for w in weights]).to(sums.dtype)
-        return self._from_sums(sums, counts, net)
-
-    def without_samples(self, net: WFNet) -> Losses:
-        """The loss on a rank that has none of the minibatch's samples."""
-        like = net.filter_parameters()[0]
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        zeros = torch.zeros(2, dtype=dtype, device=like.device)
-        with torch.no_grad():
-            return self._from_sums(zeros, zeros.clone(), net)
-
-    def _from_sums(self, sums: Tensor, counts: Tensor, net: WFNet) -> Losses:
         whole = self.ranks.add(torch.cat((sums.detach(), counts)))
         counts = whole[2:].clamp_min(1)
         means = (whole[:2] / counts).unbind()
-        if not sums.requires_grad:
-            return self.objective.total(*means, net)
         forget, retain = (mean.detach().requires_grad_() for mean in means)
         losses = self.objective.total(forget, retain, net)
         slopes = torch.autograd.grad(
             losses.total, (forget, retain), retain_graph=True, allow_unused=True
         )
-        # What the loss says of the filters themselves (a regulariser) counts on one rank: the
-        # first, which always has samples.
+        # What the loss says of the filters themselves (a regulariser) counts on one rank.
         total = losses.total if self.ranks.first else losses.total.detach()
         for slope, own in zip(slopes, (sums / counts).unbind(), strict=True):
             if slope is not None:  # adds exactly 0, and the gradient of this rank's part
@@ -119,16 +105,6 @@ class SharedStep(UntrainingStep):
     ):
         super().__init__(net, SharedObjective(objective, ranks), *others)
         self.ranks, self.rows_only = ranks, rows_only
-
-    def accumulate(
-        self, images: Tensor | None, batch: ExpandedBatch, share: float, first: bool
-    ) -> Losses:
-        """As of one process; ``images`` is None if this rank has no samples."""
-        if images is not None:
-            return super().accumulate(images, batch, share, first)
-        if first:
-            self.gradient.zero_()
-        return self.objective.without_samples(self.net)
 
     def differentiate(self, minibatches: Sequence[Minibatch], rows: Tensor) -> Losses:
         """Writes the mean gradient over whole minibatches, as every rank then has it."""

@@ -203,6 +203,11 @@ class _Untraining:
         ):
             if alone and not self.ranks.alone:
                 raise ValueError(f"{what} untrained by one process: start it without torchrun")
+        if self.ranks.size > self.config.images:
+            raise ValueError(
+                f"{self.ranks.size} processes cannot share minibatches of {self.config.images} "
+                "images: take a larger batch_size"
+            )
 
     def _can_capture(self) -> bool:
         """Returns whether steps are captured as a CUDA graph; raises if that was asked in vain."""

@@ -145,12 +145,12 @@ class Share(NamedTuple):
     """What one process has of a minibatch: all of it, if there is no other process.
 
     Attributes:
-        images: ``[m, C, H, W]``, those that this process has read; None if there are none.
+        images: ``[m, C, H, W]``, those that this process has read.
         batch: the samples of the whole expanded minibatch that use them.
         rows: ``[R]``, distinct forget labels of the whole expanded minibatch.
     """
 
-    images: Tensor | None
+    images: Tensor
     batch: ExpandedBatch
     rows: Tensor
 
@@ -190,22 +190,20 @@ class MinibatchReader:
             RuntimeError: for too many corrupt images, or none of a class that can be read.
         """
         steps = range(position, stop)
-        stream: Iterator[Batch | None] = iter([None] * len(steps))
-        if self.ranks.rank < self.config.images:  # else it has none of them
-            stream = batches(
-                self.data.dataset,
-                (self.ranks.share(self.sampler.batch(step)) for step in steps),
-                self.config.workers,
-                self.corrupt,
-                pin_memory=self.pin_memory,
-                seed=self.config.seed,
-                start=position,
-                replace_corrupt=True,
-            )
+        stream = batches(
+            self.data.dataset,
+            (self.ranks.share(self.sampler.batch(step)) for step in steps),
+            self.config.workers,
+            self.corrupt,
+            pin_memory=self.pin_memory,
+            seed=self.config.seed,
+            start=position,
+            replace_corrupt=True,
+        )
         for step, batch in zip(steps, stream, strict=True):
             yield self._share(step, batch)
 
-    def _share(self, position: int, batch: Batch | None) -> Share:
+    def _share(self, position: int, batch: Batch) -> Share:
         if self.ranks.alone:
             whole = self._expand(position, batch.indices)
             if self.original is not None:
@@ -221,7 +219,7 @@ class MinibatchReader:
             int(mine[whole.forget_half].sum()),
             weight=None if whole.weight is None else whole.weight[mine],
         )
-        return Share(None if batch is None else batch.images, own, whole.rows)
+        return Share(batch.images, own, whole.rows)
 
     def _expand(self, position: int, indices: Tensor) -> ExpandedBatch:
         """Returns the expanded batch of minibatch ``position``, which has these images."""

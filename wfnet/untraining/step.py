@@ -34,7 +34,7 @@ from wfnet.untraining.optimizers import RowAdam
 
 logger = logging.getLogger("wfnet")
 
-Minibatch = tuple[Tensor | None, ExpandedBatch]
+Minibatch = tuple[Tensor, ExpandedBatch]
 
 # Ordinary steps before the capture: kernels are compiled and chosen, caches are filled.
 _WARM_UP = 3
