@@ -20,8 +20,8 @@ None changes anything in the module: tree, hooks and state-dict keys stay as the
 
 A walk through the room: ``trace`` (torch.fx), ``rewrite`` and ``tokens`` (so that more of a trace
 folds), ``plan`` (which steps), ``run`` (what every fused network is), ``execution`` (a plan, step
-by step), ``durable_tables`` and ``durable_run``, ``compiled``; for transformers ``cut`` and
-``transformer``; above them ``checked``, where a network keeps its fused form.
+by step), ``durable_run``, ``compiled``; for transformers ``cut`` and ``transformer``; above them
+``checked``, where a network keeps its fused form.
 """
 
 from wfnet.fusion.checked import Fusion, backend_for, check_mode

@@ -3,20 +3,203 @@
 With rows nothing but the tables is another than in :class:`wfnet.fusion.execution.PlanRun`. With
 moments of groups (untraining) a convolution's tables are known after its product, and the gradient
 runs through the moments: one pass more each way, both by PyTorch's operations.
+
+Gates lie behind BatchNorm (:mod:`wfnet.durable_layers`), so the epilogue of a convolution is, for a
+sample b of row c (design: section 7)::
+
+    A[b,o] = g * gamma / sqrt(var_c + eps)     C[b,o] = g * beta - mean_c * A[b,o]     g = g[c,o]
+
+Outside untraining mean and variance are tables of the rows (:class:`RowTables`). In untraining they
+are the moments of the product ``u`` over the samples of a group (:class:`GroupTables`), known once
+the product is. Of the gradient ``g'`` behind the activation a layer's backward needs its column
+sums, ``t1 = sum_p g' * A * u`` and ``t0 = sum_p g'``. With P and S their sums over a group of n
+pixels, and A and C both proportional to the gate, nothing is divided::
+
+    dL/dlog g = P + C * S
+    du        = A * g' + on_u * u + constant
+    on_u      = -(P - mean * A * S) / (n * (var + eps))
+    constant  = -A * S / n - on_u * mean
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from wfnet import backends
+from wfnet import backends, gates
 from wfnet.backends.contract import LayerBelow, LayerGradient
-from wfnet.fusion.durable_tables import GroupTables, RowTables
+from wfnet.backends.eager import sample_moments
 from wfnet.fusion.execution import PlanNetwork, PlanRun
 from wfnet.fusion.plan import ConvStep
-from wfnet.fusion.run import Run
+from wfnet.fusion.run import Run, in_columns
+
+
+def _wide(step: ConvStep, t: Tensor) -> Tensor:
+    """``t`` in the dtype of tables: fp32, or fp64 where filters or weights are."""
+    dtype = torch.promote_types(step.masked.alpha_hard.dtype, step.layer.weight.dtype)
+    return t.detach().to(torch.promote_types(dtype, torch.float32))
+
+
+def _bias(step: ConvStep) -> Tensor | float:
+    """Of the convolution, ``[O]``; 0 where it has none."""
+    return 0.0 if step.layer.bias is None else _wide(step, step.layer.bias)
+
+
+def _filters_of(steps: Sequence[ConvStep]) -> list[Tensor]:
+    return [matrix for step in steps for matrix in step.masked.named_filters().values()]
+
+
+class RowTables:
+    """Tables of one forward pass with the statistics of the rows.
+
+    Args:
+        steps: convolutions with durable gates behind them, or behind their BatchNorm.
+        rows: forget labels ``[B, J]``.
+        save: whether column sums are wanted.
+
+    Attributes:
+        scales, shifts: ``A`` and ``C`` ``[B, O]`` of every layer.
+        t1, t0: as of :class:`wfnet.gate_tables.StepTables`.
+    """
+
+    def __init__(self, steps: Sequence[ConvStep], rows: Tensor, save: bool):
+        self.steps, self.rows = steps, rows
+        with torch.no_grad():
+            tables = [self._tables_of(step) for step in steps]
+        self.scales, self.shifts = (list(kind) for kind in zip(*tables, strict=True))
+        self.t1 = [torch.zeros_like(scale) for scale in self.scales if save]
+        self.t0 = [torch.zeros_like(scale) for scale in self.scales if save]
+
+    def _tables_of(self, step: ConvStep) -> tuple[Tensor, Tensor]:
+        norm = step.norm
+        if norm is None:
+            gate = _wide(step, step.masked.row_gates(self.rows))
+            return gate, gate * _bias(step)
+        scale, shift = (_wide(step, t) for t in norm.tables(self.rows))
+        slope = _wide(step, norm.weight) / torch.sqrt(_wide(step, norm.running_var) + norm.eps)
+        offset = _wide(step, norm.bias) - (_wide(step, norm.running_mean) - _bias(step)) * slope
+        return scale * slope, torch.addcmul(shift, scale, offset)
+
+    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
+        """Returns gradients ``[K, O]`` of all filters, layer by layer, hard gates before soft.
+
+        Args:
+            into: ``[K, total]``, written instead of fresh memory; the results are its columns.
+        """
+        found, filters = (
+            [],
+            [f for step in self.steps for f in step.masked.named_filters().values()],
+        )
+        for step, t1, t0, shift in zip(self.steps, self.t1, self.t0, self.shifts, strict=True):
+            soft = step.masked.alpha_soft
+            total = torch.addcmul(t1, t0, shift)
+            of_soft = gates.gate_rows_backward(total, soft.detach(), self.rows)
+            found += [None, of_soft]  # 1[alpha > 0] has no slope
+        return in_columns(found, filters, into)
+
+
+class GroupTables:
+    """Tables of one forward pass with moments of groups, which are filled in layer by layer.
+
+    Args:
+        steps: as of :class:`RowTables`; their mode says which groups there are.
+        save: whether column sums are wanted.
+
+    Attributes:
+        scales, shifts: ``A`` and ``C`` ``[B, O]`` of every layer; None before :meth:`measure`.
+        t1, t0: as of :class:`wfnet.gate_tables.StepTables`; empty lists if nothing is saved.
+    """
+
+    def __init__(self, steps: Sequence[ConvStep], save: bool):
+        self.steps, self.save = steps, save
+        self.mode = steps[0].masked.mode
+        self.groups = self.mode.groups
+        with torch.set_grad_enabled(save):
+            self.with_graph = [step.masked.group_gates() for step in steps]  # [G, O]
+        self.gates = [_wide(step, g) for step, g in zip(steps, self.with_graph, strict=True)]
+        self.of_gates = [torch.zeros_like(gate) for gate in self.gates]
+        self.member = F.one_hot(self.groups, len(self.mode.labels)).to(self.gates[0].dtype)
+        self.sizes = self.member.sum(0)  # [G]; member: [B, G]
+        self.scales: list[Tensor | None] = [None] * len(steps)
+        self.shifts: list[Tensor | None] = [None] * len(steps)
+        self.moments: list[tuple[Tensor, Tensor, int] | None] = [None] * len(steps)
+        batch = len(self.groups)
+        self.t1 = [g.new_zeros((batch, g.shape[1])) for g in self.gates if save]
+        self.t0 = [g.new_zeros((batch, g.shape[1])) for g in self.gates if save]
+
+    def measure(self, index: int, u: Tensor, source: Tensor | None) -> None:
+        """Takes the moments of a layer's product, and fills in its tables.
+
+        Args:
+            u: ``[N, O, P, Q]``, without bias.
+            source: ``[B]``: sample b is ``u[source[b]]``; None: N is B.
+        """
+        step, gate = self.steps[index], self.gates[index]
+        norm = step.norm
+        if norm is None:
+            scale, shift = gate, gate * _bias(step)
+        else:
+            mean, var = self._moments(u, source)
+            slope = _wide(step, norm.weight) * torch.rsqrt(var + norm.eps)
+            scale = gate * slope
+            shift = gate * _wide(step, norm.bias) - mean * scale
+            self.moments[index] = mean, var, u.shape[2] * u.shape[3]
+            if self.mode.moments is not None:
+                self.mode.moments(norm.layer_name, mean + _bias(step), var)
+        self.scales[index] = scale.index_select(0, self.groups)
+        self.shifts[index] = shift.index_select(0, self.groups)
+
+    def _moments(self, u: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``[G, O]`` over the samples of a group."""
+        mean_b, var_b = (moment.to(self.member.dtype) for moment in sample_moments(u))
+        if source is not None:
+            var_b, mean_b = var_b.index_select(0, source), mean_b.index_select(0, source)
+        share = (self.member / self.sizes).T  # [G, B]
+        mean = share @ mean_b
+        apart = mean_b - mean.index_select(0, self.groups)
+        return mean, share @ torch.addcmul(var_b, apart, apart)
+
+    def backward(self, index: int) -> tuple[Tensor | None, Tensor | None]:
+        """Reads the column sums of a layer: what its gates want, and ``on_u`` and ``constant``.
+
+        Returns:
+            ``[B, O]`` each; None for a layer whose tables do not depend on its product.
+        """
+        p, s = self.member.T @ self.t1[index], self.member.T @ self.t0[index]  # [G, O]
+        gate, step = self.gates[index], self.steps[index]
+        norm = step.norm
+        if norm is None:
+            shift = gate * _bias(step)
+            self._write_gates(index, p + shift * s)
+            return None, None
+        mean, var, pixels = self.moments[index]
+        inverse = torch.rsqrt(var + norm.eps)
+        scale = gate * _wide(step, norm.weight) * inverse
+        centred = p - mean * scale * s
+        self._write_gates(index, centred + gate * _wide(step, norm.bias) * s)
+        count = (self.sizes * pixels).unsqueeze(1)
+        on_u = -centred * inverse.square() / count
+        constant = -scale * s / count - on_u * mean
+        return on_u.index_select(0, self.groups), constant.index_select(0, self.groups)
+
+    def _write_gates(self, index: int, by_log: Tensor) -> None:
+        """The gradient by the gates; a gate of 0 passes none on to its filters."""
+        gate = self.gates[index]
+        self.of_gates[index] = torch.where(gate == 0, 0.0, by_log / gate)
+
+    def gradients(self, into: Tensor | None = None) -> list[Tensor]:
+        """As :meth:`RowTables.gradients`."""
+        filters = _filters_of(self.steps)
+        learned = [f for f in dict.fromkeys(filters) if f.requires_grad]
+        by_gates = [g.to(t.dtype) for g, t in zip(self.of_gates, self.with_graph, strict=True)]
+        found = torch.autograd.grad(self.with_graph, learned, by_gates, allow_unused=True)
+        of_filter = dict(zip(learned, found, strict=True))
+        # That of a layer in two steps is the sum already.
+        return in_columns([of_filter.pop(matrix, None) for matrix in filters], filters, into)
 
 
 class DurableNetwork(PlanNetwork):
