@@ -2,7 +2,6 @@
 
 import gzip
 import io
-import pickle
 import tarfile
 from pathlib import Path
 
@@ -51,33 +50,15 @@ def cifar10_batch(number: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 256, (20, 3072), dtype=np.uint8), np.arange(20) % 10
 
 
-def write_cifar10(root: Path, version: str = "bin") -> Path:
-    """The six batches as "bin", "py" or "py bytes" (keys), or in an archive ("bin archive").
-
-    Returns their folder, or the archive.
-    """
-    kind = "bin" if version.startswith("bin") else "py"
-    members = {"readme.html": b"x"}
+def write_cifar10(root: Path) -> Path:
+    """The six batches in the archive of the binary version; returns its path."""
+    members = {"cifar-10-batches-bin/readme.html": b"x"}
     for number in range(6):
         images, labels = cifar10_batch(number)
+        rows = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
         name = f"data_batch_{number}" if number else "test_batch"
-        if kind == "bin":
-            rows = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
-            members[f"{name}.bin"] = rows.tobytes()
-        else:
-            table = {"data": images, "labels": labels.tolist(), "batch_label": "x"}
-            if "bytes" in version:
-                table = {key.encode(): value for key, value in table.items()}
-            members[name] = pickle.dumps(table, protocol=2)
-    folder = f"cifar-10-batches-{kind}"
-    if "archive" in version:
-        archive = root / f"cifar-10-{'binary' if kind == 'bin' else 'python'}.tar.gz"
-        members = {f"{folder}/{name}": content for name, content in members.items()}
-        return write_tar(archive, members, "gz")
-    (root / folder).mkdir(parents=True)
-    for name, content in members.items():
-        (root / folder / name).write_bytes(content)
-    return root / folder
+        members[f"cifar-10-batches-bin/{name}.bin"] = rows.tobytes()
+    return write_tar(root / "cifar-10-binary.tar.gz", members, "gz")
 
 
 def write_tar(path: Path, members: dict[str, bytes], compression: str = "") -> Path:

@@ -137,7 +137,7 @@ def test_classes_of_numbered_data_may_be_named_later(
     call("untrain --steps 2 -b 2 -M 1 -j0 --quiet", *words)
     evaluate = ["evaluate", run, "--no-figures", "-j0", "--quiet"]
     call("", *evaluate, "--classes", "a", "i")
-    fails([*evaluate, "--class-names", *names[::-1][1:], "socks"], "'socks' is not known there")
+    fails([*evaluate, "--class-names", *names[::-1][1:], "socks"], "unknown 'socks'")
 
 
 def test_a_class_named_twice_counts_once():

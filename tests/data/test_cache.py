@@ -1,8 +1,6 @@
 """Cached pixels: the values are those of the files, nothing is decoded twice, room is checked."""
 
-import errno
 import logging
-import os
 
 import pytest
 import torch
@@ -148,25 +146,3 @@ def test_the_size_is_logged_and_checked(image_folder, tmp_path, monkeypatch, cap
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(ValueError, match="on disk"):
         cached(image_folder, "disk", tmp_path)
-
-
-@pytest.mark.parametrize("answer", [None, errno.EOPNOTSUPP, errno.ENOSPC])
-def test_space_on_disk_is_reserved_first(image_folder, tmp_path, monkeypatch, answer):
-    """A write through the map would kill the process once others have filled the disk."""
-
-    def refuses(file, start, size):
-        raise OSError(answer, os.strerror(answer))
-
-    if answer is not None:
-        monkeypatch.setattr(os, "posix_fallocate", refuses, raising=False)
-    if answer == errno.ENOSPC:
-        with pytest.raises(ValueError, match="No space left on device; make room"):
-            cached(image_folder, "disk", tmp_path / "c")
-        assert list((tmp_path / "c").iterdir()) == []
-        return
-    data = cached(image_folder, "disk", tmp_path / "c")
-    (batch,) = batches(data, [torch.tensor([2])])
-    assert torch.equal(batch.images[0], files(image_folder)[2][0])
-    if answer is None and hasattr(os, "posix_fallocate"):
-        (path,) = (tmp_path / "c").glob("*.uint8")
-        assert path.stat().st_blocks * 512 >= path.stat().st_size == 18 * 3 * SIZE * SIZE

@@ -6,9 +6,8 @@ from wfnet.data.class_names import numbers_by_name, read_names
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (["a", "b", "d"], "'d' is not known there; 'c' is not known here"),
-        (["a", "b", "c", "c"], "4 names, not 3"),
-        (["w", "x", "y", "z"], "'w', 'x', 'y' and 1 more is not known there"),
+        (["a", "b", "d"], "unknown 'd', missing 'c'"),
+        (["a", "b", "c", "c"], "4 for 3, of which unknown none, missing none"),
     ],
 )
 def test_other_names_are_refused(found, message):

@@ -1,5 +1,3 @@
-import os
-
 import pytest
 import torch
 from image_files import CLASS_NAMES, write_image
@@ -29,7 +27,7 @@ def test_order_and_items(image_folder):
 
 def test_folders_must_agree(image_folder):
     (image_folder / "val" / "bee").rename(image_folder / "val" / "wasp")
-    with pytest.raises(ValueError, match=r"val lacks the class folders 'bee' and has 'wasp' besid"):
+    with pytest.raises(ValueError, match=r"val has other classes .* unknown 'wasp', missing 'bee'"):
         open_data(image_folder)
 
 
@@ -40,37 +38,18 @@ def test_folders_without_classes_or_images(tmp_path):
         files(tmp_path)
     (tmp_path / "dog").mkdir()
     (tmp_path / "dog" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="none are in 'dog'"):
+    with pytest.raises(FileNotFoundError, match=r"the classes dog\. Add images"):
         files(tmp_path)
 
 
-def test_every_folder_is_read_once_whatever_links_to_it(image_folder, tmp_path, caplog):
+def test_what_is_passed_over_is_named_once(image_folder, tmp_path, caplog):
     root = image_folder / "train"
     (root / "cat").rename(tmp_path / "elsewhere")
     (root / "cat").symlink_to(tmp_path / "elsewhere")  # a class may be a link
-    (root / "ant" / "up").symlink_to(root)
-    (root / "bee" / "up").symlink_to(image_folder)
-    (root / "bee" / "side").symlink_to(root / "ant")
-    (root / "bee" / "twice").mkdir()
-    write_image(root / "bee" / "twice" / "6.png", 6)
-    (root / "bee" / "zz").symlink_to(root / "bee" / "twice")
-    data = files(root)
-    assert data.classes == list(CLASS_NAMES)
-    assert data.labels.bincount().tolist() == [6, 7, 6]
-    for link in ("ant/up", "bee/up", "bee/side", "bee/zz"):
-        assert link in caplog.text
-    (root / "dog").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="or two are one and the same folder"):
-        files(root)
-
-
-def test_what_is_passed_over_is_named_once(image_folder, caplog):
-    root = image_folder / "train"
     (root / "ant" / "a.heic").write_bytes(b"x")
-    (root / "ant" / "gone.jpg").symlink_to(root / "nowhere.jpg")
-    os.mkfifo(root / "bee" / "pipe.jpg")
-    (root / "stray.png").write_bytes(b"x")
     (root / "ant" / ".DS_Store").write_bytes(b"x")
-    assert files(root).labels.bincount().tolist() == [6, 6, 6]
+    (root / ".git").mkdir()
+    write_image(root / "bee" / "deeper" / "6.png", 6)
+    assert files(root).labels.bincount().tolist() == [6, 7, 6]
     (line,) = caplog.messages
-    assert "4 that are no readable images: ant/a.heic, ant/gone.jpg, bee/pipe.jpg" in line
+    assert "1 that are no readable images: ant/a.heic" in line

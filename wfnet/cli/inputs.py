@@ -135,7 +135,7 @@ def count_classes(options: argparse.Namespace) -> int:
     if name == "mnist":
         return mnist.count_classes(options.data_dir)
     if name == "cifar10":
-        cifar10.found_files(options.data_dir)
+        cifar10.find_cifar10(options.data_dir)
     return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
 
 

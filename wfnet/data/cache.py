@@ -6,7 +6,6 @@ then on batches are gathered from there. Normalisation and augmentation run on t
 batches; a byte per value crosses the bus instead of four, beside what the device computes.
 """
 
-import errno
 import hashlib
 import logging
 import math
@@ -32,8 +31,6 @@ logger = logging.getLogger("wfnet")
 PLACES = ("device", "host", "disk")
 # Part of the free space that a cache may take: the network, batches and everybody else need some.
 _SHARE = 0.8
-# What a file system answers that reserves nothing.
-_NO_RESERVATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 # Part of the area that a random crop covers, at an aspect ratio of 3/4 to 4/3.
 _LEAST_CROP, _WIDEST = 0.25, 4 / 3
 
@@ -58,8 +55,8 @@ class CachedImages(LabelledImages):
     device:   where batches are wanted; pixels are normalised there.
     folder:   of the disk cache; default: `cache_folder()`.
 
-    The size is logged first, and space on disk is reserved. Raises ValueError for a place that is
-    none of these, or too small for the cache.
+    The size is logged first. Raises ValueError for a place that is none of these, or too small for
+    the cache.
     """
 
     per_image = ("labels", "multi_hot", "_positions")
@@ -259,39 +256,19 @@ def _on_disk(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
 
     Raises ValueError if there is no room.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        taken = path.stat().st_blocks * 512 if path.exists() else 0
-        _check_room("disk", shape, shutil.disk_usage(path.parent).free + taken)
-        pixels, filled = _mapped(path, shape), _mapped(path.with_suffix(".filled"), shape[:1])
-    except OSError as error:
-        raise ValueError(
-            f"the cache of {math.prod(shape) / 2**30:.2f} GiB cannot be made in {path.parent}: "
-            f"{error.strerror or error}; make room there, choose another folder, or put it on "
-            "host or device"
-        ) from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = path.stat().st_blocks * 512 if path.exists() else 0
+    _check_room("disk", shape, shutil.disk_usage(path.parent).free + taken)
+    pixels, filled = _mapped(path, shape), _mapped(path.with_suffix(".filled"), shape[:1])
     if filled.any():
         logger.info("cache: %d of %d images are there already", int(filled.sum()), shape[0])
     return pixels, filled
 
 
 def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A file as a tensor of bytes, with its space on disk reserved; bytes that are there stay.
-
-    A write through a memory map to a file without its space kills the process when the disk is
-    full. Where the file system cannot reserve, the space is taken as it is written to.
-    """
-    size, fresh = math.prod(shape), not path.exists()
-    try:
-        with open(path, "ab") as file:
-            file.truncate(size)
-            if size and hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, size)
-    except OSError as error:
-        if error.errno not in _NO_RESERVATION:
-            if fresh:
-                path.unlink(missing_ok=True)
-            raise
+    """A file as a tensor of bytes; bytes that are there stay."""
+    with open(path, "ab") as file:
+        file.truncate(math.prod(shape))
     return torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape))
 
 

@@ -22,21 +22,13 @@ def numbers_by_name(found: Sequence[str], known: Sequence[str], what: str, origi
     number = {name: index for index, name in enumerate(known)}
     if len(number) == len(known) and sorted(found) == sorted(known):
         return torch.tensor([number[name] for name in found], dtype=torch.int64)
+    unknown = ", ".join([repr(name) for name in found if name not in number][:_SHOWN]) or "none"
+    missing = ", ".join([repr(name) for name in known if name not in found][:_SHOWN]) or "none"
     raise ValueError(
-        f"{what} has other classes than {origin}: {_difference(found, known)}. The numbers of "
-        "classes would mean something else; use the data that it was made for, or give its classes "
-        "the same names (--class-names, where they are only numbered)"
+        f"{what} has other classes than {origin}: {len(found)} for {len(known)}, of which unknown "
+        f"{unknown}, missing {missing}. Use the data that it was made for, or give its classes the "
+        "same names (--class-names, where they are only numbered)"
     )
-
-
-def _difference(found: Sequence[str], known: Sequence[str]) -> str:
-    parts = []
-    for names, others, where in ((found, known, "there"), (known, found, "here")):
-        missing = [repr(name) for name in names if name not in others]
-        if missing:
-            more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-            parts.append(f"{', '.join(missing[:_SHOWN])}{more} is not known {where}")
-    return "; ".join(parts) or f"{len(found)} names, not {len(known)}, or one of them twice"
 
 
 def read_names(path: Path) -> list[str]:

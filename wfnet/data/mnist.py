@@ -1,7 +1,6 @@
 """MNIST, and sets in its format, from IDX files (plain or gzip)."""
 
 import gzip
-import logging
 import zlib
 from pathlib import Path
 
@@ -9,10 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-logger = logging.getLogger("wfnet")
-
 MEAN, STD = (0.1307,), (0.3081,)
-FOLDERS = ("", "mnist", "MNIST", "MNIST/raw", "mnist/MNIST/raw", "raw")
+FOLDERS = ("", "MNIST/raw")  # the second is torchvision's
 # Images and labels of the two parts.
 TRAIN = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte")
 TEST = ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -46,19 +43,6 @@ def count_classes(data_dir: str | Path) -> int:
     paths = [find_idx(data_dir, name) for name in (*TRAIN, *TEST)]
     labels = [read_idx(path) for path in paths[1::2]]
     return max(10, *(int(part.max()) + 1 for part in labels if len(part)))
-
-
-def say_whose_statistics(images: Tensor, data_dir: str | Path) -> None:
-    """Warns if MNIST's mean and deviation are not those of the images [N, 1, H, W] uint8."""
-    some = images[:10000].double() / 255
-    mean, std = float(some.mean()), float(some.std())
-    if max(abs(mean - MEAN[0]), abs(std - STD[0])) > 0.01:
-        logger.warning(
-            "%s is no MNIST: its images are normalised by MNIST's mean %.4f and std %.4f, while "
-            "their own are %.4f and %.4f (--mean, --std)",
-            data_dir,
-            *(*MEAN, *STD, mean, std),
-        )
 
 
 def find_idx(data_dir: str | Path, name: str) -> Path:

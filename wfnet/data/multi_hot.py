@@ -124,19 +124,6 @@ def find_labels(root: Path) -> Path | None:
     return next((root / name for name in LABEL_FILES if (root / name).is_file()), None)
 
 
-def labels_say_more(path: Path) -> bool:
-    """Returns whether a file of labels gives images that are there labels other than the folder
-    that they lie in. A file of another format does not."""
-    try:
-        table = read_labels(path)
-    except ValueError:
-        return False
-    return any(
-        labels != [Path(image).parts[0]] and (path.parent / image).is_file()
-        for image, labels in table.items()
-    )
-
-
 def read_labels(path: Path) -> dict[str, list[str]]:
     """Image -> its labels, from `labels.csv` (columns image and labels, separated by `;`) or JSON.
 

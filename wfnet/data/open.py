@@ -10,8 +10,8 @@ from wfnet.data import cifar10, digits, glyphs, mnist
 from wfnet.data.cache import CachedImages
 from wfnet.data.class_names import check_names
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.folder import ImageFiles, class_folders, has_class_images
-from wfnet.data.multi_hot import MultiLabelFiles, find_labels, labels_say_more
+from wfnet.data.folder import ImageFiles, class_folders
+from wfnet.data.multi_hot import MultiLabelFiles, find_labels
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_dataset, split_dataset
 from wfnet.data.tensor_images import TensorImages
@@ -155,8 +155,6 @@ def _named_set(
     if name == "mnist":
         module, parts = mnist, mnist.read_mnist(data_dir)
         classes = [str(number) for number in range(mnist.count_classes(data_dir))]
-        if mean is None and std is None:
-            mnist.say_whose_statistics(parts[0][0], data_dir)
     elif name == "cifar10":
         module, parts, classes = cifar10, cifar10.read_cifar10(data_dir), cifar10.CLASSES
     elif name == "digits":
@@ -212,19 +210,14 @@ def folder_classes(root: Path) -> list[str]:
 
 
 def _kind(root: Path, part: str) -> type[EncodedImages]:
-    """Returns how a part is read.
+    """Returns how a part is read: a file of labels wins over class folders, and they over shards.
 
-    Class folders win over shards and over a file of labels beside them, unless that file gives
-    images labels other than their folders.
+    Archives often stay beside the folders that they were unpacked to.
     """
-    labels = find_labels(root / part)
-    if labels is not None and labels_say_more(labels):
+    if find_labels(root / part) is not None:
         return MultiLabelFiles
-    if has_class_images(root / part):
-        return ImageFiles
-    if find_shards(root, part):
-        return ImageShards
-    return ImageFiles if labels is None else MultiLabelFiles
+    folders = (path for path in (root / part).glob("[!.]*") if path.is_dir())
+    return ImageShards if find_shards(root, part) and not any(folders) else ImageFiles
 
 
 def _has_part(root: Path, part: str) -> bool:
