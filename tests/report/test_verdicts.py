@@ -7,13 +7,8 @@ from wfnet.report.verdicts import judge
 
 def box_of(verdicts, part):
     """The name of the one box with a sentence that contains ``part``, and the sentence."""
-    ((box, sentence),) = [
-        (box, sentence)
-        for box, sentences in verdicts.items()
-        for sentence in sentences
-        if part in sentence
-    ]
-    return box, sentence
+    (found,) = [(box, text) for box, texts in verdicts.items() for text in texts if part in text]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -66,11 +61,9 @@ TAUGHT = {
         (ALONE, 0.019, 0.0, "good"),
         (ALONE, 0.03, 0.0, "bad"),
         (ALONE, 0.03, 0.01, "good"),
-        (ALONE, 0.019, None, "good"),
         (ALONE, 0.5, None, "bad"),
         (TAUGHT, 0.85, 0.8, "alike"),
         (TAUGHT, 0.95, 0.8, "bad"),
-        (TAUGHT, 0.5, None, "bad"),
     ],
 )
 def test_attacks_with_and_without_images_of_the_class(make_trust, parts, value, level, box):
@@ -96,13 +89,9 @@ def test_traces_neighbours_and_what_a_cut_changes(make_trust):
         ("collateral", "acc_nearest_confusion"): 0.8,
         ("removal", "auc_logit"): 0.7,
     }
-    trust = make_trust(
-        values,
-        {("probing", "probe_last"): 0.98},
-        {"cut_output": True},
-        original={("collateral", "acc_nearest_confusion"): 0.9},
-    )
-    found = judge(None, trust)
+    levels = {("probing", "probe_last"): 0.98}
+    original = {("collateral", "acc_nearest_confusion"): 0.9}
+    found = judge(None, make_trust(values, levels, {"cut_output": True}, original=original))
     assert box_of(found, "linear probe")[0] == "alike"
     assert box_of(found, "ever saw the class")[0] == "good"
     assert box_of(found, "are only read at 80.0%")[0] == "bad"

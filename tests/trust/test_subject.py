@@ -40,10 +40,7 @@ def test_a_sample_that_cannot_be_drawn(data, make_images):
         ImageReader(several, 5)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("samples", 1), ("relearn_steps", 0), ("relearn_images", ()), ("relearn_images", (0,))],
-)
+@pytest.mark.parametrize(("name", "value"), [("samples", 1), ("relearn_images", (0,))])
 def test_settings_that_make_no_sense(name, value):
     with pytest.raises(ValueError, match=f"{name} must"):
         TrustSettings(**{name: value})

@@ -23,7 +23,7 @@ from torch import nn
 
 from wfnet.data import Splits
 from wfnet.trust.attacks import ATTACKS
-from wfnet.trust.attacks.base_norms import rows_against_base
+from wfnet.trust.attacks.row_norms import rows_against_base
 from wfnet.trust.check import Check, Found
 from wfnet.trust.membership import roc_auc
 from wfnet.trust.subject import Subject, TrustSettings, image_readers

@@ -12,7 +12,6 @@ from wfnet.report.figures import accuracy_per_class, overview
 def test_heights_are_those_of_the_records(tmp_path, drawn, make_evaluation, classes, name):
     result = make_evaluation(classes, [name.format(k) for k in range(classes)])
     accuracy_per_class(result, tmp_path / "accuracy.png")
-    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     for axis, measure in zip(drawn[0].axes, ("acc_f", "acc_r"), strict=True):
         if classes <= 40:
             bars = [[bar.get_height() for bar in container] for container in axis.containers]
@@ -32,13 +31,12 @@ def test_accuracy_beside_retrained_networks(tmp_path, drawn, make_evaluation):
     assert {k: h for k, h in heights.items() if not math.isnan(h)} == {5: pytest.approx(10)}
 
 
-@pytest.mark.parametrize("classes", [10, 100])
-def test_overview_of_some_classes(tmp_path, drawn, make_evaluation, make_net, classes):
-    result = make_evaluation(classes)
-    overview(result, make_net(classes), tmp_path / "overview.png")
-    assert f"any of {classes} classes" in drawn[0].subfigs[0].get_suptitle()
+def test_overview_of_some_classes(tmp_path, drawn, make_evaluation, make_net):
+    result = make_evaluation(100)
+    overview(result, make_net(100), tmp_path / "overview.png")
+    assert "any of 100 classes" in drawn[0].subfigs[0].get_suptitle()
     chosen = [result.records[7], result.records[2]]
     some = EvaluationResult(chosen, result.mean, result.original, 2, {}, 0.0)
-    overview(some, make_net(classes), tmp_path / "overview.png")
+    overview(some, make_net(100), tmp_path / "overview.png")
     rows = drawn[1].subfigs[1].axes[0].get_yticklabels()
     assert [text.get_text() for text in rows] == ["class 2", "class 7"]

@@ -24,7 +24,6 @@ def test_training_curves_of_losses_alone(tmp_path, drawn):
     training_curves([{"loss_forget": 1.0}, {"loss_forget": 0.5}], tmp_path / "c.svg")
     (axis,) = drawn[0].axes
     assert axis.get_ylabel() == "loss forget"
-    assert (tmp_path / "c.svg").read_text().startswith("<?xml")
     with pytest.raises(ValueError, match="no losses or accuracies"):
         training_curves([{"lr": 1.0}], tmp_path / "d.png")
 

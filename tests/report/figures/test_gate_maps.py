@@ -32,10 +32,5 @@ def test_chosen_classes_of_few_masked_layers(tmp_path, drawn, make_net, layers, 
 def test_gates_above_one_have_colours_of_their_own():
     assert gate_maps._gate_colors(105.0)[1].vmax == 100
     assert gate_maps._gate_colors(130.0)[1].vmax == 200  # 30% more does not look like four times
-    colors, norm = gate_maps._gate_colors(373.0)
-    assert norm(100.0) == pytest.approx(0.5)
-    assert (norm.vmin, norm.vmax) == (0, 373)
-    closed, same, amplified = (colors(float(norm(v)))[:3] for v in (0.0, 100.0, 373.0))
-    assert closed[2] > closed[0]  # blue
-    assert min(same) > 0.9  # white
-    assert amplified[0] > amplified[2]  # orange
+    norm = gate_maps._gate_colors(373.0)[1]
+    assert (norm(0.0), norm(100.0), norm(373.0)) == pytest.approx((0, 0.5, 1))

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from wfnet.trust.attacks import ATTACKS
-from wfnet.trust.attacks.base_norms import rows_against_base
-from wfnet.trust.attacks.shifted_logit import class_offset
+from wfnet.trust.attacks.changed_logits import class_offset
+from wfnet.trust.attacks.row_norms import rows_against_base
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -20,16 +20,6 @@ def test_a_model_stays_as_it_is(make_network, make_subject, name):
     plain = make_network(0, norm=False)
     applies = ATTACKS[name](plain, make_subject(forgetful=plain)) is not None
     assert applies == (name not in ("affine_reset", *(n for n in ATTACKS if "batchnorm" in n)))
-
-
-def test_estimated_anew_undoes_any_gate_but_zero(data, make_network, make_subject, closed):
-    base, subject, attack = make_network(0), make_subject(), ATTACKS["batchnorm_all"]
-    wanted = attack(base, subject)(data.test.images)
-    # Small variances meet eps: the scale must stay well above sqrt(eps).
-    found = attack(closed(0.2), subject)(data.test.images)
-    torch.testing.assert_close(found, wanted, atol=2e-3, rtol=2e-3)
-    zero = attack(closed(0.0), subject)(data.test.images)
-    assert (zero - wanted).abs().max() > 0.05
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-"""Attacks on a baked model that need no label and no training: one file each, tried by ``removal``.
+"""Attacks on a baked model that need no label and no training; each is tried by ``removal``.
 
-A new attack is a file with a function under the decorator ``attack``; it is found here.
+A new attack is a function under the decorator ``attack`` in any file here.
 """
 
 import importlib

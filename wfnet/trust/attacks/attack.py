@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wfnet.head import first_output
 from wfnet.trust.subject import Subject
 
 Change = Callable[[nn.Module, Subject], nn.Module | None]
@@ -48,14 +47,3 @@ class Attack:
 def attack(name: str, text: str, **kinds: bool) -> Callable[[Change], Attack]:
     """Returns a decorator that makes an :class:`Attack` of a function; arguments as there."""
     return lambda change: Attack(name, text, change, **kinds)
-
-
-class ChangedLogits(nn.Module):
-    """A model whose logits ``[n, K]``, as fp64 on the CPU, go through the function ``change``."""
-
-    def __init__(self, model: nn.Module, change: Callable[[Tensor], Tensor]):
-        super().__init__()
-        self.model, self.change = model, change
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.change(first_output(self.model(images)).double().cpu())

@@ -1,19 +1,32 @@
-"""Rows scaled to the norms that they have in the public base.
+"""Rows of every masked layer scaled to other norms: undoes gates that are not exactly 0.
 
-For holders of the base weights: ``w_o <- w_o * ||base row|| / ||w_o||``. If rows are multiples of
-the base's, this restores the base exactly, except where gates are 0. That such rows exist also
-shows which model an export was made from. It says how much the file alone leaks: who has the base
-has the class anyway.
+- ``equalised``: with rows ``w_o`` of a layer's weight, ``w_o <- w_o * m / ||w_o||`` (and the bias
+  alike), where ``m`` is the median norm of the layer's rows that are not 0.
+- ``base_norms``, for holders of the base weights: ``w_o <- w_o * ||base row|| / ||w_o||``. If rows
+  are multiples of the base's, this restores the base exactly. That such rows exist also shows which
+  model an export was made from. It says how much the file alone leaks: who has the base has the
+  class anyway.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from wfnet.trust.attacks.attack import attack
-from wfnet.trust.attacks.equalised_rows import row_norms, scale_rows
 from wfnet.trust.subject import Subject
+
+
+@attack("equalised", "rows scaled to the median norm of their layer")
+def equalised(model: nn.Module, subject: Subject) -> nn.Module:
+    for name in subject.layers:
+        layer = model.get_submodule(name)
+        norms = _row_norms(layer.weight)
+        if (norms > 0).any():
+            scale = _scale_rows(layer.weight, norms, norms[norms > 0].median())
+            if layer.bias is not None:
+                layer.bias.mul_(scale.to(layer.bias.dtype))
+    return model
 
 
 @attack("base_norms", "rows scaled to the norms of the public base", needs_base=True)
@@ -22,8 +35,8 @@ def base_norms(model: nn.Module, subject: Subject) -> nn.Module | None:
         layer, public = model.get_submodule(name), subject.original.get_submodule(name)
         if layer.weight.shape != public.weight.shape:
             return None
-        wanted = row_norms(public.weight.to(layer.weight))
-        scale_rows(layer.weight, row_norms(layer.weight), wanted)
+        wanted = _row_norms(public.weight.to(layer.weight))
+        _scale_rows(layer.weight, _row_norms(layer.weight), wanted)
         if layer.bias is not None and public.bias is not None:  # a bias has gates of its own
             layer.bias.copy_(layer.bias.sign() * public.bias.abs().to(layer.bias))
     return model
@@ -57,3 +70,15 @@ def rows_against_base(subject: Subject) -> dict[str, float | int]:
         "median_ratio": ratio[kept].median().item() if kept.any() else 0.0,
         "closed": (ratio < 0.1).double().mean().item(),
     }
+
+
+def _row_norms(weight: Tensor) -> Tensor:
+    """Returns the norm of each row ``[O]`` of ``weight [O, ...]``; of a vector, absolute values."""
+    return weight.reshape(len(weight), -1).norm(dim=1)
+
+
+def _scale_rows(weight: Tensor, norms: Tensor, wanted: Tensor) -> Tensor:
+    """Scales rows of ``weight [O, ...]`` from ``norms [O]`` to ``wanted``; returns the scales."""
+    scale = torch.where(norms > 0, wanted / norms, 1)
+    weight.mul_(scale.to(weight.dtype).reshape(-1, *[1] * (weight.dim() - 1)))
+    return scale
