@@ -25,6 +25,7 @@ from wfnet.services.files import write_json
 from wfnet.services.records import check_format, read_json
 
 FORMAT = 1
+TABLES = ("destinations", "original_destinations", "seen", "correct")
 
 
 @dataclass(frozen=True)
@@ -63,9 +64,12 @@ class ConfusionChange:
 
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes it, atomically; :meth:`from_json` reads it again. Zeros are left out."""
-        tables = _heights(len(self.classes), len(self.names))
         content = {"format": FORMAT, "names": self.names, "classes": self.classes.tolist()}
-        write_json(path, content | {name: _sparse(getattr(self, name)) for name in tables})
+        for name in TABLES:
+            table = getattr(self, name)
+            entries = torch.cat((table.nonzero(), table[table != 0].unsqueeze(1)), 1)
+            content[name] = entries.tolist()  # row, column, value
+        write_json(path, content)
 
     @classmethod
     def from_json(cls, path: str | os.PathLike) -> ConfusionChange:
@@ -80,24 +84,20 @@ class ConfusionChange:
     @classmethod
     def _from_dict(cls, content: Mapping[str, Any]) -> ConfusionChange:
         check_format(content, FORMAT)
-        total = len(content["names"])
-        heights = _heights(len(content["classes"]), total)
-        tables = {name: _dense(content[name], height, total) for name, height in heights.items()}
-        return cls(content["names"], torch.tensor(content["classes"]), **tables)
+        found = cls.empty(content["names"], torch.tensor(content["classes"]))
+        for name in TABLES:
+            row, column, value = torch.tensor(content[name], dtype=torch.int64).view(-1, 3).T
+            getattr(found, name)[row, column] = value
+        return found
 
-
-def _sparse(table: Tensor) -> list[list[int]]:
-    """``[n, 3]``: row, column and value of what is not 0."""
-    places = table.nonzero()
-    return torch.cat((places, table[table != 0].unsqueeze(1)), 1).tolist()
-
-
-def _dense(entries: list[list[int]], rows: int, columns: int) -> Tensor:
-    table = torch.zeros(rows, columns, dtype=torch.int64)
-    if entries:
-        row, column, value = torch.tensor(entries, dtype=torch.int64).T
-        table[row, column] = value
-    return table
+    @classmethod
+    def empty(cls, names: list[str], classes: Tensor) -> ConfusionChange:
+        """All counts are 0."""
+        heights = (
+            len(names) if table == "original_destinations" else len(classes) for table in TABLES
+        )
+        tables = [torch.zeros(height, len(names), dtype=torch.int64) for height in heights]
+        return cls(names, classes, *tables)
 
 
 def confusion_change(
@@ -124,39 +124,31 @@ def confusion_change(
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
-    predictions = Predictions(Pairing(rows, labels, other_rows, seed), net.num_classes)
+    change = ConfusionChange.empty(names_of(dataset, net.num_classes), rows)
+    predictions = Predictions(Pairing(rows, labels, other_rows, seed), change)
     engine = PairEngine(net, dataset, options or RunOptions())
     with engine.show(predictions.pairing.pairs, "evaluating"):
         engine.run(predictions, engine.chunks(len(rows)))
-    return ConfusionChange(names_of(dataset, net.num_classes), rows, **predictions.tables)
+    return change
 
 
 class Predictions(Measure):
-    """Counts of predictions; ``tables`` are those of :class:`ConfusionChange`."""
+    """Counts predictions into a :class:`ConfusionChange`."""
 
-    def __init__(self, pairing: Pairing, num_classes: int):
-        self.pairing, self.rows = pairing, pairing.classes
-        self.tables = {
-            name: torch.zeros(height, num_classes, dtype=torch.int64)
-            for name, height in _heights(len(self.rows), num_classes).items()
-        }
+    def __init__(self, pairing: Pairing, change: ConfusionChange):
+        self.pairing, self.rows, self.change = pairing, pairing.classes, change
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.pairing.of(batch.indices)
 
     def add(self, chunk: Chunk) -> None:
-        self._count("original_destinations", chunk.labels, chunk.original.argmax(1).cpu())
-        found, truth, row = chunk.logits.argmax(1).cpu(), chunk.labels[chunk.image], chunk.row
+        change, row = self.change, chunk.row
+        found, truth = chunk.logits.argmax(1).cpu(), chunk.labels[chunk.image]
         is_own, right = self.rows[row] == truth, found == truth
-        self._count("destinations", row[is_own], found[is_own])
-        self._count("seen", row, truth)
-        self._count("correct", row[right], truth[right])
-
-    def _count(self, name: str, row: Tensor, column: Tensor) -> None:
-        self.tables[name].index_put_((row, column), torch.ones_like(row), accumulate=True)
-
-
-def _heights(rows: int, classes: int) -> dict[str, int]:
-    """Rows of every table, by name."""
-    others = {"original_destinations": classes, "seen": rows, "correct": rows}
-    return {"destinations": rows, **others}
+        for table, place in (
+            (change.original_destinations, (chunk.labels, chunk.original.argmax(1).cpu())),
+            (change.destinations, (row[is_own], found[is_own])),
+            (change.seen, (row, truth)),
+            (change.correct, (row[right], truth[right])),
+        ):
+            table.index_put_(place, torch.ones_like(place[0]), accumulate=True)

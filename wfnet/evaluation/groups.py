@@ -81,17 +81,8 @@ def choose_groups(
     Raises:
         ValueError: for a size that leaves no class to forget together, or none to retain.
     """
-    if settings.int_from(2, num_classes - 1).violation(size):
-        raise ValueError(
-            f"a group must have 2 to {num_classes - 1} of the {num_classes} classes; got {size}"
-        )
-    total = math.comb(num_classes, size)
-    if count is None or count >= total:
-        if total > 100_000:
-            raise ValueError(
-                f"there are {total:,} groups of {size} of {num_classes} classes; say how many are "
-                "to be drawn"
-            )
+    check_value("size", size, settings.int_from(2, num_classes - 1))
+    if count is None or count >= math.comb(num_classes, size):
         return list(itertools.combinations(range(num_classes), size))
     check_value("count", count, settings.positive_int)
     check_value("seed", seed, settings.seed)

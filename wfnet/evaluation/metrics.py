@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from wfnet.services import settings
 from wfnet.services.extras import require
 
 TOP_K = 5
+LOG_BASE = settings.Number(1.0, 1e6, above=True)
 
 # How published code departs from the definition of ZRF: (arguments swapped, divided by classes).
 ZRF_MODES: dict[str, tuple[bool, bool]] = {
@@ -34,26 +36,17 @@ def topk_hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     return (named == labels.unsqueeze(1)).any(1)
 
 
-def accuracy_forget(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
-    """Acc_f of each row: accuracy on samples of the class that the row forgets (paper; 0 is best).
+def accuracies(correct: Tensor, seen: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+    """Acc_r and Acc_f of each row, ``[R]`` fp64 each, NaN where no sample was seen (paper).
 
-    ``correct`` and ``seen [R, K]`` count hits and samples of class k under row r, which forgets
-    ``classes[r]``; the result ``[R]`` is fp64, NaN where no sample was seen.
+    Acc_f is the accuracy on samples of the class that the row forgets (0 is best), Acc_r that on
+    samples of all other classes (the original's is best). Every sample counts once, so large
+    classes weigh more. ``correct`` and ``seen [R, K]`` count hits and samples of class k under row
+    r, which forgets ``classes[r]``.
     """
-    return _own(correct, classes) / _own(seen, classes)
-
-
-def accuracy_retain(correct: Tensor, seen: Tensor, classes: Tensor) -> Tensor:
-    """Acc_r of each row: accuracy on samples of all other classes (paper; the original is best).
-
-    Every sample counts once, so large classes weigh more. Arguments as :func:`accuracy_forget`.
-    """
-    others = (counts.sum(1).double() - _own(counts, classes) for counts in (correct, seen))
-    return torch.div(*others)
-
-
-def _own(counts: Tensor, classes: Tensor) -> Tensor:
-    return counts.gather(1, classes.unsqueeze(1)).squeeze(1).double()
+    own = [table.gather(1, classes.unsqueeze(1)).squeeze(1) for table in (correct, seen)]
+    others = [table.sum(1) - part for table, part in zip((correct, seen), own, strict=True)]
+    return others[0].double() / others[1], own[0].double() / own[1]
 
 
 def jensen_shannon(
@@ -85,15 +78,6 @@ def _divergence(log_p: Tensor, log_m: Tensor) -> Tensor:
     """``KL(p || m)`` over the last dimension, with ``0 * log 0 = 0``."""
     p = log_p.exp()
     return torch.where(p > 0, p * (log_p - log_m), 0).sum(-1)
-
-
-def check_base(base: float) -> None:
-    """Raises ValueError unless logarithms to ``base`` exist and grow."""
-    if not (isinstance(base, int | float) and math.isfinite(base) and base > 1):
-        raise ValueError(
-            f"zrf_base={base!r} is no base of a logarithm; use math.e (default), 2 or another "
-            "number above 1"
-        )
 
 
 def zrf(logits: Tensor, initial_logits: Tensor, base: float = math.e) -> Tensor:

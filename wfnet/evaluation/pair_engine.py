@@ -142,13 +142,6 @@ class PairEngine:
         self.ranks = options.ranks or Ranks(shared=False)
         self.refuse_broken = refuse_broken
         self.progress: Progress | None = None
-        if initialised is not None:
-            found = next((p.device for p in initialised.parameters()), self.device)
-            if found != self.device:
-                raise ValueError(
-                    f"initialised is on {found}, the network on {self.device}; move one to the "
-                    "other"
-                )
 
     def show(self, pairs: int, title: str, done: int = 0) -> Progress:
         """Returns a bar of all ``pairs``, which :meth:`run` moves; a context manager."""

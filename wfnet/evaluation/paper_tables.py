@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -119,53 +119,42 @@ class PaperTables:
 
     def markdown(self) -> str:
         """The tables as Markdown, readable in a terminal too."""
+        columns = [("Acc_r", "acc_r", ".2f"), ("Acc_f", "acc_f", ".2f"), ("ZRF", "zrf", ".2f")]
+        theirs = [("Acc_r", "acc_r", "g"), ("Acc_f", "acc_f", "g"), ("ZRF", "zrf", "g")]
+        theirs.append(("RT", "rt", "g"))
         timed = any(row["rt"] is not None for row in self.rows)
-        columns = [("Table 1", _title)]
-        columns += [("Acc_r", _number("acc_r", ".2f")), ("Acc_f", _number("acc_f", ".2f"))]
-        columns.append(("ZRF", _number("zrf", ".2f")))
         if timed:
             within = f"RT within {100 * (self.tolerance or 0):g} points"
-            columns += [("RT", _epochs("rt", ".1f")), (within, _epochs("rt_tolerant", ".1f"))]
-        if any(row["published"] for row in self.rows):
-            theirs = [*(_number(name, "g") for name in _SCORES), _epochs("rt", "g")]
-            columns.append(("published: Acc_r / Acc_f / ZRF / RT", _published(theirs)))
-        parts = [f"### {self.title}", _markdown(columns, self.rows)]
+            columns += [("RT", "rt", ".1f"), (within, "rt_tolerant", ".1f")]
+        parts = [f"### {self.title}", _markdown("Table 1", columns, theirs, self.rows)]
 
+        titles = ("insertion", "deletion", "random order: insertion", "deletion")
+        columns = [(text, name, ".3f") for text, name in zip(titles, _AREAS, strict=True)]
+        theirs = [(name, name, ".2f") for name in _AREAS[:2]]
         areas = [
             r for r in self.rows if r["insertion"] is not None or "insertion" in r["published"]
         ]
-        titles = ("insertion", "deletion", "random order: insertion", "deletion")
-        columns = [("Table 2", _title)]
-        columns += [(t, _number(name, ".3f")) for t, name in zip(titles, _AREAS, strict=True)]
-        if any("insertion" in row["published"] for row in areas):
-            theirs = [_number(name, ".2f") for name in _AREAS[:2]]
-            columns.append(("published: insertion / deletion", _published(theirs)))
         if areas:
-            parts.append(_markdown(columns, areas))
+            parts.append(_markdown("Table 2", columns, theirs, areas))
 
         columns = [
-            ("several classes at once", lambda group: group["title"]),
-            ("groups", _number("groups", "d")),
-            ("Acc_r", _number("acc_r", ".2f")),
-            ("original", _number("original_acc_r", ".2f")),
-            ("Acc_f", _number("acc_f", ".2f")),
-            ("original", _number("original_acc_f", ".2f")),
-            ("worst class", _number("acc_f_worst", ".2f")),
+            ("groups", "groups", "d"),
+            ("Acc_r", "acc_r", ".2f"),
+            ("original", "original_acc_r", ".2f"),
+            ("Acc_f", "acc_f", ".2f"),
+            ("original", "original_acc_f", ".2f"),
+            ("worst class", "acc_f_worst", ".2f"),
         ]
         groups = []
         for group in self.groups:
             title = "pairs" if group["size"] == 2 else f"groups of {group['size']}"
             means = {name: 100 * value for name, value in group["mean"].items()}
-            groups.append({"title": title, "groups": group["groups"], **means})
+            groups.append({"method": title, "groups": group["groups"], **means})
         if groups:
-            parts.append(_markdown(columns, groups))
-        return "\n\n".join([*parts, "\n".join(self._notes(timed))]) + "\n"
+            parts.append(_markdown("several classes at once", columns, [], groups))
 
-    def _notes(self, timed: bool) -> list[str]:
-        notes = [
-            "Acc_r, Acc_f and ZRF in %, means over classes; ZRF with log base "
-            f"{base_name(self.zrf_base)}."
-        ]
+        base = base_name(self.zrf_base)
+        notes = [f"Acc_r, Acc_f and ZRF in %, means over classes; ZRF with log base {base}."]
         if timed:
             notes.append(
                 "RT in epochs, in parentheses the classes that never came back (they count as the "
@@ -178,7 +167,7 @@ class PaperTables:
                 f"Published: {self.cell}, {published()['source']}. The paper states neither the "
                 "base of ZRF's logarithm nor the optimiser of RT."
             )
-        return notes
+        return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
 
 def make_tables(
@@ -210,12 +199,12 @@ def make_tables(
         settings["attribution"] = attribution.settings
     areas = {} if attribution is None else attribution.mean
     values = {
-        "original": _scores(evaluation.original),
-        "wfnet": {**_scores(evaluation.mean), **_times(timed), **areas},
+        "original": _measured(evaluation.original, None),
+        "wfnet": {**_measured(evaluation.mean, timed), **areas},
     }
     for baseline in baselines:
         method, found = baseline["method"], EvaluationResult.from_dict(baseline["evaluation"])
-        values[method] = {**_scores(found.mean), **_times(baseline["relearning"])}
+        values[method] = _measured(found.mean, baseline["relearning"])
         if baseline["relearning"] is not None:
             settings.setdefault("relearning", baseline["relearning"]["config"])
         settings[method] = {**baseline["settings"], "classes": found.settings["classes"]}
@@ -251,69 +240,56 @@ def check_baselines(
             f"the filtered network's ZRF is of mode {zrf_mode!r}, that of the baselines as it is "
             "defined; evaluate with --zrf-mode definition"
         )
+    wanted = {"zrf_base": zrf_base, **(relearning or {})}
     for baseline in baselines:
-        evaluated, timed = baseline["evaluation"], baseline["relearning"]
-        config = {} if timed is None else timed["config"]
-        relearning = config if relearning is None else relearning
-        wanted = {"zrf_base": zrf_base, **(relearning if config else {})}
-        found = {"zrf_base": evaluated["zrf_base"], **config}
-        differ = [name for name in wanted if found.get(name) != wanted[name]]
-        if differ:
-            name = differ[0]
-            raise ValueError(
-                f"baseline {baseline['method']} was measured with {name}={found.get(name)}, "
-                f"others with {wanted[name]}: measure all alike, or leave the relearn time out "
-                "(--no-relearn)"
-            )
+        timed = baseline["relearning"]
+        found = {"zrf_base": baseline["evaluation"]["zrf_base"]}
+        for name, value in (found if timed is None else found | timed["config"]).items():
+            if wanted.setdefault(name, value) != value:
+                raise ValueError(
+                    f"baseline {baseline['method']} was measured with {name}={value}, others with "
+                    f"{wanted[name]}: measure all alike, or leave the relearn time out "
+                    "(--no-relearn)"
+                )
 
 
-def _scores(scores: Scores) -> dict[str, float]:
-    return {name: 100 * getattr(scores, name) for name in _SCORES}
+def _measured(scores: Scores, timed: Mapping[str, Any] | None) -> dict[str, float]:
+    """Values of a row: scores in %, and relearn times from a result's dictionary."""
+    values = {name: 100 * getattr(scores, name) for name in _SCORES}
+    if timed is not None:
+        for name, mean in (("rt", "mean"), ("rt_tolerant", "mean_tolerant")):
+            values |= {name: timed[mean]["epochs"], f"{name}_never": timed[mean]["never"]}
+    return values
 
 
-def _times(timed: Mapping[str, Any] | None) -> dict[str, float]:
-    """Relearn times of a row, from a result's dictionary."""
-    if timed is None:
-        return {}
-    return {
-        f"{name}{suffix}": timed[mean][value]
-        for name, mean in (("rt", "mean"), ("rt_tolerant", "mean_tolerant"))
-        for suffix, value in (("", "epochs"), ("_never", "never"))
-    }
+def _markdown(
+    title: str,
+    columns: Sequence[tuple[str, str, str]],
+    theirs: Sequence[tuple[str, str, str]],
+    rows: Sequence[Mapping[str, Any]],
+) -> str:
+    """A Markdown table whose columns are as wide as their widest cell; numbers to the right.
 
-
-# A cell of a table is a function of its row.
-Cell = Callable[[Mapping[str, Any]], str]
-
-
-def _title(row: Mapping[str, Any]) -> str:
-    return TITLES.get(row["method"], row["method"].replace("_", " "))
-
-
-def _number(name: str, form: str) -> Cell:
-    return lambda row: "-" if row.get(name) is None else format(row[name], form)
-
-
-def _epochs(name: str, form: str) -> Cell:
-    mean, never = _number(name, form), _number(f"{name}_never", "g")
-    return lambda row: "-" if row.get(name) is None else f"{mean(row)} ({never(row)})"
-
-
-def _published(cells: Sequence[Cell]) -> Cell:
-    """The paper's values of a row, one beside the other."""
-
-    def cell(row: Mapping[str, Any]) -> str:
-        theirs = row["published"]
-        return " / ".join(part(theirs) for part in cells) if theirs else "-"
-
-    return cell
-
-
-def _markdown(columns: Sequence[tuple[str, Cell]], rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table whose columns are as wide as their widest cell; numbers to the right."""
-    header = [title for title, _ in columns]
-    table = [header, *([cell(row) for _, cell in columns] for row in rows)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+    ``columns``: title, name of the value, format. ``theirs``: published values, in one column.
+    """
+    table = [[title, *(text for text, _, _ in columns)]]
+    for row in rows:
+        label = TITLES.get(row["method"], row["method"].replace("_", " "))
+        table.append([label, *(_cell(row, name, form) for _, name, form in columns)])
+    if any(name in row["published"] for _, name, _ in theirs for row in rows):
+        table[0].append("published: " + " / ".join(text for text, _, _ in theirs))
+        for cells, row in zip(table[1:], rows, strict=True):
+            found = [_cell(row["published"], name, form) for _, name, form in theirs]
+            cells.append(" / ".join(found) if row["published"] else "-")
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [padded(cells, widths) for cells in table]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
+
+
+def _cell(row: Mapping[str, Any], name: str, form: str) -> str:
+    """A value as text; behind a relearn time, how many classes never came back."""
+    if row.get(name) is None:
+        return "-"
+    never = f"{name}_never"
+    return format(row[name], form) + (f" ({row[never]:g})" if never in row else "")

@@ -96,16 +96,17 @@ class PartialCounts:
 
     def __init__(
         self,
-        path: str | os.PathLike,
-        identity: Mapping[str, Any],
+        path: str | os.PathLike | None,
+        identity: Callable[[], Mapping[str, Any]],
         tables: dict[str, Tensor],
         corrupt: CorruptImages,
         ranks: Ranks,
     ):
-        self.path, self.tables, self.corrupt = Path(path), tables, corrupt
-        if not ranks.alone:
+        self.path = None if path is None else Path(path)
+        self.tables, self.corrupt = tables, corrupt
+        if path is not None and not ranks.alone:
             self.path = self.path.with_stem(f"{self.path.stem}-{ranks.rank}-of-{ranks.size}")
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = {} if path is None else json.loads(json.dumps(identity()))
         self.saved = time.perf_counter()
 
     def load(self) -> int:
@@ -114,7 +115,7 @@ class PartialCounts:
         Raises:
             ValueError: if the file is damaged or of something else.
         """
-        if not self.path.is_file():
+        if self.path is None or not self.path.is_file():
             return 0
         tensors = read_tensors(self.path)
         with safetensors.safe_open(self.path, "pt") as file:
@@ -133,7 +134,8 @@ class PartialCounts:
 
     def save(self, position: int, now: bool = False) -> None:
         """Writes the tables of the images before ``position``: now, or at most twice a minute."""
-        if now or time.perf_counter() - self.saved >= _SAVE_EVERY:
+        late = time.perf_counter() - self.saved >= _SAVE_EVERY
+        if self.path is not None and (now or late):
             state = {
                 "identity": self.identity,
                 "position": position,

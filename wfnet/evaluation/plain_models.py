@@ -48,7 +48,7 @@ def evaluate_models(
     options = options or RunOptions()
     labels, names = labels_of(dataset), classes_of(dataset)
     rows = check_classes(classes, labels, len(names)).tolist()
-    metrics.check_base(zrf_base)
+    check_value("zrf_base", zrf_base, metrics.LOG_BASE)
     check_value("seed", seed, settings.seed)
     corrupt = corrupt_counter(dataset, options.max_corrupt)
     started = time.perf_counter()

@@ -24,7 +24,7 @@ class Scores:
     """The measures of one row, or their means over rows; all are fractions in [0, 1].
 
     Attributes:
-        acc_r, acc_f: :func:`wfnet.evaluation.metrics.accuracy_retain` and ``accuracy_forget``.
+        acc_r, acc_f: :func:`wfnet.evaluation.metrics.accuracies`.
         acc_r_top5, acc_f_top5: the same with the true class among the five largest logits.
         zrf: :func:`wfnet.evaluation.metrics.zrf`, in the log base that stands in the result.
     """

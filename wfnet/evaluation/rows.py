@@ -10,11 +10,12 @@ import os
 import time
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import CorruptImages, Dataset, labels_of
+from wfnet.data import Batch, CorruptImages, Dataset, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pair_engine import Chunk, PairEngine, RunOptions
@@ -86,10 +87,8 @@ def evaluate(
     """
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
-    metrics.check_base(zrf_base)
+    check_value("zrf_base", zrf_base, metrics.LOG_BASE)
     check_value("zrf_mode", zrf_mode, tuple(metrics.ZRF_MODES))
-    if isinstance(initialised, WFNet):
-        raise ValueError("initialised must be a plain classifier; pass its .bake(None)")
     pairing = Pairing(rows, labels, retained_rows, seed)
     options = RunOptions(
         batch_size, workers, max_corrupt, amp_dtype, channels_last, progress, records, ranks
@@ -99,8 +98,8 @@ def evaluate(
     engine = PairEngine(net, dataset, options, initial)
     ranks = engine.ranks
     scores = RowScores(pairing, labels, net.num_classes, engine.device, zrf_base, zrf_mode)
-    kept, position = None, 0
-    if records is not None:
+
+    def identity() -> dict[str, Any]:
         settings = {
             "classes": rows.tolist(),
             "zrf_base": zrf_base,
@@ -110,18 +109,18 @@ def evaluate(
             "amp": str(amp_dtype),
             "initialised": "own" if initialised is None else fingerprint(initialised),
         }
-        identity = evaluation_identity(net, dataset, settings=settings)
-        kept = PartialCounts(records, identity, scores.tables, engine.corrupt, ranks)
-        position = kept.load()
+        return evaluation_identity(net, dataset, settings=settings)
+
+    kept = PartialCounts(records, identity, scores.tables, engine.corrupt, ranks)
+    chunks = engine.chunks(len(rows), kept.load())
     first, last = ranks.range(len(labels))
     total = pairing.pairs * (last - first) // len(labels)
     with engine.show(total, "evaluating", done=int(scores.tables["seen"].sum())):
-        engine.run(scores, engine.chunks(len(rows), position), counted=kept.save if kept else None)
-    if kept is not None:
-        kept.save(last, now=True)
+        engine.run(scores, chunks, counted=kept.save)
+    kept.save(last, now=True)
     engine.merge(scores)
-    found = scores.records(names_of(dataset, net.num_classes))
     counts = scores.counts()
+    found = scores.records(counts, names_of(dataset, net.num_classes))
     settings = {
         **engine.about(None if classes is None else rows),
         "images": int(counts.original_seen.sum()),
@@ -155,10 +154,14 @@ class RowScores(HitCounts):
         zrf_base: float,
         zrf_mode: str,
     ):
-        super().__init__(pairing.classes, num_classes, device, pairing)
-        self.labels, self.zrf_base, self.zrf_mode = labels, zrf_base, zrf_mode
+        super().__init__(pairing.classes, num_classes, device)
+        self.pairing, self.labels = pairing, labels
+        self.zrf_base, self.zrf_mode = zrf_base, zrf_mode
         for name in ("divergence", "original_divergence", "measured"):
             self.tables[name] = torch.zeros(len(labels), dtype=torch.float64)
+
+    def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return self.pairing.of(batch.indices)
 
     def add(self, chunk: Chunk) -> None:
         super().add(chunk)
@@ -179,13 +182,13 @@ class RowScores(HitCounts):
         names = [field.name for field in fields(PairCounts) if field.name != "classes"]
         return PairCounts(self.rows, *(self.tables[name].cpu() for name in names))
 
-    def records(self, names: list[str]) -> list[ClassRecord]:
+    def records(self, counts: PairCounts, names: list[str]) -> list[ClassRecord]:
         """What was found of every row.
 
         Raises:
             ValueError: for a class without readable images, or without retained ones.
         """
-        columns, counts = {}, self.counts()
+        columns = {}
         for prefix in ("", "original_"):
             # The original network has the same counts under every row.
             seen, top1, top5 = (
@@ -193,8 +196,8 @@ class RowScores(HitCounts):
                 for name in ("seen", "top1", "top5")
             )
             for suffix, right in (("", top1), ("_top5", top5)):
-                columns[f"{prefix}acc_r{suffix}"] = metrics.accuracy_retain(right, seen, self.rows)
-                columns[f"{prefix}acc_f{suffix}"] = metrics.accuracy_forget(right, seen, self.rows)
+                acc_r, acc_f = metrics.accuracies(right, seen, self.rows)
+                columns |= {f"{prefix}acc_r{suffix}": acc_r, f"{prefix}acc_f{suffix}": acc_f}
             columns[f"{prefix}zrf"] = self._zrf(self.tables[f"{prefix}divergence"])
         columns["n_forget"] = counts.seen.gather(1, self.rows.unsqueeze(1)).squeeze(1)
         columns["n_retain"] = counts.seen.sum(1) - columns["n_forget"]
