@@ -35,10 +35,8 @@ def test_groups_are_all_or_drawn_once_each():
     assert len(set(drawn)) == 10
     assert all(len(set(group)) == 3 for group in drawn)
     assert drawn == choose_groups(7, 3, 10, seed=4) != choose_groups(7, 3, 10, seed=5)
-    with pytest.raises(ValueError, match="2 to 6 of the 7"):
+    with pytest.raises(ValueError, match="size must be a whole number of at most 6"):
         choose_groups(7, 7)
-    with pytest.raises(ValueError, match="say how many"):
-        choose_groups(1000, 3)
 
 
 @pytest.mark.parametrize(

@@ -117,9 +117,8 @@ ALL = list(range(K))
     ("labels", "options", "message"),
     [
         ([0, 1, K], {}, f"label {K}, but the network's {K} classes"),
-        ([0, 1, 2], {}, "class 3 \\(and 3 more\\) has no image"),
+        ([0, 1, 2], {}, "class 3 has no image"),
         ([0, 0], {"classes": [0]}, "all images of the data set are of class 0"),
-        ([], {}, "class 0 \\(and 6 more\\) has no image"),
         ([0, 1], {"classes": [0, K]}, "different integers, one or more, from 0 to 6"),
         ([0, 1], {"classes": "3"}, "one or more"),
         ([0, 1], {"classes": [0, 0]}, "different integers"),
@@ -128,9 +127,9 @@ ALL = list(range(K))
         (ALL, {"workers": -1}, "workers must be"),
         (ALL, {"max_corrupt": -1}, "max_corrupt must be"),
         (ALL, {"amp_dtype": torch.int64}, "amp_dtype=torch.int64 is not one of"),
-        (ALL, {"zrf_base": 1}, "zrf_base=1"),
+        (ALL, {"zrf_base": 1}, "zrf_base must be a number above 1"),
         (ALL, {"zrf_mode": "other"}, "zrf_mode='other'"),
-        (ALL, {"retained_rows": K}, "retained_rows must lie in 1 .. 6"),
+        (ALL, {"retained_rows": K}, "retained_rows must be a whole number of at most 6"),
         (ALL, {"retained_rows": 1}, "without a retained image"),
     ],
 )

@@ -134,7 +134,7 @@ def run(options: argparse.Namespace) -> None:
         mean = result.evaluation.mean
         text = f"{method:<18} Acc_r {mean.acc_r:.2%}  Acc_f {mean.acc_f:.2%}  ZRF {mean.zrf:.4f}"
         if result.relearning is not None:
-            epochs, never = result.relearning.mean
+            epochs, never = result.relearning.mean.values()
             text += f"  RT {epochs:.1f} ({never})"
         print(text, flush=True)
     print(f"\nin {output}; next:\n  wfnet evaluate {work_on.folder} --tables")

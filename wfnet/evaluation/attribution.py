@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -212,38 +212,49 @@ class Confidences(Measure):
 def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str) -> WFNet:
     """``net`` with ``4 (S + 1)`` rows for each of ``classes``: curve by curve, step by step.
 
-    Statistics of durable rows move to those of the base along an insertion, as the gates do; a
-    deletion, which starts from the original network, keeps those of the base.
+    Weights are shared. A filter entry of minus infinity is a gate of exactly 0, plus infinity the
+    largest gate. Statistics of durable rows move to those of the base along an insertion, as the
+    gates do; a deletion, which starts from the original network, keeps those of the base.
     """
-    tables = {}
+    tables, shares = {}, _shares(steps)
     for number, (name, layer, filters, key) in enumerate(_ranked(net, classes, order)):
-        relevant_first = key.argsort(dim=1, stable=True)
-        shuffled = torch.stack(
-            [
-                torch.randperm(key.shape[1], generator=generator_for(seed, 8, label, number))
-                for label in classes.tolist()
-            ]
-        ).to(key.device)
-        counts = (_shares(steps) * key.shape[1]).round().long().to(key.device)
+        shuffled = [
+            torch.randperm(key.shape[1], generator=generator_for(seed, 8, label, number))
+            for label in classes.tolist()
+        ]
+        orders = key.argsort(dim=1, stable=True), torch.stack(shuffled).to(key.device)
+        counts = (shares * key.shape[1]).round().long().to(key.device)
+        # [C, S + 1, O]: whether an entry has changed, most relevant first or at random.
+        changed = [found.argsort(dim=1).unsqueeze(1) < counts.unsqueeze(1) for found in orders]
         for kind, learned in filters.items():
             start = layer.filter_starts()[kind] if layer.normalize_gate else math.inf
             opened = torch.full_like(learned, start)
             closed = torch.full_like(learned, -math.inf)
             curves = [
-                _replaced(first, last, ranking, counts)
-                for ranking in (relevant_first, shuffled)
-                for first, last in ((learned, opened), (opened, closed))
+                torch.where(mask, after.unsqueeze(1), before.unsqueeze(1))
+                for mask in changed
+                for before, after in ((learned, opened), (opened, closed))
             ]
             tables[f"{name}.{kind}"] = torch.stack(curves, 1).flatten(0, 2)  # [C * 4 * (S + 1), O]
     for name, table in net.named_statistics().items():
         layer_name, _, kind = name.rpartition(".")
         base = getattr(net.masked_layers[layer_name], kind.replace("row", "running"))
         own = table[classes.to(table.device)].unsqueeze(1)  # [C, 1, O]
-        insertion = own + _shares(steps).to(table)[None, :, None] * (base - own)
-        deletion = base.expand_as(insertion)
-        curves = [insertion, deletion, insertion, deletion]
+        insertion = own + shares.to(table)[None, :, None] * (base - own)
+        curves = [insertion, base.expand_as(insertion)] * 2
         tables[name] = torch.stack(curves, 1).flatten(0, 2)
-    return network_with_filters(net, tables)
+    shared = (*net.model.parameters(), *net.model.buffers())
+    other = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
+    for name, before in (net.named_filters() | net.named_statistics()).items():
+        table = tables[name].to(before)
+        layer_name, _, kind = name.rpartition(".")
+        layer = other.masked_layers[layer_name]
+        layer.num_classes = other.num_classes = len(table)
+        if kind in layer._parameters:
+            layer._parameters[kind] = nn.Parameter(table, requires_grad=False)
+        else:
+            layer._buffers[kind] = table
+    return other
 
 
 def _ranked(
@@ -270,29 +281,3 @@ def _ranked(
             if order == "farthest":
                 key = -gates.gate(learned, layer.gate_scale).log().abs()
             yield name, layer, {kind: learned}, key
-
-
-def _replaced(start: Tensor, end: Tensor, order: Tensor, counts: Tensor) -> Tensor:
-    """``[C, S + 1, O]``: ``start [C, O]`` with the first ``counts[s]`` entries of ``end``."""
-    rank = order.argsort(dim=1)  # [C, O], position of each entry in the order
-    return torch.where(rank.unsqueeze(1) < counts.reshape(1, -1, 1), end[:, None], start[:, None])
-
-
-def network_with_filters(net: WFNet, filters: Mapping[str, Tensor]) -> WFNet:
-    """The same network with other filters ``[R, O]``, of any number of rows; weights are shared.
-
-    ``filters`` has the names of ``net.named_filters()`` and ``net.named_statistics()``. An entry of
-    minus infinity is a gate of exactly 0; plus infinity is the largest gate, ``gate_scale``.
-    """
-    shared = (*net.model.parameters(), *net.model.buffers())
-    changed = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
-    for name, before in (net.named_filters() | net.named_statistics()).items():
-        table = filters[name].to(before)
-        layer_name, _, kind = name.rpartition(".")
-        layer = changed.masked_layers[layer_name]
-        layer.num_classes = changed.num_classes = len(table)
-        if kind in layer._parameters:
-            layer._parameters[kind] = nn.Parameter(table, requires_grad=False)
-        else:
-            layer._buffers[kind] = table
-    return changed

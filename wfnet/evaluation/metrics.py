@@ -111,14 +111,14 @@ def zrf_divergence(
     return divergence / logits.shape[-1] if by_classes else divergence
 
 
-def relearn_time(epochs: Sequence[int | None], cap: int) -> tuple[float, int]:
-    """RT: mean epochs until the original accuracy is regained, and how many classes never did.
+def relearn_time(epochs: Sequence[int | None], cap: int) -> dict[str, float]:
+    """RT: mean ``epochs`` until the original accuracy is regained; how many classes ``never`` did.
 
     A class that never regained it within ``cap`` epochs (None) counts as ``cap``: so do the
     published values, which read ``100 (10)`` where none of ten classes did (paper).
     """
-    never = sum(count is None for count in epochs)
-    return sum(cap if count is None else count for count in epochs) / len(epochs), never
+    mean = sum(cap if count is None else count for count in epochs) / len(epochs)
+    return {"epochs": mean, "never": epochs.count(None)}
 
 
 def confidence_kept(logits: Tensor, original_logits: Tensor, labels: Tensor) -> Tensor:

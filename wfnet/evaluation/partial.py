@@ -148,17 +148,11 @@ class PartialCounts:
 def check_identity(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raises ValueError unless the records in ``path`` are of what is evaluated now."""
     for name in {**found, **wanted}:
-        before, now = found.get(name), wanted.get(name)
-        if before == now:
-            continue
-        which = ""
-        if isinstance(before, dict) and isinstance(now, dict):
-            differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-            which = f" ({', '.join(f'{key} {before.get(key)}' for key in differing)})"
-        raise ValueError(
-            f"{path} holds records of other {name}{which}; give the same again to go on, delete it "
-            "to evaluate anew, or choose another output"
-        )
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{path} holds records of other {name}; give the same again to go on, delete it "
+                "to evaluate anew, or choose another output"
+            )
 
 
 def network_identity(net: WFNet) -> dict[str, str]:

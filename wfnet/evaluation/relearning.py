@@ -112,23 +112,17 @@ class RelearnResult:
     seconds: float
 
     @property
-    def mean(self) -> tuple[float, int]:
-        """RT: mean epochs (the cap where never), and how many classes never regained."""
+    def mean(self) -> dict[str, float]:
+        """RT: :func:`wfnet.evaluation.metrics.relearn_time`."""
         return metrics.relearn_time([r.epochs for r in self.records], self.config.max_epochs)
-
-    @property
-    def mean_tolerant(self) -> tuple[float, int]:
-        """RT within the tolerance."""
-        epochs = [r.epochs_tolerant for r in self.records]
-        return metrics.relearn_time(epochs, self.config.max_epochs)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        content = asdict(self)
+        content, cap = asdict(self), self.config.max_epochs
         return {
             "units": "epochs; accuracies are fractions",
-            "mean": dict(zip(("epochs", "never"), self.mean, strict=True)),
-            "mean_tolerant": dict(zip(("epochs", "never"), self.mean_tolerant, strict=True)),
+            "mean": self.mean,
+            "mean_tolerant": metrics.relearn_time([r.epochs_tolerant for r in self.records], cap),
             "classes": content.pop("records"),
             **content,
         }
@@ -177,11 +171,21 @@ def relearn_times(
 
     def make(part: list[int]) -> Iterator[RelearnRecord]:
         for label in part:
-            images = _images_of(test, (labels == label).nonzero().flatten(), options)
-            accuracy = _accuracy(original, images, label)
-            yield relearn(
-                models(label), train, images, label, accuracy, config, names[label], options
+            positions = (labels == label).nonzero().flatten().split(_EVALUATED_TOGETHER)
+            stream = batches(test, positions, options.workers, options.max_corrupt)
+            readable = [batch.images for batch in stream]
+            if not readable:
+                raise unreadable(f"class {label}")
+            images = torch.cat(readable)
+            wanted = _accuracy(original, images, label)
+            course = relearn(models(label), train, images, label, wanted, config, options)
+            # Accuracies are fractions of whole images: rounding must not cost one.
+            close = wanted - config.tolerance - 1e-9
+            epochs, epochs_tolerant = (
+                next((epoch for epoch, found in enumerate(course) if found >= least), None)
+                for least in (wanted, close)
             )
+            yield RelearnRecord(label, names[label], wanted, epochs, epochs_tolerant, course)
             bar.update(1)
 
     done = len(rows) - len(kept.left(rows))
@@ -197,30 +201,27 @@ def relearn(
     label: int,
     original: float,
     config: RelearnConfig,
-    name: str = "",
     options: RunOptions | None = None,
-) -> RelearnRecord:
+) -> list[float]:
     """Fine-tunes a copy of ``model`` until it knows class ``label`` as well as before.
 
     Args:
         model: a plain classifier that has unlearned the class; not changed.
         train: images to relearn from.
         images: ``[n, C, H, W]``, test images of the class.
-        original: accuracy on ``images``, all of class ``label``, that is to be regained.
+        original: accuracy on ``images`` that is to be regained.
         options: workers and ``max_corrupt``.
 
-    Raises:
-        ValueError: for fewer than two training images, or no test images.
+    Returns:
+        The accuracy on ``images`` at the start and after each epoch.
     """
     options = options or RunOptions()
-    if len(train) < 2 or len(images) == 0:
-        raise ValueError(
-            f"relearning class {label} needs at least 2 training images and 1 test image; got "
-            f"{len(train)} and {len(images)}"
-        )
     model = copy.deepcopy(model).requires_grad_(True)
     device = next(model.parameters()).device
-    optimizer = _optimizer(model, config)
+    kind, more = torch.optim.SGD, {"momentum": config.momentum}
+    if config.optimizer == "adam":
+        kind, more = torch.optim.AdamW, {}
+    optimizer = kind(model.parameters(), config.lr, weight_decay=config.weight_decay, **more)
     accuracy = [_accuracy(model, images, label)]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
@@ -236,16 +237,7 @@ def relearn(
                 loss.backward()
                 optimizer.step()
             accuracy.append(_accuracy(model, images, label))
-    # Accuracies are fractions of whole images: rounding must not cost one.
-    close = original - config.tolerance - 1e-9
-    return RelearnRecord(
-        index=label,
-        name=name or str(label),
-        original=original,
-        epochs=_first(accuracy, original),
-        epochs_tolerant=_first(accuracy, close),
-        accuracy=accuracy,
-    )
+    return accuracy
 
 
 def epoch_logits(
@@ -263,18 +255,6 @@ def epoch_logits(
         yield batch, first_output(model(batch.images.to(device)))
 
 
-def _first(accuracy: list[float], wanted: float) -> int | None:
-    return next((epoch for epoch, value in enumerate(accuracy) if value >= wanted), None)
-
-
-def _optimizer(model: nn.Module, config: RelearnConfig) -> torch.optim.Optimizer:
-    if config.optimizer == "adam":
-        return torch.optim.AdamW(model.parameters(), config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(
-        model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-    )
-
-
 @torch.no_grad()
 def _accuracy(model: nn.Module, images: Tensor, label: int) -> float:
     """The fraction of ``images``, all of class ``label``, that ``model`` classifies so."""
@@ -285,13 +265,3 @@ def _accuracy(model: nn.Module, images: Tensor, label: int) -> float:
             for part in images.split(_EVALUATED_TOGETHER)
         )
     return hits / len(images)
-
-
-def _images_of(dataset: Dataset, positions: Tensor, options: RunOptions) -> Tensor:
-    """``[n, C, H, W]``: the readable images at ``positions``."""
-    parts = positions.split(_EVALUATED_TOGETHER)
-    stream = batches(dataset, parts, options.workers, options.max_corrupt)
-    images = [batch.images for batch in stream]
-    if not images:
-        raise unreadable(f"class {int(labels_of(dataset)[positions[0]])}")
-    return torch.cat(images)

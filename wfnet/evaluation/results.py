@@ -110,9 +110,10 @@ class EvaluationResult:
     ) -> EvaluationResult:
         """The result whose means are those of ``records``, which are one or more."""
         names = [f.name for f in fields(Scores)]
-        mean = Scores(**means(records, names))
-        before = means(records, [f"original_{name}" for name in names])
-        original = Scores(**{name: before[f"original_{name}"] for name in names})
+        mean, original = (
+            Scores(*means(records, [prefix + name for name in names]).values())
+            for prefix in ("", "original_")
+        )
         return cls(records, mean, original, zrf_base, settings, seconds, counts)
 
     def as_dict(self) -> dict:
@@ -150,14 +151,9 @@ class EvaluationResult:
             ValueError, TypeError, KeyError: if it is something else.
         """
         check_format(content, FORMAT)
-        return cls(
-            records=[ClassRecord(**record) for record in content["classes"]],
-            mean=Scores(**content["mean"]),
-            original=Scores(**content["original"]),
-            zrf_base=content["zrf_base"],
-            settings=content["settings"],
-            seconds=content["seconds"],
-        )
+        records = [ClassRecord(**record) for record in content["classes"]]
+        about = (content[name] for name in ("zrf_base", "settings", "seconds"))
+        return cls.from_records(records, *about)
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per class, then the lines ``mean`` and ``original``, atomically.
@@ -174,11 +170,7 @@ class EvaluationResult:
         write_csv(path, rows, columns)
 
     def table(self, max_rows: int = 40) -> str:
-        """An aligned table in % for the terminal: classes, mean, original network.
-
-        Args:
-            max_rows: of more classes than that, those that were forgotten worst are shown.
-        """
+        """An aligned table in %; of many classes those that were forgotten worst."""
         columns = {"acc_r": "Acc_r", "acc_f": "Acc_f"}
         if self.settings["num_classes"] > metrics.TOP_K:
             columns |= {"acc_r_top5": "Acc_r@5", "acc_f_top5": "Acc_f@5"}
@@ -197,8 +189,7 @@ class EvaluationResult:
             parts.append(line(_label(record), record.n_forget, record, *before))
         if left_out > 0:
             parts.append(f"... forgotten worst; {left_out:,} more classes are in the CSV ...")
-        images = sum(record.n_forget for record in self.records)
-        original = self.original
+        images, original = sum(record.n_forget for record in records), self.original
         parts += [
             "-",
             line("mean of rows", images, self.mean, original.acc_r, original.acc_f),
