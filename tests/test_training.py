@@ -1,5 +1,4 @@
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -85,44 +84,6 @@ def test_accuracy_counts_and_keeps_the_mode():
     assert model.training
     with pytest.raises(ValueError, match="empty"):
         accuracy(model, data.select(torch.arange(0)))
-
-
-class Returns(torch.nn.Module):
-    """A network that returns something around its logits, of a module that it has twice."""
-
-    def __init__(self, around):
-        super().__init__()
-        self.network = create("vgg", 2, width=8, seed=0)
-        self.again, self.around = self.network, around
-
-    def forward(self, images):
-        return self.around(self.again(images))
-
-
-class Double(torch.utils.data.Dataset):
-    def __init__(self, dataset):
-        self.dataset, self.targets = dataset, dataset.labels
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        image, label = self.dataset[index]
-        return image.double(), label, "a third thing"
-
-
-@pytest.mark.parametrize(
-    "around",
-    [lambda logits: (logits, 0), lambda logits: SimpleNamespace(logits=logits)],
-    ids=["tuple", "object"],
-)
-def test_networks_that_return_more_than_logits_and_items_of_three(around):
-    model, plain = Returns(around), create("vgg", 2, width=8, seed=0)
-    data = Double(tiny())
-    fit_classifier(model, data, 1, batch_size=8)
-    fit_classifier(plain, tiny(), 1, batch_size=8)
-    assert accuracy(model, data) == accuracy(plain, tiny())
-    assert torch.equal(model.network.classifier.weight, plain.classifier.weight)
 
 
 def test_shifts_repeat_the_edge():
