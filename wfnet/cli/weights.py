@@ -1,11 +1,8 @@
-"""Weights from the files that people have: checkpoints of training scripts, read without running
-any code from them."""
+"""Weights from files: safetensors, and checkpoints of training scripts that hold tensors and plain
+values only; no code from them is run."""
 
 from __future__ import annotations
 
-import contextlib
-import pickle
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +14,10 @@ from wfnet.head import find_head
 from wfnet.services.files import read_tensors
 
 # Under these names training scripts put the weights into their checkpoints; averaged ones first.
-_INSIDE = ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema") + (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "module",
-    "weights",
-    "params",
-)
-# Wrappers prefix every name: DataParallel, torch.compile, Lightning, torchvision's averaging.
-_PREFIXES = ("", "module.", "_orig_mod.", "model.", "net.", "network.")
-_NOT_UNPICKLED = (
-    "it is not unpickled, because that can run any code: save model.state_dict() alone, or as "
-    "safetensors"
+_INSIDE = (
+    ("state_dict_ema", "model_ema", "ema_state_dict", "ema", "params_ema")
+    + ("state_dict", "model_state_dict", "model", "net", "network", "module", "weights")
+    + ("params",)
 )
 
 
@@ -39,8 +25,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """Fills ``model`` from a safetensors file or from a checkpoint of ``torch.save``.
 
     Weights are looked for where training scripts put them (``state_dict``, ``model``, averaged
-    weights first); prefixes of wrappers (``module.``) are removed. Objects of any class in the file
-    are left out.
+    weights first); prefixes of wrappers (``module.``) are removed.
 
     Raises:
         FileNotFoundError, ValueError: for a file that is missing, damaged, or does not fit the
@@ -65,71 +50,30 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
 
 
 def read_checkpoint(path: Path) -> Any:
-    """Returns what ``torch.save`` wrote, with an empty object in place of every foreign one.
-
-    Only tensors and plain values are built (``weights_only``).
+    """Returns what ``torch.save`` wrote, if that are tensors and plain values (``weights_only``).
 
     Raises:
         ValueError: for a file that is damaged, or holds something else.
     """
-    foreign: list[str] = []
-    with contextlib.suppress(Exception):  # an old format, a program, or a damaged file
-        foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    for tables in (True, False):
-        stand_ins = [(_stand_in(name, tables), name) for name in foreign]
-        try:
-            with torch.serialization.safe_globals(stand_ins):
-                return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file fails in many ways
-            problem = error
-    if isinstance(problem, pickle.UnpicklingError):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
         raise ValueError(
-            f"{path} holds more than tensors, or is no checkpoint of PyTorch; {_NOT_UNPICKLED}"
-        ) from problem
-    reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0].rstrip(".")
-    raise ValueError(
-        f"{path} is truncated or damaged, or no checkpoint of torch.save ({reason}); restore it "
-        "from a copy or save it again"
-    ) from problem
-
-
-def _stand_in(name: str, table: bool) -> type:
-    """Returns a class for objects of the class ``name``, of which nothing is run.
-
-    Its objects are empty tables, since many classes are dicts; those of numpy, or all if not
-    ``table``, are empty objects that take any state.
-    """
-
-    def make(cls: type, *_: Any, **__: Any) -> Any:
-        if name == "collections.deque":
-            return []
-        made = OrderedDict() if table and not name.startswith("numpy") else object.__new__(cls)
-        made.stands_for = name
-        return made
-
-    return type("StandIn", (), {"__new__": make, "__setstate__": lambda self, state: None})
+            f"{path} is truncated or no checkpoint of torch.save, or holds more than tensors and "
+            "plain values, which could run any code: save model.state_dict() alone"
+        ) from error
 
 
 def _tensor_tables(content: Any) -> Iterator[dict[str, Tensor]]:
-    """Yields the tables of tensors by name in a checkpoint, the likeliest first.
-
-    Raises:
-        ValueError: if a pickled object lies where the weights are expected.
-    """
+    """Yields the tables of tensors by name in a checkpoint, the likeliest first."""
     if not isinstance(content, dict):
         return
-    for place in (content, *map(content.get, _INSIDE)):
-        kind = getattr(place, "stands_for", None)
-        if kind is not None:
-            raise ValueError(f"the file holds an object of {kind} as its weights; {_NOT_UNPICKLED}")
     inside = [content[name] for name in _INSIDE if isinstance(content.get(name), dict)]
     others = [value for value in content.values() if isinstance(value, dict)]
-    deeper = [table[name] for table in inside for name in _INSIDE if name in table]
-    for table in (*inside, content, *deeper, *others):
-        if isinstance(table, dict):
-            tensors = {k: v for k, v in table.items() if isinstance(v, Tensor)}
-            if tensors and all(isinstance(name, str) for name in tensors):
-                yield tensors
+    for table in (*inside, content, *others):
+        tensors = {k: v for k, v in table.items() if isinstance(v, Tensor)}
+        if tensors and all(isinstance(name, str) for name in tensors):
+            yield tensors
 
 
 def _without_prefix(
@@ -146,21 +90,12 @@ def _without_prefix(
     best = [prefix for prefix, count in fits.items() if count == max(fits.values())]
     if not best or "" in best:
         return tensors
-    known = [prefix for prefix in best if _unwrapped(prefix) in _PREFIXES]
-    if len(best) > 1 and len(known) != 1:
+    if len(best) > 1:
         raise ValueError(
             f"{path} holds the weights of several networks ({', '.join(sorted(best))}): save the "
             "state_dict of one of them"
         )
-    prefix = known[0] if known else best[0]
-    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-
-
-def _unwrapped(prefix: str) -> str:
-    """Returns a prefix without those that several wrappers put in front of it."""
-    for wrapper in ("module.", "_orig_mod."):
-        prefix = prefix.removeprefix(wrapper)
-    return prefix
+    return {n.removeprefix(best[0]): t for n, t in tensors.items() if n.startswith(best[0])}
 
 
 def _problem(
@@ -170,7 +105,6 @@ def _problem(
     missing = [name for name in wanted if name not in tensors and not _is_counter(name)]
     extra = [name for name in tensors if name not in wanted and not _is_counter(name)]
     wrong = [n for n, t in tensors.items() if n in wanted and t.shape != wanted[n].shape]
-    kind = type(model).__name__
     head = find_head(model)
     if head is not None and wrong and set(wrong) <= {f"{head[0]}.weight", f"{head[0]}.bias"}:
         return (
@@ -181,15 +115,15 @@ def _problem(
     if wrong:
         sizes = f"{list(tensors[wrong[0]].shape)} in the file and {list(wanted[wrong[0]].shape)}"
         problem = f"{wrong[0]!r} is {sizes} in the model"
-    elif missing or extra:
-        names, what = (missing, "lacks") if missing else (extra, "has, unknown to the model,")
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        problem = f"it {what} {names[0]!r}{more}"
+    elif missing:
+        problem = f"it lacks {missing[0]!r}"
+    elif extra:
+        problem = f"it has {extra[0]!r}, unknown to the model"
     else:
         return None
     return (
-        f"{path} does not fit this {kind}: {problem}; is --model the network that was trained, and "
-        "are --num-classes, --in-chans and --model-kwargs as they were then?"
+        f"{path} does not fit this {type(model).__name__}: {problem}; is --model the network that "
+        "was trained, and are --num-classes, --in-chans and --model-kwargs as they were then?"
     )
 
 
