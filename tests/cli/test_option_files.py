@@ -27,10 +27,10 @@ def test_options_from_a_file(arguments, tmp_path, call):
     [
         ({"learning_rate": 1}, "no option 'learning_rate'"),
         ({"label_expansoin": 1}, "did you mean 'label_expansion'?"),
-        ({"lr": "fast"}, "lr: 'fast' is not a number"),
-        ({"amp": "yes"}, "amp: must be true or false"),
+        ({"lr": "fast"}, "--lr: 'fast' is not a number"),
+        ({"amp": "yes"}, "amp must be true or false"),
         ({"recipe": "secret"}, "'secret' (choose from"),
-        ({"lr": [1, 2]}, "lr: must be a single value"),
+        ({"lr": [1, 2]}, "--lr: '[1, 2]' is not a number"),
         ([1, 2], "must hold options by name"),
     ],
 )

@@ -41,8 +41,7 @@ def fill_from_files(
             the command does not know or a value that does not fit.
     """
     options = parser.parse_args(arguments)
-    subparsers = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    command = subparsers.choices[options.command]
+    command = next(a for a in parser._actions if a.dest == "command").choices[options.command]
     for action in command._actions:
         value = getattr(options, action.dest, None)
         if "" in (value if isinstance(value, list) else [value]):  # a shell variable is not set
@@ -51,13 +50,17 @@ def fill_from_files(
     recorded, origin = _recorded(options)
     if not recorded:
         return options
-    given = _given(parser, command, arguments)
-    dropped = {name for names in _ALTERNATIVES if names & given for name in names}
-    if "data" not in given and recorded.get("data") in DATA_WITH_FILES:
+    given = [names for names in _ALTERNATIVES if any(getattr(options, n, None) for n in names)]
+    dropped = set().union(*given)
+    if recorded.get("data") in DATA_WITH_FILES:
         dropped.discard("data")  # its --data-dir says where its files are
-    found = _converted(command, recorded, origin)
-    command.set_defaults(**{k: v for k, v in found.items() if k not in dropped})
-    return parser.parse_args(arguments)
+    # In front of the first option of the command line, which takes the place of what comes before.
+    at = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
+    try:
+        words = _words(command, {k: v for k, v in recorded.items() if k not in dropped})
+        return parser.parse_args([*arguments[:at], *words, *arguments[at:]])
+    except ValueError as error:
+        raise ValueError(f"{origin}: {error}") from error
 
 
 def _recorded(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
@@ -110,31 +113,14 @@ def read_options(path: Path, command: str) -> dict[str, Any]:
     return content
 
 
-def _given(
-    parser: argparse.ArgumentParser, command: argparse.ArgumentParser, arguments: Sequence[str]
-) -> set[str]:
-    """Names of the options that stand on the command line."""
-    defaults = {action: action.default for action in command._actions}
-    for action in command._actions:
-        action.default = argparse.SUPPRESS
-    try:
-        return set(vars(parser.parse_args(arguments)))
-    finally:
-        for action, default in defaults.items():
-            action.default = default
-
-
-def _converted(
-    parser: argparse.ArgumentParser, values: Mapping[str, Any], origin: Path
-) -> dict[str, Any]:
-    """``values`` by the names of the parsed options, converted and checked as on the line."""
+def _words(command: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
+    """Returns options by name as the words of a command line."""
     actions = {
         name.lstrip("-").replace("-", "_"): action
-        for action in parser._actions
-        for name in (*action.option_strings, action.dest)
-        if not name.startswith("--no-")
+        for action in command._actions
+        for name in (action.dest, *action.option_strings)
     }
-    found: dict[str, Any] = {}
+    words = []
     for name, value in values.items():
         key = str(name).lstrip("-").replace("-", "_")
         if key in OF_THIS_CALL or value is None:
@@ -142,26 +128,15 @@ def _converted(
         if key not in actions:
             near = difflib.get_close_matches(key, actions, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{origin}: `{parser.prog}` has no option {name!r}{hint}")
-        action = actions[key]
-        try:
-            found[action.dest] = _value(parser, action, value)
-        except (argparse.ArgumentError, ValueError) as error:
-            raise ValueError(f"{origin}: {name}: {getattr(error, 'message', error)}") from error
-    return found
-
-
-def _value(parser: argparse.ArgumentParser, action: argparse.Action, value: Any) -> Any:
-    if action.nargs == 0:  # a switch
-        if not isinstance(value, bool):
-            raise ValueError(f"must be true or false, not {value!r}")
-        return value
-    items = [value]
-    if action.nargs in ("*", "+") and isinstance(value, list | dict):
-        items = value if isinstance(value, list) else [f"{k}={v!r}" for k, v in value.items()]
-    if any(isinstance(item, list | dict | bool) for item in items):
-        raise ValueError(f"must be a single value, not {value!r}")
-    converted = [parser._get_value(action, str(item)) for item in items]
-    for item in converted:
-        parser._check_value(action, item)
-    return converted if action.nargs in ("*", "+") else converted[0]
+            raise ValueError(f"`{command.prog}` has no option {name!r}{hint}")
+        flags, nargs = actions[key].option_strings, actions[key].nargs
+        if nargs == 0:  # a switch, with or without a --no- form
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, not {value!r}")
+            words += flags[:1] if value else flags[1:]
+        elif nargs is None:
+            words.append(f"{flags[-1]}={value}")
+        else:
+            items = [f"{k}={v!r}" for k, v in value.items()] if isinstance(value, dict) else value
+            words += [flags[-1], *map(str, items if isinstance(items, list) else [items])]
+    return words
