@@ -22,9 +22,9 @@ import torch
 
 from wfnet.baselines import read_baselines
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
-from wfnet.cli.drawing import draw_run
 from wfnet.cli.inputs import Run, data_name, joined_ranks
 from wfnet.cli.options import Group, Parser, add_command, config_changes, log_base
+from wfnet.cli.report import draw_run
 from wfnet.cli.runs import ATTRIBUTION, check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
 from wfnet.data.standard_files import standard_name

@@ -14,20 +14,30 @@ Before it: wfnet evaluate, wfnet trust and wfnet baseline make what the page sho
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from wfnet.cli.drawing import draw_run
 from wfnet.cli.inputs import Run
 from wfnet.cli.options import Parser, add_command
-from wfnet.cli.runs import CONFUSION, check_writable
+from wfnet.cli.runs import ATTRIBUTION, CONFUSION, check_writable
 from wfnet.data import Dataset, multi_hot_of
+from wfnet.evaluation import EvaluationResult
+from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.network import WFNet
 from wfnet.pretrained import FILTERS_NAME
+from wfnet.report import figures
 from wfnet.report.contents import Contents, read_contents
 from wfnet.report.page import write_report
 from wfnet.services import settings
+from wfnet.services.records import read_json
+from wfnet.trust import TrustResult
+
+logger = logging.getLogger("wfnet")
 
 # Where there are more classes than this, images run under some of the other rows only.
 _ALL_ROWS, _SOME_ROWS = 100, 10
@@ -95,3 +105,64 @@ def _confusion(
     )
     change.to_json(path)
     return change
+
+
+def draw_run(
+    folder: Path,
+    net: WFNet,
+    names: Sequence[str],
+    result: EvaluationResult | None = None,
+    change: ConfusionChange | None = None,
+    trust: TrustResult | None = None,
+    retrained: Mapping[int, tuple[float, float]] | None = None,
+) -> list[str]:
+    """Draws every figure that its arguments allow; returns their names, none without matplotlib.
+
+    Args:
+        folder: of the run; its ``attribution.json`` is drawn, too.
+        net: the filtered network.
+        names: of all classes.
+        result, change, trust: results, where there are any.
+        retrained: class -> (Acc_r, Acc_f) of networks retrained without it.
+    """
+    if not _can_draw():
+        return []
+    rows = list(range(net.num_classes))
+    drawn = ["gates.png", "associations.png"]
+    if result is not None:
+        rows = [record.index for record in result.records]
+        figures.overview(result, net, folder / "overview.png")
+        figures.accuracy_per_class(result, folder / "accuracy_per_class.png", retrained=retrained)
+        drawn += ["overview.png", "accuracy_per_class.png"]
+    figures.gate_heatmap(net, folder / "gates.png", classes=rows, names=names)
+    figures.association_graph(net, folder / "associations.png", names=names, classes=rows)
+    if change is not None:
+        figures.confusion(change, folder / "confusion.png")
+        drawn.append("confusion.png")
+    path = folder / ATTRIBUTION
+    if path.is_file():
+        curves = read_json(path, _curves, "curves of `wfnet evaluate`", "delete it")
+        figures.insertion_deletion(curves, folder / "attribution.png")
+        drawn.append("attribution.png")
+    if trust is not None:
+        figures.trust_checks(trust, folder / "trust.png")
+        drawn.append("trust.png")
+    return drawn
+
+
+def _curves(content: Mapping[str, Any]) -> AttributionResult:
+    records = [AttributionRecord(**record) for record in content["classes"]]
+    return AttributionResult(content["shares"], records, content["settings"], content["seconds"])
+
+
+def draw_training(history: Sequence[Mapping[str, object]], folder: Path) -> None:
+    """Draws losses and accuracies of untraining, where matplotlib is installed."""
+    if _can_draw():
+        figures.training_curves(history, folder / "training_curves.png")
+
+
+def _can_draw() -> bool:
+    found = importlib.util.find_spec("matplotlib") is not None
+    if not found:
+        logger.warning("no figures: matplotlib is not installed (`pip install wfnet[viz]`)")
+    return found

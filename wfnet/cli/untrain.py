@@ -28,7 +28,6 @@ from torch import nn
 
 from wfnet.cli.chosen_classes import choose_classes, network_names, with_network_labels
 from wfnet.cli.chosen_images import add_list_options, untraining_images
-from wfnet.cli.drawing import draw_training
 from wfnet.cli.inputs import (
     choose_device,
     count_classes,
@@ -40,6 +39,7 @@ from wfnet.cli.inputs import (
     with_known_names,
 )
 from wfnet.cli.options import Parser, add_command, config_changes, fuse_of
+from wfnet.cli.report import draw_training
 from wfnet.cli.runs import RUN_FILES, check_writable, read_run, write_run
 from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
 from wfnet.evaluation.forward import Forward
