@@ -97,7 +97,11 @@ def run(options: argparse.Namespace) -> None:
         repeats=options.repeats,
         seed=options.seed,
     )
-    columns = options.columns or default_columns(device)
+    columns = options.columns
+    if columns is None:  # two baselines that are made in no time, and what can run here
+        kernels = backends.KERNELS if device.type == "cuda" else ()
+        ours = ["wfnet/eager/unfused", "wfnet/eager/fused"]
+        columns = ["eager", "unmasked", *ours, *(f"wfnet/{name}/captured" for name in kernels)]
     rates = roofline.measure_rates(device, dtype)
     print(f"{device_name(device)}: {rates}, {str(dtype).removeprefix('torch.')}")
     rows: list[dict[str, Any]] = []
@@ -122,14 +126,6 @@ def run(options: argparse.Namespace) -> None:
         print(f"\nwritten to {options.output}")
 
 
-def default_columns(device: torch.device) -> list[str]:
-    """Returns two baselines that are made in no time, and what this package can do here."""
-    ours = [f"wfnet/eager/{how}" for how in ("unfused", "fused")]
-    if device.type == "cuda":
-        ours += [f"wfnet/{name}/captured" for name in backends.KERNELS]
-    return ["eager", "unmasked", *ours]
-
-
 def infer_milliseconds(problem: Problem) -> float:
     """Returns the median time of one forward pass of all samples, each under its row."""
     net, batch = problem.net, problem.batch
@@ -151,33 +147,32 @@ def table_rows(
     settings, samples = problem.settings, len(problem.batch)
     filters = sum(p.numel() for p in problem.net.filter_parameters())
     weights = sum(p.numel() for p in problem.net.model.parameters()) - filters
+    about = {
+        "model": name,
+        "train_batch_size": samples,
+        "train_img_size": settings.image_size,
+        "param_count": round(weights / 1e6, 2),
+        "filter_count": round(filters / 1e6, 2),
+        "label_expansion": settings.label_expansion,
+        "images": problem.images.shape[0],
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "device": device_name(problem.device),
+        "torch": torch.__version__,
+        "wfnet": __version__,
+        "commit": commit(),
+    }
     rows = []
     for column, found in columns.items():
-        row = {
-            "model": name,
-            "column": column,
-            "train_batch_size": samples,
-            "train_img_size": settings.image_size,
-            "param_count": round(weights / 1e6, 2),
-            "filter_count": round(filters / 1e6, 2),
-            "label_expansion": settings.label_expansion,
-            "images": problem.images.shape[0],
-            "dtype": str(settings.dtype).removeprefix("torch."),
-            "device": device_name(problem.device),
-            "torch": torch.__version__,
-            "wfnet": __version__,
-            "commit": commit(),
-            "remark": found.get("impossible", ""),
-        }
+        row = {**about, "column": column, "remark": found.get("impossible", "")}
         if "impossible" not in found:
+            share = found["share_of_floor"]
             row |= {
                 "train_samples_per_sec": round(found["samples_per_second"], 2),
                 "train_step_time": round(found["median_ms"], 3),
                 "peak_mib": round(found["peak_mebibytes"], 1),
-                "kernel_launches": found["kernel_launches"] or "",
+                "kernel_launches": found["kernel_launches"],
+                "share_of_floor": None if share is None else round(share, 4),
             }
-            if found["share_of_floor"] is not None:
-                row["share_of_floor"] = round(found["share_of_floor"], 4)
         if column == "wfnet/eager/fused":
             row |= {
                 "infer_samples_per_sec": round(samples / forward * 1e3, 2),

@@ -41,11 +41,6 @@ class Parser(argparse.ArgumentParser):
         Args:
             workers: default of ``--workers``; None: one a core, at most four.
         """
-        self._add_data()
-        self._add_classifier()
-        self._add_computing(min(4, os.cpu_count() or 1) if workers is None else workers)
-
-    def _add_data(self) -> None:
         self.group("data").add_all(
             """
             --data-dir DIR  image folder with train/<class>/*.jpg and val/<class>/*.jpg, or with
@@ -72,8 +67,6 @@ class Parser(argparse.ArgumentParser):
             crop_pct=settings.fraction,
             val_split=settings.inner_fraction,
         )
-
-    def _add_classifier(self) -> None:
         group = self.group("classifier")
         group.add_all(
             """
@@ -90,8 +83,7 @@ class Parser(argparse.ArgumentParser):
             in_chans=(1, 3),
         )
         group.add_model_kwargs()
-
-    def _add_computing(self, workers: int) -> None:
+        workers = min(4, os.cpu_count() or 1) if workers is None else workers
         group = self.group("computing")
         group.add_device()
         group.add_all(
@@ -115,15 +107,10 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of examples, fills descriptions, shows defaults that say something."""
+    """Keeps the lines of texts, shows defaults that say something."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=32, width=100)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        if "\n" in text:
-            return super()._fill_text(text, width, indent)
-        return argparse.HelpFormatter._fill_text(self, text, width, indent)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         silent = action.default is None or action.default is False or action.nargs == 0
@@ -275,7 +262,7 @@ def make_parser(commands: Sequence[ModuleType]) -> Parser:
     parser = Parser(
         prog="wfnet",
         description="One checkpoint that can forget any class on demand: learn filters for all "
-        "classes of a frozen classifier in one round, choose the class to forget at run time.",
+        "classes\nof a frozen classifier in one round, choose the class to forget at run time.",
         epilog="start here:  wfnet demo            (about a minute, no download)\n"
         "then:        wfnet COMMAND --help  (every command has an example)",
         formatter_class=HelpFormatter,
@@ -312,7 +299,7 @@ def add_command(
     parser = commands.add_parser(
         name,
         help=help,
-        description=" ".join(description.split()),
+        description=description,
         usage=f"wfnet {name} {arguments}",
         epilog=example + examples,
         formatter_class=HelpFormatter,
