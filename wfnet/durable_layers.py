@@ -46,8 +46,9 @@ class GateMode:
     Attributes:
         groups: positions of the samples' rows among ``labels``, ``[B]`` int64: moments are taken
             over the samples of a group. None: the tables of the rows.
-        labels: ``[G]`` int64, the row of each group.
-        noise: ``[G, O]`` uniform in (0, 1) by the name of a layer; None: gates without noise.
+        labels: ``[G]`` int64, the row of each group; ``[G, J]`` for several, padded with -1.
+        noise: ``[G, O]`` uniform in (0, 1) by the name of a layer, or ``[G, J, O]``; None: gates
+            without noise.
         soft: whether soft gates take part.
         moments: called with a layer's name and the moments ``[G, O]`` of its groups, if given.
     """
@@ -82,10 +83,11 @@ class GateMode:
         """Moments of the samples that share a row, inside; yields the rows of the groups, sorted.
 
         Args:
-            rows: ``[B]`` int64, the row of every sample, none of them -1.
+            rows: ``[B]`` int64, the row of every sample, none of them -1; or ``[B, J]``, several,
+                padded with -1.
             noise, soft, moments: see the attributes.
         """
-        labels, groups = rows.unique(return_inverse=True)
+        labels, groups = rows.unique(return_inverse=True, dim=0)
         with self._set(labels=labels, groups=groups, noise=noise, soft=soft, moments=moments):
             yield labels
 
@@ -162,11 +164,18 @@ class DurableLayer(MaskedLayer):
         """Gates ``[G, O]`` of the groups, with the noise and the parts that the mode says."""
         labels = self.mode.labels
         noise = self.mode.noise
+
+        def of_labels(table: Tensor) -> Tensor:
+            found = table.index_select(0, labels.clamp_min(0).flatten())
+            return found.unflatten(0, labels.shape)
+
         uniform = None if noise is None else noise[self.layer_name]
-        gate = hard_gate(self.alpha_hard.index_select(0, labels), uniform)
+        gate = hard_gate(of_labels(self.alpha_hard), uniform)
         if self.mode.soft:
-            gate = gate * soft_gate(self.alpha_soft.index_select(0, labels), self.soft_init)
-        return gate
+            gate = gate * soft_gate(of_labels(self.alpha_soft), self.soft_init)
+        if labels.dim() == 1:
+            return gate
+        return gate.masked_fill(labels.eq(-1).unsqueeze(2), 1.0).prod(1)
 
     def row_gates(self, rows: Tensor) -> Tensor:
         """``[B, O]``: the product of the gates of ``rows [B, J]``."""

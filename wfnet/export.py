@@ -26,6 +26,7 @@ def bake(
     forget: int | Sequence[int] | Tensor | None,
     prune_below: float = 0.0,
     cut_output: bool = False,
+    images: Tensor | None = None,
 ) -> nn.Module:
     """A plain copy of the model of ``net`` with the gates of ``forget`` in its weights.
 
@@ -51,6 +52,8 @@ def bake(
             replace_module(plain, layer, baked)
         else:
             plain = baked
+    if images is not None and len(labels) > 1 and net.named_statistics():
+        _measure_statistics(net, plain, labels, images)
     if net.gate == "durable":
         _close_producers(plain, net.masked_layers, net.image_shape)
     if cut_output:
@@ -92,6 +95,27 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         for child, module in parent._modules.items():
             if module is old:
                 parent._modules[child] = new
+
+
+@torch.no_grad()
+def _measure_statistics(net: WFNet, plain: nn.Module, labels: list[int], images: Tensor) -> None:
+    """Gives the norms of ``plain`` the moments of ``images`` under all of ``labels`` at once."""
+    weight = next(net.parameters())
+    rows = torch.tensor(labels, device=weight.device).expand(len(images), -1)
+
+    def keep(name: str, mean: Tensor, var: Tensor) -> None:
+        norm = plain.get_submodule(name)
+        alive = norm.weight.ne(0) | norm.bias.ne(0)
+        norm.running_mean[alive] = mean[0, alive].to(norm.running_mean)
+        norm.running_var[alive] = var[0, alive].to(norm.running_var)
+
+    fuse = net.fuse
+    net.fuse = False
+    try:
+        with evaluation_mode(net), net.gate_mode.grouped(rows, moments=keep):
+            net(images.to(weight.device, weight.dtype), rows)
+    finally:
+        net.fuse = fuse
 
 
 def _close_producers(

@@ -302,6 +302,7 @@ class WFNet(nn.Module):
         prune_below: float = 0.0,
         cut_output: bool = False,
         compact: bool = False,
+        images: Tensor | None = None,
     ) -> nn.Module:
         """A plain model of the original class with the gates of ``forget`` multiplied in.
 
@@ -320,16 +321,20 @@ class WFNet(nn.Module):
             compact: also take out of the network the channels that are exactly 0
                 (:func:`wfnet.compact.compact`; needs torch-pruning): durable filters close some
                 in every row, ``prune_below`` any. Weights then have other shapes than the base's.
+            images: ``[n, C, H, W]``, images of other classes. Durable filters know BatchNorm's
+                statistics under one row; under several they are put together from these, which
+                costs accuracy. With images they are measured instead.
 
         Returns:
             A copy in evaluation mode, without filters; all its parameters can be trained again.
-            Without pruning it equals the filtered network within rounding, but for cut logits.
+            Without pruning it equals the filtered network within rounding, but for cut logits and
+            measured statistics.
 
         Raises:
             TypeError, ValueError: for labels that do not fit or name no class, a threshold outside
                 [0, 1], or ``cut_output`` without a class to cut, a linear head or its bias.
         """
-        plain = export.bake(self, forget, prune_below, cut_output)
+        plain = export.bake(self, forget, prune_below, cut_output, images)
         return compact_network(plain, self.image_shape) if compact else plain
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:

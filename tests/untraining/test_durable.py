@@ -138,6 +138,36 @@ def test_statistics_are_those_of_the_baked_network_on_the_other_classes(net):
         torch.testing.assert_close(norm.running_var[alive], var[alive])
 
 
+def test_a_compound_group_is_under_two_rows_and_takes_no_part_in_matching(net):
+    labels = torch.tensor([0] * 9 + [1] * 9 + [2] * 9)
+    groups = Groups(rows=2, forget_images=4, retain_images=3, compound=0.5)
+    chosen = labels[GroupSampler(labels, groups, seed=1).batch(0)]
+    batch = expand_groups(chosen, groups)
+    pair = batch.forget[:, 1] >= 0
+    assert pair.sum() == groups.size
+    assert torch.equal(batch.weight, torch.where(pair, 0.5, 1.0))
+    own = pair & (torch.arange(len(batch)) < batch.forget_size)
+    assert [int(batch.target[own].eq(c).sum()) for c in batch.forget[pair][0]] == [2, 2]
+    assert not torch.isin(batch.target[pair & ~own], batch.forget[pair][0]).any()
+    z = torch.randn(len(batch), CLASSES)
+    raised = z.clone()
+    raised[own.nonzero().flatten(), batch.target[own]] += 5
+    terms = [DurableObjective()(x, batch, z, net).terms["match"] for x in (z, raised)]
+    assert torch.equal(*terms)
+
+
+@torch.no_grad()
+def test_statistics_of_several_rows_are_measured_at_the_export(net):
+    data, net = labelled(), net.double()
+    for layer in net.masked_layers.values():
+        layer.alpha_hard += 2 * torch.randn_like(layer.alpha_hard)
+    images = data.images[data.labels == 2].double()
+    plain = net.bake([0, 1], images=images)
+    found = plain(images)
+    torch.testing.assert_close(plain.train()(images), found)  # by the moments of the batch
+    assert not torch.allclose(net.bake([0, 1])(images), found)
+
+
 def config(**changes):
     small = {"batch_size": 36, "forget_images": 4, "retain_images": 8, "statistics_images": 40}
     return wfnet.UntrainConfig.recipe("durable", CLASSES, **{"steps": 12, **small, **changes})

@@ -16,7 +16,7 @@ from wfnet.services.settings import Number
         ({"epochs": 1.0}, "steps or as epochs"),
         ({"batch_size": 7}, "batch_size must be even"),
         ({"objective": "durable"}, "batch_size=32 must be a multiple of .* = 40"),
-        ({"objective": "durable", "batch_size": 40, "compound": 0.5}, "no compound rows"),
+        ({"objective": "durable", "batch_size": 40, "compound": 0.5}, "to at least 80"),
         ({"objective": "durable", "batch_size": 40, "classes": [1]}, "untrains all classes"),
         ({"optimizer": "sgd", "shrink": 0.1}, "shrink is a part of optimizer='row_adam'"),
     ],

@@ -39,6 +39,7 @@ from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.files import write_atomically, write_json, write_tensors
 from wfnet.trust import CHECKS, TrustSettings, check_export, describe_export
+from wfnet.trust.subject import ImageReader
 
 _ONNX = ("onnx", "onnxscript")
 
@@ -105,19 +106,25 @@ def run(options: argparse.Namespace) -> None:
     if options.compact:
         require("torch_pruning", "compact")
     net, classifier = work_on.network()
-    export = Export(path, tuple(forget), options.prune_below, options.cut_output)
+    images = None
+    if net.gate == "durable" and len(forget) > 1 and (options.data or options.data_dir):
+        images = _other_images(work_on, classifier, forget)
+    export = Export(path, tuple(forget), options.prune_below, options.cut_output, images)
     export.save(net)
     names = work_on.names or list(map(str, range(net.num_classes)))
     shown = [str(i) if names[i] == str(i) else f"{i} ({names[i]})" for i in forget]
     listed = f"class{'es' if len(shown) > 1 else ''} {', '.join(shown)}"
     print(f"{path}: {type(classifier).__name__} that has forgotten {listed}")
+    if images is not None:
+        print(f"statistics of both rows at once were measured on {len(images)} training images")
     if options.verify:
-        images, what = _images(work_on, classifier, options.images)
-        found = export.verify(net, classifier, images)
+        tested, what = _images(work_on, classifier, options.images)
+        found = export.verify(net, classifier, tested)
         pruned = f", gates below {options.prune_below:g} at 0," if options.prune_below else ""
+        reference = "the filtered network" if images is None else "the network in memory"
         cut = f"; the logit that was cut is {CUT_LOGIT:g} throughout" if options.cut_output else ""
         print(
-            f"verified on {what}: equal to the filtered network{pruned} within rounding: outputs "
+            f"verified on {what}: equal to {reference}{pruned} within rounding: outputs "
             f"up to {found['span']:.1f} differ by at most {found['difference']:.1e} "
             f"({found['predictions']} of {found['images']} predictions equal){cut}"
         )
@@ -125,10 +132,11 @@ def run(options: argparse.Namespace) -> None:
     if options.compact:
         _write_compact(net, export, _images(work_on, classifier, 2)[0])
     if options.onnx:
-        images, _ = _images(work_on, classifier, 2)
-        plain = net.bake(forget, options.prune_below, options.cut_output, options.compact)
-        _write_onnx(plain.cpu(), images, Path(options.onnx))
-        size = ", ".join(map(str, images.shape[1:]))
+        example, _ = _images(work_on, classifier, 2)
+        cuts = options.prune_below, options.cut_output, options.compact
+        plain = net.bake(forget, *cuts, images=images)
+        _write_onnx(plain.cpu(), example, Path(options.onnx))
+        size = ", ".join(map(str, example.shape[1:]))
         print(f"{options.onnx}: the same as ONNX, input [batch, {size}]")
 
 
@@ -140,9 +148,10 @@ class Export:
     forget: tuple[int, ...]
     prune_below: float = 0.0
     cut_output: bool = False
+    images: Tensor | None = None
 
     def baked(self, net: WFNet) -> nn.Module:
-        return net.bake(list(self.forget), self.prune_below, self.cut_output)
+        return net.bake(list(self.forget), self.prune_below, self.cut_output, images=self.images)
 
     def save(self, net: WFNet) -> None:
         """Writes the weights as safetensors; their metadata say what was done, as ``wfnet``."""
@@ -168,7 +177,8 @@ class Export:
         """Compares the file with the filtered network on ``images [N, C, H, W]``.
 
         A pruned export is compared with the network whose gates below the threshold are 0; one that
-        was cut, in the logits of all other classes.
+        was cut, in the logits of all other classes; one whose statistics were measured, with itself
+        before it was written.
 
         Returns:
             Largest absolute difference and output (``span``), the bound on their quotient, the
@@ -186,7 +196,12 @@ class Export:
                 layer.close_below(self.prune_below, forget)
         parts = images.to(weight.device, weight.dtype).split(64)
         labels = torch.tensor(forget, device=weight.device)
-        expected = torch.cat([net(x, forget=labels.expand(len(x), -1)) for x in parts]).double()
+        if self.images is not None:
+            expected = torch.cat([self.baked(net)(x) for x in parts]).double()
+        else:
+            rows = [labels.expand(len(x), -1) for x in parts]
+            expected = torch.cat([net(x, forget=r) for x, r in zip(parts, rows, strict=True)])
+            expected = expected.double()
         found = torch.cat([plain(part) for part in parts]).double()
         if self.cut_output:
             if not found[:, forget].eq(CUT_LOGIT).all():
@@ -261,6 +276,14 @@ def _attack(
     }
     write_json(report, content)
     print(f"all of it is in {report}")
+
+
+def _other_images(work_on: Run, classifier: nn.Module, forget: list[int]) -> Tensor:
+    """Training images of the classes that stay."""
+    options = work_on.options
+    train = work_on.images(classifier).train
+    reader = ImageReader(train, options.samples, options.seed, options.workers)
+    return reader.without(*forget).images
 
 
 def _images(work_on: Run, classifier: nn.Module, count: int) -> tuple[Tensor, str]:

@@ -41,14 +41,17 @@ class Groups:
     """Sizes of a step of recipe ``durable``.
 
     Attributes:
-        rows: R, rows in a step, each with a group of images.
+        rows: R, groups of images in a step, each under a row of its own.
         forget_images: images of the row's class in its group.
         retain_images: images of other classes in its group.
+        compound: above 0, the last group is under two rows at once and has images of both classes;
+            the weight of its samples, beside 1 for the others.
     """
 
     rows: int = 4
     forget_images: int = 8
     retain_images: int = 32
+    compound: float = 0.0
 
     @property
     def size(self) -> int:
@@ -58,7 +61,8 @@ class Groups:
 def groups_of(config: UntrainConfig) -> Groups:
     """The sizes that the settings of a run give."""
     size = config.forget_images + config.retain_images
-    return Groups(config.batch_size // size, config.forget_images, config.retain_images)
+    rows = config.batch_size // size
+    return Groups(rows, config.forget_images, config.retain_images, config.compound)
 
 
 class GroupSampler(Sampler):
@@ -76,11 +80,11 @@ class GroupSampler(Sampler):
         self.present = labels.unique()
         self._own = {c: (labels == c).nonzero().flatten() for c in self.present.tolist()}
         self._labels = labels
-        self.rows = min(groups.rows, len(self.present))
+        self.rows = min(groups.rows - bool(groups.compound), len(self.present))
         self._round = shuffled_rounds(self.present, 8, seed, _ROWS_STREAM)
 
     def rows_of(self, step: int) -> list[int]:
-        """The rows of a step."""
+        """The rows of a step that have a group to themselves."""
         places = (divmod(step * self.rows + i, len(self.present)) for i in range(self.rows))
         return [int(self._round(number)[place]) for number, place in places]
 
@@ -88,24 +92,30 @@ class GroupSampler(Sampler):
         """``[R * size]`` positions, group by group, images of the row's class first."""
         draw = generator_for(self.seed, _IMAGES_STREAM, step)
         chosen = []
-        for row in self.rows_of(step):
-            own = self._own[row]
-            drawn = torch.randint(len(own), (self.groups.forget_images,), generator=draw)
-            chosen += [own[drawn], self._others(row, draw)]
+        members = [[row] for row in self.rows_of(step)]
+        if self.groups.compound:
+            pair = torch.randperm(len(self.present), generator=draw)[:2]
+            members.append(self.present[pair].tolist())
+        for rows in members:
+            for own in (self._own[row] for row in rows):
+                count = self.groups.forget_images // len(rows)
+                chosen.append(own[torch.randint(len(own), (count,), generator=draw)])
+            chosen.append(self._others(rows, draw))
         return torch.cat(chosen)
 
-    def _others(self, row: int, draw: torch.Generator) -> Tensor:
+    def _others(self, rows: list[int], draw: torch.Generator) -> Tensor:
         """Distinct images of other classes, each equally likely: drawn and thrown away."""
         wanted = self.groups.retain_images
-        if len(self._labels) - len(self._own[row]) <= 2 * wanted:
-            rest = (self._labels != row).nonzero().flatten()
+        rows = torch.tensor(rows)
+        if len(self._labels) - sum(len(self._own[row]) for row in rows.tolist()) <= 2 * wanted:
+            rest = (~torch.isin(self._labels, rows)).nonzero().flatten()
             repeats = math.ceil(wanted / len(rest))
             order = [torch.randperm(len(rest), generator=draw) for _ in range(repeats)]
             return rest[torch.cat(order)[:wanted]]
         found: dict[int, None] = {}
         while len(found) < wanted:
             drawn = torch.randint(len(self._labels), (2 * wanted,), generator=draw)
-            for position in drawn[self._labels[drawn] != row].tolist():
+            for position in drawn[~torch.isin(self._labels[drawn], rows)].tolist():
                 found.setdefault(position)
                 if len(found) == wanted:
                     break
@@ -115,19 +125,28 @@ class GroupSampler(Sampler):
 def expand_groups(labels: Tensor, groups: Groups) -> ExpandedBatch:
     """The samples of a step: every image once, under the row of its group.
 
+    With a compound group the labels are ``[B, 2]``, padded with -1.
+
     Args:
         labels: ``[R * size]`` int64, in the order of :meth:`GroupSampler.batch`.
     """
     by_group = labels.unflatten(0, (-1, groups.size))
     rows = by_group[:, :1].expand_as(by_group)
+    weight = None
+    if groups.compound:
+        second = torch.full_like(rows, -1)
+        second[-1] = by_group[-1, groups.forget_images // 2]
+        weight = torch.where(second >= 0, groups.compound, 1.0)
+        rows = torch.stack((rows, second), 2)
     position = torch.arange(len(labels)).view_as(by_group)
     cut = groups.forget_images
     source = torch.cat((position[:, :cut].flatten(), position[:, cut:].flatten()))
     return ExpandedBatch(
-        forget=rows.flatten()[source],
+        forget=rows.flatten(0, 1)[source],
         source=source,
         target=labels[source],
         forget_size=len(by_group) * cut,
+        weight=None if weight is None else weight.flatten()[source],
     )
 
 
@@ -138,9 +157,9 @@ class DurableObjective(Objective):
         L = w * mean_others KL(original || row) + lambda1 * mean_c softplus(gap)
             + match * relu((mean gap of c - mean gap of others) / max(std of others, 0.5) - 0.5)
 
-    w is 1 with soft gates and ``retain_hard`` without. The last term is a mean over rows, with the
-    moments of the others taken as constants: it draws the class's logit to where it lies for
-    images of other classes.
+    w is 1 with soft gates and ``retain_hard`` without. The last term is a mean over the rows that
+    have a group to themselves, with the moments of the others taken as constants: it draws the
+    class's logit to where it lies for images of other classes.
 
     Args:
         lambda1: weight of the forget term.
@@ -173,9 +192,12 @@ class DurableObjective(Objective):
         losses = super().__call__(logits, batch, original, net)
         if not self.match:
             return losses
-        gap = class_gap(full_precision(logits), batch.forget)
-        rows, group = batch.forget.unique(return_inverse=True)
-        member = F.one_hot(group, len(rows)).to(gap.dtype)  # [B, R]
+        labels = batch.forget.reshape(len(batch), -1)
+        first = labels[:, 0]
+        alone = labels[:, 1:].eq(-1).all(1)
+        gap = class_gap(full_precision(logits), first)
+        member = (first[:, None] == first[alone].unique()) & alone[:, None]  # [B, R]
+        member = member.to(gap.dtype)
         own, others = member[batch.forget_half], member[batch.retain_half]
         own_mean = (own * gap[batch.forget_half, None]).sum(0) / own.sum(0).clamp_min(1)
         fixed = gap[batch.retain_half, None].detach()
@@ -194,10 +216,10 @@ def durable_step(net: WFNet, batch: ExpandedBatch, seed: int, step: int) -> Iter
     Even steps have soft gates, odd steps hard gates alone.
     """
     draw = generator_for(seed, _NOISE_STREAM, step)
-    groups = len(batch.forget.unique())
+    groups = batch.forget.unique(dim=0).shape
     noise = {}
     for name, layer in net.masked_layers.items():
-        uniform = torch.rand((groups, layer.alpha_hard.shape[1]), generator=draw)
+        uniform = torch.rand((*groups, layer.alpha_hard.shape[1]), generator=draw)
         noise[name] = uniform.clamp(1e-6, 1 - 1e-6).to(layer.alpha_hard)
     with net.gate_mode.grouped(batch.forget, noise, soft=step % 2 == 0):
         yield
