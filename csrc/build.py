@@ -3,7 +3,7 @@
 ``setup.py`` calls :func:`build_extension`; tests call :func:`build_emulated`.
 
     python csrc/build.py               wfnet/_C*.so in place, for compute capability 9.0 (Hopper)
-    python csrc/build.py --emulated    build/emulated/..., for WFNET_CUDA_EMULATE; needs no nvcc
+    python csrc/build.py --emulated    build/emulated/..., for tests; needs no nvcc
 """
 
 from __future__ import annotations

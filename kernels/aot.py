@@ -129,11 +129,11 @@ def _cases(what: str, launches: list[Launch], products: bool = False) -> list[Ca
 def layer_cases(name: str, dtype: torch.dtype, device: Device, kinds: Sequence[str]) -> list[Case]:
     """Forward and input gradient of one of ``LAYERS``; ``kinds`` of epilogues for each."""
     size, channels, columns, kernel, stride = LAYERS[name]
-    geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2)
+    linear = kernel == 1 and "1x1" not in name
+    geometry = ConvGeometry((stride,) * 2, (kernel // 2,) * 2, linear=linear)
     x = _meta(dtype, _BATCH, channels, *size)
     weight = _meta(dtype, columns, channels, kernel, kernel)
     out = _meta(dtype, _BATCH, columns, *geometry.output_size(*size, (kernel, kernel)))
-    op = "conv" if kernel > 1 or "1x1" in name else "linear"
     table, found = _meta(torch.float32, _BATCH, columns), []
     for kind in kinds:
         source = _meta(torch.int64, _BATCH) if kind == "source" else None
@@ -142,11 +142,11 @@ def layer_cases(name: str, dtype: torch.dtype, device: Device, kinds: Sequence[s
         epilogue = Epilogue(table, table, residual, relu, source, save=kind != "plain")
         with keep_launches(device) as launches:
             if kind != "shortcut":
-                conv_fprop(x, weight, geometry, epilogue, op=op)
+                conv_fprop(x, weight, geometry, epilogue)
             if kind != "source" and channels != 3:
                 below, skip = _below(x, "plain" if size == (1, 1) else kind)
-                conv_dgrad(out, weight, tuple(x.shape), geometry, skip, below, op=op)
-        found += _cases(f"{name} {kind}", launches, not full_precision(dtype, op))
+                conv_dgrad(out, weight, tuple(x.shape), geometry, skip, below)
+        found += _cases(f"{name} {kind}", launches, not full_precision(dtype, linear))
     return found
 
 

@@ -145,16 +145,16 @@ class Choice:
     reason: str
 
 
-def full_precision(dtype: torch.dtype, op: str) -> bool:
+def full_precision(dtype: torch.dtype, linear: bool) -> bool:
     """Whether PyTorch's settings ask for fp32 products: what eager would do, kernels do.
 
-    ``op`` is ``conv`` (``torch.backends.cudnn.conv``) or ``linear``
+    Of convolutions (``torch.backends.cudnn.conv``), or of linear maps
     (``torch.backends.cuda.matmul``). Read as ``fp32_precision``, which says the same however it was
     set: reading ``allow_tf32`` raises once somebody has used the newer setting.
     """
     if dtype != torch.float32:
         return False
-    settings = torch.backends.cudnn.conv if op == "conv" else torch.backends.cuda.matmul
+    settings = torch.backends.cuda.matmul if linear else torch.backends.cudnn.conv
     return settings.fp32_precision != "tf32"
 
 
@@ -227,7 +227,6 @@ def choose(
     describable: bool,
     expanded: bool = False,
     column_sums: bool = False,
-    op: str = "conv",
 ) -> Choice:
     """The default config of a product.
 
@@ -236,12 +235,11 @@ def choose(
         describable: whether bases and rows of all tensors are aligned to 16 bytes.
         expanded: ``source`` indices scatter the samples: a tile holds pixels of one.
         column_sums: the epilogue takes T0 or T1.
-        op: whose TF32 setting holds, ``conv`` or ``linear``.
     """
     obstacle = _obstacle(direction, shape, device, describable)
     columns = shape.out_channels if direction == "fprop" else shape.in_channels
     block_n = 128 if columns > 64 else 64
-    exact = full_precision(dtype, op)
+    exact = full_precision(dtype, shape.geometry.linear)
     if obstacle is None:
         block_k = 32 if dtype == torch.float32 else 64
         config = GemmConfig("flat", 128, block_n, block_k, 8, 3)

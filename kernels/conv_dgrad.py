@@ -262,7 +262,6 @@ def conv_dgrad(
     below: LayerBelow | None = None,
     *,
     config: GemmConfig | None = None,
-    op: str = "conv",
 ) -> LayerGradient:
     """Computes a layer's input gradient and the elementwise backward of the layer below it.
 
@@ -276,7 +275,7 @@ def conv_dgrad(
         scaled_grad: ``[B, O, P, Q]``, ``A * g`` of this layer.
         weight: ``[O, C, R, S]``.
         skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
-        config, op: as in :func:`wfnet.kernels.conv_fprop.conv_fprop`.
+        config: as in :func:`wfnet.kernels.conv_fprop.conv_fprop`.
 
     Raises:
         ValueError: for shapes that do not fit, or a result without the tensor it is made from.
@@ -294,14 +293,14 @@ def conv_dgrad(
     if 0 in input_shape:
         return backward.of_nothing()
     if config is None:
-        config = dgrad_choice(ag, filters, shape, backward, op).config
-    exact = full_precision(ag.dtype, op)
+        config = dgrad_choice(ag, filters, shape, backward).config
+    exact = full_precision(ag.dtype, geometry.linear)
     if config.path == "box":
         plan = functools.partial(_box_launch, ag, filters, shape, config, exact)
         return backward.run(plan, grouped=_tiles_per_sample(shape, config))
     if backward.summing and span(config.block_m, size[0] * size[1]) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
-        plain = conv_dgrad(scaled_grad, weight, input_shape, geometry, config=config, op=op).grad
+        plain = conv_dgrad(scaled_grad, weight, input_shape, geometry, config=config).grad
         return epilogue_bwd(plain, below, skip)
     plan = _gather_launch if config.path == "gather" else _flat_launch
     plan = functools.partial(plan, ag, filters, shape, config, exact)
@@ -313,14 +312,13 @@ def dgrad_choice(
     weight: Tensor,
     shape: ConvShape,
     backward: BackwardArguments | None = None,
-    op: str = "conv",
 ) -> Choice:
     """The config for ``ag`` ``[B, P, Q, O]`` and ``weight`` ``[O, R, S, C]``."""
     read = [weight, *(backward.reads.values() if backward else ())]
     aligned = describable(ag, shape.out_channels)
     aligned = aligned and all(describable(t, shape.in_channels) for t in read if t is not None)
     sums = backward is not None and backward.summing
-    options = {"describable": aligned, "column_sums": sums, "op": op}
+    options = {"describable": aligned, "column_sums": sums}
     return choose("dgrad", shape, ag.dtype, device_of(ag), **options)
 
 

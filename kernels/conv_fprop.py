@@ -219,7 +219,6 @@ def conv_fprop(
     epilogue: Epilogue,
     *,
     config: GemmConfig | None = None,
-    op: str = "conv",
 ) -> Activation:
     """Computes a convolution with its epilogue in one launch; a linear map is one of 1x1 filters.
 
@@ -233,7 +232,6 @@ def conv_fprop(
             are the pixels ``[B, C, T, 1]``.
         weight: ``[O, C, R, S]``, dtype of ``x``.
         config: tile sizes; None takes the default.
-        op: whose TF32 setting holds for fp32, ``conv`` or ``linear``.
 
     Raises:
         ValueError: for shapes or dtypes that do not fit.
@@ -251,10 +249,8 @@ def conv_fprop(
     arguments = ForwardArguments.of(epilogue, x, (shape.batch, *shape.out_size, weight.shape[0]))
     if arguments.pixels["out"].numel():
         if config is None:
-            config = fprop_choice(
-                x, weight, shape, source is not None, epilogue.residual, op
-            ).config
-        exact = full_precision(x.dtype, op)
+            config = fprop_choice(x, weight, shape, source is not None, epilogue.residual).config
+        exact = full_precision(x.dtype, geometry.linear)
         if config.path == "flat":
             launch = flat_launch(linear_fprop_kernel, x, weight, arguments, shape, config, exact)
         else:
@@ -270,12 +266,11 @@ def fprop_choice(
     shape: ConvShape,
     expanded: bool,
     residual: Tensor | None = None,
-    op: str = "conv",
 ) -> Choice:
     """The config for ``x`` ``[N, H, W, C]`` and ``weight`` ``[O, R, S, C]``."""
     aligned = describable(x, shape.in_channels) and describable(weight, shape.in_channels)
     aligned = aligned and describable(x if residual is None else residual, shape.out_channels)
-    options = {"describable": aligned, "expanded": expanded, "op": op}
+    options = {"describable": aligned, "expanded": expanded}
     return choose("fprop", shape, x.dtype, device_of(x), **options)
 
 

@@ -26,36 +26,19 @@ def test_in_the_interpreter(emulated_kernels, interpreted):
     assert " passed" in done.stdout
 
 
-def test_the_environment_selects_the_emulation(
-    emulated_kernels, interpreted, monkeypatch, tmp_path
-):
-    """WFNET_CUDA_EMULATE names a module; a path that is none is a refusal with the reason."""
-    code = (
-        "import torch, wfnet.functional as wf\n"
-        "x, w = torch.ones(1, 32, 2, 2).half(), torch.ones(8, 32, 1, 1).half()\n"
-        "y = wf.wf_conv2d(x, w, None, torch.zeros(2, 8), None, -1, backend='cuda')\n"
-        "print(y[0, 0].sum().item())"
-    )
-    done = interpreted("-c", code, WFNET_CUDA_EMULATE=emulated_kernels.__file__)
-    assert done.stdout.strip() == "128.0", done.stderr
-    monkeypatch.setenv("WFNET_CUDA_EMULATE", str(tmp_path / "none.so"))
-    missing = cuda_launch.library.__wrapped__().missing
-    assert missing == f"WFNET_CUDA_EMULATE={tmp_path}/none.so is not an emulated module"
-
-
 def refused(message, dtype=torch.float16):
     x, weight = torch.randn(1, 64, 4, 4).to(dtype), torch.randn(64, 64, 1, 1).to(dtype)
     with pytest.raises(RuntimeError, match=message):
         wf.wf_conv2d(x, weight, None, torch.randn(3, 64), None, 0, backend="cuda")
 
 
-def test_refusals_on_the_emulated_device(emulated_cuda, monkeypatch):
+def test_what_both_parts_refuse(emulated_cuda, monkeypatch):
+    """Half of the backend runs in Triton's kernels."""
+    from wfnet.backends import triton
+
     refused("float16 and bfloat16, not torch.float32", torch.float32)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    refused("WFNET_CUDA_EMULATE needs TRITON_INTERPRET=1")
-
-
-def test_a_missing_extension_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(triton, "triton", None)
+    refused("the package 'triton' is not installed")
     missing = cuda_launch.Library(None, "wfnet._C is not built; run `python csrc/build.py`")
     monkeypatch.setattr(cuda_launch, "library", lambda: missing)
     refused(r"not built; run `python csrc/build\.py`")
@@ -78,15 +61,6 @@ def test_other_devices_are_refused_with_the_remedy(monkeypatch, capability, mess
     assert found is None if message is None else re.search(message, found)
     x = SimpleNamespace(dtype=torch.float16, device=torch.device("cpu"))
     assert cuda._refuse_tensor(x) == "the CUDA kernels need a CUDA tensor, and x is on cpu"
-
-
-def test_a_missing_triton_is_refused(emulated_cuda, monkeypatch):
-    """Half of the backend runs in Triton's kernels."""
-    from wfnet.backends import triton
-
-    monkeypatch.setattr(triton, "triton", None)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    refused("the package 'triton' is not installed")
 
 
 def test_a_stale_extension_is_noticed_in_a_checkout(csrc_build, tmp_path):
@@ -129,7 +103,6 @@ def test_a_layer_and_the_chain_below_it(launched, stride, kernel, shortcut):
 # name: channels, columns, filter, stride, expanded, compiled kernels forward and backward
 LAYERS = {
     "3x3": (40, 72, 3, 1, False, ["fprop", "dgrad"]),
-    "3x3, stride 2": (40, 40, 3, 2, False, ["fprop", "dgrad"]),
     "label expansion": (40, 40, 3, 1, True, ["dgrad"]),
     "a stem": (3, 40, 3, 2, False, []),
     "ragged columns": (40, 12, 3, 1, False, []),

@@ -6,7 +6,6 @@
 Every step adds one thing that only a device can settle (a descriptor, an order of corners, a
 barrier). The first step that fails names what to look at; the lines below it say which reading of
 the manual it rests on, and where its result is wrong. One that hangs is ended after half a minute.
-Without a device, WFNET_CUDA_EMULATE runs the steps on the emulated one.
 """
 
 from __future__ import annotations

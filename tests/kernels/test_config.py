@@ -94,12 +94,12 @@ def test_full_precision_follows_pytorch_however_it_was_set():
     before = matmul.allow_tf32
     try:
         matmul.allow_tf32 = False
-        assert full_precision(torch.float32, "linear")
-        assert not full_precision(torch.bfloat16, "linear")
+        assert full_precision(torch.float32, linear=True)
+        assert not full_precision(torch.bfloat16, linear=True)
         matmul.fp32_precision = "tf32"
         with pytest.raises(RuntimeError):
             _ = matmul.allow_tf32
-        assert not full_precision(torch.float32, "linear")
+        assert not full_precision(torch.float32, linear=True)
     finally:
         matmul.allow_tf32 = before
 

@@ -24,6 +24,6 @@ def test_both_directions(tokens, kind, nan_memory, tiles):
     forward = Forward(sizes(5, tokens, 1, 16, 40), residual=False, relu=False, save=False)
     scale, shift = torch.rand(5, 80)[:, 16:56], torch.randn(5, 50)[:, 8:48]
     forward.epilogue = replace(forward.epilogue, scale=scale, shift=shift)
-    forward.check(partial(conv_fprop, config=tiles[kind], op="linear"))
+    forward.check(partial(conv_fprop, config=tiles[kind]))
     backward = Backward(sizes(5, tokens, 1, 16, 24), mask="kept")
-    backward.check(partial(conv_dgrad, config=tiles[kind], op="linear"))
+    backward.check(partial(conv_dgrad, config=tiles[kind]))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -32,12 +32,16 @@ from wfnet.gate_tables import GatedLayer, GateTables
 
 @dataclass(frozen=True)
 class ConvGeometry:
-    """Stride, zero padding, dilation and groups of a convolution, each as (height, width)."""
+    """Stride, zero padding, dilation and groups of a convolution, each as (height, width).
+
+    ``linear``: it is a linear map of tokens as pixels, for which other settings of TF32 hold.
+    """
 
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
     groups: int = 1
+    linear: bool = False
 
     def output_size(self, height: int, width: int, kernel: tuple[int, int]) -> tuple[int, int]:
         """Returns height and width of the output for an input of ``height`` x ``width``."""
@@ -161,6 +165,9 @@ class LayerGradient(NamedTuple):
     shortcut: Tensor | None = None  # scale * g with the scale of LayerBelow.shortcut
 
 
+LINEAR = ConvGeometry(linear=True)
+
+
 def as_pixels(tokens: Tensor | None) -> Tensor | None:
     """Returns ``[B, T, C]`` as ``[B, C, T, 1]``, channels-last in memory."""
     return None if tokens is None else tokens.unsqueeze(2).permute(0, 3, 1, 2)
@@ -203,8 +210,8 @@ class Backend(ABC):
         return None
 
     def refuse_linear(self, x: Tensor, weight: Tensor) -> str | None:
-        """Returns why this backend cannot run the call, in one sentence; None if it can."""
-        return None
+        """As :meth:`refuse_conv2d`."""
+        return self.refuse_conv2d(as_pixels(x), as_filter(weight), LINEAR)
 
     def explain_conv2d(
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None = None
@@ -217,19 +224,14 @@ class Backend(ABC):
         reason = self.refuse_conv2d(x, weight, geometry)
         if reason is not None:
             return f"refused: {reason}"
-        return self.describe(x, weight, geometry, batch, "conv")
+        return self.describe(x, weight, geometry, batch)
 
     def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
         """As :meth:`explain_conv2d`."""
-        reason = self.refuse_linear(x, weight)
-        if reason is not None:
-            return f"refused: {reason}"
-        return self.describe(as_pixels(x), as_filter(weight), ConvGeometry(), batch, "linear")
+        return self.explain_conv2d(as_pixels(x), as_filter(weight), LINEAR, batch)
 
-    def describe(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
-    ) -> str:
-        """Says what runs a call that is not refused; ``op`` is ``conv`` or ``linear``."""
+    def describe(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None) -> str:
+        """Says what runs a call that is not refused."""
         return "can run"
 
     @abstractmethod
@@ -238,12 +240,13 @@ class Backend(ABC):
     ) -> Activation:
         """Computes ``act(scale * u + shift + residual)`` with ``u = conv(x[source], weight)``."""
 
-    @abstractmethod
     def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
         """Computes ``scale * u + shift`` with ``u = x[source] @ weight.T``, ``[B, T, O]``.
 
         ``epilogue`` has neither a residual nor a ReLU.
         """
+        found = self.conv2d(as_pixels(x), as_filter(weight), LINEAR, epilogue)
+        return Activation(as_tokens(found.out), as_tokens(found.branch))
 
     @abstractmethod
     def epilogue_backward(
@@ -308,11 +311,14 @@ class Backend(ABC):
             return None
         return self.conv2d_dgrad(scaled_grad, weight, input_shape, geometry).grad
 
-    @abstractmethod
     def linear_backward(
         self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
     ) -> Tensor | None:
         """As :meth:`conv2d_backward`; ``dout`` and ``layer.branch`` are ``[B, T, O]``."""
+        layer = replace(layer, branch=as_pixels(layer.branch))
+        shape = (input_shape[0], input_shape[2], input_shape[1], 1)
+        dx = self.conv2d_backward(as_pixels(dout), layer, as_filter(weight), shape, LINEAR)
+        return as_tokens(dx)
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool

@@ -9,7 +9,6 @@ says which. Launchers of the compiled kernels: :mod:`wfnet.backends.cuda_launch`
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import torch
@@ -35,11 +34,7 @@ def _refuse_tensor(x: Tensor) -> str | None:
         return library.missing
     if x.dtype not in cuda_launch.DTYPES:
         return cuda_launch.REFUSED_DTYPE.format(x.dtype)
-    if library.emulated:
-        if x.device.type != "cpu":
-            return f"WFNET_CUDA_EMULATE runs the kernels on the CPU, and x is on {x.device}"
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            return "WFNET_CUDA_EMULATE needs TRITON_INTERPRET=1, for Triton's part of the backend"
+    if library.emulated:  # on the host; Triton's part refuses it, unless it is interpreted
         return None
     if x.device.type != "cuda":
         return f"the CUDA kernels need a CUDA tensor, and x is on {x.device}"
@@ -62,9 +57,7 @@ class CudaBackend(TritonBackend):
     def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
         return _refuse_tensor(x) or super().refuse_conv2d(x, weight, geometry)
 
-    def describe(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
-    ) -> str:
+    def describe(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None) -> str:
         """Says whose kernels run forward and input gradient, and why."""
         named = []
         for backward, expands in ((False, batch is not None), (True, False)):
@@ -73,16 +66,11 @@ class CudaBackend(TritonBackend):
         return f"forward: {named[0]}; input gradient: {named[1]}"
 
     def conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        geometry: ConvGeometry,
-        epilogue: Epilogue,
-        op: str = "conv",
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
     ) -> Activation:
         expands = epilogue.source is not None
         if _refuse_hopper(False, tuple(x.shape), weight, geometry, expands) is not None:
-            return super().conv2d(x, weight, geometry, epilogue, op)
+            return super().conv2d(x, weight, geometry, epilogue)
         return cuda_launch.conv2d(x, weight, geometry, epilogue)
 
     def conv2d_dgrad(
@@ -93,12 +81,11 @@ class CudaBackend(TritonBackend):
         geometry: ConvGeometry,
         skip: Tensor | None = None,
         below: LayerBelow | None = None,
-        op: str = "conv",
     ) -> LayerGradient:
         """One GEMM; a projection shortcut takes a second pass over ``g``."""
         arguments = (scaled_grad, weight, input_shape, geometry, skip)
         if _refuse_hopper(True, input_shape, weight, geometry) is not None:
-            return super().conv2d_dgrad(*arguments, below, op)
+            return super().conv2d_dgrad(*arguments, below)
         shortcut = None if below is None else below.shortcut
         if shortcut is None:
             return cuda_launch.conv2d_dgrad(*arguments, below)

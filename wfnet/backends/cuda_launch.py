@@ -4,9 +4,8 @@ Tensors are ``[B, C, H, W]`` here, bf16 or fp16, and copied to channels-last mem
 not in it; tables are ``[B, C]`` fp32. All memory comes from PyTorch's allocator, workspaces
 included; kernels run on the current stream and may be captured in a CUDA graph.
 
-``WFNET_CUDA_EMULATE=PATH`` takes the kernels from the emulated module at PATH (built from the same
-sources by ``csrc/build.py --emulated``), which runs them on CPU tensors, thread by thread, and
-checks every access. It is for tests: slow, and refused for CUDA tensors.
+Tests put an emulated module in the place of :func:`library`'s. It is built from the same sources,
+runs the kernels on CPU tensors, thread by thread, and checks every access.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import os
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -33,7 +31,6 @@ from wfnet.backends.contract import (
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 REFUSED_DTYPE = "the CUDA kernels take float16 and bfloat16, not {} (use autocast)"
 _DEPTH = 64  # channels that the kernels multiply at a time (csrc/geometry.h)
-_EMULATE = "WFNET_CUDA_EMULATE"
 _EMULATED_PROCESSORS = 6  # three clusters
 
 
@@ -51,15 +48,7 @@ class Library(NamedTuple):
 
 @functools.cache
 def library() -> Library:
-    """Loads ``wfnet._C``, or the emulated module that WFNET_CUDA_EMULATE names, once."""
-    path = os.environ.get(_EMULATE)
-    if path:
-        spec = importlib.util.spec_from_file_location(os.path.basename(path).split(".")[0], path)
-        if spec is None or not os.path.exists(path):
-            return Library(None, f"{_EMULATE}={path} is not an emulated module")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return Library(module, None)
+    """Loads ``wfnet._C``, once."""
     try:
         module = importlib.import_module("wfnet._C")
         return Library(module, None) if _is_current(module) else Library(None, _STALE)

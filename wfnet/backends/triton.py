@@ -21,9 +21,6 @@ from wfnet.backends.contract import (
     LayerBelow,
     LayerGradient,
     PoolGeometry,
-    as_filter,
-    as_pixels,
-    as_tokens,
 )
 
 try:
@@ -40,7 +37,6 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INTERPRETED = triton is not None and interpreted(gate.gate_rows_kernel)
 _MOST_LABELS = 16
 _MOST_ROWS = 2**31
-POINTWISE = ConvGeometry()
 
 
 def _refuse_tensor(x: Tensor) -> str | None:
@@ -85,40 +81,25 @@ class TritonBackend(Backend):
             return f"{list(x.shape)} has more than 2**31 pixels"
         return None
 
-    def refuse_linear(self, x: Tensor, weight: Tensor) -> str | None:
-        return self.refuse_conv2d(as_pixels(x), as_filter(weight), POINTWISE)
-
-    def describe(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None, op: str
-    ) -> str:
+    def describe(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None) -> str:
         """Says which tiles forward and input gradient take, and why."""
         images, filters, expanded = channels_last(x), channels_last(weight), batch is not None
         shape = ConvShape.of(
             batch if expanded else x.shape[0], tuple(x.shape[2:]), weight, geometry
         )
-        forward = conv_fprop.fprop_choice(images, filters, shape, expanded, op=op)
+        forward = conv_fprop.fprop_choice(images, filters, shape, expanded)
         shape = replace(shape, batch=x.shape[0])
         ag = images.new_empty((shape.batch, *shape.out_size, shape.out_channels))
-        backward = conv_dgrad.dgrad_choice(ag, filters, shape, op=op)
+        backward = conv_dgrad.dgrad_choice(ag, filters, shape)
         return (
             f"forward {forward.config} ({forward.reason}); "
             f"input gradient {backward.config} ({backward.reason})"
         )
 
     def conv2d(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        geometry: ConvGeometry,
-        epilogue: Epilogue,
-        op: str = "conv",
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
     ) -> Activation:
-        """``op`` ``linear``: it is a linear map of pixels, whose TF32 setting holds."""
-        return conv_fprop.conv_fprop(x, weight, geometry, epilogue, op=op)
-
-    def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
-        found = self.conv2d(as_pixels(x), as_filter(weight), POINTWISE, epilogue, "linear")
-        return Activation(as_tokens(found.out), as_tokens(found.branch))
+        return conv_fprop.conv_fprop(x, weight, geometry, epilogue)
 
     def epilogue_backward(
         self,
@@ -138,22 +119,9 @@ class TritonBackend(Backend):
         geometry: ConvGeometry,
         skip: Tensor | None = None,
         below: LayerBelow | None = None,
-        op: str = "conv",
     ) -> LayerGradient:
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
-        arguments = (scaled_grad, weight, input_shape, geometry, skip, below)
-        return conv_dgrad.conv_dgrad(*arguments, op=op)
-
-    def linear_backward(
-        self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
-    ) -> Tensor | None:
-        pixels = replace(layer, branch=as_pixels(layer.branch))
-        scaled = self.epilogue_backward(as_pixels(dout), pixels).scaled_grad
-        if scaled is None:
-            return None
-        shape = (input_shape[0], input_shape[2], input_shape[1], 1)
-        found = self.conv2d_dgrad(scaled, as_filter(weight), shape, POINTWISE, op="linear")
-        return as_tokens(found.grad)
+        return conv_dgrad.conv_dgrad(scaled_grad, weight, input_shape, geometry, skip, below)
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool
