@@ -30,34 +30,3 @@ def test_data_that_do_not_fit_are_refused(make_net, dataset, multi_label_dataset
         evaluate_multi_label(make_net(), dataset)
     with pytest.raises(ValueError, match="no image has label 9"):
         evaluate_multi_label(make_net(), multi_label_dataset, classes=[9])
-
-
-class Half:
-    """Two ranks, one after the other: the second adds what the first has found."""
-
-    size, first, alone = 2, True, False
-
-    def __init__(self, rank, box):
-        self.rank, self.box = rank, box
-
-    def range(self, count):
-        return count * self.rank // 2, count * (self.rank + 1) // 2
-
-    def first_does(self, action):
-        return action()
-
-    def gather(self, value):
-        return [value]
-
-    def add(self, table):
-        self.box.append(table.clone())
-        return table.add_(self.box[len(self.box) - 4]) if self.rank else table
-
-
-def test_ranks_share_the_images(make_net, multi_label_dataset):
-    whole = evaluate_multi_label(make_net(), multi_label_dataset, options=QUIET)
-    box = []
-    for rank in range(2):
-        options = RunOptions(progress=False, ranks=Half(rank, box))
-        shared = evaluate_multi_label(make_net(), multi_label_dataset, options=options)
-    assert shared.records == whole.records

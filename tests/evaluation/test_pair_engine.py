@@ -11,6 +11,7 @@ from wfnet.evaluation.attribution import attribution
 from wfnet.evaluation.confusion import confusion_change
 from wfnet.evaluation.groups import evaluate_groups
 from wfnet.evaluation.pair_engine import Measure, PairEngine, RunOptions
+from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.evaluation.rows import evaluate
 
 K = 7
@@ -64,8 +65,11 @@ def test_logits_are_those_of_the_rows_in_mixed_batches(
         lambda net, images: evaluate_groups(net, images, [(0, 1), (2, 3)], QUIET),
         lambda net, images: attribution(net, images, steps=2, options=QUIET),
         lambda net, images: confusion_change(net, images, options=QUIET),
+        lambda net, images: relearn_times(
+            net.bake, images, images, net, config=RelearnConfig(max_epochs=2), options=QUIET
+        ),
     ],
-    ids=["rows", "groups", "attribution", "confusion"],
+    ids=["rows", "groups", "attribution", "confusion", "relearning"],
 )
 def test_the_model_and_the_random_states_stay_as_they_were(make_net, dataset, measure):
     net = make_net()

@@ -1,10 +1,7 @@
-import copy
-
 import pytest
-import torch
 
 from wfnet.evaluation.pair_engine import RunOptions
-from wfnet.evaluation.relearning import RelearnConfig, relearn, relearn_times
+from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 
 CLASSES = 3
 QUIET = RunOptions(progress=False)
@@ -57,19 +54,3 @@ def test_the_tolerance_is_counted_in_points(patches, linear):
     assert (exact.original, exact.accuracy) == (1.0, [0.9, 0.9])
     assert (exact.epochs, exact.epochs_tolerant) == (None, None)
     assert relearned(tolerance=0.1).epochs_tolerant == 0
-
-
-def test_runs_repeat_and_nothing_that_was_given_changes(dataset, make_net, patches, linear):
-    net, model = make_net(), linear(0)
-    before, state = copy.deepcopy((net, model)), torch.get_rng_state()
-    config = RelearnConfig(samples=8, batch_size=4, max_epochs=2)
-    first, again = (
-        relearn_times(net.bake, dataset, dataset, net.bake(None), None, config, QUIET)
-        for _ in range(2)
-    )
-    assert first.records == again.records
-    relearn(model, patches(), patches(4).images[:2], 0, 1.0, config)
-    assert torch.equal(torch.get_rng_state(), state)
-    for now, copied in zip((net, model), before, strict=True):
-        for name, tensor in now.state_dict().items():
-            assert torch.equal(tensor, copied.state_dict()[name]), name

@@ -110,9 +110,6 @@ def test_double_precision_and_autocast(dataset, make_net, make_model):
     assert double.mean.acc_r == run(wfnet.WFNet(make_model(), K), dataset).mean.acc_r
 
 
-ALL = list(range(K))
-
-
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
@@ -120,23 +117,19 @@ ALL = list(range(K))
         ([0, 1, 2], {}, "class 3 has no image"),
         ([0, 0], {"classes": [0]}, "all images of the data set are of class 0"),
         ([0, 1], {"classes": [0, K]}, "different integers, one or more, from 0 to 6"),
-        ([0, 1], {"classes": "3"}, "one or more"),
-        ([0, 1], {"classes": [0, 0]}, "different integers"),
-        (ALL, {"batch_size": 0}, "batch_size must be"),
-        (ALL, {"seed": -1}, "seed must be"),
-        (ALL, {"workers": -1}, "workers must be"),
-        (ALL, {"max_corrupt": -1}, "max_corrupt must be"),
-        (ALL, {"amp_dtype": torch.int64}, "amp_dtype=torch.int64 is not one of"),
-        (ALL, {"zrf_base": 1}, "zrf_base must be a number above 1"),
-        (ALL, {"zrf_mode": "other"}, "zrf_mode='other'"),
-        (ALL, {"retained_rows": K}, "retained_rows must be a whole number of at most 6"),
-        (ALL, {"retained_rows": 1}, "without a retained image"),
+        (range(K), {"batch_size": 0}, "batch_size must be"),
+        (range(K), {"seed": -1}, "seed must be"),
+        (range(K), {"max_corrupt": -1}, "max_corrupt must be"),
+        (range(K), {"amp_dtype": torch.int64}, "amp_dtype=torch.int64 is not one of"),
+        (range(K), {"zrf_base": 1}, "zrf_base must be a number above 1"),
+        (range(K), {"zrf_mode": "other"}, "zrf_mode='other'"),
+        (range(K), {"retained_rows": K}, "retained_rows must be a whole number of at most 6"),
+        (range(K), {"retained_rows": 1}, "without a retained image"),
     ],
 )
 def test_bad_input_is_one_clear_sentence(labels, options, message, make_net, make_dataset):
-    labels = torch.tensor(labels, dtype=torch.int64)
     with pytest.raises(ValueError, match=message):
-        run(make_net(), make_dataset(labels, classes=K + 1), **options)
+        run(make_net(), make_dataset(list(labels), classes=K + 1), **options)
 
 
 def test_an_interrupted_evaluation_goes_on(dataset, tmp_path, monkeypatch, make_net):
@@ -154,13 +147,9 @@ def test_an_interrupted_evaluation_goes_on(dataset, tmp_path, monkeypatch, make_
     monkeypatch.setattr(TensorImages, "batch", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run(net, dataset, batch_size=5, records=path)
-    first = len(read)
-    resumed = run(net, dataset, batch_size=4, records=path)
-    seen = [index for part in read[first + 1 :] for index in part]
-    assert seen == list(range(read[first - 1][0], len(dataset)))  # each once, none before
-    for left, right in zip(resumed.records, whole.records, strict=True):
-        assert (left.acc_r, left.acc_f) == (right.acc_r, right.acc_f)
-        assert left.zrf == pytest.approx(right.zrf, abs=1e-6)
+    resumed = run(net, dataset, batch_size=5, records=path)
+    assert resumed.records == whole.records
+    assert read[6:] == read[4:5] + [list(range(n, min(n + 5, 37))) for n in range(20, 37, 5)]
     # What is finished is read again, not computed.
     before = len(read)
     assert run(net, dataset, records=path).records == resumed.records

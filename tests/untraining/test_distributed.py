@@ -18,6 +18,8 @@ import wfnet
 from wfnet import UntrainConfig, untrain
 from wfnet.cli import main
 from wfnet.data import Batch
+from wfnet.evaluation import evaluate_multi_label
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services import ranks
 from wfnet.services.ranks import PeerFailed, Ranks
 from wfnet.untraining.checkpoints import Checkpoints
@@ -235,11 +237,18 @@ def test_an_evaluation_shared_by_two_ranks_counts_what_one_process_counts(
             records = tmp_path / "c.safetensors"
             result = wfnet.evaluate(net, test, ranks=Ranks(), records=records, **settings)
             result.to_json(tmp_path / f"{rank}.json")
+        shared = RunOptions(progress=False, ranks=Ranks())
+        precisions = evaluate_multi_label(net, runs.several_labels(), options=shared)
+        precisions.to_json(tmp_path / f"precisions_{rank}.json")
 
     assert both_ranks(work) == [0, 0]
+    alone = RunOptions(progress=False)
+    precisions = evaluate_multi_label(net, runs.several_labels(), options=alone)
     expected = wfnet.evaluate(net, test, **settings)
     for rank in (0, 1):
         assert (tmp_path / f"c-{rank}-of-2.safetensors").is_file()
+        several = json.loads((tmp_path / f"precisions_{rank}.json").read_text())
+        assert several["classes"] == [vars(record) for record in precisions.records]
         found = wfnet.EvaluationResult.from_json(tmp_path / f"{rank}.json")
         assert found.settings == expected.settings
         assert found.settings["corrupt_images"] == 3
