@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint format build test-gpu bench device tables clean help
+.PHONY: demo test test-triton lint format build test-gpu bench device tables clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -22,6 +22,15 @@ demo: $(READY) ## untrain every class of a small network on real digits, evaluat
 test: $(READY) ## the test suite, no GPU needed
 	# One thread a process: the tests' shapes are small, and the processes run side by side.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto $(ARGS)
+
+# The oldest Triton that wfnet runs on: that of PyTorch 2.11. Its wheel alone, beside what is installed.
+OLD_TRITON := build/triton36
+test-triton: $(READY) ## default kernels compile for Hopper with Triton 3.6.0 as well (needs its wheel)
+	@if test -d $(OLD_TRITON)/triton || $(BIN)/python -m pip install --quiet --no-deps \
+	    --disable-pip-version-check --retries 1 --target $(OLD_TRITON) triton==3.6.0; then \
+	  PYTHONPATH=$(OLD_TRITON) $(BIN)/python -c 'import triton; print("Triton", triton.__version__)' && \
+	  PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest tests/kernels/test_aot.py -k "not 80 and not 100" $(ARGS); \
+	else echo "NOT TESTED: there is no wheel of Triton 3.6.0 to be had here"; fi
 
 lint: $(READY) ## ruff: style and formatting
 	$(BIN)/ruff check .
