@@ -26,9 +26,9 @@ def make_net(kind="resnet", seed=0, moved=True, **options):
     if moved:
         for name, table in {**net.named_filters(), **net.named_statistics()}.items():
             with torch.no_grad():
-                table.add_(torch.randn_like(table)).abs_() if "var" in name else table.add_(
-                    2 * torch.randn_like(table)
-                )
+                table.add_(2 * torch.randn_like(table))
+                if "var" in name:
+                    table.abs_()
     return net
 
 
@@ -45,23 +45,12 @@ def test_a_fresh_row_is_the_original_network_bit_by_bit(kind):
     assert torch.equal(net.bake(None)(images()), net(images(), None))
 
 
-def test_targets_of_transformers_and_patterns():
-    net = make_net("vit")
-    ends = {name.split(".", 2)[2] for name in net.masked_layers}
-    assert ends == {"attn.qkv", "mlp.fc1"}
-    assert len(make_net("vit", targets=["attn.proj", "fc2"]).masked_layers) == len(
-        net.masked_layers
-    )
-    assert list(make_net(targets="layer3.*").masked_layers) == [
-        f"layer3.0.{n}" for n in ("bn1", "bn2", "downsample.1")
-    ]
-    with pytest.raises(ValueError, match=r"'layer9' matches no layer.*durable gates are"):
-        make_net(targets="layer9")
-    plain = models.create("vgg", CLASSES, width=8, batch_norm=False)
-    layers = wfnet.WFNet(plain, CLASSES, gate="durable").masked_layers.values()
-    assert [type(layer) for layer in layers] == [durable_layers.DurableConv2d] * 5
+def test_options_of_other_gates_are_refused():
+    model = models.create("vgg", CLASSES, width=8)
     with pytest.raises(ValueError, match="gate='hard' is none of sigmoid, durable"):
-        wfnet.WFNet(models.create("vgg", CLASSES, width=8), CLASSES, gate="hard")
+        wfnet.WFNet(model, CLASSES, gate="hard")
+    with pytest.raises(ValueError, match="soft_init is the start of durable gates"):
+        wfnet.WFNet(model, CLASSES, soft_init=1.0)
 
 
 @pytest.mark.parametrize("kind", ["resnet", "vgg", "vit"])
@@ -79,11 +68,9 @@ def test_mixed_rows_equal_baked_networks(kind):
 
 @torch.no_grad()
 def test_rows_out_of_range_give_nan_and_never_a_wrong_row():
-    layer = make_net().masked_layers["bn1"]
-    scale, shift = layer.tables(torch.tensor([[CLASSES], [-2], [1]]))
-    assert scale[:2].isnan().all()
-    assert shift[:2].isnan().all()
-    assert scale[2].isfinite().all()
+    for table in make_net().masked_layers["bn1"].tables(torch.tensor([[CLASSES], [-2], [1]])):
+        assert table[:2].isnan().all()
+        assert table[2].isfinite().all()
 
 
 def naive(norm, x, rows, gates):
@@ -150,8 +137,6 @@ def test_soft_gates_start_where_they_are_told_and_are_saved_with_it(tmp_path):
         assert again.gate == "durable"
         assert torch.equal(again(images(), 1), saved(images(), 1))
     assert "soft_init" not in vars(net.bake(1).get_submodule("blocks.0.mlp.fc1"))
-    with pytest.raises(ValueError, match="soft_init is the start of durable gates"):
-        wfnet.WFNet(models.create("vgg", CLASSES, width=8), CLASSES, soft_init=1.0)
 
 
 @torch.no_grad()
@@ -168,13 +153,6 @@ def test_closed_channels_leave_nothing_in_the_export():
     assert not norm.bias[:3].any()
     assert norm.running_var[:3].eq(1).all()
     torch.testing.assert_close(plain(images()), net(images(), 2), rtol=1e-9, atol=1e-9)
-    # whoever opens the channels again finds nothing but a constant in them
-    norm.weight.fill_(1)
-    norm.bias.zero_()
-    hidden = []
-    norm.register_forward_hook(lambda module, args, output: hidden.append(output))
-    plain(images())
-    assert hidden[0][:, :3].eq(0).all()
     assert all(torch.equal(before[k], v) for k, v in net.state_dict().items() if "bn1.al" not in k)
 
 

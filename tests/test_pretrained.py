@@ -96,15 +96,6 @@ def test_missing_files_are_named(tmp_path):
             wfnet.WFNet.from_pretrained(tmp_path, Net())
 
 
-@pytest.mark.parametrize("kept", [0, 100, -1])
-def test_truncated_filters_are_refused(tmp_path, kept):
-    trained().save_pretrained(tmp_path)
-    path = tmp_path / FILTERS_NAME
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
-        wfnet.WFNet.from_pretrained(tmp_path, Net())
-
-
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -145,21 +136,25 @@ def test_a_save_that_stops_between_its_files_is_noticed(tmp_path, monkeypatch):
     assert not wfnet.WFNet.from_pretrained(tmp_path, Net()).normalize_gate
 
 
-@pytest.mark.parametrize("bit", range(0, 8 * 700, 397))
-def test_a_flipped_bit_never_changes_the_filters(tmp_path, bit):
+def test_a_flipped_bit_never_changes_the_filters(tmp_path):
     net = trained()
     net.save_pretrained(tmp_path)
     path = tmp_path / FILTERS_NAME
-    data = bytearray(path.read_bytes())
-    at = len(data) * 8 * bit // (8 * 700)
-    data[at // 8] ^= 1 << at % 8
-    path.write_bytes(data)
-    try:
-        again = wfnet.WFNet.from_pretrained(tmp_path, Net())
-    except ValueError as error:
-        assert FILTERS_NAME in str(error)  # noqa: PT017
-    else:  # a flip in the name of an entry of the metadata
-        assert all(map(torch.equal, again.filter_parameters(), net.filter_parameters()))
+    content = path.read_bytes()
+    bits = 8 * len(content)
+    for at in range(0, bits, bits // 15):
+        damaged = bytearray(content)
+        damaged[at // 8] ^= 1 << at % 8
+        path.write_bytes(damaged)
+        try:
+            again = wfnet.WFNet.from_pretrained(tmp_path, Net())
+        except ValueError as error:
+            assert FILTERS_NAME in str(error)  # noqa: PT017
+        else:  # a flip in the name of an entry of the metadata
+            assert all(map(torch.equal, again.filter_parameters(), net.filter_parameters()))
+    path.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="truncated or not a safetensors file"):
+        wfnet.WFNet.from_pretrained(tmp_path, Net())
 
 
 def test_a_file_without_a_digest_loads(tmp_path):
@@ -173,27 +168,17 @@ def test_a_file_without_a_digest_loads(tmp_path):
     assert torch.equal(wfnet.WFNet.from_pretrained(tmp_path, Net())(X, 3), net(X, 3))
 
 
-def other_names(net):
-    return {"fc.weight": torch.zeros(2)}
-
-
-def other_shapes(net):
-    return {name: p.detach()[:, :-1].clone() for name, p in net.named_filters().items()}
-
-
-@pytest.mark.parametrize(
-    ("content", "says"),
-    [
-        (other_names, r"does not fit.*is only in one"),
-        (other_shapes, r"\[10, 3\], expected \[10, 4\]"),
-    ],
-)
-def test_filters_of_another_network_are_refused(tmp_path, content, says):
+def test_filters_of_another_network_are_refused(tmp_path):
     net = trained()
     net.save_pretrained(tmp_path)
-    save_file(content(net), tmp_path / FILTERS_NAME)
-    with pytest.raises(ValueError, match=says):
-        wfnet.WFNet.from_pretrained(tmp_path, Net())
+    shapes = {name: p.detach()[:, :-1].clone() for name, p in net.named_filters().items()}
+    for content, says in (
+        ({"fc.weight": torch.zeros(2)}, r"does not fit.*is only in one"),
+        (shapes, r"\[10, 3\], expected \[10, 4\]"),
+    ):
+        save_file(content, tmp_path / FILTERS_NAME)
+        with pytest.raises(ValueError, match=says):
+            wfnet.WFNet.from_pretrained(tmp_path, Net())
 
 
 @pytest.mark.parametrize(

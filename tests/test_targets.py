@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
-from wfnet import WFNet
+from wfnet import WFNet, models
 from wfnet.targets import choose_targets
 
 timm = pytest.importorskip("timm")
@@ -16,18 +17,8 @@ from timm.models.swin_transformer_v2 import SwinTransformerV2  # noqa: E402
 CLASSES = 10
 
 
-def tv(name, **options):
-    return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
-
-
 def tm(name, **options):
     return timm.create_model(name, num_classes=CLASSES, **options)
-
-
-def small(*layers, channels=4):
-    return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, CLASSES)
-    ).eval()
 
 
 @pytest.mark.parametrize(
@@ -47,7 +38,10 @@ def small(*layers, channels=4):
         ),
         (lambda: MlpMixer(CLASSES, 32, patch_size=8, num_blocks=1, embed_dim=16), "no convolution"),
         (lambda: nn.Sequential(nn.LazyConv2d(4, 3), nn.Flatten(), nn.LazyLinear(CLASSES)), "lazy"),
-        (lambda: small(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), "'0'.*param"),
+        (
+            lambda: nn.Sequential(weight_norm(nn.Conv2d(3, 4, 3)), nn.Linear(4, CLASSES)),
+            "'0'.*param",
+        ),
     ],
 )
 def test_refused_by_name(make, says):
@@ -95,7 +89,7 @@ def test_default_targets_leave_head_and_stem_of_transformers_alone():
     with torch.device("meta"):
         vgg = tm("vgg11")
     assert not any("pre_logits" in n or "head" in n for n in choose_targets(vgg))
-    squeeze = choose_targets(tv("squeezenet1_1"))
+    squeeze = choose_targets(torchvision.models.squeezenet1_1(num_classes=CLASSES))
     assert "classifier.1" not in squeeze
     vit = choose_targets(tm("vit_tiny_patch16_224", img_size=32, depth=1))
     assert vit == [f"blocks.0.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
@@ -116,6 +110,21 @@ def test_linear_maps_outside_of_blocks_and_of_position_biases_are_left_alone():
     model.pool = nn.ModuleDict({"q": nn.Linear(4, 4), "proj": nn.Linear(4, 4)})
     model.head = nn.Linear(4, CLASSES)
     assert choose_targets(model) == ["layer.0.query", "layer.0.dense", "pool.q", "pool.proj"]
+
+
+def test_targets_of_durable_gates():
+    vit = models.create("vit", CLASSES, depth=1)
+    assert choose_targets(vit, durable=True) == [f"blocks.0.{n}" for n in ("attn.qkv", "mlp.fc1")]
+    chosen = choose_targets(vit, ["attn.proj", "fc2"], durable=True)
+    assert chosen == [f"blocks.0.{n}" for n in ("attn.proj", "mlp.fc2")]
+    resnet = models.create("resnet", CLASSES, width=8)
+    chosen = choose_targets(resnet, "layer3.*", durable=True)
+    assert chosen == [f"layer3.0.{n}" for n in ("bn1", "bn2", "downsample.1")]
+    with pytest.raises(ValueError, match=r"'layer9' matches no layer.*durable gates are"):
+        choose_targets(resnet, "layer9", durable=True)
+    vgg = models.create("vgg", CLASSES, width=8, batch_norm=False)
+    layers = WFNet(vgg, CLASSES, gate="durable").masked_layers.values()
+    assert {type(layer).__name__ for layer in layers} == {"DurableConv2d"}
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "durable"])

@@ -19,7 +19,7 @@ back (docs/evaluation.md, "Transformers and compound rows").
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -60,36 +60,29 @@ class GateMode:
     moments: Callable[[str, Tensor, Tensor], None] | None = None
 
     @contextmanager
-    def _set(self, **changes: object) -> Iterator[None]:
-        before = dict(self.__dict__)
-        self.__dict__.update(changes)
-        try:
-            yield
-        finally:
-            self.__dict__.update(before)
-
-    def by_rows(self) -> AbstractContextManager:
-        """Tables of the rows inside, as outside of untraining."""
-        return self._set(**vars(GateMode()))
-
-    @contextmanager
     def grouped(
         self,
-        rows: Tensor,
+        rows: Tensor | None,
         noise: dict[str, Tensor] | None = None,
         soft: bool = True,
         moments: Callable[[str, Tensor, Tensor], None] | None = None,
-    ) -> Iterator[Tensor]:
+    ) -> Iterator[Tensor | None]:
         """Moments of the samples that share a row, inside; yields the rows of the groups, sorted.
 
         Args:
             rows: ``[B]`` int64, the row of every sample, none of them -1; or ``[B, J]``, several,
-                padded with -1.
+                padded with -1; None: the tables of the rows, as outside of untraining.
             noise, soft, moments: see the attributes.
         """
-        labels, groups = rows.unique(return_inverse=True, dim=0)
-        with self._set(labels=labels, groups=groups, noise=noise, soft=soft, moments=moments):
+        labels = groups = None
+        if rows is not None:
+            labels, groups = rows.unique(return_inverse=True, dim=0)
+        before = dict(vars(self))
+        vars(self).update(vars(GateMode(groups, labels, noise, soft, moments)))
+        try:
             yield labels
+        finally:
+            vars(self).update(before)
 
 
 def hard_gate(alpha: Tensor, uniform: Tensor | None = None) -> Tensor:

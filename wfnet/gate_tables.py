@@ -19,12 +19,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from wfnet import gates
+
+if TYPE_CHECKING:
+    from wfnet.backends.contract import Backend
 
 
 @dataclass(frozen=True)
@@ -61,23 +65,16 @@ class GatedLayer:
         return gamma, beta - self.mean.to(dtype) * gamma
 
 
-class GateRows(Protocol):
-    """Who computes rows of gates and their gradients: :mod:`wfnet.gates`, or a backend."""
-
-    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor: ...
-
-    def gate_rows_backward(self, t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor: ...
-
-
 class GateTables:
     """Makes the tables of all layers of a network.
 
     Args:
         layers: in network order, all with the same number of classes.
-        rows: who computes the gates of all layers, which stand side by side.
+        rows: who computes the gates of all layers, which stand side by side, and their gradients:
+            :mod:`wfnet.gates`, or a backend.
     """
 
-    def __init__(self, layers: Sequence[GatedLayer], rows: GateRows = gates):
+    def __init__(self, layers: Sequence[GatedLayer], rows: Backend | ModuleType = gates):
         self.rows = rows
         self.layers = tuple(layers)
         self.filters = [matrix.detach() for layer in layers for matrix in layer.filters]

@@ -32,7 +32,7 @@ class BasicBlock(nn.Module):
         return F.relu(self.bn2(self.conv2(out)) + skip)
 
 
-class _ResNet(nn.Module):
+class ResNet(nn.Module):
     """A 3x3 stem, stages of blocks at width, 2 width, 4 width ... channels, and one linear map."""
 
     def __init__(
@@ -65,42 +65,32 @@ class _ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class SmallResNet(_ResNet):
+def small_resnet(
+    num_classes: int, in_channels: int = 1, width: int = 24, depth: int = 8, stem_stride: int = 2
+) -> ResNet:
     """A CIFAR-style ResNet: a 3x3 stem and three stages of `width`, 2 `width`, 4 `width` channels.
 
     depth = 6 n + 2 for n blocks in each stage: 8, 14, 20 ... The stem's stride of 2 makes it four
     times cheaper than the usual `stem_stride=1`. Input [N, in_channels, H, W] with H and W from
     about 16 up, output logits [N, num_classes].
     """
-
-    def __init__(
-        self,
-        num_classes: int,
-        in_channels: int = 1,
-        width: int = 24,
-        depth: int = 8,
-        stem_stride: int = 2,
-    ):
-        blocks, rest = divmod(depth - 2, 6)
-        if rest or blocks < 1:
-            raise ValueError(f"depth must be 8, 14, 20, ... (6 n + 2), got {depth}")
-        super().__init__(num_classes, in_channels, width, 3, blocks, stem_stride)
+    blocks, rest = divmod(depth - 2, 6)
+    if rest or blocks < 1:
+        raise ValueError(f"depth must be 8, 14, 20, ... (6 n + 2), got {depth}")
+    return ResNet(num_classes, in_channels, width, 3, blocks, stem_stride)
 
 
-class ResNet18(_ResNet):
+def resnet18(num_classes: int, in_channels: int = 3, width: int = 64) -> ResNet:
     """ResNet-18 for small images: a 3x3 stem of stride 1, no pooling, stages of 2 blocks each.
 
     He et al., "Deep Residual Learning" (CVPR 2016), as usual on CIFAR: the stem of the ImageNet
     network would leave one pixel of 32. Stages have `width`, 2, 4 and 8 `width` channels (64: the
-    original's). Input [N, in_channels, H, W] with H and W from 8 up, output logits
-    [N, num_classes].
+    original's). Input [N, in_channels, H, W] with H and W from 8 up.
     """
-
-    def __init__(self, num_classes: int, in_channels: int = 3, width: int = 64):
-        super().__init__(num_classes, in_channels, width, 4, 2, 1)
+    return ResNet(num_classes, in_channels, width, stages=4, blocks=2, stem_stride=1)
 
 
-class _VGG(nn.Module):
+class VGG(nn.Module):
     """3x3 convolutions with bias in stages, each closed by a 2x2 maximum, and one linear map.
 
     stages: (number of convolutions, channels) of each.
@@ -133,37 +123,28 @@ class _VGG(nn.Module):
         return self.classifier(self.features(x).mean((2, 3)))
 
 
-class SmallVGG(_VGG):
+def small_vgg(
+    num_classes: int, in_channels: int = 1, width: int = 24, batch_norm: bool = True
+) -> VGG:
     """Five 3x3 convolutions with bias in three stages (1, 2, 2), each closed by a 2x2 maximum.
 
     Stages have `width`, 2 `width` and 4 `width` channels; `batch_norm=False` leaves out BatchNorm.
     Input [N, in_channels, H, W] with H and W from 8 up, output logits [N, num_classes].
     """
-
-    def __init__(
-        self, num_classes: int, in_channels: int = 1, width: int = 24, batch_norm: bool = True
-    ):
-        stages = ((1, width), (2, 2 * width), (2, 4 * width))
-        super().__init__(num_classes, in_channels, stages, batch_norm, ceil_mode=False)
+    stages = (1, width), (2, 2 * width), (2, 4 * width)
+    return VGG(num_classes, in_channels, stages, batch_norm, ceil_mode=False)
 
 
-class VGG16(_VGG):
+def vgg16(num_classes: int, in_channels: int = 3, width: int = 64, batch_norm: bool = True) -> VGG:
     """VGG-16 for small images: its 13 convolutions, here with BatchNorm, and one linear map.
 
     Simonyan and Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), configuration D; the
     three large linear maps are for 7x7 features, which images of 32 pixels do not leave. Stages
-    have `width`, 2, 4, 8 and 8 `width` channels (64: the original's); `batch_norm=False` leaves out
-    BatchNorm. Pooling rounds up, so that 28 pixels will do. Input [N, in_channels, H, W] with H and
-    W from 8 up, output logits [N, num_classes].
+    have `width`, 2, 4, 8 and 8 `width` channels (64: the original's). Pooling rounds up, so that 28
+    pixels will do. Input [N, in_channels, H, W] with H and W from 8 up.
     """
-
-    def __init__(
-        self, num_classes: int, in_channels: int = 3, width: int = 64, batch_norm: bool = True
-    ):
-        stages = tuple(
-            (n, factor * width) for n, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8))
-        )
-        super().__init__(num_classes, in_channels, stages, batch_norm, ceil_mode=True)
+    stages = tuple((n, factor * width) for n, factor in ((2, 1), (2, 2), (3, 4), (3, 8), (3, 8)))
+    return VGG(num_classes, in_channels, stages, batch_norm, ceil_mode=True)
 
 
 def _initialise_convolutions(model: nn.Module) -> None:
@@ -233,11 +214,11 @@ def vit_tiny(
 
 
 SMALL_MODELS: dict[str, Callable[..., nn.Module]] = {
-    "resnet": SmallResNet,
-    "vgg": SmallVGG,
+    "resnet": small_resnet,
+    "vgg": small_vgg,
     "vit": small_vit,
-    "resnet18": ResNet18,
-    "vgg16": VGG16,
+    "resnet18": resnet18,
+    "vgg16": vgg16,
     "vit_tiny": vit_tiny,
     "vit_small": partial(vit_tiny, width=384),  # 6 heads
 }

@@ -104,7 +104,7 @@ BAD_INPUT = [
     ("untrain --data-dir {images} --model resnet18 --pretrained --num-classes 3", "1000 classes"),
     ("untrain --data-dir {images} --model tv.resnet18 --pretrained --num-classes 3", "not 3"),
     ("{untrain} --num-classes 10", "--num-classes 10 does not match"),
-    ("{untrain} --in-chans 1", "does not fit this SmallResNet"),
+    ("{untrain} --in-chans 1", "does not fit this ResNet"),
     ("{untrain} --pretrained", "one of them"),
     ("{untrain} --targets conv9", "target 'conv9' matches no layer"),
     ("{untrain} -b 5", "batch_size must be even"),

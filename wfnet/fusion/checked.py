@@ -128,7 +128,7 @@ def _make(
             backend = backend_for(layers)
             plan = make_plan(model, images[:2])
             network = (DurableNetwork if plan.durable else PlanNetwork)(plan, backend)
-            with plan.layers[0].mode.by_rows() if plan.durable else nullcontext():
+            with plan.layers[0].mode.grouped(None) if plan.durable else nullcontext():
                 check_plan(network, unfused, images)
             if mode == "compile" and backend is backends.get("eager"):  # it has a graph to compile
                 network = _compiled(network, name)
