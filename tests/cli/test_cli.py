@@ -123,7 +123,7 @@ BAD_INPUT = [
     ("evaluate {run} --checkpoint {other}", "not the one these filters"),
     ("evaluate {run} --data digits", "digits has 10 classes"),
     ("evaluate {run} --tables --group-sizes 4", "--group-sizes 4 leaves none of the 3 classes"),
-    ("evaluate {run} --retained-rows 3", "retained_rows must lie in 1 .. 2"),
+    ("evaluate {run} --retained-rows 3", "retained_rows must be a whole number of at most 2"),
     ("evaluate {run} --zrf-base 1", "is not e or a number above 1"),
     ("evaluate {run} --published x/y", "nothing was published for 'x/y'"),
     ("evaluate {run} --tables --baselines {tmp}/no", "is no folder; give that of"),

@@ -21,7 +21,6 @@ import uuid
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import nn
@@ -281,20 +280,19 @@ def _untrain(
     if logged is not None:
         logged.finish()
     if ranks.first:
-        write_run(folder, options, **about, result=summary(result))
+        about["result"] = {
+            **{name: getattr(result, name) for name in ("steps", "best_step", "stopped_early")},
+            "seconds": round(result.seconds, 2),
+            "samples": result.samples,
+            "spent": {name: round(seconds, 2) for name, seconds in result.spent.items()},
+            "corrupt_images": len(result.corrupt_images),
+        }
+        if result.best is not None:
+            about["result"]["validation_acc_r"] = result.best.acc_r
+            about["result"]["validation_acc_f"] = result.best.acc_f
+        write_run(folder, options, **about)
         draw_training(result.history, folder)
         _show_result(result, folder, (config.classes or [0])[0])
-
-
-def summary(result: UntrainResult) -> dict[str, Any]:
-    """What a run came to, for ``config.json``."""
-    found = {name: getattr(result, name) for name in ("steps", "best_step", "stopped_early")}
-    found |= {"seconds": round(result.seconds, 2), "samples": result.samples}
-    found["spent"] = {name: round(seconds, 2) for name, seconds in result.spent.items()}
-    found["corrupt_images"] = len(result.corrupt_images)
-    if result.best is not None:
-        found |= {"validation_acc_r": result.best.acc_r, "validation_acc_f": result.best.acc_f}
-    return found
 
 
 def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.ExitStack) -> None:
