@@ -84,7 +84,9 @@ def test_a_dry_run_says_what_memory_the_run_takes(words, tmp_path, capfd):
     held = re.search(rf"{gates} in bfloat16, with the optimiser's state {gates}", shown.out)
     assert (held[1], held[2]) == ("1008 B", "3 KiB")  # 168 x 3 entries
     assert "2 images x 3 minibatches, 9 samples each" in shown.out
-    weights = re.search(r"memory +\d+ KiB on each device: (\d+) KiB of frozen weights", shown.out)
+    weights = re.search(
+        r"memory +about \d+ KiB on each device: (\d+) KiB of frozen weights", shown.out
+    )
     assert 4 * 19_723 / 1024 <= int(weights[1]) < 90  # and the statistics of BatchNorm
     assert "of a step over 2 images" in shown.out
     assert "profiler" not in shown.err

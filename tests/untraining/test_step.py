@@ -1,17 +1,15 @@
-"""The untraining step: gradients in one matrix, accumulation, static buffers, no host reads."""
+"""The untraining step: gradients in one matrix, accumulation, no waits for a device."""
 
 import collections
 
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import wfnet
-from wfnet import UntrainConfig, gates, models, untrain
+from wfnet import UntrainConfig, models, untrain
 from wfnet.data import open_data
 from wfnet.gate_tables import flat_matrix, flatten_filters
-from wfnet.untraining import step as step_module
 from wfnet.untraining.expansion import expand
 from wfnet.untraining.objectives import BalancedObjective, PaperObjective
 from wfnet.untraining.optimizers import RowAdam
@@ -89,38 +87,6 @@ def test_accumulated_gradients_are_the_mean(network):
         assert step.occurred[:-1].nonzero().flatten().tolist() == labels.tolist()
 
 
-class NoHostReads(TorchDispatchMode):
-    """Refuses operators that read device data on the host, or whose shape depends on it."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "bincount")
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name().removeprefix("aten::").partition(".")[0].rstrip("_").removeprefix("_")
-        assert not any(name.startswith(refused.lstrip("_")) for refused in self.REFUSED), name
-        if name in ("index", "index_put"):
-            kinds = {t.dtype for t in args[1] if t is not None}
-            assert not kinds & {torch.bool, torch.uint8}, "an index by a mask"
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("fuse", [True, False])
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_step_reads_nothing_on_the_host(network, fuse: bool, objective, monkeypatch):
-    net = network(fuse)
-    with flatten_filters(net.filter_parameters()):
-        step = step_of(net, objective, clip=3.0)
-        step([minibatch(0)], 0.1)  # as the warm-up before a capture
-        monkeypatch.setattr(gates, "_all_inside", lambda labels, classes: False)  # as on a device
-        images, batch = minibatch(1)
-        assert not fuse or net._fusion.network is not None
-        if not fuse:  # the labels of a host are looked at; those of a device are not
-            monkeypatch.setattr("wfnet.labels.torch.aminmax", lambda rows: (0, 0))
-        with NoHostReads():
-            step.accumulate(images, batch, 0.5, True)
-            step.accumulate(images, batch, 0.5, False)
-            step.update()
-
-
 def test_filters_stay_visible_while_flat(network):
     net, other = network(), network()
     params = net.filter_parameters()
@@ -145,43 +111,6 @@ def test_what_cannot_be_a_step_is_refused(network):
         pytest.raises(ValueError, match="cannot be captured: CUDA graphs need a CUDA device"),
     ):
         step_of(net, capture=True)
-
-
-class ReplayedAtOnce(step_module._Graphs):
-    """Static buffers and the order of a captured step, with the work itself in place of graphs."""
-
-    def __init__(self, step: UntrainingStep):
-        self.step = step
-        self.static = None
-        self.work: dict[tuple, object] = {}
-        self.unchanged = 0
-
-    def _run(self, key: tuple, work):
-        # A replay runs what was captured first: the closure of the first call.
-        self.unchanged += key in self.work
-        return self.work.setdefault(key, work)()
-
-
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_replayed_work_equals_ordinary_steps_bitwise(network, accumulate: int):
-    """Over changing labels, a smaller batch in between, and accumulated gradients."""
-    parts = [minibatch(seed, n) for seed, n in enumerate([6, 6, 6, 4, 6, 6])]
-    found = []
-    for replayed in (False, True):
-        with flatten_filters((net := network()).filter_parameters()):
-            step = step_of(net, channels_last=True)
-            if replayed:
-                step.graphs = ReplayedAtOnce(step)
-            losses = [
-                step(parts[start : start + accumulate], lr=0.1 / (start + 1)).total
-                for start in range(0, len(parts), accumulate)
-            ]
-            if replayed:
-                assert step.graphs.unchanged > 2
-            found.append(torch.cat([torch.stack(losses), step.gradient.flatten()]))
-            found.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
-    assert torch.equal(found[0], found[2])
-    assert torch.equal(found[1], found[3])
 
 
 # -- a run on a device: the host waits only where it must -----------------------------------------

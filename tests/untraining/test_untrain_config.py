@@ -6,7 +6,7 @@ import math
 import pytest
 
 from wfnet import UntrainConfig
-from wfnet.services.settings import Number
+from wfnet.services.settings import Number, attribute_texts
 
 
 @pytest.mark.parametrize(
@@ -44,6 +44,11 @@ def test_every_setting_refuses_what_makes_no_sense(field):
         length = {} if field.name in ("steps", "epochs") else {"steps": 20}
         with pytest.raises(ValueError, match=field.name):
             UntrainConfig(**length, **({field.name: value}))
+
+
+def test_the_docstring_explains_every_setting():
+    names = [field.name for field in dataclasses.fields(UntrainConfig)]
+    assert list(attribute_texts(UntrainConfig)) == names
 
 
 def test_lengths_and_sizes():

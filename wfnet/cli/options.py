@@ -190,19 +190,20 @@ class Group:
             self.add(flags, re.sub(r"\[(default: .*?)\]", r"(\1)", help), kind, **more)
 
     def add_fields(self, config: type, *names: str, prefix: str = "", defaults: Any = None) -> None:
-        """Adds an option for each field of a configuration that has a help text.
+        """Adds an option for each of some fields of a configuration.
 
         Args:
             config: a dataclass with fields made by :func:`wfnet.services.settings.setting`.
-            names: the fields, in the order of the help; by default all.
+            names: the fields, in the order of the help; by default all with a ``help``.
             prefix: before the name of each option, which then has no short form: ``"relearn-"``.
             defaults: a configuration with the defaults. None: an option that is not given is None,
                 as where a recipe decides.
         """
+        texts = settings.attribute_texts(config)
         for field in _option_fields(config, names):
-            about = field.metadata
+            about, text = field.metadata, field.metadata["help"] or texts[field.name]
             flags = " ".join([*_flags(field, prefix), about["metavar"] or ""])
-            self.add(flags, about["help"], about["values"], getattr(defaults, field.name, None))
+            self.add(flags, text, about["values"], getattr(defaults, field.name, None))
 
     def add_seed(self, what: str = "of everything random") -> None:
         self.add("--seed N", what, settings.seed, 0)

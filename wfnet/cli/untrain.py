@@ -51,12 +51,21 @@ from wfnet.services.ranks import Ranks, local_device
 from wfnet.training import accuracy
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
-from wfnet.untraining.memory import filter_memory, step_memory
+from wfnet.untraining.memory import bytes_per_image
 from wfnet.untraining.untrain_config import RECIPES
 from wfnet.wrapping import DURABLE_ALPHA_INIT, masks_linear_maps, wrap
 
 logger = logging.getLogger("wfnet")
 
+# Settings that are options, in the order of the help.
+_METHOD_OPTIONS = (
+    *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
+    *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "distil"),
+    *("share_images", "sampler", "compound", "shrink", "clip", "patience"),
+    *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
+    *("max_corrupt", "max_nan_steps"),
+)
+_OUTPUT_OPTIONS = ("checkpoint_every", "keep_checkpoints")
 # Images that the original network classifies before untraining starts, at most.
 _LOOK_AT = 1000
 
@@ -73,7 +82,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         const="auto",
     )
     group.add_config()
-    group.add_fields(UntrainConfig, "checkpoint_every", "keep_checkpoints")
+    group.add_fields(UntrainConfig, *_OUTPUT_OPTIONS)
     group.add_all(
         """
         --output DIR  folder of the run (default: runs/MODEL-DATA)
@@ -83,7 +92,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
             bar [default: 60]
         --log-wandb  log to Weights & Biases, too (TensorBoard events are written where it is
             installed)
-        --dry-run  check everything, run two small batches, show the plan and the memory it takes
+        --dry-run  check everything, run a small batch, show the plan and about what memory it takes
         """,
         log_interval=settings.positive_float,
     )
@@ -119,14 +128,7 @@ def _add_method_options(parser: Parser) -> None:
         alpha_init=settings.filter_entry,
     )
     add_list_options(group)
-    group.add_fields(
-        UntrainConfig,
-        *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
-        *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "distil"),
-        *("share_images", "sampler", "compound", "shrink", "clip", "patience"),
-        *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
-        *("max_corrupt", "max_nan_steps"),
-    )
+    group.add_fields(UntrainConfig, *_METHOD_OPTIONS)
     group.add_seed()
 
 
@@ -144,7 +146,8 @@ def make_config(
         rows: that are untrained; None for all. The recipe's length is that for as many classes.
         transformer: whether linear maps alone are masked.
     """
-    changes = config_changes(options, UntrainConfig) | {
+    given = config_changes(options, UntrainConfig, *_METHOD_OPTIONS, *_OUTPUT_OPTIONS, "seed")
+    changes = given | {
         "classes": rows,
         "channels_last": options.channels_last,
         "workers": options.workers,
@@ -324,15 +327,15 @@ def _show_plan(
     weights = sum(p.numel() for p in net.model.parameters())
     filters = sum(p.numel() for p in net.filter_parameters())
     accumulated = config.grad_accum_steps
-    memory = filter_memory(net, config.optimizer)
+    size, moments = _filter_bytes(net, config)
     several = f" x {accumulated} minibatches" if accumulated > 1 else ""
     shared = "" if ranks.alone else f", shared by {ranks.size} processes"
     print(
         f"data        {data}\n"
         f"network     {options.model}, {weights - filters:,} frozen weights\n"
         f"filters     {len(net.masked_layers)} layers, {filters // net.num_classes:,} gates for "
-        f"each of {net.num_classes} classes: {_size(memory.filters)} in {options.filter_dtype}, "
-        f"with the optimiser's state {_size(memory.filters + memory.moments)}\n"
+        f"each of {net.num_classes} classes: {_size(size)} in {options.filter_dtype}, with the "
+        f"optimiser's state {_size(size + moments)}\n"
         f"untraining  recipe {options.recipe}: up to {config.total_steps(len(data.train)):,} "
         f"steps of {config.images} images{several}, {config.samples} samples each under its row"
         f"{shared}; lr {config.lr:g}, seed {config.seed}\n"
@@ -341,21 +344,28 @@ def _show_plan(
     )
 
 
+def _filter_bytes(net: WFNet, config: UntrainConfig) -> tuple[int, int]:
+    """Bytes of all filters, and of the moments of RowAdam."""
+    size = sum(p.numel() * p.element_size() for p in net.filter_parameters())
+    return size, 2 * size if config.optimizer == "row_adam" else 0
+
+
 def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Ranks) -> None:
-    """What a step takes on one device, from two small ones."""
+    """About what the run takes on one device."""
     few = next(batches(images, torch.arange(len(images)).split(4), config.workers), None)
     if few is None:
         raise ValueError("none of the training images can be read; see the log")
     of_one = math.ceil(config.images / ranks.size)
-    step = step_memory(net, tuple(few.images.shape[1:]), config, of_one)
-    filters = filter_memory(net, config.optimizer)
+    step = of_one * bytes_per_image(net, few.images.shape[1:], config, max(2, min(8, of_one)))
+    size, moments = _filter_bytes(net, config)
     tensors = (*net.model.parameters(), *net.model.buffers())
-    weights = sum(t.numel() * t.element_size() for t in tensors) - filters.filters
+    weights = sum(t.numel() * t.element_size() for t in tensors) - size
+    filters = 4 * size + moments  # with the gradient, the best and the last good ones
     print(
-        f"memory      {_size(weights + filters.total + step.total)} on each device: "
-        f"{_size(weights)} of frozen weights, {_size(filters.total)} of filters (with moments, "
-        f"gradient, the best and the last good ones), {_size(step.total)} of a step over "
-        f"{of_one} images (measured on as many, or 8 to 32; {_size(step.per_image)} each)",
+        f"memory      about {_size(weights + filters + step)} on each device: {_size(weights)} of "
+        f"frozen weights, {_size(filters)} of filters (with moments, gradient, the best and the "
+        f"last good ones), {_size(step)} of a step over {of_one} images (estimated from a smaller "
+        "one)",
         flush=True,
     )
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import math
 import numbers
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +104,20 @@ def setting(
         values: a range of numbers, the allowed values, or ``bool`` for a switch; None: anything.
         flags: how the command line calls it, separated by spaces (``"-b --batch-size"``); by
             default ``--`` and the field's name.
-        metavar, help: as in argparse; by default a whole number is N and any other X. Fields
-            without ``help`` are no options.
+        metavar, help: as in argparse; by default a whole number is N and any other X, and the
+            help is what the docstring of the class says (:func:`attribute_texts`).
     """
     if metavar is None and isinstance(values, Number):
         metavar = "N" if values.whole else "X"
     metadata = {"values": values, "flags": flags, "metavar": metavar, "help": help}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def attribute_texts(config: type) -> dict[str, str]:
+    """Returns what the section "Attributes" of a class's docstring says of each, by name."""
+    section = inspect.getdoc(config).partition("Attributes:\n")[2].partition("\n\n")[0]
+    found = re.findall(r"^    (\w+): (.+(?:\n     .+)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in found}
 
 
 def check_settings(config: Any) -> None:

@@ -25,155 +25,109 @@ from wfnet.services.settings import (
 class UntrainConfig:
     """Settings of :func:`wfnet.untrain`; :meth:`recipe` returns the shipped ones.
 
+    ``wfnet untrain --help`` explains its options with these texts.
+
     Attributes:
         objective: "balanced", "paper" (see :mod:`wfnet.untraining.objectives`) or "durable"
             (:mod:`wfnet.untraining.durable`, for a ``WFNet(..., gate="durable")``).
-        steps, epochs: length of the run, one of the two. An epoch is one pass over as many images
-            as the training set has.
-        batch_size: images n of a minibatch, even: one half unlearns, one half is retained.
-        label_expansion: M, rows that each retained image goes through.
-        share_images: the same n / 2 images serve both halves.
-        compound: weight of samples under two rows at once
-            (:func:`wfnet.untraining.expansion.expand`), of images with one label; 0: there are
-            none.
-        sampler: "round_robin" (every class unlearns equally often) or "shuffled".
-        optimizer: "row_adam" or "sgd".
-        lr, schedule, lr_final: learning rate; "cosine" takes it to ``lr * lr_final``, "constant"
-            leaves it.
-        clip: bound on the absolute value of filter entries after each step; None for none.
-        shrink: how far, times the learning rate, each step of the first 70% draws the filters that
-            it moves towards their start (row_adam): few gates close, and those wholly.
-        lambda0, lambda1, lambda2: weights of the objective's terms.
-        distil: balanced: retain by distillation from the original network, else cross entropy.
-        match: durable: weight of drawing the class's logit to where it lies for other images.
-        retain_images: durable: images of other classes in the group of a row.
+        steps: length of the run in steps ...
+        epochs: ... or in epochs; an epoch reads as many images as the training set has
+        batch_size: images of a minibatch on all GPUs together, even: one half unlearns, one half
+            is retained (durable: the images of some rows)
+        label_expansion: rows that each retained image goes through
+        share_images: the same images serve the forget and the retain half
+        compound: weight of samples under two rows at once, of images with one label; 0: there are
+            none
+        sampler: order of images: every class unlearns equally often, or shuffled
+        optimizer: optimiser
+        lr: learning rate
+        schedule: learning-rate schedule: to lr * lr_final at the end, or constant
+        lr_final: share of the learning rate that is left at the end
+        clip: bound on the absolute value of filter entries after each step
+        shrink: how far, times the learning rate, a step of the first seven tenths draws filters
+            that it moves towards their start (row_adam): few gates close, and those wholly
+        lambda0: weight of retaining (recipe paper)
+        lambda1: weight of forgetting
+        lambda2: weight of open gates (recipe paper)
+        distil: retain by distillation from the original network, or by cross entropy (recipe
+            balanced)
+        match: weight of drawing the class's logit to where it lies for other images (recipe
+            durable)
         forget_images: durable: images of the row's class in its group; ``batch_size`` images make
-            ``batch_size // (forget_images + retain_images)`` groups.
-        statistics_images: durable: images from which a row's statistics are measured at the end.
-        seed: decides everything random.
-        patience: validations without improvement after which the run stops.
-        validations_per_epoch: how often the validation split is looked at.
-        min_validations: validations of a run, at least, however short it is in epochs.
-        validation_images: images of the validation split that are looked at, drawn by seed evenly
-            over classes; None: 1,000, or ten a class.
-        stop_on: "accuracy", ``0.5 * ((1 - Acc_f) + Acc_r)``, or "loss", the objective on the
-            validation split. Equal accuracies are decided by the loss.
+            ``batch_size // (forget_images + retain_images)`` groups
+        retain_images: durable: images of other classes in the group of a row
+        statistics_images: durable: images from which a row's statistics are measured at the end
+        seed: of everything random
+        patience: stop after so many validations without improvement
+        validations_per_epoch: looks at validation images
+        stop_on: what validations are compared by: accuracy (0.5 * ((1 - Acc_f) + Acc_r); of equal
+            ones the loss decides), or the loss, the objective on validation images
         validation_rows: other rows that each validation image is retained under; with more
-            classes than that, Acc_r is an estimate over rows drawn once.
-        amp: autocast dtype, "bfloat16" or None.
-        channels_last: images and weights in channels-last layout.
+            classes than that, Acc_r is an estimate over rows drawn once
+        amp: autocast dtype, "bfloat16" or None
+        channels_last: images and weights in channels-last layout
         fuse: run the network as one fused plan where it can be (:mod:`wfnet.fusion`); "compile":
-            with what lies between the convolutions compiled (:class:`wfnet.WFNet`).
-        workers: processes that read images.
-        max_corrupt: images that may be unreadable; None: 10, or one in a thousand.
-        max_nan_steps: steps whose loss is NaN or infinite that may be left out, with a line in the
-            log each; the next one ends the run. Above 0 the host waits for every loss.
-        grad_accum_steps: minibatches whose mean gradient makes one step.
+            with what lies between the convolutions compiled (:class:`wfnet.WFNet`)
+        workers: processes that read images
+        max_corrupt: corrupt images that are left out (default: 10, or one in a thousand)
+        max_nan_steps: steps with a loss that is NaN or infinite that are left out, with a line in
+            the log each; above 0 the host waits for every loss (default: 0)
+        grad_accum_steps: minibatches whose mean gradient makes one step (default: 1)
         capture: run steps as a CUDA graph (:mod:`wfnet.untraining.step`); None: where that is
-            possible.
-        checkpoint_every: steps between checkpoints; None: at every validation. After three minutes
-            without one, one is written anyway.
-        keep_checkpoints: checkpoints that stay; a damaged newest one falls back to the one before.
+            possible
+        checkpoint_every: steps between checkpoints (default: at every validation); one is written
+            at least every few minutes
+        keep_checkpoints: checkpoints that stay: a damaged newest one falls back to the one before
+            (default: 2)
+        min_validations: validations of a run, at least (default: 10)
+        validation_images: validation images that are looked at in the run, drawn by seed evenly
+            over classes (default: 1000, or ten a class)
         classes: labels whose rows are untrained, two or more; the rows of all others stay as they
-            are, and need no images. Images of others serve the retain half alone. None: all.
+            are, and need no images. Images of others serve the retain half alone. None: all
 
     Raises:
         ValueError: for values out of range, before any work starts.
     """
 
     objective: str = setting("balanced", ("balanced", "paper", "durable"))
-    steps: int | None = setting(None, positive_int, help="length of the run in steps ...")
-    epochs: float | None = setting(None, positive_float, metavar="N", help="... or in epochs")
-    batch_size: int = setting(
-        32,
-        int_from(2, 10**6),
-        flags="-b --batch-size",
-        help="images of a minibatch on all GPUs together, even",
-    )
-    label_expansion: int = setting(
-        3,
-        positive_int,
-        flags="-M --label-expansion",
-        metavar="M",
-        help="rows that each retained image goes through",
-    )
-    share_images: bool = setting(
-        True, bool, help="the same images serve the forget and the retain half"
-    )
-    compound: float = setting(
-        0.0, non_negative_float, help="weight of samples under two rows at once"
-    )
-    sampler: str = setting("round_robin", ("round_robin", "shuffled"), help="order of images")
-    optimizer: str = setting("row_adam", ("row_adam", "sgd"), flags="--opt", help="optimiser")
-    lr: float = setting(0.2, positive_float, help="learning rate")
-    schedule: str = setting(
-        "cosine", ("cosine", "constant"), flags="--sched", help="learning-rate schedule"
-    )
+    steps: int | None = setting(None, positive_int)
+    epochs: float | None = setting(None, positive_float, metavar="N")
+    batch_size: int = setting(32, int_from(2, 10**6), flags="-b --batch-size")
+    label_expansion: int = setting(3, positive_int, flags="-M --label-expansion", metavar="M")
+    share_images: bool = setting(True, bool)
+    compound: float = setting(0.0, non_negative_float)
+    sampler: str = setting("round_robin", ("round_robin", "shuffled"))
+    optimizer: str = setting("row_adam", ("row_adam", "sgd"), flags="--opt")
+    lr: float = setting(0.2, positive_float)
+    schedule: str = setting("cosine", ("cosine", "constant"), flags="--sched")
     lr_final: float = setting(0.01, non_negative_float)
-    clip: float | None = setting(None, positive_float, help="bound on filter entries")
-    shrink: float = setting(
-        0.0,
-        non_negative_float,
-        help="how far a step draws filters towards their start, times the learning rate",
-    )
-    lambda0: float = setting(1.0, non_negative_float, help="weight of retaining (recipe paper)")
-    lambda1: float = setting(0.3, non_negative_float, help="weight of forgetting")
-    lambda2: float = setting(1.0, non_negative_float, help="weight of open gates (recipe paper)")
-    distil: bool = setting(True, bool, help="retain by distillation, or by cross entropy")
-    match: float = setting(
-        0.1, non_negative_float, help="weight of hiding the class's logit (recipe durable)"
-    )
+    clip: float | None = setting(None, positive_float)
+    shrink: float = setting(0.0, non_negative_float)
+    lambda0: float = setting(1.0, non_negative_float)
+    lambda1: float = setting(0.3, non_negative_float)
+    lambda2: float = setting(1.0, non_negative_float)
+    distil: bool = setting(True, bool)
+    match: float = setting(0.1, non_negative_float)
     forget_images: int = setting(8, positive_int)
     retain_images: int = setting(32, int_from(2))
     statistics_images: int = setting(1024, int_from(2))
-    seed: int = setting(0, settings.seed, help="of everything random")
-    patience: int = setting(
-        10, positive_int, help="stop after so many validations without improvement"
-    )
-    validations_per_epoch: float = setting(
-        5, positive_float, metavar="N", help="looks at validation images"
-    )
-    stop_on: str = setting(
-        "accuracy", ("accuracy", "loss"), help="what validations are compared by"
-    )
+    seed: int = setting(0, settings.seed)
+    patience: int = setting(10, positive_int)
+    validations_per_epoch: float = setting(5, positive_float, metavar="N")
+    stop_on: str = setting("accuracy", ("accuracy", "loss"))
     validation_rows: int = setting(4, positive_int)
     amp: str | None = setting(None, (None, "bfloat16"))
     channels_last: bool = setting(True, bool)
     fuse: bool | str = setting(True, (True, False, "compile"))
     workers: int = setting(0, settings.workers)
-    max_corrupt: int | None = setting(
-        None, non_negative_int, help="corrupt images that are left out"
-    )
-    max_nan_steps: int = setting(
-        0,
-        non_negative_int,
-        help="steps with a loss that is NaN or infinite that are left out (default: 0)",
-    )
-    grad_accum_steps: int = setting(
-        1, positive_int, help="minibatches whose mean gradient makes one step (default: 1)"
-    )
+    max_corrupt: int | None = setting(None, non_negative_int)
+    max_nan_steps: int = setting(0, non_negative_int)
+    grad_accum_steps: int = setting(1, positive_int)
     capture: bool | None = setting(None, (None, True, False))
-    checkpoint_every: int | None = setting(
-        None,
-        positive_int,
-        help="steps between checkpoints (default: at every validation); one is written at least "
-        "every few minutes",
-    )
-    keep_checkpoints: int = setting(
-        2,
-        positive_int,
-        metavar="K",
-        help="checkpoints that stay: a damaged newest one falls back to the one before "
-        "(default: 2)",
-    )
-    min_validations: int = setting(
-        10, positive_int, help="validations of a run, at least (default: 10)"
-    )
-    validation_images: int | None = setting(
-        None,
-        positive_int,
-        help="validation images that are looked at in the run (default: 1000, or ten a class)",
-    )
+    checkpoint_every: int | None = setting(None, positive_int)
+    keep_checkpoints: int = setting(2, positive_int, metavar="K")
+    min_validations: int = setting(10, positive_int)
+    validation_images: int | None = setting(None, positive_int)
     classes: tuple[int, ...] | None = setting(None)
 
     def __post_init__(self) -> None:
