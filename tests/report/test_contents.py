@@ -28,13 +28,8 @@ def test_results_of_other_filters_are_left_out(run):
         read_contents(run)
 
 
-def test_bad_folders(tmp_path, make_run):
-    with pytest.raises(FileNotFoundError, match="is not a folder"):
-        read_contents(tmp_path / "none")
-    with pytest.raises(FileNotFoundError, match="holds nothing to report yet: `wfnet evaluate"):
-        read_contents(tmp_path)
-    make_run(tmp_path, 2)
-    for text in ("{", "[]"):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match=r"config.json is damaged"):
-            read_contents(tmp_path)
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_file(run, text):
+    (run / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config.json is damaged"):
+        read_contents(run)

@@ -6,11 +6,9 @@ from wfnet.evaluation import EvaluationResult
 from wfnet.report.figures import accuracy_per_class, overview
 
 
-@pytest.mark.parametrize(
-    ("classes", "name"), [(2, "{}"), (12, "airplane no. {}"), (1000, "class {}")]
-)
-def test_heights_are_those_of_the_records(tmp_path, drawn, make_evaluation, classes, name):
-    result = make_evaluation(classes, [name.format(k) for k in range(classes)])
+@pytest.mark.parametrize("classes", [2, 12, 300])
+def test_heights_are_those_of_the_records(tmp_path, drawn, make_evaluation, classes):
+    result = make_evaluation(classes, [f"airplane no. {k}" for k in range(classes)])
     accuracy_per_class(result, tmp_path / "accuracy.png")
     for axis, measure in zip(drawn[0].axes, ("acc_f", "acc_r"), strict=True):
         if classes <= 40:
