@@ -28,9 +28,8 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
+from image_folders import write_images
 from script import begin, make_parser
 
 from wfnet.data import CachedImages, ImageFiles, ImageShards, batches, evaluation_transform
@@ -40,29 +39,6 @@ from wfnet.services.files import write_json
 
 CLASSES = 8
 Epoch = Callable[[int], Iterator[int]]  # number of the epoch -> sizes of batches
-
-
-def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Returns pixels [height, width, 3] uint8 with the spectrum of photographs.
-
-    Noise whose amplitude falls with frequency. It goes on at the opposite edge where it ends.
-    """
-    down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
-    amplitude = 1 / np.maximum(np.hypot(down, across), 1 / width)
-    spectrum = amplitude * np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
-    pixels = np.fft.irfft2(spectrum, (height, width))
-    pixels = 128 + 50 * pixels / pixels.std() + rng.normal(0, 8, pixels.shape)
-    return pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0)
-
-
-def write_images(root: Path, count: int) -> None:
-    """Writes JPEG files of ImageNet's average size."""
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        image = Image.fromarray(photograph(rng, 375, 500))
-        path = root / f"class{number % CLASSES}" / f"{number:06d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, quality=90)
 
 
 def pack(root: Path, packed: Path, per_shard: int = 128) -> None:
@@ -191,7 +167,8 @@ def main(argv: list[str] | None = None) -> dict:
         folder = Path(name)
         root = args.data_dir or folder / "images"
         if args.data_dir is None:
-            write_images(root, args.images)
+            names = [f"class{n % CLASSES}/{n:06d}.jpg" for n in range(args.images)]
+            write_images(root, names, 375, 500)
         pack(root, folder / "shards")
         sizes = [path.stat().st_size for path in root.glob("*/*")]
         record |= {"files": len(sizes), "mean_bytes": statistics.mean(sizes)}

@@ -14,6 +14,7 @@ import argparse
 import logging
 import time
 import warnings
+from logging.handlers import BufferingHandler
 from typing import Any
 
 import timm
@@ -80,17 +81,6 @@ def create(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, int]:
     return model.eval(), size
 
 
-class _Lines(logging.Handler):
-    """What the package logs about fusion."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def examine(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """Finds what works for one network, and why not what does not."""
     model, size = create(name, arguments)
@@ -137,8 +127,8 @@ def examine(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fusion(net: wfnet.WFNet, images: torch.Tensor) -> tuple[str, str]:
-    """ "all", "part" or "no", and the reason."""
-    lines = _Lines()
+    """Returns what the fused plan covers, or "no" and the reason, as the package logs it."""
+    lines = BufferingHandler(1000)
     logger = logging.getLogger("wfnet")
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
@@ -148,7 +138,7 @@ def _fusion(net: wfnet.WFNet, images: torch.Tensor) -> tuple[str, str]:
     finally:
         logger.removeHandler(lines)
         net.fuse = False
-    text = " ".join(lines.lines)
+    text = " ".join(record.getMessage() for record in lines.buffer)
     _, unfused, reason = text.partition("runs unfused: ")
     if unfused:
         return "no", reason

@@ -16,8 +16,8 @@ where the time went:
     steps         the rest: the steps themselves
     validation, checkpoints
 
-Writes JSON. Images and runs go into --scratch; images stay there for the next
-call. They were just written, so what is measured is decoding them, not a disk.
+Writes JSON. Images and runs go into --scratch; images stay there for the next call. They were just
+written, so what is measured is decoding them, not a disk.
 """
 
 from __future__ import annotations
@@ -35,9 +35,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import image_folders
 import torch
-from image_folders import ImageFolder
+from image_folders import write_images
 from script import begin, make_parser
 from torch import nn
 
@@ -52,28 +51,22 @@ SAMPLES = 1_400_000  # expanded ones that 1,000 classes cost, by what a class co
 PURPOSES = ("program", "start", "data", "steps", "validation", "checkpoints")
 
 
-def command(args: argparse.Namespace, record: dict[str, Any], *words: object) -> float:
-    """Runs a command of wfnet; returns its seconds, from the start of Python to its end.
-
-    Raises:
-        SystemExit: if it ends with an error; what came before is in the record.
-    """
-    words = [str(word) for word in words]
-    print(f"wfnet {shlex.join(words)}", flush=True)
-    started = time.perf_counter()
-    done = subprocess.run([sys.executable, "-m", "wfnet", *words], check=False)
-    seconds = time.perf_counter() - started
-    shown = shlex.join(["wfnet", *words]).replace(str(args.scratch), "SCRATCH")
-    record["commands"][words[0]] = {
-        "command": shown,
-        "status": done.returncode,
-        "seconds": seconds,
-    }
-    if args.output:
-        write_json(args.output, record)
-    if done.returncode:
-        raise SystemExit(f"wfnet {words[0]} ended with status {done.returncode}")
-    return seconds
+def image_folder(args: argparse.Namespace) -> Path:
+    """Returns a folder with the images that the run needs, made unless it is there."""
+    counts = {"train": args.images_per_class, "val": 2, "test": 1}
+    root = args.scratch / f"images-{args.classes}x{args.images_per_class}-{args.image_size}"
+    if not root.exists():
+        unfinished = root.with_suffix(".part")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        names = [
+            f"{part}/{label:04d}/{number:05d}.jpg"
+            for part, count in counts.items()
+            for label in range(args.classes)
+            for number in range(count)
+        ]
+        write_images(unfinished, names, args.image_size, args.image_size)
+        unfinished.rename(root)
+    return root
 
 
 @torch.no_grad()
@@ -99,8 +92,20 @@ def random_base(args: argparse.Namespace, images: Path, to: Path) -> None:
     write_tensors(to / BASE_NAME, model.state_dict(), {"format": "pt"})
 
 
-def untrain(args: argparse.Namespace, record: dict, images: Path, base: Path, run: Path) -> None:
-    """Runs `wfnet untrain` and notes where its time went."""
+def run_wfnet(words: list[str]) -> None:
+    """Runs a command of wfnet in a process of its own.
+
+    Raises:
+        SystemExit: if it ends with an error.
+    """
+    print(f"wfnet {shlex.join(words)}", flush=True)
+    status = subprocess.run([sys.executable, "-m", "wfnet", *words], check=False).returncode
+    if status:
+        raise SystemExit(f"wfnet {words[0]} ended with status {status}")
+
+
+def untrain(args: argparse.Namespace, images: Path, base: Path, run: Path) -> dict[str, Any]:
+    """Runs `wfnet untrain`; returns its seconds with the start of Python, and where they went."""
     config = args.config
     words = ["--model", args.network, "--checkpoint", base / BASE_NAME, "--backend", args.backend]
     words += ["--steps", config.steps, "-b", config.batch_size, "-M", config.label_expansion]
@@ -110,10 +115,12 @@ def untrain(args: argparse.Namespace, record: dict, images: Path, base: Path, ru
     words += ["--validations-per-epoch", 2, "--patience", 100]
     words += [*(["--amp"] if args.amp else []), *(["--torchcompile"] if args.torchcompile else [])]
     words += ["--threads", args.threads] if args.threads else []
-    whole = command(args, record, "untrain", *words)
+    started = time.perf_counter()
+    run_wfnet(["untrain", *map(str, words)])
+    whole = time.perf_counter() - started
     result = json.loads((run / "config.json").read_text())["result"]
     spent = {"program": max(0.0, whole - result["seconds"]), **result["spent"]}
-    record["untraining"] = {
+    return {
         "seconds": whole,
         "spent": {name: spent[name] for name in PURPOSES},
         "steps": result["steps"],
@@ -155,14 +162,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.workers = max(1, (os.cpu_count() or 1) - 1) if args.workers is None else args.workers
     args.amp = args.device.startswith("cuda") if args.amp is None else args.amp
     try:
-        args.config, args.wanted = plan(args)
+        args.config, args.images_per_class = plan(args)
     except ValueError as error:
         parser.error(str(error))
     return args
 
 
-def plan(args: argparse.Namespace) -> tuple[UntrainConfig, ImageFolder]:
-    """Returns the settings of the run, and the images that it needs: each is read once.
+def plan(args: argparse.Namespace) -> tuple[UntrainConfig, int]:
+    """Returns the settings of the run, and how many images of each class are read, each once.
 
     Raises:
         ValueError: for settings that make no sense.
@@ -176,26 +183,23 @@ def plan(args: argparse.Namespace) -> tuple[UntrainConfig, ImageFolder]:
     samples = args.samples or SAMPLES * args.classes // 1000
     steps = math.ceil(samples / (images * (1 + config.label_expansion)))
     config = UntrainConfig.recipe("balanced", args.classes, **changes, steps=steps)
-    train = math.ceil(config.steps * images / args.classes)
-    return config, ImageFolder(args.classes, train, 2, 1, args.image_size)
+    return config, math.ceil(config.steps * images / args.classes)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
     args.workers = fitting_workers(args.workers, args.config.batch_size // 2, args.image_size)
-    record = begin("whole_run", args, argv, "config", "wanted")
-    record |= {"files": args.wanted.files, "commands": {}}
-    images = image_folders.make(args.wanted, args.scratch, os.cpu_count() or 1)
+    record = begin("whole_run", args, argv, "config")
+    images = image_folder(args)
     folder = args.scratch / f"{args.network.replace('/', '-')}-{args.classes}"
     shutil.rmtree(folder, ignore_errors=True)
     try:
         random_base(args, images, folder / "base")
-        untrain(args, record, images, folder / "base", folder / "run")
+        ours = record["untraining"] = untrain(args, images, folder / "base", folder / "run")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        if args.output:
-            write_json(args.output, record)
-    ours = record["untraining"]
+    if args.output:
+        write_json(args.output, record)
     parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in ours["spent"].items())
     print(f"{ours['samples']:,} expanded samples in {ours['seconds']:.1f} s ({parts})")
     return record

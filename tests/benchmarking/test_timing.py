@@ -19,9 +19,9 @@ def test_calls_take_turns_and_one_that_fails_costs_no_other():
         return float(len(order))
 
     calls = {"a": lambda: order.append("a"), "b": fails, "c": lambda: order.append("c")}
-    times, failed = interleaved(calls, 3, clock, warm_up=1, at_most={"c": 1})
+    times, failed = interleaved(calls, 4, clock, at_most={"c": 2})
     assert order == list("abcabcaba")
-    assert times == {"a": [4.0, 7.0, 9.0], "b": [5.0], "c": [6.0]}
+    assert times == {"a": [1.0, 4.0, 7.0, 9.0], "b": [2.0, 5.0], "c": [3.0, 6.0]}
     assert failed == {"b": "KeyError: 'gone'"}
 
 

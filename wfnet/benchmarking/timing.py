@@ -35,14 +35,12 @@ def interleaved(
     calls: Mapping[str, Call],
     repeats: int,
     clock: Callable[[Call], float],
-    warm_up: int = 0,
     at_most: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times calls in turn, round after round, so that a drift of clock rates meets all alike.
 
     Args:
         repeats: timed rounds.
-        warm_up: rounds before them.
         at_most: fewer rounds for calls that take long, by name.
 
     Returns:
@@ -51,18 +49,15 @@ def interleaved(
     """
     milliseconds: dict[str, list[float]] = {name: [] for name in calls}
     failed: dict[str, str] = {}
-    for repeat in range(-warm_up, repeats):
+    for repeat in range(repeats):
         for name, call in calls.items():
             if name in failed or repeat >= (at_most or {}).get(name, repeats):
                 continue
             try:
-                found = clock(call)
+                milliseconds[name].append(clock(call))
             except Exception as error:  # of compilers, drivers and our own code
                 logger.info("%s failed", name, exc_info=True)
                 failed[name] = reason_of(error)
-                continue
-            if repeat >= 0:
-                milliseconds[name].append(found)
     return milliseconds, failed
 
 
