@@ -239,64 +239,55 @@ def build(device: str, output: str) -> None:
 # -- processes -------------------------------------------------------------------------------------
 
 
-class Process:
-    """A stage that runs: in a process group of its own, output in a log."""
+def execute(command: list[str], environment: dict[str, str], log: Path, limit: float) -> dict:
+    """Runs a process in a group of its own, its output in a log.
 
-    def __init__(self, stage: Stage, output: Path, environment: dict[str, str]):
-        results = str(output / "results")
-        self.command = [word.replace("{results}", results) for word in stage.command]
-        self.log = output / "logs" / f"{stage.name}.log"
-        self.start = time.monotonic()
-        self.child: subprocess.Popen | None = None
-        with open(self.log, "wb") as log:
-            try:
-                self.child = subprocess.Popen(
-                    self.command,
-                    cwd=ROOT,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=_alone,
-                )
-            except OSError as error:
-                log.write(f"not started: {error}\n".encode())
-
-    def wait(self, limit: float) -> str:
-        """Waits for the end, or ends it; returns ``passed``, ``failed`` or ``out of time``."""
-        if self.child is None:
-            return "failed"
+    Returns:
+        Its status ``passed``, ``failed`` or ``out of time``, its seconds and exit code.
+    """
+    start = time.monotonic()
+    with open(log, "wb") as file:
+        kept = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        kept |= {"cwd": ROOT, "env": environment, "process_group": 0}
         try:
-            code = self.child.wait(max(limit, 0))
-        except subprocess.TimeoutExpired:
-            self.stop()
-            return "out of time"
-        finally:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.child.pid, signal.SIGKILL)  # what is left of the group
-        return "passed" if code == 0 else "failed"
-
-    def stop(self) -> None:
-        """Asks for the stack of a hanging Python process, then ends it and its children."""
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.child.pid, signal.SIGABRT)  # PYTHONFAULTHANDLER prints the stack
-        for _ in range(2):  # one that waits for its driver may stay; the run goes on
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.child.wait(_GRACE)
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.child.pid, signal.SIGKILL)
-
-    def tail(self) -> list[str]:
-        """Returns the last lines of the log."""
-        return self.log.read_bytes()[-20000:].decode(errors="replace").splitlines()[-_TAIL:]
+            child = subprocess.Popen(command, preexec_fn=_bound, **kept)
+        except OSError as error:
+            file.write(f"not started: {error}\n".encode())
+            return {"status": "failed", "seconds": 0.0, "exit_code": None}
+    try:
+        status = "passed" if child.wait(max(limit, 0)) == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        status = "out of time"
+        _stop(child)
+    except BaseException:
+        _stop(child)
+        raise
+    finally:
+        _kill_group(child)  # what is left of it
+    seconds = round(time.monotonic() - start, 1)
+    return {"status": status, "seconds": seconds, "exit_code": child.returncode}
 
 
-def _alone() -> None:
-    """In the child: a group of its own, no core file, and an end when the runner ends."""
-    os.setpgid(0, 0)
+def _bound() -> None:
+    """In the child: no core file, and an end when the runner ends."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _stop(child: subprocess.Popen) -> None:
+    """Asks for the stack of a hanging Python process, then ends it and its children."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child.pid, signal.SIGABRT)  # PYTHONFAULTHANDLER prints the stack
+    for _ in range(2):  # one that waits for its driver may stay; the run goes on
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE)
+        _kill_group(child)
+
+
+def _kill_group(child: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -358,19 +349,16 @@ class Runner:
             record["status"] = "no time left"
             return
         make_importable(self.output / "site")
-        process = Process(stage, self.output, {**self.environment, **stage.environment})
-        record["command"] = " ".join(process.command)
-        try:
-            record["status"] = process.wait(min(stage.limit, left))
-        except BaseException:
-            process.stop()
-            raise
-        record["seconds"] = round(time.monotonic() - process.start, 1)
-        record["exit_code"] = code = process.child.returncode if process.child else None
+        results, log = str(self.output / "results"), self.output / "logs" / f"{stage.name}.log"
+        command = [word.replace("{results}", results) for word in stage.command]
+        record["command"] = " ".join(command)
+        environment = {**self.environment, **stage.environment}
+        record |= execute(command, environment, log, min(stage.limit, left))
         if record["status"] != "passed":
-            record["tail"] = process.tail()
-        if code is not None and code < 0:
-            record["note"] = signal.Signals(-code).name
+            lines = log.read_bytes()[-20000:].decode(errors="replace").splitlines()
+            record["tail"] = lines[-_TAIL:]
+        if (record["exit_code"] or 0) < 0:
+            record["note"] = signal.Signals(-record["exit_code"]).name
 
     def write(self) -> None:
         """Writes the summary, and the archive of all files."""
