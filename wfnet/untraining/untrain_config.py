@@ -312,14 +312,19 @@ def _durable_settings(
 
     What counts is how often a row is visited: 200 times for ten classes. Many classes crowd the
     channels: the forget term weighs more there, and the matching term is left out. A transformer's
-    linear maps have no statistics to hide behind: rows take more visits and press less. One group
-    of four is under two rows at once: forgetting two classes costs the others a third of what it
-    costs without.
+    linear maps have no statistics to hide behind: rows take more visits and press less. One more
+    group is under two rows at once: without it, forgetting two classes costs the others three times
+    as much.
     """
-    group = changes.get("forget_images", 8) + changes.get("retain_images", 32)
-    batch_size = changes.get("batch_size") or min(4, num_classes) * group
-    rows = max(1, batch_size // group)
+    forget_images = changes.get("forget_images", 8)
+    group = forget_images + changes.get("retain_images", 32)
     many = num_classes > 30
+    batch_size = changes.get("batch_size")
+    pairs = not many and num_classes > 2 and forget_images % 2 == 0
+    pairs = pairs and (batch_size is None or batch_size >= 2 * group)
+    compound = changes.get("compound", float(pairs))
+    batch_size = batch_size or (min(4, num_classes) + (compound > 0)) * group
+    rows = max(1, batch_size // group - (compound > 0))
     visits, lambda1, match = 200, 0.3, 0.1
     if many:
         visits, lambda1, match = 160, 0.7, 0.0
@@ -333,5 +338,5 @@ def _durable_settings(
         "lr": 0.2,
         "lambda1": lambda1,
         "match": match,
-        "compound": 0.0 if many or num_classes < 3 or rows < 2 else 1.0,
+        "compound": compound,
     }
