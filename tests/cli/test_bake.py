@@ -1,4 +1,5 @@
 import json
+import sys
 
 import pytest
 import torch
@@ -20,7 +21,6 @@ def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_
     words = ["--forget", "3", "--prune-below", "0.2", "--output", path]
     call("bake", digits_run, *words, "--verify", "--samples", "30", "--quiet")
     shown = capsys.readouterr().out
-    assert "gates below 0.2 at 0, within rounding" in shown
     assert "brought back by who holds the file and no label" in shown
     report = json.loads((tmp_path / "pruned.trust.json").read_text())
     assert (report["forget"], report["prune_below"]) == ([3], 0.2)
@@ -33,11 +33,10 @@ def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_
     assert "acc_f_batchnorm_all" in found["values"]
 
 
-def test_bake_cuts_and_attacks_the_file_itself(digits_run, tmp_path, call, capsys):
+def test_bake_cuts_and_attacks_the_file_itself(digits_run, tmp_path, call):
     path = tmp_path / "cut.safetensors"
     words = ["--forget", "3", "5", "--cut-output", "--output", path, "--verify", "--quiet"]
     call("bake", digits_run, *words, "--images", "20", "--samples", "30")
-    assert "the logit that was cut is -30 throughout" in capsys.readouterr().out
     with safe_open(path, "pt") as file:
         record = json.loads(file.metadata()["wfnet"])
     assert (record["cut_output"], record["forget"]) == (True, [3, 5])
@@ -101,8 +100,8 @@ def test_onnx(finished, tmp_path, monkeypatch, call, fails):
     path = tmp_path / "model.onnx"
     words = [finished, "--forget", "1", "--onnx", path]
     with monkeypatch.context() as patch:
-        patch.setattr("importlib.util.find_spec", lambda name: None)
-        fails(["bake", *words], "--onnx needs onnx and onnxscript: install")
+        patch.setitem(sys.modules, "onnxscript", None)
+        fails(["bake", *words], "pip install wfnet[onnx]")
     assert not (finished / "forget_1.safetensors").exists()  # before work starts
     pytest.importorskip("onnxscript")
     evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator

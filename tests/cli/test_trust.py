@@ -1,10 +1,8 @@
 import csv
 import json
 
-import torch
-
 from wfnet.baselines import BaselineConfig, BaselineModels, Origin
-from wfnet.cli import main, trust
+from wfnet.cli import main
 from wfnet.data import open_data
 
 QUICK = ("--samples", "40", "--relearn-steps", "1", "--relearn-images", "1", "--quiet", "-j0")
@@ -36,19 +34,15 @@ def test_retrained_models_of_this_classifier_and_data_only(
     def retrain(folder, base, train, seed=0):
         config = BaselineConfig(seed=seed)
         origin = Origin(base, train, {"epochs": 1})
-        return BaselineModels("retrained", tmp_path / folder, origin, config)(3)
+        BaselineModels("retrained", tmp_path / folder, origin, config)(3)
 
-    first = retrain("a/retrained", base, data.train)
+    retrain("a/retrained", base, data.train)
     retrain("b", base, data.train, seed=1)
     retrain("other_base", small_network(seed=2), data.train)
     retrain("other_images", base, data.test)
     (tmp_path / "copy").mkdir()
     copied = tmp_path / "a" / "retrained" / "class_3.safetensors"
     (tmp_path / "copy" / "class_3.safetensors").write_bytes(copied.read_bytes())
-    found = trust.RetrainedModels([tmp_path], base, data.train)
-    assert found(4) == []
-    same = [torch.equal(model.fc.weight, first.fc.weight) for model in found(3)]
-    assert same == [True, False]
     output = tmp_path / "out"
     words = ["--classes", "3", "--checks", "closeness", "--retrained", tmp_path, *QUICK]
     call("trust --output", output, digits_run, *words)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +39,6 @@ from wfnet.services.extras import require
 from wfnet.services.files import write_atomically, write_json, write_tensors
 from wfnet.trust import CHECKS, TrustSettings, check_export, describe_export
 from wfnet.trust.subject import ImageReader
-
-_ONNX = ("onnx", "onnxscript")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -96,12 +93,8 @@ def run(options: argparse.Namespace) -> None:
         raise ValueError(f"{path} must end in .safetensors (for ONNX there is --onnx)")
     check_writable(path.absolute().parent)
     if options.onnx:
-        missing = [name for name in _ONNX if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ImportError(
-                f"--onnx needs {' and '.join(missing)}: install with `pip install "
-                f"{' '.join(_ONNX)}`"
-            )
+        for package in ("onnx", "onnxscript"):
+            require(package, "onnx")
         check_writable(Path(options.onnx).absolute().parent)
     if options.compact:
         require("torch_pruning", "compact")
@@ -153,18 +146,15 @@ class Export:
     def baked(self, net: WFNet) -> nn.Module:
         return net.bake(list(self.forget), self.prune_below, self.cut_output, images=self.images)
 
+    def described(self) -> dict[str, Any]:
+        """What was done, for files."""
+        return {name: getattr(self, name) for name in ("forget", "prune_below", "cut_output")}
+
     def save(self, net: WFNet) -> None:
         """Writes the weights as safetensors; their metadata say what was done, as ``wfnet``."""
-        record = {
-            "model": type(net.model).__name__,
-            "num_classes": net.num_classes,
-            "forget": self.forget,
-            "prune_below": self.prune_below,
-            "cut_output": self.cut_output,
-        }
-        # Clones: a tensor under two names is written under both.
-        state = {name: value.clone() for name, value in self.baked(net).state_dict().items()}
-        write_tensors(self.path, state, {"format": "pt", "wfnet": json.dumps(record)})
+        about = {"model": type(net.model).__name__, "num_classes": net.num_classes}
+        metadata = {"format": "pt", "wfnet": json.dumps(about | self.described())}
+        write_tensors(self.path, self.baked(net).state_dict(), metadata)
 
     def loaded(self, classifier: nn.Module) -> nn.Module:
         """A copy of the classifier with the weights of the file, on the CPU."""
@@ -207,8 +197,7 @@ class Export:
             if not found[:, forget].eq(CUT_LOGIT).all():
                 raise RuntimeError(
                     f"{self.path}: a logit of a forgotten class is not {CUT_LOGIT:g}; do not use "
-                    f"it: bake again (without --cut-output if {type(classifier).__name__} computes "
-                    "with the outputs of its head)"
+                    "it: bake again without --cut-output"
                 )
             others = [k for k in range(found.shape[1]) if k not in forget]
             expected, found = expected[:, others], found[:, others]
@@ -237,13 +226,9 @@ def _attack(
 ) -> None:
     """Attacks the file itself, prints what was found and writes it beside the file as JSON."""
     options, checks = work_on.options, []
-    data = work_on.images(classifier) if options.data or options.data_dir else None
-    if data is None:
-        print(
-            "accuracies and attacks need images: give --data NAME or --data-dir DIR, the run has "
-            "recorded neither"
-        )
-    elif multi_hot_of(data.test) is not None:
+    if not options.data and not options.data_dir:
+        print("accuracies and attacks need images: give --data NAME or --data-dir DIR")
+    elif multi_hot_of((data := work_on.images(classifier)).test) is not None:
         print("the data have several labels per image: the file was compared, but not attacked")
     else:
         device = next(net.parameters()).device
@@ -261,12 +246,10 @@ def _attack(
     report = export.path.with_suffix(".trust.json")
     content = {
         "units": "acc_* and auc_* are fractions in [0, 1]",
+        **export.described(),
         "file": export.path.name,
         "filters_digest": filters_digest(net),
         "sha256": hashlib.sha256(export.path.read_bytes()).hexdigest(),
-        "forget": export.forget,
-        "prune_below": export.prune_below,
-        "cut_output": export.cut_output,
         "seed": options.seed,
         "samples": options.samples,
         "agreement": agreement,

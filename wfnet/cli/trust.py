@@ -18,8 +18,9 @@ import argparse
 import copy
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors
 from torch import nn
@@ -28,7 +29,6 @@ from wfnet import trust
 from wfnet.cli.inputs import Run
 from wfnet.cli.options import Parser, add_command, config_changes
 from wfnet.cli.runs import check_writable
-from wfnet.data import Dataset
 from wfnet.evaluation.partial import data_identity
 from wfnet.fusion.trace import execution_order
 from wfnet.pretrained import FILTERS_NAME
@@ -72,12 +72,20 @@ def run(options: argparse.Namespace) -> None:
     work_on = Run(options)
     folder = work_on.folder
     output = Path(options.output or folder)
+    places = [folder, *map(Path, options.retrained or ())]
+    for place in places:
+        if not place.is_dir():
+            raise FileNotFoundError(f"the folder {place} of retrained models does not exist")
     check_writable(output)
     work_on.check_data()
     net, classifier = work_on.network()
     data = work_on.images(classifier)
     classes = work_on.class_numbers(options.classes, data.classes)
-    levels = RetrainedModels([folder, *map(Path, options.retrained or ())], classifier, data.train)
+    made_for = {
+        "method": "retrained",
+        "original": fingerprint(classifier),
+        **data_identity(data.train, "training data"),
+    }
     device = next(net.parameters()).device
     identity = {
         "filters": hashlib.sha256((folder / FILTERS_NAME).read_bytes()).hexdigest(),
@@ -92,7 +100,9 @@ def run(options: argparse.Namespace) -> None:
         execution_order(net.model, list(net.masked_layers)),
         list(range(net.num_classes)) if classes is None else classes,
         options.checks,
-        lambda label: [model.to(device) for model in levels(label)],
+        lambda label: [
+            model.to(device) for model in retrained_models(label, places, classifier, made_for)
+        ],
         trust.TrustSettings(
             **config_changes(options, trust.TrustSettings),
             relearn_images=tuple(options.relearn_images),
@@ -114,42 +124,25 @@ def run(options: argparse.Namespace) -> None:
     print(f"\nin {output}: trust.json, trust.csv")
 
 
-class RetrainedModels:
-    """Models that ``wfnet baseline`` has retrained without a class, wherever they are in folders.
+def retrained_models(
+    label: int, folders: Sequence[Path], classifier: nn.Module, identity: Mapping[str, Any]
+) -> list[nn.Module]:
+    """Models that ``wfnet baseline`` has retrained without a class, in evaluation mode on the CPU.
 
     Args:
+        label: the class.
         folders: searched with all their sub-folders for ``class_<number>.safetensors``.
         classifier: the original.
-        train: the images that it was trained on. Models that belong to another classifier or to
-            other training images (which may be test images here) are passed over.
-
-    Raises:
-        FileNotFoundError: for a folder that does not exist.
+        identity: what the files say of the original and its training images. Models of another
+            one (of images which may be test images here) are passed over.
     """
-
-    def __init__(self, folders: Sequence[Path], classifier: nn.Module, train: Dataset):
-        self.classifier = classifier
-        self.wanted = {
-            "method": "retrained",
-            "original": fingerprint(classifier),
-            **data_identity(train, "training data"),
-        }
-        self.files: dict[str, list[Path]] = {}
-        for folder in dict.fromkeys(path.resolve() for path in folders):
-            if not folder.is_dir():
-                raise FileNotFoundError(f"the folder {folder} of retrained models does not exist")
-            for path in sorted(folder.rglob("class_*.safetensors")):
-                self.files.setdefault(path.stem, []).append(path)
-
-    def __call__(self, label: int) -> list[nn.Module]:
-        """The models retrained without class ``label``, in evaluation mode on the CPU."""
-        found: dict[str, nn.Module] = {}
-        for path in self.files.get(f"class_{label}", []):
-            with safetensors.safe_open(path, "pt") as file:
-                identity = json.loads((file.metadata() or {}).get("identity", "{}"))
-            if any(identity.get(name) != value for name, value in self.wanted.items()):
-                continue
-            model = copy.deepcopy(self.classifier).cpu()
-            model.load_state_dict(read_tensors(path))
-            found.setdefault(fingerprint(model), model.eval())  # a copied file is no second model
-        return list(found.values())
+    found: dict[str, nn.Module] = {}
+    for path in sorted(p for folder in folders for p in folder.rglob(f"class_{label}.safetensors")):
+        with safetensors.safe_open(path, "pt") as file:
+            theirs = json.loads((file.metadata() or {}).get("identity", "{}"))
+        if any(theirs.get(name) != value for name, value in identity.items()):
+            continue
+        model = copy.deepcopy(classifier).cpu()
+        model.load_state_dict(read_tensors(path))
+        found.setdefault(fingerprint(model), model.eval())  # a copied file is no second model
+    return list(found.values())
