@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wfnet.data import Dataset, labels_of
 from wfnet.evaluation.pair_engine import PairEngine, RunOptions
@@ -130,33 +129,27 @@ def evaluate_groups(
         hits = HitCounts(torch.tensor(part), net.num_classes, engine.device)
         engine.run(hits, engine.chunks(len(part)))
         tables = {name: table.cpu() for name, table in hits.tables.items()}
-        return (_record(group, tables, row, names) for row, group in enumerate(part))
+        seen, before = tables["original_seen"], tables["original_top1"]
+        for group, right in zip(part, tables["top1"], strict=True):
+            inside = torch.zeros(len(seen), dtype=torch.bool)
+            inside[list(group)] = True
+            if not seen[inside].all() or not seen[~inside].any():
+                raise unreadable(f"a class of group {list(group)}, or all beside it,")
+            each = (right / seen)[list(group)]
+            n_retain = seen[~inside].sum()
+            yield GroupRecord(
+                classes=list(group),
+                names=[names[label] for label in group],
+                n_forget=int(seen[inside].sum()),
+                n_retain=int(n_retain),
+                acc_f=each.mean().item(),
+                acc_f_worst=each.max().item(),
+                acc_r=(right[~inside].sum() / n_retain).item(),
+                original_acc_f=(before / seen)[list(group)].mean().item(),
+                original_acc_r=(before[~inside].sum() / n_retain).item(),
+            )
 
     groups = [tuple(group) for group in groups]
     with engine.show(len(kept.left(groups)) * len(labels), "groups"):
         records = kept.complete(groups, GroupRecord, make, _GROUPS_TOGETHER)
     return GroupResult(records, time.perf_counter() - started)
-
-
-def _record(
-    group: tuple[int, ...], tables: dict[str, Tensor], row: int, names: list[str]
-) -> GroupRecord:
-    classes = list(group)
-    seen, before = tables["original_seen"], tables["original_top1"]
-    right = tables["top1"][row]
-    inside = torch.zeros(len(seen), dtype=torch.bool)
-    inside[classes] = True
-    if not seen[inside].all() or not seen[~inside].any():
-        raise unreadable(f"a class of group {classes}, or all beside it,")
-    each = right[classes] / seen[classes]
-    return GroupRecord(
-        classes=classes,
-        names=[names[label] for label in classes],
-        n_forget=int(seen[inside].sum()),
-        n_retain=int(seen[~inside].sum()),
-        acc_f=each.mean().item(),
-        acc_f_worst=each.max().item(),
-        acc_r=(right[~inside].sum() / seen[~inside].sum()).item(),
-        original_acc_f=(before[classes] / seen[classes]).mean().item(),
-        original_acc_r=(before[~inside].sum() / seen[~inside].sum()).item(),
-    )

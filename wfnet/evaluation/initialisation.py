@@ -91,9 +91,8 @@ def _initialise_raw(model: nn.Module, old: Mapping[str, Tensor]) -> None:
             unknown.append(name)
     if unknown:
         logger.warning(
-            "%s cannot initialise %s%s anew; for ZRF its values were put in random order (pass a "
+            "%s cannot initialise %s anew; for ZRF their values were put in random order (pass a "
             "newly built network as `initialised` to avoid this)",
             type(model).__name__,
-            unknown[0],
-            f" and {len(unknown) - 1} more parameters" if len(unknown) > 1 else "",
+            ", ".join(unknown),
         )

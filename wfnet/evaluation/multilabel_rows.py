@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -79,19 +79,15 @@ class MultiLabelResult:
         if len(records) > max_rows:
             records = sorted(records, key=lambda record: -record.ap_f)[:max_rows]
         columns = ("share", "ap_f", "original_ap_f", "map_r", "original_map_r")
-
-        def line(name: str, images: str, values: Mapping[str, float]) -> list[str]:
-            return [name, images, *(f"{100 * values[column]:.1f}" for column in columns)]
-
-        return aligned(
-            [
-                ["label", "images", "share", "AP_f", "before", "mAP_r", "before"],
-                *(line(record.name, str(record.images), vars(record)) for record in records),
-                line("mean", "", self.mean),
-                "in %; AP_f: average precision of the forgotten label (its share of the images is "
-                "chance), mAP_r: of all others",
-            ]
+        parts = [["label", "images", "share", "AP_f", "before", "mAP_r", "before"]]
+        for row in (*map(vars, records), {"name": "mean", "images": "", **self.mean}):
+            values = (f"{100 * row[column]:.1f}" for column in columns)
+            parts.append([row["name"], str(row["images"]), *values])
+        parts.append(
+            "in %; AP_f: average precision of the forgotten label (its share of the images is "
+            "chance), mAP_r: of all others"
         )
+        return aligned(parts)
 
 
 def evaluate_multi_label(
@@ -119,10 +115,7 @@ def evaluate_multi_label(
     multi_hot = multi_hot_of(dataset)
     if multi_hot is None or multi_hot.shape[1] != net.num_classes:
         found = "one label per image" if multi_hot is None else f"{multi_hot.shape[1]} labels"
-        raise ValueError(
-            f"multi-label evaluation of a network with {net.num_classes} classes needs multi_hot "
-            f"[N, {net.num_classes}]; the data have {found}"
-        )
+        raise ValueError(f"multi_hot must be [N, {net.num_classes}]; the data have {found}")
     present = multi_hot.any(0)
     chosen = present.nonzero().flatten().tolist() if classes is None else list(classes)
     for label in chosen:
@@ -130,10 +123,8 @@ def evaluate_multi_label(
             raise ValueError(f"no image has label {label}, so it cannot be evaluated")
     engine = PairEngine(net, dataset, options)
     ranks, names = engine.ranks, names_of(dataset, net.num_classes)
-    kept = PartialResults(
-        options.records if ranks.first else None,
-        lambda: evaluation_identity(net, dataset),
-    )
+    path = options.records if ranks.first else None
+    kept = PartialResults(path, lambda: evaluation_identity(net, dataset))
     kept.records = ranks.first_does(lambda: kept.records)
     started = time.perf_counter()
 

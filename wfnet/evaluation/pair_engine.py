@@ -216,10 +216,10 @@ class PairEngine:
         parts = torch.arange(len(image)).split(self.options.batch_size or len(image))
         found = [self._run_pairs(images, image[part], measure.rows[row[part]]) for part in parts]
         logits = torch.cat(found) if found else images.new_zeros(0, self.outputs)
-        plain = {"original": original, "initialised": initialised, "filtered": logits}
-        self._check({name: part for name, part in plain.items() if part is not None}, batch)
-        indices, labels = batch.indices, batch.labels
-        measure.add(Chunk(indices, labels, original, initialised, image, row, logits))
+        networks = {"original": original, "initialised": initialised, "filtered": logits}
+        self._check({name: part for name, part in networks.items() if part is not None}, batch)
+        plain = original, initialised
+        measure.add(Chunk(batch.indices, batch.labels, *plain, image, row, logits))
         return len(image)
 
     def _run_pairs(self, images: Tensor, image: Tensor, forget: Tensor) -> Tensor:
@@ -233,16 +233,17 @@ class PairEngine:
     def _check(self, networks: dict[str, Tensor], batch: Batch) -> None:
         """Raises an error for logits of another shape, or that are NaN or infinite."""
         for name, logits in networks.items():
-            expected = [len(logits), self.outputs]
-            if list(logits.shape) != expected:
+            shape = list(logits.shape)
+            if shape != [len(logits), self.outputs]:
                 raise ValueError(
-                    f"the {name} network gave outputs of shape {list(logits.shape)}; expected "
-                    f"{expected}"
+                    f"the {name} network gave outputs of shape {shape}; expected "
+                    f"{[len(logits), self.outputs]}"
                 )
         if not self.refuse_broken:
             return
-        broken = torch.stack([broken_logits(logits) for logits in networks.values() if len(logits)])
-        if not bool(broken.any()):  # one look for all: on a device every look waits for it
+        # One look for all: on a device every look waits for it.
+        broken = torch.stack([broken_logits(logits) for logits in networks.values()]).tolist()
+        if not any(broken):
             return
         finite = batch.images.flatten(1).isfinite().all(1).cpu()
         if not finite.all():
@@ -250,7 +251,7 @@ class PairEngine:
                 f"image {int(batch.indices[~finite][0])} of the data has values that are NaN or "
                 "infinite: repair it, or leave it out"
             )
-        name = next(name for name, logits in networks.items() if bool(broken_logits(logits)))
+        name = list(networks)[broken.index(True)]
         raise FloatingPointError(
             f"logits of the {name} network are NaN or infinite for images {int(batch.indices[0])} "
             f"to {int(batch.indices[-1])}; check the images and the filters, or evaluate without "

@@ -179,7 +179,7 @@ class RowScores(HitCounts):
 
     def counts(self) -> PairCounts:
         """What the accuracies are made of, on the CPU."""
-        names = [field.name for field in fields(PairCounts) if field.name != "classes"]
+        names = [field.name for field in fields(PairCounts)[1:]]
         return PairCounts(self.rows, *(self.tables[name].cpu() for name in names))
 
     def records(self, counts: PairCounts, names: list[str]) -> list[ClassRecord]:
@@ -198,7 +198,11 @@ class RowScores(HitCounts):
             for suffix, right in (("", top1), ("_top5", top5)):
                 acc_r, acc_f = metrics.accuracies(right, seen, self.rows)
                 columns |= {f"{prefix}acc_r{suffix}": acc_r, f"{prefix}acc_f{suffix}": acc_f}
-            columns[f"{prefix}zrf"] = self._zrf(self.tables[f"{prefix}divergence"])
+            total, count = (
+                torch.zeros(seen.shape[1]).double().index_add_(0, self.labels, self.tables[name])
+                for name in (f"{prefix}divergence", "measured")
+            )
+            columns[f"{prefix}zrf"] = 1 - (total / count)[self.rows]
         columns["n_forget"] = counts.seen.gather(1, self.rows.unsqueeze(1)).squeeze(1)
         columns["n_retain"] = counts.seen.sum(1) - columns["n_forget"]
         lost = columns["acc_f"].isnan() | columns["acc_r"].isnan()
@@ -209,13 +213,3 @@ class RowScores(HitCounts):
             ClassRecord(index=label, name=names[label], **{n: v[i] for n, v in values.items()})
             for i, label in enumerate(self.rows.tolist())
         ]
-
-    def _zrf(self, divergence: Tensor) -> Tensor:
-        """1 - mean divergence over the samples of each row's class, ``[R]``."""
-        total, count = (
-            torch.zeros(self.tables["seen"].shape[1], dtype=torch.float64).index_add_(
-                0, self.labels, values
-            )
-            for values in (divergence, self.tables["measured"])
-        )
-        return 1 - (total / count)[self.rows]
