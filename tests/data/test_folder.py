@@ -52,4 +52,4 @@ def test_what_is_passed_over_is_named_once(image_folder, tmp_path, caplog):
     write_image(root / "bee" / "deeper" / "6.png", 6)
     assert files(root).labels.bincount().tolist() == [6, 7, 6]
     (line,) = caplog.messages
-    assert "1 that are no readable images: ant/a.heic" in line
+    assert "1 files are no images: ant/a.heic" in line

@@ -97,11 +97,11 @@ def test_names_for_classes_that_are_only_numbered(image_folder):
     names = [f"digit {number}" for number in range(10)]
     splits = open_data("digits", image_size=8, class_names=names)
     assert splits.classes == splits.train.classes == splits.test.classes == names
-    with pytest.raises(ValueError, match="digits has 10 classes, not 2"):
+    with pytest.raises(ValueError, match=r"digits has 10 classes .* cannot get 2 names"):
         open_data("digits", image_size=8, class_names=["a", "b"])
     with pytest.raises(ValueError, match="'digit 1' twice"):
         open_data("digits", image_size=8, class_names=[*names[:-1], "digit 1"])
-    with pytest.raises(ValueError, match="has class names of its own"):
+    with pytest.raises(ValueError, match="only classes without a name"):
         open_data(image_folder, class_names=["a", "b", "c"])
 
 
@@ -114,7 +114,6 @@ def test_grey_images_take_the_average_of_colour_statistics():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"channels": 2}, "channels=2 is not one of 1, 3"),
         ({"image_size": 0}, "image_size must be a whole number of at least 1, got 0"),
         ({"mean": float("nan")}, "mean must be a number of at least -1000, got nan"),
         ({"std": (0.5, 0.0, 0.5)}, "std must be a number above 0, got 0.0"),

@@ -59,8 +59,9 @@ def labels_of(dataset: Any) -> Tensor:
     """Labels [N] int64 of any torchvision-like data set, without reading one image.
 
     Looks for `.labels`, `.targets` and `.samples` (pairs of path and label), follows `Subset` and
-    `ConcatDataset`, `TensorDataset` and timm's `.reader`. A `target_transform` is applied, as it is
-    to the items. Raises ValueError if none of them is one integer per image.
+    `ConcatDataset`, `TensorDataset` and timm's `.reader`. Raises ValueError if none of them is one
+    integer per image. `wfnet.data.batches` refuses items with other labels, such as those that a
+    `target_transform` makes.
     """
     if isinstance(dataset, torch.utils.data.Subset):
         return labels_of(dataset.dataset)[torch.as_tensor(dataset.indices, dtype=torch.int64)]
@@ -79,39 +80,21 @@ def labels_of(dataset: Any) -> Tensor:
         except (TypeError, ValueError, RuntimeError):  # None, a method, or no numbers
             continue
         if labels.shape == (len(dataset),) and not labels.is_floating_point():
-            return _transformed(labels.to(device="cpu", dtype=torch.int64), dataset)
+            return labels.to(device="cpu", dtype=torch.int64)
     raise ValueError(
         f"{type(dataset).__name__} has no usable labels: give it an attribute `labels` or "
         "`targets` with one integer per image"
     )
 
 
-def _transformed(labels: Tensor, dataset: Any) -> Tensor:
-    """The labels that items have: `labels` [N] through the data set's `target_transform`."""
-    transform = getattr(dataset, "target_transform", None)
-    if transform is None:
-        return labels
-    values, position = labels.unique(return_inverse=True)
-    try:
-        found = [operator.index(transform(int(value))) for value in values]
-    except TypeError as error:
-        raise ValueError(
-            f"the target_transform of {type(dataset).__name__} must make integers ({error})"
-        ) from error
-    return torch.tensor(found, dtype=torch.int64)[position]
-
-
 def classes_of(dataset: Any) -> list[str]:
-    """Class names: `.classes` if the data set has them, else its label numbers as text.
-
-    So are the labels that a `target_transform` makes: names are of what they were before.
-    """
+    """Class names: `.classes` if the data set has them, else its label numbers as text."""
     if isinstance(dataset, torch.utils.data.Subset):
         return classes_of(dataset.dataset)
     labels = labels_of(dataset)
     count = int(labels.max()) + 1 if len(labels) else 0
     classes = getattr(dataset, "classes", None)
-    if classes is None or getattr(dataset, "target_transform", None) is not None:
+    if classes is None:
         return [str(label) for label in range(count)]
     if len(classes) < count:
         raise ValueError(

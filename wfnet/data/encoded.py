@@ -1,7 +1,6 @@
 """Images that are decoded when asked for, whatever they are stored in."""
 
 import copy
-import logging
 import os
 import warnings
 from abc import abstractmethod
@@ -14,8 +13,6 @@ from torch import Tensor
 from wfnet.data.dataset import CorruptImage, LabelledImages, is_decoding_error
 from wfnet.data.transforms import Transform
 from wfnet.services.extras import require
-
-logger = logging.getLogger("wfnet")
 
 # What file names end in, of images that Pillow always decodes; other files are no images.
 EXTENSIONS = (
@@ -120,12 +117,3 @@ def file_version(path: Path) -> str:
     """Returns a line that changes when a file is moved or written to."""
     state = path.stat()
     return f"{path.absolute()} {state.st_size} {state.st_mtime_ns}"
-
-
-def log_passed_over(where: Path, names: list[str]) -> None:
-    """Warns in one line of what lies in a data set and is not read."""
-    if names:
-        some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        logger.warning(
-            "%s: passed over %d that are no readable images: %s", where, len(names), some
-        )

@@ -1,5 +1,6 @@
 """Image files in class folders: `train/<class>/*.jpg`, `val/<class>/*.jpg`."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +9,12 @@ import numpy as np
 import torch
 
 from wfnet.data.class_names import numbers_by_name
-from wfnet.data.encoded import EXTENSIONS, EncodedFiles, log_passed_over
+from wfnet.data.encoded import EXTENSIONS, EncodedFiles
 from wfnet.data.transforms import Transform
 from wfnet.services.extras import require
 from wfnet.services.files import readable
+
+logger = logging.getLogger("wfnet")
 
 
 class ImageFiles(EncodedFiles):
@@ -60,7 +63,9 @@ class ImageFiles(EncodedFiles):
                 f"{root}: {error}Add images ({', '.join(EXTENSIONS)}), or remove these classes "
                 "from every part of the data"
             ) from error
-        log_passed_over(root, passed_over)
+        if passed_over:
+            some = ", ".join(passed_over[:5])
+            logger.warning("%s: %d files are no images: %s", root, len(passed_over), some)
         labels = torch.tensor([label for _, label in samples])
         super().__init__(labels, names, transform, channels)
         self.root = root

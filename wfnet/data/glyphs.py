@@ -46,11 +46,6 @@ CANVAS = 64  # characters are drawn at this size and shrunk by the affine map
 PER_CLASS = 200
 
 
-def characters_of(num_classes: int) -> str:
-    """The characters of a data set of `num_classes`, one for each class."""
-    return CHARACTERS.get(num_classes, HUNDRED[:num_classes])
-
-
 def render(
     characters: str,
     labels: Tensor,

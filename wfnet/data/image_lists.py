@@ -35,21 +35,16 @@ class ImageList:
     @classmethod
     def draw(cls, dataset: Dataset, per_class: int, seed: int, part: str) -> "ImageList":
         """At most `per_class` images of each class, drawn by `seed`."""
-        labels, classes = labels_of(dataset), classes_of(dataset)
-        chosen = limit_per_class(labels, per_class, seed).tolist()
-        images = [(classes[int(labels[i])], _name(dataset, i)) for i in chosen]
-        return cls(part, per_class, seed, images)
+        chosen = limit_per_class(labels_of(dataset), per_class, seed).tolist()
+        names = _names(dataset)
+        return cls(part, per_class, seed, [names[index] for index in chosen])
 
     def positions(self, dataset: Dataset) -> Tensor:
         """Positions [n] of the images in `dataset`, in the order of the list.
 
         Raises ValueError if one of them is not there, or is of another class.
         """
-        labels, classes = labels_of(dataset), classes_of(dataset)
-        where = {
-            (classes[label], _name(dataset, index)): index
-            for index, label in enumerate(labels.tolist())
-        }
+        where = {names: index for index, names in enumerate(_names(dataset))}
         missing = next((image for image in self.images if image not in where), None)
         if missing is not None:
             raise ValueError(
@@ -81,10 +76,13 @@ class ImageList:
         return read_json(path, build, "a list of images", "use another, or draw a new one")
 
 
-def _name(dataset: Dataset, index: int) -> str:
-    """As the log calls it, but without the folder that the data set happens to lie in."""
-    name = name_of(dataset, index)
-    root = getattr(dataset, "root", None)
-    if root is not None and Path(name).is_relative_to(root):
-        return Path(name).relative_to(root).as_posix()
-    return name
+def _names(dataset: Dataset) -> list[tuple[str, str]]:
+    """Class and name of every image: as the log calls it, but without the folder of the data."""
+    classes, root = classes_of(dataset), getattr(dataset, "root", None)
+    found = []
+    for index, label in enumerate(labels_of(dataset).tolist()):
+        name = name_of(dataset, index)
+        if root is not None and Path(name).is_relative_to(root):
+            name = Path(name).relative_to(root).as_posix()
+        found.append((classes[label], name))
+    return found

@@ -119,8 +119,9 @@ def batches(
 
     Raises:
         IndexError: for indices outside the data set.
-        ValueError: for items that are not tensors of one shape.
-        RuntimeError: past the limit of corrupt images, or if none of a class can be read.
+        ValueError: for items that are no image tensors, or whose labels are not those of `dataset`.
+        RuntimeError: past the limit of corrupt images, if none of a class can be read, or for
+            images of different shapes in a batch.
         LostWorker: when a worker dies.
     """
     if workers < 0:
@@ -168,7 +169,6 @@ def _read(
         _Reader(dataset, seed, replace_corrupt, floats),
         batch_size=None,
         sampler=requests,
-        collate_fn=_as_it_is,
         num_workers=workers,
         pin_memory=pin_memory,
         # Without a generator of its own the loader would draw from the caller's random state.
@@ -180,10 +180,6 @@ def _read(
         if error is not None:
             raise error
         yield None if batch is None else Batch(*batch)
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
 
 
 def _until_lost(loader: torch.utils.data.DataLoader) -> Iterator[Any]:
@@ -230,20 +226,14 @@ class _Reader(torch.utils.data.Dataset):
             with _random_states_put_back():
                 items = [self._item(request[0], index, corrupt) for index in request[1]]
             items = [item for item in items if item is not None]
-            shapes = {tuple(image.shape) for image, _, _ in items}
-            if len(shapes) > 1:
-                raise ValueError(
-                    f"images of one batch have the shapes {', '.join(map(str, sorted(shapes)))}: "
-                    "give the data set a transform with one size"
-                )
+            if not items:
+                return None, corrupt, None
+            images, labels, found = zip(*items, strict=True)
+            return (torch.stack(images), torch.tensor(labels), torch.tensor(found)), corrupt, None
         except (ValueError, OSError, EOFError, RuntimeError) as error:
             if type(error).__module__ != "builtins":  # it may not pass from process to process
                 raise
             return None, corrupt, error
-        if not items:
-            return None, corrupt, None
-        images, labels, found = zip(*items, strict=True)
-        return (torch.stack(images), torch.tensor(labels), torch.tensor(found)), corrupt, None
 
     def _item(
         self, position: int, index: int, corrupt: list[tuple[str, str]]
@@ -251,7 +241,9 @@ class _Reader(torch.utils.data.Dataset):
         """Returns image, label and index; None for an image that is left out."""
         for candidate in self._candidates(index):
             name = name_of(self.dataset, candidate)
-            _seed_all(mixed_seed(self.seed, position, index))
+            # What is random about an image does not depend on who reads it, or with what others.
+            mixed = np.random.SeedSequence([self.seed % (1 << 63), position, index])
+            _seed_all(int(mixed.generate_state(1)[0]))
             try:
                 item = self.dataset[candidate]
             except CorruptImage as error:
@@ -281,9 +273,9 @@ class _Reader(torch.utils.data.Dataset):
             yield from same[same < index].tolist()
 
     def _check(self, image: Any, label: int, index: int, name: str) -> None:
-        is_image = isinstance(image, Tensor) and image.dim() == 3
-        if not is_image or (self.floats and not image.is_floating_point()):
-            is_tensor = isinstance(image, Tensor)
+        is_tensor = isinstance(image, Tensor)
+        wrong_type = not is_tensor or (self.floats and not image.is_floating_point())
+        if wrong_type or image.dim() != 3:
             what = f"{image.dtype} {list(image.shape)}" if is_tensor else type(image)
             raise ValueError(
                 f"{name} is {what}: give the data set a transform that ends in a float32 tensor "
@@ -292,16 +284,8 @@ class _Reader(torch.utils.data.Dataset):
         if self.labels is not None and label != self.labels[index]:
             raise ValueError(
                 f"{name} comes with label {label}, but the labels of {type(self.dataset).__name__} "
-                f"say {int(self.labels[index])}: give the data set an attribute `labels` with the "
-                "labels that its items have"
+                f"say {int(self.labels[index])}: give it `labels` that its items have"
             )
-
-
-def mixed_seed(seed: int, position: int, index: int) -> int:
-    """The seed of what is random about image `index` in batch `position`: whoever reads it, and
-    with whatever other images."""
-    mixed = np.random.SeedSequence([seed % (1 << 63), position, index])
-    return int(mixed.generate_state(1)[0])
 
 
 def _seed_all(seed: int) -> None:

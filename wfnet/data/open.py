@@ -9,11 +9,12 @@ import torch
 from wfnet.data import cifar10, digits, glyphs, mnist
 from wfnet.data.cache import CachedImages
 from wfnet.data.class_names import check_names
+from wfnet.data.dataset import select
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.folder import ImageFiles, class_folders
 from wfnet.data.multi_hot import MultiLabelFiles, find_labels
 from wfnet.data.shards import ImageShards, find_shards
-from wfnet.data.splits import Splits, limit_dataset, split_dataset
+from wfnet.data.splits import Splits, limit_per_class, split_dataset
 from wfnet.data.tensor_images import TensorImages
 from wfnet.data.transforms import (
     IMAGENET_MEAN,
@@ -78,15 +79,8 @@ def open_data(
     name = str(name_or_dir)
     for what, values, allowed in (
         ("image_size", image_size, settings.int_from(1, 2**14)),
-        ("channels", channels, (1, 3)),
-        ("seed", seed, settings.seed),
-        ("validation_fraction", validation_fraction, settings.inner_fraction),
-        ("crop_pct", crop_pct, settings.fraction),
         ("mean", mean, settings.pixel_mean),
         ("std", std, settings.pixel_std),
-        ("train_per_class", train_per_class, settings.positive_int),
-        ("validation_per_class", validation_per_class, settings.positive_int),
-        ("test_per_class", test_per_class, settings.positive_int),
     ):
         several = values if isinstance(values, Sequence | torch.Tensor) else [values]
         for value in several if values is not None else ():
@@ -128,14 +122,12 @@ def open_data(
         names = _named(train.classes, list(class_names), name)
         for part in (train, validation, test):
             part.classes = names
-    return Splits(
-        train=limit_dataset(train, train_per_class, seed),
-        validation=limit_dataset(validation, validation_per_class, seed),
-        test=limit_dataset(test, test_per_class, seed),
-        classes=train.classes,
-        name=name,
-        seed=seed,
+    limits = (train, train_per_class), (validation, validation_per_class), (test, test_per_class)
+    parts = (
+        part if limit is None else select(part, limit_per_class(part.labels, limit, seed))
+        for part, limit in limits
     )
+    return Splits(*parts, classes=train.classes, name=name, seed=seed)
 
 
 def _named_set(
@@ -160,7 +152,7 @@ def _named_set(
     elif name == "digits":
         module, parts = digits, [digits.read_digits()]
     else:
-        classes = list(glyphs.characters_of(int(name.removeprefix("glyphs"))))
+        classes = list(glyphs.CHARACTERS[int(name.removeprefix("glyphs"))])
         labels = torch.arange(len(classes)).repeat_interleave(glyphs.PER_CLASS)
         images = glyphs.render("".join(classes), labels, seed, size, channels)
         module, parts = glyphs, [(images, labels)]
@@ -171,14 +163,11 @@ def _named_set(
 
 def _named(classes: list[str], names: list[str], data: str) -> list[str]:
     """Returns `names` for classes that are only numbered, or that have these names already."""
-    if classes != names and classes != [str(number) for number in range(len(classes))]:
+    numbered = classes == [str(number) for number in range(len(classes))]
+    if len(names) != len(classes) or not (numbered or classes == names):
         raise ValueError(
-            f"{data} has class names of its own ({', '.join(classes[:5])}, ...): leave out others"
-        )
-    if len(names) != len(classes):
-        raise ValueError(
-            f"{data} has {len(classes)} classes, not {len(names)}: give a name of its own to each, "
-            "in the order of their numbers"
+            f"{data} has {len(classes)} classes ({', '.join(classes[:5])}, ...), which cannot get "
+            f"{len(names)} names: only classes without a name get one each"
         )
     check_names(names, "class_names")
     return names

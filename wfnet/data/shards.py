@@ -4,9 +4,8 @@ A shard is indexed once (its headers are read, nothing is unpacked) and then rea
 shards are drawn from in any order, as image folders are. Only image members and the class index
 (`.cls`, a decimal number) are ever decoded; nothing is unpickled.
 
-Format: https://github.com/webdataset/webdataset. A sample is an image and a class index of one key,
-the path up to the extension; keys may have dots. The same key may come again: each image then has
-the class index that stands in the same place among those of the key.
+Format: https://github.com/webdataset/webdataset. The files of a sample follow each other and have
+one key, the path up to the first dot of the file's name; what follows says what is in a file.
 """
 
 import hashlib
@@ -15,6 +14,7 @@ import logging
 import os
 import tarfile
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,14 +23,14 @@ import torch
 
 from wfnet.data.cache import cache_folder
 from wfnet.data.class_names import read_names
-from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version, log_passed_over
+from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version
 from wfnet.data.transforms import Transform
 from wfnet.services.files import read_tensors, write_tensors
 
 logger = logging.getLogger("wfnet")
 
 _LARGEST_CLASS_INDEX = 32  # bytes of a .cls member that is a number
-_INDEX_FORMAT = "3"
+_INDEX_FORMAT = "4"
 # Text files in which data sets keep the names of their classes, a line each.
 _CLASS_FILES = ("classes.txt", "classnames.txt")
 
@@ -63,16 +63,13 @@ class ImageShards(EncodedImages):
         self.shards = [Path(shard) for shard in shards]
         index = _read_index(self.shards)
         labels = index["label"]
-        where = f"{self.shards[0]} and those beside it"
-        if not len(labels):
-            raise ValueError(f"{where} hold no images ({', '.join(EXTENSIONS)})")
         count = int(labels.max()) + 1
         if classes is None:
             classes = _class_names(self.shards[0]) or [str(number) for number in range(count)]
         if count > len(classes):
             raise ValueError(
-                f"{where} have class {count - 1}, but only {len(classes)} classes are named: "
-                "correct the list of class names"
+                f"{self.shards[0]} and those beside it have class {count - 1}, but only "
+                f"{len(classes)} classes are named: correct the list of class names"
             )
         super().__init__(labels, list(classes), transform, channels)
         self._place = index["place"]  # [N, 3]: number of the shard, offset, size
@@ -140,13 +137,15 @@ def _read_index(shards: list[Path]) -> dict[str, torch.Tensor]:
         for key, label, offset, size in found:
             keys.append(os.fsencode(key))
             numbers.append((label, number, offset, size))
-    longest = max((len(key) for key in keys), default=1)
-    packed = np.array(keys, dtype=f"S{longest}").view(np.uint8).reshape(len(keys), longest)
-    table = torch.tensor(numbers, dtype=torch.int64).reshape(-1, 4)
+    if not keys:
+        raise ValueError(
+            f"{shards[0]} and those beside it hold no images ({', '.join(EXTENSIONS)})"
+        )
+    table = torch.tensor(numbers)
     index = {
         "label": table[:, 0].clone(),
         "place": table[:, 1:].clone(),
-        "key": torch.from_numpy(packed.copy()),
+        "key": torch.from_numpy(np.array(keys).view(np.uint8).reshape(len(keys), -1)),
     }
     try:
         write_tensors(kept, index)
@@ -160,49 +159,33 @@ def _scan(shard: Path) -> list[tuple[str, int, int, int]]:
 
     Raises tarfile.TarError if it is no tar file or is cut off, ValueError for what is wrong in it.
     """
-    images: dict[str, list[tarfile.TarInfo]] = {}
-    labels: dict[str, list[int]] = {}
-    passed_over: list[str] = []
-    end = shard.stat().st_size
-    with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
-        for member in tar:
-            if not member.isfile():
-                continue
-            blocks = -(-member.size // tarfile.BLOCKSIZE)
-            if member.offset_data + (blocks + 1) * tarfile.BLOCKSIZE > end:  # the mark of its end
-                raise tarfile.ReadError(f"it is cut off within or behind {member.name}")
-            key, extension = os.path.splitext(member.name)
-            if os.path.basename(member.name).startswith("."):
-                passed_over.append(member.name)
-            elif extension.lower() in EXTENSIONS:
-                images.setdefault(key, []).append(member)
-            elif extension.lower() == ".cls":
-                labels.setdefault(key, []).append(_class_index(file, member, shard))
     found = []
-    for key, members in images.items():
-        own = labels.pop(key, [])
-        if not own and _sample_of(key) in images:  # such as `7.seg.png` beside `7.jpg`
-            passed_over += [member.name for member in members]
-        elif len(own) != len(members):
-            raise ValueError(
-                f"{shard}: {', '.join(member.name for member in members)}: {len(members)} images "
-                f"with {len(own)} class indices; a sample is one image with its number in {key}.cls"
-            )
-        else:
-            found += [
-                (key, label, member.offset_data, member.size)
-                for member, label in zip(members, own, strict=True)
-            ]
-    passed_over += [f"{key}.cls" for key in labels]
-    log_passed_over(shard, passed_over)
+    with tarfile.open(shard, "r:") as tar, open(shard, "rb") as file:
+        files = [member for member in tar if member.isfile()]
+        if shard.stat().st_size < tar.offset + tarfile.BLOCKSIZE:
+            raise tarfile.ReadError("the mark of its end is missing: it is cut off")
+        for key, members in groupby(files, _key_of):
+            images, labels = [], []
+            for member in members:
+                extension = member.name.removeprefix(key).lower()
+                if extension in EXTENSIONS:
+                    images.append(member)
+                elif extension == ".cls":
+                    labels.append(_class_index(file, member, shard))
+            if images and (len(images), len(labels)) != (1, 1):
+                raise ValueError(
+                    f"{shard}: {', '.join(image.name for image in images)}: {len(images)} images "
+                    f"with {len(labels)} class indices; a sample is one image with its number in "
+                    f"{key}.cls beside it"
+                )
+            found += [(key, labels[0], image.offset_data, image.size) for image in images]
     return found
 
 
-def _sample_of(key: str) -> str | None:
-    """The key up to the first dot of the last name in it; None if that is all of it."""
-    folder, slash, name = key.rpartition("/")
-    sample = f"{folder}{slash}{name.partition('.')[0]}"
-    return None if sample == key else sample
+def _key_of(member: tarfile.TarInfo) -> str:
+    """The path up to the first dot of the file's name; all of it for hidden files."""
+    folder, slash, name = member.name.rpartition("/")
+    return folder + slash + (name.partition(".")[0] or name)
 
 
 def _class_index(file: BinaryIO, member: tarfile.TarInfo, shard: Path) -> int:

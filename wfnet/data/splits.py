@@ -99,10 +99,3 @@ def limit_per_class(labels: Tensor, per_class: int, seed: int) -> Tensor:
         raise ValueError(f"the limit per class must be 1 or more, got {per_class}")
     chosen = [positions[:per_class] for _, positions in _shuffled_classes(labels, seed)]
     return torch.cat(chosen).sort().values if chosen else torch.empty(0, dtype=torch.int64)
-
-
-def limit_dataset(dataset: Dataset, per_class: int | None, seed: int) -> Dataset:
-    """At most `per_class` images of each class; None is no limit."""
-    if per_class is None:
-        return dataset
-    return select(dataset, limit_per_class(dataset.labels, per_class, seed))
