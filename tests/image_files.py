@@ -22,7 +22,7 @@ def write_image(path: Path, seed: int, size: tuple[int, int] = (40, 36), mode: s
 
 def write_class_folders(root: Path) -> Path:
     """`train/` with 6 and `val/` with 2 images for each of three classes, in five formats."""
-    suffixes = ("jpg", "png", "jpeg", "webp", "bmp", "JPEG")
+    suffixes = ("jpg", "png", "gif", "webp", "bmp", "JPEG")
     for label, name in enumerate(CLASS_NAMES):
         for number in range(6):
             write_image(root / "train" / name / f"{number}.{suffixes[number]}", 10 * label + number)

@@ -24,7 +24,6 @@ class Foreign:
     "dataset",
     [
         Foreign(labels=np.array([0, 1, 0, 1])),
-        Foreign(labels=None, targets=[0, 1, 0, 1]),
         Foreign(labels=lambda: 0, targets=torch.tensor([0, 1, 0, 1], dtype=torch.int32)),
         Foreign(samples=[("a.jpg", 0), ("b.jpg", 1), ("c.jpg", 0), ("d.jpg", 1)]),
         Foreign(reader=Foreign(samples=[("a", 0), ("b", 1), ("c", 0), ("d", 1)])),
@@ -39,17 +38,9 @@ def test_labels_of_torchvision_like_sets(dataset):
     assert labels.tolist() == [0, 1, 0, 1]
 
 
-@pytest.mark.parametrize(
-    ("attributes", "message"),
-    [
-        ({}, "Foreign has no usable labels: give it an attribute"),
-        ({"targets": [[0, 1]] * 4}, "no usable labels"),
-        ({"targets": ["a"] * 4}, "no usable labels"),
-        ({"targets": [0, 1]}, "no usable labels"),
-    ],
-)
-def test_labels_of_says_what_is_missing(attributes, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("attributes", [{}, {"targets": [[0, 1]] * 4}, {"targets": ["a"] * 4}])
+def test_labels_of_says_what_is_missing(attributes):
+    with pytest.raises(ValueError, match="Foreign has no usable labels: give it an attribute"):
         labels_of(Foreign(**attributes))
 
 

@@ -1,20 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from image_files import write_image
 from PIL import Image
 
 from wfnet.data import CorruptImage, ImageFiles, evaluation_transform
 
 
-def opened(root, channels=3):
+def opened(root, channels):
     return ImageFiles(root, evaluation_transform(16, [0.0], [1.0], crop_pct=1.0), channels)
-
-
-@pytest.mark.parametrize("suffix", ["gif", "tiff", "ppm", "pgm"])
-def test_formats(tmp_path, suffix):
-    write_image(tmp_path / "ant" / f"0.{suffix}", 0, mode="L" if suffix == "pgm" else "RGB")
-    assert opened(tmp_path)[0][0].shape == (3, 16, 16)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -33,4 +26,4 @@ def test_32_bits_a_pixel_are_refused(tmp_path):
     (tmp_path / "ant").mkdir()
     Image.fromarray(np.ones((16, 16), np.float32)).save(tmp_path / "ant" / "0.tif")
     with pytest.raises(CorruptImage, match="have 32 bits and no known range"):
-        opened(tmp_path)[0]
+        opened(tmp_path, 3)[0]

@@ -7,10 +7,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from image_files import truncate, write_tar
+from image_files import write_tar
 from PIL import Image
 
-from wfnet.data import CorruptImage, ImageShards, batches, evaluation_transform, open_data
+from wfnet.data import ImageShards, batches, evaluation_transform, open_data
 from wfnet.data import shards as shards_module
 
 SIZE = 16
@@ -48,13 +48,12 @@ def read(paths, **kwargs):
     return ImageShards(paths, evaluation_transform(SIZE, crop_pct=1.0), **kwargs)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_order_labels_and_pixels(shards, workers):
+def test_order_labels_and_pixels(shards):
     data = read(shards)
     assert data.labels.tolist() == [0, 1, 2, 2, 1, 0, 0]
     assert data.classes == ["0", "1", "2"]
     order = torch.tensor([6, 0, 3, 2, 5, 1])
-    for batch in batches(data, order.split(2), workers):
+    for batch in batches(data, order.split(2), workers=2):
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
             file = Image.open(io.BytesIO(jpeg(index))).convert("RGB")
             assert torch.equal(image, evaluation_transform(SIZE, crop_pct=1.0)(file))
@@ -118,27 +117,17 @@ def test_bad_samples_are_refused(tmp_path, members, message):
         read([write_tar(tmp_path / "s.tar", members)])
 
 
-@pytest.mark.parametrize("damage", ["half", "no mark of its end", "text"])
+@pytest.mark.parametrize("damage", ["cut off", "text"])
 def test_unreadable_shards_are_named(shards, damage):
     with pytest.raises(ValueError, match=r"is compressed.*unpack it"):
         read([write_tar(shards[0].parent / "s.tar.gz", {}, "gz")])
-    if damage == "half":
-        truncate(shards[0])
-    elif damage == "text":
-        shards[0].write_bytes(b"no tar file at all")
-    else:
-        with tarfile.open(shards[0]) as tar:
+    shards[0].write_bytes(b"no tar file at all")
+    if damage == "cut off":
+        with tarfile.open(shards[1]) as tar:
             last = tar.getmembers()[-1]
-        shards[0].write_bytes(shards[0].read_bytes()[: last.offset_data + 512])
+        shards[0].write_bytes(shards[1].read_bytes()[: last.offset_data + 512])
     with pytest.raises(ValueError, match=r"a-000\.tar cannot be read .*: fetch it again"):
         read(shards)
-
-
-def test_a_corrupt_image_is_named(tmp_path):
-    members = samples(0, [0])
-    members["n0000.jpg"] = members["n0000.jpg"][:200]
-    with pytest.raises(CorruptImage, match=r"s\.tar:n0000"):
-        read([write_tar(tmp_path / "s.tar", members)])[0]
 
 
 @pytest.mark.parametrize("layout", ["folders", "names"])

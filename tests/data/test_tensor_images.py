@@ -28,8 +28,7 @@ def test_normalises_on_access(dtype):
     assert isinstance(data, Dataset)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-@pytest.mark.parametrize("size", [5, 16])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.uint8, 5), (torch.float32, 16)])
 def test_resizing_on_access_equals_resizing_once(monkeypatch, dtype, size):
     once = tensor_set(dtype=dtype, size=8).images
     early = TensorImages(once, torch.zeros(12).long(), ["a"], size=size)
@@ -58,10 +57,8 @@ def test_grey_becomes_colour_and_colour_grey():
     ("change", "message"),
     [
         ({"images": torch.zeros(3, 8, 8)}, "N, C, H, W"),
-        ({"images": torch.zeros(3, 1, 8, 8, dtype=torch.int64)}, "uint8 or floating"),
         ({"labels": torch.zeros(2).long()}, "3 images but 2 labels"),
         ({"labels": torch.tensor([0, 1, 2])}, "label 2 is outside 0..1"),
-        ({"labels": torch.tensor([0, -1, 0])}, "label -1"),
         ({"labels": torch.zeros(3)}, "integers"),
         ({"mean": (0.1, 0.2)}, "2 mean or std values"),
         ({"std": 0.0}, "std must be above 0"),
