@@ -29,7 +29,6 @@ def test_files_of_names(tmp_path, text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"ant\n\nbee\n", "name 2 is blank"),
         (b"ant\nbee\nant\n", "the class 'ant' twice"),
         ("ant\nbee\ncat".encode("utf-16"), "is not UTF-8"),
     ],

@@ -22,12 +22,10 @@ class Config:
 @pytest.mark.parametrize(
     ("number", "text", "message"),
     [
-        (settings.positive_int, "2.5", "'2.5' is not a whole number of at least 1"),
         (settings.positive_int, "1000000001", "is not a whole number of at most 1000000000"),
         (settings.seed, str(2**70), "is not a whole number of at most 9223372036854775807"),
         (settings.positive_float, "0", "'0' is not a number above 0"),
         (settings.positive_float, "nan", "'nan' is not a number above 0"),
-        (settings.finite, "-inf", "'-inf' is not a number of at least -1e"),
         (settings.below_one, "1", "'1' is not a number below 1"),
     ],
 )
@@ -48,9 +46,7 @@ def test_values_in_range():
     [
         ({"steps": True}, "steps must be a whole number of at least 1, got True"),
         ({"steps": 2.5}, "steps must be a whole number of at least 1, got 2.5"),
-        ({"steps": float("inf")}, "steps must be a whole number of at most 1000000000"),
         ({"lr": "0.1"}, "lr must be a number above 0, got '0.1'"),
-        ({"lr": None}, "lr must be a number above 0, got None"),
         ({"schedule": "step"}, "schedule='step' is not one of 'cosine', 'constant'"),
     ],
 )

@@ -34,7 +34,7 @@ def numbers_by_name(found: Sequence[str], known: Sequence[str], what: str, origi
 def read_names(path: Path) -> list[str]:
     """Returns the class names of a text file, one a line; blank lines at its end are none.
 
-    Raises ValueError for a text that is not UTF-8, and for a name that is blank or comes twice.
+    Raises ValueError for a text that is not UTF-8, and for a name that comes twice.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
@@ -46,9 +46,7 @@ def read_names(path: Path) -> list[str]:
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Raises ValueError if a name is blank or comes twice."""
-    if "" in names:
-        raise ValueError(f"{where}: name {names.index('') + 1} is blank; each class needs a name")
+    """Raises ValueError if a name comes twice."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{where} names the class {twice!r} twice")

@@ -5,7 +5,6 @@ contrast and noise. Nothing is downloaded; the same arguments give the same imag
 """
 
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -39,21 +38,14 @@ FONTS = (
 COMPUTER_MODERN = frozenset(DIGITS + LETTERS + LETTERS.lower())
 # Strength of noise: `create("resnet", 100)` reaches 99.4% of a hundred classes with it, and 87.9%
 # at 0.3 (test images; 200 images of each class in all, 6 epochs).
-EASY = 0.05
+NOISE = 0.05
 DISTORTION = 0.7  # factor on rotation, shear, scale, shift and thickness
 MEAN, STD = (0.5,), (0.25,)
 CANVAS = 64  # characters are drawn at this size and shrunk by the affine map
 PER_CLASS = 200
 
 
-def render(
-    characters: str,
-    labels: Tensor,
-    seed: int = 0,
-    image_size: int = 32,
-    channels: int = 1,
-    noise: float = EASY,
-) -> Tensor:
+def render(characters: str, labels: Tensor, seed: int, image_size: int, channels: int) -> Tensor:
     """Images [N, channels, image_size, image_size] uint8 of `characters[labels[i]]`, labels [N].
 
     Needs Pillow and matplotlib's font files, `pip install wfnet[train,viz]`.
@@ -63,7 +55,7 @@ def render(
     parts = []
     for part in labels.split(2048):
         strokes = _distorted(masks, fonts, part, generator, image_size)
-        parts.append(_painted(strokes, generator, channels, noise))
+        parts.append(_painted(strokes, generator, channels))
     return torch.cat(parts)
 
 
@@ -103,7 +95,7 @@ def _distorted(
     return F.avg_pool2d(F.grid_sample(mask, grid, align_corners=False), 2)
 
 
-def _painted(strokes: Tensor, generator: torch.Generator, channels: int, noise: float) -> Tensor:
+def _painted(strokes: Tensor, generator: torch.Generator, channels: int) -> Tensor:
     """strokes [n, 1, size, size] -> images [n, channels, size, size] uint8."""
     n, _, size, _ = strokes.shape
     shape = (n, channels, 1, 1)
@@ -115,7 +107,7 @@ def _painted(strokes: Tensor, generator: torch.Generator, channels: int, noise: 
     clutter = torch.randn(n, channels, coarse, coarse, generator=generator)
     clutter = F.interpolate(clutter, size=(size, size), mode="bilinear", align_corners=False)
     grain = torch.randn(n, channels, size, size, generator=generator)
-    images = images + noise * (0.5 * clutter + 0.5 * grain)
+    images = images + NOISE * (0.5 * clutter + 0.5 * grain)
     return images.clamp_(0, 1).mul_(255).round_().byte()
 
 
@@ -126,10 +118,11 @@ def _draw(characters: str) -> tuple[Tensor, Tensor]:
     image_module = require("PIL.Image", "train")
     font_module = require("PIL.ImageFont", "train")
     draw_module = require("PIL.ImageDraw", "train")
+    folder = Path(require("matplotlib", "viz").get_data_path(), "fonts", "ttf")
     masks = torch.zeros(len(characters), len(FONTS), CANVAS, CANVAS, dtype=torch.uint8)
     fonts = torch.full((len(characters), len(FONTS)), -1)
     for number, name in enumerate(FONTS):
-        font = font_module.truetype(str(font_folder() / f"{name}.ttf"), 44)
+        font = font_module.truetype(str(folder / f"{name}.ttf"), 44)
         unknown = bytes(font.getmask("\U0010fff0"))  # the box for characters that a font lacks
         for label, character in enumerate(characters):
             if name.startswith("cm") and character not in COMPUTER_MODERN:
@@ -143,11 +136,3 @@ def _draw(characters: str) -> tuple[Tensor, Tensor]:
             masks[label, number] = torch.from_numpy(np.array(image))
             fonts[label, (fonts[label] >= 0).sum()] = number
     return masks, fonts
-
-
-def font_folder() -> Path:
-    """The folder of matplotlib's font files, found without importing matplotlib."""
-    spec = find_spec("matplotlib")
-    if spec is None:
-        require("matplotlib", "viz")
-    return Path(spec.submodule_search_locations[0], "mpl-data", "fonts", "ttf")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import torch
-
-from wfnet.services.quiet import silent_stderr
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
@@ -25,7 +26,7 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with (
-        silent_stderr(),
+        _silent_stderr(),
         torch.profiler.profile(activities=activities, profile_memory=True) as profile,
     ):
         work()
@@ -36,3 +37,17 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         now += change
         peak = max(peak, now)
     return peak
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Nothing reaches the descriptor of stderr inside: PyTorch's profiler writes to it directly."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -25,29 +25,23 @@ _FORMULA = re.compile(r"'*\s*[=+\-@\t\n＝＋－＠]")  # noqa: RUF001
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
-def write_csv(
-    path: str | os.PathLike, rows: Iterable[Any], columns: Sequence[str] | None = None
-) -> None:
+def write_csv(path: str | os.PathLike, rows: Iterable[Any], columns: Sequence[str]) -> None:
     """Writes one line per row below a line of names, atomically.
 
     Args:
         path: the file.
         rows: mappings or dataclass objects; a value that is missing or None is an empty cell.
-        columns: names in their order; by default those of the first row.
+        columns: names in their order.
 
     Raises:
-        ValueError: for a row with a name that is not among ``columns``, or no row and no columns.
+        ValueError: for a row with a name that is not among ``columns``.
     """
-    found = [asdict(row) if is_dataclass(row) else dict(row) for row in rows]
-    if columns is None:
-        if not found:
-            raise ValueError("a CSV file without rows needs columns")
-        columns = list(found[0])
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    for row in found:
-        writer.writerow({name: _quoted(value) for name, value in row.items()})
+    for row in rows:
+        values = asdict(row) if is_dataclass(row) else row
+        writer.writerow({name: _quoted(value) for name, value in values.items()})
     write_text(path, text.getvalue())
 
 
