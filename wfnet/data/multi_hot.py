@@ -104,17 +104,11 @@ class MultiLabelFiles(EncodedFiles):
             if unknown:
                 raise ValueError(f"{path} has the class {unknown[0]!r}, unknown to the other parts")
             names = list(classes)
-        if len(names) < 2:
-            raise ValueError(f"{path} names {len(names)} classes; there must be at least 2")
         number = {name: index for index, name in enumerate(names)}
         multi_hot = torch.zeros(len(known), len(names), dtype=torch.bool)
         for row, labels in enumerate(known.values()):
             multi_hot[row, [number[name] for name in labels]] = True
-        try:
-            labels = rarest_labels(multi_hot)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        super().__init__(labels, names, transform, channels)
+        super().__init__(rarest_labels(multi_hot), names, transform, channels)
         self.root, self.multi_hot = root, multi_hot
         self.files = np.array([os.fsencode(image) for image in known])
 
