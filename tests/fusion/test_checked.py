@@ -132,24 +132,20 @@ def test_copies_and_saved_networks_start_without_plans(
             torch.testing.assert_close(twin(IMAGES, 1), expected, rtol=1e-10, atol=1e-11)
 
 
-class NoBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x * 2
-
-    @staticmethod
-    def backward(ctx, gradient):
-        raise ValueError("no backward")
-
-
-class Layer(nn.Module):
+class NoBackward(nn.Module):
     def forward(self, x):
-        return NoBackward.apply(x)
+        def fails(gradient):
+            raise ValueError("no backward")
+
+        x = x * 2
+        if x.requires_grad:
+            x.register_hook(fails)
+        return x
 
 
 @pytest.mark.parametrize(
     ("error", "layer", "reason"),
-    [(1.01, nn.Identity(), "differ"), (1, Layer(), "running the plan failed (no backward)")],
+    [(1.01, nn.Identity(), "differ"), (1, NoBackward(), "running the plan failed (no backward)")],
 )
 def test_a_wrong_plan_is_never_used(error, layer, reason, monkeypatch, caplog, toy, pair_of):
     fold = tables.GatedLayer.folded

@@ -9,6 +9,10 @@ from torch import nn
 import wfnet
 from wfnet import fusion, models
 from wfnet.fusion import durable_run
+from wfnet.gate_tables import flatten_filters
+from wfnet.untraining.durable import DurableObjective, Groups, durable_step, expand_groups
+from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.step import UntrainingStep
 
 timm = pytest.importorskip("timm")
 
@@ -125,25 +129,23 @@ def test_groups_in_untraining(pair, soft, monkeypatch):
     check_gradients(pair, losses)
 
 
-def test_gates_of_exactly_zero_pass_nothing_on(pair):
-    """In one matrix as a step has it, and one time only."""
-    net, fused = pair
-    for network in pair:
-        for layer in network.masked_layers.values():
+@pytest.mark.parametrize("number", [0, 1], ids=["soft gates", "hard gates"])
+def test_an_untraining_step(pair, number):
+    """Of recipe durable, in one matrix; gates of exactly zero pass nothing on."""
+    batch = expand_groups(torch.tensor([0, 1, 2, 3, 4, 1]), Groups(2, 1, 2, compound=0.5))
+    found = []
+    for net in pair:
+        for layer in net.masked_layers.values():
             layer.alpha_hard.data[:, ::2] = -20.0
-    network = fused.fused_network(IMAGES)
-    into = torch.full((CLASSES, sum(f.shape[1] for f in network.filters())), torch.nan).double()
-    with fused.gate_mode.grouped(ROWS, noise_of(fused)):
-        run = network.start(IMAGES, ROWS[:, None], SOURCE)
-        logits = run.forward()
-    found = run.backward(2 * logits, into)
-    with net.gate_mode.grouped(ROWS, noise_of(net)):
-        expected = gradients(net, net(IMAGES, ROWS, SOURCE).square().sum())
-    torch.testing.assert_close(list(found), expected, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(into, torch.cat(expected, 1), rtol=1e-8, atol=1e-12)
-    assert not found[0][:, ::2].any()
-    with pytest.raises(RuntimeError, match="second time"):
-        run.backward(logits)
+        parameters = net.filter_parameters()
+        with flatten_filters(parameters):
+            around = lambda batch, net=net: durable_step(net, batch, 0, number)  # noqa: E731
+            step = UntrainingStep(net, DurableObjective(), RowAdam(parameters), around=around)
+            step.differentiate([(IMAGES, batch)])
+            found.append(step.gradient.clone())
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-12)
+    assert not found[1][:, : parameters[0].shape[1] : 2].any()
+    assert found[1].any()
 
 
 def test_bfloat16_error_is_at_most_twice_the_unfused_one(pair):

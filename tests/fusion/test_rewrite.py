@@ -50,7 +50,6 @@ def with_slices(net, x):
 BODIES = {
     "function": lambda net, x: net.conv(F.leaky_relu(net.conv(x), 0.2, inplace=True)),
     "module": lambda net, x: net.conv(net.act(net.conv(x))),
-    "functions of torch": lambda net, x: net.conv(torch.sigmoid_(net.conv(x))),
     "methods": lambda net, x: net.conv(net.conv(x).mul_(0.5).tanh_()),
     "operators": with_operators,
     "read before": lambda net, x: net.conv(x) + F.silu(x, inplace=True),

@@ -1,13 +1,9 @@
 """A fused network as an autograd node: gradients that repeat, and what is refused."""
 
-import logging
-
 import pytest
 import torch
-from torch import nn
 
 IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-CLASSES = 5
 
 
 @pytest.fixture(params=["plan", "trunk"])
@@ -62,20 +58,3 @@ def test_a_network_made_in_inference_mode_runs_fused(toy, small_vit, pair_of):
             net, fused = pair_of(make())
             torch.testing.assert_close(fused(IMAGES, 1), net(IMAGES, 1), rtol=1e-11, atol=1e-12)
         assert fused.fused_network(IMAGES) is not None
-
-
-class Branching(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, CLASSES)
-
-    def forward(self, x):
-        return self.fc(self.conv(x if x.sum() > 0 else -x).mean((2, 3)))
-
-
-def test_runs_unfused_with_a_line_in_the_log(caplog, pair_of):
-    net, fused = pair_of(Branching())
-    with caplog.at_level(logging.WARNING, logger="wfnet"):
-        torch.testing.assert_close(fused(IMAGES, 1), net(IMAGES, 1))
-    assert "Branching runs unfused: torch.fx cannot trace it" in caplog.text
-    assert "\n" not in caplog.records[0].getMessage()
