@@ -9,36 +9,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from wfnet.head import example_images, first_output
 from wfnet.services.extras import require
 from wfnet.services.modes import evaluation_mode
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a network costs.
-
-    Attributes:
-        parameters: numbers in all its weights.
-        flops: floating point operations of one image, as PyTorch counts them.
-    """
-
-    parameters: int
-    flops: int
-
-
-def size_of(model: nn.Module, images: Tensor) -> Size:
-    """The size of ``model`` on ``images [N, C, H, W]``."""
-    with FlopCounterMode(display=False) as counter, evaluation_mode(model), torch.no_grad():
-        model(images)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Size(parameters, counter.get_total_flops() // len(images))
 
 
 def compact(plain: nn.Module, image_shape: Sequence[int] | None = None) -> nn.Module:

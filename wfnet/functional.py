@@ -301,8 +301,7 @@ def _run(
     """The masked convolution, or without ``geometry`` the linear map, of whoever computes it."""
     name = backends.resolve(backend)
     if name == "reference":
-        compute = reference.wf_conv2d if geometry else reference.wf_linear
-        return compute(x, *layer, rows, *geometry, gate_scale, source)
+        return reference.masked_layer(x, *layer, rows, geometry, gate_scale, source)
     _check_transforms(x, *layer)
     # Whether backward will sum T1, for which forward keeps a private tensor.
     save = torch.is_grad_enabled() and layer[2].requires_grad

@@ -55,8 +55,8 @@ def _laid_out(t: Tensor, memory_format: torch.memory_format) -> Tensor:
 class _Forward(NamedTuple):
     """Arguments of a forward operator, in the order of its schema.
 
-    Convolutions: ``x`` ``[N, C, H, W]``, ``weight`` ``[O, C / groups, R, S]``; linear maps, whose
-    ``geometry`` is empty: ``x`` ``[N, T, C]``, ``weight`` ``[O, C]``.
+    Convolutions: ``x`` ``[N, C, H, W]``, ``weight`` ``[O, C / groups, R, S]``; linear maps, without
+    ``geometry``: ``x`` ``[N, T, C]``, ``weight`` ``[O, C]``.
     """
 
     x: Tensor
@@ -69,7 +69,7 @@ class _Forward(NamedTuple):
     gate_scale: float
     backend: str
     save: bool  # whether backward will sum T1
-    geometry: tuple = ()
+    geometry: ConvGeometry | None = None
 
 
 class _Backward(NamedTuple):
@@ -90,39 +90,35 @@ class _Backward(NamedTuple):
     need_dx: bool
     need_weight: bool
     need_bias: bool
-    geometry: tuple = ()
+    geometry: ConvGeometry | None = None
 
     @property
     def layout(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-def _forward_arguments(arguments: tuple) -> _Forward:
-    count = len(_Forward._fields) - 1
-    return _Forward(*arguments[:count], arguments[count:])
+def _named(kind: type, arguments: tuple):
+    """``arguments`` of an operator as ``kind``, :class:`_Forward` or :class:`_Backward`."""
+    count = len(kind._fields) - 1
+    if len(arguments) == count:
+        return kind(*arguments)
+    *pairs, groups = arguments[count:]
+    return kind(*arguments[:count], ConvGeometry(*map(tuple, pairs), groups))
 
 
-def _backward_arguments(arguments: tuple) -> _Backward:
-    count = len(_Backward._fields) - 1
-    return _Backward(*arguments[:count], arguments[count:])
-
-
-def _conv_geometry(geometry: tuple) -> ConvGeometry:
-    stride, padding, dilation, groups = geometry
-    return ConvGeometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-
-
-def willing_backend(name: str, x: Tensor, weight: Tensor, geometry: tuple = ()) -> Backend:
+def willing_backend(
+    name: str, x: Tensor, weight: Tensor, geometry: ConvGeometry | None = None
+) -> Backend:
     """Returns the backend called ``name``, never another one.
 
     Raises:
         RuntimeError: if it cannot run the call, with its reason.
     """
     backend = backends.get(name)
-    if geometry:
-        reason = backend.refuse_conv2d(x, weight, _conv_geometry(geometry))
-    else:
+    if geometry is None:
         reason = backend.refuse_linear(x, weight)
+    else:
+        reason = backend.refuse_conv2d(x, weight, geometry)
     if reason is not None:
         raise RuntimeError(
             f"backend {name!r} cannot run this call: {reason}; choose another backend, or 'auto'"
@@ -137,7 +133,7 @@ def _layout(x: Tensor, weight: Tensor) -> torch.memory_format:
 
 def _forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``out``, ``saved``, ``scale`` and ``shift``."""
-    call = _forward_arguments(arguments)
+    call = _named(_Forward, arguments)
     engine = willing_backend(call.backend, call.x, call.weight, call.geometry)
     layout = _layout(call.x, call.weight)
     scale, shift = engine.gate_rows(call.alpha_weight, call.forget, call.gate_scale), None
@@ -146,10 +142,10 @@ def _forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         shift = shift * call.bias.to(scale.dtype)
     epilogue = Epilogue(scale, shift, source=call.source, save=call.save)
     x = call.x.contiguous(memory_format=layout)
-    if call.geometry:
-        found = engine.conv2d(x, call.weight, _conv_geometry(call.geometry), epilogue)
-    else:
+    if call.geometry is None:
         found = engine.linear(x, call.weight, epilogue)
+    else:
+        found = engine.conv2d(x, call.weight, call.geometry, epilogue)
     return (
         _laid_out(found.out, layout),
         x.new_empty(0) if found.branch is None else _laid_out(found.branch, layout),
@@ -160,15 +156,14 @@ def _forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _fake_forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Results of :func:`_forward` without values."""
-    call = _forward_arguments(arguments)
+    call = _named(_Forward, arguments)
     engine = willing_backend(call.backend, call.x, call.weight, call.geometry)
     batch, columns = call.forget.shape[0], call.weight.shape[0]
-    if call.geometry:
-        kernel = call.weight.shape[2], call.weight.shape[3]
-        size = _conv_geometry(call.geometry).output_size(*call.x.shape[2:], kernel)
-        shape = batch, columns, *size
-    else:
+    if call.geometry is None:
         shape = batch, call.x.shape[1], columns
+    else:
+        kernel = call.weight.shape[2], call.weight.shape[3]
+        shape = batch, columns, *call.geometry.output_size(*call.x.shape[2:], kernel)
     layout = _layout(call.x, call.weight)
     out = call.x.new_empty(shape).to(memory_format=layout)
     saved = out.new_empty(0)
@@ -182,7 +177,7 @@ def _fake_forward(*arguments: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     """``dx``, ``dalpha_weight`` and ``dalpha_bias`` ``[K, O]``; empty where not needed."""
-    call = _backward_arguments(arguments)
+    call = _named(_Backward, arguments)
     engine = backends.get(call.backend)
     layer = LayerBelow(
         branch=call.saved if call.need_weight else None,
@@ -193,16 +188,12 @@ def _backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
         need_scaled_grad=call.need_dx,
         images=call.input_shape[0],
     )
-    passed = (
-        call.dout.contiguous(memory_format=call.layout),
-        layer,
-        call.weight,
-        tuple(call.input_shape),
-    )
-    if call.geometry:
-        dx = engine.conv2d_backward(*passed, _conv_geometry(call.geometry))
-    else:
+    dout = call.dout.contiguous(memory_format=call.layout)
+    passed = dout, layer, call.weight, tuple(call.input_shape)
+    if call.geometry is None:
         dx = engine.linear_backward(*passed)
+    else:
+        dx = engine.conv2d_backward(*passed, call.geometry)
     nothing = call.alpha_weight.new_empty(0)
     dalpha_weight = dalpha_bias = nothing
     if call.need_weight:
@@ -215,7 +206,7 @@ def _backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
 
 def _fake_backward(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     """Results of :func:`_backward` without values."""
-    call = _backward_arguments(arguments)
+    call = _named(_Backward, arguments)
     nothing = call.alpha_weight.new_empty(0)
     dx = call.dout.new_empty(call.input_shape).to(memory_format=call.layout)
     return (
@@ -230,9 +221,6 @@ class _MaskedOperator:
 
     ``geometry`` is the tail of both schemas, empty for a linear map.
     """
-
-    forward = staticmethod(_forward)
-    backward = staticmethod(_backward)
 
     def __init__(self, name: str, geometry: str):
         _library.define(
@@ -249,8 +237,8 @@ class _MaskedOperator:
         self.operator = getattr(torch.ops.wfnet, name).default
         self.backward_operator = getattr(torch.ops.wfnet, f"{name}_backward").default
         for suffix, run, fake in (
-            ("", self.forward, _fake_forward),
-            ("_backward", self.backward, _fake_backward),
+            ("", _forward, _fake_forward),
+            ("_backward", _backward, _fake_backward),
         ):
             _library.impl(name + suffix, run, "CompositeExplicitAutograd")
             torch.library.register_fake(f"wfnet::{name}{suffix}", fake, lib=_library)

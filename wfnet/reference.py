@@ -27,47 +27,28 @@ def masked(parameter: Tensor, alpha: Tensor, labels: list[int], gate_scale: floa
     return parameter
 
 
-def wf_conv2d(
+def masked_layer(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     alpha_weight: Tensor,
     alpha_bias: Tensor | None,
     forget: Tensor,
-    stride: tuple[int, int] = (1, 1),
-    padding: tuple[int, int] = (0, 0),
-    dilation: tuple[int, int] = (1, 1),
-    groups: int = 1,
+    geometry: tuple = (),
     gate_scale: float = 1.0,
     source: Tensor | None = None,
 ) -> Tensor:
-    """Masked convolution; shapes as in :func:`wfnet.functional.wf_conv2d`, ``forget`` is [B, J]."""
-    parts = _samples(x, weight, bias, alpha_weight, alpha_bias, forget, gate_scale, source)
-    geometry = stride, padding, dilation, groups
-    outputs = [F.conv2d(*sample, *geometry) for sample in parts]
-    return torch.cat(outputs) if outputs else F.conv2d(x[:0], weight, bias, *geometry)
+    """Masked convolution or linear map; shapes as in :mod:`wfnet.functional`.
 
-
-def wf_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    alpha_weight: Tensor,
-    alpha_bias: Tensor | None,
-    forget: Tensor,
-    gate_scale: float = 1.0,
-    source: Tensor | None = None,
-) -> Tensor:
-    """Masked linear map: ``x`` ``[N, T, C]``, ``forget`` ``[B, J]``, returns ``[B, T, O]``."""
-    parts = _samples(x, weight, bias, alpha_weight, alpha_bias, forget, gate_scale, source)
-    outputs = [F.linear(*sample) for sample in parts]
-    return torch.cat(outputs) if outputs else F.linear(x[:0], weight, bias)
-
-
-def _samples(x, weight, bias, alpha_weight, alpha_bias, forget, gate_scale, source):
-    """Yields every sample with its masked copies of weight and bias."""
+    Args:
+        forget: ``[B, J]``.
+        geometry: stride, padding, dilation and groups of a convolution; empty for a linear map.
+    """
+    compute = F.conv2d if geometry else F.linear
     source = torch.arange(len(forget)) if source is None else source
+    outputs = [compute(x[:0], weight, bias, *geometry)]  # of no samples, the shape
     for image, labels in zip(source.tolist(), forget.tolist(), strict=True):
         w = masked(weight, alpha_weight, labels, gate_scale).to(x.dtype)
         b = None if bias is None else masked(bias, alpha_bias, labels, gate_scale).to(x.dtype)
-        yield x[image : image + 1], w, b
+        outputs.append(compute(x[image : image + 1], w, b, *geometry))
+    return torch.cat(outputs)

@@ -29,7 +29,7 @@ from wfnet.cli.inputs import Run, class_indices
 from wfnet.cli.options import Parser, add_command
 from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.weights import load_weights
-from wfnet.compact import compact, size_of
+from wfnet.compact import compact
 from wfnet.data import batches, multi_hot_of
 from wfnet.head import CUT_LOGIT
 from wfnet.network import WFNet
@@ -300,11 +300,8 @@ def _write_compact(net: WFNet, export: Export, images: Tensor) -> None:
             torch.export.save(program, file)
 
     write_atomically(target, save)
-    before, after = size_of(plain, images), size_of(small, images)
-    print(
-        f"{target}: without closed channels: {after.parameters:,} of {before.parameters:,} "
-        f"parameters, {after.flops / 1e6:,.1f} of {before.flops / 1e6:,.1f} MFLOPs an image"
-    )
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (plain, small))
+    print(f"{target}: without closed channels: {after:,} of {before:,} parameters")
 
 
 def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
