@@ -37,6 +37,7 @@ import contextlib
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from script import begin, make_parser, parse_step
 
@@ -50,16 +51,12 @@ from wfnet.benchmarking.steps import (
     print_table,
 )
 from wfnet.cli.classifier import create_classifier
+from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, picture
 from wfnet.services.files import write_json
 
 
 def draw(record: dict, path: Path) -> None:
     """Draws expanded samples per second of every column, one panel per network."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     shown = {
         name: {c: row for c, row in result["columns"].items() if "impossible" not in row}
         for name, result in record["networks"].items()
@@ -67,33 +64,26 @@ def draw(record: dict, path: Path) -> None:
     shown = {name: rows for name, rows in shown.items() if rows}
     if not shown:
         return
-    settings = record["settings"]
-    title = f"{settings['image_size']} px, {settings['dtype']}, {record['device']}"
     size = 2.2 + 3.6 * len(shown), 1.4 + 0.3 * max(map(len, shown.values()))
-    figure, axes = pyplot.subplots(1, len(shown), figsize=size, squeeze=False, layout="constrained")
-    for axis, (name, rows) in zip(axes[0], shown.items(), strict=True):
-        result = record["networks"][name]
-        samples = result["expanded_samples"]
-        rates = [row["samples_per_second"] for row in rows.values()]
-        errors = [
-            [rate - samples / row["largest_ms"] * 1e3, samples / row["least_ms"] * 1e3 - rate]
-            for rate, row in zip(rates, rows.values(), strict=True)
-        ]
-        colours = ["tab:orange" if c.startswith("wfnet/") else "tab:gray" for c in rows]
-        axis.barh(
-            list(rows), rates, xerr=list(zip(*errors, strict=True)), color=colours, height=0.7
-        )
-        axis.invert_yaxis()
-        axis.set_title(name, fontsize=10)
-        axis.set_xlabel("expanded samples per second")
-        roof = result["floor_samples_per_second"].get("fused_with_v")
-        if roof is not None:
-            axis.axvline(roof, color="tab:blue", linestyle="--", label="roofline")
-            axis.legend(fontsize=8, frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with picture(path, *size) as figure:
+        axes = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axis, (name, rows) in zip(axes, shown.items(), strict=True):
+            result = record["networks"][name]
+            rates, low, high = (
+                [result["expanded_samples"] / row[time] * 1e3 for row in rows.values()]
+                for time in ("median_ms", "largest_ms", "least_ms")
+            )
+            errors = [np.subtract(rates, low), np.subtract(high, rates)]
+            colours = [AFTER if c.startswith("wfnet/") else BEFORE for c in rows]
+            axis.barh(list(rows), rates, xerr=errors, color=colours, height=0.7)
+            axis.invert_yaxis()
+            axis.set(title=name, xlabel="expanded samples per second")
+            roof = result["floor_samples_per_second"].get("fused_with_v")
+            if roof is not None:
+                axis.axvline(roof, color=RETAINED, linestyle="--", label="roofline")
+                axis.legend()
+        settings = record["settings"]
+        figure.suptitle(f"{settings['image_size']} px, {settings['dtype']}, {record['device']}")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

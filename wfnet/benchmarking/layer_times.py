@@ -36,6 +36,7 @@ _HEAD_START = 200_000_000
 # Filter gradients of two backends agree within rounding of 16-bit operands, or one is wrong.
 _MOST_DIFFERENCE = {torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+Key = tuple[str, str]  # layer and direction of a call
 Around = Callable[[str, tuple, Callable[[], object]], object]
 
 
@@ -101,6 +102,8 @@ class BackendRun:
         generator = torch.Generator().manual_seed(problem.settings.seed)
         dout = torch.randn(len(problem.batch), classes, generator=generator) / classes
         self.dout = dout.to(problem.device)
+        size = problem.settings.image_size
+        self.elements_per_image = roofline.elements_per_image(self.net.model, size)
 
     def step(self) -> Tensor:
         """Computes forward and backward; returns the gradients of all filters in one vector."""
@@ -112,39 +115,14 @@ class BackendRun:
         gradients = run.backward(self.dout.to(logits.dtype))
         return torch.cat([gradient.double().flatten() for gradient in gradients])
 
-    def count(self, calls: dict[tuple[str, str], dict]) -> Tensor:
-        """One step that notes shapes and work of every call; returns :meth:`step`'s gradients."""
-        per_image = roofline.elements_per_image(self.net.model, self.problem.settings.image_size)
+    def timed_step(self, calls: dict[Key, dict]) -> tuple[Tensor, list[tuple[Key, float]]]:
+        """Runs one step; notes shapes and work of calls that are not yet in ``calls``.
 
-        def note(method: str, arguments: tuple, compute: Callable) -> object:
-            result = compute()
-            layer, direction = self._layer_of(arguments), METHODS[method]
-            module = self.net.masked_layers[layer]
-            first = next(tensors_of(arguments))
-            products = per_image[module][1] * module.weight[0].numel() * first.shape[0]
-            moved = {
-                (t.data_ptr(), t.dtype, held): held * t.element_size()
-                for t in tensors_of([arguments, result])
-                if (held := _elements(t))
-            }
-            call = {
-                "layer": layer,
-                "direction": direction,
-                "shapes": (tuple(first.shape), tuple(module.weight.shape)),
-                "ms": {},
-                "flops": 2.0 * products,
-                "bytes": float(sum(moved.values())),
-            }
-            calls.setdefault((layer, direction), call)
-            return result
-
-        with watched(self.backend, note):
-            return self.step()
-
-    def times(self) -> list[tuple[tuple[str, str], float]]:
-        """Returns layer, direction and milliseconds of every call of one step."""
+        Returns:
+            The gradients of :meth:`step`, and the milliseconds of every call.
+        """
         cuda = self.problem.device.type == "cuda"
-        found: list[tuple[tuple[str, str], object, object]] = []
+        found: list[tuple[Key, object, object]] = []
 
         def now() -> object:
             if not cuda:
@@ -158,17 +136,39 @@ class BackendRun:
             start = now()
             result = compute()
             found.append((key, start, now()))
+            if key not in calls:
+                calls[key] = self._described(key, arguments, result)
             return result
 
         if cuda:
             torch.cuda.synchronize()
             torch.cuda._sleep(_HEAD_START)
         with watched(self.backend, clocked):
-            self.step()
+            gradients = self.step()
         if cuda:
             torch.cuda.synchronize()
-            return [(key, start.elapsed_time(end)) for key, start, end in found]
-        return [(key, (end - start) * 1e3) for key, start, end in found]
+            return gradients, [(key, start.elapsed_time(end)) for key, start, end in found]
+        return gradients, [(key, (end - start) * 1e3) for key, start, end in found]
+
+    def _described(self, key: Key, arguments: tuple, result: object) -> dict:
+        """Returns shapes and work of a call."""
+        layer, direction = key
+        module = self.net.masked_layers[layer]
+        first = next(tensors_of(arguments))
+        moved = {
+            (t.data_ptr(), t.dtype, held): held * t.element_size()
+            for t in tensors_of([arguments, result])
+            if (held := _elements(t))
+        }
+        outputs = self.elements_per_image[module][1]
+        return {
+            "layer": layer,
+            "direction": direction,
+            "shapes": (tuple(first.shape), tuple(module.weight.shape)),
+            "ms": {},
+            "flops": 2.0 * outputs * module.weight[0].numel() * first.shape[0],
+            "bytes": float(sum(moved.values())),
+        }
 
     def _layer_of(self, arguments: tuple) -> str:
         """Returns the layer whose filter is among the arguments."""
@@ -194,7 +194,7 @@ def time_layers(
         that share an image once) and bytes moved at least. And by name why a backend has no times:
         it fails, or computes something else.
     """
-    calls: dict[tuple[str, str], dict] = {}
+    calls: dict[Key, dict] = {}
     runs: dict[str, BackendRun] = {}
     failed: dict[str, str] = {}
     expected = None
@@ -202,8 +202,8 @@ def time_layers(
     for name in names:
         try:
             run = BackendRun(problem, name)
-            found = run.count(calls)
-            if not run.times():  # warm
+            found, times = run.timed_step(calls)
+            if not times:
                 raise ValueError("it multiplies nothing in this network: all is PyTorch's own")
         except Exception as error:  # of compilers, drivers and our own code
             failed[name] = reason_of(error)
@@ -216,7 +216,7 @@ def time_layers(
             failed[name] = f"computes something else: gradients differ by {error:.1e}"
     for _ in range(repeats):
         for name, run in runs.items():
-            for key, milliseconds in run.times():
+            for key, milliseconds in run.timed_step(calls)[1]:
                 calls[key]["ms"].setdefault(name, []).append(milliseconds)
     for call in calls.values():
         call["ms"] = {name: statistics.median(ms) for name, ms in call["ms"].items()}

@@ -8,7 +8,7 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -247,20 +247,16 @@ def measure(problem: Problem, names: list[str], rates: roofline.Rates) -> dict:
     for name in names:
         logger.info("preparing %s", name)
         before, start = graph_pool_mebibytes(problem.device), time.perf_counter()
-        try:
+        with _or_impossible(columns, name):
             step = make_step(problem, name)
             losses[name] = step().item()
             for _ in range(1 if name in step_baselines.COPYING else 4):
                 step()
-        except Exception as error:  # of compilers, drivers and our own code
-            logger.info("%s failed", name, exc_info=True)
-            columns[name] = {"impossible": reason_of(error)}
-            continue
-        steps[name] = step
-        columns[name] = {
-            "prepare_seconds": time.perf_counter() - start,
-            "pool_mebibytes": graph_pool_mebibytes(problem.device) - before,
-        }
+            steps[name] = step
+            columns[name] = {
+                "prepare_seconds": time.perf_counter() - start,
+                "pool_mebibytes": graph_pool_mebibytes(problem.device) - before,
+            }
     for name, reason in wrong_losses(losses, problem.settings.dtype).items():
         columns[name] = {"impossible": reason, "wrong": True}
         steps.pop(name, None)
@@ -272,31 +268,37 @@ def measure(problem: Problem, names: list[str], rates: roofline.Rates) -> dict:
     floors = roofline_of(problem, rates)
     for name, step in steps.items():
         gc.collect()
-        try:
+        with _or_impossible(columns, name):
             if name in failed:
                 raise ValueError(failed[name])
-            peak = peak_mebibytes(step, problem.device) + columns[name]["pool_mebibytes"]
-            kernels = kernels_of(step, problem.device)
-        except Exception as error:  # of compilers, drivers and our own code
-            logger.info("%s failed", name, exc_info=True)
-            columns[name] = {"impossible": reason_of(error)}
-            continue
-        rate = len(problem.batch) / statistics.median(milliseconds[name]) * 1e3
-        columns[name] |= {
-            "median_ms": statistics.median(milliseconds[name]),
-            "least_ms": min(milliseconds[name]),
-            "largest_ms": max(milliseconds[name]),
-            "samples_per_second": rate,
-            "share_of_floor": rate / floors["fused_with_v"] if "fused_with_v" in floors else None,
-            "peak_mebibytes": peak,
-            "milliseconds": milliseconds[name],
-            **launches_of(kernels),
-        }
+            rate = len(problem.batch) / statistics.median(milliseconds[name]) * 1e3
+            floor = floors.get("fused_with_v")
+            peak = peak_mebibytes(step, problem.device)
+            columns[name] |= {
+                "median_ms": statistics.median(milliseconds[name]),
+                "least_ms": min(milliseconds[name]),
+                "largest_ms": max(milliseconds[name]),
+                "samples_per_second": rate,
+                "share_of_floor": rate / floor if floor else None,
+                "peak_mebibytes": peak + columns[name]["pool_mebibytes"],
+                "milliseconds": milliseconds[name],
+                **launches_of(kernels_of(step, problem.device)),
+            }
     return {
         "expanded_samples": len(problem.batch),
         "floor_samples_per_second": floors,
         "columns": columns,
     }
+
+
+@contextlib.contextmanager
+def _or_impossible(columns: dict[str, dict], name: str) -> Iterator[None]:
+    """Notes of a column that fails inside why it does."""
+    try:
+        yield
+    except Exception as error:  # of compilers, drivers and our own code
+        logger.info("%s failed", name, exc_info=True)
+        columns[name] = {"impossible": reason_of(error)}
 
 
 def wrong_losses(losses: dict[str, float], dtype: torch.dtype) -> dict[str, str]:
