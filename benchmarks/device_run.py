@@ -169,12 +169,14 @@ def plan(batch_size: int = 256) -> list[Stage]:
     def calls(network: str) -> Stage:
         return script(f"plan-{network}", f"bench_plan.py --model {NETWORKS[network]} {sizes}", 150)
 
+    steps = "-P -m pytest tests/csrc/test_first_steps.py -v --tb=short -p no:cacheprovider"
+    steps += " -o timeout=40 -o faulthandler_timeout=30"
     compiled = ("unmasked_compiled", "compile")
     whole = "whole_run.py --classes 1000 --network resnet50 --backend cuda"
     return [
         own("facts", 90, "cuda"),
         own("build", 240, "cuda"),
-        Stage("first-steps", python("tests/csrc/first_steps.py"), 120),
+        Stage("first-steps", python(*steps.split()), 120),
         *tests(SMOKE, "smoke", 60),
         step("resnet18", "cuda", *compiled),
         step("resnet18", "triton", *compiled),

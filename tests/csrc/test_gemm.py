@@ -58,20 +58,14 @@ def fails(case):
 # name: batch, height, width, in, out, filter, stride, pad, dilation
 CONVS = {
     "1x1, ragged everywhere": (3, 10, 9, 72, 136, (1, 1), (1, 1), (0, 0), (1, 1)),
-    "1x1, whole tiles": (2, 8, 16, 128, 64, (1, 1), (1, 1), (0, 0), (1, 1)),
-    "1x1, many slices": (1, 9, 7, 712, 8, (1, 1), (1, 1), (0, 0), (1, 1)),
     "1x1 stride 2": (3, 9, 8, 64, 72, (1, 1), (2, 2), (0, 0), (1, 1)),
     "1x1 padded": (2, 5, 6, 16, 24, (1, 1), (1, 1), (1, 1), (1, 1)),
     "3x3": (3, 9, 11, 40, 72, (3, 3), (1, 1), (1, 1), (1, 1)),
-    "3x3, no padding": (2, 12, 7, 64, 136, (3, 3), (1, 1), (0, 0), (1, 1)),
     "3x3 stride 2": (3, 13, 11, 72, 40, (3, 3), (2, 2), (1, 1), (1, 1)),
     "3x3 stride 2, even size": (3, 12, 10, 72, 40, (3, 3), (2, 2), (1, 1), (1, 1)),
     "3x3 stride 2, no padding": (2, 11, 8, 8, 200, (3, 3), (2, 2), (0, 0), (1, 1)),
-    "3x3 stride (1, 2)": (2, 7, 12, 24, 40, (3, 3), (1, 2), (1, 1), (1, 1)),
-    "3x3 dilation 2": (2, 9, 10, 40, 64, (3, 3), (1, 1), (2, 2), (2, 2)),
     "3x3 stride 2 dilation 2": (2, 13, 11, 64, 72, (3, 3), (2, 2), (2, 2), (2, 2)),
     "3x3 stride 2 dilation 3": (2, 14, 11, 16, 16, (3, 3), (2, 2), (3, 3), (3, 3)),
-    "1x5 filter": (2, 6, 11, 40, 40, (1, 5), (1, 1), (0, 2), (1, 1)),
     "2x4 filter, stride (2, 1)": (2, 9, 8, 24, 40, (2, 4), (2, 1), (1, 1), (1, 1)),
     "7x7 stride 2": (2, 14, 13, 16, 40, (7, 7), (2, 2), (3, 3), (1, 1)),
     "many samples in a tile": (37, 2, 3, 72, 40, (3, 3), (1, 1), (1, 1), (1, 1)),
@@ -172,46 +166,33 @@ def test_a_missing_wait_or_barrier_is_noticed(
     pytest.fail("nobody noticed")
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"out": 2}, "out is not 16-byte aligned"),
-        ({"x": 2}, "operand is not 16-byte aligned"),
-        ({"table_stride": 17}, "rows of the tables"),
-        ({"scale": 0}, "scale and out are needed"),
-        ({"dtype": "float32"}, "not float32"),
-        ({"height": (4, 5, 1, 1, 0, 1)}, "the output is 4 x 4, not 5 x 4"),
-        ({"height": (4, 4, 1)}, "an axis has 6 numbers"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_arguments_are_refused(emulated_cuda, changed, message):
-    axis = (4, 4, 1, 1, 0, 1)
-    addresses = dict.fromkeys(("x", "weight", "shift", "residual", "branch"), 0)
-    right = {"batch": 1, "in_channels": 16, "out_channels": 16, "height": axis, "width": axis}
-    right |= {**addresses, "scale": 16, "out": 16, "table_stride": 16, "relu": False}
-    right |= {"dtype": "float16", "processors": 1, "device": 0, "stream": 0}
-    with pytest.raises(ValueError, match=message):
-        emulated_cuda.fprop(**{**right, **changed})
+AXIS = (8, 8, 1, 1, 0, 1)
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("launcher", "changed", "message"),
     [
-        ({"height": (8, 2, 4, 4, 0, 1), "width": (8, 2, 4, 4, 0, 1)}, "product is above 4"),
-        ({"relu": True}, "need the branch"),
-        ({"t0": 16}, "as workspace"),
-        ({"scaled_grad": 16}, "scaled_grad needs scale"),
-        ({"grad": 8}, "grad is not 16-byte aligned"),
+        ("fprop", {"out": 2}, "out is not 16-byte aligned"),
+        ("fprop", {"x": 2}, "operand is not 16-byte aligned"),
+        ("fprop", {"table_stride": 17}, "rows of the tables"),
+        ("fprop", {"scale": 0}, "scale and out are needed"),
+        ("fprop", {"dtype": "float32"}, "not float32"),
+        ("fprop", {"height": (8, 5, 1, 1, 0, 1)}, "the output is 8 x 8, not 5 x 8"),
+        ("fprop", {"height": (8, 8, 1)}, "an axis has 6 numbers"),
+        ("dgrad", dict.fromkeys(("height", "width"), (8, 2, 4, 4, 0, 1)), "product is above 4"),
+        ("dgrad", {"relu": True}, "need the branch"),
+        ("dgrad", {"t0": 16}, "as workspace"),
+        ("dgrad", {"scaled_grad": 16, "scale": 0}, "scaled_grad needs scale"),
+        ("dgrad", {"grad": 8}, "grad is not 16-byte aligned"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_bad_arguments_of_gradients_are_refused(emulated_cuda, changed, message):
-    axis = (8, 8, 1, 1, 0, 1)
-    pixels = ("ag", "weight", "skip", "branch", "activation", "grad", "scaled_grad")
-    sums = ("scale", "shift", "table_stride", "partial0", "partial1", "t0", "t1", "total_stride")
-    right = {"batch": 1, "in_channels": 16, "out_channels": 16, "height": axis, "width": axis}
-    right |= dict.fromkeys((*pixels, *sums, "device", "stream"), 0)
+def test_bad_arguments_are_refused(emulated_cuda, launcher, changed, message):
+    """An address of 0 is no tensor; what a launcher does not know of it does not look at."""
+    addresses = "x ag weight shift residual branch skip activation grad scaled_grad"
+    addresses += " partial0 partial1 t0 t1 device stream total_stride"
+    right = dict.fromkeys(addresses.split(), 0) | {"scale": 16, "out": 16, "table_stride": 16}
+    right |= {"batch": 1, "in_channels": 16, "out_channels": 16, "height": AXIS, "width": AXIS}
     right |= {"relu": False, "dtype": "bfloat16", "processors": 1}
     with pytest.raises(ValueError, match=message):
-        emulated_cuda.dgrad(**{**right, **changed})
+        getattr(emulated_cuda, launcher)(**{**right, **changed})
