@@ -21,26 +21,18 @@ def assert_independent_of_weights(model):
         assert torch.equal(tensor, b[name]), name
 
 
-def test_what_a_new_network_would_be():
-    layer = nn.Linear(5, 3)
-    torch.manual_seed(11)
-    fresh = nn.Linear(5, 3)
-    state = torch.get_rng_state()
-    new = reinitialise(layer, seed=11)
-    assert torch.equal(new.weight, fresh.weight)
-    assert torch.equal(new.bias, fresh.bias)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_a_filtered_network_without_its_filters(make_net, make_model):
     net, model = make_net(), make_model()
-    before = copy.deepcopy(net.state_dict())
+    before, state = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     new, plain = reinitialise(net).state_dict(), reinitialise(model).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
     assert new.keys() == plain.keys()
     assert all(torch.equal(tensor, plain[name]) for name, tensor in new.items())
     assert torch.equal(new["1.running_var"], torch.ones(6))
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
     assert_independent_of_weights(model)
+    torch.manual_seed(11)
+    assert torch.equal(nn.Linear(5, 3).weight, reinitialise(nn.Linear(5, 3), seed=11).weight)
 
 
 class Raw(nn.Module):

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import nn
 
 from wfnet.baselines.method import BaselineConfig, Origin
@@ -23,7 +22,7 @@ from wfnet.evaluation.partial import check_identity, data_identity
 from wfnet.evaluation.plain_models import evaluate_models
 from wfnet.evaluation.relearning import RelearnConfig, RelearnResult, relearn_times
 from wfnet.evaluation.results import EvaluationResult
-from wfnet.services.files import fingerprint, read_tensors, write_tensors
+from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_tensors
 from wfnet.services.records import read_json
 
 RELEARNED = "relearning_records.json"
@@ -91,8 +90,7 @@ class BaselineModels:
         path = self.path(label)
         if path.is_file():
             tensors = read_tensors(path)
-            with safetensors.safe_open(path, "pt") as file:
-                found = json.loads((file.metadata() or {}).get("identity", "{}"))
+            found = json.loads(read_metadata(path).get("identity", "{}"))
             check_identity(path, found, self.identity)
             model = copy.deepcopy(self.origin.original)
             model.load_state_dict(tensors)

@@ -22,7 +22,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 from torch import nn
 
 from wfnet import trust
@@ -33,7 +32,7 @@ from wfnet.evaluation.partial import data_identity
 from wfnet.fusion.trace import execution_order
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.services import settings
-from wfnet.services.files import fingerprint, read_tensors
+from wfnet.services.files import fingerprint, read_metadata, read_tensors
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -138,8 +137,7 @@ def retrained_models(
     """
     found: dict[str, nn.Module] = {}
     for path in sorted(p for folder in folders for p in folder.rglob(f"class_{label}.safetensors")):
-        with safetensors.safe_open(path, "pt") as file:
-            theirs = json.loads((file.metadata() or {}).get("identity", "{}"))
+        theirs = json.loads(read_metadata(path).get("identity", "{}"))
         if any(theirs.get(name) != value for name, value in identity.items()):
             continue
         model = copy.deepcopy(classifier).cpu()

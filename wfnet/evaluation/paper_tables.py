@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from wfnet.evaluation.attribution import AttributionResult
+from wfnet.evaluation.attribution import CURVES, AttributionResult
 from wfnet.evaluation.groups import GroupResult
 from wfnet.evaluation.relearning import RelearnResult
 from wfnet.evaluation.results import EvaluationResult, Scores, base_name, padded
@@ -34,8 +34,7 @@ TITLES = {
     "wfnet": "WF-Net",
 }
 _SCORES = ("acc_r", "acc_f", "zrf")
-_AREAS = ("insertion", "deletion", "insertion_random", "deletion_random")
-_VALUES = (*_SCORES, "rt", "rt_never", "rt_tolerant", "rt_tolerant_never", *_AREAS)
+_VALUES = (*_SCORES, "rt", "rt_never", "rt_tolerant", "rt_tolerant_never", *CURVES)
 
 # The last part of a model's name -> the backbone in the published cells, and the millions of
 # parameters that it has, whatever its head and first layer: a narrower network is another one.
@@ -129,8 +128,8 @@ class PaperTables:
         parts = [f"### {self.title}", _markdown("Table 1", columns, theirs, self.rows)]
 
         titles = ("insertion", "deletion", "random order: insertion", "deletion")
-        columns = [(text, name, ".3f") for text, name in zip(titles, _AREAS, strict=True)]
-        theirs = [(name, name, ".2f") for name in _AREAS[:2]]
+        columns = [(text, name, ".3f") for text, name in zip(titles, CURVES, strict=True)]
+        theirs = [(name, name, ".2f") for name in CURVES[:2]]
         areas = [
             r for r in self.rows if r["insertion"] is not None or "insertion" in r["published"]
         ]

@@ -15,14 +15,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-import safetensors
 import torch
 from torch import Tensor
 
 from wfnet.data import CorruptImages, Dataset, classes_of, labels_of
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.network import WFNet
-from wfnet.services.files import fingerprint, read_tensors, write_json, write_tensors
+from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_json, write_tensors
 from wfnet.services.ranks import Ranks
 from wfnet.services.records import check_format, read_json
 
@@ -118,10 +117,8 @@ class PartialCounts:
         if self.path is None or not self.path.is_file():
             return 0
         tensors = read_tensors(self.path)
-        with safetensors.safe_open(self.path, "pt") as file:
-            metadata = file.metadata() or {}
         try:
-            state = json.loads(metadata["state"])
+            state = json.loads(read_metadata(self.path)["state"])
             check_identity(self.path, state["identity"], self.identity)
             for name, table in self.tables.items():
                 table.copy_(tensors[name])

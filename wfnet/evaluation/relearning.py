@@ -57,19 +57,16 @@ class RelearnConfig:
         ValueError: for values out of range.
     """
 
-    samples: int = setting(
-        500, settings.int_from(2), metavar="N", help="training images of an epoch"
-    )
+    samples: int = setting(500, settings.int_from(2), help="training images of an epoch")
     max_epochs: int = setting(
         100,
         settings.positive_int,
         flags="--epochs",
-        metavar="N",
         help="epochs after which a class counts as never relearned",
     )
     tolerance: float = setting(0.03, settings.below_one)
     optimizer: str = setting("sgd", ("sgd", "adam"), flags="--opt", help="optimiser")
-    lr: float = setting(0.01, settings.positive_float, metavar="X", help="learning rate")
+    lr: float = setting(0.01, settings.positive_float, help="learning rate")
     momentum: float = setting(0.9, settings.below_one)
     weight_decay: float = setting(0.0, settings.non_negative_float)
     batch_size: int = setting(50, settings.int_from(2))

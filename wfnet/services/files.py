@@ -112,6 +112,12 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         ) from error
 
 
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Reads the metadata of a safetensors file; SafetensorError if it is damaged."""
+    with safetensors.safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of ``tensors``, in the order of names."""
     found = hashlib.sha256()

@@ -20,7 +20,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from wfnet.services.files import read_tensors, write_tensors
+from wfnet.services.files import read_metadata, read_tensors, write_tensors
 
 logger = logging.getLogger("wfnet")
 
@@ -167,8 +167,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _parsed(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
+        metadata = read_metadata(path)
         state = json.loads(metadata["state"])
         if state["format"] != FORMAT:
             raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
