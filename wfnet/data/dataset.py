@@ -116,26 +116,17 @@ def check_labels(labels: Tensor, classes: Sequence[str]) -> None:
         )
 
 
-# Under these names data sets of dictionaries keep images and labels.
-_IMAGE_KEYS = ("image", "images", "pixel_values", "img")
-_LABEL_KEYS = ("label", "labels", "target", "class")
-
-
 def image_and_label(item: Any, name: str) -> tuple[Any, int]:
-    """Returns the image and the label of an item: the first two of a tuple, or of a dictionary.
+    """Returns the image and the label of an item, its first two values.
 
     Raises ValueError, which calls the item by `name`, for anything else.
     """
-    found = item
-    if isinstance(item, dict):
-        found = [item[k] for keys in (_IMAGE_KEYS, _LABEL_KEYS) for k in keys if k in item]
-    if isinstance(found, (tuple, list)) and len(found) >= 2:
-        try:
-            return found[0], operator.index(found[1])
-        except TypeError as error:
-            raise ValueError(f"{name} has the label {found[1]!r}, which is no integer") from error
-    what = f"dict of {', '.join(map(str, item))}" if isinstance(item, dict) else type(item).__name__
-    raise ValueError(f"{name} is a {what}: an item is (image, label), or has 'image' and 'label'")
+    if not isinstance(item, (tuple, list)) or len(item) < 2:
+        raise ValueError(f"{name} is a {type(item).__name__}: an item is (image, label)")
+    try:
+        return item[0], operator.index(item[1])
+    except TypeError as error:
+        raise ValueError(f"{name} has the label {item[1]!r}, which is no integer") from error
 
 
 class LabelledImages(torch.utils.data.Dataset):

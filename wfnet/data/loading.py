@@ -98,8 +98,8 @@ def batches(
     """Reads batches of a data set in exactly the order of `index_batches`.
 
     Args:
-        dataset: `wfnet.data.Dataset`, or anything whose items are (tensor [C, H, W], label), more
-            after these two, or dictionaries of `image` and `label`.
+        dataset: `wfnet.data.Dataset`, or anything with labels (`labels_of`) whose items are
+            (tensor [C, H, W], label) and perhaps more after these two.
         index_batches: LongTensor [n] (or lists of int) for each batch; may be endless. It is read a
             few batches ahead when there are workers.
         workers: processes that read files; 0 reads in this one. In-memory data sets (those with
@@ -124,8 +124,6 @@ def batches(
             images of different shapes in a batch.
         LostWorker: when a worker dies.
     """
-    if workers < 0:
-        raise ValueError(f"workers must be 0 or more, got {workers}")
     corrupt = corrupt_counter(dataset, max_corrupt)
     pin_memory = pin_memory and torch.cuda.is_available()
     requests = _requests(index_batches, len(dataset), start)
@@ -209,12 +207,7 @@ class _Reader(torch.utils.data.Dataset):
         self.floats = floats  # no bytes: they would reach the network unscaled
         self.seed = seed
         self.replace_corrupt = replace_corrupt
-        try:
-            self.labels = labels_of(dataset)
-        except ValueError:  # only the items have labels
-            if replace_corrupt:
-                raise
-            self.labels = None
+        self.labels = labels_of(dataset)
 
     def __getitem__(
         self, request: Request
@@ -281,7 +274,7 @@ class _Reader(torch.utils.data.Dataset):
                 f"{name} is {what}: give the data set a transform that ends in a float32 tensor "
                 "[C, H, W] (ToTensor, or ToDtype(torch.float32, scale=True))"
             )
-        if self.labels is not None and label != self.labels[index]:
+        if label != self.labels[index]:
             raise ValueError(
                 f"{name} comes with label {label}, but the labels of {type(self.dataset).__name__} "
                 f"say {int(self.labels[index])}: give it `labels` that its items have"

@@ -46,13 +46,11 @@ def count_classes(data_dir: str | Path) -> int:
 
 
 def find_idx(data_dir: str | Path, name: str) -> Path:
-    """The file `name`, plain or .gz, also under the spelling `train-images.idx3-ubyte`."""
+    """The file `name`, plain or .gz."""
     for folder in FOLDERS:
-        for spelling in (name, name.replace("-idx", ".idx")):
-            for suffix in ("", ".gz"):
-                path = Path(data_dir, folder, spelling + suffix)
-                if path.is_file():
-                    return path
+        for path in Path(data_dir, folder, name), Path(data_dir, folder, f"{name}.gz"):
+            if path.is_file():
+                return path
     raise FileNotFoundError(
         f"{Path(data_dir, name)} (or {name}.gz) does not exist: put the four IDX files of MNIST "
         "(by LeCun, Cortes and Burges; torchvision's MNIST/raw folder has them) there, nothing is "

@@ -88,11 +88,8 @@ class TensorImages(LabelledImages):
 
 
 def _grey(images: Tensor) -> Tensor:
-    parts = []
-    for part in images.split(4096):
-        luma = (part.float() * torch.tensor(LUMA).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
-        parts.append(luma.round().to(torch.uint8) if part.dtype == torch.uint8 else luma)
-    return torch.cat(parts) if parts else images[:, :1]
+    luma = (images.float() * torch.tensor(LUMA).reshape(1, 3, 1, 1)).sum(1, keepdim=True)
+    return luma.round().to(torch.uint8) if images.dtype == torch.uint8 else luma
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
