@@ -31,7 +31,7 @@ def test_layers_in_the_order_of_the_forward_pass():
 
 def test_an_example_that_fails_and_checkpoints_are_refused():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2))
-    graph, _ = trace.trace(model)
+    graph, *_ = trace.trace(model)
     with pytest.raises(fusion.NotFusable, match=r"^running its graph failed \(.*\)$"):
         trace.run_example(model, graph, torch.zeros(7, 3, 9, 9))
     model.grad_checkpointing = True

@@ -8,7 +8,7 @@ import torch
 import wfnet.functional as wf
 from wfnet import backends
 from wfnet.backends import cuda
-from wfnet.gate_tables import GatedLayer
+from wfnet.gate_tables import GatedLayer, GateTables
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from masked_products import Backward, check_public, sizes
@@ -43,7 +43,7 @@ def watch(backend: str) -> None:
         kernels.epilogue_backward(dout, case.below)
     alpha, outside = torch.randn(5, 40, device=DEVICE), torch.tensor([9, -7], device=DEVICE)
     wf.wf_linear(randn(2, 3, 32), randn(40, 32), None, alpha, None, outside, backend=backend)
-    tables = kernels.gate_tables([GatedLayer(torch.randn(5, 20, device=DEVICE))])
+    tables = GateTables([GatedLayer(torch.randn(5, 20, device=DEVICE))], kernels)
     tables(torch.tensor([[1], [9], [-1]], device=DEVICE), save=True).gradients()
 
 

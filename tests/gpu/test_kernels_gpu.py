@@ -256,7 +256,7 @@ def test_gate_tables_of_a_network(labels):
     ]
     forget = torch.randint(-1, 1000, (512, labels), device=DEVICE)
     found, truth = (
-        usable("triton").gate_tables(layers)(forget, True),
+        GateTables(layers, usable("triton"))(forget, True),
         GateTables(exact)(forget, True),
     )
     for what in ("scales", "shifts"):

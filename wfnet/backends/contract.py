@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -27,7 +26,6 @@ import torch
 from torch import Tensor
 
 from wfnet import gates
-from wfnet.gate_tables import GatedLayer, GateTables
 
 
 @dataclass(frozen=True)
@@ -357,10 +355,6 @@ class Backend(ABC):
         if below is not None:
             return self.epilogue_backward(dx, below, skip, may_overwrite=True)
         return LayerGradient(dx if skip is None else dx.add_(skip))
-
-    def gate_tables(self, layers: Sequence[GatedLayer]) -> GateTables:
-        """Returns what makes scale and shift of all ``layers``, and filter gradients of sums."""
-        return GateTables(layers, self)
 
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor:
         """``[B, O]`` scales from ``alpha`` ``[K, O]`` and labels ``[B, J]``; see wfnet.gates."""

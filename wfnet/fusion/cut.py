@@ -8,7 +8,6 @@ that cross. A masked layer is called together with the views that are first take
 
 from __future__ import annotations
 
-import inspect
 import operator
 from collections.abc import Callable
 
@@ -44,7 +43,9 @@ def split_at_first_mask(
             but linear maps.
     """
     check_traceable(model, model.named_modules())
-    graph, image = _graph_of(model)
+    graph, image, failure = trace(model)
+    if failure is not None:
+        raise failure
     modules = dict(model.named_modules())
     erase_idle(graph, modules)
     run_example(model, graph, images)
@@ -67,32 +68,6 @@ def split_at_first_mask(
     cut = _Cut(graph, level)
     positions = {node: layers.index(layer) for node, layer in called.items()}
     return cut.prefix(model), cut.rest(model, positions), layers
-
-
-def _graph_of(model: nn.Module) -> tuple[fx.Graph, fx.Node]:
-    """The traced network, whose one input is the images; other inputs have their defaults."""
-    others = list(inspect.signature(model.forward).parameters.values())[1:]
-    constants = {
-        p.name: None if p.default is p.empty else p.default
-        for p in others
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
-    graph, failure = trace(model, constants)
-    if failure is not None:
-        raise failure
-    image, *extra = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in extra:
-        _erase_assertions(graph, node)
-    return graph, image
-
-
-def _erase_assertions(graph: fx.Graph, node: fx.Node) -> None:
-    """Removes an input that fx keeps only to assert that it has the value of the trace."""
-    for user in list(node.users):
-        if not user.users and "assert" not in getattr(user.target, "__name__", ""):
-            raise NotFusable(f"its forward reads another input than the images in {user.name!r}")
-        _erase_assertions(graph, user)
-    graph.erase_node(node)
 
 
 class _Cut:

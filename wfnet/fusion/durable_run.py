@@ -90,16 +90,13 @@ class RowTables:
         Args:
             into: ``[K, total]``, written instead of fresh memory; the results are its columns.
         """
-        found, filters = (
-            [],
-            [f for step in self.steps for f in step.masked.named_filters().values()],
-        )
+        found = []
         for step, t1, t0, shift in zip(self.steps, self.t1, self.t0, self.shifts, strict=True):
             soft = step.masked.alpha_soft
             total = torch.addcmul(t1, t0, shift)
             of_soft = gates.gate_rows_backward(total, soft.detach(), self.rows)
             found += [None, of_soft]  # 1[alpha > 0] has no slope
-        return in_columns(found, filters, into)
+        return in_columns(found, _filters_of(self.steps), into)
 
 
 class GroupTables:

@@ -23,13 +23,7 @@ from torch import Tensor, fx, nn
 from wfnet.backends.contract import ConvGeometry
 from wfnet.durable_layers import DurableConv2d, DurableLayer
 from wfnet.fusion import rewrite
-from wfnet.fusion.trace import (
-    NotFusable,
-    check_traceable,
-    is_hooked,
-    run_example,
-    trace,
-)
+from wfnet.fusion.trace import NotFusable, check_traceable, is_hooked, run_example, trace
 from wfnet.layers import MaskedLayer
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -169,8 +163,8 @@ def make_plan(model: nn.Module, images: Tensor | None = None) -> Plan:
         NotFusable: if the network cannot be traced, or no convolution folds.
     """
     check_traceable(model, [("", model)])
-    graph, failure = trace(model)
-    folder = _Folder(model, graph)
+    graph, image, failure = trace(model)
+    folder = _Folder(model, graph, image)
     rewrite.erase_idle(graph, folder.modules)
     rewrite.check_in_place(graph, folder.modules)
     if images is not None:
@@ -194,16 +188,11 @@ class _Method:
 class _Folder:
     """Walks the traced graph and grows a ConvStep from every masked convolution."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph):
+    def __init__(self, model: nn.Module, graph: fx.Graph, image: fx.Node):
         self.modules = dict(model.named_modules())
         self.model = model
-        self.graph = graph
+        self.graph, self.image = graph, image
         self.masked = [m for m in model.modules() if isinstance(m, MaskedLayer)]
-        self.image, *extra = (n for n in graph.nodes if n.op == "placeholder")
-        for node in extra:
-            if node.users:
-                raise NotFusable(f"its forward takes a second input, {node.name!r}")
-            graph.erase_node(node)
         self.grown: dict[fx.Node, ConvStep] = {}  # by the node whose value the step computes
         self.absorbed: set[fx.Node] = set()
 

@@ -95,7 +95,7 @@ class FusedNetwork(ABC):
             *(matrix.data_ptr() for layer in layers for matrix in layer.filters),
         )
         if self._tables is None or self._tables[0] != key:
-            self._tables = (key, self.backend.gate_tables(layers))
+            self._tables = (key, GateTables(layers, self.backend))
         return self._tables[1](rows, save)
 
 

@@ -6,6 +6,7 @@ is, with any control flow.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -85,44 +86,48 @@ class _Tracer(fx.Tracer):
             raise
 
 
-def trace(
-    model: nn.Module, constants: dict[str, object] | None = None
-) -> tuple[fx.Graph, NotFusable | None]:
+def trace(model: nn.Module) -> tuple[fx.Graph, fx.Node, NotFusable | None]:
     """Traces ``model``, with modules that have hooks, or that torch.fx cannot follow, as leaves.
 
-    Args:
-        constants: values of inputs that control flow depends on.
-
     Returns:
-        The graph, and the first thing that torch.fx could not follow.
+        The graph, its one input (the images; other inputs have their defaults), and the first thing
+        that torch.fx could not follow.
 
     Raises:
-        NotFusable: if torch.fx cannot follow the control flow of the network itself.
+        NotFusable: if torch.fx cannot follow the control flow of the network itself, or another
+            input is read.
     """
+    others = list(inspect.signature(model.forward).parameters.values())[1:]
+    constants = {
+        p.name: None if p.default is p.empty else p.default
+        for p in others
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
     opaque = {module for module in model.modules() if is_hooked(module)}
     first: NotFusable | None = None
     while True:
         tracer = _Tracer(opaque)
         try:
-            return tracer.trace(model, constants), first
+            graph = tracer.trace(model, constants)
+            break
         except Exception as error:
             first = first or because("torch.fx cannot trace it", error)
             if tracer.failed is None or tracer.failed in opaque:
                 raise first from error
             opaque.add(tracer.failed)
+    image, *extra = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in extra:
+        _erase_assertions(graph, node)
+    return graph, image, first
 
 
-class _OrderTracer(fx.Tracer):
-    """Does not look inside the layers that are asked for."""
-
-    def __init__(self, names: set[str]):
-        super().__init__()
-        self.names = names
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.names or super().is_leaf_module(
-            m, module_qualified_name
-        )
+def _erase_assertions(graph: fx.Graph, node: fx.Node) -> None:
+    """Removes an input that fx keeps only to assert that it has the value of the trace."""
+    for user in list(node.users):
+        if not user.users and "assert" not in getattr(user.target, "__name__", ""):
+            raise NotFusable(f"its forward reads another input than the images in {user.name!r}")
+        _erase_assertions(graph, user)
+    graph.erase_node(node)
 
 
 def execution_order(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -136,9 +141,11 @@ def execution_order(model: nn.Module, names: Sequence[str]) -> list[str]:
         model: a plain classifier or the ``model`` of a :class:`wfnet.WFNet`.
         names: of modules of ``model``.
     """
-    wanted = set(names)
+    wanted, tracer = set(names), fx.Tracer()
+    is_leaf = tracer.is_leaf_module
+    tracer.is_leaf_module = lambda module, name: name in wanted or is_leaf(module, name)
     try:
-        graph = _OrderTracer(wanted).trace(model)
+        graph = tracer.trace(model)
     except Exception:  # whatever a forward pass raises when it is traced
         return list(names)
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
