@@ -53,15 +53,10 @@ def test_it_forgets_every_class_and_leaves_the_base_alone(base, runs, go, config
     assert all(torch.equal(value, wrapped[name]) for name, value in plain.items())
     assert all(p.grad is None for p in net.model.parameters() if not p.requires_grad)
     assert not net.training
-
-
-def test_fused_and_unfused_runs_learn_the_same_filters(go):
-    filters = []
-    for fuse in (False, True):
-        net, _ = go(steps=3, fuse=fuse)
-        assert net.fuse is False
-        filters.append(torch.cat([p.detach().flatten() for p in net.filter_parameters()]))
-    torch.testing.assert_close(*filters, rtol=1e-3, atol=1e-3)
+    assert net.fuse is False
+    # 96 images, 4 of them read a step: an epoch has 24 steps, and is looked at three times.
+    assert [record["step"] for record in result.history] == list(range(8, 121, 8))
+    assert result.history[-1]["epoch"] == 5
 
 
 def test_the_paper_recipe(base, runs, caplog):
@@ -73,23 +68,6 @@ def test_the_paper_recipe(base, runs, caplog):
     assert "normalize_gate" not in caplog.text
     untrain(WFNet(base, CLASSES), runs.bars(), config=settings, progress=False)
     assert "normalize_gate=False" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"sampler": "shuffled", "share_images": False},
-        {"distil": False, "schedule": "constant", "clip": 2.0},
-        {"stop_on": "loss", "amp": "bfloat16"},
-        {"epochs": 0.5, "steps": None},
-    ],
-    ids=str,
-)
-def test_settings(runs, go, changes):
-    net, result = go(validation=runs.bars(3, seed=1), **{"steps": 4, **changes})
-    assert result.steps == (12 if "epochs" in changes else 4)
-    assert all(p.isfinite().all() for p in net.filter_parameters())
-    assert any((p != 3).any() for p in net.filter_parameters())
 
 
 def test_runs_repeat_bitwise_and_leave_the_random_state_alone(runs, go):
@@ -119,21 +97,6 @@ def test_patience_ends_the_run_and_the_best_filters_are_kept(base, runs, go, con
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
 
 
-@pytest.mark.parametrize(
-    ("per_class", "changes", "expected"),
-    [
-        # 96 images, 4 of them read a step: an epoch has 24 steps.
-        (24, {"steps": 24, "validations_per_epoch": 5}, [5, 10, 15, 20, 24]),
-        # An epoch has 400 steps: the run is short, and validated ten times anyway.
-        (100, {"batch_size": 2, "min_validations": 10}, list(range(2, 21, 2))),
-    ],
-)
-def test_when_the_filters_are_validated(runs, go, per_class, changes, expected):
-    _, result = go(runs.bars(per_class), runs.bars(4, 1), **changes)
-    assert [record["step"] for record in result.history] == expected
-    assert result.history[-1]["epoch"] == expected[-1] / (24 if per_class == 24 else 400)
-
-
 def test_a_checkpoint_is_written_every_few_minutes(go, tmp_path, monkeypatch):
     saved, save = [], Checkpoints.save
     monkeypatch.setattr(
@@ -154,18 +117,17 @@ def test_resuming_without_a_checkpoint_says_so(base, runs, config, tmp_path, cap
 # -- values that are not finite -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("validated", [True, False])
-def test_a_loss_that_is_not_finite_keeps_the_last_good_filters(base, runs, go, tmp_path, validated):
+def test_a_loss_that_is_not_finite_keeps_the_last_good_filters(base, runs, go, tmp_path):
     left = [9]
 
     def when(batch):
         left[0] -= 1
         return left[0] < 0
 
-    net, validation = WFNet(base, CLASSES), runs.bars(4, seed=1) if validated else None
+    net = WFNet(base, CLASSES)
     message = r"loss of step 10 is not finite.*lower lr.*check the images for NaN"
     with pytest.raises(FloatingPointError, match=message):
-        go(None, validation, tmp_path, net, runs.NaNLoss(when))
+        go(folder=tmp_path, net=net, loss=runs.NaNLoss(when))
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
     assert all(p.isfinite().all() for p in net.filter_parameters())
     assert any((p != 3).any() for p in net.filter_parameters())
@@ -189,17 +151,6 @@ def test_a_few_steps_of_nan_are_left_out_and_counted(runs, tmp_path, caplog):
     runs.assert_same_run(*go(tmp_path, max_nan_steps=20), net, result)
     with pytest.raises(FloatingPointError, match="is not finite"):
         go(max_nan_steps=skipped - 1)
-
-
-@pytest.mark.parametrize("part", [0, 1])
-def test_an_image_that_is_not_finite_is_named(base, runs, go, part, tmp_path):
-    data, net = [runs.bars(4), runs.bars(4, 1)], WFNet(base, CLASSES)
-    data[part].images[5, 0, 2, 2] = math.nan
-    message = r"the image TensorImages\[5\] has values that are NaN or infinite: repair it"
-    with pytest.raises(FloatingPointError, match=message):
-        go(*data, tmp_path, net)
-    assert all(p.isfinite().all() for p in net.filter_parameters())
-    runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
 
 
 # -- data and networks ----------------------------------------------------------------------------

@@ -102,22 +102,3 @@ def test_a_lost_data_worker_ends_the_run_after_a_checkpoint(runs, tmp_path, monk
         go(runs.Files(runs.images(), kill), tmp_path, workers=1)
     assert Checkpoints(tmp_path).load()[1]["step"] >= 1
     runs.assert_same_run(*go(runs.Files(runs.images()), tmp_path), *go(runs.images(), None))
-
-
-def test_a_disk_that_fails_to_read_ends_the_run_and_nothing_is_lost(runs, tmp_path):
-    def fail(index):
-        calls.append(index)
-        if len(calls) == 30:
-            raise FileNotFoundError(2, "No such file or directory", "/data/train-007.tar")
-
-    def go(train, folder):
-        net = runs.network()
-        settings = runs.config(checkpoint_every=1000)
-        return net, untrain(net, train, None, settings, folder, True, False)
-
-    calls = []
-    message = r"^\[Errno 2\] No such file or directory: '/data/train-007.tar'$"
-    with pytest.raises(FileNotFoundError, match=message):
-        go(runs.Files(runs.images(), fail), tmp_path)
-    assert Checkpoints(tmp_path).load()[1]["step"] == 7
-    runs.assert_same_run(*go(runs.Files(runs.images()), tmp_path), *go(runs.images(), None))

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from wfnet import untrain
 from wfnet.gate_tables import flatten_filters
 from wfnet.untraining.optimizers import RowAdam, stochastic_round
 
@@ -71,17 +70,14 @@ def test_where_the_kernel_does_not_run_the_tensor_operations_do(monkeypatch, cap
         raise RuntimeError("Failed to find C compiler\nmore")
 
     monkeypatch.setattr(row_adam, "row_adam", fails)
-    params, twin, rows = make_params(torch.float32), make_params(torch.float32), torch.arange(3)
-    ours, theirs = RowAdam(params, lr=0.1), RowAdam(twin, lr=0.1)
+    params = make_params(torch.float32)
+    ours = RowAdam(params, lr=0.1)
     monkeypatch.setattr(ours, "_fused", lambda grad: ours._kernel_works)
-    with flatten_filters(params), flatten_filters(twin):
+    with flatten_filters(params):
         for number in range(3):
-            for optimizer, group in ((ours, params), (theirs, twin)):
-                set_grads(group, number, rows)
-                step(optimizer, rows, named=False)
-    for a, b in zip(params, twin, strict=True):
-        assert torch.equal(a, b)
-    assert torch.equal(ours.moments()["steps"], theirs.moments()["steps"])
+            set_grads(params, number, torch.arange(3))
+            step(ours, torch.arange(3), named=False)
+    assert ours.moments()["steps"].flatten().tolist() == [3, 3, 3, 0, 0]
     assert len(calls) == 1
     assert "tensor operations: Failed to find C compiler" in caplog.text
 
@@ -139,21 +135,3 @@ def test_updates_below_half_a_unit_count_and_so_do_steps_beyond_256():
         optimizer.step(rows=torch.tensor([0]))
     assert weight.double().mean().item() == pytest.approx(3.6, abs=0.01)
     assert optimizer.moments()["steps"].item() == 300
-
-
-def test_runs_repeat_and_resume_bitwise(runs, tmp_path):
-    def go(folder=None, resume=False, stop=None):
-        def log(record):
-            if record["step"] == stop:
-                raise runs.Interrupted
-
-        net = runs.network(filter_dtype=BF16)
-        data = runs.images(), runs.images(4, 1)
-        return net, untrain(net, *data, runs.config(steps=18), folder, resume, False, log=log)
-
-    net, result = go()
-    assert all(p.dtype == BF16 for p in net.filter_parameters())
-    assert any((p != 3).any() for p in net.filter_parameters())
-    with pytest.raises(runs.Interrupted):
-        go(tmp_path, stop=12)
-    runs.assert_same_run(*go(tmp_path, resume=True), net, result)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from wfnet import untrain
-from wfnet.untraining.objectives import BalancedObjective, Losses
 from wfnet.untraining.run_clock import RunClock
 
 
@@ -23,29 +22,15 @@ def test_waiting_counts_where_the_device_is_idle(monkeypatch):
     assert clock.spent(10)["steps"] == 8
 
 
-class Slow(BalancedObjective):
-    """Takes a hundredth of a second."""
-
-    def __call__(self, *arguments):
-        time.sleep(0.01)
-        losses = super().__call__(*arguments)
-        return Losses(losses.total, {**losses.terms, "a number": 0.25})
-
-    def __repr__(self):
-        return "Slow()"
-
-
 def test_what_the_time_was_spent_on_adds_up(runs, tmp_path):
     def run():
-        data, settings = (runs.images(), runs.images(4, 1)), runs.config(steps=12)
-        return untrain(runs.network(), *data, settings, tmp_path, True, False, objective=Slow())
+        data, settings = (runs.images(), runs.images(4, 1)), runs.config(steps=4)
+        return untrain(runs.network(), *data, settings, tmp_path, True, False)
 
     result = run()
     assert set(result.spent) == {"start", "data", "steps", "validation", "checkpoints"}
     assert sum(result.spent.values()) == pytest.approx(result.seconds)
-    assert result.spent["steps"] > 0.1
-    assert min(result.spent[name] for name in ("start", "validation", "checkpoints")) > 0
-    assert result.history[-1]["a number"] == pytest.approx(0.25)
+    assert min(result.spent.values()) > 0
     assert run().spent["start"] == pytest.approx(result.spent["start"])
 
 

@@ -18,8 +18,8 @@ CLASSES = 4
 def go(base, runs):
     """Untrains on the bars with a checkpoint every third step, a validation every eighth."""
 
-    def run(folder, train=None, validation=None, resume=True, net=None, **changes):
-        net = net or WFNet(base, CLASSES)
+    def run(folder, train=None, validation=None, resume=True, net=None, dtype=None, **changes):
+        net = net or WFNet(base, CLASSES, filter_dtype=dtype)
         settings = {"steps": 20, "validations_per_epoch": 3, "checkpoint_every": 3, **changes}
         train = train or runs.bars()
         result = untrain(net, train, validation, runs.config(**settings), folder, resume, False)
@@ -39,7 +39,7 @@ def interrupted(go, runs, tmp_path):
 @pytest.mark.parametrize(
     ("after", "changes"),
     [
-        (5, {}),
+        (5, {"dtype": torch.bfloat16}),
         (9, {"share_images": False}),
         (16, {"optimizer": "sgd", "lr": 1.0}),
     ],

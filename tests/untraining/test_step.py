@@ -154,8 +154,6 @@ def waits_of(pretended_device):
     ("cache", "augment", "settings"),
     [
         (None, True, {"capture": False}),
-        ("host", True, {}),
-        ("device", False, {"capture": False}),
         ("disk", True, {}),
         ("device", False, {"capture": False, "dtype": torch.bfloat16, "grad_accum_steps": 2}),
     ],

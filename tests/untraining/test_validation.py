@@ -78,6 +78,13 @@ def test_unreadable_images_are_left_out_and_none_at_all_is_an_error(
     assert caplog.text.count("half a JPEG") == 15
 
 
+def test_logits_that_are_not_finite_are_an_error(scattered, runs, validator):
+    data = runs.bars(3, seed=1)
+    data.images[5, 0, 2, 2] = math.nan
+    with pytest.raises(FloatingPointError, match="of 12 validation samples are NaN or infinite"):
+        validator(data)(scattered)
+
+
 def test_equal_accuracies_are_decided_by_the_loss():
     first, second = (Validation(0.5, 0.1, [], [], loss) for loss in (0.2, 0.1))
     accurate = Validation(0.9, 0.1, [], [], 0.3)

@@ -118,9 +118,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return file.metadata() or {}
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of ``tensors``, in the order of names."""
-    found = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """SHA-256 over ``text`` and names, dtypes, shapes, bytes of ``tensors``, in order of names."""
+    found = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()
         found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())

@@ -8,7 +8,6 @@ since the last one. One file holds all that a run needs to go on, so it is never
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import torch
 from torch import Tensor
 
-from wfnet.services.files import read_metadata, read_tensors, write_tensors
+from wfnet.services.files import digest, read_metadata, read_tensors, write_tensors
 
 logger = logging.getLogger("wfnet")
 
@@ -133,12 +131,7 @@ class Checkpoints:
 
 def checksum(tensors: dict[str, Tensor], text: str) -> str:
     """SHA-256 over ``text`` and name, dtype, shape and bytes of every tensor."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"\n{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest({f"\n{name}": tensor for name, tensor in tensors.items()}, text)
 
 
 def read_state(path: Path) -> dict[str, Any]:

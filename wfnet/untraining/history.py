@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -50,14 +51,12 @@ class LossWatch:
         All are read at once: every number that is read by itself waits for the device.
         """
         pending, self._pending = self._pending, []
-        if not pending:
-            return None
         scalars = [
             torch.as_tensor(value, device=self.device).reshape(())  # terms may be plain numbers
             for _, terms in pending
             for value in terms.values()
         ]
-        values = iter(torch.stack(scalars).tolist())
+        values = iter(torch.stack(scalars).tolist() if scalars else ())
         for step, terms in pending:
             found = {name: next(values) for name in terms}
             if not math.isfinite(found["loss"]):
@@ -76,37 +75,35 @@ class LossWatch:
         return means
 
 
-class HistoryLog:
-    """Passes every record on to TensorBoard, where it is installed, and to a callback.
+@contextlib.contextmanager
+def record_log(
+    folder: Path | None, step: int, callback: Callable[[Record], None] | None
+) -> Iterator[Callable[[Record], None]]:
+    """What passes every record on to TensorBoard, where it is installed, and to a callback.
 
     Args:
         folder: of the run; None for no TensorBoard events.
         step: from here on; events of later steps, of a session that was killed, are hidden.
         callback: called with every record; may be None.
     """
+    writer = None
+    if folder is not None:
+        with contextlib.suppress(ImportError):
+            tensorboard = importlib.import_module("torch.utils.tensorboard")
+            writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=step)
 
-    def __init__(self, folder: Path | None, step: int, callback: Callable[[Record], None] | None):
-        self.callback = callback
-        self.writer = None
-        if folder is not None:
-            try:
-                tensorboard = importlib.import_module("torch.utils.tensorboard")
-            except ImportError:
-                return
-            self.writer = tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=step)
-
-    def add(self, record: Record) -> None:
-        """Passes a record on."""
-        if self.callback is not None:
-            self.callback(record)
-        if self.writer is not None:
+    def log(record: Record) -> None:
+        if callback is not None:
+            callback(record)
+        if writer is not None:
             for name in record.keys() - set(_NOT_PLOTTED):
-                self.writer.add_scalar(f"untrain/{name}", record[name], int(record["step"]))
+                writer.add_scalar(f"untrain/{name}", record[name], int(record["step"]))
 
-    def close(self) -> None:
-        """Closes the file of TensorBoard events."""
-        if self.writer is not None:
-            self.writer.close()
+    try:
+        yield log
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def write_history(folder: Path, config: UntrainConfig, history: list[Record]) -> None:

@@ -22,8 +22,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, batches, corrupt_counter
-from wfnet.data.dataset import name_of
+from wfnet.data import CorruptImages, Dataset, corrupt_counter
 from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
 from wfnet.services.files import clear_temporary_files, digest
@@ -39,7 +38,7 @@ from wfnet.untraining.durable import (
     original_logits,
 )
 from wfnet.untraining.expansion import ExpandedBatch
-from wfnet.untraining.history import HistoryLog, LossWatch, Record, write_history
+from wfnet.untraining.history import LossWatch, Record, record_log, write_history
 from wfnet.untraining.minibatches import MinibatchReader, Share, TrainingData, checked_labels
 from wfnet.untraining.objectives import (
     BalancedObjective,
@@ -57,7 +56,6 @@ from wfnet.untraining.validation import AccuracyValidator, MultiLabelValidator, 
 
 logger = logging.getLogger("wfnet")
 
-_RECENT_MINIBATCHES = 64  # in which an image that is not finite is looked for
 _SECONDS_BETWEEN_CHECKPOINTS = 180.0  # at most, as far as steps and validations are shorter
 
 
@@ -247,15 +245,18 @@ class _Untraining:
         self.losses = LossWatch(self.device, state)
         self.clock = RunClock(self.device, state.seconds, state.spent)
         self.saved_at = self.clock.seconds  # when the last checkpoint was written
-        writes = self.output is not None and self.ranks.first and not state.finished
-        self.log = HistoryLog(self.output if writes else None, state.step + 1, log)
         try:
             if state.finished:
                 self.statistics.measure(last=True)
             else:
-                if writes:
-                    clear_temporary_files(self.output)
-                with self.signals, flatten_filters(self.params) as self.filters:
+                folder = self.output if self.ranks.first else None
+                if folder is not None:
+                    clear_temporary_files(folder)
+                with (
+                    self.signals,
+                    flatten_filters(self.params) as self.filters,
+                    record_log(folder, state.step + 1, log) as self.log,
+                ):
                     self.good_filters = self.filters.detach().clone()
                     self.work = self._make_step()
                     if self.durable:
@@ -265,7 +266,6 @@ class _Untraining:
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()
         finally:
-            self.log.close()
             net.train(training)
             net.fuse = fuse
         named = {f.name: getattr(state, f.name, None) for f in fields(UntrainResult)}
@@ -399,7 +399,7 @@ class _Untraining:
             try:
                 scores = self.validator(self.net)
             except FloatingPointError as error:
-                self._give_up(str(error), self.validation, self.validator.images)
+                self._give_up(str(error))
         self.corrupt.merge(self.ranks)
         record: Record = {
             "step": state.step,
@@ -414,7 +414,7 @@ class _Untraining:
         self._note_time()
         record |= {"samples_per_second": state.samples / state.seconds, "seconds": state.seconds}
         state.history.append(record | rates)
-        self.log.add(state.history[-1])
+        self.log(state.history[-1])
         self.clock.restart()
 
     def _compare_with_best(self, scores: Validation) -> None:
@@ -455,24 +455,20 @@ class _Untraining:
         """Looks at the losses so far; ends the run if one of them is not finite."""
         broken = self.losses.read()
         if broken is not None:
-            # Which minibatch it was is not remembered: some of the steps that were looked at.
-            seen = range(max(0, self.state.position - _RECENT_MINIBATCHES), self.state.position)
-            recent = torch.cat([self.reader.sampler.batch(position) for position in seen])
-            self._give_up(broken, self.train, recent)
+            self._give_up(broken)
 
-    def _give_up(self, reason: str, dataset: Dataset, images: Tensor) -> NoReturn:
-        """Keeps the last good filters, and says which of ``images`` is not finite, if one is."""
+    def _give_up(self, reason: str) -> NoReturn:
+        """Keeps the last good filters, and ends the run."""
         self._put_back(self.good_filters if self.best_filters is None else self.best_filters)
         kept = "on the network"
         if self.output is not None:
             if self.ranks.first:
                 self.net.save_pretrained(self.output)
             kept = f"saved in {self.output}"
-        broken = first_broken_image(dataset, images)
-        remedy = f"lower lr (now {self.config.lr:g}), check the images for NaN, or leave out amp"
-        if broken is not None:
-            remedy = f"the image {broken} has values that are NaN or infinite: repair it"
-        raise FloatingPointError(f"{reason}; the last good filters are {kept}; {remedy}")
+        raise FloatingPointError(
+            f"{reason}; the last good filters are {kept}; lower lr (now {self.config.lr:g}), check "
+            "the images for NaN, or leave out amp"
+        )
 
     def _show_progress(self) -> None:
         shown = {name: f"{value:.3f}" for name, value in self.losses.latest.items()}
@@ -507,12 +503,3 @@ def configured_optimizer(config: UntrainConfig, net: WFNet) -> torch.optim.Optim
         return torch.optim.SGD(params, lr=config.lr)
     starts = [start for m in net.masked_layers.values() for start in m.filter_starts().values()]
     return RowAdam(params, lr=config.lr, shrink=config.shrink, starts=starts)
-
-
-def first_broken_image(dataset: Dataset, positions: Tensor) -> str | None:
-    """Returns the name of the first of some images that has NaN or infinite values, if one has."""
-    for batch in batches(dataset, positions.unique().split(64), 0, CorruptImages(len(positions))):
-        broken = (~batch.images.flatten(1).isfinite().all(1)).nonzero().flatten()
-        if len(broken):
-            return name_of(dataset, int(batch.indices[broken[0]]))
-    return None

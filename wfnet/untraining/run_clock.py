@@ -31,10 +31,9 @@ class RunClock:
         self, device: torch.device, seconds: float = 0.0, spent: dict[str, float] | None = None
     ):
         self.device = device
-        self._spent = dict.fromkeys(("start", "data", "validation", "checkpoints"), 0.0)
-        self._spent |= {k: v for k, v in (spent or {}).items() if k in self._spent}
+        purposes = ("start", "data", "steps", "validation", "checkpoints")
+        self._spent = dict.fromkeys(purposes, 0.0) | (spent or {})
         self._began = time.perf_counter() - seconds
-        self._unexplained = seconds - sum(self._spent.values())  # steps of the sessions before
         self.restart()
 
     @property
@@ -44,11 +43,12 @@ class RunClock:
 
     def spent(self, seconds: float) -> dict[str, float]:
         """Returns seconds by purpose, which add up to ``seconds``; the rest were steps."""
-        return self._spent | {"steps": max(0.0, seconds - sum(self._spent.values()))}
+        rest = max(0.0, seconds - sum(self._spent.values()))
+        return self._spent | {"steps": self._spent["steps"] + rest}
 
     def started(self) -> None:
         """Counts this session's time so far as start, unless it was spent on something else."""
-        self._spent["start"] += self.seconds - sum(self._spent.values()) - self._unexplained
+        self._spent["start"] += self.seconds - sum(self._spent.values())
         self.restart()
 
     @contextlib.contextmanager
