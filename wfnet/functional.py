@@ -85,15 +85,8 @@ def wf_conv2d(
         )
     x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
     geometry = geometry.stride, geometry.padding, geometry.dilation, groups
-    _check_frozen(weight, bias)
-    selection = select(forget)
-    if selection.rows is None:
-        return F.conv2d(_gather(x, source), weight, bias, *geometry)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_call(x, weight, bias, alpha_weight, alpha_bias)
-    rows, source = _resolve_rows(selection, source, x, x.shape[0], alpha_weight.shape[0])
     layer = weight, bias, alpha_weight, alpha_bias
-    return _run(x, layer, rows, source, gate_scale, backend, geometry)
+    return _masked_layer(x, layer, forget, gate_scale, source, backend, geometry)
 
 
 def wf_linear(
@@ -130,21 +123,10 @@ def wf_linear(
     """
     if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {list(x.shape)} does not fit the weight {list(weight.shape)}")
-    _check_frozen(weight, bias)
-    selection = select(forget)
-    if selection.rows is None:
-        return F.linear(_gather(x, source), weight, bias)
-    x, weight, bias = _autocast(x, weight, bias)
-    _check_call(x, weight, bias, alpha_weight, alpha_bias)
     layer = weight, bias, alpha_weight, alpha_bias
     if x.dim() == 1:
-        options = gate_scale, source, backend
-        return wf_linear(x.unsqueeze(0), *layer, selection, *options).squeeze(0)
-    images, windows = _images_and_windows(x, selection, source)
-    rows, source = _resolve_rows(selection, source, x, images, alpha_weight.shape[0])
-    tokens = x.reshape(images, x.shape[:-1].numel() // max(images, 1), x.shape[-1])
-    y = _run(tokens, layer, rows, source, gate_scale, backend)
-    return y.reshape(rows.shape[0] * windows, *x.shape[1:-1], weight.shape[0])
+        return _masked_layer(x[None], layer, forget, gate_scale, source, backend).squeeze(0)
+    return _masked_layer(x, layer, forget, gate_scale, source, backend)
 
 
 def explain(
@@ -207,10 +189,6 @@ def same_padding(kernel_size: Sequence[int], dilation: Sequence[int]) -> list[in
     return [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
 
 
-def _gather(x: Tensor, source: Tensor | None) -> Tensor:
-    return gather_samples(x, None if source is None else source.to(x.device))
-
-
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """Data and frozen weights in the autocast dtype, as PyTorch's own layers; filters stay fp32."""
     device = tensors[0].device.type
@@ -246,14 +224,6 @@ def _check_call(
             raise ValueError(f"{name} must be {shape}; got {list(tensor.shape)}")
 
 
-def _check_frozen(weight: Tensor, bias: Tensor | None) -> None:
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
-        raise ValueError(
-            "weight or bias requires grad, but untraining keeps them frozen and computes no weight "
-            "gradient; call .requires_grad_(False) on it, or bake the network to fine-tune it"
-        )
-
-
 def _check_transforms(*tensors: Tensor | None) -> None:
     """Refuses what would silently differentiate to zero through a custom operator."""
     forward_mode = torch.autograd.forward_ad._current_level >= 0 and any(
@@ -267,17 +237,6 @@ def _check_transforms(*tensors: Tensor | None) -> None:
         )
 
 
-def _resolve_rows(
-    selection: Selection, source: Tensor | None, x: Tensor, images: int, num_classes: int
-) -> tuple[Tensor, Tensor | None]:
-    """Labels ``[B, J]`` and ``source`` ``[B]`` on the device of ``x``."""
-    if source is None:
-        return selection.expand(images, x.device, num_classes), None
-    check_source(source, images)
-    rows = selection.expand(source.shape[0], x.device, num_classes)
-    return rows, source.to(x.device, non_blocking=True)
-
-
 def _images_and_windows(x: Tensor, selection: Selection, source: Tensor | None) -> tuple[int, int]:
     """Images in ``x`` and windows per image: one label serves all windows of its image."""
     batch = x.shape[0]
@@ -289,21 +248,44 @@ def _images_and_windows(x: Tensor, selection: Selection, source: Tensor | None) 
     return labels, batch // labels
 
 
-def _run(
+def _masked_layer(
     x: Tensor,
     layer: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
-    rows: Tensor,
-    source: Tensor | None,
+    forget: ForgetLabels | Selection,
     gate_scale: float,
+    source: Tensor | None,
     backend: str,
     geometry: tuple = (),
 ) -> Tensor:
     """The masked convolution, or without ``geometry`` the linear map, of whoever computes it."""
+    weight, bias, alpha_weight, alpha_bias = layer
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        raise ValueError(
+            "weight or bias requires grad, but untraining keeps them frozen and computes no weight "
+            "gradient; call .requires_grad_(False) on it, or bake the network to fine-tune it"
+        )
+    selection = select(forget)
+    if selection.rows is None:
+        images = gather_samples(x, None if source is None else source.to(x.device))
+        return (F.conv2d if geometry else F.linear)(images, weight, bias, *geometry)
+    x, weight, bias = _autocast(x, weight, bias)
+    layer = weight, bias, alpha_weight, alpha_bias
+    _check_call(x, *layer)
+    batch, windows = (len(x), 1) if geometry else _images_and_windows(x, selection, source)
+    inputs = x
+    if not geometry:
+        inputs = x.reshape(batch, x.shape[:-1].numel() // max(batch, 1), x.shape[-1])
+    if source is not None:
+        check_source(source, batch)
+        batch, source = source.shape[0], source.to(x.device, non_blocking=True)
+    rows = selection.expand(batch, x.device, alpha_weight.shape[0])
     name = backends.resolve(backend)
     if name == "reference":
-        return reference.masked_layer(x, *layer, rows, geometry, gate_scale, source)
-    _check_transforms(x, *layer)
-    # Whether backward will sum T1, for which forward keeps a private tensor.
-    save = torch.is_grad_enabled() and layer[2].requires_grad
-    operator = operators.conv2d if geometry else operators.linear
-    return operator(x, *layer, rows, source, gate_scale, name, save, *geometry)[0]
+        y = reference.masked_layer(inputs, *layer, rows, geometry, gate_scale, source)
+    else:
+        _check_transforms(x, *layer)
+        # Whether backward will sum T1, for which forward keeps a private tensor.
+        save = torch.is_grad_enabled() and alpha_weight.requires_grad
+        operator = operators.conv2d if geometry else operators.linear
+        y = operator(inputs, *layer, rows, source, gate_scale, name, save, *geometry)[0]
+    return y if geometry else y.reshape(batch * windows, *x.shape[1:-1], weight.shape[0])
