@@ -15,19 +15,15 @@ Writes JSON after every network.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Sequence
 
-import torch
-from script import CUDA, begin, make_parser, parse_step
+from script import CUDA, begin, make_parser, measure_networks, parse_step
 
 from wfnet import backends
-from wfnet.benchmarking import roofline
 from wfnet.benchmarking.layer_times import time_layers
-from wfnet.benchmarking.steps import make_problem
-from wfnet.cli.classifier import create_classifier
-from wfnet.services.files import write_json
+from wfnet.benchmarking.roofline import Rates
+from wfnet.benchmarking.steps import Problem
 
 
 def lost(row: dict) -> float:
@@ -76,24 +72,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
-    record = begin("bench_plan", args, argv, "measured")
-    rates = roofline.measure_rates(torch.device(args.device), args.measured.dtype)
-    print(f"{record['device']}: {rates}; {', '.join(args.providers)}")
-    record |= {"rates": rates.as_json(), "networks": {}}
-    for model in args.models:
-        network = create_classifier(
-            model, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
-        )
-        with contextlib.ExitStack() as stack:
-            problem = make_problem(network, args.measured, stack)
-            rows, failed = time_layers(problem, args.providers, args.repeats, rates)
+
+    def measure(problem: Problem, rates: Rates) -> dict:
+        calls, failed = time_layers(problem, args.providers, args.repeats, rates)
         samples = len(problem.batch)
-        found = {"samples": samples, "failed": failed, "sums": sums(rows), "calls": rows}
-        record["networks"][model] = found
-        print_network(model, found)
-        if args.output:  # after every network: a run that is ended keeps what it has
-            write_json(args.output, record)
-    return record
+        return {"samples": samples, "failed": failed, "sums": sums(calls), "calls": calls}
+
+    record = begin("bench_plan", args, argv, "measured")
+    return measure_networks(record, args, measure, print_network)
 
 
 def failures(record: dict) -> list[str]:

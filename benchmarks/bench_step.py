@@ -33,26 +33,14 @@ picture.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
 import numpy as np
-import torch
-from script import begin, make_parser, parse_step
+from script import begin, make_parser, measure_networks, parse_step
 
-from wfnet.benchmarking import roofline
-from wfnet.benchmarking.steps import (
-    BASELINES,
-    COLUMNS,
-    OURS,
-    make_problem,
-    measure,
-    print_table,
-)
-from wfnet.cli.classifier import create_classifier
+from wfnet.benchmarking.steps import BASELINES, COLUMNS, OURS, measure, print_table
 from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, picture
-from wfnet.services.files import write_json
 
 
 def draw(record: dict, path: Path) -> None:
@@ -98,21 +86,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     record = begin("bench_step", args, argv, "measured")
-    rates = roofline.measure_rates(torch.device(args.device), args.measured.dtype)
-    print(f"{record['device']}: {rates} ({args.dtype})")
-    record["rates"] = rates.as_json()
-    record["networks"] = {}
-    for name in args.models:
-        with contextlib.ExitStack() as stack:
-            model = create_classifier(
-                name, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
-            )
-            problem = make_problem(model, args.measured, stack)
-            result = measure(problem, args.columns, rates)
-        record["networks"][name] = result
-        print_table(name, result)
-        if args.output:  # after every network: a run that is ended keeps what it has
-            write_json(args.output, record)
+    measure_networks(
+        record, args, lambda problem, rates: measure(problem, args.columns, rates), print_table
+    )
     if args.output:
         draw(record, args.output.with_suffix(".png"))
     return record

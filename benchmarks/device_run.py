@@ -250,9 +250,8 @@ def execute(command: list[str], environment: dict[str, str], log: Path, limit: f
     start = time.monotonic()
     with open(log, "wb") as file:
         kept = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        kept |= {"cwd": ROOT, "env": environment, "process_group": 0}
         try:
-            child = subprocess.Popen(command, preexec_fn=_bound, **kept)
+            child = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=_alone, **kept)
         except OSError as error:
             file.write(f"not started: {error}\n".encode())
             return {"status": "failed", "seconds": 0.0, "exit_code": None}
@@ -270,8 +269,9 @@ def execute(command: list[str], environment: dict[str, str], log: Path, limit: f
     return {"status": status, "seconds": seconds, "exit_code": child.returncode}
 
 
-def _bound() -> None:
-    """In the child: no core file, and an end when the runner ends."""
+def _alone() -> None:
+    """In the child: a group of its own, no core file, and an end when the runner ends."""
+    os.setpgid(0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     if _LIBC is not None:
         _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from wfnet.benchmarking import roofline
 from wfnet.benchmarking.provenance import provenance
-from wfnet.benchmarking.steps import StepSettings
+from wfnet.benchmarking.steps import Problem, StepSettings, make_problem
 from wfnet.benchmarking.timing import choose_convolutions_by_trial
+from wfnet.cli.classifier import create_classifier
+from wfnet.services.files import write_json
 
 CUDA = torch.cuda.is_available()
 DTYPES = ("float32", "bfloat16", "float16")
@@ -86,6 +91,36 @@ def begin(
         },
         **provenance(args.device, [f"benchmarks/{name}.py", *words]),
     }
+
+
+def measure_networks(
+    record: dict[str, Any],
+    args: argparse.Namespace,
+    measure: Callable[[Problem, roofline.Rates], dict],
+    show: Callable[[str, dict], None],
+) -> dict[str, Any]:
+    """Measures a step of every network of ``args``; returns the record with the results by name.
+
+    Args:
+        record: from :func:`begin`; written after every network, so that a run that is ended keeps
+            what it has.
+        measure: what is measured of a network, at the rates of this device.
+        show: prints a result.
+    """
+    rates = roofline.measure_rates(torch.device(args.device), args.measured.dtype)
+    print(f"{record['device']}: {rates} ({args.dtype})")
+    record |= {"rates": rates.as_json(), "networks": {}}
+    for name in args.models:
+        model = create_classifier(
+            name, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
+        )
+        with contextlib.ExitStack() as stack:
+            result = measure(make_problem(model, args.measured, stack), rates)
+        record["networks"][name] = result
+        show(name, result)
+        if args.output:
+            write_json(args.output, record)
+    return record
 
 
 def markdown_table(head: list[str], rows: list[list[object]]) -> str:

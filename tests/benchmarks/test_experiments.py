@@ -1,6 +1,7 @@
 """benchmarks/experiments.py: its commands, in their order, once; their results as JSON."""
 
 import json
+from pathlib import Path
 
 import experiments
 import pytest
@@ -10,24 +11,21 @@ import pytest
 def commands(monkeypatch):
     """Commands that are asked for, in place of wfnet; they write what the real ones do."""
     asked = []
+    row = {"acc_r": 0.9, "acc_f": 0.1, "zrf": 0.5}
+    result = {"steps": 5, "best_step": 4, "stopped_early": False, "seconds": 1.0}
+    files = {
+        "config.json": {"result": result},
+        "evaluation.json": {"original": row, "mean": {**row, "acc_r": 0.8}, "classes": [row]},
+        "tables.json": {"table": 1},
+        "trust.json": {},
+    }
 
     def run(words):
         asked.append(words)
-        if words[0] == "untrain":
-            folder = experiments.Path(words[words.index("--output") + 1])
-            folder.mkdir(parents=True)
-            result = {"steps": 5, "best_step": 4, "stopped_early": False, "seconds": 1.0}
-            (folder / "config.json").write_text(json.dumps({"result": result}))
-        if words[0] == "evaluate":
-            row = {"acc_r": 0.9, "acc_f": 0.1, "zrf": 0.5}
-            content = {"original": row, "mean": {**row, "acc_r": 0.8}, "classes": [row]}
-            (experiments.Path(words[1]) / "evaluation.json").write_text(json.dumps(content))
-            (experiments.Path(words[1]) / "tables.json").write_text('{"table": 1}')
-        if words[0] == "trust":
-            folder = experiments.Path(words[words.index("--output") + 1])
-            folder.mkdir(parents=True)
-            (folder / "trust.json").write_text(json.dumps({"words": words}))
-        return 0
+        folder = Path(words[words.index("--output") + 1] if "--output" in words else words[1])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (folder / name).write_text(json.dumps(content))
 
     monkeypatch.setattr(experiments, "wfnet", run)
     return asked
@@ -53,13 +51,8 @@ def test_quality(tmp_path, commands):
 
 def test_tables(tmp_path, commands):
     call = ["tables", "--recipe", "digits/vit", "--folder", str(tmp_path / "runs")]
-    call += [
-        "--output",
-        str(tmp_path / "tables.json"),
-        "--evaluate",
-        "--published",
-        "mnist/vit_tiny",
-    ]
+    call += ["--output", str(tmp_path / "tables.json")]
+    call += ["--evaluate", "--published", "mnist/vit_tiny"]
     record = experiments.main(call)
     assert [words[0] for words in commands] == ["train", "untrain", "baseline", "evaluate"]
     assert commands[-1][-4:] == ["--config", "digits/vit", "--published", "mnist/vit_tiny"]
