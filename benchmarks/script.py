@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -114,9 +113,7 @@ def measure_networks(
         model = create_classifier(
             name, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
         )
-        with contextlib.ExitStack() as stack:
-            result = measure(make_problem(model, args.measured, stack), rates)
-        record["networks"][name] = result
+        record["networks"][name] = result = measure(make_problem(model, args.measured), rates)
         show(name, result)
         if args.output:
             write_json(args.output, record)

@@ -1,5 +1,3 @@
-import contextlib
-
 import pytest
 
 from wfnet.benchmarking import layer_times
@@ -13,9 +11,8 @@ RATES = Rates(1e12, 1e11, 4)
 @pytest.fixture
 def problem():
     settings = StepSettings(image_size=8, batch_size=2, label_expansion=2)
-    with contextlib.ExitStack() as stack:
-        model = create_classifier("small/resnet", 10, in_channels=3, image_size=8, seed=0)
-        yield make_problem(model, settings, stack)
+    model = create_classifier("small/resnet", 10, in_channels=3, image_size=8, seed=0)
+    return make_problem(model, settings)
 
 
 def test_every_call_of_a_step_is_timed_and_its_work_counted(problem):

@@ -52,8 +52,8 @@ def test_a_column_that_fails_costs_no_other(monkeypatch, tmp_path):
 
     make = steps.make_step
 
-    def failing(problem, name):
-        step = make(problem, name)
+    def failing(problem, name, stack):
+        step = make(problem, name, stack)
         calls = iter(range(100))
 
         def run():

@@ -90,14 +90,13 @@ class StepSettings:
 
 @dataclass
 class Problem:
-    """A network and a minibatch on the device; ``stack`` holds what must be undone at the end."""
+    """A network and a minibatch on the device."""
 
     net: wfnet.WFNet
     images: Tensor  # [n, C, H, W]
     expanded: Tensor  # [B, C, H, W]
     batch: ExpandedBatch
     settings: StepSettings
-    stack: contextlib.ExitStack
 
     @property
     def device(self) -> torch.device:
@@ -111,12 +110,11 @@ class Problem:
 # -- the network and its steps ---------------------------------------------------------------------
 
 
-def make_problem(model: nn.Module, settings: StepSettings, stack: contextlib.ExitStack) -> Problem:
+def make_problem(model: nn.Module, settings: StepSettings) -> Problem:
     """Random filters on ``model``, random images (of three channels) and labels.
 
     Args:
         model: a classifier of ``settings.classes`` classes.
-        stack: left by the caller when it has done with the problem.
     """
     torch.manual_seed(settings.seed)
     device = torch.device(settings.device)
@@ -134,7 +132,7 @@ def make_problem(model: nn.Module, settings: StepSettings, stack: contextlib.Exi
     images = torch.randn(n, 3, settings.image_size, settings.image_size, device=device)
     images = images.contiguous(memory_format=layout)
     expanded = images[batch.source].contiguous(memory_format=layout)
-    return Problem(net, images, expanded, batch, settings, stack)
+    return Problem(net, images, expanded, batch, settings)
 
 
 def baseline_step(problem: Problem, model: nn.Module) -> Step:
@@ -175,8 +173,8 @@ def on_backend(problem: Problem, backend: str, fuse: bool | str) -> wfnet.WFNet:
     return net
 
 
-def our_step(problem: Problem, backend: str, how: str) -> Step:
-    """Returns the step of a column of this package.
+def our_step(problem: Problem, backend: str, how: str, stack: contextlib.ExitStack) -> Step:
+    """Returns the step of a column of this package, to be run until ``stack`` is left.
 
     Raises:
         ValueError, RuntimeError: with the reason if it is impossible.
@@ -188,7 +186,7 @@ def our_step(problem: Problem, backend: str, how: str) -> Step:
         reason = refuse_capture(net, optimizer)
         if reason is not None:
             raise ValueError(reason)
-    problem.stack.enter_context(flatten_filters(params))
+    stack.enter_context(flatten_filters(params))
     dtype = problem.settings.dtype
     step = UntrainingStep(
         net,
@@ -202,15 +200,15 @@ def our_step(problem: Problem, backend: str, how: str) -> Step:
     return lambda: step([(problem.images, problem.batch)], _LR, rows).total
 
 
-def make_step(problem: Problem, name: str) -> Step:
-    """Returns the step of one column.
+def make_step(problem: Problem, name: str, stack: contextlib.ExitStack) -> Step:
+    """Returns the step of one column, to be run until ``stack`` is left.
 
     Raises:
         ValueError, RuntimeError: with the reason if the column is impossible here.
     """
     if name.startswith("wfnet/"):
         _, backend, how = name.split("/")
-        return our_step(problem, backend, how)
+        return our_step(problem, backend, how, stack)
     kind = {"compile": "eager", "unmasked_compiled": "unmasked"}.get(name, name)
     if kind in step_baselines.COPYING:
         # The copy itself, and its gradient while the layer's backward runs.
@@ -240,6 +238,13 @@ def measure(problem: Problem, names: list[str], rates: roofline.Rates) -> dict:
         numbers, or under ``impossible`` why there are none: it cannot run here, failed, or
         (``wrong``) computes something else than the others.
     """
+    with contextlib.ExitStack() as stack:
+        return _measure(problem, names, rates, stack)
+
+
+def _measure(
+    problem: Problem, names: list[str], rates: roofline.Rates, stack: contextlib.ExitStack
+) -> dict:
     steps: dict[str, Step] = {}
     columns: dict[str, dict] = {}
     losses: dict[str, float] = {}
@@ -248,7 +253,7 @@ def measure(problem: Problem, names: list[str], rates: roofline.Rates) -> dict:
         logger.info("preparing %s", name)
         before, start = graph_pool_mebibytes(problem.device), time.perf_counter()
         with _or_impossible(columns, name):
-            step = make_step(problem, name)
+            step = make_step(problem, name, stack)
             losses[name] = step().item()
             for _ in range(1 if name in step_baselines.COPYING else 4):
                 step()

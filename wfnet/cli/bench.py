@@ -12,7 +12,6 @@ example:
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 from typing import Any
 
@@ -114,11 +113,10 @@ def run(options: argparse.Namespace) -> None:
             seed=options.seed,
             options=dict(options.model_kwargs or ()),
         )
-        with contextlib.ExitStack() as stack:
-            problem = make_problem(model, settings, stack)
-            result = measure(problem, columns, rates)
-            forward = infer_milliseconds(problem)
-            rows += table_rows(name, problem, result["columns"], forward)
+        problem = make_problem(model, settings)
+        result = measure(problem, columns, rates)
+        forward = infer_milliseconds(problem)
+        rows += table_rows(name, problem, result["columns"], forward)
         print_table(name, result)
         print(f"{'filtered forward pass':26}{forward:9.1f}")
     if options.output:
