@@ -95,19 +95,11 @@ device = Device()
 class Stream:
     """A stream; work is done at once, so that order is all that it has."""
 
-    numbers = iter(range(1, 1 << 30))
-
     def __init__(self, device=None, priority: int = 0):
-        self.cuda_stream, self.device = next(self.numbers) * 0x1000, CUDA
+        pass
 
     def wait_stream(self, other: Stream) -> None:
         assert isinstance(other, Stream)
-
-    def wait_event(self, event: Event) -> None:
-        assert isinstance(event, Event)
-
-    def record_event(self, event: Event | None = None) -> Event:
-        return event or Event()
 
     def query(self) -> bool:
         return True
@@ -161,9 +153,6 @@ class Graph:
             for part in self.work:
                 part()
 
-    def pool(self):
-        return (0, 1)
-
 
 @contextlib.contextmanager
 def capture(graph: Graph, pool=None, stream=None, capture_error_mode="global") -> Iterator[None]:
@@ -191,22 +180,19 @@ def nothing(*_, **__):
     return None
 
 
-_NOTHING = ("init", "_lazy_init", "set_device", "empty_cache", "reset_peak_memory_stats")
-_NOTHING += ("manual_seed", "manual_seed_all", "set_rng_state", "set_sync_debug_mode", "_sleep")
+_NOTHING = "init _lazy_init set_device empty_cache reset_peak_memory_stats manual_seed"
+_NOTHING += " manual_seed_all set_rng_state _sleep"
 REPLACED = {
-    **dict.fromkeys(_NOTHING, nothing),
-    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "memory_reserved"), lambda *_: 0),
+    **dict.fromkeys(_NOTHING.split(), nothing),
+    **dict.fromkeys(("memory_allocated", "max_memory_allocated", "current_device"), lambda *_: 0),
     "is_available": lambda: True,
     "is_initialized": lambda: True,
     "device_count": lambda: 1,
-    "current_device": lambda: 0,
     "device": lambda place: contextlib.nullcontext(),
     "get_device_properties": lambda *_: PROPERTIES,
     "get_device_capability": lambda *_: (9, 0),
     "get_device_name": lambda *_: "pretended",
-    "is_bf16_supported": lambda *_, **__: True,
     "current_stream": lambda *_: device.stream,
-    "default_stream": lambda *_: device.stream,
     "Stream": Stream,
     "stream": lambda stream: stream if stream is not None else contextlib.nullcontext(),
     "Event": Event,
@@ -245,7 +231,6 @@ class Pretended(torch.Tensor):
 
     device = property(lambda self: CUDA)
     is_cuda = property(lambda self: True)
-    is_cpu = property(lambda self: False)
 
     @property
     def data(self) -> Pretended:
@@ -263,12 +248,6 @@ class Pretended(torch.Tensor):
 
     def untyped_storage(self):
         return self.inner.untyped_storage()
-
-    def get_device(self) -> int:
-        return 0
-
-    def is_pinned(self, *_) -> bool:
-        return False
 
     def record_stream(self, stream: Stream) -> None:
         assert isinstance(stream, Stream)
@@ -444,7 +423,7 @@ class _Factories(TorchFunctionMode):
         if name == "is_pinned":
             return getattr(args[0], "pretends_pinned", False)
         if name == "to" and args and isinstance(args[0], Tensor):
-            return self._to(args, kwargs)
+            return self._to(*args, **kwargs)
         if name in ("autocast_decrement_nesting", "autocast_increment_nesting"):
             return func(*args, **kwargs)
         if is_cuda(kwargs.get("device")):
@@ -471,26 +450,17 @@ class _Factories(TorchFunctionMode):
             return made
         return func(*args, **kwargs)
 
-    def _to(self, args, kwargs):
-        x, *rest = args
-        options = {name: value for name, value in kwargs.items() if value is not None}
-        if rest and isinstance(rest[0], Tensor):
-            options |= {"device": rest[0].device, "dtype": rest[0].dtype}
-            rest = rest[1:]
-        elif rest and isinstance(rest[0], str | int | torch.device):
-            options["device"], *rest = rest
-        flags = [value for value in rest if isinstance(value, bool)]
-        for dtype in (value for value in rest if isinstance(value, torch.dtype)):
-            options["dtype"] = dtype
-        options |= dict(zip(("non_blocking", "copy"), flags, strict=False))
-        place, late = options.pop("device", None), options.pop("non_blocking", False)
+    def _to(self, x, *args, **kwargs):
+        copies = kwargs.pop("copy", False)
+        if args and isinstance(args[0], Tensor):
+            args = (args[0].device, args[0].dtype, *args[1:])
+        place, dtype, late, layout = torch._C._nn._parse_to(*args, **kwargs)
+        converted = x.to(dtype=dtype or x.dtype, copy=copies, memory_format=layout)
         if place is None or is_cuda(place) == isinstance(x, Pretended):
-            return x.to(**options) if options else x
+            return converted
         if is_cuda(place):
-            options.pop("copy", None)
-            converted = x.to(**options) if options else x
             return self._moved(converted, late, converted is x)
-        return _to_host(x).to(**options) if options else _to_host(x)
+        return _to_host(converted)
 
     def _moved(self, x, non_blocking: bool, pinned: bool = True):
         if isinstance(x, Pretended):
