@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -71,5 +72,5 @@ def test_the_demo_is_made_goes_on_and_is_reused(tmp_path, monkeypatch, capsys, f
     demo("--steps", "3")  # other filters replace these
     assert json.loads((folder / "config.json").read_text())["options"]["steps"] == 3
 
-    (folder / "config.json").unlink()
+    shutil.rmtree(folder / "base")
     fails(["demo", "--output", folder], "something else")

@@ -7,7 +7,6 @@ from image_files import pack_folder
 from safetensors.torch import load_file
 
 from wfnet import models
-from wfnet.cli import inputs
 from wfnet.services.files import write_tensors
 
 
@@ -48,19 +47,6 @@ def test_caches_and_shards_change_nothing(untrain, image_folder, tmp_path, call,
     assert "bee" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("data", "missing"), [("mnist", "train-images"), ("cifar10", "cifar-10")])
-def test_missing_files_are_noticed_before_the_model_is_made(
-    data, missing, tmp_path, monkeypatch, fails
-):
-    def never(*args, **kwargs):
-        raise AssertionError("the model was made")
-
-    monkeypatch.setattr("wfnet.cli.inputs.create_classifier", never)
-    config = ["--config", f"{data}/resnet18", "--data-dir", tmp_path]
-    fails(["untrain", *config], missing)
-    fails(["train", *config, "--output", tmp_path / "base"], missing)
-
-
 RENAMED = {"ant": "asp", "bee": "boa", "cat": "cow"}
 
 
@@ -95,19 +81,6 @@ def test_untraining_compares_with_the_classes_of_the_weights(
     assert run["classes"] == ["cat", "ant", "bee"]  # the order of the network's outputs
 
 
-def test_evaluation_finds_classes_by_name(finished, image_folder, tmp_path, call):
-    """Shards whose list of classes has another order give the same figures by name."""
-    packed = pack_folder(image_folder, tmp_path / "packed", order=["cat", "ant", "bee"])
-
-    def classes(data, output):
-        words = [finished, "--data-dir", data, "--output", output]
-        call("evaluate --no-figures -j0 --quiet", *words)
-        found = json.loads((output / "evaluation.json").read_text())["classes"]
-        return [(r["index"], r["name"], r["acc_f"], r["acc_r"]) for r in found]
-
-    assert classes(image_folder, tmp_path / "plain") == classes(packed, tmp_path / "shards")
-
-
 def test_class_names_that_are_no_utf8_or_look_like_formulas(
     image_folder, arguments, tmp_path, call, capsys
 ):
@@ -138,7 +111,3 @@ def test_classes_of_numbered_data_may_be_named_later(
     evaluate = ["evaluate", run, "--no-figures", "-j0", "--quiet"]
     call("", *evaluate, "--classes", "a", "i")
     fails([*evaluate, "--class-names", *names[::-1][1:], "socks"], "unknown 'socks'")
-
-
-def test_a_class_named_twice_counts_once():
-    assert inputs.class_indices(["bee", "1", "0"], ["ant", "bee"], 2) == [1, 0]

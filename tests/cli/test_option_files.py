@@ -29,7 +29,6 @@ def test_options_from_a_file(arguments, tmp_path, call):
         ({"label_expansoin": 1}, "did you mean 'label_expansion'?"),
         ({"lr": "fast"}, "--lr: 'fast' is not a number"),
         ({"amp": "yes"}, "amp must be true or false"),
-        ({"recipe": "secret"}, "'secret' (choose from"),
         ({"lr": [1, 2]}, "--lr: '[1, 2]' is not a number"),
         ([1, 2], "must hold options by name"),
     ],
@@ -50,7 +49,6 @@ def test_unreadable_option_files(tmp_path, fails):
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        (["train", "--checkpoint", ""], "--checkpoint"),
         (["bake", "run", "--forget", "1", "--data-dir="], "--data-dir"),
         (["untrain", "--classes", "1", ""], "--classes"),
         (["evaluate", ""], "RUN"),

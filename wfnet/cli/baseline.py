@@ -145,9 +145,8 @@ def _config(method: str, options: argparse.Namespace) -> BaselineConfig:
     changes = {name: value for of, name, value in options.set if of == method}
     for name, value in changes.items():
         if name in METHODS[method].unused:
-            other = ": its training has options of its own, --train-lr, --train-epochs, ..."
             raise ValueError(
-                f"--set {method}.{name}={value} would change nothing, {method} does not use {name}"
-                f"{other if method == 'retrained' else ''}"
+                f"--set {method}.{name}={value} would change nothing, {method} does not use {name} "
+                "(the training of retrained has options of its own, --train-lr, ...)"
             )
     return replace(config, **changes)

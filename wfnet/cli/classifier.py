@@ -20,7 +20,7 @@ from wfnet.services.extras import require
 SMALL_IMAGE_SIZE = 32
 _TORCHVISION = ("torchvision/", "tv.")
 # Arguments of the libraries that choose or read weights: a stranger's config.json may name some.
-_NOT_OF_THE_NETWORK = ("checkpoint_path", "cache_dir", "weights", "scriptable", "exportable")
+_OF_WEIGHTS = {"checkpoint_path", "cache_dir", "weights"}
 
 
 def create_classifier(
@@ -55,7 +55,11 @@ def create_classifier(
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise FileNotFoundError(f"the weights {checkpoint} do not exist")
     arguments = dict(options or {})
-    _check_arguments(name, arguments)
+    for key in arguments:
+        if key in _OF_WEIGHTS or key.startswith("pretrained"):
+            raise ValueError(
+                f"{name} does not take {key}: --model-kwargs describe the network, not its weights"
+            )
     if in_channels is not None:
         arguments["in_channels" if is_small(name) else "in_chans"] = in_channels
     if num_classes is not None:
@@ -84,17 +88,6 @@ def create_classifier(
     if checkpoint is not None:
         load_weights(model, checkpoint)
     return model.eval()
-
-
-def _check_arguments(name: str, arguments: Mapping[str, Any]) -> None:
-    for key, value in arguments.items():
-        parts = value if isinstance(value, list | tuple) else (value,)
-        simple = all(isinstance(part, str | int | float | None) for part in parts)
-        if key in _NOT_OF_THE_NETWORK or key.startswith("pretrained") or not simple:
-            raise ValueError(
-                f"{name} does not take {key}={value!r}: --model-kwargs are numbers, text, true, "
-                "false or lists of these, and describe the network, not its weights"
-            )
 
 
 def is_small(name: str) -> bool:

@@ -25,7 +25,7 @@ import torch
 from wfnet.cli import bake, evaluate, report, train, untrain
 from wfnet.cli.option_files import fill_from_files
 from wfnet.cli.options import Parser, add_command, make_parser
-from wfnet.cli.runs import BASE_NAME, RUN_FILE, check_writable, read_run, recorded
+from wfnet.cli.runs import BASE_NAME, RUN_FILE, check_writable, recorded
 from wfnet.pretrained import CONFIG_NAME
 from wfnet.services import settings
 from wfnet.services.locks import folder_lock
@@ -66,7 +66,11 @@ def saved(options: argparse.Namespace) -> str:
 
 def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    torch.set_num_threads(options.threads or _idle_cores())
+    # One for each idle core: threads that share a core spin at their barriers, and on a busy
+    # machine two are many times slower than one.
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    idle = max(1, min(_MAX_THREADS, torch.get_num_threads() - round(busy)))
+    torch.set_num_threads(options.threads or idle)
     folder = Path(options.output)
     check_writable(folder)
     with folder_lock(folder):
@@ -74,23 +78,12 @@ def run(options: argparse.Namespace) -> None:
     print(f"\ndone in {time.perf_counter() - started:.0f} s\n\n{_closing(options, folder)}")
 
 
-def _idle_cores() -> int:
-    """Threads for networks this small: one for each idle core, up to a few.
-
-    Threads that share a core spin at their barriers: on a busy machine two are many times slower
-    than one.
-    """
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    return max(1, min(_MAX_THREADS, torch.get_num_threads() - round(busy)))
-
-
 def _run(options: argparse.Namespace, folder: Path) -> None:
     base = folder / "base"
     weights = base / BASE_NAME
-    if _in_the_way(folder, weights):
+    if (folder / CONFIG_NAME).is_file() and not (base / RUN_FILE).is_file():
         raise FileExistsError(
-            f"{folder} holds a run or filters of something else; choose another --output for the "
-            "demo"
+            f"{folder} holds filters of something else; choose another --output for the demo"
         )
     words = ["--data", "digits", "--model", f"small/{options.model}"]
     words += ["--seed", str(options.seed), "-j0"]
@@ -111,14 +104,6 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
     _call(options, ["evaluate", str(folder), "-j0", "--no-figures"])
     _call(options, ["bake", str(folder), "--forget", str(options.forget), "--verify"])
     _call(options, ["report", str(folder), "-j0"])
-
-
-def _in_the_way(folder: Path, weights: Path) -> bool:
-    """Whether a folder holds filters or a run that no demo has made."""
-    if not (folder / RUN_FILE).is_file():
-        return (folder / CONFIG_NAME).is_file()
-    found = read_run(folder)["options"].get("checkpoint")
-    return found is None or Path(found).absolute() != weights.absolute()
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
-import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -150,19 +151,13 @@ def make_classifier(
     """
     if not options.model:
         raise ValueError("there is no network: give --model NAME, for example --model resnet50")
-    if num_classes is not None and options.num_classes not in (None, num_classes):
-        raise ValueError(
-            f"--num-classes {options.num_classes} does not match {origin}, which has {num_classes} "
-            "classes; leave it out, or say with `wfnet untrain --classes` which of the network's "
-            "classes these are"
-        )
     in_channels = options.in_chans
     if is_small(options.model) and in_channels is None:
         in_channels = 3 if options.data in (None, "cifar10") else 1
     pretrained = options.pretrained and trained
     model = create_classifier(
         options.model,
-        options.num_classes if pretrained else num_classes or options.num_classes,
+        options.num_classes or (None if pretrained else num_classes),
         pretrained=pretrained,
         checkpoint=options.checkpoint if trained else None,
         in_channels=in_channels,
@@ -223,30 +218,28 @@ def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | N
     Raises:
         ValueError: for data of other classes.
     """
-    for names, origin in known_classes(options, folder):
-        numbered = names == [str(label) for label in range(len(names))]
-        if not (numbered and options.class_names):  # classes that are named now for the first time
+    run = recorded_names(folder) if folder else None
+    for names, origin in (
+        (run, f"the run in {folder}"),
+        (names_of_weights(options), "the classifier of --checkpoint"),
+    ):
+        numbered = names == [str(label) for label in range(len(names or ()))]
+        # Classes that were numbered may be named now for the first time.
+        if names and not (numbered and options.class_names):
             data = data.in_known_order(names, origin)
     return data
 
 
-def known_classes(
-    options: argparse.Namespace, folder: Path | None = None
-) -> list[tuple[list[str], str]]:
-    """Returns recorded class names, and of what: of the run in ``folder``, and of the run that made
-    the weights of ``--checkpoint``. The last one's order is that of the network's outputs."""
-    found = []
-    weights = Path(options.checkpoint).parent if options.checkpoint else None
-    for place, command, what in (
-        (folder, None, "the run in {}"),
-        (weights, "train", "the classifier in {}"),
-    ):
-        if place is None or not (place / RUN_FILE).is_file():
-            continue
-        run = read_run(place)
-        if run.get("classes") and command in (None, run["command"]):
-            found.append((list(run["classes"]), what.format(place)))
-    return found
+def names_of_weights(options: argparse.Namespace) -> list[str] | None:
+    """Class names, in the order of the outputs, of the ``wfnet train`` that made ``--checkpoint``;
+    None if it is not recorded."""
+    return recorded_names(Path(options.checkpoint).parent, "train") if options.checkpoint else None
+
+
+def recorded_names(folder: Path, command: str | None = None) -> list[str] | None:
+    """Class names of the run in a folder; None without one, or of another command."""
+    run = read_run(folder) if (folder / RUN_FILE).is_file() else {}
+    return run.get("classes") if command in (None, run.get("command")) else None
 
 
 def choose_device(name: str) -> torch.device:
@@ -259,8 +252,6 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("it computes nothing")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -271,12 +262,10 @@ def choose_device(name: str) -> torch.device:
 @contextlib.contextmanager
 def joined_ranks(options: argparse.Namespace) -> Iterator[Ranks]:
     """The processes that share a command; only the first one prints."""
-    with contextlib.ExitStack() as inside:
-        ranks = inside.enter_context(joined(local_device(choose_device(options.device))))
-        if not ranks.first:
-            nowhere = inside.enter_context(open(os.devnull, "w"))
-            inside.enter_context(contextlib.redirect_stdout(nowhere))
-        yield ranks
+    with joined(local_device(choose_device(options.device))) as ranks:
+        shown = sys.stdout if ranks.first else io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            yield ranks
 
 
 def class_indices(labels: Sequence[str], names: Sequence[str] | None, count: int) -> list[int]:

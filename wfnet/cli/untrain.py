@@ -23,7 +23,6 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import nn
 
 from wfnet.cli.chosen_classes import choose_classes, network_names, with_network_labels
 from wfnet.cli.chosen_images import add_list_options, untraining_images
@@ -32,8 +31,8 @@ from wfnet.cli.inputs import (
     count_classes,
     data_name,
     joined_ranks,
-    known_classes,
     make_classifier,
+    names_of_weights,
     open_images,
     with_known_names,
 )
@@ -200,10 +199,12 @@ def _prepare(
     """The network with fresh filters on its device, its images, and the settings of the run."""
     device = local_device(choose_device(options.device))
     count = count_classes(options)
-    if options.classes is None:
-        classifier = make_classifier(options, count, data_name(options))
-    else:
-        classifier, names = _larger_classifier(options)
+    names = None if options.classes is None else names_of_weights(options)
+    if options.classes is not None:  # the network has more than the data
+        count = options.num_classes if names is None else len(names)
+        if count is None and not options.pretrained:
+            raise ValueError("--classes needs --num-classes, the number of classes of the network")
+    classifier = make_classifier(options, count, data_name(options))
     rows = None
     with ranks.first_ahead():
         data = open_images(options, classifier, options.augment)
@@ -229,16 +230,6 @@ def _prepare(
     if config.channels_last:
         net.to(memory_format=torch.channels_last)
     return net, data, config
-
-
-def _larger_classifier(options: argparse.Namespace) -> tuple[nn.Module, list[str] | None]:
-    """The classifier of ``--classes``, and the recorded names of its classes."""
-    known = known_classes(options)
-    names = known[-1][0] if known else None
-    expected = options.num_classes if names is None else len(names)
-    if expected is None and not options.pretrained:
-        raise ValueError("--classes needs --num-classes, the number of classes of the network")
-    return make_classifier(options, expected, data_name(options)), names
 
 
 def _untrain(
