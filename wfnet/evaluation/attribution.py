@@ -245,15 +245,12 @@ def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str)
         tables[name] = torch.stack(curves, 1).flatten(0, 2)
     shared = (*net.model.parameters(), *net.model.buffers())
     other = copy.deepcopy(net, {id(tensor): tensor for tensor in shared})
-    for name, before in (net.named_filters() | net.named_statistics()).items():
-        table = tables[name].to(before)
+    for name, table in tables.items():
         layer_name, _, kind = name.rpartition(".")
         layer = other.masked_layers[layer_name]
         layer.num_classes = other.num_classes = len(table)
-        if kind in layer._parameters:
-            layer._parameters[kind] = nn.Parameter(table, requires_grad=False)
-        else:
-            layer._buffers[kind] = table
+        is_filter = kind in layer._parameters
+        setattr(layer, kind, nn.Parameter(table, requires_grad=False) if is_filter else table)
     return other
 
 

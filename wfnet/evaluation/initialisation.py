@@ -6,6 +6,7 @@ import copy
 import inspect
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,8 @@ def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.is_floating_point():
                 parameter.fill_(torch.nan)
         for module in reversed(list(new.modules())):  # a parent's own initialisation comes last
-            for method in _METHODS:
-                _call_without_arguments(module, method)
+            for name in _METHODS:
+                _call_without_arguments(getattr(module, name, None))
             for name, value in _STATISTICS.items():
                 if module._buffers.get(name) is not None:
                     module._buffers[name].fill_(value)
@@ -62,16 +63,13 @@ def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
     return new.requires_grad_(False).eval()
 
 
-def _call_without_arguments(module: nn.Module, method: str) -> None:
-    """Calls ``module.<method>()`` if it exists and needs no argument."""
-    function = getattr(module, method, None)
-    if not callable(function):
-        return
+def _call_without_arguments(method: Any) -> None:
+    """Calls a method if it is one and needs no argument."""
     try:
-        inspect.signature(function).bind()
+        inspect.signature(method).bind()
     except TypeError:
         return
-    function()
+    method()
 
 
 def _initialise_raw(model: nn.Module, old: Mapping[str, Tensor]) -> None:

@@ -67,6 +67,7 @@ class Pairing:
 
     Attributes:
         classes: ``[R]``, the class of each row; positions in it are called row positions.
+        labels: ``[N]``, of all images.
         pairs: their number.
         has_row: ``[N]`` bool, whether the class of each image has a row.
     """
@@ -74,7 +75,7 @@ class Pairing:
     def __init__(self, classes: Tensor, labels: Tensor, retained_rows: int | None, seed: int):
         check_value("seed", seed, settings.seed)
         rows = len(classes)
-        self.classes = classes
+        self.classes, self.labels = classes, labels
         position = torch.full((int(max(classes.max(), labels.max())) + 1,), -1)
         position[classes] = torch.arange(rows)
         own = position[labels]

@@ -97,7 +97,7 @@ def evaluate(
     initial = reinitialise(net, seed) if initialised is None else initialised
     engine = PairEngine(net, dataset, options, initial)
     ranks = engine.ranks
-    scores = RowScores(pairing, labels, net.num_classes, engine.device, zrf_base, zrf_mode)
+    scores = RowScores(pairing, engine, zrf_base, zrf_mode)
 
     def identity() -> dict[str, Any]:
         settings = {
@@ -145,20 +145,11 @@ class RowScores(HitCounts):
             0 for images that were not run; ``measured [N]``, 1 for those that were.
     """
 
-    def __init__(
-        self,
-        pairing: Pairing,
-        labels: Tensor,
-        num_classes: int,
-        device: torch.device,
-        zrf_base: float,
-        zrf_mode: str,
-    ):
-        super().__init__(pairing.classes, num_classes, device)
-        self.pairing, self.labels = pairing, labels
-        self.zrf_base, self.zrf_mode = zrf_base, zrf_mode
+    def __init__(self, pairing: Pairing, engine: PairEngine, zrf_base: float, zrf_mode: str):
+        super().__init__(pairing.classes, engine.outputs, engine.device)
+        self.pairing, self.zrf = pairing, (zrf_base, zrf_mode)
         for name in ("divergence", "original_divergence", "measured"):
-            self.tables[name] = torch.zeros(len(labels), dtype=torch.float64)
+            self.tables[name] = torch.zeros(len(pairing.labels), dtype=torch.float64)
 
     def pairs(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return self.pairing.of(batch.indices)
@@ -174,8 +165,7 @@ class RowScores(HitCounts):
         new, original = chunk.initialised[chosen], chunk.original[chosen]
         self.tables["measured"][place] = 1.0
         for name, logits in (("divergence", own), ("original_divergence", original)):
-            divergence = metrics.zrf_divergence(logits, new, self.zrf_base, self.zrf_mode)
-            self.tables[name][place] = divergence.cpu()
+            self.tables[name][place] = metrics.zrf_divergence(logits, new, *self.zrf).cpu()
 
     def counts(self) -> PairCounts:
         """What the accuracies are made of, on the CPU."""
@@ -199,7 +189,9 @@ class RowScores(HitCounts):
                 acc_r, acc_f = metrics.accuracies(right, seen, self.rows)
                 columns |= {f"{prefix}acc_r{suffix}": acc_r, f"{prefix}acc_f{suffix}": acc_f}
             total, count = (
-                torch.zeros(seen.shape[1]).double().index_add_(0, self.labels, self.tables[name])
+                torch.zeros(seen.shape[1])
+                .double()
+                .index_add_(0, self.pairing.labels, self.tables[name])
                 for name in (f"{prefix}divergence", "measured")
             )
             columns[f"{prefix}zrf"] = 1 - (total / count)[self.rows]
