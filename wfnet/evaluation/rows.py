@@ -189,9 +189,7 @@ class RowScores(HitCounts):
                 acc_r, acc_f = metrics.accuracies(right, seen, self.rows)
                 columns |= {f"{prefix}acc_r{suffix}": acc_r, f"{prefix}acc_f{suffix}": acc_f}
             total, count = (
-                torch.zeros(seen.shape[1])
-                .double()
-                .index_add_(0, self.pairing.labels, self.tables[name])
+                self.pairing.labels.bincount(self.tables[name], seen.shape[1])
                 for name in (f"{prefix}divergence", "measured")
             )
             columns[f"{prefix}zrf"] = 1 - (total / count)[self.rows]
