@@ -4,23 +4,19 @@ import copy
 
 import pytest
 import torch
+from captured_steps import CLASSES, Residual, minibatch, network, step_of, untrained
 from masked_products import check
 from torch import nn
 
 import wfnet
 from wfnet.backends import cuda
 from wfnet.gate_tables import flatten_filters
-from wfnet.untraining.expansion import expand
-from wfnet.untraining.objectives import BalancedObjective
-from wfnet.untraining.optimizers import RowAdam
-from wfnet.untraining.step import UntrainingStep
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-CLASSES = 10
 BACKENDS = ["eager", "triton", "cuda"]
 
 
@@ -33,77 +29,25 @@ def usable(request):
         pytest.skip(refusal)
 
 
-def network(backend: str) -> wfnet.WFNet:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1, bias=False),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        nn.Conv2d(32, 64, 3, stride=2, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(64, 64, 1),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, CLASSES),
-    )
-    net = wfnet.WFNet(model.eval(), CLASSES, fuse=True, backend=backend).cuda()
-    return net.to(memory_format=torch.channels_last)
-
-
-def minibatches(sizes):
-    for seed, n in enumerate(sizes):
-        generator = torch.Generator().manual_seed(seed)
-        images = torch.randn(n, 3, 32, 32, generator=generator)
-        labels = torch.randint(CLASSES, (n,), generator=generator)
-        yield images.pin_memory(), expand(labels, CLASSES, 3, generator, share_images=True)
-
-
-def run(backend: str, capture: bool, accumulate: int = 1):
-    net = network(backend)
-    sizes = [8] * 8 + [5] + [8] * 3  # a smaller batch in between runs uncaptured
-    losses = []
-    with flatten_filters(net.filter_parameters()) as flat:
-        step = UntrainingStep(
-            net,
-            BalancedObjective(),
-            RowAdam(net.filter_parameters()),
-            torch.bfloat16,
-            True,
-            capture=capture,
-        )
-        parts = list(minibatches(sizes))
-        for number, start in enumerate(range(0, len(parts), accumulate)):
-            found = step(parts[start : start + accumulate], lr=0.2 / (number + 1))
-            losses.append(found.total)
-        graphs = 0 if step.graphs is None else len(step.graphs.graphs)
-        return flat.clone(), torch.stack(losses), graphs
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_captured_steps_equal_ordinary_ones_bitwise(backend: str, accumulate: int):
-    filters, losses, _ = run(backend, False, accumulate)
-    captured, captured_losses, graphs = run(backend, True, accumulate)
-    assert graphs >= 2, "nothing was captured"
-    assert torch.equal(captured_losses, losses)
-    assert torch.equal(captured, filters)
+    """A smaller batch in between runs uncaptured."""
+    sizes = [8] * 8 + [5] + [8] * 3
+    found, expected = (
+        untrained(network(Residual, "cuda", backend=backend), sizes, capture, accumulate)
+        for capture in (True, False)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_replays_allocate_nothing_and_wait_for_nothing(backend: str):
-    net = network(backend)
+    net = network(Residual, "cuda", backend=backend)
     with flatten_filters(net.filter_parameters()):
-        step = UntrainingStep(
-            net,
-            BalancedObjective(),
-            RowAdam(net.filter_parameters()),
-            torch.bfloat16,
-            True,
-            capture=True,
-        )
-        parts = [(images.cuda(), batch.to("cuda")) for images, batch in minibatches([8] * 8)]
+        step = step_of(net, capture=True)
+        parts = [(images.cuda(), batch.to("cuda")) for images, batch in map(minibatch, range(8))]
         for part in parts:
             step([part], lr=0.1)
         torch.cuda.synchronize()
