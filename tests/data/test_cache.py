@@ -140,7 +140,7 @@ def test_the_size_is_logged_and_checked(image_folder, tmp_path, monkeypatch, cap
     with pytest.raises(ValueError, match="device, host, disk, not on 'ram'"):
         cached(image_folder, "ram")
     monkeypatch.setattr(cache, "free_memory", lambda: 1000)
-    with pytest.raises(ValueError, match=r"does not fit.*on host.*put it on device or disk"):
+    with pytest.raises(ValueError, match=r"does not fit.*on host.*choose another place"):
         cached(image_folder)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)

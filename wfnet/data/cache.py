@@ -281,10 +281,9 @@ def _check_room(place: str, shape: tuple[int, ...], free: int) -> None:
     images = f"{shape[0]:,} images of {shape[1]} x {shape[2]} x {shape[3]} bytes"
     text = f"{images} = {needed / 2**30:.2f} GiB on {place}, {free / 2**30:.2f} GiB are free there"
     if needed > _SHARE * free:
-        others = " or ".join(other for other in PLACES if other != place)
         raise ValueError(
-            f"the cache does not fit: {text} and {_SHARE:.0%} of that may be used; put it on "
-            f"{others}, or do without"
+            f"the cache does not fit: {text} and {_SHARE:.0%} of that may be used; choose another "
+            f"place ({', '.join(PLACES)}), or do without"
         )
     logger.info("cache: %s", text)
 

@@ -29,7 +29,7 @@ from wfnet.services.files import read_tensors, write_tensors
 
 logger = logging.getLogger("wfnet")
 
-_LARGEST_CLASS_INDEX = 32  # bytes of a .cls member that is a number
+_LARGEST_CLASS_INDEX = 16  # bytes of a .cls member that is a number
 _INDEX_FORMAT = "4"
 # Text files in which data sets keep the names of their classes, a line each.
 _CLASS_FILES = ("classes.txt", "classnames.txt")
