@@ -117,26 +117,19 @@ def columns(root: Path, folder: Path, args: argparse.Namespace, workers: int) ->
             folder=folder / "cache",
         )
 
-    def filled(place: str) -> Epoch:
-        epoch = ours(cached(place), args, workers)
-        for _ in epoch(0):
-            pass
-        return epoch
-
     made: dict[str, Epoch] = {}
-    for name, make in (
-        ("torchvision", lambda: torchvision_epoch(root, args, workers)),
-        ("timm", lambda: timm_epoch(root, args, workers)),
-    ):
+    for name, make in (("torchvision", torchvision_epoch), ("timm", timm_epoch)):
         try:
-            made[name] = make()
+            made[name] = make(root, args, workers)
         except ImportError as error:
             print(f"{name}: not run ({error})", file=sys.stderr)
     made["folder"] = ours(files, args, workers)
     made["shards"] = ours(shards, args, workers)
     made["first epoch"] = lambda number: ours(cached("host"), args, workers)(number)
     for place in ("host", "disk", "device"):
-        made[place] = filled(place)
+        made[place] = ours(cached(place), args, workers)
+        for _ in made[place](0):  # fills the cache
+            pass
     return made
 
 

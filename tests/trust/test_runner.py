@@ -93,8 +93,7 @@ def test_a_second_run_computes_nothing_and_adds_classes(run, tmp_path, calls):
     assert both.records[:2] == first.records
     without = run(tmp_path, classes=[0], checks=TWO, retrained=0)  # other models are other work
     assert without.records[1].forgetful == {}
-    other = trust.TrustSettings(samples=20, relearn_steps=2)
-    alone = run(tmp_path, classes=[1], checks=TWO, settings=other)
+    alone = run(tmp_path, classes=[1], checks=TWO, settings=trust.TrustSettings(samples=20))
     assert [r.index for r in alone.records] == [1, 1]  # of other settings: not mixed
 
 

@@ -109,10 +109,3 @@ def test_the_shift_is_that_of_the_reestimated_model(make_subject):
     plain = subject.logits(ATTACKS["batchnorm_all"](subject.forgetful, subject), "unlabelled")
     torch.testing.assert_close(found[:, [0, 2, 3]], plain[:, [0, 2, 3]])
     assert (found.argmax(1) == 1).sum() == 8  # as often as the class occurs
-
-
-def test_standardised_logits_have_mean_0_and_variance_1(make_subject, oracle):
-    subject = make_subject(forgetful=oracle)
-    logits = subject.logits(ATTACKS["standardised"](oracle, subject), "unlabelled")
-    torch.testing.assert_close(logits.mean(0), torch.zeros(4).double(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(logits.std(0), torch.ones(4).double())

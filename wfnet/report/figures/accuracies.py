@@ -106,7 +106,8 @@ def _draw_accuracy(
         if named:
             left = [place - 0.42 + i * width for place in range(count)]
             bars = axis.bar(left, values, 0.94 * width, align="edge", color=color, label=label)
-            texts = [_written(value, count <= 12, len(series) == 2) for value in values]
+            # A low bar looks lost without its number.
+            texts = [f"{value:.1f}".removesuffix(".0") if value < 5 else "" for value in values]
             ink = style.INK if color == BEFORE else color
             size = 8.5 if count <= 12 else 7
             for text in axis.bar_label(bars, texts, fontsize=size, color=ink, padding=1):
@@ -128,14 +129,6 @@ def _draw_accuracy(
     legend = axis.legend(loc="upper center", **look)
     for handle in () if named else legend.legend_handles:
         handle.set_sizes([30])
-
-
-def _written(value: float, few: bool, always: bool) -> str:
-    """Returns the number above a bar where there is room; without a 0, a bar of 0 looks lost."""
-    zero = value < 0.05
-    if (always and zero) or (few and (always or value < 5) and not math.isnan(value)):
-        return f"{value:.1f}" if 0.05 <= value < 99.95 else f"{value:.0f}"
-    return ""
 
 
 def _name_classes(axis: Axes, records: Sequence[ClassRecord], title: str) -> None:
