@@ -37,7 +37,7 @@ from wfnet.kernels.launch import Launch, keep_launches
 from wfnet.kernels.max_pool import max_pool, max_pool_bwd
 from wfnet.kernels.row_adam import row_adam
 
-from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow, PoolGeometry
+from wfnet.backends.contract import NO_LAYER, ConvGeometry, Epilogue, LayerBelow, PoolGeometry
 
 _TYPES = {
     torch.float16: "fp16",
@@ -109,15 +109,15 @@ def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta", memory_format=layout)
 
 
-def _below(pixels: Tensor, kind: str) -> tuple[LayerBelow | None, Tensor | None]:
-    """A layer whose output a gradient reaches, and a gradient that reaches it another way."""
+def _below(pixels: Tensor, kind: str) -> LayerBelow:
+    """A layer whose output a gradient reaches."""
     if kind in ("plain", "source"):
-        return None, None
+        return NO_LAYER
     scale, shift, t1, t0 = (_meta(torch.float32, *pixels.shape[:2]) for _ in range(4))
     other = LayerBelow(scale, branch=pixels, t1=t1) if kind == "shortcut" else None
     added = None if kind == "branch" else pixels
     options = {"need_grad": kind == "residual", "shortcut": other}
-    return LayerBelow(scale, shift, pixels, added, True, t1, t0, **options), added
+    return LayerBelow(scale, shift, pixels, added, True, added, t1, t0, **options)
 
 
 def _cases(what: str, launches: list[Launch], products: bool = False) -> list[Case]:
@@ -144,8 +144,8 @@ def layer_cases(name: str, dtype: torch.dtype, device: Device, kinds: Sequence[s
             if kind != "shortcut":
                 conv_fprop(x, weight, geometry, epilogue)
             if kind != "source" and channels != 3:
-                below, skip = _below(x, "plain" if size == (1, 1) else kind)
-                conv_dgrad(out, weight, tuple(x.shape), geometry, skip, below)
+                below = _below(x, "plain" if size == (1, 1) else kind)
+                conv_dgrad(out, weight, tuple(x.shape), geometry, below)
         found += _cases(f"{name} {kind}", launches, not full_precision(dtype, linear))
     return found
 
@@ -155,22 +155,19 @@ def elementwise_cases(dtype: torch.dtype, device: Device) -> list[Case]:
     small, large = ((_BATCH, 64, size, size) for size in (56, 112))
     source, found = _meta(torch.int64, _BATCH), []
     for kind in ("branch", "residual"):
-        below, skip = _below(_meta(dtype, *small), kind)
+        below = _below(_meta(dtype, *small), kind)
         for expands in (False, True):
             layer = replace(below, source=source, images=256) if expands else below
             with keep_launches(device) as launches:
-                epilogue_bwd(_meta(dtype, *small), layer, skip)
+                epilogue_bwd(_meta(dtype, *small), layer)
             found += _cases(f"{kind} source={expands}", launches)
     alpha, forget = _meta(torch.float32, 1000, 4800), _meta(torch.int64, _BATCH, 1)
     row, scalar, start = (_meta(torch.float32, *n) for n in ((1000,), (), (4800,)))
     step = (*[alpha] * 4, row, row, _meta(torch.bool, 1000), scalar, (0.9, 0.99), 1e-8)
-    window, (below, _) = (
-        PoolGeometry((3, 3), (2, 2), (1, 1)),
-        _below(_meta(dtype, *large), "branch"),
-    )
+    window, below = PoolGeometry((3, 3), (2, 2), (1, 1)), _below(_meta(dtype, *large), "branch")
     with keep_launches(device) as launches:
         _, positions = max_pool(_meta(dtype, *large), window)
-        max_pool_bwd(_meta(dtype, *small), positions, large[2:], window, None, below)
+        max_pool_bwd(_meta(dtype, *small), positions, large[2:], window, below)
         gate_rows_bwd(gate_rows(alpha, forget, 1.0), alpha, forget)
         row_adam(*step)
     found += _cases("plain", launches)

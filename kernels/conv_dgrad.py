@@ -42,7 +42,7 @@ from wfnet.kernels.epilogue_bwd import epilogue_bwd
 from wfnet.kernels.launch import Launch, describable, descriptor
 from wfnet.kernels.linear import flat_launch, linear_dgrad_kernel
 
-from wfnet.backends.contract import ConvGeometry, LayerBelow, LayerGradient
+from wfnet.backends.contract import NO_LAYER, ConvGeometry, LayerBelow, LayerGradient
 
 
 @triton.jit(do_not_specialize=["B", "H", "W"])
@@ -258,8 +258,7 @@ def conv_dgrad(
     weight: Tensor,
     input_shape: tuple[int, ...],
     geometry: ConvGeometry,
-    skip: Tensor | None = None,
-    below: LayerBelow | None = None,
+    below: LayerBelow = NO_LAYER,
     *,
     config: GemmConfig | None = None,
 ) -> LayerGradient:
@@ -274,7 +273,7 @@ def conv_dgrad(
     Args:
         scaled_grad: ``[B, O, P, Q]``, ``A * g`` of this layer.
         weight: ``[O, C, R, S]``.
-        skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
+        below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
         config: as in :func:`wfnet.kernels.conv_fprop.conv_fprop`.
 
     Raises:
@@ -289,7 +288,7 @@ def conv_dgrad(
             f"{expected} {weight.dtype}"
         )
     ag, filters = channels_last(scaled_grad), channels_last(weight)
-    backward = BackwardArguments.of(below, skip, ag, (batch, *size, channels))
+    backward = BackwardArguments.of(below, ag, (batch, *size, channels))
     if 0 in input_shape:
         return backward.of_nothing()
     if config is None:
@@ -301,7 +300,7 @@ def conv_dgrad(
     if backward.summing and span(config.block_m, size[0] * size[1]) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
         plain = conv_dgrad(scaled_grad, weight, input_shape, geometry, config=config).grad
-        return epilogue_bwd(plain, below, skip)
+        return epilogue_bwd(plain, below)
     plan = _gather_launch if config.path == "gather" else _flat_launch
     plan = functools.partial(plan, ag, filters, shape, config, exact)
     return backward.run(plan, block_m=config.block_m)

@@ -126,22 +126,16 @@ class BackwardArguments:
     copied_t0: Tensor | None = None
 
     @classmethod
-    def of(
-        cls, below: LayerBelow | None, skip: Tensor | None, like: Tensor, shape: tuple[int, ...]
-    ) -> BackwardArguments:
+    def of(cls, below: LayerBelow, like: Tensor, shape: tuple[int, ...]) -> BackwardArguments:
         """Makes room for what ``below`` wants of a gradient that reaches its output.
 
         Args:
-            below: None: the gradient itself is all that is wanted.
-            skip: ``[B, C, H, W]`` or None.
             like: results have its dtype.
             shape: of that output, ``[B, H, W, C]``.
 
         Raises:
             ValueError: for tensors that do not fit, or a result without what it is made from.
         """
-        if below is None:
-            below = LayerBelow(scale=None, need_grad=True, need_scaled_grad=False)
         other = below.shortcut or LayerBelow(scale=None, need_scaled_grad=False)
         if below.t1 is not None and below.branch is None:
             raise ValueError("t1 is summed from the branch, and the layer has none")
@@ -149,7 +143,7 @@ class BackwardArguments:
             raise ValueError("a ReLU mask is read from mask or branch, and the layer has neither")
         columns = shape[0], shape[3]
         reads = {
-            "skip": channels_last(skip),
+            "skip": channels_last(below.skip),
             "branch": channels_last(below.branch),
             "activation": channels_last(below.mask),
             "shortcut_branch": channels_last(other.branch),

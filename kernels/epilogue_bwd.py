@@ -105,7 +105,7 @@ def tile_of(tokens: int, columns: int) -> tuple[int, int]:
     return min(4096 // block_n, max(1, triton.next_power_of_2(tokens))), block_n
 
 
-def epilogue_bwd(dout: Tensor, below: LayerBelow, skip: Tensor | None = None) -> LayerGradient:
+def epilogue_bwd(dout: Tensor, below: LayerBelow) -> LayerGradient:
     """Computes ``g``, ``A * g`` and the column sums T0 and T1 of ``dout`` in one pass.
 
     Equivalent to::
@@ -116,13 +116,13 @@ def epilogue_bwd(dout: Tensor, below: LayerBelow, skip: Tensor | None = None) ->
 
     Args:
         dout: ``[B, C, H, W]``; fp16, bf16 or fp32; copied unless channels-last.
-        skip, below: as in :meth:`wfnet.backends.contract.Backend.epilogue_backward`.
+        below: as in :meth:`wfnet.backends.contract.Backend.epilogue_backward`.
 
     Raises:
         ValueError: if a result lacks the tensor it is made from, or shapes do not fit.
     """
     pixels = channels_last(dout)
-    backward = BackwardArguments.of(below, skip, pixels, tuple(pixels.shape))
+    backward = BackwardArguments.of(below, pixels, tuple(pixels.shape))
     batch, height, width, columns = pixels.shape
     tokens, (order, first_of), targets = height * width, (None, None), batch
     if below.source is not None and below.need_scaled_grad:

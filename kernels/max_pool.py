@@ -27,7 +27,7 @@ from wfnet.kernels.epilogue_arguments import (
 from wfnet.kernels.epilogue_bwd import tile_of
 from wfnet.kernels.launch import Launch
 
-from wfnet.backends.contract import LayerBelow, LayerGradient, PoolGeometry
+from wfnet.backends.contract import NO_LAYER, LayerBelow, LayerGradient, PoolGeometry
 
 _NOWHERE = 255  # taps are numbered below
 
@@ -194,25 +194,24 @@ def max_pool_bwd(
     positions: Tensor,
     size: tuple[int, int],
     window: PoolGeometry,
-    skip: Tensor | None = None,
-    below: LayerBelow | None = None,
+    below: LayerBelow = NO_LAYER,
 ) -> LayerGradient:
     """Computes what the layer below wants from the gradient of the pooled tensor, in one pass.
 
-    Equivalent to ``epilogue_bwd(dx, below, skip)`` with ``dx`` the gradient by the pooling's input.
+    Equivalent to ``epilogue_bwd(dx, below)`` with ``dx`` the gradient by the pooling's input.
 
     Args:
         dout: ``[B, C, P, Q]``; fp16, bf16 or fp32; copied unless channels-last.
         positions: ``[B, C, P, Q]`` uint8, of :func:`max_pool`.
         size: height and width of the pooling's input.
-        skip, below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
+        below: as in :meth:`wfnet.backends.contract.Backend.conv2d_dgrad`.
 
     Raises:
         ValueError: if a result lacks the tensor it is made from, or shapes do not fit.
     """
     pooled, positions = channels_last(dout), channels_last(positions)
     (batch, p, q, columns), (height, width) = pooled.shape, size
-    backward = BackwardArguments.of(below, skip, pooled, (batch, *size, columns))
+    backward = BackwardArguments.of(below, pooled, (batch, *size, columns))
     block_m, block_n = tile_of(height * width, columns)
     tiles = triton.cdiv(height * width, block_m)
 

@@ -159,6 +159,7 @@ def layer_below(
     sums: bool = True,
     shift: bool = True,
     shortcut: bool = False,
+    skip: Tensor | None = None,
 ) -> LayerBelow:
     """A layer with output ``[B, C, H, W]`` and room for its sums.
 
@@ -179,6 +180,7 @@ def layer_below(
         branch=branch if sums or mask == "branch" else None,
         mask=randn(shape).relu() if mask == "kept" else None,
         relu=mask != "none",
+        skip=skip,
         t1=table() if sums else None,
         t0=table() if sums else None,
         need_grad=mask != "branch",
@@ -190,12 +192,11 @@ def check_gradient(
     found: LayerGradient,
     dout: Tensor,
     below: LayerBelow,
-    skip: Tensor | None = None,
     bound: float | None = None,
     sums_bound: float = 4e-6,
 ) -> None:
     """Compares all that a gradient ``dout`` (fp64) of a layer's output ends in."""
-    g = dout + (0 if skip is None else skip.double())
+    g = dout + (0 if below.skip is None else below.skip.double())
     if below.mask is not None:
         g = g * (below.mask > 0)
     elif below.relu:
@@ -223,8 +224,8 @@ class Backward(_Product):
     def __init__(self, sizes, dtype=torch.float32, device="cpu", *, skip=True, **below):
         super().__init__(sizes, dtype, device)
         self.ag = self.randn(self.out_shape)
-        self.skip = self.randn(self.in_shape) if skip else None
-        self.below = layer_below(self.in_shape, self.randn, **below)
+        skip = self.randn(self.in_shape) if skip else None
+        self.below = layer_below(self.in_shape, self.randn, skip=skip, **below)
 
     def gradient(self) -> Tensor:
         """The product alone, in fp64."""
@@ -239,13 +240,12 @@ class Backward(_Product):
             sums = getattr(self.below, name)
             fresh[name] = None if sums is None else torch.full_like(sums, torch.nan)
         below = replace(self.below, **fresh)
-        arguments = (self.ag, self.weight, self.in_shape, self.geometry, self.skip)
-        return run(*arguments, below), below
+        return run(self.ag, self.weight, self.in_shape, self.geometry, below), below
 
     def check(self, run: Callable[..., LayerGradient]) -> None:
         """Compares what ``run`` makes of it with the truth."""
         found, below = self.run(run)
-        check_gradient(found, self.gradient(), below, self.skip, self.bound, self.sums_bound)
+        check_gradient(found, self.gradient(), below, self.bound, self.sums_bound)
 
 
 def check_public(

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from masked_products import Backward, check, check_gradient, sizes
 
 from wfnet.backends import cuda_launch
-from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
+from wfnet.backends.contract import NO_LAYER, ConvGeometry, Epilogue, LayerBelow
 
 POINTWISE = ConvGeometry()
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
@@ -35,7 +35,7 @@ def test_tables_and_sums_that_are_columns_of_wider_ones(start):
 
     branch = torch.randn(2, 16, 3, 3).half()
     below = LayerBelow(scale, branch=branch, t1=sums[:, part])
-    found = cuda_launch.conv2d_dgrad(x, weight, (2, 16, 3, 3), POINTWISE, None, below)
+    found = cuda_launch.conv2d_dgrad(x, weight, (2, 16, 3, 3), POINTWISE, below)
     g = torch.nn.grad.conv2d_input((2, 16, 3, 3), weight.double(), x.double())
     check(found.scaled_grad, scale[:, :, None, None] * g)
     check(sums[:, part], (g * branch).sum((2, 3)))
@@ -47,15 +47,16 @@ def test_tables_and_sums_that_are_columns_of_wider_ones(start):
 def test_sums_of_different_strides_are_copied():
     case = Backward(sizes(2, 3, 3, 16, 16), torch.float16)
     below = replace(case.below, t0=torch.empty(2, 16), t1=torch.empty(2, 20)[:, :16])
-    arguments = (case.ag, case.weight, case.in_shape, POINTWISE, case.skip)
-    found = cuda_launch.conv2d_dgrad(*arguments, below)
-    check_gradient(found, case.gradient(), below, case.skip)
+    found = cuda_launch.conv2d_dgrad(case.ag, case.weight, case.in_shape, POINTWISE, below)
+    check_gradient(found, case.gradient(), below)
 
 
 def test_a_gradient_without_a_layer_takes_a_skip_gradient():
     ag, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(16, 24, 1, 1).half() / 4
     skip = torch.randn(2, 24, 3, 3)  # fp32: as a network without autocast between may bring it
-    found = cuda_launch.conv2d_dgrad(ag, weight, (2, 24, 3, 3), POINTWISE, skip)
+    found = cuda_launch.conv2d_dgrad(
+        ag, weight, (2, 24, 3, 3), POINTWISE, replace(NO_LAYER, skip=skip)
+    )
     g = torch.nn.grad.conv2d_input((2, 24, 3, 3), weight.double(), ag.double())
     check(found.grad, g + skip.half())
     assert found.scaled_grad is None

@@ -36,9 +36,8 @@ def test_values_and_gradients(case, dtype):
     (dx,) = torch.autograd.grad(truth, leaf, dout.double())
     size, skip = (height, width), torch.randn(x.shape).to(dtype)
     check(max_pool_bwd(dout, positions, size, window).grad, dx)
-    below = layer_below(tuple(x.shape), lambda shape: torch.randn(shape).to(dtype))
-    found = max_pool_bwd(dout, positions, size, window, skip, below)
-    check_gradient(found, dx, below, skip)
+    below = layer_below(tuple(x.shape), lambda shape: torch.randn(shape).to(dtype), skip=skip)
+    check_gradient(max_pool_bwd(dout, positions, size, window, below), dx, below)
 
 
 @pytest.mark.interpreter

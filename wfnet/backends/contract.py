@@ -127,6 +127,7 @@ class LayerBelow:
         branch, mask: as its forward pass returned them in :class:`Activation`; ``branch`` may be
             None where neither ``t1`` nor a ReLU asks for it.
         relu: whether its activation is a ReLU (else identity).
+        skip: ``[B, O, P, Q]``, gradient that reaches the same output another way, or None.
         t1: written: ``sum_p g * v`` with ``v = scale * u``; None: not wanted.
         t0: written: ``sum_p g``; None where the layer has no bias, or it is not wanted.
         source: ``[B]``, the sources of the forward pass.
@@ -143,6 +144,7 @@ class LayerBelow:
     branch: Tensor | None = None
     mask: Tensor | None = None
     relu: bool = False
+    skip: Tensor | None = None
     t1: Tensor | None = None
     t0: Tensor | None = None
     source: Tensor | None = None
@@ -150,6 +152,10 @@ class LayerBelow:
     need_grad: bool = False
     need_scaled_grad: bool = True
     shortcut: LayerBelow | None = None
+
+
+# What no layer made: the gradient by it is all that is wanted, with its ``skip``, if any.
+NO_LAYER = LayerBelow(scale=None, need_grad=True, need_scaled_grad=False)
 
 
 class LayerGradient(NamedTuple):
@@ -248,18 +254,13 @@ class Backend(ABC):
 
     @abstractmethod
     def epilogue_backward(
-        self,
-        dout: Tensor,
-        below: LayerBelow,
-        skip: Tensor | None = None,
-        may_overwrite: bool = False,
+        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
     ) -> LayerGradient:
         """Runs the elementwise backward of one layer where no input gradient ends in it.
 
         Args:
             dout: ``[B, O, P, Q]``, any strides (a pooling's gradient may be an expanded view).
             below: the layer that ``dout`` reaches, and what is wanted of it.
-            skip: gradient that reaches the same output another way, or None.
             may_overwrite: ``dout`` is not needed afterwards and may become a result.
         """
 
@@ -270,22 +271,20 @@ class Backend(ABC):
         weight: Tensor,
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
-        skip: Tensor | None = None,
-        below: LayerBelow | None = None,
+        below: LayerBelow = NO_LAYER,
     ) -> LayerGradient:
         """Computes a layer's input gradient and the elementwise backward of the layer below it.
 
-        Equal to ``epilogue_backward(dx, below, skip)`` with
+        Equal to ``epilogue_backward(dx, below)`` with
         ``dx = conv_transpose(scaled_grad, weight)``.
 
         Args:
             scaled_grad: ``[B, O, P, Q]`` of this layer, as :meth:`epilogue_backward` or the
                 input gradient above returned it; it is not needed afterwards.
             input_shape: ``(B, C, H, W)`` of ``dx``.
-            skip: ``[B, C, H, W]``, gradient that reaches the same input another way, or None.
             below: the layer whose output is this layer's input and whose gradients have all
-                arrived with this one; None where something else comes before: the result then is
-                ``grad = dx + skip`` alone.
+                arrived with this one; :data:`NO_LAYER` where something else comes before: the
+                result then is ``grad = dx + skip`` alone.
         """
 
     def conv2d_backward(
@@ -336,25 +335,22 @@ class Backend(ABC):
         positions: Tensor,
         like: Tensor,
         window: PoolGeometry,
-        skip: Tensor | None = None,
-        below: LayerBelow | None = None,
+        below: LayerBelow = NO_LAYER,
     ) -> LayerGradient:
         """Computes the gradient by a pooling's input and the layer below's elementwise backward.
 
-        Equal to ``epilogue_backward(dx, below, skip)`` with ``dx`` the pooling's input gradient.
+        Equal to ``epilogue_backward(dx, below)`` with ``dx`` the pooling's input gradient.
 
         Args:
             dout: ``[B, C, P, Q]``, any strides.
             positions: from :meth:`max_pool2d`.
             like: shape, strides, dtype and device of the input ``[B, C, H, W]``; on ``meta``.
-            skip, below: as in :meth:`conv2d_dgrad`.
+            below: as in :meth:`conv2d_dgrad`.
         """
         # Only shape and layout of the input are read; its pages are never touched.
         x = dout.new_empty_strided(like.shape, like.stride())
         dx = torch.ops.aten.max_pool2d_with_indices_backward(dout, x, *window, positions)
-        if below is not None:
-            return self.epilogue_backward(dx, below, skip, may_overwrite=True)
-        return LayerGradient(dx if skip is None else dx.add_(skip))
+        return self.epilogue_backward(dx, below, may_overwrite=True)
 
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor:
         """``[B, O]`` scales from ``alpha`` ``[K, O]`` and labels ``[B, J]``; see wfnet.gates."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from wfnet.backends import cuda_launch
 from wfnet.backends.contract import (
+    NO_LAYER,
     Activation,
     ConvGeometry,
     Epilogue,
@@ -79,14 +80,13 @@ class CudaBackend(TritonBackend):
         weight: Tensor,
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
-        skip: Tensor | None = None,
-        below: LayerBelow | None = None,
+        below: LayerBelow = NO_LAYER,
     ) -> LayerGradient:
         """One GEMM; a projection shortcut takes a second pass over ``g``."""
-        arguments = (scaled_grad, weight, input_shape, geometry, skip)
+        arguments = (scaled_grad, weight, input_shape, geometry)
         if _refuse_hopper(True, input_shape, weight, geometry) is not None:
             return super().conv2d_dgrad(*arguments, below)
-        shortcut = None if below is None else below.shortcut
+        shortcut = below.shortcut
         if shortcut is None:
             return cuda_launch.conv2d_dgrad(*arguments, below)
         found = cuda_launch.conv2d_dgrad(*arguments, replace(below, shortcut=None, need_grad=True))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from wfnet.backends.contract import (
+    NO_LAYER,
     Activation,
     ConvGeometry,
     Epilogue,
@@ -249,8 +250,7 @@ def conv2d_dgrad(
     weight: Tensor,
     input_shape: tuple[int, ...],
     geometry: ConvGeometry,
-    skip: Tensor | None = None,
-    below: LayerBelow | None = None,
+    below: LayerBelow = NO_LAYER,
 ) -> LayerGradient:
     """Computes an input gradient and the elementwise backward of the layer below it.
 
@@ -264,10 +264,8 @@ def conv2d_dgrad(
     Raises:
         ValueError: for tensors that do not fit each other, and for what :func:`refuse` names.
     """
-    if below is None:  # the gradient itself is all that is wanted
-        below = LayerBelow(scale=None, need_grad=True, need_scaled_grad=False)
     dtype, table = scaled_grad.dtype, tuple(input_shape[:2])
-    skip = None if skip is None else skip.to(dtype)
+    skip = None if below.skip is None else below.skip.to(dtype)
     _check("weight", weight, (scaled_grad.shape[1], table[1], *weight.shape[2:]), dtype)
     for name, tensor in (("branch", below.branch), ("mask", below.mask), ("skip", skip)):
         _check(name, tensor, tuple(input_shape), dtype)

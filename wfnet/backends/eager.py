@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet.backends.contract import (
+    NO_LAYER,
     Activation,
     Backend,
     ConvGeometry,
@@ -236,14 +237,13 @@ class EagerBackend(Backend):
         return None if du is None else conv2d_input_gradient(du, weight, input_shape, geometry)
 
     def epilogue_backward(
-        self,
-        dout: Tensor,
-        below: LayerBelow,
-        skip: Tensor | None = None,
-        may_overwrite: bool = False,
+        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
     ) -> LayerGradient:
         """All passes run over a few samples at a time, which stay in the cache between them."""
-        shortcut, samples = below.shortcut, dout.shape[0]
+        skip, shortcut, samples = below.skip, below.shortcut, dout.shape[0]
+        if below.scale is None:
+            add = dout.add_ if may_overwrite else dout.add
+            return LayerGradient(dout if skip is None else add(skip))
         passes = not below.relu and skip is None  # g is dout
         grad = scaled = shortcut_scaled = None
         if below.need_grad:
@@ -283,13 +283,10 @@ class EagerBackend(Backend):
         weight: Tensor,
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
-        skip: Tensor | None = None,
-        below: LayerBelow | None = None,
+        below: LayerBelow = NO_LAYER,
     ) -> LayerGradient:
         dx = conv2d_input_gradient(scaled_grad, weight, input_shape, geometry)
-        if below is not None:
-            return self.epilogue_backward(dx, below, skip, may_overwrite=True)
-        return LayerGradient(dx if skip is None else dx.add_(skip))
+        return self.epilogue_backward(dx, below, may_overwrite=True)
 
     def moments_backward(
         self,

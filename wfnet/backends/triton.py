@@ -14,6 +14,7 @@ from torch import Tensor
 
 from wfnet import gates
 from wfnet.backends.contract import (
+    NO_LAYER,
     Activation,
     Backend,
     ConvGeometry,
@@ -102,14 +103,10 @@ class TritonBackend(Backend):
         return conv_fprop.conv_fprop(x, weight, geometry, epilogue)
 
     def epilogue_backward(
-        self,
-        dout: Tensor,
-        below: LayerBelow,
-        skip: Tensor | None = None,
-        may_overwrite: bool = False,
+        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
     ) -> LayerGradient:
         """One pass over ``dout``."""
-        return epilogue_bwd.epilogue_bwd(dout, below, skip)
+        return epilogue_bwd.epilogue_bwd(dout, below)
 
     def conv2d_dgrad(
         self,
@@ -117,11 +114,10 @@ class TritonBackend(Backend):
         weight: Tensor,
         input_shape: tuple[int, ...],
         geometry: ConvGeometry,
-        skip: Tensor | None = None,
-        below: LayerBelow | None = None,
+        below: LayerBelow = NO_LAYER,
     ) -> LayerGradient:
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
-        return conv_dgrad.conv_dgrad(scaled_grad, weight, input_shape, geometry, skip, below)
+        return conv_dgrad.conv_dgrad(scaled_grad, weight, input_shape, geometry, below)
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool
@@ -137,13 +133,12 @@ class TritonBackend(Backend):
         positions: Tensor,
         like: Tensor,
         window: PoolGeometry,
-        skip: Tensor | None = None,
-        below: LayerBelow | None = None,
+        below: LayerBelow = NO_LAYER,
     ) -> LayerGradient:
         """One pass, the elementwise backward of the layer below included."""
         if positions.dtype != torch.uint8:  # PyTorch's, of a window that the kernels refuse
-            return super().max_pool2d_backward(dout, positions, like, window, skip, below)
-        return max_pool.max_pool_bwd(dout, positions, tuple(like.shape[2:]), window, skip, below)
+            return super().max_pool2d_backward(dout, positions, like, window, below)
+        return max_pool.max_pool_bwd(dout, positions, tuple(like.shape[2:]), window, below)
 
     def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor:
         if isinstance(gate_scale, Tensor) or not _takes_gates(alpha, forget):

@@ -232,11 +232,13 @@ class GroupRun(PlanRun):
         self.tables.measure(step.index, u, self.source if step.at_source else None)
         self._keep(step, x, self.backend.epilogue(u, self._epilogue(step)))
 
-    def _layer_below(self, step: ConvStep) -> LayerBelow:
+    def _layer_below(self, step: ConvStep | None, skip: Tensor | None = None) -> LayerBelow:
         """The layer with its column sums alone: its gradient is scaled once these are known."""
+        if step is None:
+            return super()._layer_below(step, skip)
         shortcut = step.shortcut
         on_product = not step.at_source or (shortcut is not None and not shortcut.at_source)
-        below = super()._layer_below(step)
+        below = super()._layer_below(step, skip)
         return replace(below, need_grad=below.need_grad or on_product, need_scaled_grad=False)
 
     def _take(self, step: ConvStep, found: LayerGradient, own: bool) -> None:

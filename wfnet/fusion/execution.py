@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from wfnet import gates
 from wfnet.backends.contract import (
+    NO_LAYER,
     Activation,
     Backend,
     Epilogue,
@@ -278,13 +279,12 @@ class PlanRun(Run):
         if gradient is None:
             return
         (node,) = step.reads
-        skip = below = None
-        layer = step.below if self.backend.pools_with_epilogue else None
-        if layer is not None:
-            skip, below = self._cast(self._pop(node)[0]), self._layer_below(layer)
-            gradient = self._cast(gradient)
+        layer, below = None, NO_LAYER
+        if step.below is not None and self.backend.pools_with_epilogue:
+            layer, gradient = step.below, self._cast(gradient)
+            below = self._layer_below(layer, self._pop(node)[0])
         found = self.backend.max_pool2d_backward(
-            gradient, kept.positions, kept.like, kept.window, skip, below
+            gradient, kept.positions, kept.like, kept.window, below
         )
         self._pass_down(node, layer, found)
 
@@ -306,8 +306,7 @@ class PlanRun(Run):
             self.network.weight(step.layer, self.dtype),
             kept.input_shape,
             step.geometry,
-            self._cast(skip),
-            None if step.below is None else self._layer_below(step.below),
+            self._layer_below(step.below, skip),
         )
         self._pass_down(step.input, step.below, found)
 
@@ -318,7 +317,10 @@ class PlanRun(Run):
         else:
             self._take(layer, found, own=True)
 
-    def _layer_below(self, step: ConvStep) -> LayerBelow:
+    def _layer_below(self, step: ConvStep | None, skip: Tensor | None = None) -> LayerBelow:
+        """What ``step``, if any, wants of the gradient that reaches its output."""
+        if step is None:
+            return replace(NO_LAYER, skip=self._cast(skip))
         kept, tables = self.kept[step], self.tables
         return LayerBelow(
             branch=kept.branch,
@@ -326,6 +328,7 @@ class PlanRun(Run):
             scale=tables.scales[step.index],
             shift=tables.shifts[step.index],
             relu=step.relu,
+            skip=self._cast(skip),
             t1=tables.t1[step.index],
             t0=tables.t0[step.index],
             source=self.source if step.at_source else None,
