@@ -76,7 +76,6 @@ class GateTables:
 
     def __init__(self, layers: Sequence[GatedLayer], rows: Backend | ModuleType = gates):
         self.rows = rows
-        self.layers = tuple(layers)
         self.filters = [matrix.detach() for layer in layers for matrix in layer.filters]
         self.columns = list(_columns_of(self.filters))
         folded = [layer.folded() for layer in layers]

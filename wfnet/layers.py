@@ -46,9 +46,7 @@ def registered(kind: type, registry: Registry) -> type[MaskedLayer] | None:
 
 
 def _check_plain(layer: nn.Module) -> None:
-    """Raises ValueError unless the weight of ``layer`` is a parameter that has its shape."""
-    if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
-        raise ValueError(f"{type(layer).__name__} has no weight yet; run the model once first")
+    """Raises ValueError unless the weight of ``layer`` is a parameter."""
     if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
         raise ValueError(
             f"the weight of this {type(layer).__name__} is computed; make it a plain parameter "
