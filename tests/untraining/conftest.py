@@ -112,8 +112,8 @@ def config(**changes) -> UntrainConfig:
 class InMemory:
     """The images of another data set in memory; ``before(indices)`` runs before each batch."""
 
-    def __init__(self, dataset, before=lambda indices: None):
-        self.dataset, self.before = dataset, before
+    def __init__(self, dataset, before=lambda indices: None, dtype=torch.float32):
+        self.dataset, self.before, self.dtype = dataset, before, dtype
         self.labels, self.classes = dataset.labels, dataset.classes
 
     def __len__(self):
@@ -121,7 +121,12 @@ class InMemory:
 
     def batch(self, indices):
         self.before(indices)
-        return self.dataset.batch(indices)
+        batch = self.dataset.batch(indices)
+        return batch._replace(images=batch.images.to(self.dtype))
+
+    def __getitem__(self, index):
+        image, label = self.dataset[index]
+        return image.to(self.dtype), label
 
 
 class Files(torch.utils.data.Dataset):

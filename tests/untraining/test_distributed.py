@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 import wfnet
 from wfnet import UntrainConfig, untrain
 from wfnet.cli import main
-from wfnet.data import Batch
 from wfnet.evaluation import evaluate_multi_label
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services import ranks
@@ -67,26 +66,6 @@ def test_gradients_of_pytorchs_own_equal_one_process_on_the_joint_batch(both_ran
 # -- untraining -----------------------------------------------------------------------------------
 
 
-class InDouble(torch.utils.data.Dataset):
-    """In memory, fp64: whatever differs between numbers of ranks is then no rounding."""
-
-    def __init__(self, dataset, before=lambda indices: None):
-        self.dataset, self.before = dataset, before
-        self.labels, self.classes = dataset.labels, dataset.classes
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def batch(self, indices):
-        self.before(indices)
-        batch = self.dataset.batch(indices)
-        return Batch(batch.images.double(), batch.labels, batch.indices)
-
-    def __getitem__(self, index):
-        image, label = self.dataset[index]
-        return image.double(), label
-
-
 CORRUPT = set(range(0, 36, 3)) | set(range(1, 30, 2))
 SETTINGS = {
     "even": {"steps": 6},
@@ -104,17 +83,20 @@ SETTINGS = {
 
 @pytest.fixture
 def one_run(runs):
-    """The run ``name`` of SETTINGS on all ranks that there are."""
+    """The run ``name`` of SETTINGS on all ranks that there are.
+
+    In fp64: whatever differs between numbers of ranks is then no rounding.
+    """
 
     def run(name, folder=None, resume=False, before=lambda indices: None):
         settings = runs.config(**SETTINGS[name])
         if name == "paper":
             settings = UntrainConfig.recipe("paper", 6, steps=5, batch_size=6, label_expansion=2)
-        train = InDouble(runs.images(), before)
+        train = runs.InMemory(runs.images(), before, torch.float64)
         if name == "corrupt":
             train = runs.corrupted(train, CORRUPT)
         net = runs.network(normalize_gate=name != "paper").double()
-        validation = InDouble(runs.images(4, 1))
+        validation = runs.InMemory(runs.images(4, 1), dtype=torch.float64)
         return net, untrain(net, train, validation, settings, folder, resume, False)
 
     return run

@@ -28,6 +28,7 @@ from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.objectives import Losses, Objective
+from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.step import Minibatch, UntrainingStep
 
 
@@ -96,19 +97,17 @@ class SharedStep(UntrainingStep):
 
     Args:
         ranks: who shares the minibatches.
-        rows_only: whether rows without a label in the minibatches need no gradient (RowAdam).
         others: as for :class:`~wfnet.untraining.step.UntrainingStep`.
     """
 
-    def __init__(
-        self, ranks: Ranks, net: WFNet, objective: Objective, *others: Any, rows_only: bool
-    ):
+    def __init__(self, ranks: Ranks, net: WFNet, objective: Objective, *others: Any):
         super().__init__(net, SharedObjective(objective, ranks), *others)
-        self.ranks, self.rows_only = ranks, rows_only
+        self.ranks = ranks
 
     def differentiate(self, minibatches: Sequence[Minibatch], rows: Tensor) -> Losses:
         """Writes the mean gradient over whole minibatches, as every rank then has it."""
         losses = super().differentiate(minibatches, rows)
-        every = torch.arange(self.gradient.shape[0])
-        add_rows(self.gradient, rows if self.rows_only else every, self.ranks)
+        if not isinstance(self.optimizer, RowAdam):  # it moves rows without a label, too
+            rows = torch.arange(self.gradient.shape[0])
+        add_rows(self.gradient, rows, self.ranks)
         return losses

@@ -281,8 +281,7 @@ class _Untraining:
             return UntrainingStep(*settings, self.captures, self._gates if self.durable else None)
         self.ranks.check_same("configuration, network or data", [asdict(config), self.identity])
         self.ranks.check_same("starting point", [self.state.step, digest(net.named_filters())])
-        rows_only = isinstance(self.optimizer, RowAdam)
-        return SharedStep(self.ranks, *settings, rows_only=rows_only)
+        return SharedStep(self.ranks, *settings)
 
     def _gates(self, batch: ExpandedBatch) -> AbstractContextManager:
         return durable_step(self.net, batch, self.config.seed, self.state.step)

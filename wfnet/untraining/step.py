@@ -196,46 +196,32 @@ class UntrainingStep:
                 else:
                     original = network(images, batch.forget.new_full((len(images), 1), -1), None)
             original = full_precision(original)
-        if network is None:
-            return self._gradient_by_autograd(images, batch, original, into)
-        rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
-        with self.around(batch):
-            with self.forward.autocast(), torch.no_grad():
-                run = network.start(images, rows, batch.source)
-                logits = run.forward()
-            logits = logits.requires_grad_()
-            losses = self.objective(full_precision(logits), batch, original, self.net)
-        dlogits, *of_filters = torch.autograd.grad(
-            losses.total, [logits, *self.params], allow_unused=True
-        )
-        run.backward(dlogits, into)
-        direct = [gradient for gradient in of_filters if gradient is not None]
-        if direct:  # what the loss itself says of the filters (a regulariser)
-            torch._foreach_add_(self._columns_with(of_filters, into), direct)
-        return losses
-
-    def _gradient_by_autograd(
-        self, images: Tensor, batch: ExpandedBatch, original: Tensor | None, into: Tensor
-    ) -> Losses:
-        """Where the network is not fused; filters that took no part have a gradient of 0."""
+        inputs, run = list(self.params), None
         with self.around(batch):
             with self.forward.autocast():
-                logits = self.net(images, forget=batch.forget, source=batch.source)
+                if network is None:
+                    logits = self.net(images, forget=batch.forget, source=batch.source)
+                else:
+                    rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
+                    with torch.no_grad():
+                        run = network.start(images, rows, batch.source)
+                        logits = run.forward()
+                    inputs.append(logits.requires_grad_())
             losses = self.objective(full_precision(logits), batch, original, self.net)
-        found = torch.autograd.grad(losses.total, self.params, allow_unused=True)
-        if any(gradient is None for gradient in found):
+        found = list(torch.autograd.grad(losses.total, inputs, allow_unused=True))
+        if run is None:
             into.zero_()
-        given = [gradient for gradient in found if gradient is not None]
-        torch._foreach_copy_(self._columns_with(found, into), given)
+        else:
+            run.backward(found.pop(), into)
+        # Fused, these are what the loss itself says of the filters (a regulariser).
+        columns = zip(self._columns_of(into), found, strict=True)
+        given = [(part, gradient) for part, gradient in columns if gradient is not None]
+        if given:
+            torch._foreach_add_(*map(list, zip(*given, strict=True)))
         return losses
 
     def _columns_of(self, flat: Tensor) -> Sequence[Tensor]:
         return flat.split([parameter.shape[1] for parameter in self.params], 1)
-
-    def _columns_with(self, found: Sequence[Tensor | None], flat: Tensor) -> list[Tensor]:
-        """The columns of the filters that have a gradient."""
-        columns = self._columns_of(flat)
-        return [part for part, g in zip(columns, found, strict=True) if g is not None]
 
 
 def refuse_capture(net: WFNet, optimizer: torch.optim.Optimizer) -> str | None:
