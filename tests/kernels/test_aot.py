@@ -36,10 +36,7 @@ def test_default_config_compiles(arch, case):
     assert report.problems == ()
     assert report.registers <= 255
     assert report.shared_bytes <= TARGETS[arch].shared_memory
-    if case.tensor_cores:
-        assert report.instruction == INSTRUCTION[arch]
-    else:
-        assert report.instruction == "none"
+    assert report.instruction == (INSTRUCTION[arch] if case.tensor_cores else "none")
 
 
 def test_two_blocks_share_a_hopper_multiprocessor():
@@ -67,10 +64,8 @@ def test_problems_are_found():
 def test_left_operands_in_registers_are_found():
     """The two forms of the instruction, as Triton writes them into PTX."""
     product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1,%f2,%f3,%f4}, "
-    rest = "%rd2, %p1, 1, 1, 0, 0;\n"
-    safe, exposed = product + "%rd1, " + rest, product + "{%r1,%r2,%r3,%r4}, " + rest
-    assert aot.products_of_registers(safe + safe) == 0
-    assert aot.products_of_registers(safe + exposed + safe + exposed) == 2
+    safe, exposed = (product + left + ", %rd2, %p1;\n" for left in ("%rd1", "{%r1,%r2,%r3,%r4}"))
+    assert aot.products_of_registers(2 * (safe + exposed)) == 2
 
 
 def test_every_kernel_is_compiled():

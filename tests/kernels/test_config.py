@@ -47,8 +47,8 @@ def test_boxes_cover_resnet_sizes(size, least, cover):
 
 
 def test_box_respects_its_limits():
-    assert best_box(512, 28, 28, 128, 1, 16)[0][0] == 1
-    assert best_box(1, 28, 28, 128, 8, 16)[0][0] == 1
+    for batch, most_samples in ((512, 1), (1, 8)):
+        assert best_box(batch, 28, 28, 128, most_samples, 16)[0][0] == 1
     box, _ = best_box(512, 7, 7, 128, 8, 64)
     assert box[1] * box[2] >= 64
 
@@ -83,9 +83,12 @@ def test_strided_boxes_stay_inside_a_parity_class(channels):
     assert channels % chosen("dgrad", shape).config.block_n == 0
 
 
-def test_small_batches_take_smaller_tiles():
+def test_small_batches_and_full_precision_take_smaller_tiles(monkeypatch):
     small, large = (chosen("fprop", conv_shape(batch, 14)).config for batch in (1, 512))
     assert small.block_m < large.block_m
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    config = chosen("fprop", conv_shape(), dtype=torch.float32).config
+    assert config.block_m * config.block_n <= 64 * 64
 
 
 def test_full_precision_follows_pytorch_however_it_was_set():
@@ -102,9 +105,3 @@ def test_full_precision_follows_pytorch_however_it_was_set():
         assert not full_precision(torch.float32, linear=True)
     finally:
         matmul.allow_tf32 = before
-
-
-def test_full_precision_takes_small_tiles(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    config = chosen("fprop", conv_shape(), dtype=torch.float32).config
-    assert config.block_m * config.block_n <= 64 * 64

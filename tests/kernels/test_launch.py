@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
+from numpy.lib import NumpyVersion as Version
 
 pytest.importorskip("triton")
 
@@ -17,14 +18,9 @@ TESTS = Path(__file__).parents[1]
 compiles = pytest.mark.skipif(is_interpreted(gate_rows_kernel), reason="TRITON_INTERPRET=1")
 
 
-def _version(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
-
-
 @compiles
 @pytest.mark.skipif(
-    _version(triton.__version__) < (3, 7) and _version(numpy.__version__) >= (2, 4),
+    Version(triton.__version__) < "3.7.0" and Version(numpy.__version__) >= "2.4.0",
     reason="the interpreter of this Triton needs numpy < 2.4",
 )
 def test_numerics_of_all_kernels_in_the_interpreter(interpreted):
