@@ -58,6 +58,8 @@ def test_augmentation_is_for_training_alone(image_folder):
 def test_missing_files_are_named(image_folder, path, message):
     with pytest.raises(FileNotFoundError, match=message):
         open_data(path, image_folder.parent)
+    with pytest.raises(ValueError, match="cifar10 needs data_dir"):
+        open_data("cifar10")
 
 
 def test_importing_data_needs_no_extra():
