@@ -1,6 +1,5 @@
 """Forget labels: checks and binding (wfnet/labels.py)."""
 
-import copy
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -11,14 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 import wfnet
-from wfnet import labels
-from wfnet.labels import (
-    DeferredLabelCheck,
-    active_selection,
-    checkpoint_context,
-    forgetting,
-    select,
-)
+from wfnet.labels import active_selection, checkpoint_context, forgetting, select
 
 
 @pytest.mark.parametrize(
@@ -63,39 +55,6 @@ def test_threads_do_not_see_each_other():
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(work, (1, 2)))
     assert found == {1: 1, 2: 2}
-
-
-class FakeEvent:
-    def __init__(self, done):
-        self.done = done
-
-    def query(self):
-        return self.done
-
-    def synchronize(self):
-        self.done = True
-
-    __reduce__ = None  # as little copyable as an event
-
-
-def test_deferred_check_raises_once_for_what_has_finished_and_waits_when_asked(monkeypatch):
-    check = DeferredLabelCheck()
-    check.submit(torch.tensor([[100]]), 10)  # on the host: nothing is deferred
-    check._pending = [
-        (FakeEvent(done), torch.tensor(range_), 10)
-        for range_, done in (([0, 9], True), ([-1, 12], True), ([-7, 2], False))
-    ]
-    assert copy.deepcopy(check)._pending == []
-    with monkeypatch.context() as patch:
-        patch.setattr(labels, "_capturing", lambda: True)
-        check.poll()
-    with pytest.raises(ValueError, match="12 is out of range"):
-        check.poll()
-    check.poll()
-    assert len(check._pending) == 1
-    with pytest.raises(ValueError, match="-7 is out of range"):
-        check.wait()
-    assert not check._pending
 
 
 # -- activation checkpointing ---------------------------------------------------------------------

@@ -50,6 +50,8 @@ def randomize(net):
     return net
 
 
+DEIT = "deit_tiny_distilled_patch16_224"
+SWIN = {"embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4)}
 COVERED = {
     # name: (model, image size, masked layers, a bias where it is masked)
     "torchvision resnet18": (lambda: tv("resnet18"), 32, 20, False),
@@ -58,21 +60,9 @@ COVERED = {
     "timm resnet10t": (lambda: tm("resnet10t"), 32, 14, False),
     "timm tf_efficientnet": (lambda: tm("tf_mobilenetv3_small_minimal_100"), 33, None, True),
     "timm convnext": (lambda: tm("convnext_atto", depths=(1, 1, 2, 1)), 32, None, True),
-    "timm deit": (
-        lambda: tm("deit_tiny_distilled_patch16_224", img_size=32, depth=2),
-        32,
-        8,
-        True,
-    ),
+    "timm deit": (lambda: tm(DEIT, img_size=32, depth=2), 32, 8, True),
     "timm swin": (
-        lambda: tm(
-            "swin_tiny_patch4_window7_224",
-            img_size=56,
-            window_size=7,
-            embed_dim=24,
-            depths=(2, 2),
-            num_heads=(2, 4),
-        ),
+        lambda: tm("swin_tiny_patch4_window7_224", img_size=56, window_size=7, **SWIN),
         56,
         16,
         True,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from wfnet.head import cut_from_head, example_images, first_output
-from wfnet.labels import check_range
+from wfnet.labels import check_range, select
 from wfnet.services.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -71,16 +70,12 @@ def forget_list(forget: int | Sequence[int] | Tensor | None, num_classes: int) -
     """
     if forget is None:
         return []
-    if isinstance(forget, Tensor):
-        forget = forget.reshape(-1).tolist()
-    single = isinstance(forget, str) or not isinstance(forget, Sequence)
-    labels = [forget] if single else list(forget)
-    for label in labels:
-        if isinstance(label, bool) or not isinstance(label, Integral):
-            raise TypeError(f"forget must be one integer label or several; got {label!r}")
-    if labels:
-        check_range(min(labels), max(labels), num_classes)
-    chosen = list(dict.fromkeys(int(label) for label in labels if label != -1))
+    if isinstance(forget, Sequence) and not isinstance(forget, str):
+        forget = torch.tensor(forget or -1, device="cpu")
+    selection = select(forget.cpu() if isinstance(forget, Tensor) else forget)
+    check_range(selection.low, selection.high, num_classes)
+    labels = dict.fromkeys(selection.rows.flatten().tolist())
+    chosen = [label for label in labels if label != -1]
     if not chosen:
         raise ValueError(
             f"forget={forget!r} names no class to forget, so the export would be the original "

@@ -6,8 +6,8 @@ import copy
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -195,11 +195,16 @@ class WFNet(nn.Module):
         self, images: Tensor, selection: Selection, source: Tensor | None = None
     ) -> Tensor:
         checkpoints = labels_in_checkpoints() if torch.is_grad_enabled() else nullcontext()
-        first = nullcontext() if self._all_called else self._watching_calls()
-        with forgetting(selection), checkpoints, first:
+        watch = stance = nullcontext()
+        if not self._all_called:  # who computes with a masked layer's weight itself is refused
+            watch = WeightWatch(self.model, self.masked_layers)
+            if "torch._dynamo" in sys.modules:  # compiled parts run eagerly while watched
+                stance = torch.compiler.set_stance("force_eager")
+        with forgetting(selection), checkpoints, stance, watch:
             logits = first_output(self.model(_expand(images, source)))
             if self._logits is not None:
                 check_logits(logits, self._logits, type(self.model).__name__)
+        self._all_called = True
         return logits
 
     def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
@@ -232,18 +237,6 @@ class WFNet(nn.Module):
             selection.expand(batch, selection.rows.device, self.num_classes)
             self._label_check.poll()
             self._label_check.submit(selection.rows, self.num_classes)
-
-    @contextmanager
-    def _watching_calls(self) -> Iterator[None]:
-        """On the first forward pass, refuses whoever computes with a masked layer's weight itself.
-
-        ``F.linear(x, self.qkv.weight)`` in a parent, for example, would bypass the mask in silence.
-        """
-        dynamo = sys.modules.get("torch._dynamo")  # compiled parts run eagerly while watched
-        stance = nullcontext() if dynamo is None else torch.compiler.set_stance("force_eager")
-        with stance, WeightWatch(self.model, self.masked_layers):
-            yield
-        self._all_called = True
 
     def _check_settings(self, name: str, layer: MaskedLayer) -> None:
         """WF layers that came with the model must have the settings that a checkpoint records."""
