@@ -6,9 +6,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import wfnet
 
@@ -74,31 +71,6 @@ class Net(nn.Module):
         x = self.stem(x)
         x = self.body(x) if isinstance(self.body, nn.Module) else self.body(self, x)
         return self.fc(x.mean((2, 3)))
-
-
-class Live(TorchDispatchMode):
-    """How many bytes of what was made inside are still alive."""
-
-    def __init__(self):
-        super().__init__()
-        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for result in tree_leaves(results):
-            if isinstance(result, torch.Tensor) and result.device.type != "meta":
-                storage = result.untyped_storage()
-                reference = StorageWeakRef(storage)
-                self.made[reference.cdata] = (reference, storage.nbytes())
-        return results
-
-    def bytes(self) -> int:
-        return sum(size for reference, size in self.made.values() if not reference.expired())
-
-
-@pytest.fixture
-def live() -> Live:
-    return Live()
 
 
 @pytest.fixture

@@ -3,6 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from wfnet import fusion, models
 
@@ -117,7 +120,27 @@ def test_bfloat16_error_is_at_most_twice_the_unfused_one(gate, bfloat16_errors):
 # -- what is kept from forward to backward ---------------------------------------------------------
 
 
-def test_calls_keep_no_more_than_autograd_needs(network_of, pair_of, live):
+class Live(TorchDispatchMode):
+    """How many bytes of what was made inside are still alive."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, torch.Tensor) and result.device.type != "meta":
+                storage = result.untyped_storage()
+                reference = StorageWeakRef(storage)
+                self.made[reference.cdata] = (reference, storage.nbytes())
+        return results
+
+    def bytes(self) -> int:
+        return sum(size for reference, size in self.made.values() if not reference.expired())
+
+
+def test_calls_keep_no_more_than_autograd_needs(network_of, pair_of):
     """A branch and what the activation keeps, per layer: no clone of an activation in place."""
     norms = [timm.layers.BatchNormAct2d(8, act_layer=nn.SiLU) for _ in range(6)]
     convs = [nn.Conv2d(8, 8, 3, padding=1, bias=False) for _ in range(6)]
@@ -125,7 +148,7 @@ def test_calls_keep_no_more_than_autograd_needs(network_of, pair_of, live):
     _, fused = pair_of(network_of(nn.Sequential(*layers)))
     x = images(4)
     fused(x, 1)
-    with live:
+    with Live() as live:
         out = fused(x, 1).sum()
         kept = live.bytes()
     out.backward()

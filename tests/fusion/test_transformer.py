@@ -1,6 +1,5 @@
 """Fused transformers: a prefix per source image, the rest from one table, both checked."""
 
-import gc
 import logging
 
 import pytest
@@ -217,39 +216,6 @@ def test_bfloat16_error_is_at_most_twice_the_unfused_one(small_vit, bfloat16_err
 
 
 # -- what is kept ---------------------------------------------------------------------------------
-
-
-def test_attention_keeps_nothing_that_can_be_computed_again(small_vit, trunk_of, live):
-    """Query, key and value are not held; nothing is, once a run is dropped."""
-    network, x, of_tokens = trunk_of(small_vit()), images(4), 4 * 5 * 24 * 8
-    gc.collect()
-    gc.disable()
-    try:
-        with live:
-            network.start(x, rows(4), None).forward()
-            before = live.bytes()  # views of weights
-            run = network.start(x, rows(4), None)
-            run.forward()
-            assert live.bytes() - before < 52 * of_tokens  # with those of two layers: 57.5
-            del run
-            assert live.bytes() == before
-    finally:
-        gc.enable()
-
-
-class Careless(Attention):
-    def attend(self, x):
-        q, k, v = self.qkv(x).chunk(3, dim=-1)
-        mask = torch.zeros_like(q[..., :1]) + 1
-        y = F.scaled_dot_product_attention(q[:, None] * mask[:, None], k[:, None], v[:, None])
-        mask.add_(1)
-        return x + y[:, 0]
-
-
-def test_a_tensor_changed_after_it_was_used_is_an_error(pair_of):
-    _, fused = pair_of(Careless())
-    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace"):
-        fused(images(), 1).sum().backward()
 
 
 def test_the_compiled_network_does_not_keep_what_it_can_compute_again(
