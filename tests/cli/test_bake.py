@@ -16,33 +16,25 @@ from wfnet.pretrained import filters_digest
 from wfnet.services.files import write_tensors
 
 
-def test_bake_prunes_and_attacks_the_file_itself(digits_run, small_network, tmp_path, call, capsys):
-    path = tmp_path / "pruned.safetensors"
-    words = ["--forget", "3", "--prune-below", "0.2", "--output", path]
-    call("bake", digits_run, *words, "--verify", "--samples", "30", "--quiet")
-    shown = capsys.readouterr().out
-    assert "brought back by who holds the file and no label" in shown
-    report = json.loads((tmp_path / "pruned.trust.json").read_text())
-    assert (report["forget"], report["prune_below"]) == ([3], 0.2)
-    (found,) = report["classes"]
-    net = wfnet.WFNet.from_pretrained(digits_run, small_network())
-    gates = torch.cat([layer.gates()[3] for layer in net.masked_layers.values()])
-    assert report["filters_digest"] == filters_digest(net)
-    assert found["details"]["rows"]["zero_rows"] == int((gates < 0.2).sum())
-    assert found["images"]["forget"] == 30
-    assert "acc_f_batchnorm_all" in found["values"]
-
-
-def test_bake_cuts_and_attacks_the_file_itself(digits_run, tmp_path, call):
+def test_bake_prunes_cuts_and_attacks_the_file_itself(
+    digits_run, small_network, tmp_path, call, capsys
+):
     path = tmp_path / "cut.safetensors"
-    words = ["--forget", "3", "5", "--cut-output", "--output", path, "--verify", "--quiet"]
-    call("bake", digits_run, *words, "--images", "20", "--samples", "30")
-    with safe_open(path, "pt") as file:
-        record = json.loads(file.metadata()["wfnet"])
-    assert (record["cut_output"], record["forget"]) == (True, [3, 5])
+    words = ["--forget", "3", "5", "--prune-below", "0.2", "--cut-output", "--output", path]
+    call("bake --verify --images 20 --samples 30 --quiet", digits_run, *words)
+    assert "brought back by who holds the file and no label" in capsys.readouterr().out
     report = json.loads((tmp_path / "cut.trust.json").read_text())
+    with safe_open(path, "pt") as file:
+        for record in (json.loads(file.metadata()["wfnet"]), report):
+            assert (record["forget"], record["prune_below"]) == ([3, 5], 0.2)
+            assert record["cut_output"] is True
+    net = wfnet.WFNet.from_pretrained(digits_run, small_network())
+    gates = torch.cat([layer.gates()[[3, 5]].prod(0) for layer in net.masked_layers.values()])
+    assert report["filters_digest"] == filters_digest(net)
     assert report["agreement"]["cut_logit"] == CUT_LOGIT
     for found in report["classes"]:
+        assert found["details"]["rows"]["zero_rows"] == int((gates < 0.2).sum())
+        assert found["images"]["forget"] == 30
         assert found["values"]["auc_logit"] == 0.5
         assert found["values"]["acc_f_batchnorm_all"] == 0
     head = load_file(path)

@@ -72,7 +72,17 @@ def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch, fails):
     capsys.readouterr()
     fails([*tables, "--relearn-lr", "0.5"], "measured with lr=0.01, others with 0.5")
     assert not (run / "evaluation.json").exists()  # noticed before the work
-    assert main([*tables, "--no-figures"]) == 0
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("wfnet.cli.evaluate.attribution", stop)
+        assert main([*tables, "--no-figures"]) == 130
+    assert "goes on there" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # what is counted is not run again
+        patch.setattr("wfnet.evaluation.rows.RowScores.add", stop)
+        assert main([*tables, "--no-figures"]) == 0
     shown = capsys.readouterr().out
     content = json.loads((run / "tables.json").read_text())
     rows = {row["method"]: row for row in content["rows"]}
@@ -92,24 +102,6 @@ def test_tables_of_a_run(digits, tmp_path, capsys, monkeypatch, fails):
     assert not (run / "unfinished_evaluation").exists()
     after = load_file(run / "wf_model.safetensors")
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
-
-
-def test_an_interrupted_evaluation_goes_on(digits, tmp_path, monkeypatch, capsys):
-    run = shutil.copytree(digits / "run", tmp_path / "run")
-    call = ["evaluate", str(run), "--tables", "--no-relearn", *SMALL, "--attribution-steps", "1"]
-    call += ["--no-figures", "--classes", "0", "1"]
-
-    def interrupt(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("wfnet.cli.evaluate.attribution", interrupt)
-        assert main(call) == 130
-    assert "goes on there" in capsys.readouterr().err
-    assert (run / "unfinished_evaluation" / "counts.safetensors").is_file()
-    with monkeypatch.context() as patch:  # counted images are not run again
-        patch.setattr("wfnet.evaluation.rows.RowScores.add", interrupt)
-        assert main(call) == 0
 
 
 def test_images_with_several_labels(tmp_path, network_options, call, capsys, fails):

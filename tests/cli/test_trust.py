@@ -2,7 +2,6 @@ import csv
 import json
 
 from wfnet.baselines import BaselineConfig, BaselineModels, Origin
-from wfnet.cli import main
 from wfnet.data import open_data
 
 QUICK = ("--samples", "40", "--relearn-steps", "1", "--relearn-images", "1", "--quiet", "-j0")
@@ -23,6 +22,10 @@ def test_json_and_csv_and_what_is_missing(digits_run, call, capsys):
     assert content["settings"]["settings"]["samples"] == 40
     lines = list(csv.DictReader((digits_run / "trust.csv").open()))
     assert {line["check"] for line in lines} >= {"membership", "removal"}
+    call("", *words, "--cut-output")  # of other exports: nothing is reused
+    content = json.loads((digits_run / "trust.json").read_text())
+    assert content["settings"]["cut_output"] is True
+    assert {record["index"] for record in content["records"]} == {3}
 
 
 def test_retrained_models_of_this_classifier_and_data_only(
@@ -49,21 +52,3 @@ def test_retrained_models_of_this_classifier_and_data_only(
     (record,) = json.loads((output / "trust.json").read_text())["records"]
     assert (record["retrained_models"], record["missing"]) == (2, None)
     assert "js_forget" in record["forgetful"]
-
-
-def test_exports_that_are_cut_are_not_mixed_with_others(digits_run, tmp_path):
-    call = ["trust", str(digits_run), "--checks", "removal", "--output", str(tmp_path), *QUICK]
-
-    def records(*more):
-        assert main([*call, *more]) == 0
-        content = json.loads((tmp_path / "trust.json").read_text())
-        return content["settings"], {r["index"]: r["forgetful"] for r in content["records"]}
-
-    settings, _ = records("--classes", "3", "4")
-    assert "cut_output" not in settings
-    settings, found = records("--classes", "3", "--cut-output")
-    assert settings["cut_output"] is True
-    assert set(found) == {3}  # class 4 was checked without
-    assert found[3]["auc_logit"] == 0.5
-    _, found = records("--classes", "4")
-    assert set(found) == {4}

@@ -192,15 +192,14 @@ def _run(options: argparse.Namespace, work_on: Run, ranks: Ranks) -> None:
     result.settings["split"] = options.split
     result.to_json(output / "evaluation.json")
     result.to_csv(output / "evaluation.csv")
-    written = ["evaluation.json", "evaluation.csv"]
     if isinstance(result, EvaluationResult) and not options.no_figures:
-        written += draw_run(output, net, images.classes, result)
+        draw_run(output, net, images.classes, result)
     print(result.table())
     if options.tables:
-        evaluated = {"net": net, "images": images, "classes": classes}
         how = replace(how, ranks=None)
-        written += _write_tables(options, data, result, baselines, output, evaluated, how)
-    print(f"\nin {output}: {', '.join(written)}  ({result.seconds:.1f} s)")
+        _write_tables(options, data, result, baselines, output, (net, images, classes), how)
+    made = "evaluation.json, evaluation.csv" + ", tables.json, tables.md" * options.tables
+    print(f"\nin {output}: {made}  ({result.seconds:.1f} s)")
     shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -267,16 +266,15 @@ def _write_tables(
     result: EvaluationResult,
     baselines: list[dict[str, Any]],
     output: Path,
-    evaluated: dict[str, Any],
+    evaluated: tuple[WFNet, Dataset, list[int] | None],
     how: RunOptions,
-) -> list[str]:
-    """Measures what else the tables need, prints and writes them; returns the names."""
-    net, images, classes = evaluated.values()
+) -> None:
+    """Measures what else the tables need, prints and writes them."""
+    net, images, classes = evaluated
 
     def kept_in(name: str) -> RunOptions:
         return replace(how, records=output / PARTIAL / name)
 
-    written = ["tables.json", "tables.csv", "tables.md"]
     relearning = curves = None
     relearn = relearn_config(options)
     if relearn is not None:
@@ -291,7 +289,6 @@ def _write_tables(
             network_identity(net),
         )
         write_json(output / "relearning.json", relearning.as_dict())
-        written.append("relearning.json")
     if options.attribution_steps:
         curves = attribution(
             net,
@@ -303,7 +300,6 @@ def _write_tables(
             options=kept_in(ATTRIBUTION),
         )
         write_json(output / ATTRIBUTION, curves.as_dict())
-        written.append(ATTRIBUTION)
     groups = []
     for size in dict.fromkeys(options.group_sizes):
         if classes is None and size < net.num_classes:
@@ -324,7 +320,6 @@ def _write_tables(
     tables.settings["versions"] = versions()
     tables.write(output)
     print(f"\n{tables.markdown()}")
-    return written
 
 
 def _own_cell(options: argparse.Namespace, net: WFNet, data: Splits, images: Dataset) -> str | None:

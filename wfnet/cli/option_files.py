@@ -65,26 +65,20 @@ def fill_from_files(
 
 def _recorded(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
     """Returns the options that files bring for a command line, and the file to be named."""
-    resume = getattr(options, "resume", None)
+    named = getattr(options, "folder", None) or getattr(options, "resume", None)
     config = getattr(options, "config", None)
     recorded: dict[str, Any] = {}
     origin = None
-    if options.command == "untrain":
-        if config is None and resume not in (None, "auto"):
-            origin = Path(resume, RUN_FILE)
-            run = read_run(resume)
-            if run["command"] != "untrain":
-                raise ValueError(
-                    f"{resume} holds a run of `wfnet {run['command']}`, not of `wfnet untrain`; "
-                    "run that command again to continue it"
-                )
-            recorded = run["options"]
-    else:
-        named = getattr(options, "folder", None) or resume
+    if options.command != "untrain":
         if named and Path(named, RUN_FILE).is_file():
             origin = Path(named, RUN_FILE)
-            options_of_run = read_run(named)["options"]
-            recorded = {k: v for k, v in options_of_run.items() if k in _DESCRIPTION}
+            recorded = {k: v for k, v in read_run(named)["options"].items() if k in _DESCRIPTION}
+    elif config is None and named not in (None, "auto"):
+        origin = Path(named, RUN_FILE)
+        run = read_run(named)
+        if run["command"] != "untrain":
+            raise ValueError(f"{named} holds a run of `wfnet {run['command']}`: run that again")
+        recorded = run["options"]
     if config is not None:
         origin = Path(config)
         recorded |= read_options(origin, options.command)

@@ -115,8 +115,8 @@ def draw_run(
     change: ConfusionChange | None = None,
     trust: TrustResult | None = None,
     retrained: Mapping[int, tuple[float, float]] | None = None,
-) -> list[str]:
-    """Draws every figure that its arguments allow; returns their names, none without matplotlib.
+) -> None:
+    """Draws every figure that its arguments allow, where matplotlib is installed.
 
     Args:
         folder: of the run; its ``attribution.json`` is drawn, too.
@@ -126,28 +126,22 @@ def draw_run(
         retrained: class -> (Acc_r, Acc_f) of networks retrained without it.
     """
     if not _can_draw():
-        return []
+        return
     rows = list(range(net.num_classes))
-    drawn = ["gates.png", "associations.png"]
     if result is not None:
         rows = [record.index for record in result.records]
         figures.overview(result, net, folder / "overview.png")
         figures.accuracy_per_class(result, folder / "accuracy_per_class.png", retrained=retrained)
-        drawn += ["overview.png", "accuracy_per_class.png"]
     figures.gate_heatmap(net, folder / "gates.png", classes=rows, names=names)
     figures.association_graph(net, folder / "associations.png", names=names, classes=rows)
     if change is not None:
         figures.confusion(change, folder / "confusion.png")
-        drawn.append("confusion.png")
     path = folder / ATTRIBUTION
     if path.is_file():
         curves = read_json(path, _curves, "curves of `wfnet evaluate`", "delete it")
         figures.insertion_deletion(curves, folder / "attribution.png")
-        drawn.append("attribution.png")
     if trust is not None:
         figures.trust_checks(trust, folder / "trust.png")
-        drawn.append("trust.png")
-    return drawn
 
 
 def _curves(content: Mapping[str, Any]) -> AttributionResult:
