@@ -37,7 +37,7 @@ def test_a_prefix_and_defaults_of_a_configuration():
     assert config_changes(given, Config, "steps", prefix="pre-") == {"steps": 3}
 
 
-# Converters of options that are no plain range: a logarithm's base, key=value; so is --set.
+# Converters of options that are no plain range: a logarithm's base, key=value.
 OTHER_TYPES = {log_base, key_value}
 
 
@@ -47,7 +47,7 @@ def numeric_options():
         pytest.param(command, action, id=f"{command} {action.option_strings[-1]}")
         for command, parser in commands.choices.items()
         for action in parser._actions
-        if action.option_strings and action.dest != "set"
+        if action.option_strings
         if action.type is not None and action.type not in OTHER_TYPES
     ]
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 from wfnet.baselines import (
     METHODS,
@@ -62,7 +61,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         keep_models=bool,
     )
     text = f"settings of a method: {', '.join(_SETTINGS)}"
-    group.add("--set METHOD.NAME=VALUE", text, _setting, [], nargs="+")
+    group.add("--set METHOD.NAME=VALUE", text, key_value, [], nargs="+")
     add_measure_options(group, "of evaluation")
     group.add_config()
     add_relearn_options(parser)
@@ -71,28 +70,10 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     return parser
 
 
-def _setting(text: str) -> tuple[str, str, Any]:
-    """``neggrad_plus.lr=0.003`` -> method, name, value."""
-    method, _, rest = text.partition(".")
-    try:
-        name, value = key_value(rest)
-    except argparse.ArgumentTypeError:
-        name, value = "", None
-    if method not in METHODS or name not in _SETTINGS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not METHOD.NAME=VALUE with a method of {', '.join(METHODS)} and a "
-            f"setting of {', '.join(_SETTINGS)}"
-        )
-    return method, name, value
-
-
 def run(options: argparse.Namespace) -> None:
     work_on = Run(options)
     output = Path(options.output or work_on.folder / FOLDER)
-    for method, name, value in options.set:
-        if method not in options.methods:
-            raise ValueError(f"--set {method}.{name}={value}: {method} is not among --methods")
-    configs = {method: _config(method, options) for method in options.methods}
+    configs = _configs(options)
     work_on.check_data()
     training = training_of(options, "train_")
     if "retrained" in options.methods and "epochs" not in training:
@@ -140,13 +121,15 @@ def run(options: argparse.Namespace) -> None:
     print(f"\nin {output}; next:\n  wfnet evaluate {work_on.folder} --tables")
 
 
-def _config(method: str, options: argparse.Namespace) -> BaselineConfig:
-    config = replace(METHODS[method].defaults, seed=options.seed)
-    changes = {name: value for of, name, value in options.set if of == method}
-    for name, value in changes.items():
-        if name in METHODS[method].unused:
+def _configs(options: argparse.Namespace) -> dict[str, BaselineConfig]:
+    """Returns the settings of each method: its defaults, and what ``--set`` changes."""
+    configs = {name: replace(METHODS[name].defaults, seed=options.seed) for name in options.methods}
+    for key, value in options.set:
+        method, _, name = key.partition(".")
+        if method not in configs or name not in _SETTINGS or name in METHODS[method].unused:
             raise ValueError(
-                f"--set {method}.{name}={value} would change nothing, {method} does not use {name} "
-                "(the training of retrained has options of its own, --train-lr, ...)"
+                f"--set {key}={value} would change nothing: give METHOD.NAME=VALUE with one of "
+                f"--methods and a setting that it uses, of {', '.join(_SETTINGS)}"
             )
-    return replace(config, **changes)
+        configs[method] = replace(configs[method], **{name: value})
+    return configs

@@ -77,10 +77,8 @@ def create_classifier(
             model = make()
         except Exception as error:  # networks and hubs fail in many ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            if isinstance(error, TypeError):
-                raise ValueError(f"{name} does not take {dict(options or {})}: {reason}") from error
             if not pretrained:
-                raise ValueError(f"{name} cannot be made: {reason}") from error
+                raise ValueError(f"{name} cannot be made with {arguments}: {reason}") from error
             raise RuntimeError(
                 f"the pretrained weights of {name} cannot be had ({reason}); load them where there "
                 "is a connection, and pass the file as --checkpoint"

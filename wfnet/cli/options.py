@@ -345,7 +345,7 @@ def log_base(text: str) -> float:
 def key_value(text: str) -> tuple[str, Any]:
     """``width=16`` -> ("width", 16); values are Python literals, else text."""
     key, equals, value = text.partition("=")
-    if not key.isidentifier() or not equals:
+    if not key.replace(".", "").isidentifier() or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
     try:
         return key, ast.literal_eval(value)
