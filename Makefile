@@ -53,7 +53,6 @@ bench: $(READY) ## calls of layers, whole steps, evaluation and data loading on 
 	$(BIN)/python benchmarks/bench_plan.py --models small/resnet --providers eager --output $(OUT)/plan_cpu.json
 	$(BIN)/python benchmarks/bench_step.py --models small/resnet resnet18 -b 16 --output $(OUT)/step_cpu.json
 	$(BIN)/python benchmarks/bench_eval.py --output $(OUT)/eval_cpu.json
-	$(BIN)/python benchmarks/bench_data.py --output $(OUT)/data_cpu.json
 
 # On a machine with a GPU: no network, nothing is downloaded (docs/devices.md).
 BUDGET ?= 540

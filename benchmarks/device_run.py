@@ -106,7 +106,6 @@ REHEARSAL = {
     "-b 8 -M 2 --workers 1 --threads 1",
     "eval": "bench_eval.py --model small/resnet --image-size 16 --images 4 --classes 5 -b 10 "
     "--repeats 1",
-    "data": "bench_data.py --workers 0 --images 16 --image-size 32 -b 8 --repeats 1",
 }
 
 
@@ -195,7 +194,6 @@ def plan(batch_size: int = 256) -> list[Stage]:
         script("whole-1000-resnet50", whole, 400, _CONVOLVES["cuda"]),
         sanitizer("racecheck"),
         script("eval", "bench_eval.py --model resnet50 --images 64 --classes 250 --repeats 3", 300),
-        script("data", "bench_data.py --workers 0 8", 300),
     ]
 
 

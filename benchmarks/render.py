@@ -132,22 +132,6 @@ def step() -> str:
     return "\n\n".join(parts) or NOT_RUN
 
 
-def data() -> str:
-    content = read("data_cpu")
-    if content is None:
-        return NOT_RUN
-    by_workers = content["images_per_second"]
-    rows = [
-        [name, *(f"{statistics.median(rates[name]):,.0f}" for rates in by_workers.values())]
-        for name in next(iter(by_workers.values()))
-    ]
-    return (
-        f"{content['files']} JPEG files of {content['mean_bytes'] / 1024:.0f} KiB at "
-        f"{content['settings']['image_size']} px, {content['device']}, commit "
-        f"{content['commit']}: images per second\n\n"
-    ) + markdown_table(["", *(f"{count} workers" for count in by_workers)], rows)
-
-
 def evaluation() -> str:
     content = read("eval_cpu")
     if content is None:
@@ -167,7 +151,6 @@ def evaluation() -> str:
 SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "step": step,
-    "data": data,
     "evaluation": evaluation,
 }
 
