@@ -11,7 +11,7 @@ FORGET = torch.tensor([[0, 1, -1], [1, 1, 1], [-1, -1, -1], [-1, 3, 3], [4, 2, 0
 def random_layers() -> list[GatedLayer]:
     """Without a norm; with everything; with a norm that has neither weight nor bias."""
     return [
-        GatedLayer(torch.randn(5, 20), gate_scale=1.05),
+        GatedLayer(torch.randn(5, 20), gate_scale=1.3),
         GatedLayer(
             torch.randn(5, 14),
             torch.randn(5, 14),
@@ -23,7 +23,7 @@ def random_layers() -> list[GatedLayer]:
             eps=1e-3,
             gate_scale=1.3,
         ),
-        GatedLayer(torch.randn(5, 8), mean=torch.randn(8), var=torch.rand(8) + 0.5),
+        GatedLayer(torch.randn(5, 8), mean=torch.randn(8), var=torch.rand(8) + 0.5, gate_scale=1.3),
     ]
 
 

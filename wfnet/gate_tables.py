@@ -69,7 +69,7 @@ class GateTables:
     """Makes the tables of all layers of a network.
 
     Args:
-        layers: in network order, all with the same number of classes.
+        layers: in network order, all with the same number of classes and scale of gates.
         rows: who computes the gates of all layers, which stand side by side, and their gradients:
             :mod:`wfnet.gates`, or a backend.
     """
@@ -81,7 +81,7 @@ class GateTables:
         folded = [layer.folded() for layer in layers]
         self.beta = torch.cat([beta for _, beta in folded])
         self.of_weight, self.of_bias, self.of_layer = [], [], []
-        factors, scales, columns, start = [], [], iter(self.columns), 0
+        factors, columns, start = [], iter(self.columns), 0
         for layer, (gamma, _) in zip(layers, folded, strict=True):
             self.of_weight.append(next(columns))
             self.of_bias.append(None if layer.alpha_bias is None else next(columns))
@@ -90,13 +90,8 @@ class GateTables:
             factors.append(gamma)
             if layer.alpha_bias is not None:
                 factors.append(gamma * layer.bias.detach().to(gamma.dtype))
-            scales += [layer.gate_scale] * len(layer.filters)
         self.factor = torch.cat(factors)  # [total]: gamma', or gamma' * bias
-        self.gate_scale: float | Tensor = scales[0]
-        if len(set(scales)) > 1:
-            widths = torch.tensor([matrix.shape[1] for matrix in self.filters])
-            wide = torch.tensor(scales, dtype=self.factor.dtype).repeat_interleave(widths)
-            self.gate_scale = wide.to(self.factor.device)
+        self.gate_scale = layers[0].gate_scale
 
     def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
         """Returns tables for labels ``forget`` ``[B, J]``; ``save``: with room for column sums."""

@@ -352,7 +352,7 @@ class Backend(ABC):
         dx = torch.ops.aten.max_pool2d_with_indices_backward(dout, x, *window, positions)
         return self.epilogue_backward(dx, below, may_overwrite=True)
 
-    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor:
+    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
         """``[B, O]`` scales from ``alpha`` ``[K, O]`` and labels ``[B, J]``; see wfnet.gates."""
         return gates.gate_rows(alpha, forget, gate_scale)
 

@@ -140,8 +140,8 @@ class TritonBackend(Backend):
             return super().max_pool2d_backward(dout, positions, like, window, below)
         return max_pool.max_pool_bwd(dout, positions, tuple(like.shape[2:]), window, below)
 
-    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float | Tensor) -> Tensor:
-        if isinstance(gate_scale, Tensor) or not _takes_gates(alpha, forget):
+    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
+        if not _takes_gates(alpha, forget):
             return gates.gate_rows(alpha, forget, gate_scale)
         return gate.gate_rows(alpha, forget, gate_scale)
 
