@@ -15,7 +15,6 @@ def test_removal_reports_every_attack_that_applies(make_subject, make_network, c
     subject = make_subject(forgetful=closed(0.05))
     values, details = removal.measure(subject.forgetful, subject)
     assert set(values) == set(removal.CHECK.measures)
-    assert details["rows"]["multiples"] == 1.0
     assert details["attackers_images"] == {"unlabelled": 32, "of_the_class": 8}
     assert set(removal.measure(make_network(7), subject)[0]) == set(values)
     original, _ = removal.measure(subject.original, subject)

@@ -6,8 +6,7 @@ rest is no attack). Beside them stands the area under the ROC of the class's log
 class against others: what the outputs tell whatever offset is chosen.
 
 Attackers' images are a sample of the training part in which the class has its natural share (the
-details count them): statistics and shifts depend on the mix. The details also say how many of the
-export's rows are multiples of the base's.
+details count them): statistics and shifts depend on the mix.
 
 In an export whose class was cut from its head (``cut_output``), only attacks on the logits and the
 base's row of the head reach its logit. The same attacks on a retrained model, which has nothing to
@@ -23,7 +22,6 @@ from torch import nn
 
 from wfnet.data import Splits
 from wfnet.trust.attacks import ATTACKS
-from wfnet.trust.attacks.row_norms import rows_against_base
 from wfnet.trust.check import Check, Found
 from wfnet.trust.membership import roc_auc
 from wfnet.trust.subject import Subject, TrustSettings, image_readers
@@ -49,10 +47,7 @@ def measure(model: nn.Module, subject: Subject) -> Found:
     values["auc_logit"] = roc_auc(*(found[:, subject.label] for found in logits))
     of_class = int((subject.unlabelled.labels == subject.label).sum())
     images = {"unlabelled": len(subject.unlabelled), "of_the_class": of_class}
-    details: dict[str, Any] = {"attackers_images": images}
-    if model is subject.forgetful:
-        details["rows"] = rows_against_base(subject)
-    return values, details
+    return values, {"attackers_images": images}
 
 
 def check_export(

@@ -42,36 +42,6 @@ def base_norms(model: nn.Module, subject: Subject) -> nn.Module | None:
     return model
 
 
-@torch.no_grad()
-def rows_against_base(subject: Subject) -> dict[str, float | int]:
-    """Returns what the weights of the model under test tell to a holder of the base.
-
-    That is ``rows`` of all layers, ``zero_rows`` of them, the share ``multiples`` (cosine of 1) of
-    the base's among the others with their ``median_ratio`` of norms, the gates, and the share
-    ``closed`` (ratio below 0.1). Empty if no layer has the shape of the base's.
-    """
-    ratios, cosines = [], []
-    for name in subject.layers:
-        models = (subject.forgetful, subject.original)
-        own, public = (m.get_submodule(name).weight.double() for m in models)
-        own, public = (w.reshape(len(w), -1) for w in (own, public))  # BatchNorm's are vectors
-        if own.shape == public.shape:
-            norms, wanted = own.norm(dim=1), public.norm(dim=1)
-            ratios.append(norms / wanted.clamp_min(1e-300))
-            cosines.append((own * public).sum(1) / (norms * wanted).clamp_min(1e-300))
-    if not ratios:
-        return {}
-    ratio, cosine = torch.cat(ratios), torch.cat(cosines)
-    kept = ratio > 0
-    return {
-        "rows": len(ratio),
-        "zero_rows": int((~kept).sum()),
-        "multiples": (cosine[kept] > 1 - 1e-5).double().mean().item() if kept.any() else 0.0,
-        "median_ratio": ratio[kept].median().item() if kept.any() else 0.0,
-        "closed": (ratio < 0.1).double().mean().item(),
-    }
-
-
 def _row_norms(weight: Tensor) -> Tensor:
     """Returns the norm of each row ``[O]`` of ``weight [O, ...]``; of a vector, absolute values."""
     return weight.reshape(len(weight), -1).norm(dim=1)
