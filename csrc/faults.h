@@ -9,6 +9,10 @@ enum class Fault {
   kEmptyWait,     // a wait for arrivals alone does
   kFilterWait,    // a kept filter is not waited for
   kWgmmaWait,     // wgmma_wait waits for nothing
+  kWgmmaFence,    // wgmma_fence fences nothing
+  kStrideOfA,     // wgmma's descriptor of A has half of its stride
+  kStrideOfB,     // that of B
+  kLeadingOfB,    // and half of its leading offset
   kSumsBarrier,   // sync_warpgroup waits for nobody
   kPeerArrival,   // arrivals at the other block's barriers go to the own one
   kBarrierFence,  // fence_mbarrier_init fences nothing

@@ -21,7 +21,7 @@
 // are the bound, as far as operands come in time: shared memory moves 128 bytes a cycle, and a
 // slice of 128 x 128 is written once (32 KB) and read by wgmma (48 KB), 640 cycles beside 512; a
 // slice of 128 x 64 whose filter is kept takes 384 beside 256. How much of that adds up, a device
-// must say (tests/csrc/first_steps.py prints it).
+// must say.
 #pragma once
 
 #include <type_traits>

@@ -84,10 +84,15 @@ WF_DEVICE void sync_block() {
 
 namespace emulation {
 
-// What .aligned and .sync demand: the lanes of a warp come together.
-inline void meet_warp(const char* what) {
+// What .aligned and .sync demand: the lanes of a warp come together, the last one calls
+// complete(arguments by lane).
+template <class Complete>
+void meet_warp(const char* what, void* argument, Complete complete) {
   Fiber& self = *current_fiber();
-  block().meet(self.warp().rendezvous, what, kWarp, self.lane(), nullptr, [](void* const*) {});
+  block().meet(self.warp(), what, kWarp, self.lane(), argument, complete);
+}
+inline void meet_warp(const char* what) {
+  meet_warp(what, nullptr, [](void* const*) {});
 }
 
 }  // namespace emulation
@@ -103,8 +108,7 @@ T exchange(T value, int from, const char* what) {
     T value, result;
     int from;
   } mine{value, value, from};
-  Fiber& self = *current_fiber();
-  block().meet(self.warp().rendezvous, what, kWarp, self.lane(), &mine, [](void* const* all) {
+  meet_warp(what, &mine, [](void* const* all) {
     for (int lane = 0; lane < kWarp; ++lane) {
       Arguments& a = *static_cast<Arguments*>(all[lane]);
       a.result = static_cast<Arguments*>(all[a.from])->value;

@@ -107,7 +107,7 @@ struct Launch {
 };
 
 class Block;
-struct Warp;
+struct Rendezvous;
 
 struct Fiber {
   enum class State { kNew, kRunnable, kWaiting, kDone };
@@ -121,7 +121,7 @@ struct Fiber {
   jmp_buf context;
 
   int lane() const { return thread % kWarp; }
-  Warp& warp();
+  Rendezvous& warp();
 };
 
 inline Fiber*& running() {
@@ -136,10 +136,6 @@ struct Rendezvous {
   int expected = 0;
   std::vector<void*> arguments;  // in order of arrival
   std::vector<Fiber*> waiting;
-};
-
-struct Warp {
-  Rendezvous rendezvous;
 };
 
 class Block {
@@ -163,7 +159,7 @@ class Block {
     error_.clear();
     std::memset(shared_, 0xFF, launch_.shared_bytes);
     copies_in_flight_.assign((launch_.shared_bytes + 3) / 4, 0);
-    warps_.assign(launch_.threads / kWarp, Warp{});
+    warps_.assign(launch_.threads / kWarp, Rendezvous{});
     barriers_.assign(16, Rendezvous{});
     posted_.clear(), extensions_.clear();
     runnable_.clear();
@@ -208,7 +204,7 @@ class Block {
   const Launch& launch() const { return launch_; }
   Random& random() { return random_; }
   std::vector<Rendezvous>& barriers() { return barriers_; }
-  std::vector<Warp>& warps() { return warps_; }
+  std::vector<Rendezvous>& warps() { return warps_; }
 
   // Ends the launch with this message; does not return.
   [[noreturn]] void fail(const std::string& message) {
@@ -413,7 +409,7 @@ class Block {
   std::vector<char> shared_storage_;
   char* shared_ = nullptr;
   std::vector<int16_t> copies_in_flight_;  // by word
-  std::vector<Warp> warps_;
+  std::vector<Rendezvous> warps_;
   std::vector<Rendezvous> barriers_;
   std::vector<std::function<void()>> posted_;
   std::map<std::type_index, std::shared_ptr<void>> extensions_;
@@ -421,7 +417,7 @@ class Block {
 };
 
 inline Block& block() { return *running()->block; }
-inline Warp& Fiber::warp() { return block->warps()[thread / kWarp]; }
+inline Rendezvous& Fiber::warp() { return block->warps()[thread / kWarp]; }
 
 // The host's device: registered memory, how to run the next launches, and what to leave out.
 struct Device {

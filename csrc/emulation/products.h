@@ -118,38 +118,35 @@ inline void execute(WarpQueue& queue, const Wgmma& op, int warp) {
 // --- wgmma ---
 
 WF_DEVICE void wgmma_fence() {
+  if (is_broken(Fault::kWgmmaFence)) return;
   emulation::meet_warp("wgmma_fence");
   auto& state = emulation::block().extension<emulation::WgmmaState>();
   state.warps[thread_index() / 32].fenced = true;
 }
 
 WF_DEVICE void wgmma_commit() {
-  emulation::Fiber& self = *emulation::current_fiber();
   auto& queue = emulation::block().extension<emulation::WgmmaState>().warps[thread_index() / 32];
-  emulation::block().meet(self.warp().rendezvous, "wgmma_commit", 32, self.lane(), nullptr,
-                          [&](void* const*) {
-                            queue.groups.push_back(std::move(queue.open));
-                            queue.open.clear();
-                          });
+  emulation::meet_warp("wgmma_commit", nullptr, [&](void* const*) {
+    queue.groups.push_back(std::move(queue.open));
+    queue.open.clear();
+  });
 }
 
 template <int kPending>
 WF_DEVICE void wgmma_wait() {
   if (is_broken(Fault::kWgmmaWait)) return;
-  emulation::Fiber& self = *emulation::current_fiber();
   const int warp = thread_index() / 32;
   auto& queue = emulation::block().extension<emulation::WgmmaState>().warps[warp];
-  emulation::block().meet(self.warp().rendezvous, "wgmma_wait", 32, self.lane(), nullptr,
-                          [&](void* const*) {
-                            while (queue.groups.size() > static_cast<size_t>(kPending)) {
-                              for (const auto& op : queue.groups.front()) {
-                                emulation::execute(queue, op, warp);
-                                queue.deferred -= !op.done;
-                              }
-                              queue.groups.pop_front();
-                            }
-                            if (kPending == 0) queue.fenced = false;
-                          });
+  emulation::meet_warp("wgmma_wait", nullptr, [&](void* const*) {
+    while (queue.groups.size() > static_cast<size_t>(kPending)) {
+      for (const auto& op : queue.groups.front()) {
+        emulation::execute(queue, op, warp);
+        queue.deferred -= !op.done;
+      }
+      queue.groups.pop_front();
+    }
+    if (kPending == 0) queue.fenced = false;
+  });
 }
 
 template <int kCount>
@@ -159,15 +156,17 @@ template <class T, bool kTransposedB, int kCount>
 WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kCount == 32 || kCount == 64, "N is 64 or 128");
   constexpr bool kBf16 = std::is_same_v<T, Bf16>;
+  if (is_broken(Fault::kStrideOfA)) a -= uint64_t{512 >> 4} << 32;
+  if (is_broken(Fault::kStrideOfB)) b -= uint64_t{512 >> 4} << 32;
+  if (is_broken(Fault::kLeadingOfB)) b -= uint64_t{4096 >> 4} << 16;
   struct Arguments {
     float* d;
     uint64_t a, b;
     bool accumulate;
   } mine{d, a, b, accumulate};
-  emulation::Fiber& self = *emulation::current_fiber();
   emulation::Block& block = emulation::block();
   const int warp = thread_index() / 32;
-  block.meet(self.warp().rendezvous, "wgmma", 32, self.lane(), &mine, [&](void* const* all) {
+  emulation::meet_warp("wgmma", &mine, [&](void* const* all) {
     auto& state = block.extension<emulation::WgmmaState>();
     emulation::WarpQueue& queue = state.warps[warp];
     if (!queue.fenced) block.fail("wgmma: no wgmma_fence since the accumulators were touched");
@@ -220,14 +219,10 @@ WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate
 
 namespace emulation {
 
-struct RegisterMoves {
-  std::map<int, Rendezvous> of_warpgroup;
-};
-
 inline void move_registers(const char* what) {
-  Rendezvous& meeting = block().extension<RegisterMoves>().of_warpgroup[thread_index() / kWarpgroup];
-  block().meet(meeting, what, kWarpgroup, thread_index() % kWarpgroup, nullptr,
-               [](void* const*) {});
+  auto& meetings = block().extension<std::map<int, Rendezvous>>();  // of warpgroups
+  block().meet(meetings[thread_index() / kWarpgroup], what, kWarpgroup,
+               thread_index() % kWarpgroup, nullptr, [](void* const*) {});
 }
 
 }  // namespace emulation

@@ -1,5 +1,5 @@
-// What Python tests look at beside the kernels' results: host-side arithmetic, single instructions
-// of the emulated device, and faults that it must name.
+// What Python tests look at beside the kernels' results: host-side arithmetic, and misuses that the
+// emulated device must name.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,41 +13,6 @@ namespace py = pybind11;
 using namespace wf;
 
 namespace {
-
-// One 128 x 16k x 64 product by one warpgroup of each block of a cluster, with the descriptors that
-// the test asks for: what the emulation makes of right and wrong ones. d: [2 blocks][128
-// threads][32].
-struct Product {
-  TensorMap a, b;  // [64, 64] K-major; [64, 64], K-major or N-major
-  uint32_t leading, stride_a, stride_b, step_b;
-  bool transposed, fenced;
-  float* d;
-};
-
-template <bool kTransposed>
-void multiply_once(const Product& p) {
-  const uint32_t a = 0, b = 8192, barrier = 16384;
-  if (block_thread() == 0) {
-    mbarrier_init(barrier, 1);
-    fence_mbarrier_init();
-  }
-  sync_cluster();
-  if (block_thread() == 0) {
-    mbarrier_arrive_expect(barrier, 16384);
-    tma_load_matrix(a, &p.a, barrier, 0, 0);
-    tma_load_matrix(b, &p.b, barrier, 0, 0);
-  }
-  mbarrier_wait(barrier, 0);
-  float d[32] = {};
-  if (p.fenced) wgmma_fence();
-  for (int k = 0; k < 4; ++k)
-    wgmma<Bf16, kTransposed>(d, wgmma_descriptor(a + k * 32, 16, p.stride_a),
-                             wgmma_descriptor(b + k * p.step_b, p.leading, p.stride_b), k > 0);
-  wgmma_commit();
-  wgmma_wait<0>();
-  for (int i = 0; i < 32; ++i) p.d[(cluster_rank() * kWarpgroup + block_thread()) * 32 + i] = d[i];
-  sync_cluster();
-}
 
 struct Memory {
   float* input;   // [32]
@@ -110,25 +75,6 @@ PYBIND11_MODULE(inspection, module) {
                               : to_float(from_float<Fp16>(value)));
   });
 
-  module.def(
-      "multiply_once",
-      [](uintptr_t a, uintptr_t b, uintptr_t d, bool transposed, uint32_t leading,
-         uint32_t stride_a, uint32_t stride_b, uint32_t step_b, bool fenced) {
-        const auto map = [](uintptr_t address) {
-          return TensorMap{matrix_map(reinterpret_cast<void*>(address), true, 64, 64, 64)};
-        };
-        emulation::Device& device = emulation::device();
-        device.memory.clear();
-        for (uintptr_t operand : {a, b}) device.memory.add(operand, 64 * 64 * 2, false, "operand");
-        const Product product{map(a),     map(b),   leading,
-                              stride_a,   stride_b, step_b,
-                              transposed, fenced,   reinterpret_cast<float*>(d)};
-        device.run(1, kCluster * kWarpgroup, kCluster * 17408, [&] {
-          transposed ? multiply_once<true>(product) : multiply_once<false>(product);
-        });
-      },
-      py::arg("a"), py::arg("b"), py::arg("d"), py::arg("transposed"), py::arg("leading"),
-      py::arg("stride_a"), py::arg("stride_b"), py::arg("step_b"), py::arg("fenced"));
   module.def("misuse", [](const std::string& name) {
     alignas(16) float input[64] = {}, output[64] = {};
     const Memory memory{input, output};

@@ -21,56 +21,6 @@ def test_numbers_round_as_pytorch_does(inspection, dtype):
     torch.testing.assert_close(found, truth, rtol=0, atol=0, equal_nan=True)
 
 
-def multiply_once(inspection, a, b, **changes):
-    """[64, 64] of ``a`` times ``b``, as each block of a cluster has it in its accumulators."""
-    d = torch.zeros(2, 128, 32)
-    numbers = {"leading": 8192, "stride_a": 1024, "stride_b": 1024, "step_b": 32, **changes}
-    numbers = {"transposed": False, "fenced": True, **numbers}
-    inspection.multiply_once(a=a.data_ptr(), b=b.data_ptr(), d=d.data_ptr(), **numbers)
-    return d
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["K-major", "N-major"])
-@pytest.mark.parametrize(
-    ("change", "right"),
-    [
-        ({}, True),
-        ({"stride_a": 512}, False),
-        ({"stride_b": 512}, False),
-        ({"step_b": 16}, False),
-        ({"leading": 16}, True),  # no second group of 64 columns: not read
-    ],
-    ids=str,
-)
-def test_emulated_wgmma_follows_its_descriptors(inspection, transposed, change, right):
-    """A product is right with the right strides, and wrong with wrong ones."""
-    a, b = torch.randn(2, 64, 64).bfloat16()
-    change = {"step_b": 2048 if transposed else 32, **change, "transposed": transposed}
-    truth = a.double() @ (b.double() if transposed else b.double().T)
-    # Thread t of 128, accumulator 4 * j + 2 * h + i: see wgmma() in csrc/ptx.h.
-    thread, j, h, i = torch.meshgrid(*map(torch.arange, (128, 8, 2, 2)), indexing="ij")
-    row = thread // 32 * 16 + h * 8 + thread % 32 // 4
-    column = j * 8 + thread % 4 * 2 + i
-    expected = truth[row, column].reshape(128, 32)
-    for block in multiply_once(inspection, a, b, **change):
-        error = (block.double() - expected).norm() / expected.norm()
-        assert (error < 1e-6) == right
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"step_b": 128}, "within an atom"),  # needs a base offset, which the kernels leave at 0
-        ({"fenced": False}, "no wgmma_fence"),
-    ],
-    ids=str,
-)
-def test_emulated_wgmma_refuses(inspection, change, message):
-    a = torch.randn(64, 64).bfloat16()
-    with pytest.raises(RuntimeError, match=message):
-        multiply_once(inspection, a, a, **change)
-
-
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

@@ -142,6 +142,9 @@ WAITS = sizes(3, 9, 11, 136, 72, 3)
     ("fault", "direction", "convolution", "completion"),
     [
         *((fault, Forward, WAITS, "LATE") for fault in ("FULL_WAIT", "EMPTY_WAIT", "WGMMA_WAIT")),
+        *((fault, Forward, WAITS, "LATE") for fault in ("WGMMA_FENCE", "STRIDE_OF_A")),
+        *(("STRIDE_OF_B", direction, WAITS, "LATE") for direction in (Forward, Backward)),
+        ("LEADING_OF_B", Backward, sizes(1, 8, 8, 128, 64), "LATE"),
         *((fault, Forward, WAITS, "RANDOM") for fault in ("FULL_WAIT", "EMPTY_WAIT")),
         ("FILTER_WAIT", Forward, sizes(5, 9, 11, 64, 64, 3), "LATE"),
         ("EMPTY_WAIT", Forward, sizes(5, 9, 11, 64, 64, 3), "LATE"),
@@ -151,9 +154,7 @@ WAITS = sizes(3, 9, 11, 136, 72, 3)
         ("JOINT_EXIT", Backward, WAITS, "LATE"),
     ],
 )
-def test_a_missing_wait_or_barrier_is_noticed(
-    emulated_cuda, schedule, fault, direction, convolution, completion
-):
+def test_a_fault_is_noticed(emulated_cuda, schedule, fault, direction, convolution, completion):
     """The tests above are worth something: with a fault, they fail."""
     case = direction(convolution, BF16)
     schedule(processors=2, completion=completion)
