@@ -222,21 +222,16 @@ def test_kinds_of_labels_agree(make_net):
     assert net(GRAY[:0], torch.empty(0, dtype=torch.int64)).shape == net(GRAY[:0], 3).shape
 
 
-def test_training_moves_filters_and_nothing_else(make_net):
+def test_the_base_stays_in_evaluation_mode_and_has_no_gradients(make_net):
     net = nn.Sequential(make_net()).train()[0]
     assert net.training
     assert not any(m.training for m in net.model.modules())
-    before = {k: v.clone() for k, v in net.state_dict().items()}
-    optimizer = torch.optim.Adam(net.filter_parameters(), lr=0.1)
-    for step in range(3):
-        optimizer.zero_grad()
-        net(GRAY, torch.tensor([step, step + 1])).square().sum().backward()
-        optimizer.step()
-    moved = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
-    assert moved == {f"model.{name}" for name in net.named_filters()}
-    assert all(p.grad is None for n, p in net.named_parameters() if "alpha" not in n)
-    untouched = net.filter_parameters()[0][4:]
-    assert torch.equal(untouched, before["model.0.alpha_weight"][4:])
+    net(GRAY, torch.tensor([1, 2])).square().sum().backward()
+    assert {n for n, p in net.named_parameters() if p.grad is not None} == {
+        f"model.{name}" for name in net.named_filters()
+    }
+    rows = net.filter_parameters()[0].grad.any(1)
+    assert rows.nonzero().flatten().tolist() == [1, 2]
 
 
 def test_copies_and_pickles(make_net):

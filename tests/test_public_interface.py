@@ -16,8 +16,6 @@ from wfnet.cli import build_parser
 
 TABLE = Path(__file__).with_name("public_interface.txt")
 FUNCTIONS = ("WFConv2d", "WFLinear", "WFNet", "evaluate", "explain", "forgetting", "untrain")
-# Their default is the number of this machine's cores.
-BY_MACHINE = {"--workers"}
 
 
 def current_interface() -> dict[str, list[str]]:
@@ -42,7 +40,7 @@ def current_interface() -> dict[str, list[str]]:
     )
     for name, parser in commands.choices.items():
         found[f"wfnet {name}"] = [
-            f"{option}={_default(option, action)}"
+            f"{option}={_default(action)}"
             for action in parser._actions
             for option in action.option_strings or [action.dest]
         ]
@@ -53,8 +51,8 @@ def _entry(parameter: inspect.Parameter) -> str:
     return f"{parameter.name}={parameter.default!r}".replace(" ", "")
 
 
-def _default(option: str, action: argparse.Action) -> str:
-    if option in BY_MACHINE or action.dest == "workers":
+def _default(action: argparse.Action) -> str:
+    if action.dest == "workers":  # by default as many as this machine has cores
         return "CORES"
     return repr(action.default).replace(" ", "")
 

@@ -36,16 +36,10 @@ class ResNet(nn.Module):
     """A 3x3 stem, stages of blocks at width, 2 width, 4 width ... channels, and one linear map."""
 
     def __init__(
-        self,
-        num_classes: int,
-        in_channels: int,
-        width: int,
-        stages: int,
-        blocks: int,
-        stem_stride: int,
+        self, num_classes: int, in_channels: int, width: int, stages: int, blocks: int, stride: int
     ):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stem_stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.stages = stages
         channels = width
@@ -87,7 +81,7 @@ def resnet18(num_classes: int, in_channels: int = 3, width: int = 64) -> ResNet:
     network would leave one pixel of 32. Stages have `width`, 2, 4 and 8 `width` channels (64: the
     original's). Input [N, in_channels, H, W] with H and W from 8 up.
     """
-    return ResNet(num_classes, in_channels, width, stages=4, blocks=2, stem_stride=1)
+    return ResNet(num_classes, in_channels, width, stages=4, blocks=2, stride=1)
 
 
 class VGG(nn.Module):
