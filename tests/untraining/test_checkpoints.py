@@ -8,7 +8,7 @@ import torch
 
 from wfnet.services.files import write_tensors
 from wfnet.untraining import checkpoints
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints, read_checkpoint, read_state
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints, read_checkpoint
 
 
 def tensors(step):
@@ -87,7 +87,10 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path, damage, cap
     assert damage == "missing" or "going back to" in caplog.text
     save(later, 20)
     assert_holds(later, 20)
-    assert [read_state(path)["step"] for path in later.older()] == [10, 5]  # the damaged is gone
+    assert [read_checkpoint(path)[1]["step"] for path in later.older()] == [
+        10,
+        5,
+    ]  # the damaged is gone
 
 
 def test_nothing_whole_and_another_format(tmp_path, monkeypatch):

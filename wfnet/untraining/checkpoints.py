@@ -84,7 +84,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> Path | None:
         """Gives the newest checkpoint the name under which it stays, unless it is of ``step``."""
         try:
-            before = read_state(self.newest)["step"]
+            before = read_checkpoint(self.newest, header_only=True)[1]["step"]
         except (FileNotFoundError, ValueError):  # none, or damaged: not worth keeping
             return None
         if before == step or self.newest in self._damaged:
@@ -134,37 +134,23 @@ def checksum(tensors: dict[str, Tensor], text: str) -> str:
     return digest({f"\n{name}": tensor for name, tensor in tensors.items()}, text)
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint's header; its tensors are not read.
+def read_checkpoint(
+    path: Path, header_only: bool = False
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of a checkpoint; of the header alone the state, which is then not checked.
 
     Raises:
         FileNotFoundError, ValueError: if there is no such file, or it is damaged.
     """
-    return _parsed(path)[1]
-
-
-def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of a checkpoint.
-
-    Raises:
-        FileNotFoundError, ValueError: if there is no such file, or it is damaged.
-    """
-    tensors, (metadata, state) = read_tensors(path), _parsed(path)
-    if checksum(tensors, metadata["state"]) != metadata.get("sha256"):
-        raise ValueError(
-            f"{path} is damaged: its contents do not have the checksum that was written with them; "
-            "delete it to start anew, or restore it from a copy"
-        )
-    return tensors, state
-
-
-def _parsed(path: Path) -> tuple[dict[str, str], dict[str, Any]]:
     try:
         metadata = read_metadata(path)
         state = json.loads(metadata["state"])
         if state["format"] != FORMAT:
             raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
-        return metadata, state | {"step": int(state["step"])}
+        tensors = {} if header_only else read_tensors(path)
+        if not header_only and checksum(tensors, metadata["state"]) != metadata.get("sha256"):
+            raise ValueError("its contents do not have the checksum that was written with them")
+        return tensors, state | {"step": int(state["step"])}
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is truncated, damaged or not a checkpoint of untraining ({error}); delete it "

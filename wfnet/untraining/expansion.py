@@ -292,15 +292,11 @@ class HalvesSampler(Sampler):
 
     Args:
         halves: each a sampler and ``[n]`` int64, the positions in the data set of the images that
-            it draws from; None: it draws from all.
+            it draws from.
     """
 
-    def __init__(self, *halves: tuple[Sampler, Tensor | None]):
+    def __init__(self, *halves: tuple[Sampler, Tensor]):
         self.halves = halves
 
     def batch(self, step: int) -> Tensor:
-        found = []
-        for sampler, positions in self.halves:
-            drawn = sampler.batch(step)
-            found.append(drawn if positions is None else positions[drawn])
-        return torch.cat(found)
+        return torch.cat([positions[sampler.batch(step)] for sampler, positions in self.halves])

@@ -121,24 +121,24 @@ def configured_sampler(config: UntrainConfig, data: TrainingData) -> Sampler:
     all that can be retained under another row.
     """
     half, seed, labels, own = config.batch_size // 2, config.seed, data.labels, data.has_row
-    if not bool(own.all()):
-        parts = []
-        others = ~own if len(data.rows) == 1 else torch.ones_like(own)
-        for stream, chosen in enumerate((own, others)):
-            positions = chosen.nonzero().flatten()
-            sampler = RoundRobinSampler(labels[positions], half, seed, stream)
-            if config.sampler == "shuffled":
-                sampler = ShuffledSampler(len(positions), half, seed + stream)
-            parts.append((sampler, positions))
-        return HalvesSampler(*parts)
     if config.objective == "durable":
         return GroupSampler(labels, groups_of(config), seed)
-    if config.sampler == "shuffled":
-        return ShuffledSampler(len(labels), config.images, seed)
-    forgetting = RoundRobinSampler(labels, half, seed)
-    if config.share_images:
-        return forgetting
-    return HalvesSampler((forgetting, None), (RoundRobinSampler(labels, half, seed, 1), None))
+    others = torch.ones_like(own)
+    if bool(own.all()):
+        if config.sampler == "shuffled":
+            return ShuffledSampler(len(labels), config.images, seed)
+        if config.share_images:
+            return RoundRobinSampler(labels, half, seed)
+    elif len(data.rows) == 1:
+        others = ~own
+    halves = []
+    for stream, chosen in enumerate((own, others)):
+        positions = chosen.nonzero().flatten()
+        sampler = RoundRobinSampler(labels[positions], half, seed, stream)
+        if config.sampler == "shuffled":
+            sampler = ShuffledSampler(len(positions), half, seed + stream)
+        halves.append((sampler, positions))
+    return HalvesSampler(*halves)
 
 
 class Share(NamedTuple):
