@@ -49,7 +49,6 @@ def test_what_both_parts_refuse(emulated_cuda, monkeypatch):
     [
         ((9, 0), None),
         ((8, 0), "compute capability 9.0 .Hopper., and the device has 8.0; .* 'triton'"),
-        ((10, 0), "the device has 10.0"),
     ],
 )
 def test_other_devices_are_refused_with_the_remedy(monkeypatch, capability, message):

@@ -96,18 +96,3 @@ def test_tensors_of_two_devices_are_refused():
     x, weight = torch.randn(2, 16, 3, 3).half(), torch.randn(16, 16, 1, 1).half()
     with pytest.raises(ValueError, match="scale is on meta, the results are on cpu"):
         cuda_launch.conv2d(x, weight, POINTWISE, Epilogue(torch.rand(2, 16, device="meta")))
-
-
-@pytest.mark.parametrize(
-    ("backward", "channels", "columns", "message"),
-    [
-        (False, 32, 8, None),
-        (False, 24, 64, "24 channels would fill less than half of a 64-deep slice"),
-        (True, 24, 64, None),
-        (True, 64, 24, "24 channels"),
-        (False, 64, 60, "multiples of 8"),
-    ],
-)
-def test_what_the_kernels_refuse(backward, channels, columns, message):
-    reason = cuda_launch.refuse(backward, (2, channels, 5, 5), (columns, channels, 3, 3), POINTWISE)
-    assert reason is None if message is None else message in reason

@@ -35,11 +35,6 @@ def test_groups_are_refused(monkeypatch):
     assert "does not fit" in backend.refuse_conv2d(X, torch.zeros(8, 8, 7, 7), ConvGeometry())
 
 
-def test_asked_for_by_name_it_runs_or_raises():
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run this call"):
-        wf.wf_conv2d(X, W, None, torch.zeros(3, 8), None, 1, backend="triton")
-
-
 def test_explain_names_config_and_reason(monkeypatch):
     monkeypatch.setattr("wfnet.backends.triton._refuse_tensor", lambda x: None)
     text = backend.explain_conv2d(X, W, ConvGeometry())

@@ -159,51 +159,40 @@ def test_what_is_never_fused(caplog, small_vit, pair_of):
 # -- compiled -------------------------------------------------------------------------------------
 
 
-def test_kernels_are_operators_of_the_compiled_graph(monkeypatch, compile_with, small_vit, pair_of):
-    compile_with("aot_eager")
-    monkeypatch.setitem(backends._MODULES, "twin", "wfnet.backends.eager")
-    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "twin"))
-    net, fused = pair_of(small_vit(), fuse="compile")
-    for layer in fused.masked_layers.values():
-        layer.backend = "twin"
-    fused.masked_layers["blocks.0.attn.qkv"].alpha_bias.requires_grad_(False)
-    x = images()
-    network = fused.fused_network(x)
-    assert network.compiled
-    assert not network.compiles_tables
-    dlogits = torch.randn(5, CLASSES, dtype=torch.float64)
-    net(x, LABELS, SOURCE).backward(dlogits)
-    into = torch.empty(CLASSES, sum(f.shape[1] for f in network.filters()), dtype=torch.float64)
-    run = network.start(x, LABELS, SOURCE)
-    torch.testing.assert_close(run.forward(), net(x, LABELS, SOURCE), rtol=1e-10, atol=1e-11)
-    run.backward(dlogits, into)
-    expected = [p.grad for p in net.filter_parameters()]
-    expected[1] = torch.zeros_like(expected[1])
-    torch.testing.assert_close(into, torch.cat(expected, 1), rtol=1e-8, atol=1e-12)
-
-
-@pytest.mark.parametrize("fuse", [True, "compile"])
+@pytest.mark.parametrize("how", ["as it is", "compiled", "kernels"])
 def test_a_run_writes_the_gradients_that_autograd_finds(
-    fuse, monkeypatch, compile_with, small_vit, pair_of
+    how, monkeypatch, compile_with, small_vit, pair_of
 ):
+    """Kernels are operators of the compiled graph. No new labels compile anew."""
     compile_with("aot_eager")
-    if fuse is True:  # on the host nothing is compiled unless asked for
+    if how == "as it is":  # on the host nothing is compiled unless asked for
         monkeypatch.setattr(torch, "compile", lambda *a, **k: pytest.fail("compiled"))
-    net, fused = pair_of(small_vit(), fuse)
+    net, fused = pair_of(small_vit(), how == "as it is" or "compile")
+    learned = net.filter_parameters()
+    if how == "kernels":
+        monkeypatch.setitem(backends._MODULES, "twin", "wfnet.backends.eager")
+        monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "twin"))
+        for layer in fused.masked_layers.values():
+            layer.backend = "twin"
+        fused.filter_parameters()[1].requires_grad_(False)
+        learned[1].register_hook(torch.zeros_like)
     x, dlogits = images(), torch.randn(5, CLASSES, dtype=torch.float64)
     network = fused.fused_network(x)
-    assert network.compiled == (fuse == "compile")
+    assert network.compiled == (how != "as it is")
+    assert network.compiles_tables == (how != "kernels")
     into = torch.full((CLASSES, sum(f.shape[1] for f in network.filters())), torch.nan).double()
     for labels in (LABELS, LABELS.flip(0)):
         net.zero_grad()
-        net(x, labels, SOURCE).backward(dlogits)
+        expected = net(x, labels, SOURCE)
+        expected.backward(dlogits)
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         with torch.no_grad():
             run = network.start(x, labels, SOURCE)
             logits = run.forward()
             assert not logits.requires_grad
             found = run.backward(dlogits, into)
-        for gradient, parameter in zip(found, net.filter_parameters(), strict=True):
+        torch.testing.assert_close(logits, expected.detach(), rtol=1e-10, atol=1e-11)
+        for gradient, parameter in zip(found, learned, strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-12)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before, "compiled anew"
     torch.testing.assert_close(into, torch.cat(found, 1), rtol=0, atol=0)

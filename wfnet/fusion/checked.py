@@ -21,7 +21,7 @@ from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.cut import split_at_first_mask
 from wfnet.fusion.durable_run import DurableNetwork
 from wfnet.fusion.execution import PlanNetwork
-from wfnet.fusion.plan import make_plan
+from wfnet.fusion.plan import Plan, make_plan
 from wfnet.fusion.run import FusedNetwork
 from wfnet.fusion.trace import NotFusable, because, global_hooks_of_torch
 from wfnet.fusion.transformer import TrunkNetwork
@@ -131,7 +131,11 @@ def _make(
             with plan.layers[0].mode.grouped(None) if plan.durable else nullcontext():
                 check_plan(network, unfused, images)
             if mode == "compile" and backend is backends.get("eager"):  # it has a graph to compile
-                network = _compiled(network, name)
+                reason = _refuse_graph(plan)
+                if reason is None:
+                    network = CompiledNetwork(network)
+                else:
+                    logger.warning("%s runs uncompiled: %s", name, reason)
     except NotFusable as reason:
         logger.warning("%s runs unfused: %s", name, reason)
         return None
@@ -139,14 +143,10 @@ def _make(
     return network
 
 
-def _compiled(network: PlanNetwork, name: str) -> PlanNetwork:
-    reason = "some of its masked layers do not fold" if network.plan.masked_calls else None
-    if network.plan.durable:
-        reason = "moments of groups have no compiled graph"
-    if reason is None:
-        return CompiledNetwork(network)
-    logger.warning("%s runs uncompiled: %s", name, reason)
-    return network
+def _refuse_graph(plan: Plan) -> str | None:
+    if plan.durable:
+        return "moments of groups have no compiled graph"
+    return "some of its masked layers do not fold" if plan.masked_calls else None
 
 
 def check_plan(network: FusedNetwork, unfused: Unfused, images: Tensor) -> None:
