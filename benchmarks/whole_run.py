@@ -3,8 +3,9 @@
     python benchmarks/whole_run.py --classes 1000 --network resnet50
     python benchmarks/whole_run.py --classes 10 --network small/resnet --image-size 32 --device cpu
 
-Images show nothing, on a network of random weights whose BatchNorms know them; every minibatch has
-images that were never read before.
+Images show nothing: noise with the spectrum of photographs, whose files decode as photographs do.
+The network has random weights, and BatchNorms that know the images; every minibatch has images that
+were never read before.
 
 What is measured is the whole process of `wfnet untrain`, from the start of Python to its end, and
 where the time went:
@@ -23,8 +24,10 @@ written, so what is measured is decoding them, not a disk.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -35,8 +38,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from image_folders import write_images
+from PIL import Image
 from script import begin, make_parser
 from torch import nn
 
@@ -48,25 +52,59 @@ from wfnet.data import open_data
 from wfnet.services.files import write_json, write_tensors
 
 SAMPLES = 1_400_000  # expanded ones that 1,000 classes cost, by what a class costs of 10 and 100
+_PICTURES = 32  # of which all images are made
 PURPOSES = ("program", "start", "data", "steps", "validation", "checkpoints")
 
 
 def image_folder(args: argparse.Namespace) -> Path:
-    """Returns a folder with the images that the run needs, made unless it is there."""
+    """Returns a folder with the images that the run needs, made by all cores unless it is there."""
     counts = {"train": args.images_per_class, "val": 2, "test": 1}
     root = args.scratch / f"images-{args.classes}x{args.images_per_class}-{args.image_size}"
-    if not root.exists():
-        unfinished = root.with_suffix(".part")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        names = [
-            f"{part}/{label:04d}/{number:05d}.jpg"
-            for part, count in counts.items()
-            for label in range(args.classes)
-            for number in range(count)
-        ]
-        write_images(unfinished, names, args.image_size, args.image_size)
-        unfinished.rename(root)
+    if root.exists():
+        return root
+    unfinished = root.with_suffix(".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    names = [
+        f"{part}/{label:04d}/{number:05d}.jpg"
+        for part, count in counts.items()
+        for label in range(args.classes)
+        for number in range(count)
+    ]
+    for folder in {(unfinished / name).parent for name in names}:
+        folder.mkdir(parents=True)
+    write = functools.partial(_write_image, unfinished, args.image_size)
+    with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
+        for _ in pool.imap_unordered(write, enumerate(names), chunksize=64):
+            pass
+    unfinished.rename(root)
     return root
+
+
+def _write_image(root: Path, pixels: int, numbered: tuple[int, str]) -> None:
+    """Writes one of a few pictures, moved, mirrored, its colours exchanged."""
+    number, name = numbered
+    rng = np.random.default_rng(number)
+    image = _drawn(pixels)[rng.integers(_PICTURES)][:, :, rng.permutation(3)]
+    image = np.roll(image, rng.integers(pixels, size=2), (0, 1))[:, :: rng.choice((-1, 1))]
+    Image.fromarray(np.ascontiguousarray(image)).save(root / name, quality=90)
+
+
+@functools.lru_cache(1)
+def _drawn(pixels: int) -> list[np.ndarray]:
+    """Returns pictures [pixels, pixels, 3] uint8 with the spectrum of photographs.
+
+    Noise whose amplitude falls with frequency. It goes on at the opposite edge where it ends.
+    """
+    rng = np.random.default_rng(0)
+    down, across = np.fft.fftfreq(pixels)[:, None], np.fft.rfftfreq(pixels)[None]
+    amplitude = 1 / np.maximum(np.hypot(down, across), 1 / pixels)
+    pictures = []
+    for _ in range(_PICTURES):
+        spectrum = amplitude * np.exp(2j * np.pi * rng.random((3, *amplitude.shape)))
+        image = np.fft.irfft2(spectrum, (pixels, pixels))
+        image = 128 + 50 * image / image.std() + rng.normal(0, 8, image.shape)
+        pictures.append(image.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+    return pictures
 
 
 @torch.no_grad()

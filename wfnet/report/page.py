@@ -68,14 +68,6 @@ def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = Non
     contents = read_contents(folder)
     for remark in contents.remarks:
         logger.warning("%s", remark)
-    text = render(contents)
-    path = Path(folder) / REPORT if path is None else Path(path)
-    write_text(path, text)
-    return path
-
-
-def render(contents: Contents) -> str:
-    """Returns the page as a string."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -86,7 +78,10 @@ def render(contents: Contents) -> str:
     )
     templates.filters |= {"marked": _marked, "described": describe_export}
     template = templates.get_template("page.html.jinja")
-    return template.render(view=view(contents), margin=MARGIN, margin_taught=MARGIN_TAUGHT).lstrip()
+    text = template.render(view=view(contents), margin=MARGIN, margin_taught=MARGIN_TAUGHT)
+    path = Path(folder) / REPORT if path is None else Path(path)
+    write_text(path, text.lstrip())
+    return path
 
 
 def view(contents: Contents) -> dict[str, Any]:
