@@ -38,7 +38,14 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if path.suffix == ".safetensors":
         candidates = [read_tensors(path)]
     else:
-        candidates = list(_tensor_tables(read_checkpoint(path)))
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in many ways
+            raise ValueError(
+                f"{path} is truncated or no checkpoint of torch.save, or holds more than tensors "
+                "and plain values, which could run any code: save model.state_dict() alone"
+            ) from error
+        candidates = list(_tensor_tables(content))
     if not candidates:
         raise ValueError(f"{path} holds no weights by name: save model.state_dict()")
     tables = [_without_prefix(path, table, wanted) for table in candidates]
@@ -47,21 +54,6 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     if tensors is None:
         raise ValueError(_problem(path, tables[0], model, wanted))
     model.load_state_dict({name: tensors[name] for name in wanted if name in tensors}, strict=False)
-
-
-def read_checkpoint(path: Path) -> Any:
-    """Returns what ``torch.save`` wrote, if that are tensors and plain values (``weights_only``).
-
-    Raises:
-        ValueError: for a file that is damaged, or holds something else.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(
-            f"{path} is truncated or no checkpoint of torch.save, or holds more than tensors and "
-            "plain values, which could run any code: save model.state_dict() alone"
-        ) from error
 
 
 def _tensor_tables(content: Any) -> Iterator[dict[str, Tensor]]:
