@@ -78,26 +78,22 @@ def test_strided_gradient_is_balanced(inspection, channels):
 @pytest.mark.parametrize(
     ("conv", "forward", "backward"),
     [
-        (Conv(1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1)), True, True),
-        (Conv(1, 8, 8, 72, 64, (3, 3), (1, 1), (1, 1)), False, False),  # 18 slices; 2 column tiles
-        (Conv(1, 8, 8, 256, 64), True, False),
-        (Conv(1, 8, 8, 64, 256), False, True),
-        (Conv(1, 8, 8, 640, 64), False, False),
-        (Conv(1, 8, 8, 64, 64, (3, 3), (2, 2), (1, 1)), True, False),  # four phases
+        (Conv(1, 8, 8, 64, 64, (3, 3), (1, 1), (1, 1)), (64, True), (64, True)),
+        # 18 slices; 2 column tiles
+        (Conv(1, 8, 8, 72, 64, (3, 3), (1, 1), (1, 1)), (64, False), (128, False)),
+        (Conv(1, 8, 8, 256, 64), (64, True), (128, False)),
+        (Conv(1, 8, 8, 40, 256), (128, False), (64, True)),
+        (Conv(1, 8, 8, 640, 192), (64, False), (128, False)),
+        (Conv(1, 8, 8, 320, 576), (128, False), (128, False)),
+        # four phases
+        (Conv(1, 8, 8, 64, 64, (3, 3), (2, 2), (1, 1)), (64, True), (64, False)),
     ],
 )
-def test_filters_that_stay_in_shared_memory(inspection, conv, forward, backward):
-    for direction, kept in ((False, forward), (True, backward)):
-        assert inspection.problem(conv, direction)["keep_filter"] == kept
-
-
-@pytest.mark.parametrize(
-    ("channels", "block_n"),
-    [(64, 64), (128, 128), (192, 64), (256, 128), (320, 128), (576, 128), (1152, 128), (40, 64)],
-)
-def test_column_tiles_waste_little(inspection, channels, block_n):
-    conv = Conv(1, 4, 4, 64, channels)
-    assert inspection.problem(conv, False)["block_n"] == block_n
+def test_column_tiles_and_filters_that_stay_in_shared_memory(inspection, conv, forward, backward):
+    """Tiles waste little; a filter stays where there is one tile of columns and few slices."""
+    for direction, expected in ((False, forward), (True, backward)):
+        problem = inspection.problem(conv, direction)
+        assert (problem["block_n"], problem["keep_filter"]) == expected
 
 
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])

@@ -11,7 +11,7 @@ from masked_products import Backward, Forward, check, check_public, sizes
 
 import wfnet.functional as wf
 from wfnet import backends
-from wfnet.backends import cuda, cuda_launch
+from wfnet.backends import cuda
 from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
 from wfnet.gate_tables import GatedLayer, GateTables
 
@@ -56,17 +56,12 @@ LINEARS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def usable(name: str) -> backends.Backend:
     """The backend; skips where it cannot run."""
     if name == "cuda":
-        missing = cuda_launch.library().missing or cuda._refuse_tensor(randn(0))
-        if missing:
-            pytest.skip(missing)
+        refusal = cuda._refuse_tensor(randn(0))
+        if refusal:
+            pytest.skip(refusal)
     return backends.get(name)
 
 
@@ -79,7 +74,8 @@ def backend(request):
 
 @pytest.fixture(autouse=True)
 def products(request):
-    """Allows or forbids TF32, as the test's parameter ``tf32`` says."""
+    """Seeds, and allows or forbids TF32, as the test's parameter ``tf32`` says."""
+    torch.manual_seed(0)
     # PyTorch's flags cannot be patched, they are attributes of modules.
     flags = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [flag.allow_tf32 for flag in flags]
