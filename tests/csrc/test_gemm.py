@@ -28,7 +28,7 @@ def schedule(emulated_cuda, monkeypatch):
 
     def choose(processors=4, seed=0, completion="LATE"):
         emulated_cuda.set_schedule(seed, getattr(emulated_cuda.Completion, completion))
-        monkeypatch.setattr(cuda_launch, "processors", lambda device: processors)
+        monkeypatch.setattr(cuda_launch, "_EMULATED_PROCESSORS", processors)
 
     choose()
     return choose

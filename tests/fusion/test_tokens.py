@@ -40,15 +40,11 @@ def widths(model: nn.Module) -> dict[str, int]:
     run_example(model, graph, x)
     drop_unread_tokens(graph, dict(model.named_modules()))
     graph.lint()
-    seen = {}
-
-    class Watch(fx.Interpreter):
-        def call_module(self, target, args, kwargs):
-            seen[target] = args[0].shape[1]
-            return super().call_module(target, args, kwargs)
-
-    torch.testing.assert_close(Watch(model, graph=graph).run(x), expected, rtol=1e-12, atol=1e-13)
-    return seen
+    found = fx.Interpreter(model, graph=graph).run(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
+    run_example(model, graph, x)
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    return {node.target: node.all_input_nodes[0].meta["shape"][1] for node in called}
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def _refuse_tensor(x: Tensor) -> str | None:
         return library.missing
     if x.dtype not in cuda_launch.DTYPES:
         return cuda_launch.REFUSED_DTYPE.format(x.dtype)
-    if library.emulated:  # on the host; Triton's part refuses it, unless it is interpreted
+    if library.module.emulated:  # on the host; Triton's part refuses it, unless it is interpreted
         return None
     if x.device.type != "cuda":
         return f"the CUDA kernels need a CUDA tensor, and x is on {x.device}"

@@ -41,11 +41,6 @@ class Library(NamedTuple):
     module: ModuleType | None
     missing: str | None
 
-    @property
-    def emulated(self) -> bool:
-        """Whether kernels run on the host."""
-        return self.module is not None and self.module.emulated
-
 
 @functools.cache
 def library() -> Library:
@@ -73,13 +68,6 @@ def _is_current(module: ModuleType, csrc: Path = Path(__file__).parents[2] / "cs
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
     return getattr(module, "sources", None) == build.sources_digest()
-
-
-def processors(device: torch.device) -> int:
-    """Returns the multiprocessors of a device: thread blocks of the kernels' persistent grid."""
-    if library().emulated:
-        return _EMULATED_PROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def refuse(
@@ -146,16 +134,17 @@ def _launch(
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the results are on {device}")
-    numbers["processors"] = processors(device)
     addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
     if not module.emulated:
+        # The kernels' persistent grid has a thread block per multiprocessor.
+        numbers["processors"] = torch.cuda.get_device_properties(device).multi_processor_count
         stream = torch.cuda.current_stream(device).cuda_stream
         kernel(**addresses, **numbers, device=device.index, stream=stream)
         return
     _register(module, reads, False)
     _register(module, writes, True)
     try:
-        kernel(**addresses, **numbers, device=0, stream=0)
+        kernel(**addresses, **numbers, processors=_EMULATED_PROCESSORS, device=0, stream=0)
     finally:
         module.clear_memory()
 
