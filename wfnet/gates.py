@@ -59,14 +59,11 @@ def gate_rows(alpha: Tensor, forget: Tensor, scale: float) -> Tensor:
     """
     classes = alpha.shape[0]
     labels = distinct_labels(forget)
-    if _all_inside(labels, classes):
-        rows = _selected_gates(alpha, labels, scale)
-        return rows.squeeze(1) if labels.shape[1] == 1 else rows.prod(1)
-    inside = (labels >= 0) & (labels < classes)
-    no_row = labels == -1
     rows = _selected_gates(alpha, labels.clamp(0, classes - 1), scale)
-    rows = rows.masked_fill(~inside.unsqueeze(-1), torch.nan)
-    rows = rows.masked_fill(no_row.unsqueeze(-1), 1.0)
+    if not _all_inside(labels, classes):
+        outside = (labels < -1) | (labels >= classes)
+        rows = rows.masked_fill(outside.unsqueeze(-1), torch.nan)
+        rows = rows.masked_fill((labels == -1).unsqueeze(-1), 1.0)
     return rows.squeeze(1) if labels.shape[1] == 1 else rows.prod(1)
 
 
