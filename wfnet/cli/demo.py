@@ -37,7 +37,8 @@ _MAX_THREADS = 4
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
-    parser = add_command(commands, run, saved, "[options]")
+    text = "what is finished is kept: the same command goes on from there"
+    parser = add_command(commands, run, text, "[options]")
     group = parser.group("demo")
     epochs = [f"{name} {chosen['epochs']}" for name, chosen in SMALL_MODEL_SETTINGS.items()]
     group.add_all(
@@ -57,11 +58,6 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     group.add_seed()
     group.add_threads("one for each idle core, up to 4")
     return parser
-
-
-def saved(options: argparse.Namespace) -> str:
-    """What is on disk when the demo was interrupted."""
-    return f"what is finished is in {options.output}: the same command goes on from there"
 
 
 def run(options: argparse.Namespace) -> None:

@@ -306,9 +306,8 @@ def _write_tables(
             chosen = choose_groups(net.num_classes, size, options.groups, options.seed)
             kept = kept_in(f"groups_of_{size}.json")
             groups.append(evaluate_groups(net, images, chosen, kept))
-    own = None
-    if options.split == "test" and classes is None:
-        own = _own_cell(options, net, data, images)
+    whole = options.split == "test" and classes is None
+    own = _own_cell(options, net, data, images) if whole else None
     title = f"{data.name} x {options.model}"
     cell = options.published or own
     tables = make_tables(title, result, relearning, curves, baselines, groups, cell)
