@@ -291,18 +291,9 @@ _OPERATORS = {
     **dict.fromkeys((operators.conv2d, operators.linear), operators._forward),
     **dict.fromkeys((operators.conv2d_backward, operators.linear_backward), operators._backward),
 }
-_READS = {
-    aten._local_scalar_dense.default: "item",
-    aten.nonzero.default: "nonzero",
-    aten.equal.default: "equal",
-    aten.is_nonzero.default: "bool",
-    aten.masked_select.default: "masked_select",
-    aten._unique2.default: "unique",
-    aten.unique_dim.default: "unique",
-    aten.unique_consecutive.default: "unique",
-    aten.bincount.default: "bincount",
-    aten.repeat_interleave.Tensor: "repeat_interleave",
-}
+_INDEX = (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default)
+# Operations whose result, or its size, the host must read.
+_READS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
 def _inside(args, kwargs) -> tuple[tuple, dict, dict[int, Pretended]]:
@@ -328,7 +319,7 @@ def _check_devices(func, args, kwargs) -> None:
     ]
     if not strangers or func in (aten.copy_.default, aten._to_copy.default):
         return
-    if func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
+    if func in _INDEX:
         if all(isinstance(t, Pretended) or t.dim() == 0 for t in (args[0], *args[2:3])):
             device.wait("index on the host")
             return
@@ -346,12 +337,11 @@ def _check_devices(func, args, kwargs) -> None:
 
 
 def _note_waits(func, args, kwargs) -> None:
-    if func in _READS:
-        device.wait(_READS[func])
-    elif func in (aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default):
-        masks = [t for t in args[1] if t is not None and t.dtype in (torch.bool, torch.uint8)]
-        if masks:
+    if func in _INDEX:
+        if any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
             device.wait("boolean index")
+    elif _READS.intersection(func.tags):
+        device.wait(func.name())
     elif func is aten.copy_.default:
         into, source = args[:2]
         blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))

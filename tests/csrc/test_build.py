@@ -25,7 +25,7 @@ def run_setup(**environment):
     [
         ({"WFNET_BUILD_CUDA": "auto"}, 0, "wfnet: without the CUDA extension: nvcc was not found"),
         ({"WFNET_BUILD_CUDA": "0"}, 0, ""),
-        ({"WFNET_BUILD_CUDA": "1"}, 1, "WFNET_BUILD_CUDA=1, but nvcc was not found in /nowhere"),
+        ({"WFNET_BUILD_CUDA": "1"}, 1, "=1, but nvcc was not found in /nowhere/bin (install the"),
         ({"WFNET_BUILD_CUDA": "yes"}, 1, "WFNET_BUILD_CUDA='yes' must be 0"),
     ],
     ids=lambda value: value["WFNET_BUILD_CUDA"] if isinstance(value, dict) else None,
@@ -46,10 +46,7 @@ def test_source_distribution_carries_every_kernel():
             assert any(path.match(pattern) for pattern in patterns), path
 
 
-def test_what_is_missing_is_said(csrc_build, monkeypatch, tmp_path):
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(csrc_build.BuildError, match=r"nvcc was not found in .*CUDA toolkit 13\.0"):
-        csrc_build.build_extension(tmp_path)
+def test_a_missing_host_compiler_is_named(csrc_build, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(csrc_build.BuildError, match=r"no C\+\+ compiler"):
