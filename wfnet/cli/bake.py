@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from wfnet.cli.classifier import data_settings
 from wfnet.cli.inputs import Run, class_indices
@@ -300,8 +301,19 @@ def _write_compact(net: WFNet, export: Export, images: Tensor) -> None:
             torch.export.save(program, file)
 
     write_atomically(target, save)
-    before, after = (sum(p.numel() for p in model.parameters()) for model in (plain, small))
-    print(f"{target}: without closed channels: {after:,} of {before:,} parameters")
+    (before, flops), (after, left) = (_size(model, images[:1]) for model in (plain, small))
+    print(
+        f"{target}: without closed channels: {after:,} of {before:,} parameters, "
+        f"{left / 1e6:,.1f} of {flops / 1e6:,.1f} MFLOPs an image"
+    )
+
+
+def _size(model: nn.Module, image: Tensor) -> tuple[int, int]:
+    """Parameters, and floating-point operations for ``image [1, C, H, W]``."""
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model(image)
+    return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 
 def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
