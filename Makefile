@@ -60,7 +60,7 @@ device: OUT = runs/device
 device: ## everything that needs a GPU, within BUDGET seconds, results in OUT (docs/devices.md)
 	$(PYTHON) benchmarks/device_run.py --output $(OUT) --budget $(BUDGET) $(ARGS)
 
-tables: $(READY) ## the README's tables from benchmarks/results
+tables: $(READY) ## tables and picture of the documents from benchmarks/results
 	$(BIN)/python benchmarks/render.py
 
 clean: ## remove the environment and everything that was built

@@ -1,10 +1,11 @@
-"""Turns the committed results into the tables of README.md.
+"""Turns the committed results into the tables of the documents and the picture of README.md.
 
-    python benchmarks/render.py            rewrite it
-    python benchmarks/render.py --check    say whether it is out of date; status 1 if it is
+    python benchmarks/render.py            rewrite them
+    python benchmarks/render.py --check    say what is out of date; status 1 if anything is
 
-A table stands between `<!-- results:NAME -->` and `<!-- end -->` and comes from
-`benchmarks/results/*.json` alone, each a run of a script in this folder.
+A table stands between `<!-- results:NAME -->` and `<!-- end -->`, each in one of `DOCUMENTS`. It
+comes from `benchmarks/results/*.json` alone, each a run of a script in this folder. The picture
+holds the numbers that it shows, as text "values".
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from script import RESULTS, ROOT, markdown_table
 
-README = ROOT / "README.md"
+from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, RETRAINED, picture
+
+DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md"))
+PICTURE = RESULTS / "attacks.png"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # In this order; a file that is not there is a row "not run".
 QUALITY = {
@@ -46,6 +53,49 @@ STEP_COLUMNS = {
     "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
 }
 
+# What is done with a baked file: label, check, measure, label in the picture.
+ATTACKS = (
+    ("nothing", "removal", "acc_f", "nothing"),
+    (
+        "BatchNorm re-estimated on unlabelled images",
+        "removal",
+        "acc_f_batchnorm_all",
+        "BatchNorm\nre-estimated",
+    ),
+    ("the same, without the class among them", "removal", "acc_f_batchnorm_retain", None),
+    ("BatchNorm's affine part reset", "removal", "acc_f_affine_reset", None),
+    ("rows equalised", "removal", "acc_f_equalised", None),
+    ("rows scaled to the base's norms", "removal", "acc_f_base_norms", None),
+    ("the base's head row put back", "removal", "acc_f_base_head", None),
+    (
+        "fine-tuned on other classes only, 50 steps",
+        "relearning",
+        "acc_f_retain_only",
+        "fine-tuned on\nother classes",
+    ),
+    (
+        "fine-tuned with one image of the class",
+        "relearning",
+        "acc_f_from_1",
+        "fine-tuned with\none image of it",
+    ),
+    ("with ten", "relearning", "acc_f_from_10", "fine-tuned\nwith ten"),
+    ("the class's logit shifted", "removal", "acc_f_offset", "its logit\nshifted"),
+    ("re-estimated, then shifted", "removal", "acc_f_batchnorm_offset", None),
+    ("logits standardised", "removal", "acc_f_standardised", None),
+    ("AUC of the class's logit", "removal", "auc_logit", None),
+    ("Acc_r as it is", "removal", "acc_r", None),
+    ("Acc_r after rows were equalised", "removal", "acc_r_equalised", None),
+)
+# Exports that were attacked: label, files of results (means over them), whether with `retrained`.
+EXPORTS = (
+    ("ResNet-8, `balanced`", ["trust_digits_resnet"], True),
+    ("with `--cut-output`", ["trust_digits_resnet_cut"], False),
+    ("ResNet-8, `durable`", ["trust_digits_resnet_durable"], True),
+    ("ViT, `balanced`", ["trust_digits_vit"], True),
+)
+SHOWN = {"balanced": EXPORTS[0][1], "durable": EXPORTS[2][1]}  # in the picture
+COLORS = AFTER, RETAINED, RETRAINED  # of its bars
 
 _SAME_RUN = ("device", "torch", "commit")
 _SAME_SETTINGS = ("dtype", "image_size", "batch_size", "label_expansion", "share_images")
@@ -148,25 +198,103 @@ def evaluation() -> str:
     ) + markdown_table(["", "ms", "(image, row) pairs per second", "peak MiB"], rows)
 
 
+def _after(files: list[str], who: str, check: str, measure: str) -> float | None:
+    """Returns a measure after an attack in %, the mean over files; None if it was not measured.
+
+    Args:
+        who: "forgetful" (the export), "original" or "retrained".
+    """
+    values = []
+    for name in files:
+        content = read(name)
+        means = content["means"] if "means" in content else content["by_prune_below"]["0"]["means"]
+        values.append(means.get(check, {}).get(measure, {}).get(who))
+    return None if None in values else 100 * statistics.mean(values)
+
+
+def attacks() -> str:
+    columns = [
+        (label, files, who)
+        for name, files, with_retrained in EXPORTS
+        for label, who in ((name, "forgetful"), ("retrained", "retrained"))
+        if who == "forgetful" or with_retrained
+    ]
+    rows = []
+    for label, check, measure, _ in ATTACKS:
+        found = [_after(files, who, check, measure) for _, files, who in columns]
+        rows.append([label, *("-" if value is None else f"{value:.1f}" for value in found)])
+    return markdown_table(["attack on the baked model", *(label for label, *_ in columns)], rows)
+
+
+def picture_values() -> dict[str, dict[str, float]]:
+    """Returns what the picture shows: accuracy on the class in %, by bar and attack."""
+    durable = SHOWN["durable"]
+    bars = {f"recipe {name}": (files, "forgetful") for name, files in SHOWN.items()}
+    bars["retrained without the class"] = durable, "retrained"
+    found = {
+        bar: {label: _after(*which, *attack) for _, *attack, label in ATTACKS if label}
+        for bar, which in bars.items()
+    }
+    return found | {"before": {"nothing": _after(durable, "original", "removal", "acc_f")}}
+
+
+def draw_picture(path: Path) -> None:
+    """Draws what an attacker gets back, by attack, beside retrained networks."""
+    values = picture_values()
+    before = values["before"]["nothing"]
+    bars = [name for name in values if name != "before"]
+    with picture(path, 7.2, 2.8) as figure:
+        axis = figure.subplots()
+        axis.axhline(before, color=BEFORE, ls="--", label=f"before: {before:.1f}")
+        for number, (name, color) in enumerate(zip(bars, COLORS, strict=True)):
+            places = [place + 0.27 * (number - 1) for place in range(len(values[name]))]
+            axis.bar(places, values[name].values(), 0.25, color=color, label=name)
+            for place, height in zip(places, values[name].values(), strict=True):
+                axis.text(
+                    place, height + 2, f"{height:.0f}", ha="center", fontsize=7.5, color=color
+                )
+        axis.set_xticks(range(len(values[name])), list(values[name]), fontsize=8)
+        axis.set(ylim=(0, 116), yticks=range(0, 101, 20), ylabel="accuracy on the class, %")
+        figure.legend(ncols=4, loc="outside upper center", fontsize=8)
+    shown = PngInfo()
+    shown.add_text("values", json.dumps(values))
+    with Image.open(path) as image:
+        image.load()
+    image.save(path, pnginfo=shown, optimize=True)
+
+
+def shown_values(path: Path) -> dict[str, dict[str, float]] | None:
+    """Returns the numbers that a picture shows; None if there is none."""
+    if not path.is_file():
+        return None
+    with Image.open(path) as image:
+        return json.loads(image.text.get("values", "null"))
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "step": step,
     "evaluation": evaluation,
+    "attacks": attacks,
 }
 
 
-def rendered(text: str) -> str:
-    """Returns a document with its tables as the results have them.
+def rendered(texts: Mapping[Path, str]) -> dict[Path, str]:
+    """Returns documents with their tables as the results have them.
 
     Raises:
-        ValueError: for a marker without a table, or a table without a marker.
+        ValueError: unless every table is marked once, and every marker has a table.
     """
-    marked = [match.group(2) for match in MARKED.finditer(text)]
+    marked = [match.group(2) for text in texts.values() for match in MARKED.finditer(text)]
     if sorted(marked) != sorted(SECTIONS):
         raise ValueError(
-            f"{README.name} marks the tables {sorted(marked)}, this script makes {sorted(SECTIONS)}"
+            f"{', '.join(path.name for path in texts)} mark the tables {sorted(marked)}, "
+            f"this script makes {sorted(SECTIONS)}"
         )
-    return MARKED.sub(lambda m: f"{m.group(1)}\n{SECTIONS[m.group(2)]()}\n\n{m.group(3)}", text)
+    return {
+        path: MARKED.sub(lambda m: f"{m.group(1)}\n{SECTIONS[m.group(2)]()}\n\n{m.group(3)}", text)
+        for path, text in texts.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -175,17 +303,23 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
-    before = README.read_text()
+    before = {path: path.read_text() for path in DOCUMENTS}
     after = rendered(before)
-    if after == before:
+    changed = [path for path in DOCUMENTS if after[path] != before[path]]
+    if shown_values(PICTURE) != picture_values():
+        changed.append(PICTURE)
+    for path in changed:
+        if args.check:
+            print(f"{path.name} is out of date; run python benchmarks/render.py")
+        elif path == PICTURE:
+            draw_picture(path)
+        else:
+            path.write_text(after[path])
+    if not changed:
         print("everything is up to date")
-        return 0
-    if args.check:
-        print(f"{README.name} is out of date; run python benchmarks/render.py")
-        return 1
-    README.write_text(after)
-    print(f"written: {README.name}")
-    return 0
+    elif not args.check:
+        print("written:", *(path.name for path in changed))
+    return 1 if changed and args.check else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's tables are those of the committed results."""
+"""Tables and the picture of the documents are those of the committed results."""
 
 import json
 
@@ -6,16 +6,20 @@ import pytest
 import render
 
 
-def test_readme_is_up_to_date_and_a_changed_number_is_not(tmp_path, monkeypatch, capsys):
+def test_documents_are_up_to_date_and_a_changed_number_is_not(tmp_path, monkeypatch, capsys):
     status = render.main(["--check"])
     assert status == 0, capsys.readouterr().out
-    changed = tmp_path / render.README.name
-    changed.write_text(render.README.read_text().replace("| 99.", "| 98.", 1))
-    monkeypatch.setattr(render, "README", changed)
+    changed = tmp_path / "README.md"
+    changed.write_text(render.DOCUMENTS[0].read_text().replace("| 99.", "| 98.", 1))
+    monkeypatch.setattr(render, "DOCUMENTS", (changed, *render.DOCUMENTS[1:]))
+    monkeypatch.setattr(render, "PICTURE", tmp_path / "attacks.png")
     assert render.main(["--check"]) == 1
-    assert "out of date" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"marks the tables \['data'\]"):
-        render.rendered("<!-- results:data -->\n<!-- end -->\n")
+    assert "README.md is out of date" in capsys.readouterr().out
+    assert render.main([]) == 0
+    assert "written: README.md attacks.png" in capsys.readouterr().out
+    assert render.main(["--check"]) == 0
+    with pytest.raises(ValueError, match=r"README.md mark the tables \['step'\]"):
+        render.rendered({changed: "<!-- results:step -->\n<!-- end -->\n"})
 
 
 def test_networks_of_one_device_and_commit_share_a_table(tmp_path, monkeypatch):
