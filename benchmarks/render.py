@@ -62,7 +62,6 @@ ATTACKS = (
         "acc_f_batchnorm_all",
         "BatchNorm\nre-estimated",
     ),
-    ("the same, without the class among them", "removal", "acc_f_batchnorm_retain", None),
     ("BatchNorm's affine part reset", "removal", "acc_f_affine_reset", None),
     ("rows equalised", "removal", "acc_f_equalised", None),
     ("rows scaled to the base's norms", "removal", "acc_f_base_norms", None),
