@@ -49,10 +49,9 @@ test-gpu: ## the tests that need a CUDA device; installs this checkout offline, 
 
 # Results go to $(OUT); those that are committed were written to benchmarks/results.
 OUT ?= runs/bench
-bench: $(READY) ## calls of layers, whole steps and evaluation on this CPU (10 minutes)
+bench: $(READY) ## calls of layers, whole steps on this CPU (10 minutes)
 	$(BIN)/python benchmarks/bench_plan.py --models small/resnet --providers eager --output $(OUT)/plan_cpu.json
 	$(BIN)/python benchmarks/bench_step.py --models small/resnet resnet18 -b 16 --output $(OUT)/step_cpu.json
-	$(BIN)/python benchmarks/bench_eval.py --output $(OUT)/eval_cpu.json
 
 # On a machine with a GPU: no network, nothing is downloaded (docs/devices.md).
 BUDGET ?= 540

@@ -2,7 +2,7 @@
 
     python benchmarks/device_run.py --output runs/device --budget 540
     python benchmarks/device_run.py --list
-    python benchmarks/device_run.py --stages eval data --output runs/device2
+    python benchmarks/device_run.py --stages memcheck racecheck --output runs/device2
     python benchmarks/device_run.py --rehearse --output runs/rehearsal      tiny, on the CPU
 
 Stages run in order of value until the budget is spent. Each is a process of its own with a log and
@@ -106,8 +106,6 @@ REHEARSAL = {
     "--providers eager --repeats 1",
     "whole-10": "whole_run.py --classes 10 --network small/resnet --image-size 32 --samples 600 "
     "-b 8 -M 2 --workers 1 --threads 1",
-    "eval": "bench_eval.py --model small/resnet --image-size 16 --images 4 --classes 5 -b 10 "
-    "--repeats 1",
 }
 
 
@@ -196,7 +194,6 @@ def plan(batch_size: int = 256) -> list[Stage]:
         *map(calls, ("resnet18", "vgg16", "vit-small")),
         script("whole-1000-resnet50", whole, 400, _CONVOLVES["cuda"]),
         sanitizer("racecheck"),
-        script("eval", "bench_eval.py --model resnet50 --images 64 --classes 250 --repeats 3", 300),
     ]
 
 

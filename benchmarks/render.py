@@ -181,22 +181,6 @@ def step() -> str:
     return "\n\n".join(parts) or NOT_RUN
 
 
-def evaluation() -> str:
-    content = read("eval_cpu")
-    if content is None:
-        return NOT_RUN
-    settings = content["settings"]
-    rows = []
-    for name, values in content["milliseconds"].items():
-        median, peak = statistics.median(values), content["peak_mebibytes"][name]
-        rate = content["pairs"] / median * 1e3
-        rows.append([f"`{name}`", f"{median:,.0f}", f"{rate:,.0f}", f"{peak:,.1f}"])
-    return (
-        f"{settings['model']}, {settings['image_size']} px, {settings['images']} images x "
-        f"{settings['classes']} classes, {content['device']}, commit {content['commit']}\n\n"
-    ) + markdown_table(["", "ms", "(image, row) pairs per second", "peak MiB"], rows)
-
-
 def _after(files: list[str], who: str, check: str, measure: str) -> float | None:
     """Returns a measure after an attack in %, the mean over files; None if it was not measured.
 
@@ -273,7 +257,6 @@ def shown_values(path: Path) -> dict[str, dict[str, float]] | None:
 SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "step": step,
-    "evaluation": evaluation,
     "attacks": attacks,
 }
 
