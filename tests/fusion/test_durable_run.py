@@ -10,7 +10,7 @@ import wfnet
 from wfnet import fusion, models
 from wfnet.fusion import durable_run
 from wfnet.gate_tables import flatten_filters
-from wfnet.untraining.durable import DurableObjective, Groups, durable_step, expand_groups
+from wfnet.untraining.durable import DurableObjective, durable_step, expand_groups
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.step import UntrainingStep
 
@@ -132,7 +132,9 @@ def test_groups_in_untraining(pair, soft, monkeypatch):
 @pytest.mark.parametrize("number", [0, 1], ids=["soft gates", "hard gates"])
 def test_an_untraining_step(pair, number):
     """Of recipe durable, in one matrix; gates of exactly zero pass nothing on."""
-    batch = expand_groups(torch.tensor([0, 1, 2, 3, 4, 1]), Groups(2, 1, 2, compound=0.5))
+    sizes = {"batch_size": 6, "forget_images": 1, "retain_images": 2, "compound": 0.5}
+    config = wfnet.UntrainConfig(steps=1, **sizes)
+    batch = expand_groups(torch.tensor([0, 1, 2, 3, 4, 1]), config)
     found = []
     for net in pair:
         for layer in net.masked_layers.values():

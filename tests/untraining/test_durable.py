@@ -9,7 +9,6 @@ from wfnet import models
 from wfnet.data.tensor_images import TensorImages
 from wfnet.untraining.durable import (
     DurableObjective,
-    Groups,
     GroupSampler,
     RowStatistics,
     durable_step,
@@ -31,6 +30,13 @@ def labelled(count=60, seed=0):
     return TensorImages(images, labels, ["a", "b", "c"])
 
 
+def groups(rows, forget_images, retain_images, **more):
+    """Settings of a step of so many groups."""
+    size = forget_images + retain_images
+    images = {"forget_images": forget_images, "retain_images": retain_images}
+    return wfnet.UntrainConfig(steps=1, batch_size=rows * size, **images, **more)
+
+
 @pytest.fixture(scope="module")
 def trained():
     model = models.create("resnet", CLASSES, seed=1, width=8).train()
@@ -50,32 +56,32 @@ def net(trained):
 
 def test_groups_hold_the_class_first_and_every_row_equally_often():
     labels = torch.tensor([0] * 5 + [1] * 30 + [2] * 50)
-    sampler = GroupSampler(labels, Groups(rows=2, forget_images=3, retain_images=6), seed=4)
+    sampler = GroupSampler(labels, groups(rows=2, forget_images=3, retain_images=6))
     seen = torch.zeros(CLASSES)
     for step in range(6):
         rows = sampler.rows_of(step)
-        found = labels[sampler.batch(step)].unflatten(0, (2, 9))
+        found = labels[sampler(step)].unflatten(0, (2, 9))
         for group, row in zip(found, rows, strict=True):
             assert group[:3].eq(row).all()
             assert group[3:].ne(row).all()
             seen[row] += 1
-        assert torch.equal(sampler.batch(step), sampler.batch(step))
+        assert torch.equal(sampler(step), sampler(step))
     assert seen.tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize(("others", "distinct"), [(7, 7), (200, 10)])
 def test_other_images_of_a_group_repeat_only_where_there_are_too_few(others, distinct):
     labels = torch.cat((torch.full((300,), 2), torch.zeros(others))).long()
-    sampler = GroupSampler(labels, Groups(rows=1, forget_images=2, retain_images=10), 0)
+    sampler = GroupSampler(labels, groups(rows=1, forget_images=2, retain_images=10))
     step = next(step for step in range(2) if sampler.rows_of(step) == [2])
-    chosen = sampler.batch(step)[2:]
+    chosen = sampler(step)[2:]
     assert (len(chosen), len(chosen.unique())) == (10, distinct)
     assert labels[chosen].eq(0).all()
 
 
 def test_expanded_groups_keep_images_and_rows_together():
     labels = torch.tensor([2, 2, 0, 1, 0, 0, 2, 1])
-    batch = expand_groups(labels, Groups(rows=2, forget_images=2, retain_images=2))
+    batch = expand_groups(labels, groups(rows=2, forget_images=2, retain_images=2))
     assert batch.source.tolist() == [0, 1, 4, 5, 2, 3, 6, 7]
     assert batch.forget.tolist() == [2, 2, 0, 0, 2, 2, 0, 0]
     assert batch.target.tolist() == labels[batch.source].tolist()
@@ -104,7 +110,7 @@ def test_the_loss_is_that_of_the_formula(soft, net):
 
 
 def test_noise_is_that_of_seed_and_step(net):
-    batch = expand_groups(torch.tensor([1, 0, 2, 2]), Groups(2, 1, 1))
+    batch = expand_groups(torch.tensor([1, 0, 0, 2, 1, 1]), groups(2, 1, 2))
     drawn = []
     for seed, step in ((0, 4), (0, 4), (0, 5), (1, 4)):
         with durable_step(net, batch, seed, step):
@@ -140,11 +146,11 @@ def test_statistics_are_those_of_the_baked_network_on_the_other_classes(net):
 
 def test_a_compound_group_is_under_two_rows_and_takes_no_part_in_matching(net):
     labels = torch.tensor([0] * 9 + [1] * 9 + [2] * 9)
-    groups = Groups(rows=2, forget_images=4, retain_images=3, compound=0.5)
-    chosen = labels[GroupSampler(labels, groups, seed=1).batch(0)]
-    batch = expand_groups(chosen, groups)
+    config = groups(rows=2, forget_images=4, retain_images=3, compound=0.5)
+    chosen = labels[GroupSampler(labels, config)(0)]
+    batch = expand_groups(chosen, config)
     pair = batch.forget[:, 1] >= 0
-    assert pair.sum() == groups.size
+    assert pair.sum() == 7
     assert torch.equal(batch.weight, torch.where(pair, 0.5, 1.0))
     own = pair & (torch.arange(len(batch)) < batch.forget_size)
     assert [int(batch.target[own].eq(c).sum()) for c in batch.forget[pair][0]] == [2, 2]

@@ -5,11 +5,11 @@ import torch
 
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import (
-    HalvesSampler,
-    RoundRobinSampler,
-    ShuffledSampler,
     expand,
+    in_batches,
     random_other_rows,
+    round_robin,
+    shuffled_passes,
 )
 
 
@@ -65,8 +65,8 @@ def test_compound_rows_come_beside_the_single_ones(share):
     assert (rows[:, 0] != rows[:, 1]).all()
     for label in range(4):  # three pairs of the other rows, in either order
         assert len(rows[target == label].sort(1).values.unique(dim=0)) == 3
-    for half, weight in zip((forgotten, retained), batch.weights_of_halves, strict=True):
-        pairs = twos[half]
+    for half in (forgotten, retained):
+        pairs, weight = twos[half], batch.weight[half]
         torch.testing.assert_close(weight[pairs].sum(), 0.5 * weight[~pairs].sum())
     assert batch.rows.tolist() == [0, 1, 2, 3]
 
@@ -108,8 +108,9 @@ def test_of_several_labels_true_ones_are_forgotten_under_lacking_ones_is_retaine
 @pytest.mark.parametrize("batch_size", [3, 16])
 def test_round_robin_trains_every_row_equally_often(batch_size):
     labels = torch.tensor([0] * 20 + [1] * 3 + [2] + [3] * 9 + [5] * 2)  # uneven, class 4 absent
-    sampler = RoundRobinSampler(labels, batch_size, seed=0)
-    seen = torch.cat([sampler.batch(step) for step in range(11)])
+    images = round_robin(labels, torch.arange(len(labels)), batch_size, seed=0)
+    sampler = in_batches(batch_size, images)
+    seen = torch.cat([sampler(step) for step in range(11)])
     counts = labels[seen].bincount(minlength=6)[[0, 1, 2, 3, 5]]
     assert counts.max() - counts.min() <= 1
     assert len(seen[labels[seen] == 1][:3].unique()) == 3  # all images of a class
@@ -119,8 +120,8 @@ def test_round_robin_trains_every_row_equally_often(batch_size):
 
 
 def test_shuffled_passes_over_all_images():
-    sampler = ShuffledSampler(10, 4, seed=0)
-    seen = torch.cat([sampler.batch(step) for step in range(5)])
+    sampler = in_batches(4, shuffled_passes(torch.arange(10), 2, 0))
+    seen = torch.cat([sampler(step) for step in range(5)])
     assert sorted(seen[:10].tolist()) == list(range(10))
     assert sorted(seen[10:].tolist()) == list(range(10))
     assert not torch.equal(seen[:10], seen[10:])
@@ -128,10 +129,10 @@ def test_shuffled_passes_over_all_images():
 
 def test_batches_are_a_function_of_seed_and_step():
     def make():
-        parts = RoundRobinSampler(torch.arange(30) % 7, 4, seed=5), ShuffledSampler(30, 4, seed=5)
-        return HalvesSampler(*((part, torch.arange(30)) for part in parts))
+        images = torch.arange(30)
+        return in_batches(4, round_robin(images % 7, images, 4, 5), shuffled_passes(images, 2, 5))
 
     forwards, backwards = make(), make()
-    found = [forwards.batch(step).tolist() for step in range(12)]
-    assert [backwards.batch(step).tolist() for step in reversed(range(12))] == found[::-1]
+    found = [forwards(step).tolist() for step in range(12)]
+    assert [backwards(step).tolist() for step in reversed(range(12))] == found[::-1]
     assert found[0][:4] != found[0][4:]

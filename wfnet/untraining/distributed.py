@@ -27,7 +27,7 @@ from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.expansion import ExpandedBatch
-from wfnet.untraining.objectives import Losses, Objective
+from wfnet.untraining.objectives import Losses, Objective, weighted_sums
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.step import Minibatch, UntrainingStep
 
@@ -47,14 +47,7 @@ class SharedObjective:
     def __call__(
         self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
     ) -> Losses:
-        costs = self.objective.costs(logits, batch, original)
-        if batch.weight is None:
-            sums = torch.stack([cost.sum() for cost in costs])
-            counts = sums.new_tensor([cost.numel() for cost in costs])
-        else:
-            weights = batch.weights_of_halves
-            sums = torch.stack([(c * w).sum() for c, w in zip(costs, weights, strict=True)])
-            counts = torch.stack([w.sum() for w in weights]).to(sums.dtype)
+        sums, counts = weighted_sums(self.objective.costs(logits, batch, original), batch)
         whole = self.ranks.add(torch.cat((sums.detach(), counts)))
         counts = whole[2:].clamp_min(1)
         means = (whole[:2] / counts).unbind()

@@ -20,7 +20,7 @@ from wfnet.data import Batch, Dataset, batches
 from wfnet.data.tensor_images import TensorImages
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
-from wfnet.untraining.expansion import ExpandedBatch, Sampler, shuffled_rounds
+from wfnet.untraining.expansion import ExpandedBatch, shuffled_passes
 from wfnet.untraining.objectives import (
     Losses,
     Objective,
@@ -36,76 +36,47 @@ _PASS = 1024  # samples of a pass that measures statistics, where a row's images
 _POOL_BYTES = 256 << 20
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Sizes of a step of recipe ``durable``.
-
-    Attributes:
-        rows: R, groups of images in a step, each under a row of its own.
-        forget_images: images of the row's class in its group.
-        retain_images: images of other classes in its group.
-        compound: above 0, the last group is under two rows at once and has images of both classes;
-            the weight of its samples, beside 1 for the others.
-    """
-
-    rows: int = 4
-    forget_images: int = 8
-    retain_images: int = 32
-    compound: float = 0.0
-
-    @property
-    def size(self) -> int:
-        return self.forget_images + self.retain_images
-
-
-def groups_of(config: UntrainConfig) -> Groups:
-    """The sizes that the settings of a run give."""
-    size = config.forget_images + config.retain_images
-    rows = config.batch_size // size
-    return Groups(rows, config.forget_images, config.retain_images, config.compound)
-
-
-class GroupSampler(Sampler):
+class GroupSampler:
     """Rows in round robin, shuffled anew every round, each with a group of images.
+
+    With compound rows, the last group is under two rows at once and has images of both classes.
 
     Args:
         labels: ``[N]`` int64.
-        groups: rows of a step and images of a row.
-        seed: of both.
+        config: images of a step and of a row, and the seed.
     """
 
-    def __init__(self, labels: Tensor, groups: Groups, seed: int):
-        self.groups = groups
-        self.seed = seed
+    def __init__(self, labels: Tensor, config: UntrainConfig):
+        self.config = config
         self.present = labels.unique()
         self._own = {c: (labels == c).nonzero().flatten() for c in self.present.tolist()}
         self._labels = labels
-        self.rows = min(groups.rows - bool(groups.compound), len(self.present))
-        self._round = shuffled_rounds(self.present, 8, seed, _ROWS_STREAM)
+        groups = config.batch_size // (config.forget_images + config.retain_images)
+        self.rows = min(groups - bool(config.compound), len(self.present))
+        self._next_row = shuffled_passes(self.present, 8, config.seed, _ROWS_STREAM)
 
     def rows_of(self, step: int) -> list[int]:
         """The rows of a step that have a group to themselves."""
-        places = (divmod(step * self.rows + i, len(self.present)) for i in range(self.rows))
-        return [int(self._round(number)[place]) for number, place in places]
+        return [int(self._next_row(step * self.rows + i)) for i in range(self.rows)]
 
-    def batch(self, step: int) -> Tensor:
+    def __call__(self, step: int) -> Tensor:
         """``[R * size]`` positions, group by group, images of the row's class first."""
-        draw = generator_for(self.seed, _IMAGES_STREAM, step)
+        draw = generator_for(self.config.seed, _IMAGES_STREAM, step)
         chosen = []
         members = [[row] for row in self.rows_of(step)]
-        if self.groups.compound:
+        if self.config.compound:
             pair = torch.randperm(len(self.present), generator=draw)[:2]
             members.append(self.present[pair].tolist())
         for rows in members:
             for own in (self._own[row] for row in rows):
-                count = self.groups.forget_images // len(rows)
+                count = self.config.forget_images // len(rows)
                 chosen.append(own[torch.randint(len(own), (count,), generator=draw)])
             chosen.append(self._others(rows, draw))
         return torch.cat(chosen)
 
     def _others(self, rows: list[int], draw: torch.Generator) -> Tensor:
         """Distinct images of other classes, each equally likely: drawn and thrown away."""
-        wanted = self.groups.retain_images
+        wanted = self.config.retain_images
         rows = torch.tensor(rows)
         if len(self._labels) - sum(len(self._own[row]) for row in rows.tolist()) <= 2 * wanted:
             rest = (~torch.isin(self._labels, rows)).nonzero().flatten()
@@ -122,24 +93,25 @@ class GroupSampler(Sampler):
         return torch.tensor(list(found))
 
 
-def expand_groups(labels: Tensor, groups: Groups) -> ExpandedBatch:
+def expand_groups(labels: Tensor, config: UntrainConfig) -> ExpandedBatch:
     """The samples of a step: every image once, under the row of its group.
 
     With a compound group the labels are ``[B, 2]``, padded with -1.
 
     Args:
-        labels: ``[R * size]`` int64, in the order of :meth:`GroupSampler.batch`.
+        labels: ``[R * size]`` int64, in the order of :class:`GroupSampler`.
+        config: images of a row, and the weight of samples under two rows, beside 1 for others.
     """
-    by_group = labels.unflatten(0, (-1, groups.size))
+    cut = config.forget_images
+    by_group = labels.unflatten(0, (-1, cut + config.retain_images))
     rows = by_group[:, :1].expand_as(by_group)
     weight = None
-    if groups.compound:
+    if config.compound:
         second = torch.full_like(rows, -1)
-        second[-1] = by_group[-1, groups.forget_images // 2]
-        weight = torch.where(second >= 0, groups.compound, 1.0)
+        second[-1] = by_group[-1, cut // 2]
+        weight = torch.where(second >= 0, config.compound, 1.0)
         rows = torch.stack((rows, second), 2)
     position = torch.arange(len(labels)).view_as(by_group)
-    cut = groups.forget_images
     source = torch.cat((position[:, :cut].flatten(), position[:, cut:].flatten()))
     return ExpandedBatch(
         forget=rows.flatten(0, 1)[source],

@@ -11,7 +11,6 @@ exactly the batches that it would have seen.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -61,13 +60,6 @@ class ExpandedBatch:
     def rows(self) -> Tensor:
         """``[R]``, the distinct rows that occur, in order."""
         return self.forget[self.forget >= 0].unique()
-
-    @property
-    def weights_of_halves(self) -> tuple[Tensor | None, Tensor | None]:
-        """The weights of both halves; None if all are equal."""
-        if self.weight is None:
-            return None, None
-        return self.weight[self.forget_half], self.weight[self.retain_half]
 
     def __len__(self) -> int:
         return self.forget.shape[0]
@@ -205,98 +197,64 @@ def _padded(rows: Tensor) -> Tensor:
     return torch.stack((rows, torch.full_like(rows, -1)), 1)
 
 
-def shuffled_rounds(items: Tensor, cached: int, *key: int) -> Callable[[int], np.ndarray]:
-    """Returns what gives the order of ``items`` in round number i, shuffled anew every round."""
+# Gives the positions ``[n]`` int64 of the images of minibatch number ``step``. There is no state to
+# save: to resume, go on with the next step.
+Sampler = Callable[[int], Tensor]
 
+
+def shuffled_passes(items: Tensor, cached: int, *key: int) -> Callable[[int], np.generic]:
+    """Returns what gives item number i of endless passes over ``items``, each shuffled anew.
+
+    Args:
+        items: ``[N]``.
+        cached: passes whose orders are kept.
+        key: seed of the orders.
+    """
+
+    @lru_cache(cached)
     def order(number: int) -> np.ndarray:
         shuffled = torch.randperm(len(items), generator=generator_for(*key, number))
         return items[shuffled].numpy()  # an element of a tensor takes a microsecond
 
-    return lru_cache(cached)(order)
+    def item(number: int) -> np.generic:
+        done, place = divmod(number, len(items))
+        return order(done)[place]
+
+    return item
 
 
-class Sampler(ABC):
-    """Minibatches by number: ``batch(step)`` is always the same for the same step.
+def round_robin(
+    labels: Tensor, positions: Tensor, cached: int, seed: int, stream: int = 0
+) -> Callable[[int], np.generic]:
+    """Returns what gives image number i of classes in turn: all rows are trained equally often.
 
-    There is no state to save: to resume, go on with the next step.
-    """
-
-    @abstractmethod
-    def batch(self, step: int) -> Tensor:
-        """``[n]`` int64 positions in the data set, in the order of the minibatch."""
-
-
-class ShuffledSampler(Sampler):
-    """Passes over the data set in random order, cut into batches of ``n`` images.
-
-    A batch may span two passes, so all batches have ``n`` images.
-
-    Args:
-        size: images in the data set.
-        batch_size: n.
-        seed: seed of the order.
-    """
-
-    def __init__(self, size: int, batch_size: int, seed: int):
-        self.size = size
-        self.batch_size = batch_size
-        self._order = shuffled_rounds(torch.arange(size), 2, seed, 1)
-
-    def batch(self, step: int) -> Tensor:
-        first = step * self.batch_size
-        places = (divmod(first + i, self.size) for i in range(self.batch_size))
-        return torch.from_numpy(np.array([self._order(epoch)[place] for epoch, place in places]))
-
-
-class RoundRobinSampler(Sampler):
-    """Classes in turn, in an order shuffled anew every round: all rows are trained equally often.
-
-    Over any number of batches two classes differ by at most one occurrence, whatever their sizes;
-    within a class, images come in shuffled passes.
+    The order of the classes is shuffled anew every round. Among any first images two classes differ
+    by at most one occurrence, whatever their sizes; within a class, images come in shuffled passes.
 
     Args:
         labels: ``[N]`` int64.
-        batch_size: n, below or above the number of classes.
+        positions: ``[n]`` int64, of the images that are drawn from.
+        cached: images that are asked for at a time.
         seed: seed of both orders.
-        stream: samplers with different streams are independent of each other.
+        stream: different ones are independent of each other.
     """
-
-    def __init__(self, labels: Tensor, batch_size: int, seed: int, stream: int = 0):
-        self.batch_size = batch_size
-        sizes = labels.bincount()
-        present = sizes.nonzero().flatten()
-        parts = labels.argsort(stable=True).split(sizes[present].tolist())
-        members = zip(present.tolist(), parts, strict=True)
-        self.classes = len(present)
-        cached = batch_size // self.classes + 2
-        self._round = shuffled_rounds(present, cached, seed, 2, stream)
-
-        self._sizes = sizes.tolist()
-        self._images = {
-            label: shuffled_rounds(images, 2, seed, 3, stream, label) for label, images in members
-        }
-
-    def batch(self, step: int) -> Tensor:
-        first = step * self.batch_size
-        chosen = []
-        for position in range(first, first + self.batch_size):
-            number, place = divmod(position, self.classes)
-            label = int(self._round(number)[place])
-            visit, within = divmod(number, self._sizes[label])
-            chosen.append(self._images[label](visit)[within])
-        return torch.from_numpy(np.array(chosen))
+    sizes = labels[positions].bincount()
+    present = sizes.nonzero().flatten()
+    count = len(present)
+    by_class = positions[labels[positions].argsort(stable=True)].split(sizes[present].tolist())
+    classes = shuffled_passes(present, cached // count + 2, seed, 2, stream)
+    images = {
+        label: shuffled_passes(members, 2, seed, 3, stream, label)
+        for label, members in zip(present.tolist(), by_class, strict=True)
+    }
+    return lambda number: images[int(classes(number))](number // count)
 
 
-class HalvesSampler(Sampler):
-    """Joins two samplers: the first gives the forget half, the second the retain half.
+def in_batches(size: int, *halves: Callable[[int], np.generic]) -> Sampler:
+    """Returns the sampler whose batches take the next ``size`` images of each of ``halves``."""
 
-    Args:
-        halves: each a sampler and ``[n]`` int64, the positions in the data set of the images that
-            it draws from.
-    """
+    def batch(step: int) -> Tensor:
+        numbers = range(step * size, (step + 1) * size)
+        return torch.from_numpy(np.array([half(i) for half in halves for i in numbers]))
 
-    def __init__(self, *halves: tuple[Sampler, Tensor]):
-        self.halves = halves
-
-    def batch(self, step: int) -> Tensor:
-        return torch.cat([positions[sampler.batch(step)] for sampler, positions in self.halves])
+    return batch

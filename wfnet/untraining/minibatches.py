@@ -12,14 +12,14 @@ from torch import Tensor
 from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, labels_of, multi_hot_of
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
-from wfnet.untraining.durable import GroupSampler, expand_groups, groups_of
+from wfnet.untraining.durable import GroupSampler, expand_groups
 from wfnet.untraining.expansion import (
     ExpandedBatch,
-    HalvesSampler,
-    RoundRobinSampler,
     Sampler,
-    ShuffledSampler,
     expand,
+    in_batches,
+    round_robin,
+    shuffled_passes,
 )
 from wfnet.untraining.untrain_config import UntrainConfig
 
@@ -120,25 +120,22 @@ def configured_sampler(config: UntrainConfig, data: TrainingData) -> Sampler:
     Where some images have no row of their own, the forget half has the others; the retain half has
     all that can be retained under another row.
     """
-    half, seed, labels, own = config.batch_size // 2, config.seed, data.labels, data.has_row
     if config.objective == "durable":
-        return GroupSampler(labels, groups_of(config), seed)
-    others = torch.ones_like(own)
-    if bool(own.all()):
-        if config.sampler == "shuffled":
-            return ShuffledSampler(len(labels), config.images, seed)
-        if config.share_images:
-            return RoundRobinSampler(labels, half, seed)
-    elif len(data.rows) == 1:
-        others = ~own
+        return GroupSampler(data.labels, config)
+    own = data.has_row
+    every, size, parts = torch.ones_like(own), config.batch_size // 2, (own, own)
+    if not bool(own.all()):
+        parts = own, ~own if len(data.rows) == 1 else every
+    elif config.share_images or config.sampler == "shuffled":
+        parts, size = (every,), config.images
     halves = []
-    for stream, chosen in enumerate((own, others)):
-        positions = chosen.nonzero().flatten()
-        sampler = RoundRobinSampler(labels[positions], half, seed, stream)
+    for stream, part in enumerate(parts):
+        positions = part.nonzero().flatten()
         if config.sampler == "shuffled":
-            sampler = ShuffledSampler(len(positions), half, seed + stream)
-        halves.append((sampler, positions))
-    return HalvesSampler(*halves)
+            halves.append(shuffled_passes(positions, 2, config.seed + stream, 1))
+        else:
+            halves.append(round_robin(data.labels, positions, size, config.seed, stream))
+    return in_batches(size, *halves)
 
 
 class Share(NamedTuple):
@@ -192,7 +189,7 @@ class MinibatchReader:
         steps = range(position, stop)
         stream = batches(
             self.data.dataset,
-            (self.ranks.share(self.sampler.batch(step)) for step in steps),
+            (self.ranks.share(self.sampler(step)) for step in steps),
             self.config.workers,
             self.corrupt,
             pin_memory=self.pin_memory,
@@ -210,7 +207,7 @@ class MinibatchReader:
                 whole = replace(whole, original=self.original[batch.indices])
             return Share(batch.images, whole, whole.rows)
         size = self.ranks.size
-        whole = self._expand(position, self.sampler.batch(position))
+        whole = self._expand(position, self.sampler(position))
         mine = whole.source % size == self.ranks.rank
         own = ExpandedBatch(
             whole.forget[mine],
@@ -225,7 +222,7 @@ class MinibatchReader:
         """Returns the expanded batch of minibatch ``position``, which has these images."""
         config, data = self.config, self.data
         if config.objective == "durable":
-            return expand_groups(data.labels[indices], groups_of(config))
+            return expand_groups(data.labels[indices], config)
         return expand(
             (data.labels if data.multi_hot is None else data.multi_hot)[indices],
             data.num_classes,

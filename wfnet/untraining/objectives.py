@@ -88,15 +88,17 @@ class Objective(ABC):
                 are gathered by ``batch.source``), or None if the objective needs none.
             net: the filtered network, for terms that read its gates.
         """
-        means = [
-            cost.sum() / max(cost.numel(), 1)
-            if weight is None
-            else (cost * weight).sum() / weight.sum().clamp_min(1)
-            for cost, weight in zip(
-                self.costs(logits, batch, original), batch.weights_of_halves, strict=True
-            )
-        ]
-        return self.total(*means, net)
+        sums, counts = weighted_sums(self.costs(logits, batch, original), batch)
+        return self.total(*(sums / counts.clamp_min(1)).unbind(), net)
+
+
+def weighted_sums(costs: Sequence[Tensor], batch: ExpandedBatch) -> tuple[Tensor, Tensor]:
+    """Returns the sums of both halves' costs ``[2]`` and of their weights ``[2]``."""
+    weights = [torch.ones_like(cost) for cost in costs]
+    if batch.weight is not None:
+        weights = [batch.weight[batch.forget_half], batch.weight[batch.retain_half]]
+    sums = torch.stack([(c * w).sum() for c, w in zip(costs, weights, strict=True)])
+    return sums, torch.stack([w.sum() for w in weights]).to(sums.dtype)
 
 
 def full_precision(logits: Tensor) -> Tensor:
