@@ -22,10 +22,10 @@ def randomise(model: nn.Module) -> nn.Module:
         t.data.copy_(low + (high - low) * torch.rand(t.shape, generator=generator))
 
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if getattr(module, "running_var", None) is not None:
             uniform(module.running_mean, -0.3, 0.3)
             uniform(module.running_var, 0.5, 1.5)
-            if module.affine:
+            if module.weight is not None:
                 uniform(module.weight, 0.5, 1.5)
                 uniform(module.bias, -0.3, 0.3)
         elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
@@ -133,35 +133,3 @@ def check_equal() -> Callable[..., None]:
             )
 
     return check
-
-
-@pytest.fixture
-def bfloat16_errors(pair_of) -> Callable[..., tuple[wfnet.WFNet, float, float]]:
-    """A fused network, and relative errors of its and of the unfused one's bf16 gradients."""
-
-    def errors(
-        gate: float, fuse: bool | str, model: nn.Module | None = None
-    ) -> tuple[wfnet.WFNet, float, float]:
-        torch.manual_seed(0)  # at the smallest gates the ratio of two draws is between 0.3 and 4
-        net, fused = pair_of(model or Toy(), fuse)
-        alpha = torch.logit(torch.tensor(gate * torch.sigmoid(torch.tensor(3.0)).item())).item()
-        for mine, other in zip(net.filter_parameters(), fused.filter_parameters(), strict=True):
-            mine.data.normal_(alpha, 0.1)
-            other.data.copy_(mine)
-        images = torch.randn(64, 3, 32, 32, dtype=torch.float64)
-        labels, weights = torch.arange(64) % CLASSES, torch.randn(64, CLASSES).double()
-
-        def gradients(network: wfnet.WFNet, dtype: torch.dtype) -> torch.Tensor:
-            half = dtype is torch.bfloat16
-            network = network.to(torch.float32 if half else dtype)
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                out = network(images.to(network.filter_parameters()[0].dtype), labels)
-            (out.double() * weights).sum().backward()
-            return torch.cat([p.grad.double().flatten() for p in network.filter_parameters()])
-
-        exact = gradients(copy.deepcopy(net), torch.float64)
-        found = [gradients(network, torch.bfloat16) - exact for network in (fused, net)]
-        assert fused.fused_network(images.float()) is not None
-        return fused, *((error.norm() / exact.norm()).item() for error in found)
-
-    return errors

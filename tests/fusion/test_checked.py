@@ -108,18 +108,15 @@ def test_an_unchanged_network_is_planned_once(toy, pair_of):
     assert [n for n, _ in net.named_modules()] == [n for n, _ in fused.named_modules()]
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("compile", "plan"), (True, "trunk")])
-def test_copies_and_saved_networks_start_without_plans(
-    mode, kind, toy, small_vit, randomised, monkeypatch
-):
+@pytest.fixture
+def without_generated_code(monkeypatch):
     compile_ = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", compile_)
-    model = (
-        small_vit()
-        if kind == "trunk"
-        else nn.Sequential(nn.Conv2d(3, 4, 32), nn.Flatten(), nn.Linear(4, 5))
-    )
-    fused = wfnet.WFNet(randomised(model), CLASSES, fuse=mode)
+
+
+def test_copies_and_saved_networks_start_without_plans(pair_of, without_generated_code):
+    model = nn.Sequential(nn.Conv2d(3, 4, 32), nn.Flatten(), nn.Linear(4, 5))
+    _, fused = pair_of(model, "compile")
     with torch.no_grad():
         expected = fused(IMAGES, 1)
         file = io.BytesIO()
@@ -127,7 +124,7 @@ def test_copies_and_saved_networks_start_without_plans(
         file.seek(0)
         saved = torch.load(file, weights_only=False)
         for twin in (saved, pickle.loads(pickle.dumps(fused)), copy.deepcopy(fused)):
-            assert twin.fuse == mode
+            assert twin.fuse == "compile"
             twin.fuse = True  # its own, without compiling once more
             torch.testing.assert_close(twin(IMAGES, 1), expected, rtol=1e-10, atol=1e-11)
 
@@ -173,3 +170,33 @@ def test_which_backend_layers_ask_for():
     other.backend = "reference"
     with pytest.raises(fusion.NotFusable, match="never fused"):
         fusion.backend_for([other])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "gate"),
+    [("plan", True, gate) for gate in (1.0, 1e-2, 1e-3)]
+    + [("plan", "compile", 1.0), ("plan", "compile", 1e-3), ("trunk", True, 0.5)],
+)
+def test_bfloat16_error_is_at_most_twice_the_unfused_one(
+    kind, mode, gate, toy, small_vit, pair_of, without_generated_code
+):
+    torch.manual_seed(0)  # at the smallest gates the ratio of two draws is between 0.3 and 4
+    net, fused = pair_of(small_vit() if kind == "trunk" else toy(), mode)
+    alpha = torch.logit(torch.tensor(gate * torch.sigmoid(torch.tensor(3.0)).item())).item()
+    for parameter in net.filter_parameters():
+        parameter.data.normal_(alpha, 0.1)
+    fused.load_state_dict(net.state_dict())
+    images = torch.randn(64, 3, 32, 32, dtype=torch.float64)
+    labels, weights = torch.arange(64) % CLASSES, torch.randn(64, CLASSES).double()
+
+    def gradients(network: wfnet.WFNet, half: bool) -> torch.Tensor:
+        network = network.to(torch.float32 if half else torch.float64)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = network(images.to(network.filter_parameters()[0].dtype), labels)
+        (out.double() * weights).sum().backward()
+        return torch.cat([p.grad.double().flatten() for p in network.filter_parameters()])
+
+    exact = gradients(copy.deepcopy(net), False)
+    error, unfused = ((gradients(network, True) - exact).norm() for network in (fused, net))
+    assert fused.fused_network(images.float()) is not None
+    assert error <= 2 * unfused

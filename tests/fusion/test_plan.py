@@ -19,19 +19,12 @@ IMAGES = torch.randn(3, 3, 12, 12, dtype=torch.float64)
 BN = nn.BatchNorm2d
 
 
-def conv(channels: int = 8, **options) -> nn.Conv2d:
-    return nn.Conv2d(channels, channels, 3, **{"padding": 1, **options})
+def conv(kernel: int | tuple[int, int] = 3, **options) -> nn.Conv2d:
+    return nn.Conv2d(8, 8, kernel, **{"padding": 1, **options})
 
 
-def norm_act(act: type[nn.Module] | str | None, **options) -> nn.Module:
-    return timm.layers.BatchNormAct2d(8, act_layer=act, apply_act=act is not None, **options)
-
-
-def frozen_norm(norm: nn.Module) -> nn.Module:
-    for name, tensor in norm.state_dict().items():
-        if tensor.is_floating_point():
-            nn.init.uniform_(tensor, *((-0.3, 0.3) if name in ("bias", "mean") else (0.5, 1.5)))
-    return norm
+def norm_act(act: str, **options) -> nn.Module:
+    return timm.layers.BatchNormAct2d(8, act_layer=act, **options)
 
 
 def folded(plan: fusion.Plan) -> tuple[int, int, int, int]:
@@ -64,7 +57,7 @@ class Deciding(nn.Module):
 
     def __init__(self, channels: int = 8):
         super().__init__()
-        self.conv = conv(channels)
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x):
         return F.relu(self.conv(x) if x.shape[0] > 0 and x.abs().sum() > 0 else x, inplace=True)
@@ -82,7 +75,6 @@ def summed_behind_a_norm(net, x):
 # Modules behind a stem without a norm, or a function of x; convolutions, norms, ReLUs, sums.
 FOLDED = {
     "norm with ReLU": ((norm_act("relu", inplace=True), conv(), norm_act("relu")), (2, 2, 2, 0)),
-    "norm with PReLU": ((norm_act(nn.PReLU), conv(), norm_act(nn.PReLU)), (2, 2, 0, 0)),
     "dropping norm": ((norm_act("relu", drop_layer=timm.layers.DropBlock2d),), (1, 1, 1, 0)),
     "torchvision frozen": ((torchvision.ops.FrozenBatchNorm2d(8, eps=1e-3),), (1, 1, 0, 0)),
     "timm frozen": ((timm.layers.FrozenBatchNormAct2d(8, act_layer="silu"),), (1, 1, 0, 0)),
@@ -98,15 +90,8 @@ FOLDED = {
     "sum in place": (summed_in_place, (3, 0, 0, 1)),
     "called twice": (lambda net, x: net.conv(F.silu(net.conv(x))), (3, 0, 0, 0)),
     "same": ((nn.ReLU(), conv(padding="same"), BN(8), nn.ReLU()), (2, 1, 2, 0)),
-    "lopsided": (
-        (nn.Conv2d(8, 8, (2, 4), padding="same", dilation=(1, 3)), BN(8)),
-        (2, 1, 0, 0),
-    ),
-    "reflect": ((conv(padding_mode="reflect"), BN(8)), (2, 1, 0, 0)),
-    "circular": (
-        (nn.Conv2d(8, 8, (1, 3), padding=(0, 1), stride=2, padding_mode="circular"),),
-        (2, 0, 0, 0),
-    ),
+    "lopsided": ((conv((2, 4), padding="same", dilation=(1, 3)), BN(8)), (2, 1, 0, 0)),
+    "circular": ((conv((1, 3), padding=(0, 1), stride=2, padding_mode="circular"),), (2, 0, 0, 0)),
     "timm same": ((timm.layers.Conv2dSame(8, 8, 3, stride=2), BN(8)), (2, 1, 0, 0)),
 }
 
@@ -115,7 +100,7 @@ FOLDED = {
 def test_what_folds(name, network_of, pair_of, check_equal):
     body, expected = FOLDED[name]
     if isinstance(body, tuple):
-        body = nn.Sequential(*map(frozen_norm, body))
+        body = nn.Sequential(*body)
     drop, path = torchvision.ops.StochasticDepth(0.5, "row"), timm.layers.DropPath(0.5)
     net, fused = pair_of(network_of(body, conv=conv(), norm=BN(8), drop=drop, path=path))
     plan = fusion.make_plan(net.model, IMAGES)
@@ -197,9 +182,7 @@ def test_the_backward_chain_of_a_bottleneck_network():
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("darknet53", (52, 52, 0, 0)),
         ("efficientnet_b0", (81, 49, 0, 9)),
-        ("rexnet_100", (75, 62, 13, 0)),
         ("res2net50_26w_4s", (85, 85, 81, 16)),
     ],
 )

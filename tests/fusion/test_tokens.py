@@ -53,7 +53,6 @@ def widths(model: nn.Module) -> dict[str, int]:
         (lambda x: x[:, 0], 1),
         (lambda x: x[:, 0] + x[:, 1], 2),
         (lambda x: x[:, :2].mean(1), 2),
-        (lambda x: x[:, 0:3].mean(1), 3),
         (lambda x: x.mean(1), TOKENS),
         (lambda x: x[:, -1], TOKENS),
         (lambda x: x[:, 1:].mean(1), TOKENS),

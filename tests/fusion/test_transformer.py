@@ -22,10 +22,6 @@ def images(n: int = 3) -> torch.Tensor:
     return torch.randn(n, 3, 32, 32, dtype=torch.float64)
 
 
-def rows(count: int = 5) -> torch.Tensor:
-    return torch.arange(count)[:, None] % CLASSES
-
-
 @pytest.fixture
 def compile_with(monkeypatch):
     def use(backend: str) -> None:
@@ -33,17 +29,6 @@ def compile_with(monkeypatch):
         monkeypatch.setattr(torch, "compile", make)
 
     return use
-
-
-@pytest.fixture
-def trunk_of(pair_of):
-    def make(model: nn.Module, fuse: bool | str = True) -> fusion.TrunkNetwork:
-        _, fused = pair_of(model, fuse, targets="qkv")
-        network = fused.fused_network(images())
-        assert isinstance(network, fusion.TrunkNetwork)
-        return network
-
-    return make
 
 
 def small_swin() -> nn.Module:
@@ -198,21 +183,15 @@ def test_a_run_writes_the_gradients_that_autograd_finds(
     torch.testing.assert_close(into, torch.cat(found, 1), rtol=0, atol=0)
 
 
-def test_bfloat16_error_is_at_most_twice_the_unfused_one(small_vit, bfloat16_errors):
-    fused, error, unfused = bfloat16_errors(0.5, True, small_vit())
-    assert isinstance(fused.fused_network(images().float()), fusion.TrunkNetwork)
-    assert error <= 2 * unfused
-
-
 # -- what is kept ---------------------------------------------------------------------------------
 
 
 def test_the_compiled_network_does_not_keep_what_it_can_compute_again(
-    compile_with, small_vit, trunk_of
+    compile_with, small_vit, pair_of
 ):
     compile_with("aot_eager_decomp_partition")
-    network = trunk_of(small_vit(), "compile")
-    run = network.start(images(4), rows(4), None)
+    _, fused = pair_of(small_vit(), "compile", targets="qkv")
+    run = fused.fused_network(images()).start(images(4), torch.arange(4)[:, None], None)
     kept: dict[int, int] = {}
     with saved_tensors_hooks(
         lambda t: kept.update({t.untyped_storage().data_ptr(): t.numel()}) or t, lambda t: t
