@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from wfnet import UntrainConfig, WFNet, models
+from wfnet import UntrainConfig, WFNet, models, untrain
 from wfnet.data import CorruptImage, MultiLabelTensors, TensorImages
 from wfnet.untraining.objectives import BalancedObjective
 
@@ -104,6 +104,21 @@ def config(**changes) -> UntrainConfig:
         "checkpoint_every": 1,
     }
     return UntrainConfig(**{**settings, **changes})
+
+
+@pytest.fixture(scope="session")
+def go(base) -> Callable:
+    """Untrains the bars, validated every eighth step; the network and the result."""
+
+    def run(folder=None, train=None, validation=None, net=None, loss=None, **changes):
+        about = {name: changes.pop(name) for name in ("resume", "log") if name in changes}
+        about = {"resume": True, "progress": False, "objective": loss, **about}
+        net = WFNet(base, BARS) if net is None else net
+        train = bars() if train is None else train
+        settings = {"steps": 20, "validations_per_epoch": 3, "checkpoint_every": 3, **changes}
+        return net, untrain(net, train, validation, config(**settings), folder, **about)
+
+    return run
 
 
 # -- data sets that do something ------------------------------------------------------------------

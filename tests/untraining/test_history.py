@@ -4,19 +4,7 @@ import csv
 import importlib
 import json
 
-import pytest
-
 from wfnet import WFNet, untrain
-
-
-@pytest.fixture
-def go(base, runs):
-    def run(*arguments, **options):
-        net = WFNet(base, runs.BARS)
-        settings = runs.config(steps=6)
-        return net, untrain(net, runs.bars(), runs.bars(4, 1), settings, *arguments, **options)
-
-    return run
 
 
 def test_files_and_callback_without_tensorboard(go, base, runs, tmp_path, monkeypatch):
@@ -29,12 +17,12 @@ def test_files_and_callback_without_tensorboard(go, base, runs, tmp_path, monkey
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     records = []
-    net, result = go(tmp_path, progress=False, log=records.append)
+    net, result = go(tmp_path, None, runs.bars(4, 1), steps=16, log=records.append)
     assert records == result.history
     assert result.filters == tmp_path
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
     content = json.loads((tmp_path / "history.json").read_text())
-    assert content["config"]["steps"] == 6
+    assert content["config"]["steps"] == 16
     assert content["history"] == result.history
     with open(tmp_path / "history.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -43,8 +31,9 @@ def test_files_and_callback_without_tensorboard(go, base, runs, tmp_path, monkey
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "tensorb"))]
 
 
-def test_progress_shows_losses_and_accuracies(go, capsys):
-    go(log_interval=1e-6)
+def test_progress_shows_losses_and_accuracies(base, runs, capsys):
+    data, settings = (runs.bars(), runs.bars(4, 1)), runs.config(steps=6)
+    untrain(WFNet(base, runs.BARS), *data, settings, log_interval=1e-6)
     lines = [line for line in capsys.readouterr().err.splitlines() if "untraining" in line]
     assert len(lines) >= 6
     for word in ("retain", "forget", "Acc_r", "Acc_f", "samples/s"):

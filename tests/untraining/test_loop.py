@@ -2,7 +2,6 @@
 
 import copy
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,33 +15,9 @@ from wfnet.untraining.validation import AccuracyValidator
 CLASSES = 4
 
 
-@pytest.fixture
-def config(runs):
-    """Settings of a short run on the bars; a validation every eighth step."""
-
-    def with_changes(**changes):
-        settings = {"steps": 20, "label_expansion": 3, "validations_per_epoch": 3}
-        return runs.config(**{**settings, "checkpoint_every": None, "patience": 10, **changes})
-
-    return with_changes
-
-
-@pytest.fixture
-def go(base, runs, config):
-    """Untrains the bars; the network and the result."""
-
-    def run(train=None, validation=None, folder=None, net=None, loss=None, **changes):
-        net = net or WFNet(base, CLASSES)
-        train = runs.bars() if train is None else train
-        about = config(**changes), folder, False, False, loss
-        return net, untrain(net, train, validation, *about)
-
-    return run
-
-
-def test_it_forgets_every_class_and_leaves_the_base_alone(base, runs, go, config):
+def test_it_forgets_every_class_and_leaves_the_base_alone(base, runs, go):
     net, validation = WFNet(base, CLASSES).eval(), runs.bars(seed=1)
-    about = CLASSES, BalancedObjective(), config(validation_rows=3)
+    about = CLASSES, BalancedObjective(), runs.config(validation_rows=3)
     before = AccuracyValidator(validation, *about)(net)
     _, result = go(validation=validation, net=net, steps=120)
     assert before.acc_f > 0.9
@@ -75,7 +50,7 @@ def test_runs_repeat_bitwise_and_leave_the_random_state_alone(runs, go):
     for seed in (1, 2):
         torch.manual_seed(seed)
         state = torch.get_rng_state()
-        found += go(validation=runs.bars(seed=1))
+        found += go(validation=runs.bars(4, 1))
         assert torch.equal(state, torch.get_rng_state())
     runs.assert_same_run(*found)
     with pytest.raises(AssertionError):
@@ -85,14 +60,14 @@ def test_runs_repeat_bitwise_and_leave_the_random_state_alone(runs, go):
 # -- validations, checkpoints and stopping --------------------------------------------------------
 
 
-def test_patience_ends_the_run_and_the_best_filters_are_kept(base, runs, go, config, tmp_path):
+def test_patience_ends_the_run_and_the_best_filters_are_kept(base, runs, go, tmp_path):
     validation = runs.bars(4, seed=1)
     changes = {"patience": 2, "schedule": "constant", "lr": 3.0, "validations_per_epoch": 24}
-    net, result = go(None, validation, tmp_path, steps=500, **changes)
+    net, result = go(tmp_path, None, validation, steps=500, **changes)
     assert result.stopped_early
     assert result.steps == result.best_step + 2 < 500
     net.fuse = True  # as `untrain` ran it: equal in every bit
-    again = AccuracyValidator(validation, CLASSES, BalancedObjective(), config(**changes))(net)
+    again = AccuracyValidator(validation, CLASSES, BalancedObjective(), runs.config(**changes))(net)
     assert again == result.best
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
 
@@ -109,8 +84,8 @@ def test_a_checkpoint_is_written_every_few_minutes(go, tmp_path, monkeypatch):
         assert saved == expected
 
 
-def test_resuming_without_a_checkpoint_says_so(base, runs, config, tmp_path, caplog):
-    untrain(WFNet(base, CLASSES), runs.bars(), None, config(steps=1), tmp_path, True, False)
+def test_resuming_without_a_checkpoint_says_so(go, tmp_path, caplog):
+    go(tmp_path, steps=1)
     assert f"{tmp_path} holds no checkpoint: the run starts from the beginning" in caplog.text
 
 
@@ -133,24 +108,19 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_filters(base, runs, go, t
     assert any((p != 3).any() for p in net.filter_parameters())
 
 
-def test_a_few_steps_of_nan_are_left_out_and_counted(runs, tmp_path, caplog):
-    def go(folder=None, train=None, **changes):
-        net, settings = runs.network(), runs.config(steps=10, **changes)
-        objective = runs.NaNLoss(lambda batch: batch.target[0] == 2)
-        data = train or runs.images(), runs.images(4, 1)
-        return net, untrain(net, *data, settings, folder, folder is not None, False, objective)
-
-    net, result = go(max_nan_steps=20)
+def test_a_few_steps_of_nan_are_left_out_and_counted(go, runs, tmp_path, caplog):
+    about = {"loss": runs.NaNLoss(lambda batch: batch.target[0] == 2), "max_nan_steps": 20}
+    net, result = go(**about)
     skipped = caplog.text.count("is not finite: its images are left out")
     assert skipped >= 2
     assert f"({skipped} of at most 20)" in caplog.text
-    assert result.steps == 10
+    assert result.steps == 20
     assert all(p.isfinite().all() for p in net.filter_parameters())
     with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, runs.raising(runs.images(), 4, 7), max_nan_steps=20)
-    runs.assert_same_run(*go(tmp_path, max_nan_steps=20), net, result)
+        go(tmp_path, runs.raising(runs.bars(), 4, 7), **about)
+    runs.assert_same_run(*go(tmp_path, **about), net, result)
     with pytest.raises(FloatingPointError, match="is not finite"):
-        go(max_nan_steps=skipped - 1)
+        go(**{**about, "max_nan_steps": skipped - 1})
 
 
 # -- data and networks ----------------------------------------------------------------------------
@@ -173,12 +143,12 @@ def test_data_that_do_not_fit(runs, go, train, validation, classes, message):
         return data.select(torch.isin(data.labels, torch.tensor(of)).nonzero().flatten())
 
     with pytest.raises(ValueError, match=message):
-        go(images(train), None if validation is None else images(validation), classes=classes)
+        go(None, images(train), None if validation is None else images(validation), classes=classes)
 
 
 def test_data_of_other_classes(runs, go):
     with pytest.raises(ValueError, match="have label 5, but the network has 4 classes"):
-        go(runs.bars(classes=6))
+        go(train=runs.bars(classes=6))
     with pytest.raises(ValueError, match="data have 4 classes, but the network has 6"):
         go(net=WFNet(runs.BarNet(6), 6))
 
@@ -186,9 +156,7 @@ def test_data_of_other_classes(runs, go):
 @pytest.mark.parametrize(
     ("classes", "images", "changes"),
     [
-        ([1, 2, 3], [1, 2, 3], {}),
         ([3, 1], [0, 1, 3], {}),
-        ([2], [0, 2], {}),
         ([1, 2], [0, 1, 2, 3], {"optimizer": "sgd", "lr": 0.5, "objective": "paper"}),
     ],
 )
@@ -198,7 +166,7 @@ def test_some_classes_with_images_of_some(runs, go, classes, images, changes):
     for data in (runs.bars(), runs.bars(6, 1)):
         wanted = torch.isin(data.labels, torch.tensor(images))
         parts.append(data.select(wanted.nonzero().flatten()))
-    net, result = go(*parts, classes=classes, steps=6 if changes else 60, **changes)
+    net, result = go(None, *parts, classes=classes, steps=6 if changes else 60, **changes)
     moved = torch.stack([(p != 3).any(1) for p in net.filter_parameters()]).any(0)
     assert moved.nonzero().flatten().tolist() == sorted(classes)
     known = [not math.isnan(value) for value in result.best.acc_f_per_class]
@@ -208,12 +176,9 @@ def test_some_classes_with_images_of_some(runs, go, classes, images, changes):
         assert result.best.acc_r > 0.9
 
 
-@pytest.mark.parametrize(
-    "output", [lambda z: (z, 1), lambda z: {"logits": z}, lambda z: SimpleNamespace(logits=z)]
-)
-def test_a_network_that_returns_more_than_logits(base, go, output):
+def test_a_network_that_returns_more_than_logits(base, go):
     model = copy.deepcopy(base)
-    model.register_forward_hook(lambda module, x, logits: output(logits))
+    model.register_forward_hook(lambda module, x, logits: {"logits": logits})
     wrapped, _ = go(net=WFNet(model, CLASSES), steps=3, fuse=False)
     plain, _ = go(steps=3, fuse=False)
     assert all(map(torch.equal, wrapped.filter_parameters(), plain.filter_parameters()))

@@ -6,12 +6,11 @@ import signal
 import pytest
 import torch
 
-from wfnet import untrain
 from wfnet.data.loading import LostWorker
 from wfnet.untraining.checkpoints import Checkpoints
 
 
-def test_a_lost_data_worker_ends_the_run_after_a_checkpoint(runs, tmp_path, monkeypatch):
+def test_a_lost_data_worker_ends_the_run_after_a_checkpoint(go, runs, tmp_path, monkeypatch):
     """Killed in the middle of the run, as for lack of memory; the run goes on where it was."""
     iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
     monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.1,))  # seconds until noticed
@@ -22,11 +21,7 @@ def test_a_lost_data_worker_ends_the_run_after_a_checkpoint(runs, tmp_path, monk
         if len(read) > 18 and os.getpid() != main_process:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def go(train, folder, workers=0):
-        net, settings = runs.network(), runs.config(workers=workers, checkpoint_every=1000)
-        return net, untrain(net, train, None, settings, folder, True, False)
-
     with pytest.raises(LostWorker, match="a data worker died"):
-        go(runs.Files(runs.images(), kill), tmp_path, workers=1)
+        go(tmp_path, runs.Files(runs.bars(), kill), workers=1, checkpoint_every=1000)
     assert Checkpoints(tmp_path).load()[1]["step"] >= 1
-    runs.assert_same_run(*go(runs.Files(runs.images()), tmp_path), *go(runs.images(), None))
+    runs.assert_same_run(*go(tmp_path, runs.Files(runs.bars())), *go())

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wfnet import untrain
 from wfnet.untraining.run_clock import RunClock
 
 
@@ -22,20 +21,15 @@ def test_waiting_counts_where_the_device_is_idle(monkeypatch):
     assert clock.spent(10)["steps"] == 8
 
 
-def test_what_the_time_was_spent_on_adds_up(runs, tmp_path):
+def test_what_the_time_was_spent_on_adds_up(go, runs, tmp_path):
     def run():
-        data, settings = (runs.images(), runs.images(4, 1)), runs.config(steps=4)
-        return untrain(runs.network(), *data, settings, tmp_path, True, False)
+        train = runs.Files(runs.bars(), lambda index: time.sleep(0.02))
+        return go(tmp_path, train, runs.bars(4, 1), steps=8)[1]
 
     result = run()
     assert set(result.spent) == {"start", "data", "steps", "validation", "checkpoints"}
     assert sum(result.spent.values()) == pytest.approx(result.seconds)
     assert min(result.spent.values()) > 0
     assert run().spent["start"] == pytest.approx(result.spent["start"])
-
-
-def test_the_history_says_how_long_images_were_waited_for(runs):
-    train = runs.Files(runs.images(), lambda index: time.sleep(0.02))
-    record = untrain(runs.network(), train, None, runs.config(steps=8), progress=False).history[-1]
-    assert record["data_wait"] > 0.5
-    assert record["images_per_second"] < 100
+    assert result.history[-1]["data_wait"] > 0.5
+    assert result.history[-1]["images_per_second"] < 100

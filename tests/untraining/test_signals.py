@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wfnet import untrain
 from wfnet.cli import main
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME, Checkpoints
 from wfnet.untraining.signals import Stopped, StopSignals
@@ -19,23 +18,9 @@ from wfnet.untraining.signals import Stopped, StopSignals
 TEMPORARY = f".{CHECKPOINT_NAME}.*"
 
 
-@pytest.fixture
-def go_on(runs):
-    """Starts or resumes the run in a folder."""
-
-    def run(folder, train=None, validation=None, **changes):
-        net = runs.network()
-        data = train or runs.images(), validation or runs.images(4, 1)
-        return net, untrain(net, *data, runs.config(**changes), folder, True, False)
-
-    return run
-
-
 @pytest.fixture(scope="module")
-def uninterrupted(runs):
-    net = runs.network()
-    data = runs.images(), runs.images(4, 1)
-    return net, untrain(net, *data, runs.config(), progress=False)
+def uninterrupted(go):
+    return go()
 
 
 def newest_step(folder):
@@ -43,9 +28,7 @@ def newest_step(folder):
     return store.load()[1]["step"] if store.exist() else 0
 
 
-def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(
-    tmp_path, runs, go_on, uninterrupted
-):
+def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(tmp_path, runs, go, uninterrupted):
     """Every other time in the middle of a save. The interval is two steps: no more is lost."""
     steps = multiprocessing.get_context("fork").Value("i", 0)  # that children have begun
 
@@ -55,7 +38,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(
     def work():
         sync = os.fsync
         os.fsync = lambda handle: (time.sleep(0.004), sync(handle))  # saves take their time
-        go_on(tmp_path, runs.InMemory(runs.images(), count), checkpoint_every=2)
+        go(tmp_path, runs.InMemory(runs.bars(), count), checkpoint_every=2)
 
     chance = random.Random(0)
     killed = saving = 0
@@ -79,7 +62,7 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(
         assert newest_step(tmp_path) >= steps.value - 3
     assert killed >= 3
     assert saving >= 1
-    net, result = go_on(tmp_path, checkpoint_every=2)
+    net, result = go(tmp_path, checkpoint_every=2)
     runs.assert_same_run(net, result, *uninterrupted)
     saved = load_file(tmp_path / "wf_model.safetensors")
     assert all(torch.equal(saved[name], p) for name, p in net.named_filters().items())
@@ -90,18 +73,18 @@ def test_killed_at_any_moment_it_ends_as_if_nothing_had_happened(
     ("number", "when", "step"), [(signal.SIGTERM, 1, 0), (signal.SIGINT, 8, 7)]
 )
 def test_a_signal_stops_at_the_step_boundary(
-    tmp_path, runs, go_on, uninterrupted, number, when, step, caplog
+    tmp_path, runs, go, uninterrupted, number, when, step, caplog
 ):
     handlers = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     # No checkpoint is due for long: the one that is found was written for the signal.
-    with pytest.raises(Stopped, match=rf"stopped after step {step} of 24") as stopped:
-        go_on(tmp_path, runs.raising(runs.images(), 4, when, number), checkpoint_every=1000)
+    with pytest.raises(Stopped, match=rf"stopped after step {step} of 20") as stopped:
+        go(tmp_path, runs.raising(runs.bars(), 4, when, number), checkpoint_every=1000)
     assert isinstance(stopped.value, KeyboardInterrupt)
     assert stopped.value.signal == number
     assert f"{number.name}: a checkpoint is written after this step" in caplog.text
     assert newest_step(tmp_path) == step
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
-    runs.assert_same_run(*go_on(tmp_path), *uninterrupted)
+    runs.assert_same_run(*go(tmp_path), *uninterrupted)
 
 
 def test_the_second_signal_ends_it_at_once(tmp_path, runs):
