@@ -1,27 +1,16 @@
 """Reading minibatches: what was done is saved where reading fails."""
 
-import os
-import signal
-
 import pytest
-import torch
 
-from wfnet.data.loading import LostWorker
 from wfnet.untraining.checkpoints import Checkpoints
 
 
-def test_a_lost_data_worker_ends_the_run_after_a_checkpoint(go, runs, tmp_path, monkeypatch):
-    """Killed in the middle of the run, as for lack of memory; the run goes on where it was."""
-    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-    monkeypatch.setattr(iterator._try_get_data, "__defaults__", (0.1,))  # seconds until noticed
-    main_process, read = os.getpid(), []
+def test_where_reading_fails_the_run_goes_on_after_the_last_step(go, runs, tmp_path):
+    def fail():
+        raise RuntimeError("a disk is lost")
 
-    def kill(index):
-        read.append(index)
-        if len(read) > 18 and os.getpid() != main_process:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    with pytest.raises(LostWorker, match="a data worker died"):
-        go(tmp_path, runs.Files(runs.bars(), kill), workers=1, checkpoint_every=1000)
-    assert Checkpoints(tmp_path).load()[1]["step"] >= 1
-    runs.assert_same_run(*go(tmp_path, runs.Files(runs.bars())), *go())
+    train = runs.InMemory(runs.bars(), runs.at_call(4, 6, fail))
+    with pytest.raises(RuntimeError, match="a disk is lost"):
+        go(tmp_path, train, checkpoint_every=1000)
+    assert Checkpoints(tmp_path).load()[1]["step"] == 5
+    runs.assert_same_run(*go(tmp_path), *go())

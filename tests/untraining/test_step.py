@@ -44,12 +44,9 @@ def step_of(net: wfnet.WFNet, objective=None, lr: float = 0.1, **options) -> Unt
     )
 
 
-OBJECTIVES = [BalancedObjective(), BalancedObjective(distil=False), PaperObjective()]
-
-
 @pytest.mark.parametrize("fuse", [True, False])
 @pytest.mark.parametrize(
-    ("objective", "compound"), [*zip(OBJECTIVES, (0.5, 0.0, 0.5), strict=True)]
+    ("objective", "compound"), [(BalancedObjective(), 0.5), (PaperObjective(), 0.0)]
 )
 def test_gradients_are_those_of_an_ordinary_loop(network, fuse, objective, compound):
     net, plain = network(fuse, torch.float64), network(False, torch.float64)
@@ -88,17 +85,14 @@ def test_accumulated_gradients_are_the_mean(network):
 
 
 def test_filters_stay_visible_while_flat(network):
-    net, other = network(), network()
+    net = network()
     params = net.filter_parameters()
     before = torch.cat([p.detach() for p in params], 1)
     with flatten_filters(params) as flat:
-        assert all(p is q for p, q in zip(params, net.filter_parameters(), strict=True))
         flat.add_(1)
-        other.load_state_dict(net.state_dict())
         net.load_state_dict({k: v + 1 for k, v in net.state_dict().items()})
         assert torch.equal(flat, before + 2)
-    assert torch.equal(torch.cat([p.detach() for p in params], 1), before + 2)
-    assert torch.equal(torch.cat([p.detach() for p in other.filter_parameters()], 1), before + 1)
+    assert torch.equal(torch.cat([p.detach() for p in net.filter_parameters()], 1), before + 2)
     assert all(p.is_contiguous() for p in params)
 
 
@@ -121,15 +115,8 @@ def opened(image_folder, tmp_path):
     """Images of three classes for a device that is pretended: it finds every wait."""
 
     def images(cache="device", augment=False):
-        return open_data(
-            image_folder,
-            image_size=16,
-            cache=cache,
-            cache_dir=tmp_path,
-            augment=augment,
-            device="cuda",
-            validation_fraction=0.34,
-        )
+        about = {"cache": cache, "cache_dir": tmp_path, "augment": augment, "device": "cuda"}
+        return open_data(image_folder, image_size=16, validation_fraction=0.34, **about)
 
     return images
 
@@ -167,17 +154,15 @@ def test_no_step_waits_for_the_device(waits_of, opened, cache, augment, settings
     assert many == few, many - few
 
 
-def test_losses_are_read_in_one_piece(waits_of, opened):
+def test_losses_are_read_in_one_piece_and_a_validation_waits_for_no_batch(
+    waits_of, opened, monkeypatch
+):
     """25 steps are looked at once, not number by number."""
-    data = opened()
+    data, found = opened(), []
     few = waits_of(data, 24)  # fills the cache
     more = waits_of(data, 60) - few
     assert sum(more.values()) <= 4, more
     assert {place for _, place in more} <= {"history.py:read"}
-
-
-def test_a_validation_waits_for_no_batch(waits_of, opened, monkeypatch):
-    data, found = opened(), []
     waits_of(data, 1, data.validation)
     for pairs in (6, 3):
         monkeypatch.setattr("wfnet.untraining.validation.PAIRS_PER_PASS", pairs)
