@@ -23,13 +23,11 @@ class Foreign:
 @pytest.mark.parametrize(
     "dataset",
     [
-        Foreign(labels=np.array([0, 1, 0, 1])),
         Foreign(labels=lambda: 0, targets=torch.tensor([0, 1, 0, 1], dtype=torch.int32)),
-        Foreign(samples=[("a.jpg", 0), ("b.jpg", 1), ("c.jpg", 0), ("d.jpg", 1)]),
         Foreign(reader=Foreign(samples=[("a", 0), ("b", 1), ("c", 0), ("d", 1)])),
         TensorDataset(torch.zeros(4, 1), torch.tensor([0, 1, 0, 1])),
         Subset(Foreign(6, targets=[1, 0, 1, 0, 1, 9]), [1, 2, 3, 4]),
-        ConcatDataset([Foreign(2, targets=[0, 1]), Foreign(2, labels=[0, 1])]),
+        ConcatDataset([Foreign(2, targets=[0, 1]), Foreign(2, labels=np.array([0, 1]))]),
     ],
 )
 def test_labels_of_torchvision_like_sets(dataset):

@@ -9,19 +9,16 @@ from wfnet.data import open_data
 from wfnet.data.mnist import count_classes
 
 
-def test_mnist(mnist_folder):
-    splits = open_data("mnist", mnist_folder, image_size=28, mean=0.0, std=1.0, seed=2)
+def test_mnist(mnist_folder, tmp_path):
+    (tmp_path / "MNIST").mkdir()
+    raw_folder = mnist_folder.rename(tmp_path / "MNIST" / "raw")  # as torchvision has them
+    assert open_data("mnist", tmp_path, channels=3).test[0][0].shape == (3, 32, 32)
+    splits = open_data("mnist", raw_folder, image_size=28, mean=0.0, std=1.0, seed=2)
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (30, 10, 20)
-    raw = np.frombuffer((mnist_folder / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8)
+    raw = np.frombuffer((raw_folder / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8)
     expected = torch.from_numpy(raw.copy()).view(20, 1, 28, 28).float() / 255
     torch.testing.assert_close(splits.test.batch(torch.arange(20)).images, expected)
     assert splits.test.labels.tolist() == [i % 10 for i in range(20)]
-
-
-def test_mnist_in_torchvisions_folder(mnist_folder, tmp_path):
-    (tmp_path / "MNIST").mkdir()
-    mnist_folder.rename(tmp_path / "MNIST" / "raw")
-    assert open_data("mnist", tmp_path, channels=3).test[0][0].shape == (3, 32, 32)
 
 
 def test_damaged_files_are_named(mnist_folder):

@@ -37,10 +37,8 @@ def folder(tmp_path):
     for part in ("train", "val"):
         for number, name in enumerate(("a", "more/b", "c", "d", "e", "f", "g")):
             write_image(tmp_path / part / f"{name}.png", number, size=(8, 8))
-    (tmp_path / "train/labels.csv").write_text(
-        "image,labels\na.png,cat;dog\nmore/b.png,cat\nc.png,\nd.png,bee\ne.png,cat;dog\nf.png,bee\n"
-        "g.png,cat\n"
-    )
+    labels = "a.png,cat;dog more/b.png,cat c.png, d.png,bee e.png,cat;dog f.png,bee g.png,cat"
+    (tmp_path / "train/labels.csv").write_text("\n".join(["image,labels", *labels.split()]))
     (tmp_path / "val/labels.csv").write_text("image,labels\na.png,dog\nd.png,cat;bee\n")
     return tmp_path
 
@@ -67,7 +65,6 @@ def test_a_folder_of_images_beside_a_file_of_labels(folder, caplog):
         ("train/labels.csv", "file,tags\na.png,cat\n", "the columns image and labels"),
         ("train/labels.csv", "image,labels\n", "a line for each image"),
         ("train/labels.csv", "image,labels\nz.png,cat;dog\n", r"z\.png does not exist"),
-        ("train/labels.csv", "image,labels\na.png,cat;dog\n", "every label"),
         ("val/labels.csv", "image,labels\na.png,fox\n", "class 'fox', unknown to the other parts"),
     ],
 )

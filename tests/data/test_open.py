@@ -72,12 +72,6 @@ def test_importing_data_needs_no_extra():
     assert result.stdout.strip() == "[]", result.stderr
 
 
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install wfnet\[eval\]"):
-        open_data("digits")
-
-
 def test_class_folders_win_over_an_archive_and_a_file_of_labels_over_both(image_folder):
     for part in ("train", "val"):
         write_tar(image_folder / part / "originals.tar", {"0.txt": b"x"})
