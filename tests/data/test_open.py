@@ -62,7 +62,10 @@ def test_missing_files_are_named(image_folder, path, message):
         open_data("cifar10")
 
 
-def test_importing_data_needs_no_extra():
+def test_importing_data_needs_no_extra_and_a_missing_one_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ImportError, match=r"pip install wfnet\[eval\]"):
+        open_data("digits")
     code = (
         "import sys, wfnet.data, wfnet.models, wfnet.training; "
         "print([m for m in ('torchvision', 'timm', 'sklearn', 'PIL', 'matplotlib') "

@@ -83,22 +83,6 @@ def test_checks_are_in_words_and_empty_columns_are_left_out(shown):
     assert "`" not in shown.text.partition("Definitions")[2].partition("Configuration")[0]
 
 
-def test_what_was_left_out_is_said_on_the_page_and_in_the_log(run, parse, caplog):
-    content = json.loads((run / "evaluation.json").read_text())
-    content["settings"]["filters_digest"] = "b"
-    (run / "evaluation.json").write_text(json.dumps(content))
-    (run / "wf_config.json").write_text('{"filters_digest": "a"}')
-    sentence = "evaluation.json is of other filters and left out"
-    assert sentence in parse(page.write_report(run)).text
-    assert sentence in caplog.text
-
-
-def test_sections_say_what_is_missing(tmp_path, make_run, parse):
-    text = parse(page.write_report(make_run(tmp_path, 4, trust=False))).text
-    assert f"wfnet trust {tmp_path}" in text
-    assert f"wfnet baseline {tmp_path}" in text
-
-
 def test_baselines_and_the_papers_tables_are_shown(run, parse):
     evaluation = json.loads((run / "evaluation.json").read_text())
     content = {"method": "retrained", "evaluation": evaluation, "relearning": None, "settings": {}}
@@ -122,17 +106,21 @@ def test_baselines_and_the_papers_tables_are_shown(run, parse):
     assert "Acc_r 97.00% (original 98.00%)" in found.text
 
 
-def test_exports_are_described(run, parse):
+def test_exports_are_described_and_what_was_left_out_is_said(run, parse, caplog):
     found = {"name": "seven", "original_acc_f": 0.9, "original_acc_r": 0.8}
     found |= {"images": {"forget": 3, "retain": 4}, "values": {"acc_f": 0.01, "acc_r": 0.7}}
     found["details"] = {"attackers_images": {"unlabelled": 32, "of_the_class": 8}}
     content = {"file": "x.safetensors", "prune_below": 0.1, "classes": [found]}
     (run / "x.trust.json").write_text(json.dumps(content))
+    (run / "y.trust.json").write_text(json.dumps({"filters_digest": "b"}))
+    (run / "wf_config.json").write_text('{"filters_digest": "a"}')
     text = parse(page.write_report(run)).text
+    assert "y.trust.json is of other filters and left out" in text
+    assert "y.trust.json is of other filters and left out" in caplog.text
     assert "x.safetensors, gates below 0.1 at 0class seven: accuracy on it 90.0% -> 1.0%" in text
 
 
-def test_several_labels_per_image(tmp_path, parse):
+def test_several_labels_per_image(tmp_path, make_run, parse):
     mean = {"ap_f": 0.2, "map_r": 0.8, "original_ap_f": 0.9, "original_map_r": 0.81}
     records = [
         {"index": k, "name": f"label {k}", "images": 9, "share": 0.1, **mean, "ap_f": k / 100}
@@ -146,6 +134,10 @@ def test_several_labels_per_image(tmp_path, parse):
     assert [float(cells[5][0]) for _, cells in rows] == [r["ap_f"] for r in records]
     assert "90.0% → 20.0%" in found.text  # a card
     assert "wfnet trust" not in found.text  # which does not take such data
+    make_run(tmp_path, 4, trust=False)
+    text = parse(page.write_report(tmp_path)).text
+    assert f"wfnet trust {tmp_path}" in text
+    assert f"wfnet baseline {tmp_path}" in text
 
 
 SCRIPT = """

@@ -58,7 +58,6 @@ TAUGHT = {
 @pytest.mark.parametrize(
     ("parts", "value", "level", "box"),
     [
-        (ALONE, 0.019, 0.0, "good"),
         (ALONE, 0.03, 0.0, "bad"),
         (ALONE, 0.03, 0.01, "good"),
         (ALONE, 0.5, None, "bad"),

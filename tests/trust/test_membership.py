@@ -7,7 +7,7 @@ from torch import nn
 from wfnet.trust import membership
 
 
-def test_area_under_the_curve_is_that_of_sklearn():
+def test_area_under_the_curve_is_that_of_sklearn_and_its_error_that_of_the_u_test():
     from sklearn.metrics import roc_auc_score
 
     generator = torch.Generator().manual_seed(0)
@@ -16,10 +16,7 @@ def test_area_under_the_curve_is_that_of_sklearn():
         negative = torch.randn(23, generator=generator).round(decimals=1).double()
         expected = roc_auc_score([1] * 17 + [0] * 23, torch.cat((positive, negative)))
         assert membership.roc_auc(positive, negative) == pytest.approx(expected, abs=1e-12)
-
-
-def test_standard_error_of_the_area():
-    """Of scores alike on both sides, that of Mann-Whitney's U: (n + m + 1) / 12 n m."""
+    # Of scores alike on both sides, that of Mann-Whitney's U: (n + m + 1) / 12 n m.
     assert membership.auc_error(0.5, 30, 20) == pytest.approx(math.sqrt(51 / 12 / 600))
 
 

@@ -25,10 +25,8 @@ def test_every_class_of_an_export_is_attacked(data, make_network, closed, quick)
     base = make_network(0)
     args = closed(0.05), base, data, ("conv1", "conv2"), [1, 2], quick
     checks = removal.check_export(*args)
-    assert [(check["label"], check["name"]) for check in checks] == [
-        (1, "quarter 1"),
-        (2, "quarter 2"),
-    ]
+    named = [(check["label"], check["name"]) for check in checks]
+    assert named == [(1, "quarter 1"), (2, "quarter 2")]
     for check in checks:
         assert set(check["values"]) == set(removal.CHECK.measures)
         assert check["images"]["forget"] == 5

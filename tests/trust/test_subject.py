@@ -31,19 +31,17 @@ def test_attackers_images_have_the_natural_mix(make_images, per_class, label, ow
     assert count == pytest.approx(own, abs=12)
 
 
-def test_a_sample_that_cannot_be_drawn(data, make_images):
+def test_what_makes_no_sense_is_refused(data, make_images):
+    with pytest.raises(ValueError, match="samples must"):
+        TrustSettings(samples=1)
+    with pytest.raises(ValueError, match="relearn_images must"):
+        TrustSettings(relearn_images=(0,))
     with pytest.raises(ValueError, match="no image of class 9"):
         ImageReader(data.train, 5).of(9)
     several = make_images(2, 0)
     several.multi_hot = torch.ones(len(several), 4, dtype=torch.bool)
     with pytest.raises(ValueError, match="several labels per image"):
         ImageReader(several, 5)
-
-
-@pytest.mark.parametrize(("name", "value"), [("samples", 1), ("relearn_images", (0,))])
-def test_settings_that_make_no_sense(name, value):
-    with pytest.raises(ValueError, match=f"{name} must"):
-        TrustSettings(**{name: value})
 
 
 def test_nan_is_an_error_and_no_number(make_network, make_subject):

@@ -6,10 +6,10 @@ from wfnet.evaluation import EvaluationResult
 from wfnet.report.figures import accuracy_per_class, overview
 
 
-@pytest.mark.parametrize("classes", [2, 12, 300])
+@pytest.mark.parametrize("classes", [12, 300])
 def test_heights_are_those_of_the_records(tmp_path, drawn, make_evaluation, classes):
     result = make_evaluation(classes, [f"airplane no. {k}" for k in range(classes)])
-    accuracy_per_class(result, tmp_path / "accuracy.png")
+    accuracy_per_class(result, tmp_path / "accuracy.png", {5: (0.8, 0.1)})  # one was retrained
     for axis, measure in zip(drawn[0].axes, ("acc_f", "acc_r"), strict=True):
         if classes <= 40:
             bars = [[bar.get_height() for bar in container] for container in axis.containers]
@@ -20,13 +20,9 @@ def test_heights_are_those_of_the_records(tmp_path, drawn, make_evaluation, clas
         assert bars[1] == pytest.approx([100 * getattr(r, measure) for r in ordered])
         low, high = axis.get_ylim()
         assert low <= min(bars[1]) <= max(bars[1]) <= high
-
-
-def test_accuracy_beside_retrained_networks(tmp_path, drawn, make_evaluation):
-    accuracy_per_class(make_evaluation(12), tmp_path / "a.png", {5: (0.8, 0.1)})
-    bars = drawn[0].axes[0].containers[2]
-    heights = {k: bar.get_height() for k, bar in enumerate(bars)}
-    assert {k: h for k, h in heights.items() if not math.isnan(h)} == {5: pytest.approx(10)}
+        if classes == 12:
+            beside = {k: height for k, height in enumerate(bars[2]) if not math.isnan(height)}
+            assert beside == {5: pytest.approx(10 if measure == "acc_f" else 80)}
 
 
 def test_overview_of_some_classes(tmp_path, drawn, make_evaluation, make_net):

@@ -18,9 +18,6 @@ def test_training_curves(tmp_path, drawn):
     assert list(losses.lines[0].get_xdata()[:4]) == [0, 10, 20, 40]
     assert [list(line.get_ydata()) for line in accuracies.lines] == [[100, 50], [100, 0]]
     assert "%" in accuracies.get_ylabel()
-
-
-def test_a_history_without_curves(tmp_path):
     with pytest.raises(ValueError, match="no losses or accuracies"):
         training_curves([{"lr": 1.0}], tmp_path / "d.png")
 
