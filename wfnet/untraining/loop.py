@@ -39,7 +39,7 @@ from wfnet.untraining.durable import (
 )
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.history import LossWatch, Record, record_log, write_history
-from wfnet.untraining.minibatches import MinibatchReader, Share, TrainingData, checked_labels
+from wfnet.untraining.minibatches import Share, TrainingData, checked_labels, read_minibatches
 from wfnet.untraining.objectives import (
     BalancedObjective,
     MultiLabelObjective,
@@ -166,8 +166,6 @@ class _Untraining:
             about = config, self.data.rows, self.corrupt, self.ranks
             kind = MultiLabelValidator if multi_label else AccuracyValidator
             self.validator = kind(validation, net.num_classes, self.objective, *about)
-        pin = self.device.type == "cuda"
-        self.reader = MinibatchReader(self.data, config, self.ranks, self.corrupt, pin)
         self.optimizer = configured_optimizer(config, net)
         self.captures = self._can_capture()
 
@@ -181,6 +179,7 @@ class _Untraining:
         # ``[K, total]``: the best filters, and the last that gave a finite loss.
         self.best_filters: Tensor | None = None
         self.good_filters: Tensor | None = None
+        self.original: Tensor | None = None  # logits of the original network, where they are kept
         self.store = None
         if output is not None:
             checkpoints = Checkpoints(output, config.keep_checkpoints)
@@ -261,7 +260,7 @@ class _Untraining:
                     self.work = self._make_step()
                     if self.durable:
                         images = self.steps * self.config.images
-                        self.reader.original = original_logits(net, self.train, images)
+                        self.original = original_logits(net, self.train, images)
                     self._go_through_steps()
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()
@@ -310,9 +309,11 @@ class _Untraining:
         """Yields the minibatches that are left; if reading fails, what was done is saved first."""
         state = self.state
         left = self.steps - state.step + self.config.max_nan_steps - state.nan_steps
-        stop = state.position + left * self.config.grad_accum_steps
+        steps = range(state.position, state.position + left * self.config.grad_accum_steps)
+        pin = self.device.type == "cuda"
+        about = self.data, self.config, self.ranks, self.corrupt
         try:
-            yield from self.reader.shares(state.position, stop)
+            yield from read_minibatches(*about, steps, pin, self.original)
         except Exception:
             if self.signals.received:  # the signal reached the data workers, too
                 return

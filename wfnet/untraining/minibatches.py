@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from wfnet.data import Batch, CorruptImages, Dataset, batches, classes_of, labels_of, multi_hot_of
+from wfnet.data import CorruptImages, Dataset, batches, classes_of, labels_of, multi_hot_of
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.durable import GroupSampler, expand_groups
@@ -152,83 +152,78 @@ class Share(NamedTuple):
     rows: Tensor
 
 
-@dataclass
-class MinibatchReader:
-    """Reads minibatch after minibatch, each rank its share of the images.
+def read_minibatches(
+    data: TrainingData,
+    config: UntrainConfig,
+    ranks: Ranks,
+    corrupt: CorruptImages,
+    steps: range,
+    pin_memory: bool = False,
+    original: Tensor | None = None,
+) -> Iterator[Share]:
+    """Yields this rank's share of the images of each minibatch.
 
     Every rank knows all labels of a minibatch, and draws the rows of the whole of it: what a run
     learns does not depend on the number of ranks. An unreadable image is replaced by another one of
     its class, so sizes and labels are known before anything is read.
 
-    Attributes:
+    Args:
         data: the training images.
         config: settings of the run.
         ranks: who shares the minibatches.
         corrupt: where unreadable images are counted.
+        steps: numbers of the minibatches.
         pin_memory: read into page-locked memory.
-        original: ``[N, K]``, the original network's logits of all images, where they are known.
+        original: ``[N, K]``, the original network's logits of all images, where they are known to
+            a process that shares with no other.
+
+    Raises:
+        LostWorker: if a data worker dies.
+        RuntimeError: for too many corrupt images, or none of a class that can be read.
     """
+    sampler = configured_sampler(config, data)
+    stream = batches(
+        data.dataset,
+        (ranks.share(sampler(step)) for step in steps),
+        config.workers,
+        corrupt,
+        pin_memory=pin_memory,
+        seed=config.seed,
+        start=steps.start,
+        replace_corrupt=True,
+    )
+    for step, batch in zip(steps, stream, strict=True):
+        indices = batch.indices if ranks.alone else sampler(step)
+        whole = _expanded(data, config, step, indices)
+        if original is not None:
+            whole = replace(whole, original=original[indices])
+        yield Share(batch.images, whole if ranks.alone else _own(whole, ranks), whole.rows)
 
-    data: TrainingData
-    config: UntrainConfig
-    ranks: Ranks
-    corrupt: CorruptImages
-    pin_memory: bool
-    original: Tensor | None = None
 
-    def __post_init__(self) -> None:
-        self.sampler = configured_sampler(self.config, self.data)
+def _expanded(
+    data: TrainingData, config: UntrainConfig, step: int, indices: Tensor
+) -> ExpandedBatch:
+    """Returns the expanded batch of minibatch ``step``, which has these images."""
+    if config.objective == "durable":
+        return expand_groups(data.labels[indices], config)
+    return expand(
+        (data.labels if data.multi_hot is None else data.multi_hot)[indices],
+        data.num_classes,
+        config.label_expansion,
+        generator_for(config.seed, 4, step),
+        config.share_images,
+        rows=data.rows,
+        compound=config.compound,
+    )
 
-    def shares(self, position: int, stop: int) -> Iterator[Share]:
-        """Yields this rank's shares of the minibatches ``position .. stop - 1``.
 
-        Raises:
-            LostWorker: if a data worker dies.
-            RuntimeError: for too many corrupt images, or none of a class that can be read.
-        """
-        steps = range(position, stop)
-        stream = batches(
-            self.data.dataset,
-            (self.ranks.share(self.sampler(step)) for step in steps),
-            self.config.workers,
-            self.corrupt,
-            pin_memory=self.pin_memory,
-            seed=self.config.seed,
-            start=position,
-            replace_corrupt=True,
-        )
-        for step, batch in zip(steps, stream, strict=True):
-            yield self._share(step, batch)
-
-    def _share(self, position: int, batch: Batch) -> Share:
-        if self.ranks.alone:
-            whole = self._expand(position, batch.indices)
-            if self.original is not None:
-                whole = replace(whole, original=self.original[batch.indices])
-            return Share(batch.images, whole, whole.rows)
-        size = self.ranks.size
-        whole = self._expand(position, self.sampler(position))
-        mine = whole.source % size == self.ranks.rank
-        own = ExpandedBatch(
-            whole.forget[mine],
-            whole.source[mine] // size,
-            whole.target[mine],
-            int(mine[whole.forget_half].sum()),
-            weight=None if whole.weight is None else whole.weight[mine],
-        )
-        return Share(batch.images, own, whole.rows)
-
-    def _expand(self, position: int, indices: Tensor) -> ExpandedBatch:
-        """Returns the expanded batch of minibatch ``position``, which has these images."""
-        config, data = self.config, self.data
-        if config.objective == "durable":
-            return expand_groups(data.labels[indices], config)
-        return expand(
-            (data.labels if data.multi_hot is None else data.multi_hot)[indices],
-            data.num_classes,
-            config.label_expansion,
-            generator_for(config.seed, 4, position),
-            config.share_images,
-            rows=data.rows,
-            compound=config.compound,
-        )
+def _own(whole: ExpandedBatch, ranks: Ranks) -> ExpandedBatch:
+    """Returns the samples of the images that this rank has."""
+    mine = whole.source % ranks.size == ranks.rank
+    return ExpandedBatch(
+        whole.forget[mine],
+        whole.source[mine] // ranks.size,
+        whole.target[mine],
+        int(mine[whole.forget_half].sum()),
+        weight=None if whole.weight is None else whole.weight[mine],
+    )
