@@ -18,6 +18,7 @@ from wfnet.cli.classifier import check_head, create_classifier, data_settings, i
 from wfnet.cli.options import fuse_of
 from wfnet.cli.runs import DATA_WITH_FILES, RUN_FILE, read_run
 from wfnet.data import Splits, cifar10, folder_classes, mnist, open_data
+from wfnet.data.class_names import numbers_by_name
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 from wfnet.services.files import readable
@@ -226,7 +227,8 @@ def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | N
         numbered = names == [str(label) for label in range(len(names or ()))]
         # Classes that were numbered may be named now for the first time.
         if names and not (numbered and options.class_names):
-            data = data.in_known_order(names, origin)
+            numbers = numbers_by_name(data.classes, names, data.name, origin)
+            data = data.renumbered(numbers, names)
     return data
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from wfnet.data.class_names import numbers_by_name
 from wfnet.data.dataset import Dataset, select
 
 
@@ -28,14 +27,6 @@ class Splits:
     @property
     def num_classes(self) -> int:
         return len(self.classes)
-
-    def in_known_order(self, known: Sequence[str], origin: str) -> "Splits":
-        """Returns the parts with the labels that their classes have among `known`, by name.
-
-        Raises ValueError if the names are others than those that `origin` knows.
-        """
-        numbers = numbers_by_name(self.classes, known, self.name, origin)
-        return self.renumbered(numbers, known)
 
     def renumbered(self, numbers: Tensor, classes: Sequence[str]) -> "Splits":
         """Returns the parts with `numbers[k]` as the label of class k; `classes` are its names."""

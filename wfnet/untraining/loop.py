@@ -39,7 +39,7 @@ from wfnet.untraining.durable import (
 )
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.history import LossWatch, Record, record_log, write_history
-from wfnet.untraining.minibatches import Share, TrainingData, checked_labels, read_minibatches
+from wfnet.untraining.minibatches import TrainingData, checked_labels, read_minibatches
 from wfnet.untraining.objectives import (
     BalancedObjective,
     MultiLabelObjective,
@@ -50,7 +50,7 @@ from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.run_clock import RunClock
 from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
-from wfnet.untraining.step import UntrainingStep, refuse_capture
+from wfnet.untraining.step import Minibatch, UntrainingStep, refuse_capture
 from wfnet.untraining.untrain_config import UntrainConfig
 from wfnet.untraining.validation import AccuracyValidator, MultiLabelValidator, Validation
 
@@ -305,7 +305,7 @@ class _Untraining:
                     return
         self._stop_if_asked()  # a data worker was lost, because the signal reached it
 
-    def _read(self) -> Iterator[Share]:
+    def _read(self) -> Iterator[tuple[Minibatch, Tensor]]:
         """Yields the minibatches that are left; if reading fails, what was done is saved first."""
         state = self.state
         left = self.steps - state.step + self.config.max_nan_steps - state.nan_steps
@@ -336,11 +336,12 @@ class _Untraining:
             f"{self.store.checkpoints.newest}",
         )
 
-    def _one_step(self, group: list[Share]) -> None:
+    def _one_step(self, group: list[tuple[Minibatch, Tensor]]) -> None:
         state, config, step = self.state, self.config, self.state.step
         state.position += len(group)
-        rows = None if self.captures else torch.cat([share.rows for share in group]).unique()
-        losses = self.work.differentiate([(share.images, share.batch) for share in group], rows)
+        minibatches, rows = zip(*group, strict=True)
+        rows = None if self.captures else torch.cat(rows).unique()
+        losses = self.work.differentiate(minibatches, rows)
         most = config.max_nan_steps
         if state.nan_steps < most and not math.isfinite(float(losses.total)):
             state.nan_steps += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from wfnet.untraining.expansion import (
     round_robin,
     shuffled_passes,
 )
+from wfnet.untraining.step import Minibatch
 from wfnet.untraining.untrain_config import UntrainConfig
 
 
@@ -138,20 +138,6 @@ def configured_sampler(config: UntrainConfig, data: TrainingData) -> Sampler:
     return in_batches(size, *halves)
 
 
-class Share(NamedTuple):
-    """What one process has of a minibatch: all of it, if there is no other process.
-
-    Attributes:
-        images: ``[m, C, H, W]``, those that this process has read.
-        batch: the samples of the whole expanded minibatch that use them.
-        rows: ``[R]``, distinct forget labels of the whole expanded minibatch.
-    """
-
-    images: Tensor
-    batch: ExpandedBatch
-    rows: Tensor
-
-
 def read_minibatches(
     data: TrainingData,
     config: UntrainConfig,
@@ -160,8 +146,8 @@ def read_minibatches(
     steps: range,
     pin_memory: bool = False,
     original: Tensor | None = None,
-) -> Iterator[Share]:
-    """Yields this rank's share of the images of each minibatch.
+) -> Iterator[tuple[Minibatch, Tensor]]:
+    """Yields this rank's share of each minibatch, and the ``[R]`` distinct rows of the whole of it.
 
     Every rank knows all labels of a minibatch, and draws the rows of the whole of it: what a run
     learns does not depend on the number of ranks. An unreadable image is replaced by another one of
@@ -197,7 +183,7 @@ def read_minibatches(
         whole = _expanded(data, config, step, indices)
         if original is not None:
             whole = replace(whole, original=original[indices])
-        yield Share(batch.images, whole if ranks.alone else _own(whole, ranks), whole.rows)
+        yield (batch.images, whole if ranks.alone else _own(whole, ranks)), whole.rows
 
 
 def _expanded(
