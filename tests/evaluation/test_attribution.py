@@ -36,12 +36,7 @@ def curve_by_hand(net, dataset, label, steps, curve, order):
 
 
 @pytest.mark.parametrize(
-    ("order", "options"),
-    [
-        ("lowest", {"fuse": True}),
-        ("lowest", {"normalize_gate": False}),
-        ("farthest", {"alpha_init": -1.0}),
-    ],
+    ("order", "options"), [("lowest", {"fuse": True}), ("farthest", {"normalize_gate": False})]
 )
 @torch.no_grad()
 def test_equals_baked_networks_masked_by_hand(dataset, make_model, order, options):

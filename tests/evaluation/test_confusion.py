@@ -32,17 +32,12 @@ def test_counts_are_those_of_one_image_at_a_time(make_net, dataset):
     assert found.shares().sum(1).tolist() == pytest.approx([1.0] * K)
 
 
-def test_some_rows_and_some_other_rows(make_net, dataset):
-    rows = [4, 1, 2]
+def test_some_rows_and_some_other_rows_and_their_file(make_net, dataset, tmp_path):
+    rows, path = [4, 1, 2], tmp_path / "confusion.json"
     found = confusion_change(make_net(), dataset, rows, other_rows=1, options=QUIET)
     whole = confusion_change(make_net(), dataset, options=QUIET)
     assert torch.equal(found.destinations, whole.destinations[rows])
     assert int(found.seen.sum()) == found.destinations.sum() + len(dataset)
-
-
-def test_the_table_survives_a_file(make_net, dataset, tmp_path):
-    path = tmp_path / "confusion.json"
-    found = confusion_change(make_net(), dataset, classes=[3, 0], options=QUIET)
     found.to_json(path)
     again = ConfusionChange.from_json(path)
     assert again.names == found.names

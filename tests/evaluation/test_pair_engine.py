@@ -101,8 +101,7 @@ def test_broken_logits_are_an_error_and_the_mode_is_restored(make_net, dataset):
     with pytest.raises(FloatingPointError, match=r"filtered network are NaN .* images 5 to 9"):
         PairEngine(net, dataset, QUIET).run(Everything(), [torch.arange(5, 10)])
     assert net.training
-    lenient = PairEngine(net, dataset, QUIET, refuse_broken=False)
-    lenient.run(Everything(), [torch.arange(2)])
+    PairEngine(net, dataset, QUIET, refuse_broken=False).run(Everything(), [torch.arange(2)])
     wrong = nn.Sequential(nn.Flatten(), nn.Linear(64, K + 1))
     engine = PairEngine(make_net(), dataset, QUIET, initialised=wrong)
     with pytest.raises(ValueError, match=rf"outputs of shape \[3, {K + 1}\]"):

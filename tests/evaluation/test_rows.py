@@ -4,7 +4,6 @@ import math
 import pytest
 import torch
 
-import wfnet
 from wfnet.data import TensorImages
 from wfnet.evaluation import evaluate, metrics, reinitialise
 
@@ -30,8 +29,8 @@ def one_pass(net, dataset, c, base=math.e):
     return values
 
 
-# Less than one image's rows, not a divisor, several images, everything at once.
-@pytest.mark.parametrize("batch_size", [1, 5, 16, 1000])
+# How pairs are batched is test_pair_engine's.
+@pytest.mark.parametrize("batch_size", [5, 1000])
 def test_equals_one_pass_per_class_with_baked_networks(dataset, batch_size, make_net):
     net = make_net()
     result = run(net, dataset, batch_size=batch_size, zrf_base=2)
@@ -39,9 +38,7 @@ def test_equals_one_pass_per_class_with_baked_networks(dataset, batch_size, make
     assert [record.index for record in result.records] == list(range(K))
     for record in result.records:
         for name, value in expected[record.index].items():
-            # Accuracies are equal; ZRF within the rounding of fp32 logits.
-            tolerance = 1e-5 if "zrf" in name else 1e-12
-            assert getattr(record, name) == pytest.approx(value, abs=tolerance), name
+            assert getattr(record, name) == pytest.approx(value, abs=1e-5), name
         assert record.name == f"name{record.index}"
         assert record.n_forget == int((dataset.labels == record.index).sum())
         assert record.n_forget + record.n_retain == len(dataset)
@@ -49,7 +46,6 @@ def test_equals_one_pass_per_class_with_baked_networks(dataset, batch_size, make
         for name, value in vars(scores).items():
             mean = sum(values[f"{prefix}{name}"] for values in expected) / K
             assert value == pytest.approx(mean, abs=1e-5)
-    assert result.zrf_base == 2
     # The rows differ, or the comparison would prove nothing.
     assert len({record.acc_r for record in result.records}) > 3
 
@@ -58,9 +54,7 @@ def test_chosen_classes(dataset, make_net, make_dataset):
     everything, some = (run(make_net(), dataset, classes=classes) for classes in (None, [5, 2]))
     assert [record.index for record in some.records] == [5, 2]
     for record in some.records:
-        assert record.acc_r == everything.records[record.index].acc_r
-        assert record.acc_f == everything.records[record.index].acc_f
-        assert record.zrf == pytest.approx(everything.records[record.index].zrf, abs=1e-6)
+        assert vars(record) == pytest.approx(vars(everything.records[record.index]), abs=1e-6)
     assert some.settings["classes"] == [5, 2]
     # Others may lack images.
     result = run(make_net(), make_dataset([0, 0, 2, 3, 3]), classes=[0, 3])
@@ -101,13 +95,13 @@ def test_a_given_initial_network_is_used_and_kept(dataset, make_net, make_model)
     assert run(net, dataset, initialised=net.bake(None)).original.zrf == 1
 
 
-def test_double_precision_and_autocast(dataset, make_net, make_model):
+def test_double_precision_and_autocast(dataset, make_net):
     full, half = (run(make_net(), dataset, amp_dtype=dtype) for dtype in (None, torch.bfloat16))
     assert half.settings["dtype"] == "bfloat16"
     assert half.mean.zrf == pytest.approx(full.mean.zrf, abs=0.02)
-    double = run(wfnet.WFNet(make_model().double(), K), dataset, channels_last=True)
+    double = run(make_net().double(), dataset, channels_last=True)
     assert double.settings["dtype"] == "float64"
-    assert double.mean.acc_r == run(wfnet.WFNet(make_model(), K), dataset).mean.acc_r
+    assert double.mean.acc_r == full.mean.acc_r
 
 
 @pytest.mark.parametrize(
@@ -118,8 +112,6 @@ def test_double_precision_and_autocast(dataset, make_net, make_model):
         ([0, 0], {"classes": [0]}, "all images of the data set are of class 0"),
         ([0, 1], {"classes": [0, K]}, "different integers, one or more, from 0 to 6"),
         (range(K), {"batch_size": 0}, "batch_size must be"),
-        (range(K), {"seed": -1}, "seed must be"),
-        (range(K), {"max_corrupt": -1}, "max_corrupt must be"),
         (range(K), {"amp_dtype": torch.int64}, "amp_dtype=torch.int64 is not one of"),
         (range(K), {"zrf_base": 1}, "zrf_base must be a number above 1"),
         (range(K), {"zrf_mode": "other"}, "zrf_mode='other'"),
@@ -154,8 +146,6 @@ def test_an_interrupted_evaluation_goes_on(dataset, tmp_path, monkeypatch, make_
     before = len(read)
     assert run(net, dataset, records=path).records == resumed.records
     assert len(read) == before + 1
-    with pytest.raises(ValueError, match="records of other filters"):
-        run(make_net(seed=8), dataset, records=path)
     with pytest.raises(ValueError, match="records of other settings"):
         run(net, dataset, records=path, zrf_base=2)
     path.write_bytes(path.read_bytes()[:50])
