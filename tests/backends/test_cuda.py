@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from masked_products import Backward, Forward, check_public, sizes
+from masked_products import check_public
 
 import wfnet.functional as wf
 from wfnet.backends import cuda, cuda_launch
@@ -44,22 +44,21 @@ def test_what_both_parts_refuse(emulated_cuda, monkeypatch):
     refused(r"not built; run `python csrc/build\.py`")
 
 
-@pytest.mark.parametrize(
-    ("capability", "message"),
-    [
-        ((9, 0), None),
-        ((8, 0), "compute capability 9.0 .Hopper., and the device has 8.0; .* 'triton'"),
-    ],
-)
-def test_other_devices_are_refused_with_the_remedy(monkeypatch, capability, message):
+def test_other_devices_are_refused_with_the_remedy(monkeypatch):
     built = cuda_launch.Library(SimpleNamespace(emulated=False), None)
     monkeypatch.setattr(cuda_launch, "library", lambda: built)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    x = SimpleNamespace(dtype=torch.float16, device=torch.device("cuda", 0))
-    found = cuda._refuse_tensor(x)
-    assert found is None if message is None else re.search(message, found)
-    x = SimpleNamespace(dtype=torch.float16, device=torch.device("cpu"))
-    assert cuda._refuse_tensor(x) == "the CUDA kernels need a CUDA tensor, and x is on cpu"
+    capability = {0: (9, 0), 1: (8, 0)}
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capability[device.index]
+    )
+
+    def refusal(*device):
+        return cuda._refuse_tensor(SimpleNamespace(dtype=torch.half, device=torch.device(*device)))
+
+    assert refusal("cuda", 0) is None
+    message = "compute capability 9.0 .Hopper., and the device has 8.0; .* 'triton'"
+    assert re.search(message, refusal("cuda", 1))
+    assert refusal("cpu") == "the CUDA kernels need a CUDA tensor, and x is on cpu"
 
 
 def test_a_stale_extension_is_noticed_in_a_checkout(csrc_build, tmp_path):
@@ -89,16 +88,6 @@ def launched(monkeypatch):
     return names
 
 
-@together
-@pytest.mark.parametrize(("stride", "kernel", "shortcut"), [(1, 1, False), (2, 3, True)])
-def test_a_layer_and_the_chain_below_it(launched, stride, kernel, shortcut):
-    """A projection shortcut of the layer below takes a pass of its own."""
-    case = sizes(3, 9, 8, 40, 72, kernel, stride)
-    Forward(case, torch.float16).check(cuda.backend.conv2d)
-    Backward(case, torch.float16, shortcut=shortcut).check(cuda.backend.conv2d_dgrad)
-    assert launched == ["fprop", "dgrad"]
-
-
 # name: channels, columns, filter, stride, expanded, compiled kernels forward and backward
 LAYERS = {
     "3x3": (40, 72, 3, 1, False, ["fprop", "dgrad"]),
@@ -106,7 +95,6 @@ LAYERS = {
     "a stem": (3, 40, 3, 2, False, []),
     "ragged columns": (40, 12, 3, 1, False, []),
     "stride 3": (40, 40, 3, 3, False, ["fprop"]),
-    "patches": (3, 32, 4, 4, False, []),
 }
 
 
@@ -135,18 +123,12 @@ def test_masked_linear_map(launched, tokens, expanded):
     assert launched == (["dgrad"] if expanded else ["fprop", "dgrad"])
 
 
-# bias, stride of the bottleneck, filter of the pooling, height and width
-NETWORKS = {
-    "bias, 3x3/2": (True, 2, 2, (12, 8)),
-    "no bias, odd sizes, 3x3 pooling": (False, 2, 3, (13, 9)),
-}
-
-
+# Bias, stride of the bottleneck, filter of the pooling, height and width.
 @together
-@pytest.mark.parametrize("name", NETWORKS)
-def test_fused_network(emulated_cuda, launched, name, check_fused_network):
+@pytest.mark.parametrize("how", [(True, 2, 2, (12, 8)), (False, 2, 3, (13, 9))])
+def test_fused_network(emulated_cuda, launched, how, check_fused_network):
     """All of a chain on both devices; the bits repeat, whatever the order of threads."""
-    same_bits = check_fused_network("cuda", torch.float16, *NETWORKS[name])
+    same_bits = check_fused_network("cuda", torch.float16, *how)
     # Forward of the five convolutions behind the expanded stem; gradients of all of them.
     assert launched[-10:] == ["fprop"] * 5 + ["dgrad"] * 5
     emulated_cuda.set_schedule(5, emulated_cuda.Completion.RANDOM)

@@ -5,15 +5,10 @@ import torch
 from wfnet.services.device_copies import to_device_async, to_device_overlapped
 
 
-def test_labels_are_sent_from_page_locked_memory(pretended_device):
-    labels = torch.arange(5)
+def test_only_page_locked_images_are_sent_beside_the_work(pretended_device):
+    labels, images = torch.arange(5), torch.rand(2, 3)
     assert torch.equal(to_device_async(labels, "cuda").cpu(), labels)
     assert [what for what, _ in pretended_device.waits] == ["copy to the host"]
-    assert to_device_async(labels, "cpu") is labels
-
-
-def test_only_page_locked_images_are_sent_beside_the_work(pretended_device):
-    images = torch.rand(2, 3)
     pinned = images.pin_memory()
     pretended_device.waits.clear()
     moved = to_device_overlapped(pinned, "cuda")
@@ -23,3 +18,4 @@ def test_only_page_locked_images_are_sent_beside_the_work(pretended_device):
     to_device_overlapped(images, "cuda")
     assert pretended_device.beside == 1
     assert to_device_overlapped(images, "cpu") is images
+    assert to_device_async(labels, "cpu") is labels

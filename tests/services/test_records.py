@@ -1,17 +1,9 @@
 import csv
 import json
-from dataclasses import dataclass
 
 import pytest
 
 from wfnet.services.records import check_format, read_json, write_csv
-
-
-@dataclass
-class Row:
-    name: str
-    value: float | None
-
 
 FORMULAS = ["=1+1", "-1+2|cmd", "\t=1", "＝1", "''+x"]  # noqa: RUF001
 HARMLESS = ["cat", "it's", "'quoted'", "-1.5e3", "+7", "", 'a,b;"c"\nd']
@@ -19,7 +11,8 @@ HARMLESS = ["cat", "it's", "'quoted'", "-1.5e3", "+7", "", 'a,b;"c"\nd']
 
 def test_formulas_are_quoted(tmp_path):
     path = tmp_path / "new" / "rows.csv"
-    write_csv(path, [Row(name, -0.5) for name in FORMULAS + HARMLESS], ["name", "value"])
+    rows = [{"name": name, "value": -0.5} for name in FORMULAS + HARMLESS]
+    write_csv(path, rows, ["name", "value"])
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["name"] for row in rows] == [f"'{name}" for name in FORMULAS] + HARMLESS
