@@ -107,7 +107,6 @@ def test_class_names_stand_beside_the_shards_or_above(shards):
     [
         ({"0.jpg": b""}, r"0\.jpg: 1 images with 0 class indices; .* 0\.cls"),
         ({"0.jpg": b"", "0.cls": b"cat"}, "0.cls holds b'cat', not the number of a class"),
-        ({"0.jpg": b"", "0.cls": b"1" * 99}, "not the number of a class"),
         ({"0.cls": b"1"}, "hold no images"),
     ],
 )
@@ -116,17 +115,15 @@ def test_bad_samples_are_refused(tmp_path, members, message):
         read([write_tar(tmp_path / "s.tar", members)])
 
 
-@pytest.mark.parametrize("damage", ["cut off", "text"])
-def test_unreadable_shards_are_named(shards, damage):
+def test_unreadable_shards_are_named(shards):
     with pytest.raises(ValueError, match=r"is compressed.*unpack it"):
         read([write_tar(shards[0].parent / "s.tar.gz", {}, "gz")])
-    shards[0].write_bytes(b"no tar file at all")
-    if damage == "cut off":
-        with tarfile.open(shards[1]) as tar:
-            last = tar.getmembers()[-1]
-        shards[0].write_bytes(shards[1].read_bytes()[: last.offset_data + 512])
-    with pytest.raises(ValueError, match=r"a-000\.tar cannot be read .*: fetch it again"):
-        read(shards)
+    with tarfile.open(shards[1]) as tar:
+        last = tar.getmembers()[-1]
+    for content in (b"no tar file at all", shards[1].read_bytes()[: last.offset_data + 512]):
+        shards[0].write_bytes(content)
+        with pytest.raises(ValueError, match=r"a-000\.tar cannot be read .*: fetch it again"):
+            read(shards)
 
 
 @pytest.mark.parametrize("layout", ["folders", "names"])

@@ -111,12 +111,14 @@ def go(base) -> Callable:
     """Untrains the bars, validated every eighth step; the network and the result."""
 
     def run(folder=None, train=None, validation=None, net=None, loss=None, **changes):
-        about = {name: changes.pop(name) for name in ("resume", "log") if name in changes}
-        about = {"resume": True, "progress": False, "objective": loss, **about}
+        about = {"resume": True, "progress": False, "log": None, "log_interval": 30.0}
+        about = {name: changes.pop(name, value) for name, value in about.items()}
         net = WFNet(base, BARS) if net is None else net
         train = bars() if train is None else train
         settings = {"steps": 20, "validations_per_epoch": 3, "checkpoint_every": 3, **changes}
-        return net, untrain(net, train, validation, config(**settings), folder, **about)
+        return net, untrain(
+            net, train, validation, config(**settings), folder, objective=loss, **about
+        )
 
     return run
 

@@ -4,10 +4,12 @@ import csv
 import importlib
 import json
 
-from wfnet import WFNet, untrain
+from wfnet import WFNet
 
 
-def test_files_and_callback_without_tensorboard(go, base, runs, tmp_path, monkeypatch):
+def test_files_progress_and_callback_without_tensorboard(
+    go, base, runs, tmp_path, monkeypatch, capsys, caplog
+):
     real_import = importlib.import_module
 
     def refuse(name, *args, **kwargs):
@@ -17,7 +19,8 @@ def test_files_and_callback_without_tensorboard(go, base, runs, tmp_path, monkey
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     records = []
-    net, result = go(tmp_path, None, runs.bars(4, 1), steps=16, log=records.append)
+    about = {"progress": True, "log": records.append, "log_interval": 1e-6}
+    net, result = go(tmp_path, None, runs.bars(4, 1), steps=16, **about)
     assert records == result.history
     assert result.filters == tmp_path
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
@@ -29,12 +32,8 @@ def test_files_and_callback_without_tensorboard(go, base, runs, tmp_path, monkey
     assert [int(row["step"]) for row in rows] == [record["step"] for record in result.history]
     assert {"acc_r", "acc_f", "score", "loss", "retain", "forget", "lr"} <= set(rows[0])
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "tensorb"))]
-
-
-def test_progress_shows_losses_and_accuracies(base, runs, capsys):
-    data, settings = (runs.bars(), runs.bars(4, 1)), runs.config(steps=6)
-    untrain(WFNet(base, runs.BARS), *data, settings, log_interval=1e-6)
+    assert f"{tmp_path} holds no checkpoint: the run starts from the beginning" in caplog.text
     lines = [line for line in capsys.readouterr().err.splitlines() if "untraining" in line]
-    assert len(lines) >= 6
+    assert len(lines) >= 16
     for word in ("retain", "forget", "Acc_r", "Acc_f", "samples/s"):
         assert word in lines[-1]

@@ -1,6 +1,5 @@
 """Untraining: it forgets and retains, repeats bitwise, and keeps the last good filters."""
 
-import copy
 import math
 
 import pytest
@@ -82,11 +81,6 @@ def test_a_checkpoint_is_written_every_few_minutes(go, tmp_path, monkeypatch):
         monkeypatch.setattr("wfnet.untraining.loop._SECONDS_BETWEEN_CHECKPOINTS", seconds)
         go(folder=tmp_path / str(seconds), steps=4, checkpoint_every=1000)
         assert saved == expected
-
-
-def test_resuming_without_a_checkpoint_says_so(go, tmp_path, caplog):
-    go(tmp_path, steps=1)
-    assert f"{tmp_path} holds no checkpoint: the run starts from the beginning" in caplog.text
 
 
 # -- values that are not finite -------------------------------------------------------------------
@@ -174,14 +168,6 @@ def test_some_classes_with_images_of_some(runs, go, classes, images, changes):
     if not changes:
         assert result.best.acc_f < 0.1
         assert result.best.acc_r > 0.9
-
-
-def test_a_network_that_returns_more_than_logits(base, go):
-    model = copy.deepcopy(base)
-    model.register_forward_hook(lambda module, x, logits: {"logits": logits})
-    wrapped, _ = go(net=WFNet(model, CLASSES), steps=3, fuse=False)
-    plain, _ = go(steps=3, fuse=False)
-    assert all(map(torch.equal, wrapped.filter_parameters(), plain.filter_parameters()))
 
 
 def test_images_with_several_labels(runs):
