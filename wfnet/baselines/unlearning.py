@@ -7,10 +7,18 @@ from torch import nn
 from wfnet.baselines.fine_tuned import NegativeGradient, NegGradPlus, RandomLabels
 from wfnet.baselines.method import BaselineConfig, Method, Origin
 from wfnet.baselines.retrained import Retrained
+from wfnet.baselines.trivial import BiasShifted, LogitMasked
 
 METHODS: dict[str, Method] = {
     method.name: method
-    for method in (Retrained(), RandomLabels(), NegativeGradient(), NegGradPlus())
+    for method in (
+        LogitMasked(),
+        BiasShifted(),
+        Retrained(),
+        RandomLabels(),
+        NegativeGradient(),
+        NegGradPlus(),
+    )
 }
 
 

@@ -1,4 +1,4 @@
-"""retrained, random labels, negative gradient, NegGrad+: per class, same measures
+"""masked logits, retrained, random labels, NegGrad+, ...: per class, same measures
 
 Make and evaluate the usual ways of unlearning, one model per class, with the measures of `wfnet
 evaluate`. An interrupted run goes on where it stopped, class by class, when the command is given

@@ -27,6 +27,8 @@ FORMAT = 1
 # Rows of the tables in their order; other baselines stand before the last one.
 TITLES = {
     "original": "original",
+    "logit_masked": "logit masked",
+    "bias_shifted": "bias shifted",
     "retrained": "retrained",
     "random_labels": "random labels",
     "negative_gradient": "negative gradient",

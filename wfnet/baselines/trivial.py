@@ -1,0 +1,71 @@
+"""Baselines that change nothing but the class's logit: whatever forgets must be better than these.
+
+They cost nothing and make Acc_f 0, and features still know the class. Where Acc_r rises above the
+original's, ``logit_masked`` shows how much of it is the missing competitor at the output alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from wfnet.baselines.method import BaselineConfig, Method, Origin
+from wfnet.data import batches, classes_of, corrupt_counter
+from wfnet.head import cut_from_head, find_head, first_output
+from wfnet.services.modes import evaluation_mode
+
+_TOGETHER = 256
+
+
+class _Trivial(Method):
+    """Methods without settings."""
+
+    unused = tuple(field.name for field in fields(BaselineConfig))
+
+    def settings(self, config: BaselineConfig, training: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+class LogitMasked(_Trivial):
+    """The class's logit becomes a constant far below all others."""
+
+    name = "logit_masked"
+
+    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
+        model = copy.deepcopy(origin.original).eval()
+        first = next(iter(batches(origin.train, [torch.arange(1)])))
+        shape = first.images.shape[1:]
+        cut_from_head(model, [label], len(classes_of(origin.train)), image_shape=shape)
+        return model
+
+
+class BiasShifted(_Trivial):
+    """The head's bias of the class, lowered until no training image is taken for it."""
+
+    name = "bias_shifted"
+
+    @torch.no_grad()
+    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
+        model = copy.deepcopy(origin.original).eval()
+        found = find_head(model, len(classes_of(origin.train)))
+        if found is None or getattr(found[1], "bias", None) is None:
+            raise ValueError(
+                f"bias_shifted lowers a bias of the head, and {type(model).__name__} has no linear "
+                "head with one"
+            )
+        corrupt = corrupt_counter(origin.train, origin.max_corrupt)
+        order = torch.arange(len(origin.train)).split(_TOGETHER)
+        lead = -torch.inf
+        with evaluation_mode(model):
+            for batch in batches(origin.train, order, origin.workers, corrupt):
+                logits = first_output(model(batch.images.to(origin.device))).float()
+                own = logits[:, label].clone()
+                logits[:, label] = -torch.inf
+                lead = max(lead, (own - logits.amax(1)).max().item())
+        found[1].bias[label] -= max(lead, 0.0) + 1e-3
+        return model
