@@ -31,7 +31,7 @@ from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch, expand
 from wfnet.untraining.objectives import BalancedObjective, full_precision
 from wfnet.untraining.optimizers import RowAdam
-from wfnet.untraining.step import UntrainingStep, refuse_capture
+from wfnet.untraining.step import UntrainingStep
 
 logger = logging.getLogger("wfnet")
 
@@ -181,17 +181,12 @@ def our_step(problem: Problem, backend: str, how: str, stack: contextlib.ExitSta
     """
     net = on_backend(problem, backend, _FUSE[how])
     params = net.filter_parameters()
-    optimizer = RowAdam(params, lr=_LR)
-    if how.endswith("captured"):
-        reason = refuse_capture(net, optimizer)
-        if reason is not None:
-            raise ValueError(reason)
     stack.enter_context(flatten_filters(params))
     dtype = problem.settings.dtype
     step = UntrainingStep(
         net,
         _OBJECTIVE,
-        optimizer,
+        RowAdam(params, lr=_LR),
         None if dtype is torch.float32 else dtype,
         problem.settings.channels_last,
         capture=how.endswith("captured"),

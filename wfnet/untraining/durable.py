@@ -217,10 +217,17 @@ class RowStatistics:
         self._pool: Batch | None = None
         self.weight = next(iter(net.masked_layers.values())).weight
 
+    @torch.no_grad()
     def measure(self, last: bool = False) -> None:
         """Sets the statistics of all rows, from fewer images if this is not the last time."""
         if not self.net.named_statistics():
             return
+        layers = self.net.masked_layers
+
+        def keep(name: str, mean: Tensor, var: Tensor) -> None:
+            layers[name].row_mean[labels] = mean.to(layers[name].row_mean)
+            layers[name].row_var[labels] = var.to(layers[name].row_var)
+
         present = self.labels.unique()
         count = min(self.images, 64)
         if last:
@@ -237,7 +244,8 @@ class RowStatistics:
             forget = rows.repeat_interleave(torch.tensor([len(m) for m in members]))
             used, source = source.unique(return_inverse=True)
             images = pool.images[used].to(device, self.weight.dtype)
-            self._measure(images, forget.to(device), source.to(device))
+            with self.net.gate_mode.grouped(forget.to(device), moments=keep) as labels:
+                self.net(images, forget.to(device), source.to(device))
         self.net.train(training).fuse = fuse
 
     def _read(self) -> Batch:
@@ -251,17 +259,6 @@ class RowStatistics:
             joined = (torch.cat([getattr(b, name) for b in parts]) for name in Batch._fields)
             self._pool = Batch(*joined)
         return self._pool
-
-    @torch.no_grad()
-    def _measure(self, images: Tensor, forget: Tensor, source: Tensor) -> None:
-        layers = self.net.masked_layers
-
-        def keep(name: str, mean: Tensor, var: Tensor) -> None:
-            layers[name].row_mean[labels] = mean.to(layers[name].row_mean)
-            layers[name].row_var[labels] = var.to(layers[name].row_var)
-
-        with self.net.gate_mode.grouped(forget, moments=keep) as labels:
-            self.net(images, forget, source)
 
 
 @torch.no_grad()

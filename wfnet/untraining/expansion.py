@@ -80,7 +80,7 @@ def random_other_rows(
     """Returns a row per entry of ``labels``, uniform over the other classes, independent.
 
     Args:
-        labels: int64 of any shape, in ``0 .. K-1``.
+        labels: ``[n]`` int64, in ``0 .. K-1``.
         num_classes: K.
         generator: source of the rows.
         rows: ``[R]``, distinct, ascending: classes that are drawn from; all by default.
@@ -89,16 +89,13 @@ def random_other_rows(
         ValueError: if there is no other class.
     """
     if rows is not None:
-        place = torch.searchsorted(rows, labels).clamp_max(len(rows) - 1)
-        own = rows[place] == labels
-        others = len(rows) - own.long()
-        if not bool((others > 0).all()):
+        drawn = _rows_beside(rows, generator, labels, labels)
+        if bool((drawn < 0).any()):
             raise ValueError(
                 "images of the only class that is untrained can be retained under no other row; "
                 "untrain two classes or more, or add images of others"
             )
-        draw = (torch.rand(labels.shape, generator=generator, dtype=torch.float64) * others).long()
-        return rows[draw + (own & (draw >= place))]
+        return drawn
     if num_classes < 2:
         raise ValueError(
             f"label expansion needs at least 2 classes, got {num_classes}: a retained image goes "

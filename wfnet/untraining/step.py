@@ -100,11 +100,7 @@ class UntrainingStep:
         self.first_steps = _WARM_UP + 1 if capture else 1
 
     def __call__(
-        self,
-        minibatches: Sequence[Minibatch],
-        lr: float,
-        rows: Tensor | None = None,
-        shrink: float = 0.0,
+        self, minibatches: Sequence[Minibatch], lr: float, rows: Tensor | None = None
     ) -> Losses:
         """Moves the filters by one step over the mean gradient of ``minibatches``.
 
@@ -114,13 +110,12 @@ class UntrainingStep:
             lr: learning rate.
             rows: distinct forget labels of all minibatches, on the host: RowAdam then reads these
                 rows only. By default they are found on the device, without a synchronisation.
-            shrink: as of :class:`RowAdam`, in this step.
 
         Returns:
             The losses, means over minibatches, detached.
         """
         losses = self.differentiate(minibatches, rows)
-        self.move(lr, shrink)
+        self.move(lr)
         return losses
 
     def differentiate(self, minibatches: Sequence[Minibatch], rows: Tensor | None = None) -> Losses:
@@ -186,7 +181,7 @@ class UntrainingStep:
         # In the dtype of the step: a backend may refuse others.
         with self.forward.autocast():
             network = self.net.fused_network(images)
-        if network is not None and not _same(network.filters(), self.params):
+        if network is not None and [*map(id, network.filters())] != [*map(id, self.params)]:
             network = None
         original = batch.original
         if self.objective.needs_original and original is None:
@@ -318,7 +313,3 @@ def _kinds(images: Tensor, batch: ExpandedBatch) -> list[object]:
     """What two minibatches must have in common to be run by one graph."""
     tensors = {"images": images, **batch.tensors()}
     return [batch.forget_size, *((k, t.shape, t.dtype) for k, t in tensors.items())]
-
-
-def _same(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    return len(tensors) == len(others) and all(a is b for a, b in zip(tensors, others, strict=True))
