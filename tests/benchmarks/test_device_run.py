@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -106,43 +107,34 @@ def test_a_failed_need_leaves_out_what_rests_on_it_and_nothing_else(tmp_path):
     assert (status, list(stages)) == (1, ["facts"])
 
 
-RUNNER = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import device_run
-program = (
-    "import os, pathlib, sys, time\\n"
-    "pathlib.Path(sys.argv[1], 'partial').write_text(str(os.getpid()))\\n"
-    "time.sleep(60)"
-)
-stages = [device_run.Stage("long", (sys.executable, "-c", program, "{results}"), 60)]
-sys.exit(device_run.main(None, stages))
-"""
+def eventually(condition):
+    for _ in range(400):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not come")
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_runner_that_is_ended_leaves_its_results_and_no_process(tmp_path, how):
-    runner = subprocess.Popen(
-        [sys.executable, "-c", RUNNER, str(ROOT / "benchmarks"), "--output", str(tmp_path)]
-    )
-    partial = tmp_path / "results" / "partial"
-    for _ in range(400):
-        if partial.exists() and partial.read_text():
-            break
-        time.sleep(0.05)
-    pid = int(partial.read_text())
-    runner.send_signal(how)
-    runner.wait(30)
-    for _ in range(100):
-        if not runs(pid):
-            break
-        time.sleep(0.05)
-    assert not runs(pid)
+    write = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1], 'p').write_text('made'); "
+    long = stage("long", write + "print(os.getpid(), flush=True); time.sleep(60)")
+    log = tmp_path / "logs/long.log"
+    runner = os.fork()
+    if not runner:
+        try:
+            run(tmp_path, long)
+        finally:
+            os._exit(1)
+    eventually(lambda: log.exists() and log.read_text().endswith("\n"))
+    os.kill(runner, how)
+    os.waitpid(runner, 0)
+    eventually(lambda: not runs(int(log.read_text().split()[0])))
     (record,) = json.loads((tmp_path / "summary.json").read_text())["stages"]
     assert record["status"] == ("running" if how is signal.SIGKILL else "interrupted")
     if how is not signal.SIGKILL:
         with tarfile.open(tmp_path / "device.tar.gz") as tar:
-            assert "results/partial" in tar.getnames()
+            assert "results/p" in tar.getnames()
 
 
 # -- the real stages -------------------------------------------------------------------------------
