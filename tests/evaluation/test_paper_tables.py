@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from wfnet.baselines import read_baselines
 from wfnet.evaluation import ClassRecord, EvaluationResult, GroupRecord, GroupResult
 from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
 from wfnet.evaluation.paper_tables import (
@@ -103,12 +102,3 @@ def test_baselines_that_were_measured_otherwise_are_refused(ours, message):
     check_baselines([baseline("retrained")], math.e)
     with pytest.raises(ValueError, match=message):
         check_baselines([baseline("retrained")], *ours)
-
-
-def test_baselines_are_read_from_their_folder(tmp_path):
-    assert read_baselines(tmp_path) == []
-    (tmp_path / "retrained.json").write_text(json.dumps(baseline("retrained")))
-    assert [b["method"] for b in read_baselines(tmp_path)] == ["retrained"]
-    (tmp_path / "retrained.json").write_text("{}")
-    with pytest.raises(ValueError, match="damaged or not a result"):
-        read_baselines(tmp_path)

@@ -46,10 +46,11 @@ class Toy(nn.Module):
         self.conv3 = nn.Conv2d(8, 16, (3, 1), stride=(2, 1), padding=(1, 0), bias=bias)
         self.shortcut = nn.Conv2d(8, 16, 1, stride=(2, 1), bias=bias)
         self.act = nn.ReLU(inplace)
+        self.stem = nn.Sequential(self.conv1, self.bn1, self.act)
         self.fc = nn.Linear(16, CLASSES)
 
     def forward(self, x):
-        x = self.pool(self.act(self.bn1(self.conv1(x))))
+        x = self.pool(self.stem(x))
         x = self.act(self.bn2(self.conv2(x)) + x)  # x is read twice
         x = self.conv3(x) + self.shortcut(x)
         x = self.act(x)

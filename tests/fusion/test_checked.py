@@ -50,6 +50,8 @@ CHANGES = {
     "forward": replaced_forward,
     "child": lambda m: setattr(m, "act" if hasattr(m, "act") else "norm", nn.Softplus()),
     "stride": lambda model: setattr(model.conv1, "stride", (2, 2)),
+    "hook of a norm": lambda model: hook(model.bn1),
+    "hook of a container": lambda model: hook(model.stem),
     "statistics": lambda model: model.bn1.running_mean.add_(1.0),
     "statistics of the batch": lambda model: model.bn1.train(),
 }

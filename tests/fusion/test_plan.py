@@ -110,27 +110,6 @@ def test_what_folds(name, network_of, pair_of, check_equal):
     check_equal(net, fused, IMAGES[..., :11])
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [("conv", (1, 0, 0, 0)), ("norm", (2, 0, 0, 0)), ("relu", (2, 1, 0, 0)), ("", (1, 0, 0, 0))],
-)
-def test_modules_with_hooks_are_called(name, expected, network_of, pair_of, check_equal):
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm, self.relu = conv(), BN(8), nn.ReLU(inplace=True)
-
-        def forward(self, x):
-            return self.relu(self.norm(self.conv(x)))
-
-    model = network_of(Block())
-    module = model.body.get_submodule(name)
-    module.register_forward_hook(lambda module, inputs, output: 3 * output)
-    net, fused = pair_of(model)
-    assert folded(fusion.make_plan(net.model, IMAGES)) == expected
-    check_equal(net, fused, IMAGES)
-
-
 def mixed(net, x):
     x = net.norm(x).relu()
     x = net.deciding(x) + net.own(x)
