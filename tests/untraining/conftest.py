@@ -25,16 +25,8 @@ MEASURED = ("seconds", "samples_per_second", "images_per_second", "data_wait")
 
 
 def network(classes: int = CLASSES, **arguments) -> WFNet:
-    """An untrained network for :func:`images`."""
+    """An untrained network, of more layers than :class:`BarNet`."""
     return WFNet(models.create("resnet", classes, 1, seed=1, width=4), classes, **arguments)
-
-
-def images(per_class: int = 8, seed: int = 0, classes: int = CLASSES) -> TensorImages:
-    """Random images; their labels go round."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.arange(classes).repeat(per_class)
-    pixels = torch.rand(len(labels), 1, 12, 12, generator=generator)
-    return TensorImages(pixels, labels, [str(label) for label in range(classes)], 0.5, 0.5)
 
 
 def several_labels(count: int = 24, classes: int = CLASSES) -> MultiLabelTensors:

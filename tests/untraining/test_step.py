@@ -38,10 +38,9 @@ def minibatch(seed: int, n: int = 6, dtype: torch.dtype = torch.float32, compoun
     return images, expand(labels, CLASSES, 2, generator, share_images=True, compound=compound)
 
 
-def step_of(net: wfnet.WFNet, objective=None, lr: float = 0.1, **options) -> UntrainingStep:
-    return UntrainingStep(
-        net, objective or BalancedObjective(), RowAdam(net.filter_parameters(), lr=lr), **options
-    )
+def step_of(net: wfnet.WFNet, objective=None, **options) -> UntrainingStep:
+    optimizer = RowAdam(net.filter_parameters(), lr=0.1)
+    return UntrainingStep(net, objective or BalancedObjective(), optimizer, **options)
 
 
 @pytest.mark.parametrize("fuse", [True, False])
