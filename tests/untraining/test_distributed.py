@@ -174,22 +174,11 @@ def test_what_ranks_tell_each_other(both_ranks, runs):
     def work(rank):
         ranks = Ranks()
         assert (ranks.rank, ranks.size, ranks.first) == (rank, 2, rank == 0)
+        data = runs.bars(8, 0, runs.CLASSES)
         with pytest.raises(ValueError, match="cannot share minibatches of 1 images"):
-            untrain(
-                runs.network(),
-                runs.bars(8, 0, runs.CLASSES),
-                None,
-                runs.config(batch_size=2),
-                progress=False,
-            )
+            untrain(runs.network(), data, None, runs.config(batch_size=2), progress=False)
         with pytest.raises(ValueError, match=r"another configuration, network or data"):
-            untrain(
-                runs.network(),
-                runs.bars(8, 0, runs.CLASSES),
-                None,
-                runs.config(seed=rank),
-                progress=False,
-            )
+            untrain(runs.network(), data, None, runs.config(seed=rank), progress=False)
         if rank == 0:
             with pytest.raises(KeyError, match="missing"):
                 ranks.first_does(lambda: {}["missing"])
