@@ -42,11 +42,11 @@ def test_explain_names_config_and_reason(monkeypatch):
     assert "box" in backend.explain_conv2d(X, W, ConvGeometry(), batch=2)
 
 
-FORGET = {"labels": [3, -1, 0], "several": [[0, 1], [2, -1], [4, 4]]}
+ONE, SEVERAL = [3, -1, 0], [[0, 1], [2, -1], [4, 4]]
 
 
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("labels", "expanded"), [("labels", True), ("several", False)])
+@pytest.mark.parametrize(("labels", "expanded"), [(ONE, True), (SEVERAL, False)])
 @pytest.mark.parametrize(
     ("kernel", "conv", "channels"),
     [(3, (1, 1), 16), (3, (2, 1), 16), (1, (1, 0), 16), (1, (2, 0), 16), (7, (2, 3), 3)],
@@ -56,7 +56,7 @@ def test_wf_conv2d(kernel, conv, channels, expanded, labels):
     source = torch.tensor([1, 0, 1]) if expanded else None
     x = torch.randn(2 if expanded else 3, channels, 8, 8)
     weight = torch.randn(16, channels, kernel, kernel) / 8
-    check_public("triton", x, weight, torch.tensor(FORGET[labels]), conv, source)
+    check_public("triton", x, weight, torch.tensor(labels), conv, source)
 
 
 @pytest.mark.interpreter
@@ -65,8 +65,7 @@ def test_wf_conv2d(kernel, conv, channels, expanded, labels):
 def test_wf_linear(expanded, dtype):
     source = torch.tensor([1, 0, 1]) if expanded else None
     x, weight = torch.randn(2 if expanded else 3, 13, 16), torch.randn(48, 16) / 4
-    forget = torch.tensor(FORGET["labels"])
-    check_public("triton", x.to(dtype), weight.to(dtype), forget, (), source)
+    check_public("triton", x.to(dtype), weight.to(dtype), torch.tensor(ONE), (), source)
 
 
 @pytest.mark.interpreter

@@ -41,29 +41,28 @@ def small_swin() -> nn.Module:
 
 
 class Attention(nn.Module):
-    """A transformer of one layer, called ``calls`` times, that does unusual things to its qkv."""
+    """A transformer of one layer, called twice, that does unusual things to its qkv."""
 
-    def __init__(self, calls: int = 1, slices: bool = False, in_place: bool = False):
+    def __init__(self, in_place: bool = False):
         super().__init__()
         self.embed = nn.Conv2d(3, 8, 8, 8)
         self.qkv = nn.Linear(8, 24)
         self.q_norm = nn.LayerNorm(8)
         self.head = nn.Linear(8, CLASSES)
-        self.calls, self.slices, self.in_place = calls, slices, in_place
+        self.in_place = in_place
 
     def attend(self, x):
         qkv = self.qkv(x)
-        q, k, v = (qkv[..., :8], qkv[..., 8:16], qkv[..., 16:]) if self.slices else qkv.chunk(3, -1)
+        q, k, v = qkv.chunk(3, -1)
         if self.in_place:
+            q, k, v = qkv[..., :8], qkv[..., 8:16], qkv[..., 16:]
             q.mul_(0.5)
         q = self.q_norm(q)
         return x + F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
 
     def forward(self, x):
         x = self.embed(x).flatten(2).transpose(1, 2)
-        for _ in range(self.calls):
-            x = self.attend(x)
-        return self.head(x.mean(1))
+        return self.head(self.attend(self.attend(x)).mean(1))
 
 
 class OneToken(Attention):
@@ -78,9 +77,9 @@ MODELS = {
     "vit": lambda vit: vit(),
     "qk_norm": lambda vit: vit(qk_norm=True, qkv_bias=False),
     "swin": lambda vit: small_swin(),
-    "called_twice": lambda vit: Attention(calls=2),
+    "called_twice": lambda vit: Attention(),
     "one_token": lambda vit: OneToken(),
-    "in_place": lambda vit: Attention(calls=2, slices=True, in_place=True),
+    "in_place": lambda vit: Attention(in_place=True),
     "own": lambda vit: models.create("vit", CLASSES, in_channels=3),
 }
 
