@@ -1,4 +1,5 @@
 import logging
+import os
 import random
 
 import numpy as np
@@ -17,6 +18,7 @@ from wfnet.data import (
     evaluation_transform,
     training_transform,
 )
+from wfnet.data.loading import LostWorker
 from wfnet.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 SIZE = 16
@@ -96,6 +98,14 @@ def test_a_vanished_file_is_no_corrupt_image(image_folder, workers):
     data.path(3).unlink()
     with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\]"):
         list(batches(data, index_batches(18), workers))
+
+
+def test_a_dead_worker_is_reported():
+    data = [(torch.zeros(1, 2, 2), 0)] * 4
+    dies = type("Dies", (list,), {"__getitem__": lambda self, index: os._exit(9)})(data)
+    dies.labels = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(LostWorker, match="a data worker died"):
+        list(batches(dies, [[0, 1]], workers=1))
 
 
 def test_random_transforms_depend_on_seed_and_position_alone(image_folder):
