@@ -10,7 +10,7 @@ pytest.importorskip("triton")
 
 from wfnet.kernels.conv_dgrad import conv_dgrad
 
-from wfnet.backends.contract import ConvGeometry, LayerBelow
+from wfnet.backends.contract import NO_LAYER, ConvGeometry, LayerBelow
 
 
 @pytest.mark.interpreter
@@ -27,11 +27,11 @@ def test_every_kind_of_convolution(convolution, nan_memory):
 def test_launcher_checks_its_tensors():
     x, w, table = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 1, 1), torch.zeros(2, 8)
     for size, below, message in (
-        (9, None, "but the output is"),
+        (9, NO_LAYER, "but the output is"),
         (4, LayerBelow(table, t1=table), "t1 is summed from the branch"),
         (4, LayerBelow(table, relu=True), "ReLU mask"),
         (4, LayerBelow(table, branch=x.half()), "branch must be"),
         (4, LayerBelow(table, branch=x, t1=table[:1]), "column sums must be rows"),
     ):
         with pytest.raises(ValueError, match=message):
-            conv_dgrad(x, w, (2, 8, size, size), ConvGeometry(), None, below)
+            conv_dgrad(x, w, (2, 8, size, size), ConvGeometry(), below)

@@ -89,15 +89,17 @@ def test_a_signal_stops_at_the_step_boundary(
 
 def test_the_second_signal_ends_it_at_once(tmp_path, runs):
     def work():
-        with StopSignals():
+        with StopSignals() as signals:
             (tmp_path / "ready").touch()
-            time.sleep(30)
+            while not signals.received:
+                time.sleep(0.01)
+            (tmp_path / "noticed").touch()
             time.sleep(30)
 
     child = runs.forked(work)
     assert runs.wait_until((tmp_path / "ready").exists, child) is None
     os.kill(child, signal.SIGTERM)
-    assert runs.ended(child, 0.2) is None
+    assert runs.wait_until((tmp_path / "noticed").exists, child) is None
     os.kill(child, signal.SIGTERM)
     assert os.WTERMSIG(runs.ended(child)) == signal.SIGTERM
 
