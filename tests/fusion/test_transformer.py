@@ -195,4 +195,4 @@ def test_the_compiled_network_does_not_keep_what_it_can_compute_again(
     branch = 4 * 5 * 72  # [B, T, 3 C]: as a whole, or query, key and value
     parts = [numel for numel in kept.values() if numel in (branch, branch // 3)]
     assert parts.count(branch) == 2
-    assert len(parts) <= 6
+    assert len(parts) <= 8  # with inputs of norms and projections, which are as large as a part

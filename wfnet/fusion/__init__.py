@@ -11,14 +11,15 @@ that cross that cut are expanded to the samples there. Durable gates run by the 
 (:class:`DurableNetwork`), with moments of groups between product and epilogue in untraining.
 
 Networks that mask linear maps (transformers) keep their own operations: :class:`TrunkNetwork` runs
-what comes before the first mask once per source image, and gates of all layers come from one table.
-:class:`CompiledNetwork`, and the trunk on request, let ``torch.compile`` fuse what lies between
-convolutions or products. All are called and run in one way (:mod:`wfnet.fusion.run`).
+what comes before the first mask once per source image, gates of all layers come from one table, and
+what attention would keep of a masked result is computed again. :class:`CompiledNetwork`, and the
+trunk on request, let ``torch.compile`` fuse what lies between convolutions or products. All are
+called and run in one way (:mod:`wfnet.fusion.run`).
 
 None changes anything in the module: tree, hooks and state-dict keys stay as they are.
 
-A walk through the room: ``trace`` (torch.fx), ``rewrite`` and ``tokens`` (so that more of a trace
-folds), ``plan`` (which steps), ``run`` (what every fused network is), ``execution`` (a plan, step
+A walk through the room: ``trace`` (torch.fx), ``rewrite`` (so that more of a trace folds), ``plan``
+(which steps), ``run`` (what every fused network is), ``execution`` (a plan, step
 by step), ``durable_run``, ``compiled``; for transformers ``cut`` and ``transformer``; above them
 ``checked``, where a network keeps its fused form.
 """

@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from wfnet.durable_layers import DurableLayer
 from wfnet.fusion.plan import EXPANDED, SOURCE
 from wfnet.fusion.rewrite import erase_idle
-from wfnet.fusion.tokens import drop_unread_tokens
 from wfnet.fusion.trace import NotFusable, check_traceable, name_of, run_example, trace
 from wfnet.layers import MaskedLayer, WFLinear
 
@@ -49,7 +48,6 @@ def split_at_first_mask(
     modules = dict(model.named_modules())
     erase_idle(graph, modules)
     run_example(model, graph, images)
-    drop_unread_tokens(graph, modules)
     level: dict[fx.Node, int] = {image: SOURCE}
     called: dict[fx.Node, MaskedLayer] = {}
     for node in graph.nodes:

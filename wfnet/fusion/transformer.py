@@ -8,10 +8,11 @@ of masked layers, which read source images and expand their result.
 The rest is the network's own operations, with scales and shifts of all masked layers from one
 table (:mod:`wfnet.gate_tables`). It runs in one of three ways:
 
-- as it is: a masked layer is a node of PyTorch's autograd that keeps its branch ``u``.
+- as it is: a masked layer keeps its branch ``u``, from which its result ``scale * u + shift`` is
+  computed again when attention wants it in backward. What attention would keep of it, query, key
+  and value, is then never held (:class:`_Kept`).
 - compiled, for the backend "eager": tables are inputs of the compiled graph, ``scale * u + shift``
-  is part of it, computed again when attention wants it in backward, and new labels never compile
-  anew.
+  is part of it, and new labels never compile anew.
 - compiled, for kernels: masked layers are operators in the graph.
 """
 
@@ -22,10 +23,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 from wfnet import backends, gates
-from wfnet.backends.contract import Epilogue, LayerBelow
+from wfnet.backends.contract import Backend, Epilogue, LayerBelow
 from wfnet.fusion.compiled import CompiledGraph, GraphRun
 from wfnet.fusion.run import FusedNetwork, Run
 from wfnet.fusion.trace import NotFusable
@@ -112,7 +115,10 @@ class TrunkRun(Run):
         # What every masked layer's node reads, so that it is one: no input of it needs a gradient.
         self.anchor = samples.anchor
         with torch.set_grad_enabled(self.save):
-            self.logits = self.network.logits(samples, self.images)
+            if not self.save:
+                return self.network.logits(samples, self.images)
+            with saved_tensors_hooks(samples.pack, samples.unpack):
+                self.logits = self.network.logits(samples, self.images)
         return self.logits.detach()
 
     def propagate(self, dout: Tensor) -> None:
@@ -217,14 +223,36 @@ class _Affine(Samples):
         return checkpoint(result, u, self.scales[index], shift, use_reentrant=False)
 
 
+class _Kept:
+    """What a masked layer keeps from forward to backward.
+
+    Attributes:
+        branch: what ``t1`` is summed from, as the backend returned it.
+        version: of the layer's result, where ``branch`` tells it.
+    """
+
+    def __init__(self, index: int, backend: Backend, source: Tensor | None, branch: Tensor):
+        self.index, self.backend, self.source, self.branch = index, backend, source, branch
+        self.version: int | None = None
+        self.again: Tensor | None = None  # the result, computed a second time
+
+
 class _Recorded(Samples):
-    """Masked layers as nodes of PyTorch's autograd, which write the column sums of the tables."""
+    """Masked layers as nodes of PyTorch's autograd, which write the column sums of the tables.
+
+    Attention saves views of a masked layer's result, beside the branch that the layer keeps. Where
+    a backend keeps ``u`` itself the result is one multiplication and sum away from it, so what
+    autograd saves of it is taken down as a size and strides, and computed again in backward, once
+    per layer. Not where the result was changed in place in between; and not where the branch is
+    rounded after scaling: it would give the result rounded twice.
+    """
 
     def __init__(self, run: TrunkRun):
         super().__init__(run.network.layers, len(run.images), len(run.rows), run.source)
         # Not the run: it holds the graph whose nodes refer to this.
         self.network, self.tables, self.save = run.network, run.tables, run.save
         self.anchor = torch.zeros(()).requires_grad_(run.save)
+        self.kept: dict[int, tuple[StorageWeakRef, _Kept]] = {}  # by storage of the result
 
     def linear(self, index: int, tokens: Tensor, source: Tensor | None, views: Callable) -> tuple:
         device = tokens.device.type
@@ -233,39 +261,81 @@ class _Recorded(Samples):
         tokens, layer = tokens.contiguous(), self.layers[index]
         weight = self.network.weight(layer, tokens.dtype)
         backend = willing_backend(backends.resolve(layer.backend), tokens, weight)
-        shift = None if layer.bias is None else self.tables.shifts[index]
-        epilogue = Epilogue(self.tables.scales[index], shift, source=source, save=self.save)
         if self.save:
-            options = (self.tables, weight, backend, index, epilogue)
+            options = (self, weight, backend, index, source)
             return views(_MaskedLinear.apply(tokens, self.anchor, *options))
-        return views(backend.linear(tokens, weight, epilogue).out)
+        return views(backend.linear(tokens, weight, self.epilogue(index, source)).out)
+
+    def epilogue(self, index: int, source: Tensor | None) -> Epilogue:
+        scale, shift = self._tables_of(index)
+        return Epilogue(scale, shift, source=source, save=self.save)
+
+    def _tables_of(self, index: int) -> tuple[Tensor, Tensor | None]:
+        bias = self.layers[index].bias
+        return self.tables.scales[index], None if bias is None else self.tables.shifts[index]
+
+    def keep(self, kept: _Kept, out: Tensor) -> None:
+        """Notes the result ``out`` ``[B, T, O]`` of a layer, to be known again by its storage."""
+        if not kept.backend.keeps_scaled_branch:  # it is one product and sum away from the branch
+            storage = StorageWeakRef(out.untyped_storage())
+            kept.version = out._version
+            self.kept[storage.cdata] = storage, kept
+
+    def pack(self, t: Tensor) -> tuple[object, ...]:
+        _, kept = self.kept.get(t.untyped_storage()._cdata, (None, None))
+        known = kept is not None and kept.branch is not None and t.dtype == kept.branch.dtype
+        if known and t._version == kept.version:
+            return kept, t.shape, t.stride(), t.storage_offset()
+        return t.detach(), t._version  # not t, which may hold the node that keeps it
+
+    def unpack(self, packed: tuple[object, ...]) -> Tensor:
+        first, *view = packed
+        if not isinstance(first, _Kept):
+            if first._version != view[0]:  # autograd's own check does not see what hooks hold
+                raise RuntimeError(
+                    f"a tensor {list(first.shape)} that backward needs was changed in place after "
+                    "it was used in a fused network; use the operation that makes a new tensor"
+                )
+            return first
+        if first.again is None:
+            first.again = self.result_of(first)
+        return first.again.as_strided(*view)
+
+    def result_of(self, kept: _Kept) -> Tensor:
+        """``scale * u + shift``, by the operation that gave it in forward."""
+        u = gates.gather_samples(kept.branch, kept.source)
+        scale, shift = self._tables_of(kept.index)
+        if shift is None:
+            return torch.mul(u, scale[:, None], out=torch.empty_like(u))
+        return torch.addcmul(shift[:, None], u, scale[:, None], out=torch.empty_like(u))
 
 
 class _MaskedLinear(torch.autograd.Function):
     """A masked layer of a :class:`_Recorded` run."""
 
     @staticmethod
-    def forward(ctx, tokens, anchor, tables, weight, backend, index, epilogue):
-        found = backend.linear(tokens, weight, epilogue)
-        ctx.tables, ctx.weight, ctx.input_shape = tables, weight, tuple(tokens.shape)
-        ctx.backend, ctx.index, ctx.source = backend, index, epilogue.source
-        ctx.branch = found.branch
+    def forward(ctx, tokens, anchor, samples, weight, backend, index, source):
+        found = backend.linear(tokens, weight, samples.epilogue(index, source))
+        ctx.tables, ctx.weight, ctx.input_shape = samples.tables, weight, tuple(tokens.shape)
+        ctx.samples, ctx.kept = samples, _Kept(index, backend, source, found.branch)
+        samples.keep(ctx.kept, found.out)
         return found.out
 
     @staticmethod
     def backward(ctx, dout):
-        t1, t0 = ctx.tables.t1[ctx.index], ctx.tables.t0[ctx.index]
+        kept, tables = ctx.kept, ctx.tables
+        t1, t0 = tables.t1[kept.index], tables.t0[kept.index]
         layer = LayerBelow(
-            branch=ctx.branch,
-            scale=ctx.tables.scales[ctx.index],
+            branch=kept.branch,
+            scale=tables.scales[kept.index],
             t1=torch.empty_like(t1),
             t0=None if t0 is None else torch.empty_like(t0),
-            source=ctx.source,
+            source=kept.source,
             need_scaled_grad=ctx.needs_input_grad[0],
             images=ctx.input_shape[0],
         )
-        ctx.branch = None
-        dx = ctx.backend.linear_backward(dout.contiguous(), layer, ctx.weight, ctx.input_shape)
+        kept.branch = kept.again = None
+        dx = kept.backend.linear_backward(dout.contiguous(), layer, ctx.weight, ctx.input_shape)
         t1.add_(layer.t1)  # a layer may run twice
         if t0 is not None:
             t0.add_(layer.t0)
