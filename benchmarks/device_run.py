@@ -457,8 +457,11 @@ def main(argv: list[str] | None = None, stages: list[Stage] | None = None) -> in
     def stop(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, stop)
-    return 0 if Runner(options, kept).run(stages) else 1
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return 0 if Runner(options, kept).run(stages) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":
