@@ -188,7 +188,8 @@ class Export:
         parts = images.to(weight.device, weight.dtype).split(64)
         labels = torch.tensor(forget, device=weight.device)
         if self.images is not None:
-            expected = torch.cat([self.baked(net)(x) for x in parts]).double()
+            again = self.baked(net)
+            expected = torch.cat([again(x) for x in parts]).double()
         else:
             rows = [labels.expand(len(x), -1) for x in parts]
             expected = torch.cat([net(x, forget=r) for x, r in zip(parts, rows, strict=True)])
