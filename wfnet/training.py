@@ -16,6 +16,7 @@ from wfnet.evaluation.forward import Forward
 from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
+from wfnet.services.layout import safe_layout
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.settings import check_settings, setting
@@ -140,6 +141,7 @@ def fit_classifier(
     history = FitHistory()
     started = time.perf_counter()
     with (
+        safe_layout(model),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         Progress(epochs * per_epoch, "training", progress) as bar,
     ):

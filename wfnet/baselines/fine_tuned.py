@@ -14,6 +14,7 @@ from wfnet.baselines.method import BaselineConfig, Method, Origin
 from wfnet.data import classes_of, corrupt_counter, labels_of
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.relearning import epoch_logits
+from wfnet.services.layout import safe_layout
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import random_other_rows
 
@@ -49,7 +50,7 @@ class FineTuned(Method):
         optimizer = torch.optim.SGD(
             model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
         )
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with safe_layout(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             for epoch in range(config.epochs):
                 model.train(config.batch_norm == "train")

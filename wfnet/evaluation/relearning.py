@@ -30,6 +30,7 @@ from wfnet.evaluation.pairs import check_classes, unreadable
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.head import first_output
 from wfnet.services import settings
+from wfnet.services.layout import safe_layout
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.seeds import generator_for
@@ -220,7 +221,7 @@ def relearn(
         kind, more = torch.optim.AdamW, {}
     optimizer = kind(model.parameters(), config.lr, weight_decay=config.weight_decay, **more)
     accuracy = [_accuracy(model, images, label)]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with safe_layout(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
         while accuracy[-1] < original and len(accuracy) <= config.max_epochs:
             epoch = len(accuracy) - 1
