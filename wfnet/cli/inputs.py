@@ -16,9 +16,10 @@ from torch import nn
 from wfnet.cli.chosen_classes import choose_classes, class_number, with_network_labels
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
 from wfnet.cli.options import fuse_of
-from wfnet.cli.runs import DATA_WITH_FILES, RUN_FILE, read_run
-from wfnet.data import Splits, cifar10, folder_classes, mnist, open_data
+from wfnet.cli.runs import RUN_FILE, read_run
+from wfnet.data import Splits, cifar, folder_classes, mnist, open_data, svhn
 from wfnet.data.class_names import numbers_by_name
+from wfnet.data.open import NAMES_WITH_FILES
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 from wfnet.services.files import readable
@@ -132,12 +133,15 @@ def count_classes(options: argparse.Namespace) -> int:
         if not root.is_dir():
             raise FileNotFoundError(f"the image folder {root} does not exist")
         return len(folder_classes(root))
-    if name in DATA_WITH_FILES and not options.data_dir:
+    if name in NAMES_WITH_FILES and not options.data_dir:
         raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
     if name == "mnist":
         return mnist.count_classes(options.data_dir)
-    if name == "cifar10":
-        cifar10.find_cifar10(options.data_dir)
+    if name in cifar.SETS:
+        cifar.find_cifar(name, options.data_dir)
+        return cifar.SETS[name].count
+    if name == "svhn":
+        svhn.check_files(options.data_dir)
     return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
 
 
@@ -154,7 +158,7 @@ def make_classifier(
         raise ValueError("there is no network: give --model NAME, for example --model resnet50")
     in_channels = options.in_chans
     if is_small(options.model) and in_channels is None:
-        in_channels = 3 if options.data in (None, "cifar10") else 1
+        in_channels = 3 if options.data is None else NAMES_WITH_FILES.get(options.data, 1)
     pretrained = options.pretrained and trained
     model = create_classifier(
         options.model,

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wfnet import recipes
-from wfnet.cli.runs import DATA_WITH_FILES, OF_THIS_CALL, RUN_FILE, read_run
+from wfnet.cli.runs import OF_THIS_CALL, RUN_FILE, read_run
+from wfnet.data.open import NAMES_WITH_FILES
 from wfnet.services.extras import require
 
 # Of each set, an option on the command line takes the place of the others' recorded values.
@@ -52,7 +53,7 @@ def fill_from_files(
         return options
     given = [names for names in _ALTERNATIVES if any(getattr(options, n, None) for n in names)]
     dropped = set().union(*given)
-    if recorded.get("data") in DATA_WITH_FILES:
+    if recorded.get("data") in NAMES_WITH_FILES:
         dropped.discard("data")  # its --data-dir says where its files are
     # In front of the first option of the command line, which takes the place of what comes before.
     at = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))

@@ -44,8 +44,8 @@ class Parser(argparse.ArgumentParser):
         self.group("data").add_all(
             """
             --data-dir DIR  image folder with train/<class>/*.jpg and val/<class>/*.jpg, or with
-                WebDataset shards (train/*.tar, val/*.tar); with --data mnist or cifar10 the folder
-                of their files
+                WebDataset shards (train/*.tar, val/*.tar); with --data mnist, cifar10, cifar100 or
+                svhn the folder of their files
             --data  a data set by name
             --img-size PIXELS  image size; known from the model
             --mean X...  normalisation; known from the model

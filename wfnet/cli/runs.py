@@ -37,8 +37,6 @@ OF_THIS_CALL = frozenset(
     ("command", "run", "saved", "config", "resume", "folder", "force", "dry_run", "help")
     + ("debug", "quiet")
 )
-# Named data sets whose files lie in --data-dir.
-DATA_WITH_FILES = ("mnist", "cifar10")
 _PATHS = ("data_dir", "checkpoint")
 _PACKAGES = ("torch", "numpy", "safetensors", "triton", "timm", "torchvision", "scikit-learn") + (
     "matplotlib",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from wfnet.data import cifar10, digits, glyphs, mnist
+from wfnet.data import cifar, digits, glyphs, mnist, svhn
 from wfnet.data.cache import CachedImages
 from wfnet.data.class_names import check_names
 from wfnet.data.dataset import select
@@ -16,6 +16,7 @@ from wfnet.data.multi_hot import LABEL_FILE, MultiLabelFiles
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset
 from wfnet.data.tensor_images import TensorImages
+from wfnet.data.tiny_imagenet import ANNOTATIONS, AnnotatedFiles
 from wfnet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -27,7 +28,9 @@ from wfnet.data.transforms import (
 from wfnet.services import settings
 from wfnet.services.files import readable
 
-NAMES = ("digits", "mnist", "cifar10", "glyphs10", "glyphs26", "glyphs100")
+# Named sets whose files lie in `data_dir`, and their channels.
+NAMES_WITH_FILES = {"mnist": 1, "svhn": 3} | dict.fromkeys(cifar.SETS, 3)
+NAMES = ("digits", *sorted(NAMES_WITH_FILES), "glyphs10", "glyphs26", "glyphs100")
 TEST_FRACTION = 0.2  # of the named sets that come without a test part
 
 
@@ -55,10 +58,11 @@ def open_data(
 ) -> Splits:
     """Open a data set as training, validation and test parts.
 
-    name_or_dir: `digits` (ships with scikit-learn), `mnist` or `cifar10` (files in `data_dir`),
-                 `glyphs10`, `glyphs26`, `glyphs100` (rendered), else a folder with `train/<class>/`
-                 and `val/<class>/`, or with WebDataset shards (`train/*.tar` or `*train*.tar`, and
-                 `val`), or with `train/labels.csv` beside images of several labels each
+    name_or_dir: `digits` (ships with scikit-learn), `mnist`, `cifar10`, `cifar100`,
+                 `cifar100-coarse` or `svhn` (files in `data_dir`), `glyphs10`, `glyphs26`,
+                 `glyphs100` (rendered), else a folder with `train/<class>/` and `val/<class>/`
+                 (or Tiny-ImageNet's), or with WebDataset shards (`train/*.tar` or `*train*.tar`,
+                 and `val`), or with `train/labels.csv` beside images of several labels each
                  (`wfnet.data.multi_hot`); a relative folder is looked for in `data_dir` first.
     image_size, channels: of the tensors; default 32 pixels for the named sets, 224 for folders.
     mean, std:   per channel, on a scale of 0 to 1; default: the data set's own, ImageNet's for
@@ -140,23 +144,26 @@ def _named_set(
     seed: int,
 ) -> tuple[TensorImages, TensorImages]:
     """The training and the test part of a data set in memory."""
-    channels = channels or (3 if name == "cifar10" else 1)
-    if name in ("mnist", "cifar10") and data_dir is None:
+    channels = channels or NAMES_WITH_FILES.get(name, 1)
+    if name in NAMES_WITH_FILES and data_dir is None:
         raise ValueError(f"{name} needs data_dir, the folder with its files")
     classes = [str(number) for number in range(10)]
     if name == "mnist":
-        module, parts = mnist, mnist.read_mnist(data_dir)
+        scale, parts = (mnist.MEAN, mnist.STD), mnist.read_mnist(data_dir)
         classes = [str(number) for number in range(mnist.count_classes(data_dir))]
-    elif name == "cifar10":
-        module, parts, classes = cifar10, cifar10.read_cifar10(data_dir), cifar10.CLASSES
+    elif name in cifar.SETS:
+        version = cifar.SETS[name].version
+        scale, (parts, classes) = (version.mean, version.std), cifar.read_cifar(name, data_dir)
+    elif name == "svhn":
+        scale, parts = (svhn.MEAN, svhn.STD), svhn.read_svhn(data_dir)
     elif name == "digits":
-        module, parts = digits, [digits.read_digits()]
+        scale, parts = (digits.MEAN, digits.STD), [digits.read_digits()]
     else:
         classes = list(glyphs.CHARACTERS[int(name.removeprefix("glyphs"))])
         labels = torch.arange(len(classes)).repeat_interleave(glyphs.PER_CLASS)
         images = glyphs.render("".join(classes), labels, seed, size, channels)
-        module, parts = glyphs, [(images, labels)]
-    mean, std = module.MEAN if mean is None else mean, module.STD if std is None else std
+        scale, parts = (glyphs.MEAN, glyphs.STD), [(images, labels)]
+    mean, std = scale[0] if mean is None else mean, scale[1] if std is None else std
     sets = [TensorImages(*part, classes, mean, std, size, channels) for part in parts]
     return split_dataset(sets[0], TEST_FRACTION, seed) if len(sets) == 1 else (sets[0], sets[1])
 
@@ -205,6 +212,8 @@ def _kind(root: Path, part: str) -> type[EncodedImages]:
     """
     if (root / part / LABEL_FILE).is_file():
         return MultiLabelFiles
+    if (root / part / ANNOTATIONS).is_file():
+        return AnnotatedFiles
     folders = (path for path in (root / part).glob("[!.]*") if path.is_dir())
     return ImageShards if find_shards(root, part) and not any(folders) else ImageFiles
 
@@ -224,7 +233,7 @@ def _open_folder(
         return none, none, val
     train = _part(root, "train", transform, channels, None)
     val = _part(root, "val", transform, channels, train.classes)
-    if _has_part(root, "test"):
+    if _has_part(root, "test") and not isinstance(val, AnnotatedFiles):
         return train, val, _part(root, "test", transform, channels, train.classes)
     train, validation = split_dataset(train, validation_fraction, seed)
     return train, validation, val

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from wfnet.data import cifar10, mnist
+from wfnet.data import cifar, mnist
 
 # MD5 sums by the publishers: of MNIST's test images as they are unpacked, and of the archive of
 # CIFAR-10's binary version.
@@ -32,7 +32,7 @@ def standard_name(name: str, data_dir: str | Path | None, classes: Sequence[str]
         path = mnist.find_idx(data_dir, mnist.TEST[0])
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     elif name == "cifar10":
-        archive = cifar10.find_cifar10(data_dir)
+        archive = cifar.find_cifar(name, data_dir)
         if archive is None:
             return name
         content = archive.read_bytes()
