@@ -11,6 +11,7 @@ from wfnet.data.dataset import (
     select,
 )
 from wfnet.data.folder import ImageFiles
+from wfnet.data.foreign import as_dataset
 from wfnet.data.loading import CorruptImages, batches, corrupt_counter, corrupt_limit
 from wfnet.data.multi_hot import MultiLabelFiles, MultiLabelTensors, multi_hot_of
 from wfnet.data.open import folder_classes, open_data
@@ -32,6 +33,7 @@ __all__ = [
     "Selection",
     "Splits",
     "TensorImages",
+    "as_dataset",
     "batches",
     "classes_of",
     "corrupt_counter",

@@ -2,7 +2,7 @@
 
 import copy
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -55,11 +55,32 @@ def is_decoding_error(error: Exception) -> bool:
     return isinstance(error, SyntaxError) or type(error).__name__ == "DecompressionBombError"
 
 
+# Names of columns, and of the entries of items that are dicts, in the packages of Hugging Face.
+IMAGE_NAMES = ("pixel_values", "image", "img")
+LABEL_NAMES = ("labels", "label")
+
+
+def is_table(dataset: Any) -> bool:
+    """Whether a data set is a `datasets.Dataset`: a table with columns, read at random."""
+    return hasattr(dataset, "column_names") and hasattr(dataset, "__len__")  # no stream
+
+
+def _label_column(dataset: Any) -> str:
+    for name in LABEL_NAMES:
+        if name in dataset.column_names:
+            return name
+    raise ValueError(
+        f"the data set has columns {', '.join(dataset.column_names)}: call that of the classes "
+        "`label` (rename_column)"
+    )
+
+
 def labels_of(dataset: Any) -> Tensor:
     """Labels [N] int64 of any torchvision-like data set, without reading one image.
 
     Looks for `.labels`, `.targets` and `.samples` (pairs of path and label), follows `Subset` and
-    `ConcatDataset`, `TensorDataset` and timm's `.reader`. Raises ValueError if none of them is one
+    `ConcatDataset`, `TensorDataset` and timm's `.reader`, and takes the column `labels` or `label`
+    of a `datasets.Dataset`. Raises ValueError if none of them is one
     integer per image. `wfnet.data.batches` refuses items with other labels, such as those that a
     `target_transform` makes.
     """
@@ -68,6 +89,8 @@ def labels_of(dataset: Any) -> Tensor:
     if isinstance(dataset, torch.utils.data.ConcatDataset):
         return torch.cat([labels_of(part) for part in dataset.datasets])
     candidates = [getattr(dataset, name, None) for name in ("labels", "targets")]
+    if is_table(dataset):
+        candidates.append(list(dataset.with_format(None)[_label_column(dataset)]))
     if isinstance(dataset, torch.utils.data.TensorDataset):
         candidates.append(dataset.tensors[-1])
     for holder in (dataset, getattr(dataset, "reader", None)):
@@ -94,6 +117,8 @@ def classes_of(dataset: Any) -> list[str]:
     labels = labels_of(dataset)
     count = int(labels.max()) + 1 if len(labels) else 0
     classes = getattr(dataset, "classes", None)
+    if is_table(dataset):
+        classes = getattr(dataset.features[_label_column(dataset)], "names", None)
     if classes is None:
         return [str(label) for label in range(count)]
     if len(classes) < count:
@@ -116,17 +141,32 @@ def check_labels(labels: Tensor, classes: Sequence[str]) -> None:
         )
 
 
-def image_and_label(item: Any, name: str) -> tuple[Any, int]:
-    """Returns the image and the label of an item, its first two values.
+def image_and_label_of(item: Any, name: str) -> tuple[Any, Any]:
+    """Returns the image and the label of an item: its first two values, or the entries
+    `pixel_values`, `image` or `img` and `labels` or `label` of a dict.
 
     Raises ValueError, which calls the item by `name`, for anything else.
     """
+    if isinstance(item, Mapping):
+        pair = [next((k for k in ks if k in item), None) for ks in (IMAGE_NAMES, LABEL_NAMES)]
+        if None not in pair:
+            return item[pair[0]], item[pair[1]]
+        raise ValueError(
+            f"{name} has {', '.join(map(str, item))}: an item that is a dict has `pixel_values` or "
+            "`image`, and `labels` or `label`"
+        )
     if not isinstance(item, (tuple, list)) or len(item) < 2:
         raise ValueError(f"{name} is a {type(item).__name__}: an item is (image, label)")
+    return item[0], item[1]
+
+
+def image_and_label(item: Any, name: str) -> tuple[Any, int]:
+    """:func:`image_and_label_of`, with an integer as label."""
+    image, label = image_and_label_of(item, name)
     try:
-        return item[0], operator.index(item[1])
+        return image, operator.index(label)
     except TypeError as error:
-        raise ValueError(f"{name} has the label {item[1]!r}, which is no integer") from error
+        raise ValueError(f"{name} has the label {label!r}, which is no integer") from error
 
 
 class LabelledImages(torch.utils.data.Dataset):
@@ -190,7 +230,7 @@ class Selection(LabelledImages):
 
 def select(dataset: Any, indices: Tensor) -> Dataset:
     """The items `indices` [n] of a data set, as a data set; in-memory sets stay in memory."""
-    if hasattr(dataset, "select"):
+    if hasattr(dataset, "select") and not is_table(dataset):
         return dataset.select(indices)
     return Selection(dataset, indices)
 

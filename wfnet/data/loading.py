@@ -16,6 +16,7 @@ from wfnet.data.dataset import (
     CorruptImage,
     image_and_label,
     is_decoding_error,
+    is_table,
     labels_of,
     name_of,
 )
@@ -127,7 +128,7 @@ def batches(
     corrupt = corrupt_counter(dataset, max_corrupt)
     pin_memory = pin_memory and torch.cuda.is_available()
     requests = _requests(index_batches, len(dataset), start)
-    if hasattr(dataset, "batch"):
+    if hasattr(dataset, "batch") and not is_table(dataset):
         return _from_memory(dataset, requests, pin_memory)
     read = partial(
         _read, workers=workers, seed=seed, corrupt=corrupt, replace_corrupt=replace_corrupt

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import Batch, CorruptImages, Dataset, labels_of
+from wfnet.data import Batch, CorruptImages, Dataset, as_dataset, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.evaluation.pair_engine import Chunk, PairEngine, RunOptions
@@ -85,6 +85,7 @@ def evaluate(
             images, a row without retained images, or a file of something else in ``records``.
         FloatingPointError: if logits are NaN or infinite.
     """
+    dataset = as_dataset(dataset, net.num_classes)
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
     check_value("zrf_base", zrf_base, metrics.LOG_BASE)

@@ -22,7 +22,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, corrupt_counter
+from wfnet.data import CorruptImages, Dataset, as_dataset, corrupt_counter
 from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
 from wfnet.services.files import clear_temporary_files, digest
@@ -78,8 +78,9 @@ def untrain(
 
     Args:
         net: a wrapped classifier on any device; training starts from its present filters.
-        train, validation: data sets (see :mod:`wfnet.data`; anything torchvision-like will do).
-            Without ``validation`` there is no early stopping, and the last filters are kept.
+        train, validation: data sets: anything torchvision-like, a ``datasets.Dataset``, a
+            DataLoader or a stream (:func:`wfnet.data.as_dataset`). Without ``validation`` there is
+            no early stopping, and the last filters are kept.
         config: settings; ``UntrainConfig.recipe("balanced", net.num_classes)`` by default.
         output: folder for filters (``net.save_pretrained``), ``history.csv`` and ``history.json``,
             checkpoints, and TensorBoard events where it is installed.
@@ -104,6 +105,9 @@ def untrain(
     """
     if config is None:
         config = UntrainConfig.recipe("balanced", net.num_classes)
+    train = as_dataset(train, net.num_classes)
+    if validation is not None:
+        validation = as_dataset(validation, net.num_classes)
     run = _Untraining(net, train, validation, config, output, objective)
     first = run.ranks.first
     with contextlib.ExitStack() as inside:
