@@ -20,14 +20,25 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from wfnet.cli import bake, baseline, bench, demo, evaluate, report, train, trust, untrain
+from wfnet.cli import (
+    bake,
+    baseline,
+    bench,
+    demo,
+    evaluate,
+    report,
+    shadows,
+    train,
+    trust,
+    untrain,
+)
 from wfnet.cli.option_files import fill_from_files
 from wfnet.cli.options import Parser, make_parser
 from wfnet.services.ranks import launched, launched_rank
 
 logger = logging.getLogger("wfnet")
 
-COMMANDS = (demo, train, untrain, evaluate, baseline, trust, bake, report, bench)
+COMMANDS = (demo, train, untrain, evaluate, baseline, trust, shadows, bake, report, bench)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

@@ -65,14 +65,19 @@ class Run:
                 f"{self.num_classes}; use the data that they were made for"
             )
 
-    def classifier(self, trained: bool = True) -> nn.Module:
-        """The classifier that the filters belong to, on the CPU; see :func:`make_classifier`."""
+    def classifier(self, trained: bool = True, seed: int | None = None) -> nn.Module:
+        """The classifier that the filters belong to, on the CPU; see :func:`make_classifier`.
+
+        ``seed`` takes the place of the run's where it is not ``trained``.
+        """
         if not self.options.model:
             raise ValueError(
                 f"{self.folder} does not say which network its filters belong to: give --model "
                 "NAME and --pretrained or --checkpoint FILE"
             )
-        return make_classifier(self.options, self.num_classes, str(self.folder), trained)
+        seeded = {} if seed is None else {"seed": seed}
+        options = argparse.Namespace(**{**vars(self.options), **seeded})
+        return make_classifier(options, self.num_classes, str(self.folder), trained)
 
     def network(self) -> tuple[WFNet, nn.Module]:
         """The filtered network on its device, and its classifier on the CPU.

@@ -30,7 +30,7 @@ RUN_FILES = (
     + ("accuracy_per_class.png", "gates.png", "relearning.json", ATTRIBUTION)
     + ("tables.json", "tables.csv", "tables.md", CONFUSION, "confusion.png", "associations.png")
     + ("attribution.png", "report.html", "trust.json", "trust.csv", "trust.partial.json")
-    + ("trust.png",)
+    + ("trust.png", "shadows.json", "shadows.csv")
 )
 # Say what the command does this time; neither recorded nor taken from a file.
 OF_THIS_CALL = frozenset(

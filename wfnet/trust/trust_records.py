@@ -11,7 +11,10 @@ from wfnet.services.records import check_format, read_json, write_csv
 from wfnet.trust.checks import CHECKS
 
 FORMAT = 1
-UNITS = "accuracies, AUC, tv and agreement are fractions in [0, 1]; kl and js in nats; seconds"
+UNITS = (
+    "accuracies, AUC, tv and agreement are fractions in [0, 1]; cka at most 1; kl and js in nats; "
+    "seconds"
+)
 COLUMNS = ("forgetful", "original", "retrained", "distance")
 
 Row = dict[str, float | None]
