@@ -28,6 +28,7 @@ from wfnet.cli import (
     evaluate,
     report,
     shadows,
+    table,
     train,
     trust,
     untrain,
@@ -38,7 +39,7 @@ from wfnet.services.ranks import launched, launched_rank
 
 logger = logging.getLogger("wfnet")
 
-COMMANDS = (demo, train, untrain, evaluate, baseline, trust, shadows, bake, report, bench)
+COMMANDS = (demo, train, untrain, evaluate, baseline, trust, shadows, table, bake, report, bench)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

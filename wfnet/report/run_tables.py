@@ -1,0 +1,288 @@
+"""Tables over several runs: mean and spread over seeds, methods side by side.
+
+Runs that differ in their seeds alone (of base, split and untraining) are one group. Numbers come
+from the files that the other commands left in the folders of the runs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from wfnet.baselines import read_baselines
+from wfnet.evaluation.paper_tables import TITLES
+from wfnet.evaluation.results import EvaluationResult
+from wfnet.services.files import write_text
+from wfnet.services.records import read_json, write_csv
+from wfnet.trust import TrustResult
+from wfnet.untraining.untrain_config import FREE_TO_CHANGE
+
+SEEDS = 3  # the fewest that say something of the spread
+WFNET, ORIGINAL = "wfnet", "original"
+QUALITY, TRUST, SHADOWS = "quality", "trust", "shadows"
+# Table -> the command that makes its file.
+COMMANDS = {
+    "evaluation.json": "wfnet evaluate {}",
+    "tables.json": "wfnet evaluate {} --tables",
+    "baselines": "wfnet baseline {}",
+    "trust.json": "wfnet trust {}",
+    "shadows.json": "wfnet shadows {}",
+}
+MEASURES = {
+    "acc_r": ("Acc_r", 2),
+    "acc_f": ("Acc_f", 2),
+    "worst": ("worst class", 2),
+    "zrf": ("ZRF", 1),
+    "rt": ("RT", 1),
+    "insertion": ("insertion", 3),
+    "deletion": ("deletion", 3),
+    "pairs_acc_r": ("pairs: Acc_r", 2),
+    "pairs_acc_f": ("pairs: Acc_f", 2),
+}
+# Settings that may differ within a group.
+_FREE = FREE_TO_CHANGE | {"seed", "fuse", "capture"}
+_DESCRIPTION = ("data", "data_dir", "model", "model_kwargs", "recipe", "targets", "alpha_init")
+_DESCRIPTION += ("train_per_class", "filter_dtype", "pretrained", "img_size", "augment")
+
+Key = tuple[str, str, str]  # table, method, measure
+
+
+@dataclass
+class Group:
+    """Runs of equal settings.
+
+    Attributes:
+        title: what they have in common.
+        settings: the same, in full.
+        runs: their folders.
+        values: of every table, method and measure, one for each run that has it.
+    """
+
+    title: str
+    settings: dict[str, Any]
+    runs: list[str] = field(default_factory=list)
+    values: dict[Key, list[float]] = field(default_factory=dict)
+
+
+def collect(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list[str]]:
+    """Reads and groups runs.
+
+    Args:
+        runs: ``config.json`` of each run, by its folder.
+
+    Returns:
+        The groups, and sentences about what is missing, with the command that makes it.
+
+    Raises:
+        ValueError: for a damaged file, or one run given twice.
+    """
+    groups: dict[str, Group] = {}
+    missing: dict[str, list[str]] = {}
+    for folder, record in runs.items():
+        options, untraining = record["options"], record.get("untraining") or {}
+        settings = {name: options.get(name) for name in _DESCRIPTION if options.get(name)}
+        settings |= {k: v for k, v in untraining.items() if k not in _FREE}
+        group = groups.setdefault(str(sorted(settings.items(), key=str)), Group("", settings))
+        group.runs.append(folder)
+        values, lacks = _values(Path(folder))
+        for key, value in values.items():
+            group.values.setdefault(key, []).append(value)
+        for name in lacks:
+            missing.setdefault(name, []).append(folder)
+    found = list(groups.values())
+    for group in found:
+        group.title = _title(group, found)
+    sentences = [
+        f"{name} in {', '.join(folders)}: {COMMANDS[name].format(folders[0])}"
+        + " and so on" * (len(folders) > 1)
+        for name, folders in missing.items()
+    ]
+    sentences += [
+        f"{group.title}: {len(group.runs)} of at least {SEEDS} seeds"
+        for group in found
+        if len(group.runs) < SEEDS
+    ]
+    return found, sentences
+
+
+def _title(group: Group, groups: Sequence[Group]) -> str:
+    """Names data, network and recipe, and the settings in which groups of that name differ."""
+
+    def name(each: Group) -> str:
+        known = each.settings
+        parts = (known.get("data") or known.get("data_dir"), known.get("model"))
+        return ", ".join(str(part) for part in (*parts, known.get("recipe", "balanced")) if part)
+
+    alike = [other.settings for other in groups if name(other) == name(group)]
+    every = dict.fromkeys(setting for settings in alike for setting in settings)
+    differ = [s for s in every if len({str(settings.get(s)) for settings in alike}) > 1]
+    return ", ".join([name(group), *(f"{s}={group.settings.get(s)}" for s in differ)])
+
+
+def _values(folder: Path) -> tuple[dict[Key, float], list[str]]:
+    """Returns the numbers of one run, and which files it lacks."""
+    found: dict[Key, float] = {}
+    lacks = [name for name in COMMANDS if not (folder / name).exists()]
+    if "evaluation.json" not in lacks:
+        result = EvaluationResult.from_json(folder / "evaluation.json")
+        _add_scores(found, WFNET, result)
+        for name in ("acc_r", "acc_f", "zrf"):
+            found[QUALITY, ORIGINAL, name] = 100 * getattr(result.original, name)
+    for baseline in read_baselines(folder / "baselines"):
+        result = EvaluationResult.from_dict(baseline["evaluation"])
+        _add_scores(found, baseline["method"], result)
+        if baseline["relearning"] is not None:
+            found[QUALITY, baseline["method"], "rt"] = baseline["relearning"]["mean"]["epochs"]
+    if "tables.json" not in lacks:
+        _read(folder / "tables.json", lambda content: _add_tables(found, content))
+    if "trust.json" not in lacks:
+        for check, rows in TrustResult.from_json(folder / "trust.json").means().items():
+            for measure, row in rows.items():
+                for who, value in row.items():
+                    if value is not None and who not in ("distance", "classes"):
+                        found[TRUST, _method(who), f"{check}: {measure}"] = value
+    if "shadows.json" not in lacks:
+        for row in _read(folder / "shadows.json", lambda content: content["rows"]):
+            if row["index"] == "all" and row["value"] is not None:
+                name = f"{row['against']}: {row['measure']} {row['what']}"
+                found[SHADOWS, _method(row["method"]), name] = row["value"]
+    return found, lacks
+
+
+def _read(path: Path, build: Any) -> Any:
+    return read_json(path, build, "a result of wfnet", "run the command that made it again")
+
+
+def _method(who: str) -> str:
+    return WFNET if who == "forgetful" else who
+
+
+def _add_scores(found: dict[Key, float], method: str, result: EvaluationResult) -> None:
+    for name in ("acc_r", "acc_f", "zrf"):
+        found[QUALITY, method, name] = 100 * getattr(result.mean, name)
+    found[QUALITY, method, "worst"] = 100 * max(record.acc_f for record in result.records)
+
+
+def _add_tables(found: dict[Key, float], content: Mapping[str, Any]) -> None:
+    (row,) = (row for row in content["rows"] if row["method"] == WFNET)
+    for name in ("rt", "insertion", "deletion"):
+        if row[name] is not None:
+            found[QUALITY, WFNET, name] = row[name]
+    for group in content["groups"]:
+        if group["size"] == 2:
+            for name in ("acc_r", "acc_f"):
+                found[QUALITY, WFNET, f"pairs_{name}"] = 100 * group["mean"][name]
+
+
+# -- as text --------------------------------------------------------------------------------------
+
+Table = tuple[str, list[str], list[list[str]]]  # title, head, rows
+
+
+def tables_of(group: Group) -> list[Table]:
+    """Returns the tables of a group: quality with a row for each method, the others with a row for
+    each measure and methods side by side."""
+    made = []
+    for table in (QUALITY, TRUST, SHADOWS):
+        keys = [key for key in group.values if key[0] == table]
+        if not keys:
+            continue
+        order = [*TITLES, *dict.fromkeys(method for _, method, _ in keys)]
+        methods = sorted({method for _, method, _ in keys}, key=order.index)
+        titles = [TITLES.get(method, method.replace("_", " ")) for method in methods]
+        if table == QUALITY:
+            measures = [m for m in MEASURES if any(key[2] == m for key in keys)]
+            head = ["", *(MEASURES[m][0] for m in measures)]
+            rows = [
+                [title, *(_cell(group, (table, method, m), MEASURES[m][1]) for m in measures)]
+                for title, method in zip(titles, methods, strict=True)
+            ]
+        else:
+            head = [table, *titles]
+            rows = [
+                [measure, *(_cell(group, (table, method, measure), 3) for method in methods)]
+                for measure in dict.fromkeys(key[2] for key in keys)
+            ]
+        made.append((f"{group.title} ({_count(len(group.runs), 'seed')})", head, rows))
+    return made
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def _cell(group: Group, key: Key, digits: int) -> str:
+    """Returns mean and standard deviation over runs; how many, where not all have a value."""
+    values = group.values.get(key, [])
+    if not values:
+        return "-"
+    text = f"{statistics.fmean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text if len(values) == len(group.runs) else f"{text} ({len(values)})"
+
+
+def markdown(groups: Sequence[Group]) -> str:
+    """Returns all tables as Markdown."""
+    parts = []
+    for group in groups:
+        for title, head, rows in tables_of(group):
+            lines = [head, ["---"] * len(head), *rows]
+            parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines))
+    return "\n\n".join(parts) + "\n"
+
+
+def latex(groups: Sequence[Group]) -> str:
+    """Returns all tables as LaTeX, for the package booktabs."""
+    text = io.StringIO()
+    for group in groups:
+        for title, head, rows in tables_of(group):
+            lines = [" & ".join(map(_escaped, row)) + r" \\" for row in (head, *rows)]
+            text.write(
+                "\n".join(
+                    [
+                        rf"\begin{{table}}\caption{{{_escaped(title)}}}",
+                        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
+                        r"\toprule",
+                        lines[0],
+                        r"\midrule",
+                        *lines[1:],
+                        r"\bottomrule",
+                        r"\end{tabular}\end{table}",
+                        "",
+                    ]
+                )
+            )
+    return text.getvalue()
+
+
+def _escaped(text: str) -> str:
+    for sign in "_%&#":
+        text = text.replace(sign, f"\\{sign}")
+    return text.replace("±", r"$\pm$")
+
+
+def write(groups: Sequence[Group], folder: str | os.PathLike) -> None:
+    """Writes ``seeds.md``, ``seeds.tex`` and ``seeds.csv``: a line for each value, in full."""
+    write_text(Path(folder) / "seeds.md", markdown(groups))
+    write_text(Path(folder) / "seeds.tex", latex(groups))
+    lines = [
+        {
+            "group": group.title,
+            "table": table,
+            "method": method,
+            "measure": measure,
+            "mean": statistics.fmean(values),
+            "spread": statistics.stdev(values) if len(values) > 1 else None,
+            "runs": len(values),
+        }
+        for group in groups
+        for (table, method, measure), values in group.values.items()
+    ]
+    columns = ["group", "table", "method", "measure", "mean", "spread", "runs"]
+    write_csv(Path(folder) / "seeds.csv", lines, columns)
