@@ -178,8 +178,12 @@ def example_images(model: nn.Module, image_shape: Sequence[int] = ()) -> Tensor:
     )
 
 
-def first_output(outputs: object) -> Tensor:
+def first_output(outputs: object, kinds: type | tuple[type, ...] = Tensor) -> Tensor:
     """The logits among what a network returns: a tensor, ``.logits``, or the first of several.
+
+    Args:
+        outputs: what the network returned.
+        kinds: types that count as a tensor; a trace has proxies.
 
     Raises:
         TypeError: if there is no tensor.
@@ -187,11 +191,11 @@ def first_output(outputs: object) -> Tensor:
     found = outputs
     if isinstance(found, dict):
         found = found.get("logits", next(iter(found.values()), None))
-    elif not isinstance(found, Tensor) and hasattr(found, "logits"):
+    elif not isinstance(found, kinds) and hasattr(found, "logits"):
         found = found.logits
     elif isinstance(found, tuple | list) and found:
         found = found[0]
-    if not isinstance(found, Tensor):
+    if not isinstance(found, kinds):
         raise TypeError(
             f"the network returns {type(outputs).__name__}, in which there is no tensor of logits; "
             "wrap it in a module that returns the logits alone"

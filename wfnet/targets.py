@@ -19,7 +19,7 @@ Targets = str | type | Sequence[str | type] | None
 # torchvision and transformers.
 _QKV_NAME = re.compile(r"(to_)?(qkv|kv|q|k|v)(_proj)?|query|key|value")
 # And of the other linear maps of a transformer's block.
-_BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|out_proj|fc1|fc2|dense")
+_BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|o_proj|out_proj|fc1|fc2|dense")
 # A block's name ends with its number: blocks.0 of blocks.0.attn.qkv.
 _BLOCK = re.compile(r"(.*\.)?\d+(?=\.)")
 # Never masked by default: patch embeddings, what prepares features for the head (timm's VGG), and

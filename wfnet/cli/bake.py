@@ -8,7 +8,10 @@ example:
   wfnet bake runs/r50 --forget 281 --prune-below 0.1 --cut-output --verify
   wfnet bake runs/r50 --forget tabby 285 --output cats.safetensors --onnx cats.onnx
 
-The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE))
+The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE)).
+An --output without .safetensors is a folder that the model's own library loads, with its
+preprocessing: timm.create_model("local-dir:FOLDER", pretrained=True), or transformers'
+AutoModelForImageClassification.from_pretrained("FOLDER").
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import argparse
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from wfnet import hugging_face
 from wfnet.cli.classifier import data_settings
 from wfnet.cli.inputs import Run, class_indices
 from wfnet.cli.options import Parser, add_command
@@ -32,7 +36,7 @@ from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.weights import load_weights
 from wfnet.compact import compact
 from wfnet.data import batches, multi_hot_of
-from wfnet.head import CUT_LOGIT
+from wfnet.head import CUT_LOGIT, first_output
 from wfnet.network import WFNet
 from wfnet.pretrained import filters_digest
 from wfnet.services import settings
@@ -51,7 +55,8 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     group.add("--forget CLASS", text, nargs="+", required=True)
     group.add_all(
         f"""
-        --output FILE  safetensors file (default: RUN/forget_CLASS.safetensors)
+        --output FILE  safetensors file (default: RUN/forget_CLASS.safetensors), or the folder for
+            a model of timm or transformers
         --onnx FILE  also export as ONNX, for any batch size
         --prune-below T  make gates below T exactly 0, so that what they scaled cannot be scaled
             back [default: 0]
@@ -90,8 +95,11 @@ def run(options: argparse.Namespace) -> None:
         )
     name = f"forget_{'_'.join(map(str, forget))}.safetensors"
     path = Path(options.output or work_on.folder / name)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"{path} must end in .safetensors (for ONNX there is --onnx)")
+    if path.suffix and path.suffix != ".safetensors" and not path.is_dir():
+        raise ValueError(
+            f"{path} must end in .safetensors, or be a folder without an ending (for ONNX there is "
+            "--onnx)"
+        )
     check_writable(path.absolute().parent)
     if options.onnx:
         for package in ("onnx", "onnxscript"):
@@ -103,7 +111,8 @@ def run(options: argparse.Namespace) -> None:
     images = None
     if net.gate == "durable" and len(forget) > 1 and (options.data or options.data_dir):
         images = _other_images(work_on, classifier, forget)
-    export = Export(path, tuple(forget), options.prune_below, options.cut_output, images)
+    about = {"names": work_on.names, "preprocessing": _changed_preprocessing(options)}
+    export = Export(path, tuple(forget), options.prune_below, options.cut_output, images, about)
     export.save(net)
     names = work_on.names or list(map(str, range(net.num_classes)))
     shown = [str(i) if names[i] == str(i) else f"{i} ({names[i]})" for i in forget]
@@ -136,13 +145,26 @@ def run(options: argparse.Namespace) -> None:
 
 @dataclass(frozen=True)
 class Export:
-    """The file of a plain model that has forgotten classes; the fields are those of ``bake``."""
+    """The file or folder of a plain model that has forgotten classes.
+
+    The fields are those of ``bake``, and ``about`` those of ``save_classifier``, for a folder.
+    """
 
     path: Path
     forget: tuple[int, ...]
     prune_below: float = 0.0
     cut_output: bool = False
     images: Tensor | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_folder(self) -> bool:
+        return self.path.suffix != ".safetensors"
+
+    @property
+    def weights(self) -> Path:
+        """The file with the weights."""
+        return self.path / "model.safetensors" if self.is_folder else self.path
 
     def baked(self, net: WFNet) -> nn.Module:
         return net.bake(list(self.forget), self.prune_below, self.cut_output, images=self.images)
@@ -152,13 +174,22 @@ class Export:
         return {name: getattr(self, name) for name in ("forget", "prune_below", "cut_output")}
 
     def save(self, net: WFNet) -> None:
-        """Writes the weights as safetensors; their metadata say what was done, as ``wfnet``."""
+        """Writes the weights as safetensors; their metadata say what was done, as ``wfnet``.
+
+        In a folder, the model's library writes them and its configuration.
+        """
+        if self.is_folder:
+            hugging_face.save_classifier(self.baked(net).cpu(), self.path, **self.about)
+            return
         about = {"model": type(net.model).__name__, "num_classes": net.num_classes}
         metadata = {"format": "pt", "wfnet": json.dumps(about | self.described())}
         write_tensors(self.path, self.baked(net).state_dict(), metadata)
 
     def loaded(self, classifier: nn.Module) -> nn.Module:
-        """A copy of the classifier with the weights of the file, on the CPU."""
+        """A copy of the classifier with the weights of the file, on the CPU; of a folder, what the
+        model's library loads."""
+        if self.is_folder:
+            return hugging_face.load_saved(self.path, classifier)
         plain = copy.deepcopy(classifier).cpu()
         load_weights(plain, self.path)
         return plain.eval()
@@ -189,12 +220,12 @@ class Export:
         labels = torch.tensor(forget, device=weight.device)
         if self.images is not None:
             again = self.baked(net)
-            expected = torch.cat([again(x) for x in parts]).double()
+            expected = torch.cat([first_output(again(x)) for x in parts]).double()
         else:
             rows = [labels.expand(len(x), -1) for x in parts]
             expected = torch.cat([net(x, forget=r) for x, r in zip(parts, rows, strict=True)])
             expected = expected.double()
-        found = torch.cat([plain(part) for part in parts]).double()
+        found = torch.cat([first_output(plain(part)) for part in parts]).double()
         if self.cut_output:
             if not found[:, forget].eq(CUT_LOGIT).all():
                 raise RuntimeError(
@@ -251,7 +282,7 @@ def _attack(
         **export.described(),
         "file": export.path.name,
         "filters_digest": filters_digest(net),
-        "sha256": hashlib.sha256(export.path.read_bytes()).hexdigest(),
+        "sha256": hashlib.sha256(export.weights.read_bytes()).hexdigest(),
         "seed": options.seed,
         "samples": options.samples,
         "agreement": agreement,
@@ -261,6 +292,12 @@ def _attack(
     }
     write_json(report, content)
     print(f"all of it is in {report}")
+
+
+def _changed_preprocessing(options: argparse.Namespace) -> dict[str, Any]:
+    """What of the images' preprocessing the options changed, as ``save_classifier`` takes it."""
+    names = "mean", "std", "interpolation", "crop_pct"
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 
 def _other_images(work_on: Run, classifier: nn.Module, forget: list[int]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Classifiers by name, with weights: timm, torchvision, and the small networks of this package."""
+"""Classifiers by name, with weights: timm, torchvision, transformers, and small networks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wfnet import models
+from wfnet import hugging_face, models
 from wfnet.cli.weights import load_weights
 from wfnet.data import model_data_config
 from wfnet.head import find_head
@@ -37,9 +37,10 @@ def create_classifier(
     """A classifier in evaluation mode, ``[N, C, H, W] -> [N, num_classes]``.
 
     Args:
-        name: ``resnet50`` (timm), ``torchvision/resnet50`` or ``tv.resnet50``, ``small/resnet``.
+        name: ``resnet50`` (timm), ``torchvision/resnet50`` or ``tv.resnet50``, ``small/resnet``,
+            ``hf:FOLDER`` or ``hf:user/repo`` (transformers; local files alone).
         num_classes: by default what the pretrained weights have, else the library's default.
-        pretrained: weights of timm or torchvision.
+        pretrained: weights of timm, torchvision or transformers.
         checkpoint: a file with weights, read by :func:`load_weights`.
         in_channels, image_size: passed to models that have such an argument, if given.
         seed: draws the weights that no file replaces; the caller's random state stays as it is.
@@ -68,6 +69,8 @@ def create_classifier(
         make = _small(name, pretrained, image_size, arguments)
     elif name.startswith(_TORCHVISION):
         make = _torchvision(name, pretrained, arguments)
+    elif name.startswith(hugging_face.PREFIX):
+        make = _transformers(name, pretrained, arguments)
     else:
         make = _timm(name, pretrained, arguments)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -75,6 +78,8 @@ def create_classifier(
         warnings.simplefilter("ignore")  # libraries warn of names that they renamed
         try:
             model = make()
+        except (ImportError, FileNotFoundError):
+            raise
         except Exception as error:  # networks and hubs fail in many ways
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             if not pretrained:
@@ -97,6 +102,8 @@ def data_settings(model: nn.Module, name: str) -> dict[str, Any]:
     if is_small(name):
         channels = next(p for p in model.parameters() if p.dim() == 4).shape[1]
         return {"image_size": SMALL_IMAGE_SIZE, "channels": channels}
+    if name.startswith(hugging_face.PREFIX):
+        return hugging_face.data_settings(model)
     if not name.startswith(_TORCHVISION):
         return model_data_config(model)
     torchvision = require("torchvision.models", "train")
@@ -158,13 +165,23 @@ def _torchvision(name: str, pretrained: bool, arguments: dict[str, Any]) -> Call
     return lambda: torchvision.get_model(plain, **arguments)
 
 
+def _transformers(
+    name: str, pretrained: bool, arguments: dict[str, Any]
+) -> Callable[[], nn.Module]:
+    if "in_chans" in arguments:
+        arguments["num_channels"] = arguments.pop("in_chans")
+    source = name.removeprefix(hugging_face.PREFIX)
+    return lambda: hugging_face.load_classifier(source, pretrained, **arguments)
+
+
 def _timm(name: str, pretrained: bool, arguments: dict[str, Any]) -> Callable[[], nn.Module]:
     timm = require("timm", "train")
     elsewhere = ":" in name or name.startswith("hf_hub/")  # hf-hub:, local-dir:
     if not elsewhere and not timm.is_model(name.partition(".")[0]):
         raise ValueError(
             f"timm has no model {name!r}{_near(name, timm.list_models())}; torchvision's are "
-            "called torchvision/NAME, the small networks of this package small/NAME"
+            "called torchvision/NAME, a folder or repository of transformers hf:NAME, the small "
+            "networks of this package small/NAME"
         )
     config = timm.get_pretrained_cfg(name) if pretrained and not elsewhere else None
     if config is not None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from wfnet import hugging_face
 from wfnet.cli.chosen_classes import choose_classes, class_number, with_network_labels
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
 from wfnet.cli.options import fuse_of
@@ -164,7 +165,7 @@ def make_classifier(
     in_channels = options.in_chans
     if is_small(options.model) and in_channels is None:
         in_channels = 3 if options.data is None else NAMES_WITH_FILES.get(options.data, 1)
-    pretrained = options.pretrained and trained
+    pretrained = is_pretrained(options) and trained
     model = create_classifier(
         options.model,
         options.num_classes or (None if pretrained else num_classes),
@@ -177,13 +178,19 @@ def make_classifier(
     )
     if num_classes is not None:
         check_head(model, options.model, num_classes, origin)
-    if trained and not options.pretrained and not options.checkpoint:
+    if trained and not pretrained and not options.checkpoint:
         logger.warning(
             "%s has random weights: nothing it knows can be forgotten; give --pretrained or "
             "--checkpoint FILE",
             options.model,
         )
     return model
+
+
+def is_pretrained(options: argparse.Namespace) -> bool:
+    """Whether the network comes with weights: those of transformers need no ``--pretrained``."""
+    own = (options.model or "").startswith(hugging_face.PREFIX) and not options.checkpoint
+    return options.pretrained or own
 
 
 def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = False) -> Splits:
@@ -223,7 +230,8 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
 
 def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | None) -> Splits:
     """Returns data with the labels that their classes have, by their names, in the run in
-    ``folder`` and in the one that made the weights, as far as these are recorded.
+    ``folder`` and in the one that made the weights, as far as these are recorded; without a run, in
+    the network of transformers.
 
     Raises:
         ValueError: for data of other classes.
@@ -233,6 +241,8 @@ def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | N
         (run, f"the run in {folder}"),
         (names_of_weights(options), "the classifier of --checkpoint"),
     ):
+        if names is not None and names is not run and not options.checkpoint:
+            return data if run else _named_by_network(data, names, options.model)
         numbered = names == [str(label) for label in range(len(names or ()))]
         # Classes that were numbered may be named now for the first time.
         if names and not (numbered and options.class_names):
@@ -241,10 +251,33 @@ def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | N
     return data
 
 
+def _named_by_network(data: Splits, names: list[str], model: str) -> Splits:
+    """Returns data with the labels of a network that names its classes.
+
+    Other names altogether (synsets, say) are taken in order, with a warning; numbers get names.
+    """
+    if len(names) != len(data.classes) or set(names) & set(data.classes):
+        numbers = numbers_by_name(data.classes, names, data.name, f"the network {model}")
+        return data.renumbered(numbers, names)
+    if data.classes == [str(label) for label in range(len(names))]:
+        return data.renumbered(torch.arange(len(names)), names)
+    logger.warning(
+        "%s calls its classes %r, ..., the network %r, ...: they are taken in this order",
+        data.name,
+        data.classes[0],
+        names[0],
+    )
+    return data
+
+
 def names_of_weights(options: argparse.Namespace) -> list[str] | None:
-    """Class names, in the order of the outputs, of the ``wfnet train`` that made ``--checkpoint``;
-    None if it is not recorded."""
-    return recorded_names(Path(options.checkpoint).parent, "train") if options.checkpoint else None
+    """Class names, in the order of the outputs, of the ``wfnet train`` that made ``--checkpoint``,
+    or of a network of transformers; None if they are not recorded."""
+    if options.checkpoint:
+        return recorded_names(Path(options.checkpoint).parent, "train")
+    if is_pretrained(options) and options.model.startswith(hugging_face.PREFIX):
+        return hugging_face.class_names(options.model.removeprefix(hugging_face.PREFIX))
+    return None
 
 
 def recorded_names(folder: Path, command: str | None = None) -> list[str] | None:

@@ -70,9 +70,10 @@ class Parser(argparse.ArgumentParser):
         group = self.group("classifier")
         group.add_all(
             """
-            --model NAME  a name of timm (resnet50), of torchvision (torchvision/resnet50), or one
-                of the small networks small/resnet, small/vgg, small/vit
-            --pretrained  weights of timm or torchvision (may download)
+            --model NAME  a name of timm (resnet50), of torchvision (torchvision/resnet50), one of
+                the small networks small/resnet, small/vgg, small/vit, or hf: and a folder or a
+                repository in the local cache of transformers (hf:google/vit-base-patch16-224)
+            --pretrained  weights of timm or torchvision (may download); those of hf: come with it
             --checkpoint FILE  weights of your own: safetensors, or .pth with tensors only (nothing
                 is unpickled)
             --num-classes N  classes of the classifier; known from the data and from pretrained

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from wfnet.hugging_face import PREFIX, local_folder
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
 from wfnet.services.files import write_json
 from wfnet.untraining.checkpoints import CHECKPOINT_NAME
@@ -69,6 +70,8 @@ def recorded(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     values = {name: value for name, value in vars(options).items() if name not in OF_THIS_CALL}
     if values.get("model_kwargs"):
         values["model_kwargs"] = dict(values["model_kwargs"])
+    if (network := local_folder(values.get("model"))) is not None:
+        values["model"] = f"{PREFIX}{network.absolute()}"
     for name in _PATHS:
         if values.get(name):
             path = Path(values[name]).absolute()

@@ -30,6 +30,7 @@ from wfnet.cli.inputs import (
     choose_device,
     count_classes,
     data_name,
+    is_pretrained,
     joined_ranks,
     make_classifier,
     names_of_weights,
@@ -42,6 +43,7 @@ from wfnet.cli.runs import RUN_FILES, check_writable, read_run, write_run
 from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
 from wfnet.evaluation.forward import Forward
 from wfnet.head import find_head
+from wfnet.hugging_face import local_folder
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.extras import require
@@ -161,7 +163,9 @@ def run_folder(options: argparse.Namespace) -> Path:
     """The folder of the run."""
     if options.resume not in (None, "auto"):
         return Path(options.resume)
-    model = (options.model or "network").replace("/", "-").replace(":", "-")
+    network = local_folder(options.model)
+    model = options.model or "network" if network is None else network.resolve().name
+    model = model.replace("/", "-").replace(":", "-")
     data = Path(options.data or options.data_dir or "data").resolve().name
     folder = Path(options.output or f"runs/{model}-{data}")
     return folder / options.experiment if options.experiment else folder
@@ -202,7 +206,7 @@ def _prepare(
     names = None if options.classes is None else names_of_weights(options)
     if options.classes is not None:  # the network has more than the data
         count = options.num_classes if names is None else len(names)
-        if count is None and not options.pretrained:
+        if count is None and not is_pretrained(options):
             raise ValueError("--classes needs --num-classes, the number of classes of the network")
     classifier = make_classifier(options, count, data_name(options))
     rows = None

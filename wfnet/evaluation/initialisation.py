@@ -30,9 +30,10 @@ def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
     """The same network newly initialised: a copy without filters, in evaluation mode.
 
     Every parameter is drawn anew by ``reset_parameters`` of its module and by the initialisation
-    of the modules above it where they have one (``init_weights`` in timm). Tokens, position
-    embeddings and layer scales that nothing resets get the distributions of timm; any other raw
-    parameter keeps its values in random order, and the log says so. Running statistics start again.
+    of the modules above it where they have one (``init_weights`` in timm and transformers). Tokens,
+    position embeddings and layer scales that nothing resets get the distributions of timm; any
+    other raw parameter keeps its values in random order, and the log says so. Running statistics
+    start again.
     The result depends on the architecture and the seed, never on the learned weights (but for those
     raw parameters). The caller's random state is left as it is.
 
@@ -54,6 +55,7 @@ def reinitialise(model: nn.Module, seed: int = 0) -> nn.Module:
             if parameter.is_floating_point():
                 parameter.fill_(torch.nan)
         for module in reversed(list(new.modules())):  # a parent's own initialisation comes last
+            vars(module).pop("_is_hf_initialized", None)  # transformers would skip it
             for name in _METHODS:
                 _call_without_arguments(getattr(module, name, None))
             for name, value in _STATISTICS.items():

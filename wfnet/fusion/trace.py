@@ -6,13 +6,13 @@ is, with any control flow.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as global_hooks
 
+from wfnet.head import first_output
 from wfnet.labels import forgetting
 from wfnet.layers import MaskedLayer
 
@@ -22,8 +22,8 @@ class NotFusable(Exception):
 
 
 def because(what: str, error: Exception) -> NotFusable:
-    """Returns a :class:`NotFusable` that says ``what``, with the first line of ``error``."""
-    reason = str(error).strip().partition("\n")[0]
+    """Returns a :class:`NotFusable` that says ``what``, with the first sentence of ``error``."""
+    reason = str(error).strip().partition("\n")[0].partition(". ")[0]
     return NotFusable(f"{what} ({reason})")
 
 
@@ -63,6 +63,17 @@ def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
+class _Logits(nn.Module):
+    """A network as a function of images alone, whatever else it takes and returns."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        return first_output(self.model(images), (Tensor, fx.Proxy))
+
+
 class _Tracer(fx.Tracer):
     """Leaves are masked layers, what holds none, and what is ``opaque``."""
 
@@ -71,7 +82,12 @@ class _Tracer(fx.Tracer):
         self.opaque = opaque
         self.failed: nn.Module | None = None  # the innermost module that cannot be traced
 
+    def path_of_module(self, mod: nn.Module) -> str:
+        return super().path_of_module(mod).removeprefix("model").removeprefix(".")
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if m is self.root.model:
+            return False
         if isinstance(m, MaskedLayer | nn.BatchNorm2d) or m in self.opaque:
             return True
         if isinstance(m, nn.Sequential):
@@ -90,44 +106,40 @@ def trace(model: nn.Module) -> tuple[fx.Graph, fx.Node, NotFusable | None]:
     """Traces ``model``, with modules that have hooks, or that torch.fx cannot follow, as leaves.
 
     Returns:
-        The graph, its one input (the images; other inputs have their defaults), and the first thing
-        that torch.fx could not follow.
+        The graph from images to logits, its one input (the images; other inputs have their
+        defaults), and the first thing that torch.fx could not follow.
 
     Raises:
-        NotFusable: if torch.fx cannot follow the control flow of the network itself, or another
-            input is read.
+        NotFusable: if torch.fx cannot follow the control flow of the network itself.
     """
-    others = list(inspect.signature(model.forward).parameters.values())[1:]
-    constants = {
-        p.name: None if p.default is p.empty else p.default
-        for p in others
-        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
-    }
+    root = _Logits(model)
     opaque = {module for module in model.modules() if is_hooked(module)}
     first: NotFusable | None = None
     while True:
         tracer = _Tracer(opaque)
         try:
-            graph = tracer.trace(model, constants)
+            graph = tracer.trace(root)
             break
         except Exception as error:
             first = first or because("torch.fx cannot trace it", error)
-            if tracer.failed is None or tracer.failed in opaque:
+            if tracer.failed in (None, model) or tracer.failed in opaque:
                 raise first from error
             opaque.add(tracer.failed)
-    image, *extra = [node for node in graph.nodes if node.op == "placeholder"]
-    for node in extra:
-        _erase_assertions(graph, node)
-    return graph, image, first
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            node.target = _attribute_of(model, root, node.target)
+    return graph, next(iter(graph.nodes)), first
 
 
-def _erase_assertions(graph: fx.Graph, node: fx.Node) -> None:
-    """Removes an input that fx keeps only to assert that it has the value of the trace."""
-    for user in list(node.users):
-        if not user.users and "assert" not in getattr(user.target, "__name__", ""):
-            raise NotFusable(f"its forward reads another input than the images in {user.name!r}")
-        _erase_assertions(graph, user)
-    graph.erase_node(node)
+def _attribute_of(model: nn.Module, root: _Logits, name: str) -> str:
+    """The name in ``model`` of an attribute of its trace's root: constants are moved there."""
+    if name.startswith("model."):
+        return name.removeprefix("model.")
+    number = 0
+    while hasattr(model, f"_tensor_constant{number}"):
+        number += 1
+    setattr(model, f"_tensor_constant{number}", getattr(root, name))
+    return f"_tensor_constant{number}"
 
 
 def execution_order(model: nn.Module, names: Sequence[str]) -> list[str]:
