@@ -126,6 +126,12 @@ void bind_kernels(py::module_& module) {
   of_sizes("refuse_dgrad", &refuse_dgrad, "Why the input-gradient kernel cannot, or None.");
   of_sizes("dgrad_slots", &dgrad_partial_rows,
            "Rows of the workspaces partial0 and partial1, [rows, in_channels] fp32.");
+  module.def(
+      "tile_columns",
+      [](bool backward, int processors, const py::kwargs& given) {
+        return problem_of(convolution_of(given), backward, clusters_of(processors)).block_n;
+      },
+      py::arg("backward"), py::arg("processors"), "Columns of a tile: 64, 128 or 256.");
   module.def("fprop", &bound_fprop, "out = act(scale * conv(x, weight) + shift + residual).");
   module.def("dgrad", &bound_dgrad,
              "g = (dx + skip) * act' of the layer below, scale * g, and both column sums.");

@@ -87,7 +87,7 @@ void fprop(const Convolution& conv, const Operands& operands, const ForwardEpilo
                    {e.branch, "branch"},
                    {e.out, "out"}},
                   e.table_stride);
-  launch_fprop(problem_of(conv, false), operands, e);
+  launch_fprop(problem_of(conv, false, clusters_of(operands.processors)), operands, e);
 }
 
 void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpilogue& e,
@@ -108,7 +108,7 @@ void dgrad(const Convolution& conv, const Operands& operands, const BackwardEpil
                    {e.grad, "grad"},
                    {e.scaled_grad, "scaled_grad"}},
                   e.table_stride);
-  const Problem problem = problem_of(conv, true);
+  const Problem problem = problem_of(conv, true, clusters_of(operands.processors));
   launch_dgrad(problem, operands, e);
   if (sums.t0 != nullptr || sums.t1 != nullptr)
     launch_column_sums(problem, e, sums, operands.place);

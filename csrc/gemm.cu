@@ -48,7 +48,9 @@ Params<kDirection> make_params(const Problem& problem, const Operands& operands)
   const bool forward = kDirection == Direction::kForward;
   const int out_channels = forward ? problem.columns : problem.depth;
   const int in_channels = forward ? problem.depth : problem.columns;
-  const int box_rows = problem.block_n / kCluster;  // Layout::kFilterRows
+  // Layout::kFilterRows; backward, those of the depth.
+  const int share = problem.block_n / kCluster;
+  const int box_rows = forward || share < kBlockK ? share : kBlockK;
   params.b = checked_map(filter_map(operands.filter, operands.bf16, out_channels,
                                     problem.filter_h * problem.filter_w, in_channels, box_rows));
   return params;
@@ -59,12 +61,15 @@ void launch_gemm(const Problem& problem, const Operands& operands, const Epilogu
   const DeviceGuard guard(operands.place.device);  // the driver encodes the tensor maps
   Params<kDirection> params = make_params<kDirection>(problem, operands);
   params.epilogue = epilogue;
-  const int most = operands.processors > kCluster ? operands.processors / kCluster : 1;
+  const int most = clusters_of(operands.processors);
   const int clusters = problem.tile_slots < most ? problem.tile_slots : most;
   const auto run = [&](auto kernel) {
     launch<decltype(kernel)>(params, clusters, kCluster, operands.place);
   };
-  if (problem.block_n == 128) {
+  if (problem.block_n == 256) {
+    operands.bf16 ? run(GemmKernel<Bf16, 256, false, kDirection>{})
+                  : run(GemmKernel<Fp16, 256, false, kDirection>{});
+  } else if (problem.block_n == 128) {
     operands.bf16 ? run(GemmKernel<Bf16, 128, false, kDirection>{})
                   : run(GemmKernel<Fp16, 128, false, kDirection>{});
   } else if (!problem.keep_filter) {

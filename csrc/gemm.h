@@ -7,21 +7,23 @@
 // Thread blocks of 384 threads, in clusters of two, stay on their multiprocessors for the whole
 // launch:
 //
-//   producer     1 thread loads 64-deep slices of A (128 rows) and B (64 or 128 columns) by TMA
-//                into a ring of 6 or 8 stages, B half by half for both blocks of the cluster; it
+//   producer     1 thread loads 64-deep slices of A (128 rows) and B (64, 128 or 256 columns) by TMA
+//                into a ring of 8, 6 or 4 stages, B half by half for both blocks of the cluster; it
 //                runs ahead over tile borders: the next tile's operands come during this epilogue.
 //                A filter of 64 columns and few slices is loaded once and kept for all tiles
 //   consumer 0   tiles 0, 2, 4, ... of the block: wgmma, then the epilogue, from registers
 //   consumer 1   tiles 1, 3, 5, ...; takes turns with consumer 0 at the tensor cores (ping-pong)
+//
+// A tile of 256 columns is multiplied by both consumers, the upper and the lower 64 rows.
 //
 // What bounds it: a 3x3 layer with 64 channels has 9 slices per tile, 2,304 cycles at the tensor
 // cores (128 x 64), in which another tile's epilogue moves 128 x 64 x 2 B x 3 (residual, v, out) =
 // 48 KB. At one multiprocessor's share of 4.3 TB/s, 18 B per cycle, those take 2,700 cycles: bound
 // by memory, and that only because the epilogue is hidden. From 128 channels on, the tensor cores
 // are the bound, as far as operands come in time: shared memory moves 128 bytes a cycle, and a
-// slice of 128 x 128 is written once (32 KB) and read by wgmma (48 KB), 640 cycles beside 512; a
-// slice of 128 x 64 whose filter is kept takes 384 beside 256. How much of that adds up, a device
-// must say.
+// slice of 128 x 128 is written once (32 KB) and read by wgmma (48 KB), 640 cycles beside 512; one
+// of 128 x 256 (48 and 80 KB) takes 1,024 beside 1,024; a slice of 128 x 64 whose filter is kept
+// takes 384 beside 256. How much of that adds up, a device must say.
 #pragma once
 
 #include <type_traits>
@@ -68,9 +70,10 @@ struct RingPosition {
   }
 };
 
-// Barriers 1 and 2: a consumer's turn at the tensor cores. 3 and 4: its four warps.
+// Barriers 1 and 2: a consumer's turn at the tensor cores. 3 and 4: the warps of a tile.
 WF_DEVICE void wait_for_turn(int consumer) { sync_block_named(1 + consumer, 2 * kWarpgroup); }
 WF_DEVICE void give_turn(int consumer) { arrive_block_named(2 - consumer, 2 * kWarpgroup); }
+
 // --- producer ---
 
 // This block's half of a slice of B, for both blocks of the cluster; n0: first column.
@@ -80,8 +83,11 @@ WF_DEVICE void load_filter(const Params<kDirection>& params, uint32_t b, uint32_
   b += rank * L::kFilterRows * 128;
   if constexpr (kDirection == Direction::kForward) {  // rows are columns of the result
     tma_load_filter(b, &params.b, barrier, slice.channel, slice.tap, n0 + rank * L::kFilterRows);
-  } else if constexpr (L::kBlockN == 128) {  // rows are depth; each block has 64 of the columns
-    tma_load_filter(b, &params.b, barrier, n0 + rank * 64, slice.tap, slice.channel);
+  } else if constexpr (L::kBlockN >= 128) {  // rows are depth; half of the columns, 64 to a box
+    WF_UNROLL
+    for (int i = 0; i < L::kFilterRows; i += 64)
+      tma_load_filter(b + i * kBlockK * 2, &params.b, barrier, n0 + rank * L::kFilterRows + i,
+                      slice.tap, slice.channel);
   } else {  // rows are depth; each block has 32 of them
     tma_load_filter(b, &params.b, barrier, n0, slice.tap, slice.channel + rank * L::kFilterRows);
   }
@@ -149,16 +155,24 @@ WF_DEVICE void wait_for_filter() {
   mbarrier_wait(L::filter(), 0);
 }
 
-// Issues the wgmma of a tile; all but those of the last slice are complete. Returns its stage,
-// which finish_multiply() waits for and frees.
+template <class L>
+WF_DEVICE void pin_accumulators(Accumulators<L>& acc) {
+  WF_UNROLL
+  for (int part = 0; part < L::kParts; ++part) pin_registers(acc.part[part]);
+}
+
+// Issues the wgmma of a consumer's rows of a tile; all but those of the last slice are complete.
+// Returns its stage, which finish_multiply() waits for and frees.
 template <class T, class L, bool kTransposedB>
-WF_DEVICE int multiply(Accumulators<L::kBlockN>& acc, RingPosition<L::kStages>& ring, int slices) {
+WF_DEVICE int multiply(Accumulators<L>& acc, RingPosition<L::kStages>& ring, int slices,
+                       int consumer) {
   int previous = 0;
+  WF_ROLLED
   for (int i = 0; i < slices; ++i) {
     mbarrier_wait(L::full(ring.stage), ring.parity);
-    pin_registers(acc.half[0]);
-    pin_registers(acc.half[1]);
+    pin_accumulators<L>(acc);
     wgmma_fence();
+    const uint32_t a = L::a(ring.stage) + L::first_row(consumer) * 128;
     WF_UNROLL
     for (int k = 0; k < kBlockK / 16; ++k) {
       // A: 8 rows of 128 bytes per swizzle atom, 16 of K are 32 bytes within its rows. B forward:
@@ -167,9 +181,8 @@ WF_DEVICE int multiply(Accumulators<L::kBlockN>& acc, RingPosition<L::kStages>& 
       const uint64_t b = kTransposedB ? wgmma_descriptor(at + k * 2048, kBlockK * 128, 1024)
                                       : wgmma_descriptor(at + k * 32, 16, 1024);
       WF_UNROLL
-      for (int half = 0; half < 2; ++half)
-        wgmma<T, kTransposedB>(acc.half[half],
-                               wgmma_descriptor(L::a(ring.stage) + half * 8192 + k * 32, 16, 1024),
+      for (int part = 0; part < L::kParts; ++part)
+        wgmma<T, kTransposedB>(acc.part[part], wgmma_descriptor(a + part * 8192 + k * 32, 16, 1024),
                                b, (i | k) != 0);
     }
     wgmma_commit();
@@ -184,16 +197,14 @@ WF_DEVICE int multiply(Accumulators<L::kBlockN>& acc, RingPosition<L::kStages>& 
 }
 
 template <class L>
-WF_DEVICE void finish_multiply(Accumulators<L::kBlockN>& acc, int last_stage, int slices) {
+WF_DEVICE void finish_multiply(Accumulators<L>& acc, int last_stage, int slices) {
   wgmma_wait<0>();
-  pin_registers(acc.half[0]);
-  pin_registers(acc.half[1]);
+  pin_accumulators<L>(acc);
   if (slices > 0) free_stage<L>(last_stage);
 }
 
 template <class T, class L, Direction kDirection>
 WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
-  constexpr int kBlockN = L::kBlockN;
   const Problem& problem = params.problem;
   RingPosition<L::kStages> ring;
   const int step = cluster_count();
@@ -201,18 +212,20 @@ WF_DEVICE void consume(const Params<kDirection>& params, int consumer) {
   for (int i = 0; work.slot < problem.tile_slots; ++i) {
     const Work next = next_work(problem, work.slot + step, step);
     const Phase& phase = problem.phases[work.phase];
-    if (i % kConsumers == consumer) {
-      Accumulators<kBlockN> acc;
+    if (L::kCooperative || i % kConsumers == consumer) {
+      Accumulators<L> acc;
       WF_UNROLL
-      for (int half = 0; half < 2; ++half) WF_UNROLL
-      for (int j = 0; j < kBlockN / 2; ++j) acc.half[half][j] = 0.0f;
+      for (int part = 0; part < L::kParts; ++part) WF_UNROLL
+      for (int j = 0; j < L::kBlockN / 2; ++j) acc.part[part][j] = 0.0f;
       const int m = work.pair * kCluster + cluster_rank();
-      prefetch_tile<T, kBlockN>(problem, params.epilogue, phase, m, work.n);
+      if (!L::kCooperative || consumer == 0)
+        prefetch_tile<T, L::kBlockN>(problem, params.epilogue, phase, m, work.n);
       if (L::kKeepFilter) wait_for_filter<L>();
-      if (i > 0) wait_for_turn(consumer);
-      const int last = multiply<T, L, kDirection == Direction::kBackward>(acc, ring, phase.slices);
+      if (!L::kCooperative && i > 0) wait_for_turn(consumer);
+      const int last =
+          multiply<T, L, kDirection == Direction::kBackward>(acc, ring, phase.slices, consumer);
       // The other consumer issues its first wgmma while the last ones of this tile are at work.
-      if (next.slot < problem.tile_slots) give_turn(consumer);
+      if (!L::kCooperative && next.slot < problem.tile_slots) give_turn(consumer);
       finish_multiply<L>(acc, last, phase.slices);
       finish_tile<T, L>(acc, problem, params.epilogue, phase, m, work.n, consumer);
     } else {

@@ -30,14 +30,16 @@
 
 namespace wf {
 
-// One tile is 128 rows of one consumer warpgroup: two m64 wgmma that share B. Two warpgroups work
-// on different tiles (ping-pong): one multiplies while the other runs its epilogue, which moves up
-// to five tensors of 16 bits per element and is what the memory-bound layers wait for. 128 x 128
-// fp32 accumulators take 128 of a thread's 232 registers.
+// One tile is 128 rows. Tiles of 64 and 128 columns belong to one consumer warpgroup: two m64 wgmma
+// that share B. Two warpgroups work on different tiles (ping-pong): one multiplies while the other
+// runs its epilogue, which moves up to five tensors of 16 bits per element and is what the
+// memory-bound layers wait for. Tiles of 256 columns belong to both, 64 rows each (cooperative).
+// 128 x 128 fp32 accumulators take 128 of a thread's 232 registers, and so do 64 x 256.
 //
 // Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B
 // for both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP, 85 FLOP per byte: 790
-// TFLOP/s take 9.3 TB/s. A block alone would need 32 KB, 12.3 TB/s.
+// TFLOP/s take 9.3 TB/s. A block alone would need 32 KB, 12.3 TB/s. A 128 x 256 x 64 slice costs
+// 32 KB for twice the FLOP: 6.2 TB/s.
 constexpr int kBlockM = 128;
 constexpr int kBlockK = 64;  // 128 bytes: one swizzle row
 constexpr int kMostPhases = 4;
@@ -46,6 +48,11 @@ constexpr int kCluster = 2;  // thread blocks of a cluster
 // Slices of a filter of 64 columns that fit into shared memory beside 8 stages of A: 72 KB, a 3x3
 // filter of 64 channels. Loaded for every tile again, they would be a third of what arrives.
 constexpr int kMostKeptSlices = 9;
+
+// Slices of a sum from which a cooperative tile gains more than it loses. A slice of it saves 256
+// cycles (operands from L2 at 10 TB/s) to 526 (at 6) over two of 128 columns; its epilogue, counted
+// as 5,000 cycles, hides behind no other tile's multiplication.
+constexpr int kLongSum = 18;
 
 // A cross-correlation of [batch, height, width, in_channels] with [out_channels, filter_h,
 // filter_w, in_channels]; all memory dense, channels last.
@@ -150,11 +157,29 @@ WF_HOST_DEVICE void finish_problem(Problem& problem, int block_n) {
                         problem.phases[0].slices <= kMostKeptSlices;
 }
 
+WF_HOST_DEVICE int clusters_of(int processors) {
+  return processors > kCluster ? processors / kCluster : 1;
+}
+
 // 128 columns, unless that computes more than a quarter too many: for 64 and 192 channels.
-WF_HOST_DEVICE int choose_block_n(int columns) {
+WF_HOST_DEVICE int choose_narrow(int columns) {
   const int wide = (columns + 127) / 128 * 128;
   const int narrow = (columns + 63) / 64 * 64;
   return 4 * wide > 5 * narrow ? 64 : 128;
+}
+
+// Whether a problem that has tiles of 128 columns is better off with 256: sums are long, and neither
+// the last column tile nor the last round of tiles over the clusters costs more than an eighth.
+WF_HOST_DEVICE bool is_wide(const Problem& problem, int clusters) {
+  int slices = 0;
+  for (int i = 0; i < problem.num_phases; ++i) slices += problem.phases[i].slices;
+  if (problem.block_n != 128 || clusters < 1 || slices < kLongSum * problem.num_phases)
+    return false;
+  const int64_t n_tiles = (problem.columns + 255) / 256;
+  const int64_t slots = problem.tile_slots / problem.n_tiles * n_tiles;
+  const int64_t rounds = (slots + clusters - 1) / clusters;
+  const int64_t rounds_of_narrow = (int64_t{problem.tile_slots} + clusters - 1) / clusters;
+  return 8 * 2 * n_tiles <= 9 * problem.n_tiles && 8 * 2 * rounds <= 9 * rounds_of_narrow;
 }
 
 WF_HOST_DEVICE bool is_matrix(const Convolution& conv) {
@@ -162,7 +187,9 @@ WF_HOST_DEVICE bool is_matrix(const Convolution& conv) {
          conv.pad_w == 0;
 }
 
-WF_HOST_DEVICE Problem problem_of(const Convolution& conv, bool backward) {
+// `clusters`: how many work at once, which the width of tiles depends on; 0: tiles of 128 columns at
+// most. Nothing that callers allocate depends on it.
+WF_HOST_DEVICE Problem problem_of(const Convolution& conv, bool backward, int clusters = 0) {
   Problem problem{};
   problem.num_phases = backward ? conv.stride_h * conv.stride_w : 1;
   for (int i = 0; i < problem.num_phases && i < kMostPhases; ++i) {
@@ -189,7 +216,8 @@ WF_HOST_DEVICE Problem problem_of(const Convolution& conv, bool backward) {
   problem.filter_h = conv.filter_h;
   problem.filter_w = conv.filter_w;
   problem.tiled = is_matrix(conv);
-  finish_problem(problem, choose_block_n(problem.columns));
+  finish_problem(problem, choose_narrow(problem.columns));
+  if (is_wide(problem, clusters)) finish_problem(problem, 256);
   return problem;
 }
 

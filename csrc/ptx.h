@@ -271,6 +271,7 @@ WF_DEVICE void pin_registers(float (&registers)[kCount]) {
 
 #define WF_D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define WF_D16(i) WF_D4(i), WF_D4(i + 4), WF_D4(i + 8), WF_D4(i + 12)
+#define WF_D64(i) WF_D16(i), WF_D16(i + 16), WF_D16(i + 32), WF_D16(i + 48)
 #define WF_REGISTERS_32                                                                         \
   "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
   "%25,%26,%27,%28,%29,%30,%31}"
@@ -279,12 +280,20 @@ WF_DEVICE void pin_registers(float (&registers)[kCount]) {
   "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47," \
   "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}"
 
+#define WF_REGISTERS_128                                                                        \
+  "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24," \
+  "%25,%26,%27,%28,%29,%30,%31,%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,"    \
+  "%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63,%64,%65,%66,%67,%68,"    \
+  "%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,"    \
+  "%91,%92,%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,"      \
+  "%110,%111,%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127}"
+
 // d[64, N] += a[64, 16] * b[16, N] by a warpgroup; asynchronous. Warp w of it, lane l, holds in
 // d[4 * j + 2 * h + i] row 16 * w + 8 * h + l / 4, column 8 * j + 2 * (l % 4) + i. `a` is K-major;
 // `b` is K-major ([N, 16]) or, with kTransposedB, N-major ([16, N]). `accumulate` false: d = a * b.
 template <class T, bool kTransposedB, int kCount>
 WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kCount == 32 || kCount == 64, "N is 64 or 128");
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128, "N is 64, 128 or 256");
   constexpr bool kBf16 = std::is_same_v<T, Bf16>;
 #define WF_WGMMA(N, TYPE, REGISTERS, A, B, P, TB, ...)                                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " P                                               \
@@ -293,13 +302,19 @@ WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate
                ", " B ", p, 1, 1, 0, " TB ";\n}\n"                                                 \
                : __VA_ARGS__                                                                       \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(kTransposedB ? 1 : 0))
-  if constexpr (kCount == 64) {
+  if constexpr (kCount == 128) {
     if constexpr (kBf16) {
-      WF_WGMMA("128", "bf16", WF_REGISTERS_64, "%64", "%65", "%66", "%67", WF_D16(0), WF_D16(16),
-               WF_D16(32), WF_D16(48));
+      WF_WGMMA("256", "bf16", WF_REGISTERS_128, "%128", "%129", "%130", "%131", WF_D64(0),
+               WF_D64(64));
     } else {
-      WF_WGMMA("128", "f16", WF_REGISTERS_64, "%64", "%65", "%66", "%67", WF_D16(0), WF_D16(16),
-               WF_D16(32), WF_D16(48));
+      WF_WGMMA("256", "f16", WF_REGISTERS_128, "%128", "%129", "%130", "%131", WF_D64(0),
+               WF_D64(64));
+    }
+  } else if constexpr (kCount == 64) {
+    if constexpr (kBf16) {
+      WF_WGMMA("128", "bf16", WF_REGISTERS_64, "%64", "%65", "%66", "%67", WF_D64(0));
+    } else {
+      WF_WGMMA("128", "f16", WF_REGISTERS_64, "%64", "%65", "%66", "%67", WF_D64(0));
     }
   } else {
     if constexpr (kBf16) {

@@ -87,17 +87,25 @@ template <int kBlockN_, bool kKeepFilter_>
 struct Layout {
   static constexpr int kBlockN = kBlockN_;
   static constexpr bool kKeepFilter = kKeepFilter_;
-  static constexpr int kStages = kBlockN == 64 ? 8 : 6;
+  static constexpr bool kCooperative = kBlockN == 256;    // both consumers share a tile
+  static constexpr int kParts = kCooperative ? 1 : 2;     // 64 rows each, of one consumer
+  static constexpr int kTileWarps = kCooperative ? 8 : 4;
+  // The epilogue goes step by step: four vectors of a lane, of kRows rows and kSpans of 32 columns.
+  static constexpr int kRows = 2 * kParts;
+  static constexpr int kSpans = 4 / kRows;
+  static constexpr int kSteps = kBlockN / 32 / kSpans;
+  static constexpr int kStages = kBlockN == 64 ? 8 : kBlockN == 128 ? 6 : 4;
   static constexpr uint32_t kABytes = kBlockM * kBlockK * 2;
   static constexpr uint32_t kBBytes = kBlockN * kBlockK * 2;
   static constexpr uint32_t kStageBytes = kKeepFilter ? kABytes : kABytes + kBBytes;
   static constexpr int kFilterRows = kBlockN / kCluster;
-  // Who reads a stage: a tile's four warps; of both blocks where half of B is the other one's.
-  static constexpr int kReaders = kKeepFilter ? 4 : 4 * kCluster;
+  // Who reads a stage: a tile's warps; of both blocks where half of B is the other one's.
+  static constexpr int kReaders = kTileWarps * (kKeepFilter ? 1 : kCluster);
   static constexpr uint32_t kFilter = kStages * kStageBytes;
   static constexpr uint32_t kSums = kFilter + (kKeepFilter ? kMostKeptSlices * kBBytes : 0);
-  static constexpr uint32_t kSumsBytes = 2 * 2 * 4 * 32 * 4;  // [buffer][sum][warp][32 columns]
-  static constexpr uint32_t kBarriers = kSums + kConsumers * kSumsBytes;
+  static constexpr uint32_t kSumBytes = kTileWarps * 32 * 4;  // [warp][32 columns]
+  static constexpr uint32_t kSumsBytes = 2 * 2 * kSumBytes;   // [buffer][sum], of one tile
+  static constexpr uint32_t kBarriers = kSums + (kCooperative ? 1 : kConsumers) * kSumsBytes;
   // Rounded up: halves of the emulated cluster must begin at multiples of 1024.
   static constexpr uint32_t kBytes = (kBarriers + (2 * kStages + 1) * 8 + 1023) / 1024 * 1024;
 
@@ -105,21 +113,26 @@ struct Layout {
   static WF_DEVICE uint32_t b(int stage, int slice) {
     return kKeepFilter ? shared_base() + kFilter + slice * kBBytes : a(stage) + kABytes;
   }
+  // First row of a consumer's parts within its tile.
+  static WF_DEVICE int first_row(int consumer) { return kCooperative ? consumer * 64 : 0; }
+  // Where the warps of a consumer's tile meet: the number of the tile among those at work.
+  static WF_DEVICE int group(int consumer) { return kCooperative ? 0 : consumer; }
   static WF_DEVICE uint32_t full(int stage) { return shared_base() + kBarriers + stage * 8; }
   static WF_DEVICE uint32_t empty(int stage) { return full(stage) + kStages * 8; }
   static WF_DEVICE uint32_t filter() { return empty(kStages); }
 };
 
-// Accumulators of one tile: rows 64 * half + 16 * warp + 8 * i + lane / 4, see wgmma().
-template <int kBlockN>
+// A consumer's accumulators: rows 64 * part + 16 * warp + 8 * i + lane / 4 of it, see wgmma().
+template <class L>
 struct Accumulators {
-  float half[2][kBlockN / 2];
+  float part[L::kParts][L::kBlockN / 2];
 };
 
-// The four warps of a consumer meet.
-WF_DEVICE void sync_warpgroup(int consumer) {
+// The warps of a tile meet.
+template <class L>
+WF_DEVICE void sync_tile(int consumer) {
   if (is_broken(Fault::kSumsBarrier)) return;
-  sync_block_named(3 + consumer, kWarpgroup);
+  sync_block_named(3 + L::group(consumer), L::kTileWarps * 32);
 }
 
 // Brings a tile's rows of the tensors that its epilogue reads to L2 while the tile is multiplied:
@@ -195,22 +208,25 @@ WF_DEVICE Channels gather_channels(const float (&fragment)[kCount], int first, i
   return row;
 }
 
-// The four rows of a lane: which samples, where in memory. A row past the end has sample -1.
+// The rows of a lane: which samples, where in memory. A row past the end has sample -1.
+template <class L>
 struct LaneRows {
-  int sample[4];
-  int pixel[4];  // below 2^31, see refuse(); its offset is not, and made when it is needed
+  int sample[L::kRows];
+  int pixel[L::kRows];  // below 2^31, see refuse(); its offset is not, and made when it is needed
 
   WF_DEVICE int64_t at(int row, const Problem& problem, int column) const {
     return static_cast<int64_t>(pixel[row]) * problem.columns + column;
   }
 };
 
-WF_DEVICE LaneRows lane_rows(const Problem& problem, const Phase& phase, int m0) {
+// m0: first row of the consumer's part of a tile.
+template <class L>
+WF_DEVICE LaneRows<L> lane_rows(const Problem& problem, const Phase& phase, int m0) {
   const int warp = block_thread() % kWarpgroup / 32;
   const int lane = thread_index() % 32;
-  LaneRows rows;
+  LaneRows<L> rows;
   WF_UNROLL
-  for (int r = 0; r < 4; ++r) {
+  for (int r = 0; r < L::kRows; ++r) {
     const int m = m0 + r / 2 * 64 + warp * 16 + r % 2 * 8 + lane / 4;
     if (m < phase.rows) {
       const Row row = row_at(problem, phase, m);
@@ -224,31 +240,43 @@ WF_DEVICE LaneRows lane_rows(const Problem& problem, const Phase& phase, int m0)
   return rows;
 }
 
+// Vector v of a step: row v % kRows of the lane, columns from first_column() on.
+template <class L>
+WF_DEVICE int first_column(int n, int step, int v) {
+  return n * L::kBlockN + (step * L::kSpans + v / L::kRows) * 32 + thread_index() % 4 * 8;
+}
+template <class L>
+WF_DEVICE Channels gather_vector(const Accumulators<L>& acc, int step, int v) {
+  const int row = v % L::kRows;
+  return gather_channels(acc.part[row / 2], (step * L::kSpans + v / L::kRows) * 16, row % 2);
+}
+
 // `m`, `n`: row and column tile of the phase.
 template <class T, class L>
-WF_DEVICE void finish_tile(const Accumulators<L::kBlockN>& acc, const Problem& problem,
+WF_DEVICE void finish_tile(const Accumulators<L>& acc, const Problem& problem,
                            const ForwardEpilogue& e, const Phase& phase, int m, int n,
-                           int /*consumer*/) {
-  constexpr int kBlockN = L::kBlockN;
-  const LaneRows rows = lane_rows(problem, phase, m * kBlockM);
+                           int consumer) {
+  const LaneRows<L> rows =
+      lane_rows<L>(problem, phase, m * kBlockM + L::first_row(consumer));
   WF_UNROLL
-  for (int chunk = 0; chunk < kBlockN / 32; ++chunk) {
-    const int column = n * kBlockN + chunk * 32 + thread_index() % 4 * 8;
-    const bool column_ok = column < problem.columns;
+  for (int step = 0; step < L::kSteps; ++step) {
     Vec16 residuals[4];  // four loads on their way before the first is needed
     if (e.residual != nullptr) {
       WF_UNROLL
-      for (int r = 0; r < 4; ++r)
-        if (column_ok && rows.sample[r] >= 0)
-          residuals[r] = load_packed<T>(e.residual, rows.at(r, problem, column));
+      for (int v = 0; v < 4; ++v) {
+        const int r = v % L::kRows, column = first_column<L>(n, step, v);
+        if (column < problem.columns && rows.sample[r] >= 0)
+          residuals[v] = load_packed<T>(e.residual, rows.at(r, problem, column));
+      }
     }
-    int loaded = -1;  // sample whose tables are loaded: mostly one for all four rows
+    int loaded = -1;  // sample whose tables are loaded: mostly one for all rows
     Channels scale, shift;
     WF_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      Channels value = gather_channels(acc.half[r / 2], chunk * 16, r % 2);
-      if (!column_ok || rows.sample[r] < 0) continue;
-      if (rows.sample[r] != loaded) {
+    for (int v = 0; v < 4; ++v) {
+      const int r = v % L::kRows, column = first_column<L>(n, step, v);
+      Channels value = gather_vector<L>(acc, step, v);
+      if (column >= problem.columns || rows.sample[r] < 0) continue;
+      if (r == 0 || rows.sample[r] != loaded) {
         loaded = rows.sample[r];
         const int64_t at = static_cast<int64_t>(loaded) * e.table_stride + column;
         scale = load_table(e.scale + at);
@@ -262,7 +290,7 @@ WF_DEVICE void finish_tile(const Accumulators<L::kBlockN>& acc, const Problem& p
         value = unpack<T>(stored);
       }
       Channels residual;
-      if (e.residual != nullptr) residual = unpack<T>(residuals[r]);
+      if (e.residual != nullptr) residual = unpack<T>(residuals[v]);
       WF_UNROLL
       for (int i = 0; i < kVector; ++i) {
         float& x = value.value[i];
@@ -288,125 +316,140 @@ WF_DEVICE void halve_sums(float (&sums)[16]) {
   }
 }
 
+// Column sums of g and g * branch over a tile's rows, 32 columns from `column` on: those of one span
+// of a step. All warps of the tile come; `buffer` is where they meet next.
 template <class T, class L>
-WF_DEVICE void finish_tile(const Accumulators<L::kBlockN>& acc, const Problem& problem,
-                           const BackwardEpilogue& e, const Phase& phase, int m, int n,
-                           int consumer) {
-  constexpr int kBlockN = L::kBlockN;
-  if (m >= phase.m_tiles) return;
-  const int m0 = m * kBlockM;
-  const LaneRows rows = lane_rows(problem, phase, m0);
-  const int warp = block_thread() % kWarpgroup / 32;
+WF_DEVICE void store_sums(const Problem& problem, const Phase& phase, const BackwardEpilogue& e,
+                          const LaneRows<L>& rows, const Channels (&g)[4],
+                          const Vec16 (&branches)[4], int span, int m, int column, int consumer,
+                          uint32_t& buffer) {
+  const int warp = block_thread() % (L::kTileWarps * 32) / 32;
   const int lane = thread_index() % 32;
-  const bool sums = e.partial0 != nullptr || e.partial1 != nullptr;
-  const int first_sample = m0 / phase.pixels;
+  const int m0 = m * kBlockM;
   const int last_row = (m0 + kBlockM < phase.rows ? m0 + kBlockM : phase.rows) - 1;
   const int last_sample = last_row / phase.pixels;
+  // One pass per sample that has rows in this tile: one, or two where a sample ends.
+  for (int sample = m0 / phase.pixels; sample <= last_sample; ++sample) {
+    float part[16];
+    WF_UNROLL
+    for (int i = 0; i < 16; ++i) part[i] = 0.0f;
+    WF_UNROLL
+    for (int r = 0; r < L::kRows; ++r) {
+      const int v = span * L::kRows + r;
+      const bool mine = rows.sample[r] == sample;
+      const Channels branch = unpack<T>(branches[v]);
+      WF_UNROLL
+      for (int i = 0; i < kVector; ++i) {
+        part[i] += mine ? g[v].value[i] : 0.0f;
+        part[8 + i] += mine ? g[v].value[i] * branch.value[i] : 0.0f;
+      }
+    }
+    halve_sums<16, 8>(part);
+    halve_sums<8, 4>(part);
+    halve_sums<4, 2>(part);
+    // Bit 4 of the lane chose g or g * branch, bits 3 and 2 two of the 8 columns. Two buffers: nobody
+    // is two passes ahead of a barrier.
+    const uint32_t base = own_shared(shared_base() + L::kSums + L::group(consumer) * L::kSumsBytes +
+                                     buffer * 2 * L::kSumBytes);
+    buffer ^= 1;
+    const uint32_t at = base + (lane >> 4) * L::kSumBytes + warp * 128 +
+                        (lane % 4 * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2) * 4;
+    store_shared(at, part[0]);
+    store_shared(at + 4, part[1]);
+    sync_tile<L>(consumer);
+    if (warp >= 2 || column + lane >= problem.columns) continue;
+    float sum = 0.0f;
+    WF_UNROLL
+    for (int w = 0; w < L::kTileWarps; ++w)
+      sum += load_shared(base + warp * L::kSumBytes + w * 128 + lane * 4);
+    float* partial = warp == 0 ? e.partial0 : e.partial1;
+    if (partial != nullptr)
+      store_global(
+          partial + static_cast<int64_t>(partial_row(phase, m, sample)) * problem.columns + column +
+              lane,
+          sum);
+  }
+}
+
+template <class T, class L>
+WF_DEVICE void finish_tile(const Accumulators<L>& acc, const Problem& problem,
+                           const BackwardEpilogue& e, const Phase& phase, int m, int n,
+                           int consumer) {
+  if (m >= phase.m_tiles) return;
+  const LaneRows<L> rows = lane_rows<L>(problem, phase, m * kBlockM + L::first_row(consumer));
+  const bool sums = e.partial0 != nullptr || e.partial1 != nullptr;
   uint32_t buffer = 0;
   WF_UNROLL
-  for (int chunk = 0; chunk < kBlockN / 32; ++chunk) {
-    const int column = n * kBlockN + chunk * 32 + lane % 4 * 8;
-    const bool column_ok = column < problem.columns;
+  for (int step = 0; step < L::kSteps; ++step) {
     Channels g[4];
     Vec16 branches[4], skips[2];  // six loads on their way before the first is needed
-    const auto load_skip = [&](int r) {
-      if (e.skip != nullptr && column_ok && rows.sample[r] >= 0)
-        skips[r % 2] = load_packed<T>(e.skip, rows.at(r, problem, column));
+    const auto exists = [&](int v) {
+      return first_column<L>(n, step, v) < problem.columns && rows.sample[v % L::kRows] >= 0;
+    };
+    const auto place = [&](int v) {
+      return rows.at(v % L::kRows, problem, first_column<L>(n, step, v));
+    };
+    const auto load_skip = [&](int v) {
+      if (e.skip != nullptr && exists(v)) skips[v % 2] = load_packed<T>(e.skip, place(v));
     };
     WF_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      branches[r] = Vec16{};
-      if (e.needs_branch() && column_ok && rows.sample[r] >= 0)
-        branches[r] = load_packed<T>(e.branch, rows.at(r, problem, column));
+    for (int v = 0; v < 4; ++v) {
+      branches[v] = Vec16{};
+      if (e.needs_branch() && exists(v)) branches[v] = load_packed<T>(e.branch, place(v));
     }
     load_skip(0);
     load_skip(1);
     int loaded = -1;
     Channels scale, shift;
     WF_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      g[r] = gather_channels(acc.half[r / 2], chunk * 16, r % 2);
-      if (!column_ok || rows.sample[r] < 0) {
+    for (int v = 0; v < 4; ++v) {
+      const int r = v % L::kRows, column = first_column<L>(n, step, v);
+      g[v] = gather_vector<L>(acc, step, v);
+      if (!exists(v)) {
         // Rows past the end hold taps that reach back into the image: they are no pixels.
         WF_UNROLL
-        for (int i = 0; i < kVector; ++i) g[r].value[i] = 0.0f;
+        for (int i = 0; i < kVector; ++i) g[v].value[i] = 0.0f;
         continue;
       }
-      const int64_t at = rows.at(r, problem, column);
-      if (rows.sample[r] != loaded) {
+      const int64_t at = place(v);
+      if (r == 0 || rows.sample[r] != loaded) {
         loaded = rows.sample[r];
         const int64_t row = static_cast<int64_t>(loaded) * e.table_stride + column;
         if (e.scaled_grad != nullptr) scale = load_table(e.scale + row);
         if (e.mask_from_branch() && e.shift != nullptr) shift = load_table(e.shift + row);
       }
       if (e.skip != nullptr) {
-        const Channels skip = unpack<T>(skips[r % 2]);
-        if (r < 2) load_skip(r + 2);
+        const Channels skip = unpack<T>(skips[v % 2]);
+        if (v < 2) load_skip(v + 2);
         WF_UNROLL
-        for (int i = 0; i < kVector; ++i) g[r].value[i] += skip.value[i];
+        for (int i = 0; i < kVector; ++i) g[v].value[i] += skip.value[i];
       }
       if (e.mask_from_branch()) {
-        const Channels v = unpack<T>(branches[r]);
+        const Channels branch = unpack<T>(branches[v]);
         WF_UNROLL
         for (int i = 0; i < kVector; ++i) {
-          const float alive = e.shift != nullptr ? v.value[i] + shift.value[i] : v.value[i];
-          g[r].value[i] = alive > 0.0f ? g[r].value[i] : 0.0f;
+          const float b = branch.value[i];
+          const float alive = e.shift != nullptr ? b + shift.value[i] : b;
+          g[v].value[i] = alive > 0.0f ? g[v].value[i] : 0.0f;
         }
       } else if (e.relu) {
         const Channels out = unpack<T>(load_packed<T>(e.activation, at));
         WF_UNROLL
         for (int i = 0; i < kVector; ++i)
-          g[r].value[i] = out.value[i] > 0.0f ? g[r].value[i] : 0.0f;
+          g[v].value[i] = out.value[i] > 0.0f ? g[v].value[i] : 0.0f;
       }
-      if (e.grad != nullptr) store_channels<T>(e.grad, at, g[r]);
-      if (e.scaled_grad != nullptr) store_channels<T>(e.scaled_grad, at, scaled(scale, g[r]));
+      if (e.grad != nullptr) store_channels<T>(e.grad, at, g[v]);
+      if (e.scaled_grad != nullptr) store_channels<T>(e.scaled_grad, at, scaled(scale, g[v]));
     }
     if (!sums) continue;
-    // One pass per sample that has rows in this tile: one, or two where a sample ends.
-    for (int sample = first_sample; sample <= last_sample; ++sample) {
-      float part[16];
-      WF_UNROLL
-      for (int i = 0; i < 16; ++i) part[i] = 0.0f;
-      WF_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        const bool mine = rows.sample[r] == sample;
-        const Channels v = unpack<T>(branches[r]);
-        WF_UNROLL
-        for (int i = 0; i < kVector; ++i) {
-          part[i] += mine ? g[r].value[i] : 0.0f;
-          part[8 + i] += mine ? g[r].value[i] * v.value[i] : 0.0f;
-        }
-      }
-      halve_sums<16, 8>(part);
-      halve_sums<8, 4>(part);
-      halve_sums<4, 2>(part);
-      // Bit 4 of the lane chose g or g * v, bits 3 and 2 two of the 8 columns. Two buffers: nobody
-      // is two passes ahead of a barrier.
-      const uint32_t base =
-          own_shared(shared_base() + L::kSums + consumer * L::kSumsBytes + buffer * 1024);
-      buffer ^= 1;
-      const uint32_t at = base + (lane >> 4) * 512 + warp * 128 +
-                          (lane % 4 * 8 + (lane >> 3 & 1) * 4 + (lane >> 2 & 1) * 2) * 4;
-      store_shared(at, part[0]);
-      store_shared(at + 4, part[1]);
-      sync_warpgroup(consumer);
-      const int thread = block_thread() % kWarpgroup;
-      if (thread < 64) {
-        float sum = 0.0f;
-        WF_UNROLL
-        for (int w = 0; w < 4; ++w)
-          sum += load_shared(base + thread / 32 * 512 + w * 128 + thread % 32 * 4);
-        const int c = n * kBlockN + chunk * 32 + thread % 32;
-        float* partial = thread < 32 ? e.partial0 : e.partial1;
-        if (partial != nullptr && c < problem.columns)
-          store_global(
-              partial + static_cast<int64_t>(partial_row(phase, m, sample)) * problem.columns + c,
-              sum);
-      }
+    WF_UNROLL
+    for (int span = 0; span < L::kSpans; ++span) {
+      const int column = n * L::kBlockN + (step * L::kSpans + span) * 32;
+      store_sums<T, L>(problem, phase, e, rows, g, branches, span, m, column, consumer, buffer);
     }
   }
   // The next tile of this consumer starts with buffer 0 again.
-  if (sums) sync_warpgroup(consumer);
+  if (sums) sync_tile<L>(consumer);
 }
 
 // Second stage of the column sums: [partial_rows, N] to [batch, N], always in the same order. One

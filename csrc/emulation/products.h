@@ -154,7 +154,7 @@ WF_DEVICE void pin_registers(float (&)[kCount]) {}
 
 template <class T, bool kTransposedB, int kCount>
 WF_DEVICE void wgmma(float (&d)[kCount], uint64_t a, uint64_t b, bool accumulate) {
-  static_assert(kCount == 32 || kCount == 64, "N is 64 or 128");
+  static_assert(kCount == 32 || kCount == 64 || kCount == 128, "N is 64, 128 or 256");
   constexpr bool kBf16 = std::is_same_v<T, Bf16>;
   if (is_broken(Fault::kStrideOfA)) a -= uint64_t{512 >> 4} << 32;
   if (is_broken(Fault::kStrideOfB)) b -= uint64_t{512 >> 4} << 32;

@@ -13,9 +13,10 @@ class Blocks(torch.nn.Module):
     """A stem with a pooling, a bottleneck with a projection shortcut, a pooling, an identity block.
 
     Channels of 40 and 72 fill neither a slice of 64 nor a tile; ``size`` and strides leave rests.
+    With ``wide`` the identity block has two convolutions, and so many channels between them.
     """
 
-    def __init__(self, bias: bool, stride: int, pool: int):
+    def __init__(self, bias: bool, stride: int, pool: int, wide: int):
         super().__init__()
 
         def conv(*sizes, **options):
@@ -26,6 +27,9 @@ class Blocks(torch.nn.Module):
         self.reduce, self.middle = conv(40, 32, 1), conv(32, 40, 3, stride=stride, padding=1)
         self.grow, self.project = conv(40, 72, 1), conv(40, 72, 1, stride=stride)
         self.last, self.head = conv(72, 72, 3, padding=1), torch.nn.Linear(72, 5)
+        if wide:
+            ends = conv(72, wide, 3, padding=1), conv(wide, 72, 3, padding=1)
+            self.last = torch.nn.Sequential(ends[0], torch.nn.ReLU(), ends[1])
 
     def forward(self, x):
         x = self.first(self.norm(self.stem(x)).relu())
@@ -52,8 +56,9 @@ def check_fused_network() -> Callable[..., Callable[[], bool]]:
         stride: int,
         pool: int,
         size: tuple[int, int],
+        wide: int = 0,
     ) -> Callable[[], bool]:
-        model = Blocks(bias, stride, pool).eval()
+        model = Blocks(bias, stride, pool, wide).eval()
         model.norm.running_mean.normal_()
         model.norm.running_var.uniform_(0.5, 1.5)
         images, source = torch.randn(2, 3, *size), torch.tensor([0, 1, 1])

@@ -136,6 +136,20 @@ def test_fused_network(emulated_cuda, launched, how, check_fused_network):
 
 
 @together
+def test_fused_network_with_tiles_of_256_columns(launched, monkeypatch, check_fused_network):
+    """On one cluster, which their last round fills; both ways of them."""
+    monkeypatch.setattr(cuda_launch, "_EMULATED_PROCESSORS", 2)
+    check_fused_network("cuda", torch.float16, True, 2, 2, (12, 8), wide=256)
+    assert launched[-12:] == ["fprop"] * 6 + ["dgrad"] * 6
+    columns = []
+    for shape in ((256, 72), (72, 256)):
+        weight, geometry = torch.zeros(*shape, 3, 3).half(), ConvGeometry(padding=(1, 1))
+        x = torch.zeros(3, shape[1], 3, 2).half()
+        columns.append(re.findall(r"128 x (\d+)", cuda.backend.explain_conv2d(x, weight, geometry)))
+    assert columns == [["256", "128"], ["128", "256"]]
+
+
+@together
 @pytest.mark.parametrize(
     ("channels", "stride", "batch", "forward", "backward"),
     [

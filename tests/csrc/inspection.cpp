@@ -84,8 +84,8 @@ PYBIND11_MODULE(inspection, module) {
     device.memory.add(reinterpret_cast<uintptr_t>(output), 128, true, "output");
     device.run(1, kCluster * kWarpgroup, kCluster * 1024, [&] { misuse(name, memory); });
   });
-  module.def("problem", [](const Convolution& conv, bool backward) {
-    const Problem problem = problem_of(conv, backward);
+  module.def("problem", [](const Convolution& conv, bool backward, int clusters) {
+    const Problem problem = problem_of(conv, backward, clusters);
     py::dict fields;
     py::list rows, slices;
     for (int i = 0; i < problem.num_phases; ++i) {
@@ -98,7 +98,7 @@ PYBIND11_MODULE(inspection, module) {
     fields["keep_filter"] = problem.keep_filter != 0;
     fields["partial_rows"] = problem.partial_rows;
     return fields;
-  });
+  }, py::arg("conv"), py::arg("backward"), py::arg("clusters") = 0);
   // Slices that every cluster multiplies.
   module.def("work_of", [](const Convolution& conv, bool backward, int clusters) {
     const Problem problem = problem_of(conv, backward);

@@ -90,6 +90,9 @@ STEPS = {
     # turns of the consumers over many tiles
     "persistent 64": (epilogue, sizes(BATCH, SIZE, SIZE, 64, 64, 3)),
     "persistent 128, gradient": (chain, sizes(BATCH, SIZE // 2, SIZE // 2, 128, 128, 3)),
+    # both consumers on one tile, wgmma of 256 columns (a device alone has so many rows)
+    "persistent 256": (epilogue, sizes(BATCH, SIZE // 2, SIZE // 2, 256, 256, 3)),
+    "persistent 256, gradient": (chain, sizes(BATCH, SIZE // 2, SIZE // 2, 256, 256, 3)),
 }
 
 

@@ -75,6 +75,24 @@ CONVS = {
 CASES = [pytest.param(sizes, id=name) for name, sizes in CONVS.items()]
 
 
+@pytest.mark.parametrize(
+    ("direction", "case"),
+    [
+        (Forward, sizes(3, 9, 11, 72, 248, 3)),
+        (Backward, sizes(3, 9, 11, 248, 72, 3)),
+        (Backward, sizes(1, 17, 13, 256, 456, 3, 2)),
+    ],
+    ids=["forward", "gradient", "gradient, stride 2"],
+)
+def test_tiles_that_both_consumers_share(schedule, emulated_cuda, direction, case):
+    """256 columns, of which a consumer has 64 rows."""
+    schedule(processors=2, completion="RANDOM")
+    made = direction(case, BF16)
+    shapes = direction is Backward, made.in_shape, tuple(made.weight.shape), made.geometry
+    assert cuda_launch.tile_columns(*shapes, "cpu") == 256
+    check(made)
+
+
 @pytest.mark.parametrize("direction", [Forward, Backward])
 @pytest.mark.parametrize("case", CASES)
 def test_every_kind_of_convolution(schedule, direction, case):
@@ -102,14 +120,16 @@ def test_backward_epilogue_family(schedule, mask, options):
 
 
 @pytest.mark.parametrize(
-    ("channels", "columns"),
-    [(64, 64), (136, 64), (136, 128)],
-    ids=["filter kept", "block_n 64", "block_n 128"],
+    ("batch", "channels", "columns"),
+    [(7, 64, 64), (7, 136, 64), (7, 136, 128), (3, 72, 256)],
+    ids=["filter kept", "block_n 64", "block_n 128", "block_n 256"],
 )
 @pytest.mark.parametrize("completion", ["LATE", "EARLY", "RANDOM"])
-def test_ring_wraps_around_and_order_does_not_matter(schedule, channels, columns, completion):
-    """Four tiles for each block of one cluster, of 9 or 27 slices: the ring of 6 or 8 wraps."""
-    case = Forward(sizes(7, 10, 13, channels, columns, 3), BF16)
+def test_ring_wraps_around_and_order_does_not_matter(
+    schedule, batch, channels, columns, completion
+):
+    """Two or four tiles for a block of one cluster, of 9 to 27 slices: the ring of 4 to 8 wraps."""
+    case = Forward(sizes(batch, 10, 13, channels, columns, 3), BF16)
     schedule(processors=2, seed=1, completion=completion)
     check(case)
     first = bits(case)
@@ -136,6 +156,7 @@ def test_a_not_a_number_survives_the_relu(schedule):
 
 
 WAITS = sizes(3, 9, 11, 136, 72, 3)
+WIDE = sizes(3, 9, 11, 256, 72, 3)  # tiles of 256 columns in the gradient
 
 
 @pytest.mark.parametrize(
@@ -148,7 +169,8 @@ WAITS = sizes(3, 9, 11, 136, 72, 3)
         *((fault, Forward, WAITS, "RANDOM") for fault in ("FULL_WAIT", "EMPTY_WAIT")),
         ("FILTER_WAIT", Forward, sizes(5, 9, 11, 64, 64, 3), "LATE"),
         ("EMPTY_WAIT", Forward, sizes(5, 9, 11, 64, 64, 3), "LATE"),
-        ("SUMS_BARRIER", Backward, WAITS, "LATE"),
+        *(("SUMS_BARRIER", Backward, conv, "LATE") for conv in (WAITS, WIDE)),
+        ("EMPTY_WAIT", Backward, WIDE, "LATE"),
         ("PEER_ARRIVAL", Backward, WAITS, "LATE"),
         ("BARRIER_FENCE", Backward, WAITS, "LATE"),
         ("JOINT_EXIT", Backward, WAITS, "LATE"),

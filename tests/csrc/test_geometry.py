@@ -96,6 +96,30 @@ def test_column_tiles_and_filters_that_stay_in_shared_memory(inspection, conv, f
         assert (problem["block_n"], problem["keep_filter"]) == expected
 
 
+THREE = ((3, 3), (1, 1), (1, 1))
+
+
+@pytest.mark.parametrize(
+    ("conv", "forward", "backward"),
+    [
+        (Conv(512, 14, 14, 256, 256, *THREE), 256, 256),
+        (Conv(512, 28, 28, 128, 256, *THREE), 256, 128),
+        (Conv(512, 14, 14, 1024, 256), 128, 128),  # 16 and 4 slices
+        (Conv(512, 7, 7, 2048, 512), 256, 128),
+        (Conv(512, 28, 28, 256, 512, (3, 3), (2, 2), (1, 1)), 256, 256),  # 8 * (1 + 2 + 2 + 4) / 4
+        (Conv(512, 28, 28, 256, 448, (3, 3), (2, 2), (1, 1)), 256, 128),  # 7 * 9 / 4
+        (Conv(512, 14, 14, 384, 640, *THREE), 128, 128),  # a quarter, a fifth of columns too many
+        (Conv(16, 14, 14, 256, 256, *THREE), 128, 128),  # 13 tiles for 66 clusters
+    ],
+)
+def test_wide_tiles_are_for_long_sums_that_fill_the_device(inspection, conv, forward, backward):
+    for direction, expected in ((False, forward), (True, backward)):
+        wide, narrow = (inspection.problem(conv, direction, clusters) for clusters in (66, 0))
+        assert wide["block_n"] == expected
+        assert narrow["block_n"] <= 128
+        assert wide["partial_rows"] == narrow["partial_rows"]  # which the launcher asks for alone
+
+
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2)])
 def test_numbers_of_tensors_above_two_to_the_31st_fit(inspection, emulated_kernels, stride):
     """Rows are counted in 32 bits, elements and bytes are not: the largest problems taken."""

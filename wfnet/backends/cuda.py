@@ -25,7 +25,7 @@ from wfnet.backends.contract import (
 )
 from wfnet.backends.triton import TritonBackend
 
-_KERNEL = "persistent implicit GEMM (TMA, wgmma, clusters of two blocks)"
+_KERNEL = "persistent implicit GEMM (TMA, wgmma, clusters of two blocks, tiles of 128 x {})"
 
 
 def _refuse_tensor(x: Tensor) -> str | None:
@@ -62,8 +62,13 @@ class CudaBackend(TritonBackend):
         """Says whose kernels run forward and input gradient, and why."""
         named = []
         for backward, expands in ((False, batch is not None), (True, False)):
-            reason = _refuse_hopper(backward, tuple(x.shape), weight, geometry, expands)
-            named.append(_KERNEL if reason is None else f"Triton's kernel ({reason})")
+            shape = tuple(x.shape)
+            reason = _refuse_hopper(backward, shape, weight, geometry, expands)
+            if reason is not None:
+                named.append(f"Triton's kernel ({reason})")
+                continue
+            product = backward, shape, tuple(weight.shape), geometry
+            named.append(_KERNEL.format(cuda_launch.tile_columns(*product, x.device)))
         return f"forward: {named[0]}; input gradient: {named[1]}"
 
     def conv2d(

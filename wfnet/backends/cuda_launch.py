@@ -91,6 +91,25 @@ def refuse(
     return function(**_sizes(input_shape, weight_shape, geometry))
 
 
+def tile_columns(
+    backward: bool,
+    input_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    geometry: ConvGeometry,
+    device: torch.device,
+) -> int:
+    """Returns the columns of a tile on ``device``; the other arguments are :func:`refuse`'s."""
+    sizes = _sizes(input_shape, weight_shape, geometry)
+    return library().module.tile_columns(backward, _processors(device), **sizes)
+
+
+def _processors(device: torch.device) -> int:
+    """Multiprocessors: the kernels' persistent grid has a thread block for each."""
+    if library().module.emulated:
+        return _EMULATED_PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def _sizes(
     input_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: ConvGeometry
 ) -> dict[str, object]:
@@ -135,16 +154,15 @@ def _launch(
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device}, the results are on {device}")
     addresses = {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+    numbers["processors"] = _processors(device)
     if not module.emulated:
-        # The kernels' persistent grid has a thread block per multiprocessor.
-        numbers["processors"] = torch.cuda.get_device_properties(device).multi_processor_count
         stream = torch.cuda.current_stream(device).cuda_stream
         kernel(**addresses, **numbers, device=device.index, stream=stream)
         return
     _register(module, reads, False)
     _register(module, writes, True)
     try:
-        kernel(**addresses, **numbers, processors=_EMULATED_PROCESSORS, device=0, stream=0)
+        kernel(**addresses, **numbers, device=0, stream=0)
     finally:
         module.clear_memory()
 
