@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,10 @@ from wfnet.services.files import readable
 from wfnet.services.ranks import Ranks, joined, local_device
 
 logger = logging.getLogger("wfnet")
+
+# Below as many images, starting data workers takes longer than they save.
+_FEW_IMAGES = 2000
+_MAX_WORKERS = 4
 
 
 class Run:
@@ -196,6 +201,9 @@ def is_pretrained(options: argparse.Namespace) -> bool:
 def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = False) -> Splits:
     """Training, validation and test images as the classifier expects them.
 
+    Sets ``options.workers`` where it was left open: starting them takes longer than reading few
+    images does.
+
     Raises:
         FileNotFoundError, ValueError: for data that are missing or damaged.
     """
@@ -212,7 +220,7 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
     if chosen:
         settings.pop("transform", None)  # it was made for the settings that are replaced
     by_name = options.data is not None
-    return open_data(
+    data = open_data(
         options.data if by_name else options.data_dir,
         options.data_dir if by_name else None,
         **{**settings, **chosen},
@@ -226,6 +234,10 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
         cache_dir=options.cache_dir,
         device=choose_device(options.device),
     )
+    if options.workers is None:
+        few = sum(map(len, (data.train, data.validation, data.test))) < _FEW_IMAGES
+        options.workers = 0 if few else min(_MAX_WORKERS, os.cpu_count() or 1)
+    return data
 
 
 def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | None) -> Splits:

@@ -10,7 +10,6 @@ import ast
 import dataclasses
 import inspect
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -29,6 +28,8 @@ class Parser(argparse.ArgumentParser):
     """A command's options. A wrong command line raises ValueError, as every other error is told."""
 
     def error(self, message: str) -> NoReturn:
+        if message.endswith("expected at least one argument"):
+            message += "; a value that begins with - goes behind =, --forget=-x"
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 
     def group(self, title: str, description: str | None = None) -> Group:
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
         """Adds what describes images, classifier and computing.
 
         Args:
-            workers: default of ``--workers``; None: one a core, at most four.
+            workers: default of ``--workers``; None: chosen by the number of images.
         """
         self.group("data").add_all(
             """
@@ -84,7 +85,7 @@ class Parser(argparse.ArgumentParser):
             in_chans=(1, 3),
         )
         group.add_model_kwargs()
-        workers = min(4, os.cpu_count() or 1) if workers is None else workers
+        default = "none below 2,000 images, else one a core, at most 4"
         group = self.group("computing")
         group.add_device()
         group.add_all(
@@ -93,7 +94,8 @@ class Parser(argparse.ArgumentParser):
             --torchcompile  fuse, and let torch.compile fuse what lies between the convolutions
             --backend  who computes masked layers; auto picks what measured fastest
                 [default: auto]
-            -j --workers N  processes that decode images [default: {workers}]
+            -j --workers N  processes that decode images
+                (default: {default if workers is None else workers})
             --cache  keep decoded images, so that none is decoded twice: on the device, on the host
                 or on disk (there later runs find them again)
             --cache-dir DIR  folder of --cache disk (default: ~/.cache/wfnet)

@@ -13,6 +13,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,12 @@ from wfnet.data import labels_of
 from wfnet.services.files import write_tensors
 from wfnet.services.locks import folder_lock
 from wfnet.training import SMALL_MODEL_SETTINGS, TrainingSettings, accuracy, fit_classifier
+
+# Options that describe data and network, with their defaults: untraining needs the same.
+_INPUTS = dict.fromkeys(
+    ("data", "data_dir", "img_size", "mean", "std", "interpolation", "crop_pct", "class_names")
+    + ("train_per_class", "val_per_class", "model", "num_classes", "in_chans", "model_kwargs")
+) | {"val_split": 0.1, "seed": 0}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -113,5 +120,18 @@ def _train(options: argparse.Namespace, folder: Path) -> None:
     text = ", ".join(f"{share:.2%} of {part} images" for part, share in shares.items())
     print(
         f"done        {len(history.loss)} epochs in {history.seconds:,.1f} s; correct: {text}\n\n"
-        f"next:\n  wfnet untrain ... --checkpoint {folder / BASE_NAME}"
+        f"next:\n  wfnet untrain {shlex.join(_inputs(options))} --checkpoint {folder / BASE_NAME}"
     )
+
+
+def _inputs(options: argparse.Namespace) -> list[str]:
+    """Returns data and network as they are described on a command line."""
+    words = []
+    for name, default in _INPUTS.items():
+        value = getattr(options, name)
+        if value is None or value == default:
+            continue
+        values = value if isinstance(value, list | tuple) else [value]
+        words.append(f"--{name.replace('_', '-')}")
+        words += ["=".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
+    return words

@@ -39,7 +39,7 @@ from wfnet.cli.inputs import (
 )
 from wfnet.cli.options import Parser, add_command, config_changes, fuse_of
 from wfnet.cli.report import draw_training
-from wfnet.cli.runs import RUN_FILES, check_writable, read_run, write_run
+from wfnet.cli.runs import RUN_FILE, RUN_FILES, check_writable, read_run, write_run
 from wfnet.data import CorruptImages, Dataset, Splits, batches, limit_per_class, select
 from wfnet.evaluation.forward import Forward
 from wfnet.head import find_head
@@ -151,7 +151,7 @@ def make_config(
     changes = given | {
         "classes": rows,
         "channels_last": options.channels_last,
-        "workers": options.workers,
+        "workers": options.workers or 0,  # not chosen yet before the images are open
         "amp": "bfloat16" if options.amp else None,
         "fuse": fuse_of(options),
     }
@@ -301,7 +301,9 @@ def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.E
         return
     found = [folder / name for name in RUN_FILES if (folder / name).exists()]
     checkpoints = Checkpoints(folder)
-    if not options.force and (found or checkpoints.exist()):
+    holds = checkpoints.exist() or any(path.name != RUN_FILE for path in found)
+    # A run that ended before its first checkpoint has left nothing but its options.
+    if not options.force and (holds or (found and "result" in read_run(folder))):
         raise FileExistsError(
             f"{folder} holds a run already: --resume goes on with it, --force replaces it, and "
             "another --output or --experiment leaves it alone"

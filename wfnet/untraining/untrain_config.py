@@ -35,7 +35,7 @@ class UntrainConfig:
         batch_size: images of a minibatch on all GPUs together, even: one half unlearns, one half
             is retained (durable: the images of some rows)
         label_expansion: rows that each retained image goes through
-        share_images: the same images serve the forget and the retain half
+        share_images: the same images serve the forget and the retain half: a minibatch of 8 reads 4
         compound: weight of samples under two rows at once, of images with one label; 0: there are
             none
         sampler: order of images: every class unlearns equally often, or shuffled
