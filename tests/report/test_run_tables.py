@@ -81,3 +81,11 @@ def test_tables_as_markdown_csv_and_latex(runs, tmp_path):
     made = (tmp_path / "seeds.tex").read_text()
     assert r"WF-Net & 96.00 $\pm$ 1.00 &" in made
     assert r"Acc\_r" in made
+
+
+def test_images_with_several_labels_have_average_precisions(tmp_path):
+    mean = {"ap_f": 0.6, "map_r": 0.9, "original_ap_f": 0.95, "original_map_r": 0.92}
+    content = {"kind": "multi-label", "mean": mean}
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    groups, _ = run_tables.collect({str(tmp_path): {"options": {"data_dir": "photos"}}})
+    assert "| WF-Net | 60.0 | 90.0 |" in run_tables.markdown(groups)

@@ -69,11 +69,9 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
 def run(options: argparse.Namespace) -> None:
     work_on = Run(options)
     output = Path(options.output or work_on.folder)
-    work_on.check_data()
-    recipe = _recipe(options, work_on)
     check_writable(output)
-    data = work_on.images(recipe.fresh(0))
-    classes = work_on.class_numbers(options.classes, data.classes)
+    rounds = rounds_of(options)
+    classes = work_on.class_numbers(options.classes, rounds.data.classes)
     classes = list(range(work_on.num_classes)) if classes is None else classes
     methods = [FORGETFUL, ORIGINAL, *(m for m in options.methods if m != RETRAINED)]
     missing = []
@@ -84,10 +82,7 @@ def run(options: argparse.Namespace) -> None:
             "without retrained networks it was not measured whether a class is noticed: leave out "
             f"--no-retrain, {options.rounds} trainings for each class"
         ]
-    folder = work_on.folder / FOLDER
-    device = choose_device(options.device)
-    with folder_lock(folder):
-        rounds = ShadowRounds(folder, data, recipe, device, options.shadow_seed, options.workers)
+    with folder_lock(rounds.folder):
         result = compare(
             rounds,
             options.rounds,
@@ -103,6 +98,25 @@ def run(options: argparse.Namespace) -> None:
     for sentence in result.missing:
         print(f"\nnot everything could be measured: {sentence}")
     print(f"\nin {output}: shadows.json, shadows.csv")
+
+
+def rounds_of(options: argparse.Namespace) -> ShadowRounds:
+    """Returns the shadow rounds of the run that the options name.
+
+    Raises:
+        FileNotFoundError, ValueError: if its records do not say how it was made.
+    """
+    work_on = Run(options)
+    work_on.check_data()
+    recipe = _recipe(options, work_on)
+    return ShadowRounds(
+        work_on.folder / FOLDER,
+        work_on.images(recipe.fresh(0)),
+        recipe,
+        choose_device(options.device),
+        options.shadow_seed,
+        options.workers,
+    )
 
 
 def _recipe(options: argparse.Namespace, work_on: Run) -> Recipe:

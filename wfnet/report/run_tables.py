@@ -43,6 +43,8 @@ MEASURES = {
     "deletion": ("deletion", 3),
     "pairs_acc_r": ("pairs: Acc_r", 2),
     "pairs_acc_f": ("pairs: Acc_f", 2),
+    "ap_f": ("AP_f", 1),  # of images with several labels
+    "map_r": ("mAP_r", 1),
 }
 # Settings that may differ within a group.
 _FREE = FREE_TO_CHANGE | {"seed", "fuse", "capture"}
@@ -129,10 +131,7 @@ def _values(folder: Path) -> tuple[dict[Key, float], list[str]]:
     found: dict[Key, float] = {}
     lacks = [name for name in COMMANDS if not (folder / name).exists()]
     if "evaluation.json" not in lacks:
-        result = EvaluationResult.from_json(folder / "evaluation.json")
-        _add_scores(found, WFNET, result)
-        for name in ("acc_r", "acc_f", "zrf"):
-            found[QUALITY, ORIGINAL, name] = 100 * getattr(result.original, name)
+        _read(folder / "evaluation.json", lambda content: _add_evaluation(found, content))
     for baseline in read_baselines(folder / "baselines"):
         result = EvaluationResult.from_dict(baseline["evaluation"])
         _add_scores(found, baseline["method"], result)
@@ -160,6 +159,18 @@ def _read(path: Path, build: Any) -> Any:
 
 def _method(who: str) -> str:
     return WFNET if who == "forgetful" else who
+
+
+def _add_evaluation(found: dict[Key, float], content: Mapping[str, Any]) -> None:
+    if content.get("kind") == "multi-label":
+        for name in ("ap_f", "map_r"):
+            found[QUALITY, WFNET, name] = 100 * content["mean"][name]
+            found[QUALITY, ORIGINAL, name] = 100 * content["mean"][f"original_{name}"]
+        return
+    result = EvaluationResult.from_dict(content)
+    _add_scores(found, WFNET, result)
+    for name in ("acc_r", "acc_f", "zrf"):
+        found[QUALITY, ORIGINAL, name] = 100 * getattr(result.original, name)
 
 
 def _add_scores(found: dict[Key, float], method: str, result: EvaluationResult) -> None:

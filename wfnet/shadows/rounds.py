@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from wfnet.baselines import METHODS, BaselineModels, Origin, unlearn
 from wfnet.baselines.method import BaselineConfig
-from wfnet.data import Splits, labels_of, multi_hot_of, select
+from wfnet.data import Dataset, Splits, labels_of, multi_hot_of, select
 from wfnet.evaluation.partial import check_identity, data_identity
 from wfnet.network import WFNet
 from wfnet.services.files import read_metadata, read_tensors, write_tensors
@@ -121,7 +121,7 @@ class ShadowRounds:
                 net = self.recipe.wrap(classifier).to(self.device)
                 net.load_state_dict(tensors)
             else:
-                half = self._half(number)
+                half = self.half(number)
                 given = {"seed": seed, "workers": self.workers, "progress": False}
                 fit_classifier(classifier, half, **{**self.recipe.training, **given})
                 net = self.recipe.wrap(classifier).to(self.device)
@@ -140,7 +140,7 @@ class ShadowRounds:
         if number not in self._origins:
             self._origins[number] = Origin(
                 self.net(number).bake(None),
-                self._half(number),
+                self.half(number),
                 self.recipe.training,
                 lambda: self.recipe.fresh(self.first_seed + 500 + number),
                 self.workers,
@@ -154,7 +154,8 @@ class ShadowRounds:
         folder = self.folder / f"round_{number}" / method
         return BaselineModels(method, folder, origin, config)(label)
 
-    def _half(self, number: int):
+    def half(self, number: int) -> Dataset:
+        """Returns the training images of a round."""
         return select(self.data.train, self.seen(number).nonzero().squeeze(1))
 
 
