@@ -1,13 +1,14 @@
+import json
 from dataclasses import replace
 
 import pytest
 
-from wfnet.baselines import BaselineConfig, BaselineModels, Origin, run_baseline, unlearn
+from wfnet.baselines import METHODS, BaselineModels, Origin, run_baseline, unlearn
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.relearning import RelearnConfig
 
 QUIET = RunOptions(progress=False)
-QUICK = BaselineConfig(epochs=30, lr=0.05, batch_size=20, max_norm=10.0, retain_weight=0.8)
+QUICK = replace(METHODS["random_labels"].defaults, epochs=30, lr=0.05, batch_size=20)
 
 
 def test_models_are_made_once_and_kept(tmp_path, monkeypatch, patches, linear):
@@ -32,6 +33,10 @@ def test_models_are_made_once_and_kept(tmp_path, monkeypatch, patches, linear):
     with pytest.raises(ValueError, match="records of other settings"):
         BaselineModels("random_labels", tmp_path, origin, replace(QUICK, lr=0.01))(0)
     path = models.path(0)
+    models.path(2).unlink()
+    assert models.drop_deleted() == [2]
+    kept = json.loads((tmp_path / "relearning_records.json").read_text())["records"]
+    assert set(kept) == {"0", "1"}
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="truncated"):
         models(0)

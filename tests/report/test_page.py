@@ -74,7 +74,7 @@ def test_checks_are_in_words_and_empty_columns_are_left_out(shown):
         if name.startswith("#")
     }
     relearning, probing = (CHECKS[name] for name in ("relearning", "probing"))
-    every = ["measure", "model under test", "original", "retrained", "distance"]
+    every = ["measure", "model under test", "retrained", "original", "distance"]
     assert heads[relearning.measures[relearning.headline]] == every
     assert heads[probing.measures[probing.headline]] == [h for h in every if h != "original"]
     assert shown.text.count("Not measured") == 1

@@ -64,6 +64,9 @@ def test_every_check_for_every_class(finished):
         assert check.headline in record.forgetful
         assert record.retrained_models == 2
         assert check.original == bool(record.original)
+        for trivial in (record.logit_masked, record.bias_shifted):
+            assert set(trivial) == set(record.forgetful)
+            assert trivial.get("acc_f", 0.0) == 0.0
     assert result.settings["attackers_images"] == "classes in the proportion of the training part"
     assert trust.TrustResult.from_json(folder / "trust.json").records == result.records
     assert not (folder / "trust.partial.json").exists()
@@ -120,3 +123,17 @@ def test_no_model_is_changed_and_neither_is_the_random_state(run, make_network):
 def test_a_wrong_request_is_refused(run, request_, part):
     with pytest.raises(ValueError, match=part):
         run(**request_)
+
+
+def test_a_head_without_bias_leaves_a_column_empty_and_says_so_once(
+    data, make_network, quick, caplog
+):
+    def make(seed):
+        model = make_network(seed)
+        model.fc = torch.nn.Linear(8, 4, bias=False)
+        return model
+
+    about = make, make(0), data, ("conv1", "conv2"), (0, 2), ["collateral"]
+    result = trust.run_checks(*about, settings=quick, progress=False)
+    assert [record.bias_shifted for record in result.records] == [{}, {}]
+    assert sum("lowers a bias of the head" in message for message in caplog.messages) == 1

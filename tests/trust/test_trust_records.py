@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import json
 
 from wfnet.trust import CHECKS, TrustRecord, TrustResult
@@ -10,8 +11,10 @@ def test_means_distances_and_files(tmp_path):
         return TrustRecord(*about, {"js_forget": value}, {}, levels, {}, 1, None, details, 1.0, "k")
 
     first = record(0, 0.25, {"js_forget": 0.5}, {})
+    first = dataclasses.replace(first, logit_masked={"js_forget": 0.125})
     result = TrustResult([first, record(3, 0.75, {}, {"left_out": "a few"})], {"samples": 10})
-    mean = {"forgetful": 0.5, "original": None, "retrained": 0.5, "distance": -0.25, "classes": 2}
+    mean = {"forgetful": 0.5, "retrained": 0.5, "logit_masked": 0.125, "bias_shifted": None}
+    mean |= {"original": None, "distance": -0.25, "classes": 2}
     assert result.means() == {"closeness": {"js_forget": mean}}
     assert result.left_out() == ["Left out for class class 3: a few."]
     result.to_csv(tmp_path / "trust.csv")
@@ -24,4 +27,12 @@ def test_means_distances_and_files(tmp_path):
     assert TrustResult.from_json(tmp_path / "trust.json") == result
     table = result.table()
     assert CHECKS["closeness"].question in table
-    assert table.splitlines()[-1].split() == ["js_forget", "0.500", "-", "0.500", "-0.250"]
+    assert table.splitlines()[-1].split() == [
+        "js_forget",
+        "0.500",
+        "0.500",
+        "0.125",
+        "-",
+        "-",
+        "-0.250",
+    ]

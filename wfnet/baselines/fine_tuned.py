@@ -1,61 +1,128 @@
-"""Baselines that fine-tune a copy of the original network with SGD."""
+"""The loop of all baselines that fine-tune a network with SGD, and the three plainest of them."""
 
 from __future__ import annotations
 
 import copy
 from abc import abstractmethod
 from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.baselines.method import BaselineConfig, Method, Origin
-from wfnet.data import classes_of, corrupt_counter, labels_of
-from wfnet.evaluation.pair_engine import RunOptions
+from wfnet.data import classes_of, labels_of
 from wfnet.evaluation.relearning import epoch_logits
+from wfnet.head import first_output
+from wfnet.services import settings
 from wfnet.services.layout import safe_layout
 from wfnet.services.seeds import generator_for
+from wfnet.services.settings import setting
 from wfnet.untraining.expansion import random_other_rows
+
+
+@dataclass(frozen=True)
+class FineTuneConfig(BaselineConfig):
+    """How a network is fine-tuned into a baseline.
+
+    Attributes:
+        epochs: passes over the images of :meth:`FineTuned.order`.
+        lr, momentum, weight_decay, batch_size: of SGD.
+        max_norm: bound on the norm of the gradient; ascent would otherwise run away in a few steps.
+        batch_norm: "train" updates running statistics, "frozen" leaves them, and dropout, in
+            evaluation mode: batches of one class alone would give statistics of that class.
+        seed: decides order, labels, noise and dropout.
+    """
+
+    epochs: int = setting(3, settings.positive_int)
+    lr: float = setting(0.01, settings.positive_float)
+    momentum: float = setting(0.9, settings.below_one)
+    weight_decay: float = setting(0.0, settings.non_negative_float)
+    batch_size: int = setting(64, settings.int_from(2))
+    max_norm: float = setting(1.0, settings.positive_float)
+    batch_norm: str = setting("frozen", ("train", "frozen"))
+
+
+class Minibatch(NamedTuple):
+    """What a loss is computed from.
+
+    Attributes:
+        model: the network that unlearns.
+        images, logits: ``[n, C, H, W]`` and ``[n, K]`` of the model, on its device.
+        targets: ``[n]`` int64, labels as :meth:`FineTuned.targets` gives them.
+        own: ``[n]`` bool, whether an image is of the class to forget.
+        epoch: number of the epoch, from 0.
+        prepared: of :meth:`FineTuned.prepare`.
+    """
+
+    model: nn.Module
+    images: Tensor
+    logits: Tensor
+    targets: Tensor
+    own: Tensor
+    epoch: int
+    prepared: Any
 
 
 class FineTuned(Method):
     """Epochs of SGD on a loss that a subclass defines."""
 
-    @abstractmethod
-    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
-        """Returns the minibatches of an epoch, of the images of the class and of all others."""
+    defaults = FineTuneConfig()
 
-    @abstractmethod
-    def loss(self, config: BaselineConfig, logits: Tensor, targets: Tensor, own: Tensor) -> Tensor:
-        """Returns the scalar to be lowered, of ``logits [n, K]`` and ``targets [n]``.
+    def order(
+        self, config: FineTuneConfig, own: Tensor, others: Tensor, epoch: int, seed: Generator
+    ) -> Iterable[Tensor]:
+        """Returns the minibatches of an epoch, of the images of the class and of all others.
 
-        ``own [n]`` says whether an image is of the class to forget.
+        By default all images in random order.
         """
+        everything = torch.cat((own, others)).sort().values
+        return shuffled(everything, seed).split(config.batch_size)
+
+    @abstractmethod
+    def loss(self, config: FineTuneConfig, batch: Minibatch) -> Tensor:
+        """Returns the scalar to be lowered."""
+
+    def prepare(self, origin: Origin, label: int, config: FineTuneConfig) -> Any:
+        """Returns what all losses of a class share: teachers, masks, noise."""
+        return None
+
+    def start(self, origin: Origin, config: FineTuneConfig, prepared: Any) -> nn.Module:
+        """Returns a new network, which is then fine-tuned: a copy of the original."""
+        return copy.deepcopy(origin.original)
+
+    def change_gradients(self, model: nn.Module, prepared: Any) -> None:
+        """Changes the gradients of ``model`` before a step."""
 
     def targets(self, origin: Origin, label: int, seed: int) -> Tensor:
         """Returns the label ``[N]`` that each training image is given: its own."""
         return labels_of(origin.train)
 
-    def finished(self, config: BaselineConfig, accuracy: float) -> bool:
+    def finished(self, config: FineTuneConfig, accuracy: float) -> bool:
         """Whether to stop, given the accuracy on images of the class during the last epoch."""
         return False
 
-    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
-        model, device = copy.deepcopy(origin.original).requires_grad_(True), origin.device
+    def unlearn(self, origin: Origin, label: int, config: FineTuneConfig) -> nn.Module:
+        device = origin.device
         own, others = origin.images(label)
-        corrupt = corrupt_counter(origin.train, origin.max_corrupt)
-        options = RunOptions(workers=origin.workers, max_corrupt=corrupt)
+        options = origin.options()
         targets = self.targets(origin, label, config.seed)
-        optimizer = torch.optim.SGD(
-            model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
-        )
-        with safe_layout(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with ExitStack() as stack:
+            stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
             torch.manual_seed(config.seed)
+            prepared = self.prepare(origin, label, config)
+            model = self.start(origin, config, prepared).requires_grad_(True)
+            stack.enter_context(safe_layout(model))
+            optimizer = torch.optim.SGD(
+                model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+            )
             for epoch in range(config.epochs):
                 model.train(config.batch_norm == "train")
                 generator = generator_for(config.seed, 10, label, epoch)
-                order = list(self.order(own, others, config.batch_size, generator))
+                order = list(self.order(config, own, others, epoch, generator))
                 right = seen = 0
                 for batch, logits in epoch_logits(
                     model, origin.train, order, options, config.seed, epoch
@@ -63,7 +130,11 @@ class FineTuned(Method):
                     is_own = (batch.labels == label).to(device)
                     right += int((logits.detach().argmax(1) == label)[is_own].sum())
                     seen += int(is_own.sum())
-                    loss = self.loss(config, logits, targets[batch.indices].to(device), is_own)
+                    images, wanted = batch.images.to(device), targets[batch.indices].to(device)
+                    loss = self.loss(
+                        config,
+                        Minibatch(model, images, logits, wanted, is_own, epoch, prepared),
+                    )
                     if not bool(loss.isfinite()):
                         raise FloatingPointError(
                             f"the loss of {self.name} for class {label} is {loss.item()} in epoch "
@@ -71,6 +142,7 @@ class FineTuned(Method):
                         )
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
+                    self.change_gradients(model, prepared)
                     nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
                     optimizer.step()
                 if seen and self.finished(config, right / seen):
@@ -90,12 +162,8 @@ class RandomLabels(FineTuned):
     """
 
     name = "random_labels"
-    unused = ("retain_weight", "stop_below")
-    defaults = BaselineConfig(epochs=5, lr=0.003, batch_norm="frozen")
-
-    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
-        everything = torch.cat((own, others)).sort().values
-        return _shuffled(everything, seed).split(size)
+    defaults = FineTuneConfig(epochs=5, lr=0.003)
+    grid = tuple({"lr": lr} for lr in (0.003, 0.001, 0.01, 0.03))
 
     def targets(self, origin: Origin, label: int, seed: int) -> Tensor:
         targets = labels_of(origin.train).clone()
@@ -104,8 +172,20 @@ class RandomLabels(FineTuned):
         targets[own] = random_other_rows(targets[own], classes, generator_for(seed, 9, label))
         return targets
 
-    def loss(self, config: BaselineConfig, logits: Tensor, targets: Tensor, own: Tensor) -> Tensor:
-        return F.cross_entropy(logits, targets)
+    def loss(self, config: FineTuneConfig, batch: Minibatch) -> Tensor:
+        return F.cross_entropy(batch.logits, batch.targets)
+
+
+@dataclass(frozen=True)
+class AscentConfig(FineTuneConfig):
+    """Settings of ``negative_gradient``.
+
+    Attributes:
+        stop_below: ascent alone has no end: it stops after the epoch in which the accuracy on
+            training images of the class falls to this or below.
+    """
+
+    stop_below: float = setting(0.0, settings.Number(0.0, 1.0))
 
 
 class NegativeGradient(FineTuned):
@@ -115,17 +195,30 @@ class NegativeGradient(FineTuned):
     """
 
     name = "negative_gradient"
-    unused = ("retain_weight",)
-    defaults = BaselineConfig(epochs=200, lr=3e-4, momentum=0.0, batch_size=32, batch_norm="frozen")
+    defaults = AscentConfig(epochs=200, lr=3e-4, momentum=0.0, batch_size=32)
+    grid = tuple({"lr": lr} for lr in (3e-4, 1e-4, 1e-3))
 
-    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
-        return _shuffled(own, seed).split(size)
+    def order(
+        self, config: AscentConfig, own: Tensor, others: Tensor, epoch: int, seed: Generator
+    ) -> Iterable[Tensor]:
+        return shuffled(own, seed).split(config.batch_size)
 
-    def loss(self, config: BaselineConfig, logits: Tensor, targets: Tensor, own: Tensor) -> Tensor:
-        return -F.cross_entropy(logits, targets, reduction="none").mean()
+    def loss(self, config: AscentConfig, batch: Minibatch) -> Tensor:
+        return -F.cross_entropy(batch.logits, batch.targets, reduction="none").mean()
 
-    def finished(self, config: BaselineConfig, accuracy: float) -> bool:
+    def finished(self, config: AscentConfig, accuracy: float) -> bool:
         return accuracy <= config.stop_below
+
+
+@dataclass(frozen=True)
+class NegGradPlusConfig(FineTuneConfig):
+    """Settings of ``neggrad_plus``.
+
+    Attributes:
+        retain_weight: beta, the weight of the images of other classes.
+    """
+
+    retain_weight: float = setting(0.9, settings.Number(0.0, 1.0))
 
 
 class NegGradPlus(FineTuned):
@@ -136,25 +229,37 @@ class NegGradPlus(FineTuned):
     """
 
     name = "neggrad_plus"
-    unused = ("stop_below",)
-    defaults = BaselineConfig(epochs=5, lr=0.001, retain_weight=0.9, batch_norm="frozen")
+    defaults = NegGradPlusConfig(epochs=5, lr=0.001)
+    grid = tuple(
+        {"retain_weight": beta, "lr": lr} for beta in (0.9, 0.95, 0.8) for lr in (0.001, 0.003)
+    )
 
-    def order(self, own: Tensor, others: Tensor, size: int, seed: Generator) -> Iterable[Tensor]:
-        forgotten = _shuffled(own, seed)
-        for number, part in enumerate(_shuffled(others, seed).split(size)):
+    def order(
+        self, config: NegGradPlusConfig, own: Tensor, others: Tensor, epoch: int, seed: Generator
+    ) -> Iterable[Tensor]:
+        forgotten = shuffled(own, seed)
+        for number, part in enumerate(shuffled(others, seed).split(config.batch_size)):
             count = min(len(part), len(forgotten))
             at = (number * count + torch.arange(count)) % len(forgotten)
             yield torch.cat((part, forgotten[at]))
 
-    def loss(self, config: BaselineConfig, logits: Tensor, targets: Tensor, own: Tensor) -> Tensor:
-        loss = F.cross_entropy(logits, targets, reduction="none")
+    def loss(self, config: NegGradPlusConfig, batch: Minibatch) -> Tensor:
+        loss = F.cross_entropy(batch.logits, batch.targets, reduction="none")
         beta = config.retain_weight
-        return beta * _mean(loss[~own]) - (1 - beta) * _mean(loss[own])
+        return beta * mean(loss[~batch.own]) - (1 - beta) * mean(loss[batch.own])
 
 
-def _mean(values: Tensor) -> Tensor:
+@torch.no_grad()
+def taught(teacher: nn.Module, batch: Minibatch) -> Tensor:
+    """Returns the logits ``[n, K]`` of a teacher for a minibatch."""
+    return first_output(teacher(batch.images))
+
+
+def mean(values: Tensor) -> Tensor:
+    """Returns the mean; 0 of no values."""
     return values.sum() / max(values.numel(), 1)
 
 
-def _shuffled(positions: Tensor, seed: Generator) -> Tensor:
+def shuffled(positions: Tensor, seed: Generator) -> Tensor:
+    """Returns ``positions`` in random order."""
     return positions[torch.randperm(len(positions), generator=seed)]

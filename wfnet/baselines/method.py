@@ -10,40 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import CorruptImages, Dataset, labels_of
+from wfnet.data import CorruptImages, Dataset, batches, corrupt_counter, labels_of
+from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services import settings
 from wfnet.services.settings import check_settings, setting
 
 
 @dataclass(frozen=True)
 class BaselineConfig:
-    """How the original network is fine-tuned into a baseline.
+    """Settings of a method. A method that has more of them declares a subclass.
 
     Attributes:
-        epochs: passes over the images: all training images, or those of the class alone for
-            ``negative_gradient``.
-        lr, momentum, weight_decay, batch_size: of SGD.
-        max_norm: bound on the norm of the gradient; ascent would otherwise run away in a few steps.
-        retain_weight: beta of ``neggrad_plus``.
-        stop_below: ascent alone has no end: ``negative_gradient`` stops after the epoch in which
-            the accuracy on training images of the class falls to this or below.
-        batch_norm: "train" updates running statistics, "frozen" leaves them, and dropout, in
-            evaluation mode: batches of one class alone would give statistics of that class.
-        seed: decides order, labels and dropout.
+        seed: decides all that is random.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    epochs: int = setting(3, settings.positive_int)
-    lr: float = setting(0.01, settings.positive_float)
-    momentum: float = setting(0.9, settings.below_one)
-    weight_decay: float = setting(0.0, settings.non_negative_float)
-    batch_size: int = setting(64, settings.int_from(2))
-    max_norm: float = setting(1.0, settings.positive_float)
-    retain_weight: float = setting(0.9, settings.Number(0.0, 1.0))
-    stop_below: float = setting(0.0, settings.Number(0.0, 1.0))
-    batch_norm: str = setting("train", ("train", "frozen"))
     seed: int = setting(0, settings.seed)
 
     def __post_init__(self) -> None:
@@ -76,6 +59,15 @@ class Origin:
         """Of the original network."""
         return next(self.original.parameters()).device
 
+    def options(self) -> RunOptions:
+        """How images are read, with a counter of the corrupt ones."""
+        corrupt = corrupt_counter(self.train, self.max_corrupt)
+        return RunOptions(workers=self.workers, max_corrupt=corrupt)
+
+    def image_shape(self) -> torch.Size:
+        """``[C, H, W]`` of the training images."""
+        return next(iter(batches(self.train, [torch.arange(1)]))).images.shape[1:]
+
     def images(self, label: int) -> tuple[Tensor, Tensor]:
         """Positions in ``train`` of the images of a class, and of all others.
 
@@ -93,22 +85,28 @@ class Origin:
 
 
 class Method(ABC):
-    """A way to unlearn: a subclass, and an instance in ``wfnet.baselines.unlearning.METHODS``.
+    """A way to unlearn: a subclass in a file of its own, and an instance in the registry.
 
     Attributes:
         name: of its files, and on the command line.
-        defaults: settings if none are given.
+        defaults: settings if none are given; their class says which settings there are.
+        grid: changes of the defaults that tuning tries (:func:`wfnet.baselines.tuning.tune`); the
+            first are the defaults. Its length is the budget.
         unused: names of settings that change nothing.
     """
 
     name: str
-    defaults = BaselineConfig()
+    defaults: BaselineConfig = BaselineConfig()
+    grid: tuple[Mapping[str, Any], ...] = ()
     unused: tuple[str, ...] = ()
 
     @abstractmethod
     def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
-        """Returns a model in which the class is forgotten, on the original's device."""
+        """Returns a model in which the class is forgotten, on the original's device.
+
+        The original network must not change; the architecture must stay.
+        """
 
     def settings(self, config: BaselineConfig, training: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what of the settings the method uses, for its records."""
-        return dict(vars(config))
+        return {name: value for name, value in vars(config).items() if name not in self.unused}

@@ -22,7 +22,7 @@ from wfnet.evaluation.partial import check_identity, data_identity
 from wfnet.evaluation.plain_models import evaluate_models
 from wfnet.evaluation.relearning import RelearnConfig, RelearnResult, relearn_times
 from wfnet.evaluation.results import EvaluationResult
-from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_tensors
+from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_json, write_tensors
 from wfnet.services.records import read_json
 
 RELEARNED = "relearning_records.json"
@@ -36,12 +36,14 @@ class BaselineResult:
     evaluation: EvaluationResult
     relearning: RelearnResult | None
     settings: dict[str, Any]
+    tuning: Sequence[Mapping[str, Any]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "method": self.method,
             "settings": self.settings,
+            "tuning": list(self.tuning),
             "evaluation": self.evaluation.as_dict(),
             "relearning": None if self.relearning is None else self.relearning.as_dict(),
         }
@@ -100,6 +102,28 @@ class BaselineModels:
         write_tensors(path, model.state_dict(), metadata)
         return model
 
+    def drop_deleted(self) -> list[int]:
+        """Returns the classes that were measured and whose files are gone.
+
+        Relearn times of these are dropped: weights that are made anew may differ in the last bits.
+
+        Raises:
+            ValueError: for damaged records.
+        """
+        result, relearned = self.folder.with_suffix(".json"), self.folder / RELEARNED
+        measured = _read_result(result)["evaluation"]["classes"] if result.is_file() else []
+        gone = [one["index"] for one in measured if not self.path(one["index"]).is_file()]
+        if relearned.is_file():
+            what, remedy = "relearn times", "delete it to measure them again"
+            kept = read_json(relearned, lambda c: {**c, "records": {**c["records"]}}, what, remedy)
+            lost = [key for key in kept["records"] if not self.path(int(key)).is_file()]
+            for key in lost:
+                del kept["records"][key]
+            if lost:
+                write_json(relearned, kept)
+            gone += map(int, lost)
+        return sorted(set(gone))
+
     def remove(self) -> None:
         """Deletes the files of all classes."""
         for path in self.folder.glob("class_*.safetensors"):
@@ -150,11 +174,14 @@ def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
     found = []
     for method in METHODS:
         path = Path(folder) / f"{method}.json"
-        if not path.is_file():
-            continue
-        what = "a result of `wfnet baseline`"
-        found.append(read_json(path, _baseline, what, "delete it and run the baseline again"))
+        if path.is_file():
+            found.append(_read_result(path))
     return found
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    what, remedy = "a result of `wfnet baseline`", "delete it and run the baseline again"
+    return read_json(path, _baseline, what, remedy)
 
 
 def _baseline(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -15,10 +14,9 @@ from wfnet.training import fit_classifier
 
 
 class Retrained(Method):
-    """Trains a new network on the other classes; of the settings it uses the seed alone."""
+    """Trains a new network on the other classes, as the original was trained."""
 
     name = "retrained"
-    unused = tuple(field.name for field in fields(BaselineConfig) if field.name != "seed")
 
     def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
         fresh = origin.fresh
@@ -30,4 +28,4 @@ class Retrained(Method):
         return model.eval()
 
     def settings(self, config: BaselineConfig, training: Mapping[str, Any]) -> dict[str, Any]:
-        return {"training": dict(training), "seed": config.seed}
+        return {"training": dict(training), **super().settings(config, training)}

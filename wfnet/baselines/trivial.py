@@ -7,9 +7,6 @@ original's, ``logit_masked`` shows how much of it is the missing competitor at t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from dataclasses import fields
-from typing import Any
 
 import torch
 from torch import nn
@@ -22,32 +19,24 @@ from wfnet.services.modes import evaluation_mode
 _TOGETHER = 256
 
 
-class _Trivial(Method):
-    """Methods without settings."""
-
-    unused = tuple(field.name for field in fields(BaselineConfig))
-
-    def settings(self, config: BaselineConfig, training: Mapping[str, Any]) -> dict[str, Any]:
-        return {}
-
-
-class LogitMasked(_Trivial):
+class LogitMasked(Method):
     """The class's logit becomes a constant far below all others."""
 
     name = "logit_masked"
+    unused = ("seed",)
 
     def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
         model = copy.deepcopy(origin.original).eval()
-        first = next(iter(batches(origin.train, [torch.arange(1)])))
-        shape = first.images.shape[1:]
-        cut_from_head(model, [label], len(classes_of(origin.train)), image_shape=shape)
+        classes = len(classes_of(origin.train))
+        cut_from_head(model, [label], classes, image_shape=origin.image_shape())
         return model
 
 
-class BiasShifted(_Trivial):
+class BiasShifted(Method):
     """The head's bias of the class, lowered until no training image is taken for it."""
 
     name = "bias_shifted"
+    unused = ("seed",)
 
     @torch.no_grad()
     def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:

@@ -1,25 +1,71 @@
-"""All baselines by name. A new one is a :class:`Method`, and its line here."""
+"""The registry of baselines: those of this package, and those that other packages add.
+
+A baseline is a :class:`Method` in a file of its own. Here it has its place in ``_OWN``; another
+package names it, or its class, as an entry point of the group ``wfnet.baselines``::
+
+    [project.entry-points."wfnet.baselines"]
+    fisher = "my_package.fisher:Fisher"
+"""
 
 from __future__ import annotations
 
+import logging
+from importlib.metadata import entry_points
+
 from torch import nn
 
+from wfnet.baselines.bad_teacher import BadTeacher
+from wfnet.baselines.dampening import SelectiveDampening
 from wfnet.baselines.fine_tuned import NegativeGradient, NegGradPlus, RandomLabels
 from wfnet.baselines.method import BaselineConfig, Method, Origin
 from wfnet.baselines.retrained import Retrained
+from wfnet.baselines.saliency import SaliencyUnlearning
+from wfnet.baselines.scrub import Scrub
 from wfnet.baselines.trivial import BiasShifted, LogitMasked
+from wfnet.baselines.undo import Undo
+from wfnet.baselines.unsir import Unsir
 
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        LogitMasked(),
-        BiasShifted(),
-        Retrained(),
-        RandomLabels(),
-        NegativeGradient(),
-        NegGradPlus(),
-    )
-}
+GROUP = "wfnet.baselines"
+logger = logging.getLogger("wfnet")
+
+# In the order in which they are made and shown.
+_OWN = (
+    LogitMasked(),
+    BiasShifted(),
+    Retrained(),
+    RandomLabels(),
+    NegativeGradient(),
+    NegGradPlus(),
+    SelectiveDampening(),
+    SaliencyUnlearning(),
+    Scrub(),
+    BadTeacher(),
+    Unsir(),
+    Undo(),
+)
+
+
+def _registry() -> dict[str, Method]:
+    """Returns all methods by name. One that cannot be loaded is left out, and the log says why."""
+    found = {method.name: method for method in _OWN}
+    for entry in entry_points(group=GROUP):
+        try:
+            loaded = entry.load()
+            method = loaded() if isinstance(loaded, type) else loaded
+            if not isinstance(method, Method) or method.name in found:
+                raise TypeError("it must be a Method with a name that no other baseline has")
+            found[method.name] = method
+        except Exception as error:  # of another package: nothing else may fail for it
+            logger.warning(
+                "the baseline %s (%s) of another package is left out: %s; correct or uninstall it",
+                entry.name,
+                entry.value,
+                error,
+            )
+    return found
+
+
+METHODS: dict[str, Method] = _registry()
 
 
 def unlearn(
@@ -32,12 +78,18 @@ def unlearn(
 
     Args:
         method: one of ``METHODS``.
-        config: settings; the method's defaults if None.
+        config: settings, of the class of the method's ``defaults``; these if None.
 
     Raises:
-        ValueError: for an unknown method, or a class without training images or without others.
+        ValueError: for an unknown method, settings of another one, or a class without training
+            images or without others.
         FloatingPointError: if the loss is not finite.
     """
     if method not in METHODS:
         raise ValueError(f"there is no baseline {method!r}; choose of {', '.join(METHODS)}")
-    return METHODS[method].unlearn(origin, label, config or METHODS[method].defaults)
+    known = METHODS[method]
+    config = config or known.defaults
+    if not isinstance(config, type(known.defaults)):
+        kinds = type(known.defaults).__name__, type(config).__name__
+        raise ValueError(f"settings of {method} are a {kinds[0]}, got a {kinds[1]}")
+    return known.unlearn(origin, label, config)

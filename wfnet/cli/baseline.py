@@ -1,19 +1,23 @@
-"""masked logits, retrained, random labels, NegGrad+, ...: per class, same measures
+"""trivial ones, retrained, SCRUB, SalUn, SSD, ...: one model per class, same measures
 
 Make and evaluate the usual ways of unlearning, one model per class, with the measures of `wfnet
-evaluate`. An interrupted run goes on where it stopped, class by class, when the command is given
-again.
+evaluate`. The settings of each are chosen on validation images first. An interrupted run goes on
+where it stopped, class by class, when the command is given again.
 
 example:
+  wfnet baseline --methods                  (what methods there are, and what is tuned)
   wfnet baseline runs/wf                    (all methods, all classes; again to go on)
-  wfnet baseline runs/wf --methods retrained --classes 0 1 --set neggrad_plus.lr=0.003
+  wfnet baseline runs/wf --methods retrained scrub --classes 0 1 --set scrub.lr=0.003
   wfnet evaluate runs/wf --tables           (the tables, with the baselines that are there)
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields, replace
+import inspect
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from wfnet.baselines import (
@@ -22,6 +26,7 @@ from wfnet.baselines import (
     BaselineModels,
     Origin,
     run_baseline,
+    tune,
 )
 from wfnet.cli.chosen_images import evaluated_images
 from wfnet.cli.evaluate import (
@@ -35,10 +40,11 @@ from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.train import add_training_options, training_of
 from wfnet.data import multi_hot_of
 from wfnet.evaluation.pair_engine import RunOptions
+from wfnet.services import settings
 from wfnet.services.files import write_json
 
 FOLDER = "baselines"
-_SETTINGS = [field.name for field in fields(BaselineConfig)]
+logger = logging.getLogger("wfnet")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -52,15 +58,19 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     group = parser.group("baselines")
     group.add_all(
         f"""
-        --methods NAME...  of {", ".join(METHODS)} [default: {" ".join(METHODS)}]
+        --methods [NAME...]  of {", ".join(METHODS)}; without a name: list them
+            [default: {" ".join(METHODS)}]
         --classes CLASS...  by number or name (default: all)
+        --tune-classes N  try the grid of each method on so many classes and validation images, and
+            take the best settings; 0: settings as they are [default: 2]
         --keep-models  keep the weights of every class and method [default: yes]
         --output DIR  folder (default: RUN/{FOLDER})
         """,
         methods=tuple(METHODS),
+        tune_classes=settings.non_negative_int,
         keep_models=bool,
     )
-    text = f"settings of a method: {', '.join(_SETTINGS)}"
+    text = "settings of a method, which are not tuned then (--methods lists them)"
     group.add("--set METHOD.NAME=VALUE", text, key_value, [], nargs="+")
     add_measure_options(group, "of evaluation")
     group.add_config()
@@ -71,6 +81,9 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
 
 
 def run(options: argparse.Namespace) -> None:
+    if not options.methods:
+        print(_listed())
+        return
     work_on = Run(options)
     output = Path(options.output or work_on.folder / FOLDER)
     configs = _configs(options)
@@ -104,11 +117,31 @@ def run(options: argparse.Namespace) -> None:
     how = RunOptions(
         options.batch_size, options.workers, options.max_corrupt, progress=not options.quiet
     )
+    tuned_on = _spread(work_on.untrained or range(work_on.num_classes), options.tune_classes)
+    if tuned_on and not len(data.validation):
+        raise ValueError(
+            f"{data.name} has no validation images, on which settings are tuned: give --val-split, "
+            "or --tune-classes 0"
+        )
     for method in options.methods:
-        models = BaselineModels(method, output / method, origin, configs[method])
+        fixed = {key.partition(".")[2] for key, _ in options.set if key.startswith(f"{method}.")}
+        records = output / method / "tuning.json"
+        config, tried = tune(
+            method, origin, data.validation, tuned_on, configs[method], fixed, records, how
+        )
+        models = BaselineModels(method, output / method, origin, config)
+        gone = models.drop_deleted() if options.keep_models else []
+        if gone:
+            logger.warning(
+                "%s: the weights of class %s were measured and then deleted; they are made and "
+                "measured again where this command needs them",
+                method,
+                ", ".join(map(str, gone)),
+            )
         result = run_baseline(
             models, test, classes, relearn_config(options), options.zrf_base, options.seed, how
         )
+        result = replace(result, tuning=tried)
         write_json(output / f"{method}.json", {**result.as_dict(), "versions": versions()})
         if not options.keep_models:
             models.remove()
@@ -126,10 +159,36 @@ def _configs(options: argparse.Namespace) -> dict[str, BaselineConfig]:
     configs = {name: replace(METHODS[name].defaults, seed=options.seed) for name in options.methods}
     for key, value in options.set:
         method, _, name = key.partition(".")
-        if method not in configs or name not in _SETTINGS or name in METHODS[method].unused:
+        known = _settings(method) if method in configs else []
+        if name not in known:
+            names = f", of {', '.join(known)}" if known else ""
             raise ValueError(
                 f"--set {key}={value} would change nothing: give METHOD.NAME=VALUE with one of "
-                f"--methods and a setting that it uses, of {', '.join(_SETTINGS)}"
+                f"--methods and a setting that it uses{names}"
             )
         configs[method] = replace(configs[method], **{name: value})
     return configs
+
+
+def _settings(method: str) -> list[str]:
+    return [name for name in vars(METHODS[method].defaults) if name not in METHODS[method].unused]
+
+
+def _spread(classes: Sequence[int], count: int) -> list[int]:
+    """Returns ``count`` of the classes, evenly spread, whatever ``--classes`` says."""
+    count = min(count, len(classes))
+    return [classes[(2 * number + 1) * len(classes) // (2 * count)] for number in range(count)]
+
+
+def _listed() -> str:
+    """Returns a text with all methods, their settings and their budgets."""
+    lines = []
+    for name, method in METHODS.items():
+        lines.append(f"{name}: {inspect.getdoc(method).partition(chr(10))[0]}")
+        shown = [f"{key}={getattr(method.defaults, key)}" for key in _settings(name)]
+        if shown:
+            lines.append(f"    settings: {', '.join(shown)}")
+        if method.grid:
+            names = ", ".join(method.grid[0])
+            lines.append(f"    tuned: {names}; {len(method.grid)} settings are tried")
+    return "\n".join(lines)

@@ -27,6 +27,7 @@ from wfnet.report.contents import PICTURES, Contents, read_contents
 from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT, judge
 from wfnet.services.files import write_text
 from wfnet.trust import CHECKS, TrustRecord, TrustResult, describe_export
+from wfnet.trust.trust_records import COLUMNS
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
@@ -46,9 +47,7 @@ PAPER_MEASURES = {
     "deletion_random": "deletion, random order",
 }
 
-_COLUMNS = {"forgetful": "model under test"} | {
-    name: name for name in ("original", "retrained", "distance")
-}
+_COLUMNS = {COLUMNS[0]: "model under test"} | {name: name.replace("_", " ") for name in COLUMNS[1:]}
 
 
 def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:

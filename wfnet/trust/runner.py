@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,15 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wfnet.baselines import Origin, unlearn
 from wfnet.data import Splits
+from wfnet.data.tensor_images import TensorImages
 from wfnet.evaluation.partial import PartialResults
 from wfnet.services.files import fingerprint
 from wfnet.services.progress import Progress
 from wfnet.trust.check import Check
 from wfnet.trust.checks import CHECKS
-from wfnet.trust.subject import Subject, TrustSettings, image_readers
-from wfnet.trust.trust_records import TrustRecord, TrustResult
+from wfnet.trust.subject import TRIVIAL, Subject, TrustSettings, image_readers
+from wfnet.trust.trust_records import MODELS, TrustRecord, TrustResult
 from wfnet.version import __version__
+
+logger = logging.getLogger("wfnet")
 
 # What is stated of the attackers' images; results of another mix are not reused.
 NATURAL = "classes in the proportion of the training part"
@@ -87,10 +92,12 @@ def run_checks(
         "version": __version__,
         "original": fingerprint(original),
         "attackers_images": NATURAL,
+        "columns": MODELS,
         **(identity or {}),
     }
     earlier, journal, known = _known(folder)
     records: dict[tuple[int, str], TrustRecord] = {}
+    without: dict[str, str] = {}
     with Progress(len(chosen) * len(names), "trust", progress, unit="check") as bar:
         for label in chosen:
             forgetful, others = make_forgetful(label), list(retrained(label))
@@ -99,13 +106,17 @@ def run_checks(
             for name in names:
                 key = _digest({**common, "class": label, "check": name, "models": digests})
                 if key not in known:
-                    subject = subject or Subject(label, *same, forgetful, original, others)
+                    if subject is None:
+                        subject = Subject(label, *same, forgetful, original, others)
+                        without |= _make_trivial(subject, data.classes)
                     about = (data.classes[label], advice(label), key)
                     known[key] = _run_check(CHECKS[name], subject, *about)
                     journal.add(key, asdict(known[key]))
                 records[label, name] = known[key]
                 bar.set_postfix(last=f"{name} of {data.classes[label]}")
                 bar.update(1)
+    for name, reason in without.items():
+        logger.warning("trust checks have no column %s: %s", name.replace("_", " "), reason)
     run_key = _digest(common)
     if earlier.settings.get("run_key") == run_key:
         records = {(r.index, r.check): r for r in earlier.records} | records
@@ -133,13 +144,14 @@ def _known(
 
 
 def _run_check(check: Check, subject: Subject, name: str, advice: str, key: str) -> TrustRecord:
-    """Measures the model under test, the original and the retrained models of one class."""
+    """Measures the model under test and all that stand beside it, for one class."""
     start = time.perf_counter()
     with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(subject.settings.seed)
         values, details = check.measure(subject.forgetful, subject)
         original = check.measure(subject.original, subject)[0] if check.original else {}
         levels = [check.measure(model, subject)[0] for model in subject.retrained]
+        trivial = {name: check.measure(m, subject)[0] for name, m in subject.trivial.items()}
     found: dict[str, Tensor] = {
         measure: torch.tensor([lv[measure] for lv in levels if measure in lv], dtype=torch.float64)
         for measure in dict.fromkeys(measure for level in levels for measure in level)
@@ -161,7 +173,21 @@ def _run_check(check: Check, subject: Subject, name: str, advice: str, key: str)
         details=details,
         seconds=round(time.perf_counter() - start, 3),
         key=key,
+        **trivial,
     )
+
+
+def _make_trivial(subject: Subject, names: Sequence[str]) -> dict[str, str]:
+    """Makes the trivial baselines of a subject; returns by name why one cannot be made."""
+    images = subject.train_forget.with_others(subject.train_retain)
+    train = TensorImages(images.images, images.labels, names)
+    reasons = {}
+    for name in TRIVIAL:
+        try:
+            subject.trivial[name] = unlearn(name, Origin(subject.original, train), subject.label)
+        except ValueError as error:
+            reasons[name] = str(error)
+    return reasons
 
 
 def _digest(content: object) -> str:

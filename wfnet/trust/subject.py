@@ -17,6 +17,8 @@ from wfnet.services.modes import evaluation_mode
 from wfnet.services.settings import setting
 
 BATCH = 256
+# Baselines that change nothing but the class's logit: what they withstand costs nothing.
+TRIVIAL = ("logit_masked", "bias_shifted")
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,7 @@ class Subject:
         settings: of the checks.
         forgetful, original: the plain model under test, and the one that knew the class.
         retrained: models trained in the same way on the same images without those of the class.
+        trivial: models of ``TRIVIAL`` by name, made of the original and the drawn training images.
         forgotten: more classes that are no test of what was kept.
         train_forget, test_forget: samples of the class in both parts.
         train_retain, test_retain: samples of the classes that were not forgotten.
@@ -181,6 +184,7 @@ class Subject:
         self.train_retain = self.train.without(*forgotten)
         self.test_retain = self.test.without(*forgotten)
         self.unlabelled = self.train.mixed(self.label)
+        self.trivial: dict[str, nn.Module] = {}
         # Of models that are still in use: an id alone would be given to the next one.
         self._logits: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
 

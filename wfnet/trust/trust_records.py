@@ -9,13 +9,16 @@ from typing import Any
 from wfnet.services.files import write_json
 from wfnet.services.records import check_format, read_json, write_csv
 from wfnet.trust.checks import CHECKS
+from wfnet.trust.subject import TRIVIAL
 
 FORMAT = 1
 UNITS = (
     "accuracies, AUC, tv and agreement are fractions in [0, 1]; cka at most 1; kl and js in nats; "
     "seconds"
 )
-COLUMNS = ("forgetful", "original", "retrained", "distance")
+# Models whose values stand side by side, and the first less the second.
+MODELS = ("forgetful", "retrained", *TRIVIAL, "original")
+COLUMNS = (*MODELS, "distance")
 
 Row = dict[str, float | None]
 
@@ -27,8 +30,9 @@ class TrustRecord:
     Attributes:
         index, name: the class.
         check: a name of ``CHECKS``.
-        forgetful, original, retrained: values by measure; ``retrained`` are means over models, and
-            empty without one, as is what a check does not ask of that model.
+        forgetful, original, retrained, logit_masked, bias_shifted: values by measure;
+            ``retrained`` are means over models, and empty without one, as is what a check does not
+            ask of that model.
         retrained_spread: standard deviation over retrained models; empty with fewer than two.
         retrained_models: how many there were.
         missing: what could not be measured for want of retrained models, as a sentence; or None.
@@ -49,10 +53,12 @@ class TrustRecord:
     details: dict[str, Any]
     seconds: float
     key: str
+    logit_masked: dict[str, float] = field(default_factory=dict)
+    bias_shifted: dict[str, float] = field(default_factory=dict)
 
     def row(self, measure: str) -> Row:
         """Returns the values of a measure by model, and ``distance``: forgetful less retrained."""
-        row = {who: getattr(self, who).get(measure) for who in COLUMNS[:-1]}
+        row = {who: getattr(self, who).get(measure) for who in MODELS}
         known = row["forgetful"] is not None and row["retrained"] is not None
         return row | {"distance": row["forgetful"] - row["retrained"] if known else None}
 
@@ -70,8 +76,8 @@ class TrustResult:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def means(self) -> dict[str, dict[str, Row]]:
-        """Returns means over classes: check -> measure -> forgetful, original, retrained, distance,
-        classes (how many had the measure). None where no class has a value."""
+        """Returns means over classes: check -> measure -> a number for each of COLUMNS, and classes
+        (how many had the measure). None where no class has a value."""
         found: dict[str, dict[str, Row]] = {}
         for check in CHECKS.values():
             records = [record for record in self.records if record.check == check.name]
@@ -129,17 +135,17 @@ class TrustResult:
             for record in self.records
             for measure in record.forgetful
         ]
-        columns = ["index", "name", "check", "measure", *COLUMNS[:-1]]
+        columns = ["index", "name", "check", "measure", *MODELS]
         write_csv(path, rows, [*columns, "retrained_spread", "retrained_models", COLUMNS[-1]])
 
     def table(self) -> str:
         """Returns an aligned table of means over classes for the terminal."""
-        lines = [f"{'':32}" + "".join(f"{column:>10}" for column in COLUMNS)]
+        lines = [f"{'':32}" + "".join(f"{who.replace('_', ' '):>13}" for who in COLUMNS)]
         for check, rows in self.means().items():
             lines.append(f"{CHECKS[check].title}: {CHECKS[check].question}")
             for name, row in rows.items():
                 cells = (_cell(row[who], "+" if who == "distance" else "") for who in COLUMNS)
-                lines.append(f"  {name:<30}" + "".join(f"{cell:>10}" for cell in cells))
+                lines.append(f"  {name:<30}" + "".join(f"{cell:>13}" for cell in cells))
         return "\n".join(lines)
 
 

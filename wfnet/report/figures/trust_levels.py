@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _MODELS = {
     "original": ("original", BEFORE, "s", 110),
     "retrained": ("retrained without the class", RETRAINED, "D", 72),
+    "logit_masked": ("logit masked", INK, "^", 48),
+    "bias_shifted": ("bias shifted", INK, "v", 36),
     "forgetful": ("model under test", AFTER, "o", 28),
 }
 _PROBES_NAMED = 14
