@@ -1,12 +1,17 @@
-"""Cached pixels: the values are those of the files, nothing is decoded twice, room is checked."""
-
-import logging
+"""Cached pixels: the values are those of the files, nothing is decoded twice."""
 
 import pytest
 import torch
 from image_files import write_image
 
-from wfnet.data import CachedImages, ImageFiles, batches, cache, evaluation_transform, open_data
+from wfnet.data import (
+    CachedImages,
+    ImageFiles,
+    batches,
+    cache,
+    evaluation_transform,
+    open_data,
+)
 
 SIZE, MEAN, STD = 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -131,18 +136,3 @@ def test_a_gpu_normalises_what_the_host_would(pretended_device, image_folder, au
             assert mine.images.is_cuda
             assert torch.equal(mine.images.cpu(), theirs.images)
             assert torch.equal(mine.labels, theirs.labels)
-
-
-def test_the_size_is_logged_and_checked(image_folder, tmp_path, monkeypatch, caplog):
-    with caplog.at_level(logging.INFO, "wfnet"):
-        cached(image_folder)
-    assert "18 images of 3 x 16 x 16 bytes" in caplog.text
-    with pytest.raises(ValueError, match="device, host, disk, not on 'ram'"):
-        cached(image_folder, "ram")
-    monkeypatch.setattr(cache, "free_memory", lambda: 1000)
-    with pytest.raises(ValueError, match=r"does not fit.*on host.*choose another place"):
-        cached(image_folder)
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(ValueError, match="on disk"):
-        cached(image_folder, "disk", tmp_path)

@@ -27,7 +27,9 @@ def test_what_the_time_was_spent_on_adds_up(go, runs, tmp_path):
         return go(tmp_path, train, runs.bars(4, 1), steps=8)[1]
 
     result = run()
-    assert set(result.spent) == {"start", "data", "steps", "validation", "checkpoints"}
+    assert set(result.spent) == {
+        *("start", "features", "data", "steps", "validation", "checkpoints")
+    }
     assert sum(result.spent.values()) == pytest.approx(result.seconds)
     assert min(result.spent.values()) > 0
     assert run().spent["start"] == pytest.approx(result.spent["start"])

@@ -32,6 +32,8 @@ def test_every_setting_refuses_what_makes_no_sense(field):
     values = field.metadata["values"]
     if field.name == "classes":
         wrong = ([], ["a"], [-1], [1.5], 3)
+    elif field.name == "cache_dir":
+        wrong = (7, math.nan)
     elif isinstance(values, Number):
         wrong = (math.nan, -1e30, 1e30, "3", [1], True, *((2.5,) if values.whole else ()))
     else:

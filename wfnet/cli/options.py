@@ -17,8 +17,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from wfnet import backends
-from wfnet.data.cache import PLACES
 from wfnet.data.open import NAMES as DATA_NAMES
+from wfnet.data.row_store import PLACES
 from wfnet.data.transforms import INTERPOLATIONS
 from wfnet.services import settings
 from wfnet.version import __version__
@@ -98,7 +98,8 @@ class Parser(argparse.ArgumentParser):
                 (default: {default if workers is None else workers})
             --cache  keep decoded images, so that none is decoded twice: on the device, on the host
                 or on disk (there later runs find them again)
-            --cache-dir DIR  folder of --cache disk (default: ~/.cache/wfnet)
+            --cache-dir DIR  folder of --cache disk, and of --features disk
+                (default: ~/.cache/wfnet)
             --decoder  who decodes image files [default: pil]
             """,
             fuse=bool,

@@ -64,7 +64,7 @@ _METHOD_OPTIONS = (
     *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "distil"),
     *("share_images", "sampler", "compound", "shrink", "clip", "patience"),
     *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
-    *("max_corrupt", "max_nan_steps"),
+    *("features", "feature_dtype", "views", "max_corrupt", "max_nan_steps"),
 )
 _OUTPUT_OPTIONS = ("checkpoint_every", "keep_checkpoints")
 # Images that the original network classifies before untraining starts, at most.
@@ -152,6 +152,7 @@ def make_config(
         "classes": rows,
         "channels_last": options.channels_last,
         "workers": options.workers or 0,  # not chosen yet before the images are open
+        "cache_dir": options.cache_dir,
         "amp": "bfloat16" if options.amp else None,
         "fuse": fuse_of(options),
     }

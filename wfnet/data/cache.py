@@ -7,10 +7,7 @@ batches; a byte per value crosses the bus instead of four, beside what the devic
 """
 
 import hashlib
-import logging
 import math
-import os
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -22,22 +19,13 @@ from torch.nn import functional as F
 
 from wfnet.data.dataset import Batch, LabelledImages
 from wfnet.data.encoded import EncodedImages
+from wfnet.data.row_store import RowStore, cache_folder
 from wfnet.data.transforms import evaluation_transform, training_transform
 from wfnet.services.device_copies import to_device_async, to_device_overlapped
 from wfnet.services.extras import require
 
-logger = logging.getLogger("wfnet")
-
-PLACES = ("device", "host", "disk")
-# Part of the free space that a cache may take: the network, batches and everybody else need some.
-_SHARE = 0.8
 # Part of the area that a random crop covers, at an aspect ratio of 3/4 to 4/3.
 _LEAST_CROP, _WIDEST = 0.25, 4 / 3
-
-
-def cache_folder() -> Path:
-    """Returns `$XDG_CACHE_HOME/wfnet`, or `~/.cache/wfnet`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
 
 
 class CachedImages(LabelledImages):
@@ -74,8 +62,6 @@ class CachedImages(LabelledImages):
         device: torch.device | str = "cpu",
         folder: str | Path | None = None,
     ):
-        if place not in (None, *PLACES):
-            raise ValueError(f"a cache is on {', '.join(PLACES)}, not on {place!r}")
         self.device = torch.device(device)
         if augment and place is None:
             decode = training_transform(size, interpolation=interpolation)
@@ -94,24 +80,15 @@ class CachedImages(LabelledImages):
             for values in (mean, std)
         )
         self._positions = torch.arange(len(dataset))  # of each image among the pixels
-        # Pixels [N, C, S, S] uint8, and on the host [N], 0 for images that are not there.
-        self._pixels: Tensor | None = None
-        self._filled = torch.zeros(len(dataset), dtype=torch.uint8)
+        self._pixels: RowStore | None = None  # [N, C, S, S] uint8
         if place is None:
             return
-        shape = (len(dataset), dataset.channels, kept, kept)
+        shape, path = (dataset.channels, kept, kept), None
         if place == "disk":
-            marks = f"{dataset.versions()} {interpolation} {part} {shape}"
+            marks = f"{dataset.versions()} {interpolation} {part} {(len(dataset), *shape)}"
             name = f"images-{hashlib.sha256(marks.encode()).hexdigest()[:32]}.uint8"
-            self._pixels, self._filled = _on_disk(Path(folder or cache_folder(), name), shape)
-        else:
-            where = self.device if place == "device" else torch.device("cpu")
-            on_gpu = where.type == "cuda"
-            _check_room(
-                place, shape, torch.cuda.mem_get_info(where)[0] if on_gpu else free_memory()
-            )
-            # Pages that are never written to take no memory on the host.
-            self._pixels = torch.empty(shape, dtype=torch.uint8, device=where)
+            path = Path(folder or cache_folder(), name)
+        self._pixels = RowStore("images", place, len(dataset), shape, torch.uint8, device, path)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """One image, decoded; without augmentation if pixels are kept."""
@@ -127,28 +104,25 @@ class CachedImages(LabelledImages):
     def name_of(self, index: int) -> str:
         return self.dataset.name_of(index)
 
+    def versions(self) -> list[str]:
+        """As :meth:`EncodedImages.versions`, with what is done to the images."""
+        done = [
+            self.size,
+            self.augment,
+            self._mean.flatten().tolist(),
+            self._std.flatten().tolist(),
+        ]
+        return [*self.dataset.versions(), repr(done)]
+
     @property
     def filled(self) -> int:
         """How many images need no decoding any more."""
         return int(self._has(torch.arange(len(self))).sum())
 
     def _has(self, indices: Tensor) -> Tensor:
-        return self._filled[self._positions[indices]] != 0
-
-    def _put(self, indices: Tensor, pixels: Tensor) -> None:
-        """Keeps pixels [n, C, S, S]; before their mark: an interruption leaves no half image."""
-        positions, device = self._positions[indices], self._pixels.device
-        self._pixels[to_device_async(positions, device)] = to_device_async(pixels, device)
-        self._filled[positions] = 1
-
-    def _get(self, indices: Tensor, pin_memory: bool) -> Tensor:
-        """A copy of pixels [n, C, S, S]; on the host page-locked if that is asked for."""
-        positions, device = self._positions[indices], self._pixels.device
-        if device.type != "cpu":
-            return self._pixels[to_device_async(positions, device)]
-        shape = (len(positions), *self._pixels.shape[1:])
-        out = torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)
-        return torch.index_select(self._pixels, 0, positions, out=out)
+        if self._pixels is None:
+            return torch.zeros(len(indices), dtype=torch.bool)
+        return self._pixels.has(self._positions[indices])
 
     def stream(
         self,
@@ -185,12 +159,13 @@ class CachedImages(LabelledImages):
                     yield self._batch(batch.images, batch.indices, seed, position)
                 continue
             if batch is not None:
-                self._put(batch.indices, batch.images)
+                self._pixels.put(self._positions[batch.indices], batch.images)
                 if len(batch.indices) == int((~there).sum()):
                     indices[~there] = batch.indices  # replacements of corrupt images among them
             indices = indices[self._has(indices)]
             if len(indices):
-                yield self._batch(self._get(indices, pin_memory), indices, seed, position)
+                pixels = self._pixels.get(self._positions[indices], pin_memory)
+                yield self._batch(pixels, indices, seed, position)
 
     def _batch(self, pixels: Tensor, indices: Tensor, seed: int, position: int) -> Batch:
         """Bytes [n, C, S, S] as the network's input, on the device."""
@@ -249,55 +224,3 @@ def _mixed(state: np.ndarray) -> np.ndarray:
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return state ^ (state >> np.uint64(31))
-
-
-def _on_disk(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Pixels in the file `path` and marks in `path`.filled; several processes may fill them.
-
-    Raises ValueError if there is no room.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    taken = path.stat().st_blocks * 512 if path.exists() else 0
-    _check_room("disk", shape, shutil.disk_usage(path.parent).free + taken)
-    pixels, filled = _mapped(path, shape), _mapped(path.with_suffix(".filled"), shape[:1])
-    if filled.any():
-        logger.info("cache: %d of %d images are there already", int(filled.sum()), shape[0])
-    return pixels, filled
-
-
-def _mapped(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """A file as a tensor of bytes; bytes that are there stay."""
-    with open(path, "ab") as file:
-        file.truncate(math.prod(shape))
-    return torch.from_numpy(np.memmap(path, np.uint8, "r+", shape=shape))
-
-
-def _check_room(place: str, shape: tuple[int, ...], free: int) -> None:
-    """Logs how large the cache becomes.
-
-    Raises ValueError if it does not fit into `free` bytes.
-    """
-    needed = math.prod(shape)
-    images = f"{shape[0]:,} images of {shape[1]} x {shape[2]} x {shape[3]} bytes"
-    text = f"{images} = {needed / 2**30:.2f} GiB on {place}, {free / 2**30:.2f} GiB are free there"
-    if needed > _SHARE * free:
-        raise ValueError(
-            f"the cache does not fit: {text} and {_SHARE:.0%} of that may be used; choose another "
-            f"place ({', '.join(PLACES)}), or do without"
-        )
-    logger.info("cache: %s", text)
-
-
-def free_memory() -> int:
-    """Bytes of main memory that can be had, under the limit of the container if there is one."""
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = int((group / "memory.max").read_text())
-        return min(free, limit - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no container, or "max"
-        return free

@@ -150,7 +150,9 @@ def _requests(index_batches: Iterable[Tensor], length: int, start: int) -> Itera
 def _from_memory(dataset: Any, requests: Iterator[Request], pin_memory: bool) -> Iterator[Batch]:
     for _, indices in requests:
         batch = dataset.batch(torch.tensor(indices, dtype=torch.int64))
-        yield Batch(*(part.pin_memory() for part in batch)) if pin_memory else batch
+        if indices and not len(batch.labels):  # corrupt, all of them
+            continue
+        yield Batch(*(p if p.is_cuda else p.pin_memory() for p in batch)) if pin_memory else batch
 
 
 def _read(

@@ -21,9 +21,9 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from wfnet.data.cache import cache_folder
 from wfnet.data.class_names import read_names
 from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version
+from wfnet.data.row_store import cache_folder
 from wfnet.data.transforms import Transform
 from wfnet.services.files import read_tensors, write_tensors
 

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from wfnet.data.dataset import Batch, LabelledImages, check_labels
 from wfnet.data.transforms import per_channel
+from wfnet.services.files import digest
 
 # Above this many bytes, resized images are not kept: they are resized again on each access.
 RESIZED_BYTES = 2 << 30
@@ -81,6 +82,11 @@ class TensorImages(LabelledImages):
             images = _resize(images, self.size)
         images = torch.addcmul(self._offset, images.float(), self._scale)
         return Batch(images, self.labels[indices], indices)
+
+    def versions(self) -> list[str]:
+        """One line that changes with the values of the images."""
+        values = {"images": self.images, "scale": self._scale, "offset": self._offset}
+        return [f"{digest(values)} {self.size}"]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         batch = self.batch(torch.tensor([index]))

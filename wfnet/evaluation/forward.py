@@ -39,8 +39,9 @@ class Forward:
         return cls(weight.device, weight.dtype, amp_dtype, channels_last)
 
     def images(self, images: Tensor) -> Tensor:
-        """``images [n, C, H, W]`` as the network takes them."""
-        layout = torch.channels_last if self.channels_last else torch.preserve_format
+        """``images [n, C, H, W]``, or features ``[n, ...]``, as the network takes them."""
+        planes = self.channels_last and images.dim() == 4
+        layout = torch.channels_last if planes else torch.preserve_format
         return images.to(self.device, self.dtype, non_blocking=True, memory_format=layout)
 
     def autocast(self) -> torch.autocast:

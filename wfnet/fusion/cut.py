@@ -1,6 +1,10 @@
 """Cutting a traced network before its first masked layer.
 
-The part before the cut takes images; the rest takes a run, which it asks for masked layers and for
+:func:`split_at_features` cuts where one tensor crosses: the part before it takes images, and the
+rest is a network like any other, of features instead of images.
+
+:func:`split_at_first_mask` cuts right before the first mask, where several may cross. The part
+before the cut takes images; the rest takes a run, which it asks for masked layers and for
 tensors of the cut as samples see them (:class:`wfnet.fusion.transformer.Samples`), and the tensors
 that cross. A masked layer is called together with the views that are first taken of its result
 (query, key and value, say): a compiler then computes them again in backward.
@@ -13,9 +17,9 @@ from collections.abc import Callable
 
 from torch import Tensor, fx, nn
 
-from wfnet.durable_layers import DurableLayer
+from wfnet.durable_layers import DurableBatchNorm2d, DurableLayer
 from wfnet.fusion.plan import EXPANDED, SOURCE
-from wfnet.fusion.rewrite import erase_idle
+from wfnet.fusion.rewrite import changed_in_place, check_in_place, erase_idle
 from wfnet.fusion.trace import NotFusable, check_traceable, name_of, run_example, trace
 from wfnet.layers import MaskedLayer, WFLinear
 
@@ -25,6 +29,94 @@ _VIEWS = frozenset(
     + ("reshape", "select", "split", "squeeze", "swapaxes", "tensor_split", "transpose")
     + ("unbind", "unflatten", "unsqueeze", "view")
 )
+
+
+def split_at_features(
+    model: nn.Module, images: Tensor
+) -> tuple[fx.GraphModule, fx.GraphModule, str] | None:
+    """The frozen part of a network, the rest as a network of its result, and where it was cut.
+
+    The cut is the last tensor in front of all masks that everything behind it is computed from.
+    Both parts share the modules of ``model``; those of the rest are in the same order.
+
+    Args:
+        images: an example ``[N, C, H, W]``; the network is run on it, without labels.
+
+    Returns:
+        ``[N, C, H, W]`` to features ``[N, ...]``; features to what ``model`` returns; the name of
+        the operation that makes features. None where the images themselves are that tensor.
+
+    Raises:
+        NotFusable: if the network cannot be traced, has hooks or a second input, or changes
+            tensors in place that others read.
+    """
+    check_traceable(model, model.named_modules())
+    graph, image, failure = trace(model)
+    if failure is not None:
+        raise failure
+    modules = dict(model.named_modules())
+    check_in_place(graph, modules)
+    run_example(model, graph, images)
+    late = _behind_masks(graph, modules)
+    result = next(iter(reversed(graph.nodes)))
+    for at in reversed(graph.nodes):
+        shape = at.meta.get("shape")
+        if at in late or at is image or not shape or shape[0] != 2:
+            continue
+        if not at.meta["dtype"].is_floating_point:
+            continue
+        front, rest = _needed(at), _needed(result, stop=at)
+        split = any(changed_in_place(n, modules) in front for n in graph.nodes if n not in front)
+        if image not in rest and image in front and not split:
+            break
+    else:
+        return None
+    parts = []
+    for wanted, given in ((front, None), (rest, at)):
+        part, copies = fx.Graph(), {}
+        if given is not None:
+            copies[given] = part.placeholder("features")
+        for node in graph.nodes:
+            if node in wanted and node not in copies:
+                copies[node] = part.node_copy(node, lambda n, copies=copies: copies[n])
+        if given is None:
+            part.output(copies[at])
+        parts.append(fx.GraphModule(model, part, type(model).__name__))
+        _in_order_of(model, parts[-1])
+    return *parts, at.name
+
+
+def _behind_masks(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
+    """Nodes that a mask decides about, and convolutions that fold with a masked norm."""
+    late: set[fx.Node] = set()
+    for node in graph.nodes:
+        module = modules[node.target] if node.op == "call_module" else None
+        masks = module is not None and any(isinstance(m, MaskedLayer) for m in module.modules())
+        if masks or node.op == "output" or not late.isdisjoint(node.all_input_nodes):
+            late.add(node)
+        if isinstance(module, DurableBatchNorm2d):
+            late.update(node.all_input_nodes)
+    return late
+
+
+def _needed(result: fx.Node, stop: fx.Node | None = None) -> set[fx.Node]:
+    """What ``result`` is computed from, itself included, where ``stop`` is given."""
+    found: set[fx.Node] = set()
+    waiting = [result]
+    while waiting:
+        node = waiting.pop()
+        if node is not stop and node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _in_order_of(model: nn.Module, part: nn.Module) -> None:
+    """Puts the modules of ``part`` in the order that they have in ``model``."""
+    part._modules = {n: part._modules[n] for n in model._modules if n in part._modules}
+    for name, module in part._modules.items():
+        if module is not model._modules[name]:
+            _in_order_of(model._modules[name], module)
 
 
 def split_at_first_mask(

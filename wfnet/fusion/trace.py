@@ -169,14 +169,14 @@ class _Shapes(fx.Interpreter):
     def run_node(self, node: fx.Node) -> object:
         value = super().run_node(node)
         if isinstance(value, Tensor):
-            node.meta["shape"] = value.shape
+            node.meta["shape"], node.meta["dtype"] = value.shape, value.dtype
         return value
 
 
 def run_example(model: nn.Module, graph: fx.Graph, images: Tensor) -> None:
     """Runs ``graph`` without labels on one of ``images`` ``[N, ...]``, twice side by side.
 
-    The shapes of tensors are in ``node.meta["shape"]`` then.
+    Shapes and dtypes of tensors are in ``node.meta["shape"]`` and ``["dtype"]`` then.
 
     Raises:
         NotFusable: if that fails.

@@ -39,7 +39,13 @@ from wfnet.untraining.durable import (
 )
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.history import LossWatch, Record, record_log, write_history
-from wfnet.untraining.minibatches import TrainingData, checked_labels, read_minibatches
+from wfnet.untraining.kept_features import KeptFeatures
+from wfnet.untraining.minibatches import (
+    TrainingData,
+    checked_labels,
+    drawn_images,
+    read_minibatches,
+)
 from wfnet.untraining.objectives import (
     BalancedObjective,
     MultiLabelObjective,
@@ -140,6 +146,7 @@ class _Untraining:
     ):
         self.ranks = Ranks()
         self.net, self.train, self.validation = net, train, validation
+        self.part = net  # what steps and validations run: the rest of it where features are kept
         self.output = None if output is None else Path(output)
         self.params = net.filter_parameters()
         self.device = self.params[0].device
@@ -201,6 +208,10 @@ class _Untraining:
         for alone, what in (
             (multi_label, "images with several labels are"),
             (self.durable, "recipe durable takes moments over whole groups of images, and is"),
+            (
+                self.config.features not in ("auto", "off") or self.config.views is not None,
+                "with features that are kept a network is",
+            ),
         ):
             if alone and not self.ranks.alone:
                 raise ValueError(f"{what} untrained by one process: start it without torchrun")
@@ -261,10 +272,11 @@ class _Untraining:
                     record_log(folder, state.step + 1, log) as self.log,
                 ):
                     self.good_filters = self.filters.detach().clone()
+                    self._keep_features()
                     self.work = self._make_step()
                     if self.durable:
                         images = self.steps * self.config.images
-                        self.original = original_logits(net, self.train, images)
+                        self.original = original_logits(self.part, self.data.dataset, images)
                     self._go_through_steps()
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()
@@ -276,8 +288,35 @@ class _Untraining:
         named |= {"config": self.config, "filters": self.output}
         return UntrainResult(**named | {"corrupt_images": dict(self.corrupt.found)})
 
+    def _keep_features(self) -> None:
+        """Goes on with features and the rest of the network, where that is asked for or possible.
+
+        The statistics of durable rows are measured from images all the same: a finished run that
+        is loaded does so, too.
+        """
+        if self.config.features == "off" or not self.ranks.alone:
+            return
+        validator = self.validator
+        drawn = drawn_images(self.data, self.config, self._positions())
+        looked_at = (None, None) if validator is None else (self.validation, validator.images)
+        about = self.net, self.train, drawn, *looked_at, self.config, self.corrupt
+        with self.clock.timed("features"):
+            kept = KeptFeatures.of(*about)
+            if kept is None:
+                return
+            with Progress(kept.entries, "features", not self.bar.disable, unit="images") as bar:
+                for images in kept.fill():
+                    bar.update(images)
+                    self._stop_if_asked()
+            if self.objective.needs_original and not self.durable:
+                self.original = kept.original_logits()
+        self.part = kept.split.net
+        self.data = TrainingData.of(kept.train, self.net.num_classes, self.config)
+        if validator is not None:
+            validator.dataset = kept.validation
+
     def _make_step(self) -> UntrainingStep:
-        net, config = self.net, self.config
+        net, config = self.part, self.config
         layout = config.channels_last
         settings = net, self.objective, self.optimizer, config.amp_dtype, layout, config.clip
         if self.ranks.alone:
@@ -312,12 +351,10 @@ class _Untraining:
     def _read(self) -> Iterator[tuple[Minibatch, Tensor]]:
         """Yields the minibatches that are left; if reading fails, what was done is saved first."""
         state = self.state
-        left = self.steps - state.step + self.config.max_nan_steps - state.nan_steps
-        steps = range(state.position, state.position + left * self.config.grad_accum_steps)
         pin = self.device.type == "cuda"
         about = self.data, self.config, self.ranks, self.corrupt
         try:
-            yield from read_minibatches(*about, steps, pin, self.original)
+            yield from read_minibatches(*about, self._positions(), pin, self.original)
         except Exception:
             if self.signals.received:  # the signal reached the data workers, too
                 return
@@ -326,6 +363,12 @@ class _Untraining:
                 with contextlib.suppress(OSError):
                     self._save_checkpoint()
             raise
+
+    def _positions(self) -> range:
+        """Numbers of the minibatches that are left, at most."""
+        state = self.state
+        left = self.steps - state.step + self.config.max_nan_steps - state.nan_steps
+        return range(state.position, state.position + left * self.config.grad_accum_steps)
 
     def _stop_if_asked(self) -> None:
         """Saves and raises Stopped if some rank has received a signal."""
@@ -402,7 +445,7 @@ class _Untraining:
         if self.validator is not None:
             self.statistics.measure()
             try:
-                scores = self.validator(self.net)
+                scores = self.validator(self.part)
             except FloatingPointError as error:
                 self._give_up(str(error))
         self.corrupt.merge(self.ranks)

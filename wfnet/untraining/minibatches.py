@@ -138,6 +138,15 @@ def configured_sampler(config: UntrainConfig, data: TrainingData) -> Sampler:
     return in_batches(size, *halves)
 
 
+def drawn_images(data: TrainingData, config: UntrainConfig, steps: range) -> Tensor:
+    """Returns the positions ``[n]``, ascending, of all images of the minibatches ``steps``."""
+    few = config.views is not None or len(steps) * config.images >= 8 * len(data.labels)
+    if few:  # all of them, or about all
+        return torch.arange(len(data.labels))
+    sampler = configured_sampler(config, data)
+    return torch.cat([sampler(step) for step in steps]).unique()
+
+
 def read_minibatches(
     data: TrainingData,
     config: UntrainConfig,

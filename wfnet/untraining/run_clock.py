@@ -31,7 +31,7 @@ class RunClock:
         self, device: torch.device, seconds: float = 0.0, spent: dict[str, float] | None = None
     ):
         self.device = device
-        purposes = ("start", "data", "steps", "validation", "checkpoints")
+        purposes = ("start", "features", "data", "steps", "validation", "checkpoints")
         self._spent = dict.fromkeys(purposes, 0.0) | (spent or {})
         self._began = time.perf_counter() - seconds
         self.restart()
@@ -53,7 +53,7 @@ class RunClock:
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """Counts the time inside as spent on ``what``: "validation" or "checkpoints"."""
+        """Counts the time inside as spent on ``what``, "validation" for example."""
         started = time.perf_counter()
         try:
             yield

@@ -85,8 +85,9 @@ class UntrainResult:
         filters: the folder with the saved filters; None without output.
         config: the settings.
         corrupt_images: names of images left out, with reasons.
-        spent: where it went, in seconds: ``start`` (until all is compiled and captured), ``data``
-            (waiting for images), ``steps``, ``validation`` and ``checkpoints``.
+        spent: where it went, in seconds: ``start`` (until all is compiled and captured),
+            ``features`` (that are kept), ``data`` (waiting for images), ``steps``, ``validation``
+            and ``checkpoints``.
         samples: expanded samples that went through the network in training.
     """
 

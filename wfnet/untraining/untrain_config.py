@@ -75,6 +75,14 @@ class UntrainConfig:
         grad_accum_steps: minibatches whose mean gradient makes one step (default: 1)
         capture: run steps as a CUDA graph (:mod:`wfnet.untraining.step`); None: where that is
             possible
+        features: where features are kept (what the network in front of its first mask makes of an
+            image): on the device, on the host or on disk, where later runs find them again; auto:
+            on the device or the host if they take at most a quarter of what is free there, and
+            images are the same each time (default: auto)
+        feature_dtype: of kept features (default: that in which they are computed)
+        views: how often each training image is read, with other random transforms each time, for
+            features that are kept (default: once)
+        cache_dir: folder of features on disk; None: ``~/.cache/wfnet``
         checkpoint_every: steps between checkpoints (default: at every validation); one is written
             at least every few minutes
         keep_checkpoints: checkpoints that stay: a damaged newest one falls back to the one before
@@ -124,6 +132,10 @@ class UntrainConfig:
     max_nan_steps: int = setting(0, non_negative_int)
     grad_accum_steps: int = setting(1, positive_int)
     capture: bool | None = setting(None, (None, True, False))
+    features: str = setting("auto", ("auto", "off", "device", "host", "disk"))
+    feature_dtype: str | None = setting(None, ("float32", "float16", "bfloat16"))
+    views: int | None = setting(None, positive_int)
+    cache_dir: str | None = setting(None)
     checkpoint_every: int | None = setting(None, positive_int)
     keep_checkpoints: int = setting(2, positive_int, metavar="K")
     min_validations: int = setting(10, positive_int)
@@ -132,6 +144,8 @@ class UntrainConfig:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if not isinstance(self.cache_dir, str | None):
+            raise ValueError(f"cache_dir is the name of a folder, got {self.cache_dir!r}")
         if self.classes is not None:
             object.__setattr__(self, "classes", _checked_classes(self.classes))
         durable, group = self.objective == "durable", self.forget_images + self.retain_images
@@ -161,6 +175,10 @@ class UntrainConfig:
             (
                 durable and self.classes is not None,
                 "recipe durable untrains all classes: leave out classes",
+            ),
+            (
+                self.features == "off" and self.views is not None,
+                f"views={self.views} are views of features that are kept: leave out features='off'",
             ),
             (
                 self.optimizer == "sgd" and self.shrink,
@@ -260,6 +278,7 @@ def _checked_classes(classes: Sequence[int]) -> tuple[int, ...]:
 # Settings that change neither the result nor the order of anything: a resumed run may change them.
 FREE_TO_CHANGE = frozenset(
     ("workers", "max_corrupt", "max_nan_steps", "checkpoint_every", "keep_checkpoints")
+    + ("features", "cache_dir")
 )
 
 RECIPES = ("balanced", "paper", "durable")

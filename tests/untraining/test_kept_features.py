@@ -1,0 +1,74 @@
+"""Features at the cut, kept: the same filters, no image is read twice, what is refused."""
+
+import pytest
+import torch
+
+from wfnet import UntrainConfig, WFNet, untrain
+from wfnet.data import row_store
+from wfnet.gate_tables import side_by_side
+
+
+@pytest.fixture
+def late(base, go, runs):
+    """Untrains with masks in the second convolution alone; the filters."""
+
+    def run(folder=None, **changes):
+        net = WFNet(base, runs.BARS, targets="conv2")
+        net, _ = go(folder, net=net, **{"validation": runs.bars(4, seed=1), **changes})
+        return side_by_side(net.filter_parameters()).detach()
+
+    return run
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_filters_are_those_of_a_run_that_computes_them_anew(late, tmp_path, fuse):
+    expected = late(features="off", fuse=fuse)
+    on_disk = {"features": "disk", "cache_dir": str(tmp_path)}
+    for kept in ({}, {"features": "host"}, on_disk, on_disk):
+        assert torch.equal(late(fuse=fuse, **kept), expected)
+    assert len([*tmp_path.glob("features-*.float32")]) == 2  # training and validation images
+    assert not torch.equal(late(feature_dtype="bfloat16"), expected)
+
+
+def test_no_image_is_read_once_features_are_there(late, runs):
+    read = []
+    late(train=runs.Files(runs.bars(), read.append), features="host", steps=40)
+    assert len(read) == 2 * 16 + len(set(read))  # some are looked at first, to know them
+    read.clear()
+    late(train=runs.Files(runs.bars(), read.append), features="off", steps=40)
+    assert len(read) == 40 * 4
+
+
+def test_random_images_are_kept_as_a_number_of_views(late, runs):
+    class Noisy(runs.Files):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image + 0.1 * torch.rand_like(image), label
+
+    images = Noisy(runs.bars(), lambda index: None)
+    assert torch.equal(late(train=images), late(train=images, features="off"))  # none are kept
+    with pytest.raises(ValueError, match="transformed at random; say how many views"):
+        late(train=images, features="host")
+    assert late(train=images, views=2).isfinite().all()
+
+
+def test_an_interrupted_run_goes_on_with_features(late, tmp_path):
+    whole = late()
+    with pytest.raises(ZeroDivisionError):
+        late(tmp_path, log=lambda record: 1 / (record["step"] < 12))
+    assert torch.equal(late(tmp_path, features="off"), whole)
+
+
+def test_what_is_refused(base, late, monkeypatch, runs):
+    with pytest.raises(ValueError, match="nothing frozen lies in front of its first mask"):
+        untrain(
+            WFNet(base, runs.BARS), runs.bars(), config=runs.config(features="host"), progress=False
+        )
+    with pytest.raises(ValueError, match=r"Files.*does not say"):
+        late(train=runs.Files(runs.bars(), lambda index: None), features="disk")
+    with pytest.raises(ValueError, match="leave out features='off'"):
+        UntrainConfig(steps=1, features="off", views=2)
+    monkeypatch.setattr(row_store, "free_memory", lambda: 1000)
+    with pytest.raises(ValueError, match="does not fit"):
+        late(features="host")
+    late()  # unasked, they are not kept
