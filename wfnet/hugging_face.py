@@ -26,16 +26,21 @@ def local_folder(model: str | None) -> Path | None:
 
 
 def load_classifier(
-    name: str, weights: bool = True, num_classes: int | None = None, **settings: Any
+    name: str,
+    weights: bool = True,
+    num_classes: int | None = None,
+    local: bool = True,
+    **settings: Any,
 ) -> nn.Module:
     """A classifier of transformers from a folder, or from the local cache of the Hub.
 
-    Nothing is downloaded. Weights are loaded as fp32.
+    Weights are loaded as fp32.
 
     Args:
         name: a folder that ``save_pretrained`` wrote, or ``user/repo`` where it was fetched before.
         weights: False: new ones, drawn by PyTorch's generator.
         num_classes: of new weights; None: what the configuration says.
+        local: nothing is downloaded.
         settings: changes of the configuration.
 
     Raises:
@@ -45,7 +50,7 @@ def load_classifier(
         ImportError: if transformers is not installed.
     """
     transformers = require("transformers", "hf")
-    config, unknown = _configuration(name, **settings)
+    config, unknown = _configuration(name, local, **settings)
     if unknown:
         raise ValueError(f"the configuration of {name} has no {next(iter(unknown))!r}")
     if not weights:
@@ -61,7 +66,7 @@ def load_classifier(
         model, report = transformers.AutoModelForImageClassification.from_pretrained(
             name,
             config=config,
-            local_files_only=True,
+            local_files_only=local,
             dtype=torch.float32,
             output_loading_info=True,
         )
@@ -75,10 +80,10 @@ def load_classifier(
     return model.eval()
 
 
-def _configuration(name: str, **settings: Any) -> tuple[Any, dict[str, Any]]:
+def _configuration(name: str, local: bool = True, **settings: Any) -> tuple[Any, dict[str, Any]]:
     """The configuration in a local folder, with changes, and the changes that it does not know."""
     auto = require("transformers", "hf").AutoConfig
-    options = {"local_files_only": True, "return_unused_kwargs": True, **settings}
+    options = {"local_files_only": local, "return_unused_kwargs": True, **settings}
     try:
         return auto.from_pretrained(name, **options)
     except (OSError, ValueError) as error:  # a ValueError: the file is that of another library
@@ -95,6 +100,30 @@ def _missing(name: str, file: str) -> FileNotFoundError:
         f"{name!r} is no folder, and the local cache of the Hub has no {file} of it; wfnet "
         f"downloads nothing: fetch it once with `hf download {name}`"
     )
+
+
+def base_name(model: nn.Module) -> str | None:
+    """Where a model of transformers was loaded from, as ``hf:user/repo``.
+
+    None for a folder of this machine, and for models of other libraries, which do not say whether
+    their weights are those of their name.
+    """
+    name = model.config._name_or_path if is_transformers(model) else ""
+    return f"{PREFIX}{name}" if name and not Path(name).exists() else None
+
+
+def load_base(name: str) -> nn.Module:
+    """The pretrained network of :func:`base_name`, or of timm's name; may download."""
+    if name.startswith(PREFIX):
+        return load_classifier(name.removeprefix(PREFIX), local=False)
+    return require("timm", "train").create_model(name, pretrained=True).eval()
+
+
+def hub_id(name: str) -> str | None:
+    """The repository of the Hub with the weights that :func:`load_base` loads; None if unknown."""
+    if name.startswith((PREFIX, "hf-hub:", "hf_hub:")):
+        return name.partition(":")[2]
+    return f"timm/{name}" if "." in name else None  # with the tag of its weights
 
 
 def is_transformers(model: nn.Module) -> bool:

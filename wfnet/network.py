@@ -340,9 +340,18 @@ class WFNet(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, base_model: nn.Module, backend: str = "auto"
+        cls,
+        folder: str | os.PathLike,
+        base_model: nn.Module | None = None,
+        backend: str = "auto",
     ) -> WFNet:
         """Wraps ``base_model`` and loads the filters that :meth:`save_pretrained` wrote.
+
+        Args:
+            folder: with the files, or ``user/repo`` of the Hugging Face Hub
+                (:func:`wfnet.hub.push_to_hub`), which is downloaded.
+            base_model: None: what the files name, from timm or transformers (may download).
+            backend: of all masked layers.
 
         Raises:
             FileNotFoundError: if ``folder`` holds no such files.

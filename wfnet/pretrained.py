@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.durable_layers import SOFT_INIT
+from wfnet.hugging_face import base_name, load_base
 from wfnet.layers import LayerNames
+from wfnet.services.extras import require
 from wfnet.services.files import digest, fingerprint, read_tensors, write_json, write_tensors
 from wfnet.version import __version__
 
@@ -41,6 +44,7 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
         "alpha_init": net.alpha_init,
         "normalize_gate": net.normalize_gate,
         "filter_dtype": str(net.filter_parameters()[0].dtype).removeprefix("torch."),
+        "base": base_name(net.model),
         "base_fingerprint": fingerprint(net.model),
         "gate": net.gate,
         "soft_init": net.soft_init,
@@ -85,12 +89,34 @@ def read_config(folder: str | os.PathLike) -> dict:
     return config
 
 
+def _folder_of(source: str | os.PathLike) -> Path:
+    """A local folder, or that in which the files of a repository of the Hub lie."""
+    repository = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
+    if Path(source).exists() or not repository:
+        return Path(source)
+    hub = require("huggingface_hub", "hf")
+    try:
+        return Path(hub.snapshot_download(source, allow_patterns=[CONFIG_NAME, FILTERS_NAME]))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{source!r} is no folder, and cannot be had from the Hub ({reason[:200]})"
+        ) from error
+
+
 def load_filters(
-    cls: type[WFNet], folder: str | os.PathLike, base_model: nn.Module, backend: str
+    cls: type[WFNet], source: str | os.PathLike, base_model: nn.Module | None, backend: str
 ) -> WFNet:
-    """Wraps ``base_model`` as recorded in ``folder`` and loads the filters."""
-    folder = Path(folder)
+    """Wraps ``base_model``, or the one recorded, as the files say and loads the filters."""
+    folder = _folder_of(source)
     config = read_config(folder)
+    if base_model is None:
+        if not config.get("base"):
+            raise ValueError(
+                f"{folder / CONFIG_NAME} does not say where the network is that its filters belong "
+                f"to (a {config.get('model', 'model')}): give it as base_model"
+            )
+        base_model = load_base(config["base"])
     tensors = read_tensors(folder / FILTERS_NAME)
     found = fingerprint(base_model)
     if found != config["base_fingerprint"]:

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -207,23 +208,11 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
     Raises:
         FileNotFoundError, ValueError: for data that are missing or damaged.
     """
-    settings = data_settings(model, options.model)
-    chosen = {
-        "image_size": options.img_size,
-        "channels": options.in_chans,
-        "mean": options.mean,
-        "std": options.std,
-        "interpolation": options.interpolation,
-        "crop_pct": options.crop_pct,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if chosen:
-        settings.pop("transform", None)  # it was made for the settings that are replaced
     by_name = options.data is not None
     data = open_data(
         options.data if by_name else options.data_dir,
         options.data_dir if by_name else None,
-        **{**settings, **chosen},
+        **image_settings(options, model),
         augment=augment,
         validation_fraction=options.val_split,
         train_per_class=options.train_per_class,
@@ -240,6 +229,24 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
     return data
 
 
+def image_settings(options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
+    """How images are prepared, as arguments of :func:`wfnet.data.open_data`: as the classifier
+    expects them, unless the options say otherwise."""
+    settings = data_settings(model, options.model)
+    chosen = {
+        "image_size": options.img_size,
+        "channels": options.in_chans,
+        "mean": options.mean,
+        "std": options.std,
+        "interpolation": options.interpolation,
+        "crop_pct": options.crop_pct,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen:
+        settings.pop("transform", None)  # it was made for the settings that are replaced
+    return {**settings, **chosen}
+
+
 def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | None) -> Splits:
     """Returns data with the labels that their classes have, by their names, in the run in
     ``folder`` and in the one that made the weights, as far as these are recorded; without a run, in
@@ -249,12 +256,15 @@ def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | N
         ValueError: for data of other classes.
     """
     run = recorded_names(folder) if folder else None
+    of_weights = names_of_weights(options)
+    if of_weights is not None and not options.checkpoint:
+        if run is None:
+            return _named_by_network(data, of_weights, options.model)
+        of_weights = None  # the run has settled it
     for names, origin in (
         (run, f"the run in {folder}"),
-        (names_of_weights(options), "the classifier of --checkpoint"),
+        (of_weights, "the classifier of --checkpoint"),
     ):
-        if names is not None and names is not run and not options.checkpoint:
-            return data if run else _named_by_network(data, names, options.model)
         numbered = names == [str(label) for label in range(len(names or ()))]
         # Classes that were numbered may be named now for the first time.
         if names and not (numbered and options.class_names):

@@ -77,11 +77,12 @@ class Contents:
         return False
 
 
-def read_contents(folder: str | os.PathLike) -> Contents:
+def read_contents(folder: str | os.PathLike, empty: bool = False) -> Contents:
     """Reads the results and pictures of a run; those of other filters are left out.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or nothing in it that a report could show.
+        FileNotFoundError: if there is no such folder, or nothing in it that a report could show,
+            where that may not be ``empty``.
         ValueError: for a damaged file.
     """
     folder = Path(folder)
@@ -123,7 +124,8 @@ def read_contents(folder: str | os.PathLike) -> Contents:
         content = _json(path)
         if found.is_ours(path, content.get("filters_digest"), digest, "bake the file again"):
             found.exports[path.name] = content
-    if found.evaluation is None and found.trust is None and found.multi_label is None:
+    nothing = found.evaluation is None and found.trust is None and found.multi_label is None
+    if nothing and not empty:
         makers = f"`wfnet evaluate {folder}` and `wfnet trust {folder}` make results"
         why = " ".join(found.remarks) or makers
         raise FileNotFoundError(f"{folder} holds nothing to report yet: {why}")
