@@ -16,6 +16,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from script import RESULTS, ROOT, markdown_table
 
-from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, RETRAINED, picture
+from wfnet.report import figures
 
 DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md"))
 PICTURE = RESULTS / "attacks.png"
@@ -54,38 +55,23 @@ STEP_COLUMNS = {
     "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
 }
 
-# What is done with a baked file: label, check, measure, label in the picture.
+# What is done with a baked file: label, check, measure.
 ATTACKS = (
-    ("nothing", "removal", "acc_f", "nothing"),
-    (
-        "BatchNorm re-estimated on unlabelled images",
-        "removal",
-        "acc_f_batchnorm_all",
-        "BatchNorm\nre-estimated",
-    ),
-    ("BatchNorm's affine part reset", "removal", "acc_f_affine_reset", None),
-    ("rows equalised", "removal", "acc_f_equalised", None),
-    ("rows scaled to the base's norms", "removal", "acc_f_base_norms", None),
-    ("the base's head row put back", "removal", "acc_f_base_head", None),
-    (
-        "fine-tuned on other classes only, 50 steps",
-        "relearning",
-        "acc_f_retain_only",
-        "fine-tuned on\nother classes",
-    ),
-    (
-        "fine-tuned with one image of the class",
-        "relearning",
-        "acc_f_from_1",
-        "fine-tuned with\none image of it",
-    ),
-    ("with ten", "relearning", "acc_f_from_10", "fine-tuned\nwith ten"),
-    ("the class's logit shifted", "removal", "acc_f_offset", "its logit\nshifted"),
-    ("re-estimated, then shifted", "removal", "acc_f_batchnorm_offset", None),
-    ("logits standardised", "removal", "acc_f_standardised", None),
-    ("AUC of the class's logit", "removal", "auc_logit", None),
-    ("Acc_r as it is", "removal", "acc_r", None),
-    ("Acc_r after rows were equalised", "removal", "acc_r_equalised", None),
+    ("nothing", "removal", "acc_f"),
+    ("BatchNorm re-estimated on unlabelled images", "removal", "acc_f_batchnorm_all"),
+    ("BatchNorm's affine part reset", "removal", "acc_f_affine_reset"),
+    ("rows equalised", "removal", "acc_f_equalised"),
+    ("rows scaled to the base's norms", "removal", "acc_f_base_norms"),
+    ("the base's head row put back", "removal", "acc_f_base_head"),
+    ("fine-tuned on other classes only, 50 steps", "relearning", "acc_f_retain_only"),
+    ("fine-tuned with one image of the class", "relearning", "acc_f_from_1"),
+    ("with ten", "relearning", "acc_f_from_10"),
+    ("the class's logit shifted", "removal", "acc_f_offset"),
+    ("re-estimated, then shifted", "removal", "acc_f_batchnorm_offset"),
+    ("logits standardised", "removal", "acc_f_standardised"),
+    ("AUC of the class's logit", "removal", "auc_logit"),
+    ("Acc_r as it is", "removal", "acc_r"),
+    ("Acc_r after rows were equalised", "removal", "acc_r_equalised"),
 )
 # Exports that were attacked: label, files of results (means over them), whether with `retrained`.
 EXPORTS = (
@@ -95,7 +81,6 @@ EXPORTS = (
     ("ViT, `balanced`", ["trust_digits_vit"], True),
 )
 SHOWN = {"balanced": EXPORTS[0][1], "durable": EXPORTS[2][1]}  # in the picture
-COLORS = AFTER, RETAINED, RETRAINED  # of its bars
 
 _SAME_RUN = ("device", "torch", "commit")
 _SAME_SETTINGS = ("dtype", "image_size", "batch_size", "label_expansion", "share_images")
@@ -183,7 +168,7 @@ def step() -> str:
 
 
 def _after(files: list[str], who: str, check: str, measure: str) -> float | None:
-    """Returns a measure after an attack in %, the mean over files; None if it was not measured.
+    """Returns a measure after an attack, the mean over files; None if it was not measured.
 
     Args:
         who: "forgetful" (the export), "original" or "retrained".
@@ -193,7 +178,7 @@ def _after(files: list[str], who: str, check: str, measure: str) -> float | None
         content = read(name)
         means = content["means"] if "means" in content else content["by_prune_below"]["0"]["means"]
         values.append(means.get(check, {}).get(measure, {}).get(who))
-    return None if None in values else 100 * statistics.mean(values)
+    return None if None in values else statistics.mean(values)
 
 
 def attacks() -> str:
@@ -204,9 +189,9 @@ def attacks() -> str:
         if who == "forgetful" or with_retrained
     ]
     rows = []
-    for label, check, measure, _ in ATTACKS:
+    for label, check, measure in ATTACKS:
         found = [_after(files, who, check, measure) for _, files, who in columns]
-        rows.append([label, *("-" if value is None else f"{value:.1f}" for value in found)])
+        rows.append([label, *("-" if value is None else f"{100 * value:.1f}" for value in found)])
     return markdown_table(["attack on the baked model", *(label for label, *_ in columns)], rows)
 
 
@@ -215,31 +200,15 @@ def picture_values() -> dict[str, dict[str, float]]:
     durable = SHOWN["durable"]
     bars = {f"recipe {name}": (files, "forgetful") for name, files in SHOWN.items()}
     bars["retrained without the class"] = durable, "retrained"
-    found = {
-        bar: {label: _after(*which, *attack) for _, *attack, label in ATTACKS if label}
-        for bar, which in bars.items()
-    }
-    return found | {"before": {"nothing": _after(durable, "original", "removal", "acc_f")}}
+    bars["before"] = durable, "original"
+    return {bar: figures.attack_levels(partial(_after, *which)) for bar, which in bars.items()}
 
 
 def draw_picture(path: Path) -> None:
     """Draws what an attacker gets back, by attack, beside retrained networks."""
     values = picture_values()
-    before = values["before"]["nothing"]
-    bars = [name for name in values if name != "before"]
-    with picture(path, 7.2, 2.8) as figure:
-        axis = figure.subplots()
-        axis.axhline(before, color=BEFORE, ls="--", label=f"before: {before:.1f}")
-        for number, (name, color) in enumerate(zip(bars, COLORS, strict=True)):
-            places = [place + 0.27 * (number - 1) for place in range(len(values[name]))]
-            axis.bar(places, values[name].values(), 0.25, color=color, label=name)
-            for place, height in zip(places, values[name].values(), strict=True):
-                axis.text(
-                    place, height + 2, f"{height:.0f}", ha="center", fontsize=7.5, color=color
-                )
-        axis.set_xticks(range(len(values[name])), list(values[name]), fontsize=8)
-        axis.set(ylim=(0, 116), yticks=range(0, 101, 20), ylabel="accuracy on the class, %")
-        figure.legend(ncols=4, loc="outside upper center", fontsize=8)
+    bars = {name: levels for name, levels in values.items() if name != "before"}
+    figures.attacks(values["before"]["nothing"], bars, path)
     shown = PngInfo()
     shown.add_text("values", json.dumps(values))
     with Image.open(path) as image:

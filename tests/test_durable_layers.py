@@ -1,6 +1,7 @@
 """Durable layers: fresh rows, statistics per row, mixed rows, exact zeros, gradients, bake."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -122,10 +123,16 @@ def test_hard_gates_are_exact_zeros_and_ones_without_noise():
 
 @torch.no_grad()
 def test_soft_gates_start_where_they_are_told_and_are_saved_with_it(tmp_path):
-    for kind, start in (("vit", -1.0), ("vgg", 3.0)):
-        layer = next(iter(make_net(kind, moved=False).masked_layers.values()))
+    for start in (3.0, -1.0):
+        vit = make_net("vit", moved=False, **({} if start == 3 else {"soft_init": start}))
+        layer = next(iter(vit.masked_layers.values()))
         assert layer.filter_starts() == {"alpha_hard": layer.alpha_init, "alpha_soft": start}
         assert layer.alpha_soft.unique().tolist() == [start]
+    # An earlier version wrote null for its defaults, among which linear maps had -1.
+    vit.save_pretrained(tmp_path)
+    path = tmp_path / "wf_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"soft_init": None}))
+    assert wfnet.WFNet.from_pretrained(tmp_path, vit.bake(None)).soft_init == -1
     net = make_net("vit", moved=False, soft_init=0.5)
     assert torch.equal(net(images(), 1), net(images(), None))
     for saved in (make_net("vit", soft_init=0.5), make_net("resnet")):

@@ -11,9 +11,7 @@ Regularization", ICLR 2018): random in untraining, exactly 0 or 1 elsewhere. ``m
 ``var_c`` are what a network that never knew class c would have measured. Layers without BatchNorm
 are multiplied by ``g`` behind their bias.
 
-Soft gates behind BatchNorm start at 3: they only attenuate. Those of linear maps start at -1 and
-range up to 3.7: what a transformer's closed gates took away from other classes, the open ones give
-back (docs/evaluation.md, "Transformers and compound rows").
+Soft gates start at 3: they attenuate, and range up to 1.05.
 """
 
 from __future__ import annotations
@@ -32,7 +30,6 @@ from wfnet.labels import active_selection
 from wfnet.layers import MaskedLayer, Registry, register_maskable, registered
 
 SOFT_INIT = 3.0
-LINEAR_SOFT_INIT = -1.0
 # Shape of the hard concrete distribution: stretched to (LOW, HIGH), then clipped to [0, 1].
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 0.66
 
@@ -119,12 +116,11 @@ class DurableLayer(MaskedLayer):
         mode: see :class:`GateMode`; of the network that the layer belongs to.
     """
 
-    soft_init: float = SOFT_INIT
+    soft_init: float
     mode: GateMode
 
-    def _add_filters(self, *options: object, soft_init: float | None = None, **more) -> None:
-        if soft_init is not None:
-            self.soft_init = float(soft_init)
+    def _add_filters(self, *options: object, soft_init: float = SOFT_INIT, **more) -> None:
+        self.soft_init = float(soft_init)
         self.mode = GateMode()
         super()._add_filters(*options, **more)
 
@@ -215,7 +211,6 @@ class DurableLinear(_GatedOutput, nn.Linear):
 
     _base_type = nn.Linear
     _channel_dim = -1
-    soft_init = LINEAR_SOFT_INIT
 
 
 @register_maskable(nn.Conv2d, DURABLE)

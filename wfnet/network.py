@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wfnet import export, fusion, pretrained
 from wfnet.bypass import WeightWatch
 from wfnet.compact import compact as compact_network
-from wfnet.durable_layers import DurableLayer, GateMode, durable_type
+from wfnet.durable_layers import SOFT_INIT, DurableLayer, GateMode, durable_type
 from wfnet.gates import gather_samples
 from wfnet.head import check_head, check_logits, find_head, first_output
 from wfnet.labels import (
@@ -66,7 +66,7 @@ class WFNet(nn.Module):
             that can be exactly 0, with statistics per row (:mod:`wfnet.durable_layers`): baked
             networks then withstand the re-estimation of BatchNorm.
         soft_init: start of durable soft gates, which range up to ``1 / sigmoid(soft_init)``; None:
-            -1 behind linear maps, 3 behind BatchNorm and convolutions.
+            3, so that they attenuate.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
@@ -104,6 +104,8 @@ class WFNet(nn.Module):
         durable = gate == "durable"
         if soft_init is not None and not durable:
             raise ValueError("soft_init is the start of durable gates; give gate='durable'")
+        if durable and soft_init is None:
+            soft_init = SOFT_INIT
         fusion.check_mode(fuse)
         self.num_classes = num_classes = int(num_classes)
         self.alpha_init = float(alpha_init)

@@ -126,8 +126,10 @@ def load_filters(
             f"(a {config.get('model', 'model')}); load the original weights in their original dtype"
         )
     gate = config.get("gate", "sigmoid")
-    # All soft gates of earlier versions started at 3.
     soft_init = config.get("soft_init", SOFT_INIT if gate == "durable" else None)
+    if gate == "durable" and soft_init is None:  # of a version where linear maps started at -1
+        layers = map(base_model.get_submodule, config["targets"])
+        soft_init = -1.0 if all(isinstance(layer, nn.Linear) for layer in layers) else SOFT_INIT
     net = cls(
         base_model,
         config["num_classes"],

@@ -58,8 +58,8 @@ def choose_targets(
             transformer the linear maps of its blocks (``attn.qkv``, ``attn.proj``, ``mlp.fc1``,
             ``mlp.fc2``), else all convolutions, but never the head. "qkv" is the paper's setting.
         num_classes: outputs of the head, by which it is told from other layers.
-        durable: layers with gates behind them: every BatchNorm, else ``attn.qkv`` and ``mlp.fc1``
-            of a transformer, else all convolutions. Patterns choose among these.
+        durable: layers with gates behind them: every BatchNorm, else as without. Patterns choose
+            among these.
 
     Raises:
         TypeError, ValueError: for targets that are none of these, that match nothing, or that name
@@ -88,7 +88,10 @@ def choose_targets(
     if targets is None:
         if not durable and any(isinstance(m, MaskedLayer) for m in modules.values()):
             return []
-        names = _usual_durable(patterns) if durable else _usual(inner)
+        if durable:  # where these are no layers of blocks, all BatchNorms
+            names = _usual({name: inner[name] for name in patterns}) or set(patterns)
+        else:
+            names = _usual(inner)
         if not names:
             raise ValueError(f"{kind} has no convolution and no linear map of a block; {listed}")
     else:
@@ -160,13 +163,6 @@ def _durable_layers(inner: dict[str, nn.Module]) -> list[str]:
     norms = [n for n, m in inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)]
     convolutions = [name for name, m in inner.items() if isinstance(m, nn.Conv2d)]
     return norms or _linear_maps(inner, _BLOCK_LINEAR) or convolutions
-
-
-def _usual_durable(possible: list[str]) -> set[str]:
-    if not any(_QKV_NAME.fullmatch(_last(name)) for name in possible):
-        return set(possible)
-    # Gates behind attn.proj and mlp.fc2 too cost more of the other classes.
-    return {n for n in possible if _QKV_NAME.fullmatch(_last(n)) or _last(n) == "fc1"}
 
 
 def _is_layer(m: nn.Module) -> bool:

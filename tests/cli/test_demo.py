@@ -11,10 +11,10 @@ from wfnet.untraining.optimizers import RowAdam
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-OPTIONS = ("--steps", "20", "--train-epochs", "1", "--threads", "1")
+OPTIONS = ("--recipe", "balanced", "--steps", "20", "--train-epochs", "1", "--threads", "1")
 FILES = ("wf_config.json", "wf_model.safetensors", "evaluation.json", "evaluation.csv") + (
     *("history.json", "history.csv", "config.json", "forget_3.safetensors", "overview.png"),
-    *("gates.png", "training_curves.png", "confusion.json", "report.html"),
+    *("gates.png", "training_curves.png", "confusion.json", "report.html", "attacks.png"),
     *("base/base.safetensors", "base/config.json"),
 )
 
@@ -35,6 +35,8 @@ def interrupt_at(monkeypatch, step):
 
 def test_the_demo_is_made_goes_on_and_is_reused(tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setattr("wfnet.report.figures.style.DPI", 30)
+    monkeypatch.setattr("wfnet.cli.demo._CHECKS", ("removal",))
+    monkeypatch.setattr("wfnet.cli.demo._BESIDE", {"balanced": ("paper", 5)})
     folder = tmp_path / "demo"
 
     def demo(*more, status=0):
@@ -59,7 +61,8 @@ def test_the_demo_is_made_goes_on_and_is_reused(tmp_path, monkeypatch, capsys, f
     assert scope["logits"].shape == (5, 10)
 
     resumed = load_file(folder / "wf_model.safetensors")
-    monkeypatch.setattr("wfnet.cli.report._draw", lambda *args: None)  # seconds each
+    for name in ("report._draw", "demo._attack"):  # seconds each
+        monkeypatch.setattr(f"wfnet.cli.{name}", lambda *args: None)
     with monkeypatch.context() as patch:
         taken = interrupt_at(patch, 99)
         demo("--forget", "7")

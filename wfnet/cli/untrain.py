@@ -61,8 +61,8 @@ logger = logging.getLogger("wfnet")
 # Settings that are options, in the order of the help.
 _METHOD_OPTIONS = (
     *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
-    *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "distil"),
-    *("share_images", "sampler", "compound", "shrink", "clip", "patience"),
+    *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "tolerance"),
+    *("distil", "share_images", "sampler", "compound", "shrink", "clip", "patience"),
     *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
     *("features", "feature_dtype", "views", "max_corrupt", "max_nan_steps"),
 )

@@ -29,6 +29,7 @@ from wfnet.untraining.objectives import (
     distillation,
     full_precision,
     not_label,
+    weighted_sums,
 )
 from wfnet.untraining.untrain_config import UntrainConfig
 
@@ -128,20 +129,24 @@ class DurableObjective(Objective):
     """Loss of recipe ``durable``, with ``gap = z_c - logsumexp(other logits)`` for a row c::
 
         L = w * mean_others KL(original || row) + lambda1 * mean_c softplus(gap)
-            + match * relu((mean gap of c - mean gap of others) / max(std of others, 0.5) - 0.5)
+            + match * s * relu((mean gap of c - mean gap of others) / max(std of others, 0.5) - 0.5)
+        s = min(1, tolerance / mean_others KL(original || row))
 
     w is 1 with soft gates and ``retain_hard`` without. The last term is a mean over the rows that
-    have a group to themselves, with the moments of the others taken as constants: it draws the
-    class's logit to where it lies for images of other classes.
+    have a group to themselves, with s and the moments of the others taken as constants: it draws
+    the class's logit to where it lies for images of other classes, and gives way where that costs
+    the others more than they should pay: where classes look alike, a fixed weight costs too much.
 
     Args:
         lambda1: weight of the forget term.
         match: weight of the matching term; 0 leaves it out.
+        tolerance: divergence from the original network, in nats, up to which it has that weight.
         retain_hard: weight of retaining in steps of hard gates alone.
     """
 
     lambda1: float = 0.3
     match: float = 0.1
+    tolerance: float = 0.05
     retain_hard: float = 0.5
     slack: float = 0.5
     least_deviation: float = 0.5
@@ -162,7 +167,9 @@ class DurableObjective(Objective):
     def __call__(
         self, logits: Tensor, batch: ExpandedBatch, original: Tensor | None, net: WFNet
     ) -> Losses:
-        losses = super().__call__(logits, batch, original, net)
+        costs = self.costs(logits, batch, original)
+        sums, counts = weighted_sums(costs, batch)
+        losses = self.total(*(sums / counts.clamp_min(1)).unbind(), net)
         if not self.match:
             return losses
         labels = batch.forget.reshape(len(batch), -1)
@@ -173,12 +180,15 @@ class DurableObjective(Objective):
         member = member.to(gap.dtype)
         own, others = member[batch.forget_half], member[batch.retain_half]
         own_mean = (own * gap[batch.forget_half, None]).sum(0) / own.sum(0).clamp_min(1)
-        fixed = gap[batch.retain_half, None].detach()
+        fixed = torch.stack((gap[batch.retain_half], costs[1]), 1).detach()  # [m, 2]
         count = others.sum(0).clamp_min(2)
-        mean = (others * fixed).sum(0) / count
-        deviation = ((others * (fixed - mean).square()).sum(0) / (count - 1)).sqrt()
+        mean, divergence = (others.T @ fixed / count.unsqueeze(1)).unbind(1)  # [R] each
+        apart = fixed[:, :1] - mean
+        deviation = ((others * apart.square()).sum(0) / (count - 1)).sqrt()
         excess = (own_mean - mean) / deviation.clamp_min(self.least_deviation) - self.slack
-        match = F.relu(excess).mean()
+        # 0 / 0 is a row that costs nothing yet.
+        share = (self.tolerance / divergence).nan_to_num(1.0).clamp_max(1.0)
+        match = (share * F.relu(excess)).mean()
         return Losses(losses.total + self.match * match, {**losses.terms, "match": match.detach()})
 
 

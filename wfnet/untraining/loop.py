@@ -536,7 +536,7 @@ def configured_objective(config: UntrainConfig, multi_label: bool) -> Objective:
             raise ValueError(
                 "recipe durable is for images with one label; take recipe balanced for these"
             )
-        return DurableObjective(config.lambda1, config.match)
+        return DurableObjective(config.lambda1, config.match, config.tolerance)
     if config.objective == "paper":
         objective = PaperObjective(config.lambda0, config.lambda1, config.lambda2)
     else:

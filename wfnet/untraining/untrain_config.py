@@ -53,6 +53,9 @@ class UntrainConfig:
             balanced)
         match: weight of drawing the class's logit to where it lies for other images (recipe
             durable)
+        tolerance: divergence from the original network on images of other classes, in nats, above
+            which ``match`` weighs less (recipe durable): where classes look alike, it would cost
+            them too much
         forget_images: durable: images of the row's class in its group; ``batch_size`` images make
             ``batch_size // (forget_images + retain_images)`` groups
         retain_images: durable: images of other classes in the group of a row
@@ -116,6 +119,7 @@ class UntrainConfig:
     lambda2: float = setting(1.0, non_negative_float)
     distil: bool = setting(True, bool)
     match: float = setting(0.1, non_negative_float)
+    tolerance: float = setting(0.05, positive_float)
     forget_images: int = setting(8, positive_int)
     retain_images: int = setting(32, int_from(2))
     statistics_images: int = setting(1024, int_from(2))
@@ -330,10 +334,9 @@ def _durable_settings(
     """Returns the settings of recipe "durable" (design section 7).
 
     What counts is how often a row is visited: 200 times for ten classes. Many classes crowd the
-    channels: the forget term weighs more there, and the matching term is left out. A transformer's
-    linear maps have no statistics to hide behind: rows take more visits and press less. One more
-    group is under two rows at once: without it, forgetting two classes costs the others three times
-    as much.
+    channels: the forget term weighs more there, and the matching term is left out. Of a transformer
+    few gates close, and those wholly. One more group is under two rows at once: without it,
+    forgetting two classes costs the others three times as much.
     """
     forget_images = changes.get("forget_images", 8)
     group = forget_images + changes.get("retain_images", 32)
@@ -344,11 +347,7 @@ def _durable_settings(
     compound = changes.get("compound", float(pairs))
     batch_size = batch_size or (min(4, num_classes) + (compound > 0)) * group
     rows = max(1, batch_size // group - (compound > 0))
-    visits, lambda1, match = 200, 0.3, 0.1
-    if many:
-        visits, lambda1, match = 160, 0.7, 0.0
-    elif transformer:
-        visits, lambda1, match = 300, 0.2, 0.02
+    visits, lambda1, match = (160, 0.7, 0.0) if many else (200, 0.3, 0.1)
     return {
         "objective": "durable",
         "steps": math.ceil(visits * num_classes / rows),
@@ -358,4 +357,5 @@ def _durable_settings(
         "lambda1": lambda1,
         "match": match,
         "compound": compound,
+        "shrink": 0.15 if transformer else 0.0,
     }

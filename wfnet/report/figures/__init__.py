@@ -6,6 +6,7 @@ It raises ImportError without matplotlib (extra ``viz``), and ValueError for an 
 
 from wfnet.report.figures.accuracies import accuracy_per_class, overview
 from wfnet.report.figures.associations import association_graph
+from wfnet.report.figures.attacks import attack_levels, attacks
 from wfnet.report.figures.confusions import confusion
 from wfnet.report.figures.curves import insertion_deletion, training_curves
 from wfnet.report.figures.gate_maps import gate_heatmap
@@ -14,6 +15,8 @@ from wfnet.report.figures.trust_levels import trust_checks
 __all__ = [
     "accuracy_per_class",
     "association_graph",
+    "attack_levels",
+    "attacks",
     "confusion",
     "gate_heatmap",
     "insertion_deletion",
