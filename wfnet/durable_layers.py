@@ -32,6 +32,8 @@ from wfnet.layers import MaskedLayer, Registry, register_maskable, registered
 SOFT_INIT = 3.0
 # Shape of the hard concrete distribution: stretched to (LOW, HIGH), then clipped to [0, 1].
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 0.66
+# Of the shifts of means under several rows, as measured (docs/durable.md, "Several classes").
+SHARED_SHIFT = 0.2
 
 DURABLE: Registry = {}
 
@@ -247,10 +249,14 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
     def row_statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance ``[B, O]`` under ``rows [B, J]``.
 
-        Several rows: what each changes in the mean is added, and in the variance multiplied.
+        Several rows: what each changes in the variance is multiplied, and in the mean added, less
+        what both change: :data:`SHARED_SHIFT`.
         """
         mean, var = self.running_mean, self.running_var + self.eps
         moved = _rows_of(self.row_mean - mean, rows, 0.0).sum(1)
+        if rows.shape[1] > 1:
+            several = distinct_labels(rows).ge(0).sum(1, keepdim=True) > 1
+            moved = torch.where(several, (1 - SHARED_SHIFT) * moved, moved)
         ratio = _rows_of((self.row_var + self.eps) / var, rows, 1.0).prod(1)
         return mean + moved, var * ratio - self.eps
 

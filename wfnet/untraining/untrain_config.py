@@ -333,7 +333,7 @@ def _durable_settings(
 ) -> dict[str, Any]:
     """Returns the settings of recipe "durable" (design section 7).
 
-    What counts is how often a row is visited: 200 times for ten classes. Many classes crowd the
+    What counts is how often a row is visited: 180 times for ten classes. Many classes crowd the
     channels: the forget term weighs more there, and the matching term is left out. Of a transformer
     few gates close, and those wholly. One more group is under two rows at once: without it,
     forgetting two classes costs the others three times as much.
@@ -347,7 +347,11 @@ def _durable_settings(
     compound = changes.get("compound", float(pairs))
     batch_size = batch_size or (min(4, num_classes) + (compound > 0)) * group
     rows = max(1, batch_size // group - (compound > 0))
-    visits, lambda1, match = (160, 0.7, 0.0) if many else (200, 0.3, 0.1)
+    visits, lambda1, match = 180, 0.3, 0.1
+    if many:
+        visits, lambda1, match = 160, 0.7, 0.0
+    elif transformer:  # it costs insertion and pairs more than it takes out of the logit
+        match = 0.0
     return {
         "objective": "durable",
         "steps": math.ceil(visits * num_classes / rows),
