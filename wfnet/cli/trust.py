@@ -25,9 +25,10 @@ from typing import Any
 from torch import nn
 
 from wfnet import trust
-from wfnet.cli.inputs import Run
+from wfnet.cli.inputs import Run, class_indices
 from wfnet.cli.options import Parser, add_command, config_changes
 from wfnet.cli.runs import check_writable
+from wfnet.cli.weights import load_weights
 from wfnet.evaluation.partial import data_identity
 from wfnet.fusion.trace import execution_order
 from wfnet.pretrained import FILTERS_NAME
@@ -55,8 +56,10 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
             --cut-output`
         --relearn-images N...  images of the class that relearning attacks have [default:
             {" ".join(map(str, defaults.relearn_images))}]
-        --retrained DIR...  more folders in which `wfnet baseline` has put retrained models, of
-            other seeds for example (those in RUN are found)
+        --retrained PATH...  more retrained models (those in RUN are found): folders of `wfnet
+            baseline`, of other seeds for example, and files CLASS=FILE with weights of the same
+            architecture that were trained without the class, by whatever program (FILE alone with
+            one class in --classes)
         --output DIR  folder for the results (default: RUN)
         """,
         checks=tuple(trust.CHECKS),
@@ -71,15 +74,13 @@ def run(options: argparse.Namespace) -> None:
     work_on = Run(options)
     folder = work_on.folder
     output = Path(options.output or folder)
-    places = [folder, *map(Path, options.retrained or ())]
-    for place in places:
-        if not place.is_dir():
-            raise FileNotFoundError(f"the folder {place} of retrained models does not exist")
+    places, files = _retrained_paths(options)
     check_writable(output)
     work_on.check_data()
     net, classifier = work_on.network()
     data = work_on.images(classifier)
     classes = work_on.class_numbers(options.classes, data.classes)
+    external = external_models(files, classes or (), data.classes, classifier)
     made_for = {
         "method": "retrained",
         "original": fingerprint(classifier),
@@ -100,7 +101,11 @@ def run(options: argparse.Namespace) -> None:
         list(range(net.num_classes)) if classes is None else classes,
         options.checks,
         lambda label: [
-            model.to(device) for model in retrained_models(label, places, classifier, made_for)
+            model.to(device)
+            for model in (
+                *retrained_models(label, [folder, *places], classifier, made_for),
+                *external.get(label, ()),
+            )
         ],
         trust.TrustSettings(
             **config_changes(options, trust.TrustSettings),
@@ -121,6 +126,46 @@ def run(options: argparse.Namespace) -> None:
     for sentence in result.left_out():
         print(sentence)
     print(f"\nin {output}: trust.json, trust.csv")
+
+
+def _retrained_paths(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """Returns the folders of ``--retrained``, and the rest, ``CLASS=FILE`` or ``FILE``.
+
+    Raises:
+        FileNotFoundError: for what does not exist.
+    """
+    given = options.retrained or ()
+    for entry in given:
+        if not Path(entry).is_dir() and not Path(entry.rpartition("=")[2]).is_file():
+            raise FileNotFoundError(
+                f"--retrained {entry} does not exist: give folders of `wfnet baseline`, or files "
+                "with weights, CLASS=FILE"
+            )
+    folders = [Path(entry) for entry in given if Path(entry).is_dir()]
+    return folders, [entry for entry in given if not Path(entry).is_dir()]
+
+
+def external_models(
+    files: Sequence[str], classes: Sequence[int], names: Sequence[str], classifier: nn.Module
+) -> dict[int, list[nn.Module]]:
+    """Returns models by class from files ``CLASS=FILE``, or ``FILE`` where there is one class.
+
+    Raises:
+        ValueError: for a file whose class is not known, or that does not fit the classifier.
+    """
+    found: dict[int, list[nn.Module]] = {}
+    for entry in files:
+        label, _, path = entry.rpartition("=")
+        if not label and len(classes) != 1:
+            raise ValueError(
+                f"it is not known which class {entry} was trained without: write CLASS={entry}, or "
+                "name one class in --classes"
+            )
+        (number,) = class_indices([label], names, len(names)) if label else classes
+        model = copy.deepcopy(classifier).cpu()
+        load_weights(model, path)
+        found.setdefault(number, []).append(model.eval())
+    return found
 
 
 def retrained_models(
