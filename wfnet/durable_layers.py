@@ -202,7 +202,7 @@ class _GatedOutput(DurableLayer):
                     f"{gate.shape[0]} forget labels were given for a batch of {y.shape[0]} samples"
                 )
             gate = gate.repeat_interleave(y.shape[0] // gate.shape[0], 0)
-        shape = [len(gate)] + [1] * (y.dim() - 1)
+        shape = [gate.shape[0]] + [1] * (y.dim() - 1)
         shape[self._channel_dim] = gate.shape[1]
         return y * gate.to(y.dtype).reshape(shape)
 
@@ -295,7 +295,7 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
         )
         if selection.rows is None:
             return y
-        scale, shift = self.tables(selection.expand(len(y), y.device, self.num_classes))
+        scale, shift = self.tables(selection.expand(y.shape[0], y.device, self.num_classes))
         return torch.addcmul(_wide(shift, y), y, _wide(scale, y))
 
     def bake(self, forget: Sequence[int], prune_below: float = 0.0) -> nn.Module:

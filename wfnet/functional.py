@@ -7,6 +7,7 @@ ever computed. ``torch.func`` transforms and forward-mode differentiation raise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from wfnet import backends, operators, reference
 from wfnet.backends import KERNELS as _KERNELS
 from wfnet.backends.contract import ConvGeometry
-from wfnet.gates import gather_samples
+from wfnet.gates import gate_rows, gather_samples
 from wfnet.labels import ForgetLabels, Selection, check_source, select
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -271,16 +272,18 @@ def _masked_layer(
     x, weight, bias = _autocast(x, weight, bias)
     layer = weight, bias, alpha_weight, alpha_bias
     _check_call(x, *layer)
-    batch, windows = (len(x), 1) if geometry else _images_and_windows(x, selection, source)
+    batch, windows = (x.shape[0], 1) if geometry else _images_and_windows(x, selection, source)
     inputs = x
     if not geometry:
-        inputs = x.reshape(batch, x.shape[:-1].numel() // max(batch, 1), x.shape[-1])
+        inputs = x.reshape(batch, math.prod(x.shape[1:-1]) * windows, x.shape[-1])
     if source is not None:
         check_source(source, batch)
         batch, source = source.shape[0], source.to(x.device, non_blocking=True)
     rows = selection.expand(batch, x.device, alpha_weight.shape[0])
     name = backends.resolve(backend)
-    if name == "reference":
+    if torch.compiler.is_exporting():
+        y = _in_plain_operators(inputs, layer, rows, geometry, gate_scale, source)
+    elif name == "reference":
         y = reference.masked_layer(inputs, *layer, rows, geometry, gate_scale, source)
     else:
         _check_transforms(x, *layer)
@@ -289,3 +292,21 @@ def _masked_layer(
         operator = operators.conv2d if geometry else operators.linear
         y = operator(inputs, *layer, rows, source, gate_scale, name, save, *geometry)[0]
     return y if geometry else y.reshape(batch * windows, *x.shape[1:-1], weight.shape[0])
+
+
+def _in_plain_operators(
+    x: Tensor,
+    layer: tuple[Tensor, Tensor | None, Tensor, Tensor | None],
+    rows: Tensor,
+    geometry: tuple,
+    gate_scale: float,
+    source: Tensor | None,
+) -> Tensor:
+    """What a backend computes, for exported programs, which run where this package is not."""
+    weight, bias, alpha_weight, alpha_bias = layer
+    u = gather_samples((F.conv2d if geometry else F.linear)(x, weight, None, *geometry), source)
+    view = (..., None, None) if geometry else (slice(None), None)
+    y = u * gate_rows(alpha_weight, rows, gate_scale)[view]
+    if bias is not None:
+        y = y + (gate_rows(alpha_bias, rows, gate_scale) * bias)[view]
+    return y.to(x.dtype)

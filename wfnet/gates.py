@@ -69,7 +69,7 @@ def gate_rows(alpha: Tensor, forget: Tensor, scale: float) -> Tensor:
 
 def _all_inside(labels: Tensor, classes: int) -> bool:
     """Whether labels are known to need no special row: only the host can look without waiting."""
-    if labels.device.type != "cpu" or labels.numel() == 0:
+    if torch.compiler.is_compiling() or labels.device.type != "cpu" or labels.numel() == 0:
         return False
     low, high = torch.aminmax(labels)
     return low.item() >= 0 and high.item() < classes
@@ -78,7 +78,7 @@ def _all_inside(labels: Tensor, classes: int) -> bool:
 def _selected_gates(alpha: Tensor, labels: Tensor, scale: float) -> Tensor:
     """``[B, J, O]``; the sigmoid is taken on the smaller side, the rows or the whole matrix."""
     index = labels.flatten()
-    if index.numel() < alpha.shape[0]:
+    if torch.compiler.is_exporting() or index.numel() < alpha.shape[0]:  # of a batch of any size
         rows = gate(alpha.index_select(0, index), scale)
     else:
         rows = gate(alpha, scale).index_select(0, index)

@@ -11,6 +11,8 @@ import wfnet
 from wfnet import models
 from wfnet.cli.bake import Export
 from wfnet.cli.classifier import create_classifier
+from wfnet.data import open_data
+from wfnet.deployment import onnx_logits
 from wfnet.head import CUT_LOGIT
 from wfnet.pretrained import filters_digest
 from wfnet.services.files import write_tensors
@@ -89,21 +91,57 @@ def test_verify_notices_what_is_wrong(tmp_path):
             export.verify(net, original, images)
 
 
-def test_onnx(finished, tmp_path, monkeypatch, call, fails):
+def test_onnx(finished, tmp_path, monkeypatch, call, fails, capsys):
     path = tmp_path / "model.onnx"
     words = [finished, "--forget", "1", "--onnx", path]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
         fails(["bake", *words], "pip install wfnet[onnx]")
     assert not (finished / "forget_1.safetensors").exists()  # before work starts
-    pytest.importorskip("onnxscript")
-    evaluator = pytest.importorskip("onnx.reference").ReferenceEvaluator
-    call("bake", *words)
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    call("bake", *words, "--program", tmp_path / "model.pt2")
+    shown = capsys.readouterr().out
+    assert shown.count("of images [batch, 3, 32, 32]; logits differ by at most") == 2
     plain = models.create("resnet", 3, 3, width=8).eval()
     plain.load_state_dict(load_file(finished / "forget_1.safetensors"))
     images = torch.randn(5, 3, 32, 32)
-    (logits,) = evaluator(str(path)).run(None, {"images": images.numpy()})
-    torch.testing.assert_close(torch.from_numpy(logits), plain(images), rtol=1e-4, atol=1e-4)
+    expected, program = plain(images), torch.export.load(tmp_path / "model.pt2").module()
+    for run in (onnx_logits(path), program):
+        torch.testing.assert_close(run(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_file_for_all_classes(digits_run, small_network, tmp_path, call, capsys, fails):
+    path = tmp_path / "filtered.pt2"
+    call("bake", digits_run, "--per-request", "--program", path)
+    assert "images [batch, 1, 32, 32] and forget, int64 [batch]" in capsys.readouterr().out
+    net = wfnet.WFNet.from_pretrained(digits_run, small_network())
+    images, forget = torch.randn(6, 1, 32, 32), torch.tensor([3, -1, 9, 0, 0, 1])
+    found = torch.export.load(path).module()(images, forget)
+    torch.testing.assert_close(found, net(images, forget), rtol=1e-4, atol=1e-4)
+    start = ["bake", digits_run]
+    fails(start, "--forget CLASS, or give --per-request")
+    fails([*start, "--per-request"], "needs a file")
+    both = ["--per-request", "--program", path]
+    fails([*start, *both, "--forget", "1"], "--forget belongs to the export of one")
+    fails([*start, *both, "--int8", "a.onnx"], "--int8 belongs to the export of one")
+    fails([*start, "--forget", "1", "--program", "a.onnx"], "must end in .pt2")
+    fails([*start, "--forget", "1", "--program", path, "--package", path], "name the same file")
+
+
+def test_eight_bits(digits_run, small_network, tmp_path, call, capsys):
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    path = tmp_path / "three.onnx"
+    words = ["--forget", "3", "--output", tmp_path / "three.safetensors", "--samples", "20"]
+    call("bake", digits_run, *words, "--int8", path)
+    shown = capsys.readouterr().out
+    assert f"{path}: in 8 bits; accuracy on 20 forgotten test images" in shown
+    plain, images = small_network().eval(), open_data("digits").test.images[:9].float() / 255
+    plain.load_state_dict(load_file(tmp_path / "three.safetensors"))
+    expected, found = plain(images), onnx_logits(path)(images)
+    error = (found - expected).abs().max() / expected.abs().max()
+    assert 1e-4 < error < 0.1
 
 
 def test_a_durable_run_is_baked_compact(arguments, tmp_path, call, capsys):

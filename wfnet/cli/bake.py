@@ -7,6 +7,7 @@ example:
   wfnet bake runs/r50 --forget 281 --verify
   wfnet bake runs/r50 --forget 281 --prune-below 0.1 --cut-output --verify
   wfnet bake runs/r50 --forget tabby 285 --output cats.safetensors --onnx cats.onnx
+  wfnet bake runs/r50 --per-request --onnx filtered.onnx
 
 The file loads into the original model: model.load_state_dict(safetensors.torch.load_file(FILE)).
 An --output without .safetensors is a folder that the model's own library loads, with its
@@ -36,14 +37,17 @@ from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.weights import load_weights
 from wfnet.compact import compact
 from wfnet.data import batches, multi_hot_of
+from wfnet.deployment import Deployment, onnx_logits
 from wfnet.head import CUT_LOGIT, first_output
 from wfnet.network import WFNet
 from wfnet.pretrained import filters_digest
 from wfnet.services import settings
 from wfnet.services.extras import require
-from wfnet.services.files import write_atomically, write_json, write_tensors
+from wfnet.services.files import write_json, write_tensors
 from wfnet.trust import CHECKS, TrustSettings, check_export, describe_export
 from wfnet.trust.subject import ImageReader
+
+FORMATS = ("onnx", "program", "package", "int8")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -52,21 +56,28 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     )
     group = parser.group("export")
     text = "the class to forget, by number or name; several are forgotten together"
-    group.add("--forget CLASS", text, nargs="+", required=True)
+    group.add("--forget CLASS", text, nargs="+")
     group.add_all(
         f"""
         --output FILE  safetensors file (default: RUN/forget_CLASS.safetensors), or the folder for
             a model of timm or transformers
         --onnx FILE  also export as ONNX, for any batch size
+        --program FILE  also export as a program for torch.export.load (.pt2)
+        --package FILE  also compile, with AOTInductor, for torch._inductor.aoti_load_package
+            (.pt2); this file, and a --program beside it, are for the device of --device
+        --int8 FILE  also export as ONNX in 8 bits, by ONNX Runtime's quantiser on training images
+            of the other classes; accuracies before and after are printed
+        --per-request  export the filtered network instead, to --onnx, --program or --package: a
+            second input `forget`, int64 [batch], chooses the class of each image (-1: original)
         --prune-below T  make gates below T exactly 0, so that what they scaled cannot be scaled
             back [default: 0]
         --cut-output  also cut the class from the head (its logit becomes a constant): re-estimated
             BatchNorm, rescaled rows and fine-tuning on other classes find nothing to bring back
             there; the outputs differ from a retrained model's in that entry, and whoever has images
             of the class can still teach it again
-        --compact  also write the network without its closed channels, as an exported program beside
-            the file (.pt2, for torch.export.load): smaller, faster, and nothing of these channels
-            is in it
+        --compact  also write the network without its closed channels, as a --program (default:
+            beside the file): smaller, faster, and nothing of these channels is in it; so for
+            --onnx, --package and --int8
         --verify  load the file again, compare its outputs with the filtered network's, and, where
             the run knows its data, attack it: accuracies and what brings the class back go into a
             JSON file beside it
@@ -85,6 +96,14 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
 
 def run(options: argparse.Namespace) -> None:
     work_on = Run(options)
+    if options.per_request:
+        _check_per_request(options)
+        _check_files(options)
+        net, classifier = work_on.network()
+        _deploy(work_on, net, _images(work_on, classifier, 4)[0])
+        return
+    if not options.forget:
+        raise ValueError("name the class to forget, --forget CLASS, or give --per-request")
     forget = class_indices(options.forget, work_on.names, work_on.num_classes)
     untrained = work_on.untrained
     unchanged = [label for label in forget if untrained is not None and label not in untrained]
@@ -101,12 +120,10 @@ def run(options: argparse.Namespace) -> None:
             "--onnx)"
         )
     check_writable(path.absolute().parent)
-    if options.onnx:
-        for package in ("onnx", "onnxscript"):
-            require(package, "onnx")
-        check_writable(Path(options.onnx).absolute().parent)
     if options.compact:
         require("torch_pruning", "compact")
+        options.program = options.program or str(path.with_suffix(".pt2"))
+    _check_files(options)
     net, classifier = work_on.network()
     images = None
     if net.gate == "durable" and len(forget) > 1 and (options.data or options.data_dir):
@@ -132,15 +149,14 @@ def run(options: argparse.Namespace) -> None:
             f"({found['predictions']} of {found['images']} predictions equal){cut}"
         )
         _attack(work_on, export, net, classifier, found)
-    if options.compact:
-        _write_compact(net, export, _images(work_on, classifier, 2)[0])
-    if options.onnx:
-        example, _ = _images(work_on, classifier, 2)
-        cuts = options.prune_below, options.cut_output, options.compact
-        plain = net.bake(forget, *cuts, images=images)
-        _write_onnx(plain.cpu(), example, Path(options.onnx))
-        size = ", ".join(map(str, example.shape[1:]))
-        print(f"{options.onnx}: the same as ONNX, input [batch, {size}]")
+    if any(getattr(options, name) for name in FORMATS):
+        example = _images(work_on, classifier, 4)[0]
+        plain = _smaller(net, export, example) if options.compact else export.baked(net)
+        deployment = _deploy(work_on, plain, example)
+        if options.int8:
+            others = _other_images(work_on, classifier, forget)
+            deployment.save_int8(Path(options.int8), others)
+            _compare_accuracies(work_on, plain, classifier, forget)
 
 
 @dataclass(frozen=True)
@@ -325,25 +341,18 @@ def _images(work_on: Run, classifier: nn.Module, count: int) -> tuple[Tensor, st
     return torch.randn(count, channels, size, size, generator=generator), f"{count} random images"
 
 
-def _write_compact(net: WFNet, export: Export, images: Tensor) -> None:
+def _smaller(net: WFNet, export: Export, images: Tensor) -> nn.Module:
+    """The baked network without its closed channels; prints what that saves."""
     net.eval()
     net(images.to(next(net.parameters()).device), forget=None)  # the size of its images
     plain = export.baked(net).cpu()
     small = compact(plain, images.shape[1:])
-    target = export.path.with_suffix(".pt2")
-    batch = torch.export.Dim("batch")
-    program = torch.export.export(small, (images,), dynamic_shapes=({0: batch},))
-
-    def save(path: Path) -> None:
-        with open(path, "wb") as file:  # of a path it asks for the suffix .pt2
-            torch.export.save(program, file)
-
-    write_atomically(target, save)
     (before, flops), (after, left) = (_size(model, images[:1]) for model in (plain, small))
     print(
-        f"{target}: without closed channels: {after:,} of {before:,} parameters, "
+        f"without closed channels: {after:,} of {before:,} parameters, "
         f"{left / 1e6:,.1f} of {flops / 1e6:,.1f} MFLOPs an image"
     )
+    return small
 
 
 def _size(model: nn.Module, image: Tensor) -> tuple[int, int]:
@@ -354,15 +363,72 @@ def _size(model: nn.Module, image: Tensor) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), counter.get_total_flops()
 
 
-def _write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
-    batch = torch.export.Dim("batch")
-    program = torch.onnx.export(
-        model.eval(),
-        (images,),
-        dynamo=True,
-        dynamic_shapes=({0: batch},),
-        verbose=False,
-        input_names=["images"],
-        output_names=["logits"],
-    )
-    write_atomically(path, lambda temporary: program.save(str(temporary)))
+def _check_per_request(options: argparse.Namespace) -> None:
+    """Refuses options of the export of one class."""
+    of_one = ("forget", "output", "prune_below", "cut_output", "compact", "verify", "int8")
+    wrong = next((name for name in of_one if getattr(options, name)), None)
+    if wrong:
+        raise ValueError(
+            f"--per-request exports the network of all classes, and --{wrong.replace('_', '-')} "
+            "belongs to the export of one; leave one of them out"
+        )
+    if not (options.onnx or options.program or options.package):
+        raise ValueError("--per-request needs a file: give --onnx, --program or --package")
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    """Refuses files that cannot be written, before work starts."""
+    files = {name: Path(path) for name in FORMATS if (path := getattr(options, name))}
+    for name, path in files.items():
+        suffix = ".onnx" if name in ("onnx", "int8") else ".pt2"
+        if path.suffix != suffix:
+            raise ValueError(f"--{name} {path} must end in {suffix}")
+        if suffix == ".onnx":
+            for package in ("onnx", "onnxscript", *(["onnxruntime"] if name == "int8" else [])):
+                require(package, "onnx")
+        check_writable(path.absolute().parent)
+    if len(set(files.values())) < len(files):
+        raise ValueError("two of --onnx, --program, --package and --int8 name the same file")
+    if options.int8 and not (options.data or options.data_dir):
+        raise ValueError("--int8 measures activations on images: give --data NAME or --data-dir")
+
+
+def _deploy(work_on: Run, network: nn.Module, images: Tensor) -> Deployment:
+    """Writes the files that the options name, and prints how far each is from the network."""
+    options = work_on.options
+    if not options.package:  # a program is bound to the kind of device that it was made on
+        network = network.to("cpu", memory_format=torch.contiguous_format)
+    deployment = Deployment(network, images)
+    inputs = f"images [batch, {', '.join(map(str, images.shape[1:]))}]"
+    if options.per_request:
+        inputs += " and forget, int64 [batch], -1 for the original"
+    for name in ("onnx", "program", "package"):
+        path = getattr(options, name)
+        if path:
+            found = getattr(deployment, f"save_{name}")(Path(path))
+            checked = (
+                f"logits differ by at most {found:.1e}"
+                if found is not None
+                else ("not run, for onnxruntime is not installed")
+            )
+            print(f"{path}: of {inputs}; {checked}")
+    return deployment
+
+
+def _compare_accuracies(
+    work_on: Run, plain: nn.Module, classifier: nn.Module, forget: list[int]
+) -> None:
+    """Prints what the network of 8 bits knows of the class and of the others, and ``plain``."""
+    options, test = work_on.options, work_on.images(classifier).test
+    reader = ImageReader(test, options.samples, options.seed, options.workers)
+    int8, weight = onnx_logits(Path(options.int8)), next(plain.parameters())
+    networks = lambda x: plain(x.to(weight)), int8
+    shown = []
+    for part, what in ((reader.of(*forget), "forgotten"), (reader.without(*forget), "other")):
+        right = [
+            torch.cat([run(x).argmax(1).cpu() for x in part.images.split(64)]).eq(part.labels)
+            for run in networks
+        ]
+        before, after = (float(found.float().mean()) for found in right)
+        shown.append(f"{len(part)} {what} test images {before:.1%} -> {after:.1%}")
+    print(f"{options.int8}: in 8 bits; accuracy on {', on '.join(shown)}")
