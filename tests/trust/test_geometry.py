@@ -16,4 +16,4 @@ def test_geometry_beside_retrained_models(make_subject, make_network):
     same = make_subject(forgetful=retrained[0], retrained=[make_network(5), make_network(6)])
     assert geometry.measure(same.forgetful, same)[0]["auc_geometry"] <= 0.5
     alone = make_subject()
-    assert set(geometry.measure(alone.forgetful, alone)[0]) == {"compactness"}
+    assert set(geometry.measure(alone.forgetful, alone)[0]) == {"compact_forget"}

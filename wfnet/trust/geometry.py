@@ -6,14 +6,14 @@ one, however low the accuracy on the class is (Ebrahimpour-Boroojeny et al., "On
 Output Distribution Reweighting for Effective Class Unlearning", 2025, whose MIA-NN reads the
 probabilities of neighbouring classes). With features at the input of the head:
 
-- ``tv_nearest``: total variation distance between the shares of the class's test images whose
+- nearest class: total variation distance between the shares of the class's test images whose
   nearest mean of another class is k, and the same shares of a retrained model; the mean over
   retrained models;
-- ``auc_geometry``: for every training image of the class, the divergence ``KL(p || q)`` of the
+- outputs: for every training image of the class, the divergence ``KL(p || q)`` of the
   model's probabilities ``q`` over the other classes from the mean ``p`` of retrained models: area
   under the ROC, this model's divergences against those of each retrained model from the rest. 0.5:
   it cannot be told; needs two retrained models;
-- ``compactness``: ``b / (a + b)``, mean over test images of the class, with the distances ``a`` to
+- compactness: ``b / (a + b)``, mean over test images of the class, with the distances ``a`` to
   the class's own mean in the training part and ``b`` to the nearest mean of another class. Above
   0.5 the class is still a cluster of its own; compare with the retrained models.
 """
@@ -34,7 +34,7 @@ from wfnet.trust.subject import Subject
 def measure(model: nn.Module, subject: Subject) -> Found:
     """Returns distances to retrained models, and how compact the class is."""
     nearest, own, other = _places(model, subject)
-    values = {"compactness": (other / (own + other).clamp_min(1e-12)).mean().item()}
+    values = {"compact_forget": (other / (own + other).clamp_min(1e-12)).mean().item()}
     details = {"nearest": {str(k): share for k, share in enumerate(nearest.tolist()) if share}}
     retrained = subject.others(model)
     if retrained:
@@ -84,7 +84,7 @@ CHECK = Check(
         "tv_nearest": "distance between the nearest classes of its images and a retrained model's",
         "auc_geometry": "its images under this model against retrained ones, by what the outputs "
         "give the other classes; 0.5: no difference",
-        "compactness": "how much nearer its images are to their own mean than to others (0 to 1)",
+        "compact_forget": "how much nearer to its own mean than to others its images are (0 to 1)",
     },
     headline="tv_nearest",
     measure=measure,

@@ -4,11 +4,11 @@ Ha et al., "Unlearning's Blind Spots: Over-Unlearning and Prototypical Relearnin
 look at images within a small distance of the class's, where damage is greatest and means over test
 images do not see it:
 
-- ``ou``, OU@epsilon: test images of the class are moved towards the runner-up of the original
+- OU@epsilon: test images of the class are moved towards the runner-up of the original
   network, by projected gradient steps of at most epsilon a pixel from a random start; reported is
   the mean Jensen-Shannon divergence, in bits, between the original's softmax *without the class*
   and the model's. ``logit_masked`` has about 0 by definition; a retrained model has not.
-- ``acc_moved``: test images of the other classes are moved towards the class in the same way;
+- moved images: test images of the other classes are moved towards the class in the same way;
   reported is the accuracy on them. What the original without the class's logit reads stands beside
   it, as ``logit_masked``.
 
@@ -42,7 +42,7 @@ def measure(model: nn.Module, subject: Subject) -> Found:
     towards = _moved(subject, rest.images, torch.full_like(rest.labels, label), epsilon)
     wanted = _without(predict(subject.original, near), label)
     values = {
-        "ou": metrics.jensen_shannon(wanted, predict(model, near), base=2).mean().item(),
+        "ou_eps": metrics.jensen_shannon(wanted, predict(model, near), base=2).mean().item(),
         "acc_moved": share_correct(predict(model, towards), rest.labels),
     }
     return values, {"epsilon": epsilon, "images": {"forget": len(own), "retain": len(rest)}}
@@ -78,9 +78,9 @@ CHECK = Check(
     question="What does forgetting cost just beside the class?",
     definition=__doc__,
     measures={
-        "ou": "divergence from the original without the class, images beside the class's, bits",
+        "ou_eps": "divergence from the original without the class, images beside the class's, bits",
         "acc_moved": "accuracy on images of the other classes moved towards the class",
     },
-    headline="ou",
+    headline="ou_eps",
     measure=measure,
 )
