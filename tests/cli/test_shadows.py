@@ -5,7 +5,7 @@ FEW = ("--train-per-class", "12")
 
 
 def test_shadows_of_a_run(digits_run, call, capsys, fails):
-    words = ["shadows", digits_run, "--train-epochs", "1", "-j0", "--quiet", *FEW]
+    words = ["shadows", digits_run, "--train-epochs", "1", "--quiet", *FEW]
     fails([*words, "-n", "5"], "come in pairs", "got 5")
     call("", *words, "-n", "6", "--classes", "3")
     shown = capsys.readouterr().out

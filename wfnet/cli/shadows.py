@@ -147,8 +147,7 @@ def _recipe(options: argparse.Namespace, work_on: Run) -> Recipe:
         "fuse": fuse_of(options),
     }
     classes = record["untraining"]["classes"]
-    given = {**record["untraining"], "workers": options.workers}
-    given["classes"] = None if classes is None else tuple(classes)
+    given = {**record["untraining"], "classes": None if classes is None else tuple(classes)}
     return Recipe(
         lambda seed: work_on.classifier(trained=False, seed=seed),
         training,

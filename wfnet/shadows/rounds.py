@@ -33,6 +33,7 @@ from wfnet.untraining.untrain_config import FREE_TO_CHANGE
 
 FORGETFUL, ORIGINAL, RETRAINED = "forgetful", "original", "retrained"
 _STREAM = 12
+_FREE = FREE_TO_CHANGE | {"seed"}  # of the run's settings, in rounds that are reused
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Recipe:
         fresh: seed -> the classifier with new weights.
         training: arguments of :func:`wfnet.training.fit_classifier`.
         wrap: the classifier with fresh filters.
-        untraining: settings of untraining, whose seed is replaced.
+        untraining: settings of untraining, whose seed and workers are replaced.
         about: what else describes network and filters, for the identity of files.
     """
 
@@ -83,13 +84,10 @@ class ShadowRounds:
         if multi_hot_of(data.train) is not None:
             raise ValueError(f"{data.name} has several labels per image: shadows take one each")
         self.folder, self.data, self.recipe, self.device = Path(folder), data, recipe, device
-        self.first_seed, self.workers, self.labels = (
-            1000 * (seed + 1),
-            workers,
-            labels_of(data.train),
-        )
-        untraining = {k: v for k, v in asdict(recipe.untraining).items() if k not in FREE_TO_CHANGE}
-        about = {"training": dict(recipe.training), "untraining": untraining, **recipe.about}
+        self.first_seed, self.workers = 1000 * (seed + 1), workers
+        self.labels = labels_of(data.train)
+        same = {k: v for k, v in asdict(recipe.untraining).items() if k not in _FREE}
+        about = {"training": dict(recipe.training), "untraining": same, **recipe.about}
         about = json.loads(json.dumps(about))  # as it is read again
         self.identity = {**about, **data_identity(data.train, "training data")}
         self._origins: dict[int, Origin] = {}
@@ -125,7 +123,7 @@ class ShadowRounds:
                 given = {"seed": seed, "workers": self.workers, "progress": False}
                 fit_classifier(classifier, half, **{**self.recipe.training, **given})
                 net = self.recipe.wrap(classifier).to(self.device)
-                config = replace(self.recipe.untraining, seed=seed)
+                config = replace(self.recipe.untraining, seed=seed, workers=self.workers)
                 untrain(net, half, self.data.validation, config, progress=False)
                 metadata = {"format": "pt", "identity": json.dumps(identity)}
                 write_tensors(path, net.state_dict(), metadata)
