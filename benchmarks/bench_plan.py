@@ -2,12 +2,13 @@
 
     python benchmarks/bench_plan.py --models resnet18 resnet50 --output runs/plan.json
 
-Every backend runs the whole untraining step as it would by itself, one after the other, step by
-step; every call that multiplies is timed inside of it, forward (with all that follows) and input
-gradient (with the elementwise backward of the layer below). A backend whose filter gradients differ
-from eager's has no times. The roofline is the longer of products and bytes at the rates that this
-device was measured to have in this run. Calls are listed by what they lose to the roofline in a
-step; in front of them stand the sums, for each backend and for the fastest at each call.
+One untraining step is run, and every backend makes every call of it that multiplies on the same
+operands, forward (with all that follows) and input gradient (with the elementwise backward of the
+layer below): what `auto` does to choose, without a limit of time. A backend whose results differ
+from PyTorch's at a call has no time there. The roofline is the longer of products and bytes at the
+rates that this device was measured to have in this run. Calls are listed by what they lose to the
+roofline in a step; in front of them stand the sums, for each backend and for the fastest at each
+call.
 
 Writes JSON after every network.
 """
@@ -20,7 +21,8 @@ from collections.abc import Sequence
 
 from script import CUDA, begin, make_parser, measure_networks, parse_step
 
-from wfnet import backends
+from wfnet.backends import KERNELS
+from wfnet.backends.tuning import default_candidates
 from wfnet.benchmarking.layer_times import time_layers
 from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import Problem
@@ -64,7 +66,7 @@ def print_network(name: str, network: dict) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, 15 if CUDA else 3, "bfloat16" if CUDA else "float32")
     add = parser.add_argument
-    add("--providers", nargs="+", choices=backends.KERNELS, default=list(backends.KERNELS))
+    add("--providers", nargs="+", choices=[*default_candidates()], default=KERNELS)
     image_size, batch_size, classes = (224, 256, 1000) if CUDA else (32, 8, 10)
     sizes = {"image_size": image_size, "batch_size": batch_size, "classes": classes}
     return parse_step(parser, argv, **sizes, share_images=False)
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 def failures(record: dict) -> list[str]:
-    """Returns the backends that failed, or computed something else."""
+    """Returns the backends that lack times: they cannot run, fail, or compute something else."""
     return [
         f"{network}: {who}: {reason}"
         for network, found in record["networks"].items()

@@ -25,8 +25,8 @@ from torch import nn
 
 import wfnet
 from wfnet.benchmarking.provenance import provenance
-from wfnet.benchmarking.timing import reason_of
 from wfnet.data import TensorImages
+from wfnet.services.clock import reason_of
 from wfnet.services.files import fingerprint, write_json
 
 CLASSES = 10

@@ -16,6 +16,7 @@ import contextlib
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -491,13 +492,14 @@ def _as_cpu(function):
 
 
 @pytest.fixture
-def pretended_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def pretended_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Device]:
     """A CUDA device on the host that notices every wait; skips where there is a real one."""
     from torch._dynamo import trace_rules
 
     if torch.cuda.is_available():
         pytest.skip("there is a real device: tests/gpu")
     trace_rules.get_torch_obj_rule_map()  # made once in a process, of the functions that are there
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where choices of backends are kept
     device.__init__()
     device.stream = Stream()
     patch = monkeypatch.setattr

@@ -18,6 +18,7 @@ from torch import Tensor
 from wfnet import backends, operators, reference
 from wfnet.backends import KERNELS as _KERNELS
 from wfnet.backends.contract import ConvGeometry
+from wfnet.backends.tuning import stored_choices
 from wfnet.gates import gate_rows, gather_samples
 from wfnet.labels import ForgetLabels, Selection, check_source, select
 
@@ -148,7 +149,8 @@ def explain(
         batch: samples that ``source`` expands ``x`` to; None without ``source``.
 
     Returns:
-        The choice and its reason, then one line per backend.
+        The choice and its reason, then what this device has measured for fused networks, then one
+        line per backend.
     """
     if weight.dim() == 4:
         x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
@@ -158,6 +160,8 @@ def explain(
         says = {n: backends.get(n).explain_linear(tokens, weight, batch) for n in _KERNELS}
     why = "auto" if backends.requested(backend) == "auto" else "asked for by name"
     lines = [f"{backends.resolve(backend)}: chosen ({why})"]
+    if why == "auto" and weight.dim() == 4:
+        lines += [f"fused: {text}" for text in stored_choices(x, weight, geometry)]
     return "\n".join(lines + [f"{name}: {text}" for name, text in says.items()])
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet import export, fusion, pretrained
+from wfnet.backends.tuning import tuning_seconds
 from wfnet.bypass import WeightWatch
 from wfnet.compact import compact as compact_network
 from wfnet.durable_layers import SOFT_INIT, DurableLayer, GateMode, durable_type
@@ -67,11 +68,15 @@ class WFNet(nn.Module):
             networks then withstand the re-estimation of BatchNorm.
         soft_init: start of durable soft gates, which range up to ``1 / sigmoid(soft_init)``; None:
             3, so that they attenuate.
+        tune: with ``fuse`` and no backend named, on a CUDA device: whether each kind of call is
+            given to the backend that measured fastest there (:mod:`wfnet.backends.tuning`), and
+            the seconds that measuring may take, for each size of a batch. True: 20. Can be set
+            later.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
             correctly, or ``num_classes`` does not match the head. The message names the layer. Also
-            for another ``fuse``.
+            for another ``fuse`` or ``tune``.
 
     Example::
 
@@ -92,6 +97,7 @@ class WFNet(nn.Module):
         head: str | None = None,
         gate: str = "sigmoid",
         soft_init: float | None = None,
+        tune: bool | float = True,
     ):
         super().__init__()
         if isinstance(model, WFNet):
@@ -107,10 +113,12 @@ class WFNet(nn.Module):
         if durable and soft_init is None:
             soft_init = SOFT_INIT
         fusion.check_mode(fuse)
+        tuning_seconds(tune)
         self.num_classes = num_classes = int(num_classes)
         self.alpha_init = float(alpha_init)
         self.normalize_gate = normalize_gate
         self.gate, self.soft_init, self.head, self.fuse = gate, soft_init, head, fuse
+        self.tune = tune
         self.gate_mode = GateMode()
         options = {
             "alpha_init": alpha_init,
@@ -223,6 +231,7 @@ class WFNet(nn.Module):
             self.fuse,
             images,
             lambda few, rows: self._unfused(few, select(rows)),
+            self.tune,
         )
 
     def check_labels(self) -> None:

@@ -1,5 +1,6 @@
 import pytest
 
+from wfnet.backends import mixed, tuning
 from wfnet.benchmarking import layer_times
 from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import StepSettings, make_problem
@@ -37,17 +38,17 @@ def test_every_call_of_a_step_is_timed_and_its_work_counted(problem):
 
 
 def test_a_backend_that_fails_or_is_wrong_has_no_times(problem, monkeypatch):
-    class Run(layer_times.BackendRun):
-        def __init__(self, problem, name):
-            super().__init__(problem, "eager" if name == "wrong" else name)
-            self.factor = 2 if name == "wrong" else 1
+    class Wrong(mixed.MixedEager):
+        def conv2d_dgrad(self, *arguments):
+            found = super().conv2d_dgrad(*arguments)
+            return type(found)(*(None if t is None else 2 * t for t in found))
 
-        def step(self):
-            return self.factor * super().step()
-
-    monkeypatch.setattr(layer_times, "BackendRun", Run)
-    calls, failed = layer_times.time_layers(problem, ["eager", "wrong", "cuda"], 1, RATES)
-    assert list(failed) == ["wrong", "cuda"]
-    assert failed["wrong"] == "computes something else: gradients differ by 1.0e+00"
-    assert "cannot run" in failed["cuda"]
-    assert all(set(call["ms"]) == {"eager"} for call in calls)
+    candidates = tuning.default_candidates() | {"triton": Wrong()}
+    monkeypatch.setattr(layer_times, "default_candidates", lambda: candidates)
+    calls, failed = layer_times.time_layers(problem, ["eager", "triton", "cuda"], 1, RATES)
+    assert list(failed) == ["cuda", "triton"]
+    assert failed["triton"].endswith("backward: its results differ by 1.0e+00 (bound 2e-03)")
+    assert "cannot run" in failed["cuda"] or "_C" in failed["cuda"]
+    for call in calls:  # the lowest input gradient gives sums alone, which are not doubled
+        right = call["direction"] == "forward" or call["layer"] == "layer1.0.conv1"
+        assert set(call["ms"]) == ({"eager", "triton"} if right else {"eager"})

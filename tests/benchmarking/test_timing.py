@@ -1,33 +1,9 @@
 import pytest
 import torch
 
-from wfnet.benchmarking.timing import interleaved, kernels_of, peak_mebibytes, reason_of, timed
+from wfnet.benchmarking.timing import kernels_of, peak_mebibytes
 
 CPU = torch.device("cpu")
-
-
-def test_calls_take_turns_and_one_that_fails_costs_no_other():
-    order = []
-
-    def fails():
-        order.append("b")
-        if order.count("b") == 3:
-            raise KeyError("gone")
-
-    def clock(call):
-        call()
-        return float(len(order))
-
-    calls = {"a": lambda: order.append("a"), "b": fails, "c": lambda: order.append("c")}
-    times, failed = interleaved(calls, 4, clock, at_most={"c": 2})
-    assert order == list("abcabcaba")
-    assert times == {"a": [1.0, 4.0, 7.0, 9.0], "b": [2.0, 5.0], "c": [3.0, 6.0]}
-    assert failed == {"b": "KeyError: 'gone'"}
-
-
-def test_reason_of():
-    errors = ValueError("first\nsecond"), RuntimeError(""), TypeError("no")
-    assert [*map(reason_of, errors)] == ["first", "RuntimeError: ", "TypeError: no"]
 
 
 def test_peak_is_what_a_call_holds_at_once():
@@ -38,5 +14,4 @@ def test_peak_is_what_a_call_holds_at_once():
         return two + torch.zeros(2**19)
 
     assert peak_mebibytes(call, CPU) == pytest.approx(6, abs=0.1)
-    assert timed(call, CPU) > 0
     assert kernels_of(call, CPU) is None

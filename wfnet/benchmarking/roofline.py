@@ -23,7 +23,7 @@ from torch import nn
 
 import wfnet
 from wfnet import fusion
-from wfnet.benchmarking.timing import timed
+from wfnet.services.clock import timed
 
 KINDS = ("fused", "fused_with_v")
 

@@ -20,13 +20,11 @@ from wfnet.benchmarking import roofline, step_baselines
 from wfnet.benchmarking.timing import (
     KernelTime,
     graph_pool_mebibytes,
-    interleaved,
     kernels_of,
     peak_mebibytes,
-    reason_of,
-    timed,
 )
 from wfnet.gate_tables import flatten_filters
+from wfnet.services.clock import interleaved, reason_of, timed
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch, expand
 from wfnet.untraining.objectives import BalancedObjective, full_precision

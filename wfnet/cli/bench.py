@@ -28,11 +28,12 @@ from wfnet.benchmarking.steps import (
     measure,
     print_table,
 )
-from wfnet.benchmarking.timing import choose_convolutions_by_trial, timed
+from wfnet.benchmarking.timing import choose_convolutions_by_trial
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
 from wfnet.cli.options import Parser, add_command
 from wfnet.services import settings
+from wfnet.services.clock import timed
 from wfnet.services.records import write_csv
 from wfnet.version import __version__
 

@@ -95,7 +95,7 @@ class Run:
         device = choose_device(self.options.device)
         classifier = self.classifier()
         net = WFNet.from_pretrained(self.folder, classifier, backend=self.options.backend)
-        net.fuse = fuse_of(self.options)
+        net.fuse, net.tune = fuse_of(self.options), self.options.tune
         net.to(device)
         if self.options.channels_last:
             net.to(memory_format=torch.channels_last)

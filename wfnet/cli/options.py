@@ -92,8 +92,10 @@ class Parser(argparse.ArgumentParser):
             f"""
             --fuse  fold BatchNorm, residual and ReLU into the convolutions [default: yes]
             --torchcompile  fuse, and let torch.compile fuse what lies between the convolutions
-            --backend  who computes masked layers; auto picks what measured fastest
-                [default: auto]
+            --backend  who computes masked layers; auto: PyTorch on a CPU, and on a CUDA device who
+                is fastest there at each layer of a fused network [default: auto]
+            --tune SECONDS  time in which auto measures that, for each size of a batch; 0: auto is
+                PyTorch [default: 20]
             -j --workers N  processes that decode images
                 (default: {default if workers is None else workers})
             --cache  keep decoded images, so that none is decoded twice: on the device, on the host
@@ -104,6 +106,7 @@ class Parser(argparse.ArgumentParser):
             """,
             fuse=bool,
             backend=tuple(backends.NAMES),
+            tune=settings.non_negative_float,
             workers=settings.workers,
             cache=tuple(PLACES),
             decoder=("pil",),

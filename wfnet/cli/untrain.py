@@ -229,6 +229,7 @@ def _prepare(
         targets=options.targets,
         backend=options.backend,
         fuse=fuse_of(options),
+        tune=options.tune,
         filter_dtype=getattr(torch, options.filter_dtype),
     ).to(device)
     config = make_config(options, count, rows, masks_linear_maps(net))

@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from wfnet.data.dataset import Batch, LabelledImages
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.row_store import RowStore, cache_folder
+from wfnet.data.row_store import RowStore
 from wfnet.data.transforms import evaluation_transform, training_transform
 from wfnet.services.device_copies import to_device_async, to_device_overlapped
 from wfnet.services.extras import require
+from wfnet.services.files import cache_folder
 
 # Part of the area that a random crop covers, at an aspect ratio of 3/4 to 4/3.
 _LEAST_CROP, _WIDEST = 0.25, 4 / 3

@@ -20,11 +20,6 @@ PLACES = ("device", "host", "disk")
 SHARE = 0.8
 
 
-def cache_folder() -> Path:
-    """Returns `$XDG_CACHE_HOME/wfnet`, or `~/.cache/wfnet`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
-
-
 class RowStore:
     """A tensor [count, *shape] that is filled row by row, and knows which rows are there.
 

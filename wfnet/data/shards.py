@@ -23,9 +23,8 @@ import torch
 
 from wfnet.data.class_names import read_names
 from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version
-from wfnet.data.row_store import cache_folder
 from wfnet.data.transforms import Transform
-from wfnet.services.files import read_tensors, write_tensors
+from wfnet.services.files import cache_folder, read_tensors, write_tensors
 
 logger = logging.getLogger("wfnet")
 

@@ -58,6 +58,11 @@ def readable(name: str) -> str:
     return os.fsencode(name).decode(errors="backslashreplace")
 
 
+def cache_folder() -> Path:
+    """Returns `$XDG_CACHE_HOME/wfnet`, or `~/.cache/wfnet`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
+
+
 def write_json(path: str | os.PathLike, content: object) -> None:
     """Writes ``content`` as indented JSON, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wfnet.backends.tuning import TunedBackend
 from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks
@@ -96,10 +97,15 @@ class SharedStep(UntrainingStep):
     def __init__(self, ranks: Ranks, net: WFNet, objective: Objective, *others: Any):
         super().__init__(net, SharedObjective(objective, ranks), *others)
         self.ranks = ranks
+        self.shared_choices = False
 
     def differentiate(self, minibatches: Sequence[Minibatch], rows: Tensor) -> Losses:
         """Writes the mean gradient over whole minibatches, as every rank then has it."""
         losses = super().differentiate(minibatches, rows)
+        backend = getattr(self.net._fusion.network, "backend", None)
+        if isinstance(backend, TunedBackend) and not self.shared_choices:
+            backend.share(self.ranks)
+            self.shared_choices = True
         if not isinstance(self.optimizer, RowAdam):  # it moves rows without a label, too
             rows = torch.arange(self.gradient.shape[0])
         add_rows(self.gradient, rows, self.ranks)

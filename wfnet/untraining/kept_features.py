@@ -18,10 +18,10 @@ from torch import Tensor
 
 from wfnet.data import CorruptImages, Dataset, batches, labels_of
 from wfnet.data.features import FeatureImages
-from wfnet.data.row_store import SHARE, RowStore, cache_folder
+from wfnet.data.row_store import SHARE, RowStore
 from wfnet.evaluation.forward import Forward
 from wfnet.network import WFNet
-from wfnet.services.files import digest
+from wfnet.services.files import cache_folder, digest
 from wfnet.split import SplitNetwork, split_network
 from wfnet.untraining.objectives import full_precision
 from wfnet.untraining.untrain_config import UntrainConfig

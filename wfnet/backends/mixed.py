@@ -1,0 +1,114 @@
+"""PyTorch's convolutions in the form of the kernels, so that both can serve one network.
+
+The backend ``eager`` keeps ``u``, the kernels keep ``v = scale * u`` of every sample, and the
+backward of a layer reads what its forward kept. The backends here multiply by PyTorch (cuDNN on a
+CUDA device) and keep ``v``. They are candidates of :mod:`wfnet.backends.tuning`, not choices by
+name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from wfnet import backends
+from wfnet.backends.contract import (
+    NO_LAYER,
+    Activation,
+    ConvGeometry,
+    Epilogue,
+    LayerBelow,
+    LayerGradient,
+    PoolGeometry,
+    as_pixels,
+    as_tokens,
+)
+from wfnet.backends.eager import EagerBackend
+from wfnet.gates import gather_samples
+
+
+class MixedEager(EagerBackend):
+    """PyTorch's operations alone: the truth that other candidates are compared with."""
+
+    keeps_scaled_branch = True
+    pools_with_epilogue = True
+
+    def product(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+        if not geometry.linear:
+            return super().product(x, weight, geometry)
+        return as_pixels(F.linear(as_tokens(x), weight[:, :, 0, 0]))
+
+    def conv2d(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
+    ) -> Activation:
+        v = gather_samples(self.product(x, weight, geometry), epilogue.source)
+        torch.mul(v, epilogue.scale[:, :, None, None], out=v)
+        scaled = replace(epilogue, scale=torch.ones_like(epilogue.scale), source=None)
+        found = self.epilogue(v, scaled)
+        return found._replace(mask=None if found.mask is None else found.out)
+
+    def epilogue_backward(
+        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
+    ) -> LayerGradient:
+        if below.scale is None:
+            return super().epilogue_backward(dout, below, may_overwrite)
+        g = super().epilogue_backward(dout, _of_branch(below), may_overwrite).grad
+        scaled = [
+            torch.mul(g, layer.scale[:, :, None, None], out=torch.empty_like(g))
+            if layer is not None and layer.need_scaled_grad
+            else None
+            for layer in (below, below.shortcut)
+        ]
+        return LayerGradient(g if below.need_grad else None, *scaled)
+
+    def conv2d_dgrad(
+        self,
+        scaled_grad: Tensor,
+        weight: Tensor,
+        input_shape: tuple[int, ...],
+        geometry: ConvGeometry,
+        below: LayerBelow = NO_LAYER,
+    ) -> LayerGradient:
+        if not geometry.linear:
+            return super().conv2d_dgrad(scaled_grad, weight, input_shape, geometry, below)
+        dx = as_pixels(as_tokens(scaled_grad) @ weight[:, :, 0, 0])
+        return self.epilogue_backward(dx, below, may_overwrite=True)
+
+    def max_pool2d_backward(
+        self,
+        dout: Tensor,
+        positions: Tensor,
+        like: Tensor,
+        window: PoolGeometry,
+        below: LayerBelow = NO_LAYER,
+    ) -> LayerGradient:
+        if positions.dtype != torch.uint8:
+            return super().max_pool2d_backward(dout, positions, like, window, below)
+        # Only the kernels read the bytes of theirs.
+        dx = backends.get("triton").max_pool2d_backward(dout, positions, like, window).grad
+        return self.epilogue_backward(dx, below, may_overwrite=True)
+
+
+def _of_branch(layer: LayerBelow) -> LayerBelow:
+    """A layer with the branch ``v`` as one with a scale of 1; only ``g`` and sums are wanted."""
+    return replace(
+        layer,
+        scale=torch.ones_like(layer.scale),
+        mask=None if layer.mask is None else layer.mask > 0,
+        need_grad=True,
+        need_scaled_grad=False,
+        source=None,
+        shortcut=None if layer.shortcut is None else _of_branch(layer.shortcut),
+    )
+
+
+class EagerProducts(MixedEager):
+    """PyTorch's convolutions; the elementwise backward behind them is one pass of Triton's."""
+
+    def epilogue_backward(
+        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
+    ) -> LayerGradient:
+        return backends.get("triton").epilogue_backward(dout, below)

@@ -1,0 +1,116 @@
+"""Decisions of :mod:`wfnet.backends.tuning` on disk, one file for each device with its versions."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import importlib
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from wfnet.backends import cuda_launch
+from wfnet.services.files import cache_folder, write_json
+from wfnet.version import __version__
+
+logger = logging.getLogger("wfnet")
+
+# {"backend": its name, "ms": {name: milliseconds}, "excluded": {name: reason}}
+Entry = dict
+Choices = dict[str, dict[int, Entry]]  # by kind of call, then by the largest batch it serves
+
+
+class TuningCache:
+    """The file of one device: in ``$XDG_CACHE_HOME/wfnet/tuning``, and before it, read only, in
+    the folder that ``WFNET_TUNING`` names, for files that came with a cluster or a container.
+
+    Attributes:
+        about: device and versions that the decisions hold for.
+        path: of the file that is written.
+    """
+
+    def __init__(self, device: torch.device):
+        self.about = _identity(device)
+        digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()[:12]
+        name = f"{re.sub(r'[^A-Za-z0-9]+', '_', self.about['device'])}-{digest}.json"
+        self.path = cache_folder() / "tuning" / name
+        self._writes = True
+
+    def read(self) -> Choices:
+        """Returns the decisions of both files; a damaged or foreign one has none."""
+        found: Choices = {}
+        shipped = os.environ.get("WFNET_TUNING")
+        if shipped and not Path(shipped, self.path.name).exists():
+            logger.warning("WFNET_TUNING=%s has no file %s", shipped, self.path.name)
+        for folder in (shipped, self.path.parent):
+            if folder and Path(folder, self.path.name).exists():
+                for kind, sizes in self._read(Path(folder, self.path.name)).items():
+                    found.setdefault(kind, {}).update(sizes)
+        return found
+
+    def _read(self, path: Path) -> Choices:
+        try:
+            content = json.loads(path.read_text())
+            if content["about"] != self.about:
+                raise ValueError("it is of another device, or of other versions")
+            return {
+                kind: {int(size): _checked(entry) for size, entry in sizes.items()}
+                for kind, sizes in content["choices"].items()
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s is not used (%s); what it should say is measured anew", path, error)
+            return {}
+
+    def write(self, choices: Mapping[str, Mapping[int, Entry]]) -> None:
+        """Writes all decisions, atomically; where that is impossible, says so once."""
+        try:
+            if self._writes:
+                write_json(self.path, {"about": self.about, "choices": choices})
+        except OSError as error:
+            self._writes = False
+            logger.warning("%s cannot be written (%s): what is measured is lost", self.path, error)
+
+
+def _checked(entry: Entry) -> Entry:
+    known = isinstance(entry["backend"], str) and isinstance(entry["excluded"], dict)
+    if not known or not all(float(ms) >= 0 for ms in entry["ms"].values()):
+        raise ValueError(f"{entry} is no decision")
+    return entry
+
+
+def _identity(device: torch.device) -> dict[str, str]:
+    """What times and results depend on."""
+    triton = importlib.import_module("triton")
+    kernels = importlib.import_module("wfnet.kernels")
+    sources = hashlib.sha256(str(getattr(cuda_launch.library().module, "sources", "")).encode())
+    for path in sorted(Path(kernels.__path__[0]).glob("*.py")):
+        sources.update(path.read_bytes())
+    driver = ctypes.c_int()
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "wfnet": __version__,
+        "cuda": f"{torch.version.cuda}, driver {driver.value}",
+        "cudnn": str(torch.backends.cudnn.version()),
+        "kernels": sources.hexdigest()[:12],
+    }
+
+
+def describe_entries(kind: str, sizes: Mapping[int, Entry]) -> list[str]:
+    """Returns one line for every size of a batch: the choice, all times, and who is left out."""
+    lines = []
+    for size, entry in sorted(sizes.items()):
+        why = [f"{name} {ms:.3f} ms" for name, ms in entry["ms"].items()]
+        why += [f"{name} left out: {reason}" for name, reason in entry["excluded"].items()]
+        text = f" ({', '.join(why)})" if why else " (nothing else takes it)"
+        lines.append(f"{kind}, up to {size} samples: {entry['backend']}{text}")
+    return lines
