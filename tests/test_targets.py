@@ -7,6 +7,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from wfnet import WFNet, models
 from wfnet.targets import choose_targets
+from wfnet.wrapping import wrap
 
 timm = pytest.importorskip("timm")
 torchvision = pytest.importorskip("torchvision")
@@ -120,6 +121,9 @@ def test_targets_of_durable_gates():
     resnet = models.create("resnet", CLASSES, width=8)
     chosen = choose_targets(resnet, "layer3.*", durable=True)
     assert chosen == [f"layer3.0.{n}" for n in ("bn1", "bn2", "downsample.1")]
+    assert choose_targets(resnet, durable=True)[-3:] == chosen
+    many = wrap(models.create("resnet", 31, width=8), 31, "durable")
+    assert (list(many.masked_layers), many.alpha_init) == (chosen, 1)
     with pytest.raises(ValueError, match=r"'layer9' matches no layer.*durable gates are"):
         choose_targets(resnet, "layer9", durable=True)
     vgg = models.create("vgg", CLASSES, width=8, batch_norm=False)

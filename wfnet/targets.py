@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Collection, Sequence
 
@@ -12,6 +13,9 @@ from wfnet.bypass import bypass_message, uses_weight_directly
 from wfnet.durable_layers import DurableBatchNorm2d, durable_type
 from wfnet.head import head_modules
 from wfnet.layers import LayerNames, MaskedLayer, masked_type, refuse_layer
+
+# More than these crowd the channels that durable gates close.
+MANY_CLASSES = 30
 
 Targets = str | type | Sequence[str | type] | None
 
@@ -58,8 +62,8 @@ def choose_targets(
             transformer the linear maps of its blocks (``attn.qkv``, ``attn.proj``, ``mlp.fc1``,
             ``mlp.fc2``), else all convolutions, but never the head. "qkv" is the paper's setting.
         num_classes: outputs of the head, by which it is told from other layers.
-        durable: layers with gates behind them: every BatchNorm, else as without. Patterns choose
-            among these.
+        durable: layers with gates behind them: every BatchNorm (with more than 30 classes the last
+            third of them: a stage of most networks), else as without. Patterns choose among these.
 
     Raises:
         TypeError, ValueError: for targets that are none of these, that match nothing, or that name
@@ -88,8 +92,10 @@ def choose_targets(
     if targets is None:
         if not durable and any(isinstance(m, MaskedLayer) for m in modules.values()):
             return []
-        if durable:  # where these are no layers of blocks, all BatchNorms
-            names = _usual({name: inner[name] for name in patterns}) or set(patterns)
+        if durable:
+            names = _usual({name: inner[name] for name in patterns}) or _usual_norms(
+                patterns, num_classes
+            )
         else:
             names = _usual(inner)
         if not names:
@@ -163,6 +169,12 @@ def _durable_layers(inner: dict[str, nn.Module]) -> list[str]:
     norms = [n for n, m in inner.items() if issubclass(durable_type(m), DurableBatchNorm2d)]
     convolutions = [name for name, m in inner.items() if isinstance(m, nn.Conv2d)]
     return norms or _linear_maps(inner, _BLOCK_LINEAR) or convolutions
+
+
+def _usual_norms(norms: list[str], num_classes: int | None) -> set[str]:
+    """All BatchNorms; many classes crowd the early ones, which hold what all of them need."""
+    many = num_classes is not None and num_classes > MANY_CLASSES
+    return set(norms[-math.ceil(len(norms) / 3) :] if many else norms)
 
 
 def _is_layer(m: nn.Module) -> bool:

@@ -7,9 +7,11 @@ from typing import Any
 from torch import nn
 
 from wfnet.network import WFNet
+from wfnet.targets import MANY_CLASSES
 
-# Hard gates close from here within the first visits of a row (design section 7).
-DURABLE_ALPHA_INIT = 2.0
+# Hard gates close from here within the first visits of a row; rows of many classes are visited less
+# often for each channel that they close.
+DURABLE_ALPHA_INIT, MANY_ALPHA_INIT = 2.0, 1.0
 
 
 def masks_linear_maps(net: WFNet) -> bool:
@@ -43,5 +45,7 @@ def wrap(
     if recipe == "durable":
         arguments["gate"] = "durable"
     if alpha_init is None:
-        alpha_init = DURABLE_ALPHA_INIT if recipe == "durable" else 3.0
+        many = num_classes > MANY_CLASSES
+        of_durable = MANY_ALPHA_INIT if many else DURABLE_ALPHA_INIT
+        alpha_init = of_durable if recipe == "durable" else 3.0
     return WFNet(classifier, num_classes, alpha_init=alpha_init, **arguments)

@@ -49,12 +49,13 @@ from wfnet.services import settings
 from wfnet.services.extras import require
 from wfnet.services.locks import folder_lock
 from wfnet.services.ranks import Ranks, local_device
+from wfnet.targets import MANY_CLASSES
 from wfnet.training import accuracy
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.memory import bytes_per_image
 from wfnet.untraining.untrain_config import RECIPES
-from wfnet.wrapping import DURABLE_ALPHA_INIT, masks_linear_maps, wrap
+from wfnet.wrapping import DURABLE_ALPHA_INIT, MANY_ALPHA_INIT, masks_linear_maps, wrap
 
 logger = logging.getLogger("wfnet")
 
@@ -120,7 +121,8 @@ def _add_method_options(parser: Parser) -> None:
         --filter-dtype  of filters and optimiser state; bfloat16 takes half the memory and is
             rounded stochastically [default: float32]
         --alpha-init X  first value of filter entries (default: 3; of the hard gates of recipe
-            durable {DURABLE_ALPHA_INIT:g})
+            durable {DURABLE_ALPHA_INIT:g}, and {MANY_ALPHA_INIT:g} with more than {MANY_CLASSES}
+            classes)
         --augment  crop and mirror training images at random
         """,
         recipe=tuple(RECIPES),

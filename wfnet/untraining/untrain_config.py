@@ -19,6 +19,7 @@ from wfnet.services.settings import (
     positive_int,
     setting,
 )
+from wfnet.targets import MANY_CLASSES
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ def _durable_settings(
     """
     forget_images = changes.get("forget_images", 8)
     group = forget_images + changes.get("retain_images", 32)
-    many = num_classes > 30
+    many = num_classes > MANY_CLASSES
     batch_size = changes.get("batch_size")
     pairs = not many and num_classes > 2 and forget_images % 2 == 0
     pairs = pairs and (batch_size is None or batch_size >= 2 * group)
