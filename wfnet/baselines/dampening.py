@@ -25,13 +25,7 @@ from wfnet.services.settings import setting
 
 @dataclass(frozen=True)
 class DampeningConfig(BaselineConfig):
-    """Settings of ``ssd``.
-
-    Attributes:
-        selection: alpha, how much more a weight must matter to the class to be dampened.
-        strength: lambda, how little is dampened.
-        batch_size: images of a gradient: importances are means over squares of their gradients.
-    """
+    """``selection``: alpha, ``strength``: lambda; importances are means over minibatches."""
 
     selection: float = setting(10.0, settings.positive_float)
     strength: float = setting(1.0, settings.positive_float)

@@ -101,7 +101,7 @@ class FineTuned(Method):
         """Returns the label ``[N]`` that each training image is given: its own."""
         return labels_of(origin.train)
 
-    def finished(self, config: FineTuneConfig, accuracy: float) -> bool:
+    def finished(self, accuracy: float) -> bool:
         """Whether to stop, given the accuracy on images of the class during the last epoch."""
         return False
 
@@ -131,10 +131,8 @@ class FineTuned(Method):
                     right += int((logits.detach().argmax(1) == label)[is_own].sum())
                     seen += int(is_own.sum())
                     images, wanted = batch.images.to(device), targets[batch.indices].to(device)
-                    loss = self.loss(
-                        config,
-                        Minibatch(model, images, logits, wanted, is_own, epoch, prepared),
-                    )
+                    about = model, images, logits, wanted, is_own, epoch, prepared
+                    loss = self.loss(config, Minibatch(*about))
                     if not bool(loss.isfinite()):
                         raise FloatingPointError(
                             f"the loss of {self.name} for class {label} is {loss.item()} in epoch "
@@ -145,7 +143,7 @@ class FineTuned(Method):
                     self.change_gradients(model, prepared)
                     nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
                     optimizer.step()
-                if seen and self.finished(config, right / seen):
+                if seen and self.finished(right / seen):
                     break
         return model.eval()
 
@@ -176,47 +174,31 @@ class RandomLabels(FineTuned):
         return F.cross_entropy(batch.logits, batch.targets)
 
 
-@dataclass(frozen=True)
-class AscentConfig(FineTuneConfig):
-    """Settings of ``negative_gradient``.
-
-    Attributes:
-        stop_below: ascent alone has no end: it stops after the epoch in which the accuracy on
-            training images of the class falls to this or below.
-    """
-
-    stop_below: float = setting(0.0, settings.Number(0.0, 1.0))
-
-
 class NegativeGradient(FineTuned):
-    """Ascent on the images of the class alone, until it is forgotten (``stop_below``).
+    """Ascent on the images of the class alone, until an epoch in which none is right.
 
     Golatkar et al., "Eternal Sunshine of the Spotless Net", CVPR 2020.
     """
 
     name = "negative_gradient"
-    defaults = AscentConfig(epochs=200, lr=3e-4, momentum=0.0, batch_size=32)
+    defaults = FineTuneConfig(epochs=200, lr=3e-4, momentum=0.0, batch_size=32)
     grid = tuple({"lr": lr} for lr in (3e-4, 1e-4, 1e-3))
 
     def order(
-        self, config: AscentConfig, own: Tensor, others: Tensor, epoch: int, seed: Generator
+        self, config: FineTuneConfig, own: Tensor, others: Tensor, epoch: int, seed: Generator
     ) -> Iterable[Tensor]:
         return shuffled(own, seed).split(config.batch_size)
 
-    def loss(self, config: AscentConfig, batch: Minibatch) -> Tensor:
+    def loss(self, config: FineTuneConfig, batch: Minibatch) -> Tensor:
         return -F.cross_entropy(batch.logits, batch.targets, reduction="none").mean()
 
-    def finished(self, config: AscentConfig, accuracy: float) -> bool:
-        return accuracy <= config.stop_below
+    def finished(self, accuracy: float) -> bool:
+        return accuracy == 0
 
 
 @dataclass(frozen=True)
 class NegGradPlusConfig(FineTuneConfig):
-    """Settings of ``neggrad_plus``.
-
-    Attributes:
-        retain_weight: beta, the weight of the images of other classes.
-    """
+    """``retain_weight``: beta, the weight of the images of other classes."""
 
     retain_weight: float = setting(0.9, settings.Number(0.0, 1.0))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from wfnet.evaluation.results import EvaluationResult
 from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_json, write_tensors
 from wfnet.services.records import read_json
 
+logger = logging.getLogger("wfnet")
 RELEARNED = "relearning_records.json"
 
 
@@ -36,14 +38,12 @@ class BaselineResult:
     evaluation: EvaluationResult
     relearning: RelearnResult | None
     settings: dict[str, Any]
-    tuning: Sequence[Mapping[str, Any]] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {
             "method": self.method,
             "settings": self.settings,
-            "tuning": list(self.tuning),
             "evaluation": self.evaluation.as_dict(),
             "relearning": None if self.relearning is None else self.relearning.as_dict(),
         }
@@ -102,30 +102,30 @@ class BaselineModels:
         write_tensors(path, model.state_dict(), metadata)
         return model
 
-    def drop_deleted(self) -> list[int]:
-        """Returns the classes that were measured and whose files are gone.
+    def drop_deleted(self) -> None:
+        """Drops relearn times of weights whose files were deleted, and says which they are.
 
-        Relearn times of these are dropped: weights that are made anew may differ in the last bits.
-
-        Raises:
-            ValueError: for damaged records.
+        Weights that are made anew may differ in the last bits.
         """
-        result, relearned = self.folder.with_suffix(".json"), self.folder / RELEARNED
-        measured = _read_result(result)["evaluation"]["classes"] if result.is_file() else []
-        gone = [one["index"] for one in measured if not self.path(one["index"]).is_file()]
-        if relearned.is_file():
-            what, remedy = "relearn times", "delete it to measure them again"
-            kept = read_json(relearned, lambda c: {**c, "records": {**c["records"]}}, what, remedy)
-            lost = [key for key in kept["records"] if not self.path(int(key)).is_file()]
-            for key in lost:
-                del kept["records"][key]
-            if lost:
-                write_json(relearned, kept)
-            gone += map(int, lost)
-        return sorted(set(gone))
+        relearned = self.folder / RELEARNED
+        if not relearned.is_file():
+            return
+        what, remedy = "relearn times of `wfnet baseline`", "delete it to measure them again"
+        content = read_json(relearned, lambda c: c | {"records": dict(c["records"])}, what, remedy)
+        gone = [key for key in content["records"] if not self.path(int(key)).is_file()]
+        if gone:
+            logger.warning(
+                "%s: weights that were measured are gone, of class %s; they are made and measured "
+                "again",
+                self.method,
+                ", ".join(gone),
+            )
+            left = {k: v for k, v in content["records"].items() if k not in gone}
+            write_json(relearned, content | {"records": left})
 
     def remove(self) -> None:
-        """Deletes the files of all classes."""
+        """Deletes the files of all classes, and what was measured on them alone."""
+        (self.folder / RELEARNED).unlink(missing_ok=True)
         for path in self.folder.glob("class_*.safetensors"):
             path.unlink()
 
@@ -154,6 +154,7 @@ def run_baseline(
         :func:`wfnet.evaluation.relearning.relearn_times`.
     """
     origin, identity = models.origin, models.identity
+    models.drop_deleted()
     rows = check_classes(classes, labels_of(origin.train), len(classes_of(origin.train))).tolist()
     options = replace(options or RunOptions(), records=models.folder / RELEARNED)
     evaluation = evaluate_models(models, origin.original, test, rows, zrf_base, seed, options)
@@ -175,13 +176,9 @@ def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
     for method in METHODS:
         path = Path(folder) / f"{method}.json"
         if path.is_file():
-            found.append(_read_result(path))
+            what, remedy = "a result of `wfnet baseline`", "delete it and run the baseline again"
+            found.append(read_json(path, _baseline, what, remedy))
     return found
-
-
-def _read_result(path: Path) -> dict[str, Any]:
-    what, remedy = "a result of `wfnet baseline`", "delete it and run the baseline again"
-    return read_json(path, _baseline, what, remedy)
 
 
 def _baseline(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,11 +25,7 @@ from wfnet.services.settings import setting
 
 @dataclass(frozen=True)
 class SaliencyConfig(FineTuneConfig):
-    """Settings of ``salun``.
-
-    Attributes:
-        saliency: fraction of the weights that are changed.
-    """
+    """``saliency``: the fraction of the weights that are changed."""
 
     saliency: float = setting(0.5, settings.fraction)
 

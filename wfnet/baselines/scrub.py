@@ -27,13 +27,7 @@ from wfnet.untraining.objectives import distillation
 
 @dataclass(frozen=True)
 class ScrubConfig(FineTuneConfig):
-    """Settings of ``scrub``.
-
-    Attributes:
-        max_epochs: epochs that begin with a pass over the class.
-        alpha, gamma: weights of the divergence and of the cross entropy on other images.
-        temperature: of both softmax distributions in the divergence.
-    """
+    """Passes over the class, alpha, gamma, and the temperature of both softmaxes in ``d``."""
 
     max_epochs: int = setting(2, settings.positive_int)
     alpha: float = setting(0.5, settings.non_negative_float)

@@ -41,8 +41,7 @@ def tune(
         origin: what models are made of.
         validation: images that are neither trained on nor tested with.
         classes: on which settings are tried; none: ``config`` stays as it is.
-        config: settings that the grid does not name.
-        fixed: settings of ``config`` that stay although the grid names them.
+        config: what the grid does not name; ``fixed``: what stays although it does.
         records: file in which finished trials are kept; the same call goes on after them.
         options: how images are run.
 

@@ -29,13 +29,7 @@ from wfnet.untraining.objectives import distillation
 
 @dataclass(frozen=True)
 class UndoConfig(FineTuneConfig):
-    """Settings of ``undo``.
-
-    Attributes:
-        alpha: how far the teacher's weights shrink.
-        beta: weight of the noise in what takes their place.
-        teacher_lr: learning rate of the teacher, NegGrad+ with its defaults.
-    """
+    """``teacher_lr``: of NegGrad+, which has its other defaults."""
 
     alpha: float = setting(0.8, settings.Number(0.0, 1.0))
     beta: float = setting(0.1, settings.non_negative_float)

@@ -1,7 +1,6 @@
 """The registry of baselines: those of this package, and those that other packages add.
 
-A baseline is a :class:`Method` in a file of its own. Here it has its place in ``_OWN``; another
-package names it, or its class, as an entry point of the group ``wfnet.baselines``::
+Another package names its :class:`Method` as an entry point of the group ``wfnet.baselines``::
 
     [project.entry-points."wfnet.baselines"]
     fisher = "my_package.fisher:Fisher"
@@ -46,7 +45,7 @@ _OWN = (
 
 
 def _registry() -> dict[str, Method]:
-    """Returns all methods by name. One that cannot be loaded is left out, and the log says why."""
+    """Returns all methods by name, without those of other packages that cannot be loaded."""
     found = {method.name: method for method in _OWN}
     for entry in entry_points(group=GROUP):
         try:
@@ -56,12 +55,8 @@ def _registry() -> dict[str, Method]:
                 raise TypeError("it must be a Method with a name that no other baseline has")
             found[method.name] = method
         except Exception as error:  # of another package: nothing else may fail for it
-            logger.warning(
-                "the baseline %s (%s) of another package is left out: %s; correct or uninstall it",
-                entry.name,
-                entry.value,
-                error,
-            )
+            about = entry.name, entry.value, error
+            logger.warning("the baseline %s of %s is left out: %s; correct or uninstall it", *about)
     return found
 
 

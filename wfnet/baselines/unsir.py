@@ -32,13 +32,7 @@ _NOISE_LR = 0.1
 
 @dataclass(frozen=True)
 class UnsirConfig(FineTuneConfig):
-    """Settings of ``unsir``.
-
-    Attributes:
-        noise_steps: steps in which the noise is learned.
-        penalty: lambda, the weight of the noise's squared norm.
-        noise_share: noise images for each image of another class while the network is impaired.
-    """
+    """``noise_share``: noise images for each image of another class in the first epoch."""
 
     noise_steps: int = setting(40, settings.positive_int)
     penalty: float = setting(0.1, settings.non_negative_float)

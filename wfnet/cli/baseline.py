@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +43,6 @@ from wfnet.services import settings
 from wfnet.services.files import write_json
 
 FOLDER = "baselines"
-logger = logging.getLogger("wfnet")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -130,19 +128,11 @@ def run(options: argparse.Namespace) -> None:
             method, origin, data.validation, tuned_on, configs[method], fixed, records, how
         )
         models = BaselineModels(method, output / method, origin, config)
-        gone = models.drop_deleted() if options.keep_models else []
-        if gone:
-            logger.warning(
-                "%s: the weights of class %s were measured and then deleted; they are made and "
-                "measured again where this command needs them",
-                method,
-                ", ".join(map(str, gone)),
-            )
         result = run_baseline(
             models, test, classes, relearn_config(options), options.zrf_base, options.seed, how
         )
-        result = replace(result, tuning=tried)
-        write_json(output / f"{method}.json", {**result.as_dict(), "versions": versions()})
+        content = {**result.as_dict(), "tuning": tried, "versions": versions()}
+        write_json(output / f"{method}.json", content)
         if not options.keep_models:
             models.remove()
         mean = result.evaluation.mean

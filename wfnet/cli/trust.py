@@ -57,9 +57,8 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         --relearn-images N...  images of the class that relearning attacks have [default:
             {" ".join(map(str, defaults.relearn_images))}]
         --retrained PATH...  more retrained models (those in RUN are found): folders of `wfnet
-            baseline`, of other seeds for example, and files CLASS=FILE with weights of the same
-            architecture that were trained without the class, by whatever program (FILE alone with
-            one class in --classes)
+            baseline`, of other seeds for example, and CLASS=FILE, weights of the same architecture
+            that any program has trained without the class
         --output DIR  folder for the results (default: RUN)
         """,
         checks=tuple(trust.CHECKS),
@@ -74,13 +73,25 @@ def run(options: argparse.Namespace) -> None:
     work_on = Run(options)
     folder = work_on.folder
     output = Path(options.output or folder)
-    places, files = _retrained_paths(options)
+    given = options.retrained or ()
+    files = [entry.rpartition("=") for entry in given if "=" in entry and not Path(entry).is_dir()]
+    places = [folder, *(Path(e) for e in given if Path(e).is_dir() or "=" not in e)]
+    for place in places:
+        if not place.is_dir():
+            raise FileNotFoundError(
+                f"the folder {place} of retrained models does not exist (a file: CLASS=FILE)"
+            )
     check_writable(output)
     work_on.check_data()
     net, classifier = work_on.network()
     data = work_on.images(classifier)
     classes = work_on.class_numbers(options.classes, data.classes)
-    external = external_models(files, classes or (), data.classes, classifier)
+    external: dict[int, list[nn.Module]] = {}
+    for label, _, path in files:
+        model = copy.deepcopy(classifier).cpu().eval()
+        load_weights(model, path)
+        (number,) = class_indices([label], data.classes, net.num_classes)
+        external.setdefault(number, []).append(model)
     made_for = {
         "method": "retrained",
         "original": fingerprint(classifier),
@@ -103,7 +114,7 @@ def run(options: argparse.Namespace) -> None:
         lambda label: [
             model.to(device)
             for model in (
-                *retrained_models(label, [folder, *places], classifier, made_for),
+                *retrained_models(label, places, classifier, made_for),
                 *external.get(label, ()),
             )
         ],
@@ -126,46 +137,6 @@ def run(options: argparse.Namespace) -> None:
     for sentence in result.left_out():
         print(sentence)
     print(f"\nin {output}: trust.json, trust.csv")
-
-
-def _retrained_paths(options: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """Returns the folders of ``--retrained``, and the rest, ``CLASS=FILE`` or ``FILE``.
-
-    Raises:
-        FileNotFoundError: for what does not exist.
-    """
-    given = options.retrained or ()
-    for entry in given:
-        if not Path(entry).is_dir() and not Path(entry.rpartition("=")[2]).is_file():
-            raise FileNotFoundError(
-                f"--retrained {entry} does not exist: give folders of `wfnet baseline`, or files "
-                "with weights, CLASS=FILE"
-            )
-    folders = [Path(entry) for entry in given if Path(entry).is_dir()]
-    return folders, [entry for entry in given if not Path(entry).is_dir()]
-
-
-def external_models(
-    files: Sequence[str], classes: Sequence[int], names: Sequence[str], classifier: nn.Module
-) -> dict[int, list[nn.Module]]:
-    """Returns models by class from files ``CLASS=FILE``, or ``FILE`` where there is one class.
-
-    Raises:
-        ValueError: for a file whose class is not known, or that does not fit the classifier.
-    """
-    found: dict[int, list[nn.Module]] = {}
-    for entry in files:
-        label, _, path = entry.rpartition("=")
-        if not label and len(classes) != 1:
-            raise ValueError(
-                f"it is not known which class {entry} was trained without: write CLASS={entry}, or "
-                "name one class in --classes"
-            )
-        (number,) = class_indices([label], names, len(names)) if label else classes
-        model = copy.deepcopy(classifier).cpu()
-        load_weights(model, path)
-        found.setdefault(number, []).append(model.eval())
-    return found
 
 
 def retrained_models(

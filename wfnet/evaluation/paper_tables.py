@@ -33,6 +33,12 @@ TITLES = {
     "random_labels": "random labels",
     "negative_gradient": "negative gradient",
     "neggrad_plus": "NegGrad+",
+    "ssd": "SSD",
+    "salun": "SalUn",
+    "scrub": "SCRUB",
+    "bad_teacher": "bad teacher",
+    "unsir": "UNSIR",
+    "undo": "UNDO",
     "wfnet": "WF-Net",
 }
 _SCORES = ("acc_r", "acc_f", "zrf")
@@ -156,6 +162,11 @@ class PaperTables:
 
         base = base_name(self.zrf_base)
         notes = [f"Acc_r, Acc_f and ZRF in %, means over classes; ZRF with log base {base}."]
+        if any(row["method"] == "logit_masked" for row in self.rows):
+            notes.append(
+                "Acc_r may rise above the original's, because a competitor is missing: compare it "
+                "with that of the original with the logit masked."
+            )
         if timed:
             notes.append(
                 "RT in epochs, in parentheses the classes that never came back (they count as the "
