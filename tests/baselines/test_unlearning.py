@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from wfnet.baselines import METHODS, BaselineConfig, Method, Origin, unlearn, unlearning
+from wfnet.baselines import METHODS, BaselineConfig, Origin, unlearn
 from wfnet.evaluation.initialisation import reinitialise
 
 CLASSES = 3
@@ -115,25 +115,6 @@ def test_scrub_alternates_and_noise_is_hard_for_the_class(patches, linear):
     noise, label = METHODS["unsir"].prepare(Origin(original, train), 1, quick("unsir"))
     assert (noise.shape, label) == ((10, 1, 6, 6), 1)
     assert (original(noise).softmax(1)[:, 1] < 0.1).all()
-
-
-def test_other_packages_add_baselines(monkeypatch, caplog):
-    class Entry:
-        def __init__(self, name, loaded):
-            self.name = self.value = name
-            self.load = lambda: loaded
-
-    class Fisher(Method):
-        name = "fisher"
-
-        def unlearn(self, origin, label, config):
-            return origin.original
-
-    entries = [Entry("fisher", Fisher), Entry("twice", Fisher()), Entry("wrong", 3)]
-    monkeypatch.setattr(unlearning, "entry_points", lambda group: entries)
-    found = unlearning._registry()
-    assert set(found) - set(METHODS) == {"fisher"}
-    assert [record.args[0] for record in caplog.records] == ["twice", "wrong"]
 
 
 def test_baselines_repeat_and_see_what_they_should(patches, linear):

@@ -8,9 +8,6 @@ Another package names its :class:`Method` as an entry point of the group ``wfnet
 
 from __future__ import annotations
 
-import logging
-from importlib.metadata import entry_points
-
 from torch import nn
 
 from wfnet.baselines.bad_teacher import BadTeacher
@@ -23,9 +20,9 @@ from wfnet.baselines.scrub import Scrub
 from wfnet.baselines.trivial import BiasShifted, LogitMasked
 from wfnet.baselines.undo import Undo
 from wfnet.baselines.unsir import Unsir
+from wfnet.services.extras import extensions
 
 GROUP = "wfnet.baselines"
-logger = logging.getLogger("wfnet")
 
 # In the order in which they are made and shown.
 _OWN = (
@@ -44,23 +41,8 @@ _OWN = (
 )
 
 
-def _registry() -> dict[str, Method]:
-    """Returns all methods by name, without those of other packages that cannot be loaded."""
-    found = {method.name: method for method in _OWN}
-    for entry in entry_points(group=GROUP):
-        try:
-            loaded = entry.load()
-            method = loaded() if isinstance(loaded, type) else loaded
-            if not isinstance(method, Method) or method.name in found:
-                raise TypeError("it must be a Method with a name that no other baseline has")
-            found[method.name] = method
-        except Exception as error:  # of another package: nothing else may fail for it
-            about = entry.name, entry.value, error
-            logger.warning("the baseline %s of %s is left out: %s; correct or uninstall it", *about)
-    return found
-
-
-METHODS: dict[str, Method] = _registry()
+METHODS: dict[str, Method] = {method.name: method for method in _OWN}
+METHODS |= extensions(GROUP, Method, METHODS)
 
 
 def unlearn(

@@ -22,7 +22,7 @@ from wfnet.cli.options import fuse_of
 from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data import Splits, cifar, folder_classes, mnist, open_data, svhn
 from wfnet.data.class_names import numbers_by_name
-from wfnet.data.open import NAMES_WITH_FILES
+from wfnet.data.open import NAMES_WITH_FILES, OTHERS
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 from wfnet.services.files import readable
@@ -147,6 +147,8 @@ def count_classes(options: argparse.Namespace) -> int:
         return len(folder_classes(root))
     if name in NAMES_WITH_FILES and not options.data_dir:
         raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
+    if name in OTHERS:
+        return len(open_data(name, options.data_dir).classes)
     if name == "mnist":
         return mnist.count_classes(options.data_dir)
     if name in cifar.SETS:

@@ -1,6 +1,7 @@
 """One door to every data set: by name, an image folder, or a folder of shards."""
 
 from collections.abc import Sequence
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,11 @@ from wfnet.services.files import readable
 
 # Named sets whose files lie in `data_dir`, and their channels.
 NAMES_WITH_FILES = {"mnist": 1, "svhn": 3} | dict.fromkeys(cifar.SETS, 3)
-NAMES = ("digits", *sorted(NAMES_WITH_FILES), "glyphs10", "glyphs26", "glyphs100")
+_NAMES = ("digits", *sorted(NAMES_WITH_FILES), "glyphs10", "glyphs26", "glyphs100")
+# Of other packages, loaded where they are used: `function(data_dir)` returns the training and the
+# test part, as data sets.
+OTHERS = {e.name: e for e in entry_points(group="wfnet.data") if e.name not in _NAMES}
+NAMES = (*_NAMES, *OTHERS)
 TEST_FRACTION = 0.2  # of the named sets that come without a test part
 
 
@@ -75,6 +80,9 @@ def open_data(
     cache, cache_dir, device: for folders: keep decoded pixels ("device", "host" or "disk"), and
                  where batches are wanted; see `CachedImages`.
     class_names: for data that only number their classes, such as files in MNIST's format.
+
+    Another package adds a name by an entry point of the group `wfnet.data`; it prepares its images
+    itself, so that `image_size`, `channels`, `mean` and `std` do not change them.
 
     `test` is the data set's own test part (for folders `val/`; with a folder `test/` beside it,
     `test/` is the test part and `val/` the validation part). Settings are chosen on `validation`.
@@ -144,6 +152,8 @@ def _named_set(
     seed: int,
 ) -> tuple[TensorImages, TensorImages]:
     """The training and the test part of a data set in memory."""
+    if name in OTHERS:
+        return OTHERS[name].load()(data_dir)
     channels = channels or NAMES_WITH_FILES.get(name, 1)
     if name in NAMES_WITH_FILES and data_dir is None:
         raise ValueError(f"{name} needs data_dir, the folder with its files")

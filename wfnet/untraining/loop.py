@@ -57,7 +57,7 @@ from wfnet.untraining.run_clock import RunClock
 from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import Minibatch, UntrainingStep, refuse_capture
-from wfnet.untraining.untrain_config import UntrainConfig
+from wfnet.untraining.untrain_config import OTHER_OBJECTIVES, UntrainConfig
 from wfnet.untraining.validation import AccuracyValidator, MultiLabelValidator, Validation
 
 logger = logging.getLogger("wfnet")
@@ -537,7 +537,9 @@ def configured_objective(config: UntrainConfig, multi_label: bool) -> Objective:
                 "recipe durable is for images with one label; take recipe balanced for these"
             )
         return DurableObjective(config.lambda1, config.match, config.tolerance)
-    if config.objective == "paper":
+    if config.objective in OTHER_OBJECTIVES:
+        objective = OTHER_OBJECTIVES[config.objective].load()(config)
+    elif config.objective == "paper":
         objective = PaperObjective(config.lambda0, config.lambda1, config.lambda2)
     else:
         objective = BalancedObjective(config.lambda1, config.distil)

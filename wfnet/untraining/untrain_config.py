@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -20,6 +21,12 @@ from wfnet.services.settings import (
     setting,
 )
 from wfnet.targets import MANY_CLASSES
+
+_OBJECTIVES = "balanced", "paper", "durable"
+# Of other packages, loaded where they are used: `function(config)` returns an Objective.
+OTHER_OBJECTIVES = {
+    e.name: e for e in entry_points(group="wfnet.objectives") if e.name not in _OBJECTIVES
+}
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ class UntrainConfig:
         ValueError: for values out of range, before any work starts.
     """
 
-    objective: str = setting("balanced", ("balanced", "paper", "durable"))
+    objective: str = setting("balanced", (*_OBJECTIVES, *OTHER_OBJECTIVES), metavar="NAME")
     steps: int | None = setting(None, positive_int)
     epochs: float | None = setting(None, positive_float, metavar="N")
     batch_size: int = setting(32, int_from(2, 10**6), flags="-b --batch-size")
