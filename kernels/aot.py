@@ -30,11 +30,12 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 from wfnet.kernels.config import TARGETS, Device, full_precision
 from wfnet.kernels.conv_dgrad import conv_dgrad
-from wfnet.kernels.conv_fprop import conv_fprop
+from wfnet.kernels.conv_fprop import conv_fprop, conv_moments
 from wfnet.kernels.epilogue_bwd import epilogue_bwd
 from wfnet.kernels.gate import gate_rows, gate_rows_bwd
 from wfnet.kernels.launch import Launch, keep_launches
 from wfnet.kernels.max_pool import max_pool, max_pool_bwd
+from wfnet.kernels.moments import combine
 from wfnet.kernels.row_adam import row_adam
 
 from wfnet.backends.contract import NO_LAYER, ConvGeometry, Epilogue, LayerBelow, PoolGeometry
@@ -74,9 +75,11 @@ LAYERS = {
 REPRESENTATIVE = 8
 # Layers whose input gradient finishes one with a projection shortcut.
 BELOW_PROJECTIONS = ("resnet50.layer3 3x3", "resnet50.layer4 1x1 reduce")
+# Layers that take moments of their product where not all of them are compiled: one of each tiling.
+WITH_MOMENTS = ("resnet18.layer1 3x3", "resnet18.conv1 7x7/2", "resnet50.layer4 1x1 reduce")
 # What a product's epilogue has to do; `source` expands images to samples, `shortcut` concerns the
-# backward pass alone.
-KINDS = ("plain", "branch", "residual", "source", "shortcut")
+# backward pass alone; `moments` takes them, and the gradient reaches a layer whose branch is `u`.
+KINDS = ("plain", "branch", "residual", "source", "moments", "shortcut")
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,9 @@ def _below(pixels: Tensor, kind: str) -> LayerBelow:
     if kind in ("plain", "source"):
         return NO_LAYER
     scale, shift, t1, t0 = (_meta(torch.float32, *pixels.shape[:2]) for _ in range(4))
+    if kind == "moments":
+        below = LayerBelow(scale, shift, pixels, None, True, pixels, t1, t0, need_grad=True)
+        return replace(below, need_scaled_grad=False, unscaled=True)
     other = LayerBelow(scale, branch=pixels, t1=t1) if kind == "shortcut" else None
     added = None if kind == "branch" else pixels
     options = {"need_grad": kind == "residual", "shortcut": other}
@@ -123,7 +129,7 @@ def _below(pixels: Tensor, kind: str) -> LayerBelow:
 def _cases(what: str, launches: list[Launch], products: bool = False) -> list[Case]:
     """One case per kernel: column sums run several times."""
     named = {f"{what} {launch.name}": launch for launch in launches}
-    return [Case(n, launch, products and "sums" not in n) for n, launch in named.items()]
+    return [Case(n, launch, products and "column_" not in n) for n, launch in named.items()]
 
 
 def layer_cases(name: str, dtype: torch.dtype, device: Device, kinds: Sequence[str]) -> list[Case]:
@@ -141,7 +147,9 @@ def layer_cases(name: str, dtype: torch.dtype, device: Device, kinds: Sequence[s
         relu = kind in ("branch", "residual")
         epilogue = Epilogue(table, table, residual, relu, source, save=kind != "plain")
         with keep_launches(device) as launches:
-            if kind != "shortcut":
+            if kind == "moments":
+                conv_moments(x, weight, geometry)
+            elif kind != "shortcut":
                 conv_fprop(x, weight, geometry, epilogue)
             if kind != "source" and channels != 3:
                 below = _below(x, "plain" if size == (1, 1) else kind)
@@ -162,12 +170,14 @@ def elementwise_cases(dtype: torch.dtype, device: Device) -> list[Case]:
                 epilogue_bwd(_meta(dtype, *small), layer)
             found += _cases(f"{kind} source={expands}", launches)
     alpha, forget = _meta(torch.float32, 1000, 4800), _meta(torch.int64, _BATCH, 1)
+    table = _meta(torch.float32, *small[:2])
     row, scalar, start = (_meta(torch.float32, *n) for n in ((1000,), (), (4800,)))
     step = (*[alpha] * 4, row, row, _meta(torch.bool, 1000), scalar, (0.9, 0.99), 1e-8)
     window, below = PoolGeometry((3, 3), (2, 2), (1, 1)), _below(_meta(dtype, *large), "branch")
     with keep_launches(device) as launches:
         _, positions = max_pool(_meta(dtype, *large), window)
         max_pool_bwd(_meta(dtype, *small), positions, large[2:], window, below)
+        combine(_meta(dtype, *small), table, table, _meta(dtype, *small), table)
         gate_rows_bwd(gate_rows(alpha, forget, 1.0), alpha, forget)
         row_adam(*step)
     found += _cases("plain", launches)
@@ -180,8 +190,9 @@ def cases(device: Device, complete: bool) -> Iterator[Case]:
     """Every case, or the representative ones, for one target."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32)[: None if complete else 1]:
         for name in list(LAYERS)[: None if complete else REPRESENTATIVE]:
-            kinds = KINDS[:4] if complete else ("residual",)
-            kinds += KINDS[4:] if name in BELOW_PROJECTIONS else ()
+            kinds = KINDS[:5] if complete else ("residual",)
+            kinds += ("moments",) if name in WITH_MOMENTS and not complete else ()
+            kinds += KINDS[5:] if name in BELOW_PROJECTIONS else ()
             yield from layer_cases(name, dtype, device, kinds)
         yield from elementwise_cases(dtype, device)
     if not complete:

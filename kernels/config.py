@@ -234,7 +234,7 @@ def choose(
         direction: ``fprop`` or ``dgrad``.
         describable: whether bases and rows of all tensors are aligned to 16 bytes.
         expanded: ``source`` indices scatter the samples: a tile holds pixels of one.
-        column_sums: the epilogue takes T0 or T1.
+        column_sums: the epilogue takes T0 or T1; of ``fprop``, the moments of the product.
     """
     obstacle = _obstacle(direction, shape, device, describable)
     columns = shape.out_channels if direction == "fprop" else shape.in_channels
@@ -247,7 +247,8 @@ def choose(
         block_k = 32 if dtype == torch.float32 or device.arch < 90 else 64
         config = GemmConfig("gather", 128, block_n, block_k, 8, 4 if device.arch < 90 else 3)
     if shape.pointwise and not expanded:
-        return _flat_choice(config, shape, device, columns, column_sums, exact, obstacle)
+        moments = direction == "fprop" and column_sums
+        return _flat_choice(config, shape, device, columns, column_sums, exact, obstacle, moments)
     if obstacle is None:
         return _box_choice(direction, config, shape, device, expanded, column_sums, exact)
 
@@ -314,6 +315,7 @@ def _flat_choice(
     column_sums: bool,
     exact: bool,
     obstacle: str | None,
+    moments: bool,
 ) -> Choice:
     """Rows of pixels or tokens, whatever sample they are of."""
     tokens = shape.size[0] * shape.size[1]
@@ -323,6 +325,8 @@ def _flat_choice(
         config = replace(config, block_m=64, block_n=64, block_k=16, warps=4, stages=2)
     elif obstacle is not None:
         config = replace(config, block_k=32, block_n=64 if column_sums else config.block_n)
+        if moments and touched > 2:
+            config = replace(config, block_m=64, warps=4)
     elif tiles < device.processors:
         config = replace(config, block_m=64, warps=4)
     elif touched > 2 or (column_sums and touched == 2):

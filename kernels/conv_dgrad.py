@@ -76,6 +76,7 @@ def conv_dgrad_kernel(
     DIL_W: tl.constexpr,
     O: tl.constexpr,
     RELU: tl.constexpr,
+    UNSCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     BS: tl.constexpr,
     BH: tl.constexpr,
@@ -147,7 +148,9 @@ def conv_dgrad_kernel(
     cols = n0 + tl.arange(0, BN)
     acc = acc.T
     sizes = (B, C, LD)
-    backward_epilogue(acc, layer, sums, shortcut, at, slot, rows, cols, sizes, RELU, True, BS, True)
+    backward_epilogue(
+        acc, layer, sums, shortcut, at, slot, rows, cols, sizes, RELU, UNSCALED, True, BS, True
+    )
 
 
 @triton.jit(do_not_specialize=["B", "H", "W", "P", "Q"])
@@ -184,6 +187,7 @@ def conv_dgrad_gather_kernel(
     DIL_W: tl.constexpr,
     O: tl.constexpr,
     RELU: tl.constexpr,
+    UNSCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     SPAN: tl.constexpr,
     BM: tl.constexpr,
@@ -249,7 +253,7 @@ def conv_dgrad_gather_kernel(
     rows = (m0 // pixels, row_sample, row_ok)
     sizes = (B, C, LD)
     backward_epilogue(
-        acc, layer, sums, shortcut, at, slot, rows, cols, sizes, RELU, False, SPAN, False
+        acc, layer, sums, shortcut, at, slot, rows, cols, sizes, RELU, UNSCALED, False, SPAN, False
     )
 
 

@@ -36,9 +36,10 @@ from wfnet.kernels.config import (
     span,
 )
 from wfnet.kernels.epilogue import forward_epilogue
-from wfnet.kernels.epilogue_arguments import ForwardArguments, channels_last
+from wfnet.kernels.epilogue_arguments import ForwardArguments, channels_first, channels_last
 from wfnet.kernels.launch import Launch, describable, descriptor
 from wfnet.kernels.linear import flat_launch, linear_fprop_kernel
+from wfnet.kernels.moments import MomentsWorkspace
 
 from wfnet.backends.contract import Activation, ConvGeometry, Epilogue
 
@@ -53,6 +54,9 @@ def conv_fprop_kernel(
     residual,  # [B, P, Q, O] in boxes or None
     branch,  # [B, P, Q, O] in boxes or None
     out,  # [B, P, Q, O] in boxes
+    sums,  # [tiles of a sample, B, O] fp32 or None, as squares and counts: see forward_epilogue
+    squares,
+    counts,
     B,
     P,
     Q,
@@ -82,10 +86,10 @@ def conv_fprop_kernel(
     tiles_p = tl.cdiv(P, BP)
     n0 = tile % tiles_n * BN
     tile = tile // tiles_n
-    q0 = tile % tiles_q * BQ
-    tile = tile // tiles_q
-    p0 = tile % tiles_p * BP
-    b0 = tile // tiles_p * BS
+    tile_in_sample = tile % (tiles_p * tiles_q)
+    q0 = tile_in_sample % tiles_q * BQ
+    p0 = tile_in_sample // tiles_q * BP
+    b0 = tile // (tiles_p * tiles_q) * BS
     image = b0
     if source is not None:
         image = tl.load(source + b0).to(tl.int32)
@@ -110,12 +114,18 @@ def conv_fprop_kernel(
         acc = tl.dot(weights, a.reshape(BM, BK).T, acc, input_precision=PRECISION)
 
     cols = n0 + tl.arange(0, BN)
-    row_sample = b0 + tl.arange(0, BM) // (BP * BQ)
-    rows = (b0, row_sample, row_sample < B)
+    row = tl.arange(0, BM)
+    row_sample = b0 + row // (BP * BQ)
+    row_ok = row_sample < B
+    if sums is not None:  # what is stored stays within its tensor by itself
+        row_ok = row_ok & (p0 + row // BQ % BP < P) & (q0 + row % BQ < Q)
+    rows = (b0, row_sample, row_ok)
     layer = (scale, shift, residual, branch, out)
+    moments = (sums, squares, counts)
     sizes = (B, O, LD)
     at = (b0, p0, q0, n0)
-    forward_epilogue(acc.T, layer, at, rows, cols, sizes, RELU, True, BS, True)
+    slot = tile_in_sample * B + b0
+    forward_epilogue(acc.T, layer, moments, at, slot, rows, cols, sizes, RELU, True, BS, True)
 
 
 @triton.jit(do_not_specialize=["N", "B", "H", "W", "P", "Q"])
@@ -128,6 +138,9 @@ def conv_fprop_gather_kernel(
     residual,  # [B, P, Q, O] or None
     branch,  # [B, P, Q, O] or None
     out,  # [B, P, Q, O]
+    sums,  # [tiles * SPAN, O] fp32 or None, as squares and counts
+    squares,
+    counts,
     N,
     B,
     H,
@@ -155,7 +168,8 @@ def conv_fprop_gather_kernel(
     tile = tl.program_id(0)
     tiles_n = tl.cdiv(O, BN)
     cols = tile % tiles_n * BN + tl.arange(0, BN)
-    m0 = tile // tiles_n * BM
+    tile_m = tile // tiles_n
+    m0 = tile_m * BM
     rows = m0 + tl.arange(0, BM)
     pixels = P * Q
     row_ok = rows < B * pixels
@@ -209,7 +223,10 @@ def conv_fprop_gather_kernel(
     layer = (scale, shift, residual, branch, out)
     at = (m0.to(tl.int64) * O, tl.arange(0, BM) * O, cols)
     rows = (m0 // pixels, row_sample, row_ok)
-    forward_epilogue(acc, layer, at, rows, cols, (B, O, LD), RELU, False, SPAN, False)
+    moments = (sums, squares, counts)
+    slot = tile_m * SPAN
+    sizes = (B, O, LD)
+    forward_epilogue(acc, layer, moments, at, slot, rows, cols, sizes, RELU, False, SPAN, False)
 
 
 def conv_fprop(
@@ -238,10 +255,7 @@ def conv_fprop(
     """
     source, scale = epilogue.source, epilogue.scale
     shape = ConvShape.of(scale.shape[0], tuple(x.shape[2:]), weight, geometry)
-    if weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
-        raise ValueError(
-            f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
-        )
+    _check_operands(x, weight)
     samples = x.shape[0] if source is None else source.numel()
     if samples != shape.batch:
         raise ValueError(f"scale has {shape.batch} rows for {samples} samples")
@@ -250,14 +264,70 @@ def conv_fprop(
     if arguments.pixels["out"].numel():
         if config is None:
             config = fprop_choice(x, weight, shape, source is not None, epilogue.residual).config
-        exact = full_precision(x.dtype, geometry.linear)
-        if config.path == "flat":
-            launch = flat_launch(linear_fprop_kernel, x, weight, arguments, shape, config, exact)
-        else:
-            plan = _gather_launch if config.path == "gather" else _box_launch
-            launch = plan(x, weight, source, arguments, shape, config, exact)
-        launch.run()
+        _launch(x, weight, source, arguments, shape, config).run()
     return arguments.activation()
+
+
+def conv_moments(
+    x: Tensor, weight: Tensor, geometry: ConvGeometry, *, config: GemmConfig | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes ``u = conv(x, weight)``, and mean and variance of every sample and column of it.
+
+    Equivalent to::
+
+        u = F.conv2d(x, weight, None, stride, padding, dilation)
+        var, mean = torch.var_mean(u.float(), (2, 3), correction=0)
+
+    Tiles sum ``u``, then its squared distances from the tile's own mean; those of a sample are
+    merged in a fixed order (Chan, Golub and LeVeque 1979). All is fp32: the variance has a relative
+    error of a few roundings, and one rounding of the squared mean over the variance, squared.
+
+    Args:
+        x: as of :func:`conv_fprop`, as are ``weight`` and ``config``.
+
+    Returns:
+        ``[B, O, P, Q]`` in the dtype of ``x``, and ``[B, O]`` fp32 twice.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit.
+    """
+    shape = ConvShape.of(x.shape[0], tuple(x.shape[2:]), weight, geometry)
+    _check_operands(x, weight)
+    x, weight = channels_last(x), channels_last(weight)
+    out = x.new_empty((shape.batch, *shape.out_size, weight.shape[0]))
+    if config is None:
+        config = fprop_choice(x, weight, shape, False, moments=True).config
+    tiling = {"block_m": config.block_m}
+    if config.path == "box":
+        tiles = _tiles_of(shape, config)
+        tiling = {"grouped": tiles[0] * tiles[1]}
+    workspace = MomentsWorkspace.of(out, **tiling)
+    if out.numel():
+        arguments = ForwardArguments.of_product(out, workspace.arguments)
+        _launch(x, weight, None, arguments, shape, config).run()
+    return channels_first(out), *workspace.merged(out)
+
+
+def _check_operands(x: Tensor, weight: Tensor) -> None:
+    if weight.shape[1] != x.shape[1] or weight.dtype != x.dtype:
+        raise ValueError(
+            f"weight {tuple(weight.shape)} {weight.dtype} does not fit x {tuple(x.shape)} {x.dtype}"
+        )
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    source: Tensor | None,
+    arguments: ForwardArguments,
+    shape: ConvShape,
+    config: GemmConfig,
+) -> Launch:
+    exact = full_precision(x.dtype, shape.geometry.linear)
+    if config.path == "flat":
+        return flat_launch(linear_fprop_kernel, x, weight, arguments, shape, config, exact)
+    plan = _gather_launch if config.path == "gather" else _box_launch
+    return plan(x, weight, source, arguments, shape, config, exact)
 
 
 def fprop_choice(
@@ -266,11 +336,12 @@ def fprop_choice(
     shape: ConvShape,
     expanded: bool,
     residual: Tensor | None = None,
+    moments: bool = False,
 ) -> Choice:
     """The config for ``x`` ``[N, H, W, C]`` and ``weight`` ``[O, R, S, C]``."""
     aligned = describable(x, shape.in_channels) and describable(weight, shape.in_channels)
     aligned = aligned and describable(x if residual is None else residual, shape.out_channels)
-    options = {"describable": aligned, "expanded": expanded}
+    options = {"describable": aligned, "expanded": expanded, "column_sums": moments}
     return choose("fprop", shape, x.dtype, device_of(x), **options)
 
 
@@ -336,6 +407,12 @@ def _box_launch(
         | {"BS": samples, "BP": rows, "BQ": cols}
         | config.constants(exact)
     )
-    tiles = triton.cdiv(shape.batch, samples) * triton.cdiv(p, rows) * triton.cdiv(q, cols)
+    tiles = _tiles_of(shape, config)
+    tiles = triton.cdiv(shape.batch, samples) * tiles[0] * tiles[1]
     grid = (tiles * triton.cdiv(columns, config.block_n),)
     return Launch(conv_fprop_kernel, grid, arguments, config.warps, config.stages)
+
+
+def _tiles_of(shape: ConvShape, config: GemmConfig) -> tuple[int, int]:
+    """Boxes over height and width of the output."""
+    return tuple(triton.cdiv(n, b) for n, b in zip(shape.out_size, config.box[1:], strict=True))

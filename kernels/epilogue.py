@@ -137,10 +137,58 @@ def store_column_sums(
 
 
 @triton.jit
+def store_column_moments(
+    moments,  # ([slots, N] fp32 sums, and squared distances from the slot's mean; [slots] counts)
+    value,  # [BM, BN] fp32
+    slot,  # as of store_column_sums
+    rows,
+    cols,
+    sizes,
+    SPAN: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    """Sums of each sample's rows, and their squared distances from these rows' own mean.
+
+    ``column_moments_kernel`` merges the tiles of a sample. Squares are never summed as they are:
+    that of a mean of 100 would leave three digits of a variance of 1.
+    """
+    sums, squares, counts = moments
+    first, row_sample, row_ok = rows
+    B, N, _ = sizes
+    ok = cols < N
+    if GROUPED:
+        BM: tl.constexpr = value.shape[0]
+        j = tl.arange(0, SPAN)
+        inside = row_ok.reshape(SPAN, BM // SPAN, 1)
+        count = tl.sum(row_ok.to(tl.float32).reshape(SPAN, BM // SPAN), axis=1)
+        value = tl.where(inside, value.reshape(SPAN, BM // SPAN, cols.shape[0]), 0.0)
+        total = tl.sum(value, axis=1)
+        apart = tl.where(inside, value - (total / tl.maximum(count, 1.0)[:, None])[:, None, :], 0.0)
+        place = (slot + j)[:, None] * N + cols[None, :]
+        exists = first + j < B
+        tl.store(sums + place, total, mask=exists[:, None] & ok[None, :])
+        tl.store(squares + place, tl.sum(apart * apart, axis=1), mask=exists[:, None] & ok[None, :])
+        tl.store(counts + slot + j, count, mask=exists)
+    else:
+        for j in tl.static_range(0, SPAN):
+            mine = row_ok & (row_sample == first + j)
+            count = tl.sum(mine.to(tl.float32), axis=0)
+            total = tl.sum(tl.where(mine[:, None], value, 0.0), axis=0)
+            mean = total / tl.maximum(count, 1.0)
+            apart = tl.where(mine[:, None], value - mean[None, :], 0.0)
+            place = (slot + j) * N + cols
+            tl.store(sums + place, total, mask=ok)
+            tl.store(squares + place, tl.sum(apart * apart, axis=0), mask=ok)
+            tl.store(counts + slot + j, count)
+
+
+@triton.jit
 def forward_epilogue(
     acc,  # [BM, BN] fp32, u
     layer,  # (A [B, N] fp32, C or None; tiles: residual or None, destinations of v or None and out)
+    moments,  # of store_column_moments; Nones where A is given
     at,  # where the tile lies in residual, v and out
+    slot,
     rows,
     cols,
     sizes,
@@ -149,10 +197,18 @@ def forward_epilogue(
     SPAN: tl.constexpr,
     GROUPED: tl.constexpr,
 ):
-    """``v = A*u``; ``out = act(v + C + residual)``; stores ``out`` and, if asked for, ``v``."""
+    """``v = A*u``; ``out = act(v + C + residual)``; stores ``out`` and, if asked for, ``v``.
+
+    Without ``A``, ``out`` is ``u``, and the moments are those of ``u`` as it is stored.
+    """
     scale, shift, residual, branch, out = layer
     row_ok, col_ok = rows[2], cols < sizes[1]
-    value = acc * row_factors(scale, rows, cols, sizes, SPAN, GROUPED)
+    value = acc
+    if scale is not None:
+        value *= row_factors(scale, rows, cols, sizes, SPAN, GROUPED)
+    if moments[0] is not None:
+        stored = round_as(value, out, TMA)
+        store_column_moments(moments, stored, slot, rows, cols, sizes, SPAN, GROUPED)
     if branch is not None:
         store_tile(branch, at, value, row_ok, col_ok, TMA)
         # Backward takes the ReLU mask from the stored branch: let forward see the same number.
@@ -179,6 +235,7 @@ def backward_epilogue(
     cols,
     sizes,
     RELU: tl.constexpr,
+    UNSCALED: tl.constexpr,
     TMA: tl.constexpr,
     SPAN: tl.constexpr,
     GROUPED: tl.constexpr,
@@ -192,7 +249,7 @@ def backward_epilogue(
     and ``sum_p g * v`` are written, too (its T0 is T0).
 
     With ``RELU`` the mask is ``out > 0`` where that is given, else ``v + C > 0``: without a
-    residual the output need not be kept.
+    residual the output need not be kept. ``UNSCALED``: branches are ``u``, and ``v`` is ``A * u``.
     """
     skip, branch, activation, scale, shift, grad, scaled_grad = layer
     partial0, partial1, partial2 = sums
@@ -205,6 +262,8 @@ def backward_epilogue(
     FROM_BRANCH: tl.constexpr = RELU and activation is None
     if FROM_BRANCH or partial1 is not None:
         v = load_tile(branch, at, row_ok, col_ok, TMA).to(tl.float32)
+        if UNSCALED:
+            v *= row_factors(scale, rows, cols, sizes, SPAN, GROUPED)
     if FROM_BRANCH:
         alive = v
         if shift is not None:
@@ -224,6 +283,8 @@ def backward_epilogue(
         store_tile(scaled_grad, at, acc * factors, row_ok, col_ok, TMA)
     if partial2 is not None:
         v = load_tile(shortcut[0], at, row_ok, col_ok, TMA).to(tl.float32)
+        if UNSCALED:
+            v *= row_factors(shortcut[1], rows, cols, sizes, SPAN, GROUPED)
         store_column_sums(partial2, acc * v, slot, rows, cols, sizes, SPAN, GROUPED)
     if shortcut[2] is not None:
         factors = row_factors(shortcut[1], rows, cols, sizes, SPAN, GROUPED)

@@ -73,6 +73,9 @@ def _check_pixels(
         )
 
 
+_NO_MOMENTS = dict.fromkeys(("sums", "squares", "counts"))
+
+
 @dataclass(frozen=True)
 class ForwardArguments:
     """Arguments of ``forward_epilogue`` by name: pixel tensors ``[B, P, Q, O]``, and the others."""
@@ -94,7 +97,14 @@ class ForwardArguments:
         out = like.new_empty(shape)
         branch = torch.empty_like(out) if epilogue.save else None
         pixels = {"residual": residual, "branch": branch, "out": out}
-        return cls(pixels, tables | {"RELU": epilogue.relu})
+        return cls(pixels, tables | _NO_MOMENTS | {"RELU": epilogue.relu})
+
+    @classmethod
+    def of_product(cls, out: Tensor, moments: dict[str, Tensor | None]) -> ForwardArguments:
+        """Returns what stores the product ``out`` ``[B, P, Q, O]`` itself, and its moments."""
+        pixels = {"residual": None, "branch": None, "out": out}
+        tables = {"scale": None, "shift": None, "LD": 0}
+        return cls(pixels, tables | _NO_MOMENTS | moments | {"RELU": False})
 
     def __call__(self, view: View | None = None) -> dict[str, object]:
         """Returns the arguments by name."""
@@ -157,7 +167,8 @@ class BackwardArguments:
         }
         writes = {n: like.new_empty(shape) if want else None for n, want in wanted.items()}
         tables = {"scale": below.scale, "shift": below.shift, "shortcut_scale": other.scale}
-        others = _aligned_tables(columns, **tables) | {"RELU": below.relu}
+        others = _aligned_tables(columns, **tables)
+        others |= {"RELU": below.relu, "UNSCALED": below.unscaled}
         sums = (other.t0 if below.t0 is None else below.t0), below.t1, other.t1
         for total in sums:
             if total is not None and (tuple(total.shape) != columns or total.stride(1) != 1):
@@ -222,6 +233,28 @@ class BackwardArguments:
         return LayerGradient(*map(channels_first, self.writes.values()))
 
 
+@triton.jit
+def tiles_of_sample(sample, T, SLOTS, SPAN: tl.constexpr, BM: tl.constexpr):
+    """The first tile with rows of a sample, and how many there are; see column_sums_kernel."""
+    if SPAN == 0:
+        first = 0
+        count = SLOTS
+    else:
+        first = (sample.to(tl.int64) * T // BM).to(tl.int32)
+        count = (((sample + 1).to(tl.int64) * T - 1) // BM).to(tl.int32) - first + 1
+    return first, count
+
+
+@triton.jit
+def slot_of_tile(sample, tile, B, T, SPAN: tl.constexpr, BM: tl.constexpr):
+    """Where a tile's sums of a sample lie."""
+    if SPAN == 0:
+        slot = tile.to(tl.int64) * B + sample
+    else:
+        slot = tile.to(tl.int64) * SPAN + sample - tile.to(tl.int64) * BM // T
+    return slot
+
+
 @triton.jit(do_not_specialize=["B", "T", "SLOTS"])
 def column_sums_kernel(
     partial,  # [slots, C] fp32
@@ -241,18 +274,9 @@ def column_sums_kernel(
     col_ok = cols < C
     lane = tl.arange(0, BS)
     sums = tl.zeros((BS, BN), dtype=tl.float32)
-    if SPAN == 0:
-        first = 0
-        count = SLOTS
-    else:
-        first = (sample.to(tl.int64) * T // BM).to(tl.int32)
-        count = (((sample + 1).to(tl.int64) * T - 1) // BM).to(tl.int32) - first + 1
+    first, count = tiles_of_sample(sample, T, SLOTS, SPAN, BM)
     for start in range(0, count, BS):
-        tile = first + start + lane
-        if SPAN == 0:
-            slot = tile.to(tl.int64) * B + sample
-        else:
-            slot = tile.to(tl.int64) * SPAN + sample - tile.to(tl.int64) * BM // T
+        slot = slot_of_tile(sample, first + start + lane, B, T, SPAN, BM)
         ok = (start + lane < count)[:, None] & col_ok[None, :]
         sums += tl.load(partial + (slot[:, None] * C + cols[None, :]), mask=ok, other=0.0)
     tl.store(total + sample.to(tl.int64) * LD + cols, tl.sum(sums, axis=0), mask=col_ok)

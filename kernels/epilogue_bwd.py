@@ -43,6 +43,7 @@ def epilogue_bwd_kernel(
     C,
     LD,  # stride between rows of the tables
     RELU: tl.constexpr,
+    UNSCALED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -66,7 +67,7 @@ def epilogue_bwd_kernel(
         slot = tile_t * B + target
         parts = (target, rows, row_ok)
         backward_epilogue(
-            acc, layer, sums, shortcut, at, slot, parts, cols, sizes, RELU, False, 1, True
+            acc, layer, sums, shortcut, at, slot, parts, cols, sizes, RELU, UNSCALED, False, 1, True
         )
     else:
         unscaled = (skip, branch, activation, scale, shift, grad, None)
@@ -78,7 +79,20 @@ def epilogue_bwd_kernel(
             slot = tile_t * B + sample
             parts = (sample, rows, row_ok)
             acc = backward_epilogue(
-                acc, unscaled, sums, shortcut, at, slot, parts, cols, sizes, RELU, False, 1, True
+                acc,
+                unscaled,
+                sums,
+                shortcut,
+                at,
+                slot,
+                parts,
+                cols,
+                sizes,
+                RELU,
+                UNSCALED,
+                False,
+                1,
+                True,
             )
             if scaled_grad is not None:
                 factor = tl.load(scale + (sample * LD + cols), mask=col_ok, other=0.0)

@@ -33,6 +33,9 @@ def linear_fprop_kernel(
     residual,  # [M, O] in boxes or None
     branch,  # [M, O] in boxes or None
     out,  # [M, O] in boxes
+    sums,  # [tiles * SPAN, O] fp32 or None, as squares and counts: see forward_epilogue
+    squares,
+    counts,
     M,
     B,
     T,
@@ -50,17 +53,21 @@ def linear_fprop_kernel(
     tiles_n = tl.cdiv(O, BN)
     tiles = tl.cdiv(M, BM) * tiles_n
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=FLATTEN):
-        m0 = tile // tiles_n * BM
+        tile_m = tile // tiles_n
+        m0 = tile_m * BM
         n0 = tile % tiles_n * BN
         acc = tl.zeros((BM, BN), dtype=tl.float32)
         for k0 in range(0, K, BK):
             acc = tl.dot(x.load([m0, k0]), w.load([n0, k0]).T, acc, input_precision=PRECISION)
         rows = m0 + tl.arange(0, BM)
-        row_parts = (m0 // T, rows // T, rows < M)
+        parts = (m0 // T, rows // T, rows < M)
         cols = n0 + tl.arange(0, BN)
         layer = (scale, shift, residual, branch, out)
+        moments = (sums, squares, counts)
+        at = (m0, n0)
+        slot = tile_m * SPAN
         sizes = (B, O, LD)
-        forward_epilogue(acc, layer, (m0, n0), row_parts, cols, sizes, RELU, True, SPAN, False)
+        forward_epilogue(acc, layer, moments, at, slot, parts, cols, sizes, RELU, True, SPAN, False)
 
 
 @triton.jit(do_not_specialize=["M", "B", "T"])
@@ -87,6 +94,7 @@ def linear_dgrad_kernel(
     LD,  # stride between rows of the tables
     K: tl.constexpr,
     RELU: tl.constexpr,
+    UNSCALED: tl.constexpr,
     PRECISION: tl.constexpr,
     FLATTEN: tl.constexpr,
     SPAN: tl.constexpr,
@@ -109,11 +117,24 @@ def linear_dgrad_kernel(
         shortcut = (shortcut_branch, shortcut_scale, shortcut_grad)
         at = (m0, n0)
         slot = tile_m * SPAN
-        row_parts = (m0 // T, rows // T, rows < M)
+        parts = (m0 // T, rows // T, rows < M)
         cols = n0 + tl.arange(0, BN)
         sizes = (B, C, LD)
         backward_epilogue(
-            acc, layer, sums, shortcut, at, slot, row_parts, cols, sizes, RELU, True, SPAN, False
+            acc,
+            layer,
+            sums,
+            shortcut,
+            at,
+            slot,
+            parts,
+            cols,
+            sizes,
+            RELU,
+            UNSCALED,
+            True,
+            SPAN,
+            False,
         )
 
 

@@ -106,6 +106,7 @@ def max_pool_bwd_kernel(
     C,
     LD,
     RELU: tl.constexpr,
+    UNSCALED: tl.constexpr,
     KH: tl.constexpr,
     KW: tl.constexpr,
     SH: tl.constexpr,
@@ -149,7 +150,7 @@ def max_pool_bwd_kernel(
     parts = (sample, rows, row_ok)
     sizes = (B, C, LD)
     backward_epilogue(
-        acc, layer, sums, shortcut, at, slot, parts, cols, sizes, RELU, False, 1, True
+        acc, layer, sums, shortcut, at, slot, parts, cols, sizes, RELU, UNSCALED, False, 1, True
     )
 
 

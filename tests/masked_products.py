@@ -160,6 +160,7 @@ def layer_below(
     shift: bool = True,
     shortcut: bool = False,
     skip: Tensor | None = None,
+    unscaled: bool = False,
 ) -> LayerBelow:
     """A layer with output ``[B, C, H, W]`` and room for its sums.
 
@@ -184,8 +185,14 @@ def layer_below(
         t1=table() if sums else None,
         t0=table() if sums else None,
         need_grad=mask != "branch",
+        unscaled=unscaled,
         shortcut=other,
     )
+
+
+def _v(layer: LayerBelow, below: LayerBelow) -> Tensor:
+    """``A * u``, by the branch of ``below`` or its shortcut."""
+    return layer.branch.double() * (_per_pixel(layer.scale) if below.unscaled else 1)
 
 
 def check_gradient(
@@ -201,7 +208,7 @@ def check_gradient(
         g = g * (below.mask > 0)
     elif below.relu:
         shift = 0 if below.shift is None else below.shift[:, :, None, None]
-        g = g * (below.branch.float() + shift > 0)
+        g = g * (_v(below, below).float() + shift > 0)
     assert (found.grad is not None) == below.need_grad
     if below.need_grad:
         check(found.grad, g, bound=bound)
@@ -215,7 +222,7 @@ def check_gradient(
             stored = 0.0 if layer is below else _ROUNDINGS[layer.branch.dtype]
             limit = max(sums_bound, stored)
             check(layer.t0, g.sum((2, 3)), bound=limit)
-            check(layer.t1, (g * layer.branch.double()).sum((2, 3)), bound=limit)
+            check(layer.t1, (g * _v(layer, below)).sum((2, 3)), bound=limit)
 
 
 class Backward(_Product):

@@ -1,5 +1,6 @@
 """What both kernel backends promise: a whole fused network, and a graph without breaks."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
@@ -13,19 +14,24 @@ class Blocks(torch.nn.Module):
     """A stem with a pooling, a bottleneck with a projection shortcut, a pooling, an identity block.
 
     Channels of 40 and 72 fill neither a slice of 64 nor a tile; ``size`` and strides leave rests.
-    With ``wide`` the identity block has two convolutions, and so many channels between them.
+    With ``wide`` the identity block has two convolutions, and so many channels between them; with
+    ``norms`` the bottleneck has norms.
     """
 
-    def __init__(self, bias: bool, stride: int, pool: int, wide: int):
+    def __init__(self, bias: bool, stride: int, pool: int, wide: int, norms: bool):
         super().__init__()
 
         def conv(*sizes, **options):
             return torch.nn.Conv2d(*sizes, **options, bias=bias)
 
+        def folded(*sizes, **options):
+            made = conv(*sizes, **options)
+            return torch.nn.Sequential(made, torch.nn.BatchNorm2d(sizes[1])) if norms else made
+
         self.stem, self.norm = conv(3, 40, 3, padding=1), torch.nn.BatchNorm2d(40)
         self.first = torch.nn.MaxPool2d(3, 2, 1) if pool == 3 else torch.nn.MaxPool2d(2)
-        self.reduce, self.middle = conv(40, 32, 1), conv(32, 40, 3, stride=stride, padding=1)
-        self.grow, self.project = conv(40, 72, 1), conv(40, 72, 1, stride=stride)
+        self.reduce, self.middle = folded(40, 32, 1), folded(32, 40, 3, stride=stride, padding=1)
+        self.grow, self.project = folded(40, 72, 1), folded(40, 72, 1, stride=stride)
         self.last, self.head = conv(72, 72, 3, padding=1), torch.nn.Linear(72, 5)
         if wide:
             ends = conv(72, wide, 3, padding=1), conv(wide, 72, 3, padding=1)
@@ -46,6 +52,7 @@ _FLOOR = {torch.float32: 2e-5, torch.float16: 0.0}
 def check_fused_network() -> Callable[..., Callable[[], bool]]:
     """Compares a fused network with the unfused one in fp64; the bound is twice eager's error.
 
+    ``durable``: it is one with durable gates, in untraining: their tables are moments of groups.
     Returns a function that says whether the bits of another run are the same.
     """
 
@@ -57,8 +64,9 @@ def check_fused_network() -> Callable[..., Callable[[], bool]]:
         pool: int,
         size: tuple[int, int],
         wide: int = 0,
+        durable: bool = False,
     ) -> Callable[[], bool]:
-        model = Blocks(bias, stride, pool, wide).eval()
+        model = Blocks(bias, stride, pool, wide, norms=durable).eval()
         model.norm.running_mean.normal_()
         model.norm.running_var.uniform_(0.5, 1.5)
         images, source = torch.randn(2, 3, *size), torch.tensor([0, 1, 1])
@@ -66,14 +74,22 @@ def check_fused_network() -> Callable[..., Callable[[], bool]]:
         nets = {}
         for name in (backend, "eager", "reference"):
             torch.manual_seed(1)
-            nets[name] = wfnet.WFNet(model, 5, backend=name, fuse=name != "reference")
+            options = {"gate": "durable"} if durable else {}
+            nets[name] = wfnet.WFNet(model, 5, backend=name, fuse=name != "reference", **options)
             for parameter in nets[name].filter_parameters():
                 parameter.data.normal_(1, 2)
 
         def run(name: str, kind: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-            net = nets[name].to(kind)
-            with torch.autocast("cpu", dtype, enabled=torch.float32 == kind != dtype):
-                out = net(images.to(kind), labels, source)
+            net, rows, around = nets[name].to(kind), labels, contextlib.nullcontext()
+            if durable:
+                rows, generator = torch.tensor([3, 0, 3]), torch.Generator().manual_seed(2)
+                noise = {
+                    layer: torch.rand((2, m.alpha_hard.shape[1]), generator=generator).to(kind)
+                    for layer, m in net.masked_layers.items()
+                }
+                around = net.gate_mode.grouped(rows, noise)
+            with torch.autocast("cpu", dtype, enabled=torch.float32 == kind != dtype), around:
+                out = net(images.to(kind), rows, source)
             found = torch.autograd.grad(out, net.filter_parameters(), weights.to(out.dtype))
             return out.detach(), torch.cat([g.flatten() for g in found])
 

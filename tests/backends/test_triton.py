@@ -102,6 +102,17 @@ def test_fused_network(dtype, how, check_fused_network):
 
 
 @pytest.mark.interpreter
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_durable_untraining(dtype, monkeypatch, check_fused_network):
+    """Every product behind which there is a norm takes its moments."""
+    taken, run = [], backend.product_moments
+    record = lambda *product: taken.append(product) or run(*product)  # noqa: E731
+    monkeypatch.setattr(backend, "product_moments", record)
+    assert check_fused_network("triton", dtype, False, 2, 2, (8, 8), durable=True)()
+    assert len(taken) >= 2 * 5  # five norms, two runs
+
+
+@pytest.mark.interpreter
 def test_traces_as_one_graph(check_one_graph):
     check_one_graph("triton", torch.float32)
 

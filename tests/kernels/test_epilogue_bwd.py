@@ -15,7 +15,15 @@ from wfnet.backends.contract import LayerBelow
 
 @pytest.mark.interpreter
 @pytest.mark.parametrize("tokens", [1, 5, 300])
-@pytest.mark.parametrize("how", [{"mask": "branch"}, {"mask": "kept", "shortcut": True}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"mask": "branch"},
+        {"mask": "kept", "shortcut": True},
+        {"mask": "branch", "shortcut": True, "unscaled": True},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_one_layer(tokens, how, dtype, nan_memory):
     """With the gradients of a projection shortcut, which receives the same g."""

@@ -135,6 +135,7 @@ class LayerBelow:
             are summed in ``scaled_grad``, which has one row per image: the product is linear.
         need_grad: whether ``g`` itself is wanted (its residual reads it).
         need_scaled_grad: whether ``scale * g`` is wanted (something below the layer learns).
+        unscaled: the branch is ``u``, whatever the backend keeps; likewise that of the shortcut.
         shortcut: the layer whose output is this one's residual and read by nobody else (a
             projection shortcut: identity activation, no residual); it receives the same ``g``.
     """
@@ -151,6 +152,7 @@ class LayerBelow:
     images: int = 0
     need_grad: bool = False
     need_scaled_grad: bool = True
+    unscaled: bool = False
     shortcut: LayerBelow | None = None
 
 
@@ -316,6 +318,42 @@ class Backend(ABC):
         shape = (input_shape[0], input_shape[2], input_shape[1], 1)
         dx = self.conv2d_backward(as_pixels(dout), layer, as_filter(weight), shape, LINEAR)
         return as_tokens(dx)
+
+    # In untraining with durable gates a scale depends on moments of the product (`wfnet.fusion.
+    # durable_run`): product and epilogue come apart, and branches are `u`.
+
+    def product(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+        """Computes ``u = conv(x, weight)`` alone, one row per image."""
+        ones = torch.ones((x.shape[0], weight.shape[0]), device=x.device)
+        return self.conv2d(x, weight, geometry, Epilogue(ones)).out
+
+    @abstractmethod
+    def product_moments(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Computes ``u``, and mean and variance (biased) ``[N, O]`` over the pixels of an image."""
+
+    @abstractmethod
+    def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
+        """Computes ``act(scale * u[source] + shift + residual)``; without ``save``, over ``u``."""
+
+    @abstractmethod
+    def moments_backward(
+        self,
+        g: Tensor,
+        scale: Tensor,
+        u: Tensor,
+        on_u: Tensor | None,
+        constant: Tensor | None,
+        may_overwrite: bool,
+    ) -> Tensor:
+        """Computes ``scale * g + on_u * u + constant``, where a scale depends on moments of ``u``.
+
+        Args:
+            g, u: ``[B, O, P, Q]``.
+            scale, on_u, constant: ``[B, O]``; the last two are None where it does not.
+            may_overwrite: ``g`` may become the result.
+        """
 
     def max_pool2d(
         self, x: Tensor, window: PoolGeometry, save: bool

@@ -89,7 +89,7 @@ class CudaBackend(TritonBackend):
     ) -> LayerGradient:
         """One GEMM; a projection shortcut takes a second pass over ``g``."""
         arguments = (scaled_grad, weight, input_shape, geometry)
-        if _refuse_hopper(True, input_shape, weight, geometry) is not None:
+        if below.unscaled or _refuse_hopper(True, input_shape, weight, geometry) is not None:
             return super().conv2d_dgrad(*arguments, below)
         shortcut = below.shortcut
         if shortcut is None:

@@ -195,13 +195,17 @@ class EagerBackend(Backend):
         return self.epilogue(self.product(x, weight, geometry), epilogue)
 
     def product(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
-        """Returns ``u = conv(x, weight)`` alone, one row per image."""
         return F.conv2d(
             x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
 
+    def product_moments(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        u = self.product(x, weight, geometry)
+        return u, *sample_moments(u)
+
     def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
-        """Computes ``act(scale * u[source] + shift + residual)``; without ``save``, over ``u``."""
         scale, shift = _per_pixel(epilogue.scale), _per_pixel(epilogue.shift)
         residual, relu, source = epilogue.residual, epilogue.relu, epilogue.source
         if residual is None and not relu:
@@ -297,13 +301,6 @@ class EagerBackend(Backend):
         constant: Tensor | None,
         may_overwrite: bool,
     ) -> Tensor:
-        """Computes ``scale * g + on_u * u + constant``, where a scale depends on moments of ``u``.
-
-        Args:
-            g, u: ``[B, O, P, Q]``.
-            scale, on_u, constant: ``[B, O]``; the last two are None where it does not.
-            may_overwrite: ``g`` may become the result.
-        """
         du = g if may_overwrite else torch.empty_like(g)
         scale, on_u, constant = map(_per_pixel, (scale, on_u, constant))
         for part in _cache_sized(g):

@@ -29,7 +29,7 @@ try:
 except ImportError:  # no wheels for this platform; every call is refused with that reason
     triton = None
 else:
-    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, max_pool
+    from wfnet.kernels import conv_dgrad, conv_fprop, epilogue_bwd, gate, max_pool, moments
     from wfnet.kernels.config import ConvShape
     from wfnet.kernels.epilogue_arguments import channels_last
     from wfnet.kernels.launch import interpreted
@@ -101,6 +101,37 @@ class TritonBackend(Backend):
         self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
     ) -> Activation:
         return conv_fprop.conv_fprop(x, weight, geometry, epilogue)
+
+    def product_moments(
+        self, x: Tensor, weight: Tensor, geometry: ConvGeometry
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tiles take their moments in the product's epilogue."""
+        return conv_fprop.conv_moments(x, weight, geometry)
+
+    def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
+        """One pass; one more where images are expanded to samples."""
+        u, residual, save = (
+            gates.gather_samples(u, epilogue.source),
+            epilogue.residual,
+            epilogue.save,
+        )
+        options = {"relu": epilogue.relu, "may_overwrite": not save}
+        out = moments.combine(u, epilogue.scale, epilogue.shift, residual, **options)
+        masked = save and epilogue.relu and residual is not None
+        return Activation(out, u if save else None, out if masked else None)
+
+    def moments_backward(
+        self,
+        g: Tensor,
+        scale: Tensor,
+        u: Tensor,
+        on_u: Tensor | None,
+        constant: Tensor | None,
+        may_overwrite: bool,
+    ) -> Tensor:
+        """One pass."""
+        u = None if on_u is None else u
+        return moments.combine(g, scale, constant, u, on_u, may_overwrite=may_overwrite)
 
     def epilogue_backward(
         self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False

@@ -2,7 +2,8 @@
 
 With rows nothing but the tables is another than in :class:`wfnet.fusion.execution.PlanRun`. With
 moments of groups (untraining) a convolution's tables are known after its product, and the gradient
-runs through the moments: one pass more each way, both by PyTorch's operations.
+runs through the moments: one pass more each way. The product takes the moments of samples where the
+backend has kernels for it.
 
 Gates lie behind BatchNorm (:mod:`wfnet.durable_layers`), so the epilogue of a convolution is, for a
 sample b of row c (design: section 7)::
@@ -30,9 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wfnet import backends, gates
+from wfnet import gates
 from wfnet.backends.contract import LayerBelow, LayerGradient
-from wfnet.backends.eager import sample_moments
 from wfnet.fusion.execution import PlanNetwork, PlanRun
 from wfnet.fusion.plan import ConvStep
 from wfnet.fusion.run import Run, in_columns
@@ -128,31 +128,41 @@ class GroupTables:
         self.t1 = [g.new_zeros((batch, g.shape[1])) for g in self.gates if save]
         self.t0 = [g.new_zeros((batch, g.shape[1])) for g in self.gates if save]
 
-    def measure(self, index: int, u: Tensor, source: Tensor | None) -> None:
+    def fill(self, index: int) -> None:
+        """Fills in the tables of a layer that has no norm."""
+        gate = self.gates[index]
+        self._gather(index, gate, gate * _bias(self.steps[index]))
+
+    def measure(
+        self, index: int, moments: tuple[Tensor, Tensor], pixels: int, source: Tensor | None
+    ) -> None:
         """Takes the moments of a layer's product, and fills in its tables.
 
         Args:
-            u: ``[N, O, P, Q]``, without bias.
-            source: ``[B]``: sample b is ``u[source[b]]``; None: N is B.
+            moments: mean and variance ``[N, O]`` over the ``pixels`` of an image, without bias.
+            source: ``[B]``: sample b is image ``source[b]``; None: N is B.
         """
         step, gate = self.steps[index], self.gates[index]
         norm = step.norm
-        if norm is None:
-            scale, shift = gate, gate * _bias(step)
-        else:
-            mean, var = self._moments(u, source)
-            slope = _wide(step, norm.weight) * torch.rsqrt(var + norm.eps)
-            scale = gate * slope
-            shift = gate * _wide(step, norm.bias) - mean * scale
-            self.moments[index] = mean, var, u.shape[2] * u.shape[3]
-            if self.mode.moments is not None:
-                self.mode.moments(norm.layer_name, mean + _bias(step), var)
+        mean, var = self._of_groups(*moments, source)
+        slope = _wide(step, norm.weight) * torch.rsqrt(var + norm.eps)
+        scale = gate * slope
+        shift = gate * _wide(step, norm.bias) - mean * scale
+        self.moments[index] = mean, var, pixels
+        if self.mode.moments is not None:
+            self.mode.moments(norm.layer_name, mean + _bias(step), var)
+        self._gather(index, scale, shift)
+
+    def _gather(self, index: int, scale: Tensor, shift: Tensor) -> None:
+        """Rows of samples from those of groups."""
         self.scales[index] = scale.index_select(0, self.groups)
         self.shifts[index] = shift.index_select(0, self.groups)
 
-    def _moments(self, u: Tensor, source: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Mean and variance ``[G, O]`` over the samples of a group."""
-        mean_b, var_b = (moment.to(self.member.dtype) for moment in sample_moments(u))
+    def _of_groups(
+        self, mean_b: Tensor, var_b: Tensor, source: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and variance ``[G, O]`` over the samples of a group, merged from theirs."""
+        mean_b, var_b = mean_b.to(self.member.dtype), var_b.to(self.member.dtype)
         if source is not None:
             var_b, mean_b = var_b.index_select(0, source), mean_b.index_select(0, source)
         share = (self.member / self.sizes).T  # [G, B]
@@ -221,15 +231,17 @@ class GroupRun(PlanRun):
 
     network: DurableNetwork
 
-    def __init__(self, network: DurableNetwork, *batch: object):
-        super().__init__(network, *batch)
-        self.backend = backends.get("eager")  # whose branch is the product itself
-
     def _convolve(self, step: ConvStep) -> None:
         x = self._cast(self.values[step.input])
         weight = self.network.weight(step.layer, self.dtype)
-        u = self.backend.product(x, weight, step.geometry)
-        self.tables.measure(step.index, u, self.source if step.at_source else None)
+        product = x, weight, step.geometry
+        if step.norm is None:
+            u = self.backend.product(*product)
+            self.tables.fill(step.index)
+        else:
+            u, *moments = self.backend.product_moments(*product)
+            source = self.source if step.at_source else None
+            self.tables.measure(step.index, moments, u.shape[2] * u.shape[3], source)
         self._keep(step, x, self.backend.epilogue(u, self._epilogue(step)))
 
     def _layer_below(self, step: ConvStep | None, skip: Tensor | None = None) -> LayerBelow:
@@ -239,7 +251,8 @@ class GroupRun(PlanRun):
         shortcut = step.shortcut
         on_product = not step.at_source or (shortcut is not None and not shortcut.at_source)
         below = super()._layer_below(step, skip)
-        return replace(below, need_grad=below.need_grad or on_product, need_scaled_grad=False)
+        need_grad = below.need_grad or on_product
+        return replace(below, need_grad=need_grad, need_scaled_grad=False, unscaled=True)
 
     def _take(self, step: ConvStep, found: LayerGradient, own: bool) -> None:
         g = found.grad
