@@ -22,12 +22,16 @@ the same weights, filters, images, labels, objective, dtype and layout for all:
     wfnet/auto/unfused, /fused, /captured
                        what a user gets who asks for no backend (not by default)
 
-On a CUDA device cuDNN chooses its algorithms by trial, for all columns.
-Everything runs in one process, interleaved; medians with the least and the largest value, peak
-memory that a step adds, expanded samples per second, and the share of the roofline (with this
-device's measured products and copy). On a CUDA device also the kernels of one step by their time.
-A column that is impossible says why. Writes JSON (raw timings, versions, commit, command) and a
-picture.
+With --distil every column also runs the original network on the images of the minibatch and retains
+by distillation, as the default recipe does; `compile` compiles that, too. On a CUDA device cuDNN
+chooses its algorithms by trial, for all columns.
+Before a column is timed, its filter gradients are compared with those of `eager` in fp32: they may
+be off by 2e-3, or by twice as much as those of `eager` in the same dtype. Everything runs in one
+process, interleaved; columns that take more than a quarter of a device's memory run by themselves.
+Medians with the least and the largest value, peak memory that a step adds, expanded samples per
+second, and the share of the roofline (with this device's measured products and copy). On a CUDA
+device also the kernels of one step by their time. A column that is impossible says why. Writes JSON
+(raw timings, versions, commit, command) and a picture.
 """
 
 from __future__ import annotations
@@ -39,6 +43,7 @@ from pathlib import Path
 import numpy as np
 from script import begin, make_parser, measure_networks, parse_step
 
+from wfnet.backends.tuning import DEFAULT_SECONDS
 from wfnet.benchmarking.steps import BASELINES, COLUMNS, OURS, measure, print_table
 from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, picture
 
@@ -78,6 +83,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=15, dtype="float32")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
     add("--channels-last", action=switch, default=True)
+    add("--distil", action=switch, default=False)
+    add("--tune", type=float, default=DEFAULT_SECONDS, help="seconds, of the columns of auto")
     add("--columns", nargs="+", choices=COLUMNS, default=[*BASELINES, *OURS])
     sizes = {"image_size": 32, "batch_size": 32, "classes": 10}
     return parse_step(parser, argv, **sizes, share_images=True)

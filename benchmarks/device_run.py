@@ -192,6 +192,14 @@ def plan(batch_size: int = 256) -> list[Stage]:
         ),
         step("resnet18", "eager"),
         *map(calls, ("resnet18", "vgg16", "vit-small")),
+        step("resnet50", "auto", "unmasked_compiled"),
+        script(
+            "step-resnet50-distil",
+            f"bench_step.py --models resnet50 {sizes} --no-share-images --distil --columns eager "
+            "compile unmasked_compiled wfnet/cuda/captured wfnet/triton/captured",
+            240,
+            (*_CONVOLVES["cuda"], *_CONVOLVES["triton"]),
+        ),
         script("whole-1000-resnet50", whole, 400, _CONVOLVES["cuda"]),
         sanitizer("racecheck"),
     ]

@@ -9,7 +9,10 @@ import torch
 from captured_steps import CLASSES, Residual, minibatch, network
 
 import wfnet
+from wfnet import models
 from wfnet.backends import mixed, tuning, tuning_cache
+from wfnet.benchmarking.roofline import Rates
+from wfnet.benchmarking.steps import StepSettings, make_problem, measure, print_table
 
 CUDA = torch.device("cuda")
 
@@ -190,6 +193,18 @@ def test_nobody_is_replaced_who_was_asked_for(tuned, tune, backend):
         layer.backend = backend
     step(net)
     assert backend_of(net).name == "eager"
+
+
+def test_a_benchmark_says_who_was_taken_and_why(tuned, capsys):
+    tuned(triton=Fast(), cuda=Raises())
+    settings = StepSettings(16, 4, 2, device="cuda", dtype=torch.bfloat16, repeats=1)
+    problem = make_problem(models.create("resnet", 10, 3, width=8), settings)
+    result = measure(problem, ["wfnet/auto/captured"], Rates(1e12, 1e11, 2))
+    print_table("small/resnet", result)
+    lines = [t for t in capsys.readouterr().out.splitlines() if "captured: conv2d_dgrad" in t]
+    assert lines
+    for line in lines:
+        assert "samples: triton (eager 2.000 ms, triton 1.000 ms, cuda left out: no such" in line
 
 
 def test_a_wrong_setting_is_refused():

@@ -1,14 +1,90 @@
+import pytest
 import torch
 
-from wfnet.benchmarking import steps
+from wfnet.benchmarking import step_baselines, steps
+from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.timing import KernelTime
+from wfnet.cli.classifier import create_classifier
+
+RATES = Rates(1e12, 1e11, 4)
+COPYING = ["loop", "grouped", "vmap"]
 
 
-def test_columns_that_differ_are_wrong():
-    losses = {"eager": 1.0, "loop": 1.1, "grouped": float("nan"), "vmap": 1.0005, "unmasked": 9.0}
-    wrong = steps.wrong_losses(losses, torch.float32)
-    assert list(wrong) == ["loop", "grouped"]
-    assert "its loss is 1.1000, expected 1.0000" in wrong["loop"]
+@pytest.fixture
+def problem_of():
+    def make(name="small/resnet", **settings):
+        settings = {
+            "image_size": 16,
+            "batch_size": 4,
+            "label_expansion": 2,
+            "repeats": 1,
+        } | settings
+        small = {"width": 8} if name == "small/resnet" else {"width": 32, "depth": 2}
+        model = create_classifier(name, 10, in_channels=3, image_size=16, seed=0, options=small)
+        return steps.make_problem(model, steps.StepSettings(**settings))
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("small/resnet", torch.bfloat16), ("small/vit", torch.float32)]
+)
+def test_all_columns_have_the_gradients_of_eager(problem_of, name, dtype):
+    """With distillation: from a network of their own."""
+    names = [*COPYING, "eager", "unmasked", "wfnet/eager/unfused", "wfnet/eager/fused"]
+    found = steps.measure(problem_of(name, distil=True, dtype=dtype), names, RATES)
+    rows = found["columns"]
+    assert {name: row.get("impossible") for name, row in rows.items()} == dict.fromkeys(names)
+    assert rows["unmasked"].pop("gradient_error") is None
+    for row in rows.values():
+        if "gradient_error" in row:
+            assert row["gradient_error"] <= found["largest_gradient_error"] <= 0.2
+    if dtype is torch.float32:
+        assert found["largest_gradient_error"] == 2e-3
+
+
+def test_a_column_with_another_gradient_has_no_time(problem_of, monkeypatch):
+    """Though its loss is right."""
+
+    def wrong(layer, x):
+        y = step_baselines._eager(layer, x)
+        return y.detach() + 1.01 * (y - y.detach())
+
+    monkeypatch.setitem(step_baselines.KINDS, "loop", wrong)
+    rows = steps.measure(problem_of(), ["loop", "eager"], RATES)["columns"]
+    assert rows["loop"]["wrong"]
+    assert "its filter gradients are off by" in rows["loop"]["impossible"]
+    assert rows["eager"]["median_ms"] > 0
+
+
+def test_large_columns_run_by_themselves(problem_of, monkeypatch):
+    names = ["eager", "unmasked", "wfnet/eager/fused"]
+    together = []
+    timing = steps._time
+    monkeypatch.setattr(steps, "_is_large", lambda mebibytes, device: together == [])
+    monkeypatch.setattr(
+        steps,
+        "_time",
+        lambda problem, some, *more: (timing(problem, some, *more), together.append([*some])),
+    )
+    rows = steps.measure(problem_of(), names, RATES)["columns"]
+    assert together == [["eager"], ["unmasked", "wfnet/eager/fused"]]
+    assert list(rows) == names
+    assert rows["eager"]["alone"]
+    assert all(row["median_ms"] > 0 for row in rows.values())
+
+
+def test_masks_do_not_take_activations_to_fp32(problem_of):
+    problem = problem_of(dtype=torch.bfloat16)
+    for kind in (*COPYING, "eager"):
+        model = step_baselines.baseline(problem.net, kind, problem.batch.forget)
+        note = (seen := []).append
+        for module in model.modules():
+            if isinstance(module, step_baselines.Baseline):
+                module.register_forward_hook(lambda module, inputs, out, note=note: note(out.dtype))
+        with problem.autocast(), torch.no_grad():
+            model(problem.expanded)
+        assert set(seen) == {torch.bfloat16}, kind
 
 
 def test_copies_are_no_launches():

@@ -1,7 +1,8 @@
 """The same masked network as others would write it: baselines of the step benchmark.
 
 Every baseline is a copy of a WFNet's model whose masked layers compute differently; weights and
-filters are equal. Gates are rows of ``gate_scale * sigmoid(alpha)``, one per sample.
+filters are equal. Gates are rows of ``gate_scale * sigmoid(alpha)``, one per sample, in the dtype
+of the products: under autocast a gate in fp32 would take all that follows to fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import wfnet
 from wfnet.layers import MaskedLayer
 
 
-class _Baseline(nn.Module):
+class Baseline(nn.Module):
     """A masked convolution or linear map that is computed as ``kind`` says."""
 
     kind: str
@@ -38,43 +39,51 @@ class _Baseline(nn.Module):
         groups *= self.groups
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
+    def cast(self, table: Tensor) -> Tensor:
+        """Returns ``table`` in the dtype that products have here."""
+        device = table.device.type
+        if not torch.is_autocast_enabled(device):
+            return table.to(self.weight.dtype)
+        return table.to(torch.get_autocast_dtype(device))
+
     def gate(self, alpha: Tensor) -> Tensor:
         """Returns ``[B, O]``."""
-        return self.gate_scale * torch.sigmoid(alpha[self.labels])
+        return self.cast(self.gate_scale * torch.sigmoid(alpha[self.labels]))
 
     def masked_bias(self) -> Tensor | None:
         """Returns ``[B, O]``."""
-        return None if self.bias is None else self.gate(self.alpha_bias) * self.bias
+        return None if self.bias is None else self.gate(self.alpha_bias) * self.cast(self.bias)
 
     def masked_copies(self) -> Tensor:
         """Returns ``[B, *weight.shape]``."""
         gate = self.gate(self.alpha_weight)
-        return self.weight * gate.view(*gate.shape, *(1,) * (self.weight.dim() - 1))
+        return self.cast(self.weight) * gate.view(*gate.shape, *(1,) * (self.weight.dim() - 1))
 
     def per_output(self, table: Tensor) -> Tensor:
         """Returns ``[B, O]`` in a shape that multiplies the layer's result."""
         return table[:, :, None, None] if self.convolves else table[:, None]
 
 
-def _eager(layer: _Baseline, x: Tensor) -> Tensor:
+def _eager(layer: Baseline, x: Tensor) -> Tensor:
     """The ordinary layer, then broadcast multiplies."""
     y = layer.product(x, layer.weight) * layer.per_output(layer.gate(layer.alpha_weight))
     bias = layer.masked_bias()
     return y if bias is None else y + layer.per_output(bias)
 
 
-def _loop(layer: _Baseline, x: Tensor) -> Tensor:
+def _loop(layer: Baseline, x: Tensor) -> Tensor:
     """A masked weight copy and a convolution or product per sample."""
     gate, bias = layer.gate(layer.alpha_weight), layer.masked_bias()
     ones = (1,) * (layer.weight.dim() - 1)
     parts = []
+    frozen = layer.cast(layer.weight)
     for b, sample in enumerate(x.split(1)):
-        weight = layer.weight * gate[b].view(-1, *ones)
+        weight = frozen * gate[b].view(-1, *ones)
         parts.append(layer.product(sample, weight, None if bias is None else bias[b]))
     return torch.cat(parts)
 
 
-def _grouped(layer: _Baseline, x: Tensor) -> Tensor:
+def _grouped(layer: Baseline, x: Tensor) -> Tensor:
     """The batch folded into the groups of one convolution; a batched product of linear maps."""
     weight, bias = layer.masked_copies(), layer.masked_bias()
     if not layer.convolves:
@@ -86,17 +95,17 @@ def _grouped(layer: _Baseline, x: Tensor) -> Tensor:
     return y.reshape(batch, -1, *y.shape[2:])
 
 
-def _vmap(layer: _Baseline, x: Tensor) -> Tensor:
+def _vmap(layer: Baseline, x: Tensor) -> Tensor:
     """torch.func.vmap over samples with masked copies."""
 
     def one(sample: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return layer.product(sample[None], weight, bias)[0]
 
-    operands = [x, layer.masked_copies(), layer.masked_bias()]
+    operands = [layer.cast(x), layer.masked_copies(), layer.masked_bias()]
     return torch.vmap(one)(*(t for t in operands if t is not None))
 
 
-def _unmasked(layer: _Baseline, x: Tensor) -> Tensor:
+def _unmasked(layer: Baseline, x: Tensor) -> Tensor:
     """The frozen layer. ``offset`` (a scalar 0) on the first one starts the gradient there."""
     y = layer.product(x, layer.weight, layer.bias)
     return y + layer.offset if hasattr(layer, "offset") else y
@@ -119,7 +128,7 @@ def baseline(net: wfnet.WFNet, kind: str, labels: Tensor) -> nn.Module:
     for module in model.modules():
         if not isinstance(module, MaskedLayer):
             continue
-        module.__class__, module.kind, module.labels = _Baseline, kind, labels
+        module.__class__, module.kind, module.labels = Baseline, kind, labels
         if kind == "unmasked":
             for name in [n for n in module._parameters if n.startswith("alpha_")]:
                 del module._parameters[name]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import wfnet
 from wfnet import backends
+from wfnet.backends import tuning
 from wfnet.benchmarking import roofline, step_baselines
 from wfnet.benchmarking.timing import (
     KernelTime,
@@ -32,8 +33,6 @@ from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.step import UntrainingStep
 
 logger = logging.getLogger("wfnet")
-
-Step = Callable[[], Tensor]  # one step; returns its loss
 
 BASELINES = ("loop", "grouped", "vmap", "eager", "compile", "unmasked", "unmasked_compiled")
 _FUSE = {
@@ -52,8 +51,14 @@ OURS = tuple(
 # What a user gets who asks for no backend: one of the above.
 AUTO = tuple(f"wfnet/auto/{how}" for how, fuse in _FUSE.items() if fuse != "compile")
 COLUMNS = (*BASELINES, *OURS, *AUTO)
-_OBJECTIVE = BalancedObjective(distil=False)
 _LR = 1e-3
+# A column's filter gradients may be off by twice as much as those of `eager` in the same dtype, or
+# by this; relative to `eager` in fp32 (whose products may be in TF32 on a device).
+_LEAST_ERROR = 2e-3
+_TOGETHER = 64  # samples of a pass of `eager` that only checks
+# Columns that take more than this part of the device's memory are timed by themselves, before the
+# next one is made.
+_ALONE = 0.25
 # GiB of masked weight copies that `loop`, `grouped` and `vmap` may make; 2 on a CPU.
 _MOST_COPIED = {"cuda": 24}
 
@@ -63,6 +68,9 @@ class StepSettings:
     """What is measured: random images of a size, n of them in a minibatch, M rows of each.
 
     A 16-bit dtype is that of autocast; ``seed`` is that of weights, filters, images and labels.
+    ``distil``: retain by distillation, as the default recipe: every column then also runs the
+    original network on the images. ``tune``: of the columns of `auto`, as :class:`wfnet.WFNet`
+    takes it.
 
     Raises:
         ValueError: for an odd batch or no repeats.
@@ -78,6 +86,8 @@ class StepSettings:
     channels_last: bool = True
     repeats: int = 15
     seed: int = 0
+    distil: bool = False
+    tune: float = tuning.DEFAULT_SECONDS
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or self.batch_size % 2:
@@ -101,8 +111,31 @@ class Problem:
         return self.images.device
 
     def autocast(self) -> torch.autocast:
-        dtype = self.settings.dtype
+        return self.autocast_to(self.settings.dtype)
+
+    def autocast_to(self, dtype: torch.dtype) -> torch.autocast:
         return torch.autocast(self.device.type, dtype, enabled=dtype is not torch.float32)
+
+    @property
+    def objective(self) -> BalancedObjective:
+        return BalancedObjective(distil=self.settings.distil)
+
+
+@dataclass
+class Step:
+    """One column: a call is one step at a learning rate and returns its loss.
+
+    Attributes:
+        gradient: returns the filter gradients ``[K, total]`` of the last step; None without masks.
+        chosen: returns lines that say who ran what and why, where that was chosen by measuring.
+    """
+
+    run: Callable[[float], Tensor]
+    gradient: Callable[[], Tensor | None]
+    chosen: Callable[[], list[str]] = list
+
+    def __call__(self, lr: float = _LR) -> Tensor:
+        return self.run(lr)
 
 
 # -- the network and its steps ---------------------------------------------------------------------
@@ -133,24 +166,74 @@ def make_problem(model: nn.Module, settings: StepSettings) -> Problem:
     return Problem(net, images, expanded, batch, settings)
 
 
-def baseline_step(problem: Problem, model: nn.Module) -> Step:
-    """Returns the step of a model of :mod:`wfnet.benchmarking.step_baselines`."""
+def original_logits(problem: Problem, model: nn.Module | None) -> Tensor | None:
+    """Returns what a plain ``model`` says of the images, ``[n, K]``; None where none is wanted."""
+    if model is None:
+        return None
+    with torch.no_grad():
+        return full_precision(model(problem.images))
+
+
+def original_of(problem: Problem) -> nn.Module | None:
+    """Returns the plain network to distil from; None where the objective wants none."""
+    if not problem.settings.distil:
+        return None
+    model = problem.net.bake(None).eval()
+    return model.to(memory_format=torch.channels_last) if problem.settings.channels_last else model
+
+
+def baseline_step(problem: Problem, model: nn.Module, original: nn.Module | None) -> Step:
+    """Returns the step of a model of :mod:`wfnet.benchmarking.step_baselines`.
+
+    Args:
+        original: the plain network to distil from, or None.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     learned = [p for p in parameters if p.dim() == 2]  # not the offset that starts a gradient
     optimizer = torch.optim.Adam(learned, lr=_LR, betas=(0.9, 0.99)) if learned else None
 
-    def run() -> Tensor:
+    def run(lr: float) -> Tensor:
         with problem.autocast():
+            target = original_logits(problem, original)
             logits = model(problem.expanded)
-        loss = _OBJECTIVE(full_precision(logits), problem.batch, None, problem.net).total
+        loss = problem.objective(full_precision(logits), problem.batch, target, problem.net).total
         for parameter in parameters:
             parameter.grad = None
         loss.backward()
         if optimizer is not None:
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
         return loss.detach()
 
-    return run
+    return Step(run, lambda: torch.cat([p.grad for p in learned], 1) if learned else None)
+
+
+def eager_gradient(problem: Problem, dtype: torch.dtype) -> Tensor:
+    """Returns filter gradients ``[K, total]`` of `eager` in ``dtype``, a few samples at a time."""
+    batch = problem.batch
+    model = step_baselines.baseline(problem.net, "eager", batch.forget)
+    layers = [m for m in model.modules() if isinstance(m, step_baselines.Baseline)]
+    parts = torch.arange(len(batch), device=problem.device).split(_TOGETHER)
+
+    def logits(part: Tensor) -> Tensor:
+        for layer in layers:
+            layer.labels = batch.forget[part]
+        with problem.autocast_to(dtype):
+            return full_precision(model(problem.expanded[part]))
+
+    with torch.no_grad():
+        whole = torch.cat([logits(part) for part in parts]).requires_grad_()
+        with problem.autocast_to(dtype):
+            target = original_logits(problem, original_of(problem))
+    loss = problem.objective(whole.requires_grad_(), batch, target, problem.net).total
+    (dout,) = torch.autograd.grad(loss, whole)
+    for part in parts:
+        logits(part).backward(dout[part])
+    return torch.cat([p.grad for p in model.parameters() if p.dim() == 2 and p.requires_grad], 1)
+
+
+def relative_error(found: Tensor, truth: Tensor) -> float:
+    return ((found.double() - truth.double()).norm() / truth.double().norm()).item()
 
 
 def on_backend(problem: Problem, backend: str, fuse: bool | str) -> wfnet.WFNet:
@@ -163,7 +246,7 @@ def on_backend(problem: Problem, backend: str, fuse: bool | str) -> wfnet.WFNet:
     net = copy.deepcopy(problem.net)
     for layer in net.masked_layers.values():
         layer.backend = backend
-    net.fuse = fuse
+    net.fuse, net.tune = fuse, problem.settings.tune
     with problem.autocast(), torch.no_grad():
         net(problem.images[:1], 0)  # a backend that refuses says so here
         if net.fuse and net.fused_network(problem.images) is None:
@@ -183,14 +266,20 @@ def our_step(problem: Problem, backend: str, how: str, stack: contextlib.ExitSta
     dtype = problem.settings.dtype
     step = UntrainingStep(
         net,
-        _OBJECTIVE,
+        problem.objective,
         RowAdam(params, lr=_LR),
         None if dtype is torch.float32 else dtype,
         problem.settings.channels_last,
         capture=how.endswith("captured"),
     )
     rows = problem.batch.forget.unique().cpu() if problem.device.type == "cpu" else None
-    return lambda: step([(problem.images, problem.batch)], _LR, rows).total
+
+    def chosen() -> list[str]:
+        made = getattr(net._fusion.network, "backend", None)
+        return made.report() if isinstance(made, tuning.TunedBackend) else []
+
+    run = lambda lr: step([(problem.images, problem.batch)], lr, rows).total  # noqa: E731
+    return Step(run, lambda: step.gradient, chosen)
 
 
 def make_step(problem: Problem, name: str, stack: contextlib.ExitStack) -> Step:
@@ -212,10 +301,12 @@ def make_step(problem: Problem, name: str, stack: contextlib.ExitStack) -> Step:
                 f"one masked weight copy per sample needs {needed:.1f} GiB, more than {most}"
             )
     model = step_baselines.baseline(problem.net, kind, problem.batch.forget)
+    original = original_of(problem)
     if name != kind:
         mode = "max-autotune" if problem.device.type == "cuda" else None
         model = torch.compile(model, mode=mode)
-    return baseline_step(problem, model)
+        original = None if original is None else torch.compile(original, mode=mode)
+    return baseline_step(problem, model, original)
 
 
 # -- measuring -------------------------------------------------------------------------------------
@@ -223,70 +314,109 @@ def make_step(problem: Problem, name: str, stack: contextlib.ExitStack) -> Step:
 _KERNELS_WRITTEN, _KERNELS_SHOWN = 40, 10
 
 
+class WrongGradient(ValueError):
+    """A column computes something else than `eager`."""
+
+
 def measure(problem: Problem, names: list[str], rates: roofline.Rates) -> dict:
-    """Times the columns, interleaved.
+    """Times the columns, interleaved; those that take much memory, one by one.
+
+    Every column's filter gradients are compared with those of `eager` in fp32 first.
 
     Returns:
-        JSON of one network: its expanded samples, the rates of its rooflines, and per column the
-        numbers, or under ``impossible`` why there are none: it cannot run here, failed, or
-        (``wrong``) computes something else than the others.
+        JSON of one network: its expanded samples, the rates of its rooflines, the largest error of
+        gradients, and per column the numbers, or under ``impossible`` why there are none: it
+        cannot run here, failed, or (``wrong``) computes something else.
     """
-    with contextlib.ExitStack() as stack:
-        return _measure(problem, names, rates, stack)
-
-
-def _measure(
-    problem: Problem, names: list[str], rates: roofline.Rates, stack: contextlib.ExitStack
-) -> dict:
+    torch._dynamo.reset()  # what earlier networks compiled; not between columns, which stay in use
+    truth, limit = eager_gradient(problem, torch.float32), _LEAST_ERROR
+    if problem.settings.dtype is not torch.float32:
+        mine = eager_gradient(problem, problem.settings.dtype)
+        limit = max(limit, 2 * relative_error(mine, truth))
+    floors = roofline_of(problem, rates)
     steps: dict[str, Step] = {}
     columns: dict[str, dict] = {}
-    losses: dict[str, float] = {}
-    torch._dynamo.reset()  # what earlier networks compiled; not between columns, which stay in use
-    for name in names:
-        logger.info("preparing %s", name)
-        before, start = graph_pool_mebibytes(problem.device), time.perf_counter()
-        with _or_impossible(columns, name):
-            step = make_step(problem, name, stack)
-            losses[name] = step().item()
-            for _ in range(1 if name in step_baselines.COPYING else 4):
-                step()
-            steps[name] = step
-            columns[name] = {
-                "prepare_seconds": time.perf_counter() - start,
-                "pool_mebibytes": graph_pool_mebibytes(problem.device) - before,
-            }
-    for name, reason in wrong_losses(losses, problem.settings.dtype).items():
-        columns[name] = {"impossible": reason, "wrong": True}
-        steps.pop(name, None)
-    repeats = problem.settings.repeats
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            logger.info("preparing %s", name)
+            _free_memory(problem.device)
+            with _or_impossible(columns, name):
+                step = make_step(problem, name, stack)
+                columns[name] = _prepared(problem, name, step, truth, limit)
+                if _is_large(columns[name]["peak_mebibytes"], problem.device):
+                    columns[name]["alone"] = True
+                    _time(problem, {name: step}, columns, floors)
+                else:
+                    steps[name] = step
+                del step
+        _time(problem, steps, columns, floors)
+    return {
+        "expanded_samples": len(problem.batch),
+        "floor_samples_per_second": floors,
+        "largest_gradient_error": limit,
+        "columns": columns,
+    }
+
+
+def _free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _is_large(mebibytes: float, device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return mebibytes * 2**20 > _ALONE * torch.cuda.get_device_properties(device).total_memory
+
+
+def _prepared(problem: Problem, name: str, step: Step, truth: Tensor, limit: float) -> dict:
+    """Runs the first steps of a column, which move no filter; returns what is known then.
+
+    Raises:
+        WrongGradient: if its gradients differ from ``truth`` by more than ``limit``.
+    """
+    before, start = graph_pool_mebibytes(problem.device), time.perf_counter()
+    for _ in range(2 if name in step_baselines.COPYING else 5):
+        step(0.0)
+    seconds, gradient, error = time.perf_counter() - start, step.gradient(), None
+    if gradient is not None:
+        error = relative_error(gradient, truth)
+        if not error <= limit:
+            raise WrongGradient(
+                f"computes something else: its filter gradients are off by {error:.1e}, more than "
+                f"{limit:.1e}"
+            )
+    pool = graph_pool_mebibytes(problem.device) - before
+    return {
+        "prepare_seconds": seconds,
+        "gradient_error": error,
+        "peak_mebibytes": peak_mebibytes(step, problem.device) + pool,
+        "chosen": step.chosen(),
+    }
+
+
+def _time(problem: Problem, steps: dict[str, Step], columns: dict[str, dict], floors: dict) -> None:
+    """Times steps in turn, and adds what was measured to their columns."""
+    device, repeats = problem.device, problem.settings.repeats
     few = dict.fromkeys(step_baselines.COPYING, max(3, repeats // 5))
-    milliseconds, failed = interleaved(
-        steps, repeats, lambda step: timed(step, problem.device), at_most=few
-    )
-    floors = roofline_of(problem, rates)
+    times, failed = interleaved(steps, repeats, lambda step: timed(step, device), at_most=few)
     for name, step in steps.items():
         gc.collect()
         with _or_impossible(columns, name):
             if name in failed:
                 raise ValueError(failed[name])
-            rate = len(problem.batch) / statistics.median(milliseconds[name]) * 1e3
+            rate = len(problem.batch) / statistics.median(times[name]) * 1e3
             floor = floors.get("fused_with_v")
-            peak = peak_mebibytes(step, problem.device)
             columns[name] |= {
-                "median_ms": statistics.median(milliseconds[name]),
-                "least_ms": min(milliseconds[name]),
-                "largest_ms": max(milliseconds[name]),
+                "median_ms": statistics.median(times[name]),
+                "least_ms": min(times[name]),
+                "largest_ms": max(times[name]),
                 "samples_per_second": rate,
                 "share_of_floor": rate / floor if floor else None,
-                "peak_mebibytes": peak + columns[name]["pool_mebibytes"],
-                "milliseconds": milliseconds[name],
-                **launches_of(kernels_of(step, problem.device)),
+                "milliseconds": times[name],
+                **launches_of(kernels_of(step, device)),
             }
-    return {
-        "expanded_samples": len(problem.batch),
-        "floor_samples_per_second": floors,
-        "columns": columns,
-    }
 
 
 @contextlib.contextmanager
@@ -297,18 +427,8 @@ def _or_impossible(columns: dict[str, dict], name: str) -> Iterator[None]:
     except Exception as error:  # of compilers, drivers and our own code
         logger.info("%s failed", name, exc_info=True)
         columns[name] = {"impossible": reason_of(error)}
-
-
-def wrong_losses(losses: dict[str, float], dtype: torch.dtype) -> dict[str, str]:
-    """Returns the masked columns that compute something else than most do, and what they do."""
-    masked = {name: loss for name, loss in losses.items() if not name.startswith("unmasked")}
-    limit = 1e-3 if dtype is torch.float32 else 5e-2
-    expected = masked.get("eager", statistics.median_low(masked.values()) if masked else 0.0)
-    return {
-        name: f"computes something else: its loss is {loss:.4f}, expected {expected:.4f}"
-        for name, loss in masked.items()
-        if not abs(loss - expected) <= limit
-    }
+        if isinstance(error, WrongGradient):
+            columns[name]["wrong"] = True
 
 
 def launches_of(kernels: list[KernelTime] | None) -> dict[str, object]:
@@ -346,7 +466,8 @@ def print_table(name: str, result: dict) -> None:
     for kind, rate in result["floor_samples_per_second"].items():
         shown = f"{rate:,.0f} samples/s" if isinstance(rate, float) else rate
         print(f"  roofline {kind}: {shown}")
-    heads = ("ms", "least", "largest", "samples/s", "x eager", "of roof", "MiB")
+    print(f"  filter gradients are off by at most {result['largest_gradient_error']:.1e}")
+    heads = ("ms", "least", "largest", "samples/s", "x eager", "of roof", "MiB", "error")
     print(f"{'column':26}" + "".join(f"{head:>10}" for head in heads))
     for column, row in rows.items():
         if "impossible" in row:
@@ -357,7 +478,11 @@ def print_table(name: str, result: dict) -> None:
         print(
             f"{column:26}{row['median_ms']:10.1f}{row['least_ms']:10.1f}{row['largest_ms']:10.1f}"
             f"{row['samples_per_second']:10,.0f}{ratio:>10}{share:>10}{row['peak_mebibytes']:10.1f}"
+            + ("" if row["gradient_error"] is None else f"{row['gradient_error']:10.1e}")
         )
+    for column, row in rows.items():
+        for line in row.get("chosen", ()):
+            print(f"{column}: {line}")
     for column, row in rows.items():
         if "kernels" in row:
             print(f"\n{column}: {row['kernel_launches']:,} kernels in {row['median_ms']:.3f} ms")

@@ -43,7 +43,16 @@ FIELDS = (
     ("model", "column", "train_samples_per_sec", "train_step_time", "train_batch_size")
     + ("train_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size")
     + ("infer_img_size", "param_count", "filter_count", "label_expansion", "images", "peak_mib")
-    + ("kernel_launches", "share_of_floor", "dtype", "device", "torch", "wfnet", "commit")
+    + (
+        "kernel_launches",
+        "share_of_floor",
+        "gradient_error",
+        "dtype",
+        "device",
+        "torch",
+        "wfnet",
+        "commit",
+    )
     + ("remark",)
 )
 
@@ -63,6 +72,10 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         --share-images  the same n / 2 images serve both halves [default: yes]
         --columns COLUMN...  of {", ".join(COLUMNS)} (default: eager, unmasked, and ours that can
             run here)
+        --distil  retain by distillation, as the default recipe: a second forward pass, of the
+            original network
+        --tune SECONDS  time in which the columns of auto measure on a CUDA device, for each size
+            of a batch [default: 20]
         --repeats N  timed steps [default: 10]
         --output FILE  CSV with the columns of timm's benchmark.py, and more
         """,
@@ -71,6 +84,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         batch_size=settings.pair_batch_size,
         share_images=bool,
         label_expansion=settings.positive_int,
+        tune=settings.non_negative_float,
         columns=tuple(COLUMNS),
     )
     group.add_model_kwargs()
@@ -96,10 +110,12 @@ def run(options: argparse.Namespace) -> None:
         channels_last=options.channels_last,
         repeats=options.repeats,
         seed=options.seed,
+        distil=options.distil,
+        tune=options.tune,
     )
     columns = options.columns
     if columns is None:  # two baselines that are made in no time, and what can run here
-        kernels = backends.KERNELS if device.type == "cuda" else ()
+        kernels = (*backends.KERNELS, "auto") if device.type == "cuda" else ()
         ours = ["wfnet/eager/unfused", "wfnet/eager/fused"]
         columns = ["eager", "unmasked", *ours, *(f"wfnet/{name}/captured" for name in kernels)]
     rates = roofline.measure_rates(device, dtype)
@@ -170,6 +186,7 @@ def table_rows(
                 "train_step_time": round(found["median_ms"], 3),
                 "peak_mib": round(found["peak_mebibytes"], 1),
                 "kernel_launches": found["kernel_launches"],
+                "gradient_error": found["gradient_error"],
                 "share_of_floor": None if share is None else round(share, 4),
             }
         if column == "wfnet/eager/fused":
