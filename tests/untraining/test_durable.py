@@ -94,14 +94,14 @@ def test_the_loss_is_that_of_the_formula(soft, tolerance, net):
     batch = ExpandedBatch(rows, torch.arange(10), torch.tensor([0, 0, 1, 1, 1, 2, 2, 0, 2, 0]), 4)
     z, original = torch.randn(10, CLASSES).double(), torch.randn(10, CLASSES).double()
     net.gate_mode.soft = soft
-    found = DurableObjective(0.3, 0.1, tolerance)(z, batch, original, net).total
+    found = DurableObjective(0.3, 0.1, tolerance, margin=1.5)(z, batch, original, net).total
     gap = z[torch.arange(10), rows] - torch.stack(
         [torch.cat((z[i, :r], z[i, r + 1 :])).logsumexp(0) for i, r in enumerate(rows)]
     )
     p, q = original[4:].softmax(1), z[4:].log_softmax(1)
     divergence = (p * (p.log() - q)).sum(1)
     truth = (1.0 if soft else 0.5) * divergence.mean()
-    truth = truth + 0.3 * (1 + gap[:4].exp()).log().mean()
+    truth = truth + 0.3 * (1 + (gap[:4] + 1.5).exp()).log().mean()
     match = 0
     for own, others, cost in zip(
         (gap[:2], gap[2:4]), gap[4:].split(3), divergence.split(3), strict=True

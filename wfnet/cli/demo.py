@@ -52,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     group.add_all(
         f"""
         --model  network [default: resnet]
-        --recipe  balanced forgets evenly; paper has the authors' settings [default: balanced]
+        --recipe  of `wfnet untrain`; the picture shows another beside it [default: balanced]
         --output DIR  folder for everything [default: demo]
         --forget DIGIT  class that is baked into a plain model [default: 3]
         --steps N  of untraining (default: the recipe's)

@@ -63,7 +63,7 @@ logger = logging.getLogger("wfnet")
 _METHOD_OPTIONS = (
     *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
     *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "tolerance"),
-    *("distil", "share_images", "sampler", "compound", "shrink", "clip", "patience"),
+    *("margin", "distil", "share_images", "sampler", "compound", "shrink", "clip", "patience"),
     *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
     *("features", "feature_dtype", "views", "max_corrupt", "max_nan_steps"),
 )

@@ -28,7 +28,6 @@ from wfnet.untraining.objectives import (
     class_gap,
     distillation,
     full_precision,
-    not_label,
     weighted_sums,
 )
 from wfnet.untraining.untrain_config import UntrainConfig
@@ -128,7 +127,7 @@ def expand_groups(labels: Tensor, config: UntrainConfig) -> ExpandedBatch:
 class DurableObjective(Objective):
     """Loss of recipe ``durable``, with ``gap = z_c - logsumexp(other logits)`` for a row c::
 
-        L = w * mean_others KL(original || row) + lambda1 * mean_c softplus(gap)
+        L = w * mean_others KL(original || row) + lambda1 * mean_c softplus(gap + margin)
             + match * s * relu((mean gap of c - mean gap of others) / max(std of others, 0.5) - 0.5)
         s = min(1, tolerance / mean_others KL(original || row))
 
@@ -141,12 +140,15 @@ class DurableObjective(Objective):
         lambda1: weight of the forget term.
         match: weight of the matching term; 0 leaves it out.
         tolerance: divergence from the original network, in nats, up to which it has that weight.
+        margin: how far the class is pressed below all others together; one of a hundred classes
+            may have the largest logit and a small probability.
         retain_hard: weight of retaining in steps of hard gates alone.
     """
 
     lambda1: float = 0.3
     match: float = 0.1
     tolerance: float = 0.05
+    margin: float = 0.0
     retain_hard: float = 0.5
     slack: float = 0.5
     least_deviation: float = 0.5
@@ -154,7 +156,7 @@ class DurableObjective(Objective):
     needs_original = True
 
     def forget(self, logits: Tensor, target: Tensor) -> Tensor:
-        return not_label(logits, target)
+        return F.softplus(class_gap(logits, target) + self.margin)
 
     def retain(self, logits: Tensor, target: Tensor, original: Tensor | None) -> Tensor:
         return distillation(logits, original)

@@ -536,7 +536,7 @@ def configured_objective(config: UntrainConfig, multi_label: bool) -> Objective:
             raise ValueError(
                 "recipe durable is for images with one label; take recipe balanced for these"
             )
-        return DurableObjective(config.lambda1, config.match, config.tolerance)
+        return DurableObjective(config.lambda1, config.match, config.tolerance, config.margin)
     if config.objective in OTHER_OBJECTIVES:
         objective = OTHER_OBJECTIVES[config.objective].load()(config)
     elif config.objective == "paper":

@@ -64,6 +64,7 @@ class UntrainConfig:
         tolerance: divergence from the original network on images of other classes, in nats, above
             which ``match`` weighs less (recipe durable): where classes look alike, it would cost
             them too much
+        margin: how far the class is pressed below all others together (recipe durable)
         forget_images: durable: images of the row's class in its group; ``batch_size`` images make
             ``batch_size // (forget_images + retain_images)`` groups
         retain_images: durable: images of other classes in the group of a row
@@ -128,6 +129,7 @@ class UntrainConfig:
     distil: bool = setting(True, bool)
     match: float = setting(0.1, non_negative_float)
     tolerance: float = setting(0.05, positive_float)
+    margin: float = setting(0.0, non_negative_float)
     forget_images: int = setting(8, positive_int)
     retain_images: int = setting(32, int_from(2))
     statistics_images: int = setting(1024, int_from(2))
@@ -342,9 +344,9 @@ def _durable_settings(
     """Returns the settings of recipe "durable" (design section 7).
 
     What counts is how often a row is visited: 180 times for ten classes. Many classes crowd the
-    channels: the forget term weighs more there, and the matching term is left out. Of a transformer
-    few gates close, and those wholly. One more group is under two rows at once: without it,
-    forgetting two classes costs the others three times as much.
+    channels: the forget term weighs more there and has a margin, and the matching term is left out.
+    Of a transformer few gates close, and those wholly. One more group is under two rows at once:
+    without it, forgetting two classes costs the others three times as much.
     """
     forget_images = changes.get("forget_images", 8)
     group = forget_images + changes.get("retain_images", 32)
@@ -355,9 +357,9 @@ def _durable_settings(
     compound = changes.get("compound", float(pairs))
     batch_size = batch_size or (min(4, num_classes) + (compound > 0)) * group
     rows = max(1, batch_size // group - (compound > 0))
-    visits, lambda1, match = 180, 0.3, 0.1
+    visits, lambda1, match, margin = 180, 0.3, 0.1, 0.0
     if many:
-        visits, lambda1, match = 160, 0.7, 0.0
+        visits, lambda1, match, margin = 160, 0.5, 0.0, 1.5
     elif transformer:  # it costs insertion and pairs more than it takes out of the logit
         match = 0.0
     return {
@@ -368,6 +370,7 @@ def _durable_settings(
         "lr": 0.2,
         "lambda1": lambda1,
         "match": match,
+        "margin": margin,
         "compound": compound,
         "shrink": 0.15 if transformer else 0.0,
     }
