@@ -8,6 +8,8 @@ from torch import nn
 
 import wfnet
 from wfnet import fusion, models
+from wfnet.backends.mixed import MixedEager
+from wfnet.backends.tuning import TunedBackend
 from wfnet.fusion import durable_run
 from wfnet.gate_tables import flatten_filters
 from wfnet.untraining.durable import DurableObjective, durable_step, expand_groups
@@ -103,10 +105,17 @@ def test_rows_at_run_time(pair, caplog):
     assert "runs uncompiled: moments of groups have no compiled graph" in caplog.text
 
 
-@pytest.mark.parametrize("soft", [True, False])
-def test_groups_in_untraining(pair, soft, monkeypatch):
-    """The plan is made inside of groups too, which are not those of the example."""
+@pytest.mark.parametrize(("soft", "chosen"), [(True, False), (False, False), (True, True)])
+def test_groups_in_untraining(pair, soft, chosen, monkeypatch):
+    """The plan is made inside of groups too, which are not those of the example.
+
+    ``chosen``: by a backend that gives every call to one of several.
+    """
     runs = []
+    if chosen:
+        candidates = {name: MixedEager() for name in ("eager", "triton")}
+        backend = TunedBackend(torch.device("cpu"), candidates=candidates, repeats=1)
+        pair[1].fused_network(IMAGES).backend = backend
     convolve = durable_run.GroupRun._convolve
     monkeypatch.setattr(
         durable_run.GroupRun,
@@ -127,6 +136,10 @@ def test_groups_in_untraining(pair, soft, monkeypatch):
     torch.testing.assert_close(logits[1], logits[0], rtol=1e-10, atol=1e-11)
     torch.testing.assert_close(moments[1], moments[0], rtol=1e-10, atol=1e-11)
     check_gradients(pair, losses)
+    if chosen:
+        assert {"epilogue", "moments_backward"} <= {kind.split(",")[0] for kind in backend.taken}
+        decided = [entry for sizes in backend.choices.values() for entry in sizes.values()]
+        assert not any(entry["excluded"] for entry in decided)
 
 
 @pytest.mark.parametrize("number", [0, 1], ids=["soft gates", "hard gates"])

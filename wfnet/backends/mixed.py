@@ -46,8 +46,12 @@ class MixedEager(EagerBackend):
     ) -> Activation:
         v = gather_samples(self.product(x, weight, geometry), epilogue.source)
         torch.mul(v, epilogue.scale[:, :, None, None], out=v)
-        scaled = replace(epilogue, scale=torch.ones_like(epilogue.scale), source=None)
-        found = self.epilogue(v, scaled)
+        ones = torch.ones_like(epilogue.scale)
+        return self.epilogue(v, replace(epilogue, scale=ones, source=None))
+
+    def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
+        u = gather_samples(u, epilogue.source)
+        found = super().epilogue(u, replace(epilogue, source=None))
         return found._replace(mask=None if found.mask is None else found.out)
 
     def epilogue_backward(
@@ -93,10 +97,10 @@ class MixedEager(EagerBackend):
 
 
 def _of_branch(layer: LayerBelow) -> LayerBelow:
-    """A layer with the branch ``v`` as one with a scale of 1; only ``g`` and sums are wanted."""
+    """A layer whose branch is what its scale is of: 1 for ``v``; ``g`` and sums are wanted."""
     return replace(
         layer,
-        scale=torch.ones_like(layer.scale),
+        scale=layer.scale if layer.unscaled else torch.ones_like(layer.scale),
         mask=None if layer.mask is None else layer.mask > 0,
         need_grad=True,
         need_scaled_grad=False,

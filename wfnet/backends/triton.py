@@ -110,14 +110,10 @@ class TritonBackend(Backend):
 
     def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
         """One pass; one more where images are expanded to samples."""
-        u, residual, save = (
-            gates.gather_samples(u, epilogue.source),
-            epilogue.residual,
-            epilogue.save,
-        )
-        options = {"relu": epilogue.relu, "may_overwrite": not save}
-        out = moments.combine(u, epilogue.scale, epilogue.shift, residual, **options)
-        masked = save and epilogue.relu and residual is not None
+        u, tables = gates.gather_samples(u, epilogue.source), (epilogue.scale, epilogue.shift)
+        residual, relu, save = epilogue.residual, epilogue.relu, epilogue.save
+        out = moments.combine(u, *tables, residual, relu=relu, may_overwrite=not save)
+        masked = save and relu and residual is not None
         return Activation(out, u if save else None, out if masked else None)
 
     def moments_backward(

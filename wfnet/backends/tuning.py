@@ -126,6 +126,8 @@ class TunedBackend(Backend):
     conv2d, conv2d_dgrad, epilogue_backward = map(_tuned, (*_CONVOLUTIONS, "epilogue_backward"))
     max_pool2d, max_pool2d_backward = map(_tuned, ("max_pool2d", "max_pool2d_backward"))
     gate_rows, gate_rows_backward = map(_tuned, ("gate_rows", "gate_rows_backward"))
+    product_moments, epilogue = map(_tuned, ("product_moments", "epilogue"))
+    moments_backward = _tuned("moments_backward")
 
     def run(self, method: str, arguments: dict[str, object]) -> object:
         """Makes a call, by the candidate that is chosen for its kind."""
@@ -220,6 +222,8 @@ class TunedBackend(Backend):
                 given["below"] = below = _own_sums(below)
             if "may_overwrite" in given:
                 given["may_overwrite"] = False
+            if method == "epilogue":  # without `save` it overwrites its operand
+                given["epilogue"] = replace(given["epilogue"], save=True)
             result = getattr(backend, method)(*given.values())
             if isinstance(result, Tensor):
                 return [result]
@@ -336,8 +340,9 @@ def _sums(layer: LayerBelow) -> list[Tensor | None]:
 
 
 def _norms(t: Tensor) -> Tensor:
-    """``[B]``, fp32."""
-    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float32)
+    """``[B]``, fp32 (fp64 for fp64 ``t``)."""
+    dtype = torch.promote_types(t.dtype, torch.float32)
+    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=dtype)
 
 
 def difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> str | None:
