@@ -101,6 +101,8 @@ def test_salun_leaves_most_weights_alone(patches, linear):
     pairs = zip(found.parameters(), original.parameters(), strict=True)
     changed = torch.cat([(a != b).flatten() for a, b in pairs])
     assert 0 < changed.double().mean() <= 0.21
+    with pytest.raises(ValueError, match="weight_decay must be 0"):
+        unlearn("salun", Origin(original, patches()), 0, replace(config, weight_decay=0.1))
 
 
 def test_scrub_alternates_and_noise_is_hard_for_the_class(patches, linear):

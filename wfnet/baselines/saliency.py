@@ -39,7 +39,13 @@ class SaliencyUnlearning(RandomLabels):
     unused = ("weight_decay",)
 
     def prepare(self, origin: Origin, label: int, config: SaliencyConfig) -> list[Tensor]:
-        """Returns for each parameter which of its entries are learned."""
+        """Returns for each parameter which of its entries are learned.
+
+        Raises:
+            ValueError: for weight decay, which would change all others, too.
+        """
+        if config.weight_decay:
+            raise ValueError("salun leaves most weights alone: weight_decay must be 0 for it")
         model = copy.deepcopy(origin.original).eval().requires_grad_(True)
         parts = list(origin.images(label)[0].split(config.batch_size))
         options = origin.options()

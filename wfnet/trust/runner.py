@@ -53,8 +53,10 @@ def run_checks(
 ) -> TrustResult:
     """Runs ``checks`` for ``classes`` on plain models that are said to have forgotten them.
 
-    No model is changed, nor the caller's random state. With a folder, every finished (class, check)
-    is kept there at once, and a second call with the same models and settings goes on after them.
+    Everything is measured on the trivial baselines, too, which are made here of the original and
+    the drawn training images. No model is changed, nor the caller's random state. With a folder,
+    every finished (class, check) is kept there at once, and a second call with the same models and
+    settings goes on after them.
 
     Args:
         make_forgetful: class -> the plain model under test, for example ``net.bake``.

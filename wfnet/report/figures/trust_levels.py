@@ -39,7 +39,8 @@ def trust_checks(result: TrustResult, path: str | os.PathLike) -> None:
     means = result.means()
     if not means:
         raise ValueError("the trust result has no records to draw")
-    with picture(path, 15.0, 7.6) as figure:
+    height = max(7.6, 0.17 * sum(map(len, means.values())))
+    with picture(path, 15.0, height) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=[1.6, 1])
         _draw_levels(left.subplots(), means)
         parts = (
