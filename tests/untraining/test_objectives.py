@@ -119,18 +119,30 @@ def test_several_labels(distil, runs, net):
     objective = MultiLabelObjective(BalancedObjective(0.4, distil))
     losses = objective(logits, batch, original if distil else None, net)
     half, every = batch.forget_half, torch.arange(len(batch))
-    truth, level = multi_hot[batch.source], torch.zeros(k_all)
-    kept = truth.double()
+    truth, level, kept = (
+        multi_hot[batch.source],
+        torch.zeros(k_all),
+        multi_hot[batch.source].double(),
+    )
+    own = logits[every, batch.forget]
     if distil:
         of_images = original[batch.source]
         level = of_images.where(~truth, torch.nan).nanmean(0).nan_to_num()
+        for label in range(k_all):  # of images without it that went through its row
+            through = every[batch.retain_half][batch.forget[batch.retain_half] == label]
+            assert not truth[through, label].any()
+            level[label] = own[through].mean() if len(through) else level[label]
         kept = of_images.sigmoid()
-    own = logits[every, batch.forget] - level[batch.forget]
-    forget = -(1 - own[half].sigmoid()).log()
+    forget = -(1 - (own - level[batch.forget])[half].sigmoid()).log() * (3.3 if distil else 1)
     retain = F.binary_cross_entropy(logits.sigmoid(), kept, reduction="none")
     retain -= F.binary_cross_entropy(kept, kept, reduction="none")
     retain[every[half], batch.forget[half]] = 0
-    expected = retain.sum(1).mean() + 0.4 * forget.mean()
+    retain = retain.sum(1)
+    if distil:
+        retain[batch.retain_half] += (
+            0.2 * (own - of_images[every, batch.forget])[batch.retain_half] ** 2
+        )
+    expected = retain.mean() + 0.4 * forget.mean()
     torch.testing.assert_close(losses.total, expected, rtol=1e-6, atol=0)
 
 
