@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from wfnet.attention_layers import DirectLinear, WFMultiheadAttention
 from wfnet.layers import MaskedLayer
 
 
@@ -32,7 +33,12 @@ class WeightWatch(TorchFunctionMode):
         self.names = {layer: name for name, layer in masked_layers.items()}
         self.owners: dict[int, list[MaskedLayer]] = {}
         for layer in self.names:
-            for parameter in (layer.weight, layer.bias):
+            if isinstance(layer, DirectLinear):  # it watches itself
+                continue
+            read = [layer.weight, layer.bias]
+            if isinstance(layer, WFMultiheadAttention):
+                read += layer.out_proj.parameters()
+            for parameter in read:
                 if parameter is not None:
                     self.owners.setdefault(id(parameter), []).append(layer)
         for module in model.modules():  # tied weights have an unmasked use of their own
@@ -67,7 +73,9 @@ def _called_by_forward_of(layers: list[MaskedLayer]) -> bool:
 def uses_weight_directly(parent: nn.Module, child: str) -> bool:
     """Whether the parent's forward, or a method it calls, computes with ``self.<child>.weight``."""
     harmless = r"(?!\.(dtype|device|shape|size|ndim|dim|requires_grad)\b)"
-    use = re.compile(rf"(?<!_like\()(?<!type_as\()\bself\.{re.escape(child)}\.weight\b{harmless}")
+    use = re.compile(
+        rf"(?<!_like\()(?<!type_as\()\bself\.{re.escape(child)}\.(in_proj_)?weight\b{harmless}"
+    )
     pending, seen = ["forward"], set()
     while pending:
         name = pending.pop()

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
+from torch import nn
 
-from wfnet.hugging_face import hub_id
+from wfnet.data import model_data_config
+from wfnet.hugging_face import class_names, data_settings, hub_id, is_transformers
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, read_config
 from wfnet.report.contents import read_contents
 from wfnet.report.page import view
@@ -69,10 +71,9 @@ def save_for_hub(
     target: str | os.PathLike,
     repo_id: str = "user/repo",
     *,
+    model: nn.Module | None = None,
     base: str | None = None,
     license: str | None = None,
-    classes: Sequence[str] | None = None,
-    preprocessing: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes what :func:`push_to_hub` uploads: the filters, their configuration, a model card.
 
@@ -83,12 +84,11 @@ def save_for_hub(
         folder: of a run, or of filters.
         target: folder to write.
         repo_id: the repository's name, for the card.
-        base: where the base is, so that it need not be given to ``from_pretrained``: a name of
+        model: the base, for its preprocessing and names of classes.
+        base: where it is, so that it need not be given to ``from_pretrained``: a name of
             timm with the tag of its weights (``resnet50.a1_in1k``), ``hf-hub:user/repo`` (timm) or
             ``hf:user/repo`` (transformers). None: as recorded.
         license: of the filters, by its name on the Hub, such as ``apache-2.0``.
-        classes: their names; None: as the run has them.
-        preprocessing: of the images, by name (``mean``, ``std``, ...).
 
     Raises:
         FileNotFoundError, ValueError: if the folder holds no filters, or a damaged file.
@@ -99,7 +99,9 @@ def save_for_hub(
     base = filters["base"] = base or filters.get("base")
     contents = read_contents(folder, empty=True)
     shown = view(contents)
-    names = classes or contents.run.get("classes") or []
+    names = contents.run.get("classes")
+    if names is None and model is not None:
+        names = class_names(model)
     data = hub.ModelCardData(
         license=license,
         library_name="wfnet",
@@ -118,14 +120,29 @@ def save_for_hub(
         count=filters["num_classes"],
         base=base,
         filters={"filter_dtype": "float32", "gate": "sigmoid", **filters},
-        preprocessing=preprocessing,
+        preprocessing=_preprocessing(model, contents.run.get("options", {})),
         percent=lambda share: f"{share:.2%}",
         result=shown["result"],
         verdicts=[(title, shown["verdicts"][key]) for key, title in _VERDICTS.items()],
         checks=shown["checks"],
-        classes=[" ".join(name.split()) for name in names],
+        classes=[" ".join(name.split()) for name in names or ()],
     )
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / FILTERS_NAME, target / FILTERS_NAME)
     write_json(target / CONFIG_NAME, filters)
     write_text(target / CARD_NAME, str(hub.ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")))
+
+
+def _preprocessing(model: nn.Module | None, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How images are prepared: as the base says, but for what the options of the run change."""
+    found: dict[str, Any] = {}
+    if model is not None:
+        found = data_settings(model) if is_transformers(model) else model_data_config(model)
+    keys = {"img_size": "image_size", "in_chans": "channels"}
+    keys |= {name: name for name in ("mean", "std", "interpolation", "crop_pct")}
+    chosen = {name: options[key] for key, name in keys.items() if options.get(key) is not None}
+    if chosen:
+        found.pop("transform", None)
+    elif "transform" in found:
+        found["transform"] = "that of the base"
+    return {**found, **chosen}

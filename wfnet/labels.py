@@ -131,6 +131,11 @@ class _Active(threading.local):
 _active = _Active()
 
 
+def bound_selection() -> Selection | None:
+    """The labels bound by the innermost :func:`forgetting`; None outside of any."""
+    return _active.selection
+
+
 def active_selection(layer: str = "a WF layer") -> Selection:
     """The labels bound by the innermost :func:`forgetting`.
 

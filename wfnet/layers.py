@@ -45,16 +45,6 @@ def registered(kind: type, registry: Registry) -> type[MaskedLayer] | None:
     return registry.get(kind) or registry.get(f"{kind.__module__}.{kind.__qualname__}")
 
 
-def _check_plain(layer: nn.Module) -> None:
-    """Raises ValueError unless the weight of ``layer`` is a parameter."""
-    if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
-        raise ValueError(
-            f"the weight of this {type(layer).__name__} is computed; make it a plain parameter "
-            "first: remove_parametrizations of torch.nn.utils.parametrize, or remove_weight_norm, "
-            "remove_spectral_norm or prune.remove of torch.nn.utils"
-        )
-
-
 class MaskedLayer(nn.Module):
     """What all masked layers share: filter matrices next to a frozen weight and bias.
 
@@ -129,9 +119,19 @@ class MaskedLayer(nn.Module):
             self.register_parameter("alpha_bias", None)
 
     @classmethod
+    def check_plain(cls, layer: nn.Module) -> None:
+        """Raises ValueError unless ``layer`` can become one of this class."""
+        if parametrize.is_parametrized(layer) or "weight" not in layer._parameters:
+            raise ValueError(
+                f"the weight of this {type(layer).__name__} is computed; make it a plain parameter "
+                "first: remove_parametrizations of torch.nn.utils.parametrize, or "
+                "remove_weight_norm, remove_spectral_norm or prune.remove of torch.nn.utils"
+            )
+
+    @classmethod
     def adopt(cls, layer: nn.Module, num_classes: int, **filters: object) -> MaskedLayer:
         """Turns ``layer`` into a masked layer that owns its parameters, buffers and hooks."""
-        _check_plain(layer)
+        cls.check_plain(layer)
         masked = cls.__new__(cls)
         masked.__dict__ = layer.__dict__
         masked._base_type = type(layer)
@@ -382,5 +382,5 @@ def _copy_of(
     found = masked_type(layer)
     if found is None or not issubclass(found, wanted):
         raise TypeError(refuse_layer(layer))
-    _check_plain(layer)  # a computed weight cannot be copied
+    found.check_plain(layer)  # a computed weight cannot be copied
     return found.adopt(copy.deepcopy(layer), num_classes, **options)

@@ -16,7 +16,7 @@ from wfnet import export, fusion, pretrained
 from wfnet.backends.tuning import tuning_seconds
 from wfnet.bypass import WeightWatch
 from wfnet.compact import compact as compact_network
-from wfnet.durable_layers import SOFT_INIT, DurableLayer, GateMode, durable_type
+from wfnet.durable_layers import SOFT_INIT, DurableLayer, GateMode
 from wfnet.gates import gather_samples
 from wfnet.head import check_head, check_logits, find_head, first_output
 from wfnet.labels import (
@@ -29,8 +29,8 @@ from wfnet.labels import (
     labels_in_checkpoints,
     select,
 )
-from wfnet.layers import MaskedLayer, masked_type
-from wfnet.targets import Targets, check_samples_are_independent, choose_targets
+from wfnet.layers import MaskedLayer
+from wfnet.targets import Targets, check_samples_are_independent, choose_targets, layer_type
 
 logger = logging.getLogger("wfnet")
 
@@ -127,13 +127,13 @@ class WFNet(nn.Module):
             "filter_dtype": filter_dtype,
             **({"soft_init": soft_init} if durable else {}),
         }
-        type_of = durable_type if durable else masked_type
         chosen = choose_targets(model, targets, num_classes, durable)
         self.model = copy.deepcopy(model).requires_grad_(False)
         for name in chosen:
             layer = self.model.get_submodule(name)
             try:
-                masked = type_of(layer).adopt(layer, num_classes, **options)
+                kind = layer_type(self.model, name, durable)
+                masked = kind.adopt(layer, num_classes, **options)
             except ValueError as error:
                 raise ValueError(f"layer {name!r} cannot be masked: {error}") from error
             export.replace_module(self.model, layer, masked)

@@ -9,10 +9,11 @@ from collections.abc import Collection, Sequence
 
 from torch import nn
 
+from wfnet.attention_layers import DirectLinear
 from wfnet.bypass import bypass_message, uses_weight_directly
 from wfnet.durable_layers import DurableBatchNorm2d, durable_type
 from wfnet.head import head_modules
-from wfnet.layers import LayerNames, MaskedLayer, masked_type, refuse_layer
+from wfnet.layers import LayerNames, MaskedLayer, WFLinear, masked_type, refuse_layer
 
 # More than these crowd the channels that durable gates close.
 MANY_CLASSES = 30
@@ -24,6 +25,7 @@ Targets = str | type | Sequence[str | type] | None
 _QKV_NAME = re.compile(r"(to_)?(qkv|kv|q|k|v)(_proj)?|query|key|value")
 # And of the other linear maps of a transformer's block.
 _BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|o_proj|out_proj|fc1|fc2|dense")
+_NUMBERED = re.compile(r"(.*\.)?mlp\.\d+")  # torchvision's fc1 and fc2
 # A block's name ends with its number: blocks.0 of blocks.0.attn.qkv.
 _BLOCK = re.compile(r"(.*\.)?\d+(?=\.)")
 # Never masked by default: patch embeddings, what prepares features for the head (timm's VGG), and
@@ -151,16 +153,14 @@ def _named(
 def _usual(inner: dict[str, nn.Module]) -> set[str]:
     """All linear maps of a transformer's blocks, else all convolutions."""
     qkv = _linear_maps(inner, _QKV_NAME)
-    attention = [name for name, m in inner.items() if isinstance(m, nn.MultiheadAttention)]
-    if not qkv and attention:
-        raise ValueError(
-            f"the qkv projection of {attention[0]!r} (nn.MultiheadAttention) is not a module of "
-            "its own, so it cannot be masked; use an implementation with a qkv linear layer "
-            "(timm's, for example), or name other layers in targets="
-        )
     # The residual stream goes past qkv alone: all linear maps of the blocks take part.
     blocks = {_block(name) for name in qkv}
-    chosen = {name for name in _linear_maps(inner, _BLOCK_LINEAR) if _block(name) in blocks}
+    linear = [name for name, m in inner.items() if isinstance(m, nn.Linear)]
+    usual = {*_linear_maps(inner, _BLOCK_LINEAR), *filter(_NUMBERED.fullmatch, linear)}
+    chosen = {name for name in usual if _block(name) in blocks}
+    packed = {name for name, m in inner.items() if isinstance(m, nn.MultiheadAttention)}
+    around = tuple(name.rpartition(".")[0] + "." for name in packed)  # their blocks
+    chosen |= packed | {name for name in linear if name.startswith(around)}
     return chosen or {name for name, m in inner.items() if isinstance(m, nn.Conv2d)}
 
 
@@ -211,9 +211,19 @@ def _check_target(model: nn.Module, name: str) -> None:
         raise ValueError(f"layer {name!r} is masked already; leave it out of targets")
     if masked_type(layer) is None:
         raise ValueError(refuse_layer(layer, name))
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if uses_weight_directly(parent, _last(name)):
-        raise ValueError(bypass_message(name, parent))
+    if layer_type(model, name) is None:
+        raise ValueError(bypass_message(name, model.get_submodule(name.rpartition(".")[0])))
+
+
+def layer_type(model: nn.Module, name: str, durable: bool = False) -> type[MaskedLayer] | None:
+    """The class that masks a layer of ``model``; None where its parent would bypass the mask."""
+    layer = model.get_submodule(name)
+    if durable:
+        return durable_type(layer)
+    found = masked_type(layer)
+    if not uses_weight_directly(model.get_submodule(name.rpartition(".")[0]), _last(name)):
+        return found
+    return DirectLinear if found is WFLinear else None
 
 
 def _some(names: list[str], limit: int = 8) -> str:

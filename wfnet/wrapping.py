@@ -16,7 +16,9 @@ DURABLE_ALPHA_INIT, MANY_ALPHA_INIT = 2.0, 1.0
 
 def masks_linear_maps(net: WFNet) -> bool:
     """Returns whether all masked layers are linear maps, as those of a transformer are."""
-    return all(isinstance(layer, nn.Linear) for layer in net.masked_layers.values())
+    return all(
+        isinstance(layer, nn.Linear | nn.MultiheadAttention) for layer in net.masked_layers.values()
+    )
 
 
 def wrap(

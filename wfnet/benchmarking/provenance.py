@@ -14,7 +14,7 @@ import torch
 
 from wfnet.version import __version__
 
-_PACKAGES = ("torch", "triton", "timm", "torchvision", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "triton", "timm", "torchvision", "transformers", "numpy", "scikit-learn")
 
 
 def provenance(device: torch.device | str, command: Sequence[str]) -> dict[str, str | None]:

@@ -26,7 +26,6 @@ from wfnet.cli import (
     bench,
     demo,
     evaluate,
-    push,
     report,
     shadows,
     table,
@@ -40,20 +39,7 @@ from wfnet.services.ranks import launched, launched_rank
 
 logger = logging.getLogger("wfnet")
 
-COMMANDS = (
-    demo,
-    train,
-    untrain,
-    evaluate,
-    baseline,
-    trust,
-    shadows,
-    table,
-    bake,
-    report,
-    push,
-    bench,
-)
+COMMANDS = (demo, train, untrain, evaluate, baseline, trust, shadows, table, bake, report, bench)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

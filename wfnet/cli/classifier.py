@@ -118,18 +118,6 @@ def data_settings(model: nn.Module, name: str) -> dict[str, Any]:
     }
 
 
-def pretrained_name(model: nn.Module) -> str | None:
-    """Where the pretrained weights of ``model`` are, as :func:`wfnet.hugging_face.load_base` takes
-    it: timm's name with the tag of the weights, for example."""
-    config = getattr(model, "pretrained_cfg", None)
-    if not config:
-        return hugging_face.base_name(model)
-    if config.get("source") == "hf-hub":
-        return f"hf-hub:{config['hf_hub_id']}"
-    tag = config.get("tag")
-    return f"{config['architecture']}.{tag}" if tag else None
-
-
 def check_head(model: nn.Module, name: str, num_classes: int, data: str) -> None:
     """Raises ValueError unless the classifier has as many classes as the data."""
     head = find_head(model)

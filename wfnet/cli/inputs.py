@@ -10,7 +10,6 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -210,11 +209,23 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
     Raises:
         FileNotFoundError, ValueError: for data that are missing or damaged.
     """
+    settings = data_settings(model, options.model)
+    chosen = {
+        "image_size": options.img_size,
+        "channels": options.in_chans,
+        "mean": options.mean,
+        "std": options.std,
+        "interpolation": options.interpolation,
+        "crop_pct": options.crop_pct,
+    }
+    chosen = {name: value for name, value in chosen.items() if value is not None}
+    if chosen:
+        settings.pop("transform", None)  # it was made for the settings that are replaced
     by_name = options.data is not None
     data = open_data(
         options.data if by_name else options.data_dir,
         options.data_dir if by_name else None,
-        **image_settings(options, model),
+        **{**settings, **chosen},
         augment=augment,
         validation_fraction=options.val_split,
         train_per_class=options.train_per_class,
@@ -229,24 +240,6 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
         few = sum(map(len, (data.train, data.validation, data.test))) < _FEW_IMAGES
         options.workers = 0 if few else min(_MAX_WORKERS, os.cpu_count() or 1)
     return data
-
-
-def image_settings(options: argparse.Namespace, model: nn.Module) -> dict[str, Any]:
-    """How images are prepared, as arguments of :func:`wfnet.data.open_data`: as the classifier
-    expects them, unless the options say otherwise."""
-    settings = data_settings(model, options.model)
-    chosen = {
-        "image_size": options.img_size,
-        "channels": options.in_chans,
-        "mean": options.mean,
-        "std": options.std,
-        "interpolation": options.interpolation,
-        "crop_pct": options.crop_pct,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    if chosen:
-        settings.pop("transform", None)  # it was made for the settings that are replaced
-    return {**settings, **chosen}
 
 
 def with_known_names(data: Splits, options: argparse.Namespace, folder: Path | None) -> Splits:

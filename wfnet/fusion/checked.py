@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet import backends, gates
+from wfnet.attention_layers import DirectLinear
 from wfnet.backends.contract import Backend
 from wfnet.backends.tuning import TunedBackend, has_kernels, tuning_seconds
 from wfnet.backends.tuning_cache import TuningCache
@@ -124,6 +125,9 @@ def _make(
 ) -> FusedNetwork | None:
     name = type(model).__name__
     try:
+        for layer in layers:
+            if isinstance(layer, DirectLinear):
+                raise NotFusable(f"{layer.layer_name!r} is computed by its parent")
         if all(isinstance(layer, nn.Linear) for layer in layers):
             parts = split_at_first_mask(model, images[:2])
             network = TrunkNetwork(*parts, compiled=False)

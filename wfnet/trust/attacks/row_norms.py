@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from wfnet.attention_layers import weight_and_bias
 from wfnet.trust.attacks.attack import attack
 from wfnet.trust.subject import Subject
 
@@ -20,25 +21,26 @@ from wfnet.trust.subject import Subject
 @attack("equalised", "rows scaled to the median norm of their layer")
 def equalised(model: nn.Module, subject: Subject) -> nn.Module:
     for name in subject.layers:
-        layer = model.get_submodule(name)
-        norms = _row_norms(layer.weight)
+        weight, bias = weight_and_bias(model.get_submodule(name))
+        norms = _row_norms(weight)
         if (norms > 0).any():
-            scale = _scale_rows(layer.weight, norms, norms[norms > 0].median())
-            if layer.bias is not None:
-                layer.bias.mul_(scale.to(layer.bias.dtype))
+            scale = _scale_rows(weight, norms, norms[norms > 0].median())
+            if bias is not None:
+                bias.mul_(scale.to(bias.dtype))
     return model
 
 
 @attack("base_norms", "rows scaled to the norms of the public base", needs_base=True)
 def base_norms(model: nn.Module, subject: Subject) -> nn.Module | None:
     for name in subject.layers:
-        layer, public = model.get_submodule(name), subject.original.get_submodule(name)
-        if layer.weight.shape != public.weight.shape:
+        weight, bias = weight_and_bias(model.get_submodule(name))
+        public, public_bias = weight_and_bias(subject.original.get_submodule(name))
+        if weight.shape != public.shape:
             return None
-        wanted = _row_norms(public.weight.to(layer.weight))
-        _scale_rows(layer.weight, _row_norms(layer.weight), wanted)
-        if layer.bias is not None and public.bias is not None:  # a bias has gates of its own
-            layer.bias.copy_(layer.bias.sign() * public.bias.abs().to(layer.bias))
+        wanted = _row_norms(public.to(weight))
+        _scale_rows(weight, _row_norms(weight), wanted)
+        if bias is not None and public_bias is not None:  # a bias has gates of its own
+            bias.copy_(bias.sign() * public_bias.abs().to(bias))
     return model
 
 
