@@ -27,6 +27,7 @@ from torch import Tensor
 from wfnet import backends
 from wfnet.backends import cuda_launch
 from wfnet.backends.contract import Activation, Backend, ConvGeometry, Epilogue, LayerBelow
+from wfnet.backends.cudnn_graph import INSTALLED, CudnnGraph
 from wfnet.backends.mixed import EagerProducts, MixedEager
 from wfnet.backends.tuning_cache import Choices, Entry, TuningCache, describe_entries
 from wfnet.services.clock import interleaved, reason_of, timed
@@ -60,7 +61,8 @@ def tuning_seconds(tune: bool | float) -> float:
 def default_candidates() -> dict[str, Backend]:
     """Returns the candidates by name; ``eager`` is the truth for all."""
     kernels = {name: backends.get(name) for name in ("triton", "cuda")}
-    return {"eager": MixedEager(), "eager+triton": EagerProducts(), **kernels}
+    graphs = {"cudnn-graph": CudnnGraph()} if INSTALLED else {}
+    return {"eager": MixedEager(), "eager+triton": EagerProducts(), **graphs, **kernels}
 
 
 def has_kernels(device: torch.device) -> bool:
@@ -262,19 +264,17 @@ def _takes(name: str, backend: Backend, method: str, arguments: dict[str, object
     if method not in _CONVOLUTIONS:
         floats = (v for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point())
         return name == "triton" and _takes_tensor(backend, next(floats))
-    backward, weight, geometry = (
-        method == "conv2d_dgrad",
-        arguments["weight"],
-        arguments["geometry"],
-    )
+    backward, weight, geometry = "below" in arguments, arguments["weight"], arguments["geometry"]
+    expands = not backward and arguments["epilogue"].source is not None
     if name == "eager+triton" and not backward:
+        return False  # PyTorch's forward pass is that of eager
+    if name == "cudnn-graph" and (backward or expands):
         return False
     x = arguments["scaled_grad" if backward else "x"]
     if backward:  # the layer's input, without its memory
         x = x.new_empty(()).expand(arguments["input_shape"])
     if backend.refuse_conv2d(x, weight, geometry) is not None:
         return False
-    expands = not backward and arguments["epilogue"].source is not None
     shapes = tuple(x.shape), tuple(weight.shape)
     triton_s = name == "cuda" and (expands or cuda_launch.refuse(backward, *shapes, geometry))
     return not triton_s
