@@ -59,7 +59,7 @@ def epilogue_bwd_kernel(
     col_ok = cols < C
     layer = (skip, branch, activation, scale, shift, grad, scaled_grad)
     sums = (partial0, partial1, partial2)
-    shortcut = (shortcut_branch, shortcut_scale, shortcut_grad)
+    other = (shortcut_branch, shortcut_scale, shortcut_grad)
     sizes = (B, C, LD)
     if order is None:
         at = ((target.to(tl.int64) * T + tile_t * BM) * C, tl.arange(0, BM) * C, cols)
@@ -67,10 +67,10 @@ def epilogue_bwd_kernel(
         slot = tile_t * B + target
         parts = (target, rows, row_ok)
         backward_epilogue(
-            acc, layer, sums, shortcut, at, slot, parts, cols, sizes, RELU, UNSCALED, False, 1, True
+            acc, layer, sums, other, at, slot, parts, cols, sizes, RELU, UNSCALED, False, 1, True
         )
     else:
-        unscaled = (skip, branch, activation, scale, shift, grad, None)
+        rest = (skip, branch, activation, scale, shift, grad, None)
         total = tl.zeros((BM, BN), dtype=tl.float32)
         for position in range(tl.load(first_of + target), tl.load(first_of + target + 1)):
             sample = tl.load(order + position).to(tl.int32)
@@ -79,20 +79,7 @@ def epilogue_bwd_kernel(
             slot = tile_t * B + sample
             parts = (sample, rows, row_ok)
             acc = backward_epilogue(
-                acc,
-                unscaled,
-                sums,
-                shortcut,
-                at,
-                slot,
-                parts,
-                cols,
-                sizes,
-                RELU,
-                UNSCALED,
-                False,
-                1,
-                True,
+                acc, rest, sums, other, at, slot, parts, cols, sizes, RELU, UNSCALED, False, 1, True
             )
             if scaled_grad is not None:
                 factor = tl.load(scale + (sample * LD + cols), mask=col_ok, other=0.0)

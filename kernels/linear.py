@@ -114,27 +114,14 @@ def linear_dgrad_kernel(
         rows = m0 + tl.arange(0, BM)
         layer = (skip, branch, activation, scale, shift, grad, scaled_grad)
         sums = (partial0, partial1, partial2)
-        shortcut = (shortcut_branch, shortcut_scale, shortcut_grad)
+        other = (shortcut_branch, shortcut_scale, shortcut_grad)
         at = (m0, n0)
         slot = tile_m * SPAN
         parts = (m0 // T, rows // T, rows < M)
         cols = n0 + tl.arange(0, BN)
         sizes = (B, C, LD)
         backward_epilogue(
-            acc,
-            layer,
-            sums,
-            shortcut,
-            at,
-            slot,
-            parts,
-            cols,
-            sizes,
-            RELU,
-            UNSCALED,
-            True,
-            SPAN,
-            False,
+            acc, layer, sums, other, at, slot, parts, cols, sizes, RELU, UNSCALED, True, SPAN, False
         )
 
 
