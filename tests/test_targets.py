@@ -127,3 +127,27 @@ def test_layers_that_mix_the_samples_of_a_batch_are_refused_by_name(gate):
         WFNet(model, 3, gate=gate)
     model[1] = nn.InstanceNorm2d(4)
     WFNet(model, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "mask_from", "first", "count"),
+    [
+        ("resnet10t", "layer3", "layer3.0.conv1", 6),
+        ("resnet10t", "1", "layer4.0.conv1", 3),
+        ("resnet10t", 0.25, "layer4.0.conv1", 3),
+        ("resnet10t", "all", "conv1.0", 14),
+        ("deit_tiny_patch16_224", "blocks.10.mlp", "blocks.10.mlp.fc1", 6),
+        ("tf_efficientnet_lite0", 2, "blocks.6.0.conv_pw", 4),
+    ],
+)
+def test_late_stages_alone(name, mask_from, first, count):
+    chosen = choose_targets(tm(name), None, CLASSES, mask_from=mask_from)
+    assert (chosen[0], len(chosen)) == (first, count)
+
+
+@pytest.mark.parametrize("mask_from", ["layer9", "7", 0, 2.5])
+def test_no_such_stage(mask_from):
+    with pytest.raises(
+        ValueError, match=r"mask_from.*its stages are conv1, layer1, layer2, layer3"
+    ):
+        WFNet(models.create("resnet", CLASSES, width=4), CLASSES, mask_from=mask_from)

@@ -30,7 +30,13 @@ from wfnet.labels import (
     select,
 )
 from wfnet.layers import MaskedLayer
-from wfnet.targets import Targets, check_samples_are_independent, choose_targets, layer_type
+from wfnet.targets import (
+    MaskFrom,
+    Targets,
+    check_samples_are_independent,
+    choose_targets,
+    layer_type,
+)
 
 logger = logging.getLogger("wfnet")
 
@@ -72,6 +78,8 @@ class WFNet(nn.Module):
             given to the backend that measured fastest there (:mod:`wfnet.backends.tuning`), and
             the seconds that measuring may take, for each size of a batch. True: 20. Can be set
             later.
+        mask_from: mask late layers alone: from a module on (``"layer3"``), the last so many stages
+            (``1``), or a part of them (``0.25``); see :func:`wfnet.targets.last_stages`.
 
     Raises:
         ValueError: if nothing can be masked, a target does not exist, a layer cannot be masked
@@ -98,6 +106,7 @@ class WFNet(nn.Module):
         gate: str = "sigmoid",
         soft_init: float | None = None,
         tune: bool | float = True,
+        mask_from: MaskFrom = None,
     ):
         super().__init__()
         if isinstance(model, WFNet):
@@ -127,7 +136,7 @@ class WFNet(nn.Module):
             "filter_dtype": filter_dtype,
             **({"soft_init": soft_init} if durable else {}),
         }
-        chosen = choose_targets(model, targets, num_classes, durable)
+        chosen = choose_targets(model, targets, num_classes, durable, mask_from)
         self.model = copy.deepcopy(model).requires_grad_(False)
         for name in chosen:
             layer = self.model.get_submodule(name)

@@ -12,6 +12,7 @@ from torch import nn
 from wfnet.attention_layers import DirectLinear
 from wfnet.bypass import bypass_message, uses_weight_directly
 from wfnet.durable_layers import DurableBatchNorm2d, durable_type
+from wfnet.fusion.trace import execution_order
 from wfnet.head import head_modules
 from wfnet.layers import LayerNames, MaskedLayer, WFLinear, masked_type, refuse_layer
 
@@ -19,6 +20,7 @@ from wfnet.layers import LayerNames, MaskedLayer, WFLinear, masked_type, refuse_
 MANY_CLASSES = 30
 
 Targets = str | type | Sequence[str | type] | None
+MaskFrom = str | int | float | None
 
 # Last part of the name of a query, key or value projection in the transformers of timm,
 # torchvision and transformers.
@@ -28,6 +30,8 @@ _BLOCK_LINEAR = re.compile(_QKV_NAME.pattern + r"|proj|o_proj|out_proj|fc1|fc2|d
 _NUMBERED = re.compile(r"(.*\.)?mlp\.\d+")  # torchvision's fc1 and fc2
 # A block's name ends with its number: blocks.0 of blocks.0.attn.qkv.
 _BLOCK = re.compile(r"(.*\.)?\d+(?=\.)")
+# A stage's name ends with the first part that is numbered: layer3 of layer3.0.conv1, blocks.0.
+_STAGE = re.compile(r"([^.\d]+\.)*[^.]*\d[^.]*")
 # Never masked by default: patch embeddings, what prepares features for the head (timm's VGG), and
 # small networks that compute position biases, whose batch is no batch of images.
 _NOT_BY_DEFAULT = {"patch_embed", "conv_proj", "pre_logits", "cpb_mlp", "meta_mlp", "rel_pos"}
@@ -55,6 +59,7 @@ def choose_targets(
     targets: Targets = None,
     num_classes: int | None = None,
     durable: bool = False,
+    mask_from: MaskFrom = None,
 ) -> list[str]:
     """Names of the layers to mask, in the order of the network.
 
@@ -66,10 +71,11 @@ def choose_targets(
         num_classes: outputs of the head, by which it is told from other layers.
         durable: layers with gates behind them: every BatchNorm (with more than 30 classes the last
             third of them: a stage of most networks), else as without. Patterns choose among these.
+        mask_from: of all these only those in the last stages (:func:`last_stages`).
 
     Raises:
         TypeError, ValueError: for targets that are none of these, that match nothing, or that name
-            a layer which cannot be masked correctly.
+            a layer which cannot be masked correctly; for another ``mask_from``.
     """
     heads = head_modules(model, num_classes)
     modules = {name: m for name, m in model.named_modules() if name}
@@ -104,11 +110,56 @@ def choose_targets(
             raise ValueError(f"{kind} has no convolution and no linear map of a block; {listed}")
     else:
         names = _named(kind, targets, layers, patterns, durable, listed)
+    names = last_stages(model, names, mask_from)
     ordered = [name for name in modules if name in names]
     if not durable:
         for name in ordered:
             _check_target(model, name)
     return ordered
+
+
+def stages_of(model: nn.Module, names: Collection[str]) -> dict[str, list[str]]:
+    """Layers by stage, in the order in which they run.
+
+    A stage is named by the first part of a layer's name that has a number: ``layer3``,
+    ``blocks.11``, ``features.denseblock4``; a layer without one is a stage of its own
+    (``conv_head``).
+    """
+    found: dict[str, list[str]] = {}
+    for name in execution_order(model, [n for n, _ in model.named_modules() if n in names]):
+        stage = _STAGE.match(name)
+        found.setdefault(stage[0] if stage else name, []).append(name)
+    return found
+
+
+def last_stages(model: nn.Module, names: Collection[str], mask_from: MaskFrom) -> set[str]:
+    """Those of the layers ``names`` that lie late in the network.
+
+    Args:
+        mask_from: a module (``"layer3"``): what lies in it and what runs behind; a whole number:
+            the last so many stages (:func:`stages_of`); a number below 1: that part of the stages,
+            rounded, at least one; None or "all": all. Numbers may be text.
+
+    Raises:
+        ValueError: for a module that holds none of the layers, or more stages than there are.
+    """
+    if mask_from is None or mask_from == "all":
+        return set(names)
+    stages = stages_of(model, names)
+    ordered = [name for stage in stages.values() for name in stage]
+    known = f"its stages are {_some([*stages], 16)}"
+    try:
+        count = float(mask_from)
+    except ValueError:
+        for place, name in enumerate(ordered):
+            if name == mask_from or name.startswith(f"{mask_from}."):
+                return set(ordered[place:])
+        raise ValueError(f"mask_from: no masked layer lies in {mask_from!r}; {known}") from None
+    if 0 < count < 1:
+        count = max(1, round(count * len(stages)))
+    if count not in range(1, len(stages) + 1):
+        raise ValueError(f"mask_from={mask_from} is no number of the {len(stages)} stages; {known}")
+    return {name for stage in [*stages][-int(count) :] for name in stages[stage]}
 
 
 def _named(

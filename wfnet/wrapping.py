@@ -12,6 +12,7 @@ from wfnet.targets import MANY_CLASSES
 # Hard gates close from here within the first visits of a row; rows of many classes are visited less
 # often for each channel that they close.
 DURABLE_ALPHA_INIT, MANY_ALPHA_INIT = 2.0, 1.0
+QUICK_MASK_FROM = 0.25
 
 
 def masks_linear_maps(net: WFNet) -> bool:
@@ -31,12 +32,13 @@ def wrap(
     """The classifier with fresh filters as a recipe wants them.
 
     Recipe ``paper`` has plain sigmoid gates, recipe ``balanced`` normalised ones, recipe
-    ``durable`` hard and soft ones behind the layers.
+    ``durable`` hard and soft ones behind the layers, recipe ``quick`` normalised ones in the last
+    quarter of the stages, where ``mask_from`` says nothing else.
 
     Args:
         classifier: copied, not changed.
         num_classes: of the classifier.
-        recipe: "balanced", "paper" or "durable".
+        recipe: "balanced", "paper", "durable" or "quick".
         alpha_init: first value of the filters (of hard gates) instead of the recipe's.
         arguments: of :class:`wfnet.WFNet`.
 
@@ -46,6 +48,8 @@ def wrap(
     arguments["normalize_gate"] = recipe != "paper"
     if recipe == "durable":
         arguments["gate"] = "durable"
+    if recipe == "quick" and arguments.get("mask_from") is None:
+        arguments["mask_from"] = QUICK_MASK_FROM
     if alpha_init is None:
         many = num_classes > MANY_CLASSES
         of_durable = MANY_ALPHA_INIT if many else DURABLE_ALPHA_INIT

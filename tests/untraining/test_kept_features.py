@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wfnet import UntrainConfig, WFNet, untrain
-from wfnet.data import row_store
+from wfnet.data import limit_per_class, row_store
 from wfnet.gate_tables import side_by_side
 
 
@@ -37,6 +37,13 @@ def test_no_image_is_read_once_features_are_there(late, runs):
     read.clear()
     late(train=runs.Files(runs.bars(), read.append), features="off", steps=40)
     assert len(read) == 40 * 4
+
+
+def test_few_images_are_those_of_a_data_set_of_so_many(late, runs):
+    whole = runs.bars(6)
+    few = whole.select(limit_per_class(whole.labels, 2, 0))
+    assert torch.equal(late(train=whole, images_per_class=2), late(train=few))
+    assert not torch.equal(late(train=whole), late(train=few))
 
 
 def test_random_images_are_kept_as_a_number_of_views(late, runs):

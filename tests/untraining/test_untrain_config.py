@@ -89,3 +89,15 @@ def test_recipes():
         UntrainConfig.recipe("nicest")
     with pytest.raises(TypeError, match="unexpected"):
         UntrainConfig.recipe(leraning_rate=1)
+
+
+def test_recipe_quick_is_few_visits_of_few_images_validated_once():
+    for classes in (10, 100, 1000):
+        quick = UntrainConfig.recipe("quick", classes)
+        visits = quick.steps * quick.images / classes
+        assert 32 <= visits <= 100
+        images = quick.images_per_class * classes
+        assert quick.steps_between_validations(images) == quick.steps
+        # A step is about three passes of its samples; a validation one for every image and row.
+        passes = quick.validation_images * (quick.validation_rows + 2)
+        assert passes <= 0.15 * 3 * quick.samples * quick.steps

@@ -18,8 +18,11 @@ import contextlib
 import logging
 import math
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from textwrap import indent
 from types import ModuleType
 
 import torch
@@ -53,6 +56,7 @@ from wfnet.targets import MANY_CLASSES
 from wfnet.training import accuracy
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
 from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.mask_depth import choose_mask_from, depth_report
 from wfnet.untraining.memory import bytes_per_image
 from wfnet.untraining.untrain_config import RECIPES
 from wfnet.wrapping import DURABLE_ALPHA_INIT, MANY_ALPHA_INIT, masks_linear_maps, wrap
@@ -109,7 +113,9 @@ def _add_method_options(parser: Parser) -> None:
         f"""
         --recipe  balanced forgets evenly and retains by distillation; paper has the authors'
             settings; durable puts gates behind BatchNorm, so that a baked network withstands
-            re-estimated statistics and fine-tuning on the other classes [default: balanced]
+            re-estimated statistics and fine-tuning on the other classes; quick is balanced with
+            masks in the last quarter of the stages, ten images a class and few, large steps
+            [default: balanced]
         --untrain-split  val: untrain without the training set, on the validation images (those of
             val/) that are not drawn for evaluation [default: train]
         --classes [CLASS...]  untrain some classes of a network that knows more, with images of
@@ -118,6 +124,10 @@ def _add_method_options(parser: Parser) -> None:
             original
         --targets NAME...  layers to mask: names or patterns (default: the linear maps of a
             transformer's blocks, else convolutions; the paper masks qkv)
+        --mask-from STAGE  mask late layers alone, so that all in front of them runs once per image:
+            from a stage on (layer3, blocks.9), the last so many stages (1), a part of them (0.25),
+            or all; auto chooses on validation images by at most four short runs from the back
+            (default: all, of recipe quick 0.25). Late masks leave more of the class in the logits
         --filter-dtype  of filters and optimiser state; bfloat16 takes half the memory and is
             rounded stochastically [default: float32]
         --alpha-init X  first value of filter entries (default: 3; of the hard gates of recipe
@@ -150,6 +160,8 @@ def make_config(
         transformer: whether linear maps alone are masked.
     """
     given = config_changes(options, UntrainConfig, *_METHOD_OPTIONS, *_OUTPUT_OPTIONS, "seed")
+    if options.train_per_class is not None:  # more than a recipe takes by itself
+        given["images_per_class"] = options.train_per_class
     changes = given | {
         "classes": rows,
         "channels_last": options.channels_last,
@@ -192,18 +204,19 @@ def run(options: argparse.Namespace) -> None:
         make_config(options, count_classes(options))  # out of range is refused before work starts
         if not options.dry_run:
             ranks.first_does(lambda: _take_folder(folder, options, inside))
-        net, data, config = _prepare(options, folder, ranks)
+        net, data, config, tried = _prepare(options, folder, ranks)
         _show_plan(options, net, data, config, folder, ranks)
         if options.dry_run:
             _show_memory(net, data.train, config, ranks)
         else:
-            _untrain(options, net, data, config, folder, ranks, wandb)
+            _untrain(options, net, data, config, tried, folder, ranks, wandb)
 
 
 def _prepare(
     options: argparse.Namespace, folder: Path, ranks: Ranks
-) -> tuple[WFNet, Splits, UntrainConfig]:
-    """The network with fresh filters on its device, its images, and the settings of the run."""
+) -> tuple[WFNet, Splits, UntrainConfig, list[dict]]:
+    """The network with fresh filters on its device, its images, the settings of the run, and what
+    was tried to choose the first masked stage."""
     device = local_device(choose_device(options.device))
     count = count_classes(options)
     names = None if options.classes is None else names_of_weights(options)
@@ -223,21 +236,47 @@ def _prepare(
             numbers, rows = choose_classes(options.classes, data.classes, count, names)
             data = with_network_labels(data, numbers, count, names)
         data = untraining_images(options, data, folder)
-    net = wrap(
-        classifier,
-        count,
-        options.recipe,
-        options.alpha_init,
-        targets=options.targets,
-        backend=options.backend,
-        fuse=fuse_of(options),
-        tune=options.tune,
-        filter_dtype=getattr(torch, options.filter_dtype),
-    ).to(device)
-    config = make_config(options, count, rows, masks_linear_maps(net))
-    if config.channels_last:
-        net.to(memory_format=torch.channels_last)
-    return net, data, config
+
+    def wrapped(recipe: str, alpha_init: float | None, mask_from: str | None) -> WFNet:
+        net = wrap(
+            classifier,
+            count,
+            recipe,
+            alpha_init,
+            targets=options.targets,
+            mask_from=mask_from,
+            backend=options.backend,
+            fuse=fuse_of(options),
+            tune=options.tune,
+            filter_dtype=getattr(torch, options.filter_dtype),
+        ).to(device)
+        layout = torch.channels_last if options.channels_last else torch.preserve_format
+        return net.to(memory_format=layout)
+
+    tried = _choose_mask_from(options, partial(wrapped, "balanced", None), data, rows, ranks)
+    net = wrapped(options.recipe, options.alpha_init, options.mask_from)
+    return net, data, make_config(options, count, rows, masks_linear_maps(net)), tried
+
+
+def _choose_mask_from(
+    options: argparse.Namespace,
+    wrapped: Callable[[str | None], WFNet],
+    data: Splits,
+    rows: tuple[int, ...] | None,
+    ranks: Ranks,
+) -> list[dict]:
+    """Replaces ``--mask-from auto`` by a stage; returns what was tried."""
+    if options.mask_from != "auto":
+        return []
+    if not ranks.alone or getattr(data.train, "multi_hot", None) is not None:
+        raise ValueError(
+            "--mask-from auto is for one process and images with one label each: name a stage"
+        )
+    config = make_config(options, wrapped(None).num_classes, rows)
+    chosen, tried = choose_mask_from(wrapped, data.train, data.validation, config)
+    print(f"masks       {indent(depth_report(chosen, tried), ' ' * 12).strip()}", flush=True)
+    options.mask_from = chosen
+    return [asdict(trial) for trial in tried]
 
 
 def _untrain(
@@ -245,11 +284,13 @@ def _untrain(
     net: WFNet,
     data: Splits,
     config: UntrainConfig,
+    tried: list[dict],
     folder: Path,
     ranks: Ranks,
     wandb: ModuleType | None,
 ) -> None:
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
+    about["mask_depths"] = tried
     if wandb is not None:
         about["wandb"] = uuid.uuid4().hex[:8]  # a resumed run goes on with its own
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -151,6 +151,7 @@ class _Untraining:
         self.params = net.filter_parameters()
         self.device = self.params[0].device
         self.data = TrainingData.of(train, net.num_classes, config)
+        self.train = train = self.data.dataset
         self.config = config = self.data.fitting(config)
         self.other_rows = None
         if self.data.rows is not None:
@@ -311,7 +312,8 @@ class _Untraining:
             if self.objective.needs_original and not self.durable:
                 self.original = kept.original_logits()
         self.part = kept.split.net
-        self.data = TrainingData.of(kept.train, self.net.num_classes, self.config)
+        config = replace(self.config, images_per_class=None)  # there are no others
+        self.data = TrainingData.of(kept.train, self.net.num_classes, config)
         if validator is not None:
             validator.dataset = kept.validation
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, batches, classes_of, labels_of, multi_hot_of
+from wfnet.data import (
+    CorruptImages,
+    Dataset,
+    batches,
+    classes_of,
+    labels_of,
+    limit_per_class,
+    multi_hot_of,
+    select,
+)
 from wfnet.services.ranks import Ranks
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.durable import GroupSampler, expand_groups
@@ -49,7 +58,11 @@ class TrainingData:
         Raises:
             ValueError: if they do not fit it, or a class that is untrained has no image.
         """
-        labels, multi_hot = checked_labels(dataset, num_classes, "training"), multi_hot_of(dataset)
+        labels = checked_labels(dataset, num_classes, "training")
+        if config.images_per_class is not None:
+            few = limit_per_class(labels, config.images_per_class, config.seed)
+            dataset, labels = select(dataset, few), labels[few]
+        multi_hot = multi_hot_of(dataset)
         rows = None
         if config.classes is not None and len(config.classes) < num_classes:
             if config.classes[-1] >= num_classes:
