@@ -7,9 +7,9 @@
 // Thread blocks of 384 threads, in clusters of two, stay on their multiprocessors for the whole
 // launch:
 //
-//   producer     1 thread loads 64-deep slices of A (128 rows) and B (64, 128 or 256 columns) by TMA
-//                into a ring of 8, 6 or 4 stages, B half by half for both blocks of the cluster; it
-//                runs ahead over tile borders: the next tile's operands come during this epilogue.
+//   producer     1 thread loads 64-deep slices of A (128 rows) and B (64, 128 or 256 columns) by
+//                TMA into a ring of 8, 6 or 4 stages, B half by half for both blocks of the cluster;
+//                it runs ahead over tile borders: the next tile's operands come in this epilogue.
 //                A filter of 64 columns and few slices is loaded once and kept for all tiles
 //   consumer 0   tiles 0, 2, 4, ... of the block: wgmma, then the epilogue, from registers
 //   consumer 1   tiles 1, 3, 5, ...; takes turns with consumer 0 at the tensor cores (ping-pong)

@@ -168,8 +168,9 @@ WF_HOST_DEVICE int choose_narrow(int columns) {
   return 4 * wide > 5 * narrow ? 64 : 128;
 }
 
-// Whether a problem that has tiles of 128 columns is better off with 256: sums are long, and neither
-// the last column tile nor the last round of tiles over the clusters costs more than an eighth.
+// Whether a problem that has tiles of 128 columns is better off with 256: sums are long, and
+// neither the last column tile nor the last round of tiles over the clusters costs more than an
+// eighth.
 WF_HOST_DEVICE bool is_wide(const Problem& problem, int clusters) {
   int slices = 0;
   for (int i = 0; i < problem.num_phases; ++i) slices += problem.phases[i].slices;
@@ -187,8 +188,8 @@ WF_HOST_DEVICE bool is_matrix(const Convolution& conv) {
          conv.pad_w == 0;
 }
 
-// `clusters`: how many work at once, which the width of tiles depends on; 0: tiles of 128 columns at
-// most. Nothing that callers allocate depends on it.
+// `clusters`: how many work at once, which the width of tiles depends on; 0: tiles of 128 columns
+// at most. Nothing that callers allocate depends on it.
 WF_HOST_DEVICE Problem problem_of(const Convolution& conv, bool backward, int clusters = 0) {
   Problem problem{};
   problem.num_phases = backward ? conv.stride_h * conv.stride_w : 1;

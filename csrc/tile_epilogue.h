@@ -87,8 +87,8 @@ template <int kBlockN_, bool kKeepFilter_>
 struct Layout {
   static constexpr int kBlockN = kBlockN_;
   static constexpr bool kKeepFilter = kKeepFilter_;
-  static constexpr bool kCooperative = kBlockN == 256;    // both consumers share a tile
-  static constexpr int kParts = kCooperative ? 1 : 2;     // 64 rows each, of one consumer
+  static constexpr bool kCooperative = kBlockN == 256;  // both consumers share a tile
+  static constexpr int kParts = kCooperative ? 1 : 2;   // 64 rows each, of one consumer
   static constexpr int kTileWarps = kCooperative ? 8 : 4;
   // The epilogue goes step by step: four vectors of a lane, of kRows rows and kSpans of 32 columns.
   static constexpr int kRows = 2 * kParts;
@@ -256,8 +256,7 @@ template <class T, class L>
 WF_DEVICE void finish_tile(const Accumulators<L>& acc, const Problem& problem,
                            const ForwardEpilogue& e, const Phase& phase, int m, int n,
                            int consumer) {
-  const LaneRows<L> rows =
-      lane_rows<L>(problem, phase, m * kBlockM + L::first_row(consumer));
+  const LaneRows<L> rows = lane_rows<L>(problem, phase, m * kBlockM + L::first_row(consumer));
   WF_UNROLL
   for (int step = 0; step < L::kSteps; ++step) {
     Vec16 residuals[4];  // four loads on their way before the first is needed
@@ -316,8 +315,8 @@ WF_DEVICE void halve_sums(float (&sums)[16]) {
   }
 }
 
-// Column sums of g and g * branch over a tile's rows, 32 columns from `column` on: those of one span
-// of a step. All warps of the tile come; `buffer` is where they meet next.
+// Column sums of g and g * branch over a tile's rows, 32 columns from `column` on: those of one
+// span of a step. All warps of the tile come; `buffer` is where they meet next.
 template <class T, class L>
 WF_DEVICE void store_sums(const Problem& problem, const Phase& phase, const BackwardEpilogue& e,
                           const LaneRows<L>& rows, const Channels (&g)[4],
@@ -347,8 +346,8 @@ WF_DEVICE void store_sums(const Problem& problem, const Phase& phase, const Back
     halve_sums<16, 8>(part);
     halve_sums<8, 4>(part);
     halve_sums<4, 2>(part);
-    // Bit 4 of the lane chose g or g * branch, bits 3 and 2 two of the 8 columns. Two buffers: nobody
-    // is two passes ahead of a barrier.
+    // Bit 4 of the lane chose g or g * branch, bits 3 and 2 two of the 8 columns. Two buffers:
+    // nobody is two passes ahead of a barrier.
     const uint32_t base = own_shared(shared_base() + L::kSums + L::group(consumer) * L::kSumsBytes +
                                      buffer * 2 * L::kSumBytes);
     buffer ^= 1;
@@ -363,11 +362,8 @@ WF_DEVICE void store_sums(const Problem& problem, const Phase& phase, const Back
     for (int w = 0; w < L::kTileWarps; ++w)
       sum += load_shared(base + warp * L::kSumBytes + w * 128 + lane * 4);
     float* partial = warp == 0 ? e.partial0 : e.partial1;
-    if (partial != nullptr)
-      store_global(
-          partial + static_cast<int64_t>(partial_row(phase, m, sample)) * problem.columns + column +
-              lane,
-          sum);
+    const int64_t row = partial_row(phase, m, sample);
+    if (partial != nullptr) store_global(partial + row * problem.columns + column + lane, sum);
   }
 }
 

@@ -37,7 +37,7 @@ class Raises(Fast):
 def tuned(pretended_device, monkeypatch):
     """Makes a network whose calls are given to candidates, who take the times that are given."""
 
-    def make(seconds=True, ms=None, **candidates):
+    def make(seconds=True, ms=None, gate="sigmoid", **candidates):
         everybody = {"eager": mixed.MixedEager(), **candidates}
         milliseconds = {"eager": 2.0, "triton": 1.0, "cuda": 1.0} | (ms or {})
 
@@ -48,7 +48,7 @@ def tuned(pretended_device, monkeypatch):
         monkeypatch.setattr(tuning, "default_candidates", lambda: everybody)
         monkeypatch.setattr(tuning, "interleaved", times)
         monkeypatch.setattr(tuning.cuda_launch, "refuse", lambda *_: None)
-        return network(Residual, "cuda", backend="auto", tune=seconds)
+        return network(Residual, "cuda", backend="auto", tune=seconds, gate=gate)
 
     return make
 
@@ -82,6 +82,25 @@ def test_the_fastest_is_taken_and_computes_the_same(tuned, caplog):
     said = wfnet.explain(x, net.model.expand.weight.bfloat16(), padding=1)
     assert "eager: chosen (auto)" in said
     assert said.count("fused: conv2d") == 2, "forward and input gradient"
+
+
+def test_durable_untraining_takes_kernels_too(tuned):
+    """A product with its moments, the epilogue behind it and its gradient: each by the fastest."""
+    rows, found = torch.tensor([1, 0, 1, 1]).cuda(), []
+    for candidates in ({"triton": Fast()}, {}):
+        net = tuned(gate="durable", **candidates)
+        draw = torch.Generator().manual_seed(0)
+        layers = net.masked_layers.items()
+        noise = {n: torch.rand((2, m.alpha_hard.shape[1]), generator=draw) for n, m in layers}
+        with net.gate_mode.grouped(rows, {n: u.cuda() for n, u in noise.items()}):
+            out = net(minibatch(0)[0].cuda(), rows)
+            found.append([out, *torch.autograd.grad(out.square().mean(), net.filter_parameters())])
+        chosen = "triton" if candidates else "eager"
+        kinds = {kind.split(",")[0]: name for kind, name in backend_of(net).taken.items()}
+        own = ("product_moments", "epilogue", "moments_backward")
+        assert [kinds[name] for name in own] == [chosen] * 3
+    for mine, truth in zip(*found, strict=True):
+        assert torch.equal(mine, truth)
 
 
 def test_who_is_wrong_or_raises_is_left_out_with_a_line(tuned, caplog):

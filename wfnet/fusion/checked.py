@@ -137,7 +137,8 @@ def _make(
         else:
             backend = backend_for(layers)
             plan = make_plan(model, images[:2])
-            network = (DurableNetwork if plan.durable else PlanNetwork)(plan, backend)
+            kind = DurableNetwork if plan.durable else PlanNetwork
+            network = kind(plan, backend)
             with plan.layers[0].mode.grouped(None) if plan.durable else nullcontext():
                 check_plan(network, unfused, images)
             if mode == "compile" and backend is backends.get("eager"):  # it has a graph to compile
@@ -146,9 +147,9 @@ def _make(
                     network = CompiledNetwork(network)
                 else:
                     logger.warning("%s runs uncompiled: %s", name, reason)
-            elif seconds and not plan.durable and _is_tuned(layers, images.device):
+            elif seconds and _is_tuned(layers, images.device):
                 cache = TuningCache(images.device)
-                network = PlanNetwork(plan, TunedBackend(images.device, seconds, cache=cache))
+                network = kind(plan, TunedBackend(images.device, seconds, cache=cache))
     except NotFusable as reason:
         logger.warning("%s runs unfused: %s", name, reason)
         return None

@@ -28,7 +28,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet import gates
@@ -119,7 +118,8 @@ class GroupTables:
             self.with_graph = [step.masked.group_gates() for step in steps]  # [G, O]
         self.gates = [_wide(step, g) for step, g in zip(steps, self.with_graph, strict=True)]
         self.of_gates = [torch.zeros_like(gate) for gate in self.gates]
-        self.member = F.one_hot(self.groups, len(self.mode.labels)).to(self.gates[0].dtype)
+        numbers = torch.arange(len(self.mode.labels), device=self.groups.device)
+        self.member = (self.groups[:, None] == numbers).to(self.gates[0].dtype)
         self.sizes = self.member.sum(0)  # [G]; member: [B, G]
         self.scales: list[Tensor | None] = [None] * len(steps)
         self.shifts: list[Tensor | None] = [None] * len(steps)
