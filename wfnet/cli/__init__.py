@@ -33,9 +33,11 @@ from wfnet.cli import (
     trust,
     untrain,
 )
+from wfnet.cli.inputs import choose_device
 from wfnet.cli.option_files import fill_from_files
 from wfnet.cli.options import Parser, make_parser
 from wfnet.services.ranks import launched, launched_rank
+from wfnet.services.threads import choose_threads
 
 logger = logging.getLogger("wfnet")
 
@@ -54,14 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 2: something the user can mend, in one sentence on stderr; 128 + signal: stopped by
     SIGINT (130) or SIGTERM (143); 1: an error in the program itself, with its traceback.
     """
-    options = argparse.Namespace(command=None, debug=False)
+    options, threads = argparse.Namespace(command=None, debug=False), torch.get_num_threads()
     with contextlib.suppress(AttributeError):  # names of files may hold what stdout cannot show
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         given = sys.argv[1:] if arguments is None else list(arguments)
         options = fill_from_files(build_parser(), given)
-        if options.threads:
-            torch.set_num_threads(options.threads)
+        on_cpu = getattr(options, "device", None) in ("auto", "cpu")
+        if options.threads or (on_cpu and choose_device(options.device).type == "cpu"):
+            choose_threads(options.threads)
         _log_to_stderr(options.debug, options.quiet)
         options.run(options)
         return 0
@@ -84,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: error: {sentence}", file=sys.stderr)
         return 2
     finally:  # `main` may be called in a process that goes on
+        torch.set_num_threads(threads)
         for handler in [h for h in logger.handlers if isinstance(h, _AboveBars)]:
             logger.removeHandler(handler)
 

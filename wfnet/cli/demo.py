@@ -15,13 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
 
 from wfnet.cli import bake, baseline, evaluate, report, train, trust, untrain
 from wfnet.cli.option_files import fill_from_files
@@ -31,6 +28,7 @@ from wfnet.pretrained import CONFIG_NAME
 from wfnet.report import figures
 from wfnet.services import settings
 from wfnet.services.locks import folder_lock
+from wfnet.services.threads import choose_threads
 from wfnet.training import SMALL_MODEL_SETTINGS
 from wfnet.trust import TrustResult
 from wfnet.trust.runner import RESULT
@@ -39,7 +37,6 @@ from wfnet.untraining.untrain_config import RECIPES
 CLASSES = 10
 PICTURE = "attacks.png"
 _CHECKS = ("removal", "relearning")
-_MAX_THREADS = 4
 # What a recipe is shown beside, and in how many steps at most.
 _BESIDE = {"durable": ("balanced", 150), "balanced": ("durable", 300), "paper": ("durable", 300)}
 
@@ -64,17 +61,13 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         forget=settings.int_from(0, CLASSES - 1),
     )
     group.add_seed()
-    group.add_threads("one for each idle core, up to 4")
+    group.add_threads()
     return parser
 
 
 def run(options: argparse.Namespace) -> None:
     started = time.perf_counter()
-    # One for each idle core: threads that share a core spin at their barriers, and on a busy
-    # machine two are many times slower than one.
-    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    idle = max(1, min(_MAX_THREADS, torch.get_num_threads() - round(busy)))
-    torch.set_num_threads(options.threads or idle)
+    choose_threads(options.threads)
     folder = Path(options.output)
     check_writable(folder)
     with folder_lock(folder):

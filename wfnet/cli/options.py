@@ -215,8 +215,9 @@ class Group:
     def add_seed(self, what: str = "of everything random") -> None:
         self.add("--seed N", what, settings.seed, 0)
 
-    def add_threads(self, default: str = "PyTorch's") -> None:
-        self.add("--threads N", f"CPU threads (default: {default})", settings.cpu_threads)
+    def add_threads(self) -> None:
+        text = "CPU threads (default: OMP_NUM_THREADS, or what measures fastest at the start)"
+        self.add("--threads N", text, settings.cpu_threads)
 
     def add_device(self) -> None:
         self.add_all(

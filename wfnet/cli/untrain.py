@@ -204,6 +204,10 @@ def run(options: argparse.Namespace) -> None:
         make_config(options, count_classes(options))  # out of range is refused before work starts
         if not options.dry_run:
             ranks.first_does(lambda: _take_folder(folder, options, inside))
+        if options.resume is not None and options.threads is None:
+            # Sums over other numbers of threads round otherwise.
+            with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
+                torch.set_num_threads(read_run(folder)["threads"])
         net, data, config, tried = _prepare(options, folder, ranks)
         _show_plan(options, net, data, config, folder, ranks)
         if options.dry_run:
@@ -290,7 +294,7 @@ def _untrain(
     wandb: ModuleType | None,
 ) -> None:
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
-    about["mask_depths"] = tried
+    about |= {"mask_depths": tried, "threads": torch.get_num_threads()}
     if wandb is not None:
         about["wandb"] = uuid.uuid4().hex[:8]  # a resumed run goes on with its own
         with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
