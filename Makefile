@@ -32,9 +32,10 @@ test-triton: $(READY) ## default kernels compile for Hopper with Triton 3.6.0 as
 	  PYTHONPATH=$(OLD_TRITON) $(BIN)/pytest tests/kernels/test_aot.py -k "not 80 and not 100" $(ARGS); \
 	else echo "NOT TESTED: there is no wheel of Triton 3.6.0 to be had here"; fi
 
-lint: $(READY) ## ruff: style and formatting
+lint: $(READY) ## ruff: style and formatting; mypy: types of the public interface
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
 
 format: $(READY) ## ruff: mend style and formatting
 	$(BIN)/ruff check --fix .

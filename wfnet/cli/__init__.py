@@ -26,6 +26,7 @@ from wfnet.cli import (
     bench,
     demo,
     evaluate,
+    explore,
     report,
     shadows,
     table,
@@ -41,7 +42,20 @@ from wfnet.services.threads import choose_threads
 
 logger = logging.getLogger("wfnet")
 
-COMMANDS = (demo, train, untrain, evaluate, baseline, trust, shadows, table, bake, report, bench)
+COMMANDS = (
+    demo,
+    train,
+    untrain,
+    evaluate,
+    baseline,
+    trust,
+    shadows,
+    table,
+    bake,
+    report,
+    explore,
+    bench,
+)
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 
