@@ -86,7 +86,9 @@ class ShadowRounds:
         self.folder, self.data, self.recipe, self.device = Path(folder), data, recipe, device
         self.first_seed, self.workers = 1000 * (seed + 1), workers
         self.labels = labels_of(data.train)
-        same = {k: v for k, v in asdict(recipe.untraining).items() if k not in _FREE}
+        usual = UntrainConfig(steps=1)  # settings that are as usual are not named: new ones come
+        same = {k: v for k, v in asdict(recipe.untraining).items() if v != getattr(usual, k)}
+        same = {k: v for k, v in same.items() if k not in _FREE}
         about = {"training": dict(recipe.training), "untraining": same, **recipe.about}
         about = json.loads(json.dumps(about))  # as it is read again
         self.identity = {**about, **data_identity(data.train, "training data")}
