@@ -52,7 +52,7 @@ MODELS = """
     torchvision/shufflenet_v2_x1_0 torchvision/mobilenet_v2 torchvision/efficientnet_b0
     torchvision/convnext_tiny torchvision/densenet121 torchvision/swin_t:px=64
     torchvision/vit_b_16:image_size=64 torchvision/swin_v2_t:px=64
-    transformers/vit:image_size=64 transformers/deit:image_size=64 transformers/swin:image_size=112
+    transformers/vit:image_size=64 transformers/deit:image_size=64 transformers/swin:px=224
     transformers/convnext transformers/resnet transformers/beit:image_size=64
     transformers/dinov2:image_size=70 transformers/regnet transformers/mobilenet_v2
 """

@@ -35,26 +35,24 @@ def explicit(attention, masked, x, rows, **options):
 def attention():
     torch.manual_seed(0)
     layer = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval().requires_grad_(False)
-    return nn.init.normal_(layer.in_proj_bias) is not None and layer
+    nn.init.normal_(layer.in_proj_bias)
+    return layer
 
 
-def masked_copy(attention):
+@pytest.fixture
+def masked(attention):
     masked = WFMultiheadAttention.adopt(copy.deepcopy(attention), CLASSES)
     for alpha in masked.named_filters().values():
         nn.init.normal_(alpha)
     return masked
 
 
-def masks():
-    causal = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)
-    return {"attn_mask": causal}, {"attn_mask": torch.randn(TOKENS, TOKENS)}, {}
-
-
-@pytest.mark.parametrize("options", masks())
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("need_weights", [True, False])
-def test_packed_attention_is_the_equation(attention, options, need_weights):
-    masked, x = masked_copy(attention), torch.randn(4, TOKENS, WIDTH, requires_grad=True)
-    options = {**options, "need_weights": need_weights}
+def test_packed_attention_is_the_equation(attention, masked, causal, need_weights):
+    x = torch.randn(4, TOKENS, WIDTH, requires_grad=True)
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1) if causal else None
+    options = {"attn_mask": mask, "need_weights": need_weights}
     expected = explicit(attention, masked, x, ROWS, **options)
     with wfnet.forgetting(ROWS):
         found, weights = masked(x, x, x, **options)
@@ -72,8 +70,8 @@ def test_packed_attention_is_the_equation(attention, options, need_weights):
         assert torch.equal(masked(x, x, x)[0], attention(x, x, x)[0])
 
 
-def test_padded_and_batched_masks_of_attention(attention):
-    masked, x = masked_copy(attention), torch.randn(4, TOKENS, WIDTH)
+def test_padded_and_batched_masks_of_attention(masked):
+    x = torch.randn(4, TOKENS, WIDTH)
     padding = torch.arange(TOKENS) >= torch.tensor([[5], [3], [4], [1]])
     batched = torch.randn(4 * HEADS, TOKENS, TOKENS)
     plain = masked.bake([1])
@@ -103,9 +101,8 @@ def networks():
 def test_networks_whose_parents_compute_are_masked_under_mixed_rows(caplog):
     torch.manual_seed(0)
     for model, count in networks():
-        for parameter in model.eval().parameters():
-            if not parameter.any():
-                nn.init.normal_(parameter, std=0.1)
+        for parameter in model.eval().parameters():  # branches that weigh as much as the residual
+            nn.init.normal_(parameter, std=0.3)
         net = wfnet.WFNet(model, CLASSES)
         assert len(net.masked_layers) == count, type(model)
         x = torch.randn(4, 3, 28, 28)
@@ -115,19 +112,17 @@ def test_networks_whose_parents_compute_are_masked_under_mixed_rows(caplog):
         for parameter in net.filter_parameters():
             nn.init.normal_(parameter, 1.0, 2.0)
         found = net(x, ROWS)
+        assert (found - model(x))[[0, 1, 3]].abs().max() > 0.02 * found.abs().max()
         found.square().sum().backward()
         assert all(alpha.grad.any() for alpha in net.filter_parameters())
         for image, rows, logits in zip(x, ROWS.tolist(), found, strict=True):
             plain = net.bake([row for row in rows if row != -1] or None)
-            assert torch.allclose(plain(image[None])[0], logits, atol=1e-5)
-        assert not any(parameter.requires_grad for parameter in model_weights(net))
+            assert torch.allclose(plain(image[None])[0], logits, rtol=1e-4, atol=1e-4)
+        trainable = {name for name, p in net.model.named_parameters() if p.requires_grad}
+        assert trainable == set(net.named_filters())  # a baked copy shares nothing that it thaws
         net.fuse = True
         assert torch.equal(net(x, ROWS), found)
         assert f"{type(model).__name__} runs unfused" in caplog.text
-
-
-def model_weights(net):
-    return [p for name, p in net.model.named_parameters() if "alpha" not in name]
 
 
 class Parent(nn.Module):

@@ -219,14 +219,19 @@ def save_classifier(
         model: without filters, as :meth:`wfnet.WFNet.bake` returns it.
         folder: is made if needed.
         names: of the classes.
-        preprocessing: ``mean``, ``std``, ``interpolation`` or ``crop_pct`` where they are not those
-            that the model came with.
+        preprocessing: ``mean``, ``std`` (of timm's also ``interpolation``, ``crop_pct``) where they
+            are not those that the model came with.
 
     Raises:
-        ValueError: for a model of neither library.
+        ValueError: for a model of neither library, or another change of a processor.
     """
     changes = dict(preprocessing or {})
     if is_transformers(model):
+        if not changes.keys() <= {"mean", "std"}:
+            raise ValueError(
+                "of an image processor of transformers only mean and std can be changed here; "
+                f"leave out {', '.join(changes)} and edit its {PROCESSOR_NAME}"
+            )
         if names is not None:
             model.config.id2label = dict(enumerate(names))
             model.config.label2id = {name: number for number, name in enumerate(names)}
@@ -234,7 +239,7 @@ def save_classifier(
         processor = image_processor(model)
         if processor is not None:
             for key, value in changes.items():
-                setattr(processor, *_processor_setting(key, value))
+                setattr(processor, f"image_{key}", list(value))
             processor.save_pretrained(folder)
         return
     if not getattr(model, "pretrained_cfg", None):
@@ -245,16 +250,6 @@ def save_classifier(
     about = {"pretrained_cfg": changes} | ({} if names is None else {"label_names": list(names)})
     save_for_hf = require("timm.models", "train").save_for_hf
     save_for_hf(model, str(folder), model_config=about, safe_serialization=True)
-
-
-def _processor_setting(key: str, value: Any) -> tuple[str, Any]:
-    if key in ("mean", "std"):
-        return f"image_{key}", list(value)
-    if key == "interpolation":
-        return "resample", require("PIL.Image", "train").Resampling[value.upper()]
-    raise ValueError(
-        f"an image processor of transformers has no {key}: change {PROCESSOR_NAME} by hand"
-    )
 
 
 def load_saved(folder: str | os.PathLike, like: nn.Module) -> nn.Module:
