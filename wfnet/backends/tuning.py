@@ -261,6 +261,8 @@ class TunedBackend(Backend):
 
 def _takes(name: str, backend: Backend, method: str, arguments: dict[str, object]) -> bool:
     """Whether a candidate has an implementation of its own for a call."""
+    if method == "product_moments":
+        return name == "triton" and backend.refuse_conv2d(*arguments.values()) is None
     if method not in _CONVOLUTIONS:
         floats = (v for v in arguments.values() if isinstance(v, Tensor) and v.is_floating_point())
         return name == "triton" and _takes_tensor(backend, next(floats))
