@@ -320,6 +320,8 @@ class Runner:
         }
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self.environment["PYTHONPATH"] = str(self.output / "site")
+        # What `auto` decides comes back with the results.
+        self.environment["XDG_CACHE_HOME"] = str(self.output / "results" / "cache")
         if options.commit:
             self.environment["WFNET_COMMIT"] = options.commit
 

@@ -13,6 +13,11 @@ from wfnet import models
 from wfnet.backends import mixed, tuning, tuning_cache
 from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import StepSettings, make_problem, measure, print_table
+from wfnet.gate_tables import flatten_filters
+from wfnet.services.ranks import Ranks
+from wfnet.untraining.distributed import SharedStep
+from wfnet.untraining.objectives import BalancedObjective
+from wfnet.untraining.optimizers import RowAdam
 
 CUDA = torch.device("cuda")
 
@@ -188,6 +193,19 @@ def test_the_first_rank_decides_for_all(tuned, monkeypatch):
     backend_of(second).share(SimpleNamespace(first_does=lambda action: choices))
     step(second)
     assert backend_of(second).taken == backend_of(first).taken
+
+
+def test_ranks_share_decisions_after_their_first_step(tuned, monkeypatch):
+    shared = []
+    monkeypatch.setattr(tuning.TunedBackend, "share", lambda self, ranks: shared.append(ranks))
+    net, ranks = tuned(triton=Fast()), Ranks(shared=False)
+    with flatten_filters(net.filter_parameters()):
+        optimizer = RowAdam(net.filter_parameters())
+        step = SharedStep(ranks, net, BalancedObjective(distil=False), optimizer, torch.bfloat16)
+        for seed in range(2):
+            images, batch = minibatch(seed)
+            step([(images, batch)], 0.1, batch.forget.unique())
+    assert shared == [ranks]
 
 
 def test_nothing_is_decided_by_zeros_or_while_a_graph_is_captured(tuned, pretended_device):

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import logging
 import os
@@ -91,6 +92,9 @@ def _identity(device: torch.device) -> dict[str, str]:
     sources = hashlib.sha256(str(getattr(cuda_launch.library().module, "sources", "")).encode())
     for path in sorted(Path(kernels.__path__[0]).glob("*.py")):
         sources.update(path.read_bytes())
+    frontend = None
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        frontend = importlib.metadata.version("nvidia-cudnn-frontend")
     driver = ctypes.c_int()
     with contextlib.suppress(OSError):
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(driver))
@@ -100,7 +104,7 @@ def _identity(device: torch.device) -> dict[str, str]:
         "triton": triton.__version__,
         "wfnet": __version__,
         "cuda": f"{torch.version.cuda}, driver {driver.value}",
-        "cudnn": str(torch.backends.cudnn.version()),
+        "cudnn": f"{torch.backends.cudnn.version()}, frontend {frontend}",
         "kernels": sources.hexdigest()[:12],
     }
 
