@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from script import CUDA, begin, make_parser, measure_networks, parse_step
 
 from wfnet.backends import KERNELS
-from wfnet.backends.tuning import default_candidates
+from wfnet.backends.autotune import default_candidates
 from wfnet.benchmarking.layer_times import time_layers
 from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import Problem

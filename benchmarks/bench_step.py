@@ -43,7 +43,7 @@ from pathlib import Path
 import numpy as np
 from script import begin, make_parser, measure_networks, parse_step
 
-from wfnet.backends.tuning import DEFAULT_SECONDS
+from wfnet.backends.autotune import DEFAULT_SECONDS
 from wfnet.benchmarking.steps import BASELINES, COLUMNS, OURS, measure, print_table
 from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, picture
 

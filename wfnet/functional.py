@@ -17,8 +17,8 @@ from torch import Tensor
 
 from wfnet import backends, operators, reference
 from wfnet.backends import KERNELS as _KERNELS
+from wfnet.backends.autotune import stored_choices
 from wfnet.backends.contract import ConvGeometry
-from wfnet.backends.tuning import stored_choices
 from wfnet.gates import gate_rows, gather_samples
 from wfnet.labels import ForgetLabels, Selection, check_source, select
 

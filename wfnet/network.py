@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet import export, fusion, pretrained
-from wfnet.backends.tuning import tuning_seconds
+from wfnet.backends.autotune import tuning_seconds
 from wfnet.bypass import WeightWatch
 from wfnet.compact import compact as compact_network
 from wfnet.durable_layers import SOFT_INIT, DurableLayer, GateMode
@@ -75,7 +75,7 @@ class WFNet(nn.Module):
         soft_init: start of durable soft gates, which range up to ``1 / sigmoid(soft_init)``; None:
             3, so that they attenuate.
         tune: with ``fuse`` and no backend named, on a CUDA device: whether each kind of call is
-            given to the backend that measured fastest there (:mod:`wfnet.backends.tuning`), and
+            given to the backend that measured fastest there (:mod:`wfnet.backends.autotune`), and
             the seconds that measuring may take, for each size of a batch. True: 20. Can be set
             later.
         mask_from: mask late layers alone: from a module on (``"layer3"``), the last so many stages

@@ -1,6 +1,6 @@
 import pytest
 
-from wfnet.backends import mixed, tuning
+from wfnet.backends import autotune, mixed
 from wfnet.benchmarking import layer_times
 from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import StepSettings, make_problem
@@ -43,7 +43,7 @@ def test_a_backend_that_fails_or_is_wrong_has_no_times(problem, monkeypatch):
             found = super().conv2d_dgrad(*arguments)
             return type(found)(*(None if t is None else 2 * t for t in found))
 
-    candidates = tuning.default_candidates() | {"triton": Wrong()}
+    candidates = autotune.default_candidates() | {"triton": Wrong()}
     monkeypatch.setattr(layer_times, "default_candidates", lambda: candidates)
     calls, failed = layer_times.time_layers(problem, ["eager", "triton", "cuda"], 1, RATES)
     assert list(failed) == ["cuda", "triton"]

@@ -8,8 +8,8 @@ from torch import nn
 
 import wfnet
 from wfnet import fusion, models
+from wfnet.backends.autotune import TunedBackend
 from wfnet.backends.mixed import MixedEager
-from wfnet.backends.tuning import TunedBackend
 from wfnet.fusion import durable_run
 from wfnet.gate_tables import flatten_filters
 from wfnet.untraining.durable import DurableObjective, durable_step, expand_groups

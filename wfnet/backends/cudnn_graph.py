@@ -2,8 +2,8 @@
 
 ``relu(scale * conv(x) + shift + residual)`` with tables per sample and channel is a graph that
 cuDNN's runtime fusion engine compiles into one kernel (a few seconds for each shape). It needs the
-optional package ``nvidia-cudnn-frontend`` and is a candidate of :mod:`wfnet.backends.tuning`, not a
-choice by name. No device has run it yet: see benchmarks/results/tuning.md for what was tried
+optional package ``nvidia-cudnn-frontend`` and is a candidate of :mod:`wfnet.backends.autotune`, not
+a choice by name. No device has run it yet: see benchmarks/results/tuning.md for what was tried
 without one.
 """
 

@@ -2,7 +2,7 @@
 
 The backend ``eager`` keeps ``u``, the kernels keep ``v = scale * u`` of every sample, and the
 backward of a layer reads what its forward kept. The backends here multiply by PyTorch (cuDNN on a
-CUDA device) and keep ``v``. They are candidates of :mod:`wfnet.backends.tuning`, not choices by
+CUDA device) and keep ``v``. They are candidates of :mod:`wfnet.backends.autotune`, not choices by
 name.
 """
 

@@ -1,7 +1,7 @@
 """Every masked layer's calls of its backend, timed on the operands of a real step.
 
 A fused network runs forward and backward over an expanded minibatch, as in an untraining step, by
-:class:`wfnet.backends.tuning.TunedBackend`: every candidate makes every call, is compared with
+:class:`wfnet.backends.autotune.TunedBackend`: every candidate makes every call, is compared with
 PyTorch and timed. Nothing is rebuilt: operands, sizes and what each call finishes for others are
 those of the step.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from wfnet import fusion
-from wfnet.backends.tuning import TunedBackend, default_candidates
+from wfnet.backends.autotune import TunedBackend, default_candidates
 from wfnet.benchmarking import roofline
 from wfnet.benchmarking.steps import Problem, on_backend
 from wfnet.network import WFNet
@@ -32,7 +32,7 @@ def time_layers(
     """Times every call of a fused step by every candidate.
 
     Args:
-        names: of candidates (:func:`wfnet.backends.tuning.default_candidates`); ``eager``, which
+        names: of candidates (:func:`wfnet.backends.autotune.default_candidates`); ``eager``, which
             the others are compared with, is always one.
 
     Returns:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import wfnet
 from wfnet import backends
-from wfnet.backends import tuning
+from wfnet.backends import autotune
 from wfnet.benchmarking import roofline, step_baselines
 from wfnet.benchmarking.timing import (
     KernelTime,
@@ -87,7 +87,7 @@ class StepSettings:
     repeats: int = 15
     seed: int = 0
     distil: bool = False
-    tune: float = tuning.DEFAULT_SECONDS
+    tune: float = autotune.DEFAULT_SECONDS
 
     def __post_init__(self) -> None:
         if self.batch_size < 2 or self.batch_size % 2:
@@ -276,7 +276,7 @@ def our_step(problem: Problem, backend: str, how: str, stack: contextlib.ExitSta
 
     def chosen() -> list[str]:
         made = getattr(net._fusion.network, "backend", None)
-        return made.report() if isinstance(made, tuning.TunedBackend) else []
+        return made.report() if isinstance(made, autotune.TunedBackend) else []
 
     run = lambda lr: step([(problem.images, problem.batch)], lr, rows).total  # noqa: E731
     return Step(run, lambda: step.gradient, chosen)

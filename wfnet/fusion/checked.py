@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from wfnet import backends, gates
 from wfnet.attention_layers import DirectLinear
+from wfnet.backends.autotune import TunedBackend, has_kernels, tuning_seconds
+from wfnet.backends.autotune_cache import TuningCache
 from wfnet.backends.contract import Backend
-from wfnet.backends.tuning import TunedBackend, has_kernels, tuning_seconds
-from wfnet.backends.tuning_cache import TuningCache
 from wfnet.fusion.compiled import CompiledNetwork
 from wfnet.fusion.cut import split_at_first_mask
 from wfnet.fusion.durable_run import DurableNetwork

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wfnet.backends.tuning import TunedBackend
+from wfnet.backends.autotune import TunedBackend
 from wfnet.network import WFNet
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.ranks import Ranks

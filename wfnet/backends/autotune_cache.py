@@ -1,4 +1,4 @@
-"""Decisions of :mod:`wfnet.backends.tuning` on disk, one file for each device with its versions."""
+"""Decisions of :mod:`wfnet.backends.autotune` on disk, a file for each device and its versions."""
 
 from __future__ import annotations
 

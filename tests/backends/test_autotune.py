@@ -10,7 +10,7 @@ from captured_steps import CLASSES, Residual, minibatch, network
 
 import wfnet
 from wfnet import models
-from wfnet.backends import mixed, tuning, tuning_cache
+from wfnet.backends import autotune, autotune_cache, mixed
 from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import StepSettings, make_problem, measure, print_table
 from wfnet.gate_tables import flatten_filters
@@ -50,9 +50,9 @@ def tuned(pretended_device, monkeypatch):
             clock(next(iter(calls.values())))  # a call still runs
             return {name: [milliseconds[name]] * repeats for name in calls}, {}
 
-        monkeypatch.setattr(tuning, "default_candidates", lambda: everybody)
-        monkeypatch.setattr(tuning, "interleaved", times)
-        monkeypatch.setattr(tuning.cuda_launch, "refuse", lambda *_: None)
+        monkeypatch.setattr(autotune, "default_candidates", lambda: everybody)
+        monkeypatch.setattr(autotune, "interleaved", times)
+        monkeypatch.setattr(autotune.cuda_launch, "refuse", lambda *_: None)
         return network(Residual, "cuda", backend="auto", tune=seconds, gate=gate)
 
     return make
@@ -66,7 +66,7 @@ def step(net, seed: int = 0, n: int = 4) -> list[torch.Tensor]:
     return [out.detach().cpu(), *(g.cpu() for g in found)]
 
 
-def backend_of(net) -> tuning.TunedBackend:
+def backend_of(net) -> autotune.TunedBackend:
     return net._fusion.network.backend
 
 
@@ -124,7 +124,7 @@ def test_who_is_wrong_or_raises_is_left_out_with_a_line(tuned, caplog):
 
 def test_what_is_decided_is_measured_once(tuned, monkeypatch, pretended_device):
     expected = step(net := tuned(triton=Fast()))
-    monkeypatch.setattr(tuning.TunedBackend, "_measure", None)
+    monkeypatch.setattr(autotune.TunedBackend, "_measure", None)
     for again in (net, tuned(triton=Fast())):
         assert torch.equal(step(again)[0], expected[0])
         step(again, n=3)  # of fewer samples
@@ -135,7 +135,7 @@ def test_what_is_decided_is_measured_once(tuned, monkeypatch, pretended_device):
 
 def test_a_budget_that_is_spent(tuned, monkeypatch, caplog):
     clock = iter(range(1000))
-    monkeypatch.setattr(tuning.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(autotune.time, "perf_counter", lambda: float(next(clock)))
     net = tuned(seconds=3.0, triton=Fast())
     step(net)
     taken = [*backend_of(net).taken.values()]
@@ -166,10 +166,10 @@ def test_files_that_came_with_the_machine(tuned, monkeypatch, tmp_path, caplog):
     step(net := tuned(triton=Fast()))
     shipped = backend_of(net).cache.path.rename(tmp_path / backend_of(net).cache.path.name)
     monkeypatch.setenv("WFNET_TUNING", str(tmp_path / "nothing"))
-    tuning_cache.TuningCache(CUDA).read()
+    autotune_cache.TuningCache(CUDA).read()
     assert f"has no file {shipped.name}" in caplog.text
     monkeypatch.setenv("WFNET_TUNING", str(tmp_path))
-    monkeypatch.setattr(tuning.TunedBackend, "_measure", None)
+    monkeypatch.setattr(autotune.TunedBackend, "_measure", None)
     step(tuned(triton=Fast()))
 
 
@@ -185,8 +185,8 @@ def test_the_first_rank_decides_for_all(tuned, monkeypatch):
     step(first := tuned(triton=Fast()))
     choices = backend_of(first).choices
     backend_of(first).cache.path.unlink()
-    monkeypatch.setattr(tuning.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(tuning.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(autotune.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(autotune.dist, "get_rank", lambda: 1)
     step(second := tuned(triton=Fast()))
     assert set(backend_of(second).taken.values()) == {"eager"}
     assert backend_of(second).choices == {}
@@ -197,7 +197,7 @@ def test_the_first_rank_decides_for_all(tuned, monkeypatch):
 
 def test_ranks_share_decisions_after_their_first_step(tuned, monkeypatch):
     shared = []
-    monkeypatch.setattr(tuning.TunedBackend, "share", lambda self, ranks: shared.append(ranks))
+    monkeypatch.setattr(autotune.TunedBackend, "share", lambda self, ranks: shared.append(ranks))
     net, ranks = tuned(triton=Fast()), Ranks(shared=False)
     with flatten_filters(net.filter_parameters()):
         optimizer = RowAdam(net.filter_parameters())

@@ -4,8 +4,8 @@ This is what ``backend="auto"`` means for a fused plan on a CUDA device. The fir
 of call occurs (operation, shapes, dtype, what its epilogue has), every candidate runs it on the
 very operands. One that raises, or whose results differ from PyTorch's by more than
 :data:`BOUNDS`, is left out with a line in the log; of the others the fastest is taken. Decisions
-are kept (:mod:`wfnet.backends.tuning_cache`) and serve every batch up to the size, a power of two,
-that they were made for.
+are kept (:mod:`wfnet.backends.autotune_cache`) and serve every batch up to the size, a power of
+two, that they were made for.
 
 A network on a CPU, or on a backend that is asked for by name, never comes here.
 """
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from wfnet import backends
 from wfnet.backends import cuda_launch
+from wfnet.backends.autotune_cache import Choices, Entry, TuningCache, describe_entries
 from wfnet.backends.contract import Activation, Backend, ConvGeometry, Epilogue, LayerBelow
 from wfnet.backends.cudnn_graph import INSTALLED, CudnnGraph
 from wfnet.backends.mixed import EagerProducts, MixedEager
-from wfnet.backends.tuning_cache import Choices, Entry, TuningCache, describe_entries
 from wfnet.services.clock import interleaved, reason_of, timed
 from wfnet.services.ranks import Ranks
 
