@@ -1,0 +1,229 @@
+"""Time to quality: CPU seconds and samples until all classes of a network are forgotten well.
+
+    python benchmarks/bench_time_to_quality.py                    digits, three seeds
+    python benchmarks/bench_time_to_quality.py --data glyphs100 --seeds 0
+    python benchmarks/bench_time_to_quality.py --data mnist --data-dir FILES
+    python benchmarks/bench_time_to_quality.py --images 1 2 5 10 20 50 --ways quick
+                                                     quality against training images a class
+
+A run is over at the first validation with Acc_f <= 0.5% and Acc_r at least that of the original
+network less one point; what it has then is confirmed on the test part. Seconds are CPU seconds of
+the process, one thread, from the start of `wfnet.untrain` (features, steps and validations), with
+those of opening the data beside them; they count every sample as it goes through the network. Ways
+that make one network a class (baselines) are timed on some classes, and multiplied by the number of
+classes. Writes JSON after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from script import RESULTS, markdown_table
+
+import wfnet
+from wfnet import UntrainConfig, models
+from wfnet.baselines import METHODS, Origin, unlearn
+from wfnet.benchmarking.provenance import provenance
+from wfnet.data import Splits, limit_per_class, open_data, select
+from wfnet.services.files import write_json
+from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
+from wfnet.wrapping import wrap
+
+ACC_F, ACC_R_LOSS = 0.005, 0.01
+LAST_STAGE = {"mask_from": 1}
+WITHOUT = {"features": "off"}  # every step computes the whole network
+# Ways: recipe, arguments of the network, changes of settings; "part": of the recipe's steps.
+WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "paper": ("paper", {}, WITHOUT),
+    "balanced": ("balanced", {}, WITHOUT),
+    "a quarter of the steps": ("balanced", {}, {**WITHOUT, "part": 0.25}),
+    "last stage": ("balanced", LAST_STAGE, WITHOUT),
+    "last stage, features kept": ("balanced", LAST_STAGE, {"features": "host"}),
+    "last stage, features kept, a quarter": (
+        "balanced",
+        LAST_STAGE,
+        {"features": "host", "part": 0.25},
+    ),
+    "quick": ("quick", {}, {}),
+    "durable": ("durable", {}, WITHOUT),
+}
+BASELINES = ("random_labels", "neggrad_plus", "scrub")
+
+
+class Reached(Exception):
+    """The validation images are forgotten and retained well enough."""
+
+
+def untrain_until(
+    way: str, base: torch.nn.Module, data: Splits, original: float, seed: int
+) -> dict[str, Any]:
+    """Untrains until the quality is reached; returns what that took, and accuracies on the test
+    part."""
+    recipe, arguments, changes = WAYS[way]
+    changes = {"min_validations": 20, "seed": seed} | changes
+    part = changes.pop("part", 1.0)
+    classes = len(data.classes)
+    net = wrap(base, classes, recipe, **arguments)
+    config = UntrainConfig.recipe(recipe, classes, **changes)
+    steps = max(1, round(config.total_steps(len(data.train)) * part))
+    config = UntrainConfig.recipe(recipe, classes, **changes, epochs=None, steps=steps)
+    seen: list[Mapping[str, float]] = []
+
+    def log(record: Mapping[str, float]) -> None:
+        seen.append(record)
+        if record["acc_f"] <= ACC_F and record["acc_r"] >= original - ACC_R_LOSS:
+            raise Reached
+
+    began, reached = time.process_time(), False
+    try:
+        wfnet.untrain(net, data.train, data.validation, config, progress=False, log=log)
+    except Reached:
+        reached = True
+    seconds = time.process_time() - began
+    return {
+        "reached": reached,
+        "cpu_seconds": seconds,
+        "steps": seen[-1]["step"],
+        "of_steps": steps,
+        "samples": seen[-1]["step"] * config.samples,
+        **test_accuracies(net, data),
+    }
+
+
+def test_accuracies(net: wfnet.WFNet, data: Splits) -> dict[str, float]:
+    result = wfnet.evaluate(net, data.test, progress=False)
+    before, after = result.original, result.mean
+    return {
+        "acc_r": 100 * after.acc_r,
+        "acc_f": 100 * after.acc_f,
+        "original_acc_r": 100 * before.acc_r,
+        "confirmed": after.acc_f <= ACC_F and after.acc_r >= before.acc_r - ACC_R_LOSS,
+    }
+
+
+def time_baseline(name: str, base: torch.nn.Module, data: Splits, labels: list[int]) -> dict:
+    """Unlearns some classes, a network each; returns the CPU seconds that all would take."""
+    origin, scores, began = Origin(base, data.train), [], time.process_time()
+    made = [unlearn(name, origin, label, METHODS[name].defaults) for label in labels]
+    seconds = (time.process_time() - began) / len(labels) * len(data.classes)
+    for label, model in zip(labels, made, strict=True):
+        own = data.test.labels == label
+        parts = (select(data.test, part.nonzero().flatten()) for part in (~own, own))
+        scores.append([100 * accuracy(model, part) for part in parts])
+    acc_r, acc_f = map(statistics.fmean, zip(*scores, strict=True))
+    return {"cpu_seconds": seconds, "classes_run": len(labels), "acc_r": acc_r, "acc_f": acc_f}
+
+
+def run(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
+    """All ways with the base network of a seed; a record each."""
+    began = time.process_time()
+    data = open_data(args.data, args.data_dir, seed=seed)
+    reading = time.process_time() - began
+    base = models.create(args.network, len(data.classes), seed=seed)
+    settings = SMALL_MODEL_SETTINGS[args.network] | ({"epochs": args.epochs} if args.epochs else {})
+    fit_classifier(base, data.train, seed=seed, progress=False, **settings)
+    original = accuracy(base, data.validation)
+    found = []
+    for count in args.images or [None]:
+        part = data
+        if count is not None:
+            few = select(data.train, limit_per_class(data.train.labels, count, seed))
+            part = Splits(few, data.validation, data.test, data.classes, data.name, seed)
+        about = {"seed": seed, "images_a_class": count, "reading_seconds": reading}
+        for way in args.ways:
+            found.append(about | {"way": way} | untrain_until(way, base, part, original, seed))
+            print(line(found[-1]), flush=True)
+    for name in args.baselines:
+        found.append(about | {"way": name} | time_baseline(name, base, data, args.labels))
+        print(line(found[-1]), flush=True)
+    return found
+
+
+def line(record: Mapping[str, Any]) -> str:
+    steps = f"{record['steps']} steps" if "steps" in record else "a network a class"
+    end = "" if record.get("reached", True) else ", NOT REACHED"
+    few = f", {record['images_a_class']} images a class" if record["images_a_class"] else ""
+    return (
+        f"seed {record['seed']} {record['way']}{few}: {record['cpu_seconds']:.2f} CPU s, {steps}, "
+        f"test Acc_r {record['acc_r']:.2f}, Acc_f {record['acc_f']:.2f}{end}"
+    )
+
+
+def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns medians of CPU seconds and means of accuracies over seeds, for each way."""
+    found = []
+    for way, count in dict.fromkeys((one["way"], one["images_a_class"]) for one in runs):
+        same = [one for one in runs if (one["way"], one["images_a_class"]) == (way, count)]
+        means = {
+            name: statistics.fmean(one[name] for one in same)
+            for name in ("acc_r", "acc_f", "original_acc_r", "steps", "samples")
+            if name in same[0]
+        }
+        kept = {
+            name: sum(o[name] for o in same) for name in ("reached", "confirmed") if name in same[0]
+        }
+        seconds = statistics.median(one["cpu_seconds"] for one in same)
+        about = {"way": way, "images_a_class": count, "seeds": len(same), "cpu_seconds": seconds}
+        found.append(about | means | kept)
+    return found
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    head = ["way", "images a class", "CPU s", "steps", "Acc_r", "Acc_f", "reached", "confirmed"]
+    cells = [
+        [
+            row["way"],
+            row["images_a_class"] or "all",
+            f"{row['cpu_seconds']:.2f}",
+            f"{row['steps']:.0f}" if "steps" in row else "-",
+            f"{row['acc_r']:.2f}",
+            f"{row['acc_f']:.2f}",
+            *(f"{row[name]} of {row['seeds']}" if name in row else "-" for name in head[-2:]),
+        ]
+        for row in rows
+    ]
+    print(markdown_table(head, cells))
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", default="digits", help="name of a data set")
+    add("--data-dir", help="folder with its files")
+    add("--network", default="resnet", choices=models.SMALL_MODELS)
+    add("--epochs", type=int, help="of training the base network")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--ways", nargs="*", choices=WAYS, default=list(WAYS))
+    add("--images", nargs="+", type=int, help="training images a class")
+    add("--baselines", nargs="*", choices=METHODS, default=[], help=f"such as {BASELINES}")
+    add("--labels", nargs="+", type=int, default=[3, 8], help="classes that baselines unlearn")
+    add("--output", type=Path, help="JSON file (default: in benchmarks/results)")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    output = args.output or RESULTS / f"time_to_quality_{args.data}.json"
+    record: dict[str, Any] = {
+        "provenance": provenance("cpu", ["benchmarks/bench_time_to_quality.py", *argv]),
+        "criterion": {"acc_f": 100 * ACC_F, "acc_r_loss": 100 * ACC_R_LOSS},
+        "runs": [],
+    }
+    for seed in args.seeds:
+        record["runs"] += run(args, seed)
+        record["summary"] = summary(record["runs"])
+        write_json(output, record)
+    show(record["summary"])
+    print(f"written to {output}")
+    return record
+
+
+if __name__ == "__main__":
+    main()
