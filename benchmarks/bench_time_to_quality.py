@@ -54,7 +54,6 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "quick": ("quick", {}, {}),
     "durable": ("durable", {}, WITHOUT),
 }
-BASELINES = ("random_labels", "neggrad_plus", "scrub")
 
 
 class Reached(Exception):
@@ -62,12 +61,14 @@ class Reached(Exception):
 
 
 def untrain_until(
-    way: str, base: torch.nn.Module, data: Splits, original: float, seed: int
+    way: str, base: torch.nn.Module, data: Splits, original: float, about: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Untrains until the quality is reached; returns what that took, and accuracies on the test
     part."""
     recipe, arguments, changes = WAYS[way]
-    changes = {"min_validations": 20, "seed": seed} | changes
+    changes = {"min_validations": 20, "seed": about["seed"]} | changes
+    if about["images_a_class"] is not None:
+        changes["images_per_class"] = None  # the data have no more
     part = changes.pop("part", 1.0)
     classes = len(data.classes)
     net = wrap(base, classes, recipe, **arguments)
@@ -138,8 +139,9 @@ def run(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
             part = Splits(few, data.validation, data.test, data.classes, data.name, seed)
         about = {"seed": seed, "images_a_class": count, "reading_seconds": reading}
         for way in args.ways:
-            found.append(about | {"way": way} | untrain_until(way, base, part, original, seed))
+            found.append(about | {"way": way} | untrain_until(way, base, part, original, about))
             print(line(found[-1]), flush=True)
+    about["images_a_class"] = None
     for name in args.baselines:
         found.append(about | {"way": name} | time_baseline(name, base, data, args.labels))
         print(line(found[-1]), flush=True)
@@ -205,7 +207,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--ways", nargs="*", choices=WAYS, default=list(WAYS))
     add("--images", nargs="+", type=int, help="training images a class")
-    add("--baselines", nargs="*", choices=METHODS, default=[], help=f"such as {BASELINES}")
+    add(
+        "--baselines",
+        nargs="*",
+        choices=METHODS,
+        default=[],
+        help="beside them, such as random_labels",
+    )
     add("--labels", nargs="+", type=int, default=[3, 8], help="classes that baselines unlearn")
     add("--output", type=Path, help="JSON file (default: in benchmarks/results)")
     args = parser.parse_args(argv)
