@@ -31,6 +31,19 @@ def test_recipe_paper_on_a_transformer(image_folder, tmp_path, quick_options, ca
     call("evaluate --no-figures -j0", folder)  # random weights come from the seed
 
 
+def test_recipe_quick_from_a_chosen_stage(words, tmp_path, call, capsys):
+    call(*words, "--recipe", "quick", "--mask-from", "auto", "--output", tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "config.json").read_text())
+    first, *_ = record["mask_depths"]
+    assert (first["mask_from"], first["stages"]) == ("layer3", 1)
+    assert f"layer3 on (1 of the last stages, {first['steps']} steps)" in capsys.readouterr().out
+    chosen = record["options"]["mask_from"]
+    assert chosen == next((t["mask_from"] for t in record["mask_depths"] if t["enough"]), "all")
+    layers = {name.split(".")[0] for name in load_file(tmp_path / "run" / "wf_model.safetensors")}
+    assert ("conv1" in layers) == (chosen == "all")
+    assert record["result"]["spent"]["features"] > 0 or chosen == "all"
+
+
 def test_a_resumed_run_ends_as_an_uninterrupted_one(words, tmp_path, monkeypatch, capsys, fails):
     words += ["--steps", "7", "--checkpoint-every", "2", "--output"]
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")

@@ -114,7 +114,7 @@ def _add_method_options(parser: Parser) -> None:
         --recipe  balanced forgets evenly and retains by distillation; paper has the authors'
             settings; durable puts gates behind BatchNorm, so that a baked network withstands
             re-estimated statistics and fine-tuning on the other classes; quick is balanced with
-            masks in the last quarter of the stages, ten images a class and few, large steps
+            masks in the last quarter of the stages, 20 images a class and few, large steps
             [default: balanced]
         --untrain-split  val: untrain without the training set, on the validation images (those of
             val/) that are not drawn for evaluation [default: train]

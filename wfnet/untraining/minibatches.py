@@ -153,7 +153,7 @@ def configured_sampler(config: UntrainConfig, data: TrainingData) -> Sampler:
 
 def drawn_images(data: TrainingData, config: UntrainConfig, steps: range) -> Tensor:
     """Returns the positions ``[n]``, ascending, of all images of the minibatches ``steps``."""
-    few = config.views is not None or len(steps) * config.images >= 8 * len(data.labels)
+    few = config.views is not None or len(steps) * config.images >= 3 * len(data.labels)
     if few:  # all of them, or about all
         return torch.arange(len(data.labels))
     sampler = configured_sampler(config, data)

@@ -351,7 +351,7 @@ def _quick_settings(num_classes: int, changes: dict[str, Any]) -> dict[str, Any]
     """Returns the settings of recipe "quick", chosen on validation images of 10 and 100 classes.
 
     Rows start at 3 and must come below 0 to close a gate: steps of 0.2 take longer for that than
-    all the rest. With 0.5 a row needs some 100 visits instead of 1,000, and ten images of its
+    all the rest. With 0.5 a row needs some 100 visits instead of 1,000, and few images of its
     class: where they are so few, the forget term counts for more, so that it holds for others.
     Validation images are as many as cost a tenth of the steps.
     """
@@ -365,8 +365,8 @@ def _quick_settings(num_classes: int, changes: dict[str, Any]) -> dict[str, Any]
         "batch_size": batch_size,
         "label_expansion": expansion,
         "lr": 0.5,
-        "lambda1": min(1.0, 0.6 * (max(num_classes, 10) / 10) ** 0.25),
-        "images_per_class": 10,
+        "lambda1": 0.6,
+        "images_per_class": 20,
         "validations_per_epoch": 0,
         "min_validations": 1,
         "validation_images": max(2 * num_classes, samples // 20),
