@@ -39,7 +39,7 @@ from wfnet.kernels.epilogue import forward_epilogue
 from wfnet.kernels.epilogue_arguments import ForwardArguments, channels_first, channels_last
 from wfnet.kernels.launch import Launch, describable, descriptor
 from wfnet.kernels.linear import flat_launch, linear_fprop_kernel
-from wfnet.kernels.moments import MomentsWorkspace
+from wfnet.kernels.moments import take_moments
 
 from wfnet.backends.contract import Activation, ConvGeometry, Epilogue
 
@@ -302,11 +302,12 @@ def conv_moments(
     if config.path == "box":
         tiles = _tiles_of(shape, config)
         tiling = {"grouped": tiles[0] * tiles[1]}
-    workspace = MomentsWorkspace.of(out, **tiling)
-    if out.numel():
-        arguments = ForwardArguments.of_product(out, workspace.arguments)
-        _launch(x, weight, None, arguments, shape, config).run()
-    return channels_first(out), *workspace.merged(out)
+
+    def product(**moments: Tensor) -> Launch:
+        arguments = ForwardArguments.of_product(out, moments)
+        return _launch(x, weight, None, arguments, shape, config)
+
+    return channels_first(out), *take_moments(out, product, **tiling)
 
 
 def _check_operands(x: Tensor, weight: Tensor) -> None:

@@ -100,7 +100,7 @@ class ForwardArguments:
         return cls(pixels, tables | _NO_MOMENTS | {"RELU": epilogue.relu})
 
     @classmethod
-    def of_product(cls, out: Tensor, moments: dict[str, Tensor | None]) -> ForwardArguments:
+    def of_product(cls, out: Tensor, moments: dict[str, Tensor]) -> ForwardArguments:
         """Returns what stores the product ``out`` ``[B, P, Q, O]`` itself, and its moments."""
         pixels = {"residual": None, "branch": None, "out": out}
         tables = {"scale": None, "shift": None, "LD": 0}

@@ -8,7 +8,7 @@ In untraining with durable gates the tables of a convolution depend on its own p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 import triton
@@ -68,49 +68,33 @@ def column_moments_kernel(
     tl.store(var + at, tl.sum(apart, axis=0) / pixels, mask=col_ok)
 
 
-@dataclass(frozen=True)
-class MomentsWorkspace:
-    """Partial moments of every tile.
+def take_moments(
+    out: Tensor, product: Callable[..., Launch], *, grouped: int = 0, block_m: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Runs a product, and returns mean and variance ``[B, O]`` fp32 of its samples.
 
-    Attributes:
-        arguments: of the forward kernels. All are None where tiles meet so many samples that they
-            take no moments: of images of a few pixels, for which PyTorch's own reductions do.
-        tiling: where the partial moments of a sample are, for ``column_moments_kernel``.
+    Args:
+        out: ``[B, P, Q, O]``, which the product writes.
+        product: makes its launch from workspaces for the moments of every tile; from nothing, one
+            that takes none.
+        grouped, block_m: as of :meth:`wfnet.kernels.epilogue_arguments.BackwardArguments.run`.
     """
-
-    arguments: dict[str, Tensor | None]
-    tiling: dict[str, int]
-
-    @classmethod
-    def of(cls, out: Tensor, *, grouped: int = 0, block_m: int = 0) -> MomentsWorkspace:
-        """Makes room for the moments of ``out`` ``[B, P, Q, O]``.
-
-        Args:
-            grouped, block_m: as of :meth:`wfnet.kernels.epilogue_arguments.BackwardArguments.run`.
-        """
-        batch, height, width, columns = out.shape
-        touched = span(block_m, height * width) if block_m else 0
-        slots = (
-            touched * triton.cdiv(batch * height * width, block_m) if block_m else grouped * batch
-        )
-        sums = squares = counts = None
-        if slots:
-            sums, squares = torch.empty((2, slots, columns), dtype=torch.float32, device=out.device)
-            counts = sums.new_empty(slots)
-        tiling = {"SLOTS": grouped, "SPAN": touched, "BM": block_m}
-        return cls({"sums": sums, "squares": squares, "counts": counts}, tiling)
-
-    def merged(self, out: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns mean and variance ``[B, O]`` fp32 of ``out``."""
-        batch, height, width, columns = out.shape
-        if self.arguments["sums"] is None:
-            var, mean = torch.var_mean(out.float(), (1, 2), correction=0)
-            return mean, var
-        mean, var = torch.empty((2, batch, columns), dtype=torch.float32, device=out.device)
-        arguments = self.arguments | self.tiling | {"mean": mean, "var": var}
-        arguments |= {"B": batch, "T": height * width, "C": columns, "BS": 8, "BN": 128}
-        Launch(column_moments_kernel, (batch, triton.cdiv(columns, 128)), arguments).run()
+    batch, height, width, columns = out.shape
+    touched = span(block_m, height * width) if block_m else 0
+    slots = touched * triton.cdiv(batch * height * width, block_m) if block_m else grouped * batch
+    if not slots:  # no sample, or tiles that meet too many of a few pixels each
+        if batch:
+            product().run()
+        var, mean = torch.var_mean(out.float(), (1, 2), correction=0)
         return mean, var
+    sums, squares = out.new_empty((2, slots, columns), dtype=torch.float32)
+    moments = {"sums": sums, "squares": squares, "counts": sums.new_empty(slots)}
+    product(**moments).run()
+    mean, var = sums.new_empty((2, batch, columns))
+    arguments = moments | {"mean": mean, "var": var, "B": batch, "T": height * width, "C": columns}
+    arguments |= {"SLOTS": grouped, "SPAN": touched, "BM": block_m, "BS": 8, "BN": 128}
+    Launch(column_moments_kernel, (batch, triton.cdiv(columns, 128)), arguments).run()
+    return mean, var
 
 
 @triton.jit(do_not_specialize=["B", "T"])
