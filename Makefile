@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-triton lint format build test-gpu bench device tables clean help
+.PHONY: demo test test-triton lint format build test-gpu bench device tables docs clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -62,6 +62,14 @@ device: ## everything that needs a GPU, within BUDGET seconds, results in OUT (d
 
 tables: $(READY) ## tables and picture of the documents from benchmarks/results
 	$(BIN)/python benchmarks/render.py
+
+# Nothing is loaded while it builds, but for packages that are missing.
+docs: $(READY) ## the documentation as a site in build/site, every link checked
+	$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	rm -rf build/pages && mkdir -p build/pages
+	cp --parents README.md CHANGELOG.md LICENSE docs/* benchmarks/results/* wfnet/reference.py build/pages
+	$(BIN)/python -m mkdocs build --strict
 
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) wfnet/_C.*.so build dist *.egg-info demo .pytest_cache .ruff_cache
