@@ -191,14 +191,15 @@ def test_folders_of_timm(tmp_path):
     timm = pytest.importorskip("timm")
     create_vit = partial(timm.create_model, "vit_tiny_patch16_224", img_size=32, depth=1)
     net = wfnet.WFNet(create_vit(num_classes=CLASSES), CLASSES)
-    plain = net.bake(1)
-    changed = {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.5}
+    plain = net.bake(1).to(memory_format=torch.channels_last)
+    changed = {"mean": (0.1, 0.2, 0.3), "crop_pct": 0.5, "image_size": 32}
     hugging_face.save_classifier(plain, tmp_path, CLASS_NAMES, changed)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(again(images), plain(images))
     found = timm.data.resolve_model_data_config(again)
     assert (*found["mean"], found["crop_pct"]) == (0.1, 0.2, 0.3, 0.5)
+    assert tuple(found["input_size"]) == (3, 32, 32)
     assert again.pretrained_cfg["label_names"] == list(CLASS_NAMES)
     assert torch.equal(hugging_face.load_saved(tmp_path, plain)(images), plain(images))
     with pytest.raises(ValueError, match="neither timm nor transformers"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -219,13 +220,15 @@ def save_classifier(
         model: without filters, as :meth:`wfnet.WFNet.bake` returns it.
         folder: is made if needed.
         names: of the classes.
-        preprocessing: ``mean``, ``std`` (of timm's also ``interpolation``, ``crop_pct``) where they
-            are not those that the model came with.
+        preprocessing: ``mean``, ``std`` (of timm's also ``image_size``, ``interpolation``,
+            ``crop_pct``) where they are not those that the model came with.
 
     Raises:
         ValueError: for a model of neither library, or another change of a processor.
     """
     changes = dict(preprocessing or {})
+    # Weights in channels-last layout are not saved by all versions.
+    model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     if is_transformers(model):
         if not changes.keys() <= {"mean", "std"}:
             raise ValueError(
@@ -247,6 +250,9 @@ def save_classifier(
             f"{type(model).__name__} belongs to neither timm nor transformers, so no library loads "
             "it from a folder: write its weights to a .safetensors file"
         )
+    if "image_size" in changes:
+        side = changes.pop("image_size")
+        changes["input_size"] = model.pretrained_cfg["input_size"][0], side, side
     about = {"pretrained_cfg": changes} | ({} if names is None else {"label_names": list(names)})
     save_for_hf = require("timm.models", "train").save_for_hf
     save_for_hf(model, str(folder), model_config=about, safe_serialization=True)

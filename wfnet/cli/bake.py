@@ -312,8 +312,9 @@ def _attack(
 
 def _changed_preprocessing(options: argparse.Namespace) -> dict[str, Any]:
     """What of the images' preprocessing the options changed, as ``save_classifier`` takes it."""
-    names = "mean", "std", "interpolation", "crop_pct"
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    found = {name: getattr(options, name) for name in ("mean", "std", "interpolation", "crop_pct")}
+    found["image_size"] = options.img_size
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _other_images(work_on: Run, classifier: nn.Module, forget: list[int]) -> Tensor:
