@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
-from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, RETRAINED, picture
+from wfnet.report.figures.style import AFTER, BEFORE, INK, RETAINED, RETRAINED, picture
 
 # Label of what is done with the file, with check and measure of `wfnet trust`.
 ATTACKS = {
@@ -14,9 +14,11 @@ ATTACKS = {
     "fine-tuned on\nother classes": ("relearning", "acc_f_retain_only"),
     "fine-tuned with\none image of it": ("relearning", "acc_f_from_1"),
     "fine-tuned\nwith ten": ("relearning", "acc_f_from_10"),
+    "its head row\nfrom ten": ("prototypes", "acc_f_head_10"),
+    "the base's row\nput back": ("removal", "acc_f_base_head"),
     "its logit\nshifted": ("removal", "acc_f_offset"),
 }
-_COLORS = AFTER, RETAINED, RETRAINED
+_COLORS = AFTER, RETAINED, RETRAINED, INK
 
 
 def attack_levels(measured: Callable[[str, str], float | None]) -> dict[str, float]:
@@ -30,21 +32,23 @@ def attacks(before: float, bars: Mapping[str, Mapping[str, float]], path: str | 
 
     Args:
         before: of the original network, in %.
-        bars: accuracies in % by name of a network (three at most), then by attack.
+        bars: accuracies in % by name of a network (four at most), then by attack.
         path: file to write.
     """
     labels = [label for label in ATTACKS if all(label in levels for levels in bars.values())]
-    with picture(path, 7.2, 2.8) as figure:
+    step = 0.81 / len(bars)
+    with picture(path, 8.6, 3.0) as figure:
         axis = figure.subplots()
         axis.axhline(before, color=BEFORE, ls="--", label=f"before: {before:.1f}")
         for number, (name, levels) in enumerate(bars.items()):
             color, heights = _COLORS[number], [levels[label] for label in labels]
-            places = [place + 0.27 * (number - 1) for place in range(len(labels))]
-            axis.bar(places, heights, 0.25, color=color, label=name)
+            shift = step * (number - (len(bars) - 1) / 2)
+            places = [place + shift for place in range(len(labels))]
+            axis.bar(places, heights, 0.92 * step, color=color, label=name)
             for place, height in zip(places, heights, strict=True):
                 axis.text(
-                    place, height + 2, f"{height:.0f}", ha="center", fontsize=7.5, color=color
+                    place, height + 2, f"{height:.0f}", ha="center", fontsize=6.5, color=color
                 )
-        axis.set_xticks(range(len(labels)), labels, fontsize=8)
+        axis.set_xticks(range(len(labels)), labels, fontsize=7.5)
         axis.set(ylim=(0, 116), yticks=range(0, 101, 20), ylabel="accuracy on the class, %")
-        figure.legend(ncols=4, loc="outside upper center", fontsize=8)
+        figure.legend(ncols=5, loc="outside upper center", fontsize=7.5)
