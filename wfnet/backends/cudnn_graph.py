@@ -10,7 +10,7 @@ without one.
 from __future__ import annotations
 
 import importlib.util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ _MOST_BATCHES = 8  # sizes of a batch that one convolution is compiled for in a 
 class _Graph(NamedTuple):
     """A compiled graph, its tensors by the names of the operands, and bytes of its workspace."""
 
-    graph: object
-    tensors: dict[str, object]
+    graph: Any
+    tensors: dict[str, Any]
     workspace: int
 
 
@@ -105,15 +105,15 @@ def as_pixel(table: Tensor) -> Tensor:
     return table.contiguous().as_strided((*table.shape, 1, 1), (columns, 1, columns, columns))
 
 
-def precisions(cudnn: object) -> dict[str, object]:
+def precisions(cudnn: Any) -> dict[str, Any]:
     """Returns the settings of a graph whose products and epilogues are in fp32."""
     wide = cudnn.data_type.FLOAT
     return {"intermediate_data_type": wide, "compute_data_type": wide}
 
 
 def describe(
-    graph: object, cudnn: object, operands: dict[str, Tensor], geometry: ConvGeometry, relu: bool
-) -> dict[str, object]:
+    graph: Any, cudnn: Any, operands: dict[str, Tensor], geometry: ConvGeometry, relu: bool
+) -> dict[str, Any]:
     """Writes a convolution and its epilogue into a graph; returns its tensors by name.
 
     Args:
