@@ -98,8 +98,8 @@ def _missing(name: str, file: str) -> FileNotFoundError:
             "model's save_pretrained"
         )
     return FileNotFoundError(
-        f"{name!r} is no folder, and the local cache of the Hub has no {file} of it; wfnet "
-        f"downloads nothing: fetch it once with `hf download {name}`"
+        f"{name!r} is no folder, and the local cache of the Hub has no {file} of it: fetch it "
+        f"once, where there is a connection, with `hf download {name}`"
     )
 
 
