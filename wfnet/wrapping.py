@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from wfnet.network import WFNet
-from wfnet.targets import MANY_CLASSES
+from wfnet.targets import MANY_CLASSES, choose_targets
 
 # Hard gates close from here within the first visits of a row; rows of many classes are visited less
 # often for each channel that they close.
@@ -32,8 +32,8 @@ def wrap(
     """The classifier with fresh filters as a recipe wants them.
 
     Recipe ``paper`` has plain sigmoid gates, recipe ``balanced`` normalised ones, recipe
-    ``durable`` hard and soft ones behind the layers, recipe ``quick`` normalised ones in the last
-    quarter of the stages, where ``mask_from`` says nothing else.
+    ``durable`` hard and soft ones behind the layers, recipe ``quick`` normalised ones, of
+    convolutions in the last quarter of the stages alone where ``mask_from`` says nothing else.
 
     Args:
         classifier: copied, not changed.
@@ -49,7 +49,10 @@ def wrap(
     if recipe == "durable":
         arguments["gate"] = "durable"
     if recipe == "quick" and arguments.get("mask_from") is None:
-        arguments["mask_from"] = QUICK_MASK_FROM
+        names = choose_targets(classifier, arguments.get("targets"), num_classes)
+        # The residual stream of a transformer goes around late masks.
+        if any(isinstance(classifier.get_submodule(name), nn.Conv2d) for name in names):
+            arguments["mask_from"] = QUICK_MASK_FROM
     if alpha_init is None:
         many = num_classes > MANY_CLASSES
         of_durable = MANY_ALPHA_INIT if many else DURABLE_ALPHA_INIT

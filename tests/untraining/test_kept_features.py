@@ -1,11 +1,14 @@
 """Features at the cut, kept: the same filters, no image is read twice, what is refused."""
 
+import signal
+
 import pytest
 import torch
 
 from wfnet import UntrainConfig, WFNet, untrain
 from wfnet.data import limit_per_class, row_store
 from wfnet.gate_tables import side_by_side
+from wfnet.untraining.signals import Stopped
 
 
 @pytest.fixture
@@ -57,13 +60,18 @@ def test_random_images_are_kept_as_a_number_of_views(late, runs):
     with pytest.raises(ValueError, match="transformed at random; say how many views"):
         late(train=images, features="host")
     assert late(train=images, views=2).isfinite().all()
+    with pytest.raises(ValueError, match="are the same each time: leave out views"):
+        late(views=2)
 
 
-def test_an_interrupted_run_goes_on_with_features(late, tmp_path):
-    whole = late()
-    with pytest.raises(ZeroDivisionError):
-        late(tmp_path, log=lambda record: 1 / (record["step"] < 12))
-    assert torch.equal(late(tmp_path, features="off"), whole)
+def test_a_run_that_is_stopped_while_it_fills_the_store_goes_on(late, runs, tmp_path):
+    def stop(index):
+        if index == 30:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(Stopped, match="after step 0 of"):
+        late(tmp_path, train=runs.Files(runs.bars(), stop), features="host")
+    assert torch.equal(late(tmp_path, train=runs.Files(runs.bars(), lambda index: None)), late())
 
 
 def test_what_is_refused(base, late, monkeypatch, runs):

@@ -2,9 +2,10 @@
 
 import pytest
 
-from wfnet import WFNet
+from wfnet import WFNet, models
 from wfnet.untraining import mask_depth
 from wfnet.untraining.mask_depth import choose_mask_from, depth_report
+from wfnet.wrapping import wrap
 
 
 @pytest.mark.parametrize("enough", [True, False])
@@ -25,3 +26,9 @@ def test_the_latest_stage_that_is_enough(base, runs, monkeypatch, enough):
     assert (trial.mask_from, trial.stages, trial.enough) == ("conv2", 1, enough)
     assert trial.acc_f < trial.acc_r
     assert f"Acc_f {trial.acc_f:.2%}" in depth_report(chosen, [trial])
+
+
+@pytest.mark.parametrize(("model", "first"), [("resnet", "layer3.0.conv1"), ("vit", "blocks.0")])
+def test_recipe_quick_masks_late_convolutions_but_whole_transformers(model, first):
+    net = wrap(models.create(model, 5, width=32), 5, "quick")
+    assert next(iter(net.masked_layers)).startswith(first)

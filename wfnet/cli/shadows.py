@@ -34,7 +34,7 @@ logger = logging.getLogger("wfnet")
 FOLDER = "shadows"
 _TRIVIAL = ("logit_masked", "bias_shifted")
 # What describes the filters of a run, of its recorded options.
-_OF_FILTERS = ("recipe", "alpha_init", "targets", "filter_dtype")
+_OF_FILTERS = ("recipe", "alpha_init", "targets", "mask_from", "filter_dtype")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -142,6 +142,7 @@ def _recipe(options: argparse.Namespace, work_on: Run) -> Recipe:
     about = {name: record["options"].get(name) for name in _OF_FILTERS}
     arguments = {
         "targets": about["targets"],
+        "mask_from": about["mask_from"],
         "filter_dtype": getattr(torch, about["filter_dtype"]),
         "backend": options.backend,
         "fuse": fuse_of(options),

@@ -127,7 +127,9 @@ def _add_method_options(parser: Parser) -> None:
         --mask-from STAGE  mask late layers alone, so that all in front of them runs once per image:
             from a stage on (layer3, blocks.9), the last so many stages (1), a part of them (0.25),
             or all; auto chooses on validation images by at most four short runs from the back
-            (default: all, of recipe quick 0.25). Late masks leave more of the class in the logits
+            (default: all; recipe quick: 0.25 where convolutions are masked). Late masks leave more
+            of the class: with recipe durable one image brings back more (docs/scale.md), and a
+            transformer's residual stream goes around them
         --filter-dtype  of filters and optimiser state; bfloat16 takes half the memory and is
             rounded stochastically [default: float32]
         --alpha-init X  first value of filter entries (default: 3; of the hard gates of recipe

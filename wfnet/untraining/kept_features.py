@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class KeptFeatures:
         cls,
         net: WFNet,
         train: Dataset,
-        drawn: Tensor,
+        drawn: Callable[[], Tensor],
         validation: Dataset | None,
         looked_at: Tensor | None,
         config: UntrainConfig,
@@ -65,7 +65,8 @@ class KeptFeatures:
         Args:
             net: the whole network.
             train, validation: images.
-            drawn, looked_at: positions of those that the run reads.
+            drawn, looked_at: positions of those that the run reads; ``drawn`` is asked if
+                features can be kept.
             config: where features are kept, and in what dtype.
             corrupt: as in :func:`wfnet.data.batches`.
 
@@ -74,11 +75,13 @@ class KeptFeatures:
 
         Raises:
             ValueError: where features are asked for and cannot be kept: the network has no frozen
-                front, images are transformed at random without ``config.views``, or no room.
+                front, images are transformed at random without ``config.views``, or are not with
+                it, or there is no room.
         """
         refusal, split = None, None
         forward = Forward.of(net, config.amp_dtype, config.channels_last)
-        few = next(batches(train, drawn.split(_LOOK_AT), 0, corrupt, replace_corrupt=True)).images
+        first = torch.arange(min(_LOOK_AT, len(labels_of(train))))
+        few = next(batches(train, [first], 0, corrupt, replace_corrupt=True)).images
         images = forward.images(few)
         with torch.no_grad(), forward.autocast():
             split = split_network(net, images)
@@ -88,18 +91,20 @@ class KeptFeatures:
                 "nothing frozen lies in front of its first mask, or torch.fx cannot trace it; "
                 "mask late layers alone (mask_from, targets)"
             )
-        elif config.views is None and _is_random(train, drawn[:_LOOK_AT], few):
-            refusal = (
-                "training images are transformed at random; say how many views of each image are "
-                "to be kept (views=4, --views 4), or leave out augmentation"
-            )
+        elif _is_random(train, first, few) == (config.views is None):
+            refusal = "training images are the same each time: leave out views, or add augmentation"
+            if config.views is None:
+                refusal = (
+                    "training images are transformed at random; say how many views of each image "
+                    "are to be kept (views=4, --views 4), or leave out augmentation"
+                )
         if refusal is None:
             net.image_shape = tuple(few.shape[1:])
             try:
                 kept = [
                     None if dataset is None else _store(dataset, entries, split, example, part)
                     for dataset, entries, part in (
-                        (train, _entries(drawn, len(labels_of(train)), config.views), config),
+                        (train, _entries(drawn(), len(labels_of(train)), config.views), config),
                         (validation, looked_at, replace(config, views=None)),
                     )
                 ]

@@ -15,7 +15,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -298,7 +298,7 @@ class _Untraining:
         if self.config.features == "off" or not self.ranks.alone:
             return
         validator = self.validator
-        drawn = drawn_images(self.data, self.config, self._positions())
+        drawn = partial(drawn_images, self.data, self.config, self._positions())
         looked_at = (None, None) if validator is None else (self.validation, validator.images)
         about = self.net, self.train, drawn, *looked_at, self.config, self.corrupt
         with self.clock.timed("features"):
