@@ -36,7 +36,7 @@ QUALITY = {
     "quality_glyphs100": "rendered characters, 100 classes",
     "quality_glyphs100_hard": "the same with much noise",
     "quality_digits_durable": "recipe `durable`: digits",
-    "quality_fashion_durable": "the same with `--match 0.05 --lambda1 0.2`: Fashion-MNIST",
+    "quality_fashion_durable": "recipe `durable`: Fashion-MNIST",
     "quality_digits_paper": "for comparison, recipe `paper`: digits",
 }
 NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}

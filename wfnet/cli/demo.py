@@ -38,7 +38,7 @@ CLASSES = 10
 PICTURE = "attacks.png"
 _CHECKS = ("removal", "relearning")
 # What a recipe is shown beside, and in how many steps at most.
-_BESIDE = {"durable": ("balanced", 150), "balanced": ("durable", 300), "paper": ("durable", 300)}
+_BESIDE = {"durable": ("balanced", 150), "balanced": ("durable", 200), "paper": ("durable", 200)}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -113,20 +113,21 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
 
 def _attack(options: argparse.Namespace, runs: Mapping[str, Path]) -> None:
     """Attacks the exports of these runs and a retrained network, and draws what comes back."""
-    first = next(iter(runs.values()))
+    first = runs[options.recipe]
     classes = ["--classes", str(options.forget), "-j0"]
-    checks = [*classes, "--checks", *_CHECKS]
+    checks = [*classes, "--samples", "300", "--checks", *_CHECKS]
     _call(options, ["baseline", str(first), "--methods", "retrained", *classes])
     for run in runs.values():
         _call(options, ["trust", str(run), *checks])
-    means = [TrustResult.from_json(run / RESULT).means() for run in runs.values()]
+    means = {name: TrustResult.from_json(run / RESULT).means() for name, run in runs.items()}
 
-    def levels(number: int, who: str) -> dict[str, float]:
-        return figures.attack_levels(lambda c, m: means[number].get(c, {}).get(m, {}).get(who))
+    def levels(name: str, who: str) -> dict[str, float]:
+        return figures.attack_levels(lambda c, m: means[name].get(c, {}).get(m, {}).get(who))
 
-    bars = {f"recipe {name}": levels(number, "forgetful") for number, name in enumerate(runs)}
-    bars["retrained without the class"] = levels(0, "retrained")
-    figures.attacks(levels(0, "original")["nothing"], bars, first / PICTURE)
+    bars = {f"recipe {name}": levels(name, "forgetful") for name in sorted(runs)}
+    bars["retrained without the class"] = levels(options.recipe, "retrained")
+    before = levels(options.recipe, "original")["nothing"]
+    figures.attacks(before, bars, first / PICTURE)
 
 
 def _parse(words: Sequence[str]) -> argparse.Namespace:

@@ -6,7 +6,7 @@ It raises ImportError without matplotlib (extra ``viz``), and ValueError for an 
 
 from wfnet.report.figures.accuracies import accuracy_per_class, overview
 from wfnet.report.figures.associations import association_graph
-from wfnet.report.figures.attacks import attack_levels, attacks
+from wfnet.report.figures.attack_bars import attack_levels, attacks
 from wfnet.report.figures.confusions import confusion
 from wfnet.report.figures.curves import insertion_deletion, training_curves
 from wfnet.report.figures.gate_maps import gate_heatmap

@@ -27,7 +27,9 @@ def attack_levels(measured: Callable[[str, str], float | None]) -> dict[str, flo
     return {label: 100 * value for label, value in found.items() if value is not None}
 
 
-def attacks(before: float, bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike):
+def attacks(
+    before: float, bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike
+) -> None:
     """Draws the accuracy on the forgotten class after every attack.
 
     Args:
