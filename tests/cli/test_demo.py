@@ -35,8 +35,9 @@ def interrupt_at(monkeypatch, step):
 
 def test_the_demo_is_made_goes_on_and_is_reused(tmp_path, monkeypatch, capsys, fails):
     monkeypatch.setattr("wfnet.report.figures.style.DPI", 30)
-    monkeypatch.setattr("wfnet.cli.demo._CHECKS", ("removal",))
-    monkeypatch.setattr("wfnet.cli.demo._BESIDE", {"balanced": ("paper", 5)})
+    checks = ("--samples", "20", "--checks", "removal")  # seconds otherwise
+    monkeypatch.setattr("wfnet.cli.demo._CHECKS", checks)
+    monkeypatch.setattr("wfnet.cli.demo._BESIDE", {"balanced": ("paper", 1)})
     folder = tmp_path / "demo"
 
     def demo(*more, status=0):

@@ -36,7 +36,7 @@ from wfnet.untraining.untrain_config import RECIPES
 
 CLASSES = 10
 PICTURE = "attacks.png"
-_CHECKS = ("removal", "relearning")
+_CHECKS = ("--samples", "300", "--checks", "removal", "relearning")
 # What a recipe is shown beside, and in how many steps at most.
 _BESIDE = {"durable": ("balanced", 150), "balanced": ("durable", 200), "paper": ("durable", 200)}
 
@@ -115,10 +115,9 @@ def _attack(options: argparse.Namespace, runs: Mapping[str, Path]) -> None:
     """Attacks the exports of these runs and a retrained network, and draws what comes back."""
     first = runs[options.recipe]
     classes = ["--classes", str(options.forget), "-j0"]
-    checks = [*classes, "--samples", "300", "--checks", *_CHECKS]
     _call(options, ["baseline", str(first), "--methods", "retrained", *classes])
     for run in runs.values():
-        _call(options, ["trust", str(run), *checks])
+        _call(options, ["trust", str(run), *classes, *_CHECKS])
     means = {name: TrustResult.from_json(run / RESULT).means() for name, run in runs.items()}
 
     def levels(name: str, who: str) -> dict[str, float]:
