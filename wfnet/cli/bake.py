@@ -407,15 +407,14 @@ def _deploy(work_on: Run, network: nn.Module, images: Tensor) -> Deployment:
         path = getattr(options, name)
         if path:
             found = getattr(deployment, f"save_{name}")(Path(path))
-            checked = (
-                f"logits differ by at most {found:.1e}"
-                if found is not None
-                else ("not run, for onnxruntime is not installed")
-            )
+            checked = "not compared: onnxruntime is not installed"
+            if found is not None:
+                checked = f"logits differ by at most {found:.1e}"
             print(f"{path}: of {inputs}; {checked}")
     return deployment
 
 
+@torch.inference_mode()
 def _compare_accuracies(
     work_on: Run, plain: nn.Module, classifier: nn.Module, forget: list[int]
 ) -> None:
@@ -423,7 +422,7 @@ def _compare_accuracies(
     options, test = work_on.options, work_on.images(classifier).test
     reader = ImageReader(test, options.samples, options.seed, options.workers)
     int8, weight = onnx_logits(Path(options.int8)), next(plain.parameters())
-    networks = lambda x: plain(x.to(weight)), int8
+    networks = lambda x: first_output(plain(x.to(weight))), int8
     shown = []
     for part, what in ((reader.of(*forget), "forgotten"), (reader.without(*forget), "other")):
         right = [
