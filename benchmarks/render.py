@@ -84,6 +84,42 @@ EXPORTS = (
 )
 SHOWN = {"balanced": EXPORTS[0][1], "durable": EXPORTS[1][1]}  # in the picture
 
+META_BAD = {
+    "original": "original",
+    "logit_masked": "logit masked",
+    "bias_shifted": "bias shifted",
+    "random_labels": "random labels",
+}
+# Measures of benchmarks/meta_evaluation.py that are shown, and what they are called.
+META_MEASURES = {
+    "removal: acc_f": "Acc_f",
+    "removal: acc_r": "Acc_r",
+    "membership: auc_confidence": "membership, confidence: AUC",
+    "membership: auc_calibrated": "membership, calibrated: AUC",
+    "membership: lira_auc": "LiRA against two retrained networks: AUC",
+    "relearning: acc_f_retain_only": "relearning from other classes",
+    "relearning: acc_f_from_1": "relearning from one image",
+    "relearning: acc_f_from_10": "relearning from ten",
+    "probing: probe_last": "linear probe, input of the head",
+    "removal: acc_f_recovered": "removal: best attack without the base",
+    "removal: acc_f_batchnorm_all": "removal: BatchNorm re-estimated",
+    "removal: acc_f_offset": "removal: logit shifted",
+    "removal: auc_logit": "AUC of the class's logit",
+    "collateral: acc_nearest_confusion": "collateral: nearest classes",
+    "closeness: js_forget": "closeness: JS on the class",
+    "closeness: js_retain": "closeness: JS on others",
+    "similarity: cka_forget_last": "CKA on the class, input of the head",
+    "similarity: cka_retain_last": "CKA on others, input of the head",
+    "geometry: compact_forget": "geometry: compactness",
+    "geometry: tv_nearest": "geometry: nearest classes, TV",
+    "geometry: auc_geometry": "geometry: outputs, AUC",
+    "over_unlearning: ou_eps": "over-unlearning: OU@eps",
+    "shadows, image: u_lira auc": "U-LiRA, image by image: AUC",
+    "shadows, class: u_lira auc": "U-LiRA, class: AUC",
+    "shadows, class: klom klom": "KLOM, class",
+    "shadows, class: forget_quality score": "forget quality, class: score",
+}
+
 _SAME_RUN = ("device", "torch", "commit")
 _SAME_SETTINGS = ("dtype", "image_size", "batch_size", "label_expansion", "share_images")
 _SAME_SETTINGS += ("classes", "columns")
@@ -226,10 +262,26 @@ def shown_values(path: Path) -> dict[str, dict[str, float]] | None:
         return json.loads(image.text.get("values", "null"))
 
 
+def meta_evaluation() -> str:
+    """Makes a table of how well measures tell bad networks from good ones."""
+    content = read("meta_evaluation")
+    if content is None:
+        return NOT_RUN
+    found = {row["measure"]: row for row in content["rows"]}
+    rows = []
+    for measure, label in META_MEASURES.items():
+        row = found.get(measure, {})
+        cells = [row.get(bad) for bad in (*META_BAD, "forgetful")]
+        shown = ["-" if c is None else f"{c['mean']:.2f}: {c['auc']:.2f}" for c in cells]
+        rows.append([label, f"{row['good']:.2f}" if row else "-", *shown])
+    return markdown_table(["measure", "retrained", *META_BAD.values(), "filters"], rows)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "step": step,
     "attacks": attacks,
+    "meta": meta_evaluation,
 }
 
 

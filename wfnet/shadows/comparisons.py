@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wfnet.data import batches
+from wfnet.evaluation.results import aligned
 from wfnet.services.files import write_json
 from wfnet.services.progress import Progress
 from wfnet.services.records import write_csv
@@ -63,17 +64,16 @@ class ShadowResult:
         """Returns the values of all classes together, methods side by side, for the terminal."""
         shown = [row for row in self.rows if row["index"] == ALL]
         methods = list(dict.fromkeys(row["method"] for row in shown))
-        lines = [f"{'':22}" + "".join(f"{method:>23}" for method in methods)]
+        parts: list[list[str] | str] = [["", *methods]]
         for against, text in REFERENCES.items():
             found: dict[str, dict[str, str]] = {}
             for row in (row for row in shown if row["against"] == against):
                 cell = "-" if row["needs"] else "{value:.3f} [{low:.3f}, {high:.3f}]".format(**row)
                 found.setdefault(f"{row['measure']} {row['what']}", {})[row["method"]] = cell
-            lines += [f"told from {text}:"] * bool(found)
-            for name, cells in found.items():
-                lines.append(f"  {name:20}" + "".join(f"{cells.get(m, '-'):>23}" for m in methods))
+            parts += [f"told from {text}:"] * bool(found)
+            parts += [[f"  {n}", *(c.get(m, "-") for m in methods)] for n, c in found.items()]
         needs = dict.fromkeys(f"{r['what']} needs {r['needs']}" for r in shown if r["needs"])
-        return "\n".join([*lines, *needs, "in brackets: 95% intervals"])
+        return aligned([*parts, *needs, "in brackets: 95% intervals"])
 
 
 def compare(
