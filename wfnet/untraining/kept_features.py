@@ -91,7 +91,7 @@ class KeptFeatures:
                 "nothing frozen lies in front of its first mask, or torch.fx cannot trace it; "
                 "mask late layers alone (mask_from, targets)"
             )
-        elif _is_random(train, first, few) == (config.views is None):
+        elif _is_random(train, first, few, corrupt) == (config.views is None):
             refusal = "training images are the same each time: leave out views, or add augmentation"
             if config.views is None:
                 refusal = (
@@ -167,9 +167,9 @@ def _entries(drawn: Tensor, images: int, views: int | None) -> Tensor:
     return torch.cat([drawn + view * images for view in range(views or 1)])
 
 
-def _is_random(dataset: Dataset, positions: Tensor, images: Tensor) -> bool:
+def _is_random(dataset: Dataset, positions: Tensor, images: Tensor, corrupt: CorruptImages) -> bool:
     """Whether images differ from ``images`` when they are read as part of another minibatch."""
-    again = batches(dataset, [positions], 0, None, seed=1, start=1, replace_corrupt=True)
+    again = batches(dataset, [positions], 0, corrupt, seed=1, start=1, replace_corrupt=True)
     return not torch.equal(next(again).images, images)
 
 
@@ -207,6 +207,7 @@ def _key(dataset: Dataset, split: SplitNetwork, config: UntrainConfig) -> str:
         )
     seed = None if config.views is None else config.seed
     about = [dataset.versions(), repr(getattr(dataset, "transform", None)), config.views, seed]
-    about += [split.at, split.front.code, config.amp, config.channels_last]
+    # Its modules as they are printed: strides and paddings are neither code nor weights.
+    about += [split.at, split.front.code, repr(split.front), config.amp, config.channels_last]
     weights = digest(split.front.state_dict())
     return hashlib.sha256(f"{weights} {about}".encode()).hexdigest()[:32]
