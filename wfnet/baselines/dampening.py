@@ -39,7 +39,7 @@ class SelectiveDampening(Method):
     defaults = DampeningConfig()
     grid = tuple(
         {"selection": alpha, "strength": strength}
-        for alpha in (10.0, 5.0, 20.0, 2.0)
+        for alpha in (10.0, 20.0, 50.0, 100.0)
         for strength in (1.0, 0.1)
     )
     unused = ("seed",)

@@ -29,7 +29,7 @@ from wfnet.untraining.objectives import distillation
 class ScrubConfig(FineTuneConfig):
     """Passes over the class, alpha, gamma, and the temperature of both softmaxes in ``d``."""
 
-    max_epochs: int = setting(2, settings.positive_int)
+    max_epochs: int = setting(4, settings.positive_int)
     alpha: float = setting(0.5, settings.non_negative_float)
     gamma: float = setting(1.0, settings.non_negative_float)
     temperature: float = setting(4.0, settings.positive_float)
@@ -39,10 +39,8 @@ class Scrub(FineTuned):
     """Passes away from the original on the class, then back to it on all others."""
 
     name = "scrub"
-    defaults = ScrubConfig(epochs=5, lr=0.003)
-    grid = tuple(
-        {"lr": lr, "max_epochs": passes} for passes in (2, 4) for lr in (0.003, 0.001, 0.01)
-    )
+    defaults = ScrubConfig(epochs=8, lr=0.03)
+    grid = tuple({"lr": lr, "max_epochs": passes} for passes in (4, 2) for lr in (0.03, 0.01, 0.1))
 
     def prepare(self, origin: Origin, label: int, config: ScrubConfig) -> nn.Module:
         return copy.deepcopy(origin.original).eval()

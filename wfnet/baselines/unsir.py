@@ -43,9 +43,9 @@ class Unsir(FineTuned):
     """Unlearning by impairing and repairing."""
 
     name = "unsir"
-    defaults = UnsirConfig(epochs=2, lr=0.02, batch_norm="train")
+    defaults = UnsirConfig(epochs=3, lr=0.05, batch_norm="train")
     grid = tuple(
-        {"lr": lr, "batch_norm": norm} for norm in ("train", "frozen") for lr in (0.02, 0.01, 0.05)
+        {"lr": lr, "batch_norm": norm} for norm in ("train", "frozen") for lr in (0.05, 0.02, 0.1)
     )
 
     def prepare(self, origin: Origin, label: int, config: UnsirConfig) -> tuple[Tensor, int]:
