@@ -68,7 +68,7 @@ docs: $(READY) ## the documentation as a site in build/site, every link checked
 	$(BIN)/python -c "import material, mkdocstrings_handlers.python" 2>/dev/null || \
 	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	rm -rf build/pages && mkdir -p build/pages
-	cp --parents README.md CHANGELOG.md LICENSE docs/* benchmarks/results/* wfnet/reference.py build/pages
+	cp --parents README.md CHANGELOG.md LICENSE docs/* benchmarks/results/* wfnet/*.py wfnet/*/*.py build/pages
 	$(BIN)/python -m mkdocs build --strict
 
 clean: ## remove the environment and everything that was built
