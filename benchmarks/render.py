@@ -37,6 +37,7 @@ QUALITY = {
     "quality_glyphs100_hard": "the same with much noise",
     "quality_digits_durable": "recipe `durable`: digits",
     "quality_fashion_durable": "recipe `durable`: Fashion-MNIST",
+    "quality_glyphs100_durable": "recipe `durable`: rendered characters, 100 classes",
     "quality_digits_paper": "for comparison, recipe `paper`: digits",
 }
 NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}
