@@ -195,3 +195,17 @@ def test_timm_batch_norm_with_activation():
             layer.alpha_hard[1, ::3] = -1
             layer.alpha_soft[1] += torch.randn(layer.alpha_soft.shape[1])
         torch.testing.assert_close(net.bake(1)(x), net(x, 1), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_shifts_of_means_add_up_to_less_under_several_rows():
+    layer = make_net().masked_layers["bn1"]
+    layer.row_mean += torch.randn_like(layer.row_mean)
+    shift = layer.row_mean - layer.running_mean
+    for rows, wanted in (
+        ([1, -1], shift[1]),
+        ([1, 1], shift[1]),
+        ([1, 2], 0.8 * shift[1:3].sum(0)),
+    ):
+        mean, _ = layer.row_statistics(torch.tensor([rows]))
+        torch.testing.assert_close(mean[0] - layer.running_mean, wanted)
