@@ -64,3 +64,46 @@ def test_what_bypasses_nothing_is_not_refused():
     net = wrap(Harmless())
     net(X, 1)
     net(X, 2)
+
+
+class Block(nn.Module):
+    """Attention and a linear map of a transformer with tokens before samples, or behind them."""
+
+    def __init__(self, samples_first):
+        super().__init__()
+        self.samples_first = samples_first
+        self.qkv, self.proj = nn.Linear(4, 12), nn.Linear(4, 4)
+
+    def forward(self, x):  # [B, T, C]
+        y = x if self.samples_first else x.transpose(0, 1)
+        y = self.qkv(y)
+        y = y if self.samples_first else y.transpose(0, 1)
+        x = x + F.scaled_dot_product_attention(*y.chunk(3, 2))
+        return x + self.proj(x)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("tokens", [2, 8])
+@pytest.mark.parametrize("pooled", [slice(None), slice(0, 1), slice(-1, None)])
+def test_a_layer_whose_tokens_come_before_samples_is_refused_by_name(tokens, pooled, backend):
+    class Encoder(nn.Module):
+        def __init__(self, samples_first):
+            super().__init__()
+            self.blocks = nn.ModuleList([Block(True), Block(samples_first)])
+            self.head = nn.Linear(4, CLASSES)
+
+        def forward(self, x):
+            for block in self.blocks:
+                x = block(x)
+            return self.head(x[:, pooled].mean(1))
+
+    x, labels = torch.randn(2, tokens, 4), torch.tensor([1, 2])
+    net = WFNet(Encoder(False), CLASSES, backend=backend)
+    net(x, 1)  # one label for all is right in any layout
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"layer 'blocks\.1\.qkv' .* tokens .* batch_first=True"
+        ):
+            net(x, labels)
+    assert {layer.backend for layer in net.masked_layers.values()} == {backend}
+    WFNet(Encoder(True), CLASSES, backend=backend)(x, labels)

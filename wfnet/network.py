@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from wfnet import export, fusion, pretrained
 from wfnet.backends.autotune import tuning_seconds
-from wfnet.bypass import WeightWatch
+from wfnet.bypass import WeightWatch, check_labels_stay_in_samples
 from wfnet.compact import compact as compact_network
 from wfnet.durable_layers import SOFT_INIT, DurableLayer, GateMode
 from wfnet.gates import gather_samples
@@ -155,7 +155,7 @@ class WFNet(nn.Module):
                 self.masked_layers[name] = layer
                 for parameter in layer.named_filters().values():
                     parameter.requires_grad_(True)
-        self._all_called = False
+        self._all_called = self._labels_checked = False
         # Kept apart from num_classes, which is that of the rows where filters are replaced.
         self._logits = num_classes if find_head(model, num_classes, head) is not None else None
         self.image_shape: tuple[int, ...] | None = None  # (C, H, W) of the last images
@@ -215,15 +215,22 @@ class WFNet(nn.Module):
     ) -> Tensor:
         checkpoints = labels_in_checkpoints() if torch.is_grad_enabled() else nullcontext()
         watch = stance = nullcontext()
+        images = _expand(images, source)
+        of_samples = selection.rows is not None and not selection.uniform and len(images) > 1
+        check_labels = of_samples and not self._labels_checked
+        if "torch._dynamo" in sys.modules and (check_labels or not self._all_called):
+            stance = torch.compiler.set_stance("force_eager")  # compiled parts, while watched
         if not self._all_called:  # who computes with a masked layer's weight itself is refused
             watch = WeightWatch(self.model, self.masked_layers)
-            if "torch._dynamo" in sys.modules:  # compiled parts run eagerly while watched
-                stance = torch.compiler.set_stance("force_eager")
-        with forgetting(selection), checkpoints, stance, watch:
-            logits = first_output(self.model(_expand(images, source)))
-            if self._logits is not None:
-                check_logits(logits, self._logits, type(self.model).__name__)
+        with stance:
+            with forgetting(selection), checkpoints, watch:
+                logits = first_output(self.model(images))
+                if self._logits is not None:
+                    check_logits(logits, self._logits, type(self.model).__name__)
+            if check_labels:
+                check_labels_stay_in_samples(self.model, self.masked_layers, images)
         self._all_called = True
+        self._labels_checked |= check_labels
         return logits
 
     def fused_network(self, images: Tensor) -> fusion.FusedNetwork | None:
