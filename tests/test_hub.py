@@ -69,7 +69,7 @@ def test_the_card_has_what_a_stranger_needs(net, run, tmp_path):
     assert "| mean | [0.5] |" in text
     assert "0. ant\n1. bee\n2. a|cat\n" in text
     assert 'from_pretrained("me/forgets")' in text
-    assert "| accuracy on the forgotten class, as it is | 0.125 | 1.000 |" in text
+    assert "| accuracy on the forgotten class, as it is | 1.000 | 0.125 |" in text
     assert CHECKS["removal"].question in text
     assert "Not withstood:" in text
     means = json.loads((run / "evaluation.json").read_text())["mean"]

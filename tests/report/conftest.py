@@ -126,7 +126,7 @@ def make_run(make_evaluation, make_trust):
         config = {"command": "untrain", "options": options, "versions": {"torch": "2.99"}}
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "gates.png").write_bytes(PNG)
-        (folder / "trust.png").write_bytes(PNG)
+        (folder / "overview.png").write_bytes(PNG)
         return folder
 
     return make

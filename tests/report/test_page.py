@@ -51,6 +51,10 @@ def test_nothing_is_loaded_and_ids_are_unique(shown):
             assert value.startswith(("#", "data:image/png;base64,")), (tag, value)
         assert not [name for name in attrs if name.startswith("on")]
         assert tag != "a" or attrs["href"][1:] in shown.ids
+    tags = [tag for tag, _ in shown.tags]
+    assert "button" not in tags  # the script makes them, and shows what needs it:
+    assert all("hidden" in attrs for _, attrs in shown.tags if attrs.get("class") == "search")
+    assert "hidden" in shown.tags[tags.index("fieldset")][1]
     policy = next(a["content"] for t, a in shown.tags if a.get("http-equiv"))
     assert "default-src 'none'" in policy
     assert [bool(attrs["alt"]) for tag, attrs in shown.tags if tag == "img"] == [True, True]
@@ -69,41 +73,70 @@ def test_checks_are_in_words_and_empty_columns_are_left_out(shown):
     measures = {name for check in CHECKS.values() for name in check.measures} - {"acc_f", "acc_r"}
     assert not measures & set(re.findall(r"\w+", shown.text))
     heads = {
-        rows[1][1][0][1]: [cell[1] for cell in rows[0][1]]
-        for name, rows in shown.tables.items()
-        if name.startswith("#")
+        name: [cell[1] for cell in shown.tables[f"check-{name}"][0][1]]
+        for name in ("relearning", "probing")
     }
-    relearning, probing = (CHECKS[name] for name in ("relearning", "probing"))
-    every = ["measure", "model under test", "retrained", "original", "distance"]
-    assert heads[relearning.measures[relearning.headline]] == every
-    assert heads[probing.measures[probing.headline]] == [h for h in every if h != "original"]
+    every = ["measure", "original", "this network", "retrained", "distance"]
+    assert heads["relearning"] == every
+    assert heads["probing"] == [h for h in every if h != "original"]
     assert shown.text.count("Not measured") == 1
     assert "0.025 on average" in shown.text
     assert "phi(x) = log(p_y / (1 - p_y))" in shown.text
     assert "`" not in shown.text.partition("Definitions")[2].partition("Configuration")[0]
 
 
-def test_baselines_and_the_papers_tables_are_shown(run, parse):
-    evaluation = json.loads((run / "evaluation.json").read_text())
-    content = {"method": "retrained", "evaluation": evaluation, "relearning": None, "settings": {}}
-    (run / "retrained.json").write_text(json.dumps(content))
-    found = parse(page.write_report(run))
-    assert "retrained Acc_f" in [cell[1] for cell in found.tables["class-table"][0][1]]
-    assert any(cells[0][1] == "wfnet" for rows in found.tables.values() for _, cells in rows)
-    row = {"method": "ours", "acc_r": 98.125, "acc_f": 0.5, "zrf": None, "published": {"acc_r": 94}}
+def test_methods_stand_side_by_side_over_the_classes_that_all_have(run, parse, make_evaluation):
+    evaluation = make_evaluation(4, acc_r=0.8).as_dict()
+    times = {"relearning": {"mean": {"epochs": 3.0}}, "settings": {}}
+    for name in ("retrained", "scrub"):
+        (run / "baselines").mkdir(exist_ok=True)
+        content = {"method": name, "evaluation": evaluation, **times}
+        (run / "baselines" / f"{name}.json").write_text(json.dumps(content))
     group = {"acc_r": 0.97, "original_acc_r": 0.98, "acc_f": 0.01, "original_acc_f": 0.96}
+    row = {"method": "wfnet", "rt": 7.0, "insertion": None, "deletion": None}
+    shadow = {"index": "all", "against": "image", "measure": "u_lira", "what": "auc"}
+    shadow |= {"method": "forgetful", "value": 0.625}
+    (run / "shadows.json").write_text(json.dumps({"rows": [shadow]}))
     tables = {
-        "title": "digits, small/resnet",
         "published_source": "Poppi et al.",
         "groups": [{"groups": 3, "size": 2, "mean": group}],
-        "rows": [row],
+        "rows": [row | {"published": {"acc_r": 94.0}}],
     }
     (run / "tables.json").write_text(json.dumps(tables))
     found = parse(page.write_report(run))
-    cells = [cells for rows in found.tables.values() for _, cells in rows]
-    assert [["ours", "ours"], ["98.125", "98.12"], ["0.5", "0.5"], ["94", "94"]] in cells
-    assert "published: Poppi et al." in found.text
+    head, *rows = found.tables["method-table"]
+    titles = [cell[1] for cell in head[1]]
+    shown = {cells[0][1]: dict(zip(titles, cells, strict=True)) for _, cells in rows}
+    assert list(shown) == ["original", "this network", "retrained", "SCRUB"]
+    records = json.loads((run / "evaluation.json").read_text())["classes"][:4]
+    mean = sum(record["acc_f"] for record in records) / 4  # of 12 classes
+    assert float(shown["this network"]["Acc_f, %"][0]) == pytest.approx(100 * mean)
+    assert shown["this network"]["RT, epochs"] == [None, ""]  # it is over 12 classes
+    assert shown["SCRUB"]["RT, epochs"] == ["3.0", "3.0"]
+    assert shown["SCRUB"]["Acc_r, %"][1] == "80.00"
+    assert shown["this network"]["published Acc_r"] == ["94.0", "94.00"]
+    assert shown["this network"]["U-LiRA, image"] == ["0.625", "0.625"]
+    assert "those that all have (4)" in found.text
     assert "Acc_r 97.00% (original 98.00%)" in found.text
+    classes = [cell[1] for cell in found.tables["class-table"][0][1]]
+    assert classes[-4:] == [
+        f"{m}: {acc}" for m in ("retrained", "SCRUB") for acc in ("Acc_f", "Acc_r")
+    ]
+
+
+def test_what_comes_back(tmp_path, make_run, make_trust, parse):
+    values = {("removal", "acc_f"): 0.0, ("removal", "acc_f_offset"): 0.75}
+    values |= {("removal", "acc_r"): 1.0, ("relearning", "acc_f_from_1"): 0.5}
+    trust = make_trust(values, {("removal", "acc_f"): 0.25})
+    trust.records[0].logit_masked.update(acc_f=0.125)
+    trust.to_json(make_run(tmp_path, 3) / "trust.json")
+    head, *rows = parse(page.write_report(tmp_path)).tables["attack-table"]
+    assert [c[1] for c in head[1]] == ["attack", "this network", "retrained", "logit masked"]
+    assert [[cell[1] for cell in cells] for _, cells in rows] == [
+        ["as it is", "0.0", "25.0", "12.5"],
+        ["the class's logit shifted until it is predicted as often as it occurs", "75.0", "", ""],
+        ["while fine-tuning with 1 of its images", "50.0", "", ""],
+    ]
 
 
 def test_exports_are_described_and_what_was_left_out_is_said(run, parse, caplog):
@@ -145,39 +178,63 @@ const table = document.getElementById('class-table');
 const column = (k, n) => [...table.tBodies[0].rows].filter(r => !r.hidden).slice(0, n)
   .map(r => r.cells[k].textContent);
 const head = k => table.tHead.rows[0].cells[k].querySelector('button').click();
-const found = {title: document.title};
+const found = {title: document.title, width: innerWidth};
+found.wide = document.documentElement.scrollWidth > innerWidth;
+for (const part of document.querySelectorAll('details')) part.open = true;
+found.wide_open = document.documentElement.scrollWidth > innerWidth;
 head(4); found.worst = column(4, 1);
 head(4); found.best = column(4, 1); found.sorted = table.tHead.rows[0].cells[4].ariaSort;
 head(1); found.names = column(1, 3);
 const input = document.getElementById('class-table-search');
 input.value = 'CLASS 11'; input.dispatchEvent(new Event('input'));
 found.search = column(1, 99);
-found.wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
-const p = document.createElement('p'); p.id = 'result'; p.textContent = JSON.stringify(found);
-document.body.append(p);
+const rows = '#attack-table th[data-method], #method-table tr[data-method]';
+const shown = () => [...document.querySelectorAll(rows)]
+  .filter(part => part.getClientRects().length).map(part => part.dataset.method);
+document.querySelector('#methods [value=retrained]').click(); found.without = shown();
+document.querySelector('#methods [value=retrained]').click(); found.again = shown();
+parent.postMessage(found, '*');
+"""
+# Chromium's window is never narrower than 500 pixels: a frame is.
+FRAMES = """<script>
+addEventListener('message', ({data}) => {
+  document.body.append(Object.assign(document.createElement('p'),
+    {id: `result-${data.width}`, textContent: JSON.stringify(data)}));
+});
+</script><body><iframe src="scripted.html" style="width: 390px; border: 0"></iframe>
+<iframe src="scripted.html" style="width: 1280px; border: 0"></iframe>
 """
 
 
-def test_sorting_and_search_in_a_browser(tmp_path, make_run, evil):
+def test_widths_sorting_search_and_choice_in_a_browser(tmp_path, make_run, evil):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("neither chromium nor google-chrome is installed")
     names = [f"class {k}" for k in range(200)]
     names[2] = evil
     text = page.write_report(make_run(tmp_path, 200, names)).read_text()
-    scripted = tmp_path / "scripted.html"
-    scripted.write_text(text.replace("</body>", f"<script>{SCRIPT}</script></body>"))
+    scripted = text.replace("</body>", f"<script>{SCRIPT}</script></body>")
+    (tmp_path / "scripted.html").write_text(scripted)
+    frames = tmp_path / "frames.html"
+    frames.write_text(FRAMES)
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom"]
-    options += ["--window-size=390,900", f"--user-data-dir={tmp_path / 'profile'}"]
-    call = [browser, *options, scripted.as_uri()]
+    options += ["--virtual-time-budget=20000", "--window-size=1400,900"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}"]
+    call = [browser, *options, frames.as_uri()]
     shown = subprocess.run(call, capture_output=True, text=True, timeout=120, check=True).stdout
-    result = re.search(r'<p id="result">(.*?)</p>', shown, re.DOTALL).group(1)
-    assert json.loads(html.unescape(result)) == {
-        "title": f"wfnet: {tmp_path.name}",  # no name of a class was run
-        "worst": ["20.00"],
-        "best": ["0.00"],
-        "sorted": "ascending",
-        "names": [evil, "class 0", "class 1"],
-        "search": [name for name in names if "class 11" in name],
-        "wide": False,
-    }
+    everyone = ["original", "wfnet", "retrained"]
+    for width in (390, 1280):
+        result = re.search(rf'<p id="result-{width}">(.*?)</p>', shown, re.DOTALL).group(1)
+        assert json.loads(html.unescape(result)) == {
+            "title": f"wfnet: {tmp_path.name}",  # no name of a class was run
+            "width": width,
+            "wide": False,
+            "wide_open": False,
+            "worst": ["20.00"],
+            "best": ["0.00"],
+            "sorted": "ascending",
+            "names": [evil, "class 0", "class 1"],
+            "search": [name for name in names if "class 11" in name],
+            "without": [m for m in 2 * everyone if m != "retrained"],
+            "again": 2 * everyone,
+        }

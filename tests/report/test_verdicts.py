@@ -28,11 +28,31 @@ def test_forgetting_at_run_time(make_evaluation, before, after, box, text):
 
 def test_retrained_models_are_the_level(make_evaluation):
     evaluation = make_evaluation(3, acc_f=0.06, original_acc_f=0.9)
-    retrained = {r.index: r for r in make_evaluation(3, acc_f=0.05).records}
+    baselines = {
+        "retrained": make_evaluation(3, acc_f=0.05),
+        "logit_masked": make_evaluation(2, acc_f=0.0, acc_r=0.72),
+    }
     assert box_of(judge(evaluation, None), "still gets 6.0%")[0] == "bad"
-    box, sentence = box_of(judge(evaluation, None, retrained), "gets 6.0%")
+    found = judge(evaluation, None, baselines)
+    box, sentence = box_of(found, "gets 6.0%")
     assert box == "good"
-    assert "(a retrained model: 5.0%)" in sentence
+    assert "(retrained 5.0%, logit masked 0.0% on 2 of 3 classes)" in sentence
+    assert "logit masked 72.0% on 2 of 3 classes)" in box_of(found, "All other classes stay")[1]
+
+
+def test_what_the_network_adds_to_the_trivial_baselines(make_trust):
+    values = {("removal", "acc_f"): 0.0, ("removal", "acc_f_offset"): 0.5}
+    values |= {("removal", "acc_f_equalised"): 0.5, ("relearning", "acc_f_from_1"): 0.5}
+    values |= {("removal", "acc_f_recovered"): 0.5}
+    trust = make_trust(values)
+    for record in trust.records:
+        record.logit_masked.update(dict.fromkeys(record.forgetful, 0.9) | {"acc_f_from_1": 0.1})
+        record.bias_shifted.update(acc_f_equalised=0.49)
+    box, sentence = box_of(judge(None, trust), "nothing but its logit masked")
+    assert box == "bad"
+    assert "Of 3 attacks, 1 bring back less" in sentence
+    assert "shifted, 1 more. The best one" in sentence
+    assert sentence.endswith("brings back 50.0% (logit masked 90.0%).")
 
 
 def test_the_worst_class_and_the_others_count(make_evaluation):
@@ -72,7 +92,7 @@ def test_attacks_with_and_without_images_of_the_class(make_trust, parts, value, 
         where, sentence = box_of(found, part)
         assert where == box
         assert f"{value:.1%}" in sentence
-        assert (level is not None) == ("a retrained model" in sentence)
+        assert (level is not None) == ("(retrained" in sentence)
 
 
 def test_an_attack_that_destroys_the_rest_says_so(make_trust):

@@ -112,10 +112,10 @@ def _run(options: argparse.Namespace, folder: Path) -> None:
 
 
 def _attack(options: argparse.Namespace, runs: Mapping[str, Path]) -> None:
-    """Attacks the exports of these runs and a retrained network, and draws what comes back."""
+    """Attacks the exports of these runs and baselines, and draws what comes back."""
     first = runs[options.recipe]
     classes = ["--classes", str(options.forget), "-j0"]
-    _call(options, ["baseline", str(first), "--methods", "retrained", *classes])
+    _call(options, ["baseline", str(first), "--methods", "logit_masked", "retrained", *classes])
     for run in runs.values():
         _call(options, ["trust", str(run), *classes, *_CHECKS])
     means = {name: TrustResult.from_json(run / RESULT).means() for name, run in runs.items()}
@@ -125,6 +125,7 @@ def _attack(options: argparse.Namespace, runs: Mapping[str, Path]) -> None:
 
     bars = {f"recipe {name}": levels(name, "forgetful") for name in sorted(runs)}
     bars["retrained without the class"] = levels(options.recipe, "retrained")
+    bars["original, logit masked"] = levels(options.recipe, "logit_masked")
     before = levels(options.recipe, "original")["nothing"]
     figures.attacks(before, bars, first / PICTURE)
 

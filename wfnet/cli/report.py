@@ -1,8 +1,8 @@
 """one self-contained HTML page about a run
 
-Write one HTML page about a run that loads nothing from elsewhere: results of every class (sortable,
-with a search), figures, trust checks with what forgetting protects against and what not,
-definitions, configuration.
+Write one HTML page about a run that loads nothing from elsewhere: what forgetting protects against
+and what not, what attacks bring back, methods side by side, results of every class, figures,
+definitions, configuration. Tables sort by a click, classes are searched by name, methods chosen.
 
 example:
   wfnet report runs/r50
@@ -35,7 +35,6 @@ from wfnet.report.contents import Contents, read_contents
 from wfnet.report.page import write_report
 from wfnet.services import settings
 from wfnet.services.records import read_json
-from wfnet.trust import TrustResult
 
 logger = logging.getLogger("wfnet")
 
@@ -84,8 +83,7 @@ def _draw(options: argparse.Namespace, contents: Contents) -> None:
         names = data.classes
         if multi_hot_of(data.test) is None:
             change = _confusion(options, work_on, net, data.test)
-    retrained = {k: (r.acc_r, r.acc_f) for k, r in contents.retrained.items()}
-    draw_run(work_on.folder, net, names, contents.evaluation, change, contents.trust, retrained)
+    draw_run(work_on.folder, net, names, contents.evaluation, change)
 
 
 def _confusion(
@@ -113,8 +111,6 @@ def draw_run(
     names: Sequence[str],
     result: EvaluationResult | None = None,
     change: ConfusionChange | None = None,
-    trust: TrustResult | None = None,
-    retrained: Mapping[int, tuple[float, float]] | None = None,
 ) -> None:
     """Draws every figure that its arguments allow, where matplotlib is installed.
 
@@ -122,8 +118,7 @@ def draw_run(
         folder: of the run; its ``attribution.json`` is drawn, too.
         net: the filtered network.
         names: of all classes.
-        result, change, trust: results, where there are any.
-        retrained: class -> (Acc_r, Acc_f) of networks retrained without it.
+        result, change: results, where there are any.
     """
     if not _can_draw():
         return
@@ -131,7 +126,6 @@ def draw_run(
     if result is not None:
         rows = [record.index for record in result.records]
         figures.overview(result, net, folder / "overview.png")
-        figures.accuracy_per_class(result, folder / "accuracy_per_class.png", retrained=retrained)
     figures.gate_heatmap(net, folder / "gates.png", classes=rows, names=names)
     figures.association_graph(net, folder / "associations.png", names=names, classes=rows)
     if change is not None:
@@ -140,8 +134,6 @@ def draw_run(
     if path.is_file():
         curves = read_json(path, _curves, "curves of `wfnet evaluate`", "delete it")
         figures.insertion_deletion(curves, folder / "attribution.png")
-    if trust is not None:
-        figures.trust_checks(trust, folder / "trust.png")
 
 
 def _curves(content: Mapping[str, Any]) -> AttributionResult:

@@ -28,10 +28,10 @@ ATTRIBUTION = "attribution.json"
 RUN_FILES = (
     (RUN_FILE, CHECKPOINT_NAME, CONFIG_NAME, FILTERS_NAME, "history.json", "history.csv")
     + ("training_curves.png", "evaluation.json", "evaluation.csv", "overview.png")
-    + ("accuracy_per_class.png", "gates.png", "relearning.json", ATTRIBUTION)
+    + ("gates.png", "relearning.json", ATTRIBUTION)
     + ("tables.json", "tables.csv", "tables.md", CONFUSION, "confusion.png", "associations.png")
     + ("attribution.png", "report.html", "trust.json", "trust.csv", "trust.partial.json")
-    + ("trust.png", "shadows.json", "shadows.csv")
+    + ("shadows.json", "shadows.csv")
 )
 # Say what the command does this time; neither recorded nor taken from a file.
 OF_THIS_CALL = frozenset(

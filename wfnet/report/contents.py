@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from wfnet.baselines import read_baselines
-from wfnet.evaluation import ClassRecord, EvaluationResult
+from wfnet.evaluation import EvaluationResult
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.services.records import read_json
 from wfnet.trust import TrustResult
@@ -18,8 +19,6 @@ from wfnet.trust import TrustResult
 PICTURES = {
     "overview.png": "Accuracy on every class before and after it is forgotten, and on all others; "
     "gates (class x channel) of the first, an intermediate and the last masked layer to run.",
-    "accuracy_per_class.png": "Accuracy on each class itself and on all others, before and after "
-    "the class is forgotten, and, where there are any, of networks retrained without it.",
     "confusion.png": "Where images of a forgotten class go, and how accuracy on the other classes "
     "changes.",
     "gates.png": "Gates per forgotten class and output channel; 100% leaves a channel as in the "
@@ -28,7 +27,6 @@ PICTURES = {
     "as far as several classes share them.",
     "attribution.png": "Insertion and deletion: confidence in the class as its lowest gates are "
     "reset to 1, or set to 0 in the original network.",
-    "trust.png": "Trust checks: the model under test beside the original and retrained ones.",
     "training_curves.png": "Losses and validation accuracies while untraining.",
 }
 
@@ -45,9 +43,9 @@ class Contents:
         multi_label: the same file where images have several labels each.
         trust: ``trust.json``.
         tables: ``tables.json``, the paper's tables beside the published numbers.
-        baselines: (method, evaluation) of `wfnet baseline`, wherever in the folder.
+        baselines: results of `wfnet baseline` by method, in the folder or one folder below.
+        shadows: rows of ``shadows.json``.
         exports: reports beside baked files, by file name.
-        pictures: file name -> bytes of a PNG.
         remarks: what was left out, as sentences.
     """
 
@@ -55,19 +53,25 @@ class Contents:
     run: dict[str, Any]
     filters: dict[str, Any]
     tables: dict[str, Any] | None
-    baselines: list[tuple[str, EvaluationResult]]
-    pictures: dict[str, bytes]
+    baselines: dict[str, dict[str, Any]]
+    shadows: list[dict[str, Any]]
     evaluation: EvaluationResult | None = None
     multi_label: dict[str, Any] | None = None
     trust: TrustResult | None = None
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
+    @cached_property
+    def evaluations(self) -> dict[str, EvaluationResult]:
+        """By method, the evaluation of a baseline."""
+        found = self.baselines.items()
+        return {name: EvaluationResult.from_dict(each["evaluation"]) for name, each in found}
+
     @property
-    def retrained(self) -> dict[int, ClassRecord]:
-        """By class, the evaluation of the network retrained without it; empty without any."""
-        found = next((result for name, result in self.baselines if name == "retrained"), None)
-        return {record.index: record for record in found.records} if found else {}
+    def pictures(self) -> dict[str, bytes]:
+        """The PNG of every file of ``PICTURES`` that is there."""
+        paths = {name: self.folder / name for name in PICTURES}
+        return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
     def is_ours(self, path: Path, theirs: str | None, ours: str | None, remedy: str) -> bool:
         """Returns whether a result is of these filters, by their digests; adds a remark if not."""
@@ -78,7 +82,7 @@ class Contents:
 
 
 def read_contents(folder: str | os.PathLike, empty: bool = False) -> Contents:
-    """Reads the results and pictures of a run; those of other filters are left out.
+    """Reads the results of a run; those of other filters are left out.
 
     Raises:
         FileNotFoundError: if there is no such folder, or nothing in it that a report could show,
@@ -88,20 +92,16 @@ def read_contents(folder: str | os.PathLike, empty: bool = False) -> Contents:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder: give that of a run, for example demo")
-    places = sorted({path.parent for path in folder.rglob("retrained.json")})
+    places = [folder, *sorted(path for path in folder.iterdir() if path.is_dir())]
     found = Contents(
         folder=folder,
         run=_json(folder / "config.json") or {},
         filters=_json(folder / "wf_config.json") or {},
         tables=_json(folder / "tables.json"),
-        baselines=[
-            (found["method"], EvaluationResult.from_dict(found["evaluation"]))
-            for place in places
-            for found in read_baselines(place)
-        ],
-        pictures={
-            name: (folder / name).read_bytes() for name in PICTURES if (folder / name).is_file()
+        baselines={
+            each["method"]: each for place in places[::-1] for each in read_baselines(place)
         },
+        shadows=(_json(folder / "shadows.json") or {"rows": []})["rows"],
     )
     digest = found.filters.get("filters_digest")
     path = folder / "evaluation.json"

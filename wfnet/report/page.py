@@ -1,4 +1,4 @@
-"""One self-contained page about a run: tables, figures, definitions, trust, configuration.
+"""One self-contained page about a run: verdicts, methods side by side, classes, figures.
 
 :func:`write_report` reads the folder of a run, gathers what is shown as plain values (:func:`view`)
 and fills the template ``page.html.jinja`` beside this file, which decides on the layout. A section
@@ -14,7 +14,7 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,50 @@ import jinja2
 from markupsafe import Markup, escape
 
 from wfnet.evaluation.metrics import TOP_K
+from wfnet.evaluation.paper_tables import TITLES
 from wfnet.evaluation.results import base_name
 from wfnet.report.contents import PICTURES, Contents, read_contents
-from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT, judge
+from wfnet.report.run_tables import (
+    MEASURES,
+    ORIGINAL,
+    QUALITY,
+    SHADOWS,
+    TRUST,
+    WFNET,
+    run_values,
+)
+from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT, judge, what_comes_back
 from wfnet.services.files import write_text
 from wfnet.trust import CHECKS, TrustRecord, TrustResult, describe_export
-from wfnet.trust.trust_records import COLUMNS
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
 
 REPORT = "report.html"
-PAPER_MEASURES = {
-    "acc_r": "Acc_r, %",
-    "acc_f": "Acc_f, %",
-    "zrf": "ZRF, %",
-    "rt": "RT, epochs",
-    "rt_never": "never relearned",
-    "rt_tolerant": "RT, tolerant",
-    "rt_tolerant_never": "never, tolerant",
-    "insertion": "insertion",
-    "deletion": "deletion",
-    "insertion_random": "insertion, random order",
-    "deletion_random": "deletion, random order",
+# Methods that stand first, wherever methods stand side by side, and how one is called here.
+_FIRST = (ORIGINAL, WFNET, "retrained", "logit_masked", "bias_shifted")
+_TITLES = TITLES | {WFNET: "this network"}
+# Models of the trust checks in the same order, and the methods that they are.
+_METHODS = {("forgetful" if name == WFNET else name): name for name in _FIRST}
+_MODELS = (*_METHODS, "distance")
+_UNITS = dict.fromkeys(("acc_r", "acc_f", "worst", "zrf"), ", %") | {"rt": ", epochs"}
+_MEANINGS = {
+    "acc_r": "accuracy on all other classes; high is good",
+    "acc_f": "accuracy on the forgotten class; low is good",
+    "worst": "accuracy on the class that is forgotten worst",
+    "zrf": "1: as clueless about the class as a new network",
+    "rt": "epochs of fine-tuning until the class is back; one that never is counts as the cap",
+    "insertion": "near 1 is good",
+    "deletion": "near 0 is good",
+    "ap_f": "average precision of the forgotten label",
+    "map_r": "mean average precision of the others",
 }
-
-_COLUMNS = {COLUMNS[0]: "model under test"} | {name: name.replace("_", " ") for name in COLUMNS[1:]}
+# Of shadow rounds, what stands for all of them: key and heading.
+_SHADOWS = {
+    "image: u_lira auc": "U-LiRA, image",
+    "class: u_lira auc": "U-LiRA, class",
+    "class: klom klom": "KLOM",
+}
 
 
 def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
@@ -89,7 +107,11 @@ def view(contents: Contents) -> dict[str, Any]:
     model = options.get("model") or contents.filters.get("model", "a classifier")
     data = options.get("data") or options.get("data_dir") or "its data"
     result, trust = contents.evaluation, contents.trust
-    verdicts = judge(result, trust, contents.retrained)
+    verdicts = judge(result, trust, contents.evaluations)
+    side_by_side = _side_by_side(contents)
+    came_back = _what_comes_back(trust)
+    methods = {name for name, _ in side_by_side["rows"]}
+    methods.update(column[2] for column in (came_back["columns"][1:] if came_back else ()))
     verdicts["unknown"] += contents.remarks
     if trust is not None:
         verdicts["unknown"] += trust.left_out() + _missing(trust)
@@ -100,15 +122,19 @@ def view(contents: Contents) -> dict[str, Any]:
         "result": result,
         "top5": result is not None and result.settings.get("num_classes", 0) > TOP_K,
         "zrf_base": base_name(result.zrf_base) if result else "",
-        "baselines": contents.baselines,
-        "retrained": contents.retrained,
+        "by_method": {
+            name: {record.index: record for record in contents.evaluations[name].records}
+            for name in _ordered(contents.evaluations)
+        },
+        "side_by_side": side_by_side,
+        "came_back": came_back,
+        "methods": {name: _title(name) for name in _ordered(methods)},
         "labels": contents.multi_label,
         "verdicts": verdicts,
         "trust": trust,
         "checks": _checks(trust) if trust else [],
         "by_class": _by_class(trust) if trust else [],
         "exports": contents.exports,
-        "paper": contents.tables and _paper_table(contents.tables),
         "pictures": {
             name: (PICTURES[name], base64.b64encode(content).decode())
             for name, content in contents.pictures.items()
@@ -132,15 +158,23 @@ def _checks(trust: TrustResult) -> list[dict[str, Any]]:
         details = [record.details for record in trust.records if record.check == name]
         errors = [d["standard_error"] for d in details if "standard_error" in d]
         definition = re.sub(r"(?::\w+)?:`([^`]+)`", r"\1", CHECKS[name].definition.strip())
+        columns = {
+            who: _title(_METHODS.get(who, who))
+            for who in _MODELS
+            if any(row[who] is not None for row in rows.values())
+        }
         found.append(
             {
                 "check": CHECKS[name],
                 "definition": re.sub("::$", ":", definition.replace("``", ""), flags=re.M),
-                "columns": {
-                    who: heading
-                    for who, heading in _COLUMNS.items()
-                    if any(row[who] is not None for row in rows.values())
-                },
+                "columns": columns,
+                "headings": [
+                    ("measure", "what was measured"),
+                    *(
+                        (text, "mean over classes", _METHODS.get(w, w))
+                        for w, text in columns.items()
+                    ),
+                ],
                 "rows": [(CHECKS[name].meaning(measure), row) for measure, row in rows.items()],
                 "chance": sum(errors) / len(errors) if errors else None,
             }
@@ -165,21 +199,74 @@ def _by_class(trust: TrustResult) -> list[tuple[int, str, list[Mapping[str, floa
     return rows
 
 
-def _paper_table(tables: Mapping[str, Any]) -> dict[str, Any]:
-    rows = [(row["method"], row, row.get("published", {})) for row in tables["rows"]]
-    shown = [n for n in PAPER_MEASURES if any(ours.get(n) is not None for _, ours, _ in rows)]
-    theirs = [n for n in PAPER_MEASURES if any(n in published for _, _, published in rows)]
-    source = f" published: {tables['published_source']}" if theirs else ""
-    return {
-        "caption": f"{tables['title']}.{source}",
-        "headings": [PAPER_MEASURES[n] for n in shown]
-        + [f"published {PAPER_MEASURES[n]}" for n in theirs],
-        "rows": [
-            (method, [ours.get(n) for n in shown] + [published.get(n) for n in theirs])
-            for method, ours, published in rows
-        ],
-        "groups": tables.get("groups", ()),
+def _side_by_side(contents: Contents) -> dict[str, Any]:
+    """Returns the table of methods: columns of (heading, meaning, digits), a row for each method.
+
+    Acc_r, Acc_f and ZRF are means over the classes that all methods were evaluated on.
+    """
+    results = [*contents.evaluations.values()]
+    results += [contents.evaluation] if contents.evaluation else []
+    each = [{record.index for record in result.records} for result in results]
+    shared = set.intersection(*each) if each else set()
+    values = run_values(contents, shared or None)
+    columns = {
+        (QUALITY, name): (f"{heading}{_UNITS.get(name, '')}", _MEANINGS.get(name, ""), digits)
+        for name, (heading, digits) in MEASURES.items()
+        if not name.startswith("pairs")
     }
+    for check in CHECKS.values():
+        meaning = check.meaning(check.headline)
+        columns[TRUST, f"{check.name}: {check.headline}"] = (check.title, meaning, 3)
+    for name, heading in _SHADOWS.items():
+        columns[SHADOWS, name] = (heading, "of shadow rounds, see docs/evaluation.md", 3)
+    columns = {key: c for key, c in columns.items() if any((k[0], k[2]) == key for k in values)}
+    published = {r["method"]: r["published"] for r in (contents.tables or {"rows": []})["rows"]}
+    theirs = [n for n in MEASURES if any(n in found for found in published.values())]
+    methods = _ordered({key[1] for key in values} | {m for m in published if published[m]})
+    return {
+        "columns": [
+            *columns.values(),
+            *(
+                (f"published {MEASURES[n][0]}", contents.tables["published_source"], 2)
+                for n in theirs
+            ),
+        ],
+        "rows": [
+            (
+                method,
+                [values.get((table, method, name)) for table, name in columns]
+                + [published.get(method, {}).get(name) for name in theirs],
+            )
+            for method in methods
+        ],
+        "shared": len(shared),
+        "partly": len(set(map(frozenset, each))) > 1,
+        "groups": (contents.tables or {}).get("groups", ()),
+    }
+
+
+def _ordered(methods: Collection[str]) -> list[str]:
+    order = [*_FIRST, *_TITLES]
+    return sorted(methods, key=lambda m: (order.index(m) if m in order else len(order), m))
+
+
+def _what_comes_back(trust: TrustResult | None) -> dict[str, Any] | None:
+    """Returns the figure of attacks: columns, and a row of (method, value) for each; or None."""
+    found = what_comes_back(trust.means()) if trust else {}
+    if not found:
+        return None
+    models = [who for who in _METHODS if any(row[who] is not None for row in found.values())]
+    heading, meaning = ("attack", "what is done with the baked file"), "accuracy on the class, %"
+    return {
+        "columns": [heading, *((_title(_METHODS[w]), meaning, _METHODS[w]) for w in models)],
+        "rows": [
+            (text, [(_METHODS[who], row[who]) for who in models]) for text, row in found.items()
+        ],
+    }
+
+
+def _title(method: str) -> str:
+    return _TITLES.get(method, method.replace("_", " "))
 
 
 def _settings(contents: Contents) -> list[tuple[str, str]]:

@@ -9,23 +9,22 @@ from __future__ import annotations
 import io
 import os
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wfnet.baselines import read_baselines
 from wfnet.evaluation.paper_tables import TITLES
 from wfnet.evaluation.results import EvaluationResult
+from wfnet.report.contents import Contents, read_contents
 from wfnet.services.files import write_text
-from wfnet.services.records import read_json, write_csv
-from wfnet.trust import TrustResult
+from wfnet.services.records import write_csv
 from wfnet.untraining.untrain_config import FREE_TO_CHANGE
 
 SEEDS = 3  # the fewest that say something of the spread
 WFNET, ORIGINAL = "wfnet", "original"
 QUALITY, TRUST, SHADOWS = "quality", "trust", "shadows"
-# Table -> the command that makes its file.
+# What may be missing -> the command that makes it.
 COMMANDS = {
     "evaluation.json": "wfnet evaluate {}",
     "tables.json": "wfnet evaluate {} --tables",
@@ -91,11 +90,12 @@ def collect(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list[st
         settings |= {k: v for k, v in untraining.items() if k not in _FREE}
         group = groups.setdefault(str(sorted(settings.items(), key=str)), Group("", settings))
         group.runs.append(folder)
-        values, lacks = _values(Path(folder))
-        for key, value in values.items():
+        contents = read_contents(folder, empty=True)
+        for key, value in run_values(contents).items():
             group.values.setdefault(key, []).append(value)
-        for name in lacks:
-            missing.setdefault(name, []).append(folder)
+        for name, there in zip(COMMANDS, _parts(contents), strict=True):
+            if not there:
+                missing.setdefault(name, []).append(folder)
     found = list(groups.values())
     for group in found:
         group.title = _title(group, found)
@@ -126,62 +126,68 @@ def _title(group: Group, groups: Sequence[Group]) -> str:
     return ", ".join([name(group), *(f"{s}={group.settings.get(s)}" for s in differ)])
 
 
-def _values(folder: Path) -> tuple[dict[Key, float], list[str]]:
-    """Returns the numbers of one run, and which files it lacks."""
+def _parts(contents: Contents) -> tuple[object, ...]:
+    """Returns what of ``COMMANDS`` is there, in that order."""
+    evaluated = contents.evaluation or contents.multi_label
+    return evaluated, contents.tables, contents.baselines, contents.trust, contents.shadows
+
+
+def run_values(contents: Contents, classes: Collection[int] | None = None) -> dict[Key, float]:
+    """Returns the numbers of one run.
+
+    Args:
+        contents: of its folder.
+        classes: means of Acc_r, Acc_f and ZRF are over these; relearn times of a method that was
+            measured on others, too, are left out. By default each method has its own classes.
+    """
     found: dict[Key, float] = {}
-    lacks = [name for name in COMMANDS if not (folder / name).exists()]
-    if "evaluation.json" not in lacks:
-        _read(folder / "evaluation.json", lambda content: _add_evaluation(found, content))
-    for baseline in read_baselines(folder / "baselines"):
-        result = EvaluationResult.from_dict(baseline["evaluation"])
-        _add_scores(found, baseline["method"], result)
-        if baseline["relearning"] is not None:
-            found[QUALITY, baseline["method"], "rt"] = baseline["relearning"]["mean"]["epochs"]
-    if "tables.json" not in lacks:
-        _read(folder / "tables.json", lambda content: _add_tables(found, content))
-    if "trust.json" not in lacks:
-        for check, rows in TrustResult.from_json(folder / "trust.json").means().items():
-            for measure, row in rows.items():
-                for who, value in row.items():
-                    if value is not None and who not in ("distance", "classes"):
-                        found[TRUST, _method(who), f"{check}: {measure}"] = value
-    if "shadows.json" not in lacks:
-        for row in _read(folder / "shadows.json", lambda content: content["rows"]):
-            if row["index"] == "all" and row["value"] is not None:
-                name = f"{row['against']}: {row['measure']} {row['what']}"
-                found[SHADOWS, _method(row["method"]), name] = row["value"]
-    return found, lacks
-
-
-def _read(path: Path, build: Any) -> Any:
-    return read_json(path, build, "a result of wfnet", "run the command that made it again")
+    if contents.multi_label is not None:
+        for name in ("ap_f", "map_r"):
+            found[QUALITY, WFNET, name] = 100 * contents.multi_label["mean"][name]
+            found[QUALITY, ORIGINAL, name] = 100 * contents.multi_label["mean"][f"original_{name}"]
+    times = {
+        method: baseline["relearning"]["mean"]["epochs"]
+        for method, baseline in contents.baselines.items()
+        if baseline["relearning"] is not None
+    }
+    results = dict(contents.evaluations)
+    if contents.tables is not None:
+        _add_tables(found, contents.tables, times)
+    if contents.evaluation is not None:
+        results[WFNET] = contents.evaluation
+    for method, whole in results.items():
+        records = [r for r in whole.records if classes is None or r.index in classes]
+        result = EvaluationResult.from_records(records, whole.zrf_base, {}, 0.0)
+        for name in ("acc_r", "acc_f", "zrf"):
+            found[QUALITY, method, name] = 100 * getattr(result.mean, name)
+            if method == WFNET:
+                found[QUALITY, ORIGINAL, name] = 100 * getattr(result.original, name)
+        found[QUALITY, method, "worst"] = 100 * max(record.acc_f for record in records)
+        if method in times and len(records) == len(whole.records):
+            found[QUALITY, method, "rt"] = times[method]
+    for check, rows in contents.trust.means().items() if contents.trust else ():
+        for measure, row in rows.items():
+            for who, value in row.items():
+                if value is not None and who not in ("distance", "classes"):
+                    found[TRUST, _method(who), f"{check}: {measure}"] = value
+    for row in contents.shadows:
+        if row["index"] == "all" and row["value"] is not None:
+            name = f"{row['against']}: {row['measure']} {row['what']}"
+            found[SHADOWS, _method(row["method"]), name] = row["value"]
+    return found
 
 
 def _method(who: str) -> str:
     return WFNET if who == "forgetful" else who
 
 
-def _add_evaluation(found: dict[Key, float], content: Mapping[str, Any]) -> None:
-    if content.get("kind") == "multi-label":
-        for name in ("ap_f", "map_r"):
-            found[QUALITY, WFNET, name] = 100 * content["mean"][name]
-            found[QUALITY, ORIGINAL, name] = 100 * content["mean"][f"original_{name}"]
-        return
-    result = EvaluationResult.from_dict(content)
-    _add_scores(found, WFNET, result)
-    for name in ("acc_r", "acc_f", "zrf"):
-        found[QUALITY, ORIGINAL, name] = 100 * getattr(result.original, name)
-
-
-def _add_scores(found: dict[Key, float], method: str, result: EvaluationResult) -> None:
-    for name in ("acc_r", "acc_f", "zrf"):
-        found[QUALITY, method, name] = 100 * getattr(result.mean, name)
-    found[QUALITY, method, "worst"] = 100 * max(record.acc_f for record in result.records)
-
-
-def _add_tables(found: dict[Key, float], content: Mapping[str, Any]) -> None:
+def _add_tables(
+    found: dict[Key, float], content: Mapping[str, Any], times: dict[str, float]
+) -> None:
     (row,) = (row for row in content["rows"] if row["method"] == WFNET)
-    for name in ("rt", "insertion", "deletion"):
+    if row["rt"] is not None:
+        times[WFNET] = row["rt"]
+    for name in ("insertion", "deletion"):
         if row[name] is not None:
             found[QUALITY, WFNET, name] = row[name]
     for group in content["groups"]:

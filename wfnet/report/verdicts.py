@@ -1,25 +1,32 @@
-"""What forgetting protects against and what not: measured numbers judged beside retrained models.
+"""What forgetting protects against and what not: measured numbers judged beside baselines.
 
 A model that was retrained without the class is what forgetting is compared with. An attack counts
 as withstood if it brings the accuracy on the class to at most ``MARGIN`` above that model's (above
 0 where none is at hand). Attacks that have images of the class or move its logit bring it up in any
-network: within ``MARGIN_TAUGHT`` of the retrained model they are listed as such.
+network: within ``MARGIN_TAUGHT`` of the retrained model they are listed as such. The trivial
+baselines, the original with the class's logit masked or its bias shifted, cost nothing: they stand
+in every sentence, and what the network withstands better than they do is counted.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wfnet.evaluation import ClassRecord, EvaluationResult
-from wfnet.trust import TrustResult
+from wfnet.evaluation import EvaluationResult
+from wfnet.trust import CHECKS, TrustResult
 from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.removal import TOLERATED
+from wfnet.trust.subject import TRIVIAL
 
 MARGIN, MARGIN_TAUGHT = 0.02, 0.10
+AS_IT_IS = "as it is"  # the row of what_comes_back without an attack
 # Differences of whole images must not be decided by rounding.
 _ROUNDING = 1e-9
 _READS = "a baked file reads the class at {only}{forgetful}{beside}{cost}."
+# Baselines that stand beside a number, in this order.
+_BESIDE = {"retrained": "retrained", "logit_masked": "logit masked", "bias_shifted": "bias shifted"}
 
 Row = Mapping[str, float | None]
 
@@ -30,7 +37,7 @@ class Rule:
 
     Attributes:
         check, measure: of what.
-        sentence: with ``{forgetful}`` and ``{original}``, ``{beside}`` the retrained model's, and
+        sentence: with ``{forgetful}`` and ``{original}``, ``{beside}`` those of baselines, and
             ``{only}``, ``{failing}`` and ``{cost}``, which depend on the verdict.
         level: what a model that knows nothing has; areas and balanced accuracies have 0.5.
         taught: whether any network is brought up.
@@ -65,11 +72,16 @@ class Rule:
             cost = f", the others at {after['forgetful']:.1%} instead of {before['forgetful']:.1%}"
         return self.sentence.format(
             **shown,
-            beside=f" (a retrained model: {shown['retrained']})" if shown["retrained"] else "",
+            beside=_beside(shown),
             only="only " if withstood and not self.taught else "",
             failing="" if withstood else " only",
             cost=cost,
         )
+
+
+def _beside(shown: Mapping[str, str]) -> str:
+    found = [f"{title} {shown[who]}" for who, title in _BESIDE.items() if shown.get(who)]
+    return f" ({', '.join(found)})" if found else ""
 
 
 NEIGHBOURS = Rule(
@@ -86,6 +98,12 @@ RANKED = Rule(
     level=0.5,
     taught=True,
     margin=MARGIN_TAUGHT,
+)
+BEST = Rule(
+    "removal",
+    "acc_f_recovered",
+    " The best one without the base, labels and training brings back {forgetful}{beside}.",
+    taught=True,
 )
 PROBED = Rule(
     "probing",
@@ -114,22 +132,25 @@ def _relearning(measure: str) -> Rule:
     if measure == "acc_f_retain_only":
         how = "on images of the other classes alone"
         return _attack("relearning", measure, f"Fine-tuned {how}", taught=False)
+    return _attack("relearning", measure, f"Fine-tuned with {_images(measure)}", taught=True)
+
+
+def _images(measure: str) -> str:
     count = measure.rpartition("_")[2]
-    images = f"{count} image{'' if count == '1' else 's'} of the class"
-    return _attack("relearning", measure, f"Fine-tuned with {images}", taught=True)
+    return f"{count} image{'' if count == '1' else 's'} of the class"
 
 
 def judge(
     evaluation: EvaluationResult | None,
     trust: TrustResult | None,
-    retrained: Mapping[int, ClassRecord] | None = None,
+    baselines: Mapping[str, EvaluationResult] | None = None,
 ) -> dict[str, list[str]]:
     """Returns what forgetting at run time and baked files protect against, with the numbers.
 
     Args:
         evaluation: of the filtered network, if there is one.
         trust: checks of baked models, if there are any.
-        retrained: class -> evaluation of the network retrained without it.
+        baselines: evaluations by method, to stand beside the network's.
 
     Returns:
         Sentences in plain text: "good" is what forgetting protects against, "bad" what it does not
@@ -138,7 +159,7 @@ def judge(
     """
     found: dict[str, list[str]] = {"good": [], "bad": [], "alike": [], "unknown": []}
     if evaluation is not None:
-        _judge_run_time(found, evaluation, retrained or {})
+        _judge_run_time(found, evaluation, baselines or {})
     if trust is None:
         found["unknown"].append(
             "How far a baked model withstands attacks was not measured; it carries neither filters "
@@ -157,6 +178,12 @@ def judge(
         for name, attack in ATTACKS.items()
     ]
     relearned = [_relearning(measure) for measure in means.get("relearning", ())]
+    _judge_beside_trivial(found, means)
+    rows = [m for m in means.get("prototypes", ()) if m.startswith("acc_f_head_")]
+    relearned += [
+        _attack("prototypes", m, f"With its row of the head made from {_images(m)}", taught=True)
+        for m in rows
+    ]
     for rule in (NEIGHBOURS, *attacks, RANKED, *relearned, PROBED, MEMBERS):
         rows = means.get(rule.check, {})
         if rule.measure in rows:
@@ -166,26 +193,79 @@ def judge(
     return found
 
 
+def what_comes_back(means: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
+    """Returns accuracies on the class by attack in words, "as it is" first, and model.
+
+    Args:
+        means: as of :meth:`wfnet.trust.TrustResult.means`.
+    """
+    found = {}
+    for check in ("removal", "relearning", "prototypes"):
+        for measure, row in means.get(check, {}).items():
+            if measure.startswith("acc_f") and measure != "acc_f_recovered":
+                text = re.sub(
+                    "^.*accuracy on the (forgotten )?class,? ", "", CHECKS[check].meaning(measure)
+                )
+                found[text] = row
+    return found
+
+
+def _judge_beside_trivial(
+    found: dict[str, list[str]], means: Mapping[str, Mapping[str, Row]]
+) -> None:
+    """Counts attacks that bring back less, or more, than in the better trivial baseline."""
+    rows = [row for text, row in what_comes_back(means).items() if text != AS_IT_IS]
+    levels = [[row[name] for name in TRIVIAL if row[name] is not None] for row in rows]
+    excess = [row["forgetful"] - min(own) for row, own in zip(rows, levels, strict=True) if own]
+    if not excess:
+        return
+    less, more = sum(e < -MARGIN for e in excess), sum(e > MARGIN for e in excess)
+    best = means.get("removal", {}).get("acc_f_recovered")
+    strongest = BEST.written({BEST.measure: best}) if best else ""
+    found["good" if less > more else "bad"].append(
+        f"Of {len(excess)} attacks, {less} bring back less of the class than in the original with "
+        f"nothing but its logit masked or its bias shifted, {more} more.{strongest}"
+    )
+
+
 def _judge_run_time(
-    found: dict[str, list[str]], evaluation: EvaluationResult, retrained: Mapping[int, ClassRecord]
+    found: dict[str, list[str]],
+    evaluation: EvaluationResult,
+    baselines: Mapping[str, EvaluationResult],
 ) -> None:
     """Judges what a user meets who sends images while the owner sets the forget label."""
     before, after, records = evaluation.original, evaluation.mean, evaluation.records
-    levels = [retrained[r.index].acc_f for r in records if r.index in retrained]
-    level = sum(levels) / len(levels) if levels else 0.0
-    beside = f" (a retrained model: {level:.1%})" if levels else ""
-    highest = level + MARGIN + _ROUNDING
+    known = {record.index for record in records}
+    shared = {
+        name: [record for record in result.records if record.index in known]
+        for name, result in baselines.items()
+        if name in _BESIDE
+    }
+    means = {
+        name: EvaluationResult.from_records(each, evaluation.zrf_base, {}, 0.0).mean
+        for name, each in shared.items()
+        if each
+    }
+
+    def beside(measure: str) -> str:
+        shown = {name: f"{getattr(mean, measure):.1%}" for name, mean in means.items()}
+        for name, count in ((name, len(shared[name])) for name in shown):
+            if count < len(records):
+                shown[name] += f" on {count} of {len(records)} classes"
+        return _beside(shown)
+
+    highest = (means["retrained"].acc_f if "retrained" in means else 0.0) + MARGIN + _ROUNDING
     if before.acc_f <= highest:
         found["unknown"].append(
-            f"The original reads the forgotten class at {before.acc_f:.1%}{beside}: there is "
-            "nothing that could be forgotten."
+            f"The original reads the forgotten class at {before.acc_f:.1%}{beside('acc_f')}: there "
+            "is nothing that could be forgotten."
         )
     else:
         forgotten = after.acc_f <= highest
         found["good" if forgotten else "bad"].append(
             "Who can only send images, while you set the forget label, "
-            f"{'gets' if forgotten else 'still gets'} {after.acc_f:.1%} accuracy on the class; the "
-            f"original has {before.acc_f:.1%}{beside}."
+            f"{'gets' if forgotten else 'still gets'} {after.acc_f:.1%} accuracy on the class"
+            f"{beside('acc_f')}; the original has {before.acc_f:.1%}."
         )
         worst = max(records, key=lambda record: record.acc_f)
         if forgotten and worst.acc_f > highest:
@@ -200,9 +280,11 @@ def _judge_run_time(
         )
     if after.acc_r >= before.acc_r - MARGIN - _ROUNDING:
         found["good"].append(
-            f"All other classes stay at {after.acc_r:.1%}; the original has {before.acc_r:.1%}."
+            f"All other classes stay at {after.acc_r:.1%}{beside('acc_r')}; the original has "
+            f"{before.acc_r:.1%}."
         )
     else:
         found["bad"].append(
-            f"Forgetting costs all other classes: {after.acc_r:.1%} instead of {before.acc_r:.1%}."
+            f"Forgetting costs all other classes: {after.acc_r:.1%}{beside('acc_r')} instead of "
+            f"{before.acc_r:.1%}."
         )

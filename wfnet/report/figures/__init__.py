@@ -4,16 +4,14 @@ Each is a function that writes the file ``path``, whose ending chooses the forma
 It raises ImportError without matplotlib (extra ``viz``), and ValueError for an unknown format.
 """
 
-from wfnet.report.figures.accuracies import accuracy_per_class, overview
+from wfnet.report.figures.accuracies import overview
 from wfnet.report.figures.associations import association_graph
 from wfnet.report.figures.attack_bars import attack_levels, attacks
 from wfnet.report.figures.confusions import confusion
 from wfnet.report.figures.curves import insertion_deletion, training_curves
 from wfnet.report.figures.gate_maps import gate_heatmap
-from wfnet.report.figures.trust_levels import trust_checks
 
 __all__ = [
-    "accuracy_per_class",
     "association_graph",
     "attack_levels",
     "attacks",
@@ -22,5 +20,4 @@ __all__ = [
     "insertion_deletion",
     "overview",
     "training_curves",
-    "trust_checks",
 ]

@@ -1,10 +1,9 @@
-"""Figures of accuracy: on every class and on all others, before and after it is forgotten."""
+"""The figure of accuracy on every class and on all others, before and after it is forgotten."""
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from wfnet.evaluation import ClassRecord, EvaluationResult
@@ -15,46 +14,6 @@ from wfnet.report.figures.style import AFTER, BEFORE, NAMED, RETAINED
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-
-def accuracy_per_class(
-    result: EvaluationResult,
-    path: str | os.PathLike,
-    retrained: Mapping[int, tuple[float, float]] | None = None,
-) -> None:
-    """Draws the accuracy on each class, and on all others, before and after it is forgotten.
-
-    Args:
-        result: of :func:`wfnet.evaluation.evaluate`.
-        path: file to write.
-        retrained: class -> (Acc_r, Acc_f), fractions, of a network retrained without the class, to
-            stand beside; classes may be missing.
-    """
-    records = _ordered(result.records)
-    named = len(records) <= NAMED
-    width = max(8.0, min(16.0, 2.5 + 0.45 * len(records))) if named else 11.0
-    levels = [(retrained or {}).get(r.index, (math.nan, math.nan)) for r in records]
-    with style.picture(path, width, 6.4) as figure:
-        upper, lower = figure.subplots(2, 1, sharex=True)
-        for axis, name, color, which in ((upper, "acc_f", AFTER, 1), (lower, "acc_r", RETAINED, 0)):
-            after = f"after, with the class forgotten ({name.capitalize()})"
-            series = [
-                ("before", [getattr(r, f"original_{name}") for r in records], BEFORE),
-                (after, [getattr(r, name) for r in records], color),
-            ]
-            if retrained:
-                known = [level[which] for level in levels]
-                series.append(("retrained without it", known, style.RETRAINED))
-            _draw_accuracy(axis, series, zoom=axis is lower and not named)
-        upper.set(
-            title="Accuracy on the class itself, before and after it is forgotten",
-            ylabel="accuracy on the class, %",
-        )
-        lower.set(
-            title="Accuracy on all other classes, before and after the class is forgotten",
-            ylabel="accuracy on the others, %",
-        )
-        _name_classes(lower, records, "class")
 
 
 def overview(result: EvaluationResult, net: WFNet, path: str | os.PathLike) -> None:
@@ -94,15 +53,12 @@ def _ordered(records: Sequence[ClassRecord]) -> list[ClassRecord]:
     return sorted(records, key=lambda r: (0 if few else -r.original_acc_f, r.index))
 
 
-def _draw_accuracy(
-    axis: Axes, series: Sequence[tuple[str, Sequence[float], str]], zoom: bool = False
-) -> None:
+def _draw_accuracy(axis: Axes, series: Sequence[tuple[str, Sequence[float], str]]) -> None:
     """Draws series (label, fractions, colour) as bars, or as points for many classes."""
     count, width = len(series[0][1]), 0.84 / len(series)
-    named, everything = count <= NAMED, []
+    named = count <= NAMED
     for i, (label, shares, color) in enumerate(series):
         values = [100 * share for share in shares]
-        everything += [value for value in values if not math.isnan(value)]
         if named:
             left = [place - 0.42 + i * width for place in range(count)]
             bars = axis.bar(left, values, 0.94 * width, align="edge", color=color, label=label)
@@ -118,13 +74,8 @@ def _draw_accuracy(
     margin = 0.6 if named else 0.01 * count
     axis.set_xlim(-margin, count - 1 + margin)
     axis.grid(axis="y")
-    if zoom:  # the rows of many classes differ by a point or less, which a full axis would hide
-        low, high = min(everything), max(everything)
-        margin = max(0.5, 0.1 * (high - low))
-        axis.set_ylim(max(0.0, low - margin), min(100.5, high + 2.5 * margin))
-    else:
-        axis.set_ylim(0 if named else -1.5, 121)  # room for the legend above the data
-        axis.set_yticks(range(0, 101, 20))
+    axis.set_ylim(0 if named else -1.5, 121)  # room for the legend above the data
+    axis.set_yticks(range(0, 101, 20))
     look = {"ncols": len(series), "borderaxespad": 0.1, "handletextpad": 0.5}
     legend = axis.legend(loc="upper center", **look)
     for handle in () if named else legend.legend_handles:
