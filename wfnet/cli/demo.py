@@ -125,7 +125,7 @@ def _attack(options: argparse.Namespace, runs: Mapping[str, Path]) -> None:
 
     bars = {f"recipe {name}": levels(name, "forgetful") for name in sorted(runs)}
     bars["retrained without the class"] = levels(options.recipe, "retrained")
-    bars["original, logit masked"] = levels(options.recipe, "logit_masked")
+    bars["original, its logit masked"] = levels(options.recipe, "logit_masked")
     before = levels(options.recipe, "original")["nothing"]
     figures.attacks(before, bars, first / PICTURE)
 
