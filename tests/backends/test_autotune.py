@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from captured_steps import CLASSES, Residual, minibatch, network
 import wfnet
 from wfnet import models
 from wfnet.backends import autotune, autotune_cache, mixed
+from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
 from wfnet.benchmarking.roofline import Rates
 from wfnet.benchmarking.steps import StepSettings, make_problem, measure, print_table
 from wfnet.gate_tables import flatten_filters
@@ -122,6 +124,51 @@ def test_who_is_wrong_or_raises_is_left_out_with_a_line(tuned, caplog):
             assert f"backend cuda is left out of {kind}: no such kernel image\n" in caplog.text
 
 
+class RoundsLate(mixed.MixedEager):
+    """As kernels do: all is fp32 until it is stored, sums are of what was not rounded."""
+
+    def conv2d(self, x, weight, *more):
+        found = super().conv2d(x.float(), weight.float(), *more)
+        return found._replace(out=found.out.to(x), branch=found.branch.to(x))
+
+    def conv2d_dgrad(self, grad, weight, shape, geometry, below):
+        wide = replace(below, branch=below.branch.float(), skip=below.skip.float())
+        found = super().conv2d_dgrad(grad.float(), weight.float(), shape, geometry, wide)
+        return type(found)(*(t if t is None else t.to(grad) for t in found))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_right_kernels_are_within_the_bounds(monkeypatch, dtype):
+    """They round elsewhere than PyTorch, which sums products that it has rounded."""
+    monkeypatch.setattr(autotune, "_takes", lambda *_: True)
+    candidates = {"eager": mixed.MixedEager(), "triton": RoundsLate()}
+    tuned = autotune.TunedBackend(torch.device("cpu"), candidates=candidates, repeats=1)
+    x, skip = (torch.randn(6, 64, 9, 9).to(dtype) for _ in range(2))
+    weight, scale = (torch.randn(64, 64, 1, 1) / 8).to(dtype), 3 * torch.rand(6, 64)
+    epilogue = Epilogue(scale, torch.randn(6, 64), relu=True, save=True)
+    found = tuned.conv2d(x, weight, ConvGeometry(), epilogue)
+    sums = {"t1": torch.empty(6, 64), "t0": torch.empty(6, 64)}
+    below = LayerBelow(scale, epilogue.shift, found.branch, relu=True, skip=skip, **sums)
+    for layer in (below, replace(below, need_scaled_grad=False)):
+        tuned.conv2d_dgrad(x, weight, x.shape, ConvGeometry(), layer)
+    entries = [entry for sizes in tuned.choices.values() for entry in sizes.values()]
+    assert [set(entry["ms"]) for entry in entries] == [{"eager", "triton"}] * 3
+
+
+def test_one_wrong_pixel_is_seen_forward_alone():
+    truth = torch.randn(2, 8, 64, 64).bfloat16()
+    (mine := truth.clone())[1, :, 5, 5] = 0
+    assert autotune.difference([mine], [truth], 3e-2, forward=False) is None
+    assert "an element differs by" in autotune.difference([mine], [truth], 3e-2)
+
+
+def test_a_device_that_fails_while_it_is_timed_decides_nothing(tuned, monkeypatch):
+    net = tuned(triton=Fast())
+    monkeypatch.setattr(autotune, "interleaved", lambda calls, *_: ({}, dict.fromkeys(calls, "!")))
+    step(net)
+    assert backend_of(net).choices == {}
+
+
 def test_what_is_decided_is_measured_once(tuned, monkeypatch, pretended_device):
     expected = step(net := tuned(triton=Fast()))
     monkeypatch.setattr(autotune.TunedBackend, "_measure", None)
@@ -160,6 +207,12 @@ def test_damaged_and_foreign_files_are_ignored_and_rewritten(tuned, caplog):
     cache.write(choices)
     assert json.loads(cache.path.read_text()) == good
     assert cache.read() == choices
+    kind = next(iter(choices))
+    entry = next(iter(choices[kind].values()))
+    autotune_cache.TuningCache(CUDA).write({kind: {512: entry}, "other": {512: entry}})
+    cache.write(choices)  # what another process added stays
+    assert set(cache.read()) == {*choices, "other"}
+    assert set(cache.read()[kind]) == {*choices[kind], 512}
 
 
 def test_files_that_came_with_the_machine(tuned, monkeypatch, tmp_path, caplog):

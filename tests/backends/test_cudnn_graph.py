@@ -157,7 +157,7 @@ def test_cudnn_accepts_the_graph(save):
     except RuntimeError as error:
         pytest.skip(f"cuDNN cannot be loaded: {error}")
     x, weight, more = operands()
-    tables = {n: cudnn_graph.as_pixel(t) if t.dim() == 2 else t for n, t in more.items()}
+    tables = {n: cudnn_graph.channels_last(t) for n, t in more.items()}
     out = torch.empty_like(more["residual"])
     results = {"branch": out, "out": out} if save else {"out": out}
     graph = cudnn.pygraph(device_property=device, **cudnn_graph.precisions(cudnn))

@@ -47,8 +47,8 @@ def test_a_backend_that_fails_or_is_wrong_has_no_times(problem, monkeypatch):
     monkeypatch.setattr(layer_times, "default_candidates", lambda: candidates)
     calls, failed = layer_times.time_layers(problem, ["eager", "triton", "cuda"], 1, RATES)
     assert list(failed) == ["cuda", "triton"]
-    assert failed["triton"].endswith("backward: its results differ by 1.0e+00 (bound 2e-03)")
-    assert "cannot run" in failed["cuda"] or "_C" in failed["cuda"]
+    assert failed["triton"].endswith("backward: its results differ by 1.0e+00 (bound 5e-03)")
+    assert failed["cuda"].startswith("conv1 forward: ")  # it is not built, or takes no fp32
     for call in calls:  # the lowest input gradient gives sums alone, which are not doubled
         right = call["direction"] == "forward" or call["layer"] == "layer1.0.conv1"
         assert set(call["ms"]) == ({"eager", "triton"} if right else {"eager"})

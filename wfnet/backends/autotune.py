@@ -36,9 +36,12 @@ from wfnet.services.ranks import Ranks
 logger = logging.getLogger("wfnet")
 
 DEFAULT_SECONDS = 20.0
-# Most that a sample's result may differ from PyTorch's, relative to its norm: both round to the
-# dtype (fp32 products may be in TF32), and sums are of rounded products.
-BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 2e-3}
+# Most that a sample's result may differ from PyTorch's, relative to its norm, by the narrowest
+# dtype of the operands: both round to it (fp32 products may be in TF32), PyTorch also what it sums.
+BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+# Forward, no element may differ by more than so many bounds, relative to the largest. Backward one
+# may: the ReLU of a sum near 0 is open or not.
+_ELEMENT_BOUNDS = 4
 # Cycles that a device spins before a timed call, so that the host is ahead of it: about 1 ms.
 _HEAD_START = 2_000_000
 _CONVOLUTIONS = ("conv2d", "conv2d_dgrad")
@@ -191,12 +194,13 @@ class TunedBackend(Backend):
             if name == "eager" or _takes(name, backend, method, arguments)
         }
         excluded: dict[str, str] = {}
-        expected = calls["eager"]()
+        expected, forward = calls["eager"](), "below" not in arguments
+        bound = max(BOUNDS.get(t.dtype, 1e-6) for t in arguments.values() if isinstance(t, Tensor))
         if not all(t is None or 0 < _norms(t).sum().item() < math.inf for t in expected):
             return None
         for name in list(calls)[1:]:
             try:
-                reason = difference(calls[name](), expected)
+                reason = difference(calls[name](), expected, bound, forward)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # of compilers, drivers and our own code
@@ -207,6 +211,8 @@ class TunedBackend(Backend):
                 del calls[name]
         del expected
         times, failed = interleaved(calls, self.repeats, self._clock)
+        if "eager" in failed:  # the device is out of memory, or a candidate broke it
+            return None
         for name, reason in failed.items():
             logger.warning("backend %s is left out of %s: %s", name, kind, reason)
         ms = {name: round(min(times[name]), 4) for name in calls if name not in failed}
@@ -347,11 +353,17 @@ def _norms(t: Tensor) -> Tensor:
     return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=dtype)
 
 
-def difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> str | None:
-    """Returns how results differ by more than :data:`BOUNDS`, in words; None if they do not.
+def difference(
+    found: Sequence[Tensor | None],
+    expected: Sequence[Tensor | None],
+    bound: float,
+    forward: bool = True,
+) -> str | None:
+    """Returns how results differ by more than ``bound``, in words; None if they do not.
 
     Every sample is compared by itself, so that one wrong tile of a large batch is seen; a sample
-    that is small beside the others is measured by their mean.
+    that is small beside the others is measured by their mean. ``forward``: elements are compared,
+    too, so that one wrong pixel is seen.
     """
     for mine, truth in zip(found, expected, strict=True):
         if (mine is None) != (truth is None):
@@ -360,9 +372,11 @@ def difference(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]
             continue
         if mine.shape != truth.shape:
             return f"a result is {list(mine.shape)}, expected {list(truth.shape)}"
-        sizes = _norms(truth)
-        error = (_norms(mine - truth) / sizes.maximum(sizes.square().mean().sqrt())).max().item()
-        bound = max(BOUNDS.get(t.dtype, 1e-6) for t in (mine, truth))
+        sizes, apart = _norms(truth), mine - truth
+        error = (_norms(apart) / sizes.maximum(sizes.square().mean().sqrt())).max().item()
         if not error <= bound:
             return f"its results differ by {error:.1e} (bound {bound:.0e})"
+        error = (apart.abs().max() / truth.abs().max()).item()
+        if forward and not error <= _ELEMENT_BOUNDS * bound:
+            return f"an element differs by {error:.1e} (bound {_ELEMENT_BOUNDS * bound:.0e})"
     return None

@@ -69,10 +69,15 @@ class TuningCache:
             return {}
 
     def write(self, choices: Mapping[str, Mapping[int, Entry]]) -> None:
-        """Writes all decisions, atomically; where that is impossible, says so once."""
+        """Adds decisions to the file, atomically; where that is impossible, says so once.
+
+        What other processes have decided meanwhile stays.
+        """
         try:
             if self._writes:
-                write_json(self.path, {"about": self.about, "choices": choices})
+                kept = self._read(self.path) if self.path.exists() else {}
+                merged = {kind: kept.get(kind, {}) | sizes for kind, sizes in choices.items()}
+                write_json(self.path, {"about": self.about, "choices": kept | merged})
         except OSError as error:
             self._writes = False
             logger.warning("%s cannot be written (%s): what is measured is lost", self.path, error)
@@ -88,10 +93,11 @@ def _checked(entry: Entry) -> Entry:
 def _identity(device: torch.device) -> dict[str, str]:
     """What times and results depend on."""
     triton = importlib.import_module("triton")
-    kernels = importlib.import_module("wfnet.kernels")
+    packages = [importlib.import_module(f"wfnet.{name}") for name in ("kernels", "backends")]
     sources = hashlib.sha256(str(getattr(cuda_launch.library().module, "sources", "")).encode())
-    for path in sorted(Path(kernels.__path__[0]).glob("*.py")):
-        sources.update(path.read_bytes())
+    for package in packages:
+        for path in sorted(Path(package.__path__[0]).glob("*.py")):
+            sources.update(path.read_bytes())
     frontend = None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         frontend = importlib.metadata.version("nvidia-cudnn-frontend")

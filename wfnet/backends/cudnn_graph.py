@@ -55,14 +55,10 @@ class CudnnGraph(MixedEager):
         """
         size = geometry.output_size(*x.shape[2:], tuple(weight.shape[2:]))
         shape = (x.shape[0], weight.shape[0], *size)
-        given = {"x": x, "weight": weight, "residual": epilogue.residual}
-        operands = {
-            name: t.contiguous(memory_format=torch.channels_last)
-            for name, t in given.items()
-            if t is not None
-        }
         shift = torch.zeros_like(epilogue.scale) if epilogue.shift is None else epilogue.shift
-        operands |= {"scale": as_pixel(epilogue.scale), "shift": as_pixel(shift)}
+        given = {"x": x, "weight": weight, "scale": epilogue.scale, "shift": shift}
+        given["residual"] = epilogue.residual
+        operands = {name: channels_last(t) for name, t in given.items() if t is not None}
         results = {
             name: x.new_empty(shape).to(memory_format=torch.channels_last)
             for name in ("branch", "out")
@@ -99,10 +95,15 @@ class CudnnGraph(MixedEager):
         return sizes.get(batch)
 
 
-def as_pixel(table: Tensor) -> Tensor:
-    """Returns ``[B, O]`` as ``[B, O, 1, 1]`` with the strides of dense channels-last memory."""
-    columns = table.shape[1]
-    return table.contiguous().as_strided((*table.shape, 1, 1), (columns, 1, columns, columns))
+def channels_last(t: Tensor) -> Tensor:
+    """Returns ``[N, C, H, W]``, or ``[N, C]`` as ``[N, C, 1, 1]``, in dense channels-last memory.
+
+    All strides are its: PyTorch takes a 1x1 filter for channels-last, whatever these are.
+    """
+    dense = t.view(*t.shape, *(1,) * (4 - t.dim())).contiguous(memory_format=torch.channels_last)
+    _, channels, height, width = dense.shape
+    strides = (channels * height * width, 1, channels * width, channels)
+    return dense.as_strided(dense.shape, strides)
 
 
 def precisions(cudnn: Any) -> dict[str, Any]:

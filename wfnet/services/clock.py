@@ -17,9 +17,10 @@ def timed(call: Call, device: torch.device) -> float:
     """Returns the milliseconds of one call."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        stream = torch.cuda.current_stream(device)  # another device may be the current one
+        start.record(stream)
         call()
-        end.record()
+        end.record(stream)
         end.synchronize()
         return start.elapsed_time(end)
     start = time.perf_counter()

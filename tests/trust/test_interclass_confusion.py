@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from wfnet.data import labels_of
-from wfnet.trust.confusion import confused, interclass_confusion
+from wfnet.trust.interclass_confusion import confused, interclass_confusion
 
 
 def test_confusion_counts_images_that_are_not_read_as_what_they_are(data, oracle):
