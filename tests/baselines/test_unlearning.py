@@ -153,14 +153,14 @@ def test_ascent_stops_when_the_class_is_forgotten(unsure, patches):
 
 
 def test_retraining_starts_from_new_weights(patches, linear):
-    built = []
+    built = {}
 
-    def fresh():
-        built.append(nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)))
-        return built[-1]
+    def fresh(seed):
+        return built.setdefault(seed, nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)))
 
-    model = unlearn("retrained", Origin(linear(), patches(), TRAINING, fresh), 0)
-    assert model is built[0]
+    origin = Origin(linear(), patches(), TRAINING, fresh)
+    for seed in (0, 1):
+        assert unlearn("retrained", origin, 0, BaselineConfig(seed)) is built[seed]
 
 
 def test_bad_input_is_refused(patches, linear):

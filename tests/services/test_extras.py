@@ -23,7 +23,7 @@ def test_other_packages_extend_this_one(monkeypatch, caplog):
         Entry("broken", lambda: 1 / 0),
     ]
     monkeypatch.setattr(extras, "entry_points", lambda group: entries)
-    assert isinstance(extras.extensions("wfnet.baselines", Fisher, ())["fisher"], Fisher)
+    assert isinstance(extras.registry("wfnet.baselines", Fisher, ())["fisher"], Fisher)
     assert [record.args[0] for record in caplog.records] == ["twice", "wrong", "broken"]
 
 
@@ -31,7 +31,14 @@ PLUGIN = """
 import torch
 from wfnet.data import TensorImages
 from wfnet.trust.attacks.attack import attack
+from wfnet.baselines import BaselineConfig, Method
 from wfnet.untraining.objectives import BalancedObjective
+
+class Nothing(Method):
+    name = "nothing"
+
+    def unlearn(self, origin, label, config: BaselineConfig):
+        return origin.original
 
 steady = attack("steady", "nothing")(lambda model, subject: model)
 half = lambda config: BalancedObjective(0.5, True)
@@ -41,12 +48,14 @@ def spots(data_dir):
     return images, images
 """
 USE = """
+import plugin  # first, as a user may: its packages and wfnet import each other
 import torch, wfnet
 from torch import nn
+from wfnet.baselines import METHODS
 from wfnet.data import open_data
 from wfnet.trust.attacks import ATTACKS
 
-assert "steady" in ATTACKS
+assert "steady" in ATTACKS and "nothing" in METHODS
 data = open_data("spots")
 net = wfnet.WFNet(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(72, 2)), 2)
 config = wfnet.UntrainConfig(objective="half", steps=1, batch_size=4)
@@ -59,7 +68,7 @@ def test_entry_points_of_an_installed_package(tmp_path: Path):
     about = tmp_path / "plugin-1.dist-info"
     about.mkdir()
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
-    groups = {"attacks": "steady", "objectives": "half", "data": "spots"}
+    groups = {"attacks": "steady", "baselines": "Nothing", "objectives": "half", "data": "spots"}
     lines = [f"[wfnet.{group}]\n{name} = plugin:{name}\n" for group, name in groups.items()]
     (about / "entry_points.txt").write_text("".join(lines))
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

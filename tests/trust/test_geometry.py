@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from wfnet.trust import geometry
+from wfnet.trust import geometry, membership
 
 
 def test_geometry_beside_retrained_models(make_subject, make_network):
@@ -13,7 +14,14 @@ def test_geometry_beside_retrained_models(make_subject, make_network):
     shares = [geometry._places(network, subject)[0] for network in (subject.forgetful, *retrained)]
     expected = torch.stack([(shares[0] - other).abs().sum() / 2 for other in shares[1:]]).mean()
     torch.testing.assert_close(values["tv_nearest"], expected.item())
-    same = make_subject(forgetful=retrained[0], retrained=[make_network(5), make_network(6)])
-    assert geometry.measure(same.forgetful, same)[0]["auc_geometry"] <= 0.5
+    rest = [(1, 2), (0, 2), (0, 1)]  # whose mean each of the three is told from
+    own, *seen = (geometry._among_others(x, subject) for x in (subject.forgetful, *retrained))
+    mean = [(seen[i] + seen[j]) / 2 for i, j in rest]
+    kl = [
+        [(p * (p / q).log()).sum(1) for p, q in zip(mean, x, strict=True)]
+        for x in ([own] * 3, seen)
+    ]
+    expected = membership.roc_auc(*(torch.cat(side) for side in kl))
+    assert values["auc_geometry"] == pytest.approx(expected)
     alone = make_subject()
     assert set(geometry.measure(alone.forgetful, alone)[0]) == {"compact_forget"}

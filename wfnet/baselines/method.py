@@ -42,15 +42,15 @@ class Origin:
         train: the images that it was trained on.
         training: arguments of :func:`wfnet.training.fit_classifier`, for methods that train anew;
             normally those that made ``original``.
-        fresh: makes the network with new weights; by default
-            :func:`wfnet.evaluation.reinitialise` does.
+        fresh: seed -> the network with new weights; by default
+            :func:`wfnet.evaluation.reinitialise` makes it.
         workers, max_corrupt: as in :func:`wfnet.data.batches`.
     """
 
     original: nn.Module
     train: Dataset
     training: Mapping[str, Any] = field(default_factory=dict)
-    fresh: Callable[[], nn.Module] | None = None
+    fresh: Callable[[int], nn.Module] | None = None
     workers: int = 0
     max_corrupt: int | CorruptImages | None = None
 

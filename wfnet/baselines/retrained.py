@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -19,8 +20,8 @@ class Retrained(Method):
     name = "retrained"
 
     def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
-        fresh = origin.fresh
-        model = reinitialise(origin.original, config.seed) if fresh is None else fresh()
+        fresh = origin.fresh or partial(reinitialise, origin.original)
+        model = fresh(config.seed)
         model = model.to(origin.device).requires_grad_(True)
         given = {"seed": config.seed, "progress": False, "workers": origin.workers}
         images = select(origin.train, origin.images(label)[1])

@@ -20,7 +20,7 @@ from wfnet.baselines.scrub import Scrub
 from wfnet.baselines.trivial import BiasShifted, LogitMasked
 from wfnet.baselines.undo import Undo
 from wfnet.baselines.unsir import Unsir
-from wfnet.services.extras import extensions
+from wfnet.services.extras import registry
 
 GROUP = "wfnet.baselines"
 
@@ -41,8 +41,7 @@ _OWN = (
 )
 
 
-METHODS: dict[str, Method] = {method.name: method for method in _OWN}
-METHODS |= extensions(GROUP, Method, METHODS)
+METHODS = registry(GROUP, Method, _OWN)
 
 
 def unlearn(

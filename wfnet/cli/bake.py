@@ -302,7 +302,7 @@ def _attack(
         "seed": options.seed,
         "samples": options.samples,
         "agreement": agreement,
-        "measures": CHECKS["removal"].measures,
+        "measures": dict(CHECKS["removal"].measures),
         "classes": checks,
         "versions": versions(),
     }

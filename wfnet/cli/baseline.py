@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> None:
         original,
         data.train,
         training,
-        lambda: work_on.classifier(trained=False),
+        lambda seed: work_on.classifier(trained=False, seed=seed),
         options.workers,
         options.max_corrupt,
     )

@@ -2,12 +2,15 @@
 
 import importlib
 import logging
-from collections.abc import Collection
+from collections import UserDict
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 logger = logging.getLogger("wfnet")
+Item = TypeVar("Item")
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -27,12 +30,37 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
-def extensions(group: str, kind: type, taken: Collection[str]) -> dict[str, Any]:
-    """Returns the objects that other packages add as entry points of `group`, by their `name`.
+class Lazy(UserDict[str, Item]):
+    """The dictionary that ``make`` returns, made when something is first asked of it."""
 
-    They are of type `kind`; a class is called without arguments. One that cannot be loaded, or has
-    a name of `taken`, is left out, and the log says why.
+    def __init__(self, make: Callable[[], dict[str, Item]]):
+        self._make = make
+
+    @cached_property
+    def data(self) -> dict[str, Item]:
+        """What :class:`collections.UserDict` reads."""
+        return self._make()
+
+
+def registry(
+    group: str, kind: type[Item], own: Sequence[Item], key: Callable[[Item], Any] | None = None
+) -> Lazy[Item]:
+    """Returns ``own`` and what other packages add as entry points of ``group``, by their ``name``.
+
+    The latter are of type ``kind``; a class is called without arguments. One that cannot be loaded,
+    or has a name that is taken, is left out, and the log says why. With a ``key`` all are sorted.
+    Other packages import this one, so they are imported when something is first asked for.
     """
+
+    def make() -> dict[str, Item]:
+        found = {item.name: item for item in own}
+        every = list((found | _extensions(group, kind, found)).values())
+        return {item.name: item for item in (every if key is None else sorted(every, key=key))}
+
+    return Lazy(make)
+
+
+def _extensions(group: str, kind: type, taken: Collection[str]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for entry in entry_points(group=group):
         try:

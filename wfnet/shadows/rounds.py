@@ -142,7 +142,7 @@ class ShadowRounds:
                 self.net(number).bake(None),
                 self.half(number),
                 self.recipe.training,
-                lambda: self.recipe.fresh(self.first_seed + 500 + number),
+                self.recipe.fresh,
                 self.workers,
             )
         origin = self._origins[number]

@@ -9,10 +9,10 @@ probabilities of neighbouring classes). With features at the input of the head:
 - nearest class: total variation distance between the shares of the class's test images whose
   nearest mean of another class is k, and the same shares of a retrained model; the mean over
   retrained models;
-- outputs: for every training image of the class, the divergence ``KL(p || q)`` of the
-  model's probabilities ``q`` over the other classes from the mean ``p`` of retrained models: area
-  under the ROC, this model's divergences against those of each retrained model from the rest. 0.5:
-  it cannot be told; needs two retrained models;
+- outputs: for every training image of the class, the divergence ``KL(p || q)`` of a model's
+  probabilities ``q`` over the other classes from the mean ``p`` of all retrained models but one:
+  area under the ROC, this model's divergences against those of the one that is left out, each in
+  turn. 0.5: it cannot be told; needs two retrained models;
 - compactness: ``b / (a + b)``, mean over test images of the class, with the distances ``a`` to
   the class's own mean in the training part and ``b`` to the nearest mean of another class. Above
   0.5 the class is still a cluster of its own; compare with the retrained models.
@@ -44,10 +44,10 @@ def measure(model: nn.Module, subject: Subject) -> Found:
         )
     if len(retrained) > 1:
         shadows = torch.stack([_among_others(network, subject) for network in retrained])
-        mean = shadows.mean(0)
-        left_out = (shadows.sum(0) - shadows) / (len(shadows) - 1)
-        levels = torch.cat([_divergence(p, q) for p, q in zip(left_out, shadows, strict=True)])
-        values["auc_geometry"] = roc_auc(_divergence(mean, _among_others(model, subject)), levels)
+        rest = (shadows.sum(0) - shadows) / (len(shadows) - 1)
+        tested = _among_others(model, subject).expand_as(shadows)
+        areas = (_divergence(rest, q).flatten() for q in (tested, shadows))
+        values["auc_geometry"] = roc_auc(*areas)
     return values, details
 
 
@@ -71,7 +71,7 @@ def _among_others(model: nn.Module, subject: Subject) -> Tensor:
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:
-    return (p * (p.log() - q.log())).sum(1)
+    return (p * (p.log() - q.log())).sum(-1)
 
 
 CHECK = Check(

@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from wfnet.data import Splits
+from wfnet.services.extras import Lazy
 from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.check import Check, Found
 from wfnet.trust.membership import roc_auc
@@ -112,19 +113,23 @@ def describe_export(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_TEXTS = {"": "as it is", **{f"_{name}": attack.text for name, attack in ATTACKS.items()}}
+def _measures() -> dict[str, str]:
+    texts = {"": "as it is", **{f"_{name}": attack.text for name, attack in ATTACKS.items()}}
+    return {
+        **{f"acc_f{k}": f"accuracy on the forgotten class, {text}" for k, text in texts.items()},
+        **{f"acc_r{k}": f"accuracy on the other classes, {text}" for k, text in texts.items()},
+        "acc_f_recovered": "highest accuracy on the class by an attack without the base that costs "
+        "the others at most 10 points",
+        "auc_logit": "area under the ROC of the class's logit, its images against others",
+    }
+
+
 CHECK = Check(
     name="removal",
     title="Removability of the export",
     question="Can the holder of the baked file bring the class back without labelled images?",
     definition=__doc__,
-    measures={
-        **{f"acc_f{k}": f"accuracy on the forgotten class, {text}" for k, text in _TEXTS.items()},
-        **{f"acc_r{k}": f"accuracy on the other classes, {text}" for k, text in _TEXTS.items()},
-        "acc_f_recovered": "highest accuracy on the class by an attack without the base that costs "
-        "the others at most 10 points",
-        "auc_logit": "area under the ROC of the class's logit, its images against others",
-    },
+    measures=Lazy(_measures),
     headline="acc_f_batchnorm_all",
     measure=measure,
 )

@@ -7,17 +7,15 @@ another package in the group ``wfnet.attacks``.
 import importlib
 import pkgutil
 
-from wfnet.services.extras import extensions
+from wfnet.services.extras import registry
 from wfnet.trust.attacks.attack import Attack
 
 _MODULES = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
 _FOUND = [found for m in _MODULES for found in vars(m).values() if isinstance(found, Attack)]
-_FOUND += extensions("wfnet.attacks", Attack, [found.name for found in _FOUND]).values()
 
 # First those that change weights, then those of holders of the base, then those that move logits.
-ATTACKS: dict[str, Attack] = {
-    found.name: found
-    for found in sorted(_FOUND, key=lambda a: (a.moves_logits, a.needs_base, a.name))
-}
+ATTACKS = registry(
+    "wfnet.attacks", Attack, _FOUND, lambda a: (a.moves_logits, a.needs_base, a.name)
+)
 
 __all__ = ["ATTACKS", "Attack"]
