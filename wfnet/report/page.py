@@ -218,7 +218,7 @@ def _side_by_side(contents: Contents) -> dict[str, Any]:
         meaning = check.meaning(check.headline)
         columns[TRUST, f"{check.name}: {check.headline}"] = (check.title, meaning, 3)
     for name, heading in _SHADOWS.items():
-        columns[SHADOWS, name] = (heading, "of shadow rounds, see docs/evaluation.md", 3)
+        columns[SHADOWS, name] = (heading, "shadow rounds; areas under the ROC, KLOM in nats", 3)
     columns = {key: c for key, c in columns.items() if any((k[0], k[2]) == key for k in values)}
     published = {r["method"]: r["published"] for r in (contents.tables or {"rows": []})["rows"]}
     theirs = [n for n in MEASURES if any(n in found for found in published.values())]
