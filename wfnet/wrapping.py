@@ -12,7 +12,8 @@ from wfnet.targets import MANY_CLASSES, choose_targets
 # Hard gates close from here within the first visits of a row; rows of many classes are visited less
 # often for each channel that they close.
 DURABLE_ALPHA_INIT, MANY_ALPHA_INIT = 2.0, 1.0
-QUICK_MASK_FROM = 0.25
+# Behind the last quarter alone some networks keep a part of a class.
+QUICK_MASK_FROM = 0.5
 
 
 def masks_linear_maps(net: WFNet) -> bool:
@@ -33,7 +34,7 @@ def wrap(
 
     Recipe ``paper`` has plain sigmoid gates, recipe ``balanced`` normalised ones, recipe
     ``durable`` hard and soft ones behind the layers, recipe ``quick`` normalised ones, of
-    convolutions in the last quarter of the stages alone where ``mask_from`` says nothing else.
+    convolutions in the last half of the stages alone where ``mask_from`` says nothing else.
 
     Args:
         classifier: copied, not changed.

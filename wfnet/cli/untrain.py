@@ -114,7 +114,7 @@ def _add_method_options(parser: Parser) -> None:
         --recipe  balanced forgets evenly and retains by distillation; paper has the authors'
             settings; durable puts gates behind BatchNorm, so that a baked network withstands
             re-estimated statistics and fine-tuning on the other classes; quick is balanced with
-            masks in the last quarter of the stages, 20 images a class and few, large steps
+            masks in the last half of the stages, 20 images a class and few, large steps
             [default: balanced]
         --untrain-split  val: untrain without the training set, on the validation images (those of
             val/) that are not drawn for evaluation [default: train]
@@ -127,7 +127,7 @@ def _add_method_options(parser: Parser) -> None:
         --mask-from STAGE  mask late layers alone, so that all in front of them runs once per image:
             from a stage on (layer3, blocks.9), the last so many stages (1), a part of them (0.25),
             or all; auto chooses on validation images by at most four short runs from the back
-            (default: all; recipe quick: 0.25 where convolutions are masked). Late masks leave more
+            (default: all; recipe quick: 0.5 where convolutions are masked). Late masks leave more
             of the class: with recipe durable one image brings back more (docs/scale.md), and a
             transformer's residual stream goes around them
         --filter-dtype  of filters and optimiser state; bfloat16 takes half the memory and is

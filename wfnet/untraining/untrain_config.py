@@ -267,7 +267,7 @@ class UntrainConfig:
         "durable": forgetting that outlasts re-estimated statistics and fine-tuning on other
         classes, for a ``WFNet(..., gate="durable")``. ``transformer``: all of its gates lie behind
         linear maps (:func:`wfnet.wrapping.masks_linear_maps`).
-        "quick": ``balanced`` in a fraction of its time, for a ``WFNet(..., mask_from=0.25)``: few
+        "quick": ``balanced`` in a fraction of its time, for a ``WFNet(..., mask_from=0.5)``: few
         images, few and large steps, one validation at the end.
 
         Raises:
