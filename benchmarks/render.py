@@ -26,7 +26,9 @@ from script import RESULTS, ROOT, markdown_table
 
 from wfnet.report import figures
 
-DOCUMENTS = tuple(ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md"))
+DOCUMENTS = tuple(
+    ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md", "docs/scale.md")
+)
 PICTURE = RESULTS / "attacks.png"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # In this order; a file that is not there is a row "not run".
@@ -39,6 +41,12 @@ QUALITY = {
     "quality_fashion_durable": "recipe `durable`: Fashion-MNIST",
     "quality_glyphs100_durable": "recipe `durable`: rendered characters, 100 classes",
     "quality_digits_paper": "for comparison, recipe `paper`: digits",
+}
+# Time to quality: files of bench_time_to_quality, and what was untrained.
+TIMES = {
+    "time_to_quality_digits": "digits",
+    "time_to_quality_fashion": "Fashion-MNIST",
+    "time_to_quality_glyphs100": "100 rendered characters",
 }
 NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}
 STEP_COLUMNS = {
@@ -125,6 +133,7 @@ _SAME_RUN = ("device", "torch", "commit")
 _SAME_SETTINGS = ("dtype", "image_size", "batch_size", "label_expansion", "share_images")
 _SAME_SETTINGS += ("classes", "columns")
 NOT_RUN = "Not run."
+_GOOD = ("reached", "confirmed")
 
 
 def read(name: str) -> dict[str, Any] | None:
@@ -278,11 +287,27 @@ def meta_evaluation() -> str:
     return markdown_table(["measure", "retrained", *META_BAD.values(), "filters"], rows)
 
 
+def time_to_quality() -> str:
+    """Makes a table of CPU seconds until all classes are forgotten well, by way."""
+    rows = []
+    for name, label in TIMES.items():
+        for row in (read(name) or {"summary": []})["summary"]:
+            steps = f"{row['steps']:.0f}" if "steps" in row else "-"
+            good = (f"{row[key]} of {row['seeds']}" if key in row else "-" for key in _GOOD)
+            scores = (f"{row[key]:.2f}" for key in ("acc_r", "acc_f"))
+            few = "all" if row["images_a_class"] is None else row["images_a_class"]
+            seconds = f"{row['cpu_seconds']:.1f}"
+            rows.append([f"{label}: {row['way']}", few, seconds, steps, *scores, *good])
+    head = ["all classes, ResNet-8", "images a class", "CPU s", "steps", "Acc_r", "Acc_f", *_GOOD]
+    return markdown_table(head, rows)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "step": step,
     "attacks": attacks,
     "meta": meta_evaluation,
+    "time": time_to_quality,
 }
 
 
