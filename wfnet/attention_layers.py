@@ -73,16 +73,8 @@ class WFMultiheadAttention(MaskedLayer, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         selection = active_selection(self._title())
         if selection.rows is None:
-            return super().forward(
-                query,
-                key,
-                value,
-                key_padding_mask,
-                need_weights,
-                attn_mask,
-                average_attn_weights,
-                is_causal,
-            )
+            options = need_weights, attn_mask, average_attn_weights, is_causal
+            return super().forward(query, key, value, key_padding_mask, *options)
         if query is not key or key is not value or query.dim() != 3:
             raise ValueError(
                 f"{self._title()} is masked as self-attention over [B, T, E], but was called with "

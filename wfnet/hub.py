@@ -16,6 +16,7 @@ import jinja2
 from torch import nn
 
 from wfnet.data import model_data_config
+from wfnet.data.transforms import chosen_preprocessing
 from wfnet.hugging_face import class_names, data_settings, hub_id, is_transformers
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, read_config
 from wfnet.report.contents import read_contents
@@ -138,9 +139,7 @@ def _preprocessing(model: nn.Module | None, options: Mapping[str, Any]) -> dict[
     found: dict[str, Any] = {}
     if model is not None:
         found = data_settings(model) if is_transformers(model) else model_data_config(model)
-    keys = {"img_size": "image_size", "in_chans": "channels"}
-    keys |= {name: name for name in ("mean", "std", "interpolation", "crop_pct")}
-    chosen = {name: options[key] for key, name in keys.items() if options.get(key) is not None}
+    chosen = chosen_preprocessing(options)
     if chosen:
         found.pop("transform", None)
     elif "transform" in found:

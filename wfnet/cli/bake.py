@@ -37,6 +37,7 @@ from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.weights import load_weights
 from wfnet.compact import compact
 from wfnet.data import batches, multi_hot_of
+from wfnet.data.transforms import chosen_preprocessing
 from wfnet.deployment import Deployment, onnx_logits
 from wfnet.head import CUT_LOGIT, first_output
 from wfnet.network import WFNet
@@ -128,7 +129,8 @@ def run(options: argparse.Namespace) -> None:
     images = None
     if net.gate == "durable" and len(forget) > 1 and (options.data or options.data_dir):
         images = _other_images(work_on, classifier, forget)
-    about = {"names": work_on.names, "preprocessing": _changed_preprocessing(options)}
+    preprocessing = chosen_preprocessing({**vars(options), "in_chans": None})
+    about = {"names": work_on.names, "preprocessing": preprocessing}
     export = Export(path, tuple(forget), options.prune_below, options.cut_output, images, about)
     export.save(net)
     names = work_on.names or list(map(str, range(net.num_classes)))
@@ -308,13 +310,6 @@ def _attack(
     }
     write_json(report, content)
     print(f"all of it is in {report}")
-
-
-def _changed_preprocessing(options: argparse.Namespace) -> dict[str, Any]:
-    """What of the images' preprocessing the options changed, as ``save_classifier`` takes it."""
-    found = {name: getattr(options, name) for name in ("mean", "std", "interpolation", "crop_pct")}
-    found["image_size"] = options.img_size
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _other_images(work_on: Run, classifier: nn.Module, forget: list[int]) -> Tensor:

@@ -22,6 +22,7 @@ from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data import Splits, cifar, folder_classes, mnist, open_data, svhn
 from wfnet.data.class_names import numbers_by_name
 from wfnet.data.open import NAMES_WITH_FILES, OTHERS
+from wfnet.data.transforms import chosen_preprocessing
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 from wfnet.services.files import readable
@@ -210,15 +211,7 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
         FileNotFoundError, ValueError: for data that are missing or damaged.
     """
     settings = data_settings(model, options.model)
-    chosen = {
-        "image_size": options.img_size,
-        "channels": options.in_chans,
-        "mean": options.mean,
-        "std": options.std,
-        "interpolation": options.interpolation,
-        "crop_pct": options.crop_pct,
-    }
-    chosen = {name: value for name, value in chosen.items() if value is not None}
+    chosen = chosen_preprocessing(vars(options))
     if chosen:
         settings.pop("transform", None)  # it was made for the settings that are replaced
     by_name = options.data is not None

@@ -1,7 +1,7 @@
 """From a decoded image to the tensor that a network expects."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,13 @@ def _to_tensor(v2: Any, mean: Sequence[float], std: Sequence[float]) -> list[Any
         v2.ToDtype(torch.float32, scale=True),
         v2.Normalize(list(mean), list(std)),
     ]
+
+
+def chosen_preprocessing(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What options of a command say of preprocessing, as keyword arguments of `open_data`."""
+    keys = {"img_size": "image_size", "in_chans": "channels"}
+    keys |= {name: name for name in ("mean", "std", "interpolation", "crop_pct")}
+    return {name: options[key] for key, name in keys.items() if options.get(key) is not None}
 
 
 def model_data_config(model: torch.nn.Module) -> dict[str, Any]:
