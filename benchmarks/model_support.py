@@ -194,8 +194,8 @@ def table(records: list[dict[str, Any]], about: str) -> str:
 Made by `python benchmarks/model_support.py`: random weights, default targets, CPU. \
 *fuse* tells what the fused plan covers, or that the network runs unfused; *untrain*: one \
 step moves every filter matrix and no weight; *bake*: an exported class equals the \
-filtered network. ConvNeXt has no attention: its convolutions are masked, the linear maps of its \
-MLPs are not (`targets=[nn.Conv2d, "fc1", "fc2"]` takes timm's).
+filtered network. ConvNeXt has no attention: its convolutions are masked (all MLPs of \
+timm's atto are), linear maps of its MLPs not.
 
 {sum(r["wrap"] for r in records)} of {len(records)} wrap, \
 {sum(r["untrain"] and r["bake"] for r in records)} untrain and bake. {about}
