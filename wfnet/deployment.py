@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -87,10 +88,7 @@ class Deployment:
 
     def save_onnx(self, path: Path) -> float | None:
         """Writes ``path`` as ONNX, output ``logits``; returns None without onnxruntime."""
-        require("onnxscript", "onnx")
-        names = {"input_names": list(self.inputs), "output_names": ["logits"]}
-        program = torch.onnx.export(self.program, dynamo=True, verbose=False, **names)
-        write_atomically(path, lambda temporary: program.save(str(temporary)))
+        write_atomically(path, lambda temporary: self._onnx.save(str(temporary)))
         try:
             run = onnx_logits(path)
         except ImportError:
@@ -129,6 +127,12 @@ class Deployment:
                     str(fused), str(temporary), Reader(), per_channel=True
                 ),
             )
+
+    @cached_property
+    def _onnx(self) -> torch.onnx.ONNXProgram:
+        require("onnxscript", "onnx")
+        names = {"input_names": list(self.inputs), "output_names": ["logits"]}
+        return torch.onnx.export(self.program, dynamo=True, verbose=False, **names)
 
     def _check(self, path: Path, run: Callable[..., Tensor]) -> float:
         """Compares a file on a batch of one more image than was traced."""

@@ -91,24 +91,13 @@ def test_verify_notices_what_is_wrong(tmp_path):
             export.verify(net, original, images)
 
 
-def test_onnx(finished, tmp_path, monkeypatch, call, fails, capsys):
+def test_a_missing_package_is_said_before_work_starts(finished, tmp_path, monkeypatch, fails):
     path = tmp_path / "model.onnx"
     words = [finished, "--forget", "1", "--onnx", path]
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "onnxscript", None)
         fails(["bake", *words], "pip install wfnet[onnx]")
-    assert not (finished / "forget_1.safetensors").exists()  # before work starts
-    for package in ("onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    call("bake", *words, "--program", tmp_path / "model.pt2")
-    shown = capsys.readouterr().out
-    assert shown.count("of images [batch, 3, 32, 32]; logits differ by at most") == 2
-    plain = models.create("resnet", 3, 3, width=8).eval()
-    plain.load_state_dict(load_file(finished / "forget_1.safetensors"))
-    images = torch.randn(5, 3, 32, 32)
-    expected, program = plain(images), torch.export.load(tmp_path / "model.pt2").module()
-    for run in (onnx_logits(path), program):
-        torch.testing.assert_close(run(images), expected, rtol=1e-4, atol=1e-4)
+    assert not (finished / "forget_1.safetensors").exists()
 
 
 def test_one_file_for_all_classes(digits_run, small_network, tmp_path, call, capsys, fails):
@@ -129,18 +118,23 @@ def test_one_file_for_all_classes(digits_run, small_network, tmp_path, call, cap
     fails([*start, "--forget", "1", "--program", path, "--package", path], "name the same file")
 
 
-def test_eight_bits(digits_run, small_network, tmp_path, call, capsys):
+def test_files_of_one_class(digits_run, small_network, tmp_path, call, capsys):
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    path = tmp_path / "three.onnx"
-    words = ["--forget", "3", "--output", tmp_path / "three.safetensors", "--samples", "20"]
-    call("bake", digits_run, *words, "--int8", path)
+    weights, onnx, program, int8 = (
+        tmp_path / name for name in ("k.safetensors", "k.onnx", "k.pt2", "k8.onnx")
+    )
+    words = ["--forget", "3", "--output", weights, "--samples", "20", "--int8", int8]
+    call("bake", digits_run, *words, "--onnx", onnx, "--program", program)
     shown = capsys.readouterr().out
-    assert f"{path}: in 8 bits; accuracy on 20 forgotten test images" in shown
+    assert shown.count("of images [batch, 1, 32, 32]; logits differ by at most") == 2
+    assert f"{int8}: in 8 bits; accuracy on 20 forgotten test images" in shown
     plain, images = small_network().eval(), open_data("digits").test.images[:9].float() / 255
-    plain.load_state_dict(load_file(tmp_path / "three.safetensors"))
-    expected, found = plain(images), onnx_logits(path)(images)
-    error = (found - expected).abs().max() / expected.abs().max()
+    plain.load_state_dict(load_file(weights))
+    expected, loaded = plain(images), torch.export.load(program).module()
+    for run in (onnx_logits(onnx), loaded):
+        torch.testing.assert_close(run(images), expected, rtol=1e-4, atol=1e-4)
+    error = (onnx_logits(int8)(images) - expected).abs().max() / expected.abs().max()
     assert 1e-4 < error < 0.1
 
 

@@ -70,8 +70,10 @@ def test_a_dropped_image_is_prepared_as_those_of_the_run(explored):
 
 
 def test_what_cannot_be_answered(explored):
-    _, ask = explored
+    explorer, ask = explored
+    explorer.untrained = [1, 3]
     for path, body, text in (
+        ("/ask?forget=1,4&example=1", None, "class 4 was not untrained"),
         ("/ask?forget=3", b"abc", "no image that Pillow can read"),
         ("/ask?forget=10&example=1", None, "numbered 0 to 9"),
         ("/ask?forget=x&example=1", None, "invalid literal"),

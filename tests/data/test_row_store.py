@@ -25,6 +25,13 @@ def test_rows_on_disk_are_found_again_but_for_damaged_ones(tmp_path, caplog):
     assert "1 features on disk are damaged" in caplog.text
 
 
+def test_numbers_that_float16_cannot_hold_are_refused():
+    store = RowStore("features", "host", 2, (2,), torch.float16, "cpu")
+    with pytest.raises(ValueError, match="features up to 7e\\+04 are too large for float16"):
+        store.put(torch.tensor([0, 1]), torch.tensor([[1.0, 2.0], [3.0, -7e4]]))
+    assert not store.has(torch.tensor([0, 1])).any()
+
+
 def test_the_size_is_logged_and_checked(tmp_path, monkeypatch, caplog):
     about = 18, (3, 16, 16), torch.uint8, "cpu", tmp_path / "images"
     with caplog.at_level(logging.INFO, "wfnet"):

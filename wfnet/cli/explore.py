@@ -64,7 +64,7 @@ class Explorer:
         self.net.fuse = False  # one image at a time
         vars(work_on.options).update(cache=None, device="cpu")  # files are read as they are
         self.test = work_on.images(classifier).test
-        self.names = self.test.classes
+        self.names, self.untrained = self.test.classes, work_on.untrained
         # By layers; those of biases behind those of weights.
         shown = ((".alpha_weight", ""), (".alpha_bias", " (bias)"), (".gate", ""))
         self.gates = {}
@@ -98,7 +98,17 @@ class Explorer:
 
     @torch.inference_mode()
     def answer(self, image: Tensor, forget: list[int]) -> dict[str, Any]:
-        """Logits and probabilities before and after, closed gates by layer, and rows alike."""
+        """Logits and probabilities before and after, closed gates by layer, and rows alike.
+
+        Raises:
+            ValueError: for a class that the run did not untrain: its row changes nothing.
+        """
+        for label in forget:
+            if self.untrained is not None and label not in self.untrained:
+                raise ValueError(
+                    f"class {label} was not untrained in this run, which has classes "
+                    f"{', '.join(map(str, self.untrained))}: choose among these"
+                )
         weight = next(self.net.parameters())
         image = image.to(weight.device, weight.dtype)
         rows = torch.tensor([forget or [-1]], device=weight.device)

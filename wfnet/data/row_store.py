@@ -76,9 +76,18 @@ class RowStore:
         return (self._marks[positions] != 0) & (positions >= 0)
 
     def put(self, positions: Tensor, rows: Tensor) -> None:
-        """Keeps rows [n, *shape]; before their mark: an interruption leaves no half row."""
-        device = self._rows.device
-        rows = to_device_async(rows.to(self._rows.dtype), device)
+        """Keeps rows [n, *shape]; before their mark: an interruption leaves no half row.
+
+        Raises ValueError for float16 where numbers are too large for it.
+        """
+        device, dtype = self._rows.device, self._rows.dtype
+        kept = rows.to(dtype)
+        if dtype == torch.float16 and bool((kept.isinf() & rows.isfinite()).any()):
+            raise ValueError(
+                f"{self.what} up to {rows.abs().max():.3g} are too large for float16 (65504): keep "
+                "them in bfloat16 or float32"
+            )
+        rows = to_device_async(kept, device)
         self._rows[to_device_async(positions, device)] = rows
         self._marks[positions] = self._checksums(rows) if self.checked else 1
 
