@@ -71,5 +71,8 @@ docs: $(READY) ## the documentation as a site in build/site, every link checked
 	cp --parents README.md CHANGELOG.md LICENSE docs/* benchmarks/results/* wfnet/*.py wfnet/*/*.py build/pages
 	$(BIN)/python -m mkdocs build --strict
 
+results: $(READY) ## the studies of the documents, hours, resumable (make results ARGS="digits --seeds 0")
+	$(BIN)/python benchmarks/evidence.py $(ARGS)
+
 clean: ## remove the environment and everything that was built
 	rm -rf $(VENV) wfnet/_C.*.so build dist *.egg-info demo .pytest_cache .ruff_cache
