@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-triton lint format build test-gpu bench device tables docs clean help
+.PHONY: demo test test-triton lint format build test-gpu bench device tables results docs clean help
 .DEFAULT_GOAL := help
 
 help: ## list the targets

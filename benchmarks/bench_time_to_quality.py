@@ -66,11 +66,13 @@ def untrain_until(
     """Untrains until the quality is reached; returns what that took, and accuracies on the test
     part."""
     recipe, arguments, changes = WAYS[way]
-    changes = {"min_validations": 20, "seed": about["seed"]} | changes
+    classes = len(data.classes)
+    # Fewer images would let a run end by chance.
+    about_validation = {"min_validations": 20, "validation_images": max(1000, 10 * classes)}
+    changes = {**about_validation, "seed": about["seed"], **changes}
     if about["images_a_class"] is not None:
         changes["images_per_class"] = None  # the data have no more
     part = changes.pop("part", 1.0)
-    classes = len(data.classes)
     net = wrap(base, classes, recipe, **arguments)
     config = UntrainConfig.recipe(recipe, classes, **changes)
     steps = max(1, round(config.total_steps(len(data.train)) * part))
