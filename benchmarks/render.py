@@ -45,7 +45,7 @@ QUALITY = {
 # Time to quality: files of bench_time_to_quality, and what was untrained.
 TIMES = {
     "time_to_quality_digits": "digits",
-    "time_to_quality_fashion": "Fashion-MNIST",
+    "time_to_quality_mnist": "Fashion-MNIST",
     "time_to_quality_glyphs100": "100 rendered characters",
 }
 NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}
