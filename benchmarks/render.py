@@ -42,7 +42,7 @@ QUALITY = {
     "quality_glyphs100_durable": "recipe `durable`: rendered characters, 100 classes",
     "quality_digits_paper": "for comparison, recipe `paper`: digits",
 }
-# Time to quality: files of bench_time_to_quality, and what was untrained.
+# Time to quality: files of time_to_quality, and what was untrained.
 TIMES = {
     "time_to_quality_digits": "digits",
     "time_to_quality_mnist": "Fashion-MNIST",

@@ -28,7 +28,7 @@ def test_the_latest_stage_that_is_enough(base, runs, monkeypatch, enough):
     assert f"Acc_f {trial.acc_f:.2%}" in depth_report(chosen, [trial])
 
 
-@pytest.mark.parametrize(("model", "first"), [("resnet", "layer3.0.conv1"), ("vit", "blocks.0")])
+@pytest.mark.parametrize(("model", "first"), [("resnet", "layer2.0.conv1"), ("vit", "blocks.0")])
 def test_recipe_quick_masks_late_convolutions_but_whole_transformers(model, first):
     net = wrap(models.create(model, 5, width=32), 5, "quick")
     assert next(iter(net.masked_layers)).startswith(first)

@@ -81,7 +81,8 @@ class KeptFeatures:
         refusal, split = None, None
         forward = Forward.of(net, config.amp_dtype, config.channels_last)
         first = torch.arange(min(_LOOK_AT, len(labels_of(train))))
-        few = next(batches(train, [first], 0, corrupt, replace_corrupt=True)).images
+        passed = CorruptImages(len(labels_of(train)))  # the run may never read these images
+        few = next(batches(train, [first], 0, passed, replace_corrupt=True)).images
         images = forward.images(few)
         with torch.no_grad(), forward.autocast():
             split = split_network(net, images)
@@ -91,7 +92,7 @@ class KeptFeatures:
                 "nothing frozen lies in front of its first mask, or torch.fx cannot trace it; "
                 "mask late layers alone (mask_from, targets)"
             )
-        elif _is_random(train, first, few, corrupt) == (config.views is None):
+        elif _is_random(train, first, few, passed) == (config.views is None):
             refusal = "training images are the same each time: leave out views, or add augmentation"
             if config.views is None:
                 refusal = (

@@ -1,9 +1,9 @@
 """Time to quality: CPU seconds and samples until all classes of a network are forgotten well.
 
-    python benchmarks/bench_time_to_quality.py                    digits, three seeds
-    python benchmarks/bench_time_to_quality.py --data glyphs100 --seeds 0
-    python benchmarks/bench_time_to_quality.py --data mnist --data-dir FILES
-    python benchmarks/bench_time_to_quality.py --images 1 2 5 10 20 50 --ways quick
+    python benchmarks/time_to_quality.py                    digits, three seeds
+    python benchmarks/time_to_quality.py --data glyphs100 --seeds 0
+    python benchmarks/time_to_quality.py --data mnist --data-dir FILES
+    python benchmarks/time_to_quality.py --images 1 2 5 10 20 50 --ways quick
                                                      quality against training images a class
 
 A run is over at the first validation with Acc_f <= 0.5% and Acc_r at least that of the original
@@ -222,7 +222,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     output = args.output or RESULTS / f"time_to_quality_{args.data}.json"
     record: dict[str, Any] = {
-        "provenance": provenance("cpu", ["benchmarks/bench_time_to_quality.py", *argv]),
+        "provenance": provenance("cpu", ["benchmarks/time_to_quality.py", *argv]),
         "criterion": {"acc_f": 100 * ACC_F, "acc_r_loss": 100 * ACC_R_LOSS},
         "runs": [],
     }

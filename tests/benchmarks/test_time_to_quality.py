@@ -1,9 +1,9 @@
-"""benchmarks/bench_time_to_quality.py: it stops where it should, and says what is not reached."""
+"""benchmarks/time_to_quality.py: it stops where it should, and says what is not reached."""
 
 import json
 
-import bench_time_to_quality as bench
 import pytest
+import time_to_quality as bench
 
 
 @pytest.fixture
