@@ -59,12 +59,12 @@ def test_a_filtered_network_in_onnx(token_net, tmp_path):
         deployment.save_int8(tmp_path / "int8.onnx", images)
 
 
-def test_a_compiled_package(tmp_path, monkeypatch):
+def test_a_compiled_package(tmp_path):
     deployment = Deployment(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), torch.randn(3, 1, 2, 2))
     if shutil.which("g++"):
         assert deployment.save_package(tmp_path / "net.pt2") < 1e-5
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-compiler",))
-    with pytest.raises(RuntimeError, match="needs a C"):
+    no_compiler = torch._inductor.config.patch({"cpp.cxx": ("no-compiler",)})
+    with no_compiler, pytest.raises(RuntimeError, match="needs a C"):
         deployment.save_package(tmp_path / "other.pt2")
     assert not (tmp_path / "other.pt2").exists()
 

@@ -21,6 +21,7 @@ from wfnet.backends.autotune import stored_choices
 from wfnet.backends.contract import ConvGeometry
 from wfnet.gates import gate_rows, gather_samples
 from wfnet.labels import ForgetLabels, Selection, check_source, select
+from wfnet.services.modes import is_exporting
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -285,7 +286,7 @@ def _masked_layer(
         batch, source = source.shape[0], source.to(x.device, non_blocking=True)
     rows = selection.expand(batch, x.device, alpha_weight.shape[0])
     name = backends.resolve(backend)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         y = _in_plain_operators(inputs, layer, rows, geometry, gate_scale, source)
     elif name == "reference":
         y = reference.masked_layer(inputs, *layer, rows, geometry, gate_scale, source)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wfnet.services.modes import is_exporting
+
 _ULPS_OF_ONE = 4
 
 
@@ -78,7 +80,7 @@ def _all_inside(labels: Tensor, classes: int) -> bool:
 def _selected_gates(alpha: Tensor, labels: Tensor, scale: float) -> Tensor:
     """``[B, J, O]``; the sigmoid is taken on the smaller side, the rows or the whole matrix."""
     index = labels.flatten()
-    if torch.compiler.is_exporting() or index.numel() < alpha.shape[0]:  # of a batch of any size
+    if is_exporting() or index.numel() < alpha.shape[0]:  # of a batch of any size
         rows = gate(alpha.index_select(0, index), scale)
     else:
         rows = gate(alpha, scale).index_select(0, index)

@@ -1,11 +1,17 @@
-"""Modules kept in evaluation mode for a while."""
+"""Modules kept in evaluation mode for a while; whether a network is being exported."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
+
+
+def is_exporting() -> bool:
+    """``torch.compiler.is_exporting``, which PyTorch 2.11 takes for true in torch.compile, too."""
+    return torch.compiler._is_exporting_flag
 
 
 @contextmanager
