@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import shlex
-import statistics
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -182,17 +181,7 @@ def run_study(name: str, args: argparse.Namespace) -> dict[str, Any]:
             {
                 "title": group.title.replace(str(folder), "FOLDER"),
                 "runs": len(group.runs),
-                "values": [
-                    {
-                        "table": table,
-                        "method": method,
-                        "measure": measure,
-                        "mean": statistics.fmean(values),
-                        "spread": statistics.stdev(values) if len(values) > 1 else None,
-                        "runs": len(values),
-                    }
-                    for (table, method, measure), values in group.values.items()
-                ],
+                "values": group.summaries(),
             }
             for group in groups
         ],

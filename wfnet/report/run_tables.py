@@ -69,6 +69,20 @@ class Group:
     runs: list[str] = field(default_factory=list)
     values: dict[Key, list[float]] = field(default_factory=dict)
 
+    def summaries(self) -> list[dict[str, Any]]:
+        """Returns a record for each value: table, method, measure, mean, spread and runs."""
+        return [
+            {
+                "table": table,
+                "method": method,
+                "measure": measure,
+                "mean": statistics.fmean(values),
+                "spread": statistics.stdev(values) if len(values) > 1 else None,
+                "runs": len(values),
+            }
+            for (table, method, measure), values in self.values.items()
+        ]
+
 
 def collect(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list[str]]:
     """Reads and groups runs.
@@ -288,18 +302,6 @@ def write(groups: Sequence[Group], folder: str | os.PathLike) -> None:
     """Writes ``seeds.md``, ``seeds.tex`` and ``seeds.csv``: a line for each value, in full."""
     write_text(Path(folder) / "seeds.md", markdown(groups))
     write_text(Path(folder) / "seeds.tex", latex(groups))
-    lines = [
-        {
-            "group": group.title,
-            "table": table,
-            "method": method,
-            "measure": measure,
-            "mean": statistics.fmean(values),
-            "spread": statistics.stdev(values) if len(values) > 1 else None,
-            "runs": len(values),
-        }
-        for group in groups
-        for (table, method, measure), values in group.values.items()
-    ]
+    lines = [{"group": group.title, **one} for group in groups for one in group.summaries()]
     columns = ["group", "table", "method", "measure", "mean", "spread", "runs"]
     write_csv(Path(folder) / "seeds.csv", lines, columns)
