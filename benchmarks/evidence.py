@@ -77,7 +77,9 @@ class Study:
             # They do not depend on the recipe. Closeness compares with two retrained networks.
             first, second = runs[0] / "baselines", runs[0] / "retrained"
             yield ["baseline", runs[0], *classes]
-            again = ["--methods", "retrained", "--seed", seed + 100, "--output", second]
+            # Not by --seed: that one draws the split, too.
+            again = ["--methods", "retrained", "--set", f"retrained.seed={seed + 100}"]
+            again += ["--output", second]
             yield ["baseline", runs[0], *classes, *again]
             for run in runs:
                 others = [second] if run == runs[0] else [first, second]
