@@ -31,7 +31,7 @@ import wfnet
 from wfnet import UntrainConfig, models
 from wfnet.baselines import METHODS, Origin, unlearn
 from wfnet.benchmarking.provenance import provenance
-from wfnet.data import Splits, limit_per_class, open_data, select
+from wfnet.data import Splits, open_data, select
 from wfnet.services.files import write_json
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.wrapping import wrap
@@ -71,7 +71,7 @@ def untrain_until(
     about_validation = {"min_validations": 20, "validation_images": max(1000, 10 * classes)}
     changes = {**about_validation, "seed": about["seed"], **changes}
     if about["images_a_class"] is not None:
-        changes["images_per_class"] = None  # the data have no more
+        changes["images_per_class"] = about["images_a_class"]
     part = changes.pop("part", 1.0)
     net = wrap(base, classes, recipe, **arguments)
     config = UntrainConfig.recipe(recipe, classes, **changes)
@@ -135,13 +135,9 @@ def run(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     original = accuracy(base, data.validation)
     found = []
     for count in args.images or [None]:
-        part = data
-        if count is not None:
-            few = select(data.train, limit_per_class(data.train.labels, count, seed))
-            part = Splits(few, data.validation, data.test, data.classes, data.name, seed)
         about = {"seed": seed, "images_a_class": count, "reading_seconds": reading}
         for way in args.ways:
-            found.append(about | {"way": way} | untrain_until(way, base, part, original, about))
+            found.append(about | {"way": way} | untrain_until(way, base, data, original, about))
             print(line(found[-1]), flush=True)
     about["images_a_class"] = None
     for name in args.baselines:
