@@ -45,7 +45,7 @@ from wfnet.trust.subject import Subject, image_readers
 
 GOOD = RETRAINED
 BAD = (ORIGINAL, "logit_masked", "bias_shifted", "random_labels")
-MOST = 99.0  # a gap where neither has any spread
+MOST = 99.0  # the widest gap, and that where neither has any spread
 REFERENCES = 2  # retrained networks beside which a model is judged
 Values = dict[tuple[str, str], list[float]]  # (measure, method) -> one for each class and round
 
@@ -108,10 +108,11 @@ def separation(good: Sequence[float], bad: Sequence[float]) -> dict[str, float]:
     auc = roc_auc(bad, good)
     spread = math.sqrt((good.var() + bad.var()) / 2)
     difference = (bad.mean() - good.mean()).item()
-    gap = (
-        0.0 if difference == 0 else difference / spread if spread else math.copysign(99, difference)
-    )
-    return {"auc": max(auc, 1 - auc), "gap": max(-99.0, min(99.0, gap))}
+    if spread:
+        gap = difference / spread
+    else:
+        gap = math.copysign(MOST, difference) if difference else 0.0
+    return {"auc": max(auc, 1 - auc), "gap": max(-MOST, min(MOST, gap))}
 
 
 def table(values: Values) -> list[dict[str, Any]]:
