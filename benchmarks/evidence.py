@@ -45,7 +45,6 @@ class Study:
         data: options that name it.
         networks: their options.
         recipes: options of `wfnet untrain`.
-        weights: trained ones, the same for every seed; None: each seed trains its own.
         classes: that are attacked, and unlearned by the baselines; none: neither is run.
         evaluate: more options of `wfnet evaluate`.
         hours: about, on two cores.
@@ -55,7 +54,6 @@ class Study:
     data: tuple[str, ...]
     networks: dict[str, list[str]]
     recipes: dict[str, list[str]]
-    weights: str | None = None
     classes: tuple[int, ...] = ()
     evaluate: tuple[str, ...] = ("--tables",)
     hours: float = 1.0
@@ -64,12 +62,10 @@ class Study:
         """Yields the commands for one network and seed, in their order."""
         given = [*self.data, *self.networks[network], "--seed", seed]
         base = folder / f"{network}-{seed}" / "base"
-        if self.weights is None:
-            yield ["train", *given, "--output", base, "--force"]
-        weights = self.weights or base / BASE_NAME
+        yield ["train", *given, "--output", base, "--force"]
         runs = [self.run(folder, network, seed, recipe) for recipe in recipes]
         for recipe, run in zip(recipes, runs, strict=True):
-            start = ["untrain", *given, "--checkpoint", weights, *self.recipes[recipe]]
+            start = ["untrain", *given, "--checkpoint", base / BASE_NAME, *self.recipes[recipe]]
             yield [*start, "--output", run, "--force"]
             yield ["evaluate", run, *self.evaluate, "--no-figures"]
         if self.classes:

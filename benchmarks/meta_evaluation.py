@@ -108,10 +108,8 @@ def separation(good: Sequence[float], bad: Sequence[float]) -> dict[str, float]:
     auc = roc_auc(bad, good)
     spread = math.sqrt((good.var() + bad.var()) / 2)
     difference = (bad.mean() - good.mean()).item()
-    if spread:
-        gap = difference / spread
-    else:
-        gap = math.copysign(MOST, difference) if difference else 0.0
+    direction = (difference > 0) - (difference < 0)
+    gap = difference / spread if spread else MOST * direction
     return {"auc": max(auc, 1 - auc), "gap": max(-MOST, min(MOST, gap))}
 
 
