@@ -33,7 +33,14 @@ RUNS = Path("runs/evidence")
 RECIPES = {name: ["--recipe", name] for name in ("balanced", "durable", "paper")}
 RESNET = {"resnet": ["--model", "small/resnet"]}
 SMALL = RESNET | {name: ["--model", f"small/{name}"] for name in ("vgg", "vit")}
-VIT_WITH_TOKEN = ["--model", "small/vit", "--model-kwargs", "class_token=True", "global_pool=token"]
+VIT_WITH_TOKEN = [
+    "--model",
+    "small/vit_tiny",
+    "--model-kwargs",
+    "width=64",
+    "depth=4",
+    "patch_size=8",
+]
 
 
 @dataclass(frozen=True)
