@@ -21,7 +21,7 @@ import timm
 import torch
 import torchvision
 import transformers
-from script import RESULTS, ROOT, markdown_table
+from script import RESULTS, ROOT
 from torch import nn
 from transformers.models.auto import modeling_auto
 
@@ -31,6 +31,7 @@ from wfnet.data import TensorImages
 from wfnet.head import first_output
 from wfnet.services.clock import reason_of
 from wfnet.services.files import fingerprint, write_json
+from wfnet.services.tables import markdown_table
 
 CLASSES = 10
 # timm names, torchvision's and transformers' types after a slash; arguments where 64 pixels do

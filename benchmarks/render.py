@@ -22,9 +22,10 @@ from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from script import RESULTS, ROOT, markdown_table
+from script import RESULTS, ROOT
 
 from wfnet.report import figures
+from wfnet.services.tables import markdown_table
 
 DOCUMENTS = tuple(
     ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md", "docs/scale.md")

@@ -118,9 +118,3 @@ def measure_networks(
         if args.output:
             write_json(args.output, record)
     return record
-
-
-def markdown_table(head: list[str], rows: list[list[object]]) -> str:
-    """Returns a table as Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

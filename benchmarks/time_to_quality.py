@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from script import RESULTS, markdown_table
+from script import RESULTS
 
 import wfnet
 from wfnet import UntrainConfig, models
@@ -33,6 +33,7 @@ from wfnet.baselines import METHODS, Origin, unlearn
 from wfnet.benchmarking.provenance import provenance
 from wfnet.data import Splits, open_data, select
 from wfnet.services.files import write_json
+from wfnet.services.tables import markdown_table
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.wrapping import wrap
 

@@ -2,8 +2,6 @@
 
 import json
 import re
-import sys
-import types
 
 import pytest
 import torch
@@ -103,27 +101,3 @@ def test_a_dry_run_says_what_memory_the_run_takes(words, tmp_path, capfd):
     assert 4 * 19_723 / 1024 <= int(weights[1]) < 90  # and the statistics of BatchNorm
     assert "of a step over 2 images" in shown.out
     assert "profiler" not in shown.err
-
-
-def test_weights_and_biases(words, tmp_path, monkeypatch, fails):
-    folder = tmp_path / "run"
-    words += ["--steps", "4", "--log-wandb", "--output", str(folder)]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    fails(words, "pip install wfnet[wandb]")
-    assert not folder.exists()  # before work starts
-
-    started, logged, finished = [], [], []
-    wandb = types.SimpleNamespace(
-        init=lambda **settings: started.append(settings) or wandb,
-        log=lambda record, step: logged.append((step, record)),
-        finish=lambda: finished.append(True),
-    )
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    assert main(words) == 0
-    history = json.loads((folder / "history.json").read_text())["history"]
-    assert [step for step, _ in logged] == [record["step"] for record in history]
-    assert logged[-1][1] == history[-1]
-    assert finished == [True]
-    assert main(["untrain", "--resume", str(folder), "--log-wandb"]) == 0
-    assert started[0]["id"] == started[1]["id"]
-    assert started[0]["config"]["label_expansion"] == 2

@@ -26,7 +26,6 @@ from wfnet.cli import (
     bench,
     demo,
     evaluate,
-    explore,
     report,
     shadows,
     table,
@@ -53,7 +52,6 @@ COMMANDS = (
     table,
     bake,
     report,
-    explore,
     bench,
 )
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -17,13 +17,11 @@ import argparse
 import contextlib
 import logging
 import math
-import uuid
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from textwrap import indent
-from types import ModuleType
 
 import torch
 
@@ -49,7 +47,6 @@ from wfnet.head import find_head
 from wfnet.hugging_face import local_folder
 from wfnet.network import WFNet
 from wfnet.services import settings
-from wfnet.services.extras import require
 from wfnet.services.locks import folder_lock
 from wfnet.services.ranks import Ranks, local_device
 from wfnet.targets import MANY_CLASSES
@@ -96,8 +93,6 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         --force  replace a run that is in the output folder
         --log-interval SECONDS  least time between lines of progress, where no terminal shows a
             bar [default: 60]
-        --log-wandb  log to Weights & Biases, too (TensorBoard events are written where it is
-            installed)
         --dry-run  check everything, run a small batch, show the plan and about what memory it takes
         """,
         log_interval=settings.positive_float,
@@ -200,7 +195,6 @@ def saved(options: argparse.Namespace) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    wandb = require("wandb", "wandb") if options.log_wandb else None
     with joined_ranks(options) as ranks, contextlib.ExitStack() as inside:
         folder = run_folder(options)
         make_config(options, count_classes(options))  # out of range is refused before work starts
@@ -215,7 +209,7 @@ def run(options: argparse.Namespace) -> None:
         if options.dry_run:
             _show_memory(net, data.train, config, ranks)
         else:
-            _untrain(options, net, data, config, tried, folder, ranks, wandb)
+            _untrain(options, net, data, config, tried, folder, ranks)
 
 
 def _prepare(
@@ -293,28 +287,13 @@ def _untrain(
     tried: list[dict],
     folder: Path,
     ranks: Ranks,
-    wandb: ModuleType | None,
 ) -> None:
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
     about |= {"mask_depths": tried, "threads": torch.get_num_threads()}
-    if wandb is not None:
-        about["wandb"] = uuid.uuid4().hex[:8]  # a resumed run goes on with its own
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
-            about["wandb"] = read_run(folder)["wandb"]
     started = ranks.first_does(Checkpoints(folder).exist)
     if ranks.first and not started:
         _check_before(net, data.validation, config)
         write_run(folder, options, **about)
-    logged = None
-    if wandb is not None and ranks.first:
-        logged = wandb.init(
-            project="wfnet",
-            name=folder.name,
-            id=about["wandb"],
-            resume="allow",
-            dir=str(folder),
-            config=about["untraining"],
-        )
     result = untrain(
         net,
         data.train,
@@ -323,11 +302,8 @@ def _untrain(
         folder,
         resume=options.resume is not None,
         progress=not options.quiet,
-        log=logged and (lambda record: logged.log(record, step=int(record["step"]))),
         log_interval=options.log_interval,
     )
-    if logged is not None:
-        logged.finish()
     if ranks.first:
         about["result"] = {
             **{name: getattr(result, name) for name in ("steps", "best_step", "stopped_early")},

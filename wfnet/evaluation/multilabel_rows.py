@@ -17,10 +17,11 @@ from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions
 from wfnet.evaluation.pairs import names_of, unreadable
 from wfnet.evaluation.partial import PartialResults, evaluation_identity
-from wfnet.evaluation.results import aligned, means
+from wfnet.evaluation.results import means
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
 from wfnet.services.records import write_csv
+from wfnet.services.tables import aligned
 
 FORMAT = 1
 

@@ -19,9 +19,10 @@ from typing import Any
 from wfnet.evaluation.attribution import CURVES, AttributionResult
 from wfnet.evaluation.groups import GroupResult
 from wfnet.evaluation.relearning import RelearnResult
-from wfnet.evaluation.results import EvaluationResult, Scores, base_name, padded
+from wfnet.evaluation.results import EvaluationResult, Scores, base_name
 from wfnet.services.files import write_json, write_text
 from wfnet.services.records import write_csv
+from wfnet.services.tables import wide_markdown_table
 
 FORMAT = 1
 # Rows of the tables in their order; other baselines stand before the last one.
@@ -280,7 +281,7 @@ def _markdown(
     theirs: Sequence[tuple[str, str, str]],
     rows: Sequence[Mapping[str, Any]],
 ) -> str:
-    """A Markdown table whose columns are as wide as their widest cell; numbers to the right.
+    """A Markdown table of rows beside published values.
 
     ``columns``: title, name of the value, format. ``theirs``: published values, in one column.
     """
@@ -293,10 +294,7 @@ def _markdown(
         for cells, row in zip(table[1:], rows, strict=True):
             found = [_cell(row["published"], name, form) for _, name, form in theirs]
             cells.append(" / ".join(found) if row["published"] else "-")
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    lines = [padded(cells, widths) for cells in table]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
+    return wide_markdown_table(table[0], table[1:])
 
 
 def _cell(row: Mapping[str, Any], name: str, form: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from wfnet.evaluation import metrics
 from wfnet.services.files import write_json
 from wfnet.services.records import check_format, read_json, write_csv
+from wfnet.services.tables import aligned
 
 FORMAT = 1
 _LABEL_WIDTH = 28
@@ -208,26 +209,6 @@ def means(records: Sequence[Any], names: Sequence[str]) -> dict[str, float]:
 def _label(record: ClassRecord) -> str:
     text = record.name if record.name == str(record.index) else f"{record.index} {record.name}"
     return text if len(text) <= _LABEL_WIDTH else text[: _LABEL_WIDTH - 3] + "..."
-
-
-def aligned(parts: Sequence[list[str] | str]) -> str:
-    """Lists of cells as columns; a text stands in a line of its own, "-" is a rule."""
-    rows = [part for part in parts if isinstance(part, list)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for part in parts:
-        if part == "-":
-            part = "-" * (sum(widths) + 2 * (len(widths) - 1))
-        elif isinstance(part, list):
-            part = "  ".join(padded(part, widths)).rstrip()
-        lines.append(part)
-    return "\n".join(lines)
-
-
-def padded(cells: list[str], widths: list[int]) -> list[str]:
-    """Cells of a table's row as wide as their columns: the first to the left, others right."""
-    first, *others = zip(cells, widths, strict=True)
-    return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
 
 
 def base_name(base: float) -> str:

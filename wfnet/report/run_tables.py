@@ -6,7 +6,6 @@ from the files that the other commands left in the folders of the runs.
 
 from __future__ import annotations
 
-import io
 import os
 import statistics
 from collections.abc import Collection, Mapping, Sequence
@@ -19,6 +18,7 @@ from wfnet.evaluation.results import EvaluationResult
 from wfnet.report.contents import Contents, read_contents
 from wfnet.services.files import write_text
 from wfnet.services.records import write_csv
+from wfnet.services.tables import latex_table, markdown_table
 from wfnet.untraining.untrain_config import FREE_TO_CHANGE
 
 SEEDS = 3  # the fewest that say something of the spread
@@ -260,48 +260,15 @@ def _cell(group: Group, key: Key, digits: int) -> str:
 
 def markdown(groups: Sequence[Group]) -> str:
     """Returns all tables as Markdown."""
-    parts = []
-    for group in groups:
-        for title, head, rows in tables_of(group):
-            lines = [head, ["---"] * len(head), *rows]
-            parts.append(f"{title}:\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines))
-    return "\n\n".join(parts) + "\n"
-
-
-def latex(groups: Sequence[Group]) -> str:
-    """Returns all tables as LaTeX, for the package booktabs."""
-    text = io.StringIO()
-    for group in groups:
-        for title, head, rows in tables_of(group):
-            lines = [" & ".join(map(_escaped, row)) + r" \\" for row in (head, *rows)]
-            text.write(
-                "\n".join(
-                    [
-                        rf"\begin{{table}}\caption{{{_escaped(title)}}}",
-                        rf"\begin{{tabular}}{{l{'r' * (len(head) - 1)}}}",
-                        r"\toprule",
-                        lines[0],
-                        r"\midrule",
-                        *lines[1:],
-                        r"\bottomrule",
-                        r"\end{tabular}\end{table}",
-                        "",
-                    ]
-                )
-            )
-    return text.getvalue()
-
-
-def _escaped(text: str) -> str:
-    for sign in "_%&#":
-        text = text.replace(sign, f"\\{sign}")
-    return text.replace("±", r"$\pm$")
+    tables = [table for group in groups for table in tables_of(group)]
+    return "\n\n".join(f"{title}:\n\n{markdown_table(*rest)}" for title, *rest in tables) + "\n"
 
 
 def write(groups: Sequence[Group], folder: str | os.PathLike) -> None:
     """Writes ``seeds.md``, ``seeds.tex`` and ``seeds.csv``: a line for each value, in full."""
     write_text(Path(folder) / "seeds.md", markdown(groups))
-    write_text(Path(folder) / "seeds.tex", latex(groups))
+    tables = [table for group in groups for table in tables_of(group)]
+    write_text(Path(folder) / "seeds.tex", "".join(latex_table(*table) for table in tables))
     lines = [{"group": group.title, **one} for group in groups for one in group.summaries()]
     columns = ["group", "table", "method", "measure", "mean", "spread", "runs"]
     write_csv(Path(folder) / "seeds.csv", lines, columns)

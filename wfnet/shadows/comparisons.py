@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from wfnet.data import batches
-from wfnet.evaluation.results import aligned
 from wfnet.services.files import write_json
 from wfnet.services.progress import Progress
 from wfnet.services.records import write_csv
+from wfnet.services.tables import aligned
 from wfnet.shadows.measures import MEASURES, Pair
 from wfnet.shadows.rounds import RETRAINED, ShadowRounds
 from wfnet.trust.membership import confidence
