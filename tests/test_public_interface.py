@@ -70,4 +70,4 @@ def test_everything_from_before_is_there():
         if set(entries) - set(now.get(title, ()))
     }
     assert missing == {}
-    assert len(before) == 25
+    assert len(before) == 26

@@ -26,6 +26,7 @@ from wfnet.cli import (
     bench,
     demo,
     evaluate,
+    explore,
     report,
     shadows,
     table,
@@ -52,6 +53,7 @@ COMMANDS = (
     table,
     bake,
     report,
+    explore,
     bench,
 )
 _PACKAGE = Path(__file__).resolve().parent.parent
