@@ -11,9 +11,9 @@ import copy
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from wfnet.head import example_images, first_output
+from wfnet.head import check_same_logits, example_images, first_output
 from wfnet.services.extras import require
 from wfnet.services.modes import evaluation_mode
 
@@ -55,7 +55,9 @@ def compact(plain: nn.Module, image_shape: Sequence[int] | None = None) -> nn.Mo
     for parameter, requires_grad in zip(small.parameters(), frozen, strict=True):
         parameter.requires_grad_(requires_grad)
         parameter.grad = None
-    _check_equal(plain, small, images)
+    with evaluation_mode(plain, small), torch.no_grad():
+        logits = first_output(small(images)), first_output(plain(images))
+    check_same_logits(*logits, 1e-4, f"the compact {type(plain).__name__}")
     return small
 
 
@@ -78,15 +80,3 @@ def _closed_everywhere(group: object, convolution: nn.Conv2d) -> list[int]:
         closed &= zero.detach().cpu()[list(indices)]
         norms += norm
     return closed.nonzero().flatten().tolist() if norms else []
-
-
-def _check_equal(plain: nn.Module, small: nn.Module, images: Tensor) -> None:
-    with evaluation_mode(plain, small), torch.no_grad():
-        truth, found = first_output(plain(images)), first_output(small(images))
-    error = (truth - found).abs().max().item()
-    span = truth.abs().max().item()
-    if not error <= 1e-4 * max(span, 1.0):
-        raise RuntimeError(
-            f"the compact {type(plain).__name__} differs from the baked one by {error:.2e} at "
-            f"outputs up to {span:.2e}; bake without compact, and please report this"
-        )

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from wfnet.head import first_output
+from wfnet.head import check_same_logits, first_output
 from wfnet.network import WFNet
 from wfnet.services.extras import require
 from wfnet.services.files import write_atomically
@@ -138,14 +138,7 @@ class Deployment:
         """Compares a file on a batch of one more image than was traced."""
         with torch.no_grad():
             found = run(*self.inputs.values()).to(self.expected)
-        difference = (found - self.expected).abs().max().item()
-        span = self.expected.abs().max().item()
-        if not difference <= TOLERANCE * max(span, 1.0):  # or NaN
-            raise RuntimeError(
-                f"{path} does not compute what the network does: logits differ by {difference:.2e} "
-                f"at logits up to {span:.2e}; do not use it, and please report this"
-            )
-        return difference
+        return check_same_logits(found, self.expected, TOLERANCE, str(path))[0]
 
 
 def onnx_logits(path: Path) -> Callable[..., Tensor]:

@@ -217,6 +217,33 @@ def check_logits(logits: Tensor, num_classes: int, kind: str) -> None:
         )
 
 
+def check_same_logits(
+    found: Tensor, expected: Tensor, limit: float, what: str, least: float = 1.0
+) -> tuple[float, float]:
+    """Compares what should differ by rounding alone.
+
+    Args:
+        found, expected: logits of equal shape.
+        limit: bound on their difference, as a part of the largest logit.
+        what: computes ``found``, for the error.
+        least: the bound is never smaller than for logits of this size.
+
+    Returns:
+        The largest difference, and the largest logit.
+
+    Raises:
+        RuntimeError: if they differ by more, or one is NaN.
+    """
+    difference = (found - expected).abs().max().item()
+    span = expected.abs().max().item()
+    if not difference <= limit * max(span, least):
+        raise RuntimeError(
+            f"{what} does not compute what the network does: logits differ by {difference:.2e} at "
+            f"logits up to {span:.2e}, more than rounding; do not use it, and please report this"
+        )
+    return difference, span
+
+
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: m

@@ -376,7 +376,7 @@ class WFNet(nn.Module):
 
         Args:
             folder: with the files, or ``user/repo`` of the Hugging Face Hub
-                (:func:`wfnet.hub.push_to_hub`), which is downloaded.
+                (:func:`wfnet.hub.save_for_hub`), which is downloaded.
             base_model: None: what the files name, from timm or transformers (may download).
             backend: of all masked layers.
 

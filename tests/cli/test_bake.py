@@ -75,12 +75,12 @@ def test_verify_notices_what_is_wrong(tmp_path):
     original = net.bake(None)
     # The constant is not among what is compared.
     assert export.verify(net, original, images)["span"] < -CUT_LOGIT
-    with pytest.raises(RuntimeError, match="does not compute what the filtered network does"):
+    with pytest.raises(RuntimeError, match="does not compute what the network does"):
         Export(path, (1,)).verify(net, original, images)
     weights = load_file(path)
     changes = [
         (1, 1e-2, "is not -30"),
-        (0, weights["4.weight"][0, 0] * 1.01, "does not compute what the filtered network does"),
+        (0, weights["4.weight"][0, 0] * 1.01, "does not compute what the network does"),
         (0, torch.nan, "do not use it"),
     ]
     for row, value, message in changes:
@@ -114,6 +114,9 @@ def test_one_file_for_all_classes(digits_run, small_network, tmp_path, call, cap
     both = ["--per-request", "--program", path]
     fails([*start, *both, "--forget", "1"], "--forget belongs to the export of one")
     fails([*start, *both, "--int8", "a.onnx"], "--int8 belongs to the export of one")
+    fails([*start, *both, "--images", "9"], "--images belongs to the export of one")
+    call("bake", *start[1:], "--forget", "1", "--output", tmp_path / "a.safetensors", "--compact")
+    assert "no channel is closed wherever it runs" in capsys.readouterr().out
     fails([*start, "--forget", "1", "--program", "a.onnx"], "must end in .pt2")
     fails([*start, "--forget", "1", "--program", path, "--package", path], "name the same file")
 

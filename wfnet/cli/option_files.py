@@ -21,7 +21,7 @@ _ALTERNATIVES = (
     {"pretrained", "checkpoint"},
 )
 # What evaluate, bake and others take over from the run that they work on.
-_DESCRIPTION = frozenset(
+DESCRIPTION = frozenset(
     ("model", "pretrained", "checkpoint", "num_classes", "model_kwargs", "in_chans", "img_size")
     + ("data", "data_dir", "mean", "std", "interpolation", "crop_pct", "val_split", "seed")
     + ("class_names", "train_per_class", "val_per_class")
@@ -42,7 +42,7 @@ def fill_from_files(
             the command does not know or a value that does not fit.
     """
     options = parser.parse_args(arguments)
-    command = next(a for a in parser._actions if a.dest == "command").choices[options.command]
+    command = command_parser(parser, options.command)
     for action in command._actions:
         value = getattr(options, action.dest, None)
         if "" in (value if isinstance(value, list) else [value]):  # a shell variable is not set
@@ -58,10 +58,15 @@ def fill_from_files(
     # In front of the first option of the command line, which takes the place of what comes before.
     at = next((i for i, word in enumerate(arguments) if word.startswith("-")), len(arguments))
     try:
-        words = _words(command, {k: v for k, v in recorded.items() if k not in dropped})
+        words = option_words(command, {k: v for k, v in recorded.items() if k not in dropped})
         return parser.parse_args([*arguments[:at], *words, *arguments[at:]])
     except ValueError as error:
         raise ValueError(f"{origin}: {error}") from error
+
+
+def command_parser(parser: argparse.ArgumentParser, name: str) -> argparse.ArgumentParser:
+    """Returns the parser of one command."""
+    return next(a for a in parser._actions if a.dest == "command").choices[name]
 
 
 def _recorded(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]:
@@ -73,7 +78,7 @@ def _recorded(options: argparse.Namespace) -> tuple[dict[str, Any], Path | None]
     if options.command != "untrain":
         if named and Path(named, RUN_FILE).is_file():
             origin = Path(named, RUN_FILE)
-            recorded = {k: v for k, v in read_run(named)["options"].items() if k in _DESCRIPTION}
+            recorded = {k: v for k, v in read_run(named)["options"].items() if k in DESCRIPTION}
     elif config is None and named not in (None, "auto"):
         origin = Path(named, RUN_FILE)
         run = read_run(named)
@@ -108,7 +113,7 @@ def read_options(path: Path, command: str) -> dict[str, Any]:
     return content
 
 
-def _words(command: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
+def option_words(command: argparse.ArgumentParser, values: Mapping[str, Any]) -> list[str]:
     """Returns options by name as the words of a command line."""
     actions = {
         name.lstrip("-").replace("-", "_"): action

@@ -14,23 +14,19 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 from wfnet.cli.classifier import is_small
 from wfnet.cli.inputs import choose_device, count_classes, data_name, make_classifier, open_images
-from wfnet.cli.options import Parser, add_command, config_changes
+from wfnet.cli.option_files import DESCRIPTION, command_parser, option_words
+from wfnet.cli.options import Parser, add_command, config_changes, make_parser
 from wfnet.cli.runs import BASE_NAME, RUN_FILE, check_writable, read_run, write_run
 from wfnet.data import labels_of
 from wfnet.services.files import write_tensors
 from wfnet.services.locks import folder_lock
 from wfnet.training import SMALL_MODEL_SETTINGS, TrainingSettings, accuracy, fit_classifier
-
-# Options that describe data and network, with their defaults: untraining needs the same.
-_INPUTS = dict.fromkeys(
-    ("data", "data_dir", "img_size", "mean", "std", "interpolation", "crop_pct", "class_names")
-    + ("train_per_class", "val_per_class", "model", "num_classes", "in_chans", "model_kwargs")
-) | {"val_split": 0.1, "seed": 0}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -125,13 +121,10 @@ def _train(options: argparse.Namespace, folder: Path) -> None:
 
 
 def _inputs(options: argparse.Namespace) -> list[str]:
-    """Returns data and network as they are described on a command line."""
-    words = []
-    for name, default in _INPUTS.items():
-        value = getattr(options, name)
-        if value is None or value == default:
-            continue
-        values = value if isinstance(value, list | tuple) else [value]
-        words.append(f"--{name.replace('_', '-')}")
-        words += ["=".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
-    return words
+    """Returns data and network as they are described on a command line, where not by default."""
+    known = {name: value for name, value in vars(options).items() if name in DESCRIPTION}
+    known |= {name: dict(known[name]) for name in ("model_kwargs",) if known[name]}
+    command = make_parser([sys.modules[__name__]])
+    plain = vars(command.parse_args(["train"]))
+    changed = {name: value for name, value in known.items() if value != plain[name]}
+    return option_words(command_parser(command, "train"), changed)

@@ -22,6 +22,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from textwrap import indent
+from typing import NamedTuple
 
 import torch
 
@@ -204,19 +205,27 @@ def run(options: argparse.Namespace) -> None:
             # Sums over other numbers of threads round otherwise.
             with contextlib.suppress(FileNotFoundError, ValueError, KeyError):
                 torch.set_num_threads(read_run(folder)["threads"])
-        net, data, config, tried = _prepare(options, folder, ranks)
-        _show_plan(options, net, data, config, folder, ranks)
+        prepared = _prepare(options, folder, ranks)
+        _show_plan(options, prepared)
         if options.dry_run:
-            _show_memory(net, data.train, config, ranks)
+            _show_memory(prepared)
         else:
-            _untrain(options, net, data, config, tried, folder, ranks)
+            _untrain(options, prepared)
 
 
-def _prepare(
-    options: argparse.Namespace, folder: Path, ranks: Ranks
-) -> tuple[WFNet, Splits, UntrainConfig, list[dict]]:
-    """The network with fresh filters on its device, its images, the settings of the run, and what
-    was tried to choose the first masked stage."""
+class _Prepared(NamedTuple):
+    """What is untrained: the network with fresh filters on its device, its images, the settings
+    and the folder of the run, and what was tried to choose the first masked stage."""
+
+    net: WFNet
+    data: Splits
+    config: UntrainConfig
+    tried: list[dict]
+    folder: Path
+    ranks: Ranks
+
+
+def _prepare(options: argparse.Namespace, folder: Path, ranks: Ranks) -> _Prepared:
     device = local_device(choose_device(options.device))
     count = count_classes(options)
     names = None if options.classes is None else names_of_weights(options)
@@ -255,7 +264,8 @@ def _prepare(
 
     tried = _choose_mask_from(options, partial(wrapped, "balanced", None), data, rows, ranks)
     net = wrapped(options.recipe, options.alpha_init, options.mask_from)
-    return net, data, make_config(options, count, rows, masks_linear_maps(net)), tried
+    config = make_config(options, count, rows, masks_linear_maps(net))
+    return _Prepared(net, data, config, tried, folder, ranks)
 
 
 def _choose_mask_from(
@@ -279,15 +289,8 @@ def _choose_mask_from(
     return [asdict(trial) for trial in tried]
 
 
-def _untrain(
-    options: argparse.Namespace,
-    net: WFNet,
-    data: Splits,
-    config: UntrainConfig,
-    tried: list[dict],
-    folder: Path,
-    ranks: Ranks,
-) -> None:
+def _untrain(options: argparse.Namespace, prepared: _Prepared) -> None:
+    net, data, config, tried, folder, ranks = prepared
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
     about |= {"mask_depths": tried, "threads": torch.get_num_threads()}
     started = ranks.first_does(Checkpoints(folder).exist)
@@ -340,14 +343,8 @@ def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.E
     checkpoints.remove()
 
 
-def _show_plan(
-    options: argparse.Namespace,
-    net: WFNet,
-    data: Splits,
-    config: UntrainConfig,
-    folder: Path,
-    ranks: Ranks,
-) -> None:
+def _show_plan(options: argparse.Namespace, prepared: _Prepared) -> None:
+    net, data, config, _, folder, ranks = prepared
     weights = sum(p.numel() for p in net.model.parameters())
     filters = sum(p.numel() for p in net.filter_parameters())
     accumulated = config.grad_accum_steps
@@ -374,12 +371,13 @@ def _filter_bytes(net: WFNet, config: UntrainConfig) -> tuple[int, int]:
     return size, 2 * size if config.optimizer == "row_adam" else 0
 
 
-def _show_memory(net: WFNet, images: Dataset, config: UntrainConfig, ranks: Ranks) -> None:
+def _show_memory(prepared: _Prepared) -> None:
     """About what the run takes on one device."""
+    net, images, config = prepared.net, prepared.data.train, prepared.config
     few = next(batches(images, torch.arange(len(images)).split(4), config.workers), None)
     if few is None:
         raise ValueError("none of the training images can be read; see the log")
-    of_one = math.ceil(config.images / ranks.size)
+    of_one = math.ceil(config.images / prepared.ranks.size)
     step = of_one * bytes_per_image(net, few.images.shape[1:], config, max(2, min(8, of_one)))
     size, moments = _filter_bytes(net, config)
     tensors = (*net.model.parameters(), *net.model.buffers())
