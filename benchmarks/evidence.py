@@ -79,14 +79,15 @@ class Study:
             classes = ["--classes", *self.classes]
             # They do not depend on the recipe. Closeness compares with two retrained networks.
             first, second = runs[0] / "baselines", runs[0] / "retrained"
-            yield ["baseline", runs[0], *classes]
+            retrained = ["--methods", "retrained"]
+            yield ["baseline", runs[0], *classes, *retrained]
             # Not by --seed: that one draws the split, too.
-            again = ["--methods", "retrained", "--set", f"retrained.seed={seed + 100}"]
-            again += ["--output", second]
-            yield ["baseline", runs[0], *classes, *again]
+            again = ["--set", f"retrained.seed={seed + 100}", "--output", second]
+            yield ["baseline", runs[0], *classes, *retrained, *again]
             for run in runs:
                 others = [second] if run == runs[0] else [first, second]
                 yield ["trust", run, *classes, "--retrained", *others]
+            yield ["baseline", runs[0], *classes]
 
     @staticmethod
     def run(folder: Path, network: str, seed: int, recipe: str) -> Path:
