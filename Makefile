@@ -50,8 +50,7 @@ test-gpu: ## the tests that need a CUDA device; installs this checkout offline, 
 
 # Results go to $(OUT); those that are committed were written to benchmarks/results.
 OUT ?= runs/bench
-bench: $(READY) ## calls of layers, whole steps on this CPU (10 minutes)
-	$(BIN)/python benchmarks/bench_plan.py --models small/resnet --providers eager --output $(OUT)/plan_cpu.json
+bench: $(READY) ## whole steps on this CPU (10 minutes)
 	$(BIN)/python benchmarks/bench_step.py --models small/resnet resnet18 -b 16 --output $(OUT)/step_cpu.json
 
 # On a machine with a GPU: no network, nothing is downloaded (docs/devices.md).

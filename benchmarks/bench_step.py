@@ -38,14 +38,27 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-from script import begin, make_parser, measure_networks, parse_step
+import torch
+from script import begin, make_parser
 
 from wfnet.backends.autotune import DEFAULT_SECONDS
-from wfnet.benchmarking.steps import BASELINES, COLUMNS, OURS, measure, print_table
+from wfnet.benchmarking.roofline import measure_rates
+from wfnet.benchmarking.steps import (
+    BASELINES,
+    COLUMNS,
+    OURS,
+    StepSettings,
+    make_problem,
+    measure,
+    print_table,
+)
+from wfnet.cli.classifier import create_classifier
 from wfnet.report.figures.style import AFTER, BEFORE, RETAINED, picture
+from wfnet.services.files import write_json
 
 
 def draw(record: dict, path: Path) -> None:
@@ -82,20 +95,43 @@ def draw(record: dict, path: Path) -> None:
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__, repeats=15, dtype="float32")
     add, switch = parser.add_argument, argparse.BooleanOptionalAction
+    names = "timm names, torchvision/NAME, small/NAME"
+    add("--models", "--model", nargs="+", default=["resnet18"], help=names)
+    add("--image-size", type=int, default=32)
+    add("-b", "--batch-size", type=int, default=32, help="images n of a minibatch")
+    add("-M", "--label-expansion", type=int, default=3)
+    shared = "the same n / 2 images serve both halves"
+    add("--share-images", action=switch, default=True, help=shared)
+    add("--classes", type=int, default=10)
+    add("--seed", type=int, default=0)
     add("--channels-last", action=switch, default=True)
     add("--distil", action=switch, default=False)
     add("--tune", type=float, default=DEFAULT_SECONDS, help="seconds, of the columns of auto")
     add("--columns", nargs="+", choices=COLUMNS, default=[*BASELINES, *OURS])
-    sizes = {"image_size": 32, "batch_size": 32, "classes": 10}
-    return parse_step(parser, argv, **sizes, share_images=True)
+    args = parser.parse_args(argv)
+    given = {one.name: getattr(args, one.name) for one in fields(StepSettings)}
+    try:
+        args.measured = StepSettings(**given | {"dtype": getattr(torch, args.dtype)})
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main(argv: list[str] | None = None) -> dict:
     args = parse(argv)
     record = begin("bench_step", args, argv, "measured")
-    measure_networks(
-        record, args, lambda problem, rates: measure(problem, args.columns, rates), print_table
-    )
+    rates = measure_rates(torch.device(args.device), args.measured.dtype)
+    print(f"{record['device']}: {rates} ({args.dtype})")
+    record |= {"rates": rates.as_json(), "networks": {}}
+    for name in args.models:
+        model = create_classifier(
+            name, args.classes, in_channels=3, image_size=args.image_size, seed=args.seed
+        )
+        problem = make_problem(model, args.measured)
+        record["networks"][name] = result = measure(problem, args.columns, rates)
+        print_table(name, result)
+        if args.output:  # after every network: a run that is ended keeps what it has
+            write_json(args.output, record)
     if args.output:
         draw(record, args.output.with_suffix(".png"))
     return record

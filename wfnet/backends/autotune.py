@@ -106,7 +106,6 @@ class TunedBackend(Backend):
     Attributes:
         choices: what has been decided, here or in the cache.
         taken: candidates by kinds of calls so far.
-        listener: told of every call: method, kind, arguments and result.
     """
 
     name = "auto"
@@ -124,7 +123,6 @@ class TunedBackend(Backend):
         self.candidates = default_candidates() if candidates is None else candidates
         self.choices: Choices = {} if cache is None else cache.read()
         self.taken: dict[str, str] = {}
-        self.listener: Callable[..., None] = lambda *call: None
         self._spent: Counter[int] = Counter()  # seconds by the size of batches
         self._said: set[int] = set()
 
@@ -142,9 +140,7 @@ class TunedBackend(Backend):
         batch = len(first if epilogue is None else epilogue.scale)
         name = self._known(kind, batch) or self._decide(method, kind, arguments, batch)
         self.taken[kind] = name
-        result = getattr(self.candidates[name], method)(*arguments.values())
-        self.listener(method, kind, arguments, result)
-        return result
+        return getattr(self.candidates[name], method)(*arguments.values())
 
     def _known(self, kind: str, batch: int) -> str | None:
         """The candidate that was chosen for the next larger batch."""

@@ -62,7 +62,6 @@ class TrunkNetwork(FusedNetwork):
         super().__init__(layers, [(layer, None) for layer in layers], backends.get(of_tables))
         self.prefix = prefix
         self.rest = rest
-        self.products: Backend | None = None  # in place of what the layers ask for
         self.graph: CompiledGraph | None = None
         if compiled:
             self.graph = CompiledGraph(self._of_tables if self.compiles_tables else self._of_rows)
@@ -261,9 +260,7 @@ class _Recorded(Samples):
             tokens = tokens.to(torch.get_autocast_dtype(device))
         tokens, layer = tokens.contiguous(), self.layers[index]
         weight = self.network.weight(layer, tokens.dtype)
-        backend = self.network.products
-        if backend is None:
-            backend = willing_backend(backends.resolve(layer.backend), tokens, weight)
+        backend = willing_backend(backends.resolve(layer.backend), tokens, weight)
         if self.save:
             options = (self, weight, backend, index, source)
             return views(_MaskedLinear.apply(tokens, self.anchor, *options))
