@@ -183,34 +183,25 @@ def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 def table(records: list[dict[str, Any]], about: str) -> str:
     """Returns the records as Markdown."""
-    texts = {
-        "fused": "Convolutions are fused, with BatchNorm, ReLU and residual sums around them",
-        "late": "What comes before the first mask runs once per image, the rest as it is",
-        "unfused": "They run unfused: torch.fx cannot trace them, or parents compute with weights",
-    }
-    groups: dict[str, list[str]] = {how: [] for how in texts}
+    mark = {True: "yes", False: "no"}
+    head = ["network", "px", "masked layers", "gates a class", "fuse", "untrain", "bake", "remark"]
     rows = []
     for r in records:
-        if not (r["wrap"] and r["untrain"] and r["bake"]):
-            rows.append([r["model"], r["note"].replace("|", "\\|") or "some filters do not move"])
-            continue
-        how = "late" if "before the first" in r["fuse"] else "fused"
-        how = "unfused" if r["fuse"] == "no" else how
-        groups[how].append(f"{r['model']} ({r['masked']} layers, {r['gates']:,} gates)")
-    listed = "\n\n".join(f"{text}: {', '.join(groups[how])}." for how, text in texts.items())
+        cells = [r["masked"], f"{r['gates']:,}", r["fuse"] or "-", mark[r["untrain"]]]
+        cells = [*cells, mark[r["bake"]]] if r["wrap"] else ["-"] * 5
+        rows.append([r["model"], r["px"], *cells, r["note"].replace("|", "\\|")])
     return f"""# Networks that were tried
 
-Made by `python benchmarks/model_support.py`: random weights, default targets, CPU. A network \
-is listed with its masked layers and the gates of a class if one step of untraining moves every \
-filter matrix and no weight, and an exported class equals the filtered network. ConvNeXt has no \
-attention: its convolutions are masked (all MLPs of timm's atto are), linear maps of its MLPs not.
+Made by `python benchmarks/model_support.py`: random weights, default targets, CPU. \
+*fuse* tells what the fused plan covers, or that the network runs unfused; *untrain*: one \
+step moves every filter matrix and no weight; *bake*: an exported class equals the \
+filtered network. ConvNeXt has no attention: its convolutions are masked (all MLPs of \
+timm's atto are), linear maps of its MLPs not.
 
 {sum(r["wrap"] for r in records)} of {len(records)} wrap, \
 {sum(r["untrain"] and r["bake"] for r in records)} untrain and bake. {about}
 
-{listed}
-
-{markdown_table(["network", "remark"], rows)}
+{markdown_table(head, rows)}
 """
 
 

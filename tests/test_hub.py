@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 import torch
@@ -73,17 +74,34 @@ def test_the_card_has_what_a_stranger_needs(net, run, tmp_path):
     assert 'from_pretrained("user/repo", base_model)' in text
 
 
-def test_a_repository_is_loaded_with_and_without_its_base(net, run, tmp_path, monkeypatch):
+def test_a_repository_is_pushed_and_loaded_with_and_without_its_base(
+    net, run, tmp_path, monkeypatch
+):
+    sent = tmp_path / "sent"
+
+    class Api:
+        def __init__(self, **about):
+            assert (about["token"], about["library_name"]) == ("secret", "wfnet")
+
+        def create_repo(self, repo_id, private, exist_ok):
+            assert (private, exist_ok) == (True, True)
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            shutil.copytree(folder_path, sent / repo_id)
+
     def download(repo_id, allow_patterns):
         assert allow_patterns == ["wf_config.json", "wf_model.safetensors"]
         if repo_id != "me/forgets":
             raise OSError("no such repository")
-        return str(tmp_path / "card")
+        return str(sent / repo_id)
 
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     monkeypatch.chdir(tmp_path)
     base = net.bake(None)
-    hub.save_for_hub(run, tmp_path / "card", base="hf:me/base")
+    url = hub.push_to_hub(run, "me/forgets", private=True, token="secret", base="hf:me/base")
+    assert url == "https://huggingface.co/me/forgets"
     monkeypatch.setattr("wfnet.pretrained.load_base", {"hf:me/base": base}.__getitem__)
     images = torch.rand(2, 3, 8, 8)
     for given in ((), (base,)):
@@ -94,4 +112,4 @@ def test_a_repository_is_loaded_with_and_without_its_base(net, run, tmp_path, mo
     with pytest.raises(ValueError, match="give it as base_model"):
         wfnet.WFNet.from_pretrained(run)
     with pytest.raises(FileNotFoundError, match="holds no wfnet checkpoint"):
-        hub.save_for_hub(tmp_path, tmp_path / "other")
+        hub.push_to_hub(tmp_path, "me/forgets")

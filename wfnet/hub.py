@@ -1,4 +1,4 @@
-"""Filters on the Hugging Face Hub: a folder with files and model card, for `hf upload`.
+"""Filters on the Hugging Face Hub: a folder with files and model card, and its upload.
 
 :meth:`wfnet.WFNet.from_pretrained` loads such a folder, or the repository.
 """
@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jinja2
@@ -22,11 +23,48 @@ from wfnet.report.contents import read_contents
 from wfnet.report.page import view
 from wfnet.services.extras import require
 from wfnet.services.files import write_json, write_text
+from wfnet.version import __version__
 
 CARD_NAME = "README.md"
 _TEMPLATE = Path(__file__).parent / "report" / "model_card.md.jinja"
 # Of the report's verdicts; "unknown" names folders of this machine.
 _VERDICTS = {"good": "Withstood", "bad": "Not withstood", "alike": "As in a network without it"}
+
+
+def push_to_hub(
+    folder: str | os.PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    **card: Any,
+) -> str:
+    """Uploads filters with a model card, and makes the repository if there is none.
+
+    Args:
+        folder: of a run, or one that :meth:`wfnet.WFNet.save_pretrained` wrote. Filters, their
+            configuration and the card are uploaded, nothing else of it.
+        repo_id: ``user/repo``.
+        private: whether a new repository is private; None: as the account's default is.
+        token: of the Hub; None: that of ``hf auth login``.
+        card: arguments of :func:`save_for_hub`.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        FileNotFoundError, ValueError: if the folder holds no filters, before anything is sent.
+        ImportError: if huggingface_hub is not installed.
+    """
+    hub = require("huggingface_hub", "hf")
+    with TemporaryDirectory() as staged:
+        save_for_hub(folder, staged, repo_id, **card)
+        api = hub.HfApi(token=token, library_name="wfnet", library_version=__version__)
+        repository = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repository.repo_id, folder_path=staged, commit_message="Upload wfnet filters"
+        )
+    return str(repository)
 
 
 def save_for_hub(
@@ -38,7 +76,7 @@ def save_for_hub(
     base: str | None = None,
     license: str | None = None,
 ) -> None:
-    """Writes what the Hub should have: the filters, their configuration, a model card.
+    """Writes what :func:`push_to_hub` uploads: the filters, their configuration, a model card.
 
     The card has the base and its fingerprint, preprocessing, class names, how to use it, and the
     accuracies and trust checks that the run has of these filters.
