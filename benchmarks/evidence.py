@@ -26,6 +26,7 @@ from script import RESULTS
 from wfnet.benchmarking.provenance import commit, provenance
 from wfnet.cli import main as wfnet
 from wfnet.cli.runs import BASE_NAME, read_run
+from wfnet.pretrained import FILTERS_NAME
 from wfnet.report import run_tables
 from wfnet.services.files import write_json
 
@@ -166,7 +167,7 @@ def run_study(name: str, args: argparse.Namespace) -> dict[str, Any]:
     done, runs = finished(folder), []
     for network in networks:
         for seed in args.seeds:
-            for words in study.commands(folder, network, seed, recipes):
+            for words in () if args.as_is else study.commands(folder, network, seed, recipes):
                 command = shlex.join(["wfnet", *map(str, words)]).replace(str(folder), "FOLDER")
                 if any(one["command"] == command for one in done):
                     continue
@@ -176,7 +177,9 @@ def run_study(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 done = [*finished(folder), {"command": command, "commit": commit()}]
                 write_json(folder / "finished.json", done)
             runs += [study.run(folder, network, seed, recipe) for recipe in recipes]
-    groups, missing = run_tables.collect({str(run): read_run(run) for run in runs})
+    ended = [run for run in runs if not args.as_is or (run / FILTERS_NAME).is_file()]
+    groups, missing = run_tables.collect({str(run): read_run(run) for run in ended})
+    missing += [f"{run} was not untrained" for run in runs if run not in ended]
     return {
         "provenance": provenance("cpu", ["benchmarks/evidence.py", name]),
         "title": study.title,
@@ -200,6 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("studies", nargs="*", metavar="NAME", help=", ".join(STUDIES))
     parser.add_argument("--list", action="store_true", help="what there is, and what is finished")
+    parser.add_argument("--as-is", action="store_true", help="run nothing: results of what ended")
     parser.add_argument("--networks", nargs="+", help="some networks of a study")
     parser.add_argument("--recipes", nargs="+", help="some recipes")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -13,16 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evidence import STUDIES
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from script import RESULTS, ROOT
+from study_tables import ATTACKS, NETWORKS, commits_of, study_text, values_of
 
 from wfnet.report import figures
 from wfnet.services.tables import markdown_table
@@ -32,16 +33,11 @@ DOCUMENTS = tuple(
 )
 PICTURE = RESULTS / "attacks.png"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# In this order; a file that is not there is a row "not run".
-QUALITY = {
-    "quality_digits": "digits, 10 classes",
-    "quality_letters10": "folder of rendered letters, 10 classes",
-    "quality_glyphs100": "rendered characters, 100 classes",
-    "quality_glyphs100_hard": "the same with much noise",
-    "quality_digits_durable": "recipe `durable`: digits",
-    "quality_fashion_durable": "recipe `durable`: Fashion-MNIST",
-    "quality_glyphs100_durable": "recipe `durable`: rendered characters, 100 classes",
-    "quality_digits_paper": "for comparison, recipe `paper`: digits",
+# Older results, for what no study has measured yet: data, recipe and networks of a file.
+OLDER = {
+    "quality_digits": ("digits, 10 classes", "`balanced`", ("vgg", "vit")),
+    "quality_glyphs100": ("rendered characters, 100 classes", "`balanced`", ("resnet",)),
+    "quality_glyphs100_durable": ("the same, less noise", "`durable`", ("resnet",)),
 }
 # Time to quality: files of time_to_quality, and what was untrained.
 TIMES = {
@@ -49,7 +45,6 @@ TIMES = {
     "time_to_quality_mnist": "Fashion-MNIST",
     "time_to_quality_glyphs100": "100 rendered characters",
 }
-NETWORKS = {"resnet": "ResNet-8", "vgg": "small VGG", "vit": "small ViT"}
 STEP_COLUMNS = {
     "loop": "`loop`",
     "grouped": "`grouped`",
@@ -65,34 +60,11 @@ STEP_COLUMNS = {
     "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
 }
 
-# What is done with a baked file: label, check, measure.
-ATTACKS = (
-    ("nothing", "removal", "acc_f"),
-    ("BatchNorm re-estimated on unlabelled images", "removal", "acc_f_batchnorm_all"),
-    ("BatchNorm's affine part reset", "removal", "acc_f_affine_reset"),
-    ("rows equalised", "removal", "acc_f_equalised"),
-    ("rows scaled to the base's norms", "removal", "acc_f_base_norms"),
-    ("the base's head row put back", "removal", "acc_f_base_head"),
-    ("fine-tuned on other classes only, 50 steps", "relearning", "acc_f_retain_only"),
-    ("fine-tuned with one image of the class", "relearning", "acc_f_from_1"),
-    ("with ten", "relearning", "acc_f_from_10"),
-    ("its head row made of one image, untrained", "prototypes", "acc_f_head_1"),
-    ("of ten", "prototypes", "acc_f_head_10"),
-    ("the class's logit shifted", "removal", "acc_f_offset"),
-    ("re-estimated, then shifted", "removal", "acc_f_batchnorm_offset"),
-    ("logits standardised", "removal", "acc_f_standardised"),
-    ("AUC of the class's logit", "removal", "auc_logit"),
-    ("Acc_r as it is", "removal", "acc_r"),
-    ("Acc_r after rows were equalised", "removal", "acc_r_equalised"),
-)
-# Exports that were attacked: label, files of results (means over them), models beside.
+# Exports that were attacked before there were studies: label, file, models beside.
 EXPORTS = (
-    ("ResNet-8, `balanced`", ["trust_digits_resnet"], ()),
-    ("`durable`", ["trust_digits_resnet_durable"], ("retrained", "logit_masked", "bias_shifted")),
-    ("`balanced` with `--cut-output`", ["trust_digits_resnet_cut"], ()),
-    ("ViT, `balanced`", ["trust_digits_vit"], ("retrained",)),
+    ("ResNet-8, `balanced` with `--cut-output`", "trust_digits_resnet_cut", ()),
+    ("ViT, `balanced`", "trust_digits_vit", ("retrained",)),
 )
-SHOWN = {"balanced": EXPORTS[0][1], "durable": EXPORTS[1][1]}  # in the picture
 
 META_BAD = {
     "original": "original",
@@ -162,23 +134,24 @@ def step_files() -> list[dict[str, Any]]:
 
 
 def quality() -> str:
+    """Makes the table of README.md: all classes in one round, by data, network and recipe."""
     rows = []
-    for name, label in QUALITY.items():
+    scores = ("original", "acc_r"), ("wfnet", "acc_r"), ("wfnet", "acc_f"), ("wfnet", "worst")
+    for content in measured().values():
+        of_groups = zip(values_of(content).items(), content["groups"], strict=True)
+        for ((network, recipe), values), group in of_groups:
+            cells = (f"{values[('quality', *score)]['mean']:.2f}" for score in scores)
+            label = f"{content['title']}, {network}, `{recipe}`"
+            rows.append([label, *cells, group["runs"], commits_of(content)])
+    for name, (data, recipe, networks) in OLDER.items():
         content = read(name)
-        if content is None:
-            rows.append([label, *["not run"] * 3])
-            continue
-        for row in content["summary"]:
-            seeds = f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}"
-            network = NETWORKS.get(row["network"].rpartition("/")[2], row["network"])
-            rows.append(
-                [
-                    f"{label}, {network} ({seeds}, {row['steps']:,.0f} steps)",
-                    *(f"{row[key]:.2f}" for key in ("original_acc_r", "acc_r", "acc_f")),
-                ]
-            )
-    head = ["data, network", "original: Acc_r", "all classes, one round: Acc_r", "Acc_f"]
-    return markdown_table(head, rows)
+        for row in (row for row in content["summary"] if row["network"] in networks):
+            keys = "original_acc_r", "acc_r", "acc_f", "acc_f_worst_class"
+            label = f"{data}, {NETWORKS['small/' + row['network']]}, {recipe}"
+            commit = content["provenance"]["commit"][:7]
+            rows.append([label, *(f"{row[key]:.2f}" for key in keys), row["seeds"], commit])
+    head = ["data, network, recipe", "original: Acc_r", "Acc_r", "Acc_f", "worst class", "seeds"]
+    return markdown_table([*head, "commit"], rows)
 
 
 def _step_cell(column: dict[str, Any] | None) -> str:
@@ -216,41 +189,37 @@ def step() -> str:
     return "\n\n".join(parts) or NOT_RUN
 
 
-def _after(files: list[str], who: str, check: str, measure: str) -> float | None:
-    """Returns a measure after an attack, the mean over files; None if it was not measured.
-
-    Args:
-        who: "forgetful" (the export), "original" or "retrained".
-    """
-    values = []
-    for name in files:
-        content = read(name)
-        means = content["means"] if "means" in content else content["by_prune_below"]["0"]["means"]
-        values.append(means.get(check, {}).get(measure, {}).get(who))
-    return None if None in values else statistics.mean(values)
-
-
 def attacks() -> str:
-    columns = [
-        (label, files, who)
-        for name, files, beside in EXPORTS
-        for label, who in ((name, "forgetful"), *((who.replace("_", " "), who) for who in beside))
-    ]
+    columns, every = [], []
+    for name, file, beside in EXPORTS:
+        content = read(file)
+        columns.append(f"{name} (commit {content['commit'][:7]})")
+        columns += [who.replace("_", " ") for who in beside]
+        every += [(content["means"], who) for who in ("forgetful", *beside)]
     rows = []
     for label, check, measure in ATTACKS:
-        found = [_after(files, who, check, measure) for _, files, who in columns]
-        rows.append([label, *("-" if value is None else f"{100 * value:.1f}" for value in found)])
-    return markdown_table(["attack on the baked model", *(label for label, *_ in columns)], rows)
+        found = [means.get(check, {}).get(measure, {}).get(who) for means, who in every]
+        if found != [None] * len(found):
+            rows.append([label, *("-" if v is None else f"{100 * v:.1f}" for v in found)])
+    return markdown_table(["attack on the baked model", *columns], rows)
 
 
 def picture_values() -> dict[str, dict[str, float]]:
-    """Returns what the picture shows: accuracy on the class in %, by bar and attack."""
-    durable = SHOWN["durable"]
-    bars = {f"recipe {name}": (files, "forgetful") for name, files in SHOWN.items()}
-    bars["retrained without the class"] = durable, "retrained"
-    bars["original, its logit masked"] = durable, "logit_masked"
-    bars["before"] = durable, "original"
-    return {bar: figures.attack_levels(partial(_after, *which)) for bar, which in bars.items()}
+    """Returns what the picture shows, digits and ResNet-8: accuracy in %, by bar and attack."""
+    values = values_of(read("study_digits"))
+    durable, balanced = (values["ResNet-8", recipe] for recipe in ("durable", "balanced"))
+    bars = {
+        "recipe balanced": (balanced, "wfnet"),
+        "recipe durable": (durable, "wfnet"),
+        "retrained without the class": (durable, "retrained"),
+        "original, its logit masked": (durable, "logit_masked"),
+        "before": (durable, "original"),
+    }
+
+    def after(values: Mapping, method: str, check: str, measure: str) -> float | None:
+        return values.get(("trust", method, f"{check}: {measure}"), {"mean": None})["mean"]
+
+    return {bar: figures.attack_levels(partial(after, *which)) for bar, which in bars.items()}
 
 
 def draw_picture(path: Path) -> None:
@@ -303,7 +272,20 @@ def time_to_quality() -> str:
     return markdown_table(head, rows)
 
 
+def measured() -> dict[str, dict[str, Any]]:
+    """Returns the studies that have run, as far as they have, by name."""
+    found = {name: read(f"study_{name}") for name in STUDIES}
+    return {name: content for name, content in found.items() if content is not None}
+
+
+def studies() -> str:
+    """Returns the tables of every study that was measured."""
+    texts = [study_text(STUDIES[name], content) for name, content in measured().items()]
+    return "\n\n".join(texts) or NOT_RUN
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
+    "studies": studies,
     "quality": quality,
     "step": step,
     "attacks": attacks,
