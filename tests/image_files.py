@@ -44,45 +44,6 @@ def write_idx(path: Path, values: np.ndarray) -> None:
     path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
 
 
-def cifar10_batch(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """images [20, 3072] uint8, labels [20]; number 0 is the test batch."""
-    rng = np.random.default_rng(number)
-    return rng.integers(0, 256, (20, 3072), dtype=np.uint8), np.arange(20) % 10
-
-
-def write_cifar10(root: Path) -> Path:
-    """The six batches in the archive of the binary version; returns its path."""
-    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship"]
-    members = {"cifar-10-batches-bin/readme.html": b"x"}
-    members["cifar-10-batches-bin/batches.meta.txt"] = "\n".join([*names, "truck", ""]).encode()
-    for number in range(6):
-        images, labels = cifar10_batch(number)
-        rows = np.concatenate([labels[:, None].astype(np.uint8), images], axis=1)
-        name = f"data_batch_{number}" if number else "test_batch"
-        members[f"cifar-10-batches-bin/{name}.bin"] = rows.tobytes()
-    return write_tar(root / "cifar-10-binary.tar.gz", members, "gz")
-
-
-def cifar100_part(number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """images [200, 3072] uint8, coarse and fine labels [200]; number 0 is the test part."""
-    images = np.random.default_rng(number).integers(0, 256, (200, 3072), dtype=np.uint8)
-    fine = np.arange(200) % 100
-    return images, fine * 7 % 20, fine
-
-
-def write_cifar100(root: Path) -> Path:
-    """Both parts in the archive of the binary version; returns its path."""
-    members = {}
-    for kind, count in (("coarse", 20), ("fine", 100)):
-        names = "".join(f"{kind}{number}\n" for number in range(count))
-        members[f"cifar-100-binary/{kind}_label_names.txt"] = names.encode()
-    for number, name in enumerate(("test", "train")):
-        images, *labels = cifar100_part(number)
-        rows = np.concatenate([*(part[:, None].astype(np.uint8) for part in labels), images], 1)
-        members[f"cifar-100-binary/{name}.bin"] = rows.tobytes()
-    return write_tar(root / "cifar-100-binary.tar.gz", members, "gz")
-
-
 WORDNET = ("n01443537", "n01629819", "n02056570")
 
 

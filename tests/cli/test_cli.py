@@ -89,7 +89,7 @@ def test_a_run_can_be_moved(finished, finished_once, tmp_path):
 # Command lines that are refused in one sentence, before work starts, with a part of it.
 BAD_INPUT = [
     ("untrain", "there are no images: give --data-dir DIR"),
-    ("untrain --data mnist", "--data mnist needs --data-dir"),
+    ("untrain --data mnist", "mnist needs data_dir (--data-dir)"),
     ("untrain --data-dir {images}", "there is no network: give --model"),
     ("untrain --config mnist/alexnet", "cifar10/vgg16"),
     ("untrain --config {tmp}/no.yaml", "no.yaml does not exist"),

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from image_files import write_cifar10, write_idx, write_tiny_imagenet
+from image_files import write_idx, write_tiny_imagenet
 
 from wfnet import models, recipes
 from wfnet.cli import build_parser, main
@@ -23,7 +23,6 @@ def mnist_files(folder):
     ("cell", "write", "kwargs"),
     [
         ("mnist/vgg16", mnist_files, ["width=8"]),
-        ("cifar10/resnet18", write_cifar10, ["width=8"]),
         ("tiny_imagenet/resnet18", write_tiny_imagenet, ["width=8"]),
     ],
 )

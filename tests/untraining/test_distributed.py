@@ -21,7 +21,7 @@ from wfnet.evaluation import evaluate_multi_label
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services import ranks
 from wfnet.services.ranks import PeerFailed, Ranks
-from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.untraining.distributed import add_rows
 from wfnet.untraining.signals import Stopped
 
@@ -139,7 +139,7 @@ def test_a_signal_on_one_rank_stops_both_and_any_number_of_ranks_goes_on(
         dist.barrier()  # the first rank's file is there
         if rank == 0:
             os.makedirs(tmp_path / "alone")
-            os.link(Checkpoints(folder).newest, Checkpoints(tmp_path / "alone").newest)
+            os.link(folder / CHECKPOINT_NAME, tmp_path / "alone" / CHECKPOINT_NAME)
         assert one_run("even", folder, resume=True)[1].steps == 6
 
     assert both_ranks(work) == [0, 0]

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from wfnet import UntrainConfig, WFNet, untrain
-from wfnet.untraining.checkpoints import Checkpoints
 from wfnet.untraining.objectives import BalancedObjective
-from wfnet.untraining.run_state import identity_of
+from wfnet.untraining.run_state import RunStore, identity_of
 from wfnet.untraining.validation import AccuracyValidator
 
 CLASSES = 4
@@ -72,10 +71,8 @@ def test_patience_ends_the_run_and_the_best_filters_are_kept(base, runs, go, tmp
 
 
 def test_a_checkpoint_is_written_every_few_minutes(go, tmp_path, monkeypatch):
-    saved, save = [], Checkpoints.save
-    monkeypatch.setattr(
-        Checkpoints, "save", lambda self, *rest: saved.append(rest[1]["step"]) or save(self, *rest)
-    )
+    saved = []
+    monkeypatch.setattr(RunStore, "save", lambda self, state, *_: saved.append(state.step))
     for seconds, expected in ((0.0, [1, 2, 3, 4]), (1000.0, [4])):
         saved.clear()
         monkeypatch.setattr("wfnet.untraining.loop._SECONDS_BETWEEN_CHECKPOINTS", seconds)
@@ -87,34 +84,13 @@ def test_a_checkpoint_is_written_every_few_minutes(go, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_filters(base, runs, go, tmp_path):
-    left = [9]
-
-    def when(batch):
-        left[0] -= 1
-        return left[0] < 0
-
     net = WFNet(base, CLASSES)
     message = r"loss of step 10 is not finite.*lower lr.*check the images for NaN"
     with pytest.raises(FloatingPointError, match=message):
-        go(folder=tmp_path, net=net, loss=runs.NaNLoss(when))
+        go(folder=tmp_path, net=net, loss=runs.NaNLoss(9))
     runs.assert_same_filters(WFNet.from_pretrained(tmp_path, base), net)
     assert all(p.isfinite().all() for p in net.filter_parameters())
     assert any((p != 3).any() for p in net.filter_parameters())
-
-
-def test_a_few_steps_of_nan_are_left_out_and_counted(go, runs, tmp_path, caplog):
-    about = {"loss": runs.NaNLoss(lambda batch: batch.target[0] == 2), "max_nan_steps": 20}
-    net, result = go(**about)
-    skipped = caplog.text.count("is not finite: its images are left out")
-    assert skipped >= 2
-    assert f"({skipped} of at most 20)" in caplog.text
-    assert result.steps == 20
-    assert all(p.isfinite().all() for p in net.filter_parameters())
-    with pytest.raises(KeyboardInterrupt):
-        go(tmp_path, runs.raising(runs.bars(), 4, 7), **about)
-    runs.assert_same_run(*go(tmp_path, **about), net, result)
-    with pytest.raises(FloatingPointError, match="is not finite"):
-        go(**{**about, "max_nan_steps": skipped - 1})
 
 
 # -- data and networks ----------------------------------------------------------------------------

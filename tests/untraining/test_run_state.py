@@ -51,8 +51,7 @@ def test_an_unfinished_run_is_not_overwritten(go, interrupted):
     with pytest.raises(FileExistsError, match=r"unfinished run \(step 6\).*resume=True"):
         go(interrupted, resume=False)
     assert path.read_bytes() == before
-    for path in interrupted.glob("untraining*.safetensors"):
-        path.write_bytes(b"")
+    path.write_bytes(b"")
     for resume, error in ((True, ValueError), (False, FileExistsError)):
         with pytest.raises(error, match="truncated"):
             go(interrupted, resume=resume)

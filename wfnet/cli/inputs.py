@@ -19,9 +19,10 @@ from wfnet.cli.chosen_classes import choose_classes, class_number, with_network_
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
 from wfnet.cli.options import fuse_of
 from wfnet.cli.runs import RUN_FILE, read_run
-from wfnet.data import Splits, cifar, folder_classes, mnist, open_data, svhn
+from wfnet.data import Splits, folder_classes, open_data
+from wfnet.data import open as named_sets
 from wfnet.data.class_names import numbers_by_name
-from wfnet.data.open import NAMES_WITH_FILES, OTHERS
+from wfnet.data.open import NAMES_WITH_FILES
 from wfnet.data.transforms import chosen_preprocessing
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
@@ -145,18 +146,7 @@ def count_classes(options: argparse.Namespace) -> int:
         if not root.is_dir():
             raise FileNotFoundError(f"the image folder {root} does not exist")
         return len(folder_classes(root))
-    if name in NAMES_WITH_FILES and not options.data_dir:
-        raise ValueError(f"--data {name} needs --data-dir, the folder with its files")
-    if name in OTHERS:
-        return len(open_data(name, options.data_dir).classes)
-    if name == "mnist":
-        return mnist.count_classes(options.data_dir)
-    if name in cifar.SETS:
-        cifar.find_cifar(name, options.data_dir)
-        return cifar.SETS[name].count
-    if name == "svhn":
-        svhn.check_files(options.data_dir)
-    return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
+    return named_sets.count_classes(name, options.data_dir)
 
 
 def make_classifier(

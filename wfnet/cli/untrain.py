@@ -53,7 +53,7 @@ from wfnet.services.ranks import Ranks, local_device
 from wfnet.targets import MANY_CLASSES
 from wfnet.training import accuracy
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
-from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.untraining.mask_depth import choose_mask_from, depth_report
 from wfnet.untraining.memory import bytes_per_image
 from wfnet.untraining.untrain_config import RECIPES
@@ -67,9 +67,9 @@ _METHOD_OPTIONS = (
     *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "tolerance"),
     *("margin", "distil", "share_images", "sampler", "compound", "shrink", "clip", "patience"),
     *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
-    *("features", "feature_dtype", "views", "max_corrupt", "max_nan_steps"),
+    *("features", "feature_dtype", "views", "max_corrupt"),
 )
-_OUTPUT_OPTIONS = ("checkpoint_every", "keep_checkpoints")
+_OUTPUT_OPTIONS = ("checkpoint_every",)
 # Images that the original network classifies before untraining starts, at most.
 _LOOK_AT = 1000
 
@@ -187,7 +187,7 @@ def run_folder(options: argparse.Namespace) -> Path:
 def saved(options: argparse.Namespace) -> str:
     """What is on disk when the run was interrupted."""
     folder = run_folder(options)
-    if not Checkpoints(folder).exist():
+    if not (folder / CHECKPOINT_NAME).is_file():
         return "no checkpoint was written yet"
     return (
         f"the last checkpoint is in {folder}: `wfnet untrain --resume {folder}` goes on from "
@@ -293,7 +293,7 @@ def _untrain(options: argparse.Namespace, prepared: _Prepared) -> None:
     net, data, config, tried, folder, ranks = prepared
     about = {"untraining": asdict(config), "classes": data.classes}  # with the recipe's settings
     about |= {"mask_depths": tried, "threads": torch.get_num_threads()}
-    started = ranks.first_does(Checkpoints(folder).exist)
+    started = ranks.first_does((folder / CHECKPOINT_NAME).is_file)
     if ranks.first and not started:
         _check_before(net, data.validation, config)
         write_run(folder, options, **about)
@@ -330,8 +330,7 @@ def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.E
     if options.resume is not None:
         return
     found = [folder / name for name in RUN_FILES if (folder / name).exists()]
-    checkpoints = Checkpoints(folder)
-    holds = checkpoints.exist() or any(path.name != RUN_FILE for path in found)
+    holds = any(path.name != RUN_FILE for path in found)
     # A run that ended before its first checkpoint has left nothing but its options.
     if not options.force and (holds or (found and "result" in read_run(folder))):
         raise FileExistsError(
@@ -340,7 +339,6 @@ def _take_folder(folder: Path, options: argparse.Namespace, inside: contextlib.E
         )
     for path in found:
         path.unlink()
-    checkpoints.remove()
 
 
 def _show_plan(options: argparse.Namespace, prepared: _Prepared) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from wfnet.data import cifar, digits, glyphs, mnist, svhn
+from wfnet.data import glyphs, mnist
 from wfnet.data.cache import CachedImages
 from wfnet.data.class_names import check_names
 from wfnet.data.dataset import select
 from wfnet.data.encoded import EncodedImages
 from wfnet.data.folder import ImageFiles, class_folders
 from wfnet.data.multi_hot import LABEL_FILE, MultiLabelFiles
+from wfnet.data.published import SETS, read_published
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset
 from wfnet.data.tensor_images import TensorImages
@@ -27,16 +28,18 @@ from wfnet.data.transforms import (
     training_transform,
 )
 from wfnet.services import settings
+from wfnet.services.extras import require
 from wfnet.services.files import readable
 
 # Named sets whose files lie in `data_dir`, and their channels.
-NAMES_WITH_FILES = {"mnist": 1, "svhn": 3} | dict.fromkeys(cifar.SETS, 3)
+NAMES_WITH_FILES = {"mnist": 1} | dict.fromkeys(SETS, 3)
 _NAMES = ("digits", *sorted(NAMES_WITH_FILES), "glyphs10", "glyphs26", "glyphs100")
 # Of other packages, loaded where they are used: `function(data_dir)` returns the training and the
 # test part, as data sets.
 OTHERS = {e.name: e for e in entry_points(group="wfnet.data") if e.name not in _NAMES}
 NAMES = (*_NAMES, *OTHERS)
 TEST_FRACTION = 0.2  # of the named sets that come without a test part
+_DIGITS_SCALE = (0.3053,), (0.3761,)  # mean and standard deviation
 
 
 def open_data(
@@ -155,19 +158,16 @@ def _named_set(
     if name in OTHERS:
         return OTHERS[name].load()(data_dir)
     channels = channels or NAMES_WITH_FILES.get(name, 1)
-    if name in NAMES_WITH_FILES and data_dir is None:
-        raise ValueError(f"{name} needs data_dir, the folder with its files")
-    classes = [str(number) for number in range(10)]
+    classes = [str(number) for number in range(count_classes(name, data_dir))]
     if name == "mnist":
         scale, parts = (mnist.MEAN, mnist.STD), mnist.read_mnist(data_dir)
-        classes = [str(number) for number in range(mnist.count_classes(data_dir))]
-    elif name in cifar.SETS:
-        version = cifar.SETS[name].version
-        scale, (parts, classes) = (version.mean, version.std), cifar.read_cifar(name, data_dir)
-    elif name == "svhn":
-        scale, parts = (svhn.MEAN, svhn.STD), svhn.read_svhn(data_dir)
-    elif name == "digits":
-        scale, parts = (digits.MEAN, digits.STD), [digits.read_digits()]
+    elif name in SETS:
+        scale = SETS[name].mean, SETS[name].std
+        parts, classes = read_published(name, data_dir)
+    elif name == "digits":  # 1,797 images of 8x8 pixels
+        bunch = require("sklearn.datasets", "eval").load_digits()
+        images = torch.from_numpy(bunch.images).float().div_(16.0).unsqueeze(1)
+        scale, parts = _DIGITS_SCALE, [(images, torch.from_numpy(bunch.target).to(torch.int64))]
     else:
         classes = list(glyphs.CHARACTERS[int(name.removeprefix("glyphs"))])
         labels = torch.arange(len(classes)).repeat_interleave(glyphs.PER_CLASS)
@@ -176,6 +176,22 @@ def _named_set(
     mean, std = scale[0] if mean is None else mean, scale[1] if std is None else std
     sets = [TensorImages(*part, classes, mean, std, size, channels) for part in parts]
     return split_dataset(sets[0], TEST_FRACTION, seed) if len(sets) == 1 else (sets[0], sets[1])
+
+
+def count_classes(name: str, data_dir: str | Path | None) -> int:
+    """Returns the number of classes of a data set by name, without reading an image.
+
+    Raises FileNotFoundError or ValueError if its files are not there.
+    """
+    if name in NAMES_WITH_FILES and not data_dir:
+        raise ValueError(f"{name} needs data_dir (--data-dir), the folder with its files")
+    if name in OTHERS:
+        return len(open_data(name, data_dir).classes)
+    if name == "mnist":
+        return mnist.count_classes(data_dir)
+    if name in SETS:
+        return SETS[name].check(data_dir)
+    return int(name.removeprefix("glyphs")) if name.startswith("glyphs") else 10
 
 
 def _named(classes: list[str], names: list[str], data: str) -> list[str]:

@@ -7,21 +7,17 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from wfnet.data import cifar, mnist
+from wfnet.data import mnist
 
-# MD5 sums by the publishers: of MNIST's test images as they are unpacked, and of the archive of
-# CIFAR-10's binary version.
-DIGESTS = {
-    "mnist": "2646ac647ad5339dbf082846283269ea",
-    "cifar10": "c32a1d4ab5d03f1284b67883e8d87530",
-}
+# MD5 sum by the publishers, of MNIST's test images as they are unpacked.
+MNIST_DIGEST = "2646ac647ad5339dbf082846283269ea"
 
 
 def standard_name(name: str, data_dir: str | Path | None, classes: Sequence[str]) -> str | None:
     """Returns "mnist", "cifar10" or "imagenet" if the data are that set, else None.
 
-    MNIST and CIFAR-10 are known by their digests, which torchvision has checked where it reads
-    CIFAR-10; ImageNet by the names of its 1,000 class folders.
+    MNIST and CIFAR-10 are known by their digests (torchvision has checked CIFAR-10's when it
+    read it), ImageNet by the names of its 1,000 class folders.
 
     Args:
         name: of the data: ``mnist``, ``cifar10``, or an image folder.
@@ -31,15 +27,11 @@ def standard_name(name: str, data_dir: str | Path | None, classes: Sequence[str]
     if name == "mnist":
         path = mnist.find_idx(data_dir, mnist.TEST[0])
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    elif name == "cifar10":
-        archive = cifar.find_cifar(name, data_dir)
-        if archive is None:
-            return name
-        content = archive.read_bytes()
-    else:
-        return "imagenet" if sorted(classes) == _imagenet_classes() else None
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    return name if found == DIGESTS[name] else None
+        found = hashlib.md5(content, usedforsecurity=False).hexdigest()
+        return name if found == MNIST_DIGEST else None
+    if name == "cifar10":
+        return name
+    return "imagenet" if sorted(classes) == _imagenet_classes() else None
 
 
 def _imagenet_classes() -> list[str]:

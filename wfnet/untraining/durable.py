@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wfnet.data import Batch, Dataset, batches
-from wfnet.data.features import FeatureImages
-from wfnet.data.tensor_images import TensorImages
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
 from wfnet.untraining.expansion import ExpandedBatch, shuffled_passes
@@ -272,30 +270,3 @@ class RowStatistics:
             joined = (torch.cat([getattr(b, name) for b in parts]) for name in Batch._fields)
             self._pool = Batch(*joined)
         return self._pool
-
-
-@torch.no_grad()
-def original_logits(net: WFNet, dataset: Dataset, most: int) -> Tensor | None:
-    """The original network's logits ``[N, K]`` for all images, always in the same batches.
-
-    Every sample of a step is another image, so that the original network would cost as much as the
-    filtered one. None where neither images nor features of them are in memory, or may be
-    transformed at random, or where they are more than ``most``, the images that a run reads.
-    """
-    if not isinstance(dataset, TensorImages | FeatureImages):
-        return None
-    every = torch.arange(len(dataset))
-    kept = dataset.entries if isinstance(dataset, FeatureImages) else every
-    if len(kept) > most:
-        return None
-    weight = next(iter(net.masked_layers.values())).weight
-    found = []
-    for part in kept.split(_PASS // 4):
-        images = dataset.batch(part).images.to(weight.device, weight.dtype)
-        found.append(full_precision(net(images, forget=None)))
-    logits = torch.cat(found)
-    if len(kept) == len(every):
-        return logits
-    return logits.new_zeros(len(every), logits.shape[1]).index_copy_(
-        0, kept.to(logits.device), logits
-    )

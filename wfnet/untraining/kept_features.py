@@ -10,14 +10,24 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from wfnet.data import CorruptImages, Dataset, batches, labels_of
-from wfnet.data.features import FeatureImages
+from wfnet.data import (
+    Batch,
+    CorruptImages,
+    Dataset,
+    TensorImages,
+    batches,
+    classes_of,
+    labels_of,
+    multi_hot_of,
+)
+from wfnet.data.dataset import name_of
 from wfnet.data.row_store import SHARE, RowStore
 from wfnet.evaluation.forward import Forward
 from wfnet.network import WFNet
@@ -30,142 +40,172 @@ logger = logging.getLogger("wfnet")
 
 _SHARE_UNASKED = 0.25  # of free memory that is taken where nobody has asked for a store
 _LOOK_AT = 16  # images that are read twice, to see whether they are transformed at random
-_TOGETHER = 64  # images whose original logits are computed at a time
+_TOGETHER = 64  # images that go through the front, or for original logits, at a time
 
 
-@dataclass
-class KeptFeatures:
-    """The rest of a network, and features in the place of the images of a run.
+class FeatureImages(torch.utils.data.Dataset):
+    """A data set with features [...] in the place of images [C, H, W].
 
-    Attributes:
-        split: the network in two parts.
-        train, validation: features; validation: None without such images.
-        corrupt: counts unreadable images.
+    dataset: of N images.
+    store:   rows of features: one for each of `entries`, in their order, or for all.
+    entries: [n] ascending, that will be asked for; of `views * N`. Entry `v * N + i` is view v of
+             image i, and has its label.
+    views:   how often each image is read, with other random transforms each time.
     """
 
-    split: SplitNetwork
-    config: UntrainConfig
-    train: FeatureImages
-    validation: FeatureImages | None
-    corrupt: CorruptImages
+    def __init__(self, dataset: Dataset, store: RowStore, entries: Tensor, views: int = 1):
+        self.dataset, self.store, self.entries, self.views = dataset, store, entries, views
+        labels, multi_hot = labels_of(dataset), multi_hot_of(dataset)
+        self.images = len(labels)
+        self.labels, self.classes = labels.repeat(views), classes_of(dataset)
+        self.multi_hot = None if multi_hot is None else multi_hot.repeat(views, 1)
+        # Of each entry; -1: it is not kept.
+        self._rows = torch.full_like(self.labels, -1)
+        whole = len(store) == len(self.labels)
+        self._rows[entries] = entries if whole else torch.arange(len(entries))
 
-    @classmethod
-    def of(
-        cls,
-        net: WFNet,
-        train: Dataset,
-        drawn: Callable[[], Tensor],
-        validation: Dataset | None,
-        looked_at: Tensor | None,
-        config: UntrainConfig,
-        corrupt: CorruptImages,
-    ) -> KeptFeatures | None:
-        """Makes the stores, still empty, or finds those on disk.
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fill(
+        self, front: Callable[[Tensor], Tensor], seed: int, replace_corrupt: bool, **reading: Any
+    ) -> Iterator[int]:
+        """Computes what is not in the store yet; yields the numbers of images, part by part.
 
         Args:
-            net: the whole network.
-            train, validation: images.
-            drawn, looked_at: positions of those that the run reads; ``drawn`` is asked if
-                features can be kept.
-            config: where features are kept, and in what dtype.
-            corrupt: as in :func:`wfnet.data.batches`.
-
-        Returns:
-            None where ``config.features`` is "auto" and there is nothing to keep or no room.
-
-        Raises:
-            ValueError: where features are asked for and cannot be kept: the network has no frozen
-                front, images are transformed at random without ``config.views``, or are not with
-                it, or there is no room.
+            front: images [n, C, H, W] to features [n, ...].
+            seed: of random transforms; every view has others.
+            replace_corrupt, reading: as for `wfnet.data.batches`; a corrupt image that is not
+                replaced is left out of every batch from then on.
         """
-        refusal, split = None, None
-        forward = Forward.of(net, config.amp_dtype, config.channels_last)
-        first = torch.arange(min(_LOOK_AT, len(labels_of(train))))
-        passed = CorruptImages(len(labels_of(train)))  # the run may never read these images
-        few = next(batches(train, [first], 0, passed, replace_corrupt=True)).images
-        images = forward.images(few)
-        with torch.no_grad(), forward.autocast():
-            split = split_network(net, images)
-            example = None if split is None else split.front(images[:2])
-        if split is None:
+        missing = self.entries[~self.store.has(self._rows[self.entries])]
+        for view in range(self.views):
+            first = view * self.images
+            # Of a single image some kernels round otherwise than of several.
+            chunks = [
+                chunk if len(chunk) > 1 else chunk.repeat(2)
+                for chunk in missing[missing // self.images == view].split(_TOGETHER)
+                if len(chunk)
+            ]
+            about = {"seed": seed, "start": first, "replace_corrupt": replace_corrupt, **reading}
+            stream = batches(self.dataset, [chunk - first for chunk in chunks], **about)
+            for number, batch in enumerate(stream):
+                read = chunks[number] if replace_corrupt else batch.indices + first
+                self.store.put(self._rows[read], front(batch.images))
+                yield len(read)
+
+    def batch(self, indices: Tensor) -> Batch:
+        """Features [n, ...], labels [n] and the entries [n] that they are of."""
+        rows = self._rows[indices]
+        there = self.store.has(rows)
+        if not bool(there.all()):
+            indices, rows = indices[there], rows[there]
+        return Batch(self.store.get(rows), self.labels[indices], indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        batch = self.batch(torch.tensor([index]))
+        return batch.images[0], int(batch.labels[0])
+
+    def name_of(self, index: int) -> str:
+        return name_of(self.dataset, index % self.images)
+
+
+def keep_features(
+    net: WFNet,
+    train: Dataset,
+    drawn: Callable[[], Tensor],
+    validation: Dataset | None,
+    looked_at: Tensor | None,
+    config: UntrainConfig,
+) -> tuple[SplitNetwork, list[FeatureImages]] | None:
+    """Makes the stores of a run, still empty, or finds those on disk.
+
+    Args:
+        net: the whole network.
+        train, validation: images.
+        drawn, looked_at: positions of those that the run reads; ``drawn`` is asked if features can
+            be kept.
+        config: where features are kept, and in what dtype.
+
+    Returns:
+        The network in two parts, and features in the place of training images and of validation
+        images, if there are any. None where ``config.features`` is "auto" and there is nothing to
+        keep or no room.
+
+    Raises:
+        ValueError: where features are asked for and cannot be kept: the network has no frozen
+            front, images are transformed at random without ``config.views``, or are not with it,
+            or there is no room.
+    """
+    refusal, found = None, None
+    forward, count = Forward.of(net, config.amp_dtype, config.channels_last), len(labels_of(train))
+    first = torch.arange(min(_LOOK_AT, count))
+    passed = CorruptImages(count)  # the run may never read these images
+    few = next(batches(train, [first], 0, passed, replace_corrupt=True)).images
+    images = forward.images(few)
+    with torch.no_grad(), forward.autocast():
+        split = split_network(net, images)
+        example = None if split is None else split.front(images[:2])
+    if split is None:
+        refusal = (
+            "nothing frozen lies in front of its first mask, or torch.fx cannot trace it; mask "
+            "late layers alone (mask_from, targets)"
+        )
+    elif _is_random(train, first, few, passed) == (config.views is None):
+        refusal = "training images are the same each time: leave out views, or add augmentation"
+        if config.views is None:
             refusal = (
-                "nothing frozen lies in front of its first mask, or torch.fx cannot trace it; "
-                "mask late layers alone (mask_from, targets)"
+                "training images are transformed at random; say how many views of each image are "
+                "to be kept (views=4, --views 4), or leave out augmentation"
             )
-        elif _is_random(train, first, few, passed) == (config.views is None):
-            refusal = "training images are the same each time: leave out views, or add augmentation"
-            if config.views is None:
-                refusal = (
-                    "training images are transformed at random; say how many views of each image "
-                    "are to be kept (views=4, --views 4), or leave out augmentation"
-                )
-        if refusal is None:
-            net.image_shape = tuple(few.shape[1:])
-            try:
-                kept = [
-                    None if dataset is None else _store(dataset, entries, split, example, part)
-                    for dataset, entries, part in (
-                        (train, _entries(drawn(), len(labels_of(train)), config.views), config),
-                        (validation, looked_at, replace(config, views=None)),
-                    )
-                ]
-            except ValueError as error:
-                if config.features != "auto":
-                    raise
-                refusal = str(error)
-        if refusal is not None:
-            if config.features != "auto" or config.views is not None:
-                raise ValueError(f"features cannot be kept: {refusal}")
-            if split is not None:
-                logger.info("features are not kept: %s", refusal)
-            return None
-        return cls(split, config, *kept, corrupt)
-
-    @property
-    def entries(self) -> int:
-        """Features that the run asks for."""
-        return sum(len(part.entries) for part in (self.train, self.validation) if part is not None)
-
-    def fill(self) -> Iterator[int]:
-        """Computes what is not there yet; yields the numbers of images, part by part."""
-        config = self.config
-        forward = Forward.of(self.split.net, config.amp_dtype, config.channels_last)
-
-        def front(images: Tensor) -> Tensor:
-            with torch.no_grad(), forward.autocast():
-                return self.split.front(forward.images(images))
-
-        pin = forward.device.type == "cuda"
-        for part, replaced in ((self.train, True), (self.validation, False)):
-            if part is not None:
-                about = config.workers, self.corrupt, config.seed, replaced, pin
-                yield from part.fill(front, *about)
-
-    @torch.no_grad()
-    def original_logits(self) -> Tensor | None:
-        """``[len(train), K]`` of the original network, computed as a step would do it.
-
-        None where they are more than the minibatches of the run ask for.
-        """
-        net, config, entries = self.split.net, self.config, self.train.entries
-        if len(entries) > config.total_steps(self.train.images) * config.images:
-            return None
-        forward = Forward.of(net, config.amp_dtype, config.channels_last)
-        found = []
-        for part in entries.split(_TOGETHER):
-            images = forward.images(self.train.batch(part).images)
-            with forward.autocast():
-                fused = net.fused_network(images) is not None
-                found.append(full_precision(net(images, forget=-1 if fused else None)))
-        logits = torch.cat(found)
-        if len(logits) == len(self.train):
-            return logits
-        whole = logits.new_zeros(len(self.train), logits.shape[1])
-        return whole.index_copy_(0, entries.to(logits.device), logits)
+    else:
+        net.image_shape = tuple(few.shape[1:])
+        entries = torch.cat([drawn() + view * count for view in range(config.views or 1)])
+        parts = [(train, entries, config)]
+        if validation is not None:
+            parts.append((validation, looked_at, replace(config, views=None)))
+        try:
+            found = split, [_store(*part, split, example) for part in parts]
+        except ValueError as error:
+            if config.features != "auto":
+                raise
+            refusal = str(error)
+    if refusal is not None:
+        if config.features != "auto" or config.views is not None:
+            raise ValueError(f"features cannot be kept: {refusal}")
+        if split is not None:
+            logger.info("features are not kept: %s", refusal)
+    return found
 
 
-def _entries(drawn: Tensor, images: int, views: int | None) -> Tensor:
-    return torch.cat([drawn + view * images for view in range(views or 1)])
+@torch.no_grad()
+def original_logits(
+    net: WFNet, dataset: Dataset, most: int, config: UntrainConfig
+) -> Tensor | None:
+    """The original network's logits ``[N, K]`` for all images, always in the same batches.
+
+    None where neither images nor features of them are in memory, or may be transformed at random,
+    or where they are more than ``most``, the images that a run reads.
+    """
+    if not isinstance(dataset, TensorImages | FeatureImages):
+        return None
+    every = torch.arange(len(dataset))
+    kept = dataset.entries if isinstance(dataset, FeatureImages) else every
+    if len(kept) > most:
+        return None
+    # As a step would compute them; durable rows are compared with the plain network.
+    plain = net.gate == "durable"
+    how = () if plain else (config.amp_dtype, config.channels_last)
+    forward, whole = Forward.of(net, *how), None
+    for part in kept.split(_TOGETHER):
+        images = forward.images(dataset.batch(part).images)
+        with forward.autocast():
+            unfused = plain or net.fused_network(images) is None
+            logits = full_precision(net(images, forget=None if unfused else -1))
+        if whole is None:
+            whole = logits.new_zeros(len(every), logits.shape[1])
+        whole.index_copy_(0, part.to(logits.device), logits)
+    return whole
 
 
 def _is_random(dataset: Dataset, positions: Tensor, images: Tensor, corrupt: CorruptImages) -> bool:
@@ -175,7 +215,7 @@ def _is_random(dataset: Dataset, positions: Tensor, images: Tensor, corrupt: Cor
 
 
 def _store(
-    dataset: Dataset, entries: Tensor, split: SplitNetwork, example: Tensor, config: UntrainConfig
+    dataset: Dataset, entries: Tensor, config: UntrainConfig, split: SplitNetwork, example: Tensor
 ) -> FeatureImages:
     """An empty store of features like ``example``, or the one that is on disk.
 

@@ -23,23 +23,19 @@ import torch
 from torch import Tensor
 
 from wfnet.data import CorruptImages, Dataset, as_dataset, corrupt_counter
+from wfnet.evaluation.forward import Forward
 from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
 from wfnet.services.files import clear_temporary_files, digest
 from wfnet.services.locks import folder_lock
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
-from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.untraining.distributed import SharedStep
-from wfnet.untraining.durable import (
-    DurableObjective,
-    RowStatistics,
-    durable_step,
-    original_logits,
-)
+from wfnet.untraining.durable import DurableObjective, RowStatistics, durable_step
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.history import LossWatch, Record, record_log, write_history
-from wfnet.untraining.kept_features import KeptFeatures
+from wfnet.untraining.kept_features import keep_features, original_logits
 from wfnet.untraining.minibatches import (
     TrainingData,
     checked_labels,
@@ -89,7 +85,7 @@ def untrain(
             no early stopping, and the last filters are kept.
         config: settings; ``UntrainConfig.recipe("balanced", net.num_classes)`` by default.
         output: folder for filters (``net.save_pretrained``), ``history.csv`` and ``history.json``,
-            checkpoints, and TensorBoard events where it is installed.
+            a checkpoint, and TensorBoard events where it is installed.
         resume: continue the interrupted run in ``output``; the result is bitwise that of an
             uninterrupted run. Starts anew if there is none; a finished run is only loaded.
         progress: show losses, Acc_r, Acc_f and samples/s on stderr.
@@ -194,8 +190,8 @@ class _Untraining:
         self.original: Tensor | None = None  # logits of the original network, where they are kept
         self.store = None
         if output is not None:
-            checkpoints = Checkpoints(output, config.keep_checkpoints)
-            self.store = RunStore(checkpoints, config, net, self.optimizer, self.identity)
+            path = self.output / CHECKPOINT_NAME
+            self.store = RunStore(path, config, net, self.optimizer, self.identity)
         self.signals = StopSignals(output is not None)
 
     def _check_network(self, multi_label: bool) -> None:
@@ -237,8 +233,8 @@ class _Untraining:
         return identity_of(self.net, self.train, self.validation, self.objective)
 
     def find(self, resume: bool) -> None:
-        """Continues the run of the newest checkpoint that is whole, or sees that none is lost."""
-        if not self.ranks.first_does(self.store.checkpoints.exist):
+        """Continues the run of the checkpoint, or sees that none is lost."""
+        if not self.ranks.first_does(self.store.path.is_file):
             if resume:
                 logger.warning(
                     f"{self.output} holds no checkpoint: the run starts from the beginning"
@@ -275,9 +271,11 @@ class _Untraining:
                     self.good_filters = self.filters.detach().clone()
                     self._keep_features()
                     self.work = self._make_step()
-                    if self.durable:
-                        images = self.steps * self.config.images
-                        self.original = original_logits(self.part, self.data.dataset, images)
+                    # Every sample of a durable step is another image: the original network would
+                    # cost as much as the filtered one.
+                    if self.durable or (self.part is not net and self.objective.needs_original):
+                        about = self.data.dataset, self.steps * self.config.images, self.config
+                        self.original = original_logits(self.part, *about)
                     self._go_through_steps()
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()
@@ -300,22 +298,31 @@ class _Untraining:
         validator = self.validator
         drawn = partial(drawn_images, self.data, self.config, self._positions())
         looked_at = (None, None) if validator is None else (self.validation, validator.images)
-        about = self.net, self.train, drawn, *looked_at, self.config, self.corrupt
+        config = self.config
         with self.clock.timed("features"):
-            kept = KeptFeatures.of(*about)
+            kept = keep_features(self.net, self.train, drawn, *looked_at, config)
             if kept is None:
                 return
-            with Progress(kept.entries, "features", not self.bar.disable, unit="images") as bar:
-                for images in kept.fill():
-                    bar.update(images)
-                    self._stop_if_asked()
-            if self.objective.needs_original and not self.durable:
-                self.original = kept.original_logits()
-        self.part = kept.split.net
-        config = replace(self.config, images_per_class=None)  # there are no others
-        self.data = TrainingData.of(kept.train, self.net.num_classes, config)
+            split, parts = kept
+            forward = Forward.of(split.net, config.amp_dtype, config.channels_last)
+
+            def front(images: Tensor) -> Tensor:
+                with torch.no_grad(), forward.autocast():
+                    return split.front(forward.images(images))
+
+            reading = {"workers": config.workers, "max_corrupt": self.corrupt}
+            reading["pin_memory"] = forward.device.type == "cuda"
+            entries = sum(len(part.entries) for part in parts)
+            with Progress(entries, "features", not self.bar.disable, unit="images") as bar:
+                for part in parts:
+                    for images in part.fill(front, config.seed, part is parts[0], **reading):
+                        bar.update(images)
+                        self._stop_if_asked()
+        self.part = split.net
+        config = replace(config, images_per_class=None)  # there are no others
+        self.data = TrainingData.of(parts[0], self.net.num_classes, config)
         if validator is not None:
-            validator.dataset = kept.validation
+            validator.dataset = parts[1]
 
     def _make_step(self) -> UntrainingStep:
         net, config = self.part, self.config
@@ -367,10 +374,9 @@ class _Untraining:
             raise
 
     def _positions(self) -> range:
-        """Numbers of the minibatches that are left, at most."""
-        state = self.state
-        left = self.steps - state.step + self.config.max_nan_steps - state.nan_steps
-        return range(state.position, state.position + left * self.config.grad_accum_steps)
+        """Numbers of the minibatches that are left."""
+        each = self.config.grad_accum_steps
+        return range(self.state.step * each, self.steps * each)
 
     def _stop_if_asked(self) -> None:
         """Saves and raises Stopped if some rank has received a signal."""
@@ -382,23 +388,14 @@ class _Untraining:
         raise Stopped(
             self.signals.received,
             f"stopped after step {self.state.step} of {self.steps}; resume goes on from "
-            f"{self.store.checkpoints.newest}",
+            f"{self.store.path}",
         )
 
     def _one_step(self, group: list[tuple[Minibatch, Tensor]]) -> None:
         state, config, step = self.state, self.config, self.state.step
-        state.position += len(group)
         minibatches, rows = zip(*group, strict=True)
         rows = None if self.captures else torch.cat(rows).unique()
         losses = self.work.differentiate(minibatches, rows)
-        most = config.max_nan_steps
-        if state.nan_steps < most and not math.isfinite(float(losses.total)):
-            state.nan_steps += 1
-            logger.warning(
-                f"the loss of step {step + 1} is not finite: its images are left out "
-                f"({state.nan_steps} of at most {most})"
-            )
-            return
         if self.other_rows is not None:  # a term of the loss may see all rows
             self.work.gradient.index_fill_(0, self.other_rows, 0)
         if self.losses.add(losses, step + 1):

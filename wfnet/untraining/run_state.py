@@ -18,7 +18,7 @@ from wfnet.network import WFNet
 from wfnet.pretrained import assign_filters
 from wfnet.services.files import fingerprint
 from wfnet.services.ranks import Ranks
-from wfnet.untraining.checkpoints import Checkpoints
+from wfnet.untraining.checkpoints import read_checkpoint, write_checkpoint
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.untrain_config import FREE_TO_CHANGE, UntrainConfig
@@ -33,7 +33,6 @@ class RunState:
 
     Attributes:
         step: steps that are done.
-        position: minibatches that were drawn; more than steps after steps that were left out.
         best: validation of the best filters so far; None before the first one.
         best_step: the step after which they were taken.
         stale: validations since then.
@@ -41,13 +40,11 @@ class RunState:
         seconds: duration, all sessions together.
         samples: expanded samples that went through the network.
         finished, stopped_early: whether the run is over, and whether patience ended it.
-        nan_steps: steps that were left out because their loss was not finite.
         sums, summed: of losses since the last record, and how many.
         spent: seconds by what they were spent on.
     """
 
     step: int = 0
-    position: int = 0
     best: Validation | None = None
     best_step: int = 0
     stale: int = 0
@@ -56,7 +53,6 @@ class RunState:
     samples: int = 0
     finished: bool = False
     stopped_early: bool = False
-    nan_steps: int = 0
     sums: dict[str, float] = field(default_factory=dict)
     summed: int = 0
     spent: dict[str, float] = field(default_factory=dict)
@@ -107,17 +103,17 @@ class UntrainResult:
 
 @dataclass
 class RunStore:
-    """Saves a run's state and tensors to its checkpoints, and restores them.
+    """Saves a run's state and tensors to its checkpoint, and restores them.
 
     Attributes:
-        checkpoints: of the folder of the run.
+        path: of the checkpoint.
         config: its settings.
         net, optimizer: whose tensors are saved and restored.
         identity: what a resumed run must have in common with the interrupted one
             (:func:`identity_of`).
     """
 
-    checkpoints: Checkpoints
+    path: Path
     config: UntrainConfig
     net: WFNet
     optimizer: torch.optim.Optimizer
@@ -133,18 +129,18 @@ class RunStore:
         if isinstance(self.optimizer, RowAdam):
             tensors |= {f"optimizer.{n}": t for n, t in self.optimizer.moments().items()}
         content = {"config": asdict(self.config), "identity": self.identity, **asdict(state)}
-        self.checkpoints.save(tensors, content)
+        write_checkpoint(self.path, tensors, content)
 
     def load(self, ranks: Ranks) -> tuple[RunState, Tensor | None]:
-        """Restores the newest checkpoint that is whole; returns its state and the best filters.
+        """Restores the checkpoint; returns its state and the best filters.
 
         Filters and the optimiser's moments are put back. Every rank gets what the first one reads.
 
         Raises:
-            ValueError: if none is whole, or for another configuration, data set or network.
+            ValueError: if it is damaged, or for another configuration, data set or network.
         """
-        tensors, content, path = ranks.first_does(self.checkpoints.load)
-        self._check_same_run(content, path)
+        tensors, content = ranks.first_does(lambda: read_checkpoint(self.path))
+        self._check_same_run(content)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -152,30 +148,29 @@ class RunStore:
         state = RunState.from_json(content)
         best_filters = None
         if state.best is not None:  # through the network, which checks names and shapes
-            assign_filters(self.net, part("best."), path)
+            assign_filters(self.net, part("best."), self.path)
             best_filters = side_by_side(self.net.filter_parameters()).clone()
-        assign_filters(self.net, part("filters."), path)
+        assign_filters(self.net, part("filters."), self.path)
         if isinstance(self.optimizer, RowAdam):
             self.optimizer.load_moments(part("optimizer."))
-        logger.info("resumed %s at step %d", path, state.step)
+        logger.info("resumed %s at step %d", self.path, state.step)
         return state, best_filters
 
     def refuse_to_overwrite(self, ranks: Ranks) -> None:
         """Raises FileExistsError if the run in the folder is unfinished."""
         try:
-            _, content, _ = ranks.first_does(self.checkpoints.load)
+            _, content = ranks.first_does(lambda: read_checkpoint(self.path))
         except ValueError as error:
             raise FileExistsError(
                 f"{error}; it is in the way of a new run: move it away or choose another output"
             ) from error
         if not content["finished"]:
             raise FileExistsError(
-                f"{self.checkpoints.folder} holds an unfinished run (step {content['step']}): pass "
-                "resume=True to continue it, choose another output, or delete "
-                "untraining*.safetensors there"
+                f"{self.path.parent} holds an unfinished run (step {content['step']}): pass "
+                f"resume=True to continue it, choose another output, or delete {self.path.name}"
             )
 
-    def _check_same_run(self, content: dict[str, Any], path: Path) -> None:
+    def _check_same_run(self, content: dict[str, Any]) -> None:
         different = None
         for name, value in json.loads(json.dumps(asdict(self.config))).items():
             before = content["config"].get(name, getattr(UntrainConfig, name, None))
@@ -186,8 +181,8 @@ class RunStore:
                 different = different or f"another {name}"
         if different:
             raise ValueError(
-                f"{path} was written with {different}; resume with the same settings, data and "
-                "network, or start anew in another folder"
+                f"{self.path} was written with {different}; resume with the same settings, data "
+                "and network, or start anew in another folder"
             )
 
 

@@ -82,8 +82,6 @@ class UntrainConfig:
             with what lies between the convolutions compiled (:class:`wfnet.WFNet`)
         workers: processes that read images
         max_corrupt: corrupt images that are left out (default: 10, or one in a thousand)
-        max_nan_steps: steps with a loss that is NaN or infinite that are left out, with a line in
-            the log each; above 0 the host waits for every loss (default: 0)
         grad_accum_steps: minibatches whose mean gradient makes one step (default: 1)
         capture: run steps as a CUDA graph (:mod:`wfnet.untraining.step`); None: where that is
             possible
@@ -99,8 +97,6 @@ class UntrainConfig:
         cache_dir: folder of features on disk; None: ``~/.cache/wfnet``
         checkpoint_every: steps between checkpoints (default: at every validation); one is written
             at least every few minutes
-        keep_checkpoints: checkpoints that stay: a damaged newest one falls back to the one before
-            (default: 2)
         min_validations: validations of a run, at least (default: 10)
         validation_images: validation images that are looked at in the run, drawn by seed evenly
             over classes (default: 1000, or ten a class)
@@ -145,7 +141,6 @@ class UntrainConfig:
     fuse: bool | str = setting(True, (True, False, "compile"))
     workers: int = setting(0, settings.workers)
     max_corrupt: int | None = setting(None, non_negative_int)
-    max_nan_steps: int = setting(0, non_negative_int)
     grad_accum_steps: int = setting(1, positive_int)
     capture: bool | None = setting(None, (None, True, False))
     features: str = setting("auto", ("auto", "off", "device", "host", "disk"))
@@ -154,7 +149,6 @@ class UntrainConfig:
     views: int | None = setting(None, positive_int)
     cache_dir: str | None = setting(None)
     checkpoint_every: int | None = setting(None, positive_int)
-    keep_checkpoints: int = setting(2, positive_int, metavar="K")
     min_validations: int = setting(10, positive_int)
     validation_images: int | None = setting(None, positive_int)
     classes: tuple[int, ...] | None = setting(None)
@@ -299,10 +293,7 @@ def _checked_classes(classes: Sequence[int]) -> tuple[int, ...]:
 
 
 # Settings that change neither the result nor the order of anything: a resumed run may change them.
-FREE_TO_CHANGE = frozenset(
-    ("workers", "max_corrupt", "max_nan_steps", "checkpoint_every", "keep_checkpoints")
-    + ("features", "cache_dir")
-)
+FREE_TO_CHANGE = frozenset(("workers", "max_corrupt", "checkpoint_every", "features", "cache_dir"))
 
 RECIPES = ("balanced", "paper", "durable", "quick")
 
