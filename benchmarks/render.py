@@ -284,8 +284,39 @@ def studies() -> str:
     return "\n\n".join(texts) or NOT_RUN
 
 
+def photographs() -> str:
+    """Says what an ImageNet classifier sees in photographs, before and after their classes go."""
+    content = read("photographs")
+    if content is None:
+        return NOT_RUN
+    found, made, settings = content["differences"], content["provenance"], content["untraining"]
+    text = (
+        f"Right on {100 * content['right_before']:.0f}% of {len(content['photographs'])} "
+        f"photographs before; each under the row of its own class: "
+        f"{100 * content['right_under_own_row']:.0f}% (among five: "
+        f"{100 * content['among_five_under_own_row']:.0f}%), under the rows of the other classes: "
+        f"{100 * content['others_right']:.1f}%. {settings['steps']} steps, "
+        f"{content['seconds']:.0f} s on one busy core, masks from `{content['mask_from']}` on. "
+        f"Wrapped it computes the original's logits, "
+        f"{'bit by bit' if found['original'] else 'not exactly'}; the rows of classes without "
+        f"images {'are' if found['rows_without_images'] else 'are not'} as they "
+        f"began. Largest differences as parts of the largest logit: fused {found['fused']:.0e}, "
+        f"baked {found['baked']:.0e}, ONNX Runtime {found.get('onnx', float('nan')):.0e}, a row "
+        f"without images from the original {found['row_without_images']:.0e}. Commit "
+        f"{made['commit']}, torch {made['torch']}, timm {made['timm']}."
+    )
+
+    def three(best: list) -> str:
+        return ", ".join(f"{name} {100 * chance:.0f}" for name, chance in best[:3])
+
+    rows = [[p["name"], three(p["before"]), three(p["after"])] for p in content["photographs"]]
+    table = markdown_table(["photograph", "before, %", "under its own row, %"], rows)
+    return f"{text}\n\n{table}"
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "studies": studies,
+    "photographs": photographs,
     "quality": quality,
     "step": step,
     "attacks": attacks,

@@ -39,3 +39,13 @@ def test_networks_of_one_device_and_commit_share_a_table(tmp_path, monkeypatch):
     (tmp_path / "step_3.json").write_text(json.dumps({**content, "commit": "other"}))
     with pytest.raises(ValueError, match="a second time"):
         render.step_files()
+
+
+def test_the_first_screen_of_the_readme_has_the_numbers_of_the_picture():
+    values = render.picture_values()
+    balanced, durable, retrained = list(values.values())[:3]
+    text = render.DOCUMENTS[0].read_text()
+    statistics, one = "BatchNorm\nre-estimated", "fine-tuned with\none image of it"
+    assert f"then on\n{balanced[statistics]:.1f}%" in text
+    assert (durable["nothing"], durable[statistics]) == (0, 0)
+    assert f"brings back {durable[one]:.0f}%, and {retrained[one]:.0f}% in a network" in text

@@ -2,8 +2,6 @@ import csv
 
 import pytest
 
-from wfnet.cli.bench import FIELDS
-
 
 def test_a_table_with_the_columns_of_timm(call, tmp_path, capsys):
     file = tmp_path / "steps.csv"
@@ -15,7 +13,7 @@ def test_a_table_with_the_columns_of_timm(call, tmp_path, capsys):
     )
     assert "6 expanded samples" in capsys.readouterr().out
     rows = list(csv.DictReader(file.open()))
-    assert tuple(rows[0]) == FIELDS
+    assert {"infer_step_time", "param_count", "commit"} <= rows[0].keys()
     assert [row["column"] for row in rows] == columns
     for row in rows[:3]:
         rate = 6e3 / float(row["train_step_time"])

@@ -37,25 +37,6 @@ from wfnet.services.clock import timed
 from wfnet.services.records import write_csv
 from wfnet.version import __version__
 
-# Names of timm's benchmark.py where it has the quantity; ours where it has not. Times are in ms,
-# parameters in millions; batches are samples: images under a row each.
-FIELDS = (
-    ("model", "column", "train_samples_per_sec", "train_step_time", "train_batch_size")
-    + ("train_img_size", "infer_samples_per_sec", "infer_step_time", "infer_batch_size")
-    + ("infer_img_size", "param_count", "filter_count", "label_expansion", "images", "peak_mib")
-    + (
-        "kernel_launches",
-        "share_of_floor",
-        "gradient_error",
-        "dtype",
-        "device",
-        "torch",
-        "wfnet",
-        "commit",
-    )
-    + ("remark",)
-)
-
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
@@ -137,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
         print_table(name, result)
         print(f"{'filtered forward pass':26}{forward:9.1f}")
     if options.output:
-        write_csv(options.output, rows, FIELDS)
+        write_csv(options.output, rows, list(dict.fromkeys(name for row in rows for name in row)))
         print(f"\nwritten to {options.output}")
 
 
@@ -158,7 +139,10 @@ def infer_milliseconds(problem: Problem) -> float:
 def table_rows(
     name: str, problem: Problem, columns: dict[str, dict], forward: float
 ) -> list[dict[str, Any]]:
-    """Returns one row per column, by the names of :data:`FIELDS`."""
+    """Returns one row per column, by the names of timm's benchmark.py where it has the quantity.
+
+    Times are in ms, parameters in millions; batches are samples: images under a row each.
+    """
     settings, samples = problem.settings, len(problem.batch)
     filters = sum(p.numel() for p in problem.net.filter_parameters())
     weights = sum(p.numel() for p in problem.net.model.parameters()) - filters
@@ -178,7 +162,7 @@ def table_rows(
     }
     rows = []
     for column, found in columns.items():
-        row = {**about, "column": column, "remark": found.get("impossible", "")}
+        row = {"column": column, **about, "remark": found.get("impossible", "")}
         if "impossible" not in found:
             share = found["share_of_floor"]
             row |= {
