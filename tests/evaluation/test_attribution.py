@@ -9,13 +9,9 @@ from wfnet.evaluation.pair_engine import RunOptions
 
 K = 7
 QUIET = RunOptions(batch_size=37, progress=False)
-ORDERS = {
-    "lowest": lambda gate: gate.argsort(stable=True),
-    "farthest": lambda gate: gate.log().abs().argsort(stable=True, descending=True),
-}
 
 
-def curve_by_hand(net, dataset, label, steps, curve, order):
+def curve_by_hand(net, dataset, label, steps, curve):
     """One class, one curve: a baked network for every step, its weights masked by hand."""
     images, labels, _ = dataset.batch((dataset.labels == label).nonzero().flatten())
     values = []
@@ -23,7 +19,7 @@ def curve_by_hand(net, dataset, label, steps, curve, order):
         plain = net.bake(None)
         for name, gates in net.gates().items():
             gate = gates[label].detach().clone()
-            first = ORDERS[order](gate)[: round(step / steps * len(gate))]
+            first = gate.argsort(stable=True)[: round(step / steps * len(gate))]
             if curve == "deletion":
                 gate = torch.ones_like(gate)
             gate[first] = 0.0 if curve == "deletion" else 1.0
@@ -35,19 +31,17 @@ def curve_by_hand(net, dataset, label, steps, curve, order):
     return values
 
 
-@pytest.mark.parametrize(
-    ("order", "options"), [("lowest", {"fuse": True}), ("farthest", {"normalize_gate": False})]
-)
+@pytest.mark.parametrize("options", [{"fuse": True}, {"normalize_gate": False}])
 @torch.no_grad()
-def test_equals_baked_networks_masked_by_hand(dataset, make_model, order, options):
+def test_equals_baked_networks_masked_by_hand(dataset, make_model, options):
     net = wfnet.WFNet(make_model(), K, **options)
     for alpha in net.filter_parameters():
         alpha.copy_(3 * torch.randn(alpha.shape, generator=torch.Generator().manual_seed(6)))
-    result = attribution(net, dataset, None, 5, order, classes_together=3, options=QUIET)
+    result = attribution(net, dataset, None, 5, classes_together=3, options=QUIET)
     assert [record.index for record in result.records] == list(range(K))
     for record in result.records:
         for name in ("insertion", "deletion"):
-            expected = curve_by_hand(net, dataset, record.index, 5, name, order)
+            expected = curve_by_hand(net, dataset, record.index, 5, name)
             assert record.curves[name] == pytest.approx(expected, abs=2e-5), name
             area = (sum(expected) - (expected[0] + expected[-1]) / 2) / 5
             assert getattr(record, name) == pytest.approx(area, abs=2e-5)
@@ -65,7 +59,7 @@ def test_durable_gates_start_at_the_row_and_end_at_the_original():
         table.add_(2 * torch.randn_like(table))
         if "var" in name:
             table.abs_()
-    changed = changed_rows(net, torch.tensor([2]), 4, 0, "lowest")
+    changed = changed_rows(net, torch.tensor([2]), 4, 0)
     images = torch.randn(2, 1, 16, 16)
     torch.testing.assert_close(changed(images, 0), net(images, 2))
     torch.testing.assert_close(changed(images, 4), net(images, None))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -23,10 +22,9 @@ from wfnet.evaluation.partial import check_identity, data_identity
 from wfnet.evaluation.plain_models import evaluate_models
 from wfnet.evaluation.relearning import RelearnConfig, RelearnResult, relearn_times
 from wfnet.evaluation.results import EvaluationResult
-from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_json, write_tensors
+from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_tensors
 from wfnet.services.records import read_json
 
-logger = logging.getLogger("wfnet")
 RELEARNED = "relearning_records.json"
 
 
@@ -102,27 +100,6 @@ class BaselineModels:
         write_tensors(path, model.state_dict(), metadata)
         return model
 
-    def drop_deleted(self) -> None:
-        """Drops relearn times of weights whose files were deleted, and says which they are.
-
-        Weights that are made anew may differ in the last bits.
-        """
-        relearned = self.folder / RELEARNED
-        if not relearned.is_file():
-            return
-        what, remedy = "relearn times of `wfnet baseline`", "delete it to measure them again"
-        content = read_json(relearned, lambda c: c | {"records": dict(c["records"])}, what, remedy)
-        gone = [key for key in content["records"] if not self.path(int(key)).is_file()]
-        if gone:
-            logger.warning(
-                "%s: weights that were measured are gone, of class %s; they are made and measured "
-                "again",
-                self.method,
-                ", ".join(gone),
-            )
-            left = {k: v for k, v in content["records"].items() if k not in gone}
-            write_json(relearned, content | {"records": left})
-
     def remove(self) -> None:
         """Deletes the files of all classes, and what was measured on them alone."""
         (self.folder / RELEARNED).unlink(missing_ok=True)
@@ -154,7 +131,6 @@ def run_baseline(
         :func:`wfnet.evaluation.relearning.relearn_times`.
     """
     origin, identity = models.origin, models.identity
-    models.drop_deleted()
     rows = check_classes(classes, labels_of(origin.train), len(classes_of(origin.train))).tolist()
     options = replace(options or RunOptions(), records=models.folder / RELEARNED)
     evaluation = evaluate_models(models, origin.original, test, rows, zrf_base, seed, options)

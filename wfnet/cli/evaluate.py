@@ -22,12 +22,11 @@ import torch
 
 from wfnet.baselines import read_baselines
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
-from wfnet.cli.inputs import Run, data_name, joined_ranks
+from wfnet.cli.inputs import Run, joined_ranks
 from wfnet.cli.options import Group, Parser, add_command, config_changes, log_base
 from wfnet.cli.report import draw_run
 from wfnet.cli.runs import ATTRIBUTION, check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
-from wfnet.data.standard_files import standard_name
 from wfnet.evaluation import (
     EvaluationResult,
     choose_groups,
@@ -35,15 +34,9 @@ from wfnet.evaluation import (
     evaluate_groups,
     evaluate_multi_label,
 )
-from wfnet.evaluation.attribution import MOST_STEPS, ORDERS, attribution
-from wfnet.evaluation.metrics import ZRF_MODES
+from wfnet.evaluation.attribution import MOST_STEPS, attribution
 from wfnet.evaluation.pair_engine import RunOptions
-from wfnet.evaluation.paper_tables import (
-    check_baselines,
-    make_tables,
-    published,
-    published_cell,
-)
+from wfnet.evaluation.paper_tables import check_baselines, make_tables, published
 from wfnet.evaluation.partial import network_identity
 from wfnet.evaluation.relearning import RelearnConfig, relearn_times
 from wfnet.network import WFNet
@@ -70,11 +63,9 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         --classes CLASS...  rows, by number or name (default: all)
         --retained-rows N  for many classes: run each image under its own row and N random others,
             which makes Acc_r an estimate (default: all rows)
-        --zrf-mode  how other code departs from the definition of ZRF [default: definition]
         --output DIR  folder for the results (default: RUN)
         --no-figures  table, JSON and CSV only
-        """,
-        zrf_mode=tuple(ZRF_MODES),
+        """
     )
     add_measure_options(group, "samples of a forward pass: an image under a row each")
     group.add_config()
@@ -126,20 +117,16 @@ def _add_table_options(parser: Parser) -> None:
         """
         --tables  relearn time, insertion, deletion and groups of classes too, as JSON, CSV,
             Markdown
-        --published CELL  published numbers to stand beside, for example cifar10/resnet18 (default:
-            those of the same data and backbone)
+        --published CELL  published numbers to stand beside, for example cifar10/resnet18
         --baselines DIR  results of `wfnet baseline` (default: RUN/baselines)
         --attribution-steps N  steps of the insertion and deletion curves; 0 for no curves
             [default: 20]
-        --attribution-order  which gates count as most relevant: the lowest (the paper's), or the
-            farthest from 1 [default: lowest]
         --group-sizes [N...]  how many classes are forgotten at once; none for no groups
             [default: 2]
         --groups N  groups of each size that are drawn by --seed, where there are more
             [default: 100]
         """,
         attribution_steps=settings.int_from(0, MOST_STEPS),
-        attribution_order=tuple(ORDERS),
         group_sizes=settings.int_from(2),
         groups=settings.int_from(1, 100_000),
     )
@@ -184,7 +171,6 @@ def _run(options: argparse.Namespace, work_on: Run, ranks: Ranks) -> None:
             zrf_base=options.zrf_base,
             seed=options.seed,
             retained_rows=options.retained_rows,
-            zrf_mode=options.zrf_mode,
             **{**vars(how), "records": partial / "counts.safetensors"},
         )
     if not ranks.first:
@@ -234,7 +220,7 @@ def _check_options(options: argparse.Namespace, work_on: Run) -> list[dict[str, 
     baselines = read_baselines(options.baselines or work_on.folder / "baselines")
     relearn = relearn_config(options)
     relearning = None if relearn is None else asdict(relearn)
-    check_baselines(baselines, options.zrf_base, options.zrf_mode, relearning)
+    check_baselines(baselines, options.zrf_base, relearning)
     return baselines
 
 
@@ -295,7 +281,6 @@ def _write_tables(
             images,
             classes,
             options.attribution_steps,
-            options.attribution_order,
             options.seed,
             options=kept_in(ATTRIBUTION),
         )
@@ -306,27 +291,8 @@ def _write_tables(
             chosen = choose_groups(net.num_classes, size, options.groups, options.seed)
             kept = kept_in(f"groups_of_{size}.json")
             groups.append(evaluate_groups(net, images, chosen, kept))
-    whole = options.split == "test" and classes is None
-    own = _own_cell(options, net, data, images) if whole else None
     title = f"{data.name} x {options.model}"
-    cell = options.published or own
-    tables = make_tables(title, result, relearning, curves, baselines, groups, cell)
-    if cell != own:
-        tables.settings["published"] = (
-            "these data, this network or these classes are others than the paper's, as far as "
-            "their content shows"
-        )
+    tables = make_tables(title, result, relearning, curves, baselines, groups, options.published)
     tables.settings["versions"] = versions()
     tables.write(output)
     print(f"\n{tables.markdown()}")
-
-
-def _own_cell(options: argparse.Namespace, net: WFNet, data: Splits, images: Dataset) -> str | None:
-    """The published cell of the same experiment: all classes of the same test images."""
-    known = standard_name(data_name(options), options.data_dir, data.classes)
-    # Of ImageNet the paper takes some images of each class, of the others all.
-    if known != "imagenet" and len(images) != len(data.test):
-        return None
-    parameters = sum(p.numel() for p in net.model.parameters())
-    parameters -= sum(p.numel() for p in net.filter_parameters())
-    return published_cell(known, options.model or "", parameters)

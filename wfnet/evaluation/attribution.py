@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet import gates
 from wfnet.data import Batch, Dataset, labels_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions, all_pairs
@@ -37,7 +36,6 @@ from wfnet.services.seeds import generator_for
 from wfnet.services.settings import check_value
 
 MOST_STEPS = 1000
-ORDERS = ("lowest", "farthest")
 CURVES = ("insertion", "deletion", "insertion_random", "deletion_random")
 
 
@@ -101,7 +99,6 @@ def attribution(
     dataset: Dataset,
     classes: Sequence[int] | None = None,
     steps: int = 20,
-    order: str = "lowest",
     seed: int = 0,
     classes_together: int = 16,
     options: RunOptions | None = None,
@@ -113,9 +110,6 @@ def attribution(
         dataset: images; of each class only its own are used.
         classes: all by default.
         steps: S; at step s the share s / S of every filter matrix is changed.
-        order: which gates are the most relevant. "lowest" is the paper's; "farthest" takes those
-            farthest from 1, by ``|log gate|``, for filters whose gates may also amplify: where they
-            start low (``alpha_init=-1``), a class is forgotten by gates above 1 as well.
         seed: of the random orders.
         classes_together: classes whose rows are in memory at once: each needs ``4 (S + 1)`` rows
             of the filter matrices.
@@ -128,12 +122,11 @@ def attribution(
     """
     check_value("steps", steps, settings.int_from(1, MOST_STEPS))
     check_value("seed", seed, settings.seed)
-    check_value("order", order, ORDERS)
     options = options or RunOptions()
     labels, names = labels_of(dataset), names_of(dataset, net.num_classes)
     rows = check_classes(classes, labels, net.num_classes).tolist()
     engine = PairEngine(net, dataset, options)
-    about = {"steps": steps, "order": order, "seed": seed}
+    about = {"steps": steps, "order": "lowest", "seed": seed}
     kept = PartialResults(
         options.records, lambda: evaluation_identity(net, dataset, settings=about)
     )
@@ -141,7 +134,7 @@ def attribution(
 
     def make(part: list[int]) -> Iterator[AttributionRecord]:
         chosen = torch.tensor(part)
-        engine.net = changed_rows(net, chosen, steps, seed, order)
+        engine.net = changed_rows(net, chosen, steps, seed)
         confidences = Confidences(chosen, steps, net.num_classes)
         images = torch.isin(labels, chosen).nonzero().flatten()
         engine.run(confidences, images.split(options.batch_size))
@@ -209,7 +202,7 @@ class Confidences(Measure):
             )
 
 
-def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str) -> WFNet:
+def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int) -> WFNet:
     """``net`` with ``4 (S + 1)`` rows for each of ``classes``: curve by curve, step by step.
 
     Weights are shared. A filter entry of minus infinity is a gate of exactly 0, plus infinity the
@@ -217,7 +210,7 @@ def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str)
     gates do; a deletion, which starts from the original network, keeps those of the base.
     """
     tables, shares = {}, _shares(steps)
-    for number, (name, layer, filters, key) in enumerate(_ranked(net, classes, order)):
+    for number, (name, layer, filters, key) in enumerate(_ranked(net, classes)):
         shuffled = [
             torch.randperm(key.shape[1], generator=generator_for(seed, 8, label, number))
             for label in classes.tolist()
@@ -255,7 +248,7 @@ def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int, order: str)
 
 
 def _ranked(
-    net: WFNet, classes: Tensor, order: str
+    net: WFNet, classes: Tensor
 ) -> Iterator[tuple[str, MaskedLayer, dict[str, Tensor], Tensor]]:
     """Yields filter matrices that change together, and what ranks their channels, both ``[C, O]``.
 
@@ -274,7 +267,4 @@ def _ranked(
             continue
         for kind, learned in filters.items():
             # Entries, not gates, are sorted: sigmoid keeps their order, rounding could make ties.
-            key = learned
-            if order == "farthest":
-                key = -gates.gate(learned, layer.gate_scale).log().abs()
-            yield name, layer, {kind: learned}, key
+            yield name, layer, {kind: learned}, learned

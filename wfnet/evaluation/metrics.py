@@ -18,14 +18,6 @@ from wfnet.services.extras import require
 TOP_K = 5
 LOG_BASE = settings.Number(1.0, 1e6, above=True)
 
-# How published code departs from the definition of ZRF: (arguments swapped, divided by classes).
-ZRF_MODES: dict[str, tuple[bool, bool]] = {
-    "definition": (False, False),
-    "elementwise_mean": (False, True),
-    "swapped": (True, False),
-    "swapped_elementwise_mean": (True, True),
-}
-
 
 def topk_hits(logits: Tensor, labels: Tensor, k: int = 1) -> Tensor:
     """Whether the true class is among the ``k`` largest of ``logits [B, K]``: ``[B]`` bool.
@@ -49,9 +41,7 @@ def accuracies(correct: Tensor, seen: Tensor, classes: Tensor) -> tuple[Tensor, 
     return others[0].double() / others[1], own[0].double() / own[1]
 
 
-def jensen_shannon(
-    logits: Tensor, other_logits: Tensor, base: float = math.e, swapped: bool = False
-) -> Tensor:
+def jensen_shannon(logits: Tensor, other_logits: Tensor, base: float = math.e) -> Tensor:
     """Jensen-Shannon divergence between the softmax distributions of two sets of logits.
 
     ``JS(p, q) = KL(p || m) / 2 + KL(q || m) / 2`` with ``m = (p + q) / 2`` (Lin, "Divergence
@@ -61,15 +51,11 @@ def jensen_shannon(
     Args:
         logits, other_logits: ``[..., K]``, any floating-point dtype; the result ``[...]`` is fp64.
         base: base of the logarithm; e gives nats, 2 gives bits.
-        swapped: ``KL(m || p)`` and ``KL(m || q)`` instead, which is another measure.
     """
     log_p = torch.log_softmax(logits.double(), -1)
     log_q = torch.log_softmax(other_logits.double(), -1)
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    if swapped:
-        divergence = _divergence(log_m, log_p) + _divergence(log_m, log_q)
-    else:
-        divergence = _divergence(log_p, log_m) + _divergence(log_q, log_m)
+    divergence = _divergence(log_p, log_m) + _divergence(log_q, log_m)
     # Rounding can leave -1e-17 for equal distributions.
     return (divergence / 2 / math.log(base)).clamp_min(0)
 
@@ -93,22 +79,7 @@ def zrf(logits: Tensor, initial_logits: Tensor, base: float = math.e) -> Tensor:
 
     Both logits are ``[n, K]``, on samples of the forgotten class; the result is an fp64 scalar.
     """
-    return 1 - zrf_divergence(logits, initial_logits, base).mean()
-
-
-def zrf_divergence(
-    logits: Tensor, initial_logits: Tensor, base: float = math.e, mode: str = "definition"
-) -> Tensor:
-    """``[n]`` fp64: what :func:`zrf` averages over samples.
-
-    Modes other than ``definition`` exist to compare with numbers of other code, which differ:
-    ``elementwise_mean`` divides by ``n * K`` instead of ``n`` (a mean over the elements of
-    :func:`torch.nn.functional.kl_div`), ``swapped`` takes ``KL(m || p)`` and ``KL(m || q)`` for
-    ``KL(p || m)`` and ``KL(q || m)``, ``swapped_elementwise_mean`` does both.
-    """
-    swapped, by_classes = ZRF_MODES[mode]
-    divergence = jensen_shannon(logits, initial_logits, base, swapped)
-    return divergence / logits.shape[-1] if by_classes else divergence
+    return 1 - jensen_shannon(logits, initial_logits, base).mean()
 
 
 def relearn_time(epochs: Sequence[int | None], cap: int) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -45,40 +44,12 @@ TITLES = {
 _SCORES = ("acc_r", "acc_f", "zrf")
 _VALUES = (*_SCORES, "rt", "rt_never", "rt_tolerant", "rt_tolerant_never", *CURVES)
 
-# The last part of a model's name -> the backbone in the published cells, and the millions of
-# parameters that it has, whatever its head and first layer: a narrower network is another one.
-_BACKBONES = {
-    r"resnet18": ("resnet18", (11.1, 11.8)),
-    r"resnet50": ("resnet50", (23.4, 25.7)),
-    r"resnet101": ("resnet101", (42.4, 44.7)),
-    r"vgg16(_bn)?": ("vgg16", (14.6, 14.8), (134.2, 138.5)),
-    r"(vit|deit)_t(iny|i)?(_.*)?": ("vit_tiny", (5.3, 5.8)),
-    r"(vit|deit)_s(mall)?(_.*)?": ("vit_small", (21.2, 22.2)),
-}
-
 
 @cache
 def published() -> dict[str, Any]:
     """``source``, ``units`` and ``cells``: by cell and method the published values."""
     path = resources.files("wfnet.evaluation") / "published.json"
     return json.loads(path.read_text())
-
-
-def published_cell(data: str | None, name: str, parameters: int) -> str | None:
-    """The paper's cell of a data set and a network; None if it has none.
-
-    Args:
-        data: ``mnist``, ``cifar10``, ``imagenet``, or None for other data.
-        name: of the model: ``resnet18``, ``timm/vit_tiny_patch16_224.augreg``, ``small/vgg16``.
-        parameters: how many the network has.
-    """
-    last = name.rpartition("/")[2].partition(".")[0]
-    for pattern, (backbone, *millions) in _BACKBONES.items():
-        if re.fullmatch(pattern, last):
-            fits = any(low <= parameters / 1e6 <= high for low, high in millions)
-            cell = f"{data}/{backbone}"
-            return cell if fits and cell in published()["cells"] else None
-    return None
 
 
 @dataclass(frozen=True)
@@ -173,12 +144,11 @@ class PaperTables:
                 "RT in epochs, in parentheses the classes that never came back (they count as the "
                 "cap)."
             )
-        if self.settings.get("published") is not None:
-            notes.append(f"The published cell was chosen by hand: {self.settings['published']}")
         if self.cell is not None:
             notes.append(
-                f"Published: {self.cell}, {published()['source']}. The paper states neither the "
-                "base of ZRF's logarithm nor the optimiser of RT."
+                f"Published: {self.cell}, {published()['source']}. The cell was chosen by hand: "
+                "these data, this network or these classes may be others than the paper's. It "
+                "states neither the base of ZRF's logarithm nor the optimiser of RT."
             )
         return "\n\n".join([*parts, "\n".join(notes)]) + "\n"
 
@@ -241,18 +211,12 @@ def make_tables(
 def check_baselines(
     baselines: Sequence[Mapping[str, Any]],
     zrf_base: float,
-    zrf_mode: str = "definition",
     relearning: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises ValueError for baselines that were not measured as the filtered network is.
 
     ``relearning`` are the settings of its relearn time, as in a result; None without.
     """
-    if baselines and zrf_mode != "definition":
-        raise ValueError(
-            f"the filtered network's ZRF is of mode {zrf_mode!r}, that of the baselines as it is "
-            "defined; evaluate with --zrf-mode definition"
-        )
     wanted = {"zrf_base": zrf_base, **(relearning or {})}
     for baseline in baselines:
         timed = baseline["relearning"]

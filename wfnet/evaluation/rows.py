@@ -42,7 +42,6 @@ def evaluate(
     max_corrupt: int | CorruptImages | None = None,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
-    zrf_mode: str = "definition",
     records: str | os.PathLike | None = None,
     ranks: Ranks | None = None,
 ) -> EvaluationResult:
@@ -71,8 +70,6 @@ def evaluate(
             counted in ``settings["corrupt_images"]``.
         amp_dtype: autocast dtype, for example torch.bfloat16; None for none.
         channels_last: send images in channels-last layout.
-        zrf_mode: one of :data:`wfnet.evaluation.metrics.ZRF_MODES`: how other code departs from
-            the definition of ZRF, to compare with its numbers.
         records: safetensors file in which the counts so far are kept: an interrupted call goes on
             there, and one that was finished gives its result again. Several ranks have a file each
             beside it.
@@ -89,7 +86,6 @@ def evaluate(
     labels = labels_of(dataset)
     rows = check_classes(classes, labels, net.num_classes)
     check_value("zrf_base", zrf_base, metrics.LOG_BASE)
-    check_value("zrf_mode", zrf_mode, tuple(metrics.ZRF_MODES))
     pairing = Pairing(rows, labels, retained_rows, seed)
     options = RunOptions(
         batch_size, workers, max_corrupt, amp_dtype, channels_last, progress, records, ranks
@@ -98,13 +94,12 @@ def evaluate(
     initial = reinitialise(net, seed) if initialised is None else initialised
     engine = PairEngine(net, dataset, options, initial)
     ranks = engine.ranks
-    scores = RowScores(pairing, engine, zrf_base, zrf_mode)
+    scores = RowScores(pairing, engine, zrf_base)
 
     def identity() -> dict[str, Any]:
         settings = {
             "classes": rows.tolist(),
             "zrf_base": zrf_base,
-            "zrf_mode": zrf_mode,
             "seed": seed,
             "retained_rows": retained_rows,
             "amp": str(amp_dtype),
@@ -130,7 +125,6 @@ def evaluate(
         "seed": seed,
         "initialised": "reinitialise(net, seed)" if initialised is None else "given by the caller",
         "batch_size": batch_size,
-        "zrf_mode": zrf_mode,
         "dtype": str(amp_dtype or engine.forward.dtype).removeprefix("torch."),
         "device": str(engine.device),
     }
@@ -146,9 +140,9 @@ class RowScores(HitCounts):
             0 for images that were not run; ``measured [N]``, 1 for those that were.
     """
 
-    def __init__(self, pairing: Pairing, engine: PairEngine, zrf_base: float, zrf_mode: str):
+    def __init__(self, pairing: Pairing, engine: PairEngine, zrf_base: float):
         super().__init__(pairing.classes, engine.outputs, engine.device)
-        self.pairing, self.zrf = pairing, (zrf_base, zrf_mode)
+        self.pairing, self.zrf_base = pairing, zrf_base
         for name in ("divergence", "original_divergence", "measured"):
             self.tables[name] = torch.zeros(len(pairing.labels), dtype=torch.float64)
 
@@ -166,7 +160,7 @@ class RowScores(HitCounts):
         new, original = chunk.initialised[chosen], chunk.original[chosen]
         self.tables["measured"][place] = 1.0
         for name, logits in (("divergence", own), ("original_divergence", original)):
-            self.tables[name][place] = metrics.zrf_divergence(logits, new, *self.zrf).cpu()
+            self.tables[name][place] = metrics.jensen_shannon(logits, new, self.zrf_base).cpu()
 
     def counts(self) -> PairCounts:
         """What the accuracies are made of, on the CPU."""

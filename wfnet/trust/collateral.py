@@ -18,10 +18,10 @@ entangled features are.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from wfnet.trust.check import Check, Found
-from wfnet.trust.probing import HEAD, layer_features
+from wfnet.trust.prototypes import class_means, head_features
 from wfnet.trust.subject import Subject, predict, share_correct
 
 NEAREST = 3
@@ -57,20 +57,11 @@ def nearest_by_confusion(subject: Subject) -> list[int]:
 
 def nearest_by_features(subject: Subject) -> list[int]:
     """Returns the classes whose mean features of the original are nearest, nearest first."""
-    own, rest = (
-        _head_features(subject, part.images)
-        for part in (subject.train_forget, subject.train_retain)
-    )
+    parts = ("train_forget", "train_retain")
+    own, rest = (head_features(subject.original, subject, part) for part in parts)
     labels = subject.train_retain.labels
-    classes = labels.unique()
-    means = torch.stack([rest[labels == k].mean(0) for k in classes])
-    distance = (means - own.mean(0)).norm(dim=1)
-    return classes[distance.topk(min(NEAREST, len(classes)), largest=False).indices].tolist()
-
-
-def _head_features(subject: Subject, images: Tensor) -> Tensor:
-    features = layer_features(subject.original, (), images, subject.num_classes)
-    return torch.from_numpy(features[HEAD])
+    distance = (class_means(rest, labels, subject) - own.mean(0)).norm(dim=1)
+    return distance.topk(min(NEAREST, len(labels.unique())), largest=False).indices.tolist()
 
 
 CHECK = Check(

@@ -25,8 +25,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from wfnet.shadows.intervals import bootstrap, clopper_pearson
-from wfnet.shadows.measures.measure import Estimate, Measure, Pair, Values
+from wfnet.shadows.measures.measure import (
+    Estimate,
+    Measure,
+    Pair,
+    Values,
+    bootstrap,
+    clopper_pearson,
+)
 from wfnet.trust.membership import roc_auc, true_positives
 
 FALSE_POSITIVES = {"tpr_at_0.1%": 0.001, "tpr_at_1%": 0.01}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from wfnet.shadows.intervals import bootstrap, clopper_pearson
+from wfnet.shadows.measures.measure import bootstrap, clopper_pearson
 
 
 @pytest.mark.parametrize(("hits", "trials"), [(0, 20), (3, 20), (20, 20), (7, 5000)])
