@@ -23,8 +23,9 @@ from evidence import STUDIES
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from script import RESULTS, ROOT
-from study_tables import ATTACKS, NETWORKS, commits_of, study_text, values_of
+from study_tables import ATTACKS, NETWORKS, cell, commits_of, study_text, values_of
 
+from wfnet.evaluation.paper_tables import TITLES, published
 from wfnet.report import figures
 from wfnet.services.tables import markdown_table
 
@@ -140,7 +141,7 @@ def quality() -> str:
     for content in measured().values():
         of_groups = zip(values_of(content).items(), content["groups"], strict=True)
         for ((network, recipe), values), group in of_groups:
-            cells = (f"{values[('quality', *score)]['mean']:.2f}" for score in scores)
+            cells = (cell(values.get(("quality", *score)), 2) for score in scores)
             label = f"{content['title']}, {network}, `{recipe}`"
             rows.append([label, *cells, group["runs"], commits_of(content)])
     for name, (data, recipe, networks) in OLDER.items():
@@ -171,7 +172,7 @@ def step() -> str:
         rows = []
         for column, label in STEP_COLUMNS.items():
             cells = [_step_cell(network["columns"].get(column)) for network in networks.values()]
-            if any(cell not in ("not run", "impossible") for cell in cells):
+            if not set(cells) <= {"not run", "impossible"}:
                 rows.append([label, *cells])
         floors = [
             (network["expanded_samples"], network["floor_samples_per_second"].get("fused_with_v"))
@@ -284,6 +285,23 @@ def studies() -> str:
     return "\n\n".join(texts) or NOT_RUN
 
 
+def paper() -> str:
+    """Makes a table of the paper's numbers for MNIST: methods, and its networks side by side."""
+    cells = {name: own for name, own in published()["cells"].items() if name.startswith("mnist/")}
+    measures = "acc_r", "acc_f", "zrf", "rt"
+    rows = []
+    for method in [m for m in TITLES if any(m in own for own in cells.values())]:
+        found = [own.get(method, {}) for own in cells.values()]
+        texts = (" / ".join(f"{own[m]:g}" for m in measures if m in own) for own in found)
+        rows.append([TITLES[method], *texts])
+    rows.append(
+        ["WF-Net: insertion / deletion"]
+        + ["{insertion:g} / {deletion:g}".format(**own["wfnet"]) for own in cells.values()]
+    )
+    names = (name.partition("/")[2] for name in cells)
+    return markdown_table(["Acc_r / Acc_f / ZRF / RT", *names], rows)
+
+
 def photographs() -> str:
     """Says what an ImageNet classifier sees in photographs, before and after their classes go."""
     content = read("photographs")
@@ -316,6 +334,7 @@ def photographs() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "studies": studies,
+    "paper": paper,
     "photographs": photographs,
     "quality": quality,
     "step": step,

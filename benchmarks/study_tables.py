@@ -82,7 +82,8 @@ def _seeds(study: Study, runs: Mapping[str, int]) -> str:
     return f"Seeds, of {SEEDS}: {', '.join(shown)}; ± standard deviation."
 
 
-def _cell(record: Mapping[str, Any] | None, digits: int, scale: int = 1) -> str:
+def cell(record: Mapping[str, Any] | None, digits: int, scale: int = 1) -> str:
+    """Returns mean and standard deviation as text."""
     if record is None:
         return "-"
     text = f"{scale * record['mean']:.{digits}f}"
@@ -99,7 +100,7 @@ def _quality(found: Values) -> str:
         if network != before:
             shown.insert(0, (f"**{network}**, original", ORIGINAL))
         for label, method in shown:
-            cells = (_cell(values.get((QUALITY, method, m)), n) for m, (_, n) in measures.items())
+            cells = (cell(values.get((QUALITY, method, m)), n) for m, (_, n) in measures.items())
             rows.append([label, *cells])
         before = network
     return markdown_table(["", *(title for title, _ in measures.values())], rows)
@@ -112,7 +113,7 @@ def _methods(found: Values) -> str:
     for (network, _), values in found.items():
         for method in {m for table, m, _ in values if table == QUALITY} - {WFNET, ORIGINAL}:
             records = (values.get((QUALITY, method, measure)) for measure in measures)
-            cells = (_cell(record, 1) for record in records)
+            cells = (cell(record, 1) for record in records)
             made.setdefault(method, {})[network] = " / ".join(cells)
     if not made:
         return ""
@@ -134,7 +135,7 @@ def _attacks(found: Values, network: str) -> str:
         for _, method, places in columns:
             key = TRUST, method, f"{check}: {measure}"
             record = next((values[key] for values in places if key in values), None)
-            cells.append(_cell(record, 1, scale=100))
+            cells.append(cell(record, 1, scale=100))
         if set(cells) != {"-"}:
             rows.append([label, *cells])
     if not rows:
