@@ -30,11 +30,13 @@ def test_a_run_ends_at_the_first_validation_that_is_good_enough(records, tmp_pat
     records += [{"acc_r": 0.97, "acc_f": 0.0}, {"acc_r": 0.985, "acc_f": 0.004}]
     records += [{"acc_r": 0.99, "acc_f": 0.0}]
     output = tmp_path / "found.json"
-    call = ["--seeds", "0", "1", "--images", "2", "--baselines", "random_labels", "--output"]
-    bench.main([*call, str(output), "--ways", "quick", "last stage"])
+    call = ["--images", "2", "--baselines", "random_labels", "--output", str(output)]
+    for seed in "010":  # runs of another seed stay in the file
+        bench.main([*call, "--seeds", seed, "--ways", "quick", "last stage"])
     rows = json.loads(output.read_text())["summary"]
-    assert [row["way"] for row in rows] == ["quick", "last stage", "random_labels"]
-    assert [row["seeds"] for row in rows] == [2, 2, 2]
+    assert [row["way"] for row in rows] == ["quick", "last stage", "quick", "random_labels"]
+    assert [row["images_a_class"] for row in rows] == [None, None, 2, None]
+    assert [row["seeds"] for row in rows] == [2, 2, 2, 2]
     quick = rows[0]
     assert (quick["steps"], quick["reached"], quick["confirmed"]) == (20, 2, 2)
     assert quick["samples"] == 20 * 16 * 4

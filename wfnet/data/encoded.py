@@ -100,6 +100,16 @@ class EncodedFiles(EncodedImages):
     files: np.ndarray
     per_image = ("labels", "multi_hot", "files")
 
+    def take_files(self, root: Path, names: list[str], listed: Path | None = None) -> None:
+        """Sets where the images lie.
+
+        Raises FileNotFoundError for one of them that is `listed` in a file, and not there.
+        """
+        for name in names if listed else ():
+            if not (root / name).is_file():
+                raise FileNotFoundError(f"{root / name} does not exist, but {listed} names it")
+        self.root, self.files = root, np.array([os.fsencode(name) for name in names])
+
     def path(self, index: int) -> Path:
         return self.root / os.fsdecode(bytes(self.files[index]))
 

@@ -1,11 +1,10 @@
-"""Image files in class folders: `train/<class>/*.jpg`, `val/<class>/*.jpg`."""
+"""Image files in class folders: `train/<class>/*.jpg`, `val/<class>/*.jpg`, or Tiny-ImageNet's."""
 
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from wfnet.data.class_names import numbers_by_name
@@ -15,6 +14,8 @@ from wfnet.services.extras import require
 from wfnet.services.files import readable
 
 logger = logging.getLogger("wfnet")
+
+ANNOTATIONS = "val_annotations.txt"
 
 
 class ImageFiles(EncodedFiles):
@@ -68,8 +69,40 @@ class ImageFiles(EncodedFiles):
             logger.warning("%s: %d files are no images: %s", root, len(passed_over), some)
         labels = torch.tensor([label for _, label in samples])
         super().__init__(labels, names, transform, channels)
-        self.root = root
-        self.files = np.array([os.fsencode(path.removeprefix(start)) for path, _ in samples])
+        self.take_files(root, [path.removeprefix(start) for path, _ in samples])
+
+
+class AnnotatedFiles(EncodedFiles):
+    """Tiny-ImageNet's validation images: those in `root/images/`, of which a list says the classes.
+
+    Each line of `root/val_annotations.txt` holds the file name and its class (a WordNet number), and
+    more after them, with tabs between. The other arguments are those of `ImageFiles`.
+
+    Raises FileNotFoundError for an image that is not there, ValueError for a damaged list or other
+    classes than `classes`.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        transform: Transform,
+        channels: int = 3,
+        classes: Sequence[str] | None = None,
+    ):
+        path = Path(root, ANNOTATIONS)
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        table = [line.split("\t") for line in lines if line.strip()]
+        if not table or any(len(row) < 2 for row in table):
+            raise ValueError(
+                f"{path} must have an image and its class, a tab between, on each line"
+            )
+        names = sorted({row[1] for row in table})
+        if classes is not None:
+            numbers_by_name(names, sorted(classes), str(root), "the other parts of the data")
+        number = {name: index for index, name in enumerate(names)}
+        labels = torch.tensor([number[row[1]] for row in table])
+        super().__init__(labels, names, transform, channels)
+        self.take_files(Path(root), [f"images/{row[0]}" for row in table], path)
 
 
 def class_folders(root: Path) -> list[str]:

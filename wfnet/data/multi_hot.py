@@ -12,12 +12,10 @@ of each image, so that drawing images by ``labels`` meets every class about equa
 
 import csv
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,9 +89,7 @@ class MultiLabelFiles(EncodedFiles):
         known = {image: labels for image, labels in table.items() if labels}
         if len(known) < len(table):
             logger.warning("%s: %d images have no label: left out", path, len(table) - len(known))
-        for image in known:
-            if not (root / image).is_file():
-                raise FileNotFoundError(f"{root / image} does not exist, but {path} names it")
+        self.take_files(root, list(known), path)
         names = sorted({name for labels in known.values() for name in labels})
         if classes is not None:
             unknown = sorted(set(names) - set(classes))
@@ -105,8 +101,7 @@ class MultiLabelFiles(EncodedFiles):
         for row, labels in enumerate(known.values()):
             multi_hot[row, [number[name] for name in labels]] = True
         super().__init__(rarest_labels(multi_hot), names, transform, channels)
-        self.root, self.multi_hot = root, multi_hot
-        self.files = np.array([os.fsencode(image) for image in known])
+        self.multi_hot = multi_hot
 
 
 def read_labels(path: Path) -> dict[str, list[str]]:

@@ -12,13 +12,12 @@ from wfnet.data.cache import CachedImages
 from wfnet.data.class_names import check_names
 from wfnet.data.dataset import select
 from wfnet.data.encoded import EncodedImages
-from wfnet.data.folder import ImageFiles, class_folders
+from wfnet.data.folder import ANNOTATIONS, AnnotatedFiles, ImageFiles, class_folders
 from wfnet.data.multi_hot import LABEL_FILE, MultiLabelFiles
 from wfnet.data.published import SETS, read_published
 from wfnet.data.shards import ImageShards, find_shards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset
 from wfnet.data.tensor_images import TensorImages
-from wfnet.data.tiny_imagenet import ANNOTATIONS, AnnotatedFiles
 from wfnet.data.transforms import (
     IMAGENET_MEAN,
     IMAGENET_STD,
