@@ -2,10 +2,12 @@
 
     python benchmarks/whole_run.py --classes 1000 --network resnet50
     python benchmarks/whole_run.py --classes 10 --network small/resnet --image-size 32 --device cpu
+    python benchmarks/whole_run.py --recipe quick --mask-from layer4.2 --classes 16 --steps 2 -b 256
+        -M 5 --network resnet50 --device cpu     two steps: what a part costs for each image
 
 Images show nothing: noise with the spectrum of photographs, whose files decode as photographs do.
-The network has random weights, and BatchNorms that know the images; every minibatch has images that
-were never read before.
+The network has random weights, and BatchNorms that know the images; every minibatch of recipe
+balanced has images that were never read before.
 
 What is measured is the whole process of `wfnet untrain`, from the start of Python to its end, and
 where the time went:
@@ -13,6 +15,7 @@ where the time went:
     program       Python, network, list of images, a look at the original network's answers before,
                   curves after
     start         of the run, until everything is compiled and captured
+    features      in front of the first mask, with their images: decoded, computed once, kept
     data          images that the device had to wait for
     steps         the rest: the steps themselves
     validation, checkpoints
@@ -29,6 +32,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shlex
 import shutil
 import subprocess
@@ -53,7 +57,7 @@ from wfnet.services.files import write_json, write_tensors
 
 SAMPLES = 1_400_000  # expanded ones that 1,000 classes cost, by what a class costs of 10 and 100
 _PICTURES = 32  # of which all images are made
-PURPOSES = ("program", "start", "data", "steps", "validation", "checkpoints")
+PURPOSES = ("program", "start", "features", "data", "steps", "validation", "checkpoints")
 
 
 def image_folder(args: argparse.Namespace) -> Path:
@@ -146,11 +150,21 @@ def untrain(args: argparse.Namespace, images: Path, base: Path, run: Path) -> di
     """Runs `wfnet untrain`; returns its seconds with the start of Python, and where they went."""
     config = args.config
     words = ["--model", args.network, "--checkpoint", base / BASE_NAME, "--backend", args.backend]
-    words += ["--steps", config.steps, "-b", config.batch_size, "-M", config.label_expansion]
+    words += [
+        "--recipe",
+        args.recipe,
+        "--steps",
+        config.steps,
+        "-b",
+        config.batch_size,
+        "-M",
+        config.label_expansion,
+    ]
     words += ["--log-interval", 5, "--output", run, "--force"]
     words += ["--data-dir", images, "--img-size", args.image_size, "--crop-pct", 1]
     words += ["--device", args.device, "-j", args.workers]
-    words += ["--validations-per-epoch", 2, "--patience", 100]
+    words += ["--validations-per-epoch", 2, "--patience", 100] if args.recipe == "balanced" else []
+    words += ["--mask-from", args.mask_from] if args.mask_from else []
     words += [*(["--amp"] if args.amp else []), *(["--torchcompile"] if args.torchcompile else [])]
     words += ["--threads", args.threads] if args.threads else []
     started = time.perf_counter()
@@ -164,21 +178,10 @@ def untrain(args: argparse.Namespace, images: Path, base: Path, run: Path) -> di
         "steps": result["steps"],
         "stopped_early": result["stopped_early"],
         "samples": result["samples"],
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss,
         "samples_per_second": result["samples"] / whole,
         "samples_per_second_of_steps": result["samples"] / max(spent["steps"], 1e-9),
     }
-
-
-def fitting_workers(wanted: int, batch_size: int, image_size: int) -> int:
-    """Returns as many data workers as the shared memory holds batches of: each has two on the way.
-
-    A worker beyond that would be killed by its first write.
-    """
-    try:
-        free = shutil.disk_usage("/dev/shm").free
-    except OSError:
-        return wanted
-    return min(wanted, int(0.8 * free / (2 * batch_size * 3 * image_size**2)))
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -186,7 +189,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--classes", type=int, default=100)
     add("--network", default="resnet18", metavar="NAME")
-    add("--samples", type=int, help="expanded samples (default: 1,400 for each class)")
+    add("--recipe", default="balanced", choices=("balanced", "quick"))
+    add("--mask-from", metavar="STAGE", help="as of wfnet untrain")
+    add("--steps", type=int, help="(default: 1,400 expanded samples a class; quick: the recipe's)")
     add("--image-size", type=int, default=224)
     add("-b", "--batch-size", type=int, help="images of a minibatch (default: the recipe's)")
     add("-M", "--label-expansion", type=int, help="rows of a retained image (the recipe's)")
@@ -207,26 +212,26 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> tuple[UntrainConfig, int]:
-    """Returns the settings of the run, and how many images of each class are read, each once.
+    """Returns the settings of the run, and how many images of each class are read.
 
     Raises:
         ValueError: for settings that make no sense.
     """
-    changes = {"batch_size": args.batch_size, "label_expansion": args.label_expansion}
-    changes = {name: value for name, value in changes.items() if value is not None}
+    names = "batch_size", "label_expansion", "steps"
+    changes = {n: getattr(args, n) for n in names if getattr(args, n) is not None}
     if args.classes < 2:
         raise ValueError(f"--classes must be at least 2, not {args.classes}")
-    config = UntrainConfig.recipe("balanced", args.classes, **changes)
+    config = UntrainConfig.recipe(args.recipe, args.classes, **changes)
+    if args.recipe == "quick":
+        return config, config.images_per_class
     images = config.batch_size // 2
-    samples = args.samples or SAMPLES * args.classes // 1000
-    steps = math.ceil(samples / (images * (1 + config.label_expansion)))
-    config = UntrainConfig.recipe("balanced", args.classes, **changes, steps=steps)
+    steps = math.ceil(SAMPLES * args.classes // 1000 / (images * (1 + config.label_expansion)))
+    config = UntrainConfig.recipe("balanced", args.classes, **{"steps": steps, **changes})
     return config, math.ceil(config.steps * images / args.classes)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    args.workers = fitting_workers(args.workers, args.config.batch_size // 2, args.image_size)
     record = begin("whole_run", args, argv, "config")
     images = image_folder(args)
     folder = args.scratch / f"{args.network.replace('/', '-')}-{args.classes}"

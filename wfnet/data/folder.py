@@ -75,8 +75,8 @@ class ImageFiles(EncodedFiles):
 class AnnotatedFiles(EncodedFiles):
     """Tiny-ImageNet's validation images: those in `root/images/`, of which a list says the classes.
 
-    Each line of `root/val_annotations.txt` holds the file name and its class (a WordNet number), and
-    more after them, with tabs between. The other arguments are those of `ImageFiles`.
+    Each line of `root/val_annotations.txt` holds the file name, its class (a WordNet number) and
+    more, with tabs between. The other arguments are those of `ImageFiles`.
 
     Raises FileNotFoundError for an image that is not there, ValueError for a damaged list or other
     classes than `classes`.
