@@ -31,6 +31,9 @@ def test_models_are_made_once_and_kept(tmp_path, monkeypatch, patches, linear):
     assert first.settings["lr"] == QUICK.lr
     with pytest.raises(ValueError, match="records of other settings"):
         BaselineModels("random_labels", tmp_path, origin, replace(QUICK, lr=0.01))(0)
+    monkeypatch.setattr(type(METHODS["random_labels"]), "code", lambda self: "of another formula")
+    with pytest.raises(ValueError, match="records of other code"):
+        BaselineModels("random_labels", tmp_path, origin, QUICK)(0)
     path = models.path(0)
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ValueError, match="truncated"):

@@ -7,7 +7,9 @@ from image_files import pack_folder
 from safetensors.torch import load_file
 
 from wfnet import models
-from wfnet.services.files import write_tensors
+from wfnet.data import open_data
+from wfnet.evaluation.partial import data_identity
+from wfnet.services.files import read_metadata, write_tensors
 
 
 @pytest.mark.parametrize("model", ["test_resnet.r160_in1k", "torchvision/squeezenet1_1"])
@@ -111,3 +113,16 @@ def test_classes_of_numbered_data_may_be_named_later(
     evaluate = ["evaluate", run, "--no-figures", "-j0", "--quiet"]
     call("", *evaluate, "--classes", "a", "i")
     fails([*evaluate, "--class-names", *names[::-1][1:], "socks"], "unknown 'socks'")
+
+
+def test_a_seed_does_not_move_images_between_the_parts_of_a_run(digits_run, tmp_path, call, caplog):
+    words = ["--methods", "logit_masked", "--classes", "3", "--tune-classes", "0", "--no-relearn"]
+    call("baseline --quiet -j0 --seed 8", digits_run, *words, "--output", tmp_path)
+    metadata = read_metadata(tmp_path / "logit_masked" / "class_3.safetensors")
+    data = data_identity(open_data("digits", seed=3).train, "training data")
+    assert data.items() <= json.loads(metadata["identity"]).items()
+    call("train --data digits --model small/resnet --epochs 1 --quiet --output", tmp_path / "base")
+    untrain = "untrain --data digits --model small/resnet --dry-run --seed 8"
+    call(untrain, "--checkpoint", tmp_path / "base" / "base.safetensors")
+    assert "on the split of seed 0" in caplog.text
+    assert "give --seed 0" in caplog.text

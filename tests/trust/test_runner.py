@@ -86,7 +86,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, finished, c
     assert without_seconds(result) == without_seconds(finished[1])
 
 
-def test_a_second_run_computes_nothing_and_adds_classes(run, tmp_path, calls):
+def test_a_second_run_computes_nothing_and_adds_classes(run, tmp_path, calls, monkeypatch):
     first = run(tmp_path, classes=[0], checks=TWO)
     calls.clear()
     run(tmp_path, classes=[0], checks=TWO)
@@ -97,6 +97,10 @@ def test_a_second_run_computes_nothing_and_adds_classes(run, tmp_path, calls):
     assert both.records[:2] == first.records
     without = run(tmp_path, classes=[0], checks=TWO, retrained=0)  # other models are other work
     assert without.records[1].forgetful == {}
+    monkeypatch.setattr(runner, "code_digest", lambda modules: "of another formula")
+    again = run(tmp_path, classes=[0], checks=TWO)
+    assert calls[-2:] == [(0, "membership"), (0, "closeness")]
+    assert [r.index for r in again.records] == [0, 0]  # what is older is not shown beside it
     alone = run(tmp_path, classes=[1], checks=TWO, settings=trust.TrustSettings(samples=20))
     assert [r.index for r in alone.records] == [1, 1]  # of other settings: not mixed
 

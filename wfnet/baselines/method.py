@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wfnet.data import CorruptImages, Dataset, batches, corrupt_counter, labels_of
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services import settings
+from wfnet.services.files import code_digest
 from wfnet.services.settings import check_settings, setting
 
 
@@ -106,6 +107,12 @@ class Method(ABC):
 
         The original network must not change; the architecture must stay.
         """
+
+    def code(self) -> str:
+        """Returns a digest of the code by which the method unlearns."""
+        return code_digest(
+            kind.__module__ for kind in type(self).__mro__ if issubclass(kind, Method)
+        )
 
     def settings(self, config: BaselineConfig, training: Mapping[str, Any]) -> dict[str, Any]:
         """Returns what of the settings the method uses, for its records."""

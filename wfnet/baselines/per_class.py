@@ -80,6 +80,7 @@ class BaselineModels:
             "original": fingerprint(origin.original),
             **data_identity(origin.train, "training data"),
             "settings": self.settings,
+            "code": known.code(),
         }
 
     def path(self, label: int) -> Path:

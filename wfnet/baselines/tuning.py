@@ -62,6 +62,7 @@ def tune(
             **data_identity(origin.train, "training data"),
             **data_identity(validation, "validation data"),
             "settings": known.settings(config, origin.training),
+            "code": known.code(),
         },
     )
 

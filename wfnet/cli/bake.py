@@ -91,7 +91,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         prune_below=settings.non_negative_float,
         samples=settings.int_from(2),
     )
-    group.add_seed("of splits and draws")
+    group.add_seed("of draws; images are split as in the run")
     parser.add_inputs(workers=0)
     return parser
 

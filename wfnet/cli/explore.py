@@ -42,7 +42,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     group = parser.group("page")
     port = settings.int_from(0, 65535)
     group.add_all("--port N  of the page; 0 is a free one [default: 8765]", port=port)
-    group.add_seed("of splits")
+    group.add_seed("by which images are split where the run does not say it")
     parser.add_inputs(workers=0)
     return parser
 

@@ -44,6 +44,7 @@ class Run:
         num_classes: of the filters.
         names: of the classes, if they are recorded.
         untrained: the classes that it has untrained; None for all.
+        seed: by which its images were split, if it is recorded.
 
     Raises:
         FileNotFoundError, ValueError: if there are no filters.
@@ -63,6 +64,7 @@ class Run:
         record = read_run(self.folder) if (self.folder / RUN_FILE).is_file() else {}
         self.names: list[str] | None = record.get("classes")
         self.untrained: list[int] | None = (record.get("untraining") or {}).get("classes")
+        self.seed: int | None = record.get("options", {}).get("seed")
 
     def check_data(self) -> None:
         """Raises ValueError if the data have another number of classes than the filters."""
@@ -103,8 +105,11 @@ class Run:
         return net, classifier
 
     def images(self, classifier: nn.Module) -> Splits:
-        """The images, with the labels that their classes have, by name, in the run."""
-        data = open_images(self.options, classifier)
+        """The images, split as in the run, with the labels that their classes have in it by name.
+
+        Another ``--seed`` would put images that the network was trained on into the test part.
+        """
+        data = open_images(self.options, classifier, seed=self.seed)
         if self.untrained is None:
             return with_known_names(data, self.options, self.folder)
         count = len(self.names)
@@ -191,8 +196,15 @@ def is_pretrained(options: argparse.Namespace) -> bool:
     return options.pretrained or own
 
 
-def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = False) -> Splits:
+def open_images(
+    options: argparse.Namespace,
+    model: nn.Module,
+    augment: bool = False,
+    seed: int | None = None,
+) -> Splits:
     """Training, validation and test images as the classifier expects them.
+
+    ``seed`` splits them in place of the options'.
 
     Sets ``options.workers`` where it was left open: starting them takes longer than reading few
     images does.
@@ -214,7 +226,7 @@ def open_images(options: argparse.Namespace, model: nn.Module, augment: bool = F
         train_per_class=options.train_per_class,
         validation_per_class=options.val_per_class,
         class_names=options.class_names,
-        seed=options.seed,
+        seed=options.seed if seed is None else seed,
         cache=options.cache,
         cache_dir=options.cache_dir,
         device=choose_device(options.device),
@@ -278,6 +290,21 @@ def names_of_weights(options: argparse.Namespace) -> list[str] | None:
     if is_pretrained(options) and options.model.startswith(hugging_face.PREFIX):
         return hugging_face.class_names(options.model.removeprefix(hugging_face.PREFIX))
     return None
+
+
+def check_split(options: argparse.Namespace) -> None:
+    """Warns if ``--checkpoint`` was trained on images that ``--seed`` puts into other parts."""
+    path = Path(options.checkpoint or "").parent
+    run = read_run(path) if options.checkpoint and (path / RUN_FILE).is_file() else {}
+    seed = run.get("options", {}).get("seed", options.seed)
+    if run.get("command") == "train" and seed != options.seed:
+        logger.warning(
+            "the weights were trained on the split of seed %d: with --seed %d some of these images "
+            "are judged on; give --seed %d",
+            seed,
+            options.seed,
+            seed,
+        )
 
 
 def recorded_names(folder: Path, command: str | None = None) -> list[str] | None:

@@ -53,7 +53,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         """,
         batch_size=settings.batch_size,
     )
-    group.add_seed("of splits and draws")
+    group.add_seed("of draws; images are split as in the run")
     parser.add_inputs()
     return parser
 

@@ -60,7 +60,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         methods=tuple(METHODS),
         shadow_seed=settings.seed,
     )
-    group.add_seed("of the run: how its images were split")
+    group.add_seed("by which images are split where the run does not say it")
     add_training_options(parser, "train-")
     parser.add_inputs()
     return parser

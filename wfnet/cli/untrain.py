@@ -29,6 +29,7 @@ import torch
 from wfnet.cli.chosen_classes import choose_classes, network_names, with_network_labels
 from wfnet.cli.chosen_images import add_list_options, untraining_images
 from wfnet.cli.inputs import (
+    check_split,
     choose_device,
     count_classes,
     data_name,
@@ -237,6 +238,7 @@ def _prepare(options: argparse.Namespace, folder: Path, ranks: Ranks) -> _Prepar
     rows = None
     with ranks.first_ahead():
         data = open_images(options, classifier, options.augment)
+        check_split(options)
         if options.classes is None:
             data = with_known_names(data, options, None if options.resume is None else folder)
         else:

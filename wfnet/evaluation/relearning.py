@@ -30,6 +30,7 @@ from wfnet.evaluation.pairs import check_classes, unreadable
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.head import first_output
 from wfnet.services import settings
+from wfnet.services.files import code_digest
 from wfnet.services.layout import safe_layout
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
@@ -163,6 +164,7 @@ def relearn_times(
             **data_identity(train, "training data"),
             **data_identity(test, "test data"),
             "settings": asdict(config),
+            "code": code_digest([__name__]),
         },
     )
     started = time.perf_counter()

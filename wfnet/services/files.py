@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
+import inspect
 import json
 import os
+import sys
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 _TEMPORARY = ".wfnet-tmp"
+_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
@@ -152,3 +156,18 @@ def fingerprint(model: nn.Module) -> str:
             and not name.rpartition(".")[2].startswith(("alpha_", "row_"))
         }
     )
+
+
+def code_digest(modules: Iterable[str]) -> str:
+    """SHA-256 over the code of imported modules, by name: without comments and docstrings.
+
+    What is kept in files is bound to it, so that values of an older formula are not reused.
+    """
+    texts = []
+    for name in sorted(set(modules)):
+        tree = ast.parse(inspect.getsource(sys.modules[name]))
+        for node in ast.walk(tree):
+            if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        texts.append(ast.unparse(tree))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from wfnet.baselines import Origin, unlearn
 from wfnet.data import Splits
 from wfnet.data.tensor_images import TensorImages
+from wfnet.evaluation import metrics, relearning
 from wfnet.evaluation.partial import PartialResults
-from wfnet.services.files import fingerprint
+from wfnet.services.files import code_digest, fingerprint
 from wfnet.services.progress import Progress
+from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.check import Check
 from wfnet.trust.checks import CHECKS
 from wfnet.trust.subject import TRIVIAL, Subject, TrustSettings, image_readers
@@ -31,6 +33,10 @@ logger = logging.getLogger("wfnet")
 
 # What is stated of the attackers' images; results of another mix are not reused.
 NATURAL = "classes in the proportion of the training part"
+# What decides the values of a record: one of older code is measured again.
+_MEASURING = [metrics.__name__, relearning.__name__, Subject.__module__]
+_MEASURING += [check.measure.__module__ for check in CHECKS.values()]
+_MEASURING += [attack.change.__module__ for attack in ATTACKS.values()]
 # Finished pieces of work by their key, until the result is written.
 JOURNAL = "trust.partial.json"
 RESULT = "trust.json"
@@ -95,6 +101,7 @@ def run_checks(
         "original": fingerprint(original),
         "attackers_images": NATURAL,
         "columns": MODELS,
+        "code": code_digest(_MEASURING),
         **(identity or {}),
     }
     earlier, journal, known = _known(folder)
