@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 def test_options_from_a_file(arguments, tmp_path, call):
     content = {"lr": 0.25, "epochs": 1, "label-expansion": 3, "amp": False, "targets": ["conv1"]}
-    content["model_kwargs"] = {"width": 8}
+    content |= {"model_kwargs": {"width": 8}, "log_wandb": False}  # the latter of an older version
     path = tmp_path / "run.yaml"
     path.write_text(pytest.importorskip("yaml").safe_dump(content))
     folder = tmp_path / "run"

@@ -37,6 +37,7 @@ RUN_FILES = (
 OF_THIS_CALL = frozenset(
     ("command", "run", "saved", "config", "resume", "folder", "force", "dry_run", "help")
     + ("debug", "quiet")
+    + ("log_wandb",)  # of older versions
 )
 _PATHS = ("data_dir", "checkpoint")
 _PACKAGES = ("torch", "numpy", "safetensors", "triton", "timm", "torchvision", "scikit-learn") + (
