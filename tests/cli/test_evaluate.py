@@ -122,7 +122,20 @@ def test_images_with_several_labels(tmp_path, network_options, call, capsys, fai
     content = json.loads((run / "evaluation.json").read_text())
     assert content["kind"] == "multi-label"
     assert 0 <= content["mean"]["ap_f"] <= 1
-    fails(["evaluate", run, "--tables", "-j0"], "leave out --tables")
+    fails(["evaluate", run, "--tables", "--published", "mnist/resnet18", "-j0"], "several labels")
+    call("evaluate -j0 --quiet --tables", run)
+    assert "| logit masked |" in capsys.readouterr().out
+    tables = json.loads((run / "tables.json").read_text())
+    rows = {row["method"]: row for row in tables["rows"]}
+    assert list(rows) == ["original", "logit_masked", "wfnet"]
+    assert rows["logit_masked"]["map_r"] == rows["original"]["map_r"]
+    assert rows["wfnet"]["ap_f"] == 100 * content["mean"]["ap_f"]
+    (pairs,) = tables["groups"]
+    assert pairs["groups"] == len(pairs["records"]) == 3
+    header = (run / "tables.csv").read_text().splitlines()[0]
+    assert "ap_f,map_r," in header
+    call("report --quiet", run)
+    assert "3 groups of 2 classes forgotten at once" in (run / "report.html").read_text()
     fails(["baseline", run, "-j0", "--train-epochs", "1"], "one label each")
     call("bake", run, "--forget", "a", "--verify", "--quiet")
     assert "not attacked" in capsys.readouterr().out

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from wfnet.evaluation import choose_groups, evaluate_groups
+from wfnet.evaluation import average_precision, choose_groups, evaluate_groups
 from wfnet.evaluation.pair_engine import RunOptions
 
 K = 7
@@ -26,6 +26,24 @@ def test_equals_networks_baked_for_the_group(dataset, make_net):
         assert record.n_forget == int(inside.sum())
     assert len({record.acc_r for record in result.records}) > 2
     assert result.mean["acc_f_worst"] == max(r.acc_f_worst for r in result.records)
+
+
+@torch.no_grad()
+def test_labels_are_forgotten_together(multi_label_dataset, make_net):
+    net, dataset, groups = make_net(), multi_label_dataset, [(0, 3), (2, 5), (1, 6)]
+    result = evaluate_groups(net, dataset, groups, RunOptions(batch_size=5, progress=False))
+    images = dataset.batch(torch.arange(len(dataset))).images
+    for group, record in zip(groups, result.records, strict=True):
+        found = average_precision(net.bake(list(group))(images), dataset.multi_hot)
+        own = [found[label].item() for label in group]
+        others = [found[label].item() for label in range(K) if label not in group]
+        assert record.ap_f == pytest.approx(sum(own) / 2)
+        assert record.ap_f_worst == pytest.approx(max(own))
+        assert record.map_r == pytest.approx(sum(others) / 5)
+        assert record.original_ap_f != record.ap_f
+    assert result.mean["ap_f_worst"] == max(r.ap_f_worst for r in result.records)
+    with pytest.raises(ValueError, match="no image has label 9"):
+        evaluate_groups(net, dataset, [(0, 9)])
 
 
 def test_groups_are_all_or_drawn_once_each():

@@ -29,6 +29,7 @@ from wfnet.cli.runs import ATTRIBUTION, check_writable, versions
 from wfnet.data import Dataset, Splits, multi_hot_of
 from wfnet.evaluation import (
     EvaluationResult,
+    MultiLabelResult,
     choose_groups,
     evaluate,
     evaluate_groups,
@@ -228,10 +229,13 @@ def _check_table_data(
     options: argparse.Namespace, data: Splits, baselines: list[dict[str, Any]]
 ) -> None:
     if multi_hot_of(data.test) is not None:
-        raise ValueError(
-            "the paper's tables are of images with one label each: leave out --tables to evaluate "
-            "average precisions"
-        )
+        if options.published is not None:
+            raise ValueError(
+                f"{data.name} has several labels per image: nothing was published of average "
+                "precisions; leave out --published"
+            )
+        # Of images with one label each: confidence in the class, accuracy on it.
+        options.relearn, options.attribution_steps = False, 0
     for baseline in baselines:
         classes = baseline["evaluation"]["classes"]
         if any(data.classes[record["index"]] != record["name"] for record in classes):
@@ -249,7 +253,7 @@ def _check_table_data(
 def _write_tables(
     options: argparse.Namespace,
     data: Splits,
-    result: EvaluationResult,
+    result: EvaluationResult | MultiLabelResult,
     baselines: list[dict[str, Any]],
     output: Path,
     evaluated: tuple[WFNet, Dataset, list[int] | None],

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from wfnet.data import Dataset, labels_of
+from wfnet.data import Dataset, labels_of, multi_hot_of
+from wfnet.evaluation.multilabel_rows import LabelScores, check_labels
 from wfnet.evaluation.pair_engine import PairEngine, RunOptions
 from wfnet.evaluation.pairs import HitCounts, check_classes, names_of, unreadable
 from wfnet.evaluation.partial import PartialResults, evaluation_identity
@@ -21,6 +22,7 @@ from wfnet.services import settings
 from wfnet.services.settings import check_value
 
 _GROUPS_TOGETHER = 64
+_LABEL_GROUPS_TOGETHER = 16  # whose logits of all images are in memory
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,41 @@ class GroupRecord:
 
 
 @dataclass(frozen=True)
+class LabelGroupRecord:
+    """The same for images with several labels each, by average precisions.
+
+    Attributes:
+        classes, names: the group.
+        ap_f, ap_f_worst: mean and largest average precision of its own outputs.
+        map_r: mean average precision of all other outputs.
+        original_ap_f, original_map_r: the same of the original network.
+    """
+
+    classes: list[int]
+    names: list[str]
+    ap_f: float
+    ap_f_worst: float
+    map_r: float
+    original_ap_f: float
+    original_map_r: float
+
+
+@dataclass(frozen=True)
 class GroupResult:
     """Records of all evaluated groups of one size, and the duration."""
 
-    records: list[GroupRecord]
+    records: list[GroupRecord] | list[LabelGroupRecord]
     seconds: float
 
     @property
     def mean(self) -> dict[str, float]:
-        """Means over groups, and the worst accuracy on a forgotten class of any group."""
-        names = ("acc_f", "acc_r", "original_acc_f", "original_acc_r")
-        worst = max(record.acc_f_worst for record in self.records)
-        return {**means(self.records, names), "acc_f_worst": worst}
+        """Means over groups, and the worst value of a forgotten class of any group."""
+        of_labels = isinstance(self.records[0], LabelGroupRecord)
+        kept, forgotten = ("map_r", "ap_f") if of_labels else ("acc_r", "acc_f")
+        names = (forgotten, kept, f"original_{forgotten}", f"original_{kept}")
+        worst = f"{forgotten}_worst"
+        largest = max(getattr(record, worst) for record in self.records)
+        return {**means(self.records, names), worst: largest}
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -99,7 +124,8 @@ def evaluate_groups(
     groups: Sequence[Sequence[int]],
     options: RunOptions | None = None,
 ) -> GroupResult:
-    """Acc_f and Acc_r of groups of classes, each forgotten by the product of its rows.
+    """Acc_f and Acc_r of groups of classes, each forgotten by the product of its rows; average
+    precisions where images have several labels.
 
     Args:
         net: the filtered network.
@@ -117,9 +143,11 @@ def evaluate_groups(
     labels, names = labels_of(dataset), names_of(dataset, net.num_classes)
     if len({len(group) for group in groups}) != 1:
         raise ValueError("groups must be one or more, each of the same number of classes")
+    multi_hot = multi_hot_of(dataset)
     for group in groups:
-        chosen = check_classes(group, labels, net.num_classes)
-        if torch.isin(labels, chosen).all():
+        if multi_hot is not None:
+            check_labels(group, multi_hot)
+        elif torch.isin(labels, check_classes(group, labels, net.num_classes)).all():
             raise ValueError(f"group {list(group)} leaves no class with images to retain")
     engine = PairEngine(net, dataset, options)
     kept = PartialResults(options.records, lambda: evaluation_identity(net, dataset))
@@ -149,7 +177,27 @@ def evaluate_groups(
                 original_acc_r=(before[~inside].sum() / n_retain).item(),
             )
 
+    def make_of_labels(part: list[tuple[int, ...]]) -> Iterator[LabelGroupRecord]:
+        scores = LabelScores(torch.tensor(part), multi_hot)
+        engine.run(scores, engine.chunks(len(part)))
+        _, original, every = scores.precisions()
+        for group, found in zip(part, every, strict=True):
+            inside = torch.zeros(len(found), dtype=torch.bool)
+            inside[list(group)] = True
+            yield LabelGroupRecord(
+                classes=list(group),
+                names=[names[label] for label in group],
+                ap_f=found[inside].mean().item(),
+                ap_f_worst=found[inside].max().item(),
+                map_r=found[~inside].nanmean().item(),
+                original_ap_f=original[inside].mean().item(),
+                original_map_r=original[~inside].nanmean().item(),
+            )
+
+    how = GroupRecord, make, _GROUPS_TOGETHER
+    if multi_hot is not None:
+        how = LabelGroupRecord, make_of_labels, _LABEL_GROUPS_TOGETHER
     groups = [tuple(group) for group in groups]
     with engine.show(len(kept.left(groups)) * len(labels), "groups"):
-        records = kept.complete(groups, GroupRecord, make, _GROUPS_TOGETHER)
+        records = kept.complete(groups, *how)
     return GroupResult(records, time.perf_counter() - started)

@@ -117,11 +117,8 @@ def evaluate_multi_label(
     if multi_hot is None or multi_hot.shape[1] != net.num_classes:
         found = "one label per image" if multi_hot is None else f"{multi_hot.shape[1]} labels"
         raise ValueError(f"multi_hot must be [N, {net.num_classes}]; the data have {found}")
-    present = multi_hot.any(0)
-    chosen = present.nonzero().flatten().tolist() if classes is None else list(classes)
-    for label in chosen:
-        if not 0 <= label < net.num_classes or not present[label]:
-            raise ValueError(f"no image has label {label}, so it cannot be evaluated")
+    chosen = multi_hot.any(0).nonzero().flatten().tolist() if classes is None else list(classes)
+    check_labels(chosen, multi_hot)
     engine = PairEngine(net, dataset, options)
     ranks, names = engine.ranks, names_of(dataset, net.num_classes)
     path = options.records if ranks.first else None
@@ -140,6 +137,13 @@ def evaluate_multi_label(
     about = engine.about(None if classes is None else torch.tensor(chosen))
     about["images"] = len(multi_hot)
     return MultiLabelResult(records, about, time.perf_counter() - started)
+
+
+def check_labels(chosen: Sequence[int], multi_hot: Tensor) -> None:
+    """Raises ValueError unless every label of ``chosen`` has images in ``multi_hot [N, K]``."""
+    for label in chosen:
+        if not 0 <= label < multi_hot.shape[1] or not multi_hot[:, label].any():
+            raise ValueError(f"no image has label {label}, so it cannot be evaluated")
 
 
 class LabelScores(Measure):
@@ -164,26 +168,33 @@ class LabelScores(Measure):
         place = chunk.indices[chunk.image], chunk.row
         self.tables["filtered"][place] = chunk.logits.float().cpu()
 
-    def records(self, names: list[str]) -> Iterator[MultiLabelRecord]:
-        """What was found of every row.
+    def precisions(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns labels ``[n, K]`` of the readable images, and average precisions of all labels:
+        of the original network ``[K]`` and under each row ``[R, K]``.
 
         Raises:
-            ValueError: for a label that no readable image has.
+            ValueError: for a label of a row that no readable image has.
         """
         read = self.tables["read"].bool()
         truth, filtered = self.multi_hot[read], self.tables["filtered"][read]
-        original = average_precision(self.tables["original"][read], truth)
-        for row, label in enumerate(self.rows.tolist()):
-            images = int(truth[:, label].sum())
-            if not images:
+        for label in self.rows.flatten().tolist():
+            if not truth[:, label].any():
                 raise unreadable(f"label {label}")
-            found = average_precision(filtered[:, row], truth)
-            others = torch.arange(truth.shape[1]) != label
+        original = average_precision(self.tables["original"][read], truth)
+        found = [average_precision(scores, truth) for scores in filtered.unbind(1)]
+        return truth, original, torch.stack(found)
+
+    def records(self, names: list[str]) -> Iterator[MultiLabelRecord]:
+        """What was found of every row."""
+        truth, original, every = self.precisions()
+        counts = truth.sum(0).tolist()
+        for label, found in zip(self.rows.tolist(), every, strict=True):
+            others = torch.arange(len(counts)) != label
             yield MultiLabelRecord(
                 index=label,
                 name=names[label],
-                images=images,
-                share=images / len(truth),
+                images=counts[label],
+                share=counts[label] / len(truth),
                 ap_f=found[label].item(),
                 map_r=found[others].nanmean().item(),
                 original_ap_f=original[label].item(),

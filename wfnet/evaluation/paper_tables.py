@@ -17,6 +17,7 @@ from typing import Any
 
 from wfnet.evaluation.attribution import CURVES, AttributionResult
 from wfnet.evaluation.groups import GroupResult
+from wfnet.evaluation.multilabel_rows import MultiLabelResult
 from wfnet.evaluation.relearning import RelearnResult
 from wfnet.evaluation.results import EvaluationResult, Scores, base_name
 from wfnet.services.files import write_json, write_text
@@ -42,6 +43,7 @@ TITLES = {
     "wfnet": "WF-Net",
 }
 _SCORES = ("acc_r", "acc_f", "zrf")
+_PRECISIONS = ("ap_f", "map_r")  # in place of scores, where images have several labels
 _VALUES = (*_SCORES, "rt", "rt_never", "rt_tolerant", "rt_tolerant_never", *CURVES)
 
 
@@ -64,18 +66,24 @@ class PaperTables:
         rows: one per ``method``: ``acc_r``, ``acc_f``, ``zrf`` in %; ``rt``, ``rt_never``: relearn
             time in epochs, and classes never relearned, also within the tolerance;
             ``insertion``, ``deletion``: areas in [0, 1], also in random order. None where it was
-            not measured. ``published``: the paper's values by the same names, where it has them.
+            not measured. Of images with several labels ``ap_f`` and ``map_r`` in %. ``published``:
+            the paper's values by the same names, where it has them.
         groups: means of :class:`wfnet.evaluation.GroupResult`, one per size of group.
         settings: how each row was made.
     """
 
     title: str
     cell: str | None
-    zrf_base: float
+    zrf_base: float | None
     tolerance: float | None
     rows: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     settings: dict[str, Any]
+
+    @property
+    def of_labels(self) -> bool:
+        """Whether images have several labels each."""
+        return any("ap_f" in row for row in self.rows)
 
     def write(self, folder: str | os.PathLike) -> None:
         """Writes ``tables.json``, ``tables.csv`` (ours, then ``published_*``) and ``tables.md``."""
@@ -87,12 +95,19 @@ class PaperTables:
             **asdict(self),
         }
         write_json(Path(folder) / "tables.json", content)
-        lines = []
+        lines, precisions = [], _PRECISIONS if self.of_labels else ()
         for row in self.rows:
-            ours = {name: round(row[name], 6) for name in _VALUES if row[name] is not None}
+            measured = {name: row.get(name) for name in (*_VALUES, *precisions)}
+            ours = {name: round(v, 6) for name, v in measured.items() if v is not None}
             theirs = {f"published_{name}": value for name, value in row["published"].items()}
             lines.append({"title": self.title, "method": row["method"], **ours, **theirs})
-        columns = ["title", "method", *_VALUES, *(f"published_{name}" for name in _VALUES)]
+        columns = [
+            "title",
+            "method",
+            *_VALUES,
+            *precisions,
+            *(f"published_{name}" for name in _VALUES),
+        ]
         write_csv(Path(folder) / "tables.csv", lines, columns)
         write_text(Path(folder) / "tables.md", self.markdown())
 
@@ -101,11 +116,16 @@ class PaperTables:
         columns = [("Acc_r", "acc_r", ".2f"), ("Acc_f", "acc_f", ".2f"), ("ZRF", "zrf", ".2f")]
         theirs = [("Acc_r", "acc_r", "g"), ("Acc_f", "acc_f", "g"), ("ZRF", "zrf", "g")]
         theirs.append(("RT", "rt", "g"))
+        if self.of_labels:
+            columns = [("AP_f", "ap_f", ".2f"), ("mAP_r", "map_r", ".2f")]
         timed = any(row["rt"] is not None for row in self.rows)
         if timed:
             within = f"RT within {100 * (self.tolerance or 0):g} points"
             columns += [("RT", "rt", ".1f"), (within, "rt_tolerant", ".1f")]
-        parts = [f"### {self.title}", _markdown("Table 1", columns, theirs, self.rows)]
+        parts = [
+            f"### {self.title}",
+            _markdown("labels" if self.of_labels else "Table 1", columns, theirs, self.rows),
+        ]
 
         titles = ("insertion", "deletion", "random order: insertion", "deletion")
         columns = [(text, name, ".3f") for text, name in zip(titles, CURVES, strict=True)]
@@ -116,13 +136,17 @@ class PaperTables:
         if areas:
             parts.append(_markdown("Table 2", columns, theirs, areas))
 
+        kinds = [("mAP_r", "map_r"), ("AP_f", "ap_f")]
+        if not self.of_labels:
+            kinds = [("Acc_r", "acc_r"), ("Acc_f", "acc_f")]
         columns = [
             ("groups", "groups", "d"),
-            ("Acc_r", "acc_r", ".2f"),
-            ("original", "original_acc_r", ".2f"),
-            ("Acc_f", "acc_f", ".2f"),
-            ("original", "original_acc_f", ".2f"),
-            ("worst class", "acc_f_worst", ".2f"),
+            *(
+                column
+                for text, name in kinds
+                for column in ((text, name, ".2f"), ("original", f"original_{name}", ".2f"))
+            ),
+            ("worst class", f"{kinds[1][1]}_worst", ".2f"),
         ]
         groups = []
         for group in self.groups:
@@ -132,6 +156,13 @@ class PaperTables:
         if groups:
             parts.append(_markdown("several classes at once", columns, [], groups))
 
+        if self.of_labels:
+            notes = [
+                "AP_f and mAP_r in %, means over labels. A masked logit has the label's share of "
+                "the images, which is chance, and leaves all other outputs as they are. Relearn "
+                "time, insertion, deletion and ZRF are of images with one label each."
+            ]
+            return "\n\n".join([*parts, *notes]) + "\n"
         base = base_name(self.zrf_base)
         notes = [f"Acc_r, Acc_f and ZRF in %, means over classes; ZRF with log base {base}."]
         if any(row["method"] == "logit_masked" for row in self.rows):
@@ -155,7 +186,7 @@ class PaperTables:
 
 def make_tables(
     title: str,
-    evaluation: EvaluationResult,
+    evaluation: EvaluationResult | MultiLabelResult,
     relearning: RelearnResult | None = None,
     attribution: AttributionResult | None = None,
     baselines: Sequence[Mapping[str, Any]] = (),
@@ -181,10 +212,20 @@ def make_tables(
     if attribution is not None:
         settings["attribution"] = attribution.settings
     areas = {} if attribution is None else attribution.mean
-    values = {
-        "original": _measured(evaluation.original, None),
-        "wfnet": {**_measured(evaluation.mean, timed), **areas},
-    }
+    if isinstance(evaluation, MultiLabelResult):
+        zrf_base, mean = None, {name: 100 * value for name, value in evaluation.mean.items()}
+        original = {name: mean[f"original_{name}"] for name in _PRECISIONS}
+        values = {
+            "original": original,
+            "logit_masked": {**original, "ap_f": mean["share"]},
+            "wfnet": {name: mean[name] for name in _PRECISIONS},
+        }
+    else:
+        zrf_base = evaluation.zrf_base
+        values = {
+            "original": _measured(evaluation.original, None),
+            "wfnet": {**_measured(evaluation.mean, timed), **areas},
+        }
     for baseline in baselines:
         method, found = baseline["method"], EvaluationResult.from_dict(baseline["evaluation"])
         values[method] = _measured(found.mean, baseline["relearning"])
@@ -205,7 +246,7 @@ def make_tables(
     ]
     tolerance = settings.get("relearning", {}).get("tolerance")
     groups = [result.as_dict() for result in groups]
-    return PaperTables(title, cell, evaluation.zrf_base, tolerance, rows, groups, settings)
+    return PaperTables(title, cell, zrf_base, tolerance, rows, groups, settings)
 
 
 def check_baselines(

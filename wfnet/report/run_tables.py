@@ -44,6 +44,8 @@ MEASURES = {
     "pairs_acc_f": ("pairs: Acc_f", 2),
     "ap_f": ("AP_f", 1),  # of images with several labels
     "map_r": ("mAP_r", 1),
+    "pairs_ap_f": ("pairs: AP_f", 1),
+    "pairs_map_r": ("pairs: mAP_r", 1),
 }
 # Settings that may differ within a group.
 _FREE = FREE_TO_CHANGE | {"seed", "fuse", "capture"}
@@ -206,8 +208,13 @@ def _add_tables(
             found[QUALITY, WFNET, name] = row[name]
     for group in content["groups"]:
         if group["size"] == 2:
-            for name in ("acc_r", "acc_f"):
-                found[QUALITY, WFNET, f"pairs_{name}"] = 100 * group["mean"][name]
+            for name in ("acc_r", "acc_f", "ap_f", "map_r"):
+                if name in group["mean"]:
+                    found[QUALITY, WFNET, f"pairs_{name}"] = 100 * group["mean"][name]
+    for row in content["rows"]:
+        for name in ("ap_f", "map_r"):
+            if name in row:
+                found[QUALITY, row["method"], name] = row[name]
 
 
 # -- as text --------------------------------------------------------------------------------------
