@@ -51,7 +51,7 @@ test-gpu: ## the tests that need a CUDA device; installs this checkout offline, 
 # Results go to $(OUT); those that are committed were written to benchmarks/results.
 OUT ?= runs/bench
 bench: $(READY) ## whole steps on this CPU (10 minutes)
-	$(BIN)/python benchmarks/bench_step.py --models small/resnet resnet18 -b 16 --output $(OUT)/step_cpu.json
+	$(BIN)/wfnet bench --model small/resnet resnet18 --img-size 32 --num-classes 10 -b 16 --output $(OUT)/step_cpu.json
 
 # On a machine with a GPU: no network, nothing is downloaded (docs/devices.md).
 BUDGET ?= 540

@@ -6,10 +6,9 @@
 
 Stages run in order of value until the budget is spent. Each is a process of its own with a log and
 a limit: what hangs is killed with all its children (its Python stack is in the log), what crashes
-takes nothing with it, and the run goes on. The same command again goes on where it ended, as long
-as no source has changed. Under --output lie summary.json, logs/, results/ and, beside it,
-OUTPUT.tar.gz with all of it, renewed after every stage. docs/devices.md says how to read it and
-what to commit.
+takes nothing with it, and the run goes on; --stages and another --output run what is left. Under
+--output lie summary.json, logs/, results/ and, beside it, OUTPUT.tar.gz with all of it, renewed
+after every stage. docs/devices.md says how to read it and what to commit.
 
 Needs Python 3.11 or newer, PyTorch, Triton, timm and torchvision; installs and downloads nothing,
 and changes no setting of the device.
@@ -19,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -40,14 +38,11 @@ NETWORKS = {
     "vgg16": "vgg16",
     "vit-tiny": "vit_tiny_patch16_224",
 }
-# Tests of tests/gpu by file and -k expression: few share a process, because an illegal address
-# takes down all that come after it. Every test is in one of them.
+# Tests of tests/gpu by file and -k expression, every test once: an illegal address takes down all
+# that come after it.
 TESTS = {
-    "hopper-errors": ("test_kernels_gpu.py", "cuda and _error"),
-    "hopper-rest": ("test_kernels_gpu.py", "cuda and not _error"),
-    "triton-conv": ("test_kernels_gpu.py", "triton and conv2d_error"),
-    "triton-errors": ("test_kernels_gpu.py", "triton and _error and not conv2d"),
-    "triton-rest": ("test_kernels_gpu.py", "not cuda and not _error"),
+    "hopper": ("test_kernels_gpu.py", "cuda"),
+    "triton": ("test_kernels_gpu.py", "not cuda"),
     "step": ("test_step_gpu.py", "test"),
     "run": ("test_run_gpu.py", "test"),
 }
@@ -67,8 +62,6 @@ _CONVOLVES = {
     "triton": ("smoke-triton-forward", "smoke-triton-gradient"),
 }
 _LINEAR = {"cuda": ("smoke-hopper-linear",), "triton": ("smoke-triton-linear",)}
-_SOURCES = ("wfnet", "kernels", "csrc", "benchmarks", "tests/gpu", "tests/csrc")
-_SUFFIXES = (".py", ".json", ".cu", ".cpp", ".h")
 _GRACE = 5.0  # seconds between the signal that asks for a stack and the one that ends
 _TAIL = 40  # lines of a log that the summary shows of a failure
 _FACTS = """
@@ -111,9 +104,9 @@ def python(*words: str) -> tuple[str, ...]:
     return sys.executable, *words
 
 
-def script(name: str, line: str, limit: float, needs: tuple[str, ...] = ()) -> Stage:
-    """A script of this folder that writes ``{results}/NAME.json``."""
-    words = f"benchmarks/{line} --output {{results}}/{name}.json"
+def command(name: str, line: str, limit: float, needs: tuple[str, ...] = ()) -> Stage:
+    """One that writes ``{results}/NAME.json``."""
+    words = f"{line} --output {{results}}/{name}.json"
     return Stage(name, python(*words.split()), limit, needs)
 
 
@@ -141,7 +134,8 @@ def plan(batch_size: int = 256) -> list[Stage]:
     Args:
         batch_size: n of whole steps, of which 2 n expanded samples.
     """
-    sizes = f"--image-size 224 --classes 1000 --dtype bfloat16 -b {batch_size} -M 3"
+    bench = "-P -m wfnet bench --img-size 224 --num-classes 1000 --amp --device cuda --repeats 15"
+    bench += f" -b {batch_size} -M 3 --no-share-images --tune 100"
 
     def step(network: str, backend: str, *columns: str) -> Stage:
         """Whole steps; one process per backend: at real sizes a kernel may take down its own.
@@ -150,15 +144,15 @@ def plan(batch_size: int = 256) -> list[Stage]:
         """
         hows = ("fused", "compiled_captured") if backend == "eager" else ("captured",)
         columns = ("eager", *columns, *(f"wfnet/{backend}/{how}" for how in hows))
-        line = f"bench_step.py --models {NETWORKS[network]} {sizes} --no-share-images --tune 100"
+        line = f"{bench} --model {NETWORKS[network]}"
         needs = (_LINEAR if network.startswith("vit") else _CONVOLVES).get(backend, ())
         line += f" --columns {' '.join(columns)}"
-        return script(f"step-{network}-{backend}", line, 180, needs)
+        return command(f"step-{network}-{backend}", line, 180, needs)
 
     steps = "-P -m pytest tests/csrc/test_first_steps.py -v --tb=short -p no:cacheprovider"
     steps += " -o timeout=40 -o faulthandler_timeout=30"
     compiled = ("unmasked_compiled", "compile")
-    whole = "whole_run.py --classes 1000 --network resnet50 --backend cuda"
+    whole = "benchmarks/whole_run.py --classes 1000 --network resnet50 --backend cuda"
     return [
         Stage("facts", python("-P", "-c", _FACTS), 90),
         Stage("build", python("-P", "-c", _BUILD), 240),
@@ -178,14 +172,14 @@ def plan(batch_size: int = 256) -> list[Stage]:
         ),
         step("resnet18", "eager"),
         *(step(network, "auto") for network in ("resnet18", "vgg16")),
-        script(
+        command(
             "step-resnet50-distil",
-            f"bench_step.py --models resnet50 {sizes} --no-share-images --distil --columns eager "
-            "compile unmasked_compiled wfnet/cuda/captured wfnet/triton/captured",
+            f"{bench} --model resnet50 --distil --columns eager compile unmasked_compiled "
+            "wfnet/cuda/captured wfnet/triton/captured",
             240,
             (*_CONVOLVES["cuda"], *_CONVOLVES["triton"]),
         ),
-        script("whole-1000-resnet50", whole, 400, _CONVOLVES["cuda"]),
+        command("whole-1000-resnet50", whole, 400, _CONVOLVES["cuda"]),
         sanitizer("racecheck"),
     ]
 
@@ -226,21 +220,12 @@ def execute(command: list[str], environment: dict[str, str], log: Path, limit: f
 
 
 class Runner:
-    """Runs stages; keeps summary and archive up to date.
+    """Runs stages; keeps summary and archive up to date."""
 
-    Args:
-        kept: records of an earlier run that are not repeated.
-    """
-
-    def __init__(self, output: Path, budget: float, kept: list[dict]):
+    def __init__(self, output: Path, budget: float):
         self.output = output
         self.end = time.monotonic() + budget
-        self.records = kept
-        self.summary = {
-            "command": " ".join(["python", "benchmarks/device_run.py", *sys.argv[1:]]),
-            "sources": sources_digest(),
-            "stages": self.records,
-        }
+        self.records: list[dict] = []
         self.environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
         self.environment["PYTHONPATH"] = str(PACKAGE)
         # What `auto` decides comes back with the results.
@@ -248,10 +233,7 @@ class Runner:
 
     def run(self, stages: list[Stage]) -> bool:
         """Returns whether every stage passed."""
-        there = {record["name"] for record in self.records}
         for stage in stages:
-            if stage.name in there:
-                continue
             record = {"name": stage.name, "status": "interrupted"}
             self.records.append(record)
             try:
@@ -288,7 +270,9 @@ class Runner:
 
     def write(self) -> None:
         """Writes the summary, and the archive of all files."""
-        (self.output / "summary.json").write_text(json.dumps(self.summary, indent=1) + "\n")
+        command = " ".join(["python", "benchmarks/device_run.py", *sys.argv[1:]])
+        summary = {"command": command, "stages": self.records}
+        (self.output / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
         shutil.make_archive(str(self.output), "gztar", self.output)
 
 
@@ -301,31 +285,6 @@ def make_importable(folder: Path) -> None:
         if path.name != "__pycache__":
             (package / path.name).symlink_to(path)
     (package / "kernels").symlink_to(ROOT / "kernels")
-
-
-def sources_digest() -> str:
-    """Returns a hash of everything that a stage runs: whether an earlier result still counts."""
-    digest = hashlib.sha256()
-    for folder in _SOURCES:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in _SUFFIXES and "results" not in path.relative_to(ROOT).parts:
-                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def kept_records(output: Path) -> list[dict]:
-    """Returns records of stages that passed in an earlier run there, of the same sources.
-
-    Raises:
-        SystemExit: if it is of other sources.
-    """
-    path = output / "summary.json"
-    if not path.exists():
-        return []
-    summary = json.loads(path.read_text())
-    if summary["sources"] != sources_digest():
-        raise SystemExit(f"{output} holds a run of other sources; choose another --output")
-    return [one for one in summary["stages"] if one["status"] == "passed"]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -355,12 +314,17 @@ def main(argv: list[str] | None = None, stages: list[Stage] | None = None) -> in
     if options.list:
         print("\n".join(f"{one.name:24}at most {one.limit:4.0f} s" for one in stages))
         return 0
-    kept = kept_records(options.output)
+    if (options.output / "summary.json").exists():
+        raise SystemExit(f"{options.output} holds a run; choose another --output")
     for folder in ("results", "logs"):
         (options.output / folder).mkdir(parents=True, exist_ok=True)
     # What runs ends with the runner, and the summary is written.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    return 0 if Runner(options.output, options.budget, kept).run(stages) else 1
+    stop = lambda number, frame: sys.exit(128 + number)  # noqa: E731
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return 0 if Runner(options.output, options.budget).run(stages) else 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

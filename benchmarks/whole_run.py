@@ -45,11 +45,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from script import begin, make_parser
 from torch import nn
 
 import wfnet
 from wfnet import UntrainConfig, backends
+from wfnet.benchmarking.provenance import provenance
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.train import BASE_NAME
 from wfnet.data import open_data
@@ -185,8 +185,13 @@ def untrain(args: argparse.Namespace, images: Path, base: Path, run: Path) -> di
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = make_parser(__doc__)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int, help="CPU threads")
+    add("--output", type=Path, help="JSON file to write")
     add("--classes", type=int, default=100)
     add("--network", default="resnet18", metavar="NAME")
     add("--recipe", default="balanced", choices=("balanced", "quick"))
@@ -232,7 +237,13 @@ def plan(args: argparse.Namespace) -> tuple[UntrainConfig, int]:
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parse(argv)
-    record = begin("whole_run", args, argv, "config")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    words = sys.argv[1:] if argv is None else argv
+    settings = {n: str(v) if isinstance(v, Path) else v for n, v in vars(args).items()}
+    del settings["config"]
+    record: dict[str, Any] = {"benchmark": "whole_run", "settings": settings}
+    record |= provenance(args.device, ["benchmarks/whole_run.py", *words])
     images = image_folder(args)
     folder = args.scratch / f"{args.network.replace('/', '-')}-{args.classes}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -2,13 +2,11 @@
 
 ``setup.py`` calls :func:`build_extension`; tests call :func:`build_emulated`.
 
-    python csrc/build.py               wfnet/_C*.so in place, for compute capability 9.0 (Hopper)
-    python csrc/build.py --emulated    build/emulated/..., for tests; needs no nvcc
+    python csrc/build.py      wfnet/_C*.so in place, for compute capability 9.0 (Hopper)
 """
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import hashlib
 import importlib.util
@@ -128,13 +126,8 @@ def build_emulated(name: str, sources: Sequence[Path], root: Path) -> Path:
 
 
 def main() -> None:
-    """Builds ``wfnet/_C`` of this checkout in place, or the emulated module."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--emulated", action="store_true", help="the kernels on the host")
+    """Builds ``wfnet/_C`` of this checkout in place."""
     root = HERE.parent
-    if parser.parse_args().emulated:
-        print(build_emulated("_emulated", kernel_sources(), root / "build/emulated"))
-        return
     library = build_extension(root / "build" / "cuda")
     shutil.copy2(library, root / "wfnet" / library.name)
     print(f"wrote wfnet/{library.name}")

@@ -16,14 +16,7 @@
 //
 // A tile of 256 columns is multiplied by both consumers, the upper and the lower 64 rows.
 //
-// What bounds it: a 3x3 layer with 64 channels has 9 slices per tile, 2,304 cycles at the tensor
-// cores (128 x 64), in which another tile's epilogue moves 128 x 64 x 2 B x 3 (residual, v, out) =
-// 48 KB. At one multiprocessor's share of 4.3 TB/s, 18 B per cycle, those take 2,700 cycles: bound
-// by memory, and that only because the epilogue is hidden. From 128 channels on, the tensor cores
-// are the bound, as far as operands come in time: shared memory moves 128 bytes a cycle, and a
-// slice of 128 x 128 is written once (32 KB) and read by wgmma (48 KB), 640 cycles beside 512; one
-// of 128 x 256 (48 and 80 KB) takes 1,024 beside 1,024; a slice of 128 x 64 whose filter is kept
-// takes 384 beside 256. How much of that adds up, a device must say.
+// What bounds it, counted: benchmarks/results/tuning.md.
 #pragma once
 
 #include <type_traits>

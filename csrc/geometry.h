@@ -37,9 +37,7 @@ namespace wf {
 // 128 x 128 fp32 accumulators take 128 of a thread's 232 registers, and so do 64 x 256.
 //
 // Two thread blocks form a cluster and take two tiles of neighbouring rows; each loads half of B
-// for both. A 128 x 128 x 64 slice then costs 24 KB from L2 for 2.1 MFLOP, 85 FLOP per byte: 790
-// TFLOP/s take 9.3 TB/s. A block alone would need 32 KB, 12.3 TB/s. A 128 x 256 x 64 slice costs
-// 32 KB for twice the FLOP: 6.2 TB/s.
+// for both: 24 KB from L2 for a 128 x 128 x 64 slice, where a block alone would need 32.
 constexpr int kBlockM = 128;
 constexpr int kBlockK = 64;  // 128 bytes: one swizzle row
 constexpr int kMostPhases = 4;

@@ -2,7 +2,7 @@
 
     python -m wfnet.kernels.aot                 one line per representative kernel and target
     python -m wfnet.kernels.aot --all           the complete matrix
-    python -m wfnet.kernels.aot --all --arch 90 --json report.json
+    python -m wfnet.kernels.aot --all --arch 90
 
 Exits with 1 if a kernel spills, uses a stack, lacks its tensor-core instruction, needs more shared
 memory than the device has (the compiler accepts that silently), or multiplies out of registers
@@ -13,13 +13,12 @@ own, on tensors that have no memory.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -95,10 +94,7 @@ class Case:
 class Report:
     """What the compiler made of a case; ``problems`` is empty for a good kernel."""
 
-    name: str
-    arch: int
     kernel: str
-    config: str
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -234,15 +230,9 @@ MOST_STACK = 8
 def compile_case(case: Case, device: Device) -> Report:
     """Compiles one case for one target and judges the result."""
     launch = case.launch
-    compiled = triton.compile(
-        source_of(launch),
-        target=GPUTarget("cuda", device.arch, 32),
-        options={
-            "num_warps": launch.warps,
-            "num_stages": launch.stages,
-            "enable_fp_fusion": True,
-        },
-    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    target = GPUTarget("cuda", device.arch, 32)
+    compiled = triton.compile(source_of(launch), target=target, options=options)
     registers, stack = _resources(compiled.asm["cubin"])
     instruction = _tensor_core_instruction(compiled.asm["ptx"])
     shared = compiled.metadata.shared
@@ -256,17 +246,7 @@ def compile_case(case: Case, device: Device) -> Report:
     exposed = products_of_registers(compiled.asm["ptx"])
     if exposed:
         problems.append(f"{exposed} asynchronous products read their left operand from registers")
-    return Report(
-        case.name,
-        device.arch,
-        launch.name,
-        f"{launch.warps} warps, {launch.stages} stages",
-        registers,
-        stack,
-        shared,
-        instruction,
-        tuple(problems),
-    )
+    return Report(launch.name, registers, stack, shared, instruction, tuple(problems))
 
 
 def _tensor_core_instruction(ptx: str) -> str:
@@ -310,25 +290,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="the complete matrix")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(TARGETS))
     parser.add_argument("--only", default="", help="cases whose name contains this")
-    parser.add_argument("--json", type=Path, help="write the table here too")
     arguments = parser.parse_args(argv)
-    reports = []
+    failed = False
     for arch in arguments.arch or sorted(TARGETS):
         device = TARGETS[arch]
         for case in cases(device, arguments.all):
             if arguments.only not in case.name:
                 continue
             report = compile_case(case, device)
-            reports.append(report)
+            failed |= bool(report.problems)
             print(
                 f"sm_{arch} {report.registers:3d} regs {report.stack_bytes:4d} stack "
-                f"{report.shared_bytes / 1024:5.1f} KB {report.instruction:16s} {report.name}"
+                f"{report.shared_bytes / 1024:5.1f} KB {report.instruction:16s} {case.name}"
                 + "".join(f"  !! {problem}" for problem in report.problems),
                 flush=True,
             )
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1))
-    return 1 if any(report.problems for report in reports) else 0
+    return int(failed)
 
 
 if __name__ == "__main__":

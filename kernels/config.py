@@ -85,8 +85,8 @@ class GemmConfig:
 
     def constants(self, exact: bool) -> dict[str, object]:
         """Constants of every kernel; ``exact``: fp32 is multiplied in full precision."""
-        precision = "ieee" if exact else "tf32"
-        return {"BN": self.block_n, "BK": self.block_k, "PRECISION": precision}
+        tile = {"BM": self.block_m, "BN": self.block_n, "BK": self.block_k}
+        return tile | {"PRECISION": "ieee" if exact else "tf32"}
 
     def __str__(self) -> str:
         where = f" {'x'.join(map(str, self.box))}" if self.box else ""
@@ -120,10 +120,15 @@ class ConvShape:
         return cls(batch, size, channels, columns, tuple(kernel), geometry)
 
     @property
-    def taps(self) -> dict[str, int]:
-        """The filter and its geometry as constants of kernels."""
-        (r, s), (ph, pw), (dh, dw) = self.kernel, self.geometry.padding, self.geometry.dilation
-        return {"R": r, "S": s, "PAD_H": ph, "PAD_W": pw, "DIL_H": dh, "DIL_W": dw}
+    def numbers(self) -> dict[str, int]:
+        """Sizes, filter and geometry by the names that kernels have for them."""
+        (h, w), (p, q), (r, s), geometry = self.size, self.out_size, self.kernel, self.geometry
+        numbers = {"B": self.batch, "H": h, "W": w, "P": p, "Q": q, "R": r, "S": s}
+        numbers |= {"C": self.in_channels, "O": self.out_channels}
+        pairs = {"STRIDE": geometry.stride, "PAD": geometry.padding, "DIL": geometry.dilation}
+        for name, pair in pairs.items():
+            numbers |= {f"{name}_H": pair[0], f"{name}_W": pair[1]}
+        return numbers
 
     @property
     def out_size(self) -> tuple[int, int]:

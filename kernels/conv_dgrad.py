@@ -39,7 +39,7 @@ from wfnet.kernels.config import (
 from wfnet.kernels.epilogue import backward_epilogue
 from wfnet.kernels.epilogue_arguments import BackwardArguments, Binding, channels_last
 from wfnet.kernels.epilogue_bwd import epilogue_bwd
-from wfnet.kernels.launch import Launch, describable, descriptor
+from wfnet.kernels.launch import Launch, describable, descriptor, gemm_launch
 from wfnet.kernels.linear import flat_launch, linear_dgrad_kernel
 
 from wfnet.backends.contract import NO_LAYER, ConvGeometry, LayerBelow, LayerGradient
@@ -222,27 +222,14 @@ def conv_dgrad_gather_kernel(
         inside = (hh >= 0) & (hh % STRIDE_H == 0) & (p < P) & (ww >= 0) & (ww % STRIDE_W == 0)
         inside = inside & (q < Q) & row_ok
         offset = (p * Q + q) * O
-        if O % BK == 0:
-            a = tl.load(
-                image[:, None] + (offset[:, None] + o[None, :]), mask=inside[:, None], other=0.0
-            )
-            weights = tl.load(
-                w + (o * (R * S * C) + tap * C)[:, None] + cols[None, :],
-                mask=col_ok[None, :],
-                other=0.0,
-            )
-        else:
-            o_ok = o < O
-            a = tl.load(
-                image[:, None] + (offset[:, None] + o[None, :]),
-                mask=inside[:, None] & o_ok[None, :],
-                other=0.0,
-            )
-            weights = tl.load(
-                w + (o * (R * S * C) + tap * C)[:, None] + cols[None, :],
-                mask=o_ok[:, None] & col_ok[None, :],
-                other=0.0,
-            )
+        a_ok = inside[:, None]
+        w_ok = col_ok[None, :]
+        if O % BK != 0:
+            a_ok = a_ok & (o < O)[None, :]
+            w_ok = w_ok & (o < O)[:, None]
+        a = tl.load(image[:, None] + (offset[:, None] + o[None, :]), mask=a_ok, other=0.0)
+        filters = w + (o * (R * S * C) + tap * C)[:, None]
+        weights = tl.load(filters + cols[None, :], mask=w_ok, other=0.0)
         acc = tl.dot(a, weights, acc, input_precision=PRECISION)
 
     layer = (skip, branch, activation, scale, shift, grad, scaled_grad)
@@ -297,16 +284,13 @@ def conv_dgrad(
         return backward.of_nothing()
     if config is None:
         config = dgrad_choice(ag, filters, shape, backward).config
-    exact = full_precision(ag.dtype, geometry.linear)
+    plan = functools.partial(_launch, ag, filters, shape, config)
     if config.path == "box":
-        plan = functools.partial(_box_launch, ag, filters, shape, config, exact)
         return backward.run(plan, grouped=_tiles_per_sample(shape, config))
     if backward.summing and span(config.block_m, size[0] * size[1]) == 0:
         # Tiles that meet many samples cannot sum their columns: leave it to the elementwise pass.
         plain = conv_dgrad(scaled_grad, weight, input_shape, geometry, config=config).grad
         return epilogue_bwd(plain, below)
-    plan = _gather_launch if config.path == "gather" else _flat_launch
-    plan = functools.partial(plan, ag, filters, shape, config, exact)
     return backward.run(plan, block_m=config.block_m)
 
 
@@ -325,38 +309,20 @@ def dgrad_choice(
     return choose("dgrad", shape, ag.dtype, device_of(ag), **options)
 
 
-def _flat_launch(
-    ag: Tensor, weight: Tensor, shape: ConvShape, config: GemmConfig, exact: bool, backward: Binding
+def _launch(
+    ag: Tensor, weight: Tensor, shape: ConvShape, config: GemmConfig, backward: Binding
 ) -> Launch:
-    return flat_launch(linear_dgrad_kernel, ag, weight, backward, shape, config, exact)
-
-
-def _gather_launch(
-    ag: Tensor, weight: Tensor, shape: ConvShape, config: GemmConfig, exact: bool, backward: Binding
-) -> Launch:
-    """``ag`` ``[B, P, Q, O]``, ``weight`` ``[O, R, S, C]``, read by addresses."""
-    (p, q), (height, width) = shape.out_size, shape.size
-    stride = shape.geometry.stride
-    arguments = (
-        backward()
-        | shape.taps
-        | {"ag": ag, "w": weight, "B": shape.batch, "H": height, "W": width, "P": p, "Q": q}
-        | {"C": shape.in_channels, "O": shape.out_channels}
-        | {"STRIDE_H": stride[0], "STRIDE_W": stride[1]}
-        | {"SPAN": span(config.block_m, height * width)}
-        | {"BM": config.block_m}
-        | config.constants(exact)
-    )
-    tiles = triton.cdiv(shape.batch * height * width, config.block_m)
-    grid = (tiles * triton.cdiv(shape.in_channels, config.block_n),)
-    return Launch(conv_dgrad_gather_kernel, grid, arguments, config.warps, config.stages)
-
-
-def _box_launch(
-    ag: Tensor, weight: Tensor, shape: ConvShape, config: GemmConfig, exact: bool, backward: Binding
-) -> Launch:
-    """``ag`` ``[B, P, Q, O]``, ``weight`` ``[O, R, S, C]``, in boxes."""
+    """``ag`` ``[B, P, Q, O]``, ``weight`` ``[O, R, S, C]``."""
+    exact = full_precision(ag.dtype, shape.geometry.linear)
+    if config.path == "flat":
+        return flat_launch(linear_dgrad_kernel, ag, weight, backward, shape, config, exact)
     batch, (height, width), channels = shape.batch, shape.size, shape.in_channels
+    arguments = shape.numbers | config.constants(exact)
+    if config.path == "gather":
+        tokens = height * width
+        arguments |= backward() | {"ag": ag, "w": weight, "SPAN": span(config.block_m, tokens)}
+        tiles = triton.cdiv(batch * tokens, config.block_m)
+        return gemm_launch(conv_dgrad_gather_kernel, tiles, channels, arguments, config)
     (samples, rows, cols), step = config.box, shape.geometry.stride[0]
 
     def tile(tensor: Tensor):
@@ -367,22 +333,15 @@ def _box_launch(
         return descriptor(tensor, size, (samples, rows, 1, cols, config.block_n))
 
     size, block = (batch, *shape.out_size, shape.out_channels), (*config.box, config.block_k)
-    depth = weight[0].numel()
-    arguments = (
-        backward(tile)
-        | shape.taps
-        | {
-            "ag": descriptor(ag, size, block, not exact),
-            "w": descriptor(weight, (size[3], depth), (config.block_k, config.block_n), not exact),
-        }
-        | {"B": batch, "H": height // step, "W": width // step, "C": channels, "O": size[3]}
-        | {"STEP": step}
-        | {"BS": samples, "BH": rows, "BW": cols}
-        | config.constants(exact)
-    )
+    filters = shape.out_channels, weight[0].numel()
+    arguments |= backward(tile) | {
+        "ag": descriptor(ag, size, block, not exact),
+        "w": descriptor(weight, filters, (config.block_k, config.block_n), not exact),
+        **{"H": height // step, "W": width // step, "STEP": step},
+        **{"BS": samples, "BH": rows, "BW": cols},
+    }
     tiles = triton.cdiv(batch, samples) * _tiles_per_sample(shape, config)
-    grid = (tiles * triton.cdiv(channels, config.block_n),)
-    return Launch(conv_dgrad_kernel, grid, arguments, config.warps, config.stages)
+    return gemm_launch(conv_dgrad_kernel, tiles, channels, arguments, config)
 
 
 def _tiles_per_sample(shape: ConvShape, config: GemmConfig) -> int:

@@ -37,7 +37,7 @@ from wfnet.kernels.config import (
 )
 from wfnet.kernels.epilogue import forward_epilogue
 from wfnet.kernels.epilogue_arguments import ForwardArguments, channels_first, channels_last
-from wfnet.kernels.launch import Launch, describable, descriptor
+from wfnet.kernels.launch import Launch, describable, descriptor, gemm_launch
 from wfnet.kernels.linear import flat_launch, linear_fprop_kernel
 from wfnet.kernels.moments import take_moments
 
@@ -317,21 +317,6 @@ def _check_operands(x: Tensor, weight: Tensor) -> None:
         )
 
 
-def _launch(
-    x: Tensor,
-    weight: Tensor,
-    source: Tensor | None,
-    arguments: ForwardArguments,
-    shape: ConvShape,
-    config: GemmConfig,
-) -> Launch:
-    exact = full_precision(x.dtype, shape.geometry.linear)
-    if config.path == "flat":
-        return flat_launch(linear_fprop_kernel, x, weight, arguments, shape, config, exact)
-    plan = _gather_launch if config.path == "gather" else _box_launch
-    return plan(x, weight, source, arguments, shape, config, exact)
-
-
 def fprop_choice(
     x: Tensor,
     weight: Tensor,
@@ -347,72 +332,43 @@ def fprop_choice(
     return choose("fprop", shape, x.dtype, device_of(x), **options)
 
 
-def _gather_launch(
+def _launch(
     x: Tensor,
     weight: Tensor,
     source: Tensor | None,
     forward: ForwardArguments,
     shape: ConvShape,
     config: GemmConfig,
-    exact: bool,
 ) -> Launch:
-    """``x`` ``[N, H, W, C]``, ``weight`` ``[O, R, S, C]``, read by addresses."""
+    """``x`` ``[N, H, W, C]``, ``weight`` ``[O, R, S, C]``."""
+    exact = full_precision(x.dtype, shape.geometry.linear)
+    if config.path == "flat":
+        return flat_launch(linear_fprop_kernel, x, weight, forward, shape, config, exact)
     (p, q), (height, width) = shape.out_size, shape.size
-    stride = shape.geometry.stride
-    arguments = (
-        forward()
-        | shape.taps
-        | {"x": x, "w": weight, "source": source, "N": x.shape[0], "B": shape.batch}
-        | {"H": height, "W": width, "P": p, "Q": q, "O": shape.out_channels}
-        | {"C": shape.in_channels, "STRIDE_H": stride[0], "STRIDE_W": stride[1]}
-        | {"SPAN": span(config.block_m, p * q)}
-        | {"BM": config.block_m}
-        | config.constants(exact)
-    )
-    tiles = triton.cdiv(shape.batch * p * q, config.block_m)
-    grid = (tiles * triton.cdiv(shape.out_channels, config.block_n),)
-    return Launch(conv_fprop_gather_kernel, grid, arguments, config.warps, config.stages)
-
-
-def _box_launch(
-    x: Tensor,
-    weight: Tensor,
-    source: Tensor | None,
-    forward: ForwardArguments,
-    shape: ConvShape,
-    config: GemmConfig,
-    exact: bool,
-) -> Launch:
-    """``x`` ``[N, H, W, C]``, ``weight`` ``[O, R, S, C]``, in boxes."""
-    (p, q), (height, width) = shape.out_size, shape.size
-    (samples, rows, cols), step = config.box, shape.geometry.stride[0]
     images, channels, columns = x.shape[0], shape.in_channels, shape.out_channels
-    if step == 1:
-        size, box = (images, height, width, channels), (samples, rows, cols, config.block_k)
-    else:
+    arguments = shape.numbers | config.constants(exact) | {"source": source, "N": images}
+    if config.path == "gather":
+        arguments |= forward() | {"x": x, "w": weight, "SPAN": span(config.block_m, p * q)}
+        tiles = triton.cdiv(shape.batch * p * q, config.block_m)
+        return gemm_launch(conv_fprop_gather_kernel, tiles, columns, arguments, config)
+    (samples, rows, cols), step = config.box, shape.geometry.stride[0]
+    size, box = (images, height, width, channels), (samples, rows, cols, config.block_k)
+    if step == 2:
         size = (images, height // 2, 2, width // 2, 2 * channels)
         box = (samples, rows, 1, cols, config.block_k)
 
     def tile(tensor: Tensor):
         return descriptor(tensor, (shape.batch, p, q, columns), (*config.box, config.block_n))
 
-    depth = weight[0].numel()
-    arguments = (
-        forward(tile)
-        | shape.taps
-        | {
-            "x": descriptor(x, size, box, not exact),
-            "w": descriptor(weight, (columns, depth), (config.block_n, config.block_k), not exact),
-        }
-        | {"source": source, "B": shape.batch, "P": p, "Q": q, "O": columns, "C": channels}
-        | {"STEP": step}
-        | {"BS": samples, "BP": rows, "BQ": cols}
-        | config.constants(exact)
-    )
+    filters = columns, weight[0].numel()
+    arguments |= forward(tile) | {
+        "x": descriptor(x, size, box, not exact),
+        "w": descriptor(weight, filters, (config.block_n, config.block_k), not exact),
+        **{"STEP": step, "BS": samples, "BP": rows, "BQ": cols},
+    }
     tiles = _tiles_of(shape, config)
     tiles = triton.cdiv(shape.batch, samples) * tiles[0] * tiles[1]
-    grid = (tiles * triton.cdiv(columns, config.block_n),)
-    return Launch(conv_fprop_kernel, grid, arguments, config.warps, config.stages)
+    return gemm_launch(conv_fprop_kernel, tiles, columns, arguments, config)
 
 
 def _tiles_of(shape: ConvShape, config: GemmConfig) -> tuple[int, int]:

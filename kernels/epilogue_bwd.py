@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from wfnet.kernels.epilogue import backward_epilogue, load_tile, store_tile
 from wfnet.kernels.epilogue_arguments import BackwardArguments, Binding, channels_last
-from wfnet.kernels.launch import Launch
+from wfnet.kernels.launch import Launch, elementwise_launch, tile_of
 
 from wfnet.backends.contract import LayerBelow, LayerGradient
 
@@ -100,12 +100,6 @@ def by_source(source: Tensor, sources: int) -> tuple[Tensor, Tensor]:
     return order, torch.searchsorted(sorted_source, bounds)
 
 
-def tile_of(tokens: int, columns: int) -> tuple[int, int]:
-    """Rows and columns of an elementwise tile: 16-byte rows of channels, about 4096 elements."""
-    block_n = min(128, max(16, triton.next_power_of_2(columns)))
-    return min(4096 // block_n, max(1, triton.next_power_of_2(tokens))), block_n
-
-
 def epilogue_bwd(dout: Tensor, below: LayerBelow) -> LayerGradient:
     """Computes ``g``, ``A * g`` and the column sums T0 and T1 of ``dout`` in one pass.
 
@@ -130,15 +124,10 @@ def epilogue_bwd(dout: Tensor, below: LayerBelow) -> LayerGradient:
         targets = below.images
         order, first_of = by_source(below.source, targets)
         backward = backward.with_scaled_grad(pixels.new_empty((targets, height, width, columns)))
-    block_m, block_n = tile_of(tokens, columns)
 
     def plan(bound: Binding) -> Launch:
-        arguments = (
-            bound()
-            | {"dout": pixels, "order": order, "first_of": first_of}
-            | {"B": batch, "T": tokens, "C": columns, "BM": block_m, "BN": block_n}
-        )
-        grid = (targets * triton.cdiv(tokens, block_m) * triton.cdiv(columns, block_n),)
-        return Launch(epilogue_bwd_kernel, grid, arguments)
+        arguments = bound() | {"dout": pixels, "order": order, "first_of": first_of, "B": batch}
+        return elementwise_launch(epilogue_bwd_kernel, (targets, tokens, columns), arguments)
 
+    block_m, _ = tile_of(tokens, columns)
     return backward.run(plan, grouped=triton.cdiv(tokens, block_m))

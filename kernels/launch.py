@@ -25,7 +25,11 @@ _kept: list[Launch] | None = None
 
 @dataclass(frozen=True)
 class Launch:
-    """``kernel[grid](**arguments)`` with its warps and pipeline stages."""
+    """``kernel[grid](...)`` with its warps and pipeline stages.
+
+    Attributes:
+        arguments: by name; those that the kernel does not have are left out.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
@@ -43,16 +47,42 @@ class Launch:
         if _kept is not None:
             _kept.append(self)
             return
-        seen = (getattr(value, "base", value) for value in self.arguments.values())
+        arguments = {name: self.arguments[name] for name in self.kernel.arg_names}
+        seen = (getattr(value, "base", value) for value in arguments.values())
         device = next(value.device for value in seen if isinstance(value, Tensor))
         current = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with current:
             self.kernel[self.grid](
-                **self.arguments,
+                **arguments,
                 num_warps=self.warps,
                 num_stages=self.stages,
                 enable_fp_fusion=True,  # Triton's default until 3.9
             )
+
+
+def gemm_launch(
+    kernel: Any, tiles: int, columns: int, arguments: dict[str, Any], gemm: config.GemmConfig
+) -> Launch:
+    """The launch of a product with ``tiles`` of rows."""
+    grid = (tiles * triton.cdiv(columns, gemm.block_n),)
+    return Launch(kernel, grid, arguments, gemm.warps, gemm.stages)
+
+
+def tile_of(tokens: int, columns: int) -> tuple[int, int]:
+    """Rows and columns of an elementwise tile: 16-byte rows of channels, about 4096 elements."""
+    block_n = min(128, max(16, triton.next_power_of_2(columns)))
+    return min(4096 // block_n, max(1, triton.next_power_of_2(tokens))), block_n
+
+
+def elementwise_launch(
+    kernel: Any, pixels: tuple[int, int, int], arguments: dict[str, Any]
+) -> Launch:
+    """The launch of a pass over samples, tokens and columns of ``pixels``."""
+    batch, tokens, columns = pixels
+    block_m, block_n = tile_of(tokens, columns)
+    arguments = arguments | {"T": tokens, "C": columns, "BM": block_m, "BN": block_n}
+    grid = (batch * triton.cdiv(tokens, block_m) * triton.cdiv(columns, block_n),)
+    return Launch(kernel, grid, arguments)
 
 
 @contextlib.contextmanager

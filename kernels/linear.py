@@ -151,17 +151,11 @@ def flat_launch(
         return descriptor(tensor, (count, columns), (config.block_m, config.block_n))
 
     block = (config.block_n, config.block_k) if forward else (config.block_k, config.block_n)
-    size = (shape.out_channels, shape.in_channels)
     a = descriptor(rows, (count, depth), (config.block_m, config.block_k), not exact)
-    arguments = (
-        epilogue(tile)
-        | {"w": descriptor(weight, size, block, not exact)}
-        | ({"x": a, "O": columns} if forward else {"ag": a, "C": columns})
-        | {"M": count, "B": shape.batch, "T": tokens, "K": depth}
-        | {"FLATTEN": tiles > processors}
-        | {"SPAN": span(config.block_m, tokens)}
-        | {"BM": config.block_m}
-        | config.constants(exact)
-    )
+    arguments = epilogue(tile) | shape.numbers | config.constants(exact)
+    arguments |= {"M": count, "T": tokens, "K": depth, "FLATTEN": tiles > processors}
+    arguments |= {"x" if forward else "ag": a, "SPAN": span(config.block_m, tokens)}
+    filters = shape.out_channels, shape.in_channels
+    arguments["w"] = descriptor(weight, filters, block, not exact)
     grid = (min(tiles, processors),)
     return Launch(kernel, grid, arguments, config.warps, config.stages)

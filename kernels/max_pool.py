@@ -24,8 +24,7 @@ from wfnet.kernels.epilogue_arguments import (
     channels_first,
     channels_last,
 )
-from wfnet.kernels.epilogue_bwd import tile_of
-from wfnet.kernels.launch import Launch
+from wfnet.kernels.launch import Launch, elementwise_launch, tile_of
 
 from wfnet.backends.contract import NO_LAYER, LayerBelow, LayerGradient, PoolGeometry
 
@@ -154,9 +153,12 @@ def max_pool_bwd_kernel(
     )
 
 
-def _taps(window: PoolGeometry) -> dict[str, int]:
+def _numbers(
+    window: PoolGeometry, size: tuple[int, int], pooled: tuple[int, int]
+) -> dict[str, int]:
     (kh, kw), (sh, sw), (ph, pw) = window.kernel, window.stride, window.padding
-    return {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
+    taps = {"KH": kh, "KW": kw, "SH": sh, "SW": sw, "PH": ph, "PW": pw}
+    return taps | {"H": size[0], "W": size[1], "P": pooled[0], "Q": pooled[1]}
 
 
 def max_pool(x: Tensor, window: PoolGeometry, save: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -178,15 +180,9 @@ def max_pool(x: Tensor, window: PoolGeometry, save: bool = True) -> tuple[Tensor
     out = pixels.new_empty((batch, p, q, columns))
     positions = torch.empty_like(out, dtype=torch.uint8) if save else None
     if out.numel():
-        block_m, block_n = tile_of(p * q, columns)
-        arguments = (
-            {"x": pixels, "out": out, "positions": positions, "NOWHERE": _NOWHERE}
-            | {"H": height, "W": width, "P": p, "Q": q, "C": columns}
-            | _taps(window)
-            | {"BM": block_m, "BN": block_n}
-        )
-        grid = (batch * triton.cdiv(p * q, block_m) * triton.cdiv(columns, block_n),)
-        Launch(max_pool_fwd_kernel, grid, arguments).run()
+        arguments = {"x": pixels, "out": out, "positions": positions, "NOWHERE": _NOWHERE}
+        arguments |= _numbers(window, (height, width), (p, q))
+        elementwise_launch(max_pool_fwd_kernel, (batch, p * q, columns), arguments).run()
     return channels_first(out), channels_first(positions)
 
 
@@ -213,18 +209,11 @@ def max_pool_bwd(
     pooled, positions = channels_last(dout), channels_last(positions)
     (batch, p, q, columns), (height, width) = pooled.shape, size
     backward = BackwardArguments.of(below, pooled, (batch, *size, columns))
-    block_m, block_n = tile_of(height * width, columns)
-    tiles = triton.cdiv(height * width, block_m)
 
     def plan(bound: Binding) -> Launch:
-        arguments = (
-            bound()
-            | {"dout": pooled, "positions": positions}
-            | {"B": batch, "H": height, "W": width, "P": p, "Q": q, "C": columns}
-            | _taps(window)
-            | {"BM": block_m, "BN": block_n}
-        )
-        grid = (batch * tiles * triton.cdiv(columns, block_n),)
-        return Launch(max_pool_bwd_kernel, grid, arguments)
+        arguments = bound() | {"dout": pooled, "positions": positions, "B": batch}
+        arguments |= _numbers(window, size, (p, q))
+        return elementwise_launch(max_pool_bwd_kernel, (batch, height * width, columns), arguments)
 
-    return backward.run(plan, grouped=tiles)
+    block_m, _ = tile_of(height * width, columns)
+    return backward.run(plan, grouped=triton.cdiv(height * width, block_m))

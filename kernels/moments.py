@@ -22,8 +22,7 @@ from wfnet.kernels.epilogue_arguments import (
     slot_of_tile,
     tiles_of_sample,
 )
-from wfnet.kernels.epilogue_bwd import tile_of
-from wfnet.kernels.launch import Launch
+from wfnet.kernels.launch import Launch, elementwise_launch
 
 
 @triton.jit(do_not_specialize=["B", "T", "SLOTS"])
@@ -159,13 +158,8 @@ def combine(
     out = pixels if may_overwrite else torch.empty_like(pixels)
     batch, height, width, columns = pixels.shape
     if out.numel():
-        block_m, block_n = tile_of(height * width, columns)
         tables = {"scale": scale, "factor": factor, "shift": shift}
-        arguments = {
-            n: table if table is None else table.contiguous() for n, table in tables.items()
-        }
+        arguments = {n: None if t is None else t.contiguous() for n, t in tables.items()}
         arguments |= {"x": pixels, "other": other, "out": out, "RELU": relu, "B": batch}
-        arguments |= {"T": height * width, "C": columns, "BM": block_m, "BN": block_n}
-        tiles = batch * triton.cdiv(height * width, block_m) * triton.cdiv(columns, block_n)
-        Launch(combine_kernel, (tiles,), arguments).run()
+        elementwise_launch(combine_kernel, (batch, height * width, columns), arguments).run()
     return channels_first(out)

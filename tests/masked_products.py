@@ -6,7 +6,7 @@ kernels, interpreted and emulated ones, backends on a device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -21,51 +21,11 @@ _ROUNDINGS = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 _TF32 = 1.5e-3  # of operands, which Triton before 3.7 truncates
 
 
-# Which part of a tile of the Hopper kernels a row (pixel) or a column (channel) belongs to.
-_PLACES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "row // 128 % 2 (block of the cluster)": lambda row, column: row // 128 % 2,
-    "row // 64 % 2 (half of a tile)": lambda row, column: row // 64 % 2,
-    "row // 16 % 4 (warp)": lambda row, column: row // 16 % 4,
-    "row % 16": lambda row, column: row % 16,
-    "column // 64": lambda row, column: column // 64,
-    "column // 32 % 2 (chunk of the epilogue)": lambda row, column: column // 32 % 2,
-    "column // 8 % 4 (lane of a quad)": lambda row, column: column // 8 % 4,
-    "column % 8": lambda row, column: column % 8,
-}
-
-
 def check(result: Tensor, truth: Tensor, bound: float | None = None) -> None:
     """Asserts that a result differs from ``truth`` by ``bound``, else a few of its roundings."""
     error = (result.double() - truth.double()).norm() / truth.double().norm().clamp_min(1e-30)
     bound = _ROUNDINGS[result.dtype] if bound is None else bound
-    message = f"relative error {error:.2e}, bound {bound:.2e}"
-    assert error <= bound, "\n".join([message, *_where(result.detach(), truth.detach())])
-
-
-def _where(result: Tensor, truth: Tensor) -> Iterator[str]:
-    """Says which rows (pixels) and columns (channels) are wrong, in terms of tiles."""
-    if truth.dim() < 2:
-        return
-    result, truth = (t.double().movedim(1, -1).flatten(0, -2).cpu() for t in (result, truth))
-    wrong = ~((result - truth).abs() <= 0.05 * (truth.abs() + truth.square().mean().sqrt()))
-    if not wrong.any():
-        yield "no element is far off: a loss of digits"
-        return
-    yield (
-        f"{wrong.double().mean():.2%} of {list(truth.shape)} are wrong, "
-        f"{(~result.isfinite()).double().mean():.2%} not finite (never written?)"
-    )
-    rows, columns = torch.meshgrid(*(torch.arange(n) for n in truth.shape), indexing="ij")
-    for name, place in _PLACES.items():
-        places = place(rows, columns)
-        every, some = places.unique().tolist(), places[wrong].unique().tolist()
-        if some != every:
-            yield f"all of it where {name} is {some} of {every}"
-    row, column = wrong.nonzero()[0].tolist()
-    yield (
-        f"first at row {row}, column {column}: {result[row, column]:.4g}, "
-        f"not {truth[row, column]:.4g}"
-    )
+    assert error <= bound, f"relative error {error:.2e}, bound {bound:.2e}"
 
 
 def _per_pixel(table: Tensor | None) -> Tensor | float:

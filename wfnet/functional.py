@@ -18,7 +18,7 @@ from torch import Tensor
 from wfnet import backends, operators, reference
 from wfnet.backends import KERNELS as _KERNELS
 from wfnet.backends.autotune import stored_choices
-from wfnet.backends.contract import ConvGeometry
+from wfnet.backends.contract import LINEAR, ConvGeometry, as_filter, as_pixels
 from wfnet.gates import gate_rows, gather_samples
 from wfnet.labels import ForgetLabels, Selection, check_source, select
 from wfnet.services.modes import is_exporting
@@ -153,15 +153,16 @@ def explain(
         The choice and its reason, then what this device has measured for fused networks, then one
         line per backend.
     """
-    if weight.dim() == 4:
-        x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
-        says = {n: backends.get(n).explain_conv2d(x, weight, geometry, batch) for n in _KERNELS}
-    else:
+    linear, geometry = weight.dim() == 2, LINEAR
+    if linear:
         tokens = x.reshape(x.shape[0], x.shape[1:-1].numel(), x.shape[-1])
-        says = {n: backends.get(n).explain_linear(tokens, weight, batch) for n in _KERNELS}
+        x, weight = as_pixels(tokens), as_filter(weight)
+    else:
+        x, geometry = _resolve_geometry(x, weight, stride, padding, dilation, groups)
+    says = {n: backends.get(n).explain_conv2d(x, weight, geometry, batch) for n in _KERNELS}
     why = "auto" if backends.requested(backend) == "auto" else "asked for by name"
     lines = [f"{backends.resolve(backend)}: chosen ({why})"]
-    if why == "auto" and weight.dim() == 4:
+    if why == "auto" and not linear:
         lines += [f"fused: {text}" for text in stored_choices(x, weight, geometry)]
     return "\n".join(lines + [f"{name}: {text}" for name, text in says.items()])
 

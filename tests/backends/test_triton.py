@@ -8,7 +8,7 @@ from masked_products import check, check_public
 pytest.importorskip("triton")
 
 import wfnet.functional as wf
-from wfnet.backends.contract import ConvGeometry, PoolGeometry
+from wfnet.backends.contract import LINEAR, ConvGeometry, PoolGeometry
 from wfnet.backends.triton import backend
 
 X, W = torch.zeros(1, 8, 4, 4), torch.zeros(8, 8, 1, 1)
@@ -37,8 +37,8 @@ def test_explain_names_config_and_reason(monkeypatch):
     assert "input gradient flat " in text
     text = backend.explain_conv2d(X, torch.zeros(8, 8, 3, 3), ConvGeometry(padding=(1, 1)))
     assert "forward box " in text
-    assert "persistent" in backend.explain_linear(torch.zeros(2, 7, 16), torch.zeros(8, 16))
-    assert "box" in backend.explain_linear(torch.zeros(2, 7, 16), torch.zeros(8, 16), batch=3)
+    tokens, filters = torch.zeros(2, 16, 7, 1), torch.zeros(8, 16, 1, 1)
+    assert "persistent" in backend.explain_conv2d(tokens, filters, LINEAR)
     assert "box" in backend.explain_conv2d(X, W, ConvGeometry(), batch=2)
 
 

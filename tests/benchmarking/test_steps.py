@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -72,6 +74,29 @@ def test_large_columns_run_by_themselves(problem_of, monkeypatch):
     assert list(rows) == names
     assert rows["eager"]["alone"]
     assert all(row["median_ms"] > 0 for row in rows.values())
+
+
+def test_a_column_that_fails_costs_no_other(problem_of, monkeypatch):
+    make = steps.make_step
+
+    def failing(problem, name, stack):
+        step, calls = make(problem, name, stack), iter(range(100))
+
+        def run(lr):
+            if next(calls) == 7:  # while it is timed
+                raise ArithmeticError("out of registers")  # none of the kinds of a refusal
+            return step(lr)
+
+        return replace(step, run=run) if name == "wfnet/eager/unfused" else step
+
+    monkeypatch.setattr(steps, "make_step", failing)
+    monkeypatch.setitem(steps._MOST_COPIED, "cpu", 1e-6)
+    names = ["wfnet/eager/unfused", "loop", "eager", "wfnet/eager/captured"]
+    rows = steps.measure(problem_of(repeats=4), names, RATES)["columns"]
+    assert rows["wfnet/eager/unfused"]["impossible"] == "ArithmeticError: out of registers"
+    assert "one masked weight copy per sample needs" in rows["loop"]["impossible"]
+    assert "CUDA" in rows["wfnet/eager/captured"]["impossible"]
+    assert rows["eager"]["median_ms"] > 0
 
 
 def test_masks_do_not_take_activations_to_fp32(problem_of):

@@ -1,6 +1,5 @@
 """benchmarks/device_run.py without a device: what hangs, crashes, is out of time, or goes on."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,8 +10,11 @@ from pathlib import Path
 
 import device_run
 import pytest
+import whole_run
 from _pytest.mark.expression import Expression
 from device_run import Stage, plan
+
+from wfnet.cli import build_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -74,19 +76,14 @@ def test_what_hangs_is_killed_with_its_children_and_leaves_its_stack(tmp_path, m
     assert not runs(int(stages["hang"]["tail"][0]))
 
 
-def test_a_spent_budget_leaves_the_rest_for_the_next_call(tmp_path, monkeypatch):
+def test_a_spent_budget_ends_a_run_that_stays_as_it_is(tmp_path):
     slow = stage("slow", "import time; time.sleep(60)", limit=8)
     quick, never = stage("quick", "pass", limit=8), stage("never", "pass")
     status, stages = run(tmp_path, quick, slow, never, arguments=["--budget", "5"])
     assert status == 1
     statuses = {name: record["status"] for name, record in stages.items()}
     assert statuses == {"quick": "passed", "slow": "out of time", "never": "no time left"}
-    (tmp_path / "logs/quick.log").unlink()
-    slow = stage("slow", "pass")
-    assert run(tmp_path, quick, slow, never)[0] == 0
-    assert not (tmp_path / "logs/quick.log").exists(), "what has passed is not repeated"
-    monkeypatch.setattr(device_run, "sources_digest", lambda: "others")
-    with pytest.raises(SystemExit, match="of other sources; choose another --output"):
+    with pytest.raises(SystemExit, match="holds a run; choose another --output"):
         run(tmp_path, quick)
 
 
@@ -134,11 +131,15 @@ def test_every_stage_is_a_valid_command_line():
     for one in stages:
         assert set(one.needs) <= set(names[: names.index(one.name)])
         words = one.command[one.command.index(sys.executable) + 1 :]
-        if words[0] != "-P":
-            script = ROOT / words[0]
-            importlib.import_module(script.stem).parse(list(words[1:]))
-            checked.add(script.name)
-    assert checked == {"bench_step.py", "whole_run.py"}
+        if words[:4] == ("-P", "-m", "wfnet", "bench"):
+            options = build_parser().parse_args(list(words[3:]))
+            assert options.output.endswith(f"{one.name}.json")
+            checked.add("bench")
+        elif words[0] != "-P":
+            assert words[0] == "benchmarks/whole_run.py"
+            whole_run.parse(list(words[1:]))
+            checked.add("whole_run")
+    assert checked == {"bench", "whole_run"}
 
 
 def test_every_device_test_is_in_exactly_one_group():

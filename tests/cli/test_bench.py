@@ -1,6 +1,10 @@
 import csv
+import json
 
 import pytest
+
+from wfnet.benchmarking import steps
+from wfnet.cli import main
 
 
 def test_a_table_with_the_columns_of_timm(call, tmp_path, capsys):
@@ -23,3 +27,18 @@ def test_a_table_with_the_columns_of_timm(call, tmp_path, capsys):
     assert 0 < float(rows[2]["share_of_floor"]) < 1.5
     assert "CUDA" in rows[3]["remark"]
     assert rows[3]["train_step_time"] == ""
+
+
+def test_everything_as_json_and_a_wrong_column_named_at_the_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(steps, "_LEAST_ERROR", -1.0)
+    file = tmp_path / "steps.json"
+    words = "bench --img-size 16 -b 4 -M 1 --num-classes 5 --repeats 1 --device cpu --quiet"
+    words += " --model small/resnet --model-kwargs width=8 --columns unmasked wfnet/eager/fused"
+    assert main([*words.split(), "--output", str(file)]) == 2
+    wrong = "columns that compute something else: small/resnet: wfnet/eager/fused"
+    assert wrong in capsys.readouterr().err
+    record = json.loads(file.read_text())
+    assert (record["settings"]["classes"], record["settings"]["dtype"]) == (5, "float32")
+    columns = record["networks"]["small/resnet"]["columns"]
+    assert columns["unmasked"]["milliseconds"]
+    assert columns["wfnet/eager/fused"]["wrong"]

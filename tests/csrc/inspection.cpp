@@ -22,20 +22,9 @@ struct Memory {
 // One fault each, in a cluster of two blocks of a warpgroup: the emulation must name it.
 void misuse(const std::string& name, const Memory& memory) {
   const uint32_t barrier = 0;
-  if (block_thread() == 0) {
-    mbarrier_init(barrier, 1);
-    if (name != "unfenced barrier") fence_mbarrier_init();
-    }
+  if (block_thread() == 0) mbarrier_init(barrier, 1);
+  fence_mbarrier_init();
   sync_cluster();
-  if (name == "unfenced barrier" && block_thread() == 0) mbarrier_wait(barrier, 0);
-  if (name == "too many bytes" && block_thread() == 0) mbarrier_arrive_expect(barrier, 1 << 20);
-  if (name == "named barrier") sync_block_named(8, kWarpgroup);
-  if (name == "half a warp elects" && block_thread() % 32 < 16) elect_one();
-  if (name == "lanes apart at a named barrier") {
-    if (block_thread() % 32 < 16) shuffle_xor(0.0f, 1);
-    sync_block_named(1, kWarpgroup);
-  }
-  if (name == "three warps give registers" && block_thread() < 96) give_registers<40>();
   if (name == "lanes apart at a shuffle") {
     if (thread_index() % 32 == 3) shuffle_xor(1.0f, 1);
     sync_warp();
@@ -95,7 +84,6 @@ PYBIND11_MODULE(inspection, module) {
     fields["rows"] = rows;
     fields["slices"] = slices;
     fields["block_n"] = problem.block_n;
-    fields["keep_filter"] = problem.keep_filter != 0;
     fields["partial_rows"] = problem.partial_rows;
     return fields;
   }, py::arg("conv"), py::arg("backward"), py::arg("clusters") = 0);

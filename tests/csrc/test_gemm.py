@@ -187,35 +187,3 @@ def test_a_fault_is_noticed(emulated_cuda, schedule, fault, direction, convoluti
         if fails(case):
             return
     pytest.fail("nobody noticed")
-
-
-AXIS = (8, 8, 1, 1, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("launcher", "changed", "message"),
-    [
-        ("fprop", {"out": 2}, "out is not 16-byte aligned"),
-        ("fprop", {"x": 2}, "operand is not 16-byte aligned"),
-        ("fprop", {"table_stride": 17}, "rows of the tables"),
-        ("fprop", {"scale": 0}, "scale and out are needed"),
-        ("fprop", {"dtype": "float32"}, "not float32"),
-        ("fprop", {"height": (8, 5, 1, 1, 0, 1)}, "the output is 8 x 8, not 5 x 8"),
-        ("fprop", {"height": (8, 8, 1)}, "an axis has 6 numbers"),
-        ("dgrad", dict.fromkeys(("height", "width"), (8, 2, 4, 4, 0, 1)), "product is above 4"),
-        ("dgrad", {"relu": True}, "need the branch"),
-        ("dgrad", {"t0": 16}, "as workspace"),
-        ("dgrad", {"scaled_grad": 16, "scale": 0}, "scaled_grad needs scale"),
-        ("dgrad", {"grad": 8}, "grad is not 16-byte aligned"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_arguments_are_refused(emulated_cuda, launcher, changed, message):
-    """An address of 0 is no tensor; what a launcher does not know of it does not look at."""
-    addresses = "x ag weight shift residual branch skip activation grad scaled_grad"
-    addresses += " partial0 partial1 t0 t1 device stream total_stride"
-    right = dict.fromkeys(addresses.split(), 0) | {"scale": 16, "out": 16, "table_stride": 16}
-    right |= {"batch": 1, "in_channels": 16, "out_channels": 16, "height": AXIS, "width": AXIS}
-    right |= {"relu": False, "dtype": "bfloat16", "processors": 1}
-    with pytest.raises(ValueError, match=message):
-        getattr(emulated_cuda, launcher)(**{**right, **changed})

@@ -137,7 +137,9 @@ def test_groups_in_untraining(pair, soft, chosen, monkeypatch):
     torch.testing.assert_close(moments[1], moments[0], rtol=1e-10, atol=1e-11)
     check_gradients(pair, losses)
     if chosen:
-        assert {"epilogue", "moments_backward"} <= {kind.split(",")[0] for kind in backend.taken}
+        entries = {kind.split(",")[0]: sizes for kind, sizes in backend.choices.items()}
+        for name in ("epilogue", "moments_backward"):
+            assert [[*one["ms"]] for one in entries[name].values()] == [["eager", "triton"]]
         decided = [entry for sizes in backend.choices.values() for entry in sizes.values()]
         assert not any(entry["excluded"] for entry in decided)
 

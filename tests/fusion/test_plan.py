@@ -156,16 +156,3 @@ def test_the_backward_chain_of_a_bottleneck_network():
     assert by_name["layer2.0.conv1"].below is by_name["layer1.2.conv3"]
     assert by_name["layer2.0.downsample.0"].below is None  # its gradient is not the last one
     assert [step.name for step in convs if step.at_source] == ["conv1"]
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("efficientnet_b0", (81, 49, 0, 9)),
-        ("res2net50_26w_4s", (85, 85, 81, 16)),
-    ],
-)
-def test_how_much_of_a_network_folds(name, expected):
-    with torch.device("meta"):
-        net = wfnet.WFNet(timm.create_model(name, num_classes=CLASSES), CLASSES)
-        assert folded(fusion.make_plan(net.model)) == expected

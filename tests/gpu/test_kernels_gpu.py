@@ -10,10 +10,9 @@ import torch
 from masked_products import Backward, Forward, check, check_public, sizes
 
 import wfnet.functional as wf
-from wfnet import backends
+from wfnet import backends, gates
 from wfnet.backends import cuda
 from wfnet.backends.contract import ConvGeometry, Epilogue, LayerBelow
-from wfnet.gate_tables import GatedLayer, GateTables
 
 pytest.importorskip("triton")
 
@@ -229,37 +228,11 @@ def test_offsets_past_32_bits(backend):
 
 
 @pytest.mark.parametrize("labels", [1, 3])
-def test_gate_tables_of_a_network(labels):
+def test_gates_of_a_network(labels):
     """All layers in one launch each way, a thousand classes, labels that repeat and are missing."""
-
-    def layer(width, bias):
-        table = lambda *shape: randn(*shape, dtype=torch.float32)  # noqa: E731
-        return GatedLayer(
-            table(1000, width),
-            table(1000, width) if bias else None,
-            bias=table(width) if bias else None,
-            gamma=table(width),
-            beta=table(width),
-            mean=table(width),
-            var=torch.rand(width, device=DEVICE) + 0.1,
-            gate_scale=1.05,
-        )
-
-    layers = [layer(width, bias) for width, bias in ((64, False), (128, True), (512, False))]
-    exact = [
-        GatedLayer(**{n: t.double() if torch.is_tensor(t) else t for n, t in vars(o).items()})
-        for o in layers
-    ]
+    kernels = usable("triton")
+    alpha, t = (randn(rows, 704, dtype=torch.float32) for rows in (1000, 512))
     forget = torch.randint(-1, 1000, (512, labels), device=DEVICE)
-    found, truth = (
-        GateTables(layers, usable("triton"))(forget, True),
-        GateTables(exact)(forget, True),
-    )
-    for what in ("scales", "shifts"):
-        for a, b in zip(getattr(found, what), getattr(truth, what), strict=True):
-            check(a, b)
-    for a, b in zip(found.t1 + found.t0, truth.t1 + truth.t0, strict=True):
-        if a is not None:
-            b.copy_(a.normal_())
-    for a, b in zip(found.gradients(), truth.gradients(), strict=True):
-        check(a, b)
+    check(kernels.gate_rows(alpha, forget, 1.05), gates.gate_rows(alpha.double(), forget, 1.05))
+    found = kernels.gate_rows_backward(t, alpha, forget)
+    check(found, gates.gate_rows_backward(t.double(), alpha.double(), forget))

@@ -105,9 +105,6 @@ def test_another_size_of_a_batch_compiles_nothing(monkeypatch):
     assert compiled(512) == compiled(500)
 
 
-def test_command_line(capsys, tmp_path):
-    path = tmp_path / "report.json"
-    arguments = ["--arch", "90", "--only", "source=True column_sums", "--json", str(path)]
-    assert aot.main(arguments) == 0
+def test_command_line(capsys):
+    assert aot.main(["--arch", "90", "--only", "source=True column_sums"]) == 0
     assert "column_sums" in capsys.readouterr().out
-    assert '"registers"' in path.read_text()

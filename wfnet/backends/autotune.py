@@ -44,6 +44,8 @@ BOUNDS = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 _ELEMENT_BOUNDS = 4
 # Cycles that a device spins before a timed call, so that the host is ahead of it: about 1 ms.
 _HEAD_START = 2_000_000
+# Measurements of a kind that may decide nothing: later operands may tell more than the first.
+_MOST_FUTILE = 3
 _CONVOLUTIONS = ("conv2d", "conv2d_dgrad")
 _OF_LAYERS = ("weight", "alpha")  # arguments whose first dimension is no batch
 
@@ -123,6 +125,8 @@ class TunedBackend(Backend):
         self.candidates = default_candidates() if candidates is None else candidates
         self.choices: Choices = {} if cache is None else cache.read()
         self.taken: dict[str, str] = {}
+        self._kinds: dict[tuple, str] = {}
+        self._futile: Counter[str] = Counter()  # by kind: measurements that decided nothing
         self._spent: Counter[int] = Counter()  # seconds by the size of batches
         self._said: set[int] = set()
 
@@ -134,7 +138,10 @@ class TunedBackend(Backend):
 
     def run(self, method: str, arguments: dict[str, object]) -> object:
         """Makes a call, by the candidate that is chosen for its kind."""
-        kind = ", ".join([method, *_described(arguments)])
+        key = method, *_key(arguments)
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = ", ".join([method, *_described(key[1:])])
         epilogue, forget = arguments.get("epilogue"), arguments.get("forget")
         first = next(iter(arguments.values())) if forget is None else forget
         batch = len(first if epilogue is None else epilogue.scale)
@@ -150,7 +157,7 @@ class TunedBackend(Backend):
 
     def _decide(self, method: str, kind: str, arguments: dict[str, object], batch: int) -> str:
         size = 1 << max(batch - 1, 0).bit_length()
-        if not batch or not self._may_measure():
+        if not batch or self._futile[kind] >= _MOST_FUTILE or not self._may_measure():
             return "eager"
         if self._spent[size] >= self.seconds:
             if size not in self._said:
@@ -169,6 +176,7 @@ class TunedBackend(Backend):
             entry = None
         self._spent[size] += time.perf_counter() - start
         if entry is None:
+            self._futile[kind] += 1
             return "eager"
         self.choices.setdefault(kind, {})[size] = entry
         logger.info("%s", *describe_entries(kind, {size: entry}))
@@ -288,8 +296,9 @@ def stored_choices(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> list[st
     """Returns what the cache says of a convolution in fused networks on the device of ``x``."""
     if not has_kernels(x.device):
         return []
-    filters = _described({"weight": weight, "geometry": geometry})
-    ways = f"conv2d, x {_tensor(x, 1)}", f"input_shape {_dims(x.shape[1:])}"
+    filters = _described(_key({"weight": weight, "geometry": geometry}))
+    (of_input,) = _described([("x", *_layout(x, 1))])
+    ways = f"conv2d, {of_input}", f"input_shape {_word(tuple(x.shape[1:]))}"
     return [
         line
         for kind, sizes in TuningCache(x.device).read().items()
@@ -301,31 +310,36 @@ def stored_choices(x: Tensor, weight: Tensor, geometry: ConvGeometry) -> list[st
 # -- kinds of calls --------------------------------------------------------------------------------
 
 
-def _described(arguments: Mapping[str, object]) -> list[str]:
-    """Describes arguments but for values and the size of the batch."""
-    words = []
+def _key(arguments: Mapping[str, object]) -> tuple:
+    """Arguments but for values and the size of the batch: what a choice holds for."""
+    parts: list[tuple] = []
     for name, value in arguments.items():
         if isinstance(value, Tensor):
-            words.append(f"{name} {_tensor(value, int(name not in _OF_LAYERS))}")
+            parts.append((name, *_layout(value, int(name not in _OF_LAYERS))))
         elif isinstance(value, Epilogue | LayerBelow):
-            parts = {one.name: getattr(value, one.name) for one in fields(value)}
-            given = [n for n, v in parts.items() if isinstance(v, Tensor | LayerBelow) or v]
-            words.append(" ".join([name, *given]))
+            of = {one.name: getattr(value, one.name) for one in fields(value)}
+            parts.append((name, *(n for n, v in of.items() if isinstance(v, Tensor) or v)))
         elif name == "input_shape":
-            words.append(f"{name} {_dims(value[1:])}")
+            parts.append((name, tuple(value[1:])))
         elif name not in ("may_overwrite", "gate_scale"):
-            words.append(f"{name} {value}")
-    return words
+            parts.append((name, value))
+    return tuple(parts)
 
 
-def _tensor(t: Tensor, first: int) -> str:
+def _layout(t: Tensor, first: int) -> tuple[torch.dtype, tuple[int, ...], str]:
     copied = t.dim() == 4 and not t.is_contiguous(memory_format=torch.channels_last)
-    dtype = str(t.dtype).removeprefix("torch.")
-    return f"{dtype} {_dims(t.shape[first:])}{' not channels-last' if copied else ''}"
+    return t.dtype, tuple(t.shape[first:]), "not channels-last" if copied else ""
 
 
-def _dims(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
+def _described(key: Sequence[tuple]) -> list[str]:
+    """A key in words."""
+    return [" ".join(word for part in parts if (word := _word(part))) for parts in key]
+
+
+def _word(part: object) -> str:
+    if type(part) is tuple:  # sizes
+        return "x".join(map(str, part))
+    return str(part).removeprefix("torch.")
 
 
 # -- results ---------------------------------------------------------------------------------------

@@ -192,7 +192,8 @@ def as_filter(weight: Tensor) -> Tensor:
 class Backend(ABC):
     """One implementation of masked convolutions and linear maps, forward and backward.
 
-    The weight is frozen: no weight gradient exists. Shapes (of a linear map, pixels are tokens:
+    The weight is frozen: no weight gradient exists. Types of arguments stand here alone, not again
+    in every backend. Shapes (of a linear map, pixels are tokens:
     ``x`` ``[N, T, C]``, ``weight`` ``[O, C]``, ``out`` ``[B, T, O]``):
 
         x: ``[N, C, H, W]``, contiguous or channels-last.
@@ -231,10 +232,6 @@ class Backend(ABC):
         if reason is not None:
             return f"refused: {reason}"
         return self.describe(x, weight, geometry, batch)
-
-    def explain_linear(self, x: Tensor, weight: Tensor, batch: int | None = None) -> str:
-        """As :meth:`explain_conv2d`."""
-        return self.explain_conv2d(as_pixels(x), as_filter(weight), LINEAR, batch)
 
     def describe(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None) -> str:
         """Says what runs a call that is not refused."""

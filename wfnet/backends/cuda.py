@@ -17,10 +17,7 @@ from torch import Tensor
 from wfnet.backends import cuda_launch
 from wfnet.backends.contract import (
     NO_LAYER,
-    Activation,
     ConvGeometry,
-    Epilogue,
-    LayerBelow,
     LayerGradient,
 )
 from wfnet.backends.triton import TritonBackend
@@ -55,10 +52,10 @@ class CudaBackend(TritonBackend):
 
     name = "cuda"
 
-    def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
+    def refuse_conv2d(self, x, weight, geometry):
         return _refuse_tensor(x) or super().refuse_conv2d(x, weight, geometry)
 
-    def describe(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None) -> str:
+    def describe(self, x, weight, geometry, batch):
         """Says whose kernels run forward and input gradient, and why."""
         named = []
         for backward, expands in ((False, batch is not None), (True, False)):
@@ -71,22 +68,13 @@ class CudaBackend(TritonBackend):
             named.append(_KERNEL.format(cuda_launch.tile_columns(*product, x.device)))
         return f"forward: {named[0]}; input gradient: {named[1]}"
 
-    def conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
-    ) -> Activation:
+    def conv2d(self, x, weight, geometry, epilogue):
         expands = epilogue.source is not None
         if _refuse_hopper(False, tuple(x.shape), weight, geometry, expands) is not None:
             return super().conv2d(x, weight, geometry, epilogue)
         return cuda_launch.conv2d(x, weight, geometry, epilogue)
 
-    def conv2d_dgrad(
-        self,
-        scaled_grad: Tensor,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        below: LayerBelow = NO_LAYER,
-    ) -> LayerGradient:
+    def conv2d_dgrad(self, scaled_grad, weight, input_shape, geometry, below=NO_LAYER):
         """One GEMM; a projection shortcut takes a second pass over ``g``."""
         arguments = (scaled_grad, weight, input_shape, geometry)
         if below.unscaled or _refuse_hopper(True, input_shape, weight, geometry) is not None:

@@ -29,7 +29,7 @@ from wfnet.backends.contract import (
     LayerGradient,
 )
 
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
+DTYPES = (torch.bfloat16, torch.float16)
 REFUSED_DTYPE = "the CUDA kernels take float16 and bfloat16, not {} (use autocast)"
 _DEPTH = 64  # channels that the kernels multiply at a time (csrc/geometry.h)
 _EMULATED_PROCESSORS = 6  # three clusters
@@ -116,15 +116,8 @@ def _sizes(
     """A convolution as the kernels take it; an axis: sizes, filter, stride, padding, dilation."""
     size, kernel = tuple(input_shape[2:]), tuple(weight_shape[2:])
     output = geometry.output_size(*size, kernel)
-    height, width = zip(
-        size,
-        output,
-        kernel,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        strict=True,
-    )
+    how = geometry.stride, geometry.padding, geometry.dilation
+    height, width = zip(size, output, kernel, *how, strict=True)
     return {
         "batch": max(input_shape[0], 1),
         "in_channels": weight_shape[1],
@@ -245,7 +238,7 @@ def conv2d(x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
             **sizes,
             table_stride=stride,
             relu=epilogue.relu,
-            dtype=DTYPES[x.dtype],
+            bf16=x.dtype == torch.bfloat16,
         )
     out = _channels_first(out)
     masked = epilogue.save and epilogue.relu and residual is not None
@@ -278,6 +271,8 @@ def conv2d_dgrad(
         _check(name, tensor, tuple(input_shape), dtype)
     for name in ("scale", "shift", "t0", "t1"):
         _check(name, getattr(below, name), table, torch.float32)
+    if below.branch is None and (below.t1 is not None or (below.relu and below.mask is None)):
+        raise ValueError("t1 and a ReLU without its output need the branch")
     sizes = _sizes(input_shape, weight.shape, geometry)
     shape = (input_shape[0], *input_shape[2:], input_shape[1])
     grad = scaled_grad.new_empty(shape) if below.need_grad else None
@@ -293,16 +288,15 @@ def conv2d_dgrad(
             "scale": scale,
             "shift": shift,
         }
-        # Sums that are not rows of one stride go to fresh memory and are copied at the end.
-        wanted = {name: getattr(below, name) for name in ("t0", "t1")}
-        given = [t for t in wanted.values() if t is not None]
-        direct = all(t.stride() == (given[0].stride(0), 1) for t in given)
+        sums = {"t0": below.t0, "t1": below.t1}
+        given = [t for t in sums.values() if t is not None]
+        if any(t.stride() != (given[0].stride(0), 1) for t in given):
+            raise ValueError(f"t0 and t1 must be rows of one stride: {[t.stride() for t in given]}")
         rows = library().module.dgrad_slots(**sizes) if given else 0
-        sums, partials = dict(wanted), {"partial0": None, "partial1": None}
-        for name, total in wanted.items():
-            if total is not None:
-                sums[name] = total if direct else total.new_empty(total.shape)
-                partials["partial" + name[1]] = total.new_empty((rows, total.shape[1]))
+        partials = {
+            name: None if total is None else total.new_empty((rows, table[1]))
+            for name, total in zip(("partial0", "partial1"), sums.values(), strict=True)
+        }
         _launch(
             "dgrad",
             reads,
@@ -310,10 +304,7 @@ def conv2d_dgrad(
             **sizes,
             table_stride=stride,
             relu=below.relu,
-            total_stride=next((t.stride(0) for t in sums.values() if t is not None), 0),
-            dtype=DTYPES[dtype],
+            total_stride=given[0].stride(0) if given else 0,
+            bf16=dtype == torch.bfloat16,
         )
-        if not direct:
-            for name, total in wanted.items():
-                total.copy_(sums[name])
     return LayerGradient(_channels_first(grad), _channels_first(scaled))

@@ -28,19 +28,9 @@ def conv2d_input_gradient(
     """``dx`` ``[N, C, H, W]`` from ``du`` ``[N, O, P, Q]``; the input itself is not needed."""
     # Only shape and memory format of the input are read; its pages are never touched.
     x = _empty(input_shape, du)
-    return torch.ops.aten.convolution_backward(
-        du,
-        x,
-        weight,
-        None,
-        geometry.stride,
-        geometry.padding,
-        geometry.dilation,
-        False,
-        (0, 0),
-        geometry.groups,
-        (True, False, False),
-    )[0]
+    how = geometry.stride, geometry.padding, geometry.dilation, False, (0, 0), geometry.groups
+    of_input_alone = (True, False, False)
+    return torch.ops.aten.convolution_backward(du, x, weight, None, *how, of_input_alone)[0]
 
 
 def _empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -189,23 +179,19 @@ class EagerBackend(Backend):
     name = "eager"
     keeps_scaled_branch = False
 
-    def conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
-    ) -> Activation:
+    def conv2d(self, x, weight, geometry, epilogue):
         return self.epilogue(self.product(x, weight, geometry), epilogue)
 
-    def product(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    def product(self, x, weight, geometry):
         return F.conv2d(
             x, weight, None, geometry.stride, geometry.padding, geometry.dilation, geometry.groups
         )
 
-    def product_moments(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def product_moments(self, x, weight, geometry):
         u = self.product(x, weight, geometry)
         return u, *sample_moments(u)
 
-    def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
+    def epilogue(self, u, epilogue):
         scale, shift = _per_pixel(epilogue.scale), _per_pixel(epilogue.shift)
         residual, relu, source = epilogue.residual, epilogue.relu, epilogue.source
         if residual is None and not relu:
@@ -229,20 +215,11 @@ class EagerBackend(Backend):
                 kept.copy_(y)
         return Activation(out, u if epilogue.save else None, mask)
 
-    def conv2d_backward(
-        self,
-        dout: Tensor,
-        layer: LayerBelow,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-    ) -> Tensor | None:
+    def conv2d_backward(self, dout, layer, weight, input_shape, geometry):
         du = _scaled_backward(dout, layer, _per_pixel(layer.scale), (2, 3))
         return None if du is None else conv2d_input_gradient(du, weight, input_shape, geometry)
 
-    def epilogue_backward(
-        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
-    ) -> LayerGradient:
+    def epilogue_backward(self, dout, below, may_overwrite=False):
         """All passes run over a few samples at a time, which stay in the cache between them."""
         skip, shortcut, samples = below.skip, below.shortcut, dout.shape[0]
         if below.scale is None:
@@ -281,26 +258,11 @@ class EagerBackend(Backend):
             scaled = segment_sum(scaled, below.source, below.images)
         return LayerGradient(grad, scaled, shortcut_scaled)
 
-    def conv2d_dgrad(
-        self,
-        scaled_grad: Tensor,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        below: LayerBelow = NO_LAYER,
-    ) -> LayerGradient:
+    def conv2d_dgrad(self, scaled_grad, weight, input_shape, geometry, below=NO_LAYER):
         dx = conv2d_input_gradient(scaled_grad, weight, input_shape, geometry)
         return self.epilogue_backward(dx, below, may_overwrite=True)
 
-    def moments_backward(
-        self,
-        g: Tensor,
-        scale: Tensor,
-        u: Tensor,
-        on_u: Tensor | None,
-        constant: Tensor | None,
-        may_overwrite: bool,
-    ) -> Tensor:
+    def moments_backward(self, g, scale, u, on_u, constant, may_overwrite):
         du = g if may_overwrite else torch.empty_like(g)
         scale, on_u, constant = map(_per_pixel, (scale, on_u, constant))
         for part in _cache_sized(g):
@@ -310,14 +272,12 @@ class EagerBackend(Backend):
                 out.addcmul_(u_, b).add_(c)
         return du
 
-    def linear(self, x: Tensor, weight: Tensor, epilogue: Epilogue) -> Activation:
+    def linear(self, x, weight, epilogue):
         scale, shift = epilogue.scale, epilogue.shift
         per_token = None if shift is None else shift[:, None]
         return _scaled(F.linear(x, weight), scale[:, None], per_token, epilogue)
 
-    def linear_backward(
-        self, dout: Tensor, layer: LayerBelow, weight: Tensor, input_shape: tuple[int, ...]
-    ) -> Tensor | None:
+    def linear_backward(self, dout, layer, weight, input_shape):
         du = _scaled_backward(dout, layer, layer.scale[:, None], (1,))
         return None if du is None else du @ weight
 

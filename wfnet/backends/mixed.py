@@ -12,17 +12,12 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from wfnet import backends
 from wfnet.backends.contract import (
     NO_LAYER,
-    Activation,
-    ConvGeometry,
-    Epilogue,
     LayerBelow,
     LayerGradient,
-    PoolGeometry,
     as_pixels,
     as_tokens,
 )
@@ -36,27 +31,23 @@ class MixedEager(EagerBackend):
     keeps_scaled_branch = True
     pools_with_epilogue = True
 
-    def product(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> Tensor:
+    def product(self, x, weight, geometry):
         if not geometry.linear:
             return super().product(x, weight, geometry)
         return as_pixels(F.linear(as_tokens(x), weight[:, :, 0, 0]))
 
-    def conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
-    ) -> Activation:
+    def conv2d(self, x, weight, geometry, epilogue):
         v = gather_samples(self.product(x, weight, geometry), epilogue.source)
         torch.mul(v, epilogue.scale[:, :, None, None], out=v)
         ones = torch.ones_like(epilogue.scale)
         return self.epilogue(v, replace(epilogue, scale=ones, source=None))
 
-    def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
+    def epilogue(self, u, epilogue):
         u = gather_samples(u, epilogue.source)
         found = super().epilogue(u, replace(epilogue, source=None))
         return found._replace(mask=None if found.mask is None else found.out)
 
-    def epilogue_backward(
-        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
-    ) -> LayerGradient:
+    def epilogue_backward(self, dout, below, may_overwrite=False):
         if below.scale is None:
             return super().epilogue_backward(dout, below, may_overwrite)
         g = super().epilogue_backward(dout, _of_branch(below), may_overwrite).grad
@@ -68,27 +59,13 @@ class MixedEager(EagerBackend):
         ]
         return LayerGradient(g if below.need_grad else None, *scaled)
 
-    def conv2d_dgrad(
-        self,
-        scaled_grad: Tensor,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        below: LayerBelow = NO_LAYER,
-    ) -> LayerGradient:
+    def conv2d_dgrad(self, scaled_grad, weight, input_shape, geometry, below=NO_LAYER):
         if not geometry.linear:
             return super().conv2d_dgrad(scaled_grad, weight, input_shape, geometry, below)
         dx = as_pixels(as_tokens(scaled_grad) @ weight[:, :, 0, 0])
         return self.epilogue_backward(dx, below, may_overwrite=True)
 
-    def max_pool2d_backward(
-        self,
-        dout: Tensor,
-        positions: Tensor,
-        like: Tensor,
-        window: PoolGeometry,
-        below: LayerBelow = NO_LAYER,
-    ) -> LayerGradient:
+    def max_pool2d_backward(self, dout, positions, like, window, below=NO_LAYER):
         if positions.dtype != torch.uint8:
             return super().max_pool2d_backward(dout, positions, like, window, below)
         # Only the kernels read the bytes of theirs.
@@ -112,7 +89,5 @@ def _of_branch(layer: LayerBelow) -> LayerBelow:
 class EagerProducts(MixedEager):
     """PyTorch's convolutions; the elementwise backward behind them is one pass of Triton's."""
 
-    def epilogue_backward(
-        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
-    ) -> LayerGradient:
+    def epilogue_backward(self, dout, below, may_overwrite=False):
         return backends.get("triton").epilogue_backward(dout, below)

@@ -17,11 +17,6 @@ from wfnet.backends.contract import (
     NO_LAYER,
     Activation,
     Backend,
-    ConvGeometry,
-    Epilogue,
-    LayerBelow,
-    LayerGradient,
-    PoolGeometry,
 )
 
 try:
@@ -69,7 +64,7 @@ class TritonBackend(Backend):
     name = "triton"
     pools_with_epilogue = True
 
-    def refuse_conv2d(self, x: Tensor, weight: Tensor, geometry: ConvGeometry) -> str | None:
+    def refuse_conv2d(self, x, weight, geometry):
         reason = _refuse_tensor(x)
         if reason is not None:
             return reason
@@ -82,7 +77,7 @@ class TritonBackend(Backend):
             return f"{list(x.shape)} has more than 2**31 pixels"
         return None
 
-    def describe(self, x: Tensor, weight: Tensor, geometry: ConvGeometry, batch: int | None) -> str:
+    def describe(self, x, weight, geometry, batch):
         """Says which tiles forward and input gradient take, and why."""
         images, filters, expanded = channels_last(x), channels_last(weight), batch is not None
         shape = ConvShape.of(
@@ -97,18 +92,14 @@ class TritonBackend(Backend):
             f"input gradient {backward.config} ({backward.reason})"
         )
 
-    def conv2d(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry, epilogue: Epilogue
-    ) -> Activation:
+    def conv2d(self, x, weight, geometry, epilogue):
         return conv_fprop.conv_fprop(x, weight, geometry, epilogue)
 
-    def product_moments(
-        self, x: Tensor, weight: Tensor, geometry: ConvGeometry
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def product_moments(self, x, weight, geometry):
         """Tiles take their moments in the product's epilogue."""
         return conv_fprop.conv_moments(x, weight, geometry)
 
-    def epilogue(self, u: Tensor, epilogue: Epilogue) -> Activation:
+    def epilogue(self, u, epilogue):
         """One pass; one more where images are expanded to samples."""
         u, tables = gates.gather_samples(u, epilogue.source), (epilogue.scale, epilogue.shift)
         residual, relu, save = epilogue.residual, epilogue.relu, epilogue.save
@@ -116,63 +107,37 @@ class TritonBackend(Backend):
         masked = save and relu and residual is not None
         return Activation(out, u if save else None, out if masked else None)
 
-    def moments_backward(
-        self,
-        g: Tensor,
-        scale: Tensor,
-        u: Tensor,
-        on_u: Tensor | None,
-        constant: Tensor | None,
-        may_overwrite: bool,
-    ) -> Tensor:
+    def moments_backward(self, g, scale, u, on_u, constant, may_overwrite):
         """One pass."""
         u = None if on_u is None else u
         return moments.combine(g, scale, constant, u, on_u, may_overwrite=may_overwrite)
 
-    def epilogue_backward(
-        self, dout: Tensor, below: LayerBelow, may_overwrite: bool = False
-    ) -> LayerGradient:
+    def epilogue_backward(self, dout, below, may_overwrite=False):
         """One pass over ``dout``."""
         return epilogue_bwd.epilogue_bwd(dout, below)
 
-    def conv2d_dgrad(
-        self,
-        scaled_grad: Tensor,
-        weight: Tensor,
-        input_shape: tuple[int, ...],
-        geometry: ConvGeometry,
-        below: LayerBelow = NO_LAYER,
-    ) -> LayerGradient:
+    def conv2d_dgrad(self, scaled_grad, weight, input_shape, geometry, below=NO_LAYER):
         """One GEMM; its epilogue is the elementwise backward of the layer below."""
         return conv_dgrad.conv_dgrad(scaled_grad, weight, input_shape, geometry, below)
 
-    def max_pool2d(
-        self, x: Tensor, window: PoolGeometry, save: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def max_pool2d(self, x, window, save):
         """One pass; positions take a byte."""
         if x.dtype not in _DTYPES or not window.takes_bytes:
             return super().max_pool2d(x, window, save)
         return max_pool.max_pool(x, window, save)
 
-    def max_pool2d_backward(
-        self,
-        dout: Tensor,
-        positions: Tensor,
-        like: Tensor,
-        window: PoolGeometry,
-        below: LayerBelow = NO_LAYER,
-    ) -> LayerGradient:
+    def max_pool2d_backward(self, dout, positions, like, window, below=NO_LAYER):
         """One pass, the elementwise backward of the layer below included."""
         if positions.dtype != torch.uint8:  # PyTorch's, of a window that the kernels refuse
             return super().max_pool2d_backward(dout, positions, like, window, below)
         return max_pool.max_pool_bwd(dout, positions, tuple(like.shape[2:]), window, below)
 
-    def gate_rows(self, alpha: Tensor, forget: Tensor, gate_scale: float) -> Tensor:
+    def gate_rows(self, alpha, forget, gate_scale):
         if not _takes_gates(alpha, forget):
             return gates.gate_rows(alpha, forget, gate_scale)
         return gate.gate_rows(alpha, forget, gate_scale)
 
-    def gate_rows_backward(self, t: Tensor, alpha: Tensor, forget: Tensor) -> Tensor:
+    def gate_rows_backward(self, t, alpha, forget):
         if not _takes_gates(alpha, forget):
             return gates.gate_rows_backward(t, alpha, forget)
         return gate.gate_rows_bwd(t, alpha, forget)

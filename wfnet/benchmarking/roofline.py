@@ -2,11 +2,9 @@
 
 A network becomes a list of operations (GEMMs with what their epilogues may do, poolings,
 attention, passes). An operation takes at least ``max(flops / rate, bytes / bandwidth)``; the
-roofline of a step is the sum over its forward and input-gradient operations. Two of them:
-
-    fused           every elementwise operation is part of a GEMM; only operands are read and
-                    only results that somebody needs are written
-    fused_with_v    the same, and every masked layer also writes its branch v = A * u
+roofline of a step is the sum over its forward and input-gradient operations. Every elementwise
+operation is part of a GEMM; operands are read, and results that somebody needs are written, among
+them the branch v = A * u of every masked layer.
 
 Bytes are counted per expanded sample, except for what comes before the first mask: that is read
 (and computed) once per source image.
@@ -24,8 +22,6 @@ from torch import nn
 import wfnet
 from wfnet import fusion
 from wfnet.services.clock import timed
-
-KINDS = ("fused", "fused_with_v")
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ def least_seconds(operations: list[Operation], samples: int, sources: int, rates
     return total
 
 
-def operations_of(net: wfnet.WFNet, image_size: int, kind: str) -> list[Operation]:
+def operations_of(net: wfnet.WFNet, image_size: int) -> list[Operation]:
     """Counts the operations of forward and backward of ``net``; its weights may be on ``meta``.
 
     Raises:
@@ -78,13 +74,13 @@ def operations_of(net: wfnet.WFNet, image_size: int, kind: str) -> list[Operatio
     """
     shapes = elements_per_image(net.model, image_size)
     if hasattr(net.model, "blocks") and hasattr(net.model, "patch_embed"):
-        return _transformer(net.model, shapes, kind)
+        return _transformer(net.model, shapes)
     try:
         plan = fusion.make_plan(net.model)
     except fusion.NotFusable as error:
         name = type(net.model).__name__
         raise ValueError(f"no roofline is counted for {name}: {error}") from error
-    return _convolutional(plan, shapes, kind)
+    return _convolutional(plan, shapes)
 
 
 def elements_per_image(model: nn.Module, image_size: int) -> dict[nn.Module, tuple[int, int]]:
@@ -109,7 +105,7 @@ def elements_per_image(model: nn.Module, image_size: int) -> dict[nn.Module, tup
     return found
 
 
-def _convolutional(plan: fusion.Plan, shapes: dict, kind: str) -> list[Operation]:
+def _convolutional(plan: fusion.Plan, shapes: dict) -> list[Operation]:
     operations = []
     for step in plan.convolutions:
         conv = step.layer
@@ -117,16 +113,15 @@ def _convolutional(plan: fusion.Plan, shapes: dict, kind: str) -> list[Operation
         flops, weights = 2 * o * conv.weight[0].numel(), conv.weight.numel()
         read = {"source_elements": i} if step.at_source else {}
         x = 0 if step.at_source else i
-        kept = o if kind == "fused_with_v" else 0
         residual = 0 if step.residual is None else o
-        operations.append(Operation(flops, x + o + residual + kept, weights, **read))
+        operations.append(Operation(flops, x + 2 * o + residual, weights, **read))
         if step.at_source:
             continue
         # ag is read; v (or out) is read and ag of the layer below written.
         traffic = o + 2 * i
         below = step.below
         if below is not None and below.residual is not None:
-            traffic += 2 * i + (i if kept else 0)  # skip in, g out; a mask beside v
+            traffic += 3 * i  # skip in, g out; a mask beside v
         operations.append(Operation(flops, traffic, weights))
     for step in plan.steps:
         if isinstance(getattr(step, "call", None), nn.MaxPool2d):
@@ -137,14 +132,13 @@ def _convolutional(plan: fusion.Plan, shapes: dict, kind: str) -> list[Operation
     return operations
 
 
-def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
+def _transformer(model: nn.Module, shapes: dict) -> list[Operation]:
     embed = model.patch_embed.proj
     image, patches = shapes[embed]
     blocks = list(model.blocks)
     e = shapes[blocks[0]][1]  # tokens x width
     width = model.embed_dim
     tokens = e // width
-    kept = 3 * e if kind == "fused_with_v" else 0
     operations = [Operation(2 * patches * embed.weight[0].numel(), image + e, at_source=True)]
 
     def gemm(fan_in: int, fan_out: int, elements: float) -> None:
@@ -159,7 +153,7 @@ def _transformer(model: nn.Module, shapes: dict, kind: str) -> list[Operation]:
         first = number == 0
         # Forward. LayerNorm is a pass of its own in every roofline: a row of it spans all tiles.
         passes(2 * e, at_source=first)
-        gemm(width, 3 * width, 4 * e + kept)
+        gemm(width, 3 * width, 7 * e)
         operations.append(Operation(4 * tokens * e, 4 * e))
         gemm(width, width, 3 * e)
         passes(2 * e)

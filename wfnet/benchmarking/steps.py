@@ -443,19 +443,13 @@ def launches_of(kernels: list[KernelTime] | None) -> dict[str, object]:
 
 
 def roofline_of(problem: Problem, rates: roofline.Rates) -> dict[str, float | str]:
-    """Returns expanded samples per second that each roofline allows, or why it is not counted."""
+    """Returns expanded samples per second that the roofline allows, or why it is not counted."""
     samples, sources = len(problem.batch), problem.images.shape[0]
     try:
-        counted = {
-            kind: roofline.operations_of(problem.net, problem.settings.image_size, kind)
-            for kind in roofline.KINDS
-        }
+        operations = roofline.operations_of(problem.net, problem.settings.image_size)
     except ValueError as error:
         return {"none": str(error)}
-    return {
-        kind: samples / roofline.least_seconds(operations, samples, sources, rates)
-        for kind, operations in counted.items()
-    }
+    return {"fused_with_v": samples / roofline.least_seconds(operations, samples, sources, rates)}
 
 
 def print_table(name: str, result: dict) -> None:

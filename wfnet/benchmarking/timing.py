@@ -14,20 +14,6 @@ from wfnet.services.peak_memory import peak_bytes
 logger = logging.getLogger("wfnet")
 
 
-def choose_convolutions_by_trial(device: torch.device) -> None:
-    """Has cuDNN time its algorithms once for every shape, for the rest of the process.
-
-    What everybody sets who measures convolutions, so that baselines are at their best;
-    `wfnet.untrain` leaves it off, because a choice by time may differ from run to run, and with it
-    the last bits.
-    """
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-
-
-# -- memory ----------------------------------------------------------------------------------------
-
-
 def peak_mebibytes(call: Call, device: torch.device) -> float:
     """Returns the most tensor memory that one call adds to what is allocated before it."""
     return peak_bytes(call, device) / 2**20
@@ -44,8 +30,6 @@ def graph_pool_mebibytes(device: torch.device) -> float:
     )
     return sum(pools) / 2**20
 
-
-# -- kernels ---------------------------------------------------------------------------------------
 
 _NAME_LENGTH = 120
 

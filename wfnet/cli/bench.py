@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from wfnet import backends
 from wfnet.benchmarking import roofline
-from wfnet.benchmarking.provenance import commit, device_name
+from wfnet.benchmarking.provenance import commit, device_name, provenance
 from wfnet.benchmarking.steps import (
     COLUMNS,
     Problem,
@@ -28,12 +30,12 @@ from wfnet.benchmarking.steps import (
     measure,
     print_table,
 )
-from wfnet.benchmarking.timing import choose_convolutions_by_trial
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
 from wfnet.cli.options import Parser, add_command
 from wfnet.services import settings
 from wfnet.services.clock import timed
+from wfnet.services.files import write_json
 from wfnet.services.records import write_csv
 from wfnet.version import __version__
 
@@ -58,7 +60,8 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         --tune SECONDS  time in which the columns of auto measure on a CUDA device, for each size
             of a batch [default: 20]
         --repeats N  timed steps [default: 10]
-        --output FILE  CSV with the columns of timm's benchmark.py, and more
+        --output FILE  CSV with the columns of timm's benchmark.py, and more; FILE.json: all that
+            was measured, every kernel and every time
         """,
         img_size=settings.image_size,
         num_classes=settings.class_count,
@@ -78,7 +81,8 @@ def run(options: argparse.Namespace) -> None:
     if not options.model:
         raise ValueError("there is no network: give --model NAME, for example --model resnet50")
     device = choose_device(options.device)
-    choose_convolutions_by_trial(device)
+    if device.type == "cuda":  # as everybody does who measures: baselines are at their best
+        torch.backends.cudnn.benchmark = True
     dtype = torch.bfloat16 if options.amp else torch.float32
     settings = StepSettings(
         image_size=options.img_size,
@@ -101,6 +105,10 @@ def run(options: argparse.Namespace) -> None:
         columns = ["eager", "unmasked", *ours, *(f"wfnet/{name}/captured" for name in kernels)]
     rates = roofline.measure_rates(device, dtype)
     print(f"{device_name(device)}: {rates}, {str(dtype).removeprefix('torch.')}")
+    about = {"models": options.model, "columns": columns, "threads": torch.get_num_threads()}
+    about = asdict(settings) | about | {"dtype": str(dtype).removeprefix("torch.")}
+    record = {"benchmark": "step", "settings": about, "rates": rates.as_json(), "networks": {}}
+    record |= provenance(device, ["-m", "wfnet", *sys.argv[1:]])
     rows: list[dict[str, Any]] = []
     for name in options.model:
         model = create_classifier(
@@ -114,12 +122,26 @@ def run(options: argparse.Namespace) -> None:
         problem = make_problem(model, settings)
         result = measure(problem, columns, rates)
         forward = infer_milliseconds(problem)
+        record["networks"][name] = result
         rows += table_rows(name, problem, result["columns"], forward)
         print_table(name, result)
         print(f"{'filtered forward pass':26}{forward:9.1f}")
+        if options.output:  # after every network: a run that is ended keeps what it has
+            if options.output.endswith(".json"):
+                write_json(options.output, record)
+            else:
+                heads = dict.fromkeys(head for row in rows for head in row)
+                write_csv(options.output, rows, list(heads))
     if options.output:
-        write_csv(options.output, rows, list(dict.fromkeys(name for row in rows for name in row)))
         print(f"\nwritten to {options.output}")
+    wrong = [
+        f"{name}: {column}"
+        for name, result in record["networks"].items()
+        for column, row in result["columns"].items()
+        if row.get("wrong")
+    ]
+    if wrong:
+        raise ValueError(f"columns that compute something else: {', '.join(wrong)}")
 
 
 def infer_milliseconds(problem: Problem) -> float:

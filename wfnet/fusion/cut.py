@@ -50,11 +50,7 @@ def split_at_features(
         NotFusable: if the network cannot be traced, has hooks or a second input, or changes
             tensors in place that others read.
     """
-    check_traceable(model, model.named_modules())
-    graph, image, failure = trace(model)
-    if failure is not None:
-        raise failure
-    modules = dict(model.named_modules())
+    graph, image, modules = _traced(model)
     check_in_place(graph, modules)
     run_example(model, graph, images)
     late = _behind_masks(graph, modules)
@@ -84,6 +80,15 @@ def split_at_features(
         parts.append(fx.GraphModule(model, part, type(model).__name__))
         _in_order_of(model, parts[-1])
     return *parts, at.name
+
+
+def _traced(model: nn.Module) -> tuple[fx.Graph, fx.Node, dict[str, nn.Module]]:
+    """The graph of a network that is traced as a whole, its images, and its modules by name."""
+    check_traceable(model, model.named_modules())
+    graph, image, failure = trace(model)
+    if failure is not None:
+        raise failure
+    return graph, image, dict(model.named_modules())
 
 
 def _behind_masks(graph: fx.Graph, modules: dict[str, nn.Module]) -> set[fx.Node]:
@@ -133,11 +138,7 @@ def split_at_first_mask(
         NotFusable: if the network cannot be traced, has hooks or a second input, or masks anything
             but linear maps.
     """
-    check_traceable(model, model.named_modules())
-    graph, image, failure = trace(model)
-    if failure is not None:
-        raise failure
-    modules = dict(model.named_modules())
+    graph, image, modules = _traced(model)
     erase_idle(graph, modules)
     run_example(model, graph, images)
     level: dict[fx.Node, int] = {image: SOURCE}
