@@ -18,7 +18,7 @@ from wfnet.untraining.objectives import BalancedObjective
 
 CLASSES = 6
 BARS = 4
-MEASURED = ("seconds", "samples_per_second", "images_per_second", "data_wait")
+MEASURED = ("seconds", "samples_per_second")
 
 
 # -- networks and images --------------------------------------------------------------------------

@@ -66,8 +66,8 @@ logger = logging.getLogger("wfnet")
 _METHOD_OPTIONS = (
     *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
     *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "tolerance"),
-    *("margin", "distil", "share_images", "sampler", "compound", "shrink", "clip", "patience"),
-    *("validations_per_epoch", "min_validations", "validation_images", "stop_on"),
+    *("margin", "distil", "share_images", "saliency", "sampler", "compound", "shrink", "clip"),
+    *("patience", "validations_per_epoch", "min_validations", "validation_images", "stop_on"),
     *("features", "feature_dtype", "views", "max_corrupt"),
 )
 _OUTPUT_OPTIONS = ("checkpoint_every",)

@@ -51,6 +51,7 @@ from wfnet.untraining.objectives import (
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.run_clock import RunClock
 from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
+from wfnet.untraining.saliency import start_rows
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import Minibatch, UntrainingStep, refuse_capture
 from wfnet.untraining.untrain_config import OTHER_OBJECTIVES, UntrainConfig
@@ -270,6 +271,8 @@ class _Untraining:
                 ):
                     self.good_filters = self.filters.detach().clone()
                     self._keep_features()
+                    if state.step == 0 and self.config.saliency:
+                        self._start_rows()
                     self.work = self._make_step()
                     # Every sample of a durable step is another image: the original network would
                     # cost as much as the filtered one.
@@ -324,6 +327,14 @@ class _Untraining:
         if validator is not None:
             validator.dataset = parts[1]
 
+    def _start_rows(self) -> None:
+        """Sets the rows to what one pass over training images says."""
+        rows, config = self.data.rows, self.config
+        rows = torch.arange(self.net.num_classes) if rows is None else rows
+        forward = Forward.of(self.part, config.amp_dtype, config.channels_last)
+        about = self.data.dataset, self.data.labels, rows, config.saliency, forward, self.corrupt
+        start_rows(self.part, *about)
+
     def _make_step(self) -> UntrainingStep:
         net, config = self.part, self.config
         layout = config.channels_last
@@ -338,7 +349,6 @@ class _Untraining:
         return durable_step(self.net, batch, self.config.seed, self.state.step)
 
     def _go_through_steps(self) -> None:
-        self.clock.restart()
         with contextlib.ExitStack() as inside:
             stream = self.clock.waits(inside.enter_context(contextlib.closing(self._read())))
             accumulated = self.config.grad_accum_steps
@@ -351,7 +361,6 @@ class _Untraining:
                 if number + 1 == self.work.first_steps:
                     self._read_losses()  # waits for the device
                     self.clock.started()
-                self.clock.images += len(group) * self.config.images
                 self._after_step()
                 if self.state.finished:
                     return
@@ -439,7 +448,6 @@ class _Untraining:
     def _validate(self) -> None:
         """Appends a record to the history."""
         state = self.state
-        rates = self.clock.record()
         scores = None
         if self.validator is not None:
             self.statistics.measure()
@@ -460,9 +468,8 @@ class _Untraining:
             self._compare_with_best(scores)
         self._note_time()
         record |= {"samples_per_second": state.samples / state.seconds, "seconds": state.seconds}
-        state.history.append(record | rates)
+        state.history.append(record)
         self.log(state.history[-1])
-        self.clock.restart()
 
     def _compare_with_best(self, scores: Validation) -> None:
         state, stop_on = self.state, self.config.stop_on

@@ -90,7 +90,7 @@ class TrainingData:
     def fitting(self, config: UntrainConfig) -> UntrainConfig:
         """Returns settings that can be kept with these data."""
         if self.multi_hot is not None:  # an image has other labels in any pair of rows
-            config = replace(config, compound=0.0)
+            config = replace(config, compound=0.0, saliency=0.0)
         if not bool(self.has_row.all()):  # images without a row of their own serve one half only
             config = replace(config, share_images=False)
         return config

@@ -1,4 +1,4 @@
-"""Where the time of a run goes, and how fast images come beside how fast the network takes them."""
+"""Where the time of a run goes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,6 @@ class RunClock:
         device: of the network.
         seconds: duration of the sessions before.
         spent: of these.
-
-    Attributes:
-        images: that arrived since the last record.
     """
 
     def __init__(
@@ -34,7 +31,6 @@ class RunClock:
         purposes = ("start", "features", "data", "steps", "validation", "checkpoints")
         self._spent = dict.fromkeys(purposes, 0.0) | (spent or {})
         self._began = time.perf_counter() - seconds
-        self.restart()
 
     @property
     def seconds(self) -> float:
@@ -49,7 +45,6 @@ class RunClock:
     def started(self) -> None:
         """Counts this session's time so far as start, unless it was spent on something else."""
         self._spent["start"] += self.seconds - sum(self._spent.values())
-        self.restart()
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -69,20 +64,5 @@ class RunClock:
             except StopIteration:
                 return
             if self.device.type != "cuda" or torch.cuda.current_stream(self.device).query():
-                waited = time.perf_counter() - asked
-                self._waited += waited
-                self._spent["data"] += waited
+                self._spent["data"] += time.perf_counter() - asked
             yield item
-
-    def restart(self) -> None:
-        """Leaves out of the next record what was no training (a validation, a checkpoint)."""
-        self.images = 0
-        self._waited = 0.0
-        self._since = time.perf_counter()
-
-    def record(self) -> dict[str, float]:
-        """``images_per_second`` that came, and ``data_wait``, a share of the time; starts anew."""
-        seconds = max(time.perf_counter() - self._since, 1e-9)
-        share, rate = min(1.0, self._waited / seconds), self.images / seconds
-        self.restart()
-        return {"images_per_second": rate, "data_wait": share}

@@ -46,6 +46,8 @@ class UntrainConfig:
         share_images: the same images serve the forget and the retain half: a minibatch of 8 reads 4
         compound: weight of samples under two rows at once, of images with one label; 0: there are
             none
+        saliency: part of each row's gates that starts half closed: those that carry its class
+            alone, by derivatives in one pass over a few training images; 0: all rows start open
         sampler: order of images: every class unlearns equally often, or shuffled
         optimizer: optimiser
         lr: learning rate
@@ -114,6 +116,7 @@ class UntrainConfig:
     label_expansion: int = setting(3, positive_int, flags="-M --label-expansion", metavar="M")
     share_images: bool = setting(True, bool)
     compound: float = setting(0.0, non_negative_float)
+    saliency: float = setting(0.0, settings.below_one)
     sampler: str = setting("round_robin", ("round_robin", "shuffled"))
     optimizer: str = setting("row_adam", ("row_adam", "sgd"), flags="--opt")
     lr: float = setting(0.2, positive_float)
@@ -186,6 +189,10 @@ class UntrainConfig:
             (
                 durable and self.classes is not None,
                 "recipe durable untrains all classes: leave out classes",
+            ),
+            (
+                durable and self.saliency,
+                "saliency is of sigmoid gates: leave it out of recipe durable",
             ),
             (
                 self.features == "off" and self.views is not None,
