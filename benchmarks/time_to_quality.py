@@ -54,6 +54,7 @@ WAYS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"features": "host", "part": 0.25},
     ),
     "quick": ("quick", {}, {}),
+    "quick, rows start open": ("quick", {}, {"saliency": 0.0, "part": 2.0}),
     "durable": ("durable", {}, WITHOUT),
 }
 
