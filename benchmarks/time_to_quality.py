@@ -11,7 +11,7 @@ network less one point; what it has then is confirmed on the test part. Seconds 
 the process, one thread, from the start of `wfnet.untrain` (features, steps and validations), with
 those of opening the data beside them; they count every sample as it goes through the network. Ways
 that make one network a class (baselines) are timed on some classes, and multiplied by the number of
-classes. Writes JSON after every seed; runs of other seeds that are in the file stay there.
+classes. Writes JSON after every seed; what is in the file and not measured anew stays there.
 """
 
 from __future__ import annotations
@@ -139,6 +139,7 @@ def run(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     original = accuracy(base, data.validation)
     found = []
     about = {"seed": seed, "images_a_class": None, "reading_seconds": reading}
+    about["commit"] = args.commit
     few = [("quick", {**about, "images_a_class": count}) for count in args.images]
     for way, images in [(way, about) for way in args.ways] + few:
         found.append(images | {"way": way} | untrain_until(way, base, data, original, images))
@@ -147,6 +148,10 @@ def run(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         found.append(about | {"way": name} | time_baseline(name, base, data, args.labels))
         print(line(found[-1]), flush=True)
     return found
+
+
+def _key(one: Mapping[str, Any]) -> tuple[Any, ...]:
+    return one["seed"], one["way"], one["images_a_class"]
 
 
 def line(record: Mapping[str, Any]) -> str:
@@ -225,11 +230,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "criterion": {"acc_f": 100 * ACC_F, "acc_r_loss": 100 * ACC_R_LOSS},
         "runs": [],
     }
+    args.commit = record["provenance"]["commit"]
     if output.exists():
-        runs = json.loads(output.read_text())["runs"]
-        record["runs"] = [one for one in runs if one["seed"] not in args.seeds]
+        record["runs"] = json.loads(output.read_text())["runs"]
     for seed in args.seeds:
-        record["runs"] += run(args, seed)
+        runs = {_key(one): one for one in record["runs"]}
+        runs |= {_key(one): one for one in run(args, seed)}
+        record["runs"] = list(runs.values())
         record["summary"] = summary(record["runs"])
         write_json(output, record)
     show(record["summary"])
