@@ -70,8 +70,9 @@ def untrain_until(
     part."""
     recipe, arguments, changes = WAYS[way]
     classes = len(data.classes)
-    # Fewer images would let a run end by chance.
+    # Fewer images would let a run end by chance; patience would end it before its time.
     about_validation = {"min_validations": 20, "validation_images": max(1000, 10 * classes)}
+    about_validation["patience"] = 1000
     changes = {**about_validation, "seed": about["seed"], **changes}
     if about["images_a_class"] is not None:
         changes["images_per_class"] = about["images_a_class"]
