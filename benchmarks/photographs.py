@@ -27,8 +27,9 @@ from wfnet.cli.runs import read_run
 from wfnet.deployment import onnx_logits
 from wfnet.report.figures.style import AFTER, BEFORE, picture
 from wfnet.services.files import write_json
+from wfnet.split import split_network
 
-SHOWN = ("dalmatian", "strawberry", "spoonbill", "jeep")
+SHOWN = ("dalmatian", "strawberry", "spoonbill", "cannon")
 BEST = 5
 
 
@@ -48,6 +49,7 @@ def examine(run: Path) -> dict[str, Any]:
     data = work_on.images(base).test
     images, labels = torch.stack([data[i][0] for i in range(len(data))]), data.labels
     rows = list(work_on.untrained)
+    base.to(memory_format=torch.channels_last)  # as the network: other layouts round otherwise
     before = base(images)
     others = [k for k in range(net.num_classes) if k not in rows]
     net.fuse = False
@@ -60,7 +62,9 @@ def examine(run: Path) -> dict[str, Any]:
         "row_without_images": _difference(net(images[:4], others[0]), before[:4]),
     }
     net.fuse = True
-    under = {row: net(images, row) for row in rows}
+    split = split_network(net, images)  # what lies in front of the masks runs once an image
+    features = split.front(images)
+    under = {row: split.net(features, row) for row in rows}
     own = torch.stack([under[k][i] for i, k in enumerate(labels.tolist())])
     row = rows[0]
     exact |= {
@@ -116,6 +120,9 @@ def draw(record: dict[str, Any], folder: Path, path: Path) -> None:
                 axis.barh(range(BEST), [100 * chance for chance in chances], color=color)
                 axis.set(xlim=(0, 100), yticks=range(BEST), yticklabels=names)
                 axis.set_title(f"{part}, %", fontsize=9)
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(128)
+    small.save(path, optimize=True)
 
 
 def main(run: str) -> None:

@@ -310,9 +310,9 @@ def photographs() -> str:
     found, made, settings = content["differences"], content["provenance"], content["untraining"]
     text = (
         f"Right on {100 * content['right_before']:.0f}% of {len(content['photographs'])} "
-        f"photographs before; each under the row of its own class: "
+        f"photographs before; under the row of its own class each: "
         f"{100 * content['right_under_own_row']:.0f}% (among five: "
-        f"{100 * content['among_five_under_own_row']:.0f}%), under the rows of the other classes: "
+        f"{100 * content['among_five_under_own_row']:.0f}%), under the rows of the others: "
         f"{100 * content['others_right']:.1f}%. {settings['steps']} steps, "
         f"{content['seconds']:.0f} s on one busy core, masks from `{content['mask_from']}` on. "
         f"Wrapped it computes the original's logits, "
