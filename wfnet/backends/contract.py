@@ -193,8 +193,8 @@ class Backend(ABC):
     """One implementation of masked convolutions and linear maps, forward and backward.
 
     The weight is frozen: no weight gradient exists. Types of arguments stand here alone, not again
-    in every backend. Shapes (of a linear map, pixels are tokens:
-    ``x`` ``[N, T, C]``, ``weight`` ``[O, C]``, ``out`` ``[B, T, O]``):
+    in every backend. Shapes (of a linear map, pixels are tokens: ``x`` ``[N, T, C]``, ``weight``
+    ``[O, C]``, ``out`` ``[B, T, O]``):
 
         x: ``[N, C, H, W]``, contiguous or channels-last.
         weight: ``[O, C / groups, R, S]``.
