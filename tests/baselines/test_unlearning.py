@@ -108,12 +108,15 @@ def test_salun_leaves_most_weights_alone(patches, linear):
 def test_scrub_alternates_and_noise_is_hard_for_the_class(patches, linear):
     train, original = patches(), linear()
     own, others = Origin(original, train).images(1)
-    scrub, config = METHODS["scrub"], quick("scrub", max_epochs=1, batch_size=200)
+    scrub, config = (
+        METHODS["scrub"],
+        quick("scrub", max_epochs=1, batch_size=200, class_batch_size=30),
+    )
     passes = [
         [len(part) for part in scrub.order(config, own, others, epoch, torch.Generator())]
         for epoch in (0, 1)
     ]
-    assert passes == [[40, 80], [80]]
+    assert passes == [[30, 10, 80], [80]]
     noise, label = METHODS["unsir"].prepare(Origin(original, train), 1, quick("unsir"))
     assert (noise.shape, label) == ((10, 1, 6, 6), 1)
     assert (original(noise).softmax(1)[:, 1] < 0.1).all()

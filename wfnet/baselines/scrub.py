@@ -6,7 +6,8 @@ divergence ``d(x) = KL(teacher(x) || student(x))``, lowered is
     alpha * mean of d on others + gamma * mean cross entropy on others - mean of d on the class.
 
 As the authors do, epochs alternate: in the first ``max_epochs`` of them first a pass that raises
-``d`` on the class, in all of them a pass over the other images.
+``d`` on the class, in all of them a pass over the other images. Before the first step ``d`` is 0,
+and with frozen statistics so is its gradient: that pass changes nothing then.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ from wfnet.untraining.objectives import distillation
 
 @dataclass(frozen=True)
 class ScrubConfig(FineTuneConfig):
-    """Passes over the class, alpha, gamma, and the temperature of both softmaxes in ``d``."""
+    """Passes over the class and their minibatches, alpha, gamma, and the temperature of both
+    softmaxes in ``d``."""
 
     max_epochs: int = setting(4, settings.positive_int)
+    class_batch_size: int = setting(64, settings.positive_int)
     alpha: float = setting(0.5, settings.non_negative_float)
     gamma: float = setting(1.0, settings.non_negative_float)
     temperature: float = setting(4.0, settings.positive_float)
@@ -49,7 +52,7 @@ class Scrub(FineTuned):
         self, config: ScrubConfig, own: Tensor, others: Tensor, epoch: int, seed: Generator
     ) -> Iterable[Tensor]:
         if epoch < config.max_epochs:
-            yield from shuffled(own, seed).split(config.batch_size)
+            yield from shuffled(own, seed).split(config.class_batch_size)
         yield from shuffled(others, seed).split(config.batch_size)
 
     def loss(self, config: ScrubConfig, batch: Minibatch) -> Tensor:
