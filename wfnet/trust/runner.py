@@ -33,13 +33,18 @@ logger = logging.getLogger("wfnet")
 
 # What is stated of the attackers' images; results of another mix are not reused.
 NATURAL = "classes in the proportion of the training part"
-# What decides the values of a record: one of older code is measured again.
-_MEASURING = [metrics.__name__, relearning.__name__, Subject.__module__]
-_MEASURING += [check.measure.__module__ for check in CHECKS.values()]
-_MEASURING += [attack.change.__module__ for attack in ATTACKS.values()]
 # Finished pieces of work by their key, until the result is written.
 JOURNAL = "trust.partial.json"
 RESULT = "trust.json"
+
+
+def _measuring() -> list[str]:
+    """Modules that decide the values of a record: one of older code is measured again."""
+    changes = [check.measure for check in CHECKS.values()]
+    # Attacks of other packages are imported here, not with this module: they import it, too.
+    changes += [attack.change for attack in ATTACKS.values()]
+    own = [metrics.__name__, relearning.__name__, Subject.__module__]
+    return own + [change.__module__ for change in changes]
 
 
 def run_checks(
@@ -101,7 +106,7 @@ def run_checks(
         "original": fingerprint(original),
         "attackers_images": NATURAL,
         "columns": MODELS,
-        "code": code_digest(_MEASURING),
+        "code": code_digest(_measuring()),
         **(identity or {}),
     }
     earlier, journal, known = _known(folder)
