@@ -34,6 +34,7 @@ from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.untraining.distributed import SharedStep
 from wfnet.untraining.durable import DurableObjective, RowStatistics, durable_step
 from wfnet.untraining.expansion import ExpandedBatch
+from wfnet.untraining.first_rows import start_rows
 from wfnet.untraining.history import LossWatch, Record, record_log, write_history
 from wfnet.untraining.kept_features import keep_features, original_logits
 from wfnet.untraining.minibatches import (
@@ -51,7 +52,6 @@ from wfnet.untraining.objectives import (
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.run_clock import RunClock
 from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
-from wfnet.untraining.saliency import start_rows
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import Minibatch, UntrainingStep, refuse_capture
 from wfnet.untraining.untrain_config import OTHER_OBJECTIVES, UntrainConfig

@@ -7,8 +7,8 @@ from wfnet import UntrainConfig, WFNet
 from wfnet.data import CorruptImages
 from wfnet.evaluation.forward import Forward
 from wfnet.gate_tables import flatten_filters, side_by_side
+from wfnet.untraining.first_rows import start_rows
 from wfnet.untraining.objectives import class_gap
-from wfnet.untraining.saliency import start_rows
 
 
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [3, 1]])
