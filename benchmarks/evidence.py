@@ -82,7 +82,7 @@ class Study:
             first, second = runs[0] / "baselines", runs[0] / "retrained"
             retrained = ["--methods", "retrained"]
             yield ["baseline", runs[0], *classes, *retrained]
-            # Not by --seed: that one draws the split, too.
+            # Another start of the weights; all draws stay as they are.
             again = ["--set", f"retrained.seed={seed + 100}", "--output", second]
             yield ["baseline", runs[0], *classes, *retrained, *again]
             for run in runs:

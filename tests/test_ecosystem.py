@@ -33,9 +33,13 @@ def names(patches, linear, tmp_path, monkeypatch):
     return {"wfnet": wfnet, "torch": torch, "net": net, "loader": loader, "data": data}
 
 
-def test_a_loop_of_another_library_makes_the_network_forget(names, tmp_path):
-    pytest.importorskip("lightning")
-    run("Lightning", names)
+@pytest.mark.parametrize(
+    ("title", "package"), [("Lightning", "lightning"), ("Accelerate", "accelerate")]
+)
+def test_a_loop_of_another_library_makes_the_network_forget(title, package, names, tmp_path):
+    pytest.importorskip(package)
+    names["F"] = torch.nn.functional
+    run(title, names)
     table = wfnet.evaluate(names["net"], names["data"], progress=False).table()
     mean = next(line for line in table.splitlines() if line.startswith("mean"))
     acc_r, acc_f = map(float, mean.split()[4:6])

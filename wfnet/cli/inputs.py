@@ -20,9 +20,9 @@ from wfnet.cli.classifier import check_head, create_classifier, data_settings, i
 from wfnet.cli.options import fuse_of
 from wfnet.cli.runs import RUN_FILE, read_run
 from wfnet.data import Splits, folder_classes, open_data
-from wfnet.data import open as named_sets
 from wfnet.data.class_names import numbers_by_name
 from wfnet.data.open import NAMES_WITH_FILES
+from wfnet.data.open import count_classes as count_classes_by_name
 from wfnet.data.transforms import chosen_preprocessing
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
@@ -151,7 +151,7 @@ def count_classes(options: argparse.Namespace) -> int:
         if not root.is_dir():
             raise FileNotFoundError(f"the image folder {root} does not exist")
         return len(folder_classes(root))
-    return named_sets.count_classes(name, options.data_dir)
+    return count_classes_by_name(name, options.data_dir)
 
 
 def make_classifier(
