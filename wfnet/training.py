@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from wfnet.data.loading import CorruptImages, batches, corrupt_counter
-from wfnet.data.multi_hot import multi_hot_of
+from wfnet.data.multi_hot import label_loss, truth_of
 from wfnet.evaluation.forward import Forward
 from wfnet.head import first_output
 from wfnet.services import settings
@@ -136,7 +136,7 @@ def fit_classifier(
     stepper = _optimizer(model, chosen.optimizer, lr, chosen.weight_decay)
     scheduler = _schedule(stepper, chosen.schedule, lr, epochs * per_epoch)
     generator = torch.Generator().manual_seed(seed)
-    multi_hot = multi_hot_of(dataset)
+    known = truth_of(dataset)
     corrupt = corrupt_counter(dataset, max_corrupt)
     history = FitHistory()
     started = time.perf_counter()
@@ -166,12 +166,12 @@ def fit_classifier(
                 images = to_device_async(batch.images, device)
                 if chosen.shift:
                     images = shift_images(images, chosen.shift, generator)
-                truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
+                truth = known[batch.indices]
                 truth = to_device_async(truth, device)
                 with forward.autocast():
                     logits = first_output(model(forward.images(images)))
                 logits = logits if chosen.amp is None else logits.float()
-                loss = _loss(logits, truth, chosen.label_smoothing)
+                loss = label_loss(logits, truth, chosen.label_smoothing)
                 stepper.zero_grad(set_to_none=True)
                 loss.backward()
                 stepper.step()
@@ -213,23 +213,16 @@ def accuracy(
     if len(dataset) == 0:
         raise ValueError("the accuracy of an empty data set is not defined")
     forward = Forward.of(model, None if amp is None else getattr(torch, amp), channels_last=True)
-    multi_hot = multi_hot_of(dataset)
+    known = truth_of(dataset)
     order = torch.arange(len(dataset)).split(batch_size)
     correct = seen = 0
     with evaluation_mode(model), forward.autocast():
         for batch in batches(dataset, order, workers, CorruptImages(len(dataset))):
             logits = first_output(model(forward.images(batch.images))).cpu()
-            truth = batch.labels if multi_hot is None else multi_hot[batch.indices]
+            truth = known[batch.indices]
             correct += int(_right(logits, truth).sum())
             seen += len(truth)
     return correct / max(seen, 1)
-
-
-def _loss(logits: Tensor, truth: Tensor, smoothing: float) -> Tensor:
-    """Returns the mean loss of logits [n, K] for labels [n] int64, or several each, [n, K] bool."""
-    if truth.dim() == 1:
-        return F.cross_entropy(logits, truth, label_smoothing=smoothing)
-    return F.binary_cross_entropy_with_logits(logits, truth.float())
 
 
 def _right(logits: Tensor, truth: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from wfnet.baselines import METHODS, BaselineConfig, Origin, unlearn
+from wfnet.data import MultiLabelTensors
 from wfnet.evaluation.initialisation import reinitialise
 
 CLASSES = 3
@@ -177,3 +178,28 @@ def test_bad_input_is_refused(patches, linear):
     diverges = quick("random_labels", epochs=50, lr=1e6, weight_decay=1e6)
     with pytest.raises(FloatingPointError, match="lower its lr"):
         unlearn("random_labels", origin, 0, diverges)
+
+
+def test_several_classes_and_several_labels(patches, linear):
+    """By the trivial baselines and retraining; other methods say which ones can."""
+    train = patches()
+    for method in ("logit_masked", "bias_shifted", "retrained"):
+        model = unlearn(method, Origin(linear(), train, TRAINING), (0, 2))
+        found = model(train.batch(torch.arange(len(train))).images).argmax(1)
+        assert found.eq(1).all(), method
+    with pytest.raises(ValueError, match="salun forgets one class"):
+        unlearn("salun", Origin(linear(), train), (0, 2))
+    multi_hot = torch.nn.functional.one_hot(train.labels, CLASSES).bool()
+    multi_hot[:, 1] |= torch.arange(len(train)) % 2 == 0
+    labels = MultiLabelTensors(train.images, multi_hot, train.classes)
+    images = labels.batch(torch.arange(len(labels))).images
+    model = unlearn("bias_shifted", Origin(linear(), labels), 0)
+    assert model(images)[:, 0].max() < 0
+    positions = Origin(linear(), labels).images(1)
+    assert torch.equal(positions[0], multi_hot[:, 1].nonzero().flatten())
+    model = unlearn("retrained", Origin(linear(), labels, TRAINING), 0)
+    known = model(images) > 0
+    assert not known[:, 0].any()
+    assert known[multi_hot[:, 2], 2].all()
+    with pytest.raises(ValueError, match="scrub forgets one class"):
+        unlearn("scrub", Origin(linear(), labels), 0)

@@ -109,7 +109,7 @@ def test_images_with_several_labels(tmp_path, network_options, call, capsys, fai
         names = [f"{number}.png" for number in range(count)]
         for number, name in enumerate(names):
             write_image(tmp_path / "data" / part / name, number)
-        pairs = ["a;b", "b;c", "c;a", "b"]
+        pairs = ["a;b", "b;c", "c;a", "c"]
         lines = [f"{name},{pairs[number % 4]}" for number, name in enumerate(names)]
         (tmp_path / "data" / part / "labels.csv").write_text("\n".join(["image,labels", *lines]))
     data = ["--data-dir", tmp_path / "data", *network_options, "-j0", "--quiet", "-b", "4"]
@@ -134,8 +134,31 @@ def test_images_with_several_labels(tmp_path, network_options, call, capsys, fai
     assert pairs["groups"] == len(pairs["records"]) == 3
     header = (run / "tables.csv").read_text().splitlines()[0]
     assert "ap_f,map_r," in header
+    fails(["baseline", run, "-j0", "--methods", "salun"], "retrained, logit_masked and")
+    call("baseline -j0 --quiet", run, "--train-epochs", "1", "--classes", "a", "b+a")
+    assert sorted(p.name for p in run.glob("baselines/retrained/*")) == [
+        "class_0+1.safetensors",
+        "class_0.safetensors",
+    ]
+    both = json.loads((run / "baselines" / "retrained_groups.json").read_text())
+    assert both["records"][0]["names"] == ["a", "b"]
+    fails(["trust", run, "-j0", "--checks", "geometry"], "has several labels per image")
+    few = "--relearn-steps", "1", "--relearn-images", "1"
+    call("trust -j0 --quiet", run, *few, "--classes", "a", "a+b")
+    capsys.readouterr()
+    records = json.loads((run / "trust.json").read_text())["records"]
+    found = {(r["name"], r["check"]): r for r in records}
+    assert {name for name, _ in found} == {"a", "a (with b)", "b (with a)"}
+    own = found["a", "removal"]
+    assert own["retrained_models"] == 1
+    assert own["forgetful"]["ap_f"] == pytest.approx(content["classes"][0]["ap_f"])
+    pair = [found[name, "removal"]["retrained"]["ap_r"] for name in ("a (with b)", "b (with a)")]
+    assert len(pair) == len(set(pair)) == 2
+    call("evaluate -j0 --quiet --tables", run)
+    assert "| retrained " in capsys.readouterr().out
     call("report --quiet", run)
-    assert "3 groups of 2 classes forgotten at once" in (run / "report.html").read_text()
-    fails(["baseline", run, "-j0", "--train-epochs", "1"], "one label each")
+    page = (run / "report.html").read_text()
+    for text in ("3 groups of 2 classes forgotten at once", "2 forgotten together", "b (with a)"):
+        assert text in page
     call("bake", run, "--forget", "a", "--verify", "--quiet")
-    assert "not attacked" in capsys.readouterr().out
+    assert "class a: average precision of it" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import statistics
 
 import pytest
 
+from wfnet.evaluation import MultiLabelRecord, MultiLabelResult
 from wfnet.evaluation.results import ClassRecord, EvaluationResult
 from wfnet.report import run_tables
 
@@ -84,8 +85,7 @@ def test_tables_as_markdown_csv_and_latex(runs, tmp_path):
 
 
 def test_images_with_several_labels_have_average_precisions(tmp_path):
-    mean = {"ap_f": 0.6, "map_r": 0.9, "original_ap_f": 0.95, "original_map_r": 0.92}
-    content = {"kind": "multi-label", "mean": mean}
-    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    result = MultiLabelResult([MultiLabelRecord(0, "0", 5, 0.2, 0.6, 0.9, 0.95, 0.92)], {}, 1.0)
+    result.to_json(tmp_path / "evaluation.json")
     groups, _ = run_tables.collect({str(tmp_path): {"options": {"data_dir": "photos"}}})
-    assert "| WF-Net | 60.0 | 90.0 |" in run_tables.markdown(groups)
+    assert "| WF-Net | 60.00 | 60.0 | 90.0 |" in run_tables.markdown(groups)

@@ -58,7 +58,7 @@ def test_what_the_network_adds_to_the_trivial_baselines(make_trust):
 def test_the_worst_class_and_the_others_count(make_evaluation):
     found = judge(make_evaluation(40), None)
     assert box_of(found, "Who can only send images")[0] == "good"
-    assert box_of(found, "class 3 is still read at 20.0%")[0] == "bad"
+    assert box_of(found, "class 3 still has 20.0% accuracy")[0] == "bad"
     assert box_of(found, "All other classes stay at 70.0%")[0] == "good"
     found = judge(make_evaluation(4, acc_r=0.5), None)
     assert box_of(found, "costs all other classes: 50.0% instead of 71.0%")[0] == "bad"

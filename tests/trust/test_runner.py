@@ -1,12 +1,17 @@
 """The runner loses nothing and changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from sklearn.metrics import average_precision_score
 
 import wfnet
 from wfnet import trust
+from wfnet.data import MultiLabelTensors, Splits
 from wfnet.services.files import fingerprint
 from wfnet.trust import runner
+from wfnet.trust.subject import ImageReader, predict
 
 TWO = ["membership", "closeness"]
 
@@ -141,3 +146,64 @@ def test_a_head_without_bias_leaves_a_column_empty_and_says_so_once(
     result = trust.run_checks(*about, settings=quick, progress=False)
     assert [record.bias_shifted for record in result.records] == [{}, {}]
     assert sum("lowers a bias of the head" in message for message in caplog.messages) == 1
+
+
+def test_classes_forgotten_together_are_each_checked(run, tmp_path):
+    """Of a pair, images of both are no test of what was kept."""
+    result = run(tmp_path, classes=[2, (0, 2)], checks=["removal"], retrained=1)
+    names = ["quarter 2", "quarter 0 (with quarter 2)", "quarter 2 (with quarter 0)"]
+    assert [record.name for record in result.records] == names
+    single, *pair = result.records
+    assert pair[0].forgetful["acc_r"] == pair[1].forgetful["acc_r"] != single.forgetful["acc_r"]
+    assert [record.logit_masked["acc_f"] for record in result.records] == [0.0] * 3
+    assert result.sizes == [1, 2]
+    assert result.means()["removal"]["acc_f"]["forgetful"] == single.forgetful["acc_f"]
+    both = sum(record.forgetful["acc_f"] for record in pair) / 2
+    assert result.means(2)["removal"]["acc_f"]["forgetful"] == both
+    assert "2 classes forgotten together" in result.table()
+    with pytest.raises(ValueError, match="no image of other classes"):
+        run(classes=[(0, 1, 2, 3)])
+
+
+@pytest.fixture
+def several():
+    """Images with one to three of four labels."""
+    generator = torch.Generator().manual_seed(0)
+    multi_hot = torch.rand(60, 4, generator=generator) < 0.4
+    multi_hot[:, 3] = ~multi_hot[:, :3].any(1)
+    images = torch.rand(60, 1, 8, 8, generator=generator)
+    images += multi_hot.float()[:, :, None].repeat(1, 1, 16).reshape(60, 1, 8, 8)
+    images = MultiLabelTensors(images, multi_hot, list("abcd"))
+    return Splits(images, images, images, images.classes, "several", 0)
+
+
+@pytest.mark.parametrize("samples", [100, 15])
+def test_several_labels_are_judged_by_average_precision(several, make_network, quick, samples):
+    original, forgetful = make_network(0), make_network(1)
+    settings = replace(quick, samples=samples)
+    about = original, several, ("conv1", "conv2"), [1], None, lambda label: [make_network(2)]
+    result = trust.run_checks(lambda label: forgetful, *about, settings, progress=False)
+    known = [check.name for check in trust.CHECKS.values() if check.several_labels]
+    assert [record.check for record in result.records] == known
+    assert len(known) == len(trust.CHECKS) - 3
+    found = {record.check: record for record in result.records}
+    values, truth = found["removal"].forgetful, several.test.multi_hot
+    reader = ImageReader(several.test, samples)
+    parts = reader.of(1), reader.without(1)
+    drawn = torch.cat([part.labels for part in parts])
+    own = drawn[:, 1].double().mean()
+    share = truth[:, 1].double().mean()
+    weights = torch.where(drawn[:, 1], share / own, (1 - share) / (1 - own))
+    logits = predict(forgetful, torch.cat([part.images for part in parts]))
+    precision = [
+        average_precision_score(drawn[:, k], logits[:, k].float(), sample_weight=weights)
+        for k in range(4)
+    ]
+    assert values["ap_f"] == pytest.approx(precision[1])
+    assert values["ap_r"] == pytest.approx(sum(precision[:1] + precision[2:]) / 3)
+    assert found["removal"].logit_masked["ap_f"] == pytest.approx(share.item())
+    assert found["removal"].bias_shifted["ap_f"] == found["removal"].original["ap_f"]
+    assert not {"ap_f_offset", "ap_f_standardised", "acc_f"} & set(values)
+    assert {"ap_f_head", "ap_f_head_1"} <= set(found["prototypes"].forgetful)
+    assert found["relearning"].forgetful["ap_f_from_3"] >= values["ap_f"]
+    assert found["removal"].forgetful.keys() >= {"ap_f_batchnorm_all", "ap_f_recovered"}

@@ -38,10 +38,6 @@ def test_what_makes_no_sense_is_refused(data, make_images):
         TrustSettings(relearn_images=(0,))
     with pytest.raises(ValueError, match="no image of class 9"):
         ImageReader(data.train, 5).of(9)
-    several = make_images(2, 0)
-    several.multi_hot = torch.ones(len(several), 4, dtype=torch.bool)
-    with pytest.raises(ValueError, match="several labels per image"):
-        ImageReader(several, 5)
 
 
 def test_nan_is_an_error_and_no_number(make_network, make_subject):

@@ -4,7 +4,7 @@ Each costs a training or fine-tuning run per class, where filters learn all clas
 settings are chosen on validation images by a stated budget, which stands in every result.
 """
 
-from wfnet.baselines.method import BaselineConfig, Method, Origin
+from wfnet.baselines.method import BaselineConfig, Forget, Method, Origin, classes_in, written
 from wfnet.baselines.per_class import (
     BaselineModels,
     BaselineResult,
@@ -19,10 +19,13 @@ __all__ = [
     "BaselineConfig",
     "BaselineModels",
     "BaselineResult",
+    "Forget",
     "Method",
     "Origin",
+    "classes_in",
     "read_baselines",
     "run_baseline",
     "tune",
     "unlearn",
+    "written",
 ]

@@ -10,11 +10,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import CorruptImages, Dataset, batches, corrupt_counter, labels_of
+from wfnet.data import (
+    CorruptImages,
+    Dataset,
+    batches,
+    corrupt_counter,
+    is_of,
+    multi_hot_of,
+    truth_of,
+)
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services import settings
 from wfnet.services.files import code_digest
 from wfnet.services.settings import check_settings, setting
+
+Forget = int | tuple[int, ...]  # a class, or several that are forgotten together
+
+
+def classes_in(forget: Forget) -> tuple[int, ...]:
+    """Returns the classes to forget."""
+    return forget if isinstance(forget, tuple) else (forget,)
+
+
+def written(forget: Forget) -> str:
+    """Returns the classes as text, ``3`` or ``3+8``: of files, and on the command line."""
+    return "+".join(map(str, classes_in(forget)))
 
 
 @dataclass(frozen=True)
@@ -69,18 +89,18 @@ class Origin:
         """``[C, H, W]`` of the training images."""
         return next(iter(batches(self.train, [torch.arange(1)]))).images.shape[1:]
 
-    def images(self, label: int) -> tuple[Tensor, Tensor]:
-        """Positions in ``train`` of the images of a class, and of all others.
+    def images(self, forget: Forget) -> tuple[Tensor, Tensor]:
+        """Positions in ``train`` of the images of the class or classes, and of all others.
 
         Raises:
             ValueError: for a class without training images or without others.
         """
-        is_own = labels_of(self.train) == label
+        is_own = is_of(truth_of(self.train), *classes_in(forget))
         own, others = is_own.nonzero().flatten(), (~is_own).nonzero().flatten()
         if not len(own) or len(others) < 2:
             raise ValueError(
-                f"class {label} has {len(own)} training images and all others {len(others)}; a "
-                "baseline needs images of the class and of others"
+                f"class {written(forget)} has {len(own)} training images and all others "
+                f"{len(others)}; a baseline needs images of the class and of others"
             )
         return own, others
 
@@ -94,19 +114,31 @@ class Method(ABC):
         grid: changes of the defaults that tuning tries (:func:`wfnet.baselines.tuning.tune`); the
             first are the defaults. Its length is the budget.
         unused: names of settings that change nothing.
+        several: whether it forgets several classes together, and takes images with several labels.
     """
 
     name: str
     defaults: BaselineConfig = BaselineConfig()
     grid: tuple[Mapping[str, Any], ...] = ()
     unused: tuple[str, ...] = ()
+    several: bool = False
 
     @abstractmethod
-    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
+    def unlearn(self, origin: Origin, label: Forget, config: BaselineConfig) -> nn.Module:
         """Returns a model in which the class is forgotten, on the original's device.
 
-        The original network must not change; the architecture must stay.
+        The original network must not change; the architecture must stay. Several classes are given
+        to a method that is for ``several``.
         """
+
+    def check(self, origin: Origin, forget: Forget) -> None:
+        """Raises ValueError unless the method is for these data, and so many classes."""
+        if self.several or (isinstance(forget, int) and multi_hot_of(origin.train) is None):
+            return
+        raise ValueError(
+            f"{self.name} forgets one class, of images with one label each; retrained, "
+            "logit_masked and bias_shifted take several"
+        )
 
     def code(self) -> str:
         """Returns a digest of the code by which the method unlearns."""

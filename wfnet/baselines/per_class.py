@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import nn
 
-from wfnet.baselines.method import BaselineConfig, Origin
+from wfnet.baselines.method import BaselineConfig, Forget, Origin, written
 from wfnet.baselines.unlearning import METHODS, unlearn
-from wfnet.data import Dataset, classes_of, labels_of
+from wfnet.data import Dataset, classes_of, labels_of, multi_hot_of
+from wfnet.evaluation.multilabel_rows import MultiLabelResult, evaluation_from_dict
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.pairs import check_classes
 from wfnet.evaluation.partial import check_identity, data_identity
@@ -33,7 +34,7 @@ class BaselineResult:
     """One method, all classes: its measures, and how the models were made."""
 
     method: str
-    evaluation: EvaluationResult
+    evaluation: EvaluationResult | MultiLabelResult
     relearning: RelearnResult | None
     settings: dict[str, Any]
 
@@ -83,11 +84,11 @@ class BaselineModels:
             "code": known.code(),
         }
 
-    def path(self, label: int) -> Path:
+    def path(self, label: Forget) -> Path:
         """Where the model of a class is kept."""
-        return self.folder / f"class_{label}.safetensors"
+        return self.folder / f"class_{written(label)}.safetensors"
 
-    def __call__(self, label: int) -> nn.Module:
+    def __call__(self, label: Forget) -> nn.Module:
         path = self.path(label)
         if path.is_file():
             tensors = read_tensors(path)
@@ -97,7 +98,7 @@ class BaselineModels:
             model.load_state_dict(tensors)
             return model.requires_grad_(True).eval()
         model = unlearn(self.method, self.origin, label, self.config)
-        metadata = {"format": "pt", "identity": json.dumps(self.identity), "class": str(label)}
+        metadata = {"format": "pt", "identity": json.dumps(self.identity), "class": written(label)}
         write_tensors(path, model.state_dict(), metadata)
         return model
 
@@ -132,7 +133,10 @@ def run_baseline(
         :func:`wfnet.evaluation.relearning.relearn_times`.
     """
     origin, identity = models.origin, models.identity
-    rows = check_classes(classes, labels_of(origin.train), len(classes_of(origin.train))).tolist()
+    rows = classes
+    if multi_hot_of(origin.train) is None:
+        names = classes_of(origin.train)
+        rows = check_classes(classes, labels_of(origin.train), len(names)).tolist()
     options = replace(options or RunOptions(), records=models.folder / RELEARNED)
     evaluation = evaluate_models(models, origin.original, test, rows, zrf_base, seed, options)
     relearning = None
@@ -159,5 +163,5 @@ def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _baseline(content: Mapping[str, Any]) -> dict[str, Any]:
-    EvaluationResult.from_dict(content["evaluation"])
+    evaluation_from_dict(content["evaluation"])
     return {name: content[name] for name in ("method", "evaluation", "relearning", "settings")}

@@ -1,4 +1,7 @@
-"""``retrained``: trained from scratch without the images of the class; the gold standard."""
+"""``retrained``: trained from scratch without the images of the class; the gold standard.
+
+An image with several labels is one of the class if that is among them.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from wfnet.baselines.method import BaselineConfig, Method, Origin
+from wfnet.baselines.method import BaselineConfig, Forget, Method, Origin
 from wfnet.data import select
 from wfnet.evaluation.initialisation import reinitialise
 from wfnet.training import fit_classifier
@@ -18,8 +21,9 @@ class Retrained(Method):
     """Trains a new network on the other classes, as the original was trained."""
 
     name = "retrained"
+    several = True
 
-    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
+    def unlearn(self, origin: Origin, label: Forget, config: BaselineConfig) -> nn.Module:
         fresh = origin.fresh or partial(reinitialise, origin.original)
         model = fresh(config.seed)
         model = model.to(origin.device).requires_grad_(True)

@@ -11,8 +11,8 @@ import copy
 import torch
 from torch import nn
 
-from wfnet.baselines.method import BaselineConfig, Method, Origin
-from wfnet.data import batches, classes_of, corrupt_counter
+from wfnet.baselines.method import BaselineConfig, Forget, Method, Origin, classes_in
+from wfnet.data import batches, classes_of, corrupt_counter, multi_hot_of
 from wfnet.head import cut_from_head, find_head, first_output
 from wfnet.services.modes import evaluation_mode
 
@@ -24,22 +24,25 @@ class LogitMasked(Method):
 
     name = "logit_masked"
     unused = ("seed",)
+    several = True
 
-    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
+    def unlearn(self, origin: Origin, label: Forget, config: BaselineConfig) -> nn.Module:
         model = copy.deepcopy(origin.original).eval()
         classes = len(classes_of(origin.train))
-        cut_from_head(model, [label], classes, image_shape=origin.image_shape())
+        cut_from_head(model, list(classes_in(label)), classes, image_shape=origin.image_shape())
         return model
 
 
 class BiasShifted(Method):
-    """The head's bias of the class, lowered until no training image is taken for it."""
+    """The head's bias of the class, lowered until no training image is taken for it: another
+    logit is larger, or its own below 0 where images have several labels."""
 
     name = "bias_shifted"
     unused = ("seed",)
+    several = True
 
     @torch.no_grad()
-    def unlearn(self, origin: Origin, label: int, config: BaselineConfig) -> nn.Module:
+    def unlearn(self, origin: Origin, label: Forget, config: BaselineConfig) -> nn.Module:
         model = copy.deepcopy(origin.original).eval()
         found = find_head(model, len(classes_of(origin.train)))
         if found is None or getattr(found[1], "bias", None) is None:
@@ -49,12 +52,16 @@ class BiasShifted(Method):
             )
         corrupt = corrupt_counter(origin.train, origin.max_corrupt)
         order = torch.arange(len(origin.train)).split(_TOGETHER)
-        lead = -torch.inf
+        several = multi_hot_of(origin.train) is not None
+        forgotten = list(classes_in(label))
+        leads = torch.full((len(forgotten),), -torch.inf)
         with evaluation_mode(model):
             for batch in batches(origin.train, order, origin.workers, corrupt):
                 logits = first_output(model(batch.images.to(origin.device))).float()
-                own = logits[:, label].clone()
-                logits[:, label] = -torch.inf
-                lead = max(lead, (own - logits.amax(1)).max().item())
-        found[1].bias[label] -= max(lead, 0.0) + 1e-3
+                own = logits[:, forgotten]
+                logits[:, forgotten] = -torch.inf
+                others = 0.0 if several else logits.amax(1, keepdim=True)
+                leads = leads.maximum((own - others).amax(0).cpu())
+        for number, lead in zip(forgotten, leads.tolist(), strict=True):
+            found[1].bias[number] -= max(lead, 0.0) + 1e-3
         return model

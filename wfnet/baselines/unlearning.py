@@ -13,7 +13,7 @@ from torch import nn
 from wfnet.baselines.bad_teacher import BadTeacher
 from wfnet.baselines.dampening import SelectiveDampening
 from wfnet.baselines.fine_tuned import NegativeGradient, NegGradPlus, RandomLabels
-from wfnet.baselines.method import BaselineConfig, Method, Origin
+from wfnet.baselines.method import BaselineConfig, Forget, Method, Origin
 from wfnet.baselines.retrained import Retrained
 from wfnet.baselines.saliency import SaliencyUnlearning
 from wfnet.baselines.scrub import Scrub
@@ -45,7 +45,7 @@ METHODS = registry(GROUP, Method, _OWN)
 
 
 def unlearn(
-    method: str, origin: Origin, label: int, config: BaselineConfig | None = None
+    method: str, origin: Origin, label: Forget, config: BaselineConfig | None = None
 ) -> nn.Module:
     """Makes one baseline: a plain model, in evaluation mode, that is to have forgotten a class.
 
@@ -54,11 +54,12 @@ def unlearn(
 
     Args:
         method: one of ``METHODS``.
+        label: the class, or several to be forgotten together.
         config: settings, of the class of the method's ``defaults``; these if None.
 
     Raises:
-        ValueError: for an unknown method, settings of another one, or a class without training
-            images or without others.
+        ValueError: for an unknown method, settings of another one, a class without training
+            images or without others, or classes or data that the method does not take.
         FloatingPointError: if the loss is not finite.
     """
     if method not in METHODS:
@@ -68,4 +69,5 @@ def unlearn(
     if not isinstance(config, type(known.defaults)):
         kinds = type(known.defaults).__name__, type(config).__name__
         raise ValueError(f"settings of {method} are a {kinds[0]}, got a {kinds[1]}")
+    known.check(origin, label)
     return known.unlearn(origin, label, config)

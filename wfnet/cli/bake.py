@@ -36,7 +36,7 @@ from wfnet.cli.options import Parser, add_command
 from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.weights import load_weights
 from wfnet.compact import compact
-from wfnet.data import batches, multi_hot_of
+from wfnet.data import batches
 from wfnet.data.transforms import chosen_preprocessing
 from wfnet.deployment import Deployment, onnx_logits
 from wfnet.head import CUT_LOGIT, check_same_logits, first_output
@@ -274,9 +274,8 @@ def _attack(
     options, checks = work_on.options, []
     if not options.data and not options.data_dir:
         print("accuracies and attacks need images: give --data NAME or --data-dir DIR")
-    elif multi_hot_of((data := work_on.images(classifier)).test) is not None:
-        print("the data have several labels per image: the file was compared, but not attacked")
     else:
+        data = work_on.images(classifier)
         device = next(net.parameters()).device
         checks = check_export(
             export.loaded(classifier).to(device),
@@ -291,7 +290,7 @@ def _attack(
             print(describe_export(check))
     report = export.path.with_suffix(".trust.json")
     content = {
-        "units": "acc_* and auc_* are fractions in [0, 1]",
+        "units": "acc_*, ap_* and auc_* are fractions in [0, 1]",
         **export.described(),
         "file": export.path.name,
         "filters_digest": filters_digest(net),
@@ -418,6 +417,9 @@ def _compare_accuracies(
     """Prints what the network of 8 bits knows of the class and of the others, and ``plain``."""
     options, test = work_on.options, work_on.images(classifier).test
     reader = ImageReader(test, options.samples, options.seed, options.workers)
+    if reader.truth.dim() == 2:
+        print("accuracies in 8 bits were not measured: images have several labels each")
+        return
     int8, weight = onnx_logits(Path(options.int8)), next(plain.parameters())
     networks = lambda x: first_output(plain(x.to(weight))), int8
     shown = []

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from wfnet.baselines import (
@@ -26,6 +26,7 @@ from wfnet.baselines import (
     Origin,
     run_baseline,
     tune,
+    written,
 )
 from wfnet.cli.chosen_images import evaluated_images
 from wfnet.cli.evaluate import (
@@ -38,7 +39,9 @@ from wfnet.cli.options import Parser, add_command, key_value
 from wfnet.cli.runs import check_writable, versions
 from wfnet.cli.train import add_training_options, training_of
 from wfnet.data import multi_hot_of
+from wfnet.evaluation import Scores
 from wfnet.evaluation.pair_engine import RunOptions
+from wfnet.evaluation.plain_models import evaluate_group_models
 from wfnet.services import settings
 from wfnet.services.files import write_json
 
@@ -58,7 +61,8 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         f"""
         --methods [NAME...]  of {", ".join(METHODS)}; without a name: list them
             [default: {" ".join(METHODS)}]
-        --classes CLASS...  by number or name (default: all)
+        --classes CLASS...  by number or name, 3+8 for classes that are forgotten together (default:
+            all)
         --tune-classes N  try the grid of each method on so many classes and validation images, and
             take the best settings; 0: settings as they are [default: 2]
         --keep-models  keep the weights of every class and method [default: yes]
@@ -98,12 +102,10 @@ def run(options: argparse.Namespace) -> None:
     data = work_on.images(original)
     if not len(data.train):
         raise ValueError(f"{data.name} has no training images, which baselines need: add train/")
-    if multi_hot_of(data.train) is not None:
-        raise ValueError(
-            f"{data.name} has several labels per image: baselines are of images with one label each"
-        )
     test = evaluated_images(options, data, work_on.folder, Path(options.output or work_on.folder))
-    classes = work_on.class_numbers(options.classes, data.classes)
+    classes = work_on.class_groups(options.classes, data.classes)
+    groups = [forget for forget in classes or () if isinstance(forget, tuple)]
+    singles = [forget for forget in classes or () if isinstance(forget, int)] or None
     origin = Origin(
         original,
         data.train,
@@ -112,6 +114,13 @@ def run(options: argparse.Namespace) -> None:
         options.workers,
         options.max_corrupt,
     )
+    several = multi_hot_of(data.train) is not None
+    methods = options.methods
+    if methods == list(METHODS) and (several or groups):  # none was asked for by name
+        methods = [name for name in methods if METHODS[name].several]
+    for name in methods:
+        METHODS[name].check(origin, groups[0] if groups else 0)
+    relearn = None if several else relearn_config(options)
     how = RunOptions(
         options.batch_size, options.workers, options.max_corrupt, progress=not options.quiet
     )
@@ -121,27 +130,40 @@ def run(options: argparse.Namespace) -> None:
             f"{data.name} has no validation images, on which settings are tuned: give --val-split, "
             "or --tune-classes 0"
         )
-    for method in options.methods:
+    for method in methods:
         fixed = {key.partition(".")[2] for key, _ in options.set if key.startswith(f"{method}.")}
         records = output / method / "tuning.json"
         config, tried = tune(
             method, origin, data.validation, tuned_on, configs[method], fixed, records, how
         )
         models = BaselineModels(method, output / method, origin, config)
-        result = run_baseline(
-            models, test, classes, relearn_config(options), options.zrf_base, options.seed, how
-        )
+        if groups:
+            found = evaluate_group_models(models, original, test, groups, how)
+            write_json(output / f"{method}_groups.json", {"method": method, **found.as_dict()})
+            print(_line(method, found.mean, " ".join(map(written, groups))), flush=True)
+        if groups and not singles:
+            continue
+        about = relearn, options.zrf_base, options.seed, how
+        result = run_baseline(models, test, singles, *about)
         content = {**result.as_dict(), "tuning": tried, "versions": versions()}
         write_json(output / f"{method}.json", content)
         if not options.keep_models:
             models.remove()
-        mean = result.evaluation.mean
-        text = f"{method:<18} Acc_r {mean.acc_r:.2%}  Acc_f {mean.acc_f:.2%}  ZRF {mean.zrf:.4f}"
+        mean, more = result.evaluation.mean, ""
+        if isinstance(mean, Scores):
+            mean, more = asdict(mean), f"ZRF {mean.zrf:.4f}"
         if result.relearning is not None:
             epochs, never = result.relearning.mean.values()
-            text += f"  RT {epochs:.1f} ({never})"
-        print(text, flush=True)
+            more += f"  RT {epochs:.1f} ({never})"
+        print(_line(method, mean, more), flush=True)
     print(f"\nin {output}; next:\n  wfnet evaluate {work_on.folder} --tables")
+
+
+def _line(method: str, mean: Mapping[str, float], more: str) -> str:
+    """Returns what the terminal shows of a method: accuracies, or average precisions."""
+    names = {"acc_r": "Acc_r", "acc_f": "Acc_f", "map_r": "mAP_r", "ap_f": "AP_f"}
+    shown = [f"{title} {mean[name]:.2%}" for name, title in names.items() if name in mean]
+    return "  ".join([f"{method:<18}", *shown, more])
 
 
 def _configs(options: argparse.Namespace) -> dict[str, BaselineConfig]:

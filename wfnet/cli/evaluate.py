@@ -179,7 +179,7 @@ def _run(options: argparse.Namespace, work_on: Run, ranks: Ranks) -> None:
     result.settings["split"] = options.split
     result.to_json(output / "evaluation.json")
     result.to_csv(output / "evaluation.csv")
-    if isinstance(result, EvaluationResult) and not options.no_figures:
+    if not options.no_figures:
         draw_run(output, net, images.classes, result)
     print(result.table())
     if options.tables:

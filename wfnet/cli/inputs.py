@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from wfnet import hugging_face
+from wfnet.baselines import Forget
 from wfnet.cli.chosen_classes import choose_classes, class_number, with_network_labels
 from wfnet.cli.classifier import check_head, create_classifier, data_settings, is_small
 from wfnet.cli.options import fuse_of
@@ -123,6 +124,18 @@ class Run:
         if not chosen:
             return self.untrained
         return class_indices(chosen, names, self.num_classes)
+
+    def class_groups(
+        self, chosen: Sequence[str] | None, names: Sequence[str] | None
+    ) -> list[Forget] | None:
+        """:meth:`class_numbers` where ``3+8`` are classes that are forgotten together."""
+        found: list[Forget] = []
+        for entry in chosen or ():
+            whole = class_number(readable(entry), names, self.num_classes) is not None
+            together = [entry] if whole else entry.split("+")
+            numbers = sorted(class_indices(together, names, self.num_classes))
+            found.append(tuple(numbers) if len(numbers) > 1 else numbers[0])
+        return list(dict.fromkeys(found)) if found else self.untrained
 
 
 def data_name(options: argparse.Namespace) -> str:

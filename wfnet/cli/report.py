@@ -24,14 +24,13 @@ from wfnet.cli.inputs import Run
 from wfnet.cli.options import Parser, add_command
 from wfnet.cli.runs import ATTRIBUTION, CONFUSION, check_writable
 from wfnet.data import Dataset, multi_hot_of
-from wfnet.evaluation import EvaluationResult
 from wfnet.evaluation.attribution import AttributionRecord, AttributionResult
 from wfnet.evaluation.confusion import ConfusionChange, confusion_change
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.network import WFNet
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.report import figures
-from wfnet.report.contents import Contents, read_contents
+from wfnet.report.contents import Contents, Evaluation, read_contents
 from wfnet.report.page import write_report
 from wfnet.services import settings
 from wfnet.services.records import read_json
@@ -109,7 +108,7 @@ def draw_run(
     folder: Path,
     net: WFNet,
     names: Sequence[str],
-    result: EvaluationResult | None = None,
+    result: Evaluation | None = None,
     change: ConfusionChange | None = None,
 ) -> None:
     """Draws every figure that its arguments allow, where matplotlib is installed.

@@ -25,7 +25,8 @@ from typing import Any
 from torch import nn
 
 from wfnet import trust
-from wfnet.cli.inputs import Run, class_indices
+from wfnet.baselines import Forget, classes_in, written
+from wfnet.cli.inputs import Run
 from wfnet.cli.options import Parser, add_command, config_changes
 from wfnet.cli.runs import check_writable
 from wfnet.cli.weights import load_weights
@@ -34,6 +35,7 @@ from wfnet.fusion.trace import execution_order
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.services import settings
 from wfnet.services.files import fingerprint, read_metadata, read_tensors
+from wfnet.trust.subject import ImageReader
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -48,7 +50,8 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     questions = "; ".join(f"{c.name}: {c.question[:-1].lower()}" for c in trust.CHECKS.values())
     group.add_all(
         f"""
-        --classes CLASS...  classes, by number or name (default: all)
+        --classes CLASS...  classes, by number or name, 3+8 for classes that are forgotten together
+            (default: all)
         --checks CHECK...  {questions} (default: all)
         --prune-below T  check exports in which gates below T are exactly 0, as of `wfnet bake
             --prune-below` [default: 0]
@@ -85,13 +88,13 @@ def run(options: argparse.Namespace) -> None:
     work_on.check_data()
     net, classifier = work_on.network()
     data = work_on.images(classifier)
-    classes = work_on.class_numbers(options.classes, data.classes)
-    external: dict[int, list[nn.Module]] = {}
+    classes = work_on.class_groups(options.classes, data.classes)
+    external: dict[Forget, list[nn.Module]] = {}
     for label, _, path in files:
         model = copy.deepcopy(classifier).cpu().eval()
         load_weights(model, path)
-        (number,) = class_indices([label], data.classes, net.num_classes)
-        external.setdefault(number, []).append(model)
+        (forget,) = work_on.class_groups([label], data.classes)
+        external.setdefault(forget, []).append(model)
     made_for = {
         "method": "retrained",
         "original": fingerprint(classifier),
@@ -104,8 +107,20 @@ def run(options: argparse.Namespace) -> None:
     }
     if options.cut_output:  # named only if asked for: results of exports that are not cut are valid
         identity["cut_output"] = True
+    chosen = trust.TrustSettings(
+        **config_changes(options, trust.TrustSettings),
+        relearn_images=tuple(options.relearn_images),
+    )
+
+    def baked(forget: Forget) -> nn.Module:
+        labels, others = list(classes_in(forget)), None
+        if net.gate == "durable" and len(labels) > 1:  # as `wfnet bake` measures statistics
+            reader = ImageReader(data.train, chosen.samples, chosen.seed, options.workers)
+            others = reader.without(*labels).images
+        return net.bake(labels, options.prune_below, options.cut_output, images=others)
+
     result = trust.run_checks(
-        lambda label: net.bake(label, options.prune_below, options.cut_output),
+        baked,
         net.bake(None),
         data,
         execution_order(net.model, list(net.masked_layers)),
@@ -118,15 +133,12 @@ def run(options: argparse.Namespace) -> None:
                 *external.get(label, ()),
             )
         ],
-        trust.TrustSettings(
-            **config_changes(options, trust.TrustSettings),
-            relearn_images=tuple(options.relearn_images),
-        ),
+        chosen,
         output,
         identity=identity,
         advice=lambda label: (
-            f"`wfnet baseline {folder} --methods retrained --classes {label}` makes one, and with "
-            f"`--set retrained.seed=1 --output {folder}/baselines_1` another"
+            f"`wfnet baseline {folder} --methods retrained --classes {written(label)}` makes one, "
+            f"and with `--set retrained.seed=1 --output {folder}/baselines_1` another"
         ),
         workers=options.workers,
         progress=not options.quiet,
@@ -140,19 +152,20 @@ def run(options: argparse.Namespace) -> None:
 
 
 def retrained_models(
-    label: int, folders: Sequence[Path], classifier: nn.Module, identity: Mapping[str, Any]
+    label: Forget, folders: Sequence[Path], classifier: nn.Module, identity: Mapping[str, Any]
 ) -> list[nn.Module]:
     """Models that ``wfnet baseline`` has retrained without a class, in evaluation mode on the CPU.
 
     Args:
-        label: the class.
+        label: the class or classes.
         folders: searched with all their sub-folders for ``class_<number>.safetensors``.
         classifier: the original.
         identity: what the files say of the original and its training images. Models of another
             one (of images which may be test images here) are passed over.
     """
     found: dict[str, nn.Module] = {}
-    for path in sorted(p for folder in folders for p in folder.rglob(f"class_{label}.safetensors")):
+    name = f"class_{written(label)}.safetensors"
+    for path in sorted(p for folder in folders for p in folder.rglob(name)):
         theirs = json.loads(read_metadata(path).get("identity", "{}"))
         if any(theirs.get(name) != value for name, value in identity.items()):
             continue

@@ -13,7 +13,14 @@ from wfnet.data.dataset import (
 from wfnet.data.folder import ImageFiles
 from wfnet.data.foreign import as_dataset
 from wfnet.data.loading import CorruptImages, batches, corrupt_counter, corrupt_limit
-from wfnet.data.multi_hot import MultiLabelFiles, MultiLabelTensors, multi_hot_of
+from wfnet.data.multi_hot import (
+    MultiLabelFiles,
+    MultiLabelTensors,
+    is_of,
+    label_loss,
+    multi_hot_of,
+    truth_of,
+)
 from wfnet.data.open import folder_classes, open_data
 from wfnet.data.shards import ImageShards
 from wfnet.data.splits import Splits, limit_per_class, split_dataset, stratified_split
@@ -40,6 +47,8 @@ __all__ = [
     "corrupt_limit",
     "evaluation_transform",
     "folder_classes",
+    "is_of",
+    "label_loss",
     "labels_of",
     "limit_per_class",
     "model_data_config",
@@ -49,4 +58,5 @@ __all__ = [
     "split_dataset",
     "stratified_split",
     "training_transform",
+    "truth_of",
 ]

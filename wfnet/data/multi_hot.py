@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from wfnet.data.dataset import labels_of
 from wfnet.data.encoded import EncodedFiles
 from wfnet.data.tensor_images import TensorImages
 from wfnet.data.transforms import Transform
@@ -34,6 +36,26 @@ def multi_hot_of(dataset: Any) -> Tensor | None:
         whole = multi_hot_of(dataset.dataset)
         return None if whole is None else whole[torch.as_tensor(dataset.indices)]
     return getattr(dataset, "multi_hot", None)
+
+
+def truth_of(dataset: Any) -> Tensor:
+    """Returns true labels: ``[N]`` int64, or ``[N, K]`` bool where images have several."""
+    multi_hot = multi_hot_of(dataset)
+    return labels_of(dataset) if multi_hot is None else multi_hot
+
+
+def is_of(truth: Tensor, *classes: int) -> Tensor:
+    """Returns whether one of ``classes`` is true of each image, ``[N]`` bool."""
+    if truth.dim() == 2:
+        return truth[:, list(classes)].any(1)
+    return torch.isin(truth, torch.tensor(classes))
+
+
+def label_loss(logits: Tensor, truth: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Returns the mean loss a classifier learns by: ``logits [n, K]``, of :func:`truth_of`."""
+    if truth.dim() == 1:
+        return F.cross_entropy(logits, truth, label_smoothing=smoothing)
+    return F.binary_cross_entropy_with_logits(logits, truth.float())
 
 
 def rarest_labels(multi_hot: Tensor) -> Tensor:

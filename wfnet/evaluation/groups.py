@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wfnet.data import Dataset, labels_of, multi_hot_of
 from wfnet.evaluation.multilabel_rows import LabelScores, check_labels
@@ -48,6 +49,34 @@ class GroupRecord:
     original_acc_f: float
     original_acc_r: float
 
+    @classmethod
+    def of(
+        cls, group: Sequence[int], names: Sequence[str], seen: Tensor, before: Tensor, right: Tensor
+    ) -> GroupRecord:
+        """Of images ``seen`` of each class ``[K]``, hits of the original network ``before``, and
+        ``right`` when the group is forgotten.
+
+        Raises:
+            ValueError: for a class of the group, or all beside it, without readable images.
+        """
+        inside = torch.zeros(len(seen), dtype=torch.bool)
+        inside[list(group)] = True
+        if not seen[inside].all() or not seen[~inside].any():
+            raise unreadable(f"a class of group {list(group)}, or all beside it,")
+        each = (right / seen)[list(group)]
+        n_retain = seen[~inside].sum()
+        return cls(
+            classes=list(group),
+            names=[names[label] for label in group],
+            n_forget=int(seen[inside].sum()),
+            n_retain=int(n_retain),
+            acc_f=each.mean().item(),
+            acc_f_worst=each.max().item(),
+            acc_r=(right[~inside].sum() / n_retain).item(),
+            original_acc_f=(before / seen)[list(group)].mean().item(),
+            original_acc_r=(before[~inside].sum() / n_retain).item(),
+        )
+
 
 @dataclass(frozen=True)
 class LabelGroupRecord:
@@ -67,6 +96,23 @@ class LabelGroupRecord:
     map_r: float
     original_ap_f: float
     original_map_r: float
+
+    @classmethod
+    def of(
+        cls, group: Sequence[int], names: Sequence[str], original: Tensor, found: Tensor
+    ) -> LabelGroupRecord:
+        """Of average precisions of all outputs ``[K]``, before and after."""
+        inside = torch.zeros(len(found), dtype=torch.bool)
+        inside[list(group)] = True
+        return cls(
+            classes=list(group),
+            names=[names[label] for label in group],
+            ap_f=found[inside].mean().item(),
+            ap_f_worst=found[inside].max().item(),
+            map_r=found[~inside].nanmean().item(),
+            original_ap_f=original[inside].mean().item(),
+            original_map_r=original[~inside].nanmean().item(),
+        )
 
 
 @dataclass(frozen=True)
@@ -159,40 +205,14 @@ def evaluate_groups(
         tables = {name: table.cpu() for name, table in hits.tables.items()}
         seen, before = tables["original_seen"], tables["original_top1"]
         for group, right in zip(part, tables["top1"], strict=True):
-            inside = torch.zeros(len(seen), dtype=torch.bool)
-            inside[list(group)] = True
-            if not seen[inside].all() or not seen[~inside].any():
-                raise unreadable(f"a class of group {list(group)}, or all beside it,")
-            each = (right / seen)[list(group)]
-            n_retain = seen[~inside].sum()
-            yield GroupRecord(
-                classes=list(group),
-                names=[names[label] for label in group],
-                n_forget=int(seen[inside].sum()),
-                n_retain=int(n_retain),
-                acc_f=each.mean().item(),
-                acc_f_worst=each.max().item(),
-                acc_r=(right[~inside].sum() / n_retain).item(),
-                original_acc_f=(before / seen)[list(group)].mean().item(),
-                original_acc_r=(before[~inside].sum() / n_retain).item(),
-            )
+            yield GroupRecord.of(group, names, seen, before, right)
 
     def make_of_labels(part: list[tuple[int, ...]]) -> Iterator[LabelGroupRecord]:
         scores = LabelScores(torch.tensor(part), multi_hot)
         engine.run(scores, engine.chunks(len(part)))
         _, original, every = scores.precisions()
         for group, found in zip(part, every, strict=True):
-            inside = torch.zeros(len(found), dtype=torch.bool)
-            inside[list(group)] = True
-            yield LabelGroupRecord(
-                classes=list(group),
-                names=[names[label] for label in group],
-                ap_f=found[inside].mean().item(),
-                ap_f_worst=found[inside].max().item(),
-                map_r=found[~inside].nanmean().item(),
-                original_ap_f=original[inside].mean().item(),
-                original_map_r=original[~inside].nanmean().item(),
-            )
+            yield LabelGroupRecord.of(group, names, original, found)
 
     how = GroupRecord, make, _GROUPS_TOGETHER
     if multi_hot is not None:

@@ -105,15 +105,16 @@ def confidence_kept(logits: Tensor, original_logits: Tensor, labels: Tensor) -> 
     return torch.where(before.squeeze(1).exp() > 0, ratio, 1.0)
 
 
-def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
+def average_precision(scores: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
     """scikit-learn's average precision of each label, ``[K]`` fp64: NaN where no image has it.
 
     The mean precision at the ranks of a label's images, without interpolation. Scores ``[N, K]``
-    (logits will do) that say nothing give the label's share of the images, in ``truth [N, K]``.
+    (logits will do) that say nothing give the label's share of the images, in ``truth [N, K]``;
+    ``weights [N]`` are of images.
     """
     score = require("sklearn.metrics", "eval").average_precision_score
-    values = [
-        score(truth[:, k].numpy(), scores[:, k].float().numpy()) if truth[:, k].any() else torch.nan
-        for k in range(truth.shape[1])
-    ]
-    return torch.tensor(values, dtype=torch.float64)
+    values = torch.full((truth.shape[1],), torch.nan, dtype=torch.float64)
+    for k in truth.any(0).nonzero().flatten().tolist():
+        own, found = truth[:, k].numpy(), scores[:, k].float().numpy()
+        values[k] = score(own, found, sample_weight=weights)
+    return values

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,13 +17,14 @@ from wfnet.evaluation.metrics import average_precision
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions
 from wfnet.evaluation.pairs import names_of, unreadable
 from wfnet.evaluation.partial import PartialResults, evaluation_identity
-from wfnet.evaluation.results import means
+from wfnet.evaluation.results import EvaluationResult, means
 from wfnet.network import WFNet
 from wfnet.services.files import write_json
-from wfnet.services.records import write_csv
+from wfnet.services.records import check_format, write_csv
 from wfnet.services.tables import aligned
 
 FORMAT = 1
+KIND = "multi-label"
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,29 @@ class MultiLabelRecord:
     original_ap_f: float
     original_map_r: float
 
+    @classmethod
+    def of(
+        cls, label: int, name: str, truth: Tensor, original: Tensor, found: Tensor
+    ) -> MultiLabelRecord:
+        """Of labels ``truth [n, K]``, and average precisions of all outputs ``[K]``: ``original``
+        ones, and ``found`` when the label is forgotten."""
+        images, others = int(truth[:, label].sum()), torch.arange(len(found)) != label
+        before, after = (
+            (each[label].item(), each[others].nanmean().item()) for each in (original, found)
+        )
+        return cls(label, name, images, images / len(truth), *after, *before)
+
 
 @dataclass(frozen=True)
 class MultiLabelResult:
-    """Records of all evaluated labels, what was evaluated and how, and the duration."""
+    """Records of all evaluated labels, what was evaluated and how, and the duration.
+
+    Attributes are those of :class:`wfnet.evaluation.EvaluationResult`.
+    """
+
+    score: ClassVar[str] = "average precision"
+    forget: ClassVar[str] = "ap_f"
+    retain: ClassVar[str] = "map_r"
 
     records: list[MultiLabelRecord]
     settings: dict[str, Any]
@@ -62,12 +82,16 @@ class MultiLabelResult:
         """Means over labels: mAP forgotten (``ap_f``) and retained (``map_r``), and before."""
         return means(self.records, ("ap_f", "map_r", "original_ap_f", "original_map_r", "share"))
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; :func:`evaluation_from_dict` reads it."""
+        content = asdict(self)
+        about = {"format": FORMAT, "kind": KIND, "mean": self.mean}
+        about["units"] = "average precisions are fractions in [0, 1]"
+        return {**about, "classes": content.pop("records"), **content}
+
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes everything, atomically."""
-        content = asdict(self)
-        about = {"format": FORMAT, "kind": "multi-label", "mean": self.mean}
-        about["units"] = "average precisions are fractions in [0, 1]"
-        write_json(path, {**about, "classes": content.pop("records"), **content})
+        write_json(path, self.as_dict())
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per label, then the means, atomically."""
@@ -89,6 +113,19 @@ class MultiLabelResult:
             "chance), mAP_r: of all others"
         )
         return aligned(parts)
+
+
+def evaluation_from_dict(content: Mapping[str, Any]) -> EvaluationResult | MultiLabelResult:
+    """Reads an evaluation of either kind.
+
+    Raises:
+        ValueError, TypeError, KeyError: if it is something else.
+    """
+    if content.get("kind") != KIND:
+        return EvaluationResult.from_dict(content)
+    check_format(content, FORMAT)
+    records = [MultiLabelRecord(**record) for record in content["classes"]]
+    return MultiLabelResult(records, content["settings"], content["seconds"])
 
 
 def evaluate_multi_label(
@@ -187,16 +224,5 @@ class LabelScores(Measure):
     def records(self, names: list[str]) -> Iterator[MultiLabelRecord]:
         """What was found of every row."""
         truth, original, every = self.precisions()
-        counts = truth.sum(0).tolist()
         for label, found in zip(self.rows.tolist(), every, strict=True):
-            others = torch.arange(len(counts)) != label
-            yield MultiLabelRecord(
-                index=label,
-                name=names[label],
-                images=counts[label],
-                share=counts[label] / len(truth),
-                ap_f=found[label].item(),
-                map_r=found[others].nanmean().item(),
-                original_ap_f=original[label].item(),
-                original_map_r=original[others].nanmean().item(),
-            )
+            yield MultiLabelRecord.of(label, names[label], truth, original, found)

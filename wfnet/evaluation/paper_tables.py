@@ -17,7 +17,7 @@ from typing import Any
 
 from wfnet.evaluation.attribution import CURVES, AttributionResult
 from wfnet.evaluation.groups import GroupResult
-from wfnet.evaluation.multilabel_rows import MultiLabelResult
+from wfnet.evaluation.multilabel_rows import MultiLabelResult, evaluation_from_dict
 from wfnet.evaluation.relearning import RelearnResult
 from wfnet.evaluation.results import EvaluationResult, Scores, base_name
 from wfnet.services.files import write_json, write_text
@@ -227,8 +227,11 @@ def make_tables(
             "wfnet": {**_measured(evaluation.mean, timed), **areas},
         }
     for baseline in baselines:
-        method, found = baseline["method"], EvaluationResult.from_dict(baseline["evaluation"])
-        values[method] = _measured(found.mean, baseline["relearning"])
+        method, found = baseline["method"], evaluation_from_dict(baseline["evaluation"])
+        if isinstance(found, MultiLabelResult):
+            values[method] = {name: 100 * found.mean[name] for name in _PRECISIONS}
+        else:
+            values[method] = _measured(found.mean, baseline["relearning"])
         if baseline["relearning"] is not None:
             settings.setdefault("relearning", baseline["relearning"]["config"])
         settings[method] = {**baseline["settings"], "classes": found.settings["classes"]}
@@ -261,7 +264,7 @@ def check_baselines(
     wanted = {"zrf_base": zrf_base, **(relearning or {})}
     for baseline in baselines:
         timed = baseline["relearning"]
-        found = {"zrf_base": baseline["evaluation"]["zrf_base"]}
+        found = {n: v for n, v in baseline["evaluation"].items() if n == "zrf_base"}
         for name, value in (found if timed is None else found | timed["config"]).items():
             if wanted.setdefault(name, value) != value:
                 raise ValueError(

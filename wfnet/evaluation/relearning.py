@@ -17,13 +17,22 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from wfnet.data import Batch, Dataset, batches, classes_of, corrupt_counter, labels_of
+from wfnet.data import (
+    Batch,
+    Dataset,
+    batches,
+    classes_of,
+    corrupt_counter,
+    label_loss,
+    labels_of,
+    truth_of,
+)
 from wfnet.evaluation import metrics
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.pairs import check_classes, unreadable
@@ -177,8 +186,9 @@ def relearn_times(
             if not readable:
                 raise unreadable(f"class {label}")
             images = torch.cat(readable)
-            wanted = _accuracy(original, images, label)
-            course = relearn(models(label), train, images, label, wanted, config, options)
+            score = partial(_accuracy, images=images, label=label)
+            wanted = score(original)
+            course = relearn(models(label), train, score, label, wanted, config, options)
             # Accuracies are fractions of whole images: rounding must not cost one.
             close = wanted - config.tolerance - 1e-9
             epochs, epochs_tolerant = (
@@ -197,7 +207,7 @@ def relearn_times(
 def relearn(
     model: nn.Module,
     train: Dataset,
-    images: Tensor,
+    score: Callable[[nn.Module], float],
     label: int,
     original: float,
     config: RelearnConfig,
@@ -208,12 +218,12 @@ def relearn(
     Args:
         model: a plain classifier that has unlearned the class; not changed.
         train: images to relearn from.
-        images: ``[n, C, H, W]``, test images of the class.
-        original: accuracy on ``images`` that is to be regained.
+        score: how well a model knows the class: the accuracy on test images of it.
+        original: score that is to be regained.
         options: workers and ``max_corrupt``.
 
     Returns:
-        The accuracy on ``images`` at the start and after each epoch.
+        The score at the start and after each epoch.
     """
     options = options or RunOptions()
     model = copy.deepcopy(model).requires_grad_(True)
@@ -222,22 +232,22 @@ def relearn(
     if config.optimizer == "adam":
         kind, more = torch.optim.AdamW, {}
     optimizer = kind(model.parameters(), config.lr, weight_decay=config.weight_decay, **more)
-    accuracy = [_accuracy(model, images, label)]
+    scores, truth = [score(model)], truth_of(train)
     with safe_layout(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        while accuracy[-1] < original and len(accuracy) <= config.max_epochs:
-            epoch = len(accuracy) - 1
+        while scores[-1] < original and len(scores) <= config.max_epochs:
+            epoch = len(scores) - 1
             generator = generator_for(config.seed, 7, label, epoch + 1)
             drawn = torch.randperm(len(train), generator=generator)[: config.samples]
             order = [part for part in drawn.split(config.batch_size) if len(part) > 1]
             model.train(config.batch_norm == "train")
             for batch, logits in epoch_logits(model, train, order, options, config.seed, epoch):
-                loss = F.cross_entropy(logits, batch.labels.to(device))
+                loss = label_loss(logits, truth[batch.indices].to(device))
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
                 optimizer.step()
-            accuracy.append(_accuracy(model, images, label))
-    return accuracy
+            scores.append(score(model))
+    return scores
 
 
 def epoch_logits(

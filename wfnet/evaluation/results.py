@@ -7,7 +7,7 @@ import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -90,7 +90,13 @@ class EvaluationResult:
         settings: what was evaluated and how (classes, images, rows, seed, versions).
         seconds: duration.
         counts: counts behind the accuracies; None for a result read from a file.
+        score, forget, retain: what is measured of the class and of the others, in words, and the
+            names of these measures.
     """
+
+    score: ClassVar[str] = "accuracy"
+    forget: ClassVar[str] = "acc_f"
+    retain: ClassVar[str] = "acc_r"
 
     records: list[ClassRecord]
     mean: Scores

@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from wfnet.baselines import read_baselines
-from wfnet.evaluation import EvaluationResult
+from wfnet.evaluation import EvaluationResult, MultiLabelResult
+from wfnet.evaluation.multilabel_rows import evaluation_from_dict
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.services.records import read_json
 from wfnet.trust import TrustResult
+
+Evaluation = EvaluationResult | MultiLabelResult
 
 # Pictures by file, in the order of the page, with what is to be seen.
 PICTURES = {
@@ -40,7 +43,6 @@ class Contents:
         run: ``config.json``.
         filters: ``wf_config.json``.
         evaluation: ``evaluation.json``.
-        multi_label: the same file where images have several labels each.
         trust: ``trust.json``.
         tables: ``tables.json``, the paper's tables beside the published numbers.
         baselines: results of `wfnet baseline` by method, in the folder or one folder below.
@@ -55,17 +57,16 @@ class Contents:
     tables: dict[str, Any] | None
     baselines: dict[str, dict[str, Any]]
     shadows: list[dict[str, Any]]
-    evaluation: EvaluationResult | None = None
-    multi_label: dict[str, Any] | None = None
+    evaluation: Evaluation | None = None
     trust: TrustResult | None = None
     exports: dict[str, dict[str, Any]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
 
     @cached_property
-    def evaluations(self) -> dict[str, EvaluationResult]:
+    def evaluations(self) -> dict[str, Evaluation]:
         """By method, the evaluation of a baseline."""
         found = self.baselines.items()
-        return {name: EvaluationResult.from_dict(each["evaluation"]) for name, each in found}
+        return {name: evaluation_from_dict(each["evaluation"]) for name, each in found}
 
     @property
     def pictures(self) -> dict[str, bytes]:
@@ -109,10 +110,8 @@ def read_contents(folder: str | os.PathLike, empty: bool = False) -> Contents:
     if content is not None:
         theirs = content.get("settings", {}).get("filters_digest")
         if found.is_ours(path, theirs, digest, f"run `wfnet evaluate {folder}` again"):
-            if content.get("kind") == "multi-label":
-                found.multi_label = content
-            else:
-                found.evaluation = EvaluationResult.from_json(path)
+            about = "a result of wfnet's evaluation", "run `wfnet evaluate` again"
+            found.evaluation = read_json(path, evaluation_from_dict, *about)
     path, filters = folder / "trust.json", folder / FILTERS_NAME
     if path.is_file():
         trust = TrustResult.from_json(path)
@@ -124,7 +123,7 @@ def read_contents(folder: str | os.PathLike, empty: bool = False) -> Contents:
         content = _json(path)
         if found.is_ours(path, content.get("filters_digest"), digest, "bake the file again"):
             found.exports[path.name] = content
-    nothing = found.evaluation is None and found.trust is None and found.multi_label is None
+    nothing = found.evaluation is None and found.trust is None
     if nothing and not empty:
         makers = f"`wfnet evaluate {folder}` and `wfnet trust {folder}` make results"
         why = " ".join(found.remarks) or makers

@@ -21,6 +21,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
+from wfnet.evaluation import MultiLabelResult
 from wfnet.evaluation.metrics import TOP_K
 from wfnet.evaluation.paper_tables import TITLES
 from wfnet.evaluation.results import base_name
@@ -107,11 +108,12 @@ def view(contents: Contents) -> dict[str, Any]:
     model = options.get("model") or contents.filters.get("model", "a classifier")
     data = options.get("data") or options.get("data_dir") or "its data"
     result, trust = contents.evaluation, contents.trust
+    of_labels = isinstance(result, MultiLabelResult)
     verdicts = judge(result, trust, contents.evaluations)
     side_by_side = _side_by_side(contents)
     came_back = _what_comes_back(trust)
     methods = {name for name, _ in side_by_side["rows"]}
-    methods.update(column[2] for column in (came_back["columns"][1:] if came_back else ()))
+    methods.update(column[2] for figure in came_back for column in figure["columns"][1:])
     verdicts["unknown"] += contents.remarks
     if trust is not None:
         verdicts["unknown"] += trust.left_out() + _missing(trust)
@@ -119,9 +121,11 @@ def view(contents: Contents) -> dict[str, Any]:
         "title": f"wfnet: {contents.folder.absolute().name}",
         "subtitle": f"{model} on {data}; every class can be forgotten at run time",
         "folder": str(contents.folder),
-        "result": result,
-        "top5": result is not None and result.settings.get("num_classes", 0) > TOP_K,
-        "zrf_base": base_name(result.zrf_base) if result else "",
+        "result": None if of_labels else result,
+        "top5": not of_labels
+        and result is not None
+        and result.settings.get("num_classes", 0) > TOP_K,
+        "zrf_base": base_name(result.zrf_base) if result and not of_labels else "",
         "by_method": {
             name: {record.index: record for record in contents.evaluations[name].records}
             for name in _ordered(contents.evaluations)
@@ -129,7 +133,7 @@ def view(contents: Contents) -> dict[str, Any]:
         "side_by_side": side_by_side,
         "came_back": came_back,
         "methods": {name: _title(name) for name in _ordered(methods)},
-        "labels": contents.multi_label,
+        "labels": result if of_labels else None,
         "verdicts": verdicts,
         "trust": trust,
         "checks": _checks(trust) if trust else [],
@@ -184,13 +188,13 @@ def _checks(trust: TrustResult) -> list[dict[str, Any]]:
 
 def _by_class(trust: TrustResult) -> list[tuple[int, str, list[Mapping[str, float | None]]]]:
     """Returns index, name, and each check's headline measure of every class."""
-    by_class: dict[int, dict[str, TrustRecord]] = {}
+    by_class: dict[tuple, dict[str, TrustRecord]] = {}
     for record in trust.records:
-        by_class.setdefault(record.index, {})[record.check] = record
-    headlines = {name: CHECKS[name].headline for name in trust.means()}
+        by_class.setdefault(record.place[:3], {})[record.check] = record
+    headlines = {name: CHECKS[name].headline_of(found) for name, found in trust.means().items()}
     nothing = {"forgetful": None, "distance": None}
     rows = []
-    for index, records in sorted(by_class.items()):
+    for (*_, index), records in sorted(by_class.items()):
         values = [
             records[check].row(measure) if check in records else nothing
             for check, measure in headlines.items()
@@ -215,8 +219,9 @@ def _side_by_side(contents: Contents) -> dict[str, Any]:
         if not name.startswith("pairs")
     }
     for check in CHECKS.values():
-        meaning = check.meaning(check.headline)
-        columns[TRUST, f"{check.name}: {check.headline}"] = (check.title, meaning, 3)
+        for headline in (check.headline, check.headline_of(())):
+            meaning = check.meaning(headline)
+            columns[TRUST, f"{check.name}: {headline}"] = (check.title, meaning, 3)
     for name, heading in _SHADOWS.items():
         columns[SHADOWS, name] = (heading, "shadow rounds; areas under the ROC, KLOM in nats", 3)
     columns = {key: c for key, c in columns.items() if any((k[0], k[2]) == key for k in values)}
@@ -250,19 +255,24 @@ def _ordered(methods: Collection[str]) -> list[str]:
     return sorted(methods, key=lambda m: (order.index(m) if m in order else len(order), m))
 
 
-def _what_comes_back(trust: TrustResult | None) -> dict[str, Any] | None:
-    """Returns the figure of attacks: columns, and a row of (method, value) for each; or None."""
-    found = what_comes_back(trust.means()) if trust else {}
-    if not found:
-        return None
-    models = [who for who in _METHODS if any(row[who] is not None for row in found.values())]
-    heading, meaning = ("attack", "what is done with the baked file"), "accuracy on the class, %"
-    return {
-        "columns": [heading, *((_title(_METHODS[w]), meaning, _METHODS[w]) for w in models)],
-        "rows": [
-            (text, [(_METHODS[who], row[who]) for who in models]) for text, row in found.items()
-        ],
-    }
+def _what_comes_back(trust: TrustResult | None) -> list[dict[str, Any]]:
+    """Returns the figures of attacks, one for each number of classes that were forgotten together:
+    columns, and a row of (method, value) for each attack."""
+    figures = []
+    for size in trust.sizes if trust else ():
+        found = what_comes_back(trust.means(size))
+        models = [who for who in _METHODS if any(row[who] is not None for row in found.values())]
+        heading = "attack", "what is done with the baked file"
+        figure = {
+            "size": size,
+            "classes": len({r.place[:3] for r in trust.records if r.together == size}),
+            "columns": [heading, *((_title(_METHODS[w]), "%", _METHODS[w]) for w in models)],
+            "rows": [
+                (text, [(_METHODS[who], row[who]) for who in models]) for text, row in found.items()
+            ],
+        }
+        figures += [figure] * bool(found)
+    return figures
 
 
 def _title(method: str) -> str:
@@ -273,13 +283,12 @@ def _settings(contents: Contents) -> list[tuple[str, str]]:
     run, filters = contents.run, dict(contents.filters)
     targets = filters.pop("targets", None)
     of_demo = run.get("stages", {}).get("untrain", {}).get("key", {}).get("untraining")
-    evaluated = contents.evaluation.settings if contents.evaluation else None
     settings = {
         "options": run.get("options"),
         "untraining": run.get("untraining") or of_demo,
         "filters": filters,
         "masked layers": targets,
-        "evaluation": (contents.multi_label or {}).get("settings") or evaluated,
+        "evaluation": contents.evaluation.settings if contents.evaluation else None,
         "trust checks": contents.trust.settings if contents.trust else None,
         "versions": run.get("versions"),
         "seconds": run.get("seconds"),

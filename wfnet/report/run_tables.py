@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from wfnet.evaluation.multilabel_rows import MultiLabelResult
 from wfnet.evaluation.paper_tables import TITLES
-from wfnet.evaluation.results import EvaluationResult
+from wfnet.evaluation.results import means
 from wfnet.report.contents import Contents, read_contents
 from wfnet.services.files import write_text
 from wfnet.services.records import write_csv
@@ -144,8 +145,13 @@ def _title(group: Group, groups: Sequence[Group]) -> str:
 
 def _parts(contents: Contents) -> tuple[object, ...]:
     """Returns what of ``COMMANDS`` is there, in that order."""
-    evaluated = contents.evaluation or contents.multi_label
-    return evaluated, contents.tables, contents.baselines, contents.trust, contents.shadows
+    return (
+        contents.evaluation,
+        contents.tables,
+        contents.baselines,
+        contents.trust,
+        contents.shadows,
+    )
 
 
 def run_values(contents: Contents, classes: Collection[int] | None = None) -> dict[Key, float]:
@@ -153,14 +159,11 @@ def run_values(contents: Contents, classes: Collection[int] | None = None) -> di
 
     Args:
         contents: of its folder.
-        classes: means of Acc_r, Acc_f and ZRF are over these; relearn times of a method that was
-            measured on others, too, are left out. By default each method has its own classes.
+        classes: means of Acc_r, Acc_f and ZRF (or of average precisions) are over these; relearn
+            times of a method that was measured on others, too, are left out. By default each method
+            has its own classes.
     """
     found: dict[Key, float] = {}
-    if contents.multi_label is not None:
-        for name in ("ap_f", "map_r"):
-            found[QUALITY, WFNET, name] = 100 * contents.multi_label["mean"][name]
-            found[QUALITY, ORIGINAL, name] = 100 * contents.multi_label["mean"][f"original_{name}"]
     times = {
         method: baseline["relearning"]["mean"]["epochs"]
         for method, baseline in contents.baselines.items()
@@ -173,12 +176,13 @@ def run_values(contents: Contents, classes: Collection[int] | None = None) -> di
         results[WFNET] = contents.evaluation
     for method, whole in results.items():
         records = [r for r in whole.records if classes is None or r.index in classes]
-        result = EvaluationResult.from_records(records, whole.zrf_base, {}, 0.0)
-        for name in ("acc_r", "acc_f", "zrf"):
-            found[QUALITY, method, name] = 100 * getattr(result.mean, name)
+        more = () if isinstance(whole, MultiLabelResult) else ("zrf",)
+        for name in (whole.retain, whole.forget, *more):
+            found[QUALITY, method, name] = 100 * means(records, [name])[name]
             if method == WFNET:
-                found[QUALITY, ORIGINAL, name] = 100 * getattr(result.original, name)
-        found[QUALITY, method, "worst"] = 100 * max(record.acc_f for record in records)
+                before = f"original_{name}"
+                found[QUALITY, ORIGINAL, name] = 100 * means(records, [before])[before]
+        found[QUALITY, method, "worst"] = 100 * max(getattr(r, whole.forget) for r in records)
         if method in times and len(records) == len(whole.records):
             found[QUALITY, method, "rt"] = times[method]
     for check, rows in contents.trust.means().items() if contents.trust else ():

@@ -3,7 +3,8 @@
 A model that was retrained without the class is what forgetting is compared with. An attack counts
 as withstood if it brings the accuracy on the class to at most ``MARGIN`` above that model's (above
 0 where none is at hand). Attacks that have images of the class or move its logit bring it up in any
-network: within ``MARGIN_TAUGHT`` of the retrained model they are listed as such. The trivial
+network: within ``MARGIN_TAUGHT`` of the retrained model they are listed as such. Average precisions
+may be so much above the retrained model's (above chance, where none is at hand). The trivial
 baselines, the original with the class's logit masked or its bias shifted, cost nothing: they stand
 in every sentence, and what the network withstands better than they do is counted.
 """
@@ -11,10 +12,13 @@ in every sentence, and what the network withstands better than they do is counte
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from wfnet.evaluation import EvaluationResult
+from wfnet.evaluation import MultiLabelResult
+from wfnet.evaluation.results import means
+from wfnet.report.contents import Evaluation
 from wfnet.trust import CHECKS, TrustResult
 from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.removal import TOLERATED
@@ -25,6 +29,10 @@ AS_IT_IS = "as it is"  # the row of what_comes_back without an attack
 # Differences of whole images must not be decided by rounding.
 _ROUNDING = 1e-9
 _READS = "a baked file reads the class at {only}{forgetful}{beside}{cost}."
+_RANKS = (
+    "a baked file ranks images of the label with {only}{forgetful} average precision{beside}{cost}."
+)
+_BEST = " The best one without the base, labels and training brings back {forgetful}{beside}."
 # Baselines that stand beside a number, in this order.
 _BESIDE = {"retrained": "retrained", "logit_masked": "logit masked", "bias_shifted": "bias shifted"}
 
@@ -52,21 +60,24 @@ class Rule:
     margin: float = MARGIN
 
     def withstood(self, row: Row) -> bool:
-        value, level = row["forgetful"], row["retrained"]
+        value, level, margin = row["forgetful"], row["retrained"], self.margin
+        if self.measure.startswith("ap_"):  # of which chance has the label's share
+            level, margin = row["logit_masked"] if level is None else level, MARGIN_TAUGHT
         if self.check == "collateral":  # accuracy that is kept
             excess = (row["original"] or 0.0) - value
         elif self.check == "membership":  # told apart in either direction
             excess = abs(value - self.level)
         else:
             excess = value - (self.level if level is None else level)
-        return excess <= self.margin + _ROUNDING
+        return excess <= margin + _ROUNDING
 
     def written(self, rows: Mapping[str, Row]) -> str:
         """Returns the sentence, filled from the rows of all measures of the check."""
         row = rows[self.measure]
         withstood, form = self.withstood(row), ".2f" if self.level else ".1%"
         shown = {who: "" if value is None else f"{value:{form}}" for who, value in row.items()}
-        before, after = (rows.get(f"acc_r{end}") for end in ("", self.measure[len("acc_f") :]))
+        score, _, ending = self.measure.partition("_f")
+        before, after = (rows.get(f"{score}_r{end}") for end in ("", ending))
         cost = ""
         if before and after and after["forgetful"] < before["forgetful"] - TOLERATED:
             cost = f", the others at {after['forgetful']:.1%} instead of {before['forgetful']:.1%}"
@@ -99,12 +110,6 @@ RANKED = Rule(
     taught=True,
     margin=MARGIN_TAUGHT,
 )
-BEST = Rule(
-    "removal",
-    "acc_f_recovered",
-    " The best one without the base, labels and training brings back {forgetful}{beside}.",
-    taught=True,
-)
 PROBED = Rule(
     "probing",
     "probe_last",
@@ -125,11 +130,12 @@ MEMBERS = Rule(
 
 def _attack(check: str, measure: str, how: str, taught: bool) -> Rule:
     margin = MARGIN_TAUGHT if taught else MARGIN
-    return Rule(check, measure, f"{how}, {_READS}", taught=taught, margin=margin)
+    said = _RANKS if measure.startswith("ap_") else _READS
+    return Rule(check, measure, f"{how}, {said}", taught=taught, margin=margin)
 
 
 def _relearning(measure: str) -> Rule:
-    if measure == "acc_f_retain_only":
+    if measure.endswith("_retain_only"):
         how = "on images of the other classes alone"
         return _attack("relearning", measure, f"Fine-tuned {how}", taught=False)
     return _attack("relearning", measure, f"Fine-tuned with {_images(measure)}", taught=True)
@@ -141,9 +147,9 @@ def _images(measure: str) -> str:
 
 
 def judge(
-    evaluation: EvaluationResult | None,
+    evaluation: Evaluation | None,
     trust: TrustResult | None,
-    baselines: Mapping[str, EvaluationResult] | None = None,
+    baselines: Mapping[str, Evaluation] | None = None,
 ) -> dict[str, list[str]]:
     """Returns what forgetting at run time and baked files protect against, with the numbers.
 
@@ -173,13 +179,14 @@ def judge(
             "entry, and whoever has images of the class can put a new row there."
         )
     means = trust.means()
+    score = _score(means)
     attacks = [
-        _attack("removal", f"acc_f_{name}", f"With {attack.text}", attack.moves_logits)
+        _attack("removal", f"{score}_f_{name}", f"With {attack.text}", attack.moves_logits)
         for name, attack in ATTACKS.items()
     ]
     relearned = [_relearning(measure) for measure in means.get("relearning", ())]
     _judge_beside_trivial(found, means)
-    rows = [m for m in means.get("prototypes", ()) if m.startswith("acc_f_head_")]
+    rows = [m for m in means.get("prototypes", ()) if m.startswith(f"{score}_f_head_")]
     relearned += [
         _attack("prototypes", m, f"With its row of the head made from {_images(m)}", taught=True)
         for m in rows
@@ -202,12 +209,16 @@ def what_comes_back(means: Mapping[str, Mapping[str, Row]]) -> dict[str, Row]:
     found = {}
     for check in ("removal", "relearning", "prototypes"):
         for measure, row in means.get(check, {}).items():
-            if measure.startswith("acc_f") and measure != "acc_f_recovered":
-                text = re.sub(
-                    "^.*accuracy on the (forgotten )?class,? ", "", CHECKS[check].meaning(measure)
-                )
-                found[text] = row
+            if re.match("(acc|ap)_f", measure) and not measure.endswith("_recovered"):
+                text = CHECKS[check].meaning(measure)
+                found[re.sub("^.* (on|of) the (forgotten )?class,? ", "", text)] = row
     return found
+
+
+def _score(means: Mapping[str, Mapping[str, Row]]) -> str:
+    """Returns how measures of the class begin: ``acc``, or ``ap`` for average precisions."""
+    measures = {measure for rows in means.values() for measure in rows}
+    return "ap" if any(measure.startswith("ap_f") for measure in measures) else "acc"
 
 
 def _judge_beside_trivial(
@@ -220,8 +231,9 @@ def _judge_beside_trivial(
     if not excess:
         return
     less, more = sum(e < -MARGIN for e in excess), sum(e > MARGIN for e in excess)
-    best = means.get("removal", {}).get("acc_f_recovered")
-    strongest = BEST.written({BEST.measure: best}) if best else ""
+    best = Rule("removal", f"{_score(means)}_f_recovered", _BEST, taught=True)
+    rows = means.get("removal", {})
+    strongest = best.written(rows) if best.measure in rows else ""
     found["good" if less > more else "bad"].append(
         f"Of {len(excess)} attacks, {less} bring back less of the class than in the original with "
         f"nothing but its logit masked or its bias shifted, {more} more.{strongest}"
@@ -230,61 +242,67 @@ def _judge_beside_trivial(
 
 def _judge_run_time(
     found: dict[str, list[str]],
-    evaluation: EvaluationResult,
-    baselines: Mapping[str, EvaluationResult],
+    evaluation: Evaluation,
+    baselines: Mapping[str, Evaluation],
 ) -> None:
     """Judges what a user meets who sends images while the owner sets the forget label."""
-    before, after, records = evaluation.original, evaluation.mean, evaluation.records
+    records, score = evaluation.records, evaluation.score
+    forget, retain = evaluation.forget, evaluation.retain
+    of_labels = isinstance(evaluation, MultiLabelResult)
+    margin = MARGIN_TAUGHT if of_labels else MARGIN
+
+    def mean(name: str, records: Sequence[Any] = records) -> float:
+        return means(records, [name])[name]
+
     known = {record.index for record in records}
     shared = {
         name: [record for record in result.records if record.index in known]
         for name, result in baselines.items()
         if name in _BESIDE
     }
-    means = {
-        name: EvaluationResult.from_records(each, evaluation.zrf_base, {}, 0.0).mean
-        for name, each in shared.items()
-        if each
-    }
 
     def beside(measure: str) -> str:
-        shown = {name: f"{getattr(mean, measure):.1%}" for name, mean in means.items()}
+        shown = {name: f"{mean(measure, each):.1%}" for name, each in shared.items() if each}
         for name, count in ((name, len(shared[name])) for name in shown):
             if count < len(records):
                 shown[name] += f" on {count} of {len(records)} classes"
         return _beside(shown)
 
-    highest = (means["retrained"].acc_f if "retrained" in means else 0.0) + MARGIN + _ROUNDING
-    if before.acc_f <= highest:
+    level = mean("share") if of_labels else 0.0
+    if shared.get("retrained"):
+        level = mean(forget, shared["retrained"])
+    highest = level + margin + _ROUNDING
+    before, after = mean(f"original_{forget}"), mean(forget)
+    if before <= highest:
         found["unknown"].append(
-            f"The original reads the forgotten class at {before.acc_f:.1%}{beside('acc_f')}: there "
+            f"The original has {before:.1%} {score} on the forgotten class{beside(forget)}: there "
             "is nothing that could be forgotten."
         )
     else:
-        forgotten = after.acc_f <= highest
+        forgotten = after <= highest
         found["good" if forgotten else "bad"].append(
             "Who can only send images, while you set the forget label, "
-            f"{'gets' if forgotten else 'still gets'} {after.acc_f:.1%} accuracy on the class"
-            f"{beside('acc_f')}; the original has {before.acc_f:.1%}."
+            f"{'gets' if forgotten else 'still gets'} {after:.1%} {score} on the class"
+            f"{beside(forget)}; the original has {before:.1%}."
         )
-        worst = max(records, key=lambda record: record.acc_f)
-        if forgotten and worst.acc_f > highest:
+        worst = max(records, key=lambda record: getattr(record, forget))
+        if forgotten and getattr(worst, forget) > highest:
             found["bad"].append(
-                f"Classes are not forgotten equally well: {worst.name} is still read at "
-                f"{worst.acc_f:.1%}."
+                f"Classes are not forgotten equally well: {worst.name} still has "
+                f"{getattr(worst, forget):.1%} {score}."
             )
         found["bad"].append(
             "Whoever chooses the label, or holds the base weights, has the original network with "
-            f"{before.acc_f:.1%} on the class: filters only suppress behaviour, the base still "
+            f"{before:.1%} on the class: filters only suppress behaviour, the base still "
             "holds everything it learned."
         )
-    if after.acc_r >= before.acc_r - MARGIN - _ROUNDING:
+    before, after = mean(f"original_{retain}"), mean(retain)
+    if after >= before - MARGIN - _ROUNDING:
         found["good"].append(
-            f"All other classes stay at {after.acc_r:.1%}{beside('acc_r')}; the original has "
-            f"{before.acc_r:.1%}."
+            f"All other classes stay at {after:.1%}{beside(retain)}; the original has {before:.1%}."
         )
     else:
         found["bad"].append(
-            f"Forgetting costs all other classes: {after.acc_r:.1%}{beside('acc_r')} instead of "
-            f"{before.acc_r:.1%}."
+            f"Forgetting costs all other classes: {after:.1%}{beside(retain)} instead of "
+            f"{before:.1%}."
         )

@@ -88,5 +88,6 @@ CHECK = Check(
     },
     headline="tv_nearest",
     measure=measure,
+    several_labels=False,
     retrained=2,
 )

@@ -6,7 +6,8 @@ test images of the forgotten class (``forget``) and of the others (``retain``)::
     kl = sum_k p_k (log p_k - log q_k)      js = (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2
     tv = sum_k |p_k - q_k| / 2              agreement = share of images with the same prediction
 
-in nats. Unlearning is defined by closeness to retraining (Guo et al., "Certified Data Removal from
+in nats; where images have several labels, means over the outputs, each of one label. Unlearning is
+defined by closeness to retraining (Guo et al., "Certified Data Removal from
 Machine Learning Models", ICML 2020); outputs are where it can be measured. They say nothing of what
 the weights still hold (Jeon et al., "An Information Theoretic Evaluation Metric For Strong
 Unlearning", 2024): the other checks ask for that. Two models retrained with other seeds differ as
@@ -30,8 +31,11 @@ def measure(model: nn.Module, subject: Subject) -> Found:
     others = subject.others(model)
     values: dict[str, float] = {}
     for part in ("forget", "retain") if others else ():
-        own = subject.logits(model, f"test_{part}")
-        found = [distances(subject.logits(other, f"test_{part}"), own) for other in others]
+        own, *theirs = (
+            subject.distributions(subject.logits(network, f"test_{part}"))
+            for network in (model, *others)
+        )
+        found = [distances(reference, own) for reference in theirs]
         for name in found[0]:
             values[f"{name}_{part}"] = sum(each[name] for each in found) / len(found)
     images = {"forget": len(subject.test_forget), "retain": len(subject.test_retain)}
@@ -39,14 +43,14 @@ def measure(model: nn.Module, subject: Subject) -> Found:
 
 
 def distances(reference: Tensor, logits: Tensor) -> dict[str, float]:
-    """Returns the means of kl, js, tv and agreement between two ``logits [n, K]``."""
-    log_p, log_q = (torch.log_softmax(z.double(), 1) for z in (reference, logits))
+    """Returns the means of kl, js, tv and agreement between two ``logits [..., K]``."""
+    log_p, log_q = (torch.log_softmax(z.double(), -1) for z in (reference, logits))
     p, q = log_p.exp(), log_q.exp()
     return {
-        "kl": torch.where(p > 0, p * (log_p - log_q), 0).sum(1).mean().clamp_min(0).item(),
+        "kl": torch.where(p > 0, p * (log_p - log_q), 0).sum(-1).mean().clamp_min(0).item(),
         "js": metrics.jensen_shannon(reference, logits).mean().item(),
-        "tv": ((p - q).abs().sum(1) / 2).mean().item(),
-        "agreement": (p.argmax(1) == q.argmax(1)).double().mean().item(),
+        "tv": ((p - q).abs().sum(-1) / 2).mean().item(),
+        "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
     }
 
 

@@ -50,7 +50,7 @@ def nearest_by_confusion(subject: Subject) -> list[int]:
     That is the mean probability that it gives them on images of the forgotten class.
     """
     mean = torch.softmax(subject.logits(subject.original, "test_forget"), 1).mean(0)
-    others = subject.test.labels.unique()
+    others = subject.test.truth.unique()
     others = others[others != subject.label]
     return others[mean[others].topk(min(NEAREST, len(others))).indices].tolist()
 
@@ -77,4 +77,5 @@ CHECK = Check(
     },
     headline="acc_nearest_confusion",
     measure=measure,
+    several_labels=False,
 )

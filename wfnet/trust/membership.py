@@ -5,8 +5,8 @@ The score of an image ``x`` of class ``y`` is the logit of its confidence (Carli
 
     phi(x) = log(p_y / (1 - p_y)) = z_y - logsumexp(z without z_y)
 
-a monotone function of the cross entropy that is close to normal over models. Three attacks, each
-scored per image:
+a monotone function of the cross entropy that is close to normal over models; where images have
+several labels, the logit of the label. Three attacks, each scored per image:
 
 - by confidence and by entropy: area under the ROC of members (images of the class that the
   original was trained on) against non-members (test images of the class), by ``phi`` and by the
@@ -43,13 +43,18 @@ def measure(model: nn.Module, subject: Subject) -> Found:
     parts = ("train_forget", "test_forget")
 
     def scores(network: nn.Module, part: str) -> Tensor:
-        return confidence(subject.logits(network, part), subject.label)
+        logits = subject.logits(network, part)
+        if subject.several_labels:  # log(p / (1 - p)) of the label itself
+            return logits[:, subject.label]
+        return confidence(logits, subject.label)
 
     members, strangers = (scores(model, part) for part in parts)
     auc = roc_auc(members, strangers)
     values = {
         "auc_confidence": auc,
-        "auc_entropy": roc_auc(*(-_entropy(subject.logits(model, part)) for part in parts)),
+        "auc_entropy": roc_auc(
+            *(-_entropy(subject.distributions(subject.logits(model, part))) for part in parts)
+        ),
         "tpr_confidence": true_positives(members, strangers),
     }
     others = subject.others(model)
@@ -75,8 +80,8 @@ def confidence(logits: Tensor, label: int) -> Tensor:
 
 
 def _entropy(logits: Tensor) -> Tensor:
-    log_p = torch.log_softmax(logits, 1)
-    return -(log_p.exp() * log_p).sum(1)
+    log_p = torch.log_softmax(logits, -1)
+    return -(log_p.exp() * log_p).flatten(1).sum(1)
 
 
 def roc_auc(positive: Tensor, negative: Tensor) -> float:

@@ -83,4 +83,5 @@ CHECK = Check(
     },
     headline="ou_eps",
     measure=measure,
+    several_labels=False,
 )

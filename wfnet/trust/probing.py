@@ -47,7 +47,7 @@ def measure(model: nn.Module, subject: Subject) -> Found:
         layer_features(model, subject.layers, part.images, subject.num_classes)
         for part in (train, test)
     )
-    wanted, truth = (part.labels.numpy() == subject.label for part in (train, test))
+    wanted, truth = (subject.is_own(part).numpy() for part in (train, test))
     layers = {
         name: probe(trained_on[name], wanted, tested_on[name], truth, subject.settings.seed)
         for name in trained_on

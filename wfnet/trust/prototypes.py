@@ -10,8 +10,9 @@ class:
 - ``mean_n``: every image goes to the nearest class mean (Mensink et al., TPAMI 2013; Snell et al.,
   NeurIPS 2017), the others' from all images of theirs that the attacker has. No head is needed.
 
-Reported are accuracies on test images of the class and of the others. A retrained model gives the
-level: features tell apart what they never learned, too.
+Reported are accuracies on test images of the class and of the others; where images have several
+labels, average precisions with the first kind of row, which needs no ``b`` for a ranking. A
+retrained model gives the level: features tell apart what they never learned, too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from wfnet.trust.attacks.changed_logits import class_offset
 from wfnet.trust.check import Check, Found
 from wfnet.trust.probing import HEAD, layer_features
-from wfnet.trust.subject import Subject, share_correct
+from wfnet.trust.subject import Subject
 
 
 def measure(model: nn.Module, subject: Subject) -> Found:
@@ -30,29 +31,32 @@ def measure(model: nn.Module, subject: Subject) -> Found:
     own, rest = subject.train_forget, subject.train_retain
     generator = torch.Generator().manual_seed(subject.settings.seed)
     order = torch.randperm(len(own), generator=generator)
-    tests = {"f": "test_forget", "r": "test_retain"}
-    seen = {part: head_features(model, subject, part) for part in (*tests.values(), "unlabelled")}
+    tests = "test_forget", "test_retain"
+    seen = {part: head_features(model, subject, part) for part in (*tests, "unlabelled")}
     of_class = head_features(model, subject, "train_forget")
-    means = class_means(head_features(model, subject, "train_retain"), rest.labels, subject)
-    found = [count for count in subject.settings.relearn_images if count <= len(own)]
+    means = None
+    if not subject.several_labels:
+        means = class_means(head_features(model, subject, "train_retain"), rest.labels, subject)
+    counts = [count for count in subject.settings.relearn_images if count <= len(own)]
     values, details = {}, {}
     for count in subject.settings.relearn_images:
         if count > len(own):
             details["left_out"] = f"a prototype of {count} images, of which {len(own)} are at hand"
-    for end, count in {"": len(own), **{f"_{count}": count for count in found}}.items():
+    for end, count in {"": len(own), **{f"_{count}": count for count in counts}}.items():
         prototype = of_class[order[:count]].mean(0)
         row = prototype / prototype.norm().clamp_min(1e-12)
         logits = {part: subject.logits(model, part).clone() for part in seen}
         for part, changed in logits.items():
             changed[:, subject.label] = seen[part] @ row
-        added = class_offset(logits["unlabelled"], subject.label, subject.share)
-        means[subject.label] = prototype
-        for short, part in tests.items():
-            logits[part][:, subject.label] += added
-            labels = getattr(subject, part).labels
-            values[f"acc_{short}_head{end}"] = share_correct(logits[part], labels)
-            nearest = -torch.cdist(seen[part], means)
-            values[f"acc_{short}_mean{end}"] = share_correct(nearest, labels)
+        found = {"head": [logits[part] for part in tests]}
+        if means is not None:
+            added = class_offset(logits["unlabelled"], subject.label, subject.share)
+            means[subject.label] = prototype
+            for changed in found["head"]:
+                changed[:, subject.label] += added
+            found["mean"] = [-torch.cdist(seen[part], means) for part in tests]
+        for kind, changed in found.items():
+            values |= subject.scored(*changed, f"_{kind}{end}")
     return values, details
 
 

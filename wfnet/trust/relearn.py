@@ -13,7 +13,8 @@ attacker may have:
   class's natural share asks for (nine times ``n`` among ten equal classes), at most all that the
   attacker has; the details count them.
 
-Reported is the highest accuracy on test images of the class before any step or after any epoch (an
+Reported is the highest accuracy on test images of the class (average precision, where images have
+several labels) before any step or after any epoch (an
 attacker stops when it is best), and the course in the details. A retrained model learns the class
 from images of it, too: how much further the model under test gets is what it still knew.
 """
@@ -21,15 +22,15 @@ from images of it, too: how much further the model under test gets is what it st
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from wfnet.data.tensor_images import TensorImages
 from wfnet.evaluation.relearning import RelearnConfig, relearn
 from wfnet.trust.check import Check, Found
-from wfnet.trust.subject import Sample, Subject
+from wfnet.trust.subject import Sample, Subject, predict, share_correct
 
 
 def measure(model: nn.Module, subject: Subject) -> Found:
@@ -57,7 +58,8 @@ def measure(model: nn.Module, subject: Subject) -> Found:
             for name, (few, others) in attacks.items()
         },
     }
-    return {f"acc_f_{name}": max(accuracy) for name, accuracy in course.items()}, details
+    score = "ap_f" if subject.several_labels else "acc_f"
+    return {f"{score}_{name}": max(found) for name, found in course.items()}, details
 
 
 def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:
@@ -66,9 +68,16 @@ def _attack(model: nn.Module, subject: Subject, images: Sample) -> list[float]:
     steps_of_epoch = math.ceil(min(len(images), config.samples) / config.batch_size)
     epochs = math.ceil(subject.settings.relearn_steps / steps_of_epoch)
     config = RelearnConfig(seed=subject.settings.seed, max_epochs=epochs)
-    names = [str(label) for label in range(subject.num_classes)]
-    data = TensorImages(images.images, images.labels, names)
-    return relearn(model, data, subject.test_forget.images, subject.label, 1.0, config)
+    data = images.dataset([str(label) for label in range(subject.num_classes)])
+    return relearn(model, data, partial(_score, subject), subject.label, 1.0, config)
+
+
+def _score(subject: Subject, model: nn.Module) -> float:
+    """Returns how well a model that changes knows the class."""
+    own = predict(model, subject.test_forget.images)
+    if not subject.several_labels:
+        return share_correct(own, subject.test_forget.labels)
+    return subject.scored(own, predict(model, subject.test_retain.images))["ap_f"]
 
 
 CHECK = Check(

@@ -2,8 +2,9 @@
 
 The attacks of :mod:`wfnet.trust.attacks` need no training and no labels; each is tried on a copy.
 Each reports the accuracy on the class (low is good) and on the others (an attack that destroys the
-rest is no attack). Beside them stands the area under the ROC of the class's logit, images of the
-class against others: what the outputs tell whatever offset is chosen.
+rest is no attack), or average precisions where images have several labels. Beside them stands the
+area under the ROC of the class's logit, images of the class against others: what the outputs tell
+whatever offset is chosen.
 
 Attackers' images are a sample of the training part in which the class has its natural share (the
 details count them): statistics and shifts depend on the mix.
@@ -32,21 +33,19 @@ TOLERATED = 0.1
 
 
 def measure(model: nn.Module, subject: Subject) -> Found:
-    """Returns accuracies before and after every attack that applies to ``model``."""
+    """Returns scores before and after every attack that applies to ``model``."""
     attacked = {"": model}
     attacked |= {f"_{name}": attack(model, subject) for name, attack in ATTACKS.items()}
-    own, rest = (
-        {name: subject.accuracy(m, part) for name, m in attacked.items() if m is not None}
-        for part in ("test_forget", "test_retain")
-    )
+    found = {end: subject.scores(m, end) for end, m in attacked.items() if m is not None}
+    own, rest = found[""]  # acc_f and acc_r, or average precisions
+    values = {name + end: s[name + end] for name in (own, rest) for end, s in found.items()}
     base = {f"_{name}" for name, attack in ATTACKS.items() if attack.needs_base}
-    recovered = [n for n in own if n not in base and rest[n] >= rest[""] - TOLERATED]
-    values = {f"acc_f{name}": value for name, value in own.items()}
-    values |= {f"acc_r{name}": value for name, value in rest.items()}
-    values["acc_f_recovered"] = max(own[name] for name in recovered)
+    least = values[rest] - TOLERATED
+    recovered = [end for end in found if end not in base and values[rest + end] >= least]
+    values[f"{own}_recovered"] = max(values[own + end] for end in recovered)
     logits = (subject.logits(model, part) for part in ("test_forget", "test_retain"))
     values["auc_logit"] = roc_auc(*(found[:, subject.label] for found in logits))
-    of_class = int((subject.unlabelled.labels == subject.label).sum())
+    of_class = int(subject.is_own(subject.unlabelled).sum())
     images = {"unlabelled": len(subject.unlabelled), "of_the_class": of_class}
     return values, {"attackers_images": images}
 
@@ -60,7 +59,7 @@ def check_export(
     settings: TrustSettings,
     workers: int = 0,
 ) -> list[dict[str, Any]]:
-    """Measures accuracies and removability of an exported model, for each class it has forgotten.
+    """Measures scores and removability of an exported model, for each class it has forgotten.
 
     Args:
         plain: the export, loaded as any user would load it; not changed.
@@ -73,8 +72,8 @@ def check_export(
 
     Returns:
         For each class: label and name, the values and details of this check, original_acc_f and
-        original_acc_r of the original on the same images, and how many images there were of the
-        class (forget) and of those that were not forgotten (retain).
+        original_acc_r (of several labels: ap) of the original on the same images, and how many
+        images there were of the class (forget) and of those that were not forgotten (retain).
     """
     readers = image_readers(data, settings, workers)
     same = (data.num_classes, *readers, layers, settings, plain, original)
@@ -87,8 +86,7 @@ def check_export(
                 "label": label,
                 "name": data.classes[label],
                 "values": values,
-                "original_acc_f": subject.accuracy(original, "test_forget"),
-                "original_acc_r": subject.accuracy(original, "test_retain"),
+                **{f"original_{name}": v for name, v in subject.scores(original).items()},
                 "details": details,
                 "images": {"forget": len(subject.test_forget), "retain": len(subject.test_retain)},
             }
@@ -99,17 +97,20 @@ def check_export(
 def describe_export(found: Mapping[str, Any]) -> str:
     """Returns what :func:`check_export` found for one class, as lines for the terminal."""
     values, images, drawn = found["values"], found["images"], found["details"]["attackers_images"]
+    kind, score = ("ap", "average precision of") if "ap_f" in values else ("acc", "accuracy on")
+    own, rest = (
+        f"{found[f'original_{kind}_{part}']:.1%} -> {values[f'{kind}_{part}']:.1%}" for part in "fr"
+    )
     lines = [
-        f"class {found['name']}: accuracy on it {found['original_acc_f']:.1%} -> "
-        f"{values['acc_f']:.1%}, on the others {found['original_acc_r']:.1%} -> "
-        f"{values['acc_r']:.1%} ({images['forget']} and {images['retain']} test images)",
+        f"class {found['name']}: {score} it {own}, {score.split()[-1]} the others {rest} "
+        f"({images['forget']} and {images['retain']} test images)",
         "  brought back by who holds the file and no label, with images in the natural mix of "
         f"classes ({drawn['of_the_class']} of {drawn['unlabelled']} of the class):",
     ]
     for name, attack in ATTACKS.items():
-        if f"acc_f_{name}" in values:
+        if f"{kind}_f_{name}" in values:
             base = " (holds the base as well)" if attack.needs_base else ""
-            lines.append(f"  {values[f'acc_f_{name}']:7.1%}  {attack.text}{base}")
+            lines.append(f"  {values[f'{kind}_f_{name}']:7.1%}  {attack.text}{base}")
     return "\n".join(lines)
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wfnet.baselines import Origin, unlearn
-from wfnet.data import Splits
-from wfnet.data.tensor_images import TensorImages
+from wfnet.baselines import Forget, Origin, classes_in, unlearn
+from wfnet.data import Splits, multi_hot_of
 from wfnet.evaluation import metrics, relearning
 from wfnet.evaluation.partial import PartialResults
 from wfnet.services.files import code_digest, fingerprint
@@ -26,7 +25,7 @@ from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.check import Check
 from wfnet.trust.checks import CHECKS
 from wfnet.trust.subject import TRIVIAL, Subject, TrustSettings, image_readers
-from wfnet.trust.trust_records import MODELS, TrustRecord, TrustResult
+from wfnet.trust.trust_records import MODELS, Key, TrustRecord, TrustResult
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
@@ -48,17 +47,17 @@ def _measuring() -> list[str]:
 
 
 def run_checks(
-    make_forgetful: Callable[[int], nn.Module],
+    make_forgetful: Callable[[Forget], nn.Module],
     original: nn.Module,
     data: Splits,
     layers: Sequence[str],
-    classes: Sequence[int],
+    classes: Sequence[Forget],
     checks: Sequence[str] | None = None,
-    retrained: Callable[[int], Sequence[nn.Module]] = lambda label: (),
+    retrained: Callable[[Forget], Sequence[nn.Module]] = lambda label: (),
     settings: TrustSettings | None = None,
     folder: str | os.PathLike | None = None,
     identity: Mapping[str, Any] | None = None,
-    advice: Callable[[int], str] = "train one without class {} as retrained=".format,
+    advice: Callable[[Forget], str] = "train one without class {} as retrained=".format,
     workers: int = 0,
     progress: bool = True,
 ) -> TrustResult:
@@ -74,8 +73,8 @@ def run_checks(
         original: the plain model that knows all classes.
         data: training part (that the original learned from) and test part.
         layers: masked layers by name, in the order in which they run.
-        classes: the classes to check.
-        checks: names of ``CHECKS``; all by default.
+        classes: the classes to check; of several that are forgotten together, a tuple, each is.
+        checks: names of ``CHECKS``; by default all that have a meaning for the data.
         retrained: class -> models trained without it; none by default, and then each record says
             what is missing.
         settings: see :class:`TrustSettings`.
@@ -86,14 +85,21 @@ def run_checks(
         progress: show a bar on a terminal.
 
     Raises:
-        ValueError: before work starts for unknown checks or classes out of range.
+        ValueError: before work starts for checks that are unknown or have no meaning for the data,
+            or classes out of range.
     """
     settings = settings or TrustSettings()
-    names = list(CHECKS) if checks is None else list(checks)
-    chosen = list(dict.fromkeys(int(label) for label in classes))
-    if not names or not chosen or not set(names) <= set(CHECKS):
-        raise ValueError(f"name at least one class, and checks of {', '.join(CHECKS)}; got {names}")
-    if not 0 <= min(chosen) <= max(chosen) < data.num_classes:
+    one_label = multi_hot_of(data.test) is None
+    known = [name for name, check in CHECKS.items() if one_label or check.several_labels]
+    names = known if checks is None else list(checks)
+    chosen = list(dict.fromkeys(classes))
+    labels = [label for forget in chosen for label in classes_in(forget)]
+    if not names or not labels or not set(names) <= set(known):
+        data_are = "" if one_label else f" ({data.name} has several labels per image)"
+        raise ValueError(
+            f"name at least one class, and checks of {', '.join(known)}{data_are}; got {names}"
+        )
+    if not 0 <= min(labels) <= max(labels) < data.num_classes:
         raise ValueError(f"a class of {chosen} is out of range: they run to {data.num_classes - 1}")
     readers = image_readers(data, settings, workers)
     same = (data.num_classes, *readers, layers, settings)
@@ -109,32 +115,39 @@ def run_checks(
         "code": code_digest(_measuring()),
         **(identity or {}),
     }
-    earlier, journal, known = _known(folder)
-    records: dict[tuple[int, str], TrustRecord] = {}
+    earlier, journal, done = _known(folder)
+    records: dict[Key, TrustRecord] = {}
     without: dict[str, str] = {}
-    with Progress(len(chosen) * len(names), "trust", progress, unit="check") as bar:
-        for label in chosen:
-            forgetful, others = make_forgetful(label), list(retrained(label))
+    with Progress(len(labels) * len(names), "trust", progress, unit="check") as bar:
+        for forget in chosen:
+            forgetful, others = make_forgetful(forget), list(retrained(forget))
             digests = [fingerprint(model) for model in (forgetful, *others)]
-            subject = None
-            for name in names:
-                key = _digest({**common, "class": label, "check": name, "models": digests})
-                if key not in known:
-                    if subject is None:
-                        subject = Subject(label, *same, forgetful, original, others)
-                        without |= _make_trivial(subject, data.classes)
-                    about = (data.classes[label], advice(label), key)
-                    known[key] = _run_check(CHECKS[name], subject, *about)
-                    journal.add(key, asdict(known[key]))
-                records[label, name] = known[key]
-                bar.set_postfix(last=f"{name} of {data.classes[label]}")
-                bar.update(1)
+            for label in classes_in(forget):
+                rest = [other for other in classes_in(forget) if other != label]
+                shown = data.classes[label]
+                if rest:
+                    shown += f" (with {', '.join(data.classes[other] for other in rest)})"
+                subject = None
+                for name in names:
+                    about = {"class": label, "check": name, "models": digests}
+                    about |= {"forgotten": rest} if rest else {}
+                    key = _digest({**common, **about})
+                    if key not in done:
+                        if subject is None:
+                            models = forgetful, original, others
+                            subject = Subject(label, *same, *models, forgotten=rest)
+                            without |= _make_trivial(subject, data.classes)
+                        done[key] = _run_check(CHECKS[name], subject, shown, advice(forget), key)
+                        journal.add(key, asdict(done[key]))
+                    records[done[key].place] = done[key]
+                    bar.set_postfix(last=f"{name} of {shown}")
+                    bar.update(1)
     for name, reason in without.items():
         logger.warning("trust checks have no column %s: %s", name.replace("_", " "), reason)
     run_key = _digest(common)
     if earlier.settings.get("run_key") == run_key:
-        records = {(r.index, r.check): r for r in earlier.records} | records
-    every = sorted(records.values(), key=lambda r: (r.index, list(CHECKS).index(r.check)))
+        records = {record.place: record for record in earlier.records} | records
+    every = [record for _, record in sorted(records.items())]
     device = str(next(original.parameters()).device)
     result = TrustResult(every, {**common, "run_key": run_key, "device": device})
     if folder is not None:
@@ -187,18 +200,19 @@ def _run_check(check: Check, subject: Subject, name: str, advice: str, key: str)
         details=details,
         seconds=round(time.perf_counter() - start, 3),
         key=key,
+        forgotten=list(subject.forgotten),
         **trivial,
     )
 
 
 def _make_trivial(subject: Subject, names: Sequence[str]) -> dict[str, str]:
     """Makes the trivial baselines of a subject; returns by name why one cannot be made."""
-    images = subject.train_forget.with_others(subject.train_retain)
-    train = TensorImages(images.images, images.labels, names)
+    train = subject.train_forget.with_others(subject.train_retain).dataset(names)
+    forget = (subject.label, *subject.forgotten)
     reasons = {}
     for name in TRIVIAL:
         try:
-            subject.trivial[name] = unlearn(name, Origin(subject.original, train), subject.label)
+            subject.trivial[name] = unlearn(name, Origin(subject.original, train), forget)
         except ValueError as error:
             reasons[name] = str(error)
     return reasons

@@ -10,7 +10,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import Dataset, Splits, batches, labels_of, multi_hot_of
+from wfnet.data import (
+    Dataset,
+    MultiLabelTensors,
+    Splits,
+    TensorImages,
+    batches,
+    is_of,
+    truth_of,
+)
+from wfnet.evaluation.metrics import average_precision
 from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.modes import evaluation_mode
@@ -54,7 +63,8 @@ class TrustSettings:
 
 @dataclass(frozen=True)
 class Sample:
-    """Images held in memory: ``images [n, C, H, W]`` float32, normalised, and ``labels [n]``."""
+    """Images held in memory: ``images [n, C, H, W]`` float32, normalised, and their ``labels``,
+    ``[n]`` int64 or ``[n, K]`` bool (:func:`wfnet.data.truth_of`)."""
 
     images: Tensor
     labels: Tensor
@@ -71,25 +81,25 @@ class Sample:
         images = torch.cat((self.images, others.images))
         return Sample(images, torch.cat((self.labels, others.labels)))
 
+    def dataset(self, names: Sequence[str]) -> TensorImages:
+        """Returns them as a data set with class names."""
+        kind = TensorImages if self.labels.dim() == 1 else MultiLabelTensors
+        return kind(self.images, self.labels, names)
+
 
 class ImageReader:
     """Reads bounded random samples of a data set, each drawn by the seed alone.
 
     Args:
-        dataset: images with one label each.
+        dataset: images; one with several labels is of each class that is true of it.
         samples: the most images that one sample has.
         seed: of the draws.
         workers: processes that read files.
-
-    Raises:
-        ValueError: for a data set with several labels per image.
     """
 
     def __init__(self, dataset: Dataset, samples: int, seed: int = 0, workers: int = 0):
-        if multi_hot_of(dataset) is not None:
-            raise ValueError("the data have several labels per image: trust checks take one each")
         self.dataset, self.samples, self.seed, self.workers = dataset, samples, seed, workers
-        self.labels = labels_of(dataset)
+        self.truth = truth_of(dataset)
 
     def of(self, *classes: int) -> Sample:
         """Returns at most ``samples`` images of ``classes``.
@@ -97,7 +107,7 @@ class ImageReader:
         Raises:
             ValueError: if there are none.
         """
-        positions = torch.isin(self.labels, torch.tensor(classes)).nonzero().squeeze(1)
+        positions = is_of(self.truth, *classes).nonzero().squeeze(1)
         if not len(positions):
             raise ValueError(f"there is no image of class {', '.join(map(str, classes))}")
         return self._read(positions)
@@ -109,7 +119,7 @@ class ImageReader:
             ValueError: if the draw has no image of another class.
         """
         drawn = self._everything
-        rest = drawn.only(~torch.isin(drawn.labels, torch.tensor(classes)))
+        rest = drawn.only(~is_of(drawn.labels, *classes))
         if not len(rest):
             raise ValueError("there is no image of other classes; draw more samples")
         return rest
@@ -121,13 +131,13 @@ class ImageReader:
             ValueError: if there is no image of the class, or none of another.
         """
         own, others = self.of(label), self.without(label)
-        count = int((self.labels == label).sum())
-        wanted = max(1, round(count / (len(self.labels) - count) * len(others)))
+        count = int(is_of(self.truth, label).sum())
+        wanted = max(1, round(count / (len(self.truth) - count) * len(others)))
         return own.only(self._shuffled(len(own))[:wanted]).with_others(others)
 
     @cached_property
     def _everything(self) -> Sample:
-        return self._read(torch.arange(len(self.labels)))
+        return self._read(torch.arange(len(self.truth)))
 
     def _shuffled(self, count: int) -> Tensor:
         return torch.randperm(count, generator=torch.Generator().manual_seed(self.seed))
@@ -137,7 +147,8 @@ class ImageReader:
         read = list(batches(self.dataset, chosen.split(BATCH), self.workers))
         if not read:
             raise ValueError("none of the images could be read")
-        return Sample(torch.cat([b.images for b in read]), torch.cat([b.labels for b in read]))
+        indices = torch.cat([b.indices for b in read])
+        return Sample(torch.cat([b.images for b in read]), self.truth[indices])
 
 
 def image_readers(data: Splits, settings: TrustSettings, workers: int) -> list[ImageReader]:
@@ -160,7 +171,7 @@ class Subject:
         forgetful, original: the plain model under test, and the one that knew the class.
         retrained: models trained in the same way on the same images without those of the class.
         trivial: models of ``TRIVIAL`` by name, made of the original and the drawn training images.
-        forgotten: more classes that are no test of what was kept.
+        forgotten: classes that were forgotten together with it: no test of what was kept.
         train_forget, test_forget: samples of the class in both parts.
         train_retain, test_retain: samples of the classes that were not forgotten.
         unlabelled: images of all classes that an attacker holds without their labels, in the
@@ -184,6 +195,7 @@ class Subject:
         self.train_retain = self.train.without(*forgotten)
         self.test_retain = self.test.without(*forgotten)
         self.unlabelled = self.train.mixed(self.label)
+        self.several_labels = self.train.truth.dim() == 2
         self.trivial: dict[str, nn.Module] = {}
         # Of models that are still in use: an id alone would be given to the next one.
         self._logits: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
@@ -191,7 +203,11 @@ class Subject:
     @property
     def share(self) -> float:
         """The fraction of attackers' images that are of the class."""
-        return (self.unlabelled.labels == self.label).double().mean().item()
+        return self.is_own(self.unlabelled).double().mean().item()
+
+    def is_own(self, sample: Sample) -> Tensor:
+        """Returns whether each image is of the class ``[n]`` bool."""
+        return is_of(sample.labels, self.label)
 
     def others(self, model: nn.Module) -> list[nn.Module]:
         """Returns the retrained models that ``model`` is not one of."""
@@ -204,9 +220,44 @@ class Subject:
             kept[part] = predict(model, getattr(self, part).images)
         return kept[part]
 
+    def distributions(self, logits: Tensor) -> Tensor:
+        """Returns logits whose softmax over the last dimension is what outputs stand for.
+
+        Those of one label ``[n, K]``; of several ``[n, K, 2]``, each label against none.
+        """
+        return torch.stack((logits, -logits), -1) / 2 if self.several_labels else logits
+
     def accuracy(self, model: nn.Module, part: str) -> float:
         """Returns the fraction of the images ``part`` that ``model`` classifies correctly."""
         return share_correct(self.logits(model, part), getattr(self, part).labels)
+
+    def scores(self, model: nn.Module, ending: str = "") -> dict[str, float]:
+        """Returns :meth:`scored` of a model's outputs."""
+        return self.scored(*(self.logits(model, f"test_{p}") for p in ("forget", "retain")), ending)
+
+    def scored(self, forget: Tensor, retain: Tensor, ending: str = "") -> dict[str, float]:
+        """Returns how well the class and the others are known, by measure: what attacks change.
+
+        Accuracies on test images of the class (``acc_f``) and of the others (``acc_r``). Where
+        images have several labels, the average precision of the label (``ap_f``) and the mean one
+        of those that were not forgotten (``ap_r``), over both samples weighed as in the test part.
+
+        Args:
+            forget, retain: logits ``[n, K]`` and ``[m, K]`` of both samples.
+            ending: of the names.
+        """
+        own, rest = self.test_forget.labels, self.test_retain.labels
+        if not self.several_labels:
+            f, r = share_correct(forget, own), share_correct(retain, rest)
+            return {f"acc_f{ending}": f, f"acc_r{ending}": r}
+        forgotten, whole = [self.label, *self.forgotten], self.test.truth
+        natural = is_of(whole, self.label).sum(), (~is_of(whole, *forgotten)).sum()
+        parts = zip(natural, (own, rest), strict=True)
+        weights = torch.cat([(total / len(p)).double().expand(len(p)) for total, p in parts])
+        logits, truth = torch.cat((forget, retain)), torch.cat((own, rest))
+        precision = average_precision(logits, truth, weights)
+        kept = precision.index_fill(0, torch.tensor(forgotten), torch.nan).nanmean()
+        return {f"ap_f{ending}": precision[self.label].item(), f"ap_r{ending}": kept.item()}
 
 
 def predict(model: nn.Module, images: Tensor) -> Tensor:

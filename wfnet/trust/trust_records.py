@@ -13,14 +13,15 @@ from wfnet.trust.subject import TRIVIAL
 
 FORMAT = 1
 UNITS = (
-    "accuracies, AUC, tv and agreement are fractions in [0, 1]; cka at most 1; kl and js in nats; "
-    "seconds"
+    "accuracies, average precisions, AUC, tv and agreement are fractions in [0, 1]; cka at most 1; "
+    "kl and js in nats; seconds"
 )
 # Models whose values stand side by side, and the first less the second.
 MODELS = ("forgetful", "retrained", *TRIVIAL, "original")
 COLUMNS = (*MODELS, "distance")
 
 Row = dict[str, float | None]
+Key = tuple[int, tuple[int, ...], int, int]  # of a record, in the order in which they are shown
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class TrustRecord:
         details: more, for the model under test.
         seconds: duration.
         key: hash of all that the numbers depend on.
+        forgotten: other classes that were forgotten together with this one.
     """
 
     index: int
@@ -55,6 +57,18 @@ class TrustRecord:
     key: str
     logit_masked: dict[str, float] = field(default_factory=dict)
     bias_shifted: dict[str, float] = field(default_factory=dict)
+    forgotten: list[int] = field(default_factory=list)
+
+    @property
+    def together(self) -> int:
+        """How many classes were forgotten together."""
+        return 1 + len(self.forgotten)
+
+    @property
+    def place(self) -> Key:
+        """Class and check, single classes first: no two records share it."""
+        group = tuple(sorted((self.index, *self.forgotten))) if self.forgotten else ()
+        return self.together, group, self.index, list(CHECKS).index(self.check)
 
     def row(self, measure: str) -> Row:
         """Returns the values of a measure by model, and ``distance``: forgetful less retrained."""
@@ -75,12 +89,21 @@ class TrustResult:
     records: list[TrustRecord]
     settings: dict[str, Any] = field(default_factory=dict)
 
-    def means(self) -> dict[str, dict[str, Row]]:
+    @property
+    def sizes(self) -> list[int]:
+        """How many classes were forgotten together: every such number, ascending."""
+        return sorted({record.together for record in self.records})
+
+    def means(self, size: int | None = None) -> dict[str, dict[str, Row]]:
         """Returns means over classes: check -> measure -> a number for each of COLUMNS, and classes
-        (how many had the measure). None where no class has a value."""
+        (how many had the measure). None where no class has a value.
+
+        Of those of which ``size`` were forgotten together; of the first of :attr:`sizes` if None.
+        """
         found: dict[str, dict[str, Row]] = {}
+        size = min(self.sizes, default=1) if size is None else size
         for check in CHECKS.values():
-            records = [record for record in self.records if record.check == check.name]
+            records = [r for r in self.records if (r.check, r.together) == (check.name, size)]
             for name in dict.fromkeys(
                 (*check.measures, *(n for r in records for n in r.forgetful))
             ):
@@ -102,7 +125,10 @@ class TrustResult:
     def to_json(self, path: str | os.PathLike) -> None:
         """Writes everything, atomically; :meth:`from_json` reads it again."""
         content = {"format": FORMAT, "units": UNITS, "settings": self.settings}
-        content |= {"means": self.means(), "records": [asdict(record) for record in self.records]}
+        content["means"] = self.means()
+        if len(self.sizes) > 1:
+            content["means_together"] = {str(size): self.means(size) for size in self.sizes[1:]}
+        content["records"] = [asdict(record) for record in self.records]
         write_json(path, content)
 
     @classmethod
@@ -140,12 +166,15 @@ class TrustResult:
 
     def table(self) -> str:
         """Returns an aligned table of means over classes for the terminal."""
-        lines = [f"{'':32}" + "".join(f"{who.replace('_', ' '):>13}" for who in COLUMNS)]
-        for check, rows in self.means().items():
-            lines.append(f"{CHECKS[check].title}: {CHECKS[check].question}")
-            for name, row in rows.items():
-                cells = (_cell(row[who], "+" if who == "distance" else "") for who in COLUMNS)
-                lines.append(f"  {name:<30}" + "".join(f"{cell:>13}" for cell in cells))
+        lines = []
+        for size in self.sizes:
+            head = "" if size == 1 else f"{size} classes forgotten together"
+            lines.append(f"{head:32}" + "".join(f"{who.replace('_', ' '):>13}" for who in COLUMNS))
+            for check, rows in self.means(size).items():
+                lines.append(f"{CHECKS[check].title}: {CHECKS[check].question}")
+                for name, row in rows.items():
+                    cells = (_cell(row[who], "+" if who == "distance" else "") for who in COLUMNS)
+                    lines.append(f"  {name:<30}" + "".join(f"{cell:>13}" for cell in cells))
         return "\n".join(lines)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
-from wfnet.evaluation import ClassRecord, EvaluationResult
+from wfnet.evaluation import ClassRecord
+from wfnet.evaluation.results import means
 from wfnet.network import WFNet
+from wfnet.report.contents import Evaluation
 from wfnet.report.figures import style
 from wfnet.report.figures.gate_maps import draw_gates
 from wfnet.report.figures.style import AFTER, BEFORE, NAMED, RETAINED
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 
-def overview(result: EvaluationResult, net: WFNet, path: str | os.PathLike) -> None:
+def overview(result: Evaluation, net: WFNet, path: str | os.PathLike) -> None:
     """Draws what one evaluation shows, in one wide picture: accuracies left, gate maps right.
 
     Args:
@@ -24,33 +27,31 @@ def overview(result: EvaluationResult, net: WFNet, path: str | os.PathLike) -> N
         net: the network that was evaluated.
         path: file to write.
     """
-    records = _ordered(result.records)
-    before, after = result.original, result.mean
+    forget, retain, score = result.forget, result.retain, result.score
+    few = len(result.records) <= NAMED  # in the order of the data set, many by the score before
+    order = attrgetter("index" if few else f"original_{forget}")
+    records = sorted(result.records, key=order, reverse=not few)
     series = [
-        ("on the class, before", [r.original_acc_f for r in records], BEFORE),
-        ("on the class, after forgetting it", [r.acc_f for r in records], AFTER),
-        ("on all other classes, after", [r.acc_r for r in records], RETAINED),
+        ("on the class, before", [getattr(r, f"original_{forget}") for r in records], BEFORE),
+        ("on the class, after forgetting it", [getattr(r, forget) for r in records], AFTER),
+        ("on all other classes, after", [getattr(r, retain) for r in records], RETAINED),
     ]
+    mean = means(records, [p + name for p in ("original_", "") for name in (forget, retain)])
+    texts = [f"{100 * value:.1f}%" for value in mean.values()]
     with style.picture(path, 15.0, 5.0) as figure:
         left, right = figure.subfigures(1, 2, width_ratios=[1.15, 1])
         axis = left.subplots()
         _draw_accuracy(axis, series)
-        axis.set_ylabel("accuracy, %")
+        axis.set_ylabel(f"{score}, %")
         left.suptitle(
             f"One checkpoint that can forget any of {len(records):,} classes\n"
-            f"accuracy on the class {100 * before.acc_f:.1f}% \u2192 {100 * after.acc_f:.1f}%, "
-            f"on all others {100 * before.acc_r:.1f}% \u2192 {100 * after.acc_r:.1f}%"
+            f"{score} on the class {texts[0]} \u2192 {texts[2]}, "
+            f"on all others {texts[1]} \u2192 {texts[3]}"
         )
         _name_classes(axis, records, "forgotten class")
         names = {record.index: record.name for record in records}
         draw_gates(right, net, sorted(names), names, compact=True)
         right.suptitle("Gates: which channels each forgotten class closes")
-
-
-def _ordered(records: Sequence[ClassRecord]) -> list[ClassRecord]:
-    """Returns few classes in the order of the data set, many by accuracy before."""
-    few = len(records) <= NAMED
-    return sorted(records, key=lambda r: (0 if few else -r.original_acc_f, r.index))
 
 
 def _draw_accuracy(axis: Axes, series: Sequence[tuple[str, Sequence[float], str]]) -> None:
@@ -84,7 +85,7 @@ def _draw_accuracy(axis: Axes, series: Sequence[tuple[str, Sequence[float], str]
 
 def _name_classes(axis: Axes, records: Sequence[ClassRecord], title: str) -> None:
     if len(records) > NAMED:
-        axis.set_xlabel(f"{title} ({len(records):,}, sorted by accuracy before)")
+        axis.set_xlabel(f"{title} ({len(records):,}, sorted by the height before)")
         return
     texts = [style.shorten(record.name) for record in records]
     axis.set_xticks(range(len(records)), texts)

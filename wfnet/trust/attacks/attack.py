@@ -28,7 +28,8 @@ class Attack:
             use what an attacker holds: the label, ``unlabelled`` images, names of layers.
         needs_base: whether it uses the original weights, too; it is not tried on them.
         moves_logits: whether it decides how often the class is predicted, which brings up the class
-            in a retrained model, too.
+            in a retrained model, too. Not tried where images have several labels: no ranking by a
+            logit changes.
     """
 
     name: str
@@ -40,6 +41,8 @@ class Attack:
     @torch.no_grad()
     def __call__(self, model: nn.Module, subject: Subject) -> nn.Module | None:
         if self.needs_base and model is subject.original:
+            return None
+        if self.moves_logits and subject.several_labels:
             return None
         return self.change(copy.deepcopy(model), subject)
 
