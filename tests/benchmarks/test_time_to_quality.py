@@ -34,12 +34,14 @@ def test_a_run_ends_at_the_first_validation_that_is_good_enough(records, tmp_pat
     for seed in "010":  # runs of another seed stay in the file
         bench.main([*call, "--seeds", seed, "--ways", "quick", "last stage"])
     rows = json.loads(output.read_text())["summary"]
-    assert [row["way"] for row in rows] == ["quick", "last stage", "quick", "random_labels"]
+    ways = ["quick", "last stage", bench.TO_END, "random_labels"]
+    assert [row["way"] for row in rows] == ways
     assert [row["images_a_class"] for row in rows] == [None, None, 2, None]
     assert [row["seeds"] for row in rows] == [2, 2, 2, 2]
     quick = rows[0]
     assert (quick["steps"], quick["reached"], quick["confirmed"]) == (20, 2, 2)
     assert quick["samples"] == 20 * 16 * 4
+    assert (rows[2]["steps"], rows[2]["reached"]) == (30, 2)  # that way runs to its end
     assert "| random_labels | all | 5.00 | - | 99.00 | 0.00 | - | - |" in capsys.readouterr().out
 
 
