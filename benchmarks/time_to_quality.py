@@ -101,8 +101,8 @@ def untrain_until(
     with contextlib.suppress(Reached):
         wfnet.untrain(net, data.train, data.validation, config, progress=False, log=log)
     seconds = time.process_time() - began
-    return {
-        "reached": reached(),
+    # The few validation images of a whole run say little: it is judged on the test part.
+    return ({} if way == TO_END else {"reached": reached()}) | {
         "cpu_seconds": seconds,
         "steps": seen[-1]["step"],
         "of_steps": steps,

@@ -41,7 +41,8 @@ def test_a_run_ends_at_the_first_validation_that_is_good_enough(records, tmp_pat
     quick = rows[0]
     assert (quick["steps"], quick["reached"], quick["confirmed"]) == (20, 2, 2)
     assert quick["samples"] == 20 * 16 * 4
-    assert (rows[2]["steps"], rows[2]["reached"]) == (30, 2)  # that way runs to its end
+    assert (rows[2]["steps"], rows[2]["confirmed"]) == (30, 2)  # that way runs to its end
+    assert "reached" not in rows[2]
     assert "| random_labels | all | 5.00 | - | 99.00 | 0.00 | - | - |" in capsys.readouterr().out
 
 
