@@ -10,8 +10,9 @@ A run is over at the first validation with Acc_f <= 0.5% and Acc_r at least that
 network less one point; what it has then is confirmed on the test part, every image under its own
 row and at most nine others. "Quick, to its end" is the recipe as a user gets it, with its one
 validation. Seconds are CPU seconds of the process, one thread, from the start of `wfnet.untrain`
-(features, steps and validations), with those of opening the data beside them. Ways that make one network a class (baselines) are timed on some classes, and multiplied by the number of
-classes. Writes JSON after every seed; what is in the file and not measured anew stays there.
+(features, steps and validations), with those of opening the data beside them. Ways that make one
+network a class (baselines) are timed on some classes, and multiplied by their number. Writes JSON
+after every seed; what is in the file and not measured anew stays there.
 """
 
 from __future__ import annotations
