@@ -62,10 +62,7 @@ STEP_COLUMNS = {
 }
 
 # Exports that were attacked before there were studies: label, file, models beside.
-EXPORTS = (
-    ("ResNet-8, `balanced` with `--cut-output`", "trust_digits_resnet_cut", ()),
-    ("ViT, `balanced`", "trust_digits_vit", ("retrained",)),
-)
+EXPORTS = (("ViT, `balanced`", "trust_digits_vit", ("retrained",)),)
 
 META_BAD = {
     "original": "original",

@@ -33,6 +33,7 @@ ATTACKS = (
     ("of ten", "prototypes", "acc_f_head_10"),
     ("the class's logit shifted", "removal", "acc_f_offset"),
     ("re-estimated, then shifted", "removal", "acc_f_batchnorm_offset"),
+    ("replaced by a constant, then shifted", "removal", "acc_f_absence"),
     ("logits standardised", "removal", "acc_f_standardised"),
     ("AUC of the class's logit", "removal", "auc_logit"),
     ("Acc_r as it is", "removal", "acc_r"),
@@ -127,8 +128,11 @@ def _methods(found: Values) -> str:
 def _attacks(found: Values, network: str) -> str:
     """Returns the table of attacks on baked models of a network, beside others."""
     runs = {f"`{recipe}`": values for (name, recipe), values in found.items() if name == network}
-    columns = [(title, WFNET, [values]) for title, values in runs.items()]
+    own = ((WFNET, ""), ("also_masked", " and masked"))
+    columns = [(t + more, who, [values]) for t, values in runs.items() for who, more in own]
     columns += [(who.replace("_", " "), who, [*runs.values()]) for who in _BESIDE]
+    known = {method for values in runs.values() for table, method, _ in values if table == TRUST}
+    columns = [column for column in columns if column[1] in known]
     rows = []
     for label, check, measure in ATTACKS:
         cells = []

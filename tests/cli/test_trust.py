@@ -25,9 +25,9 @@ def test_json_and_csv_and_what_is_missing(digits_run, call, capsys):
     assert content["settings"]["settings"]["samples"] == 40
     lines = list(csv.DictReader((digits_run / "trust.csv").open()))
     assert {line["check"] for line in lines} >= {"membership", "removal"}
-    call("", *words, "--cut-output")  # of other exports: nothing is reused
+    call("", *words, "--prune-below", "0.1")  # of other exports: nothing is reused
     content = json.loads((digits_run / "trust.json").read_text())
-    assert content["settings"]["cut_output"] is True
+    assert content["settings"]["prune_below"] == 0.1
     assert {record["index"] for record in content["records"]} == {3}
 
 

@@ -101,7 +101,7 @@ def test_an_attack_that_destroys_the_rest_says_so(make_trust):
     assert "the others at 10.0% instead of 90.0%" in box_of(found, "logit shifted")[1]
 
 
-def test_traces_neighbours_and_what_a_cut_changes(make_trust):
+def test_traces_and_neighbours(make_trust):
     values = {
         ("probing", "probe_last"): 0.99,
         ("membership", "lira_auc"): 0.52,
@@ -110,10 +110,19 @@ def test_traces_neighbours_and_what_a_cut_changes(make_trust):
     }
     levels = {("probing", "probe_last"): 0.98}
     original = {("collateral", "acc_nearest_confusion"): 0.9}
-    found = judge(None, make_trust(values, levels, {"cut_output": True}, original=original))
+    found = judge(None, make_trust(values, levels, original=original))
     assert box_of(found, "linear probe")[0] == "alike"
     assert box_of(found, "ever saw the class")[0] == "good"
     assert box_of(found, "are only read at 80.0%")[0] == "bad"
     assert box_of(found, "area under the ROC of 0.70.")[0] == "bad"
-    assert box_of(found, "give a constant for the logit")[0] == "bad"
-    assert "constant" not in str(judge(None, make_trust(values)))
+    assert "Cut from the head" not in str(found)
+
+
+def test_what_a_cut_of_the_head_changes(make_trust):
+    values = {("removal", f"acc_f_{name}"): 0.5 for name in ("affine_reset", "standardised")}
+    trust = make_trust(values)
+    for record in trust.records:
+        record.also_masked.update(acc_f_affine_reset=0.5, acc_f_standardised=0.1)
+    box, sentence = box_of(judge(None, trust), "Cut from the head")
+    assert box == "good"
+    assert "by 1 of 2 attacks; by 2 without" in sentence

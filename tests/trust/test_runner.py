@@ -69,7 +69,7 @@ def test_every_check_for_every_class(finished):
         assert check.headline in record.forgetful
         assert record.retrained_models == 2
         assert check.original == bool(record.original)
-        for trivial in (record.logit_masked, record.bias_shifted):
+        for trivial in (record.logit_masked, record.bias_shifted, record.also_masked):
             assert set(trivial) == set(record.forgetful)
             assert trivial.get("acc_f", 0.0) == 0.0
     assert result.settings["attackers_images"] == "classes in the proportion of the training part"

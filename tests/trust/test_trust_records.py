@@ -14,7 +14,7 @@ def test_means_distances_and_files(tmp_path):
     first = dataclasses.replace(first, logit_masked={"js_forget": 0.125})
     result = TrustResult([first, record(3, 0.75, {}, {"left_out": "a few"})], {"samples": 10})
     mean = {"forgetful": 0.5, "retrained": 0.5, "logit_masked": 0.125, "bias_shifted": None}
-    mean |= {"original": None, "distance": -0.25, "classes": 2}
+    mean |= {"also_masked": None, "original": None, "distance": -0.25, "classes": 2}
     assert result.means() == {"closeness": {"js_forget": mean}}
     assert result.left_out() == ["Left out for class class 3: a few."]
     result.to_csv(tmp_path / "trust.csv")
@@ -30,6 +30,7 @@ def test_means_distances_and_files(tmp_path):
     assert table.splitlines()[-1].split() == [
         "js_forget",
         "0.500",
+        "-",
         "0.500",
         "0.125",
         "-",

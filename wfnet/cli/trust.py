@@ -55,8 +55,6 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         --checks CHECK...  {questions} (default: all)
         --prune-below T  check exports in which gates below T are exactly 0, as of `wfnet bake
             --prune-below` [default: 0]
-        --cut-output  check exports whose class is cut from the head, as of `wfnet bake
-            --cut-output`
         --relearn-images N...  images of the class that relearning attacks have [default:
             {" ".join(map(str, defaults.relearn_images))}]
         --retrained PATH...  more retrained models (those in RUN are found): folders of `wfnet
@@ -105,8 +103,6 @@ def run(options: argparse.Namespace) -> None:
         "filters": hashlib.sha256((folder / FILTERS_NAME).read_bytes()).hexdigest(),
         "prune_below": options.prune_below,
     }
-    if options.cut_output:  # named only if asked for: results of exports that are not cut are valid
-        identity["cut_output"] = True
     chosen = trust.TrustSettings(
         **config_changes(options, trust.TrustSettings),
         relearn_images=tuple(options.relearn_images),
@@ -117,7 +113,7 @@ def run(options: argparse.Namespace) -> None:
         if net.gate == "durable" and len(labels) > 1:  # as `wfnet bake` measures statistics
             reader = ImageReader(data.train, chosen.samples, chosen.seed, options.workers)
             others = reader.without(*labels).images
-        return net.bake(labels, options.prune_below, options.cut_output, images=others)
+        return net.bake(labels, options.prune_below, images=others)
 
     result = trust.run_checks(
         baked,

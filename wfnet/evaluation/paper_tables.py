@@ -28,6 +28,7 @@ FORMAT = 1
 # Rows of the tables in their order; other baselines stand before the last one.
 TITLES = {
     "original": "original",
+    "also_masked": "filters, logit masked",
     "logit_masked": "logit masked",
     "bias_shifted": "bias shifted",
     "retrained": "retrained",

@@ -44,7 +44,7 @@ logger = logging.getLogger("wfnet")
 
 REPORT = "report.html"
 # Methods that stand first, wherever methods stand side by side, and how one is called here.
-_FIRST = (ORIGINAL, WFNET, "retrained", "logit_masked", "bias_shifted")
+_FIRST = (ORIGINAL, WFNET, "also_masked", "retrained", "logit_masked", "bias_shifted")
 _TITLES = TITLES | {WFNET: "this network"}
 # Models of the trust checks in the same order, and the methods that they are.
 _METHODS = {("forgetful" if name == WFNET else name): name for name in _FIRST}

@@ -172,12 +172,6 @@ def judge(
             "nor the original weights, but can be taught the class again."
         )
         return found
-    if trust.settings.get("cut_output"):
-        found["bad"].append(
-            "The exports under test give a constant for the logit of the class, which was cut from "
-            "the head: that it was removed shows, outputs differ from a retrained model's in that "
-            "entry, and whoever has images of the class can put a new row there."
-        )
     means = trust.means()
     score = _score(means)
     attacks = [
@@ -191,6 +185,7 @@ def judge(
         _attack("prototypes", m, f"With its row of the head made from {_images(m)}", taught=True)
         for m in rows
     ]
+    _judge_a_cut(found, means, [*attacks, RANKED, *relearned])
     for rule in (NEIGHBOURS, *attacks, RANKED, *relearned, PROBED, MEMBERS):
         rows = means.get(rule.check, {})
         if rule.measure in rows:
@@ -238,6 +233,23 @@ def _judge_beside_trivial(
         f"Of {len(excess)} attacks, {less} bring back less of the class than in the original with "
         f"nothing but its logit masked or its bias shifted, {more} more.{strongest}"
     )
+
+
+def _judge_a_cut(
+    found: dict[str, list[str]], means: Mapping[str, Mapping[str, Row]], rules: Sequence[Rule]
+) -> None:
+    """Counts attacks that an export withstands no longer, or only, with the class cut from its
+    head."""
+    known = [(r, means[r.check][r.measure]) for r in rules if r.measure in means.get(r.check, {})]
+    known = [(rule, row) for rule, row in known if row["also_masked"] is not None]
+    failed = sum(not rule.withstood(row) for rule, row in known)
+    cut = sum(not r.withstood({**row, "forgetful": row["also_masked"]}) for r, row in known)
+    if known:
+        found["good" if cut < failed else "bad" if cut > failed else "alike"].append(
+            f"Cut from the head as well (`wfnet bake --cut-output`), the class comes back by {cut} "
+            f"of {len(known)} attacks; by {failed} without that. That it was removed shows then: "
+            "its logit is a constant."
+        )
 
 
 def _judge_run_time(

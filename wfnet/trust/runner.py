@@ -206,13 +206,16 @@ def _run_check(check: Check, subject: Subject, name: str, advice: str, key: str)
 
 
 def _make_trivial(subject: Subject, names: Sequence[str]) -> dict[str, str]:
-    """Makes the trivial baselines of a subject; returns by name why one cannot be made."""
+    """Makes the trivial baselines of a subject, and of the model under test what a masked logit
+    adds to it; returns by name why one cannot be made."""
     train = subject.train_forget.with_others(subject.train_retain).dataset(names)
     forget = (subject.label, *subject.forgotten)
     reasons = {}
-    for name in TRIVIAL:
+    made_of = {name: (name, subject.original) for name in TRIVIAL}
+    made_of["also_masked"] = "logit_masked", subject.forgetful
+    for name, (method, model) in made_of.items():
         try:
-            subject.trivial[name] = unlearn(name, Origin(subject.original, train), forget)
+            subject.trivial[name] = unlearn(method, Origin(model, train), forget)
         except ValueError as error:
             reasons[name] = str(error)
     return reasons

@@ -170,7 +170,8 @@ class Subject:
         settings: of the checks.
         forgetful, original: the plain model under test, and the one that knew the class.
         retrained: models trained in the same way on the same images without those of the class.
-        trivial: models of ``TRIVIAL`` by name, made of the original and the drawn training images.
+        trivial: models of ``TRIVIAL`` by name, made of the original and the drawn training images,
+            and ``also_masked``, the model under test with its logit masked.
         forgotten: classes that were forgotten together with it: no test of what was kept.
         train_forget, test_forget: samples of the class in both parts.
         train_retain, test_retain: samples of the classes that were not forgotten.

@@ -17,7 +17,7 @@ UNITS = (
     "kl and js in nats; seconds"
 )
 # Models whose values stand side by side, and the first less the second.
-MODELS = ("forgetful", "retrained", *TRIVIAL, "original")
+MODELS = ("forgetful", "also_masked", "retrained", *TRIVIAL, "original")
 COLUMNS = (*MODELS, "distance")
 
 Row = dict[str, float | None]
@@ -31,9 +31,10 @@ class TrustRecord:
     Attributes:
         index, name: the class.
         check: a name of ``CHECKS``.
-        forgetful, original, retrained, logit_masked, bias_shifted: values by measure;
-            ``retrained`` are means over models, and empty without one, as is what a check does not
-            ask of that model.
+        forgetful, also_masked, original, retrained, logit_masked, bias_shifted: values by measure;
+            ``also_masked`` is the model under test with the class cut from its head, as ``bake``
+            exports it with ``cut_output=True``; ``retrained`` are means over models, and empty
+            without one, as is what a check does not ask of that model.
         retrained_spread: standard deviation over retrained models; empty with fewer than two.
         retrained_models: how many there were.
         missing: what could not be measured for want of retrained models, as a sentence; or None.
@@ -55,6 +56,7 @@ class TrustRecord:
     details: dict[str, Any]
     seconds: float
     key: str
+    also_masked: dict[str, float] = field(default_factory=dict)
     logit_masked: dict[str, float] = field(default_factory=dict)
     bias_shifted: dict[str, float] = field(default_factory=dict)
     forgotten: list[int] = field(default_factory=list)

@@ -90,6 +90,14 @@ def test_offset_predicts_the_class_as_often_as_asked():
         assert (logits.argmax(1) == 2).sum() == count
 
 
+def test_a_class_is_told_by_the_absence_of_others(make_subject):
+    subject = make_subject()
+    found = subject.logits(ATTACKS["absence"](subject.forgetful, subject), "unlabelled")
+    others = subject.logits(subject.forgetful, "unlabelled")[:, [0, 2, 3]].amax(1)
+    least = others.sort().indices[:8]  # as often as the class occurs
+    assert (found.argmax(1) == 1).nonzero().flatten().tolist() == sorted(least.tolist())
+
+
 def test_the_shift_is_that_of_the_reestimated_model(make_subject):
     subject = make_subject()
     model = ATTACKS["batchnorm_offset"](subject.forgetful, subject)

@@ -5,6 +5,9 @@
 - ``batchnorm_offset``: the same after BatchNorm statistics were estimated anew. Re-estimation
   brings features of the class back, the shift undoes what the head still votes down; each alone may
   leave the class unread.
+- ``absence``: the logit of the class is replaced by a constant, and that is shifted: images that
+  look like no other class are taken for the class. It needs nothing of the class in the network,
+  so it works on a retrained one, too.
 - ``standardised``: with mean ``m_k`` and standard deviation ``s_k`` of logit ``k`` over the images,
   ``z_k <- (z_k - m_k) / s_k``: no logit is low for all images alike, nor too small.
 """
@@ -53,6 +56,18 @@ def offset(model: nn.Module, subject: Subject) -> nn.Module:
 def batchnorm_offset(model: nn.Module, subject: Subject) -> nn.Module | None:
     changed = batchnorm_all(model, subject)
     return changed and offset(changed, subject)
+
+
+@attack(
+    "absence",
+    "the class's logit replaced by a constant that is predicted as often as it occurs",
+    moves_logits=True,
+)
+def absence(model: nn.Module, subject: Subject) -> nn.Module:
+    def without(logits: Tensor) -> Tensor:
+        return logits.index_fill(1, torch.tensor(subject.label), 0.0)
+
+    return offset(ChangedLogits(model, without), subject)
 
 
 @attack("standardised", "logits standardised over unlabelled images", moves_logits=True)
