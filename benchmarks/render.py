@@ -1,10 +1,10 @@
-"""Turns the committed results into the tables of the documents and the picture of README.md.
+"""Turns the committed results into the tables and pictures of the documents.
 
     python benchmarks/render.py            rewrite them
     python benchmarks/render.py --check    say what is out of date; status 1 if anything is
 
 A table stands between `<!-- results:NAME -->` and `<!-- end -->`, each in one of `DOCUMENTS`. It
-comes from `benchmarks/results/*.json` alone, each a run of a script in this folder. The picture
+comes from `benchmarks/results/*.json` alone, each a run of a script in this folder. A picture
 holds the numbers that it shows, as text "values".
 """
 
@@ -24,15 +24,16 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from script import RESULTS, ROOT
 from study_tables import ATTACKS, NETWORKS, cell, commits_of, study_text, values_of
+from time_to_quality import ACC_F, ACC_R_LOSS, TO_END
 
 from wfnet.evaluation.paper_tables import TITLES, published
 from wfnet.report import figures
+from wfnet.report.figures import style
 from wfnet.services.tables import markdown_table
 
 DOCUMENTS = tuple(
     ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md", "docs/scale.md")
 )
-PICTURE = RESULTS / "attacks.png"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Older results, for what no study has measured yet: data, recipe and networks of a file.
 OLDER = {
@@ -43,8 +44,18 @@ OLDER = {
 # Time to quality: files of time_to_quality, and what was untrained.
 TIMES = {
     "time_to_quality_digits": "digits",
-    "time_to_quality_mnist": "Fashion-MNIST",
+    "time_to_quality_fashion": "Fashion-MNIST",
     "time_to_quality_glyphs100": "100 rendered characters",
+}
+# Ways that the picture shows, from the top.
+SHOWN_WAYS = {
+    "neggrad_plus": "NegGrad+, a network a class",
+    "scrub": "SCRUB, a network a class",
+    "random_labels": "random labels, a network a class",
+    "paper": "recipe paper",
+    "durable": "recipe durable",
+    "balanced": "recipe balanced",
+    TO_END: "recipe quick, to its end",
 }
 STEP_COLUMNS = {
     "loop": "`loop`",
@@ -220,19 +231,66 @@ def picture_values() -> dict[str, dict[str, float]]:
     return {bar: figures.attack_levels(partial(after, *which)) for bar, which in bars.items()}
 
 
-def draw_picture(path: Path) -> None:
+def draw_attacks(values: Mapping[str, Mapping[str, float]], path: Path) -> None:
     """Draws what an attacker gets back, by attack, beside retrained networks."""
-    values = picture_values()
     bars = {name: levels for name, levels in values.items() if name != "before"}
     figures.attacks(values["before"]["nothing"], bars, path)
-    shown = PngInfo()
+
+
+def time_values() -> dict[str, dict[str, list[float]]]:
+    """Returns, by way and data, CPU seconds, and 1 where accuracies meet the criterion, else 0."""
+    found: dict[str, dict[str, list[float]]] = {label: {} for label in SHOWN_WAYS.values()}
+    for name, data in TIMES.items():
+        for row in read(name)["summary"]:
+            if row["way"] in SHOWN_WAYS and row["images_a_class"] is None:
+                good = row["acc_f"] <= 100 * ACC_F
+                good &= row["acc_r"] >= original_of(name) - 100 * ACC_R_LOSS
+                found[SHOWN_WAYS[row["way"]]][data] = [row["cpu_seconds"], float(good)]
+    return found
+
+
+def draw_times(values: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
+    """Draws CPU seconds by way, a mark for each data set; hollow where quality is missed."""
+    with style.picture(path, 7.6, 4.0) as figure:
+        axis = figure.subplots()
+        for number, (data, color) in enumerate(zip(TIMES.values(), style.SERIES, strict=False)):
+            axis.scatter([], [], 26, color=color, label=data)
+            for place, times in enumerate(values.values()):
+                if data in times:
+                    seconds, good = times[data]
+                    height = place + 0.26 * (number - 1)
+                    face = color if good else "none"
+                    axis.scatter(seconds, height, 26, facecolor=face, edgecolor=color)
+                    text = f"  {seconds:.1f}" if seconds < 10 else f"  {seconds:,.0f}"
+                    axis.text(seconds, height, text, va="center", fontsize=7, color=color)
+        axis.scatter([], [], 26, facecolor="none", edgecolor=style.INK, label="quality missed")
+        axis.set_yticks(range(len(values)), values)
+        axis.invert_yaxis()
+        axis.set(xscale="log", xlabel="CPU seconds of one thread, all classes")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.margins(x=0.08)
+        axis.grid(axis="x")
+        figure.legend(ncols=4, loc="outside upper center")
+
+
+PICTURES = {
+    RESULTS / "attacks.png": (picture_values, draw_attacks),
+    RESULTS / "time_to_quality.png": (time_values, draw_times),
+}
+
+
+def draw_picture(path: Path) -> None:
+    """Draws one of ``PICTURES``, and writes its numbers into it."""
+    make, draw = PICTURES[path]
+    values, shown = make(), PngInfo()
+    draw(values, path)
     shown.add_text("values", json.dumps(values))
     with Image.open(path) as image:
         image.load()
     image.save(path, pnginfo=shown, optimize=True)
 
 
-def shown_values(path: Path) -> dict[str, dict[str, float]] | None:
+def shown_values(path: Path) -> dict[str, dict[str, Any]] | None:
     """Returns the numbers that a picture shows; None if there is none."""
     if not path.is_file():
         return None
@@ -255,19 +313,29 @@ def meta_evaluation() -> str:
     return markdown_table(["measure", "retrained", *META_BAD.values(), "filters"], rows)
 
 
+def original_of(name: str) -> float:
+    """Returns the original network's Acc_r in a file of time_to_quality."""
+    return next(r["original_acc_r"] for r in read(name)["summary"] if "original_acc_r" in r)
+
+
 def time_to_quality() -> str:
-    """Makes a table of CPU seconds until all classes are forgotten well, by way."""
-    rows = []
+    """Makes two tables: CPU seconds until all classes are forgotten well, and images a class."""
+    rows, curves, counts = [], [], (1, 2, 5, 10, 20, 50)
     for name, label in TIMES.items():
-        for row in (read(name) or {"summary": []})["summary"]:
+        label, few = f"{label} ({original_of(name):.2f})", {}
+        for row in read(name)["summary"]:
+            seconds, scores = f"{row['cpu_seconds']:.1f}", (row["acc_r"], row["acc_f"])
+            scores = [f"{score:.2f}" for score in scores]
+            if row["images_a_class"] is not None:
+                few[row["images_a_class"]] = f"{' / '.join(scores)}, {seconds}"
+                continue
             steps = f"{row['steps']:.0f}" if "steps" in row else "-"
             good = (f"{row[key]} of {row['seeds']}" if key in row else "-" for key in _GOOD)
-            scores = (f"{row[key]:.2f}" for key in ("acc_r", "acc_f"))
-            few = "all" if row["images_a_class"] is None else row["images_a_class"]
-            seconds = f"{row['cpu_seconds']:.1f}"
-            rows.append([f"{label}: {row['way']}", few, seconds, steps, *scores, *good])
-    head = ["all classes, ResNet-8", "images a class", "CPU s", "steps", "Acc_r", "Acc_f", *_GOOD]
-    return markdown_table(head, rows)
+            rows.append([f"{label}: {row['way']}", seconds, steps, *scores, *good])
+        curves.append([label, *(few.get(count, "-") for count in counts)])
+    head = ["all classes, ResNet-8 (original: Acc_r)", "CPU s", "steps", "Acc_r", "Acc_f", *_GOOD]
+    images = ["quick, to its end, images a class: Acc_r / Acc_f, CPU s", *map(str, counts)]
+    return f"{markdown_table(head, rows)}\n\n{markdown_table(images, curves)}"
 
 
 def measured() -> dict[str, dict[str, Any]]:
@@ -368,12 +436,11 @@ def main(argv: list[str] | None = None) -> int:
     before = {path: path.read_text() for path in DOCUMENTS}
     after = rendered(before)
     changed = [path for path in DOCUMENTS if after[path] != before[path]]
-    if shown_values(PICTURE) != picture_values():
-        changed.append(PICTURE)
+    changed += [path for path, (make, _) in PICTURES.items() if shown_values(path) != make()]
     for path in changed:
         if args.check:
             print(f"{path.name} is out of date; run python benchmarks/render.py")
-        elif path == PICTURE:
+        elif path in PICTURES:
             draw_picture(path)
         else:
             path.write_text(after[path])

@@ -36,7 +36,6 @@ from wfnet.baselines import METHODS, Origin, unlearn
 from wfnet.benchmarking.provenance import provenance
 from wfnet.data import Splits, open_data, select
 from wfnet.services.files import write_json
-from wfnet.services.tables import markdown_table
 from wfnet.training import SMALL_MODEL_SETTINGS, accuracy, fit_classifier
 from wfnet.wrapping import wrap
 
@@ -193,23 +192,6 @@ def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    head = ["way", "images a class", "CPU s", "steps", "Acc_r", "Acc_f", "reached", "confirmed"]
-    cells = [
-        [
-            row["way"],
-            row["images_a_class"] or "all",
-            f"{row['cpu_seconds']:.2f}",
-            f"{row['steps']:.0f}" if "steps" in row else "-",
-            f"{row['acc_r']:.2f}",
-            f"{row['acc_f']:.2f}",
-            *(f"{row[name]} of {row['seeds']}" if name in row else "-" for name in head[-2:]),
-        ]
-        for row in rows
-    ]
-    print(markdown_table(head, cells))
-
-
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
@@ -251,7 +233,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         record["runs"] = list(runs.values())
         record["summary"] = summary(record["runs"])
         write_json(output, record)
-    show(record["summary"])
     print(f"written to {output}")
     return record
 

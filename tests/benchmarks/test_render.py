@@ -1,4 +1,4 @@
-"""Tables and the picture of the documents are those of the committed results."""
+"""Tables and pictures of the documents are those of the committed results."""
 
 import json
 
@@ -12,11 +12,12 @@ def test_documents_are_up_to_date_and_a_changed_number_is_not(tmp_path, monkeypa
     changed = tmp_path / "README.md"
     changed.write_text(render.DOCUMENTS[0].read_text().replace("| 99.", "| 98.", 1))
     monkeypatch.setattr(render, "DOCUMENTS", (changed, *render.DOCUMENTS[1:]))
-    monkeypatch.setattr(render, "PICTURE", tmp_path / "attacks.png")
+    pictures = {tmp_path / path.name: how for path, how in render.PICTURES.items()}
+    monkeypatch.setattr(render, "PICTURES", pictures)
     assert render.main(["--check"]) == 1
     assert "README.md is out of date" in capsys.readouterr().out
     assert render.main([]) == 0
-    assert "written: README.md attacks.png" in capsys.readouterr().out
+    assert "written: README.md attacks.png time_to_quality.png" in capsys.readouterr().out
     assert render.main(["--check"]) == 0
     with pytest.raises(ValueError, match=r"README.md mark the tables \['step'\]"):
         render.rendered({changed: "<!-- results:step -->\n<!-- end -->\n"})
@@ -41,7 +42,7 @@ def test_networks_of_one_device_and_commit_share_a_table(tmp_path, monkeypatch):
         render.step_files()
 
 
-def test_the_first_screen_of_the_readme_has_the_numbers_of_the_picture():
+def test_the_readme_has_the_numbers_of_the_pictures():
     values = render.picture_values()
     balanced, durable, retrained = list(values.values())[:3]
     text = render.DOCUMENTS[0].read_text()
@@ -49,3 +50,5 @@ def test_the_first_screen_of_the_readme_has_the_numbers_of_the_picture():
     assert f"then on\n{balanced[statistics]:.1f}%" in text
     assert (durable["nothing"], durable[statistics]) == (0, 0)
     assert f"brings back {durable[one]:.0f}%, and {retrained[one]:.0f}% in a network" in text
+    seconds = [way["digits"][0] for way in list(render.time_values().values())[-2:]]
+    assert "ten digits in {1:.1f} CPU\ns, `balanced` in {0:.1f} (".format(*seconds) in text

@@ -43,7 +43,7 @@ def test_a_run_ends_at_the_first_validation_that_is_good_enough(records, tmp_pat
     assert quick["samples"] == 20 * 16 * 4
     assert (rows[2]["steps"], rows[2]["confirmed"]) == (30, 2)  # that way runs to its end
     assert "reached" not in rows[2]
-    assert "| random_labels | all | 5.00 | - | 99.00 | 0.00 | - | - |" in capsys.readouterr().out
+    assert "random_labels: 5.00 CPU s, a network a class" in capsys.readouterr().out
 
 
 def test_what_is_not_reached_is_said(records, tmp_path, capsys):
