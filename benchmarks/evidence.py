@@ -126,7 +126,7 @@ STUDIES = {
         hours=1,
     ),
     "glyphs100": Study(
-        "rendered characters, 100 classes",
+        "100 rendered characters",
         ("--data", "glyphs100"),
         RESNET,
         {name: RECIPES[name] for name in ("balanced", "durable")},

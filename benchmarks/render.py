@@ -38,8 +38,8 @@ MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 # Older results, for what no study has measured yet: data, recipe and networks of a file.
 OLDER = {
     "quality_digits": ("digits, 10 classes", "`balanced`", ("vgg", "vit")),
-    "quality_glyphs100": ("rendered characters, 100 classes", "`balanced`", ("resnet",)),
-    "quality_glyphs100_durable": ("the same, less noise", "`durable`", ("resnet",)),
+    "quality_glyphs100": ("100 rendered characters, noisier", "`balanced`", ("resnet",)),
+    "quality_glyphs100_durable": ("100 rendered characters", "`durable`", ("resnet",)),
 }
 # Time to quality: files of time_to_quality, and what was untrained.
 TIMES = {
