@@ -244,9 +244,9 @@ def time_values() -> dict[str, dict[str, list[float]]]:
         for row in read(name)["summary"]:
             if row["way"] in SHOWN_WAYS and row["images_a_class"] is None:
                 good = row["acc_f"] <= 100 * ACC_F
-                good &= row["acc_r"] >= original_of(name) - 100 * ACC_R_LOSS
+                good &= row["acc_r"] >= original_of(name, row) - 100 * ACC_R_LOSS
                 found[SHOWN_WAYS[row["way"]]][data] = [row["cpu_seconds"], float(good)]
-    return found
+    return {label: times for label, times in found.items() if times}
 
 
 def draw_times(values: Mapping[str, Mapping[str, list[float]]], path: Path) -> None:
@@ -313,17 +313,19 @@ def meta_evaluation() -> str:
     return markdown_table(["measure", "retrained", *META_BAD.values(), "filters"], rows)
 
 
-def original_of(name: str) -> float:
-    """Returns the original network's Acc_r in a file of time_to_quality."""
-    return next(r["original_acc_r"] for r in read(name)["summary"] if "original_acc_r" in r)
+def original_of(name: str, row: Mapping[str, Any]) -> float:
+    """Returns the original network's Acc_r beside a row; a network a class: beside the others."""
+    every = (row, *read(name)["summary"])
+    return next(one["original_acc_r"] for one in every if "original_acc_r" in one)
 
 
 def time_to_quality() -> str:
     """Makes two tables: CPU seconds until all classes are forgotten well, and images a class."""
     rows, curves, counts = [], [], (1, 2, 5, 10, 20, 50)
     for name, label in TIMES.items():
-        label, few = f"{label} ({original_of(name):.2f})", {}
+        few = {}
         for row in read(name)["summary"]:
+            original = f"({original_of(name, row):.2f})"
             seconds, scores = f"{row['cpu_seconds']:.1f}", (row["acc_r"], row["acc_f"])
             scores = [f"{score:.2f}" for score in scores]
             if row["images_a_class"] is not None:
@@ -331,8 +333,10 @@ def time_to_quality() -> str:
                 continue
             steps = f"{row['steps']:.0f}" if "steps" in row else "-"
             good = (f"{row[key]} of {row['seeds']}" if key in row else "-" for key in _GOOD)
-            rows.append([f"{label}: {row['way']}", seconds, steps, *scores, *good])
-        curves.append([label, *(few.get(count, "-") for count in counts)])
+            rows.append([f"{label} {original}: {row['way']}", seconds, steps, *scores, *good])
+            if row["way"] == TO_END:
+                about = f"{label} {original}, seeds: {row['seeds']}"
+        curves.append([about, *(few.get(count, "-") for count in counts)])
     head = ["all classes, ResNet-8 (original: Acc_r)", "CPU s", "steps", "Acc_r", "Acc_f", *_GOOD]
     images = ["quick, to its end, images a class: Acc_r / Acc_f, CPU s", *map(str, counts)]
     return f"{markdown_table(head, rows)}\n\n{markdown_table(images, curves)}"
