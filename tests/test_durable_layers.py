@@ -209,3 +209,40 @@ def test_shifts_of_means_add_up_to_less_under_several_rows():
     ):
         mean, _ = layer.row_statistics(torch.tensor([rows]))
         torch.testing.assert_close(mean[0] - layer.running_mean, wanted)
+
+
+@torch.no_grad()
+def test_means_under_pairs_are_read_from_their_table(tmp_path):
+    net = make_net()
+    layer = net.masked_layers["bn1"]
+    alone = net(images(), torch.tensor([0, 1, 2, -1]))
+    for other in net.masked_layers.values():
+        other.start_pairs()
+    every = torch.combinations(torch.arange(CLASSES))
+    assert torch.equal(layer.pair_index(every.flip(1)), torch.arange(len(every)))
+    both = torch.tensor([[1, 2]]).expand(4, 2)
+    torch.testing.assert_close(net(images(), both), make_net()(images(), both))
+
+    layer.row_pair_mean += torch.randn_like(layer.row_pair_mean)
+    shift, base = layer.row_mean - layer.running_mean, layer.running_mean
+    of_pair = {frozenset(p): layer.row_pair_mean[i] - base for i, p in enumerate(every.tolist())}
+    three = of_pair[frozenset((1, 2))] + of_pair[frozenset((1, 4))] + of_pair[frozenset((2, 4))]
+    for rows, wanted in (
+        ([1, -1, -1], shift[1]),
+        ([2, 1, 2], of_pair[frozenset((1, 2))]),
+        ([4, -1, 2], of_pair[frozenset((2, 4))]),
+        ([1, 2, 4], three - shift[[1, 2, 4]].sum(0)),
+    ):
+        mean, _ = layer.row_statistics(torch.tensor([rows]))
+        torch.testing.assert_close(mean[0] - base, wanted)
+    assert layer.row_statistics(torch.tensor([[1, CLASSES]]))[0].isnan().all()
+    assert torch.equal(net(images(), torch.tensor([0, 1, 2, -1])), alone)
+
+    pairs = torch.tensor([[1, 2], [0, -1], [3, 4], [2, 0]])
+    net.save_pretrained(tmp_path)
+    loaded = wfnet.WFNet.from_pretrained(tmp_path, net.bake(None))
+    other = make_net(moved=False)
+    other.load_state_dict(net.state_dict())
+    for same in (loaded, other):
+        assert torch.equal(same(images(), pairs), net(images(), pairs))
+    torch.testing.assert_close(net.bake([1, 2])(images()), net(images(), both))

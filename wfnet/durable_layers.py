@@ -32,8 +32,10 @@ from wfnet.layers import MaskedLayer, Registry, register_maskable, registered
 SOFT_INIT = 3.0
 # Shape of the hard concrete distribution: stretched to (LOW, HIGH), then clipped to [0, 1].
 LOW, HIGH, TEMPERATURE = -0.1, 1.1, 0.66
-# Of the shifts of means under several rows, as measured (docs/durable.md, "Several classes").
+# Of the shifts of means under several rows that were not measured (docs/durable.md, "Several
+# classes at once").
 SHARED_SHIFT = 0.2
+_STATISTICS = ("row_mean", "row_var", "row_pair_mean")
 
 DURABLE: Registry = {}
 
@@ -153,24 +155,32 @@ class DurableLayer(MaskedLayer):
 
     def group_gates(self) -> Tensor:
         """Gates ``[G, O]`` of the groups, with the noise and the parts that the mode says."""
-        labels = self.mode.labels
-        noise = self.mode.noise
-
-        def of_labels(table: Tensor) -> Tensor:
-            found = table.index_select(0, labels.clamp_min(0).flatten())
-            return found.unflatten(0, labels.shape)
-
-        uniform = None if noise is None else noise[self.layer_name]
-        gate = hard_gate(of_labels(self.alpha_hard), uniform)
-        if self.mode.soft:
-            gate = gate * soft_gate(of_labels(self.alpha_soft), self.soft_init)
-        if labels.dim() == 1:
-            return gate
-        return gate.masked_fill(labels.eq(-1).unsqueeze(2), 1.0).prod(1)
+        return group_gates([self])
 
     def row_gates(self, rows: Tensor) -> Tensor:
         """``[B, O]``: the product of the gates of ``rows [B, J]``."""
         return _rows_of(self.gates(), rows, 1.0).prod(1)
+
+
+def group_gates(layers: Sequence[DurableLayer]) -> Tensor:
+    """:meth:`DurableLayer.group_gates` of layers of one network, side by side: ``[G, sum O]``."""
+    mode = layers[0].mode
+    labels, noise = mode.labels, mode.noise
+
+    def of_labels(tables: list[Tensor]) -> Tensor:
+        found = torch.cat(tables, 1).index_select(0, labels.clamp_min(0).flatten())
+        return found.unflatten(0, labels.shape)
+
+    uniform = None
+    if noise is not None:
+        uniform = torch.cat([noise[layer.layer_name] for layer in layers], -1)
+    gate = hard_gate(of_labels([layer.alpha_hard for layer in layers]), uniform)
+    if mode.soft:
+        (start,) = {layer.soft_init for layer in layers}
+        gate = gate * soft_gate(of_labels([layer.alpha_soft for layer in layers]), start)
+    if labels.dim() == 1:
+        return gate
+    return gate.masked_fill(labels.eq(-1).unsqueeze(2), 1.0).prod(1)
 
 
 def _rows_of(table: Tensor, rows: Tensor, neutral: float | Tensor) -> Tensor:
@@ -230,6 +240,8 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
     Attributes:
         row_mean, row_var: ``[num_classes, O]``, statistics under each row; at the start those of
             the base, so that a fresh row is the original layer, bit by bit.
+        row_pair_mean: ``[num_classes * (num_classes - 1) / 2, O]``, means under every two rows, in
+            the order of :meth:`pair_index`; None where they were not measured.
     """
 
     _base_type = nn.BatchNorm2d
@@ -242,23 +254,56 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
         super()._add_filters(num_classes, *options, **more)
         self.register_buffer("row_mean", self.running_mean.repeat(num_classes, 1))
         self.register_buffer("row_var", self.running_var.repeat(num_classes, 1))
+        self.register_buffer("row_pair_mean", None)
 
     def named_statistics(self) -> dict[str, Tensor]:
-        return {"row_mean": self.row_mean, "row_var": self.row_var}
+        tables = {name: getattr(self, name) for name in _STATISTICS}
+        return {name: table for name, table in tables.items() if table is not None}
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *more: object) -> None:
+        self.row_pair_mean = None
+        if f"{prefix}row_pair_mean" in state:
+            self.start_pairs()
+        super()._load_from_state_dict(state, prefix, *more)
+
+    def start_pairs(self) -> None:
+        """Gives every two rows the mean that they have without a measurement."""
+        self.row_pair_mean = None
+        every = torch.arange(self.num_classes, device=self.row_mean.device)
+        self.row_pair_mean = self.row_statistics(torch.combinations(every))[0]
+
+    def pair_index(self, pairs: Tensor) -> Tensor:
+        """Places ``[B]`` in :attr:`row_pair_mean` of ``pairs [B, 2]`` of different rows."""
+        first, second = pairs.amin(1), pairs.amax(1)
+        return first * (2 * self.num_classes - first - 1) // 2 + second - first - 1
 
     def row_statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance ``[B, O]`` under ``rows [B, J]``.
 
-        Several rows: what each changes in the variance is multiplied, and in the mean added, less
-        what both change: :data:`SHARED_SHIFT`.
+        Several rows: ratios of variances are multiplied. Shifts of means of all pairs are added,
+        less those of the rows that are counted more than once; where pairs were not measured,
+        shifts of rows are added, less what both change: :data:`SHARED_SHIFT`.
         """
         mean, var = self.running_mean, self.running_var + self.eps
         moved = _rows_of(self.row_mean - mean, rows, 0.0).sum(1)
         if rows.shape[1] > 1:
-            several = distinct_labels(rows).ge(0).sum(1, keepdim=True) > 1
-            moved = torch.where(several, (1 - SHARED_SHIFT) * moved, moved)
+            count = distinct_labels(rows).ge(0).sum(1, keepdim=True)
+            if self.row_pair_mean is None:
+                together = (1 - SHARED_SHIFT) * moved
+            else:
+                together = self._moved_by_pairs(rows) - (count - 2) * moved
+            moved = torch.where(count > 1, together, moved)
         ratio = _rows_of((self.row_var + self.eps) / var, rows, 1.0).prod(1)
         return mean + moved, var * ratio - self.eps
+
+    def _moved_by_pairs(self, rows: Tensor) -> Tensor:
+        """``[B, O]``: the shifts of means under every two of ``rows [B, J]``, added."""
+        columns = torch.combinations(torch.arange(rows.shape[1], device=rows.device))
+        pairs = distinct_labels(rows)[:, columns].flatten(0, 1)  # [B * P, 2]
+        index = self.pair_index(pairs).clamp(0, len(self.row_pair_mean) - 1)
+        moved = self.row_pair_mean.index_select(0, index) - self.running_mean
+        moved = moved.masked_fill(pairs.eq(-1).any(1, keepdim=True), 0.0)
+        return moved.unflatten(0, (len(rows), -1)).sum(1)
 
     def tables(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift ``[B, O]`` of the plain layer's output under ``rows [B, J]``.
@@ -304,7 +349,7 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
         A closed channel gets mean 0 and variance 1, so that nothing of its input is left in it.
         """
         plain = super().bake(forget, prune_below)
-        for name in self.named_statistics():
+        for name in _STATISTICS:
             del plain._buffers[name]
         if forget:
             rows = self._label_list(forget)

@@ -141,6 +141,9 @@ def load_filters(
         gate=gate,
         soft_init=soft_init,
     )
+    for name, layer in net.masked_layers.items():
+        if f"{name}.row_pair_mean" in tensors and hasattr(layer, "start_pairs"):
+            layer.start_pairs()
     assign_filters(net, tensors, folder / FILTERS_NAME, statistics=True)
     # Files of earlier versions have no digest.
     if config.get("filters_digest", "") not in ("", digest(tensors)):

@@ -142,6 +142,12 @@ def test_statistics_are_those_of_the_baked_network_on_the_other_classes(net, lab
         torch.testing.assert_close(norm.running_mean[alive], x.mean((0, 2, 3))[alive])
         var = x.var((0, 2, 3), unbiased=False)
         torch.testing.assert_close(norm.running_var[alive], var[alive])
+    # Under two rows at once, as an export measures it.
+    rest = data.images[data.labels == 1].double()
+    exported, run_time = net.bake([2, 0], images=rest), net.bake([2, 0])
+    for name in kept:
+        theirs, own = (plain.get_submodule(name) for plain in (exported, run_time))
+        torch.testing.assert_close(own.running_mean, theirs.running_mean)
 
 
 def test_a_compound_group_is_under_two_rows_and_takes_no_part_in_matching(net):

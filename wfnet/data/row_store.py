@@ -62,8 +62,7 @@ class RowStore:
             self._drop_damaged()
             return
         where = torch.device(device if place == "device" else "cpu")
-        free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else free_memory()
-        _check_room(what, place, needed, dtype, free, share)
+        _check_room(what, place, needed, dtype, free_bytes(where), share)
         # Pages that are never written to take no memory on the host.
         self._rows = torch.empty((count, *shape), dtype=dtype, device=where)
         self._marks = torch.zeros(count, dtype=marks)
@@ -147,6 +146,11 @@ def _check_room(
             f"place ({', '.join(PLACES)}), or do without"
         )
     logger.info("cache: %s", text)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of memory of a CUDA device, or of the host."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
 def free_memory() -> int:

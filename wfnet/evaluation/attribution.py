@@ -231,6 +231,8 @@ def changed_rows(net: WFNet, classes: Tensor, steps: int, seed: int) -> WFNet:
             tables[f"{name}.{kind}"] = torch.stack(curves, 1).flatten(0, 2)  # [C * 4 * (S + 1), O]
     for name, table in net.named_statistics().items():
         layer_name, _, kind = name.rpartition(".")
+        if "pair" in kind:  # curves are of one row each
+            continue
         base = getattr(net.masked_layers[layer_name], kind.replace("row", "running"))
         own = table[classes.to(table.device)].unsqueeze(1)  # [C, 1, O]
         insertion = own + shares.to(table)[None, :, None] * (base - own)

@@ -25,16 +25,17 @@ pixels, and A and C both proportional to the gate, nothing is divided::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from wfnet import gates
 from wfnet.backends.contract import LayerBelow, LayerGradient
+from wfnet.durable_layers import group_gates
 from wfnet.fusion.execution import PlanNetwork, PlanRun
 from wfnet.fusion.plan import ConvStep
-from wfnet.fusion.run import Run, in_columns
+from wfnet.fusion.run import Run, in_columns, run_dtype
 
 
 def _wide(step: ConvStep, t: Tensor) -> Tensor:
@@ -115,12 +116,14 @@ class GroupTables:
         self.mode = steps[0].masked.mode
         self.groups = self.mode.groups
         with torch.set_grad_enabled(save):
-            self.with_graph = [step.masked.group_gates() for step in steps]  # [G, O]
-        self.gates = [_wide(step, g) for step, g in zip(steps, self.with_graph, strict=True)]
+            self.with_graph = group_gates([step.masked for step in steps])  # [G, total]
+        found = self.with_graph.split([step.masked.alpha_hard.shape[1] for step in steps], 1)
+        self.gates = [_wide(step, g) for step, g in zip(steps, found, strict=True)]  # [G, O]
         self.of_gates = [torch.zeros_like(gate) for gate in self.gates]
         numbers = torch.arange(len(self.mode.labels), device=self.groups.device)
         self.member = (self.groups[:, None] == numbers).to(self.gates[0].dtype)
         self.sizes = self.member.sum(0)  # [G]; member: [B, G]
+        self.share = (self.member / self.sizes).T  # [G, B]
         self.scales: list[Tensor | None] = [None] * len(steps)
         self.shifts: list[Tensor | None] = [None] * len(steps)
         self.moments: list[tuple[Tensor, Tensor, int] | None] = [None] * len(steps)
@@ -165,10 +168,9 @@ class GroupTables:
         mean_b, var_b = mean_b.to(self.member.dtype), var_b.to(self.member.dtype)
         if source is not None:
             var_b, mean_b = var_b.index_select(0, source), mean_b.index_select(0, source)
-        share = (self.member / self.sizes).T  # [G, B]
-        mean = share @ mean_b
+        mean = self.share @ mean_b
         apart = mean_b - mean.index_select(0, self.groups)
-        return mean, share @ torch.addcmul(var_b, apart, apart)
+        return mean, self.share @ torch.addcmul(var_b, apart, apart)
 
     def backward(self, index: int) -> tuple[Tensor | None, Tensor | None]:
         """Reads the column sums of a layer: what its gates want, and ``on_u`` and ``constant``.
@@ -202,7 +204,7 @@ class GroupTables:
         """As :meth:`RowTables.gradients`."""
         filters = _filters_of(self.steps)
         learned = [f for f in dict.fromkeys(filters) if f.requires_grad]
-        by_gates = [g.to(t.dtype) for g, t in zip(self.of_gates, self.with_graph, strict=True)]
+        by_gates = torch.cat(self.of_gates, 1).to(self.with_graph.dtype)
         found = torch.autograd.grad(self.with_graph, learned, by_gates, allow_unused=True)
         of_filter = dict(zip(learned, found, strict=True))
         # That of a layer in two steps is the sum already.
@@ -225,11 +227,44 @@ class DurableNetwork(PlanNetwork):
             return GroupTables(self.convs, save)
         return RowTables(self.convs, rows, save)
 
+    def first_products(self, images: Tensor) -> dict[ConvStep, Product]:
+        """What convolutions that read the images themselves make of ``images [N, C, H, W]``."""
+        dtype, image = run_dtype(images), self.plan.image
+        first = [step for step in self.convs if step.input is image and step.norm is not None]
+        about = ((step, self.weight(step.layer, dtype), step.geometry) for step in first)
+        return {s: self.backend.product_moments(images.to(dtype), *how) for s, *how in about}
+
+
+# Of a convolution: u [N, O, P, Q], mean and variance [N, O].
+Product = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass
+class KeptProducts:
+    """What the first convolutions make of every image of a run: it is the same in every step.
+
+    Attributes:
+        network: which computed it.
+        found: of all images, by convolution.
+    """
+
+    network: DurableNetwork
+    found: dict[ConvStep, Product]
+
 
 class GroupRun(PlanRun):
     """A run whose tables come from the moments of groups of samples, layer by layer."""
 
     network: DurableNetwork
+    known: dict[ConvStep, Product] | None = None
+    positions: Tensor | None = None  # of the samples' images among those that these are of
+
+    def take(self, kept: KeptProducts, positions: Tensor) -> None:
+        """Goes on from products that are known; ``positions [B]`` of the samples' images."""
+        self.known, self.positions = kept.found, positions
+
+    def _source_of(self, step: ConvStep) -> Tensor | None:
+        return self.positions if step in (self.known or ()) else super()._source_of(step)
 
     def _convolve(self, step: ConvStep) -> None:
         x = self._cast(self.values[step.input])
@@ -239,9 +274,9 @@ class GroupRun(PlanRun):
             u = self.backend.product(*product)
             self.tables.fill(step.index)
         else:
-            u, *moments = self.backend.product_moments(*product)
-            source = self.source if step.at_source else None
-            self.tables.measure(step.index, moments, u.shape[2] * u.shape[3], source)
+            kept = (self.known or {}).get(step)
+            u, *moments = kept or self.backend.product_moments(*product)
+            self.tables.measure(step.index, moments, u.shape[2:].numel(), self._source_of(step))
         self._keep(step, x, self.backend.epilogue(u, self._epilogue(step)))
 
     def _layer_below(self, step: ConvStep | None, skip: Tensor | None = None) -> LayerBelow:

@@ -155,6 +155,10 @@ class PlanRun(Run):
         found = self.backend.conv2d(x, weight, step.geometry, self._epilogue(step))
         self._keep(step, x, found)
 
+    def _source_of(self, step: ConvStep) -> Tensor | None:
+        """``[B]``: sample b has row ``source[b]`` of the layer's product; None: row b."""
+        return self.source if step.at_source else None
+
     def _epilogue(self, step: ConvStep) -> Epilogue:
         residual = None if step.residual is None else self._expanded(step.residual)
         return Epilogue(
@@ -162,7 +166,7 @@ class PlanRun(Run):
             shift=self.tables.shifts[step.index],
             residual=self._cast(residual),
             relu=step.relu,
-            source=self.source if step.at_source else None,
+            source=self._source_of(step),
             save=self.save,
         )
 
@@ -331,7 +335,7 @@ class PlanRun(Run):
             skip=self._cast(skip),
             t1=tables.t1[step.index],
             t0=tables.t0[step.index],
-            source=self.source if step.at_source else None,
+            source=self._source_of(step),
             need_grad=step.residual_learns and step.shortcut is None,
             need_scaled_grad=not step.at_source,
             shortcut=None if step.shortcut is None else self._layer_below(step.shortcut),

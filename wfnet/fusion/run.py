@@ -119,6 +119,13 @@ def _state_of(t: Tensor) -> tuple[object, ...]:
     return (t.data_ptr(), 0 if t.is_inference() else t._version, t.dtype, t.device)
 
 
+def run_dtype(images: Tensor) -> torch.dtype:
+    """The dtype that masked layers compute in: that of the images, or of autocast."""
+    device = images.device.type
+    autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if autocast else images.dtype
+
+
 class Run(ABC):
     """One forward pass of a fused network, and the backward pass that belongs to it.
 
@@ -143,9 +150,7 @@ class Run(ABC):
         self.rows = rows
         self.source = source
         self.save = save
-        device = images.device.type
-        autocast = torch.is_autocast_enabled(device) and images.dtype != torch.float64
-        self.dtype = torch.get_autocast_dtype(device) if autocast else images.dtype
+        self.dtype = run_dtype(images)
         self.tables = self._make_tables()
         self.others: dict[Tensor, Tensor] = {}  # gradients of filters that are not in the tables
         self._freed = not save

@@ -19,6 +19,7 @@ from torch import Tensor
 from wfnet.data import Batch, Dataset, batches
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
+from wfnet.targets import MANY_CLASSES
 from wfnet.untraining.expansion import ExpandedBatch, shuffled_passes
 from wfnet.untraining.objectives import (
     Losses,
@@ -32,6 +33,7 @@ from wfnet.untraining.untrain_config import UntrainConfig
 
 _NOISE_STREAM, _ROWS_STREAM, _IMAGES_STREAM, _POOL_STREAM = 21, 22, 23, 24
 _PASS = 1024  # samples of a pass that measures statistics, where a row's images are no more
+_PAIR_IMAGES = 64  # from which means under two rows are measured
 _POOL_BYTES = 256 << 20
 
 
@@ -211,6 +213,8 @@ def durable_step(net: WFNet, batch: ExpandedBatch, seed: int, step: int) -> Iter
 class RowStatistics:
     """Measures the rows' statistics as they will be baked, from training images of other classes.
 
+    At the end of a run of few classes, the means under every two rows, too.
+
     Every layer is normalised by the moments of a row's images, as whoever re-estimates a baked
     network would do it. The images are read once and kept.
 
@@ -233,31 +237,42 @@ class RowStatistics:
         """Sets the statistics of all rows, from fewer images if this is not the last time."""
         if not self.net.named_statistics():
             return
-        layers = self.net.masked_layers
-
-        def keep(name: str, mean: Tensor, var: Tensor) -> None:
-            layers[name].row_mean[labels] = mean.to(layers[name].row_mean)
-            layers[name].row_var[labels] = var.to(layers[name].row_var)
-
         present = self.labels.unique()
         count = min(self.images, 64)
         if last:
             count = min(self.images, max(65536 // len(present), 128))
-        pool = self._read()
-        device = self.weight.device
-        together = max(1, _PASS // count)
-        # Unfused, so that a finished run that is loaded measures the same bits.
+        # A finished run that is loaded measures the same bits: none that depend on who was fastest.
         training, fuse = self.net.training, self.net.fuse
-        self.net.eval().fuse = False
-        for rows in present.split(together):
-            members = [(pool.labels != row).nonzero().flatten()[:count] for row in rows]
+        self.net.eval().fuse = fuse and self.weight.device.type == "cpu"
+        self._measure(present.unsqueeze(1), count)
+        if last and 2 < len(present) <= MANY_CLASSES:
+            self._measure(torch.combinations(present), min(self.images, _PAIR_IMAGES))
+        self.net.train(training).fuse = fuse
+
+    def _measure(self, rows: Tensor, count: int) -> None:
+        """Sets the statistics of ``rows [R, J]``, one or two at a time, from ``count`` images."""
+        layers = self.net.masked_layers
+        if rows.shape[1] == 2:
+            for name in {name.rpartition(".")[0] for name in self.net.named_statistics()}:
+                layers[name].start_pairs()
+
+        def keep(name: str, mean: Tensor, var: Tensor) -> None:
+            layer = layers[name]
+            if labels.shape[1] == 2:
+                layer.row_pair_mean[layer.pair_index(labels)] = mean.to(layer.row_pair_mean)
+                return
+            layer.row_mean[labels[:, 0]] = mean.to(layer.row_mean)
+            layer.row_var[labels[:, 0]] = var.to(layer.row_var)
+
+        pool, device = self._read(), self.weight.device
+        for some in rows.split(max(1, _PASS // count)):
+            members = [(~torch.isin(pool.labels, r)).nonzero().flatten()[:count] for r in some]
             source = torch.cat(members)
-            forget = rows.repeat_interleave(torch.tensor([len(m) for m in members]))
+            forget = some.repeat_interleave(torch.tensor([len(m) for m in members]), 0).to(device)
             used, source = source.unique(return_inverse=True)
             images = pool.images[used].to(device, self.weight.dtype)
-            with self.net.gate_mode.grouped(forget.to(device), moments=keep) as labels:
-                self.net(images, forget.to(device), source.to(device))
-        self.net.train(training).fuse = fuse
+            with self.net.gate_mode.grouped(forget, moments=keep) as labels:
+                self.net(images, forget, source.to(device))
 
     def _read(self) -> Batch:
         if self._pool is None:

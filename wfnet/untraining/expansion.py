@@ -36,6 +36,7 @@ class ExpandedBatch:
         target: ``[B]`` int64, ground-truth label of each sample.
         forget_size: number of samples in the forget half.
         original: ``[n, K]``, the original network's logits for the images, where they are known.
+        positions: ``[n]`` int64, of the images in their data set, where these logits are known.
         weight: ``[B]`` fp32, weights of the samples in the means over a half; None: all equal.
     """
 
@@ -45,6 +46,7 @@ class ExpandedBatch:
     forget_size: int
     original: Tensor | None = None
     weight: Tensor | None = None
+    positions: Tensor | None = None
 
     @property
     def forget_half(self) -> slice:

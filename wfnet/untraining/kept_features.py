@@ -28,8 +28,10 @@ from wfnet.data import (
     multi_hot_of,
 )
 from wfnet.data.dataset import name_of
-from wfnet.data.row_store import SHARE, RowStore
+from wfnet.data.row_store import SHARE, RowStore, free_bytes
 from wfnet.evaluation.forward import Forward
+from wfnet.fusion.durable_run import DurableNetwork, KeptProducts, Product
+from wfnet.fusion.plan import ConvStep
 from wfnet.network import WFNet
 from wfnet.services.files import cache_folder, digest
 from wfnet.split import SplitNetwork, split_network
@@ -206,6 +208,48 @@ def original_logits(
             whole = logits.new_zeros(len(every), logits.shape[1])
         whole.index_copy_(0, part.to(logits.device), logits)
     return whole
+
+
+@torch.no_grad()
+def first_products(
+    net: WFNet, dataset: TensorImages | FeatureImages, config: UntrainConfig
+) -> KeptProducts | None:
+    """What the first convolutions in front of durable gates make of all images.
+
+    None where the network is not fused, or where they would take too much memory.
+    """
+    every = torch.arange(len(dataset))
+    entries = dataset.entries if isinstance(dataset, FeatureImages) else every
+    forward = Forward.of(net, config.amp_dtype, config.channels_last)
+    kept: dict[ConvStep, Product] = {}
+    for part in entries.split(_TOGETHER):
+        images = forward.images(dataset.batch(part).images)
+        with forward.autocast():
+            network = net.fused_network(images)
+            if not isinstance(network, DurableNetwork):
+                return None
+            found = network.first_products(images)
+        if not kept:
+            row = sum(t[0].nbytes for product in found.values() for t in product)
+            if row * len(every) > _SHARE_UNASKED * free_bytes(images.device):
+                return None
+            # Pages that are never written to take no memory on the host.
+            kept = {
+                step: tuple(_rows_like(t, len(every)) for t in product)
+                for step, product in found.items()
+            }
+        for step, product in found.items():
+            for rows, new in zip(kept[step], product, strict=True):
+                rows[part.to(new.device)] = new
+    return KeptProducts(network, kept)
+
+
+def _rows_like(t: Tensor, count: int) -> Tensor:
+    """Memory for ``count`` rows as those of ``t``, in its layout."""
+    last = t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = (count, *t.shape[1:])
+    return torch.empty(shape, dtype=t.dtype, device=t.device, memory_format=layout)
 
 
 def _is_random(dataset: Dataset, positions: Tensor, images: Tensor, corrupt: CorruptImages) -> bool:

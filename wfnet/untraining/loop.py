@@ -36,7 +36,7 @@ from wfnet.untraining.durable import DurableObjective, RowStatistics, durable_st
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.first_rows import start_rows
 from wfnet.untraining.history import LossWatch, Record, record_log, write_history
-from wfnet.untraining.kept_features import keep_features, original_logits
+from wfnet.untraining.kept_features import first_products, keep_features, original_logits
 from wfnet.untraining.minibatches import (
     TrainingData,
     checked_labels,
@@ -60,6 +60,10 @@ from wfnet.untraining.validation import AccuracyValidator, MultiLabelValidator, 
 logger = logging.getLogger("wfnet")
 
 _SECONDS_BETWEEN_CHECKPOINTS = 180.0  # at most, as far as steps and validations are shorter
+
+# Until this part of the steps durable gates still open and close: a low loss may be that of a row
+# not learnt.
+_DURABLE_FROM = 0.8
 
 
 def untrain(
@@ -279,6 +283,10 @@ class _Untraining:
                     if self.durable or (self.part is not net and self.objective.needs_original):
                         about = self.data.dataset, self.steps * self.config.images, self.config
                         self.original = original_logits(self.part, *about)
+                    if self.durable and self.original is not None:
+                        self.work.products = first_products(
+                            self.part, self.data.dataset, self.config
+                        )
                     self._go_through_steps()
                 self.ranks.wait()  # until the first one has written the filters
                 self._note_time()
@@ -437,7 +445,10 @@ class _Untraining:
 
     def _validation_is_due(self) -> bool:
         step, history = self.state.step, self.state.history
-        due = step > 0 and (step % self.validate_every == 0 or step == self.steps)
+        every = self.validate_every
+        if self.durable and step < _DURABLE_FROM * self.steps:  # for the history alone
+            every *= 2
+        due = step > 0 and (step % every == 0 or step == self.steps)
         return due and not (history and history[-1]["step"] == step)
 
     def _checkpoint_is_due(self) -> bool:
@@ -473,8 +484,7 @@ class _Untraining:
 
     def _compare_with_best(self, scores: Validation) -> None:
         state, stop_on = self.state, self.config.stop_on
-        # Until then hard gates still open and close: a low loss may be that of a row not learnt.
-        if self.durable and state.step < 0.8 * self.steps:
+        if self.durable and state.step < _DURABLE_FROM * self.steps:
             return
         if state.best is None or scores.rank(stop_on) > state.best.rank(stop_on):
             state.best, state.best_step, state.stale = scores, state.step, 0

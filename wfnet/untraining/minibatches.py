@@ -204,7 +204,7 @@ def read_minibatches(
         indices = batch.indices if ranks.alone else sampler(step)
         whole = _expanded(data, config, step, indices)
         if original is not None:
-            whole = replace(whole, original=original[indices])
+            whole = replace(whole, original=original[indices], positions=indices)
         yield (batch.images, whole if ranks.alone else _own(whole, ranks)), whole.rows
 
 

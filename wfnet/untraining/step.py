@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from wfnet.evaluation.forward import Forward
+from wfnet.fusion.durable_run import KeptProducts
 from wfnet.gate_tables import flat_matrix
 from wfnet.network import WFNet
 from wfnet.services.device_copies import pinned_for
@@ -95,6 +96,7 @@ class UntrainingStep:
         self.lr = torch.zeros((), dtype=wide, device=self.device)
         self.shrink = torch.zeros_like(self.lr)
         self.rows: Tensor | None = None
+        self.products: KeptProducts | None = None  # of minibatches that say their positions
         self.graphs = _Graphs(self) if capture else None
         # After that many steps nothing is compiled, chosen or captured any more.
         self.first_steps = _WARM_UP + 1 if capture else 1
@@ -200,6 +202,8 @@ class UntrainingStep:
                     rows = batch.forget if batch.forget.dim() == 2 else batch.forget.unsqueeze(1)
                     with torch.no_grad():
                         run = network.start(images, rows, batch.source)
+                        if self.products is not None and self.products.network is network:
+                            run.take(self.products, batch.positions[batch.source])
                         logits = run.forward()
                     inputs.append(logits.requires_grad_())
             losses = self.objective(full_precision(logits), batch, original, self.net)

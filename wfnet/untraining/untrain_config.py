@@ -99,7 +99,8 @@ class UntrainConfig:
         cache_dir: folder of features on disk; None: ``~/.cache/wfnet``
         checkpoint_every: steps between checkpoints (default: at every validation); one is written
             at least every few minutes
-        min_validations: validations of a run, at least (default: 10)
+        min_validations: validations of a run, at least (default: 10); recipe durable leaves out
+            every other one of its first 80%, when it keeps no filters yet
         validation_images: validation images that are looked at in the run, drawn by seed evenly
             over classes (default: 1000, or ten a class)
         classes: labels whose rows are untrained, two or more; the rows of all others stay as they
