@@ -220,6 +220,7 @@ def picture_values() -> dict[str, dict[str, float]]:
     bars = {
         "recipe balanced": (balanced, "wfnet"),
         "recipe durable": (durable, "wfnet"),
+        "durable, cut from the head": (durable, "also_masked"),
         "retrained without the class": (durable, "retrained"),
         "original, its logit masked": (durable, "logit_masked"),
         "before": (durable, "original"),

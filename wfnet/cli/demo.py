@@ -124,6 +124,7 @@ def _attack(options: argparse.Namespace, runs: Mapping[str, Path]) -> None:
         return figures.attack_levels(lambda c, m: means[name].get(c, {}).get(m, {}).get(who))
 
     bars = {f"recipe {name}": levels(name, "forgetful") for name in sorted(runs)}
+    bars["durable, cut from the head"] = levels("durable", "also_masked")
     bars["retrained without the class"] = levels(options.recipe, "retrained")
     bars["original, its logit masked"] = levels(options.recipe, "logit_masked")
     before = levels(options.recipe, "original")["nothing"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 
-from wfnet.report.figures.style import AFTER, BEFORE, INK, RETAINED, RETRAINED, picture
+from wfnet.report.figures.style import AFTER, BEFORE, INK, RETAINED, RETRAINED, SERIES, picture
 
 # Label of what is done with the file, with check and measure of `wfnet trust`.
 ATTACKS = {
@@ -18,7 +18,7 @@ ATTACKS = {
     "the base's row\nput back": ("removal", "acc_f_base_head"),
     "its logit\nshifted": ("removal", "acc_f_offset"),
 }
-_COLORS = AFTER, RETAINED, RETRAINED, INK
+_COLORS = AFTER, RETAINED, SERIES[5], RETRAINED, INK
 
 
 def attack_levels(measured: Callable[[str, str], float | None]) -> dict[str, float]:
@@ -34,7 +34,7 @@ def attacks(
 
     Args:
         before: of the original network, in %.
-        bars: accuracies in % by name of a network (four at most), then by attack.
+        bars: accuracies in % by name of a network (five at most), then by attack.
         path: file to write.
     """
     labels = [label for label in ATTACKS if all(label in levels for levels in bars.values())]
@@ -49,8 +49,8 @@ def attacks(
             axis.bar(places, heights, 0.92 * step, color=color, label=name)
             for place, height in zip(places, heights, strict=True):
                 axis.text(
-                    place, height + 2, f"{height:.0f}", ha="center", fontsize=6.5, color=color
+                    place, height + 2, f"{height:.0f}", ha="center", fontsize=6, color=color
                 )
         axis.set_xticks(range(len(labels)), labels, fontsize=7.5)
         axis.set(ylim=(0, 116), yticks=range(0, 101, 20), ylabel="accuracy on the class, %")
-        figure.legend(ncols=5, loc="outside upper center", fontsize=7.5)
+        figure.legend(ncols=6, loc="outside upper center", fontsize=7.5)
