@@ -218,11 +218,11 @@ def picture_values() -> dict[str, dict[str, float]]:
     values = values_of(read("study_digits"))
     durable, balanced = (values["ResNet-8", recipe] for recipe in ("durable", "balanced"))
     bars = {
-        "recipe balanced": (balanced, "wfnet"),
-        "recipe durable": (durable, "wfnet"),
+        "balanced": (balanced, "wfnet"),
+        "durable": (durable, "wfnet"),
         "durable, cut from the head": (durable, "also_masked"),
         "retrained without the class": (durable, "retrained"),
-        "original, its logit masked": (durable, "logit_masked"),
+        "its logit masked": (durable, "logit_masked"),
         "before": (durable, "original"),
     }
 

@@ -131,8 +131,7 @@ def _attacks(found: Values, network: str) -> str:
     own = ((WFNET, ""), ("also_masked", " and masked"))
     columns = [(t + more, who, [values]) for t, values in runs.items() for who, more in own]
     columns += [(who.replace("_", " "), who, [*runs.values()]) for who in _BESIDE]
-    known = {method for values in runs.values() for table, method, _ in values if table == TRUST}
-    columns = [column for column in columns if column[1] in known]
+    columns = [c for c in columns if any(key[:2] == (TRUST, c[1]) for v in c[2] for key in v)]
     rows = []
     for label, check, measure in ATTACKS:
         cells = []

@@ -123,10 +123,11 @@ def _attack(options: argparse.Namespace, runs: Mapping[str, Path]) -> None:
     def levels(name: str, who: str) -> dict[str, float]:
         return figures.attack_levels(lambda c, m: means[name].get(c, {}).get(m, {}).get(who))
 
-    bars = {f"recipe {name}": levels(name, "forgetful") for name in sorted(runs)}
-    bars["durable, cut from the head"] = levels("durable", "also_masked")
+    bars = {name: levels(name, "forgetful") for name in sorted(runs)}
+    if "durable" in runs:
+        bars["durable, cut from the head"] = levels("durable", "also_masked")
     bars["retrained without the class"] = levels(options.recipe, "retrained")
-    bars["original, its logit masked"] = levels(options.recipe, "logit_masked")
+    bars["its logit masked"] = levels(options.recipe, "logit_masked")
     before = levels(options.recipe, "original")["nothing"]
     figures.attacks(before, bars, first / PICTURE)
 

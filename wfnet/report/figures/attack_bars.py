@@ -48,9 +48,9 @@ def attacks(
             places = [place + shift for place in range(len(labels))]
             axis.bar(places, heights, 0.92 * step, color=color, label=name)
             for place, height in zip(places, heights, strict=True):
-                axis.text(
-                    place, height + 2, f"{height:.0f}", ha="center", fontsize=6, color=color
-                )
+                axis.text(place, height + 2, f"{height:.0f}", ha="center", fontsize=6, color=color)
         axis.set_xticks(range(len(labels)), labels, fontsize=7.5)
         axis.set(ylim=(0, 116), yticks=range(0, 101, 20), ylabel="accuracy on the class, %")
-        figure.legend(ncols=6, loc="outside upper center", fontsize=7.5)
+        figure.legend(
+            ncols=6, loc="outside upper center", fontsize=7.5, handlelength=1.2, columnspacing=1.2
+        )
