@@ -55,6 +55,7 @@ class Study:
         recipes: options of `wfnet untrain`.
         classes: that are attacked, and unlearned by the baselines; none: neither is run.
         evaluate: more options of `wfnet evaluate`.
+        shadows: shadow rounds of the first recipe; 0: none.
         hours: about, on two cores.
     """
 
@@ -65,6 +66,7 @@ class Study:
     classes: tuple[int, ...] = ()
     evaluate: tuple[str, ...] = ("--tables",)
     hours: float = 1.0
+    shadows: int = 0
 
     def commands(self, folder: Path, network: str, seed: int, recipes: list[str]) -> Iterator[list]:
         """Yields the commands for one network and seed, in their order."""
@@ -89,6 +91,8 @@ class Study:
                 others = [second] if run == runs[0] else [first, second]
                 yield ["trust", run, *classes, "--retrained", *others]
             yield ["baseline", runs[0], *classes]
+            if self.shadows:
+                yield ["shadows", runs[0], *classes, "--rounds", self.shadows]
 
     @staticmethod
     def run(folder: Path, network: str, seed: int, recipe: str) -> Path:
@@ -98,7 +102,13 @@ class Study:
 FASHION = ("--data", "mnist", "--data-dir", "/usr/share/datasets/fashion-mnist")
 STUDIES = {
     "digits": Study(
-        "digits, 10 classes", ("--data", "digits"), SMALL, RECIPES, classes=(0, 3, 5, 8), hours=3
+        "digits, 10 classes",
+        ("--data", "digits"),
+        SMALL,
+        RECIPES,
+        classes=(0, 3, 5, 8),
+        hours=4,
+        shadows=8,
     ),
     "fashion": Study(
         "Fashion-MNIST, 10 classes",

@@ -25,7 +25,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     call += ["--folder", str(tmp_path / "runs"), "--output", str(tmp_path)]
     with pytest.raises(SystemExit, match=r"wfnet untrain .*FOLDER/vit-3/durable --force failed"):
         evidence.main(call)
-    attacks = ["baseline", "baseline", "trust", "trust", "baseline"]
+    attacks = ["baseline", "baseline", "trust", "trust", "baseline", "shadows"]
     names = ["train", *("untrain", "evaluate") * 2, *attacks]
     evidence.main(call)
     assert [words[0] for words in asked] == names[:4] + names[3:] + names

@@ -126,3 +126,13 @@ def test_what_a_cut_of_the_head_changes(make_trust):
     box, sentence = box_of(judge(None, trust), "Cut from the head")
     assert box == "good"
     assert "by 1 of 2 attacks; by 2 without" in sentence
+
+
+def test_chance_is_the_level_of_average_precisions(make_trust):
+    """Not what the same attack brings back where a logit was masked."""
+    values = {("removal", "ap_f"): 0.3, ("removal", "ap_f_base_head"): 0.9}
+    trust = make_trust(values | {("removal", "ap_f_equalised"): 0.35})
+    for record in trust.records:
+        record.logit_masked.update(ap_f=0.3, ap_f_base_head=0.9, ap_f_equalised=0.3)
+    assert box_of(judge(None, trust), "only 35.0% average precision")[0] == "good"
+    assert box_of(judge(None, trust), "with 90.0% average precision")[0] == "bad"

@@ -133,7 +133,7 @@ def test_several_labels(distil, runs, net):
             assert not truth[through, label].any()
             level[label] = own[through].mean() if len(through) else level[label]
         kept = of_images.sigmoid()
-    forget = -(1 - (own - level[batch.forget])[half].sigmoid()).log() * (3.3 if distil else 1)
+    forget = -(1 - (own - level[batch.forget])[half].sigmoid()).log() * (6.6 if distil else 1)
     retain = F.binary_cross_entropy(logits.sigmoid(), kept, reduction="none")
     retain -= F.binary_cross_entropy(kept, kept, reduction="none")
     retain[every[half], batch.forget[half]] = 0

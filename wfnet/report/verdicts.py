@@ -47,7 +47,8 @@ class Rule:
         check, measure: of what.
         sentence: with ``{forgetful}`` and ``{original}``, ``{beside}`` those of baselines, and
             ``{only}``, ``{failing}`` and ``{cost}``, which depend on the verdict.
-        level: what a model that knows nothing has; areas and balanced accuracies have 0.5.
+        level: what a model that knows nothing has; areas and balanced accuracies have 0.5, average
+            precisions the label's share.
         taught: whether any network is brought up.
         margin: how far from where it should be a value is withstood.
     """
@@ -61,8 +62,8 @@ class Rule:
 
     def withstood(self, row: Row) -> bool:
         value, level, margin = row["forgetful"], row["retrained"], self.margin
-        if self.measure.startswith("ap_"):  # of which chance has the label's share
-            level, margin = row["logit_masked"] if level is None else level, MARGIN_TAUGHT
+        if self.measure.startswith("ap_"):
+            margin = MARGIN_TAUGHT
         if self.check == "collateral":  # accuracy that is kept
             excess = (row["original"] or 0.0) - value
         elif self.check == "membership":  # told apart in either direction
@@ -74,7 +75,7 @@ class Rule:
     def written(self, rows: Mapping[str, Row]) -> str:
         """Returns the sentence, filled from the rows of all measures of the check."""
         row = rows[self.measure]
-        withstood, form = self.withstood(row), ".2f" if self.level else ".1%"
+        withstood, form = self.withstood(row), ".2f" if self.level == 0.5 else ".1%"
         shown = {who: "" if value is None else f"{value:{form}}" for who, value in row.items()}
         score, _, ending = self.measure.partition("_f")
         before, after = (rows.get(f"{score}_r{end}") for end in ("", ending))
@@ -128,17 +129,17 @@ MEMBERS = Rule(
 )
 
 
-def _attack(check: str, measure: str, how: str, taught: bool) -> Rule:
+def _attack(check: str, measure: str, how: str, taught: bool, chance: float) -> Rule:
     margin = MARGIN_TAUGHT if taught else MARGIN
     said = _RANKS if measure.startswith("ap_") else _READS
-    return Rule(check, measure, f"{how}, {said}", taught=taught, margin=margin)
+    return Rule(check, measure, f"{how}, {said}", chance, taught, margin)
 
 
-def _relearning(measure: str) -> Rule:
+def _relearning(measure: str, chance: float) -> Rule:
     if measure.endswith("_retain_only"):
         how = "on images of the other classes alone"
-        return _attack("relearning", measure, f"Fine-tuned {how}", taught=False)
-    return _attack("relearning", measure, f"Fine-tuned with {_images(measure)}", taught=True)
+        return _attack("relearning", measure, f"Fine-tuned {how}", False, chance)
+    return _attack("relearning", measure, f"Fine-tuned with {_images(measure)}", True, chance)
 
 
 def _images(measure: str) -> str:
@@ -174,15 +175,16 @@ def judge(
         return found
     means = trust.means()
     score = _score(means)
+    chance = means.get("removal", {}).get("ap_f", {}).get("logit_masked") or 0.0
     attacks = [
-        _attack("removal", f"{score}_f_{name}", f"With {attack.text}", attack.moves_logits)
+        _attack("removal", f"{score}_f_{name}", f"With {attack.text}", attack.moves_logits, chance)
         for name, attack in ATTACKS.items()
     ]
-    relearned = [_relearning(measure) for measure in means.get("relearning", ())]
+    relearned = [_relearning(measure, chance) for measure in means.get("relearning", ())]
     _judge_beside_trivial(found, means)
     rows = [m for m in means.get("prototypes", ()) if m.startswith(f"{score}_f_head_")]
     relearned += [
-        _attack("prototypes", m, f"With its row of the head made from {_images(m)}", taught=True)
+        _attack("prototypes", m, f"With its row of the head made from {_images(m)}", True, chance)
         for m in rows
     ]
     _judge_a_cut(found, means, [*attacks, RANKED, *relearned])
