@@ -50,7 +50,7 @@ TIMES = {
 # Ways that the picture shows, from the top.
 SHOWN_WAYS = {
     "neggrad_plus": "NegGrad+, a network a class",
-    "scrub": "SCRUB (defaults), a network a class",
+    "scrub": "SCRUB, a network a class",
     "random_labels": "random labels, a network a class",
     "paper": "recipe paper",
     "durable": "recipe durable",
