@@ -23,7 +23,7 @@ from evidence import STUDIES
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from script import RESULTS, ROOT
-from study_tables import ATTACKS, NETWORKS, cell, commits_of, study_text, values_of
+from study_tables import NETWORKS, cell, commits_of, study_text, values_of
 from time_to_quality import ACC_F, ACC_R_LOSS, TO_END
 
 from wfnet.evaluation.paper_tables import TITLES, published
@@ -71,9 +71,6 @@ STEP_COLUMNS = {
     "wfnet/triton/captured": "**wfnet, Triton, captured**",
     "wfnet/cuda/captured": "**wfnet, CUDA, captured**",
 }
-
-# Exports that were attacked before there were studies: label, file, models beside.
-EXPORTS = (("ViT, `balanced`", "trust_digits_vit", ("retrained",)),)
 
 META_BAD = {
     "original": "original",
@@ -196,21 +193,6 @@ def step() -> str:
             + markdown_table(["", *head], rows)
         )
     return "\n\n".join(parts) or NOT_RUN
-
-
-def attacks() -> str:
-    columns, every = [], []
-    for name, file, beside in EXPORTS:
-        content = read(file)
-        columns.append(f"{name} (commit {content['commit'][:7]})")
-        columns += [who.replace("_", " ") for who in beside]
-        every += [(content["means"], who) for who in ("forgetful", *beside)]
-    rows = []
-    for label, check, measure in ATTACKS:
-        found = [means.get(check, {}).get(measure, {}).get(who) for means, who in every]
-        if found != [None] * len(found):
-            rows.append([label, *("-" if v is None else f"{100 * v:.1f}" for v in found)])
-    return markdown_table(["attack on the baked model", *columns], rows)
 
 
 def picture_values() -> dict[str, dict[str, float]]:
@@ -408,7 +390,6 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "photographs": photographs,
     "quality": quality,
     "step": step,
-    "attacks": attacks,
     "meta": meta_evaluation,
     "time": time_to_quality,
 }
