@@ -19,11 +19,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evidence import STUDIES
+from evidence import RECIPES, STUDIES
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from script import RESULTS, ROOT
-from study_tables import NETWORKS, cell, commits_of, study_text, values_of
+from study_tables import cell, commits_of, study_text, values_of
 from time_to_quality import ACC_F, ACC_R_LOSS, TO_END
 
 from wfnet.evaluation.paper_tables import TITLES, published
@@ -35,11 +35,10 @@ DOCUMENTS = tuple(
     ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md", "docs/scale.md")
 )
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# Older results, for what no study has measured yet: data, recipe and networks of a file.
+# Older results, for what no study has measured yet, of ResNet-8: data and recipe of a file.
 OLDER = {
-    "quality_digits": ("digits, 10 classes", "`balanced`", ("vgg", "vit")),
-    "quality_glyphs100": ("100 rendered characters, noisier", "`balanced`", ("resnet",)),
-    "quality_glyphs100_durable": ("100 rendered characters", "`durable`", ("resnet",)),
+    "quality_glyphs100": ("100 rendered characters, noisier", "balanced"),
+    "quality_glyphs100_durable": ("100 rendered characters", "durable"),
 }
 # Time to quality: files of time_to_quality, and what was untrained.
 TIMES = {
@@ -141,23 +140,28 @@ def step_files() -> list[dict[str, Any]]:
 
 def quality() -> str:
     """Makes the table of README.md: all classes in one round, by data, network and recipe."""
-    rows = []
-    scores = ("original", "acc_r"), ("wfnet", "acc_r"), ("wfnet", "acc_f"), ("wfnet", "worst")
+    rows, measures = [], ("acc_r", "acc_f", "worst")
     for content in measured().values():
-        of_groups = zip(values_of(content).items(), content["groups"], strict=True)
-        for ((network, recipe), values), group in of_groups:
-            cells = (cell(values.get(("quality", *score)), 2) for score in scores)
-            label = f"{content['title']}, {network}, `{recipe}`"
-            rows.append([label, *cells, group["runs"], commits_of(content)])
-    for name, (data, recipe, networks) in OLDER.items():
+        found, seeds = values_of(content), [group["runs"] for group in content["groups"]]
+        for network in dict.fromkeys(network for network, _ in found):
+            cells, original = dict.fromkeys(RECIPES, "-"), "-"
+            for ((name, recipe), values), runs in zip(found.items(), seeds, strict=True):
+                if name == network:
+                    scores = (cell(values.get(("quality", "wfnet", m)), 2) for m in measures)
+                    cells[recipe] = " / ".join(scores) + f" ({runs})"
+                    if original == "-":
+                        original = cell(values.get(("quality", "original", "acc_r")), 2)
+            commits = commits_of(content)
+            rows.append([f"{content['title']}, {network}", original, *cells.values(), commits])
+    for name, (data, recipe) in OLDER.items():
         content = read(name)
-        for row in (row for row in content["summary"] if row["network"] in networks):
-            keys = "original_acc_r", "acc_r", "acc_f", "acc_f_worst_class"
-            label = f"{data}, {NETWORKS['small/' + row['network']]}, {recipe}"
-            commit = content["provenance"]["commit"][:7]
-            rows.append([label, *(f"{row[key]:.2f}" for key in keys), row["seeds"], commit])
-    head = ["data, network, recipe", "original: Acc_r", "Acc_r", "Acc_f", "worst class", "seeds"]
-    return markdown_table([*head, "commit"], rows)
+        (row,) = (row for row in content["summary"] if row["network"] == "resnet")
+        shown = " / ".join(f"{row[key]:.2f}" for key in ("acc_r", "acc_f", "acc_f_worst_class"))
+        cells = dict.fromkeys(RECIPES, "-") | {recipe: f"{shown} ({row['seeds']})"}
+        about = [f"{data}, ResNet-8", f"{row['original_acc_r']:.2f}"]
+        rows.append([*about, *cells.values(), content["provenance"]["commit"][:7]])
+    recipes = (f"`{recipe}`: Acc_r / Acc_f / worst class (seeds)" for recipe in RECIPES)
+    return markdown_table(["data, network", "original: Acc_r", *recipes, "commit"], rows)
 
 
 def _step_cell(column: dict[str, Any] | None) -> str:
