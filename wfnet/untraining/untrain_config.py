@@ -100,7 +100,7 @@ class UntrainConfig:
         checkpoint_every: steps between checkpoints (default: at every validation); one is written
             at least every few minutes
         min_validations: validations of a run, at least (default: 10); recipe durable leaves out
-            every other one of its first 80%, when it keeps no filters yet
+            every other one of its first four fifths, when it keeps no filters yet
         validation_images: validation images that are looked at in the run, drawn by seed evenly
             over classes (default: 1000, or ten a class)
         classes: labels whose rows are untrained, two or more; the rows of all others stay as they
