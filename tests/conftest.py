@@ -1,6 +1,7 @@
 """What several rooms test with: networks, images, folders of files, the emulated CUDA kernels."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
@@ -20,6 +21,12 @@ from wfnet.data import TensorImages
 pytest_plugins = ["pretended_cuda"]  # its fixture pretended_device
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _log_level():
+    """A command with --quiet, in whichever test or fixture before, silences no other test."""
+    logging.getLogger("wfnet").setLevel(logging.NOTSET)
 
 
 def load_module(name: str, path: Path) -> ModuleType:
