@@ -2,7 +2,7 @@
 
     python benchmarks/mosaics.py FOLDER
     wfnet train --data-dir FOLDER --model small/resnet --model-kwargs width=8 --img-size 16 \
-        --epochs 20 --output RUN
+        --epochs 25 --output RUN
 
 writes ``train/`` (4,000 images), ``val/`` (400) and ``test/`` (600), each of digits of its own. An
 image has 2 x 2 places of 8 x 8 pixels, and every place at most one of scikit-learn's digits.

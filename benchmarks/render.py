@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,6 @@ TIMES = {
 # Ways that the picture shows, from the top.
 SHOWN_WAYS = {
     "neggrad_plus": "NegGrad+, a network a class",
-    "scrub": "SCRUB, a network a class",
     "random_labels": "random labels, a network a class",
     "paper": "recipe paper",
     "durable": "recipe durable",
@@ -228,10 +227,11 @@ def time_values() -> dict[str, dict[str, list[float]]]:
     """Returns, by way and data, CPU seconds, and 1 where accuracies meet the criterion, else 0."""
     found: dict[str, dict[str, list[float]]] = {label: {} for label in SHOWN_WAYS.values()}
     for name, data in TIMES.items():
-        for row in read(name)["summary"]:
+        summary = read(name)["summary"]
+        for row in summary:
             if row["way"] in SHOWN_WAYS and row["images_a_class"] is None:
                 good = row["acc_f"] <= 100 * ACC_F
-                good &= row["acc_r"] >= original_of(name, row) - 100 * ACC_R_LOSS
+                good &= row["acc_r"] >= original_of(summary, row) - 100 * ACC_R_LOSS
                 found[SHOWN_WAYS[row["way"]]][data] = [row["cpu_seconds"], float(good)]
     return {label: times for label, times in found.items() if times}
 
@@ -300,32 +300,29 @@ def meta_evaluation() -> str:
     return markdown_table(["measure", "retrained", *META_BAD.values(), "filters"], rows)
 
 
-def original_of(name: str, row: Mapping[str, Any]) -> float:
+def original_of(summary: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float:
     """Returns the original network's Acc_r beside a row; a network a class: beside the others."""
-    every = (row, *read(name)["summary"])
-    return next(one["original_acc_r"] for one in every if "original_acc_r" in one)
+    return next(one["original_acc_r"] for one in (row, *summary) if "original_acc_r" in one)
 
 
 def time_to_quality() -> str:
     """Makes two tables: CPU seconds until all classes are forgotten well, and images a class."""
     rows, curves, counts = [], [], (1, 2, 5, 10, 20, 50)
     for name, label in TIMES.items():
-        few = {}
-        for row in read(name)["summary"]:
-            original = f"({original_of(name, row):.2f})"
+        few, summary = {}, read(name)["summary"]
+        for row in summary:
+            original = f"({original_of(summary, row):.2f})"
             seconds, scores = f"{row['cpu_seconds']:.1f}", (row["acc_r"], row["acc_f"])
             scores = [f"{score:.2f}" for score in scores]
             if row["images_a_class"] is not None:
-                few[row["images_a_class"]] = f"{' / '.join(scores)}, {seconds}"
+                few[row["images_a_class"]] = f"{' / '.join(scores)}, {seconds} ({row['seeds']})"
                 continue
             steps = f"{row['steps']:.0f}" if "steps" in row else "-"
             good = (f"{row[key]} of {row['seeds']}" if key in row else "-" for key in _GOOD)
             rows.append([f"{label} {original}: {row['way']}", seconds, steps, *scores, *good])
-            if row["way"] == TO_END:
-                about = f"{label} {original}, seeds: {row['seeds']}"
-        curves.append([about, *(few.get(count, "-") for count in counts)])
+        curves.append([label, *(few.get(count, "-") for count in counts)])
     head = ["all classes, ResNet-8 (original: Acc_r)", "CPU s", "steps", "Acc_r", "Acc_f", *_GOOD]
-    images = ["quick, to its end, images a class: Acc_r / Acc_f, CPU s", *map(str, counts)]
+    images = ["quick, to its end, images a class: Acc_r / Acc_f, CPU s (seeds)", *map(str, counts)]
     return f"{markdown_table(head, rows)}\n\n{markdown_table(images, curves)}"
 
 

@@ -107,11 +107,11 @@ def run(options: argparse.Namespace) -> None:
         **config_changes(options, trust.TrustSettings),
         relearn_images=tuple(options.relearn_images),
     )
+    reader = ImageReader(data.train, chosen.samples, chosen.seed, options.workers)
 
     def baked(forget: Forget) -> nn.Module:
         labels, others = list(classes_in(forget)), None
         if net.gate == "durable" and len(labels) > 1:  # as `wfnet bake` measures statistics
-            reader = ImageReader(data.train, chosen.samples, chosen.seed, options.workers)
             others = reader.without(*labels).images
         return net.bake(labels, options.prune_below, images=others)
 
