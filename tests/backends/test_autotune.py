@@ -276,7 +276,7 @@ def test_nobody_is_replaced_who_was_asked_for(tuned, tune, backend):
 
 def test_a_benchmark_says_who_was_taken_and_why(tuned, capsys):
     tuned(triton=Fast(), cuda=Raises())
-    settings = StepSettings(16, 4, 2, device="cuda", dtype=torch.bfloat16, repeats=1)
+    settings = StepSettings(16, 10, 4, 2, device="cuda", dtype=torch.bfloat16, repeats=1)
     problem = make_problem(models.create("resnet", 10, 3, width=8), settings)
     result = measure(problem, ["wfnet/auto/captured"], Rates(1e12, 1e11, 2))
     print_table("small/resnet", result)

@@ -5,7 +5,6 @@ import torch
 
 from wfnet.benchmarking import step_baselines, steps
 from wfnet.benchmarking.roofline import Rates
-from wfnet.benchmarking.timing import KernelTime
 from wfnet.cli.classifier import create_classifier
 
 RATES = Rates(1e12, 1e11, 4)
@@ -19,6 +18,7 @@ def problem_of():
             "image_size": 16,
             "batch_size": 4,
             "label_expansion": 2,
+            "classes": 10,
             "repeats": 1,
         } | settings
         small = {"width": 8} if name == "small/resnet" else {"width": 32, "depth": 2}
@@ -113,6 +113,8 @@ def test_masks_do_not_take_activations_to_fp32(problem_of):
 
 
 def test_copies_are_no_launches():
-    found = steps.launches_of([KernelTime("gemm", 3, 30.0), KernelTime("Memcpy DtoD", 2, 5.0)])
+    found = steps.launches_of(
+        [steps.KernelTime("gemm", 3, 30.0), steps.KernelTime("Memcpy DtoD", 2, 5.0)]
+    )
     assert found["kernel_launches"] == 3
     assert found["kernels"][0] == {"name": "gemm", "launches": 3, "microseconds": 30.0}

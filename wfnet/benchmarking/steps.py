@@ -13,20 +13,18 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 import wfnet
 from wfnet import backends
 from wfnet.backends import autotune
 from wfnet.benchmarking import roofline, step_baselines
-from wfnet.benchmarking.timing import (
-    KernelTime,
-    graph_pool_mebibytes,
-    kernels_of,
-    peak_mebibytes,
-)
 from wfnet.gate_tables import flatten_filters
-from wfnet.services.clock import interleaved, reason_of, timed
+from wfnet.services import settings
+from wfnet.services.clock import Call, interleaved, reason_of, timed
+from wfnet.services.peak_memory import peak_bytes
 from wfnet.services.seeds import generator_for
+from wfnet.services.settings import check_settings, setting
 from wfnet.untraining.expansion import ExpandedBatch, expand
 from wfnet.untraining.objectives import BalancedObjective, full_precision
 from wfnet.untraining.optimizers import RowAdam
@@ -65,35 +63,43 @@ _MOST_COPIED = {"cuda": 24}
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What is measured: random images of a size, n of them in a minibatch, M rows of each.
+    """What is measured; ``wfnet bench --help`` explains its options with these texts.
 
-    A 16-bit dtype is that of autocast; ``seed`` is that of weights, filters, images and labels.
-    ``distil``: retain by distillation, as the default recipe: every column then also runs the
-    original network on the images. ``tune``: of the columns of `auto`, as :class:`wfnet.WFNet`
-    takes it.
+    Attributes:
+        image_size: of the random images
+        classes: rows of the filters
+        batch_size: images of a minibatch, even
+        label_expansion: rows that each retained image goes through
+        share_images: the same n / 2 images serve both halves (default: yes)
+        distil: retain by distillation, as the default recipe: a second forward pass, of the
+            original network
+        tune: seconds in which the columns of auto measure on a CUDA device, for each size of a
+            batch
+        repeats: timed steps
+        seed: of weights, filters, images and labels
+        device, dtype, channels_last: of the network; a 16-bit dtype is that of autocast
 
     Raises:
-        ValueError: for an odd batch or no repeats.
+        ValueError: for values out of range.
     """
 
-    image_size: int = 32
-    batch_size: int = 32
-    label_expansion: int = 3
-    classes: int = 10
-    share_images: bool = True
+    image_size: int = setting(224, settings.image_size, flags="--img-size", metavar="PIXELS")
+    classes: int = setting(1000, settings.class_count, flags="--num-classes")
+    batch_size: int = setting(32, settings.pair_batch_size, flags="-b --batch-size")
+    label_expansion: int = setting(3, settings.positive_int, flags="-M --label-expansion")
+    share_images: bool = setting(True, bool)
+    distil: bool = setting(False, bool)
+    tune: float = setting(autotune.DEFAULT_SECONDS, settings.non_negative_float)
+    repeats: int = setting(10, settings.positive_int)
+    seed: int = setting(0, settings.seed)
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     channels_last: bool = True
-    repeats: int = 15
-    seed: int = 0
-    distil: bool = False
-    tune: float = autotune.DEFAULT_SECONDS
 
     def __post_init__(self) -> None:
-        if self.batch_size < 2 or self.batch_size % 2:
-            raise ValueError(f"-b must be an even number of at least 2, got {self.batch_size}")
-        if self.repeats < 1:
-            raise ValueError(f"--repeats must be at least 1, got {self.repeats}")
+        check_settings(self)
+        if self.batch_size % 2:
+            raise ValueError(f"-b must be an even number, got {self.batch_size}")
 
 
 @dataclass
@@ -311,7 +317,7 @@ def make_step(problem: Problem, name: str, stack: contextlib.ExitStack) -> Step:
 
 # -- measuring -------------------------------------------------------------------------------------
 
-_KERNELS_WRITTEN, _KERNELS_SHOWN = 40, 10
+_KERNELS_WRITTEN, _KERNELS_SHOWN, _NAME_LENGTH = 40, 10, 120
 
 
 class WrongGradient(ValueError):
@@ -391,7 +397,7 @@ def _prepared(problem: Problem, name: str, step: Step, truth: Tensor, limit: flo
     return {
         "prepare_seconds": seconds,
         "gradient_error": error,
-        "peak_mebibytes": peak_mebibytes(step, problem.device) + pool,
+        "peak_mebibytes": peak_bytes(step, problem.device) / 2**20 + pool,
         "chosen": step.chosen(),
     }
 
@@ -429,6 +435,51 @@ def _or_impossible(columns: dict[str, dict], name: str) -> Iterator[None]:
         columns[name] = {"impossible": reason_of(error)}
         if isinstance(error, WrongGradient):
             columns[name]["wrong"] = True
+
+
+def graph_pool_mebibytes(device: torch.device) -> float:
+    """Returns the memory that all CUDA graphs of the process keep: a replay allocates nothing."""
+    if device.type != "cuda":
+        return 0.0
+    pools = (
+        segment["total_size"]
+        for segment in torch.cuda.memory_snapshot()
+        if tuple(segment.get("segment_pool_id", (0, 0))) != (0, 0)
+    )
+    return sum(pools) / 2**20
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All launches of one kernel within a step; copies and fills of memory are rows too."""
+
+    name: str  # cut after 120 letters
+    launches: int
+    microseconds: float
+
+
+def kernels_of(call: Call, device: torch.device) -> list[KernelTime] | None:
+    """Returns the kernels that one call starts, those of a graph's replay too, the longest first.
+
+    None on a CPU, or where the profiler sees no kernel.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        events = profile.key_averages()
+    except (AssertionError, RuntimeError) as error:  # the call itself has run many times
+        logger.info("kernels are not counted: %s", error)
+        return None
+    found = [
+        KernelTime(event.key[:_NAME_LENGTH], event.count, event.self_device_time_total)
+        for event in events
+        # Ranges that the program names are laid over the device's time line as well.
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+    ]
+    return sorted(found, key=lambda kernel: -kernel.microseconds) or None
 
 
 def launches_of(kernels: list[KernelTime] | None) -> dict[str, object]:

@@ -32,12 +32,15 @@ from wfnet.benchmarking.steps import (
 )
 from wfnet.cli.classifier import create_classifier
 from wfnet.cli.inputs import choose_device
-from wfnet.cli.options import Parser, add_command
-from wfnet.services import settings
+from wfnet.cli.options import Parser, add_command, config_changes
 from wfnet.services.clock import timed
 from wfnet.services.files import write_json
 from wfnet.services.records import write_csv
 from wfnet.version import __version__
+
+# Settings that are options, in the order of the help.
+_SETTINGS = ("image_size", "classes", "batch_size", "label_expansion", "share_images", "distil")
+_SETTINGS += ("tune", "repeats", "seed")
 
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
@@ -48,31 +51,15 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
     group.add_all(
         f"""
         --model NAME...  names of timm, of torchvision (torchvision/resnet50), or small/resnet, ...
-        --img-size PIXELS  of the random images [default: 224]
-        --num-classes N  rows of the filters [default: 1000]
-        -b --batch-size N  images of a minibatch, even [default: 32]
-        -M --label-expansion M  rows that each retained image goes through [default: 3]
-        --share-images  the same n / 2 images serve both halves [default: yes]
         --columns COLUMN...  of {", ".join(COLUMNS)} (default: eager, unmasked, and ours that can
             run here)
-        --distil  retain by distillation, as the default recipe: a second forward pass, of the
-            original network
-        --tune SECONDS  time in which the columns of auto measure on a CUDA device, for each size
-            of a batch [default: 20]
-        --repeats N  timed steps [default: 10]
         --output FILE  CSV with the columns of timm's benchmark.py, and more; FILE.json: all that
             was measured, every kernel and every time
         """,
-        img_size=settings.image_size,
-        num_classes=settings.class_count,
-        batch_size=settings.pair_batch_size,
-        share_images=bool,
-        label_expansion=settings.positive_int,
-        tune=settings.non_negative_float,
         columns=tuple(COLUMNS),
     )
+    group.add_fields(StepSettings, *_SETTINGS, defaults=StepSettings())
     group.add_model_kwargs()
-    group.add_seed()
     parser.group("computing").add_device()
     return parser
 
@@ -84,20 +71,8 @@ def run(options: argparse.Namespace) -> None:
     if device.type == "cuda":  # as everybody does who measures: baselines are at their best
         torch.backends.cudnn.benchmark = True
     dtype = torch.bfloat16 if options.amp else torch.float32
-    settings = StepSettings(
-        image_size=options.img_size,
-        batch_size=options.batch_size,
-        label_expansion=options.label_expansion,
-        classes=options.num_classes,
-        share_images=options.share_images,
-        device=str(device),
-        dtype=dtype,
-        channels_last=options.channels_last,
-        repeats=options.repeats,
-        seed=options.seed,
-        distil=options.distil,
-        tune=options.tune,
-    )
+    how = {"device": str(device), "dtype": dtype, "channels_last": options.channels_last}
+    settings = StepSettings(**config_changes(options, StepSettings, *_SETTINGS), **how)
     columns = options.columns
     if columns is None:  # two baselines that are made in no time, and what can run here
         kernels = (*backends.KERNELS, "auto") if device.type == "cuda" else ()
