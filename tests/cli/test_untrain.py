@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from wfnet.cli import main
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME, read_checkpoint
 from wfnet.untraining.optimizers import RowAdam
+from wfnet.untraining.run_state import CHECKPOINT_NAME, read_checkpoint
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from wfnet.evaluation import evaluate_multi_label
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.services import ranks
 from wfnet.services.ranks import PeerFailed, Ranks
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.untraining.distributed import add_rows
+from wfnet.untraining.run_state import CHECKPOINT_NAME
 from wfnet.untraining.signals import Stopped
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME, read_checkpoint
+from wfnet.untraining.run_state import CHECKPOINT_NAME, read_checkpoint
 
 
 def test_where_reading_fails_the_run_goes_on_after_the_last_step(go, runs, tmp_path):

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from wfnet.cli import main
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME, read_checkpoint
+from wfnet.untraining.run_state import CHECKPOINT_NAME, read_checkpoint
 from wfnet.untraining.signals import Stopped, StopSignals
 
 TEMPORARY = f".{CHECKPOINT_NAME}.*"

@@ -17,7 +17,7 @@ import torch
 from wfnet.hugging_face import PREFIX, local_folder
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
 from wfnet.services.files import write_json
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME
+from wfnet.untraining.run_state import CHECKPOINT_NAME
 from wfnet.version import __version__
 
 RUN_FILE = "config.json"

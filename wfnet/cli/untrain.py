@@ -54,9 +54,9 @@ from wfnet.services.ranks import Ranks, local_device
 from wfnet.targets import MANY_CLASSES
 from wfnet.training import accuracy
 from wfnet.untraining import UntrainConfig, UntrainResult, untrain
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.untraining.mask_depth import choose_mask_from, depth_report
 from wfnet.untraining.memory import bytes_per_image
+from wfnet.untraining.run_state import CHECKPOINT_NAME
 from wfnet.untraining.untrain_config import RECIPES
 from wfnet.wrapping import DURABLE_ALPHA_INIT, MANY_ALPHA_INIT, masks_linear_maps, wrap
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from wfnet.data import batches
+from wfnet.services.extras import require
 from wfnet.services.files import write_json
 from wfnet.services.progress import Progress
 from wfnet.services.records import write_csv
@@ -98,7 +99,9 @@ def compare(
 
     Raises:
         ValueError: before work starts, for another number of rounds.
+        ImportError: without scipy, which gives intervals.
     """
+    require("scipy.stats", "eval")
     if count < 6 or count % 2:
         raise ValueError(
             f"shadow rounds come in pairs, 3 at least: give 6, 8, 10, ...; got {count}"

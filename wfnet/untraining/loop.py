@@ -30,7 +30,6 @@ from wfnet.services.files import clear_temporary_files, digest
 from wfnet.services.locks import folder_lock
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
-from wfnet.untraining.checkpoints import CHECKPOINT_NAME
 from wfnet.untraining.distributed import SharedStep
 from wfnet.untraining.durable import DurableObjective, RowStatistics, durable_step
 from wfnet.untraining.expansion import ExpandedBatch
@@ -51,7 +50,13 @@ from wfnet.untraining.objectives import (
 )
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.run_clock import RunClock
-from wfnet.untraining.run_state import RunState, RunStore, UntrainResult, identity_of
+from wfnet.untraining.run_state import (
+    CHECKPOINT_NAME,
+    RunState,
+    RunStore,
+    UntrainResult,
+    identity_of,
+)
 from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import Minibatch, UntrainingStep, refuse_capture
 from wfnet.untraining.untrain_config import OTHER_OBJECTIVES, UntrainConfig

@@ -1,4 +1,9 @@
-"""What a run of untraining has come to: its state, what is saved of it, its mark of identity."""
+"""What a run of untraining has come to: its state, its checkpoint, its mark of identity.
+
+One file, ``untraining.safetensors`` in the run's folder, holds all that a run needs to go on:
+atomic and checksummed. It appears under its name whole or not at all, so killing the process at any
+moment loses at most what was done since it was last written.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import torch
 from torch import Tensor
 
@@ -16,15 +22,23 @@ from wfnet.data import Dataset, classes_of, labels_of, multi_hot_of
 from wfnet.gate_tables import side_by_side
 from wfnet.network import WFNet
 from wfnet.pretrained import assign_filters
-from wfnet.services.files import fingerprint
+from wfnet.services.files import (
+    digest,
+    fingerprint,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
 from wfnet.services.ranks import Ranks
-from wfnet.untraining.checkpoints import read_checkpoint, write_checkpoint
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.untrain_config import FREE_TO_CHANGE, UntrainConfig
 from wfnet.untraining.validation import Validation
 
 logger = logging.getLogger("wfnet")
+
+CHECKPOINT_NAME = "untraining.safetensors"
+FORMAT = 2
 
 
 @dataclass
@@ -184,6 +198,49 @@ class RunStore:
                 f"{self.path} was written with {different}; resume with the same settings, data "
                 "and network, or start anew in another folder"
             )
+
+
+def write_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Writes ``tensors`` and ``state`` (what JSON can hold, with its ``step``).
+
+    Raises:
+        OSError: if they cannot be written, on a full disk for example; the file before stays.
+    """
+    text = json.dumps({"format": FORMAT, **state})
+    try:
+        write_tensors(path, tensors, {"state": text, "sha256": _checksum(tensors, text)})
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"the checkpoint of step {state['step']} could not be written ({error.strerror}): "
+            f"free some space in {path.parent}; what was saved before stays",
+        ) from error
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns tensors and state.
+
+    Raises:
+        FileNotFoundError, ValueError: if there is no such file, or it is damaged.
+    """
+    try:
+        metadata, tensors = read_metadata(path), read_tensors(path)
+        state = json.loads(metadata["state"])
+        if state["format"] != FORMAT:
+            raise ValueError(f"its format is {state['format']}, this version reads {FORMAT}")
+        if _checksum(tensors, metadata["state"]) != metadata.get("sha256"):
+            raise ValueError("its contents do not have the checksum that was written with them")
+        return tensors, state | {"step": int(state["step"])}
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is truncated, damaged or not a checkpoint of untraining ({error}); delete it "
+            "to start anew, or restore it from a copy"
+        ) from error
+
+
+def _checksum(tensors: dict[str, Tensor], text: str) -> str:
+    """SHA-256 over ``text`` and name, dtype, shape and bytes of every tensor."""
+    return digest({f"\n{name}": tensor for name, tensor in tensors.items()}, text)
 
 
 def identity_of(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wfnet.services.extras import require
+
 LEVEL = 0.95
 RESAMPLES = 200
 
@@ -67,29 +69,11 @@ def clopper_pearson(hits: int, trials: int, level: float = LEVEL) -> tuple[float
     """Returns the exact interval of a share, ``hits`` of ``trials``.
 
     Clopper and Pearson, Biometrika 26 (1934): the shares at which so many hits or more, and so many
-    or fewer, have probability ``(1 - level) / 2``. Found by bisection.
+    or fewer, have probability ``(1 - level) / 2``.
     """
-    tail = (1 - level) / 2
-    k = torch.arange(trials + 1, dtype=torch.float64)
-    n = torch.tensor(float(trials), dtype=torch.float64)
-    ways = (n + 1).lgamma() - (k + 1).lgamma() - (n - k + 1).lgamma()
-
-    def more(share: float, least: int) -> float:
-        """The probability of ``least`` hits or more."""
-        p = torch.tensor(share, dtype=torch.float64)
-        return (ways + k * p.log() + (n - k) * (1 - p).log())[least:].exp().sum().item()
-
-    low = 0.0 if hits == 0 else _root(lambda share: more(share, hits) - tail)
-    high = 1.0 if hits == trials else _root(lambda share: more(share, hits + 1) - (1 - tail))
-    return low, high
-
-
-def _root(rising: Callable[[float], float]) -> float:
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if rising(middle) > 0 else (middle, high)
-    return (low + high) / 2
+    test = require("scipy.stats", "eval").binomtest(hits, trials)
+    interval = test.proportion_ci(level, "exact")
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap(
