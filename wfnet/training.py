@@ -35,40 +35,30 @@ SMALL_MODEL_SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What `fit_classifier` takes of the optimisation, with ranges and options.
+    """What `fit_classifier` takes of the optimisation; `wfnet train --help` has these texts.
+
+    Attributes:
+        epochs: passes over the images
+        lr: highest learning rate
+        optimizer: AdamW, or Nesterov SGD
+        schedule: of the learning rate
+        batch_size: images of a minibatch
+        weight_decay: of kernels and matrices
+        label_smoothing: of labels
+        shift: images are moved by up to that many
+        amp, seed: autocast dtype, and what decides all that is random
 
     Raises ValueError for values out of range.
     """
 
-    epochs: int = setting(8, settings.positive_int, metavar="N", help="passes over the images")
-    lr: float | None = setting(
-        None, settings.positive_float, metavar="X", help="highest learning rate"
-    )
-    optimizer: str = setting(
-        "adam", tuple(LEARNING_RATES), flags="--opt", help="AdamW, or Nesterov SGD"
-    )
-    schedule: str = setting(
-        "one_cycle", ("one_cycle", "cosine"), flags="--sched", help="of the learning rate"
-    )
-    batch_size: int = setting(
-        64,
-        settings.pair_batch_size,
-        flags="-b --batch-size",
-        metavar="N",
-        help="images of a minibatch",
-    )
-    weight_decay: float = setting(
-        1e-3, settings.non_negative_float, metavar="X", help="of kernels and matrices"
-    )
-    label_smoothing: float = setting(
-        0.0, settings.below_one, flags="--smoothing", metavar="X", help="of labels"
-    )
-    shift: int = setting(
-        0,
-        settings.int_from(0, 1024),
-        metavar="PIXELS",
-        help="images are moved by up to that many",
-    )
+    epochs: int = setting(8, settings.positive_int)
+    lr: float | None = setting(None, settings.positive_float)
+    optimizer: str = setting("adam", tuple(LEARNING_RATES), flags="--opt")
+    schedule: str = setting("one_cycle", ("one_cycle", "cosine"), flags="--sched")
+    batch_size: int = setting(64, settings.pair_batch_size, flags="-b --batch-size")
+    weight_decay: float = setting(1e-3, settings.non_negative_float)
+    label_smoothing: float = setting(0.0, settings.below_one, flags="--smoothing")
+    shift: int = setting(0, settings.int_from(0, 1024), metavar="PIXELS")
     amp: str | None = setting(None, ("bfloat16",))
     seed: int = setting(0, settings.seed)
 

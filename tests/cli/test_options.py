@@ -7,28 +7,39 @@ from wfnet.cli.options import Parser, config_changes, key_value, log_base
 from wfnet.services import settings
 from wfnet.services.settings import Number, setting
 
+OPTIONS = ("steps", "optimizer", "distil")
+
 
 @dataclass(frozen=True)
 class Config:
-    steps: int | None = setting(
-        None, settings.positive_int, flags="-s --steps", metavar="N", help="how many"
-    )
-    optimizer: str = setting("sgd", ("sgd", "adam"), flags="--opt", help="which")
-    distil: bool = setting(True, bool, help="whether")
+    """
+    Attributes:
+        steps: how many
+        optimizer: which
+        distil: whether
+    """
+
+    steps: int | None = setting(None, settings.positive_int, flags="-s --steps")
+    optimizer: str = setting("sgd", ("sgd", "adam"), flags="--opt")
+    distil: bool = setting(True, bool)
     hidden: int = setting(1, settings.positive_int)
 
 
 def parse(arguments, **options):
     parser = Parser()
-    parser.group("title").add_fields(Config, **options)
+    parser.group("title").add_fields(Config, *OPTIONS, **options)
     return parser.parse_args(arguments)
 
 
 def test_options_are_derived_from_fields():
     given = parse(["-s", "3", "--opt", "adam", "--no-distil"])
     assert vars(given) == {"steps": 3, "opt": "adam", "distil": False}
-    assert config_changes(given, Config) == {"steps": 3, "optimizer": "adam", "distil": False}
-    assert config_changes(parse([]), Config) == {}
+    assert config_changes(given, Config, *OPTIONS) == {
+        "steps": 3,
+        "optimizer": "adam",
+        "distil": False,
+    }
+    assert config_changes(parse([]), Config, *OPTIONS) == {}
 
 
 def test_a_prefix_and_defaults_of_a_configuration():

@@ -10,7 +10,7 @@ from wfnet.services.settings import check_settings, setting
 
 @dataclass(frozen=True)
 class Config:
-    steps: int | None = setting(None, settings.positive_int, help="steps")
+    steps: int | None = setting(None, settings.positive_int)
     lr: float = setting(0.1, settings.positive_float)
     schedule: str = setting("cosine", ("cosine", "constant"))
 

@@ -46,6 +46,8 @@ from wfnet.services.files import write_json
 from wfnet.services.ranks import Ranks
 
 PARTS = ("test", "validation", "train")
+# Settings of the relearn time that are options.
+_RELEARN = ("samples", "max_epochs", "optimizer", "lr", "batch_norm")
 # What is known of an evaluation that is not finished.
 PARTIAL = "unfinished_evaluation"
 
@@ -100,14 +102,14 @@ def add_relearn_options(parser: Parser) -> None:
     group = parser.group("relearn time")
     text = "measure it (default: yes; it needs the training images)"
     group.add("--relearn", text, bool, True)
-    group.add_fields(RelearnConfig, prefix="relearn-", defaults=RelearnConfig())
+    group.add_fields(RelearnConfig, *_RELEARN, prefix="relearn-", defaults=RelearnConfig())
 
 
 def relearn_config(options: argparse.Namespace) -> RelearnConfig | None:
     """Settings of the relearn time; None with ``--no-relearn``."""
     if not options.relearn:
         return None
-    changes = config_changes(options, RelearnConfig, prefix="relearn-")
+    changes = config_changes(options, RelearnConfig, *_RELEARN, prefix="relearn-")
     return RelearnConfig(seed=options.seed, **changes)
 
 

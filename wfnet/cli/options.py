@@ -201,16 +201,16 @@ class Group:
 
         Args:
             config: a dataclass with fields made by :func:`wfnet.services.settings.setting`.
-            names: the fields, in the order of the help; by default all with a ``help``.
+            names: the fields, in the order of the help.
             prefix: before the name of each option, which then has no short form: ``"relearn-"``.
             defaults: a configuration with the defaults. None: an option that is not given is None,
                 as where a recipe decides.
         """
         texts = settings.attribute_texts(config)
-        for field in _option_fields(config, names):
-            about, text = field.metadata, field.metadata["help"] or texts[field.name]
-            flags = " ".join([*_flags(field, prefix), about["metavar"] or ""])
-            self.add(flags, text, about["values"], getattr(defaults, field.name, None))
+        for field in _fields(config, names):
+            flags = " ".join([*_flags(field, prefix), field.metadata["metavar"] or ""])
+            default = getattr(defaults, field.name, None)
+            self.add(flags, texts[field.name], field.metadata["values"], default)
 
     def add_seed(self, what: str = "of everything random") -> None:
         self.add("--seed N", what, settings.seed, 0)
@@ -246,16 +246,14 @@ def config_changes(
     :meth:`Group.add_fields`."""
     values = {
         field.name: getattr(options, _flags(field, prefix)[-1].lstrip("-").replace("-", "_"))
-        for field in _option_fields(config, names)
+        for field in _fields(config, names)
     }
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _option_fields(config: type, names: Sequence[str]) -> list[dataclasses.Field]:
+def _fields(config: type, names: Sequence[str]) -> list[dataclasses.Field]:
     fields = {field.name: field for field in dataclasses.fields(config)}
-    if names:
-        return [fields[name] for name in names]
-    return [field for field in fields.values() if field.metadata.get("help")]
+    return [fields[name] for name in names]
 
 
 def _flags(field: dataclasses.Field, prefix: str) -> list[str]:

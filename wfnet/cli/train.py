@@ -28,6 +28,10 @@ from wfnet.services.files import write_tensors
 from wfnet.services.locks import folder_lock
 from wfnet.training import SMALL_MODEL_SETTINGS, TrainingSettings, accuracy, fit_classifier
 
+# Settings that are options, in the order of the help.
+_SETTINGS = ("epochs", "lr", "optimizer", "schedule", "batch_size", "weight_decay")
+_SETTINGS += ("label_smoothing", "shift")
+
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
@@ -50,7 +54,7 @@ def add_training_options(parser: Parser, prefix: str) -> None:
     """Adds ordinary training; names start with ``prefix`` where a command has others of that
     name."""
     group = parser.group("training", "Small networks have settings of their own.")
-    group.add_fields(TrainingSettings, prefix=prefix)
+    group.add_fields(TrainingSettings, *_SETTINGS, prefix=prefix)
 
 
 def training_of(options: argparse.Namespace, prefix: str = "") -> dict[str, Any]:
@@ -66,7 +70,7 @@ def training_of(options: argparse.Namespace, prefix: str = "") -> dict[str, Any]
     if folder is not None and (folder / RUN_FILE).is_file():
         record = read_run(folder)
         known = record["training"] if record["command"] == "train" else known
-    return {**known, **config_changes(options, TrainingSettings, prefix=prefix)}
+    return {**known, **config_changes(options, TrainingSettings, *_SETTINGS, prefix=prefix)}
 
 
 def run(options: argparse.Namespace) -> None:

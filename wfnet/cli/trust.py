@@ -37,6 +37,8 @@ from wfnet.services import settings
 from wfnet.services.files import fingerprint, read_metadata, read_tensors
 from wfnet.trust.subject import ImageReader
 
+_SETTINGS = ("samples", "seed", "relearn_steps")  # that are options of these names
+
 
 def add_parser(commands: argparse._SubParsersAction) -> Parser:
     parser = add_command(
@@ -65,7 +67,7 @@ def add_parser(commands: argparse._SubParsersAction) -> Parser:
         checks=tuple(trust.CHECKS),
         prune_below=settings.Number(0.0, 1.0),
     )
-    group.add_fields(trust.TrustSettings, defaults=defaults)
+    group.add_fields(trust.TrustSettings, *_SETTINGS, defaults=defaults)
     parser.add_inputs()
     return parser
 
@@ -104,7 +106,7 @@ def run(options: argparse.Namespace) -> None:
         "prune_below": options.prune_below,
     }
     chosen = trust.TrustSettings(
-        **config_changes(options, trust.TrustSettings),
+        **config_changes(options, trust.TrustSettings, *_SETTINGS),
         relearn_images=tuple(options.relearn_images),
     )
     reader = ImageReader(data.train, chosen.samples, chosen.seed, options.workers)

@@ -51,39 +51,33 @@ _EVALUATED_TOGETHER = 256
 
 @dataclass(frozen=True)
 class RelearnConfig:
-    """How the forgotten class is relearned.
+    """How the forgotten class is relearned; ``--help`` of the commands has these texts.
 
     Attributes:
-        samples: training images drawn for each epoch, uniformly, without replacement.
-        max_epochs: epochs after which it is given up.
+        samples: training images drawn for each epoch, uniformly, without replacement
+        max_epochs: epochs after which a class counts as never relearned
         tolerance: for the second figure: the original accuracy less this counts as regained. With
             few test images, one stubborn image decides the exact figure.
-        optimizer: "sgd" (with ``momentum``) or "adam".
-        lr, momentum, weight_decay, batch_size: of the optimiser.
-        batch_norm: "train" updates running statistics as ordinary fine-tuning does, "frozen" leaves
-            them (and dropout) in evaluation mode.
+        optimizer: optimiser; sgd has a momentum
+        lr: learning rate
+        momentum, weight_decay, batch_size: of the optimiser.
+        batch_norm: train updates running statistics as ordinary fine-tuning does, frozen leaves
+            them (and dropout) in evaluation mode
         seed: decides the images of each epoch, and dropout.
 
     Raises:
         ValueError: for values out of range.
     """
 
-    samples: int = setting(500, settings.int_from(2), help="training images of an epoch")
-    max_epochs: int = setting(
-        100,
-        settings.positive_int,
-        flags="--epochs",
-        help="epochs after which a class counts as never relearned",
-    )
+    samples: int = setting(500, settings.int_from(2))
+    max_epochs: int = setting(100, settings.positive_int, flags="--epochs")
     tolerance: float = setting(0.03, settings.below_one)
-    optimizer: str = setting("sgd", ("sgd", "adam"), flags="--opt", help="optimiser")
-    lr: float = setting(0.01, settings.positive_float, help="learning rate")
+    optimizer: str = setting("sgd", ("sgd", "adam"), flags="--opt")
+    lr: float = setting(0.01, settings.positive_float)
     momentum: float = setting(0.9, settings.below_one)
     weight_decay: float = setting(0.0, settings.non_negative_float)
     batch_size: int = setting(50, settings.int_from(2))
-    batch_norm: str = setting(
-        "train", ("train", "frozen"), help="whether running statistics are updated"
-    )
+    batch_norm: str = setting("train", ("train", "frozen"))
     seed: int = setting(0, settings.seed)
 
     def __post_init__(self) -> None:

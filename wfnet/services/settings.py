@@ -95,21 +95,21 @@ def setting(
     *,
     flags: str | None = None,
     metavar: str | None = None,
-    help: str | None = None,
 ) -> Any:
     """Returns a dataclass field whose values are checked, and which may be an option.
+
+    The option's help is what the docstring of the class says (:func:`attribute_texts`).
 
     Args:
         default: of the field. Where it is None, None is allowed beside ``values``.
         values: a range of numbers, the allowed values, or ``bool`` for a switch; None: anything.
         flags: how the command line calls it, separated by spaces (``"-b --batch-size"``); by
             default ``--`` and the field's name.
-        metavar, help: as in argparse; by default a whole number is N and any other X, and the
-            help is what the docstring of the class says (:func:`attribute_texts`).
+        metavar: as in argparse; by default a whole number is N and any other X.
     """
     if metavar is None and isinstance(values, Number):
         metavar = "N" if values.whole else "X"
-    metadata = {"values": values, "flags": flags, "metavar": metavar, "help": help}
+    metadata = {"values": values, "flags": flags, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -32,25 +32,18 @@ TRIVIAL = ("logit_masked", "bias_shifted")
 
 @dataclass(frozen=True)
 class TrustSettings:
-    """What may change a check's numbers.
+    """What may change a check's numbers; ``wfnet trust --help`` has these texts.
 
     Attributes:
-        samples: the most images of each kind (forgotten and other, of training and test part).
-        seed: of samples and attacks.
-        relearn_steps: steps of each relearning attack, at least.
+        samples: the most images of each kind: forgotten and other, of training and test part
+        seed: of splits, samples and attacks
+        relearn_steps: steps of each relearning attack, at least
         relearn_images: images of the forgotten class that each attack with some of them has.
     """
 
-    samples: int = setting(
-        1000,
-        settings.int_from(2),
-        metavar="N",
-        help="the most images of each kind: forgotten and other, of training and test part",
-    )
-    seed: int = setting(0, settings.seed, metavar="N", help="of splits and draws")
-    relearn_steps: int = setting(
-        50, settings.positive_int, metavar="N", help="steps of each relearning attack"
-    )
+    samples: int = setting(1000, settings.int_from(2))
+    seed: int = setting(0, settings.seed)
+    relearn_steps: int = setting(50, settings.positive_int)
     relearn_images: tuple[int, ...] = (1, 10)
 
     def __post_init__(self) -> None:
