@@ -10,10 +10,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wfnet.data import Dataset, labels_of, multi_hot_of
-from wfnet.evaluation.multilabel_rows import LabelScores, check_labels
+from wfnet.evaluation.multilabel_rows import LabelGroupRecord, LabelScores, check_labels
 from wfnet.evaluation.pair_engine import PairEngine, RunOptions
 from wfnet.evaluation.pairs import HitCounts, check_classes, names_of, unreadable
 from wfnet.evaluation.partial import PartialResults, evaluation_identity
@@ -49,70 +48,46 @@ class GroupRecord:
     original_acc_f: float
     original_acc_r: float
 
-    @classmethod
-    def of(
-        cls, group: Sequence[int], names: Sequence[str], seen: Tensor, before: Tensor, right: Tensor
-    ) -> GroupRecord:
-        """Of images ``seen`` of each class ``[K]``, hits of the original network ``before``, and
-        ``right`` when the group is forgotten.
+
+class GroupHits(HitCounts):
+    """Hits under rows ``[R, J]``: groups of classes."""
+
+    def records(self, names: Sequence[str]) -> Iterator[GroupRecord]:
+        """What was found of every group.
 
         Raises:
-            ValueError: for a class of the group, or all beside it, without readable images.
+            ValueError: for a class of a group, or all beside it, without readable images.
         """
-        inside = torch.zeros(len(seen), dtype=torch.bool)
-        inside[list(group)] = True
-        if not seen[inside].all() or not seen[~inside].any():
-            raise unreadable(f"a class of group {list(group)}, or all beside it,")
-        each = (right / seen)[list(group)]
-        n_retain = seen[~inside].sum()
-        return cls(
-            classes=list(group),
-            names=[names[label] for label in group],
-            n_forget=int(seen[inside].sum()),
-            n_retain=int(n_retain),
-            acc_f=each.mean().item(),
-            acc_f_worst=each.max().item(),
-            acc_r=(right[~inside].sum() / n_retain).item(),
-            original_acc_f=(before / seen)[list(group)].mean().item(),
-            original_acc_r=(before[~inside].sum() / n_retain).item(),
-        )
+        tables = {name: table.cpu() for name, table in self.tables.items()}
+        seen, before = tables["original_seen"], tables["original_top1"]
+        for group, right in zip(self.rows.tolist(), tables["top1"], strict=True):
+            inside = torch.zeros(len(seen), dtype=torch.bool)
+            inside[group] = True
+            if not seen[inside].all() or not seen[~inside].any():
+                raise unreadable(f"a class of group {group}, or all beside it,")
+            each = (right / seen)[group]
+            n_retain = seen[~inside].sum()
+            yield GroupRecord(
+                classes=group,
+                names=[names[label] for label in group],
+                n_forget=int(seen[inside].sum()),
+                n_retain=int(n_retain),
+                acc_f=each.mean().item(),
+                acc_f_worst=each.max().item(),
+                acc_r=(right[~inside].sum() / n_retain).item(),
+                original_acc_f=(before / seen)[group].mean().item(),
+                original_acc_r=(before[~inside].sum() / n_retain).item(),
+            )
 
 
-@dataclass(frozen=True)
-class LabelGroupRecord:
-    """The same for images with several labels each, by average precisions.
-
-    Attributes:
-        classes, names: the group.
-        ap_f, ap_f_worst: mean and largest average precision of its own outputs.
-        map_r: mean average precision of all other outputs.
-        original_ap_f, original_map_r: the same of the original network.
-    """
-
-    classes: list[int]
-    names: list[str]
-    ap_f: float
-    ap_f_worst: float
-    map_r: float
-    original_ap_f: float
-    original_map_r: float
-
-    @classmethod
-    def of(
-        cls, group: Sequence[int], names: Sequence[str], original: Tensor, found: Tensor
-    ) -> LabelGroupRecord:
-        """Of average precisions of all outputs ``[K]``, before and after."""
-        inside = torch.zeros(len(found), dtype=torch.bool)
-        inside[list(group)] = True
-        return cls(
-            classes=list(group),
-            names=[names[label] for label in group],
-            ap_f=found[inside].mean().item(),
-            ap_f_worst=found[inside].max().item(),
-            map_r=found[~inside].nanmean().item(),
-            original_ap_f=original[inside].mean().item(),
-            original_map_r=original[~inside].nanmean().item(),
-        )
+def group_scores(
+    groups: Sequence[Sequence[int]], dataset: Dataset, outputs: int, device: torch.device
+) -> GroupHits | LabelScores:
+    """What measures groups of classes, or of labels where images have several."""
+    rows, multi_hot = torch.tensor(groups), multi_hot_of(dataset)
+    if multi_hot is not None:
+        return LabelScores(rows, multi_hot)
+    return GroupHits(rows, outputs, device)
 
 
 @dataclass(frozen=True)
@@ -199,25 +174,15 @@ def evaluate_groups(
     kept = PartialResults(options.records, lambda: evaluation_identity(net, dataset))
     started = time.perf_counter()
 
-    def make(part: list[tuple[int, ...]]) -> Iterator[GroupRecord]:
-        hits = HitCounts(torch.tensor(part), net.num_classes, engine.device)
-        engine.run(hits, engine.chunks(len(part)))
-        tables = {name: table.cpu() for name, table in hits.tables.items()}
-        seen, before = tables["original_seen"], tables["original_top1"]
-        for group, right in zip(part, tables["top1"], strict=True):
-            yield GroupRecord.of(group, names, seen, before, right)
-
-    def make_of_labels(part: list[tuple[int, ...]]) -> Iterator[LabelGroupRecord]:
-        scores = LabelScores(torch.tensor(part), multi_hot)
+    def make(part: list[tuple[int, ...]]) -> Iterator[GroupRecord | LabelGroupRecord]:
+        scores = group_scores(part, dataset, net.num_classes, engine.device)
         engine.run(scores, engine.chunks(len(part)))
-        _, original, every = scores.precisions()
-        for group, found in zip(part, every, strict=True):
-            yield LabelGroupRecord.of(group, names, original, found)
+        return scores.records(names)
 
-    how = GroupRecord, make, _GROUPS_TOGETHER
+    kind, together = GroupRecord, _GROUPS_TOGETHER
     if multi_hot is not None:
-        how = LabelGroupRecord, make_of_labels, _LABEL_GROUPS_TOGETHER
+        kind, together = LabelGroupRecord, _LABEL_GROUPS_TOGETHER
     groups = [tuple(group) for group in groups]
     with engine.show(len(kept.left(groups)) * len(labels), "groups"):
-        records = kept.complete(groups, *how)
+        records = kept.complete(groups, kind, make, together)
     return GroupResult(records, time.perf_counter() - started)

@@ -49,17 +49,25 @@ class MultiLabelRecord:
     original_ap_f: float
     original_map_r: float
 
-    @classmethod
-    def of(
-        cls, label: int, name: str, truth: Tensor, original: Tensor, found: Tensor
-    ) -> MultiLabelRecord:
-        """Of labels ``truth [n, K]``, and average precisions of all outputs ``[K]``: ``original``
-        ones, and ``found`` when the label is forgotten."""
-        images, others = int(truth[:, label].sum()), torch.arange(len(found)) != label
-        before, after = (
-            (each[label].item(), each[others].nanmean().item()) for each in (original, found)
-        )
-        return cls(label, name, images, images / len(truth), *after, *before)
+
+@dataclass(frozen=True)
+class LabelGroupRecord:
+    """What forgetting a group of labels at once does.
+
+    Attributes:
+        classes, names: the group.
+        ap_f, ap_f_worst: mean and largest average precision of its own outputs.
+        map_r: mean average precision of all other outputs.
+        original_ap_f, original_map_r: the same of the original network.
+    """
+
+    classes: list[int]
+    names: list[str]
+    ap_f: float
+    ap_f_worst: float
+    map_r: float
+    original_ap_f: float
+    original_map_r: float
 
 
 @dataclass(frozen=True)
@@ -186,6 +194,10 @@ def check_labels(chosen: Sequence[int], multi_hot: Tensor) -> None:
 class LabelScores(Measure):
     """Logits of all images, of the original network and under each row: rankings need all.
 
+    Args:
+        rows: labels ``[R]``, or groups of them ``[R, J]``.
+        multi_hot: ``[N, K]``.
+
     Attributes:
         tables: ``original [N, K]``, ``filtered [N, R, K]``; ``read [N]``, 1 for images that were.
     """
@@ -205,24 +217,30 @@ class LabelScores(Measure):
         place = chunk.indices[chunk.image], chunk.row
         self.tables["filtered"][place] = chunk.logits.float().cpu()
 
-    def precisions(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns labels ``[n, K]`` of the readable images, and average precisions of all labels:
-        of the original network ``[K]`` and under each row ``[R, K]``.
+    def records(self, names: list[str]) -> Iterator[MultiLabelRecord | LabelGroupRecord]:
+        """What was found of every row, over the readable images.
 
         Raises:
-            ValueError: for a label of a row that no readable image has.
+            ValueError: for a label of a row that none of them has.
         """
         read = self.tables["read"].bool()
         truth, filtered = self.multi_hot[read], self.tables["filtered"][read]
         for label in self.rows.flatten().tolist():
             if not truth[:, label].any():
                 raise unreadable(f"label {label}")
-        original = average_precision(self.tables["original"][read], truth)
-        found = [average_precision(scores, truth) for scores in filtered.unbind(1)]
-        return truth, original, torch.stack(found)
-
-    def records(self, names: list[str]) -> Iterator[MultiLabelRecord]:
-        """What was found of every row."""
-        truth, original, every = self.precisions()
-        for label, found in zip(self.rows.tolist(), every, strict=True):
-            yield MultiLabelRecord.of(label, names[label], truth, original, found)
+        original = average_precision(self.tables["original"][read], truth)  # [K]
+        for row, scores in zip(self.rows, filtered.unbind(1), strict=True):
+            found, inside = average_precision(scores, truth), torch.zeros_like(truth[0])
+            inside[row] = True
+            values = {}
+            for prefix, each in (("", found), ("original_", original)):
+                values[f"{prefix}ap_f"] = each[inside].mean().item()
+                values[f"{prefix}map_r"] = each[~inside].nanmean().item()
+            if row.dim() == 1:
+                group = row.tolist()
+                about = {"classes": group, "names": [names[label] for label in group]}
+                yield LabelGroupRecord(**about, ap_f_worst=found[inside].max().item(), **values)
+            else:
+                images = int(truth[:, row].sum())
+                about = {"index": int(row), "name": names[row], "images": images}
+                yield MultiLabelRecord(**about, share=images / len(truth), **values)

@@ -5,35 +5,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import (
-    CorruptImages,
-    Dataset,
-    batches,
-    classes_of,
-    corrupt_counter,
-    labels_of,
-    multi_hot_of,
-    truth_of,
-)
+from wfnet.data import Dataset, batches, classes_of, corrupt_counter, labels_of, multi_hot_of
 from wfnet.evaluation import metrics
 from wfnet.evaluation.forward import Forward, broken_logits
-from wfnet.evaluation.groups import GroupRecord, GroupResult, LabelGroupRecord
+from wfnet.evaluation.groups import GroupHits, GroupResult, group_scores
 from wfnet.evaluation.initialisation import reinitialise
-from wfnet.evaluation.multilabel_rows import MultiLabelRecord, MultiLabelResult, check_labels
-from wfnet.evaluation.pair_engine import RunOptions
-from wfnet.evaluation.pairs import check_classes
-from wfnet.evaluation.results import ClassRecord, EvaluationResult
+from wfnet.evaluation.multilabel_rows import LabelScores, MultiLabelResult, check_labels
+from wfnet.evaluation.pair_engine import Chunk, Measure, RunOptions
+from wfnet.evaluation.pairs import Pairing, check_classes
+from wfnet.evaluation.results import EvaluationResult
+from wfnet.evaluation.rows import RowScores
 from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.settings import check_value
 from wfnet.version import __version__
+
+Row = TypeVar("Row")  # a class, or several
 
 
 def evaluate_models(
@@ -58,20 +52,16 @@ def evaluate_models(
         ValueError: before work starts, for arguments or labels that do not fit.
         FloatingPointError: if logits are NaN or infinite.
     """
-    options = options or RunOptions()
-    labels, names = labels_of(dataset), classes_of(dataset)
-    several = multi_hot_of(dataset) is not None
-    if several:
+    names, labels, multi_hot = classes_of(dataset), labels_of(dataset), multi_hot_of(dataset)
+    if multi_hot is not None:
         rows = list(range(len(names))) if classes is None else list(classes)
-        check_labels(rows, truth_of(dataset))
+        check_labels(rows, multi_hot)
     else:
         rows = check_classes(classes, labels, len(names)).tolist()
     check_value("zrf_base", zrf_base, metrics.LOG_BASE)
     check_value("seed", seed, settings.seed)
-    corrupt = corrupt_counter(dataset, options.max_corrupt)
     started = time.perf_counter()
-    run = partial(_run, dataset=dataset, options=options, corrupt=corrupt)
-    before, seen = run(original)
+    plain = _PlainModels(original, dataset, options or RunOptions())
     about = {
         "wfnet_version": __version__,
         "model": type(original).__name__,
@@ -79,36 +69,21 @@ def evaluate_models(
         "classes": "all" if classes is None else rows,
         "images": len(labels),
     }
-    if several:
-        precisions = metrics.average_precision(before, seen)
-
-        def measure(label: int) -> MultiLabelRecord:
-            found = metrics.average_precision(run(models(label))[0], seen)
-            return MultiLabelRecord.of(label, names[label], seen, precisions, found)
-
-    else:
-        new, _ = run(reinitialise(original, seed))
+    new = None
+    if multi_hot is None:
+        new = plain.logits(reinitialise(original, seed))
         about |= {"seed": seed, "initialised": "reinitialise(original, seed)"}
 
-        def measure(label: int) -> ClassRecord:
-            own, scores = seen == label, {}
-            for prefix, logits in (("", run(models(label))[0]), ("original_", before)):
-                scores[f"{prefix}zrf"] = metrics.zrf(logits[own], new[own], zrf_base).item()
-                for suffix, k in (("", 1), ("_top5", metrics.TOP_K)):
-                    hits = metrics.topk_hits(logits, seen, k).double()
-                    scores[f"{prefix}acc_f{suffix}"] = hits[own].mean().item()
-                    scores[f"{prefix}acc_r{suffix}"] = hits[~own].mean().item()
-            counts = {"n_forget": int(own.sum()), "n_retain": int((~own).sum())}
-            return ClassRecord(index=label, name=names[label], **counts, **scores)
+    def scores(label: int) -> RowScores | LabelScores:
+        row = torch.tensor([label])
+        if multi_hot is not None:
+            return LabelScores(row, multi_hot)
+        return RowScores(Pairing(row, labels, None, seed), len(names), row.device, zrf_base)
 
-    with Progress(len(rows), "evaluating", options.progress, unit="class") as bar:
-        records = []
-        for label in rows:
-            records.append(measure(label))
-            bar.update(1)
-    about["corrupt_images"] = len(corrupt.found)
+    records = plain.records(models, rows, scores, new)
+    about["corrupt_images"] = len(plain.corrupt.found)
     seconds = time.perf_counter() - started
-    if several:
+    if multi_hot is not None:
         return MultiLabelResult(records, about, seconds)
     return EvaluationResult.from_records(records, zrf_base, about, seconds)
 
@@ -124,42 +99,62 @@ def evaluate_group_models(
 
     Arguments and errors are those of :func:`evaluate_models`.
     """
-    options, names = options or RunOptions(), classes_of(dataset)
-    corrupt = corrupt_counter(dataset, options.max_corrupt)
     started = time.perf_counter()
-    run = partial(_run, dataset=dataset, options=options, corrupt=corrupt)
-    before, truth = run(original)
+    plain = _PlainModels(original, dataset, options or RunOptions())
 
-    def scores(logits: Tensor) -> Tensor:
-        if truth.dim() == 2:
-            return metrics.average_precision(logits, truth)
-        return truth[logits.argmax(1) == truth].bincount(minlength=len(names))
+    def scores(group: tuple[int, ...]) -> GroupHits | LabelScores:
+        return group_scores([group], dataset, len(plain.names), plain.original.device)
 
-    known, records = scores(before), []
-    for group in groups:
-        found = scores(run(models(group))[0])
-        if truth.dim() == 2:
-            records.append(LabelGroupRecord.of(group, names, known, found))
-        else:
-            seen = truth.bincount(minlength=len(names))
-            records.append(GroupRecord.of(group, names, seen, known, found))
-    return GroupResult(records, time.perf_counter() - started)
+    return GroupResult(plain.records(models, groups, scores), time.perf_counter() - started)
 
 
-def _run(
-    model: nn.Module, dataset: Dataset, options: RunOptions, corrupt: CorruptImages
-) -> tuple[Tensor, Tensor]:
-    """Returns logits ``[n, K]`` and labels of all readable images, on the CPU."""
-    forward, found, read = Forward.of(model, options.amp_dtype), [], []
-    chunks = torch.arange(len(labels_of(dataset))).split(options.batch_size)
-    with evaluation_mode(model), torch.no_grad(), forward.autocast():
-        for batch in batches(dataset, chunks, options.workers, corrupt):
-            logits = first_output(model(forward.images(batch.images)))
-            if bool(broken_logits(logits)):
-                raise FloatingPointError(
-                    f"logits are NaN or infinite for images {int(batch.indices[0])} to "
-                    f"{int(batch.indices[-1])}; lower the learning rate of this baseline"
-                )
-            found.append(logits.float().cpu())
-            read.append(batch.indices)
-    return torch.cat(found), truth_of(dataset)[torch.cat(read)]
+class _PlainModels:
+    """Plain models, each run over all images of a data set, as measures of rows take them.
+
+    Attributes:
+        names: of the classes.
+        corrupt: counts images that were left out.
+        indices: ``[n]``, positions of the others.
+        original: ``[n, K]``, the original's logits.
+    """
+
+    def __init__(self, original: nn.Module, dataset: Dataset, options: RunOptions):
+        self.dataset, self.options, self.names = dataset, options, classes_of(dataset)
+        self.corrupt = corrupt_counter(dataset, options.max_corrupt)
+        self.original = self.logits(original)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Returns logits ``[n, K]`` of all readable images, on the CPU."""
+        forward, found, read = Forward.of(model, self.options.amp_dtype), [], []
+        chunks = torch.arange(len(labels_of(self.dataset))).split(self.options.batch_size)
+        with evaluation_mode(model), torch.no_grad(), forward.autocast():
+            for batch in batches(self.dataset, chunks, self.options.workers, self.corrupt):
+                logits = first_output(model(forward.images(batch.images)))
+                if bool(broken_logits(logits)):
+                    raise FloatingPointError(
+                        f"logits are NaN or infinite for images {int(batch.indices[0])} to "
+                        f"{int(batch.indices[-1])}; lower the learning rate of this baseline"
+                    )
+                found.append(logits.float().cpu())
+                read.append(batch.indices)
+        self.indices = torch.cat(read)
+        return torch.cat(found)
+
+    def records(
+        self,
+        models: Callable[[Row], nn.Module],
+        rows: Sequence[Row],
+        scores: Callable[[Row], Measure],
+        initialised: Tensor | None = None,
+    ) -> list[Any]:
+        """Returns what ``scores(row)`` records of the model of every row."""
+        found, labels = [], labels_of(self.dataset)[self.indices]
+        image = torch.arange(len(labels))
+        with Progress(len(rows), "evaluating", self.options.progress, unit="class") as bar:
+            for row in rows:
+                measure, logits = scores(row), self.logits(models(row))
+                plain = self.original, initialised
+                measure.add(Chunk(self.indices, labels, *plain, image, 0 * image, logits))
+                found += measure.records(self.names)
+                bar.update(1)
+        return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -94,7 +94,7 @@ def evaluate(
     initial = reinitialise(net, seed) if initialised is None else initialised
     engine = PairEngine(net, dataset, options, initial)
     ranks = engine.ranks
-    scores = RowScores(pairing, engine, zrf_base)
+    scores = RowScores(pairing, engine.outputs, engine.device, zrf_base)
 
     def identity() -> dict[str, Any]:
         settings = {
@@ -116,7 +116,7 @@ def evaluate(
     kept.save(last, now=True)
     engine.merge(scores)
     counts = scores.counts()
-    found = scores.records(counts, names_of(dataset, net.num_classes))
+    found = list(scores.records(names_of(dataset, net.num_classes)))
     settings = {
         **engine.about(None if classes is None else rows),
         "images": int(counts.original_seen.sum()),
@@ -140,8 +140,8 @@ class RowScores(HitCounts):
             0 for images that were not run; ``measured [N]``, 1 for those that were.
     """
 
-    def __init__(self, pairing: Pairing, engine: PairEngine, zrf_base: float):
-        super().__init__(pairing.classes, engine.outputs, engine.device)
+    def __init__(self, pairing: Pairing, outputs: int, device: torch.device, zrf_base: float):
+        super().__init__(pairing.classes, outputs, device)
         self.pairing, self.zrf_base = pairing, zrf_base
         for name in ("divergence", "original_divergence", "measured"):
             self.tables[name] = torch.zeros(len(pairing.labels), dtype=torch.float64)
@@ -167,13 +167,13 @@ class RowScores(HitCounts):
         names = [field.name for field in fields(PairCounts)[1:]]
         return PairCounts(self.rows, *(self.tables[name].cpu() for name in names))
 
-    def records(self, counts: PairCounts, names: list[str]) -> list[ClassRecord]:
+    def records(self, names: list[str]) -> Iterator[ClassRecord]:
         """What was found of every row.
 
         Raises:
             ValueError: for a class without readable images, or without retained ones.
         """
-        columns = {}
+        columns, counts = {}, self.counts()
         for prefix in ("", "original_"):
             # The original network has the same counts under every row.
             seen, top1, top5 = (
@@ -194,7 +194,6 @@ class RowScores(HitCounts):
         if lost.any():
             raise unreadable(f"class {int(self.rows[lost][0])}, or all classes beside it,")
         values = {name: column.tolist() for name, column in columns.items()}
-        return [
-            ClassRecord(index=label, name=names[label], **{n: v[i] for n, v in values.items()})
-            for i, label in enumerate(self.rows.tolist())
-        ]
+        for i, label in enumerate(self.rows.tolist()):
+            found = {name: column[i] for name, column in values.items()}
+            yield ClassRecord(index=label, name=names[label], **found)
