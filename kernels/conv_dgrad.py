@@ -295,10 +295,7 @@ def conv_dgrad(
 
 
 def dgrad_choice(
-    ag: Tensor,
-    weight: Tensor,
-    shape: ConvShape,
-    backward: BackwardArguments | None = None,
+    ag: Tensor, weight: Tensor, shape: ConvShape, backward: BackwardArguments | None = None
 ) -> Choice:
     """The config for ``ag`` ``[B, P, Q, O]`` and ``weight`` ``[O, R, S, C]``."""
     read = [weight, *(backward.reads.values() if backward else ())]

@@ -207,11 +207,7 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 def _check_call(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    alpha_weight: Tensor,
-    alpha_bias: Tensor | None,
+    x: Tensor, weight: Tensor, bias: Tensor | None, alpha_weight: Tensor, alpha_bias: Tensor | None
 ) -> None:
     if x.dtype not in _FLOATS or weight.dtype != x.dtype:
         raise TypeError(

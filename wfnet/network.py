@@ -367,10 +367,7 @@ class WFNet(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        folder: str | os.PathLike,
-        base_model: nn.Module | None = None,
-        backend: str = "auto",
+        cls, folder: str | os.PathLike, base_model: nn.Module | None = None, backend: str = "auto"
     ) -> WFNet:
         """Wraps ``base_model`` and loads the filters that :meth:`save_pretrained` wrote.
 

@@ -188,11 +188,7 @@ def fit_classifier(
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module,
-    dataset: Any,
-    batch_size: int = 256,
-    workers: int = 0,
-    amp: str | None = None,
+    model: nn.Module, dataset: Any, batch_size: int = 256, workers: int = 0, amp: str | None = None
 ) -> float:
     """Returns the fraction of `dataset` whose largest logit is the label, in evaluation mode.
 

@@ -4,14 +4,7 @@ import pytest
 import torch
 from image_files import write_image
 
-from wfnet.data import (
-    CachedImages,
-    ImageFiles,
-    batches,
-    cache,
-    evaluation_transform,
-    open_data,
-)
+from wfnet.data import CachedImages, ImageFiles, batches, cache, evaluation_transform, open_data
 
 SIZE, MEAN, STD = 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

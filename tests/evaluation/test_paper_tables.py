@@ -73,10 +73,7 @@ def test_what_was_not_measured_or_published_has_no_column():
 
 @pytest.mark.parametrize(
     ("ours", "message"),
-    [
-        ((2,), "zrf_base=2.7"),
-        ((math.e, {"lr": 1e-5}), "lr=0.01, others with 1e-05"),
-    ],
+    [((2,), "zrf_base=2.7"), ((math.e, {"lr": 1e-5}), "lr=0.01, others with 1e-05")],
 )
 def test_baselines_that_were_measured_otherwise_are_refused(ours, message):
     check_baselines([baseline("retrained")], math.e)

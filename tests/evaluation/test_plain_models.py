@@ -1,11 +1,6 @@
 import pytest
 
-from wfnet.evaluation import (
-    evaluate,
-    evaluate_groups,
-    evaluate_models,
-    evaluate_multi_label,
-)
+from wfnet.evaluation import evaluate, evaluate_groups, evaluate_models, evaluate_multi_label
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.plain_models import evaluate_group_models
 

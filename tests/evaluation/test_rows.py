@@ -25,7 +25,9 @@ def one_pass(net, dataset, c, base=math.e):
             hit = (logits.topk(k, 1).indices == labels[:, None]).any(1).double()
             values[f"{prefix}acc_r{suffix}"] = hit[~own].mean().item()
             values[f"{prefix}acc_f{suffix}"] = hit[own].mean().item()
-        values[f"{prefix}zrf"] = metrics.zrf(logits[own], new(images[own]), base).item()
+        values[f"{prefix}zrf"] = (
+            1 - metrics.jensen_shannon(logits[own], new(images[own]), base).mean().item()
+        )
     return values
 
 

@@ -15,11 +15,7 @@ import torch
 from torch import Tensor
 
 from wfnet.backends import cuda_launch
-from wfnet.backends.contract import (
-    NO_LAYER,
-    ConvGeometry,
-    LayerGradient,
-)
+from wfnet.backends.contract import NO_LAYER, ConvGeometry, LayerGradient
 from wfnet.backends.triton import TritonBackend
 
 _KERNEL = "persistent implicit GEMM (TMA, wgmma, clusters of two blocks, tiles of 128 x {})"

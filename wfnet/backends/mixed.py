@@ -14,13 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from wfnet import backends
-from wfnet.backends.contract import (
-    NO_LAYER,
-    LayerBelow,
-    LayerGradient,
-    as_pixels,
-    as_tokens,
-)
+from wfnet.backends.contract import NO_LAYER, LayerBelow, LayerGradient, as_pixels, as_tokens
 from wfnet.backends.eager import EagerBackend
 from wfnet.gates import gather_samples
 

@@ -13,11 +13,7 @@ import torch
 from torch import Tensor
 
 from wfnet import gates
-from wfnet.backends.contract import (
-    NO_LAYER,
-    Activation,
-    Backend,
-)
+from wfnet.backends.contract import NO_LAYER, Activation, Backend
 
 try:
     import triton

@@ -5,12 +5,7 @@ settings are chosen on validation images by a stated budget, which stands in eve
 """
 
 from wfnet.baselines.method import BaselineConfig, Forget, Method, Origin, classes_in, written
-from wfnet.baselines.per_class import (
-    BaselineModels,
-    BaselineResult,
-    read_baselines,
-    run_baseline,
-)
+from wfnet.baselines.per_class import BaselineModels, BaselineResult, read_baselines, run_baseline
 from wfnet.baselines.tuning import tune
 from wfnet.baselines.unlearning import METHODS, unlearn
 

@@ -29,11 +29,7 @@ from wfnet.baselines import (
     written,
 )
 from wfnet.cli.chosen_images import evaluated_images
-from wfnet.cli.evaluate import (
-    add_measure_options,
-    add_relearn_options,
-    relearn_config,
-)
+from wfnet.cli.evaluate import add_measure_options, add_relearn_options, relearn_config
 from wfnet.cli.inputs import Run, choose_device
 from wfnet.cli.options import Parser, add_command, key_value
 from wfnet.cli.runs import check_writable, versions

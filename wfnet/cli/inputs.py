@@ -210,10 +210,7 @@ def is_pretrained(options: argparse.Namespace) -> bool:
 
 
 def open_images(
-    options: argparse.Namespace,
-    model: nn.Module,
-    augment: bool = False,
-    seed: int | None = None,
+    options: argparse.Namespace, model: nn.Module, augment: bool = False, seed: int | None = None
 ) -> Splits:
     """Training, validation and test images as the classifier expects them.
 

@@ -15,11 +15,7 @@ from wfnet.data.open import NAMES_WITH_FILES
 from wfnet.services.extras import require
 
 # Of each set, an option on the command line takes the place of the others' recorded values.
-_ALTERNATIVES = (
-    {"steps", "epochs"},
-    {"data", "data_dir"},
-    {"pretrained", "checkpoint"},
-)
+_ALTERNATIVES = ({"steps", "epochs"}, {"data", "data_dir"}, {"pretrained", "checkpoint"})
 # What evaluate, bake and others take over from the run that they work on.
 DESCRIPTION = frozenset(
     ("model", "pretrained", "checkpoint", "num_classes", "model_kwargs", "in_chans", "img_size")

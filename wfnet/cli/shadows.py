@@ -84,13 +84,7 @@ def run(options: argparse.Namespace) -> None:
         ]
     with folder_lock(rounds.folder):
         result = compare(
-            rounds,
-            options.rounds,
-            classes,
-            methods,
-            options.samples,
-            missing,
-            not options.quiet,
+            rounds, options.rounds, classes, methods, options.samples, missing, not options.quiet
         )
     result.settings["versions"] = versions()
     result.write(output)

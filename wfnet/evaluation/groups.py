@@ -140,10 +140,7 @@ def choose_groups(
 
 
 def evaluate_groups(
-    net: WFNet,
-    dataset: Dataset,
-    groups: Sequence[Sequence[int]],
-    options: RunOptions | None = None,
+    net: WFNet, dataset: Dataset, groups: Sequence[Sequence[int]], options: RunOptions | None = None
 ) -> GroupResult:
     """Acc_f and Acc_r of groups of classes, each forgotten by the product of its rows; average
     precisions where images have several labels.

@@ -66,22 +66,6 @@ def _divergence(log_p: Tensor, log_m: Tensor) -> Tensor:
     return torch.where(p > 0, p * (log_p - log_m), 0).sum(-1)
 
 
-def zrf(logits: Tensor, initial_logits: Tensor, base: float = math.e) -> Tensor:
-    """Zero Retrain Forgetting: 1 - mean JS divergence from a network that knows nothing.
-
-    ``ZRF = 1 - 1/n * sum_i JS(softmax(logits_i), softmax(initial_logits_i))`` over the forget
-    samples, between the unlearned network and the same network newly initialised (paper; Chundawat
-    et al., "Can Bad Teaching Induce Forgetting?", AAAI 2023). 1: as clueless as a new one.
-
-    The papers do not state the base of the logarithm. The natural one fits the values published
-    for original models (confident against uniform gives 0.474 for 10 classes and 0.311 for 1,000),
-    so it is the default; write the base beside every value.
-
-    Both logits are ``[n, K]``, on samples of the forgotten class; the result is an fp64 scalar.
-    """
-    return 1 - jensen_shannon(logits, initial_logits, base).mean()
-
-
 def relearn_time(epochs: Sequence[int | None], cap: int) -> dict[str, float]:
     """RT: mean ``epochs`` until the original accuracy is regained; how many classes ``never`` did.
 

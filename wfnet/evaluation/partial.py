@@ -133,11 +133,7 @@ class PartialCounts:
         """Writes the tables of the images before ``position``: now, or at most twice a minute."""
         late = time.perf_counter() - self.saved >= _SAVE_EVERY
         if self.path is not None and (now or late):
-            state = {
-                "identity": self.identity,
-                "position": position,
-                "corrupt": self.corrupt.found,
-            }
+            state = {"identity": self.identity, "position": position, "corrupt": self.corrupt.found}
             write_tensors(self.path, self.tables, {"state": json.dumps(state)})
             self.saved = time.perf_counter()
 

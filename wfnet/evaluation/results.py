@@ -27,7 +27,7 @@ class Scores:
     Attributes:
         acc_r, acc_f: :func:`wfnet.evaluation.metrics.accuracies`.
         acc_r_top5, acc_f_top5: the same with the true class among the five largest logits.
-        zrf: :func:`wfnet.evaluation.metrics.zrf`, in the log base that stands in the result.
+        zrf: :class:`wfnet.evaluation.rows.RowScores`, in the log base that stands in the result.
     """
 
     acc_r: float

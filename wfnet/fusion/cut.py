@@ -247,11 +247,7 @@ class _Cut:
 
 
 def _masked_call(
-    index: int,
-    at_source: bool,
-    region: list[fx.Node],
-    sizes: list[fx.Node],
-    results: list[fx.Node],
+    index: int, at_source: bool, region: list[fx.Node], sizes: list[fx.Node], results: list[fx.Node]
 ) -> Callable[..., tuple]:
     """A function of a run, a layer's input and ``sizes`` that returns views of its result."""
     graph = fx.Graph()

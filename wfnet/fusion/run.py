@@ -138,12 +138,7 @@ class Run(ABC):
     """
 
     def __init__(
-        self,
-        network: FusedNetwork,
-        images: Tensor,
-        rows: Tensor,
-        source: Tensor | None,
-        save: bool,
+        self, network: FusedNetwork, images: Tensor, rows: Tensor, source: Tensor | None, save: bool
     ):
         self.network = network
         self.images = images

@@ -26,15 +26,7 @@ from wfnet.evaluation.metrics import TOP_K
 from wfnet.evaluation.paper_tables import TITLES
 from wfnet.evaluation.results import base_name
 from wfnet.report.contents import PICTURES, Contents, read_contents
-from wfnet.report.run_tables import (
-    MEASURES,
-    ORIGINAL,
-    QUALITY,
-    SHADOWS,
-    TRUST,
-    WFNET,
-    run_values,
-)
+from wfnet.report.run_tables import MEASURES, ORIGINAL, QUALITY, SHADOWS, TRUST, WFNET, run_values
 from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT, judge, what_comes_back
 from wfnet.services.files import write_text
 from wfnet.trust import CHECKS, TrustRecord, TrustResult, describe_export

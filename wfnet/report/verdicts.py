@@ -255,9 +255,7 @@ def _judge_a_cut(
 
 
 def _judge_run_time(
-    found: dict[str, list[str]],
-    evaluation: Evaluation,
-    baselines: Mapping[str, Evaluation],
+    found: dict[str, list[str]], evaluation: Evaluation, baselines: Mapping[str, Evaluation]
 ) -> None:
     """Judges what a user meets who sends images while the owner sets the forget label."""
     records, score = evaluation.records, evaluation.score

@@ -10,15 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from wfnet.data import (
-    Dataset,
-    MultiLabelTensors,
-    Splits,
-    TensorImages,
-    batches,
-    is_of,
-    truth_of,
-)
+from wfnet.data import Dataset, MultiLabelTensors, Splits, TensorImages, batches, is_of, truth_of
 from wfnet.evaluation.metrics import average_precision
 from wfnet.head import first_output
 from wfnet.services import settings

@@ -158,11 +158,7 @@ class RowAdam(torch.optim.Optimizer):
 
     def moments(self) -> dict[str, Tensor]:
         """The state by name: ``exp_avg``, ``exp_avg_sq`` ``[K, sum O_i]``, ``steps`` ``[K, 1]``."""
-        return {
-            "exp_avg": self._exp_avg,
-            "exp_avg_sq": self._exp_avg_sq,
-            "steps": self._steps,
-        }
+        return {"exp_avg": self._exp_avg, "exp_avg_sq": self._exp_avg_sq, "steps": self._steps}
 
     @torch.no_grad()
     def load_moments(self, moments: dict[str, Tensor]) -> None:

@@ -22,13 +22,7 @@ from wfnet.data import Dataset, classes_of, labels_of, multi_hot_of
 from wfnet.gate_tables import side_by_side
 from wfnet.network import WFNet
 from wfnet.pretrained import assign_filters
-from wfnet.services.files import (
-    digest,
-    fingerprint,
-    read_metadata,
-    read_tensors,
-    write_tensors,
-)
+from wfnet.services.files import digest, fingerprint, read_metadata, read_tensors, write_tensors
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam

@@ -16,9 +16,7 @@ from wfnet.trust.subject import Subject
 
 
 @attack(
-    "base_head",
-    "the base's row of the head put back and BatchNorm re-estimated",
-    needs_base=True,
+    "base_head", "the base's row of the head put back and BatchNorm re-estimated", needs_base=True
 )
 def base_head(model: nn.Module, subject: Subject) -> nn.Module | None:
     heads = [find_head(network, subject.num_classes) for network in (model, subject.original)]

@@ -49,9 +49,7 @@ def offset(model: nn.Module, subject: Subject) -> nn.Module:
 
 
 @attack(
-    "batchnorm_offset",
-    "BatchNorm re-estimated, then the class's logit shifted",
-    moves_logits=True,
+    "batchnorm_offset", "BatchNorm re-estimated, then the class's logit shifted", moves_logits=True
 )
 def batchnorm_offset(model: nn.Module, subject: Subject) -> nn.Module | None:
     changed = batchnorm_all(model, subject)
