@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import hashlib
 import importlib
 import importlib.metadata
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 import torch
 
 from wfnet.backends import cuda_launch
-from wfnet.services.files import cache_folder, write_json
+from wfnet.services.files import cache_folder, sha256, write_json
 from wfnet.version import __version__
 
 logger = logging.getLogger("wfnet")
@@ -38,7 +37,7 @@ class TuningCache:
 
     def __init__(self, device: torch.device):
         self.about = _identity(device)
-        digest = hashlib.sha256(json.dumps(self.about).encode()).hexdigest()[:12]
+        digest = sha256(json.dumps(self.about))[:12]
         name = f"{re.sub(r'[^A-Za-z0-9]+', '_', self.about['device'])}-{digest}.json"
         self.path = cache_folder() / "tuning" / name
         self._writes = True
@@ -94,10 +93,9 @@ def _identity(device: torch.device) -> dict[str, str]:
     """What times and results depend on."""
     triton = importlib.import_module("triton")
     packages = [importlib.import_module(f"wfnet.{name}") for name in ("kernels", "backends")]
-    sources = hashlib.sha256(str(getattr(cuda_launch.library().module, "sources", "")).encode())
+    sources = [str(getattr(cuda_launch.library().module, "sources", ""))]
     for package in packages:
-        for path in sorted(Path(package.__path__[0]).glob("*.py")):
-            sources.update(path.read_bytes())
+        sources += [path.read_bytes() for path in sorted(Path(package.__path__[0]).glob("*.py"))]
     frontend = None
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         frontend = importlib.metadata.version("nvidia-cudnn-frontend")
@@ -111,7 +109,7 @@ def _identity(device: torch.device) -> dict[str, str]:
         "wfnet": __version__,
         "cuda": f"{torch.version.cuda}, driver {driver.value}",
         "cudnn": f"{torch.backends.cudnn.version()}, frontend {frontend}",
-        "kernels": sources.hexdigest()[:12],
+        "kernels": sha256(*sources)[:12],
     }
 
 

@@ -1,7 +1,8 @@
-"""Where a number comes from: device, driver, versions, commit, command."""
+"""Where a number or a file comes from: device, driver, versions, commit, command."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -14,31 +15,33 @@ import torch
 
 from wfnet.version import __version__
 
-_PACKAGES = ("torch", "triton", "timm", "torchvision", "transformers", "numpy", "scikit-learn")
+_PACKAGES = ("torch", "numpy", "safetensors", "triton", "timm", "torchvision", "transformers")
+_PACKAGES += ("scikit-learn", "matplotlib")
 
 
-def provenance(device: torch.device | str, command: Sequence[str]) -> dict[str, str | None]:
+def versions() -> dict[str, str]:
+    """Returns the versions of what computes; packages are not imported for it."""
+    found = {"wfnet": __version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "device": torch.cuda.get_device_name()}
+    return found
+
+
+def provenance(device: torch.device | str, command: Sequence[str]) -> dict[str, str]:
     """Returns what belongs beside every number, as JSON takes it.
 
     Args:
         command: script and arguments, as they were typed.
     """
     device = torch.device(device)
-    found: dict[str, str | None] = {
-        "device": device_name(device),
-        "python": platform.python_version(),
-    }
+    found = versions() | {"device": device_name(device)}
     if device.type == "cuda":
         found["driver"] = _nvidia_smi(device, "driver_version")
         found["clocks"] = _nvidia_smi(device, "clocks.sm,clocks.mem,power.limit")
-        found["cuda"] = torch.version.cuda
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
     return found | {
-        "wfnet": __version__,
         "commit": commit(),
         "command": " ".join(["python", *command]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +29,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from wfnet import hugging_face
+from wfnet.benchmarking.provenance import versions
 from wfnet.cli.classifier import data_settings
 from wfnet.cli.inputs import Run, class_indices
 from wfnet.cli.options import Parser, add_command
-from wfnet.cli.runs import check_writable, versions
+from wfnet.cli.runs import check_writable
 from wfnet.cli.weights import load_weights
 from wfnet.compact import compact
 from wfnet.data import batches
@@ -44,7 +44,7 @@ from wfnet.network import WFNet
 from wfnet.pretrained import filters_digest
 from wfnet.services import settings
 from wfnet.services.extras import require
-from wfnet.services.files import write_json, write_tensors
+from wfnet.services.files import sha256, write_json, write_tensors
 from wfnet.trust import CHECKS, TrustSettings, check_export, describe_export
 from wfnet.trust.subject import ImageReader
 
@@ -294,7 +294,7 @@ def _attack(
         **export.described(),
         "file": export.path.name,
         "filters_digest": filters_digest(net),
-        "sha256": hashlib.sha256(export.weights.read_bytes()).hexdigest(),
+        "sha256": sha256(export.weights.read_bytes()),
         "seed": options.seed,
         "samples": options.samples,
         "agreement": agreement,

@@ -28,11 +28,12 @@ from wfnet.baselines import (
     tune,
     written,
 )
+from wfnet.benchmarking.provenance import versions
 from wfnet.cli.chosen_images import evaluated_images
 from wfnet.cli.evaluate import add_measure_options, add_relearn_options, relearn_config
 from wfnet.cli.inputs import Run, choose_device
 from wfnet.cli.options import Parser, add_command, key_value
-from wfnet.cli.runs import check_writable, versions
+from wfnet.cli.runs import check_writable
 from wfnet.cli.train import add_training_options, training_of
 from wfnet.data import multi_hot_of
 from wfnet.evaluation import Scores

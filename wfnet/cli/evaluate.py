@@ -21,11 +21,12 @@ from typing import Any
 import torch
 
 from wfnet.baselines import read_baselines
+from wfnet.benchmarking.provenance import versions
 from wfnet.cli.chosen_images import add_list_options, evaluated_images
 from wfnet.cli.inputs import Run, joined_ranks
 from wfnet.cli.options import Group, Parser, add_command, config_changes, log_base
 from wfnet.cli.report import draw_run
-from wfnet.cli.runs import ATTRIBUTION, check_writable, versions
+from wfnet.cli.runs import ATTRIBUTION, check_writable
 from wfnet.data import Dataset, Splits, multi_hot_of
 from wfnet.evaluation import (
     EvaluationResult,

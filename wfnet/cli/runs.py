@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import importlib.metadata
 import json
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from wfnet.benchmarking.provenance import versions
 from wfnet.hugging_face import PREFIX, local_folder
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
 from wfnet.services.files import write_json
 from wfnet.untraining.run_state import CHECKPOINT_NAME
-from wfnet.version import __version__
 
 RUN_FILE = "config.json"
 BASE_NAME = "base.safetensors"  # weights that `wfnet train` writes
@@ -40,9 +35,6 @@ OF_THIS_CALL = frozenset(
     + ("log_wandb",)  # of older versions
 )
 _PATHS = ("data_dir", "checkpoint")
-_PACKAGES = ("torch", "numpy", "safetensors", "triton", "timm", "torchvision", "scikit-learn") + (
-    "matplotlib",
-)
 
 
 def check_writable(folder: Path) -> None:
@@ -113,15 +105,3 @@ def read_run(folder: str | os.PathLike) -> dict[str, Any]:
         if options.get(name):
             options[name] = str(Path(folder) / options[name])  # an absolute one stays as it is
     return content
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes; packages are not imported for it."""
-    found = {"wfnet": __version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    if torch.cuda.is_available():
-        found["cuda"] = str(torch.version.cuda)
-        found["device"] = torch.cuda.get_device_name()
-    return found

@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 
 from wfnet.baselines import METHODS
+from wfnet.benchmarking.provenance import versions
 from wfnet.cli.inputs import Run, choose_device
 from wfnet.cli.options import Parser, add_command, fuse_of
-from wfnet.cli.runs import RUN_FILE, check_writable, read_run, versions
+from wfnet.cli.runs import RUN_FILE, check_writable, read_run
 from wfnet.cli.train import add_training_options, training_of
 from wfnet.services import settings
 from wfnet.services.locks import folder_lock

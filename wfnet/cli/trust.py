@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,7 +33,7 @@ from wfnet.evaluation.partial import data_identity
 from wfnet.fusion.trace import execution_order
 from wfnet.pretrained import FILTERS_NAME
 from wfnet.services import settings
-from wfnet.services.files import fingerprint, read_metadata, read_tensors
+from wfnet.services.files import fingerprint, read_metadata, read_tensors, sha256
 from wfnet.trust.subject import ImageReader
 
 _SETTINGS = ("samples", "seed", "relearn_steps")  # that are options of these names
@@ -101,10 +100,8 @@ def run(options: argparse.Namespace) -> None:
         **data_identity(data.train, "training data"),
     }
     device = next(net.parameters()).device
-    identity = {
-        "filters": hashlib.sha256((folder / FILTERS_NAME).read_bytes()).hexdigest(),
-        "prune_below": options.prune_below,
-    }
+    filters = sha256((folder / FILTERS_NAME).read_bytes())
+    identity = {"filters": filters, "prune_below": options.prune_below}
     chosen = trust.TrustSettings(
         **config_changes(options, trust.TrustSettings, *_SETTINGS),
         relearn_images=tuple(options.relearn_images),

@@ -6,7 +6,6 @@ then on batches are gathered from there. Normalisation and augmentation run on t
 batches; a byte per value crosses the bus instead of four, beside what the device computes.
 """
 
-import hashlib
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +22,7 @@ from wfnet.data.row_store import RowStore
 from wfnet.data.transforms import evaluation_transform, training_transform
 from wfnet.services.device_copies import to_device_async, to_device_overlapped
 from wfnet.services.extras import require
-from wfnet.services.files import cache_folder
+from wfnet.services.files import cache_folder, sha256
 
 # Part of the area that a random crop covers, at an aspect ratio of 3/4 to 4/3.
 _LEAST_CROP, _WIDEST = 0.25, 4 / 3
@@ -87,7 +86,7 @@ class CachedImages(LabelledImages):
         shape, path = (dataset.channels, kept, kept), None
         if place == "disk":
             marks = f"{dataset.versions()} {interpolation} {part} {(len(dataset), *shape)}"
-            name = f"images-{hashlib.sha256(marks.encode()).hexdigest()[:32]}.uint8"
+            name = f"images-{sha256(marks)[:32]}.uint8"
             path = Path(folder or cache_folder(), name)
         self._pixels = RowStore("images", place, len(dataset), shape, torch.uint8, device, path)
 

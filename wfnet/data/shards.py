@@ -8,7 +8,6 @@ Format: https://github.com/webdataset/webdataset. The files of a sample follow e
 one key, the path up to the first dot of the file's name; what follows says what is in a file.
 """
 
-import hashlib
 import io
 import logging
 import os
@@ -24,7 +23,7 @@ import torch
 from wfnet.data.class_names import read_names
 from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version
 from wfnet.data.transforms import Transform
-from wfnet.services.files import cache_folder, read_tensors, write_tensors
+from wfnet.services.files import cache_folder, read_tensors, sha256, write_tensors
 
 logger = logging.getLogger("wfnet")
 
@@ -88,7 +87,7 @@ class ImageShards(EncodedImages):
         return io.BytesIO(content)
 
     def versions(self) -> list[str]:
-        places = hashlib.sha256(self._place.numpy().tobytes()).hexdigest()
+        places = sha256(self._place.numpy().tobytes())
         return [*(file_version(shard) for shard in self.shards), places]
 
 
@@ -117,7 +116,7 @@ def _read_index(shards: list[Path]) -> dict[str, torch.Tensor]:
                 "a plain .tar (gunzip, zstd -d); JPEG files gain nothing from compression"
             )
     versions = "\n".join([_INDEX_FORMAT, *(file_version(shard) for shard in shards)])
-    kept = cache_folder() / f"shards-{hashlib.sha256(versions.encode()).hexdigest()}.safetensors"
+    kept = cache_folder() / f"shards-{sha256(versions)}.safetensors"
     try:
         return read_tensors(kept)
     except (FileNotFoundError, ValueError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,6 +12,7 @@ from wfnet.baselines import read_baselines
 from wfnet.evaluation import EvaluationResult, MultiLabelResult
 from wfnet.evaluation.multilabel_rows import evaluation_from_dict
 from wfnet.pretrained import FILTERS_NAME
+from wfnet.services.files import sha256
 from wfnet.services.records import read_json
 from wfnet.trust import TrustResult
 
@@ -115,7 +115,7 @@ def read_contents(folder: str | os.PathLike, empty: bool = False) -> Contents:
     path, filters = folder / "trust.json", folder / FILTERS_NAME
     if path.is_file():
         trust = TrustResult.from_json(path)
-        ours = hashlib.sha256(filters.read_bytes()).hexdigest() if filters.is_file() else None
+        ours = sha256(filters.read_bytes()) if filters.is_file() else None
         theirs = trust.settings.get("filters")
         if found.is_ours(path, theirs, ours, f"run `wfnet trust {folder}` again"):
             found.trust = trust

@@ -127,6 +127,12 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
         return file.metadata() or {}
 
 
+def sha256(*parts: bytes | str) -> str:
+    """SHA-256 over bytes and texts, one after the other."""
+    joined = b"".join(part.encode() if isinstance(part, str) else part for part in parts)
+    return hashlib.sha256(joined).hexdigest()
+
+
 def digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
     """SHA-256 over ``text`` and names, dtypes, shapes, bytes of ``tensors``, in order of names."""
     found = hashlib.sha256(text.encode())
@@ -170,4 +176,4 @@ def code_digest(modules: Iterable[str]) -> str:
             if isinstance(node, _DOCUMENTED) and ast.get_docstring(node) is not None:
                 node.body = node.body[1:] or [ast.Pass()]
         texts.append(ast.unparse(tree))
-    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    return sha256("\n".join(texts))

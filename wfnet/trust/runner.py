@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -19,7 +18,7 @@ from wfnet.baselines import Forget, Origin, classes_in, unlearn
 from wfnet.data import Splits, multi_hot_of
 from wfnet.evaluation import metrics, relearning
 from wfnet.evaluation.partial import PartialResults
-from wfnet.services.files import code_digest, fingerprint
+from wfnet.services.files import code_digest, fingerprint, sha256
 from wfnet.services.progress import Progress
 from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.check import Check
@@ -131,7 +130,7 @@ def run_checks(
                 for name in names:
                     about = {"class": label, "check": name, "models": digests}
                     about |= {"forgotten": rest} if rest else {}
-                    key = _digest({**common, **about})
+                    key = sha256(json.dumps({**common, **about}, sort_keys=True))
                     if key not in done:
                         if subject is None:
                             models = forgetful, original, others
@@ -144,7 +143,7 @@ def run_checks(
                     bar.update(1)
     for name, reason in without.items():
         logger.warning("trust checks have no column %s: %s", name.replace("_", " "), reason)
-    run_key = _digest(common)
+    run_key = sha256(json.dumps(common, sort_keys=True))
     if earlier.settings.get("run_key") == run_key:
         records = {record.place: record for record in earlier.records} | records
     every = [record for _, record in sorted(records.items())]
@@ -219,7 +218,3 @@ def _make_trivial(subject: Subject, names: Sequence[str]) -> dict[str, str]:
         except ValueError as error:
             reasons[name] = str(error)
     return reasons
-
-
-def _digest(content: object) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

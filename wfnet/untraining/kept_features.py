@@ -7,7 +7,6 @@ and a store of features: on the device, on the host or on disk.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,7 +32,7 @@ from wfnet.evaluation.forward import Forward
 from wfnet.fusion.durable_run import DurableNetwork, KeptProducts, Product
 from wfnet.fusion.plan import ConvStep
 from wfnet.network import WFNet
-from wfnet.services.files import cache_folder, digest
+from wfnet.services.files import cache_folder, digest, sha256
 from wfnet.split import SplitNetwork, split_network
 from wfnet.untraining.objectives import full_precision
 from wfnet.untraining.untrain_config import UntrainConfig
@@ -295,4 +294,4 @@ def _key(dataset: Dataset, split: SplitNetwork, config: UntrainConfig) -> str:
     # Its modules as they are printed: strides and paddings are neither code nor weights.
     about += [split.at, split.front.code, repr(split.front), config.amp, config.channels_last]
     weights = digest(split.front.state_dict())
-    return hashlib.sha256(f"{weights} {about}".encode()).hexdigest()[:32]
+    return sha256(f"{weights} {about}")[:32]

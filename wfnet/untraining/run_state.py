@@ -7,7 +7,6 @@ moment loses at most what was done since it was last written.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from dataclasses import asdict, dataclass, field, fields
@@ -22,7 +21,14 @@ from wfnet.data import Dataset, classes_of, labels_of, multi_hot_of
 from wfnet.gate_tables import side_by_side
 from wfnet.network import WFNet
 from wfnet.pretrained import assign_filters
-from wfnet.services.files import digest, fingerprint, read_metadata, read_tensors, write_tensors
+from wfnet.services.files import (
+    digest,
+    fingerprint,
+    read_metadata,
+    read_tensors,
+    sha256,
+    write_tensors,
+)
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam
@@ -246,15 +252,11 @@ def identity_of(
     gate += [net.soft_init] if net.gate == "durable" else []
     return {
         "base network": fingerprint(net.model),
-        "filters": _digest(json.dumps([filters, gate]).encode()),
+        "filters": sha256(json.dumps([filters, gate])),
         "training data": _data_digest(train),
         "validation data": "none" if validation is None else _data_digest(validation),
         "objective": repr(objective),
     }
-
-
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def _data_digest(dataset: Dataset) -> str:
@@ -263,10 +265,10 @@ def _data_digest(dataset: Dataset) -> str:
     Images in files may be transformed at random, so their content is no mark of the data set.
     """
     labels, multi_hot = labels_of(dataset), multi_hot_of(dataset)
-    parts = [json.dumps(classes_of(dataset)).encode(), labels.numpy().tobytes()]
+    parts = [json.dumps(classes_of(dataset)), labels.numpy().tobytes()]
     if hasattr(dataset, "batch"):
         images = dataset.batch(torch.tensor([0, len(labels) // 2, len(labels) - 1])).images
         parts.append(images.float().contiguous().numpy().tobytes())
     if multi_hot is not None:
         parts.append(multi_hot.contiguous().numpy().tobytes())
-    return _digest(*parts)
+    return sha256(*parts)
