@@ -74,7 +74,7 @@ def test_recipes():
     ten, hundred = (UntrainConfig.recipe(num_classes=k) for k in (10, 100))
     assert (ten.objective, ten.compound, ten.shrink) == ("balanced", 0.5, 0.15)
     durable = [UntrainConfig.recipe("durable", transformer=linear) for linear in (False, True)]
-    assert [(c.steps, c.match, c.shrink) for c in durable] == [(450, 0.1, 0), (450, 0, 0.15)]
+    assert [(c.steps, c.match, c.shrink) for c in durable] == [(450, 0.1, 0), (630, 0, 0.07)]
     crowded = UntrainConfig.recipe("durable", 100)
     assert (crowded.steps, crowded.match, crowded.margin, crowded.compound) == (4000, 0, 1.5, 0)
     assert UntrainConfig.recipe(num_classes=2).compound == 0
