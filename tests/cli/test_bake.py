@@ -155,6 +155,7 @@ def test_a_durable_run_is_baked_compact(arguments, tmp_path, call, capsys):
     call("bake", run, *words, "--threads", "1", "--debug")
     shown = capsys.readouterr().out
     assert "without closed channels" in shown
+    assert "--cut-output takes it out" in shown
     assert "within rounding" in shown
     images = torch.randn(3, 3, 32, 32)
     program = torch.export.load(run / "forget_1.pt2").module()

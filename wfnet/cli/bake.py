@@ -140,6 +140,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"{path}: {type(classifier).__name__} that has forgotten {listed}")
     if images is not None:
         print(f"statistics of both rows at once were measured on {len(images)} training images")
+    if net.gate == "durable" and not options.cut_output:
+        print("the class's row of the head still tells a part of it; --cut-output takes it out")
     if options.verify:
         tested, what = _images(work_on, classifier, options.images)
         found = export.verify(net, classifier, tested)
