@@ -1,7 +1,5 @@
 """Masked linear maps that are not called as layers: packed in attention, or left to a parent."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

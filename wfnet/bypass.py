@@ -5,8 +5,6 @@ are wrapped, and the first forward pass is watched. Tokens that come before samp
 first labels come.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys

@@ -5,8 +5,6 @@ is found by torch-pruning's dependency graph (Fang et al., "DepGraph: Towards An
 Pruning", CVPR 2023); one that is closed in all of them is removed, others stay as zeros.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 

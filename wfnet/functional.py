@@ -5,8 +5,6 @@ Behind them stand the ``torch.library`` operators of :mod:`wfnet.operators`, so 
 ever computed. ``torch.func`` transforms and forward-mode differentiation raise.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@
 with several forget labels has the product of their gates; a label of -1 contributes exactly 1.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

@@ -1,7 +1,5 @@
 """The classifier's head: which layer gives the logits, and how a class is cut from it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from numbers import Integral
 

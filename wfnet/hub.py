@@ -3,8 +3,6 @@
 :meth:`wfnet.WFNet.from_pretrained` loads such a folder, or the repository.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Mapping

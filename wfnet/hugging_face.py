@@ -1,7 +1,5 @@
 """Image classifiers of transformers, from local files; folders that transformers and timm load."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import os

@@ -5,8 +5,6 @@ selects one row of every filter matrix. ``-1`` selects no row (the original mode
 bound by :func:`forgetting` and read by every WF layer that runs inside.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext

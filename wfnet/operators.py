@@ -12,8 +12,6 @@ checked in :mod:`wfnet.functional`. Schemas are flat, as the dispatcher wants th
 :class:`_Forward` and :class:`_Backward` name their arguments.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

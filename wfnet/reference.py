@@ -4,8 +4,6 @@ A Python loop over samples; each sample gets a real masked copy of the weights. 
 differentiable PyTorch, independent of the gate tables, operators and kernels of this package.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

@@ -4,8 +4,6 @@ What lies before the first mask is a constant of the image, whatever it is to fo
 late layers alone most of the network lies there: it can be computed once per image and kept.
 """
 
-from __future__ import annotations
-
 import copy
 import logging
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Which layers a network masks: named by the user, or linear maps of blocks or convolutions."""
 
-from __future__ import annotations
-
 import fnmatch
 import math
 import re

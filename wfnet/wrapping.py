@@ -1,7 +1,5 @@
 """How a classifier is wrapped for a recipe of untraining: where its filters start."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import nn

@@ -4,8 +4,6 @@ Every backend implements :class:`wfnet.backends.contract.Backend` in one file an
 table below by its name. A backend that is asked for by name runs or raises.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 

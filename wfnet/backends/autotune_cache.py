@@ -1,7 +1,5 @@
 """Decisions of :mod:`wfnet.backends.autotune` on disk, a file for each device and its versions."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import importlib

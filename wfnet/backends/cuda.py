@@ -7,8 +7,6 @@ channels, label expansion, large strides) take the launchers of :mod:`wfnet.kern
 says which. Launchers of the compiled kernels: :mod:`wfnet.backends.cuda_launch`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

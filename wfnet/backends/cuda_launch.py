@@ -8,8 +8,6 @@ Tests put an emulated module in the place of :func:`library`'s. It is built from
 runs the kernels on CPU tensors, thread by thread, and checks every access.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

@@ -7,8 +7,6 @@ a choice by name. No device has run it yet: see benchmarks/results/tuning.md for
 without one.
 """
 
-from __future__ import annotations
-
 import importlib.util
 from typing import Any, NamedTuple
 

@@ -4,8 +4,6 @@ No masked copy of the weights, no weight gradient, channels-last aware, any devi
 PyTorch's own convolution takes.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

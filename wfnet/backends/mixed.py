@@ -6,8 +6,6 @@ CUDA device) and keep ``v``. They are candidates of :mod:`wfnet.backends.autotun
 name.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

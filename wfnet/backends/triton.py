@@ -5,8 +5,6 @@ Backward is one elementwise pass (``dout``, ``v`` to ``scale * dout`` and both c
 input-gradient GEMM. Kernels: :mod:`wfnet.kernels`.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import torch

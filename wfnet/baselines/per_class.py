@@ -1,7 +1,5 @@
 """One baseline for all classes: models kept in a folder, their measures, their results in files."""
 
-from __future__ import annotations
-
 import copy
 import json
 import math

@@ -5,8 +5,6 @@ of ``Acc_r - Acc_f`` over them; of equals the first. The budget is the length of
 number of classes.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Collection, Sequence

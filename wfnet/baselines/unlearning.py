@@ -6,8 +6,6 @@ Another package names its :class:`Method` as an entry point of the group ``wfnet
     fisher = "my_package.fisher:Fisher"
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from wfnet.baselines.bad_teacher import BadTeacher

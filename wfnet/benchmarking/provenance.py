@@ -1,7 +1,5 @@
 """Where a number or a file comes from: device, driver, versions, commit, command."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import os

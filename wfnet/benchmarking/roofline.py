@@ -10,8 +10,6 @@ Bytes are counted per expanded sample, except for what comes before the first ma
 (and computed) once per source image.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ filters are equal. Gates are rows of ``gate_scale * sigmoid(alpha)``, one per sa
 of the products: under autocast a gate in fp32 would take all that follows to fp32.
 """
 
-from __future__ import annotations
-
 import copy
 
 import torch

@@ -1,7 +1,5 @@
 """Columns of the step benchmark: the same untraining step as several people would write it."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import gc

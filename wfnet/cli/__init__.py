@@ -4,8 +4,6 @@ A command is a module with ``add_parser(commands)`` and ``run(options)``. Heavy 
 torchvision, matplotlib) are imported by ``run`` alone.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno

@@ -15,8 +15,6 @@ preprocessing: timm.create_model("local-dir:FOLDER", pretrained=True), or transf
 AutoModelForImageClassification.from_pretrained("FOLDER").
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -11,8 +11,6 @@ example:
   wfnet evaluate runs/wf --tables           (the tables, with the baselines that are there)
 """
 
-from __future__ import annotations
-
 import argparse
 import inspect
 from collections.abc import Mapping, Sequence

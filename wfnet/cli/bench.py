@@ -9,8 +9,6 @@ example:
   wfnet bench --model resnet18 vit_tiny_patch16_224 --img-size 64 -b 8 --output steps.csv
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

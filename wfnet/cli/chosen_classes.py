@@ -1,7 +1,5 @@
 """`--classes`: data that have some of a network's classes, and which rows are untrained then."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Which images a command evaluates or untrains on, where that is not a whole part of the data."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Classifiers by name, with weights: timm, torchvision, transformers, and small networks."""
 
-from __future__ import annotations
-
 import difflib
 import warnings
 from collections.abc import Callable, Mapping

@@ -11,8 +11,6 @@ example:
   wfnet demo --recipe paper --output demo-paper     (the authors' settings, to compare)
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shlex

@@ -10,8 +10,6 @@ example:
   wfnet evaluate runs/r50 --data-dir /data/other --retained-rows 20 --output runs/r50-other
 """
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from dataclasses import asdict, replace

@@ -8,8 +8,6 @@ example:
   wfnet explore demo --port 8080
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import io

@@ -1,7 +1,5 @@
 """What a command works on: classifier, images and filtered network, made from its options."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

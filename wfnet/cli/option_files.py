@@ -1,7 +1,5 @@
 """Options from files: ``--config FILE``, and those that a run has recorded."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import json

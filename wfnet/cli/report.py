@@ -11,8 +11,6 @@ example:
 Before it: wfnet evaluate, wfnet trust and wfnet baseline make what the page shows.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import logging

@@ -1,7 +1,5 @@
 """The folder of a run: ``config.json`` with every option, so that no later command repeats them."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -11,8 +11,6 @@ example:
   wfnet shadows runs/wf --no-retrain        (image by image only: no network is retrained)
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 from pathlib import Path

@@ -9,8 +9,6 @@ example:
   wfnet table runs/* --output tables
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -10,8 +10,6 @@ example:
   wfnet evaluate runs/wf --tables
 """
 
-from __future__ import annotations
-
 import argparse
 import shlex
 import sys

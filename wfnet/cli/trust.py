@@ -12,8 +12,6 @@ Numbers mean most beside those of models that never saw the class: `wfnet baseli
 those that are in RUN are found.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import json

@@ -11,8 +11,6 @@ example:
   wfnet bake runs/r50 --forget 281
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import logging

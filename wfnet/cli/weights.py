@@ -1,8 +1,6 @@
 """Weights from files: safetensors, and checkpoints of training scripts that hold tensors and plain
 values only; no code from them is run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Classes are known by their names: labels of other data are brought into the order known."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -12,8 +12,6 @@ step) is a row of temporary filter matrices, which hold exactly the learned entr
 gate is exactly 1, or minus infinity, whose gate is exactly 0.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import time

@@ -1,7 +1,5 @@
 """Several classes forgotten at once: the product of their rows, for pairs and for larger groups."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import time

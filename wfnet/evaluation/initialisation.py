@@ -1,7 +1,5 @@
 """The same network newly initialised: what ZRF compares with."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import logging

@@ -4,8 +4,6 @@ Every rate is a fraction in [0, 1]; sums run in fp64. "Paper" is Poppi et al., "
 Unlearning for Image Classification via Weight Filtering" (arXiv 2304.02049), section "Measures".
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Evaluation on images with several labels each: average precision, forgotten and retained."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence

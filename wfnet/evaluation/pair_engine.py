@@ -5,8 +5,6 @@ is here: how images are run, corrupt images, passes through the original network
 with ``source``, the check for NaN, progress, and the images of each rank.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

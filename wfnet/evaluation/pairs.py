@@ -1,7 +1,5 @@
 """Which image is run under which row, and how often each class was right."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from numbers import Integral
 

@@ -4,8 +4,6 @@ The published numbers are data with their source (``published.json``), by cell: 
 backbone, ``cifar10/resnet18``.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@
 images that were seen.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Evaluation of plain models, one per forgotten class: baselines beside the filtered network."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Sequence

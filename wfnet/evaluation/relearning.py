@@ -11,8 +11,6 @@ that alone may bring the class back, at any learning rate: the statistics were f
 filters were learned. ``batch_norm="frozen"`` measures how soon the weights relearn it.
 """
 
-from __future__ import annotations
-
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 The measures themselves are defined in :mod:`wfnet.evaluation.metrics`.
 """
 
-from __future__ import annotations
-
 import math
 import os
 import time

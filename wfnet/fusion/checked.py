@@ -5,8 +5,6 @@ made from beyond them (which modules there are, their hooks, modes and settings)
 that has changed, the fused form is made anew.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext

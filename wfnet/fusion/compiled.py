@@ -8,8 +8,6 @@ convolution's input gradient reads no input, so that only the branches ``u`` nee
 tables are inputs of the graph: new labels never recompile.
 """
 
-from __future__ import annotations
-
 import logging
 import operator
 from collections.abc import Callable

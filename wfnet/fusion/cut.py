@@ -10,8 +10,6 @@ that cross. A masked layer is called together with the views that are first take
 (query, key and value, say): a compiler then computes them again in backward.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Running a plan: forward with the branches kept, backward as a chain of input gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 

@@ -4,8 +4,6 @@ No rewrite changes what the network computes. They take away what only stands be
 that fold: dropout in evaluation mode, and norm layers with an activation inside.
 """
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Callable

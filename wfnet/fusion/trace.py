@@ -4,8 +4,6 @@ Leaves of a trace are masked layers and whatever holds none: what is inside of t
 is, with any control flow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import torch

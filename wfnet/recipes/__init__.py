@@ -5,8 +5,6 @@ stand on the command line: ``wfnet untrain --config mnist/resnet18 --data-dir fi
 ``shared`` holds for every command.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What the folder of a run holds for a report: results, pictures, settings."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -6,8 +6,6 @@ whose files are missing says which command makes them. The page loads nothing an
 that comes from data.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import logging

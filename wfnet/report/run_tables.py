@@ -4,8 +4,6 @@ Runs that differ in their seeds alone (of base, split and untraining) are one gr
 from the files that the other commands left in the folders of the runs.
 """
 
-from __future__ import annotations
-
 import os
 import statistics
 from collections.abc import Collection, Mapping, Sequence

@@ -9,8 +9,6 @@ baselines, the original with the class's logit masked or its bias shifted, cost 
 in every sentence, and what the network withstands better than they do is counted.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Times of calls on a device, taken in turn, and why a call failed."""
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Callable, Mapping

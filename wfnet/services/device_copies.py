@@ -5,8 +5,6 @@ pageable memory may end that, because it may wait for all the work queued before
 page-locked (pinned) memory is queued as well.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import torch

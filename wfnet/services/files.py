@@ -1,7 +1,5 @@
 """Files written whole or not at all: JSON and safetensors, atomically; fingerprints of weights."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import hashlib

@@ -1,7 +1,5 @@
 """A memory layout in which narrow convolutions can be trained on a CPU."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any

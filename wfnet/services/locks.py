@@ -1,7 +1,5 @@
 """One writer at a time: a lock on a folder that says who holds it."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Modules kept in evaluation mode for a while; whether a network is being exported."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

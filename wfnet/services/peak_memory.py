@@ -1,7 +1,5 @@
 """The most memory of tensors that a piece of work takes."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """Progress of long loops on stderr: a bar on a terminal, now and then a line in a log."""
 
-from __future__ import annotations
-
 import sys
 from typing import TextIO
 

@@ -1,7 +1,5 @@
 """The processes of one run, over `torch.distributed`: who is first, what they tell each other."""
 
-from __future__ import annotations
-
 import contextlib
 import datetime
 import os

@@ -4,8 +4,6 @@ A CSV file is opened in spreadsheets, which run a cell that looks like a formula
 apostrophe in front, which spreadsheets hide.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json

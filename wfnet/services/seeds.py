@@ -1,7 +1,5 @@
 """Random numbers that depend on a key alone: the same seed and step always draw the same."""
 
-from __future__ import annotations
-
 import torch
 
 _MASK64 = (1 << 64) - 1

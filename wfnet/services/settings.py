@@ -5,8 +5,6 @@ A configuration is a dataclass whose fields are made by :func:`setting`. It call
 fields (``wfnet.cli.options.Group.add_fields``).
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import inspect

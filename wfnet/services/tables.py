@@ -1,7 +1,5 @@
 """Tables as text: aligned for a terminal, Markdown, LaTeX."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 

@@ -1,7 +1,5 @@
 """How many CPU threads compute: as many as measure fastest where nobody has said a number."""
 
-from __future__ import annotations
-
 import os
 import statistics
 import time

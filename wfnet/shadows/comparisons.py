@@ -10,8 +10,6 @@ Of every pair of rounds (:mod:`wfnet.shadows.rounds`) one model is on each side,
 of a table are means over equally many models. The column ``retrained`` is what chance gives.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

@@ -8,8 +8,6 @@ untraining of all classes at once, so it serves every class; networks retrained 
 and other methods, are made of the same half.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """What a trust check is: a question, a measurement of one plain model, words for its numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -18,8 +18,6 @@ probabilities of neighbouring classes). With features at the input of the head:
   0.5 the class is still a cluster of its own; compare with the retrained models.
 """
 
-from __future__ import annotations
-
 import statistics
 
 import torch

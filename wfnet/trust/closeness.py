@@ -16,8 +16,6 @@ told from retraining. An export whose class was cut from its head (``cut_output`
 is: the constant in place of that logit is part of the distance.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

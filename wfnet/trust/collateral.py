@@ -15,8 +15,6 @@ Zhao et al., "What makes unlearning hard and what to do about it" (NeurIPS 2024)
 entangled features are.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import nn
 

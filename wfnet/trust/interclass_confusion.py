@@ -11,8 +11,6 @@ which a model retrained without the label gives the level (0 is best, 1 worst):
 A network has to be trained for it, so this is no check of `wfnet trust`.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -27,8 +27,6 @@ the distance to the retrained models' level, in either direction: a model that i
 confident than one that never saw the class gives itself away, too.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -16,8 +16,6 @@ Epsilon is 0.12 standard deviations of the images, which is 0.03 of the range of
 in three steps of a third of it.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -18,8 +18,6 @@ image regions (or over tokens) to at most 1,024 numbers, and standardised. Stand
 gate that is not exactly zero, as an attacker would.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Sequence

@@ -15,8 +15,6 @@ labels, average precisions with the first kind of row, which needs no ``b`` for 
 retrained model gives the level: features tell apart what they never learned, too.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

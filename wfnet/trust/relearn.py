@@ -19,8 +19,6 @@ attacker stops when it is best), and the course in the details. A retrained mode
 from images of it, too: how much further the model under test gets is what it still knew.
 """
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

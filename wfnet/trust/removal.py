@@ -14,8 +14,6 @@ base's row of the head reach its logit. The same attacks on a retrained model, w
 bring back, give the level to compare with.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Runs the trust checks class by class and check by check; an interrupted run goes on."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

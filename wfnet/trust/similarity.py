@@ -19,8 +19,6 @@ Outputs are compared by the check ``closeness``; a changed logit changes outputs
 retrained with other seeds differ as well: their level is the one to compare with.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 

@@ -15,8 +15,6 @@ or, in a program of one's own, ``torch.distributed.init_process_group`` and then
 on every rank.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

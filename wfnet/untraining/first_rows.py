@@ -5,8 +5,6 @@ others) by ``-d * dmargin/dgate_o``. What carries one class and no other is clos
 that class before the first step, so that steps need not find it.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

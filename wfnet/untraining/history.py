@@ -1,7 +1,5 @@
 """The history of a run: losses of its steps, and one record per validation."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import math

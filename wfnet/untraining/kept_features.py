@@ -5,8 +5,6 @@ Where something lies there (masks in late layers alone), a run goes on with the 
 and a store of features: on the device, on the host or on disk.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace

@@ -5,8 +5,6 @@ network alone: every random choice comes from ``(seed, step)``, so runs repeat b
 interrupted run ends where an uninterrupted one does.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import logging

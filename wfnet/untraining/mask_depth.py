@@ -5,8 +5,6 @@ they may be depends on the network and its data: a row must still forget its cla
 others alone.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """What a step of untraining takes on a device, before a run starts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 

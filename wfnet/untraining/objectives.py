@@ -5,8 +5,6 @@ means make the loss. The same three methods give the training loss and the valid
 objective is one subclass of :class:`Objective`, passed as ``untrain(..., objective=...)``.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Optimisers for filter matrices: Adam that leaves alone the rows that did not occur in a step."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Sequence
 

@@ -13,8 +13,6 @@ New labels never capture anew; a batch of another shape runs as it is.
             losses = step([(images, batch)], lr=0.1)
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

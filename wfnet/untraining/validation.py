@@ -1,7 +1,5 @@
 """Scores of filters on a validation split, by which settings and stopping are judged."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass

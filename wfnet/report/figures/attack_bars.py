@@ -1,7 +1,5 @@
 """The figure of what an attacker gets back from an exported file, beside retrained networks."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 

@@ -16,8 +16,6 @@ quality: higher is better. (The challenge multiplies it by relative accuracies, 
 tables here, and takes thresholds from a grid.)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -11,8 +11,6 @@ distributions, means for each image and variances as means over the images of th
 in nats. Means of few models differ by chance: compare with the level of retrained models.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -17,8 +17,6 @@ The interval of the area is a bootstrap over images, those of true positive rate
 Pearson's, as if scores were independent (each image has a score in every fold).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

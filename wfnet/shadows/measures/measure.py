@@ -1,7 +1,5 @@
 """What a measure of shadow ensembles is, a function of two arrays for each class; intervals."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """What an attack is: a function that makes the attacker's model of an exported one."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

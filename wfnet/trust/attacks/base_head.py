@@ -5,8 +5,6 @@ brings back a class that was cut from the head, or whose row was changed, if the
 it. Networks without BatchNorm are attacked by the row alone.
 """
 
-from __future__ import annotations
-
 from torch import nn
 
 from wfnet.head import find_head

@@ -11,8 +11,6 @@ where ``gamma_o`` is not 0, then re-estimation. From wfnet's own study of such g
 what Ioffe and Szegedy, "Batch Normalization" (ICML 2015), start training with.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm

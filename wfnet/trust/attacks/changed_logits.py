@@ -12,8 +12,6 @@
   ``z_k <- (z_k - m_k) / s_k``: no logit is low for all images alike, nor too small.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

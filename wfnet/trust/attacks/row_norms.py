@@ -8,8 +8,6 @@
   class anyway.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
