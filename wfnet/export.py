@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -12,12 +11,11 @@ from torch import Tensor, nn
 
 from wfnet.head import cut_from_head, example_images, first_output
 from wfnet.labels import check_range, select
+from wfnet.services.log import logger
 from wfnet.services.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from wfnet.network import WFNet
-
-logger = logging.getLogger("wfnet")
 
 
 def bake(

@@ -1,7 +1,6 @@
 """Image classifiers of transformers, from local files; folders that transformers and timm load."""
 
 import copy
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.services.extras import require
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 PREFIX = "hf:"  # of names on the command line
 PROCESSOR_NAME = "preprocessor_config.json"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -37,8 +36,6 @@ from wfnet.targets import (
     choose_targets,
     layer_type,
 )
-
-logger = logging.getLogger("wfnet")
 
 GATES = ("sigmoid", "durable")
 

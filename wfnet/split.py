@@ -5,7 +5,6 @@ late layers alone most of the network lies there: it can be computed once per im
 """
 
 import copy
-import logging
 from typing import NamedTuple
 
 import torch
@@ -15,8 +14,7 @@ from wfnet.fusion import Fusion, NotFusable
 from wfnet.fusion.cut import split_at_features
 from wfnet.labels import DeferredLabelCheck, select
 from wfnet.network import WFNet
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 
 class SplitNetwork(NamedTuple):

@@ -1,6 +1,5 @@
 """Ordinary supervised training of a classifier: the networks that are untrained afterwards."""
 
-import logging
 import math
 import time
 from dataclasses import dataclass, field
@@ -17,11 +16,10 @@ from wfnet.head import first_output
 from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
 from wfnet.services.layout import safe_layout
+from wfnet.services.log import logger
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.settings import check_settings, setting
-
-logger = logging.getLogger("wfnet")
 
 LEARNING_RATES = {"adam": 4e-3, "sgd": 0.1}
 # Arguments of `fit_classifier` for each of `wfnet.models.SMALL_MODELS`, chosen on the validation

@@ -13,7 +13,6 @@ A network on a CPU, or on a backend that is asked for by name, never comes here.
 from __future__ import annotations
 
 import inspect
-import logging
 import math
 import time
 from collections import Counter
@@ -31,9 +30,8 @@ from wfnet.backends.contract import Activation, Backend, ConvGeometry, Epilogue,
 from wfnet.backends.cudnn_graph import INSTALLED, CudnnGraph
 from wfnet.backends.mixed import EagerProducts, MixedEager
 from wfnet.services.clock import interleaved, reason_of, timed
+from wfnet.services.log import logger
 from wfnet.services.ranks import Ranks
-
-logger = logging.getLogger("wfnet")
 
 DEFAULT_SECONDS = 20.0
 # Most that a sample's result may differ from PyTorch's, relative to its norm, by the narrowest

@@ -5,7 +5,6 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
-import logging
 import os
 import re
 from collections.abc import Mapping
@@ -15,9 +14,8 @@ import torch
 
 from wfnet.backends import cuda_launch
 from wfnet.services.files import cache_folder, sha256, write_json
+from wfnet.services.log import logger
 from wfnet.version import __version__
-
-logger = logging.getLogger("wfnet")
 
 # {"backend": its name, "ms": {name: milliseconds}, "excluded": {name: reason}}
 Entry = dict

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import gc
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from wfnet.benchmarking import roofline, step_baselines
 from wfnet.gate_tables import flatten_filters
 from wfnet.services import settings
 from wfnet.services.clock import Call, interleaved, reason_of, timed
+from wfnet.services.log import logger
 from wfnet.services.peak_memory import peak_bytes
 from wfnet.services.seeds import generator_for
 from wfnet.services.settings import check_settings, setting
@@ -27,8 +27,6 @@ from wfnet.untraining.expansion import ExpandedBatch, expand
 from wfnet.untraining.objectives import BalancedObjective, full_precision
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.step import UntrainingStep
-
-logger = logging.getLogger("wfnet")
 
 BASELINES = ("loop", "grouped", "vmap", "eager", "compile", "unmasked", "unmasked_compiled")
 _FUSE = {

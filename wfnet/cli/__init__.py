@@ -35,10 +35,9 @@ from wfnet.cli import (
 from wfnet.cli.inputs import choose_device
 from wfnet.cli.option_files import fill_from_files
 from wfnet.cli.options import Parser, make_parser
+from wfnet.services.log import logger
 from wfnet.services.ranks import launched, launched_rank
 from wfnet.services.threads import choose_threads
-
-logger = logging.getLogger("wfnet")
 
 COMMANDS = (
     demo,

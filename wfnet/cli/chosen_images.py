@@ -1,7 +1,6 @@
 """Which images a command evaluates or untrains on, where that is not a whole part of the data."""
 
 import argparse
-import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +8,7 @@ from wfnet.cli.options import Group
 from wfnet.data import Dataset, Splits, select, split_dataset
 from wfnet.data.image_lists import ImageList
 from wfnet.services import settings
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 LIST_NAME = "evaluation_images.json"
 PER_CLASS = 5  # the paper's number for ImageNet

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import io
-import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -26,9 +25,8 @@ from wfnet.data.transforms import chosen_preprocessing
 from wfnet.network import WFNet
 from wfnet.pretrained import read_config
 from wfnet.services.files import readable
+from wfnet.services.log import logger
 from wfnet.services.ranks import Ranks, joined, local_device
-
-logger = logging.getLogger("wfnet")
 
 # Below as many images, starting data workers takes longer than they save.
 _FEW_IMAGES = 2000

@@ -13,7 +13,6 @@ Before it: wfnet evaluate, wfnet trust and wfnet baseline make what the page sho
 
 import argparse
 import importlib.util
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,8 @@ from wfnet.report import figures
 from wfnet.report.contents import Contents, Evaluation, read_contents
 from wfnet.report.page import write_report
 from wfnet.services import settings
+from wfnet.services.log import logger
 from wfnet.services.records import read_json
-
-logger = logging.getLogger("wfnet")
 
 # Where there are more classes than this, images run under some of the other rows only.
 _ALL_ROWS, _SOME_ROWS = 100, 10

@@ -12,7 +12,6 @@ example:
 """
 
 import argparse
-import logging
 from pathlib import Path
 
 import torch
@@ -25,11 +24,11 @@ from wfnet.cli.runs import RUN_FILE, check_writable, read_run
 from wfnet.cli.train import add_training_options, training_of
 from wfnet.services import settings
 from wfnet.services.locks import folder_lock
+from wfnet.services.log import logger
 from wfnet.shadows import FORGETFUL, ORIGINAL, RETRAINED, Recipe, ShadowRounds, compare
 from wfnet.untraining import UntrainConfig
 from wfnet.wrapping import wrap
 
-logger = logging.getLogger("wfnet")
 FOLDER = "shadows"
 _TRIVIAL = ("logit_masked", "bias_shifted")
 # What describes the filters of a run, of its recorded options.

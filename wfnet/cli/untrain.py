@@ -13,7 +13,6 @@ example:
 
 import argparse
 import contextlib
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import asdict
@@ -48,6 +47,7 @@ from wfnet.hugging_face import local_folder
 from wfnet.network import WFNet
 from wfnet.services import settings
 from wfnet.services.locks import folder_lock
+from wfnet.services.log import logger
 from wfnet.services.ranks import Ranks, local_device
 from wfnet.targets import MANY_CLASSES
 from wfnet.training import accuracy
@@ -57,8 +57,6 @@ from wfnet.untraining.memory import bytes_per_image
 from wfnet.untraining.run_state import CHECKPOINT_NAME
 from wfnet.untraining.untrain_config import RECIPES
 from wfnet.wrapping import DURABLE_ALPHA_INIT, MANY_ALPHA_INIT, masks_linear_maps, wrap
-
-logger = logging.getLogger("wfnet")
 
 # Settings that are options, in the order of the help.
 _METHOD_OPTIONS = (

@@ -1,6 +1,5 @@
 """Image files in class folders: `train/<class>/*.jpg`, `val/<class>/*.jpg`, or Tiny-ImageNet's."""
 
-import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,7 @@ from wfnet.data.encoded import EXTENSIONS, EncodedFiles
 from wfnet.data.transforms import Transform
 from wfnet.services.extras import require
 from wfnet.services.files import readable
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 ANNOTATIONS = "val_annotations.txt"
 

@@ -1,6 +1,5 @@
 """Data sets of other packages that cannot be read at random: loaders and streams, read once."""
 
-import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +11,7 @@ from torch.utils.data.dataloader import default_collate
 
 from wfnet.data.dataset import Dataset, Selection, image_and_label_of, is_table
 from wfnet.data.tensor_images import TensorImages
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 READ_BYTES = 4 << 30  # of images that are kept in memory where they cannot be read at random
 

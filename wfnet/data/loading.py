@@ -1,6 +1,5 @@
 """Reading batches in a given order; corrupt images are named, counted, and left out or replaced."""
 
-import logging
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,9 +19,8 @@ from wfnet.data.dataset import (
     labels_of,
     name_of,
 )
+from wfnet.services.log import logger
 from wfnet.services.ranks import Ranks
-
-logger = logging.getLogger("wfnet")
 
 # The position of a batch and its indices.
 Request = tuple[int, list[int]]

@@ -11,7 +11,6 @@ of each image, so that drawing images by ``labels`` meets every class about equa
 """
 
 import csv
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,7 @@ from wfnet.data.dataset import labels_of
 from wfnet.data.encoded import EncodedFiles
 from wfnet.data.tensor_images import TensorImages
 from wfnet.data.transforms import Transform
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 LABEL_FILE = "labels.csv"
 

@@ -1,6 +1,5 @@
 """Rows of one shape, one for each image, that are kept once they are known: pixels or features."""
 
-import logging
 import math
 import os
 import shutil
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from wfnet.services.device_copies import to_device_async
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 PLACES = ("device", "host", "disk")
 # Part of the free space that a store may take: the network, batches and everybody else need some.

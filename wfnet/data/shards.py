@@ -9,7 +9,6 @@ one key, the path up to the first dot of the file's name; what follows says what
 """
 
 import io
-import logging
 import os
 import tarfile
 from collections.abc import Sequence
@@ -24,8 +23,7 @@ from wfnet.data.class_names import read_names
 from wfnet.data.encoded import EXTENSIONS, EncodedImages, file_version
 from wfnet.data.transforms import Transform
 from wfnet.services.files import cache_folder, read_tensors, sha256, write_tensors
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 _LARGEST_CLASS_INDEX = 16  # bytes of a .cls member that is a number
 _INDEX_FORMAT = "4"

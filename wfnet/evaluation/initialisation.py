@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.network import WFNet
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 # Raw parameters (owned by a module that has no way to reset them) by the last part of their name,
 # as timm and torchvision initialise them.

@@ -5,7 +5,6 @@ made from beyond them (which modules there are, their hooks, modes and settings)
 that has changed, the fused form is made anew.
 """
 
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from types import FunctionType, MethodType, NoneType
@@ -27,8 +26,7 @@ from wfnet.fusion.run import FusedNetwork
 from wfnet.fusion.trace import NotFusable, because, global_hooks_of_torch
 from wfnet.fusion.transformer import TrunkNetwork
 from wfnet.layers import MaskedLayer
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 # Images and labels [B, J] to logits, unfused.
 Unfused = Callable[[Tensor, Tensor], Tensor]

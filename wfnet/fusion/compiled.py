@@ -8,7 +8,6 @@ convolution's input gradient reads no input, so that only the branches ``u`` nee
 tables are inputs of the graph: new labels never recompile.
 """
 
-import logging
 import operator
 from collections.abc import Callable
 from types import FunctionType, MethodType
@@ -24,8 +23,7 @@ from wfnet.fusion.execution import PlanNetwork, expand
 from wfnet.fusion.plan import EXPANDED, SOURCE, CallStep, ConvStep, Plan
 from wfnet.fusion.run import Run
 from wfnet.operators import memory_format_of
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 # So many batches that differ in size, dtype or use have a compiled graph of their own: as many as
 # the compiler itself keeps of one function.

@@ -8,7 +8,6 @@ that comes from data.
 
 import base64
 import json
-import logging
 import os
 import platform
 import re
@@ -27,10 +26,9 @@ from wfnet.report.contents import PICTURES, Contents, read_contents
 from wfnet.report.run_tables import MEASURES, ORIGINAL, QUALITY, SHADOWS, TRUST, WFNET, run_values
 from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT, judge, what_comes_back
 from wfnet.services.files import write_text
+from wfnet.services.log import logger
 from wfnet.trust import CHECKS, TrustRecord, TrustResult, describe_export
 from wfnet.version import __version__
-
-logger = logging.getLogger("wfnet")
 
 REPORT = "report.html"
 # Methods that stand first, wherever methods stand side by side, and how one is called here.

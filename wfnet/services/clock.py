@@ -1,12 +1,11 @@
 """Times of calls on a device, taken in turn, and why a call failed."""
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 
 import torch
 
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 Call = Callable[[], object]
 

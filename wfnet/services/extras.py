@@ -1,7 +1,6 @@
 """What is installed beside this package: optional dependencies, and packages that extend it."""
 
 import importlib
-import logging
 from collections import UserDict
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
@@ -9,7 +8,8 @@ from importlib.metadata import entry_points
 from types import ModuleType
 from typing import Any, TypeVar
 
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
+
 Item = TypeVar("Item")
 
 

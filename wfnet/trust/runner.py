@@ -1,7 +1,6 @@
 """Runs the trust checks class by class and check by check; an interrupted run goes on."""
 
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from wfnet.data import Splits, multi_hot_of
 from wfnet.evaluation import metrics, relearning
 from wfnet.evaluation.partial import PartialResults
 from wfnet.services.files import code_digest, fingerprint, sha256
+from wfnet.services.log import logger
 from wfnet.services.progress import Progress
 from wfnet.trust.attacks import ATTACKS
 from wfnet.trust.check import Check
@@ -24,8 +24,6 @@ from wfnet.trust.checks import CHECKS
 from wfnet.trust.subject import TRIVIAL, Subject, TrustSettings, image_readers
 from wfnet.trust.trust_records import MODELS, Key, TrustRecord, TrustResult
 from wfnet.version import __version__
-
-logger = logging.getLogger("wfnet")
 
 # What is stated of the attackers' images; results of another mix are not reused.
 NATURAL = "classes in the proportion of the training part"

@@ -5,7 +5,6 @@ Where something lies there (masks in late layers alone), a run goes on with the 
 and a store of features: on the device, on the host or on disk.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,11 +30,10 @@ from wfnet.fusion.durable_run import DurableNetwork, KeptProducts, Product
 from wfnet.fusion.plan import ConvStep
 from wfnet.network import WFNet
 from wfnet.services.files import cache_folder, digest, sha256
+from wfnet.services.log import logger
 from wfnet.split import SplitNetwork, split_network
 from wfnet.untraining.objectives import full_precision
 from wfnet.untraining.untrain_config import UntrainConfig
-
-logger = logging.getLogger("wfnet")
 
 _SHARE_UNASKED = 0.25  # of free memory that is taken where nobody has asked for a store
 _LOOK_AT = 16  # images that are read twice, to see whether they are transformed at random

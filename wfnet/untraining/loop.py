@@ -7,7 +7,6 @@ interrupted run ends where an uninterrupted one does.
 
 import contextlib
 import itertools
-import logging
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
 from wfnet.services.files import clear_temporary_files, digest
 from wfnet.services.locks import folder_lock
+from wfnet.services.log import logger
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.distributed import SharedStep
@@ -59,8 +59,6 @@ from wfnet.untraining.signals import Stopped, StopSignals, lost_workers_wait
 from wfnet.untraining.step import Minibatch, UntrainingStep, refuse_capture
 from wfnet.untraining.untrain_config import OTHER_OBJECTIVES, UntrainConfig
 from wfnet.untraining.validation import AccuracyValidator, MultiLabelValidator, Validation
-
-logger = logging.getLogger("wfnet")
 
 _SECONDS_BETWEEN_CHECKPOINTS = 180.0  # at most, as far as steps and validations are shorter
 

@@ -5,7 +5,6 @@ they may be depends on the network and its data: a row must still forget its cla
 others alone.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,8 +16,6 @@ from wfnet.targets import stages_of
 from wfnet.untraining.loop import configured_objective, untrain
 from wfnet.untraining.untrain_config import UntrainConfig
 from wfnet.untraining.validation import AccuracyValidator
-
-logger = logging.getLogger("wfnet")
 
 # What is enough on validation images: Acc_f at most, and Acc_r lost at most.
 MOST_FORGOTTEN_RIGHT, MOST_RETAINED_LOST = 0.005, 0.01

@@ -1,6 +1,5 @@
 """Optimisers for filter matrices: Adam that leaves alone the rows that did not occur in a step."""
 
-import logging
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -9,8 +8,7 @@ from torch import Tensor, nn
 from wfnet import backends
 from wfnet.gate_tables import flat_matrix, side_by_side
 from wfnet.services.device_copies import to_device_async
-
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 _ROWS_AT_A_TIME = 256  # bounds the copies of rows in fp32
 

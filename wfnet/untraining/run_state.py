@@ -8,7 +8,6 @@ moment loses at most what was done since it was last written.
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,13 +28,12 @@ from wfnet.services.files import (
     sha256,
     write_tensors,
 )
+from wfnet.services.log import logger
 from wfnet.services.ranks import Ranks
 from wfnet.untraining.objectives import Objective
 from wfnet.untraining.optimizers import RowAdam
 from wfnet.untraining.untrain_config import FREE_TO_CHANGE, UntrainConfig
 from wfnet.untraining.validation import Validation
-
-logger = logging.getLogger("wfnet")
 
 CHECKPOINT_NAME = "untraining.safetensors"
 FORMAT = 2

@@ -8,7 +8,6 @@ signal lets the step in progress end, a checkpoint is written, and the process l
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import signal
 import threading
@@ -16,7 +15,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-logger = logging.getLogger("wfnet")
+from wfnet.services.log import logger
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 

@@ -13,7 +13,6 @@ New labels never capture anew; a batch of another shape runs as it is.
             losses = step([(images, batch)], lr=0.1)
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -27,11 +26,10 @@ from wfnet.fusion.durable_run import KeptProducts
 from wfnet.gate_tables import flat_matrix
 from wfnet.network import WFNet
 from wfnet.services.device_copies import pinned_for
+from wfnet.services.log import logger
 from wfnet.untraining.expansion import ExpandedBatch
 from wfnet.untraining.objectives import Losses, Objective, full_precision
 from wfnet.untraining.optimizers import RowAdam
-
-logger = logging.getLogger("wfnet")
 
 Minibatch = tuple[Tensor, ExpandedBatch]
 
