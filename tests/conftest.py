@@ -24,8 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _log_level():
-    """A command with --quiet, in whichever test or fixture before, silences no other test."""
+def _same_start():
+    """Whatever ran before: the same random numbers, and a log that no --quiet has silenced."""
+    torch.manual_seed(0)
     logging.getLogger("wfnet").setLevel(logging.NOTSET)
 
 
@@ -104,7 +105,6 @@ def exact_interpreter(monkeypatch):
     import triton.language as tl
     from triton.runtime import interpreter
 
-    torch.manual_seed(0)
     torch.set_num_threads(1)
     spread = interpreter.InterpreterBuilder.create_splat
 

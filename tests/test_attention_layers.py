@@ -33,7 +33,6 @@ def explicit(attention, masked, x, rows, **options):
 
 @pytest.fixture
 def attention():
-    torch.manual_seed(0)
     layer = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True).eval().requires_grad_(False)
     nn.init.normal_(layer.in_proj_bias)
     return layer
@@ -99,7 +98,6 @@ def networks():
 
 
 def test_networks_whose_parents_compute_are_masked_under_mixed_rows(caplog):
-    torch.manual_seed(0)
     for model, count in networks():
         for parameter in model.eval().parameters():  # branches that weigh as much as the residual
             nn.init.normal_(parameter, std=0.3)

@@ -13,11 +13,6 @@ from wfnet.functional import explain, wf_conv2d, wf_linear
 K = 5
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def tensors(out, inside, kernel, bias=True, dtype=torch.float64):
     """weight, bias, alpha_weight, alpha_bias"""
     weight = torch.randn(out, *inside, *kernel, dtype=dtype)

@@ -32,7 +32,6 @@ def close(found, truth):
 
 
 def test_tables_and_gradients_of_a_network():
-    torch.manual_seed(0)
     layers = random_layers()
     step = GateTables(layers)(FORGET, save=True)
     step.sums.normal_()

@@ -6,11 +6,6 @@ import torch
 from wfnet import gates, reference
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def naive_rows(alpha, forget, scale):
     rows = []
     for labels in forget.tolist():

@@ -16,7 +16,6 @@ NAMES = ["ant", "bee", "a|cat"]
 
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
     net = wfnet.WFNet(models.create("resnet", 3, in_channels=3, width=8), 3)
     for alpha in net.filter_parameters():
         torch.nn.init.normal_(alpha, 2.0)

@@ -11,11 +11,6 @@ from torch.nn.utils import parametrizations, prune
 from wfnet import WFConv2d, forgetting
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def randomize(module):
     """``module`` with random filters, its own and those of layers inside."""
     for name, parameter in module.named_parameters():

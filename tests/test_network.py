@@ -17,11 +17,6 @@ torchvision = pytest.importorskip("torchvision")
 CLASSES = 10
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-
-
 def tv(name, **options):
     return torchvision.models.get_model(name, weights=None, num_classes=CLASSES, **options)
 

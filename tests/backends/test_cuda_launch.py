@@ -14,11 +14,6 @@ POINTWISE = ConvGeometry()
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.mark.parametrize("start", [8, 3], ids=["in place", "copied"])
 def test_tables_and_sums_that_are_columns_of_wider_ones(start):
     """Read and written where they lie, neighbours untouched; odd offsets of tables are copied."""

@@ -62,7 +62,6 @@ def test_filters_saved_from_python_need_the_options_once(
 
 
 def test_verify_notices_what_is_wrong(tmp_path):
-    torch.manual_seed(0)
     layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     net = wfnet.WFNet(nn.Sequential(*layers, nn.Linear(6, 4)), 4)
     images = torch.randn(5, 3, 8, 8)

@@ -27,7 +27,6 @@ BATCH, SIZE = (64, 56) if ON_DEVICE else (2, 9)
 @pytest.fixture(autouse=True)
 def kernels(request, nan_memory):
     """The kernels on this device, or on the emulated one."""
-    torch.manual_seed(0)
     if not ON_DEVICE:
         request.getfixturevalue("emulated_cuda")
     elif refusal := cuda._refuse_tensor(torch.empty(0, device="cuda").bfloat16()):

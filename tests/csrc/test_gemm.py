@@ -17,11 +17,6 @@ BF16 = torch.bfloat16
 pytestmark = pytest.mark.usefixtures("nan_memory", "emulated_cuda")
 
 
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def schedule(emulated_cuda, monkeypatch):
     """Says how the next launches run: thread blocks of the grid, order, completion of copies."""

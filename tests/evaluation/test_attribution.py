@@ -52,7 +52,6 @@ def test_equals_baked_networks_masked_by_hand(dataset, make_model, options):
 
 @torch.no_grad()
 def test_durable_gates_start_at_the_row_and_end_at_the_original():
-    torch.manual_seed(0)
     model = models.create("resnet", 3, seed=0, width=8).eval()
     net = wfnet.WFNet(model, 3, gate="durable")
     for name, table in (net.named_filters() | net.named_statistics()).items():

@@ -37,7 +37,6 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_equals_the_unfused_network(name, toy, pair_of, check_equal):
-    torch.manual_seed(0)
     check_equal(*pair_of(NETWORKS[name](toy)), images())
 
 

@@ -21,7 +21,6 @@ from wfnet.untraining.objectives import (
 
 @pytest.fixture
 def net():
-    torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 4))
     return WFNet(model, 4, normalize_gate=False)
 
