@@ -1,11 +1,8 @@
 """The figure of accuracy on every class and on all others, before and after it is forgotten."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING
 
 from wfnet.evaluation import ClassRecord
 from wfnet.evaluation.results import means
@@ -13,10 +10,7 @@ from wfnet.network import WFNet
 from wfnet.report.contents import Evaluation
 from wfnet.report.figures import style
 from wfnet.report.figures.gate_maps import draw_gates
-from wfnet.report.figures.style import AFTER, BEFORE, NAMED, RETAINED
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from wfnet.report.figures.style import AFTER, BEFORE, NAMED, RETAINED, Axes
 
 
 def overview(result: Evaluation, net: WFNet, path: str | os.PathLike) -> None:

@@ -1,20 +1,14 @@
 """Associations between classes: which of them close the same filters (the paper's Figure 3)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from wfnet.fusion.trace import execution_order
 from wfnet.network import WFNet
-from wfnet.report.figures.style import AFTER, INK, RETAINED, picture, shorten
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from wfnet.report.figures.style import AFTER, INK, RETAINED, Axes, picture, shorten
 
 # Filters of each class, and how many classes can be told apart.
 TOP, SHOWN = 10, 20

@@ -1,18 +1,12 @@
 """Figures of confusion: where images of a forgotten class go, and what it does to the others."""
 
-from __future__ import annotations
-
 import math
 import os
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from wfnet.evaluation.confusion import ConfusionChange
-from wfnet.report.figures.style import BEFORE, INK, picture, shorten, slant
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from wfnet.report.figures.style import BEFORE, INK, Axes, picture, shorten, slant
 
 # More classes than this make no readable map.
 SHOWN = 20

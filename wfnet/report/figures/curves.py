@@ -1,19 +1,13 @@
 """Curves: losses and accuracies while untraining; insertion and deletion of gates."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from wfnet.evaluation.attribution import AttributionResult
-from wfnet.report.figures.style import AFTER, INK, RETAINED, SERIES, picture
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from wfnet.report.figures.style import AFTER, INK, RETAINED, SERIES, Axes, picture
 
 # Name -> (step, value) in the order of training.
 Points = dict[str, list[tuple[float, float]]]

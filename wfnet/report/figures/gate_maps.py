@@ -1,21 +1,21 @@
 """Maps of gates: forgotten class by output channel."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from wfnet.fusion.trace import execution_order
 from wfnet.network import WFNet
-from wfnet.report.figures.style import NAMED, picture, shorten
+from wfnet.report.figures.style import (
+    NAMED,
+    Axes,
+    Colormap,
+    FigureBase,
+    Normalize,
+    picture,
+    shorten,
+)
 from wfnet.services.extras import require
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.colors import Colormap, Normalize
-    from matplotlib.figure import FigureBase
 
 # Pixels of a map, at least, in both directions.
 _PIXELS = 700

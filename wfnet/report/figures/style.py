@@ -4,20 +4,21 @@ Figures use matplotlib's object-oriented interface: no window opens and pyplot's
 is. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; values are in %.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from wfnet.services.extras import require
 from wfnet.services.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.colors import Colormap, Normalize
+    from matplotlib.figure import Figure, FigureBase
+else:  # matplotlib is imported when a figure is drawn
+    Axes = Colormap = Figure = FigureBase = Normalize = Any
 
 BEFORE, AFTER, RETAINED, RETRAINED, INK = "#9AA5B1", "#D55E00", "#0072B2", "#009E73", "#222222"
 SERIES = (RETAINED, AFTER, RETRAINED, "#CC79A7", "#E69F00", "#56B4E9", "#000000")
