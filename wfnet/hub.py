@@ -3,7 +3,6 @@
 :meth:`wfnet.WFNet.from_pretrained` loads such a folder, or the repository.
 """
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME, read_config
 from wfnet.report.contents import read_contents
 from wfnet.report.page import view
 from wfnet.services.extras import require
-from wfnet.services.files import write_json, write_text
+from wfnet.services.files import FilePath, write_json, write_text
 from wfnet.version import __version__
 
 CARD_NAME = "README.md"
@@ -30,7 +29,7 @@ _VERDICTS = {"good": "Withstood", "bad": "Not withstood", "alike": "As in a netw
 
 
 def push_to_hub(
-    folder: str | os.PathLike,
+    folder: FilePath,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -66,8 +65,8 @@ def push_to_hub(
 
 
 def save_for_hub(
-    folder: str | os.PathLike,
-    target: str | os.PathLike,
+    folder: FilePath,
+    target: FilePath,
     repo_id: str = "user/repo",
     *,
     model: nn.Module | None = None,

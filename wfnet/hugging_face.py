@@ -1,7 +1,6 @@
 """Image classifiers of transformers, from local files; folders that transformers and timm load."""
 
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from wfnet.services.extras import require
+from wfnet.services.files import FilePath
 from wfnet.services.log import logger
 
 PREFIX = "hf:"  # of names on the command line
@@ -203,7 +203,7 @@ def data_settings(model: nn.Module) -> dict[str, Any]:
 
 def save_classifier(
     model: nn.Module,
-    folder: str | os.PathLike,
+    folder: FilePath,
     names: Sequence[str] | None = None,
     preprocessing: Mapping[str, Any] | None = None,
 ) -> None:
@@ -254,7 +254,7 @@ def save_classifier(
     save_for_hf(model, str(folder), model_config=about, safe_serialization=True)
 
 
-def load_saved(folder: str | os.PathLike, like: nn.Module) -> nn.Module:
+def load_saved(folder: FilePath, like: nn.Module) -> nn.Module:
     """What the library of ``like`` loads from a folder of :func:`save_classifier`."""
     if is_transformers(like):
         return load_classifier(str(folder))

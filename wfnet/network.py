@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from wfnet.labels import (
     select,
 )
 from wfnet.layers import MaskedLayer
+from wfnet.services.files import FilePath
 from wfnet.targets import (
     MaskFrom,
     Targets,
@@ -354,7 +354,7 @@ class WFNet(nn.Module):
         plain = export.bake(self, forget, prune_below, cut_output, images)
         return compact_network(plain, self.image_shape) if compact else plain
 
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
+    def save_pretrained(self, folder: FilePath) -> None:
         """Writes ``wf_config.json`` and ``wf_model.safetensors``: the filters, not the base.
 
         Files are written beside their place and moved in, so that an interrupted save loses
@@ -364,7 +364,7 @@ class WFNet(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike, base_model: nn.Module | None = None, backend: str = "auto"
+        cls, folder: FilePath, base_model: nn.Module | None = None, backend: str = "auto"
     ) -> WFNet:
         """Wraps ``base_model`` and loads the filters that :meth:`save_pretrained` wrote.
 

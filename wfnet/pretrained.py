@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +14,14 @@ from wfnet.durable_layers import SOFT_INIT
 from wfnet.hugging_face import base_name, load_base
 from wfnet.layers import LayerNames
 from wfnet.services.extras import require
-from wfnet.services.files import digest, fingerprint, read_tensors, write_json, write_tensors
+from wfnet.services.files import (
+    FilePath,
+    digest,
+    fingerprint,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from wfnet.version import __version__
 
 if TYPE_CHECKING:
@@ -31,7 +37,7 @@ def filters_digest(net: WFNet) -> str:
     return digest({**net.named_filters(), **net.named_statistics()})
 
 
-def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
+def save_filters(net: WFNet, folder: FilePath) -> None:
     """Writes the filters of ``net`` and what is needed to wrap the same base again."""
     folder = Path(folder)
     tensors = {**net.named_filters(), **net.named_statistics()}
@@ -56,7 +62,7 @@ def save_filters(net: WFNet, folder: str | os.PathLike) -> None:
     write_json(folder / CONFIG_NAME, config)
 
 
-def read_config(folder: str | os.PathLike) -> dict:
+def read_config(folder: FilePath) -> dict:
     """The checkpoint's configuration.
 
     Raises:
@@ -89,7 +95,7 @@ def read_config(folder: str | os.PathLike) -> dict:
     return config
 
 
-def _folder_of(source: str | os.PathLike) -> Path:
+def _folder_of(source: FilePath) -> Path:
     """A local folder, or that in which the files of a repository of the Hub lie."""
     repository = isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", source)
     if Path(source).exists() or not repository:
@@ -105,7 +111,7 @@ def _folder_of(source: str | os.PathLike) -> Path:
 
 
 def load_filters(
-    cls: type[WFNet], source: str | os.PathLike, base_model: nn.Module | None, backend: str
+    cls: type[WFNet], source: FilePath, base_model: nn.Module | None, backend: str
 ) -> WFNet:
     """Wraps ``base_model``, or the one recorded, as the files say and loads the filters."""
     folder = _folder_of(source)

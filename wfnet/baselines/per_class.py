@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from wfnet.evaluation.partial import check_identity, data_identity
 from wfnet.evaluation.plain_models import evaluate_models
 from wfnet.evaluation.relearning import RelearnConfig, RelearnResult, relearn_times
 from wfnet.evaluation.results import EvaluationResult
-from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_tensors
+from wfnet.services.files import FilePath, fingerprint, read_metadata, read_tensors, write_tensors
 from wfnet.services.records import read_json
 
 RELEARNED = "relearning_records.json"
@@ -63,11 +62,7 @@ class BaselineModels:
     """
 
     def __init__(
-        self,
-        method: str,
-        folder: str | os.PathLike,
-        origin: Origin,
-        config: BaselineConfig | None = None,
+        self, method: str, folder: FilePath, origin: Origin, config: BaselineConfig | None = None
     ):
         known = METHODS[method]
         self.method, self.folder, self.origin = method, Path(folder), origin
@@ -145,7 +140,7 @@ def run_baseline(
     return BaselineResult(models.method, evaluation, relearning, models.settings)
 
 
-def read_baselines(folder: str | os.PathLike) -> list[dict[str, Any]]:
+def read_baselines(folder: FilePath) -> list[dict[str, Any]]:
     """The finished baselines that `wfnet baseline` left in ``folder``; none if it is missing.
 
     Raises:

@@ -6,7 +6,6 @@ number of classes.
 """
 
 import json
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from wfnet.data import Dataset
 from wfnet.evaluation.pair_engine import RunOptions
 from wfnet.evaluation.partial import PartialResults, data_identity
 from wfnet.evaluation.plain_models import evaluate_models
-from wfnet.services.files import fingerprint
+from wfnet.services.files import FilePath, fingerprint
 
 
 def tune(
@@ -27,7 +26,7 @@ def tune(
     classes: Sequence[int],
     config: BaselineConfig,
     fixed: Collection[str] = (),
-    records: str | os.PathLike | None = None,
+    records: FilePath | None = None,
     options: RunOptions | None = None,
 ) -> tuple[BaselineConfig, list[dict[str, Any]]]:
     """Returns the best settings of a method, and what was tried: settings, class, Acc_r and Acc_f.

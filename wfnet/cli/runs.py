@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from wfnet.benchmarking.provenance import versions
 from wfnet.hugging_face import PREFIX, local_folder
 from wfnet.pretrained import CONFIG_NAME, FILTERS_NAME
-from wfnet.services.files import write_json
+from wfnet.services.files import FilePath, write_json
 from wfnet.untraining.run_state import CHECKPOINT_NAME
 
 RUN_FILE = "config.json"
@@ -77,7 +76,7 @@ def write_run(folder: Path, options: argparse.Namespace, **more: Any) -> None:
     write_json(folder / RUN_FILE, {**content, "versions": versions()})
 
 
-def read_run(folder: str | os.PathLike) -> dict[str, Any]:
+def read_run(folder: FilePath) -> dict[str, Any]:
     """What :func:`write_run` wrote, with paths that can be opened from here.
 
     Raises:

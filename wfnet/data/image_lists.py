@@ -1,6 +1,5 @@
 """Lists of images: which ones an evaluation looks at, drawn by seed and written down."""
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from wfnet.data.dataset import Dataset, classes_of, labels_of, name_of
 from wfnet.data.splits import limit_per_class
-from wfnet.services.files import write_json
+from wfnet.services.files import FilePath, write_json
 from wfnet.services.records import check_format, read_json
 
 FORMAT = 1
@@ -60,12 +59,12 @@ class ImageList:
         rest[self.positions(dataset)] = False
         return rest.nonzero().flatten()
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: FilePath) -> None:
         """Writes the list as JSON, atomically."""
         write_json(path, {"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> "ImageList":
+    def load(cls, path: FilePath) -> "ImageList":
         """Reads what `save` wrote. Raises FileNotFoundError or ValueError if it is not that."""
 
         def build(content: dict[str, Any]) -> ImageList:

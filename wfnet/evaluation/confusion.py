@@ -9,7 +9,6 @@ Two tables over classes, from the same mixed batches of (image, row) pairs:
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from wfnet.data import Batch, Dataset, labels_of
 from wfnet.evaluation.pair_engine import Chunk, Measure, PairEngine, RunOptions
 from wfnet.evaluation.pairs import Pairing, check_classes, names_of
 from wfnet.network import WFNet
-from wfnet.services.files import write_json
+from wfnet.services.files import FilePath, write_json
 from wfnet.services.records import check_format, read_json
 
 FORMAT = 1
@@ -62,7 +61,7 @@ class ConfusionChange:
         change.scatter_(1, self.classes.unsqueeze(1), torch.nan)
         return change
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: FilePath) -> None:
         """Writes it, atomically; :meth:`from_json` reads it again. Zeros are left out."""
         content = {"format": FORMAT, "names": self.names, "classes": self.classes.tolist()}
         for name in TABLES:
@@ -72,7 +71,7 @@ class ConfusionChange:
         write_json(path, content)
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> ConfusionChange:
+    def from_json(cls, path: FilePath) -> ConfusionChange:
         """Reads what :meth:`to_json` wrote.
 
         Raises:

@@ -1,6 +1,5 @@
 """Evaluation on images with several labels each: average precision, forgotten and retained."""
 
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,7 +16,7 @@ from wfnet.evaluation.pairs import names_of, unreadable
 from wfnet.evaluation.partial import PartialResults, evaluation_identity
 from wfnet.evaluation.results import EvaluationResult, means
 from wfnet.network import WFNet
-from wfnet.services.files import write_json
+from wfnet.services.files import FilePath, write_json
 from wfnet.services.records import check_format, write_csv
 from wfnet.services.tables import aligned
 
@@ -95,11 +94,11 @@ class MultiLabelResult:
         about["units"] = "average precisions are fractions in [0, 1]"
         return {**about, "classes": content.pop("records"), **content}
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: FilePath) -> None:
         """Writes everything, atomically."""
         write_json(path, self.as_dict())
 
-    def to_csv(self, path: str | os.PathLike) -> None:
+    def to_csv(self, path: FilePath) -> None:
         """Writes one line per label, then the means, atomically."""
         rows = [asdict(record) for record in self.records] + [{"name": "mean", **self.mean}]
         write_csv(path, rows, [field.name for field in fields(MultiLabelRecord)])

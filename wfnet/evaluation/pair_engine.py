@@ -5,7 +5,6 @@ is here: how images are run, corrupt images, passes through the original network
 with ``source``, the check for NaN, progress, and the images of each rank.
 """
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from wfnet.network import WFNet
 from wfnet.pretrained import filters_digest
 from wfnet.services import settings
 from wfnet.services.device_copies import to_device_async
+from wfnet.services.files import FilePath
 from wfnet.services.modes import evaluation_mode
 from wfnet.services.progress import Progress
 from wfnet.services.ranks import Ranks
@@ -48,7 +48,7 @@ class RunOptions:
     amp_dtype: torch.dtype | None = None
     channels_last: bool = False
     progress: bool = True
-    records: str | os.PathLike | None = None
+    records: FilePath | None = None
     ranks: Ranks | None = None
 
     def __post_init__(self) -> None:

@@ -5,7 +5,6 @@ backbone, ``cifar10/resnet18``.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -18,7 +17,7 @@ from wfnet.evaluation.groups import GroupResult
 from wfnet.evaluation.multilabel_rows import MultiLabelResult, evaluation_from_dict
 from wfnet.evaluation.relearning import RelearnResult
 from wfnet.evaluation.results import EvaluationResult, Scores, base_name
-from wfnet.services.files import write_json, write_text
+from wfnet.services.files import FilePath, write_json, write_text
 from wfnet.services.records import write_csv
 from wfnet.services.tables import wide_markdown_table
 
@@ -84,7 +83,7 @@ class PaperTables:
         """Whether images have several labels each."""
         return any("ap_f" in row for row in self.rows)
 
-    def write(self, folder: str | os.PathLike) -> None:
+    def write(self, folder: FilePath) -> None:
         """Writes ``tables.json``, ``tables.csv`` (ours, then ``published_*``) and ``tables.md``."""
         content = {
             "format": FORMAT,

@@ -6,7 +6,6 @@ images that were seen.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,7 +18,14 @@ from torch import Tensor
 from wfnet.data import CorruptImages, Dataset, classes_of, labels_of
 from wfnet.data.multi_hot import multi_hot_of
 from wfnet.network import WFNet
-from wfnet.services.files import fingerprint, read_metadata, read_tensors, write_json, write_tensors
+from wfnet.services.files import (
+    FilePath,
+    fingerprint,
+    read_metadata,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from wfnet.services.ranks import Ranks
 from wfnet.services.records import check_format, read_json
 
@@ -39,7 +45,7 @@ class PartialResults:
         ValueError: if the file is damaged, or holds records of something else.
     """
 
-    def __init__(self, path: str | os.PathLike | None, identity: Callable[[], Mapping[str, Any]]):
+    def __init__(self, path: FilePath | None, identity: Callable[[], Mapping[str, Any]]):
         self.path = None if path is None else Path(path)
         self.identity = {} if path is None else json.loads(json.dumps(identity()))
         self.records: dict[str, Any] = {}
@@ -93,7 +99,7 @@ class PartialCounts:
 
     def __init__(
         self,
-        path: str | os.PathLike | None,
+        path: FilePath | None,
         identity: Callable[[], Mapping[str, Any]],
         tables: dict[str, Tensor],
         corrupt: CorruptImages,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from wfnet.evaluation import metrics
-from wfnet.services.files import write_json
+from wfnet.services.files import FilePath, write_json
 from wfnet.services.records import check_format, read_json, write_csv
 from wfnet.services.tables import aligned
 
@@ -136,12 +135,12 @@ class EvaluationResult:
             "classes": [asdict(record) for record in self.records],
         }
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: FilePath) -> None:
         """Writes everything but ``counts``, atomically; :meth:`from_json` reads it again."""
         write_json(path, self.as_dict())
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> EvaluationResult:
+    def from_json(cls, path: FilePath) -> EvaluationResult:
         """Reads what :meth:`to_json` wrote.
 
         Raises:
@@ -162,7 +161,7 @@ class EvaluationResult:
         about = (content[name] for name in ("zrf_base", "settings", "seconds"))
         return cls.from_records(records, *about)
 
-    def to_csv(self, path: str | os.PathLike) -> None:
+    def to_csv(self, path: FilePath) -> None:
         """Writes one line per class, then the lines ``mean`` and ``original``, atomically.
 
         Column ``kind`` is class, mean or original; values are fractions; ``zrf_base`` stands

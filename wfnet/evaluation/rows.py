@@ -4,7 +4,6 @@ The measures themselves are defined in :mod:`wfnet.evaluation.metrics`.
 """
 
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
@@ -21,7 +20,7 @@ from wfnet.evaluation.pairs import HitCounts, Pairing, check_classes, names_of, 
 from wfnet.evaluation.partial import PartialCounts, evaluation_identity
 from wfnet.evaluation.results import ClassRecord, EvaluationResult, PairCounts
 from wfnet.network import WFNet
-from wfnet.services.files import fingerprint
+from wfnet.services.files import FilePath, fingerprint
 from wfnet.services.ranks import Ranks
 from wfnet.services.settings import check_value
 
@@ -40,7 +39,7 @@ def evaluate(
     max_corrupt: int | CorruptImages | None = None,
     amp_dtype: torch.dtype | None = None,
     channels_last: bool = False,
-    records: str | os.PathLike | None = None,
+    records: FilePath | None = None,
     ranks: Ranks | None = None,
 ) -> EvaluationResult:
     """Acc_r, Acc_f, top-5 variants and ZRF of every class, and the same of the original network.

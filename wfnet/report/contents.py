@@ -1,6 +1,5 @@
 """What the folder of a run holds for a report: results, pictures, settings."""
 
-import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,7 @@ from wfnet.baselines import read_baselines
 from wfnet.evaluation import EvaluationResult, MultiLabelResult
 from wfnet.evaluation.multilabel_rows import evaluation_from_dict
 from wfnet.pretrained import FILTERS_NAME
-from wfnet.services.files import sha256
+from wfnet.services.files import FilePath, sha256
 from wfnet.services.records import read_json
 from wfnet.trust import TrustResult
 
@@ -80,7 +79,7 @@ class Contents:
         return False
 
 
-def read_contents(folder: str | os.PathLike, empty: bool = False) -> Contents:
+def read_contents(folder: FilePath, empty: bool = False) -> Contents:
     """Reads the results of a run; those of other filters are left out.
 
     Raises:

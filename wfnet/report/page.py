@@ -8,7 +8,6 @@ that comes from data.
 
 import base64
 import json
-import os
 import platform
 import re
 from collections.abc import Collection, Mapping
@@ -25,7 +24,7 @@ from wfnet.evaluation.results import base_name
 from wfnet.report.contents import PICTURES, Contents, read_contents
 from wfnet.report.run_tables import MEASURES, ORIGINAL, QUALITY, SHADOWS, TRUST, WFNET, run_values
 from wfnet.report.verdicts import MARGIN, MARGIN_TAUGHT, judge, what_comes_back
-from wfnet.services.files import write_text
+from wfnet.services.files import FilePath, write_text
 from wfnet.services.log import logger
 from wfnet.trust import CHECKS, TrustRecord, TrustResult, describe_export
 from wfnet.version import __version__
@@ -57,7 +56,7 @@ _SHADOWS = {
 }
 
 
-def write_report(folder: str | os.PathLike, path: str | os.PathLike | None = None) -> Path:
+def write_report(folder: FilePath, path: FilePath | None = None) -> Path:
     """Writes ``report.html`` of a run, atomically.
 
     Args:

@@ -4,7 +4,6 @@ Runs that differ in their seeds alone (of base, split and untraining) are one gr
 from the files that the other commands left in the folders of the runs.
 """
 
-import os
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from wfnet.evaluation.multilabel_rows import MultiLabelResult
 from wfnet.evaluation.paper_tables import TITLES
 from wfnet.evaluation.results import means
 from wfnet.report.contents import Contents, read_contents
-from wfnet.services.files import write_text
+from wfnet.services.files import FilePath, write_text
 from wfnet.services.records import write_csv
 from wfnet.services.tables import latex_table, markdown_table
 from wfnet.untraining.untrain_config import FREE_TO_CHANGE
@@ -273,7 +272,7 @@ def markdown(groups: Sequence[Group]) -> str:
     return "\n\n".join(f"{title}:\n\n{markdown_table(*rest)}" for title, *rest in tables) + "\n"
 
 
-def write(groups: Sequence[Group], folder: str | os.PathLike) -> None:
+def write(groups: Sequence[Group], folder: FilePath) -> None:
     """Writes ``seeds.md``, ``seeds.tex`` and ``seeds.csv``: a line for each value, in full."""
     write_text(Path(folder) / "seeds.md", markdown(groups))
     tables = [table for group in groups for table in tables_of(group)]

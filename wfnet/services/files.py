@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+FilePath = str | os.PathLike  # of a file or folder
 _TEMPORARY = ".wfnet-tmp"
 _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
-def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+def write_atomically(path: FilePath, write: Callable[[Path], None]) -> None:
     """Calls ``write`` with a temporary path beside ``path`` and moves the result into place.
 
     An interruption or a full disk at any moment leaves the old file as it was.
@@ -38,7 +39,7 @@ def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> 
         raise
 
 
-def clear_temporary_files(folder: str | os.PathLike) -> None:
+def clear_temporary_files(folder: FilePath) -> None:
     """Removes what :func:`write_atomically` has left in a folder where its process was killed.
 
     For who holds the folder (:func:`wfnet.services.locks.folder_lock`): files that another process
@@ -49,7 +50,7 @@ def clear_temporary_files(folder: str | os.PathLike) -> None:
             path.unlink()
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_text(path: FilePath, text: str) -> None:
     """Writes ``text`` as UTF-8, atomically; what UTF-8 cannot hold is written as ``\\udce9``."""
     data = text.encode(errors="backslashreplace")
     write_atomically(path, lambda temporary: temporary.write_bytes(data))
@@ -65,13 +66,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "wfnet")
 
 
-def write_json(path: str | os.PathLike, content: object) -> None:
+def write_json(path: FilePath, content: object) -> None:
     """Writes ``content`` as indented JSON, atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_tensors(
-    path: str | os.PathLike, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+    path: FilePath, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
 ) -> None:
     """Writes ``tensors`` as safetensors, atomically; equal contents give equal bytes.
 
@@ -101,7 +102,7 @@ def _with_sorted_header(data: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + data[8 + size :]
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
+def read_tensors(path: FilePath) -> dict[str, Tensor]:
     """Reads a safetensors file.
 
     Raises:
@@ -119,7 +120,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, Tensor]:
         ) from error
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+def read_metadata(path: FilePath) -> dict[str, str]:
     """Reads the metadata of a safetensors file; SafetensorError if it is damaged."""
     with safetensors.safe_open(path, "pt") as file:
         return file.metadata() or {}

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from wfnet.services.files import FilePath
+
 try:
     import fcntl
 except ImportError:  # a system without POSIX locks: writers are not kept apart there
@@ -19,7 +21,7 @@ _held: set[tuple[int, Path]] = set()  # by this process
 
 
 @contextlib.contextmanager
-def folder_lock(folder: str | os.PathLike) -> Iterator[None]:
+def folder_lock(folder: FilePath) -> Iterator[None]:
     """Keeps other processes from writing into a folder until the block ends, or this process does.
 
     The process that holds a folder may enter again. Where the file system has no locks, nobody is

@@ -7,14 +7,13 @@ apostrophe in front, which spreadsheets hide.
 import csv
 import io
 import json
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wfnet.services.files import write_text
+from wfnet.services.files import FilePath, write_text
 
 Result = TypeVar("Result")
 
@@ -23,7 +22,7 @@ _FORMULA = re.compile(r"'*\s*[=+\-@\t\n＝＋－＠]")  # noqa: RUF001
 _NUMBER = re.compile(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?")
 
 
-def write_csv(path: str | os.PathLike, rows: Iterable[Any], columns: Sequence[str]) -> None:
+def write_csv(path: FilePath, rows: Iterable[Any], columns: Sequence[str]) -> None:
     """Writes one line per row below a line of names, atomically.
 
     Args:
@@ -51,9 +50,7 @@ def _quoted(value: Any) -> Any:
     return f"'{value}" if formula else value
 
 
-def read_json(
-    path: str | os.PathLike, build: Callable[[Any], Result], what: str, remedy: str
-) -> Result:
+def read_json(path: FilePath, build: Callable[[Any], Result], what: str, remedy: str) -> Result:
     """Returns ``build`` of the content of a JSON file.
 
     Args:

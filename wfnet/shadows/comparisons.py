@@ -10,7 +10,6 @@ Of every pair of rounds (:mod:`wfnet.shadows.rounds`) one model is on each side,
 of a table are means over equally many models. The column ``retrained`` is what chance gives.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from wfnet.data import batches
 from wfnet.services.extras import require
-from wfnet.services.files import write_json
+from wfnet.services.files import FilePath, write_json
 from wfnet.services.progress import Progress
 from wfnet.services.records import write_csv
 from wfnet.services.tables import aligned
@@ -54,7 +53,7 @@ class ShadowResult:
     settings: dict[str, Any]
     missing: list[str]
 
-    def write(self, folder: str | os.PathLike) -> None:
+    def write(self, folder: FilePath) -> None:
         """Writes ``shadows.json`` and ``shadows.csv``, atomically."""
         write_json(Path(folder) / "shadows.json", {"format": FORMAT, **asdict(self)})
         write_csv(Path(folder) / "shadows.csv", self.rows, list(self.rows[0]))

@@ -9,7 +9,6 @@ and other methods, are made of the same half.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from wfnet.baselines.method import BaselineConfig
 from wfnet.data import Dataset, Splits, labels_of, multi_hot_of, select
 from wfnet.evaluation.partial import check_identity, data_identity
 from wfnet.network import WFNet
-from wfnet.services.files import read_metadata, read_tensors, write_tensors
+from wfnet.services.files import FilePath, read_metadata, read_tensors, write_tensors
 from wfnet.services.seeds import generator_for
 from wfnet.training import fit_classifier
 from wfnet.untraining import UntrainConfig, untrain
@@ -72,7 +71,7 @@ class ShadowRounds:
 
     def __init__(
         self,
-        folder: str | os.PathLike,
+        folder: FilePath,
         data: Splits,
         recipe: Recipe,
         device: torch.device,

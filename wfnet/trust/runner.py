@@ -1,7 +1,6 @@
 """Runs the trust checks class by class and check by check; an interrupted run goes on."""
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from wfnet.baselines import Forget, Origin, classes_in, unlearn
 from wfnet.data import Splits, multi_hot_of
 from wfnet.evaluation import metrics, relearning
 from wfnet.evaluation.partial import PartialResults
-from wfnet.services.files import code_digest, fingerprint, sha256
+from wfnet.services.files import FilePath, code_digest, fingerprint, sha256
 from wfnet.services.log import logger
 from wfnet.services.progress import Progress
 from wfnet.trust.attacks import ATTACKS
@@ -50,7 +49,7 @@ def run_checks(
     checks: Sequence[str] | None = None,
     retrained: Callable[[Forget], Sequence[nn.Module]] = lambda label: (),
     settings: TrustSettings | None = None,
-    folder: str | os.PathLike | None = None,
+    folder: FilePath | None = None,
     identity: Mapping[str, Any] | None = None,
     advice: Callable[[Forget], str] = "train one without class {} as retrained=".format,
     workers: int = 0,
@@ -152,9 +151,7 @@ def run_checks(
     return result
 
 
-def _known(
-    folder: str | os.PathLike | None,
-) -> tuple[TrustResult, PartialResults, dict[str, TrustRecord]]:
+def _known(folder: FilePath | None) -> tuple[TrustResult, PartialResults, dict[str, TrustRecord]]:
     """Returns the earlier result of a folder, its journal, and the records of both by key."""
     if folder is None:
         return TrustResult([]), PartialResults(None, dict), {}

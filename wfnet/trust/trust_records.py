@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from wfnet.services.files import write_json
+from wfnet.services.files import FilePath, write_json
 from wfnet.services.records import check_format, read_json, write_csv
 from wfnet.trust.checks import CHECKS
 from wfnet.trust.subject import TRIVIAL
@@ -124,7 +123,7 @@ class TrustResult:
         found = [(r.name, r.details["left_out"]) for r in self.records if "left_out" in r.details]
         return [f"Left out for class {name}: {text}." for name, text in dict.fromkeys(found)]
 
-    def to_json(self, path: str | os.PathLike) -> None:
+    def to_json(self, path: FilePath) -> None:
         """Writes everything, atomically; :meth:`from_json` reads it again."""
         content = {"format": FORMAT, "units": UNITS, "settings": self.settings}
         content["means"] = self.means()
@@ -134,7 +133,7 @@ class TrustResult:
         write_json(path, content)
 
     @classmethod
-    def from_json(cls, path: str | os.PathLike) -> TrustResult:
+    def from_json(cls, path: FilePath) -> TrustResult:
         """Reads what :meth:`to_json` wrote.
 
         Raises:
@@ -148,7 +147,7 @@ class TrustResult:
 
         return read_json(path, build, "a result of `wfnet trust`", "run it again")
 
-    def to_csv(self, path: str | os.PathLike) -> None:
+    def to_csv(self, path: FilePath) -> None:
         """Writes one line per class, check and measure, atomically."""
         rows = [
             {

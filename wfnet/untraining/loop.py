@@ -8,7 +8,6 @@ interrupted run ends where an uninterrupted one does.
 import contextlib
 import itertools
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields, replace
@@ -23,7 +22,7 @@ from wfnet.data import CorruptImages, Dataset, as_dataset, corrupt_counter
 from wfnet.evaluation.forward import Forward
 from wfnet.gate_tables import flatten_filters
 from wfnet.network import WFNet
-from wfnet.services.files import clear_temporary_files, digest
+from wfnet.services.files import FilePath, clear_temporary_files, digest
 from wfnet.services.locks import folder_lock
 from wfnet.services.log import logger
 from wfnet.services.progress import Progress
@@ -72,7 +71,7 @@ def untrain(
     train: Dataset,
     validation: Dataset | None = None,
     config: UntrainConfig | None = None,
-    output: str | os.PathLike | None = None,
+    output: FilePath | None = None,
     resume: bool = False,
     progress: bool = True,
     objective: Objective | None = None,
@@ -143,7 +142,7 @@ class _Untraining:
         train: Dataset,
         validation: Dataset | None,
         config: UntrainConfig,
-        output: str | os.PathLike | None,
+        output: FilePath | None,
         objective: Objective | None,
     ):
         self.ranks = Ranks()

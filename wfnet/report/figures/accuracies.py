@@ -1,6 +1,5 @@
 """The figure of accuracy on every class and on all others, before and after it is forgotten."""
 
-import os
 from collections.abc import Sequence
 from operator import attrgetter
 
@@ -11,9 +10,10 @@ from wfnet.report.contents import Evaluation
 from wfnet.report.figures import style
 from wfnet.report.figures.gate_maps import draw_gates
 from wfnet.report.figures.style import AFTER, BEFORE, NAMED, RETAINED, Axes
+from wfnet.services.files import FilePath
 
 
-def overview(result: Evaluation, net: WFNet, path: str | os.PathLike) -> None:
+def overview(result: Evaluation, net: WFNet, path: FilePath) -> None:
     """Draws what one evaluation shows, in one wide picture: accuracies left, gate maps right.
 
     Args:

@@ -1,6 +1,5 @@
 """Associations between classes: which of them close the same filters (the paper's Figure 3)."""
 
-import os
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +8,14 @@ from torch import Tensor
 from wfnet.fusion.trace import execution_order
 from wfnet.network import WFNet
 from wfnet.report.figures.style import AFTER, INK, RETAINED, Axes, picture, shorten
+from wfnet.services.files import FilePath
 
 # Filters of each class, and how many classes can be told apart.
 TOP, SHOWN = 10, 20
 
 
 def association_graph(
-    net: WFNet, path: str | os.PathLike, classes: Sequence[int], names: Sequence[str]
+    net: WFNet, path: FilePath, classes: Sequence[int], names: Sequence[str]
 ) -> None:
     """Draws which classes close the same filters of the last masked layer to run.
 

@@ -1,9 +1,9 @@
 """The figure of what an attacker gets back from an exported file, beside retrained networks."""
 
-import os
 from collections.abc import Callable, Mapping
 
 from wfnet.report.figures.style import AFTER, BEFORE, INK, RETAINED, RETRAINED, SERIES, picture
+from wfnet.services.files import FilePath
 
 # Label of what is done with the file, with check and measure of `wfnet trust`.
 ATTACKS = {
@@ -25,9 +25,7 @@ def attack_levels(measured: Callable[[str, str], float | None]) -> dict[str, flo
     return {label: 100 * value for label, value in found.items() if value is not None}
 
 
-def attacks(
-    before: float, bars: Mapping[str, Mapping[str, float]], path: str | os.PathLike
-) -> None:
+def attacks(before: float, bars: Mapping[str, Mapping[str, float]], path: FilePath) -> None:
     """Draws the accuracy on the forgotten class after every attack.
 
     Args:

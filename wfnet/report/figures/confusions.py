@@ -1,18 +1,18 @@
 """Figures of confusion: where images of a forgotten class go, and what it does to the others."""
 
 import math
-import os
 
 from torch import Tensor
 
 from wfnet.evaluation.confusion import ConfusionChange
 from wfnet.report.figures.style import BEFORE, INK, Axes, picture, shorten, slant
+from wfnet.services.files import FilePath
 
 # More classes than this make no readable map.
 SHOWN = 20
 
 
-def confusion(change: ConfusionChange, path: str | os.PathLike) -> None:
+def confusion(change: ConfusionChange, path: FilePath) -> None:
     """Draws where images of a forgotten class go, and what it does to the other classes.
 
     Both are maps, forgotten class by class; of many classes, those with the largest values are

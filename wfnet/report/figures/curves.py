@@ -1,19 +1,19 @@
 """Curves: losses and accuracies while untraining; insertion and deletion of gates."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from wfnet.evaluation.attribution import AttributionResult
 from wfnet.report.figures.style import AFTER, INK, RETAINED, SERIES, Axes, picture
+from wfnet.services.files import FilePath
 
 # Name -> (step, value) in the order of training.
 Points = dict[str, list[tuple[float, float]]]
 
 
-def training_curves(history: Sequence[Mapping[str, object]], path: str | os.PathLike) -> None:
+def training_curves(history: Sequence[Mapping[str, object]], path: FilePath) -> None:
     """Draws losses and accuracies over the steps of untraining.
 
     Args:
@@ -73,7 +73,7 @@ def _points(history: Sequence[Mapping[str, object]]) -> Points:
     return series
 
 
-def insertion_deletion(result: AttributionResult, path: str | os.PathLike) -> None:
+def insertion_deletion(result: AttributionResult, path: FilePath) -> None:
     """Draws insertion and deletion curves: mean over classes, spread, and a random order.
 
     Args:

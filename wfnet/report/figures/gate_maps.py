@@ -1,7 +1,6 @@
 """Maps of gates: forgotten class by output channel."""
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 
 from wfnet.fusion.trace import execution_order
@@ -16,6 +15,7 @@ from wfnet.report.figures.style import (
     shorten,
 )
 from wfnet.services.extras import require
+from wfnet.services.files import FilePath
 
 # Pixels of a map, at least, in both directions.
 _PIXELS = 700
@@ -23,9 +23,7 @@ _BLUES = ["#08306B", "#2171B5", "#6BAED6", "#C6DBEF", "#F7FBFF"]
 _ORANGES = ["#FDD0A2", "#FD8D3C", "#D94801", "#A63603"]
 
 
-def gate_heatmap(
-    net: WFNet, path: str | os.PathLike, classes: Sequence[int], names: Sequence[str]
-) -> None:
+def gate_heatmap(net: WFNet, path: FilePath, classes: Sequence[int], names: Sequence[str]) -> None:
     """Draws the gates (class x channel) of the first, an intermediate and the last masked layer.
 
     Args:

@@ -4,14 +4,13 @@ Figures use matplotlib's object-oriented interface: no window opens and pyplot's
 is. Colours are those of Okabe and Ito, which colour-blind readers can tell apart; values are in %.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from wfnet.services.extras import require
-from wfnet.services.files import write_atomically
+from wfnet.services.files import FilePath, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +41,7 @@ STYLE = {
 
 
 @contextmanager
-def picture(path: str | os.PathLike, width: float, height: float) -> Iterator[Figure]:
+def picture(path: FilePath, width: float, height: float) -> Iterator[Figure]:
     """Gives an empty figure to draw on, in the common style, and writes it to ``path`` afterwards.
 
     Args:
