@@ -74,31 +74,38 @@ def test_rows_out_of_range_give_nan_and_never_a_wrong_row():
         assert table[2].isfinite().all()
 
 
-def naive(norm, x, rows, gates):
-    """The formula of design section 7, row by row."""
+def naive(norm, x, rows, gates, shift, factor):
+    """The formula of design section 7, row by row; of other images than the base's, corrected."""
     y = torch.empty_like(x)
     for group, row in enumerate(rows.unique().tolist()):
         own = x[rows == row]
         mean = own.mean((0, 2, 3), keepdim=True)
         var = own.var((0, 2, 3), unbiased=False, keepdim=True)
         shape = (1, -1, 1, 1)
+        mean = mean + shift.reshape(shape)
+        var = (var + norm.eps) * factor.reshape(shape) - norm.eps
         normal = (own - mean) / (var + norm.eps).sqrt()
         plain = norm.weight.reshape(shape) * normal + norm.bias.reshape(shape)
         y[rows == row] = gates[group].reshape(shape) * plain
     return y
 
 
-def test_moments_of_groups_and_gradients_equal_the_formula():
+@pytest.mark.parametrize("corrected", [False, True])
+def test_moments_of_groups_and_gradients_equal_the_formula(corrected):
     net = make_net()
     norm = net.masked_layers["bn1"]
     rows = torch.tensor([3, 0, 3, 3, 0])
     x = torch.randn(5, 8, 4, 3, dtype=torch.double, requires_grad=True)
     noise = {"bn1": torch.rand(2, 8, dtype=torch.double)}
+    correction = torch.zeros(8).double(), torch.ones(8).double()
+    if corrected:
+        correction = torch.randn(8).double(), 0.5 + torch.rand(8).double()
+        net.gate_mode.from_base["bn1"] = correction
     with net.gate_mode.grouped(rows, noise) as labels, wfnet.forgetting(rows):
         found = norm(x)
     assert labels.tolist() == [0, 3]
     gates = hard_gate(norm.alpha_hard[labels], noise["bn1"]) * soft_gate(norm.alpha_soft[labels])
-    truth = naive(norm, x, rows, gates)
+    truth = naive(norm, x, rows, gates, *correction)
     torch.testing.assert_close(found, truth)
     leaves = (x, norm.alpha_hard, norm.alpha_soft)
     weight = torch.randn_like(truth)
@@ -246,3 +253,28 @@ def test_means_under_pairs_are_read_from_their_table(tmp_path):
     for same in (loaded, other):
         assert torch.equal(same(images(), pairs), net(images(), pairs))
     torch.testing.assert_close(net.bake([1, 2])(images()), net(images(), both))
+
+
+@torch.no_grad()
+def test_pairs_of_some_rows_take_the_space_of_these_alone(tmp_path):
+    """With rows that were not untrained a row is as it is alone."""
+    net, fresh = make_net(), make_net(moved=False)
+    untouched = fresh.named_filters() | fresh.named_statistics()
+    for name, table in {**net.named_filters(), **net.named_statistics()}.items():
+        table[[1, 4]] = untouched[name][[1, 4]]
+    for layer in net.masked_layers.values():
+        layer.start_pairs(torch.tensor([0, -1, 1, 2, -1]))
+        layer.row_pair_mean += torch.randn_like(layer.row_pair_mean)
+    assert layer.row_pair_mean.shape[0] == 3
+    assert torch.equal(layer.pair_index(torch.tensor([[3, 2], [0, 1]])), torch.tensor([2, -1]))
+    net.save_pretrained(tmp_path)
+    loaded = wfnet.WFNet.from_pretrained(tmp_path, net.bake(None))
+    other = make_net(moved=False)
+    other.load_state_dict(net.state_dict())
+    for pair, same in (([2, 1], [2, -1]), ([4, 3], [-1, 3]), ([1, 4], [-1, -1])):
+        expected = net(images(), torch.tensor([same] * 4))
+        for one in (net, loaded, other):
+            torch.testing.assert_close(one(images(), torch.tensor([pair] * 4)), expected)
+    both = torch.tensor([[2, 3]] * 4)
+    assert torch.equal(loaded(images(), both), net(images(), both))
+    torch.testing.assert_close(net.bake([3, 2])(images()), net(images(), both))

@@ -16,9 +16,11 @@ Soft gates start at 3: they attenuate, and range up to 1.05.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +37,7 @@ LOW, HIGH, TEMPERATURE = -0.1, 1.1, 0.66
 # Of the shifts of means under several rows that were not measured (docs/durable.md, "Several
 # classes at once").
 SHARED_SHIFT = 0.2
-_STATISTICS = ("row_mean", "row_var", "row_pair_mean")
+_STATISTICS = ("row_mean", "row_var", "row_pair_mean", "row_pair_place")
 
 DURABLE: Registry = {}
 
@@ -52,6 +54,8 @@ class GateMode:
             without noise.
         soft: whether soft gates take part.
         moments: called with a layer's name and the moments ``[G, O]`` of its groups, if given.
+        from_base: by the name of a layer, shift of mean and factor of variance ``[O]`` that make
+            moments of the images of a run those of the images that the base was trained on.
     """
 
     groups: Tensor | None = None
@@ -59,6 +63,14 @@ class GateMode:
     noise: dict[str, Tensor] | None = None
     soft: bool = True
     moments: Callable[[str, Tensor, Tensor], None] | None = None
+    from_base: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def corrected(self, name: str, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Moments ``[G, O]`` by which layer ``name`` normalises groups that have these."""
+        if name not in self.from_base:
+            return mean, var
+        shift, factor = self.from_base[name]
+        return mean + shift, (var + eps) * factor - eps
 
     @contextmanager
     def grouped(
@@ -79,7 +91,7 @@ class GateMode:
         if rows is not None:
             labels, groups = rows.unique(return_inverse=True, dim=0)
         before = dict(vars(self))
-        vars(self).update(vars(GateMode(groups, labels, noise, soft, moments)))
+        vars(self).update(vars(GateMode(groups, labels, noise, soft, moments, self.from_base)))
         try:
             yield labels
         finally:
@@ -240,8 +252,10 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
     Attributes:
         row_mean, row_var: ``[num_classes, O]``, statistics under each row; at the start those of
             the base, so that a fresh row is the original layer, bit by bit.
-        row_pair_mean: ``[num_classes * (num_classes - 1) / 2, O]``, means under every two rows, in
-            the order of :meth:`pair_index`; None where they were not measured.
+        row_pair_mean: ``[R * (R - 1) / 2, O]``, means under every two of R rows, in the order of
+            :meth:`pair_index`; None where they were not measured.
+        row_pair_place: ``[num_classes]`` int64, the place of each row among these R, -1 for none;
+            None: R is num_classes.
     """
 
     _base_type = nn.BatchNorm2d
@@ -255,39 +269,51 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
         self.register_buffer("row_mean", self.running_mean.repeat(num_classes, 1))
         self.register_buffer("row_var", self.running_var.repeat(num_classes, 1))
         self.register_buffer("row_pair_mean", None)
+        self.register_buffer("row_pair_place", None)
 
     def named_statistics(self) -> dict[str, Tensor]:
         tables = {name: getattr(self, name) for name in _STATISTICS}
         return {name: table for name, table in tables.items() if table is not None}
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *more: object) -> None:
-        self.row_pair_mean = None
+        self.row_pair_mean = self.row_pair_place = None
         if f"{prefix}row_pair_mean" in state:
-            self.start_pairs()
+            self.start_pairs(state.get(f"{prefix}row_pair_place"))
         super()._load_from_state_dict(state, prefix, *more)
 
-    def start_pairs(self) -> None:
-        """Gives every two rows the mean that they have without a measurement."""
-        self.row_pair_mean = None
-        every = torch.arange(self.num_classes, device=self.row_mean.device)
-        self.row_pair_mean = self.row_statistics(torch.combinations(every))[0]
+    def start_pairs(self, place: Tensor | None = None) -> None:
+        """Gives every two rows that have a ``place`` the mean that they have unmeasured."""
+        self.row_pair_mean = self.row_pair_place = None
+        rows = torch.arange(self.num_classes, device=self.row_mean.device)
+        if place is not None:
+            place = place.to(rows)
+            rows = rows[place >= 0]
+        self.row_pair_mean = self.row_statistics(torch.combinations(rows))[0]
+        self.row_pair_place = place
 
     def pair_index(self, pairs: Tensor) -> Tensor:
-        """Places ``[B]`` in :attr:`row_pair_mean` of ``pairs [B, 2]`` of different rows."""
+        """Places ``[B]`` in :attr:`row_pair_mean` of ``pairs [B, 2]`` of rows; -1 where none is."""
+        if self.row_pair_place is not None:
+            place = self.row_pair_place[pairs.clamp(0, self.num_classes - 1)]
+            pairs = torch.where(pairs < 0, -1, place)
+        count = (1 + math.isqrt(1 + 8 * len(self.row_pair_mean))) // 2
         first, second = pairs.amin(1), pairs.amax(1)
-        return first * (2 * self.num_classes - first - 1) // 2 + second - first - 1
+        index = first * (2 * count - first - 1) // 2 + second - first - 1
+        return index.masked_fill(first < 0, -1)
 
     def row_statistics(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance ``[B, O]`` under ``rows [B, J]``.
 
         Several rows: ratios of variances are multiplied. Shifts of means of all pairs are added,
         less those of the rows that are counted more than once; where pairs were not measured,
-        shifts of rows are added, less what both change: :data:`SHARED_SHIFT`.
+        shifts of rows are added, less what both change: :data:`SHARED_SHIFT`. An untouched row
+        changes nothing, alone or with others.
         """
         mean, var = self.running_mean, self.running_var + self.eps
-        moved = _rows_of(self.row_mean - mean, rows, 0.0).sum(1)
+        moves = _rows_of(self.row_mean - mean, rows, 0.0)  # [B, J, O]
+        moved = moves.sum(1)
         if rows.shape[1] > 1:
-            count = distinct_labels(rows).ge(0).sum(1, keepdim=True)
+            count = moves.ne(0).any(2).sum(1, keepdim=True)
             if self.row_pair_mean is None:
                 together = (1 - SHARED_SHIFT) * moved
             else:
@@ -300,9 +326,10 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
         """``[B, O]``: the shifts of means under every two of ``rows [B, J]``, added."""
         columns = torch.combinations(torch.arange(rows.shape[1], device=rows.device))
         pairs = distinct_labels(rows)[:, columns].flatten(0, 1)  # [B * P, 2]
-        index = self.pair_index(pairs).clamp(0, len(self.row_pair_mean) - 1)
-        moved = self.row_pair_mean.index_select(0, index) - self.running_mean
-        moved = moved.masked_fill(pairs.eq(-1).any(1, keepdim=True), 0.0)
+        index = self.pair_index(pairs)
+        known = index.clamp(0, len(self.row_pair_mean) - 1)
+        moved = self.row_pair_mean.index_select(0, known) - self.running_mean
+        moved = moved.masked_fill(index.eq(-1).unsqueeze(1), 0.0)
         return moved.unflatten(0, (len(rows), -1)).sum(1)
 
     def tables(self, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,8 +356,9 @@ class DurableBatchNorm2d(DurableLayer, nn.BatchNorm2d):
         selection = active_selection(self._title())
         if selection.rows is not None and self.mode.groups is not None:
             gate = self.group_gates()
+            correct = partial(self.mode.corrected, self.layer_name)
             y, mean, var = _GroupNorm.apply(
-                x, gate, self.weight, self.bias, self.mode.groups, self.eps
+                x, gate, self.weight, self.bias, self.mode.groups, self.eps, correct
             )
             if self.mode.moments is not None:
                 self.mode.moments(self.layer_name, mean, var)
@@ -373,7 +401,7 @@ def _wide(table: Tensor, like: Tensor) -> Tensor:
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Normalises by the moments of groups of samples, and gates: two passes each way.
+    """Normalises by the corrected moments of groups of samples, and gates: two passes each way.
 
     ``y = A[k] * x + C[k]`` with ``A = gate * gamma / sqrt(var + eps)``, ``C = gate * beta - mean *
     A`` for the group ``k`` of a sample; the gradient runs through the moments too. Returns the
@@ -381,17 +409,19 @@ class _GroupNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, gate, gamma, beta, groups, eps):
+    def forward(ctx, x, gate, gamma, beta, groups, eps, correct):
         wide = torch.promote_types(x.dtype, torch.float32)
         mean_b, var_b = sample_moments(x)  # [B, O]
         share = F.one_hot(groups, len(gate)).to(wide)  # [B, G]
         share = share / share.sum(0)
         mean = share.T @ mean_b  # [G, O]
         var = share.T @ (var_b + (mean_b - mean[groups]).square())
+        own = mean, var
+        mean, var = correct(*own, eps)
         slope = gamma * torch.rsqrt(var + eps)
         scale = gate * slope
         shift = gate * beta - mean * scale
-        ctx.save_for_backward(x, gate, gamma, beta, groups, mean, var)
+        ctx.save_for_backward(x, gate, gamma, beta, groups, mean, var, *own)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)
         return torch.addcmul(_wide(shift[groups], x), x, _wide(scale[groups], x)), mean, var
@@ -399,7 +429,7 @@ class _GroupNorm(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy, *_):
-        x, gate, gamma, beta, groups, mean, var = ctx.saved_tensors
+        x, gate, gamma, beta, groups, mean, var, own_mean, own_var = ctx.saved_tensors
         wide = mean.dtype
         inverse = torch.rsqrt(var + ctx.eps)
         scale = gate * gamma * inverse
@@ -410,11 +440,12 @@ class _GroupNorm(torch.autograd.Function):
         dscale = dot_g - mean * sum_g
         dgate = dscale * gamma * inverse + sum_g * beta
         count = member.sum(0).unsqueeze(1) * x[0, 0].numel()
-        dvar = -0.5 * dscale * scale * inverse.square()
+        # By the variance of the samples: a correction multiplies it, scale / variance stays.
+        dvar = -0.5 * dscale * scale * torch.rsqrt(own_var + ctx.eps).square()
         if not ctx.needs_input_grad[0]:
-            return None, dgate, None, None, None, None
+            return None, dgate, None, None, None, None, None
         on_x = 2 * dvar / count
-        constant = (-scale * sum_g) / count - on_x * mean
+        constant = (-scale * sum_g) / count - on_x * own_mean
         dx = torch.addcmul(_wide(constant[groups], x), x, _wide(on_x[groups], x))
         dx = torch.addcmul(dx, dy, _wide(scale[groups], x))
-        return dx, dgate, None, None, None, None
+        return dx, dgate, None, None, None, None, None

@@ -338,9 +338,9 @@ class WFNet(nn.Module):
             compact: also take out of the network the channels that are exactly 0
                 (:func:`wfnet.compact.compact`; needs torch-pruning): durable filters close some
                 in every row, ``prune_below`` any. Weights then have other shapes than the base's.
-            images: ``[n, C, H, W]``, images of other classes. Durable filters know BatchNorm's
-                statistics under one row; under several they are put together from these, which
-                costs accuracy. With images they are measured instead.
+            images: ``[n, C, H, W]``, images of other classes, of all that the base knows. Durable
+                filters know BatchNorm's statistics under one row; under several they are put
+                together from these, which costs accuracy. With images they are measured instead.
 
         Returns:
             A copy in evaluation mode, without filters; all its parameters can be trained again.

@@ -149,7 +149,7 @@ def load_filters(
     )
     for name, layer in net.masked_layers.items():
         if f"{name}.row_pair_mean" in tensors and hasattr(layer, "start_pairs"):
-            layer.start_pairs()
+            layer.start_pairs(tensors.get(f"{name}.row_pair_place"))
     assign_filters(net, tensors, folder / FILTERS_NAME, statistics=True)
     # Files of earlier versions have no digest.
     if config.get("filters_digest", "") not in ("", digest(tensors)):

@@ -111,11 +111,15 @@ def test_rows_at_run_time(pair, caplog):
     assert "runs uncompiled: moments of groups have no compiled graph" in caplog.text
 
 
-@pytest.mark.parametrize(("soft", "chosen"), [(True, False), (False, False), (True, True)])
-def test_groups_in_untraining(pair, soft, chosen, monkeypatch):
+@pytest.mark.parametrize(
+    ("soft", "chosen", "corrected"),
+    [(True, False, False), (False, False, True), (True, True, False)],
+)
+def test_groups_in_untraining(pair, soft, chosen, corrected, monkeypatch):
     """The plan is made inside of groups too, which are not those of the example.
 
-    ``chosen``: by a backend that gives every call to one of several.
+    ``chosen``: by a backend that gives every call to one of several. ``corrected``: moments are, as
+    for images of some of the base's classes.
     """
     runs = []
     if chosen:
@@ -128,6 +132,11 @@ def test_groups_in_untraining(pair, soft, chosen, monkeypatch):
         "_convolve",
         lambda run, step: runs.append(step) or convolve(run, step),
     )
+    for name, layer in pair[0].masked_layers.items() if corrected else ():
+        width = layer.alpha_hard.shape[1]
+        correction = torch.randn(width).double(), 0.5 + torch.rand(width).double()
+        for network in pair:
+            network.gate_mode.from_base[name] = correction
     weights, losses, logits, moments = torch.randn(len(ROWS), CLASSES).double(), [], [], []
     for network in pair:
         seen = {}

@@ -204,15 +204,19 @@ def test_a_run_forgets_and_the_class_does_not_come_back_with_new_statistics(net,
     assert right[~own].float().mean() > 0.9
 
 
-def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(trained, labelled, tmp_path):
+@pytest.mark.parametrize("classes", [None, [0, 2]])
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
+    trained, labelled, tmp_path, classes
+):
     def go(folder, stop=100):
         def interrupt(record):
             if record["step"] >= stop:
                 raise KeyboardInterrupt
 
         net = wrap(trained, CLASSES, "durable")
-        data = labelled(), labelled(30, 1)
-        wfnet.untrain(net, *data, config(), folder, True, progress=False, log=interrupt)
+        data, settings = (labelled(), labelled(30, 1)), config(classes=classes)
+        wfnet.untrain(net, *data, settings, folder, True, progress=False, log=interrupt)
+        assert not net.gate_mode.from_base
         return {**net.named_filters(), **net.named_statistics()}
 
     whole = go(tmp_path / "whole")
@@ -221,6 +225,62 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(trained, labell
     for _ in range(2):  # the second time it is finished, and only loaded
         for name, value in go(tmp_path / "cut").items():
             assert torch.equal(whole[name], value), name
+
+
+def test_some_classes_are_untrained_and_all_others_stay_bit_by_bit(trained, labelled, tmp_path):
+    """With images of two classes alone, which have other moments than those of all three."""
+    few, test = (d.select((d.labels != 1).nonzero().flatten()) for d in (labelled(120), labelled()))
+    net = wrap(trained, CLASSES, "durable")
+    settings = config(steps=60, lr=0.3, classes=[0, 2], batch_size=24, compound=0)
+    wfnet.untrain(net, few, None, settings, tmp_path, progress=False)
+    fresh = wrap(trained, CLASSES, "durable")
+    untouched = fresh.named_filters() | fresh.named_statistics()
+    for name, table in (net.named_filters() | net.named_statistics()).items():
+        moved = table.ne(untouched[name]).any(1)
+        assert not moved[1], name
+        assert moved[0] or "row_" not in name, name
+    net, images = net.eval(), test.images
+    with torch.no_grad():
+        original = net(images)
+        assert torch.equal(net(images, 1), original)
+        weights = trained.state_dict()
+        assert all(torch.equal(x, weights[n]) for n, x in net.bake(1).state_dict().items())
+        torch.testing.assert_close(
+            net(images, torch.tensor([[1, 2]] * len(images))), net(images, 2)
+        )
+        found = net(images, 2)
+        torch.testing.assert_close(net.bake(2)(images), found, rtol=1e-4, atol=1e-4)
+    right = found.argmax(1) == test.labels
+    assert right[test.labels == 2].float().mean() < 0.2
+    assert right[test.labels == 0].float().mean() > 0.7  # 0.3 with moments as they are
+
+
+def test_moments_of_other_images_count_as_changes_of_the_base(net, labelled):
+    """A fresh row normalises images of one class as the original network does."""
+    data = labelled().select((labelled().labels == 0).nonzero().flatten())
+    rows = torch.zeros(len(data), dtype=torch.long)
+    with torch.no_grad():
+        original, apart = net(data.images), []
+        for _ in range(2):
+            with net.gate_mode.grouped(rows):
+                apart.append((net(data.images, rows) - original).abs().max())
+            RowStatistics(net, data, data.labels, 64, 0).measure_base()
+    assert apart[0] > 0.5
+    assert apart[1] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("of", "changes", "message"),
+    [
+        ([1], {"classes": [1]}, "images of 2 classes or more, 1 of them untrained; the .* have 1"),
+        ([1, 2], {"classes": [1, 2], "compound": 1.0}, r"of 3 classes or more, .*set compound=0"),
+    ],
+)
+def test_too_few_classes_are_refused(net, labelled, of, changes, message):
+    data = labelled()
+    few = data.select(torch.isin(data.labels, torch.tensor(of)).nonzero().flatten())
+    with pytest.raises(ValueError, match=message):
+        wfnet.untrain(net, few, None, config(**changes), progress=False)
 
 
 def test_what_does_not_fit_together_is_refused(trained, labelled, net):

@@ -17,7 +17,6 @@ from wfnet.services.settings import Number, attribute_texts
         ({"batch_size": 7}, "batch_size must be even"),
         ({"objective": "durable"}, "batch_size=32 must be a multiple of .* = 40"),
         ({"objective": "durable", "batch_size": 40, "compound": 0.5}, "to at least 80"),
-        ({"objective": "durable", "batch_size": 40, "classes": [1]}, "untrains all classes"),
         ({"optimizer": "sgd", "shrink": 0.1}, "shrink is a part of optimizer='row_adam'"),
     ],
     ids=str,

@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> None:
 
     def baked(forget: Forget) -> nn.Module:
         labels, others = list(classes_in(forget)), None
-        if net.gate == "durable" and len(labels) > 1:  # as `wfnet bake` measures statistics
+        # As `wfnet bake` measures statistics.
+        if net.gate == "durable" and work_on.untrained is None and len(labels) > 1:
             others = reader.without(*labels).images
         return net.bake(labels, options.prune_below, images=others)
 

@@ -62,7 +62,18 @@ from wfnet.wrapping import DURABLE_ALPHA_INIT, MANY_ALPHA_INIT, masks_linear_map
 _METHOD_OPTIONS = (
     *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
     *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "tolerance"),
-    *("margin", "distil", "share_images", "saliency", "sampler", "compound", "shrink", "clip"),
+    *(
+        "forget_images",
+        "retain_images",
+        "margin",
+        "distil",
+        "share_images",
+        "saliency",
+        "sampler",
+        "compound",
+        "shrink",
+        "clip",
+    ),
     *("patience", "validations_per_epoch", "min_validations", "validation_images", "stop_on"),
     *("features", "feature_dtype", "views", "max_corrupt"),
 )
@@ -126,8 +137,8 @@ def _add_method_options(parser: Parser) -> None:
         --filter-dtype  of filters and optimiser state; bfloat16 takes half the memory and is
             rounded stochastically [default: float32]
         --alpha-init X  first value of filter entries (default: 3; of the hard gates of recipe
-            durable {DURABLE_ALPHA_INIT:g}, and {MANY_ALPHA_INIT:g} with more than {MANY_CLASSES}
-            classes)
+            durable {DURABLE_ALPHA_INIT:g}, and {MANY_ALPHA_INIT:g} with images of more than
+            {MANY_CLASSES} classes)
         --augment  crop and mirror training images at random
         """,
         recipe=tuple(RECIPES),
@@ -150,7 +161,7 @@ def make_config(
 
     Args:
         options: of the command line.
-        num_classes: of the network.
+        num_classes: of the network; where some rows are untrained, of the images.
         rows: that are untrained; None for all. The recipe's length is that for as many classes.
         transformer: whether linear maps alone are masked.
     """
@@ -165,7 +176,8 @@ def make_config(
         "amp": "bfloat16" if options.amp else None,
         "fuse": fuse_of(options),
     }
-    count = num_classes if rows is None else max(2, len(rows))
+    durable = options.recipe == "durable"  # knows both numbers apart
+    count = num_classes if rows is None or durable else max(2, len(rows))
     return UntrainConfig.recipe(options.recipe, count, transformer, **changes)
 
 
@@ -231,7 +243,7 @@ def _prepare(options: argparse.Namespace, folder: Path, ranks: Ranks) -> _Prepar
         if count is None and not is_pretrained(options):
             raise ValueError("--classes needs --num-classes, the number of classes of the network")
     classifier = make_classifier(options, count, data_name(options))
-    rows = None
+    rows, pictured = None, count
     with ranks.first_ahead():
         data = open_images(options, classifier, options.augment)
         check_split(options)
@@ -241,7 +253,7 @@ def _prepare(options: argparse.Namespace, folder: Path, ranks: Ranks) -> _Prepar
             count = find_head(classifier)[1].weight.shape[0]
             names = network_names(names, count)
             numbers, rows = choose_classes(options.classes, data.classes, count, names)
-            data = with_network_labels(data, numbers, count, names)
+            data, pictured = with_network_labels(data, numbers, count, names), len(numbers)
         data = untraining_images(options, data, folder)
 
     def wrapped(recipe: str, alpha_init: float | None, mask_from: str | None) -> WFNet:
@@ -261,8 +273,11 @@ def _prepare(options: argparse.Namespace, folder: Path, ranks: Ranks) -> _Prepar
         return net.to(memory_format=layout)
 
     tried = _choose_mask_from(options, partial(wrapped, "balanced", None), data, rows, ranks)
-    net = wrapped(options.recipe, options.alpha_init, options.mask_from)
-    config = make_config(options, count, rows, masks_linear_maps(net))
+    alpha_init = options.alpha_init
+    if alpha_init is None and options.recipe == "durable" and pictured <= MANY_CLASSES:
+        alpha_init = DURABLE_ALPHA_INIT  # few are retained, however many the network has
+    net = wrapped(options.recipe, alpha_init, options.mask_from)
+    config = make_config(options, pictured, rows, masks_linear_maps(net))
     return _Prepared(net, data, config, tried, folder, ranks)
 
 

@@ -20,6 +20,9 @@ pixels, and A and C both proportional to the gate, nothing is divided::
     du        = A * g' + on_u * u + constant
     on_u      = -(P - mean * A * S) / (n * (var + eps))
     constant  = -A * S / n - on_u * mean
+
+Where moments are corrected (``GateMode.from_base``), A and C have the corrected ones, and so has
+``mean * A * S``; ``var + eps`` and the last ``mean`` are those of the product.
 """
 
 from __future__ import annotations
@@ -126,7 +129,7 @@ class GroupTables:
         self.share = (self.member / self.sizes).T  # [G, B]
         self.scales: list[Tensor | None] = [None] * len(steps)
         self.shifts: list[Tensor | None] = [None] * len(steps)
-        self.moments: list[tuple[Tensor, Tensor, int] | None] = [None] * len(steps)
+        self.moments: list[tuple[Tensor, Tensor, Tensor, Tensor, int] | None] = [None] * len(steps)
         batch = len(self.groups)
         self.t1 = [g.new_zeros((batch, g.shape[1])) for g in self.gates if save]
         self.t0 = [g.new_zeros((batch, g.shape[1])) for g in self.gates if save]
@@ -147,11 +150,12 @@ class GroupTables:
         """
         step, gate = self.steps[index], self.gates[index]
         norm = step.norm
-        mean, var = self._of_groups(*moments, source)
+        own = self._of_groups(*moments, source)
+        mean, var = self.mode.corrected(norm.layer_name, *own, norm.eps)
         slope = _wide(step, norm.weight) * torch.rsqrt(var + norm.eps)
         scale = gate * slope
         shift = gate * _wide(step, norm.bias) - mean * scale
-        self.moments[index] = mean, var, pixels
+        self.moments[index] = *own, mean, var, pixels
         if self.mode.moments is not None:
             self.mode.moments(norm.layer_name, mean + _bias(step), var)
         self._gather(index, scale, shift)
@@ -185,14 +189,14 @@ class GroupTables:
             shift = gate * _bias(step)
             self._write_gates(index, p + shift * s)
             return None, None
-        mean, var, pixels = self.moments[index]
+        own_mean, own_var, mean, var, pixels = self.moments[index]
         inverse = torch.rsqrt(var + norm.eps)
         scale = gate * _wide(step, norm.weight) * inverse
         centred = p - mean * scale * s
         self._write_gates(index, centred + gate * _wide(step, norm.bias) * s)
         count = (self.sizes * pixels).unsqueeze(1)
-        on_u = -centred * inverse.square() / count
-        constant = -scale * s / count - on_u * mean
+        on_u = -centred * torch.rsqrt(own_var + norm.eps).square() / count
+        constant = -scale * s / count - on_u * own_mean
         return on_u.index_select(0, self.groups), constant.index_select(0, self.groups)
 
     def _write_gates(self, index: int, by_log: Tensor) -> None:

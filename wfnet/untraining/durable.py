@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from wfnet.backends.eager import sample_moments
 from wfnet.data import Batch, Dataset, batches
 from wfnet.network import WFNet
 from wfnet.services.seeds import generator_for
@@ -45,16 +46,17 @@ class GroupSampler:
     Args:
         labels: ``[N]`` int64.
         config: images of a step and of a row, and the seed.
+        untrained: ``[R]`` ascending, the rows that are untrained; None: all.
     """
 
-    def __init__(self, labels: Tensor, config: UntrainConfig):
+    def __init__(self, labels: Tensor, config: UntrainConfig, untrained: Tensor | None = None):
         self.config = config
-        self.present = labels.unique()
-        self._own = {c: (labels == c).nonzero().flatten() for c in self.present.tolist()}
+        self.untrained = labels.unique() if untrained is None else untrained
+        self._own = {c: (labels == c).nonzero().flatten() for c in self.untrained.tolist()}
         self._labels = labels
         groups = config.batch_size // (config.forget_images + config.retain_images)
-        self.rows = min(groups - bool(config.compound), len(self.present))
-        self._next_row = shuffled_passes(self.present, 8, config.seed, _ROWS_STREAM)
+        self.rows = min(groups - bool(config.compound), len(self.untrained))
+        self._next_row = shuffled_passes(self.untrained, 8, config.seed, _ROWS_STREAM)
 
     def rows_of(self, step: int) -> list[int]:
         """The rows of a step that have a group to themselves."""
@@ -66,8 +68,8 @@ class GroupSampler:
         chosen = []
         members = [[row] for row in self.rows_of(step)]
         if self.config.compound:
-            pair = torch.randperm(len(self.present), generator=draw)[:2]
-            members.append(self.present[pair].tolist())
+            pair = torch.randperm(len(self.untrained), generator=draw)[:2]
+            members.append(self.untrained[pair].tolist())
         for rows in members:
             for own in (self._own[row] for row in rows):
                 count = self.config.forget_images // len(rows)
@@ -223,38 +225,76 @@ class RowStatistics:
         dataset, labels: the training images and their labels ``[N]``.
         images: most images of a row at the end of a run.
         seed: of the choice of images.
+        untrained: ``[R]`` ascending, the rows that are untrained; None: all.
     """
 
-    def __init__(self, net: WFNet, dataset: Dataset, labels: Tensor, images: int, seed: int):
+    def __init__(
+        self,
+        net: WFNet,
+        dataset: Dataset,
+        labels: Tensor,
+        images: int,
+        seed: int,
+        untrained: Tensor | None = None,
+    ):
         self.net = net
+        self.rows = labels.unique() if untrained is None else untrained
         self.dataset, self.labels, self.images = dataset, labels, images
         self.seed = seed
         self._pool: Batch | None = None
         self.weight = next(iter(net.masked_layers.values())).weight
 
     @torch.no_grad()
+    def measure_base(self) -> None:
+        """Has moments count as changes of the base's statistics, for images of some classes.
+
+        These have other moments than the images that the base was trained on. Normalised by them,
+        a fresh row would not be the original network: filters would learn to undo that, and so
+        change what classes without images get.
+        """
+        layers = {m: [] for m in self.net.masked_layers.values() if m.named_statistics()}
+        hooks = [
+            layer.register_forward_pre_hook(lambda m, args: layers[m].append(sample_moments(*args)))
+            for layer in layers
+        ]
+        for images in self._read().images.split(64):
+            self.net(images.to(self.weight.device, self.weight.dtype), None)
+        for hook in hooks:
+            hook.remove()
+        for layer, parts in layers.items():
+            mean_b, var_b = map(torch.cat, zip(*parts, strict=True))  # [N, O]
+            mean = mean_b.mean(0)
+            var = (var_b + (mean_b - mean).square()).mean(0)
+            factor = (layer.running_var + layer.eps) / (var + layer.eps)
+            self.net.gate_mode.from_base[layer.layer_name] = layer.running_mean - mean, factor
+
+    @torch.no_grad()
     def measure(self, last: bool = False) -> None:
         """Sets the statistics of all rows, from fewer images if this is not the last time."""
         if not self.net.named_statistics():
             return
-        present = self.labels.unique()
+        rows = self.rows
         count = min(self.images, 64)
         if last:
-            count = min(self.images, max(65536 // len(present), 128))
+            count = min(self.images, max(65536 // len(rows), 128))
         # A finished run that is loaded measures the same bits: none that depend on who was fastest.
         training, fuse = self.net.training, self.net.fuse
         self.net.eval().fuse = fuse and self.weight.device.type == "cpu"
-        self._measure(present.unsqueeze(1), count)
-        if last and 2 < len(present) <= MANY_CLASSES:
-            self._measure(torch.combinations(present), min(self.images, _PAIR_IMAGES))
+        self._measure(rows.unsqueeze(1), count)
+        if last and 1 < len(rows) <= MANY_CLASSES and len(self.labels.unique()) > 2:
+            self._measure(torch.combinations(rows), min(self.images, _PAIR_IMAGES))
         self.net.train(training).fuse = fuse
 
     def _measure(self, rows: Tensor, count: int) -> None:
         """Sets the statistics of ``rows [R, J]``, one or two at a time, from ``count`` images."""
         layers = self.net.masked_layers
         if rows.shape[1] == 2:
+            place = None
+            if len(self.rows) < self.net.num_classes:
+                place = torch.full((self.net.num_classes,), -1)
+                place[self.rows] = torch.arange(len(self.rows))
             for name in {name.rpartition(".")[0] for name in self.net.named_statistics()}:
-                layers[name].start_pairs()
+                layers[name].start_pairs(place)
 
         def keep(name: str, mean: Tensor, var: Tensor) -> None:
             layer = layers[name]
@@ -262,7 +302,7 @@ class RowStatistics:
                 layer.row_pair_mean[layer.pair_index(labels)] = mean.to(layer.row_pair_mean)
                 return
             layer.row_mean[labels[:, 0]] = mean.to(layer.row_mean)
-            layer.row_var[labels[:, 0]] = var.to(layer.row_var)
+            layer.row_var[labels[:, 0]] = var.clamp_min(0).to(layer.row_var)
 
         pool, device = self._read(), self.weight.device
         for some in rows.split(max(1, _PASS // count)):

@@ -170,9 +170,8 @@ class _Untraining:
         if config.channels_last:
             net.to(memory_format=torch.channels_last)
         self.corrupt: CorruptImages = corrupt_counter(train, config.max_corrupt)
-        self.statistics = RowStatistics(
-            net, train, self.data.labels, config.statistics_images, config.seed
-        )
+        about = self.data.labels, config.statistics_images, config.seed, self.data.rows
+        self.statistics = RowStatistics(net, train, *about)
         self.validator = None
         if validation is not None:
             checked_labels(validation, net.num_classes, "validation")
@@ -262,6 +261,8 @@ class _Untraining:
         self.clock = RunClock(self.device, state.seconds, state.spent)
         self.saved_at = self.clock.seconds  # when the last checkpoint was written
         try:
+            if self.durable and self.data.rows is not None:
+                self.statistics.measure_base()
             if state.finished:
                 self.statistics.measure(last=True)
             else:
@@ -293,6 +294,7 @@ class _Untraining:
         finally:
             net.train(training)
             net.fuse = fuse
+            net.gate_mode.from_base.clear()
         named = {f.name: getattr(state, f.name, None) for f in fields(UntrainResult)}
         named |= {"score": state.best and state.best.score, "steps": state.step}
         named |= {"config": self.config, "filters": self.output}

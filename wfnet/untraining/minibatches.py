@@ -85,6 +85,15 @@ class TrainingData:
                 "it; add images of every class that the network knows, or name those that are to "
                 "be untrained (classes=[...], --classes)"
             )
+        found, least = len(occurring.unique()), 3 if config.compound else 2
+        if config.objective == "durable" and (found < least or len(wanted) < least - 1):
+            less = " (or set compound=0: none is under two rows at once then)"
+            raise ValueError(
+                f"recipe durable retains images of other classes under each row: it needs images "
+                f"of {least} classes or more, {least - 1} of them untrained"
+                f"{less if config.compound else ''}; the training data have {found}, and "
+                f"{len(wanted)} untrained: add images of others"
+            )
         return cls(dataset, labels, multi_hot, num_classes, rows)
 
     def fitting(self, config: UntrainConfig) -> UntrainConfig:
@@ -134,7 +143,7 @@ def configured_sampler(config: UntrainConfig, data: TrainingData) -> Sampler:
     all that can be retained under another row.
     """
     if config.objective == "durable":
-        return GroupSampler(data.labels, config)
+        return GroupSampler(data.labels, config, data.rows)
     own = data.has_row
     every, size, parts = torch.ones_like(own), config.batch_size // 2, (own, own)
     if not bool(own.all()):

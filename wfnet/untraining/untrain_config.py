@@ -188,10 +188,6 @@ class UntrainConfig:
                 f"forget_images={self.forget_images} to an even number",
             ),
             (
-                durable and self.classes is not None,
-                "recipe durable untrains all classes: leave out classes",
-            ),
-            (
                 durable and self.saliency,
                 "saliency is of sigmoid gates: leave it out of recipe durable",
             ),
@@ -267,7 +263,8 @@ class UntrainConfig:
         :class:`wfnet.untraining.objectives.BalancedObjective`.
         "paper": the authors' settings, for a ``WFNet(..., normalize_gate=False)``.
         "durable": forgetting that outlasts re-estimated statistics and fine-tuning on other
-        classes, for a ``WFNet(..., gate="durable")``. ``transformer``: all of its gates lie behind
+        classes, for a ``WFNet(..., gate="durable")``; with ``classes``, ``num_classes`` is the
+        number of classes that there are images of. ``transformer``: all of its gates lie behind
         linear maps (:func:`wfnet.wrapping.masks_linear_maps`).
         "quick": ``balanced`` in a fraction of its time, for a ``WFNet(..., mask_from=0.5)``: few
         images, few and large steps, one validation at the end.
@@ -381,18 +378,19 @@ def _durable_settings(
 
     What counts is how often a row is visited: 180 times for ten classes. Many classes crowd the
     channels: the forget term weighs more there and has a margin, and the matching term is left out.
-    Of a transformer few gates close, and those wholly; its rows gain by 250 visits. One more group
-    is under two rows at once: without it, forgetting two classes costs the others three times as
-    much.
+    Of ``classes`` alone the run is as long as these need; how many classes crowd the channels is
+    how many are retained. Of a transformer few gates close, and those wholly; its rows gain by 250
+    visits. One more group is under two rows at once: without it, forgetting two classes costs the
+    others three times as much.
     """
     forget_images = changes.get("forget_images", 8)
     group = forget_images + changes.get("retain_images", 32)
-    many = num_classes > MANY_CLASSES
+    many, untrained = num_classes > MANY_CLASSES, len(changes.get("classes") or range(num_classes))
     batch_size = changes.get("batch_size")
-    pairs = not many and num_classes > 2 and forget_images % 2 == 0
+    pairs = not many and num_classes > 2 and untrained > 1 and forget_images % 2 == 0
     pairs = pairs and (batch_size is None or batch_size >= 2 * group)
     compound = changes.get("compound", float(pairs))
-    batch_size = batch_size or (min(4, num_classes) + (compound > 0)) * group
+    batch_size = batch_size or (min(4, untrained) + (compound > 0)) * group
     rows = max(1, batch_size // group - (compound > 0))
     visits, lambda1, match, margin = 180, 0.3, 0.1, 0.0
     if many:
@@ -401,7 +399,7 @@ def _durable_settings(
         visits, match = 252, 0.0
     return {
         "objective": "durable",
-        "steps": math.ceil(visits * num_classes / rows),
+        "steps": math.ceil(visits * untrained / rows),
         "batch_size": batch_size,
         "stop_on": "loss",
         "lr": 0.2,
