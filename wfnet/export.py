@@ -1,7 +1,5 @@
 """Bakes one row's gates into the weights: a plain model without filters."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def bake(
-    net: WFNet,
+    net: "WFNet",
     forget: int | Sequence[int] | Tensor | None,
     prune_below: float = 0.0,
     cut_output: bool = False,
@@ -91,7 +89,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _measure_statistics(net: WFNet, plain: nn.Module, labels: list[int], images: Tensor) -> None:
+def _measure_statistics(net: "WFNet", plain: nn.Module, labels: list[int], images: Tensor) -> None:
     """Gives the norms of ``plain`` the moments of ``images`` under all of ``labels`` at once."""
     weight = next(net.parameters())
     rows = torch.tensor(labels, device=weight.device).expand(len(images), -1)

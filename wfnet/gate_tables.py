@@ -14,8 +14,6 @@ gathers, squashes and reduces once for any number of layers. :func:`flatten_filt
 parameters themselves views of such a matrix; then nothing is copied either.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,7 +72,7 @@ class GateTables:
             :mod:`wfnet.gates`, or a backend.
     """
 
-    def __init__(self, layers: Sequence[GatedLayer], rows: Backend | ModuleType = gates):
+    def __init__(self, layers: Sequence[GatedLayer], rows: "Backend | ModuleType" = gates):
         self.rows = rows
         self.filters = [matrix.detach() for layer in layers for matrix in layer.filters]
         self.columns = list(_columns_of(self.filters))
@@ -93,7 +91,7 @@ class GateTables:
         self.factor = torch.cat(factors)  # [total]: gamma', or gamma' * bias
         self.gate_scale = layers[0].gate_scale
 
-    def __call__(self, forget: Tensor, save: bool = False) -> StepTables:
+    def __call__(self, forget: Tensor, save: bool = False) -> "StepTables":
         """Returns tables for labels ``forget`` ``[B, J]``; ``save``: with room for column sums."""
         return StepTables(self, side_by_side(self.filters), forget, save)
 

@@ -5,8 +5,6 @@ weight and bias, the forget labels taken from :func:`wfnet.forgetting`. A new ma
 class here with :func:`register_maskable` in front.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -40,7 +38,7 @@ def register_maskable(base: type | str, registry: Registry = _MASKABLE) -> Calla
     return register
 
 
-def registered(kind: type, registry: Registry) -> type[MaskedLayer] | None:
+def registered(kind: type, registry: Registry) -> "type[MaskedLayer] | None":
     """The class that wraps layers of exactly type ``kind``; None if there is none."""
     return registry.get(kind) or registry.get(f"{kind.__module__}.{kind.__qualname__}")
 
@@ -129,7 +127,7 @@ class MaskedLayer(nn.Module):
             )
 
     @classmethod
-    def adopt(cls, layer: nn.Module, num_classes: int, **filters: object) -> MaskedLayer:
+    def adopt(cls, layer: nn.Module, num_classes: int, **filters: object) -> "MaskedLayer":
         """Turns ``layer`` into a masked layer that owns its parameters, buffers and hooks."""
         cls.check_plain(layer)
         masked = cls.__new__(cls)
@@ -259,7 +257,7 @@ class WFConv2d(MaskedLayer, nn.Conv2d):
         self._add_filters(num_classes, alpha_init, normalize_gate, backend, filter_dtype)
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, num_classes: int, **options: object) -> WFConv2d:
+    def from_conv(cls, conv: nn.Conv2d, num_classes: int, **options: object) -> "WFConv2d":
         """A masked copy of ``conv``, which stays as it is; options as above.
 
         Raises:
@@ -327,7 +325,7 @@ class WFLinear(MaskedLayer, nn.Linear):
         self._add_filters(num_classes, alpha_init, normalize_gate, backend, filter_dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, num_classes: int, **options: object) -> WFLinear:
+    def from_linear(cls, linear: nn.Linear, num_classes: int, **options: object) -> "WFLinear":
         """A masked copy of ``linear``, which stays as it is."""
         return _copy_of(linear, WFLinear, num_classes, **options)
 

@@ -1,7 +1,5 @@
 """WFNet: a frozen classifier whose convolutions or linear maps are masked layers."""
 
-from __future__ import annotations
-
 import copy
 import sys
 from collections.abc import Sequence
@@ -272,7 +270,7 @@ class WFNet(nn.Module):
                     f"{setting}={wanted}; give WFNet the same"
                 )
 
-    def train(self, mode: bool = True) -> WFNet:
+    def train(self, mode: bool = True) -> "WFNet":
         """Sets training mode of the filters; the frozen base always stays in evaluation mode."""
         super().train(mode)
         self.model.eval()
@@ -365,7 +363,7 @@ class WFNet(nn.Module):
     @classmethod
     def from_pretrained(
         cls, folder: FilePath, base_model: nn.Module | None = None, backend: str = "auto"
-    ) -> WFNet:
+    ) -> "WFNet":
         """Wraps ``base_model`` and loads the filters that :meth:`save_pretrained` wrote.
 
         Args:

@@ -1,7 +1,5 @@
 """Filter checkpoints: safetensors and JSON, atomic writes, a fingerprint of the base weights."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -32,12 +30,12 @@ FILTERS_NAME = "wf_model.safetensors"
 FORMAT = 1
 
 
-def filters_digest(net: WFNet) -> str:
+def filters_digest(net: "WFNet") -> str:
     """Returns SHA-256 over the filters of ``net`` and their statistics, as files record it."""
     return digest({**net.named_filters(), **net.named_statistics()})
 
 
-def save_filters(net: WFNet, folder: FilePath) -> None:
+def save_filters(net: "WFNet", folder: FilePath) -> None:
     """Writes the filters of ``net`` and what is needed to wrap the same base again."""
     folder = Path(folder)
     tensors = {**net.named_filters(), **net.named_statistics()}
@@ -111,8 +109,8 @@ def _folder_of(source: FilePath) -> Path:
 
 
 def load_filters(
-    cls: type[WFNet], source: FilePath, base_model: nn.Module | None, backend: str
-) -> WFNet:
+    cls: "type[WFNet]", source: FilePath, base_model: nn.Module | None, backend: str
+) -> "WFNet":
     """Wraps ``base_model``, or the one recorded, as the files say and loads the filters."""
     folder = _folder_of(source)
     config = read_config(folder)
@@ -162,7 +160,7 @@ def load_filters(
 
 
 def assign_filters(
-    net: WFNet, tensors: dict[str, Tensor], origin: object, statistics: bool = False
+    net: "WFNet", tensors: dict[str, Tensor], origin: object, statistics: bool = False
 ) -> None:
     """Copies ``tensors`` into the filters of ``net``, and into the rows' statistics if wanted.
 

@@ -10,8 +10,6 @@ two, that they were made for.
 A network on a CPU, or on a backend that is asked for by name, never comes here.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import time
@@ -82,7 +80,7 @@ def _tuned(method: str) -> Callable:
     """Returns a method of :class:`TunedBackend`: that of the backend which the call is given to."""
     signature = inspect.signature(getattr(Backend, method))
 
-    def call(self: TunedBackend, *args: object, **kwargs: object) -> object:
+    def call(self: "TunedBackend", *args: object, **kwargs: object) -> object:
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
         arguments = dict(given.arguments)

@@ -15,8 +15,6 @@ Its backward needs no layer input. For a gradient ``dout`` that reaches ``out``:
 ``act`` is ReLU or identity. An unfused layer is the same without residual and activation.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
@@ -153,7 +151,7 @@ class LayerBelow:
     need_grad: bool = False
     need_scaled_grad: bool = True
     unscaled: bool = False
-    shortcut: LayerBelow | None = None
+    shortcut: "LayerBelow | None" = None
 
 
 # What no layer made: the gradient by it is all that is wanted, with its ``skip``, if any.

@@ -3,8 +3,6 @@
 Names are those of timm's train.py and validate.py where timm has the option.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses
@@ -32,7 +30,7 @@ class Parser(argparse.ArgumentParser):
             message += "; a value that begins with - goes behind =, --forget=-x"
         raise ValueError(f"{message} (see `{self.prog} --help`)")
 
-    def group(self, title: str, description: str | None = None) -> Group:
+    def group(self, title: str, description: str | None = None) -> "Group":
         """Adds a titled group of options."""
         return Group(self.add_argument_group(title, description))
 

@@ -7,8 +7,6 @@ Two tables over classes, from the same mixed batches of (image, row) pairs:
 - ``collateral[c, k]``: accuracy on images of class k under row c less the original's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +69,7 @@ class ConfusionChange:
         write_json(path, content)
 
     @classmethod
-    def from_json(cls, path: FilePath) -> ConfusionChange:
+    def from_json(cls, path: FilePath) -> "ConfusionChange":
         """Reads what :meth:`to_json` wrote.
 
         Raises:
@@ -81,7 +79,7 @@ class ConfusionChange:
         return read_json(path, cls._from_dict, what, "delete it and write the report again")
 
     @classmethod
-    def _from_dict(cls, content: Mapping[str, Any]) -> ConfusionChange:
+    def _from_dict(cls, content: Mapping[str, Any]) -> "ConfusionChange":
         check_format(content, FORMAT)
         found = cls.empty(content["names"], torch.tensor(content["classes"]))
         for name in TABLES:
@@ -90,7 +88,7 @@ class ConfusionChange:
         return found
 
     @classmethod
-    def empty(cls, names: list[str], classes: Tensor) -> ConfusionChange:
+    def empty(cls, names: list[str], classes: Tensor) -> "ConfusionChange":
         """All counts are 0."""
         heights = (
             len(names) if table == "original_destinations" else len(classes) for table in TABLES

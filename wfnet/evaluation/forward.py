@@ -1,7 +1,5 @@
 """How images reach a network in an evaluation: device, dtype, layout, autocast."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +27,7 @@ class Forward:
     @classmethod
     def of(
         cls, model: nn.Module, amp_dtype: torch.dtype | None = None, channels_last: bool = False
-    ) -> Forward:
+    ) -> "Forward":
         """For the device and dtype of ``model``'s weights; ValueError for an unknown amp_dtype."""
         check_value("amp_dtype", amp_dtype, (None, torch.bfloat16, torch.float16))
         if isinstance(model, WFNet):

@@ -1,7 +1,5 @@
 """Results of an evaluation: one record per class, their means, files and the terminal's table."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
@@ -113,7 +111,7 @@ class EvaluationResult:
         settings: dict,
         seconds: float,
         counts: PairCounts | None = None,
-    ) -> EvaluationResult:
+    ) -> "EvaluationResult":
         """The result whose means are those of ``records``, which are one or more."""
         names = [f.name for f in fields(Scores)]
         mean, original = (
@@ -140,7 +138,7 @@ class EvaluationResult:
         write_json(path, self.as_dict())
 
     @classmethod
-    def from_json(cls, path: FilePath) -> EvaluationResult:
+    def from_json(cls, path: FilePath) -> "EvaluationResult":
         """Reads what :meth:`to_json` wrote.
 
         Raises:
@@ -150,7 +148,7 @@ class EvaluationResult:
         return read_json(path, cls.from_dict, what, "run `wfnet evaluate` again")
 
     @classmethod
-    def from_dict(cls, content: dict) -> EvaluationResult:
+    def from_dict(cls, content: dict) -> "EvaluationResult":
         """Reads what :meth:`as_dict` gave.
 
         Raises:

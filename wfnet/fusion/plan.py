@@ -9,8 +9,6 @@ one to reach its input, the epilogue backward of the layer that made that input 
 pass.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -60,8 +58,8 @@ class ConvStep:
     index: int = field(init=False)
     at_source: bool = field(init=False)
     residual_learns: bool = field(init=False)
-    shortcut: ConvStep | None = field(init=False, default=None)
-    below: ConvStep | None = field(init=False, default=None)
+    shortcut: "ConvStep | None" = field(init=False, default=None)
+    below: "ConvStep | None" = field(init=False, default=None)
 
     @property
     def masked(self) -> MaskedLayer:

@@ -6,8 +6,6 @@ from that of the logits. Called as a function it is one autograd node around suc
 place).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -41,7 +39,9 @@ class FusedNetwork(ABC):
         self._tables: tuple[object, GateTables] | None = None
 
     @abstractmethod
-    def start(self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True) -> Run:
+    def start(
+        self, images: Tensor, rows: Tensor, source: Tensor | None, save: bool = True
+    ) -> "Run":
         """One pass over a batch, arguments as in :meth:`__call__`.
 
         Args:

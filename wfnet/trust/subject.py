@@ -1,7 +1,5 @@
 """What the trust checks look at: a model that should not know one class, beside its references."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,11 +55,11 @@ class Sample:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def only(self, chosen: Tensor) -> Sample:
+    def only(self, chosen: Tensor) -> "Sample":
         """Returns the images where ``chosen`` bool is true, or at positions ``chosen`` int64."""
         return Sample(self.images[chosen], self.labels[chosen])
 
-    def with_others(self, others: Sample) -> Sample:
+    def with_others(self, others: "Sample") -> "Sample":
         """Returns these images, then ``others``."""
         images = torch.cat((self.images, others.images))
         return Sample(images, torch.cat((self.labels, others.labels)))

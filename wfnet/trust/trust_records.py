@@ -1,7 +1,5 @@
 """Records of the trust checks: what each found for one class, as JSON, CSV and a table."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -133,7 +131,7 @@ class TrustResult:
         write_json(path, content)
 
     @classmethod
-    def from_json(cls, path: FilePath) -> TrustResult:
+    def from_json(cls, path: FilePath) -> "TrustResult":
         """Reads what :meth:`to_json` wrote.
 
         Raises:

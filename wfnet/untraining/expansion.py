@@ -9,8 +9,6 @@ Everything here is a function of a seed and a step alone, so an interrupted run 
 exactly the batches that it would have seen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -70,7 +68,7 @@ class ExpandedBatch:
         """The attributes that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def to(self, device: torch.device | str) -> ExpandedBatch:
+    def to(self, device: torch.device | str) -> "ExpandedBatch":
         """The same batch on ``device``; copies do not wait for the device."""
         moved = {name: to_device_async(t, device) for name, t in self.tensors().items()}
         return replace(self, **moved)

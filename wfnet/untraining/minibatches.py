@@ -1,7 +1,5 @@
 """The minibatches of a run: data that were checked, sampled, read and expanded."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -52,7 +50,7 @@ class TrainingData:
     rows: Tensor | None
 
     @classmethod
-    def of(cls, dataset: Dataset, num_classes: int, config: UntrainConfig) -> TrainingData:
+    def of(cls, dataset: Dataset, num_classes: int, config: UntrainConfig) -> "TrainingData":
         """The data of a run on a network of ``num_classes``.
 
         Raises:

@@ -5,8 +5,6 @@ atomic and checksummed. It appears under its name whole or not at all, so killin
 moment loses at most what was done since it was last written.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -70,7 +68,7 @@ class RunState:
     spent: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, content: dict[str, Any]) -> RunState:
+    def from_json(cls, content: dict[str, Any]) -> "RunState":
         """Returns the state whose ``asdict`` is part of ``content``."""
         state = cls(**{f.name: content[f.name] for f in fields(cls) if f.name in content})
         if state.best is not None:

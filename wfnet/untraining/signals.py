@@ -5,8 +5,6 @@ signal lets the step in progress end, a checkpoint is written, and the process l
 128 + signal, as shells and torchrun expect. A second signal ends it at once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -49,7 +47,7 @@ class StopSignals:
         self._process = os.getpid()
         self._inside = contextlib.ExitStack()
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> "StopSignals":
         for number in self.numbers:
             self._inside.enter_context(_handled(number, self._receive))
         return self
