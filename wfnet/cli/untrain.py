@@ -62,18 +62,8 @@ from wfnet.wrapping import DURABLE_ALPHA_INIT, MANY_ALPHA_INIT, masks_linear_map
 _METHOD_OPTIONS = (
     *("steps", "epochs", "batch_size", "grad_accum_steps", "label_expansion", "lr"),
     *("optimizer", "schedule", "lambda0", "lambda1", "lambda2", "match", "tolerance"),
-    *(
-        "forget_images",
-        "retain_images",
-        "margin",
-        "distil",
-        "share_images",
-        "saliency",
-        "sampler",
-        "compound",
-        "shrink",
-        "clip",
-    ),
+    *("margin", "forget_images", "retain_images", "distil", "share_images", "saliency"),
+    *("sampler", "compound", "shrink", "clip"),
     *("patience", "validations_per_epoch", "min_validations", "validation_images", "stop_on"),
     *("features", "feature_dtype", "views", "max_corrupt"),
 )

@@ -257,10 +257,12 @@ class RowStatistics:
             layer.register_forward_pre_hook(lambda m, args: layers[m].append(sample_moments(*args)))
             for layer in layers
         ]
-        for images in self._read().images.split(64):
-            self.net(images.to(self.weight.device, self.weight.dtype), None)
-        for hook in hooks:
-            hook.remove()
+        try:
+            for images in self._read().images.split(64) if layers else ():
+                self.net(images.to(self.weight.device, self.weight.dtype), None)
+        finally:
+            for hook in hooks:
+                hook.remove()
         for layer, parts in layers.items():
             mean_b, var_b = map(torch.cat, zip(*parts, strict=True))  # [N, O]
             mean = mean_b.mean(0)
