@@ -357,32 +357,64 @@ def paper() -> str:
 
 def photographs() -> str:
     """Says what an ImageNet classifier sees in photographs, before and after their classes go."""
-    content = read("photographs")
-    if content is None:
+    runs = [found for found in map(read, ("photographs", "photographs_durable")) if found]
+    if not runs:
         return NOT_RUN
-    found, made, settings = content["differences"], content["provenance"], content["untraining"]
+    first = runs[0]
     text = (
-        f"Right on {100 * content['right_before']:.0f}% of {len(content['photographs'])} "
-        f"photographs before; under the row of its own class each: "
-        f"{100 * content['right_under_own_row']:.0f}% (among five: "
-        f"{100 * content['among_five_under_own_row']:.0f}%), under the rows of the others: "
-        f"{100 * content['others_right']:.1f}%. {settings['steps']} steps, "
-        f"{content['seconds']:.0f} s on one busy core, masks from `{content['mask_from']}` on. "
-        f"Wrapped it computes the original's logits, "
-        f"{'bit by bit' if found['original'] else 'not exactly'}; the rows of classes without "
-        f"images {'are' if found['rows_without_images'] else 'are not'} as they "
-        f"began. Largest differences as parts of the largest logit: fused {found['fused']:.0e}, "
-        f"baked {found['baked']:.0e}, ONNX Runtime {found.get('onnx', float('nan')):.0e}, a row "
-        f"without images from the original {found['row_without_images']:.0e}. Commit "
-        f"{made['commit']}, torch {made['torch']}, timm {made['timm']}."
+        f"Right on {100 * first['right_before']:.0f}% of {len(first['photographs'])} photographs "
+        f"before; {100 * first['reestimated']['right_before']:.0f}% after BatchNorm statistics "
+        f"were re-estimated on these photographs, as in the last two columns."
     )
+    columns = [
+        "recipe",
+        "its row: right",
+        "rows of others: right",
+        "re-estimated: its row",
+        "others",
+    ]
+    rows, notes, percent = [], [], "{:.1f}".format
+    for run in runs:
+        parts = (
+            p[n] for p in (run, run["reestimated"]) for n in ("right_under_own_row", "others_right")
+        )
+        rows.append([f"`{run['recipe']}`", *(percent(100 * part) for part in parts)])
+        notes.append(_about_photographs(run))
 
     def three(best: list) -> str:
         return ", ".join(f"{name} {100 * chance:.0f}" for name, chance in best[:3])
 
-    rows = [[p["name"], three(p["before"]), three(p["after"])] for p in content["photographs"]]
-    table = markdown_table(["photograph", "before, %", "under its own row, %"], rows)
-    return f"{text}\n\n{table}"
+    seen = [
+        [p["name"], three(p["before"]), *(three(run["photographs"][i]["after"]) for run in runs)]
+        for i, p in enumerate(first["photographs"])
+    ]
+    names = [f"under its own row, `{run['recipe']}`, %" for run in runs]
+    tables = (
+        markdown_table(columns, rows),
+        markdown_table(["photograph", "before, %", *names], seen),
+    )
+    return "\n\n".join([text, tables[0], *notes, tables[1]])
+
+
+def _about_photographs(run: dict) -> str:
+    """Returns how a run was made, and how far its exports differ."""
+    found, made = run["differences"], run["provenance"]
+    before, after = run["size"]
+    wrapped = "bit by bit" if found["original"] else "not exactly"
+    untouched = "are" if found["rows_without_images"] else "are not"
+    filtered = f", filtered {found['onnx']:.0e}" if "onnx" in found else ""
+    return (
+        f"`{run['recipe']}`: {run['untraining']['steps']} steps, {run['seconds']:.0f} s on one "
+        f"busy core, masks from `{run['mask_from']}` on. Wrapped it computes the original's "
+        f"logits, {wrapped}; the rows of classes without images {untouched} as they began. Largest "
+        f"differences as parts of the largest logit: fused {found['fused']:.0e}, baked "
+        f"{found['baked']:.0e}, cut {found['cut']:.0e}, compact {found['compact']:.0e}; in ONNX "
+        f"Runtime compact {found['compact_onnx']:.0e}{filtered}; a row without "
+        f"images from the original {found['row_without_images']:.0e}. Compact: "
+        f"{after['parameters']:,} of {before['parameters']:,} parameters, "
+        f"{after['flops'] / 1e6:,.0f} of {before['flops'] / 1e6:,.0f} MFLOPs an image. Commit "
+        f"{made['commit']}, torch {made['torch']}, timm {made['timm']}."
+    )
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
