@@ -35,11 +35,6 @@ DOCUMENTS = tuple(
     ROOT / name for name in ("README.md", "docs/results.md", "docs/evaluation.md", "docs/scale.md")
 )
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-# Older results, for what no study has measured yet, of ResNet-8: data and recipe of a file.
-OLDER = {
-    "quality_glyphs100": ("100 rendered characters, noisier", "balanced"),
-    "quality_glyphs100_durable": ("100 rendered characters", "durable"),
-}
 # Time to quality: files of time_to_quality, and what was untrained.
 TIMES = {
     "time_to_quality_digits": "digits",
@@ -152,13 +147,6 @@ def quality() -> str:
                         original = cell(values.get(("quality", "original", "acc_r")), 2)
             commits = commits_of(content)
             rows.append([f"{content['title']}, {network}", original, *cells.values(), commits])
-    for name, (data, recipe) in OLDER.items():
-        content = read(name)
-        (row,) = (row for row in content["summary"] if row["network"] == "resnet")
-        shown = " / ".join(f"{row[key]:.2f}" for key in ("acc_r", "acc_f", "acc_f_worst_class"))
-        cells = dict.fromkeys(RECIPES, "-") | {recipe: f"{shown} ({row['seeds']})"}
-        about = [f"{data}, ResNet-8", f"{row['original_acc_r']:.2f}"]
-        rows.append([*about, *cells.values(), content["provenance"]["commit"][:7]])
     recipes = (f"`{recipe}`: Acc_r / Acc_f / worst class (seeds)" for recipe in RECIPES)
     return markdown_table(["data, network", "original: Acc_r", *recipes, "commit"], rows)
 

@@ -137,7 +137,8 @@ def _attacks(found: Values, network: str) -> str:
         cells = []
         for _, method, places in columns:
             key = TRUST, method, f"{check}: {measure}"
-            record = next((values[key] for values in places if key in values), None)
+            known = (values[key] for values in places if key in values)
+            record = max(known, key=lambda one: one["runs"], default=None)
             cells.append(cell(record, 1, scale=100))
         if set(cells) != {"-"}:
             rows.append([label, *cells])

@@ -6,7 +6,7 @@ from the files that the other commands left in the folders of the runs.
 
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from wfnet.report.contents import Contents, read_contents
 from wfnet.services.files import FilePath, write_text
 from wfnet.services.records import write_csv
 from wfnet.services.tables import latex_table, markdown_table
-from wfnet.untraining.untrain_config import FREE_TO_CHANGE
+from wfnet.untraining.untrain_config import FREE_TO_CHANGE, UntrainConfig
 
 SEEDS = 3  # the fewest that say something of the spread
 WFNET, ORIGINAL = "wfnet", "original"
@@ -45,8 +45,12 @@ MEASURES = {
     "pairs_ap_f": ("pairs: AP_f", 1),
     "pairs_map_r": ("pairs: mAP_r", 1),
 }
-# Settings that may differ within a group.
-_FREE = FREE_TO_CHANGE | {"seed", "fuse", "capture"}
+# Settings that may not differ within a group. A run of a version without one had its default.
+_SETTINGS = {
+    one.name: one.default
+    for one in fields(UntrainConfig)
+    if one.name not in FREE_TO_CHANGE | {"seed", "fuse", "capture"}
+}
 _DESCRIPTION = ("data", "data_dir", "model", "model_kwargs", "recipe", "targets", "alpha_init")
 _DESCRIPTION += ("train_per_class", "filter_dtype", "pretrained", "img_size", "augment")
 
@@ -101,7 +105,8 @@ def collect(runs: Mapping[str, Mapping[str, Any]]) -> tuple[list[Group], list[st
     for folder, record in runs.items():
         options, untraining = record["options"], record.get("untraining") or {}
         settings = {name: options.get(name) for name in _DESCRIPTION if options.get(name)}
-        settings |= {k: v for k, v in untraining.items() if k not in _FREE}
+        if untraining:
+            settings |= {name: untraining.get(name, one) for name, one in _SETTINGS.items()}
         group = groups.setdefault(str(sorted(settings.items(), key=str)), Group("", settings))
         group.runs.append(folder)
         contents = read_contents(folder, empty=True)
