@@ -140,7 +140,7 @@ def _attacks(found: Values, network: str) -> str:
             known = (values[key] for values in places if key in values)
             record = max(known, key=lambda one: one["runs"], default=None)
             cells.append(cell(record, 1, scale=100))
-        if set(cells) != {"-"}:
+        if set(cells) - {"-"}:
             rows.append([label, *cells])
     if not rows:
         return ""
