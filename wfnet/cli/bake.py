@@ -126,9 +126,7 @@ def run(options: argparse.Namespace) -> None:
     _check_files(options)
     net, classifier = work_on.network()
     images = None
-    # Images of some of the base's classes have other moments than those it was trained on.
-    measurable = net.gate == "durable" and untrained is None and len(forget) > 1
-    if measurable and (options.data or options.data_dir):
+    if work_on.measures_statistics(net, forget) and (options.data or options.data_dir):
         images = _other_images(work_on, classifier, forget)
     preprocessing = chosen_preprocessing({**vars(options), "in_chans": None})
     about = {"names": work_on.names, "preprocessing": preprocessing}

@@ -101,6 +101,13 @@ class Run:
             net.to(memory_format=torch.channels_last)
         return net, classifier
 
+    def measures_statistics(self, net: WFNet, forget: Sequence[int]) -> bool:
+        """Whether a bake has the statistics of several durable rows measured on images.
+
+        Images of some of the base's classes have other moments than those it was trained on.
+        """
+        return net.gate == "durable" and self.untrained is None and len(forget) > 1
+
     def images(self, classifier: nn.Module) -> Splits:
         """The images, split as in the run, with the labels that their classes have in it by name.
 

@@ -108,8 +108,7 @@ def run(options: argparse.Namespace) -> None:
 
     def baked(forget: Forget) -> nn.Module:
         labels, others = list(classes_in(forget)), None
-        # As `wfnet bake` measures statistics.
-        if net.gate == "durable" and work_on.untrained is None and len(labels) > 1:
+        if work_on.measures_statistics(net, labels):  # as `wfnet bake`
             others = reader.without(*labels).images
         return net.bake(labels, options.prune_below, images=others)
 
